@@ -1,4 +1,4 @@
-"""Keep rollout engines after their run, for the next run of this process with the same engine settings.
+"""Keep rollout engines after a run, for the next run of this process with the same engine settings.
 
 A process with several runs on one Ray may set `ENGINE_POOL.keeps`, as the tests do; otherwise engines end with their
 run. Kept engines hold no state of the previous run: they refuse to generate before a sync, and every batch begins with
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class EnginePool:
-    """Holds at most one set of engines, in their placement group."""
+    """Holds at most one set of engines, in a placement group."""
 
     keeps: bool = False
     kept: EngineLease | None = None
@@ -39,7 +39,7 @@ class EnginePool:
     async def lease(
         self, config: Config, *, max_model_len: int, spool: Path, environment: EnvironmentSpec | AgentSpec | None
     ) -> EngineLease:
-        """Return the placement and engines of a run: the kept ones if they match, else new engines not yet started."""
+        """Return the placement and engines of a run: matching kept engines, or else new engines before their start."""
         key, lent = engines_key(config, max_model_len, environment), self.kept
         if lent is not None and lent.key == key and await _renewed(lent.engines, spool):
             self.kept, lent.is_kept, lent.is_started = None, False, True
@@ -71,7 +71,7 @@ class EnginePool:
 
 @dataclass(slots=True, kw_only=True)
 class EngineLease:
-    """The engines and placement group of a run. They may be kept if the run ends normally."""
+    """The engines and placement group of a run. Both may be kept if the run ends normally."""
 
     key: str  # see engines_key
     placement: Placement
@@ -81,7 +81,10 @@ class EngineLease:
     is_kept: bool = False
 
     async def start_with(self, others: Sequence[WorkerGroup], cluster: ClusterConfig) -> None:
-        """Start the engines and the other groups of the run. On GPUs, the engines then sleep where they take turns."""
+        """Start the engines and all further groups of the run.
+
+        On GPUs, engines that take turns with the trainer then sleep.
+        """
         limit_s, on_gpus = cluster.start_timeout_s, cluster.device == "cuda"
         groups = list(others)
         if on_gpus and self.placement.plan.shares_gpus(self.engines.role):
@@ -94,18 +97,18 @@ class EngineLease:
         await asyncio.gather(*[group.start(deadline_s=limit_s) for group in groups])
 
     async def stop(self) -> None:
-        """Keep the engines, or shut them down. Called only after a normal end of the run."""
+        """Keep the engines, or shut the engines down. Called only after a normal end of the run."""
         self.is_kept = self.may_stay
         if not self.is_kept:
             await self.engines.stop()
 
     def end(self) -> None:
-        """End the engines at once unless they are kept."""
+        """End the engines at once unless kept."""
         if not self.is_kept:
             self.engines.end()
 
     def release(self) -> None:
-        """Release the placement group unless the engines are kept in it."""
+        """Release the placement group unless the engines are kept."""
         if self.is_kept:
             ENGINE_POOL.kept = self
         else:

@@ -1,6 +1,6 @@
 """Evaluate models (`rlhf eval`) on prompts, with rollout engines and reward workers, or on examples.
 
-The models of a comparison run one after the other, each with separate engines and reward workers.
+The models of a comparison run in turn, each with separate engines and reward workers.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _write_report(path: Path, evaluation: Evaluation) -> None:
 
 
 def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool) -> None:
-    """Run an evaluation as a stage of a pipeline. Its metrics are row 0, and eval.json marks it as finished."""
+    """Run an evaluation as a stage of a pipeline. The metrics are row 0, and eval.json marks the end."""
     with recording(stage, resume=resume) as (record, _):
         with prefix_errors(f"stages.{record.folder.path.name}"):
             inputs = inputs_of_stage(stage, loaded)
@@ -197,7 +197,10 @@ async def _answers(
 
 
 def _results(name: str, judged: Sequence[tuple[ScoredGroup, ResponseTexts]], inputs: EvalInputs) -> list[PromptResult]:
-    """Return the results of a set, without prompts whose reward failed. RunError: all failed, or one ends the run."""
+    """Return the results of a set, without prompts with a failed reward.
+
+    RunError: all failed, or a failure ends the run.
+    """
     rules = held_out_rules(rules_of_specs(inputs.rewards))
     errors = [scored.scores.errors for scored, _ in judged if scored.scores.errors]
     fatal = [failed for failed in errors if ends_run(failed, rules, inputs.reward_policy.on_error)]

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 def recording(
     stage: Stage, *, resume: bool, steps: int = 0, show: Sequence[str] = (), mode: Mode = "quiet"
 ) -> Iterator[tuple[RunRecord, int | None]]:
-    """Open the record. Yields it with the step of the checkpoint to resume from; None if there is none.
+    """Open the record. Yields the record, and the step of the checkpoint to resume from. None: no checkpoint.
 
     Failures in the block are recorded. `steps`, `show` and `mode` are for the progress display.
     """

@@ -76,7 +76,7 @@ SHOWN_OFFLINE: tuple[str, ...] = (
 
 
 def launch(loaded: LoadedConfig, start: Start) -> None:
-    """Run all stages, or with `start.resume` the unfinished ones. Return when the last result is written.
+    """Run all stages, or with `start.resume` the unfinished stages. Return when the last result is written.
 
     Raises:
         Preempted: a signal came before the end (see rlhf.process.stopping). Finished work is kept.
@@ -108,7 +108,7 @@ def launch(loaded: LoadedConfig, start: Start) -> None:
 
 
 def _refuse_to_overwrite(loaded: LoadedConfig) -> None:
-    """Raise UserError unless every stage's folder is free, or holds a run that can be removed."""
+    """Raise UserError unless every stage's folder is free, or holds a removable run."""
     for stage in loaded.stages.values():
         if stage.run.mirror is not None:
             raise UserError(f"--overwrite: {stage.run.name} has a copy in run.mirror. Choose another run.name.")
@@ -116,7 +116,7 @@ def _refuse_to_overwrite(loaded: LoadedConfig) -> None:
 
 
 def _run_stages(loaded: LoadedConfig, stages: Sequence[CheckedStage], left: Sequence[Stage], start: Start) -> None:
-    """Run the stages that are left, in one Ray."""
+    """Run the remaining stages in one Ray."""
     request = current_request() or StopRequest()
     clusters = [stage.cluster for stage in left if not isinstance(stage, MergeStage)]
     with connected(clusters[0]) if clusters else nullcontext():
@@ -154,7 +154,7 @@ def _run_merge(stage: MergeStage, pipeline: Path, start: Start) -> None:
 
 
 async def _run_stage(stage: StageInputs, request: StopRequest, start: Start) -> None:
-    """Run one stage in its folder, from its last checkpoint if there is one."""
+    """Run one stage in its folder, from any last checkpoint."""
     inputs = stage.inputs
     show, metric = (SHOWN_ONLINE, "score") if isinstance(inputs, OnlineInputs) else (SHOWN_OFFLINE, "loss")
     show += tuple(f"eval/{name}/{metric}" for name in list(inputs.eval_sets)[:1])
@@ -176,7 +176,7 @@ async def _run_stage(stage: StageInputs, request: StopRequest, start: Start) -> 
 async def _offline(
     stage: StageInputs, inputs: OfflineInputs, record: RunRecord
 ) -> AsyncIterator[tuple[OfflineController, Placement]]:
-    """Start the roles of a run on fixed data, and yield its controller. The roles end with the block."""
+    """Start the roles of a run on fixed data, and yield the controller. The roles end with the block."""
     config = stage.config
     placement = await reserve(config)
     nodes = record.nodes = Nodes(placement)
@@ -218,7 +218,7 @@ async def _offline(
 async def _online(
     stage: StageInputs, inputs: OnlineInputs, record: RunRecord
 ) -> AsyncIterator[tuple[OnlineController, Placement]]:
-    """Start the roles of a run with rollouts, and yield its controller. The roles end with the block."""
+    """Start the roles of a run with rollouts, and yield the controller. The roles end with the block."""
     config = stage.config
     lease = await ENGINE_POOL.lease(
         config, max_model_len=inputs.max_model_len, spool=record.folder.spool, environment=inputs.environment
@@ -280,7 +280,7 @@ async def _carry_out(
     until: int | None,
     nodes: Callable[[], Collection[str]],
 ) -> None:
-    """Run the loop from the checkpoint of `step`, if there is one. Write final/ at its end, but not at `until`."""
+    """Run the loop from the checkpoint of `step`, if any. Write final/ at the end, but not at `until`."""
     if step is not None:
         await controller.restore(step)
     controller.supervisor.continue_after(unrecorded_deaths())

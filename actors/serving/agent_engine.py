@@ -1,4 +1,4 @@
-"""A rollout engine whose groups are sessions of an agent, which calls the engine's own front."""
+"""A rollout engine with sessions of an agent as groups. The agent calls the engine's own front."""
 
 from __future__ import annotations
 

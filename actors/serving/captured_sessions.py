@@ -1,7 +1,7 @@
-"""Sessions of agents at an engine: their limits, their calls token by token, and the turns that later prompts continue.
+"""Sessions of agents at an engine: limits, calls token by token, and the turns for later prompts to continue.
 
-A session is known by its key. A client sends a conversation back as text. If a message is a turn that the session
-sampled, the next prompt begins with the sampled tokens themselves. Text of an own turn is never tokenised again.
+A session has a key. A client sends a conversation back as text. If a message is a turn sampled in the session, the next
+prompt begins with the sampled tokens themselves. Text of a sampled turn is never tokenised again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Tokens = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
-    """A sampled response to a prompt, as it is captured."""
+    """A captured response to a prompt."""
 
     prompt_ids: Tokens
     response_ids: Tokens
@@ -48,7 +48,7 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class KnownTurn:
-    """A sampled turn that a message of a conversation repeats."""
+    """A sampled turn, repeated by a message of a conversation."""
 
     start: int  # the messages of the turn are messages[start:end]
     end: int
@@ -58,7 +58,7 @@ class KnownTurn:
 
 @dataclass(slots=True)
 class ServedCall:
-    """One request over HTTP. vLLM renders, draws and parses it in several tasks, which share this object."""
+    """One request over HTTP. vLLM renders, draws and parses a request in several tasks, which share this object."""
 
     session: CapturedSession | None  # None: it is answered as the client asks, and not captured
     name: str  # prefix of its requests in the engine
@@ -76,7 +76,7 @@ class ServedCall:
         return any(np.array_equal(cut, ids) for cut in self.cut.values())
 
     def hear(self, ids: Tokens, content: str | None, calls: Sequence[tuple[str, str]]) -> None:
-        """Note what the client is told of sampled tokens: the text, and the calls as (name, arguments)."""
+        """Record the client's view of sampled tokens: the text, and the calls as (name, arguments)."""
         if self.session is not None and (call := self.drawn.get(ids.tobytes())) is not None:
             self.session.hear(self, call, content, calls)
 
@@ -86,7 +86,7 @@ CURRENT_CALL: ContextVar[ServedCall] = ContextVar("current_call")
 
 @dataclass(slots=True, eq=False)
 class OpenRequest:
-    """A request of a session, from its head to the end of its answer."""
+    """A request of a session, from the head to the end of the answer."""
 
     session: CapturedSession
     until: asyncio.Timeout  # the end of the session
@@ -99,7 +99,7 @@ class OpenRequest:
 
 
 class CapturedSession:
-    """A session that accepts calls. `exceeded` names the limit that refused one, and `is_over` is set then."""
+    """A session that accepts calls. `exceeded` names the limit behind a refusal, and `is_over` is set then."""
 
     def __init__(self, sampling: Sampling, limits: SessionLimits, name: str) -> None:
         self.sampling = sampling
@@ -124,7 +124,7 @@ class CapturedSession:
 
     @asynccontextmanager
     async def request(self) -> AsyncIterator[OpenRequest]:
-        """Enter a request of any kind. RefusedCall: a limit forbids it, or the session ends before the request."""
+        """Enter a request of any kind. RefusedCall: a limit forbids the request, or the session ends first."""
         self._num_requests += 1
         if self._num_requests > self.limits.max_requests:
             self._exceed("max_calls")
@@ -160,7 +160,7 @@ class CapturedSession:
 
     @contextmanager
     def call(self, num_responses: int = 1) -> Iterator[ServedCall]:
-        """Enter a request. Each of its responses counts as a call. RefusedCall: a limit forbids it."""
+        """Enter a request. Each response counts as a call. RefusedCall: a limit forbids the request."""
         if num_responses > self.limits.concurrent_calls:
             most = self.limits.concurrent_calls
             raise RefusedCall(f"the request asks for {num_responses} responses, more than {most}", param="n")
@@ -189,12 +189,13 @@ class CapturedSession:
         return min(room, self.sampling.max_new_tokens, call.most_tokens or room)
 
     def too_long(self, prompt: str) -> RefusedCall:
-        """Return the refusal of a prompt that exceeds the session's limit, which ends the session."""
+        """Return the refusal of a prompt beyond the session's limit. The refusal ends the session."""
         self._exceed("max_tokens")
         return RefusedCall(f"{prompt}. With its response it may have {self.limits.max_tokens} tokens (max_tokens)")
 
     def look_up(self, call: ServedCall, messages: Sequence[Message], tools: Any) -> KnownTurn | None:
-        """Return the last turn of the session in a conversation, and note in `call` whether its prefix broke."""
+        """Return the last turn of the session in a conversation, and record in `call` whether the turn's prefix
+        broke."""
         tools_key = key = _key(b"", tools)
         known, last, looks_own = None, None, False
         for start, end in _turns(messages):
@@ -224,7 +225,7 @@ class CapturedSession:
         return known
 
     def _fits(self, before: bytes, key: bytes, content: str, calls: Sequence[tuple[str, Any]]) -> dict[int, str]:
-        """Return the calls whose response a turn repeats, with what the client wrote behind the response."""
+        """Return the calls with a response repeated in a turn, with the client's text behind the response."""
         if key in self._turns:
             return dict.fromkeys(self._turns[key], "")
         if calls:
@@ -234,10 +235,10 @@ class CapturedSession:
         return {index: content[len(text) :] for index, text in stopped.items() if content.startswith(text)}
 
     def _best(self, indices: Sequence[int], reasoning: str, known: KnownTurn | None) -> int:
-        """Return the call among those with one visible text whose reasoning the client repeats.
+        """Return the call, among calls with equal visible text, with the reasoning that the client repeats.
 
-        Otherwise, as for a client that drops reasoning, return one that goes on from the turn known before, or the
-        newest. With one visible text, the shortest response that has the reasoning has nothing else.
+        Otherwise, as for a client that drops reasoning, return a call that continues the previous known turn, or the
+        newest call. Among calls with equal visible text, the shortest response with the reasoning has nothing else.
         """
         if len(indices) == 1:
             return indices[0]
@@ -256,7 +257,7 @@ class CapturedSession:
         return [*call.prompt_ids.tolist(), *call.response_ids.tolist()]
 
     def capture(self, call: ServedCall, draw: Draw) -> None:
-        """Keep a response, before the client gets it: its next request may continue it."""
+        """Keep a response before the client's next request, which may continue the response."""
         call.drawn[draw.response_ids.tobytes()] = len(self.calls)
         self.calls.append(
             Call(
@@ -275,7 +276,7 @@ class CapturedSession:
         call.hear(draw.response_ids, draw.text, ())  # as the client gets it unless a parser says more
 
     def hear(self, call: ServedCall, index: int, content: str | None, calls: Sequence[tuple[str, str]]) -> None:
-        """Note the text and the tool calls that the client gets for a captured response."""
+        """Record the text and the tool calls that the client gets for a captured response."""
         if call.key is None:
             return
         self._asked.add(call.key)
@@ -296,14 +297,17 @@ class CapturedSessions:
         self._serial = itertools.count(1)
 
     def open(self, key: str, sampling: Sampling, limits: SessionLimits) -> CapturedSession:
-        """Accept calls with this key. They are sampled as the run samples, whatever the client asks."""
+        """Accept calls with this key. Calls are sampled with the run's settings, not with the client's."""
         if key in self._open:
             raise ValueError("the key of a session is used already")
         session = self._open[key] = CapturedSession(sampling, limits, f"session{next(self._serial)}-")
         return session
 
     def close(self, key: str) -> list[Call]:
-        """Refuse further calls with this key and drop those in flight. Return the answered ones, by their ends."""
+        """Refuse further calls with this key and drop calls in flight.
+
+        Return the answered calls in the order of their ends.
+        """
         session = self._open.pop(key)
         session.end()
         self._abort(session.name)
@@ -318,7 +322,8 @@ class CapturedSessions:
 def turn_key(before: bytes, content: str | None, calls: Sequence[tuple[str, Any]]) -> bytes:
     """Return the key of a conversation that ends with an assistant's turn.
 
-    It depends neither on space around the text nor on reasoning nor on the ids of calls: clients change or drop them.
+    The key depends neither on space around the text nor on reasoning nor on the ids of calls: clients change or drop
+    all three.
     """
     return _key(before, "assistant", (content or "").strip(), [(name, _arguments(given)) for name, given in calls])
 
@@ -346,7 +351,7 @@ def _said(messages: Sequence[Message]) -> tuple[str, list[tuple[str, Any]]]:
 
 
 def _reasoning(messages: Sequence[Message]) -> str:
-    """Return the reasoning that assistant messages bring back, under either name. Empty: the client dropped it."""
+    """Return the reasoning repeated in assistant messages, under either name. Empty: the client dropped it."""
     texts = (message.get("reasoning") or message.get("reasoning_content") for message in messages)
     return next((text.strip() for text in texts if isinstance(text, str)), "")
 
@@ -359,7 +364,7 @@ def _text(content: Any) -> str:
 
 
 def _arguments(given: Any) -> str:
-    """Return a call's arguments as JSON text, however the client writes them."""
+    """Return a call's arguments as JSON text, for any form from the client."""
     try:
         return json.dumps(json.loads(given) if isinstance(given, str) else given, sort_keys=True)
     except (ValueError, RecursionError):

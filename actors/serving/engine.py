@@ -1,4 +1,4 @@
-"""A rollout engine that also answers over HTTP, with a front in its process."""
+"""A rollout engine with HTTP access, through a front in the same process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ServingEngine(RolloutEngine):
     front: Front | None = None
 
     async def open_front(self, spec: FrontSpec, caller: str) -> str:
-        """Start the front and return its base URL. Only this machine reaches it, unless its caller is elsewhere.
+        """Start the front and return its base URL. Only this machine reaches the front, unless the caller is elsewhere.
 
         caller: the address of the caller's machine.
         """

@@ -1,7 +1,7 @@
 """The HTTP front of one engine: chat completions, completions, responses and Anthropic's messages.
 
-vLLM's own protocol and serving code answers, over the engine loop of this process. `rlhf serve` uses it, and agents in
-training, whose calls are captured by session.
+vLLM's own protocol and serving code answers, over the engine loop of this process. `rlhf serve` uses the front, and so
+do agents in training. Agents' calls are captured by session.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Front:
         class Server(uvicorn.Server):
             @contextmanager
             def capture_signals(self) -> Iterator[None]:
-                """Leave the signals of the process to its owner."""
+                """Leave the signals of the process to the process's owner."""
                 yield
 
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -130,12 +130,12 @@ def bounded_protocol() -> type[asyncio.Protocol]:
 
 
 def is_idle(connection: Any) -> bool:
-    """Return whether uvicorn answers no request of a connection, or waits for its reader after the answer's end."""
+    """Return whether uvicorn answers no request of a connection, or waits for the reader after the answer's end."""
     return connection.cycle is None or connection.cycle.response_complete or connection.transport.is_closing()
 
 
 async def close_idle(connections: Collection[Any]) -> None:
-    """Close connections that wait too long for a complete head, and the oldest of them if there are too many."""
+    """Close connections that wait too long for a complete head, and the oldest if there are too many."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
     while True:
         await asyncio.sleep(CLOSE_EVERY_S)
@@ -238,9 +238,9 @@ def _renderer(engine: FrontEngine, spec: FrontSpec, tool_parser: str | None, rea
 
 
 def _hear_answers(state: Any) -> None:
-    """Let vLLM's serving classes note what clients are told, and use the protocol's default sampling parameters.
+    """Let vLLM's serving classes record clients' views, and use the protocol's default sampling parameters.
 
-    By default vLLM takes those of the model's generation_config.json.
+    By default vLLM takes the sampling parameters of the model's generation_config.json.
     """
     from actors.serving.front_renderer import hearing
     from actors.vllm_patches.cut_calls import ending_as_sampled, with_whole_arguments

@@ -1,7 +1,7 @@
-"""The engine of this process as vLLM's serving code takes it, for requests over HTTP.
+"""The engine of this process in the form for vLLM's serving code, for requests over HTTP.
 
-A session's requests are sampled as the run samples. Each of their responses is captured with its tokens before the
-client gets it.
+A session's requests are sampled with the run's settings. Each response is captured with all tokens before the client
+gets the response.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NO_TEXT = (
 
 
 class StepLoop(Protocol):
-    """The part of an EngineLoop that answers requests."""
+    """The request-answering part of an EngineLoop."""
 
     on_step: Callable[[Sequence[Any]], None] | None
 
@@ -42,7 +42,7 @@ class StepLoop(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineParts:
-    """The parts of vLLM's engine that also render requests."""
+    """The parts of vLLM's engine for rendering requests."""
 
     vllm_config: Any
     renderer: Any
@@ -62,11 +62,11 @@ class _Response:
 
 
 class FrontEngine:
-    """What vLLM's serving classes take for their EngineClient. It belongs to the event loop that it is made on.
+    """An EngineClient for vLLM's serving classes. The object belongs to the event loop of its creation.
 
     Args:
         ends: tokens that end a turn of a conversation, besides the model's end token.
-        lora: returns vLLM's name for the adapter of the moment.
+        lora: returns vLLM's name for the current adapter.
     """
 
     is_running, is_stopped = True, False
@@ -87,7 +87,7 @@ class FrontEngine:
 
     @property
     def errored(self) -> bool:
-        """Return whether the engine died. vLLM asks before it starts a response."""
+        """Return whether the engine died. vLLM asks before each response."""
         return self.loop.failure is not None
 
     @property
@@ -99,10 +99,10 @@ class FrontEngine:
         return error
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
-        """Admit every request: the engine queues what it cannot hold."""
+        """Admit every request: the engine queues requests beyond its room."""
 
     async def generate(self, prompt: Any, params: Any, request_id: str, **_: Any) -> AsyncIterator[Any]:
-        """Yield vLLM's outputs for one prompt. The request is dropped if its reader goes away."""
+        """Yield vLLM's outputs for one prompt. The request is dropped after the reader has gone."""
         call = CURRENT_CALL.get()
         given = prompt["prompt_token_ids"]
         if call.session is not None:
@@ -124,7 +124,7 @@ class FrontEngine:
     def _sample_as_the_run(
         self, session: CapturedSession, call: ServedCall, num_prompt_tokens: int, params: Any
     ) -> None:
-        """Replace the client's wishes that change probabilities.
+        """Replace the client's settings that change probabilities.
 
         The client still chooses length, stop strings and structure.
         """
@@ -140,9 +140,8 @@ class FrontEngine:
         params.max_tokens = min(params.max_tokens, session.most_tokens(call, num_prompt_tokens))
 
     def _set_ends(self, call: ServedCall, params: Any) -> None:
-        """Let the template's end of a turn end a response, unless the client ignores it. A stop string that is a token
-        does so by its id.
-        """
+        """Let the template's end of a turn end a response, unless ignored by the client. A stop string equal to a token
+        ends a response by id."""
         ends = {self.added[text] for text in params.stop if text in self.added}
         if call.is_chat and not params.ignore_eos:
             ends.update(self.ends)

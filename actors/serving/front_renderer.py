@@ -1,7 +1,7 @@
 """vLLM's renderer and parsers for the requests of sessions.
 
-A prompt that continues a turn of its session consists of the sampled tokens and of the template's text behind them.
-The parser notes what the client is told of a response, since it will come back in that form.
+A prompt that continues a turn of the session consists of the sampled tokens and of the template's text behind. The
+parser records the client's view of a response, since the response will come back in that form.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
 class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
-    """Renders conversations. Every other request is rendered as by vLLM."""
+    """Renders conversations. Every further request is rendered as by vLLM."""
 
     turn_ends: Collection[int] = ()  # tokens with which the template ends a turn
     model_ends: Collection[int] = ()  # tokens with which the model ends a response by itself
@@ -88,7 +88,7 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
         return rendered
 
     def adjust_harmony_request(self, request: Any) -> None:
-        """Refuse sessions of gpt-oss, whose conversations vLLM writes anew, without earlier reasoning."""
+        """Refuse sessions of gpt-oss, since vLLM writes such conversations anew, without earlier reasoning."""
         if CURRENT_CALL.get().session is not None:
             raise RefusedCall("sessions of gpt-oss are not supported: each of its prompts is written anew")
         super().adjust_harmony_request(request)
@@ -96,7 +96,10 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
     async def _continued(
         self, session: CapturedSession, request: Any, messages: list[Any], known: KnownTurn, options: dict[str, Any]
     ) -> list[int] | None:
-        """Return a prompt that continues a known turn. None: the template does not write the turn once, as it is."""
+        """Return a prompt that continues a known turn.
+
+        None: the template does not write the turn once and unchanged.
+        """
         marked = [{"role": "assistant", "content": _PLACE}]
         before, behind = messages[: known.start], messages[known.end :]
         tail = _behind(self._render(request, [*before, *marked, *behind], options))
@@ -117,7 +120,10 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
     def _render(
         self, request: Any, messages: list[Any], options: dict[str, Any], *, is_whole: bool = True
     ) -> str | None:
-        """Return a conversation as text, or its beginning. None: the template refuses it, or writes tokens."""
+        """Return a conversation as text, or its beginning.
+
+        None: the template refuses the conversation, or writes tokens.
+        """
         params = request.build_chat_params(options["default_template"], options["default_template_content_format"])
         usual = {**(options["default_template_kwargs"] or {}), "tools": options.get("tool_dicts"), "tokenize": False}
         params = params.with_defaults(usual)
@@ -133,7 +139,7 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
 
 @contextmanager
 def _ending_session() -> Iterator[None]:
-    """Let a prompt that is longer than the engine's limit end its session: the session's limit is no higher."""
+    """Let a prompt beyond the engine's limit end the session: the session's limit is no higher."""
     try:
         yield
     except VLLMValidationError as error:
@@ -144,15 +150,15 @@ def _ending_session() -> Iterator[None]:
 
 
 def _behind(text: str | None) -> str | None:
-    """Return what follows the place of a turn. None: the turn is not there exactly once."""
+    """Return the text after the place of a turn. None: the turn is not there exactly once."""
     parts = [] if text is None else text.split(_PLACE)
     return parts[1] if len(parts) == 2 else None
 
 
 def _take_limits(request: Any, call: ServedCall) -> None:
-    """Take the client's limit of a response, which may exceed the model's, and leave arguments of calls free.
+    """Take the client's limit of a response, even beyond the model's, and leave arguments of calls free.
 
-    With `strict` a grammar would restrict how the policy writes a call.
+    With `strict` a grammar would restrict the policy's writing of a call.
     """
     for name in _TOKEN_LIMITS:
         if (limit := getattr(request, name, None)) is not None:
@@ -165,7 +171,7 @@ def _take_limits(request: Any, call: ServedCall) -> None:
 
 
 def asked_restriction(request: Any) -> Restriction | None:
-    """Return what a client asks for that only a grammar can ensure. None: the policy writes as it likes."""
+    """Return the client's requirement that only a grammar can ensure. None: the policy writes freely."""
     if _is_call_forced(request):
         return "tool_choice"
     if request.extract_structured_outputs() is None:
@@ -179,7 +185,7 @@ def _is_call_forced(request: Any) -> bool:
 
 
 def _bind_arguments(request: Any) -> None:
-    """Let the grammar of a required or named call hold its arguments to an object of the tool's schema.
+    """Let the grammar of a required or named call hold the arguments to an object of the tool's schema.
 
     Without `strict`, vLLM's grammar allows any JSON as arguments.
     """
@@ -194,7 +200,7 @@ def _bind_arguments(request: Any) -> None:
 
 
 def hearing(parser: Any) -> Any:
-    """Return a subclass of vLLM's parser that notes what the client is told."""
+    """Return a subclass of vLLM's parser that records the client's view."""
 
     class HearingParser(parser):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -235,9 +241,9 @@ def hearing(parser: Any) -> Any:
 
 
 def sendable_arguments(text: str) -> str:
-    """Return the arguments of a call as every protocol can carry them.
+    """Return the arguments of a call in a form for every protocol.
 
-    A policy may write numbers that JSON lacks, which become null, and halves of characters, which become `?`.
+    A policy may write numbers outside JSON, which become null, and halves of characters, which become `?`.
     """
     with suppress(ValueError, RecursionError):  # no JSON, or beyond Python's limits of digits and depth
         arguments = json.loads(text, parse_constant=lambda name: None, parse_float=_finite)

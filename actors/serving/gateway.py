@@ -1,7 +1,7 @@
-"""The entrance of the front: whose call a request is, what it may ask for, and how long it may be.
+"""The entrance of the front: the session of a request, the allowed fields, and the allowed length.
 
-It is an ASGI application around vLLM's. The key of a session comes as the API key of OpenAI's or Anthropic's clients,
-or in the path of the base URL: /s/KEY/v1/...
+The gateway is an ASGI application around vLLM's. The key of a session comes as the API key of OpenAI's or Anthropic's
+clients, or in the path of the base URL: /s/KEY/v1/...
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class Gateway:
-    """Lets calls of open sessions through, and calls with the server's own key, which are not captured.
+    """Lets calls of open sessions through, and without capture also calls with the server's own key.
 
     Args:
         app: vLLM's ASGI application.
         fields: the fields of vLLM's requests, by path.
-        own_key: the key of calls that are answered as the client asks. None: there are none.
-        name: the only model of these calls. Sessions may name a model as they like.
+        own_key: the key of calls with the client's settings. None: no such calls.
+        name: the only model of calls with `own_key`. Sessions may name any model.
         check_item: raises ValueError for an invalid item of the field `input`.
     """
 
@@ -61,8 +61,8 @@ class Gateway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request.
 
-        A refusal is sent after a pause, which slows a client that repeats refused requests. A call with the server's
-        own key is refused at once.
+        A refusal is sent after a pause, to slow a client that repeats refused requests. A call with the server's own
+        key is refused at once.
         """
         path, key = scope["path"], _header_key(scope)
         if path.startswith("/s/"):
@@ -138,7 +138,10 @@ def _header_key(scope: Scope) -> str:
 
 
 class _Answer:
-    """The way back to the client. It knows whether the answer has begun, and gives errors the form of the protocol."""
+    """The way back to the client.
+
+    The object knows whether the answer has begun, and gives errors the form of the protocol.
+    """
 
     def __init__(self, send: Send, path: str) -> None:
         self.has_begun = False
@@ -162,7 +165,7 @@ class _Answer:
 
 
 def _refusal(body: bytes, status: int) -> RefusedCall:
-    """Return the error of vLLM's application. Its message and its field are kept."""
+    """Return the error of vLLM's application, with the same message and field."""
     try:
         told = json.loads(body)["error"]
         return RefusedCall(told["message"], param=told.get("param"), status=status)
@@ -171,7 +174,7 @@ def _refusal(body: bytes, status: int) -> RefusedCall:
 
 
 async def _read(receive: Receive, request: OpenRequest | None) -> bytes:
-    """Return the body of a request. RefusedCall: it is too long, or does not arrive in time."""
+    """Return the body of a request. RefusedCall: the body is too long, or arrives too late."""
     body = bytearray()
     limit = MAX_REQUEST_BYTES if request is None else request.session.limits.max_request_bytes
     try:
@@ -192,7 +195,7 @@ async def _read(receive: Receive, request: OpenRequest | None) -> bytes:
 
 
 def _parsed(body: bytes, limits: SessionLimits | None) -> dict[str, Any]:
-    """Return the body of a request. RefusedCall: it is no object of JSON, or has more parts than a session's may."""
+    """Return the body of a request. RefusedCall: the body is no object of JSON, or has too many parts for a session."""
     if limits is not None and sum(map(body.count, (b",", b"{", b"["))) > limits.max_request_parts:
         message = f"the body has more than {limits.max_request_parts} commas and opening brackets"
         raise RefusedCall(message, status=413)
@@ -208,9 +211,9 @@ def _parsed(body: bytes, limits: SessionLimits | None) -> dict[str, Any]:
 
 
 def _refuse_costly(asked: Mapping[str, Any], most: int) -> None:
-    """Raise RefusedCall for a list that is too long, or for objects that are too deep, to be checked in a short time.
+    """Raise RefusedCall for a list too long, or for objects too deep, for a quick check.
 
-    A prompt of tokens is a list too. The session's limit of tokens holds for it.
+    A prompt of tokens is a list too, with the session's limit of tokens.
     """
     level = [value for name, value in asked.items() if name != "prompt" and isinstance(value, dict | list)]
     depth = 0
@@ -225,9 +228,9 @@ def _refuse_costly(asked: Mapping[str, Any], most: int) -> None:
 
 
 def _num_responses(body: Mapping[str, Any]) -> int:
-    """Return how many responses a request asks for. A number that vLLM will refuse counts as 1.
+    """Return the number of responses to a request. A number that vLLM will refuse counts as 1.
 
-    RefusedCall: `n` is no whole number, and vLLM might read it as one, such as "2".
+    RefusedCall: `n` is no whole number, although vLLM might read a whole number, such as "2".
     """
     n, prompt = body.get("n"), body.get("prompt")
     if n is not None and type(n) is not int:

@@ -97,7 +97,7 @@ def chat(
 
 
 def _rows(source: Sequence[str] | Path, columns: Mapping[str, str]) -> list[Row]:
-    """Return the rows without columns for rewards, whatever their names."""
+    """Return the rows without columns for rewards."""
     if isinstance(source, Path):
         rows = read_rows(str(source), columns=columns)
         return [

@@ -7,8 +7,8 @@
     POST /v1/responses                a conversation, in the form of OpenAI's newer interface
     POST /v1/messages                 a conversation, in Anthropic's form; and /v1/messages/count_tokens
 
-This process checks access, limits the requests in flight, and passes each to the front of an engine. Without a token it
-serves this machine alone.
+This process checks access, limits the requests in flight, and passes each request to the front of an engine. Without a
+token, only this machine is served.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LAST_S = END_WITHIN_S - 1.0  # for running requests when the server gets a signa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSpec:
-    """The settings of a server and its model."""
+    """The settings of a server and the served model."""
 
     name: str  # the value of `model` in requests
     max_length: int  # tokens of prompt and response
@@ -66,7 +66,7 @@ class ModelServer:
         self.is_ending = False
 
     def application(self) -> web.Application:
-        """Build the aiohttp application and its routes."""
+        """Build the aiohttp application with all routes."""
         app = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[self._guard])
         app.router.add_get("/health", self._health)
         app.router.add_route("*", "/{path:.*}", self._pass_on)
@@ -75,7 +75,7 @@ class ModelServer:
         return app
 
     async def _end(self, application: web.Application) -> None:
-        """Give running requests a last moment, then fail them."""
+        """Give running requests a last moment, then fail the rest."""
         self.is_ending = True
         last = asyncio.get_running_loop().time() + LAST_S
         for limit in self.limits:
@@ -122,7 +122,7 @@ class ModelServer:
         return web.json_response({"status": "ok"})
 
     async def _pass_on(self, request: web.Request) -> web.StreamResponse:
-        """Let an engine answer a request before its deadline, unless too many already wait."""
+        """Let an engine answer a request before the deadline, unless too many requests already wait."""
         if len(self.limits) >= MAX_WAITING:
             raise RefusedCall(f"{MAX_WAITING} requests are waiting already", status=429)
         body = await _read(request)
@@ -208,4 +208,4 @@ def serve_model(
 
 
 class _Terminated(Exception):
-    """Raised by SIGTERM to end a server that started its Ray."""
+    """Raised by SIGTERM to end a server with a local Ray."""

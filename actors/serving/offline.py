@@ -80,7 +80,7 @@ class Served:
 
 
 def load_servable(name: str, *, trust_remote_code: bool, template: ChatTemplate = UNCHANGED) -> tuple[ModelOnDisk, Any]:
-    """Find a model by its name, and load its tokenizer. UserError: an engine cannot serve the model."""
+    """Find a model by name, and load the tokenizer. UserError: an engine cannot serve the model."""
     model = resolve_model(name, trust_remote_code=trust_remote_code)
     refuse_unservable(model)
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=trust_remote_code)

@@ -1,4 +1,4 @@
-"""Choose vLLM's parsers of tool calls and of reasoning by the model: by its type, or by marks in its chat template."""
+"""Choose vLLM's parsers of tool calls and of reasoning by the model: by the type, or by marks in the chat template."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def parsers_of(template: str, model_type: str) -> tuple[str | None, str | None]:
 
 
 def refuse_stubs(tool_parser: str | None, reasoning_parser: str | None, model_type: str) -> None:
-    """Raise RunError for vLLM's names of gpt-oss's parsers with another model. Its requests would fail one by one."""
+    """Raise RunError for vLLM's names of gpt-oss's parsers with another model. Each request would fail."""
     stubs = {tool_parser, reasoning_parser} & {*_BY_TYPE["gpt_oss"]}
     if stubs and model_type != "gpt_oss":
         raise RunError(f"vLLM's parser {' and '.join(sorted(map(str, stubs)))} reads gpt-oss alone. Name another.")

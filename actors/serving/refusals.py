@@ -1,4 +1,4 @@
-"""Refuse requests over HTTP in the form of OpenAI's or Anthropic's errors, and name what is not supported."""
+"""Refuse requests over HTTP in the form of OpenAI's or Anthropic's errors, and name the unsupported field."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def refuse_route(method: str, path: str) -> None:
 
 
 def refuse_unsupported(body: Mapping[str, Any], known: Collection[str], *, has_tool_parser: bool) -> None:
-    """Raise RefusedCall for a field that is not supported, unless it asks for nothing.
+    """Raise RefusedCall for an unsupported field, unless the field has no effect.
 
     Args:
         known: the fields of vLLM's request.
@@ -120,7 +120,7 @@ def refuse_unsupported(body: Mapping[str, Any], known: Collection[str], *, has_t
 
 
 def _form_of_arguments(tool: Mapping[str, Any]) -> Any:
-    """Return the type that the schema of a tool's arguments names, in the form of any protocol."""
+    """Return the type named in the schema of a tool's arguments, in the form of any protocol."""
     function = tool.get("function", tool)
     named = function if isinstance(function, dict) else {}
     schema = named.get("parameters", named.get("input_schema"))

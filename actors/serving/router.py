@@ -31,7 +31,7 @@ class NoEngine(RunError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """A request as it goes to an engine's front."""
+    """A request in the form for an engine's front."""
 
     method: str
     path: str
@@ -40,7 +40,10 @@ class Asked:
 
 
 class RequestRouter:
-    """Started engines with the base URLs of their fronts. Use it on one event loop, as an asynchronous context."""
+    """Started engines with the base URLs of all fronts.
+
+    Use the router on one event loop, as an asynchronous context.
+    """
 
     def __init__(self, handles: Sequence[ActorHandle[Any]], urls: Sequence[str]) -> None:
         self.handles = handles
@@ -56,10 +59,10 @@ class RequestRouter:
 
     @asynccontextmanager
     async def ask(self, asked: Asked) -> AsyncIterator[ClientResponse]:
-        """Yield an engine's answer, whose body may still be on its way. If the first engine dies, another one answers.
+        """Yield an engine's answer, possibly before the end of the body.
 
-        NoEngine: all engines are dead. RunError: an engine does not answer and lives. The engine drops the request if
-        the block is left before its end.
+        If the first engine dies, another engine answers. NoEngine: all engines are dead. RunError: an engine lives but
+        does not answer. The engine drops the request if the block ends before the answer.
         """
         if self._client is None:  # it belongs to the event loop
             limits = ClientTimeout(total=None, sock_connect=CONNECTS_WITHIN_S)
@@ -80,7 +83,7 @@ class RequestRouter:
                 self.in_flight[engine] -= 1
 
     async def _answer(self, client: ClientSession, engine: int, asked: Asked) -> ClientResponse | None:
-        """Return an engine's answer. None: it is dead."""
+        """Return an engine's answer. None: the engine is dead."""
         failure: ClientError | None = None
         try:
             answer = await client.request(
@@ -117,7 +120,7 @@ class RequestRouter:
         return min(alive, key=lambda engine: self.in_flight[engine])
 
     async def _death(self, engine: int) -> str | None:
-        """Return the reason why an engine will never answer again. None: it may."""
+        """Return the reason why an engine will never answer again. None: an answer is possible."""
         handle = self.handles[engine]
         try:
             health = await wait_one(

@@ -1,4 +1,4 @@
-"""Run the loop of a sweep: start trials, read their metrics, stop them and record how they ended.
+"""Run the loop of a sweep: start trials, read their metrics, stop trials and record the ends.
 
     parameters -> trials -> processes -> metrics.jsonl -> method -> results
 
@@ -67,7 +67,7 @@ class _Loop:
     running: list[_Running] = field(default_factory=list)
 
     def run(self) -> list[Trial] | None:
-        """Run trials until none is left. After a stop request, return the trials in progress once they have ended."""
+        """Run trials until no trial is left. After a stop request, return the trials in progress once ended."""
         self.request.ends_by_itself = True
         try:
             while True:
@@ -164,7 +164,7 @@ class _Loop:
 
 
 def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: bool = False) -> SweepResult:
-    """Run all trials, or with `resume` the remaining ones, and return the results.
+    """Run all trials, or with `resume` the remaining trials, and return the results.
 
     UserError, before anything starts: a trial is invalid, or a folder is in use. RunError: no trial succeeded, or more
     failed than sweep.max_failures allows. Preempted: the sweep or a trial received a signal.
@@ -208,7 +208,7 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: 
 
 
 def _checkpoints(sweep: Sweep, journal: Journal, trials: Sequence[Trial]) -> str:
-    """Name trials that have not finished, each with the checkpoint from which it continues."""
+    """Name unfinished trials, each with the checkpoint for the continuation."""
     parts = []
     for trial in trials:
         run, kept = journal.run_folder(trial.number), "without a checkpoint"
@@ -221,15 +221,15 @@ def _checkpoints(sweep: Sweep, journal: Journal, trials: Sequence[Trial]) -> str
 
 
 def _grace_s(sweep: Sweep) -> float:
-    """Return the seconds a trial has to finish its step after a stop request."""
+    """Return the seconds for a trial to finish a step after a stop request."""
     return max(run.train.preemption_grace_s for run in sweep.base.runs.values())
 
 
 def _wait_for_leftovers(journal: Journal, *, within_s: float) -> None:
     """Wait until the trials of a killed sweep have ended, since the kernel sent them SIGTERM.
 
-    A new process could not lock their folders, and its trial would count as failed. Raise UserError with the name of a
-    trial that still runs after `within_s` seconds.
+    A new process could not lock the folders, and the new trials would count as failed. Raise UserError with the name of
+    a trial that still runs after `within_s` seconds.
     """
     trials, give_up = journal.folder / "trials", time.monotonic() + within_s
     for lock in (*trials.glob("*/.lock"), *trials.glob("*/*/.lock")):
@@ -251,7 +251,7 @@ def _failures(result: SweepResult) -> str:
 
 
 def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[MachineShare]:
-    """Return the share of the machine for each trial that runs at once."""
+    """Return the share of the machine for each simultaneous trial."""
     cluster = next(iter(sweep.base.runs.values())).cluster
     address = cluster_to_join(cluster.address)
     if address is not None:

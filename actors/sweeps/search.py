@@ -1,7 +1,7 @@
 """Choose trials with Ray Tune: Optuna's suggestions, and asynchronous successive halving.
 
-The loop of actors.sweeps.runner feeds Tune's searcher and scheduler with the trials' metrics. After a kill, they are
-restored from the journal and the run folders, so they store nothing.
+The loop of actors.sweeps.runner feeds Tune's searcher and scheduler with the trials' metrics. After a kill, both are
+restored from the journal and the run folders, so neither stores anything.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def require_optuna() -> None:
 
 
 class Bayesian(Strategy):
-    """Suggest each trial when a slot is free, based on the trials that have ended by then."""
+    """Suggest each trial when a slot is free, based on all ended trials."""
 
     def __init__(self, sweep: Sweep, journal: Journal, *, trials: int) -> None:
         require_optuna()
@@ -76,7 +76,7 @@ class Bayesian(Strategy):
         return self.journal.add(number, values)
 
     def ended(self, trial: Trial) -> None:
-        """Report the trial's last value, or its failure, to the searcher."""
+        """Report the trial's last value, or the failure, to the searcher."""
         values = metric_values(judged_folder(self.sweep, self.journal.run_folder(trial.number)), self.sweep.metric)
         failed = trial.state == "failed" or not values
         if trial.number in self.suggested:
@@ -109,7 +109,7 @@ class Asha(Listed):
                 self.report(trial, step, value)
 
     def report(self, trial: Trial, step: int, value: float) -> bool:
-        """Return True if the trial is among the worse ones at this step."""
+        """Return True for a trial among the worse trials at this step."""
         tune_trial: Any = SimpleNamespace(trial_id=str(trial.number))
         if trial.number not in self.added:
             self.added.add(trial.number)
@@ -121,7 +121,7 @@ class Asha(Listed):
 
 
 def _distribution(parameter: Parameter) -> Any:
-    """Return the parameter as an Optuna distribution. Choices are numbered, because they may have any type."""
+    """Return the parameter as an Optuna distribution. Choices are numbered, because a choice may have any type."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if parameter.values is not None:

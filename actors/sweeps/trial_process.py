@@ -1,7 +1,7 @@
-"""Run the trials of a sweep in processes, each on its share of the machine, and end them with a signal or by force.
+"""Run the trials of a sweep in processes, each on a share of the machine, and end processes with a signal or by force.
 
-Each process has its own session, so that Ctrl-C reaches only the sweep, which then ends its trials. If the sweep
-dies, the kernel sends them SIGTERM. This module knows nothing about metrics or methods.
+Each process has a separate session, so that Ctrl-C reaches only the sweep, and the sweep then ends all trials. If the
+sweep dies, the kernel sends SIGTERM to all processes. This module knows nothing about metrics or methods.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineShare:
-    """Name a part of this machine. Empty fields mean the whole machine, shared with other trials."""
+    """Name a part of this machine. Empty fields mean the whole machine, shared with all trials."""
 
     cores: tuple[int, ...] = ()
     gpus: tuple[str, ...] = ()
@@ -60,7 +60,7 @@ class TrialProcess:
             )
 
     def poll(self) -> int | None:
-        """Return the exit code of the trial, or None while it runs. Kill the process after its deadline."""
+        """Return the exit code of the trial, or None while it runs. Kill the process after the deadline."""
         code = self.process.poll()
         if code is None and self.deadline is not None and time.monotonic() > self.deadline:
             self.kill()
@@ -74,7 +74,7 @@ class TrialProcess:
             self.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Kill it and all its descendants now."""
+        """Kill the process and all descendants now."""
         with contextlib.suppress(psutil.NoSuchProcess):
             top = psutil.Process(self.process.pid)
             below = [top, *top.children(recursive=True)]
@@ -85,7 +85,7 @@ class TrialProcess:
 
 
 def wait_for_all(processes: Sequence[TrialProcess], request: StopRequest) -> None:
-    """Wait until all processes have ended, each within its deadline. An interrupt kills them."""
+    """Wait until all processes have ended, each within a deadline. An interrupt kills all processes."""
     while any(process.poll() is None for process in processes):
         if request.interrupted.is_set():
             for process in processes:

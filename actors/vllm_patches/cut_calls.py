@@ -1,7 +1,7 @@
-"""Answer with tool calls that a limit of tokens cut off, as OpenAI's API does.
+"""Answer with tool calls truncated at a limit of tokens, as OpenAI's API does.
 
-The answer has the arguments so far, and says that the response was cut off. vLLM does so in streams alone: an answer in
-one part has raw markup instead, or a call that looks whole.
+The answer has the arguments so far, and reports the truncation. vLLM does so in streams alone: an answer in one part
+has raw markup instead, or a call that looks whole.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class ToldCalls:
         self._calls: dict[int, list[str]] = {}  # name and arguments
 
     def add(self, delta: Any) -> None:
-        """Add what one part of a stream tells."""
+        """Add the content of one part of a stream."""
         for part in delta.tool_calls or ():
             call = self._calls.setdefault(part.index, ["", ""])
             call[0] += part.function.name or ""
@@ -35,7 +35,7 @@ class ToldCalls:
 def parsed_as_stream(
     parser: Any, text: str, ids: Sequence[int], request: Any, prompt_ids: Sequence[int]
 ) -> tuple[str | None, list[FunctionCall]]:
-    """Return the content and the calls that a fresh parser of vLLM finds in a stream of one part."""
+    """Return the content and the calls from a fresh parser of vLLM for a stream of one part."""
     calls = ToldCalls()
     delta = parser.parse_delta(text, [*ids], request, [*prompt_ids], finished=True)
     if delta is not None:
@@ -47,9 +47,9 @@ def parsed_as_stream(
 def ending_as_sampled(
     answer: Callable[..., Awaitable[Any]], cut: Callable[[], Collection[int]]
 ) -> Callable[..., Awaitable[Any]]:
-    """Return vLLM's method for a whole chat answer, which then names `length` as the end of each response cut off.
+    """Return vLLM's method for a whole chat answer, with `length` as the end of each truncated response.
 
-    vLLM names `tool_calls` if there is a call. `cut` returns the indices of the responses cut off.
+    For an answer with a call, vLLM names `tool_calls`.
     """
 
     async def ended(*args: Any, **options: Any) -> Any:
@@ -75,7 +75,7 @@ def with_whole_arguments(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _closed(arguments: str) -> dict[str, Any]:
-    """Return the members of arguments that may be cut off."""
+    """Return the members of possibly truncated arguments."""
     try:
         value = partial_json_parser.loads(arguments)
     except ValueError:

@@ -1,9 +1,9 @@
-"""Give each drafted token the sampling parameters of its request, in speculative decoding on a CPU.
+"""Give each drafted token the sampling parameters of the request, in speculative decoding on a CPU.
 
-vLLM verifies all drafted tokens of a step together, so it repeats a request's temperature, top-p and top-k for each of
-its drafts. Its kernel for CPUs writes them to a copy that it drops. Drafts would then be accepted and reported by
-temperatures from uninitialised memory, and the log-probabilities would be wrong by any amount. Its truncation to top-k
-fails in a step without a draft.
+vLLM verifies all drafted tokens of a step together, and therefore repeats a request's temperature, top-p and top-k for
+each draft. vLLM's kernel for CPUs writes the repeated values to a copy and drops the copy. Drafts would then be
+accepted and reported by temperatures from uninitialised memory, and the log-probabilities would be wrong by any amount.
+The kernel's truncation to top-k fails in a step without a draft.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def correct_drafts_on_cpu() -> None:
 def repeated_for_drafts(
     values: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: float = 0, replace_to: float = 0
 ) -> Tensor:
-    """Return each request's value once for each of its drafts, with `replace_to` in the place of `replace_from`.
+    """Return each request's value once for each draft, with `replace_to` in the place of `replace_from`.
 
     cu_num_tokens: cumulative number of drafts by request.
     """

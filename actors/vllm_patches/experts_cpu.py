@@ -1,10 +1,10 @@
-"""Record the experts that the routers of a CPU engine choose for each token, until its response is finished.
+"""Record the experts chosen by a CPU engine's routers for each token, until the response is finished.
 
-On GPUs vLLM's second model runner returns them itself. A table has a row for each place in the cache of keys and
-values, so that tokens of a shared prefix are recorded once, as they are computed once.
+On GPUs vLLM's second model runner returns the experts itself. A table has a row for each place in the cache of keys and
+values, so tokens of a shared prefix are both computed and recorded once.
 
-A request that loses its place in the cache, as after an update of the weights, computes all of its tokens again. The
-choices made when a token was first computed are kept, as on GPUs: they belong to the weights that sampled the token.
+A request that loses the place in the cache, as after an update of the weights, computes all tokens again. The choices
+of a token's first computation are kept, as on GPUs, since these choices belong to the sampling weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rlhf.errors import RunError
 
 
 class RecordedExperts:
-    """The experts chosen for the tokens whose keys and values are in an engine's cache."""
+    """The experts chosen for the tokens in an engine's cache of keys and values."""
 
     def __init__(self, runner: Any) -> None:
         groups = len(runner.kv_cache_config.kv_cache_groups)
@@ -49,14 +49,14 @@ class RecordedExperts:
         runner._update_states = update_states
 
     def capture(self, layer: int, chosen: Tensor) -> None:
-        """Note a layer's choices for the tokens of the running step. vLLM's routers call it."""
+        """Record a layer's choices for the tokens of the running step. vLLM's routers call this method."""
         mappings = get_forward_context().slot_mapping
         if mappings:  # else it is a pass without a cache
             slots = next(iter(mappings.values()))[: len(chosen)]
             self._table[slots, layer] = chosen.to(torch.int16)
 
     def of(self, request_id: str, num_tokens: int) -> np.ndarray[Any, Any]:
-        """Return the choices for the first tokens of a request that has finished in the last step."""
+        """Return the choices for the first tokens of a request finished in the last step."""
         internal_id = next(name for name in self._runner.requests if name.rpartition("-")[0] == request_id)
         return self._first_choices(internal_id, num_tokens).numpy()
 
@@ -67,7 +67,7 @@ class RecordedExperts:
             self._kept[internal_id] = self._first_choices(internal_id, request.num_tokens - 1)  # the last was not read
 
     def _first_choices(self, internal_id: str, num_tokens: int) -> Tensor:
-        """Return the choices for the first tokens of a request, each as it was first computed."""
+        """Return the choices for the first tokens of a request, each from the first computation."""
         (blocks,) = self._runner.requests[internal_id].block_ids
         places = torch.tensor(blocks)[:, None] * self._block_size + torch.arange(self._block_size)
         kept = self._kept.get(internal_id, self._table[:0])[:num_tokens]

@@ -1,8 +1,8 @@
-"""Continue the random numbers of a response whose first tokens were sampled by an earlier request.
+"""Continue the random numbers of a response begun by an earlier request.
 
 vLLM gives each request with a seed a generator, which starts anew with the request. A continued response would draw the
-same numbers twice. So its generator first skips the draws of the tokens that the response already has. vLLM's second
-model runner, its default on GPUs, needs none of this: its random numbers depend on the seed and the position.
+same numbers twice. So the response's generator first skips the draws of existing tokens. vLLM's second model runner,
+the default on GPUs, needs no such skip: the random numbers depend on the seed and the position.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ DRAWN = "rlhf_drawn"  # in SamplingParams.extra_args: number of tokens sampled b
 
 
 def continue_generators() -> None:
-    """Have vLLM's workers skip the draws of earlier requests before they sample for a continued response."""
+    """Have vLLM's workers skip the draws of earlier requests before sampling for a continued response."""
     add_request = InputBatch.add_request
 
     def skip_and_add(batch: Any, request: Any) -> Any:
@@ -32,7 +32,7 @@ def continue_generators() -> None:
 def skip_draws(generator: torch.Generator, count: int, *, vocabulary: int) -> None:
     """Advance a request's generator by the draws of `count` tokens.
 
-    On a CPU vLLM draws one integer for each token, and on a GPU one number for each entry of the vocabulary.
+    On a CPU vLLM draws an integer for each token, and on a GPU a number for each entry of the vocabulary.
     """
     if generator.device.type == "cpu":
         torch.randint(0, 2**31, (count,), generator=generator, dtype=torch.long)

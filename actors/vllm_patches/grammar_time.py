@@ -1,7 +1,7 @@
-"""Bound the processor time that the grammar of a request takes in an engine's loop.
+"""Bound the processor time of a request's grammar in an engine's loop.
 
 An ambiguous grammar, such as repetitions within repetitions, takes longer with every token, and all requests of the
-engine wait for it. This module never looks at what a grammar allows.
+engine wait for it. This module never looks at the content of a grammar.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ STEP_S = 0.5  # of processor time for one token; usual grammars take millisecond
 
 
 def bound_grammars() -> None:
-    """Let vLLM end a request as failed once its grammar takes more than STEP_S for a token."""
+    """Let vLLM end a request as failed once the grammar takes more than STEP_S for a token."""
     from vllm.v1.structured_output import backend_xgrammar
 
     if "BoundedGrammar" not in backend_xgrammar.XgrammarGrammar.__name__:
@@ -21,7 +21,7 @@ def bound_grammars() -> None:
 
 
 def bounded(grammar: type[Any]) -> type[Any]:
-    """Return a subclass of vLLM's grammar that rejects a token which took too long."""
+    """Return a subclass of vLLM's grammar that rejects a token after too long a time."""
 
     class BoundedGrammar(grammar):  # type: ignore[misc]
         mask_s = 0.0

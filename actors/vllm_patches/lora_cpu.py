@@ -1,7 +1,7 @@
-"""LoRA matrix products of a CPU engine whose requests in a step all carry the same adapter.
+"""LoRA matrix products of a CPU engine for steps with a single adapter.
 
-vLLM's CPU code gathers a copy of the adapter's matrices for every token before it multiplies them, once for each fused
-weight of a layer. With one adapter all tokens share its matrices, so a layer needs two plain products and no copy.
+vLLM's CPU code gathers a copy of the adapter's matrices for every token before the product, once for each fused weight
+of a layer. With a single adapter all tokens share the matrices, so a layer needs two plain products and no copy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 
 
 class SharedAdapterWrapper(PunicaWrapperCPU):  # type: ignore[misc]
-    """Applies the adapter in slot 0 to all tokens of a step or to none: an engine has one slot (max_loras)."""
+    """Applies the adapter in slot 0 to all tokens of a step or to no token: an engine has one slot (max_loras)."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -48,7 +48,7 @@ class SharedAdapterWrapper(PunicaWrapperCPU):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         """Return a layer's matrices, transposed: for fused weights side by side, and as the blocks of a diagonal.
 
-        They are recomputed after vLLM has written to its matrices, as it does when it loads an adapter.
+        The matrices are recomputed after vLLM has written to vLLM's matrices, as in loading an adapter.
         """
         version = sum(matrix._version for matrix in (*lora_a_stacked, *lora_b_stacked))
         key = lora_a_stacked[0].data_ptr()
@@ -59,14 +59,14 @@ class SharedAdapterWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         return self._fused[key][1:]
 
     def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, **options: Any) -> None:
-        """Add the adapter's output to the embeddings `y`; `x` holds the tokens' rows of its first matrix."""
+        """Add the adapter's output to the embeddings `y`; `x` holds the tokens' rows of the adapter's first matrix."""
         if self.is_applied:
             y.addmm_(x, lora_b_stacked[0, 0].T)
 
     def add_lora_logits(
         self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **options: Any
     ) -> None:
-        """Add the adapter's output to the logits `y`. vLLM also asks for it where the adapter leaves the head alone."""
+        """Add the adapter's output to the logits `y`. vLLM also calls this method for an adapter without the head."""
         lora_a, lora_b = lora_a_stacked[0, 0], lora_b_stacked[0, 0]
         if self.is_applied and lora_a.any():
             shared = min(y.shape[-1], len(lora_b))  # either may be padded

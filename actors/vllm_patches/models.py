@@ -1,4 +1,4 @@
-"""Correct two of vLLM's models, which are wrong on every device. Each is corrected once it is created."""
+"""Correct two of vLLM's models, which are wrong on every device. Each model is corrected right after creation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 
 def correct_models() -> None:
-    """Have vLLM's workers correct the models of `CORRECTIONS` before they load weights."""
+    """Have vLLM's workers correct the models of `CORRECTIONS` before loading weights."""
     create = BaseModelLoader.create_model
 
     def create_corrected(loader: Any, *args: Any, **kwargs: Any) -> nn.Module:
@@ -23,7 +23,7 @@ def correct_models() -> None:
 
 
 def spare_unused_norms(model: Any) -> None:
-    """Let files lack the norms behind A.X-K1's dense layers. vLLM creates these norms and never computes them."""
+    """Let files lack the norms behind A.X-K1's dense layers. vLLM creates such norms without ever computing a norm."""
     load = model.load_weights
     unused = {
         f"model.layers.{index}.post_mlp_layernorm.weight"
@@ -34,7 +34,8 @@ def spare_unused_norms(model: Any) -> None:
 
 
 def embed_for_layers(model: Any) -> None:
-    """Compute the embeddings that Gemma 3n adds to each layer. vLLM does so only in its model that reads images."""
+    """Compute the embeddings that Gemma 3n adds to each layer. vLLM computes the embeddings only in the model for
+    images."""
     forward = model.forward
 
     def forward_with_embeddings(

@@ -1,6 +1,6 @@
-"""Let vLLM load the biases of choice that a model's files keep among its experts, such as Laguna's.
+"""Let vLLM load the biases of choice stored among the experts in a model's files, such as Laguna's.
 
-vLLM's loader of experts knows their matrices alone. It drops every other weight without an error.
+vLLM's loader of experts knows only the experts' matrices, and drops every further weight without an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BIAS = "e_score_correction_bias"
 
 
 def load_biases_of_experts() -> None:
-    """Have vLLM's workers load these biases, from a folder and in a sync."""
+    """Have vLLM's workers load biases of choice, from a folder and in a sync."""
     load_matrices = RoutedExperts.load_weights
 
     def load(experts: Any, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
@@ -30,7 +30,7 @@ def load_biases_of_experts() -> None:
 def _without_bias(
     experts: Any, weights: Iterable[tuple[str, Tensor]], loaded: list[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield all weights except the bias, which is loaded here and named in `loaded`."""
+    """Yield all weights except the bias. The bias is loaded here and named in `loaded`."""
     for name, weight in weights:
         bias = getattr(experts, BIAS) if name == BIAS else None
         if bias is None:

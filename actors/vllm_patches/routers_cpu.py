@@ -1,7 +1,8 @@
-"""Let the routers of a CPU engine choose experts by their biases.
+"""Let the routers of a CPU engine choose experts by biases.
 
-vLLM's router for CPUs reads a bias of choice only if the experts form groups. Without groups it scores by a softmax and
-drops the bias, as for ERNIE 4.5, or refuses sigmoids. One group of all experts is the choice that it lacks.
+vLLM's router for CPUs reads a bias of choice only if the experts form groups. Without groups the router scores by a
+softmax and drops the bias, as for ERNIE 4.5, or refuses sigmoids. A single group of all experts gives the missing
+choice by bias.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from vllm.platforms import current_platform
 
 
 def choose_by_bias_on_cpu() -> None:
-    """Have vLLM's workers on CPUs build routers that read their biases."""
+    """Have vLLM's workers on CPUs build routers that read biases."""
     if not current_platform.is_cpu():
         return
     build = CPURouter.__init__
@@ -26,7 +27,7 @@ def choose_by_bias_on_cpu() -> None:
 
 
 def put_in_a_group(router: Any) -> None:
-    """Put all experts of a router into one group, if it has a bias that vLLM would not read."""
+    """Put all experts of a router into one group, if vLLM would not read the router's bias."""
     reads_bias = router.use_grouped_topk or router.custom_routing_function or router.scoring_func == "sqrtsoftplus"
     if router.e_score_correction_bias is not None and not reads_bias:
         router.use_grouped_topk, router.num_expert_group, router.topk_group = True, 1, 1

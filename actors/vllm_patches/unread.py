@@ -1,7 +1,7 @@
-"""Note which weights of a model's files vLLM does not read while it loads them.
+"""Record the weights of a model's files that vLLM does not read while loading.
 
-vLLM's loaders pass over many weights that they do not know, often without an error. A weight counts as read once an
-operation has read its values, or the model holds its memory.
+vLLM's loaders pass over many unknown weights, often without an error. A weight counts as read once an operation has
+read the values, or the model holds the weight's memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TRANSFORMERS = "vllm.model_executor.models.transformers"  # for models that vLLM
 
 
 class UnreadWeights(TorchDispatchMode):
-    """The weights whose values no operation has read inside. Only views have been taken of them."""
+    """The weights without any read of values inside. Only views have been taken."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,13 +38,13 @@ class UnreadWeights(TorchDispatchMode):
             yield name, weight
 
     def mark_read(self, values: Iterable[Any]) -> None:
-        """Forget the weights in whose memory one of the values lies."""
+        """Forget the weights that share memory with any of the values."""
         for value in values:
             if isinstance(value, Tensor):
                 self._noted.pop(value.untyped_storage()._cdata, None)
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and forget the weights that it reads."""
+        """Run an operation, and forget the weights read by the operation."""
         if not operation.is_view:
             self.mark_read(tree_leaves((args, kwargs)))
         return operation(*args, **(kwargs or {}))
@@ -70,7 +70,7 @@ def note_unread_weights() -> None:
 def unread_weights(model: Any) -> frozenset[str]:
     """Return the names of a loaded model's unread weights.
 
-    None for a class of transformers. vLLM loads it strictly, and changes it so that it cannot be created again.
+    A class of transformers gives no name. vLLM loads such a class strictly, and prevents a second creation.
     """
     if type(model).__module__.startswith(TRANSFORMERS):
         return frozenset()

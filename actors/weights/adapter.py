@@ -1,4 +1,5 @@
-"""The transport of a LoRA adapter: the policy writes a small folder and the engines load it over the previous one.
+"""The transport of a LoRA adapter: the policy writes a small folder, and the engines load the folder over the previous
+adapter.
 
 The folder is in the run folder and visible to all hosts. The base model's weights never travel, because engines and
 policy load the same model folder at the start.
@@ -29,10 +30,10 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's f
 
 
 class AdapterSender(WeightSender):
-    """The policy's end, which writes the folder.
+    """The policy's end, for writing the folder.
 
     `config` is peft's, as in adapter_config.json. `base` names the adapted model. A new adapter is the same for all
-    models of a shape, and the checksum must tell them apart.
+    models of a shape, and the checksum must still distinguish the models.
     """
 
     transport = "adapter"
@@ -46,7 +47,7 @@ class AdapterSender(WeightSender):
             write_atomic(folder / CONFIG, json.dumps(dict(config)))
 
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
-        """Write the adapter. Returns None on ranks other than 0."""
+        """Write the adapter. Returns None on all ranks but 0."""
         tensors = {
             name: weight.detach().to("cpu").clone(memory_format=torch.contiguous_format)
             for name, weight in named_weights

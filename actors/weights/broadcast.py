@@ -1,8 +1,8 @@
 """Weights by broadcast, from the policy's first rank to every worker of every engine, in buckets.
 
 The transports gloo (between CPU hosts) and nccl (between GPUs) differ only in the process group and the device. The
-group is separate from the trainer's and from vLLM's own, and every operation on it has a deadline. The weights are
-gathered twice, for the checksum and for the broadcast, so that no copy of all of them is kept.
+group is separate from the trainer's and from vLLM's own, and every operation of the group has a deadline. The weights
+are gathered twice, for the checksum and for the broadcast, so that no copy of all weights is held.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ WATCHDOG_LATER_S = 60.0  # NCCL's watchdog would kill the process, so its limit 
 
 
 def open_group(method: Method, meeting: Meeting, rank: int) -> Any:
-    """Connect a process group for the weights. It blocks until all members have come.
+    """Connect a process group for the weights. The call blocks until all members have come.
 
-    RunError: the members do not come within timeout_s.
+    RunError: a member does not come within timeout_s.
     """
     group = _new_group(method, meeting, rank)
     first = torch.zeros(1, dtype=torch.uint8, device=group_device(method))  # NCCL connects at its first use
@@ -64,9 +64,9 @@ def _new_group(method: Method, meeting: Meeting, rank: int) -> Any:
 
 
 def broadcast(group: Any, tensor: Tensor, *, limit_s: float) -> None:
-    """Send a tensor from rank 0 to all others and wait for it. RunError at the limit or if a peer is gone.
+    """Send a tensor from rank 0 to all ranks, and wait for the end. RunError at the limit or if a peer is gone.
 
-    NCCL notices no dead peer on its host, and NCCL's `wait` only orders streams. This function therefore polls the
+    NCCL notices no dead peer on the same host, and NCCL's `wait` only orders streams. This function therefore polls the
     broadcast. At the limit the group is aborted. Otherwise the kernel would occupy the GPU, and NCCL's watchdog would
     end the process.
     """
@@ -93,7 +93,7 @@ def broadcast(group: Any, tensor: Tensor, *, limit_s: float) -> None:
 
 
 class BroadcastSender(WeightSender):
-    """The policy's end, between CPU hosts. It meets the receivers when it is created. Only rank 0 is in the group."""
+    """The policy's end, between CPU hosts. The sender meets the receivers on creation. Only rank 0 is in the group."""
 
     transport: ClassVar[Method] = "gloo"
     meets = True
@@ -110,7 +110,7 @@ class BroadcastSender(WeightSender):
         return {"bucket_bytes": BUCKET_BYTES}
 
     def send(self, manifest: WeightManifest, named_weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Broadcast the weights, while every receiver is in its update."""
+        """Broadcast the weights, while every receiver is in an update."""
         if self.memory is None or self.meeting is None:
             iterate(named_weights)
             return
@@ -118,7 +118,7 @@ class BroadcastSender(WeightSender):
             broadcast(self.group, bucket, limit_s=self.meeting.timeout_s)
 
     def settle(self) -> None:
-        """Free the bucket's memory, because training needs it on a GPU."""
+        """Free the bucket's memory, because training needs the memory on a GPU."""
         if self.memory is not None:
             self.memory = Scratch(self.memory.flat.device)
 

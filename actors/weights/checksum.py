@@ -1,7 +1,7 @@
-"""The checksum of published weights, taken where they lie: xxh3-64 on a CPU, a weighted sum of 64-bit words on a GPU.
+"""The checksum of published weights, taken in place: xxh3-64 on a CPU, a weighted sum of 64-bit words on a GPU.
 
-Both ends of a transport hold the weights in the same kind of memory, so they take the same kind of sum. A GPU would
-have to send every byte to its host for xxh3.
+Both ends of a transport hold the weights in the same kind of memory, so both take the same kind of sum. A GPU would
+have to send every byte to the host for xxh3.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ WEIGHT_STEP = -7046029254386353131  # 2^64 / golden ratio: it spreads the weight
 
 
 class Checksum:
-    """Sums up bytes in parts of whole 64-bit words, all of them on a CPU or on one GPU."""
+    """Sums up bytes in parts of whole 64-bit words, all on a CPU or on one GPU."""
 
     def __init__(self) -> None:
         self._xxh3 = xxhash.xxh3_64()
@@ -43,7 +43,7 @@ def weighted_sum(words: Int64[Tensor, " words"], *, first: int) -> Int64[Tensor,
     """Return the sum of word * weight modulo 2^64. Each place in the whole run has a different odd weight.
 
     An odd weight has an inverse, so a change of one word always changes the sum. The weights differ, so swapped words
-    change it too.
+    change the sum too.
     """
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     for begin in range(0, len(words), CHUNK_WORDS):

@@ -1,8 +1,8 @@
-"""Weights between processes with shared GPUs: an engine's worker opens the trainer's memory by its CUDA handles.
+"""Weights between processes with shared GPUs: an engine's worker opens the trainer's memory by CUDA handles.
 
-Every rank next to an engine copies all weights to their shared GPU. The memory is freed once the engines have loaded,
-because training needs it. CUDA frees it only after its receiver has opened and closed it, so a rank without an engine
-must not offer any.
+Every rank next to an engine copies all weights to the shared GPU. The memory is freed after the engines' loading,
+because training needs the memory. CUDA frees the memory only after a receiver has opened and closed the handles, so a
+rank without an engine must not offer memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class IpcSender(WeightSender):
     memory: DeviceParts | None = None
 
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
-        """Copy the weights to this rank's GPU and exchange handles. Returns None on ranks other than 0."""
+        """Copy the weights to this rank's GPU and exchange handles. Returns None on all ranks but 0."""
         handles: list[Any] = [None] * dist.get_world_size()
         if self.beside_engine:
             self.memory = DeviceParts(torch.device("cuda", torch.cuda.current_device()))
@@ -51,7 +51,7 @@ class IpcSender(WeightSender):
 
 
 class DeviceParts:
-    """Memory on a GPU, in one part for each weight, since a gathered weight is valid only until the next one."""
+    """Memory on a GPU, with a part for each weight, since a gathered weight is valid only until the next weight."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -63,10 +63,10 @@ class DeviceParts:
         return self.parts[-1]
 
     def handles(self) -> tuple[str, list[Any]]:
-        """Return the GPU, and a handle of each part for other processes."""
+        """Return the GPU, and a handle of each part for receiving processes."""
         return gpu_uuid(self.device), [reduce_tensor(part)[1] for part in self.parts]
 
 
 def gpu_uuid(device: torch.device) -> str:
-    """Return the id of the physical GPU. It does not depend on a process's CUDA_VISIBLE_DEVICES."""
+    """Return the id of the physical GPU. The id does not depend on a process's CUDA_VISIBLE_DEVICES."""
     return str(torch.cuda.get_device_properties(device).uuid)

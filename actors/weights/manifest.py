@@ -1,7 +1,8 @@
-"""The description of published weights: names, layout, version and checksum. The trainer makes it, engines read it.
+"""The description of published weights: names, layout, version and checksum.
 
-All transports use the same layout: one flat run of bytes in the order of the trainer's names, each tensor at a 64-byte
-boundary. The checksum is of that run. This module moves no bytes.
+The trainer writes the description, and engines read the description. All transports use the same layout: one flat run
+of bytes in the order of the trainer's names, each tensor at a 64-byte boundary. The checksum covers the whole run. This
+module moves no bytes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class WeightManifest:
     def views(
         self, flat: UInt8[Tensor, " bytes"], first: int = 0, last: int | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights from `first` until `last` as views of `flat`, which begins with `first`."""
+        """Yield the weights from `first` until `last` as views of `flat`. `flat` begins with `first`."""
         for i in range(first, len(self.names) if last is None else last):
             begin = self.offsets[i] - self.offsets[first]
             yield self.names[i], tensor_view(flat, begin, getattr(torch, self.dtypes[i]), self.shapes[i])
@@ -53,9 +54,9 @@ def tensor_view(flat: UInt8[Tensor, " bytes"], offset: int, dtype: torch.dtype, 
 
 
 def buckets(offsets: Sequence[int], nbytes: int, *, limit: int) -> list[tuple[int, int, int, int]]:
-    """Split the run into buckets of whole tensors, at most `limit` bytes each unless one tensor is larger.
+    """Split the run into buckets of whole tensors, at most `limit` bytes each unless a single tensor is larger.
 
-    A bucket is (first tensor, one past the last, first byte, one past the last).
+    A bucket is (first tensor, end of the tensors, first byte, end of the bytes), with exclusive ends.
     """
     ends = [*offsets[1:], nbytes]
     runs: list[tuple[int, int, int, int]] = []

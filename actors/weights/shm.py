@@ -1,8 +1,8 @@
 """Weights in shared memory without a name: trainer and engines on one host, no copy in between.
 
 The trainer's first rank creates a memfd, and the engines open it through the process's entry in /proc. Nothing appears
-in /dev/shm, other users cannot open the memory, and the kernel frees it when the processes end, even by a kill. It is
-written in place at every sync, so both sides keep their mapping and its pages.
+in /dev/shm, other users cannot open the memory, and the kernel frees the memory when the processes end, even by a kill.
+Every sync writes in place, so both sides keep the mapping and the pages.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ShmSender(WeightSender):
 
 
 class SharedMemory:
-    """Shared memory that grows on demand. Processes of the same user and host open it by its path."""
+    """Shared memory that grows on demand. Processes of the same user and host open the memory by path."""
 
     def __init__(self) -> None:
         self.descriptor = memfd("rlhf-weights")

@@ -1,7 +1,7 @@
 """The policy's end of every transport: weights as one flat run of bytes, with the checksum of the run.
 
-It runs in the policy's process. Iterating the weights may be a collective, so every rank does it, and only rank 0 keeps
-the weights. It must never write to memory in use by an engine.
+The sender runs in the policy's process. Iterating the weights may be a collective, so every rank iterates, and only
+rank 0 stores the weights. The sender must never write to memory in use by an engine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from actors.weights.manifest import WeightManifest, aligned, buckets, tensor_vie
 
 
 class FlatMemory(Protocol):
-    """Memory for a flat run of bytes. It need not hold the whole run at once."""
+    """Memory for a flat run of bytes. The memory need not hold the whole run at once."""
 
     def region(self, begin: int, end: int) -> UInt8[Tensor, " bytes"]:
         """Return the memory for the bytes from `begin` to `end` of the run."""
@@ -27,7 +27,7 @@ class FlatMemory(Protocol):
 
 
 class Scratch:
-    """Memory that holds one region at a time: the next overwrites it."""
+    """Memory for one region at a time: the next region overwrites the last."""
 
     def __init__(self, device: torch.device) -> None:
         self.flat = torch.empty(0, dtype=torch.uint8, device=device)
@@ -51,13 +51,13 @@ class Meeting:
 
 
 class WeightSender:
-    """The policy's end of a transport, one on every rank. In a sync: publish, send, settle.
+    """The policy's end of a transport, with an object on every rank. In a sync: publish, send, settle.
 
-    Iterating the weights may be a collective: in `publish` all ranks do, in `send` all or none, as the transport needs.
-    Most transports stage the weights in the memory of rank 0, and the engines read them without `send`.
+    Iterating the weights may be a collective: in `publish` all ranks iterate, in `send` all or no rank, depending on
+    the transport. Most transports stage the weights in the memory of rank 0, and the engines read them without `send`.
 
     Args:
-        meeting: where a broadcast meets its receivers.
+        meeting: the meeting point of a broadcast's receivers.
         beside_engine: an engine shares this rank's GPU.
     """
 
@@ -72,7 +72,7 @@ class WeightSender:
         self.beside_engine = beside_engine
 
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
-        """Stage the weights and describe them. Returns None on ranks other than 0."""
+        """Stage and describe the weights. Returns None on all ranks but 0."""
         if self.memory is None:
             iterate(named_weights)
             return None
@@ -85,11 +85,11 @@ class WeightSender:
         )
 
     def fields(self) -> Mapping[str, Any]:
-        """Return the values in the manifest that only this transport's receiver reads."""
+        """Return the manifest's values for this transport's receiver alone."""
         return {}
 
     def send(self, manifest: WeightManifest, named_weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Send the same weights while the engines receive, unless the engines read them by themselves."""
+        """Send the same weights while the engines receive, unless the engines read the weights by themselves."""
 
     def settle(self) -> None:
         """Free memory used only for the transfer. Called after the engines have loaded."""
@@ -112,9 +112,9 @@ def stage(
     transport: str,
     fields: Mapping[str, Any],
 ) -> WeightManifest:
-    """Copy the weights into `memory` and describe them.
+    """Copy the weights into `memory`, and describe the weights.
 
-    Each tensor is hashed straight after its copy, while it is still in the cache.
+    Each tensor is hashed right after the copy, while still in the cache.
     """
     names: list[str] = []
     dtypes: list[str] = []

@@ -1,8 +1,8 @@
-"""The `worker_extension_cls` of vLLM: its workers import this module before they load a model.
+"""The `worker_extension_cls` of vLLM: vLLM's workers import this module before loading a model.
 
-It registers the weight transports and the LoRA products for CPUs, continues the random numbers of carried responses,
-notes which weights vLLM does not read, and corrects some of its models, its loader of experts, and on CPUs speculative
-decoding and routers. vLLM mixes the class into its worker class: `self` is the worker.
+The module registers the weight transports and the LoRA products for CPUs, continues the random numbers of carried
+responses, records weights that vLLM does not read, and corrects some of vLLM's models, vLLM's loader of experts, and on
+CPUs speculative decoding and routers. vLLM mixes the class into the worker class: `self` is the worker.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class WorkerExtension:
         return checksum
 
     def unread_weights(self) -> frozenset[str]:
-        """Return the names of the weights in the model's files that this worker has not read."""
+        """Return the names of the weights in the model's files not read by this worker."""
         return unread_weights(self.model_runner.get_model())
 
     def record_experts(self) -> None:
-        """Record from now on which experts the routers choose."""
+        """Record the routers' choices of experts from now on."""
         self.recorded_experts = RecordedExperts(self.model_runner)
 
     def experts_of(self, request_id: str, num_tokens: int) -> Any:
-        """Return the experts chosen for the first tokens of a request that has finished in the last step."""
+        """Return the experts chosen for the first tokens of a request finished in the last step."""
         return self.recorded_experts.of(request_id, num_tokens)
 
     def gpu_peak_gib(self) -> float | None:

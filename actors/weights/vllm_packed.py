@@ -1,8 +1,9 @@
 """Loads weights into a CPU engine in one pass: each matrix is packed directly from the received memory.
 
-vLLM's general reload allocates every layer again, copies the weights in, packs them, and copies them once more. Here q,
-k, v are adjacent in the flat run, as are gate and up, so the fused matrix is a view of it. Only plain decoders on one
-CPU worker are loaded so. It must never guess at a model whose loading does more than rename and fuse.
+vLLM's general reload allocates every layer again, copies the weights in, packs the weights, and copies once more. Here
+q, k, v are adjacent in the flat run, as are gate and up, so the fused matrix is a view of the run. Only plain decoders
+on one CPU worker are loaded so. The module must never guess at a model with more than renaming and fusing in the
+loading.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def load_packed(model: Any, weights: Mapping[str, Tensor]) -> None:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Return the parts stacked: a view if they are adjacent in memory, else a copy."""
+    """Return the parts stacked: a view for parts adjacent in memory, else a copy."""
     first = parts[0]
     end = first.data_ptr()
     for part in parts:
@@ -79,9 +80,8 @@ def _split(name: str) -> tuple[str, str, str]:
 
 
 def _pack(module: Any, parameter: nn.Parameter, weight: Tensor) -> None:
-    """Create the layer's packed weight. The parameter keeps its place: empty, or (for kernels without
-    packing) a copy.
-    """
+    """Create the layer's packed weight. The parameter stays in place: empty, or (for kernels without packing) a
+    copy."""
     if weight.shape != (module.output_size, module.input_size):
         raise RunError(
             f"weight sync: {module.prefix} has the shape {(module.output_size, module.input_size)} in the engine and "

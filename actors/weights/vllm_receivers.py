@@ -23,13 +23,13 @@ _DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor: the sender's device index, which
 
 
 class ShmEngine(ReloadEngine):
-    """Reads the memory in place. It stays mapped from one sync to the next."""
+    """Reads the memory in place. The memory stays mapped from one sync to the next."""
 
     mapped: tuple[str, int, int] = ("", 0, 0)  # path, inode and size of the memory that `flat` maps
     flat = torch.empty(0, dtype=torch.uint8)
 
     def receive(self, manifest: WeightManifest) -> None:
-        """Load every tensor out of the mapped memory, and at the same time take the checksum of its bytes."""
+        """Load every tensor out of the mapped memory, and at the same time take the checksum of the bytes."""
         path = manifest.fields["path"]
         published = (path, os.stat(path).st_ino, manifest.nbytes)  # another process may come to have the same path
         if published != self.mapped:
@@ -48,7 +48,7 @@ class ShmEngine(ReloadEngine):
 
 
 class GlooEngine(ReloadEngine):
-    """Receives bucket after bucket. A bucket is freed when its layers are loaded."""
+    """Receives bucket after bucket. A bucket is freed when the bucket's layers are loaded."""
 
     method: ClassVar[Method] = "gloo"
     group: Any = None
@@ -85,13 +85,14 @@ class NcclEngine(GlooEngine):
     method: ClassVar[Method] = "nccl"
 
     def init_transfer_engine(self, init_info: MeetingInfo) -> None:
-        """Meet the sender without the NCCL settings pinned by VLLM_BATCH_INVARIANT, because the sender lacks them."""
+        """Meet the sender without the NCCL settings pinned by VLLM_BATCH_INVARIANT, because the sender has no such
+        settings."""
         with unpinned_nccl_env():
             super().init_transfer_engine(init_info)
 
 
 class IpcEngine(ReloadEngine):
-    """Opens the memory of the trainer rank on the same GPU for the time of one update."""
+    """Opens the memory of the trainer rank on the same GPU for the time of an update."""
 
     def receive(self, manifest: WeightManifest) -> None:
         """Load from the trainer's memory and take the checksum of the loaded bytes."""

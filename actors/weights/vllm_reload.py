@@ -1,8 +1,8 @@
 """Loads published weights into a running vLLM model: the common part of all receiving ends.
 
-vLLM packs weights for its kernels after loading, so they cannot be copied into the parameters. Plain decoders on a CPU
-are packed again in one pass. For all others vLLM's `initialize_layerwise_reload` puts each layer back into its loadable
-form, and the layer is packed again once its weights have arrived.
+vLLM packs weights for its kernels after loading, so new weights cannot be copied into the parameters. Plain decoders on
+a CPU are packed again in one pass. For all further models vLLM's `initialize_layerwise_reload` puts each layer back
+into the loadable form, and the layer is packed again once all weights of the layer have arrived.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from rlhf.errors import RunError
 
 @dataclass
 class MeetingInfo(WeightTransferInitInfo):  # type: ignore[misc]
-    """Where the receivers of a broadcast meet the sender. Other transports have no meeting."""
+    """The meeting point of a broadcast's receivers and the sender. Only broadcasts have a meeting."""
 
     meeting: Meeting | None
     first_rank: int  # at the meeting, of this engine's first worker
@@ -53,20 +53,20 @@ class ManifestInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
 
 
 class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ignore[misc]
-    """A receiving end that loads whole, named weights. Its worker runs no step between start and finish."""
+    """A receiving end for whole, named weights. The worker runs no step between start and finish."""
 
     init_info_cls = MeetingInfo
     update_info_cls = ManifestInfo
     checksum = ""  # of the bytes last received
 
     def init_transfer_engine(self, init_info: MeetingInfo) -> None:
-        """Connect to the sender, if the transport needs it."""
+        """Connect to the sender, if needed by the transport."""
 
     def shutdown(self) -> None:
-        """Free what stays open between updates."""
+        """Free everything still open between updates."""
 
     def receive(self, manifest: WeightManifest) -> None:
-        """Receive the published weights, give them to `load`, and set `checksum`."""
+        """Receive the published weights, pass the weights to `load`, and set `checksum`."""
         raise NotImplementedError
 
     def receive_weights(self, update_info: ManifestInfo) -> None:
@@ -74,7 +74,7 @@ class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ig
         self.receive(update_info.manifest)
 
     def start_weight_update(self) -> None:
-        """Put the model into its loadable form."""
+        """Put the model into loadable form."""
         self.packs = loads_packed(self.model, device=self.device, num_workers=self.parallel_config.world_size)
         if not self.packs:
             if self.device.type == "cpu":
@@ -96,7 +96,7 @@ class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ig
             torch.cuda.synchronize(self.device)
 
     def load(self, named_weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Give all weights to the model. It fuses q, k, v and gate, up. RunError if some are missing."""
+        """Give all weights to the model. The model fuses q, k, v and gate, up. RunError for missing weights."""
         if self.packs:
             load_packed(self.model, dict(named_weights))
             return

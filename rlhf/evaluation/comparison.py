@@ -1,49 +1,78 @@
-"""Compare a run's first and last evaluation, with their intervals.
-
-The module reads the files in evals/ and measures nothing.
-"""
+"""Compare a run's first and last evaluation, with intervals. The files in evals/ hold the numbers."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ValidationError
+
+from rlhf.evaluation.statistics import Estimate
+from rlhf.tracking.run_folder.atomic import read_object
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
+class WrittenSet(BaseModel):
+    """The numbers of one evaluation set, as read from a file."""
+
+    num_rows: int
+    metrics: dict[str, Estimate]
+
+
+class WrittenEvaluation(BaseModel):
+    """An evaluation, as read from a file."""
+
+    passing: str | None = None
+    sets: dict[str, WrittenSet]
+
+
+def read_evaluations(folder: Path) -> Iterator[tuple[int, WrittenEvaluation]]:
+    """Yield the evaluations of a run by step, and of an evaluation stage as step 0.
+
+    A file of another program, without numbers, is left out.
+    """
+    paths = {int(path.stem[5:]): path for path in folder.glob("evals/step_*.json") if path.stem[5:].isdecimal()}
+    if (folder / "eval.json").exists():
+        paths[0] = folder / "eval.json"
+    for step, path in sorted(paths.items()):
+        with suppress(ValidationError):
+            yield step, WrittenEvaluation.model_validate(read_object(path) or {})
+
+
+def comparison_rows(first: Mapping[str, WrittenSet], last: Mapping[str, WrittenSet]) -> Iterator[list[str]]:
+    """Yield set, metric, first value, last value and change. The set stands in the first row of the set alone."""
+    for name, results in last.items():
+        earlier = first[name].metrics if name in first else {}
+        for index, (metric, now) in enumerate(results.metrics.items()):
+            before = earlier.get(metric)
+            change = "" if before is None else f"{now.value - before.value:+.3g}"
+            heading = f"{name} ({results.num_rows})" if index == 0 else ""
+            yield [heading, metric, "-" if before is None else str(before), str(now), change]
+
+
 def before_after(folder: Path) -> Table | None:
-    """Return a table with a line per metric of each set, or None for a run with fewer than two evaluations of
+    """Return a table with one line per metric of each set, or None if the run has fewer than two evaluations of
     responses."""
     from rich.table import Table
 
-    steps = sorted((folder / "evals").glob("step_*.json"))
-    if len(steps) < 2:
+    evaluations = list(read_evaluations(folder))
+    if len(evaluations) < 2:
         return None
-    before, after = (json.loads(path.read_text(encoding="utf-8")) for path in (steps[0], steps[-1]))
-    first, last, passing = before["sets"], after["sets"], after["passing"]
-    names = [str(int(path.stem.removeprefix("step_"))) for path in (steps[0], steps[-1])]
+    (start, first), (end, last) = evaluations[0], evaluations[-1]
     table = Table(
         title=f"{folder.name}: evaluation, with 95 % intervals",
-        caption=None if passing is None else f"A response passes with {passing}.",
+        caption=None if last.passing is None else f"A response passes with {last.passing}.",
     )
     for heading in ("set", "metric"):
         table.add_column(heading)
-    for name in names:
-        table.add_column(f"step {name}", justify="right")
-    for name, report in last.items():
-        earlier = first.get(name, {"metrics": {}})["metrics"]
-        for index, (metric, estimate) in enumerate(report["metrics"].items()):
-            heading = f"{name} ({report['num_rows']})" if index == 0 else ""
-            table.add_row(heading, metric, _formatted(earlier.get(metric)), _formatted(estimate))
-        table.add_section()
+    for step in (start, end):
+        table.add_column(f"step {step}", justify="right")
+    for heading, *cells, _ in comparison_rows(first.sets, last.sets):
+        if heading:
+            table.add_section()
+        table.add_row(heading, *cells)
     return table
-
-
-def _formatted(estimate: dict[str, Any] | None) -> str:
-    if estimate is None:
-        return "-"
-    if estimate["low"] is None:
-        return f"{estimate['value']:.4g}"
-    return f"{estimate['value']:.4g} ({estimate['low']:.3g} to {estimate['high']:.3g})"

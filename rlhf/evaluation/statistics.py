@@ -26,6 +26,10 @@ class Estimate:
     low: float | None  # None: a single prompt gives no interval
     high: float | None
 
+    def __str__(self) -> str:
+        interval = "" if self.low is None or self.high is None else f" ({self.low:.3g} to {self.high:.3g})"
+        return f"{self.value:.4g}{interval}"
+
 
 def pass_at_k(passed: Sequence[bool], *, k: int) -> float:
     """Return the probability that at least one of k samples passes, for c passes among n samples.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 from rlhf.config.schema.sweep import Sweep
 from rlhf.sweeps.journal import Journal
 from rlhf.sweeps.trial_results import SweepResult, TrialResult, format_value, judged_folder, metric_values
+from rlhf.tracking.display.plots import plain_axes
 
 _PANEL_INCHES = (4.2, 3.2)
 _COLUMNS = 3
@@ -64,7 +64,7 @@ def _against(sweep: Sweep, rows: Sequence[TrialResult], keys: Sequence[str], out
         axes.set_title(key, fontsize=10, loc="left")
         if place % columns == 1 or columns == 1:
             axes.set_ylabel(sweep.metric, fontsize=9)
-        _plain(axes)
+        plain_axes(axes)
     figure.savefig(output, dpi=120)
     return output
 
@@ -109,12 +109,6 @@ def _curves(sweep: Sweep, journal: Journal, rows: Sequence[TrialResult], output:
     axes.set_title(sweep.metric, fontsize=10, loc="left")
     if len(rows) <= 12:
         axes.legend(fontsize=8, frameon=False)
-    _plain(axes)
+    plain_axes(axes)
     figure.savefig(output, dpi=120)
     return output
-
-
-def _plain(axes: Any) -> None:
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -16,10 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
-
 from rlhf.config.files.differences import portable
 from rlhf.config.files.yaml_tree import from_yaml
+from rlhf.evaluation.comparison import comparison_rows, read_evaluations
 from rlhf.tracking.diagnosis.diagnose import Diagnosis
 from rlhf.tracking.diagnosis.findings import Finding
 from rlhf.tracking.formatting import duration, number
@@ -197,40 +196,12 @@ def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -
     return {"title": title, "headings": headings, "rows": list(rows)}
 
 
-class _Estimate(BaseModel):
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    def __str__(self) -> str:
-        interval = "" if self.low is None or self.high is None else f" ({self.low:.3g} to {self.high:.3g})"
-        return f"{self.value:.4g}{interval}"
-
-
-class _Set(BaseModel):
-    num_rows: Any = "?"
-    metrics: dict[str, _Estimate] = {}
-
-
-_SETS = TypeAdapter(dict[str, _Set])
-
-
-def _evaluations(folder: Path) -> Iterator[tuple[int, dict[str, _Set]]]:
-    """Yield the evaluations of a run by step. A file of another program, without numbers, is left out."""
-    paths = {int(path.stem[5:]): path for path in folder.glob("evals/step_*.json") if path.stem[5:].isdecimal()}
-    if (folder / "eval.json").exists():
-        paths[0] = folder / "eval.json"
-    for step, path in sorted(paths.items()):
-        with suppress(ValidationError):
-            yield step, _SETS.validate_python((read_object(path) or {}).get("sets"))
-
-
 def _numbers(folder: Path, columns: Mapping[str, Column]) -> Iterator[dict[str, Any]]:
     """Yield the evaluations with their intervals, and the training metrics, at the beginning and at the end."""
-    evaluations = list(_evaluations(folder))
+    evaluations = list(read_evaluations(folder))
     if evaluations:
         (start, first), (end, last) = evaluations[0], evaluations[-1]
-        rows = list(_estimates(first, last))
+        rows = list(comparison_rows(first.sets, last.sets))
         headings = ["set", "metric", f"step {start} (95 % interval)", f"step {end} (95 % interval)", "change"]
         if start == end:
             headings, rows = ["set", "metric", "value (95 % interval)"], [row[:3] for row in rows]
@@ -242,16 +213,6 @@ def _numbers(folder: Path, columns: Mapping[str, Column]) -> Iterator[dict[str, 
     shown = {key: columns[key] for key in _MAIN if key in columns and columns[key].count >= 2 * _AVERAGED}
     rows = [_change(key, *(sum(end) / _AVERAGED for end in (of.first, of.last))) for key, of in shown.items()]
     yield _table(f"Training, mean of {_AVERAGED} steps", ["metric", "first", "last", "change"], rows)
-
-
-def _estimates(first: Mapping[str, _Set], last: Mapping[str, _Set]) -> Iterator[list[str]]:
-    for name, results in last.items():
-        earlier = first[name].metrics if name in first else {}
-        for index, (metric, now) in enumerate(results.metrics.items()):
-            before = earlier.get(metric)
-            change = "" if before is None else f"{now.value - before.value:+.3g}"
-            named = f"{name} ({results.num_rows})" if index == 0 else ""
-            yield [named, metric, "-" if before is None else str(before), str(now), change]
 
 
 def _change(name: str, before: float, after: float) -> list[str]:

@@ -192,12 +192,12 @@ def test_evaluations_without_numbers_are_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path, "demo")
     wrong = "<b>0.5"
     good = {"score": {"value": 0.5, "low": 0.4, "high": 0.6}}
-    contents = [{"metrics": {"score": {"value": wrong}}}, wrong, {"metrics": [wrong]}]
-    for step, content in enumerate([{"num_rows": wrong, "metrics": good}, *contents], start=20):
+    contents = [{"metrics": {"score": {"value": wrong}}}, wrong, {"metrics": [wrong]}, {"num_rows": wrong}]
+    for step, content in enumerate([{"num_rows": 7, "metrics": good}, *contents], start=20):
         (run / "evals" / f"step_{step:06d}.json").write_text(json.dumps({"sets": {"heldout": content}}))
     (run / "evals" / "step_x.json").write_text("[" * 200_000)
     texts = Page(rlhf.report(run).html).texts("demo")
-    assert f"heldout ({wrong}) | score | 0 (-0.05 to 0.05) | 0.5 (0.4 to 0.6) | +0.5" in texts
+    assert "heldout (7) | score | 0 (-0.05 to 0.05) | 0.5 (0.4 to 0.6) | +0.5" in texts
 
 
 def test_a_metric_of_another_version_is_left_out_of_the_picture(tmp_path: Path) -> None:

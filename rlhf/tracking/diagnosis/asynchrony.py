@@ -116,9 +116,3 @@ def _waiting(history: History) -> float:
     """Return the share of the time in which training waited in the last steps; 0 if unknown."""
     waits, steps = history.last("time/trainer_waits_s", HEAD), history.last("time/step_s", HEAD)
     return mean(waits) / mean(steps) if waits and steps else 0.0
-
-
-ASYNCHRONY = (
-    *(trainer_starved, engines_starved, lag_at_bound),
-    *(correction_clips, groups_reasked, short_responses_first),
-)

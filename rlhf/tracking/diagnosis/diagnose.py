@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from rlhf.tracking.diagnosis.asynchrony import ASYNCHRONY
-from rlhf.tracking.diagnosis.findings import SEVERITIES, Finding, History
-from rlhf.tracking.diagnosis.learning import LEARNING
-from rlhf.tracking.diagnosis.running import RUNNING
-from rlhf.tracking.diagnosis.scores import RESULTS
+from rlhf.tracking.diagnosis import asynchrony, learning, running, scores
+from rlhf.tracking.diagnosis.findings import SEVERITIES, Finding, History, Symptom
 
-CHECKS = (*LEARNING, *RESULTS, *RUNNING, *ASYNCHRONY)
+CHECKS = [
+    check
+    for module in (learning, scores, running, asynchrony)
+    for check in vars(module).values()
+    if isinstance(check, Symptom)
+]
 
 
 class Watch:

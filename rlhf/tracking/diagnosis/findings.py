@@ -123,39 +123,39 @@ class Evidence:
 
 
 Sign = Callable[[History, list[Point]], str | Evidence | None]
-Check = Callable[[History], Finding | None]
 
 
-def symptom(severity: Severity, *metrics: str, steps: int = 0, why: str, advice: str) -> Callable[[Sign], Check]:
-    """Make a check of a pure function that looks for the sign of a problem.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Symptom:
+    """A check of the metrics for the sign of a problem. The name of `sign` is the kind of the finding."""
 
-    The function's name is the kind of the finding.
+    severity: Severity
+    metrics: tuple[str, ...]  # the keys to look at
+    steps: int  # the number of newest values of the first metric to read. With fewer values there is no finding.
+    why: str
+    advice: str
+    sign: Sign  # a pure function
 
-    Args:
-        metrics: the keys to look at.
-        steps: the number of newest values of the first metric to read. With fewer values there is no finding.
-    """
+    def __call__(self, history: History) -> Finding | None:
+        recent = history.last(self.metrics[0], self.steps) if self.steps else []
+        evidence = self.sign(history, recent) if len(recent) == self.steps else None
+        if evidence is None:
+            return None
+        if isinstance(evidence, str):
+            evidence = Evidence(what=evidence)
+        first_step = recent[0].step if recent else history.step
+        return Finding(
+            kind=self.sign.__name__,
+            severity=evidence.severity or self.severity,
+            first_step=first_step if evidence.first_step is None else evidence.first_step,
+            last_step=history.step if evidence.last_step is None else evidence.last_step,
+            metrics=evidence.metrics or self.metrics,
+            what=evidence.what,
+            why=self.why,
+            advice=f"{self.advice} {evidence.advice}".strip(),
+        )
 
-    def make(sign: Sign) -> Check:
-        def check(history: History) -> Finding | None:
-            recent = history.last(metrics[0], steps) if steps else []
-            evidence = sign(history, recent) if len(recent) == steps else None
-            if evidence is None:
-                return None
-            if isinstance(evidence, str):
-                evidence = Evidence(what=evidence)
-            first_step = recent[0].step if recent else history.step
-            return Finding(
-                kind=sign.__name__,
-                severity=evidence.severity or severity,
-                first_step=first_step if evidence.first_step is None else evidence.first_step,
-                last_step=history.step if evidence.last_step is None else evidence.last_step,
-                metrics=evidence.metrics or metrics,
-                what=evidence.what,
-                why=why,
-                advice=f"{advice} {evidence.advice}".strip(),
-            )
 
-        return check
-
-    return make
+def symptom(severity: Severity, *metrics: str, steps: int = 0, why: str, advice: str) -> Callable[[Sign], Symptom]:
+    """Make a symptom of the decorated function."""
+    return lambda sign: Symptom(severity=severity, metrics=metrics, steps=steps, why=why, advice=advice, sign=sign)

@@ -258,10 +258,3 @@ def critic_worse_than_none(_: History, recent: list[Point]) -> str | None:
 )
 def learning_rate_zero(_: History, recent: list[Point]) -> str | None:
     return None if any(point.value != 0 for point in recent) else "The learning rate was 0 for three steps."
-
-
-LEARNING = (
-    *(not_finite, kl_blow_up, update_too_large, entropy_collapse, entropy_explosion, clip_fraction_high),
-    *(clip_fraction_zero, gradient_spikes, sampler_mismatch, probe_drift, effective_samples_low, much_rejected),
-    *(critic_worse_than_none, learning_rate_zero),
-)

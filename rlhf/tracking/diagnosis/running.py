@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 
 from rlhf.tracking.diagnosis.findings import HEAD, Evidence, History, Point, mean, symptom
@@ -67,16 +67,9 @@ def rewards_fail(history: History, _: list[Point]) -> Evidence | None:
 def prefixes_break(history: History, recent: list[Point]) -> Evidence | None:
     if mean(recent) <= BROKEN:
         return None
-    counts = {
-        reason: sum(point.value for point in history.since(f"agents/broken_by_{reason}/total", recent[0].step - 1))
-        for reason in _BROKEN
-    }
-    reason = max(_BROKEN, key=lambda reason: counts[reason])
-    return Evidence(
-        what=f"{mean(recent):.0%} of the calls do not go on from the session's tokens, most often for the reason "
-        f"`{reason.replace('_', ' ')}` ({number(counts[reason])} of {number(sum(counts.values()))}).",
-        advice=_BROKEN[reason],
-    )
+    reason, share = _most_frequent(_BROKEN, "agents/broken_by", history, recent)
+    what = f"{mean(recent):.0%} of the calls do not go on from the session's tokens, most often for the reason "
+    return Evidence(what=f"{what}`{reason.replace('_', ' ')}` ({share}).", advice=_BROKEN[reason])
 
 
 @symptom(
@@ -89,16 +82,17 @@ def prefixes_break(history: History, recent: list[Point]) -> Evidence | None:
 def grammars_restrict(history: History, recent: list[Point]) -> Evidence | None:
     if mean(recent) <= RESTRICTED:
         return None
-    counts = {
-        reason: sum(point.value for point in history.since(f"agents/restricted_by_{reason}/total", recent[0].step - 1))
-        for reason in _RESTRICTED
-    }
-    reason = max(_RESTRICTED, key=lambda reason: counts[reason])
-    return Evidence(
-        what=f"{mean(recent):.0%} of the step's sampled tokens are not trained on, most of them because of `{reason}` "
-        f"({number(counts[reason])} of {number(sum(counts.values()))}).",
-        advice=_RESTRICTED[reason],
-    )
+    reason, share = _most_frequent(_RESTRICTED, "agents/restricted_by", history, recent)
+    what = f"{mean(recent):.0%} of the step's sampled tokens are not trained on, most of them because of `{reason}`"
+    return Evidence(what=f"{what} ({share}).", advice=_RESTRICTED[reason])
+
+
+def _most_frequent(reasons: Iterable[str], metric: str, history: History, recent: Sequence[Point]) -> tuple[str, str]:
+    """Return the most frequent reason of the recent steps, and the share as `2 of 3`."""
+    points = {reason: history.since(f"{metric}_{reason}/total", recent[0].step - 1) for reason in reasons}
+    counts = {reason: sum(point.value for point in of) for reason, of in points.items()}
+    most = max(counts, key=lambda reason: counts[reason])
+    return most, f"{number(counts[most])} of {number(sum(counts.values()))}"
 
 
 @symptom(
@@ -135,6 +129,3 @@ def memory_grows(history: History, _: list[Point]) -> Evidence | None:
             what = f"{key} grew from {number(before)} to {number(now)} GiB, and still grows."
             return Evidence(what=what, first_step=start[-1].step, metrics=(key,))
     return None
-
-
-RUNNING = (rewards_fail, prefixes_break, grammars_restrict, slower, memory_grows)

@@ -288,9 +288,3 @@ def _noise(points: Sequence[Point], best: Point) -> float:
         if point is not best
     ]
     return math.sqrt(fmean(bend * bend for bend in bends) / 6.0)
-
-
-RESULTS = (
-    *(rewards_alike, groups_alike, advantages_zero, mostly_filtered, much_truncated, length_runs_away),
-    *(responses_shrink, reward_hacking, held_out_falls, held_out_loss_rises, held_out_flat, preferences_at_chance),
-)

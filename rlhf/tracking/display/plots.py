@@ -66,6 +66,11 @@ def _draw(axes: Any, key: str, points: Sequence[tuple[int, float]], *, color: st
         axes.margins(y=0.2)
     axes.set_xlabel("step", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    plain_axes(axes)
+
+
+def plain_axes(axes: Any) -> None:
+    """Give a plot small labels, a thin grid, and no frame above and at the right."""
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

@@ -32,7 +32,7 @@ class Reduction(ABC):
 
 
 class _Additive(Reduction):
-    """A reduction whose fields merge one by one: numbers add up, and reductions merge."""
+    """A reduction whose fields merge one by one: numbers add up, also in tuples, and reductions merge."""
 
     __slots__ = ()
 
@@ -42,6 +42,8 @@ class _Additive(Reduction):
 
 
 def _add(left: Any, right: Any) -> Any:
+    if isinstance(left, tuple):
+        return tuple(_add(a, b) for a, b in zip(left, right, strict=True))
     return left.merge(right) if isinstance(left, Reduction) else left + right
 
 
@@ -82,17 +84,13 @@ class DifferenceOfMeans(_Additive):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationError(Reduction):
+class CalibrationError(_Additive):
     """Mean over cases of |accuracy - mean confidence| in the case's bin (arXiv:1706.04599, eq. 3): 0 is calibrated.
 
     Bins are (cases, summed confidence, right cases), with equal edges in both operands of a merge.
     """
 
     bins: tuple[tuple[float, float, float], ...]
-
-    def merge(self, other: Self) -> Self:
-        pairs = zip(self.bins, other.bins, strict=True)
-        return type(self)(bins=tuple((a + x, b + y, c + z) for (a, b, c), (x, y, z) in pairs))
 
     def result(self) -> float:
         cases = sum(count for count, _, _ in self.bins)
@@ -213,14 +211,10 @@ class ExplainedVariance(_Additive):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertLoad(Reduction):
+class ExpertLoad(_Additive):
     """The choices of each expert of a mixture, by layer. The result is max / mean of a layer, mean over layers."""
 
     layers: tuple[tuple[float, ...], ...]
-
-    def merge(self, other: Self) -> Self:
-        pairs = zip(self.layers, other.layers, strict=True)
-        return type(self)(layers=tuple(tuple(a + b for a, b in zip(*pair, strict=True)) for pair in pairs))
 
     def result(self) -> float:
         measured = [self._of_layer(loads, sum(loads)) for loads in self.layers if sum(loads)]
@@ -262,7 +256,7 @@ class Histogram(Reduction):
     def merge(self, other: Self) -> Self:
         if self.edges != other.edges:
             raise ValueError(f"histograms of {len(self.counts)} and {len(other.counts)} bins have different edges")
-        return type(self)(edges=self.edges, counts=tuple(a + b for a, b in zip(self.counts, other.counts, strict=True)))
+        return type(self)(edges=self.edges, counts=_add(self.counts, other.counts))
 
     def result(self) -> float:
         """Return the number of values; the metric itself is the whole histogram."""

@@ -63,15 +63,12 @@ class InstalledTracker(TrackerBackend):
         return self._construct()
 
     def log(self, step: TrackedStep) -> None:
-        """Log one step."""
         self._backend.log(step)
 
     def alert(self, severity: Severity, title: str, text: str) -> None:
-        """Send an alert."""
         self._backend.alert(severity, title, text)
 
     def checkpoint(self, step: int, folder: Path) -> None:
-        """Store a whole checkpoint."""
         self._backend.checkpoint(step, folder)
 
     def close(self, *, failed: bool) -> None:
