@@ -202,10 +202,10 @@ class Rank(Worker):
     def save(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
 
-    def keep(self, step: int) -> None:
+    def take_snapshot(self, step: int) -> None:
         self.step = step
 
-    def kept(self) -> int | None:
+    def newest_snapshot(self) -> int | None:
         return self.step
 
 

@@ -4,10 +4,10 @@
 
 One rank trains SmolLM2-135M-Instruct in float32 on 16 sequences of 128 tokens: forward, backward and AdamW, all cores.
 The three kinds of steps alternate in one run, in an order that rotates, and a ratio is the median over the rounds. A
-step with a snapshot begins with `keep`, so the state is copied during its passes, and the step waits for it before the
-weights change. A step with a copy also sends the snapshot to a process in the place of another node, over loopback, and
-waits for it at its end. That process uses the same cores, as another node would not. The snapshot is also timed alone.
-All of them are in /dev/shm.
+step with a snapshot begins with `take_snapshot`, so the state is copied during the passes of the step, which waits for
+the copy before the weights change. A step with a copy also sends the snapshot to a process in the place of another
+node, over loopback, and waits for it at its end. That process uses the same cores, as another node would not. The
+snapshot is also timed alone. All of them are in /dev/shm.
 """
 
 from __future__ import annotations
@@ -102,38 +102,38 @@ def measure(arguments: argparse.Namespace, folder: Path, place: CopyPlace) -> No
     weight = 1.0 / (microbatches * int(mask.sum()))
 
     def step(number: int, kind: str) -> float:
-        engine.copy_to(place if kind == "snapshot and copy" else None)
-        engine.kept()  # the copy of the last snapshot is not measured
+        engine.send_snapshots_to(place if kind == "snapshot and copy" else None)
+        engine.newest_snapshot()  # the copy of the last snapshot is not measured
         start = time.perf_counter()
         if kind != "neither":
-            engine.keep(number)
+            engine.take_snapshot(number)
         for index in range(microbatches):
             loss, *_ = engine.forward(supervised_loss, token_ids, lengths, mask=mask, token_weight=weight)
             engine.backward(loss, last=index == microbatches - 1)
         engine.step()
         if kind != "neither":
-            engine.kept()
+            engine.newest_snapshot()
         return time.perf_counter() - start
 
     start = time.perf_counter()
-    engine.keep_in(folder)
+    engine.open_snapshots(folder)
     reserved = time.perf_counter() - start
     alone = []
     for number in range(4):  # both slots are touched by the first two
         start = time.perf_counter()
-        engine.keep(number)
+        engine.take_snapshot(number)
         called = time.perf_counter() - start
-        engine.kept()
+        engine.newest_snapshot()
         alone.append(time.perf_counter() - start)
     sent = []
     for number in (4, 5):
         start = time.perf_counter()
-        engine.copy_to(place)
-        engine.kept()
+        engine.send_snapshots_to(place)
+        engine.newest_snapshot()
         sent.append(time.perf_counter() - start)
-        engine.copy_to(None)
-        engine.keep(number)
-        engine.kept()
+        engine.send_snapshots_to(None)
+        engine.take_snapshot(number)
+        engine.newest_snapshot()
     step(6, "neither")  # warms up
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for turn in range(arguments.rounds):
@@ -145,7 +145,7 @@ def measure(arguments: argparse.Namespace, folder: Path, place: CopyPlace) -> No
     table.add_row("bytes of both slots", f"{nbytes / 2**20:,.0f} MiB")
     table.add_row("reserved before training", f"{reserved:.2f} s")
     table.add_row("snapshot alone: first, last", f"{alone[0]:.2f} s, {alone[-1]:.2f} s")
-    table.add_row("keep returns after", f"{1000 * called:.1f} ms")
+    table.add_row("take_snapshot returns after", f"{1000 * called:.1f} ms")
     table.add_row("copy to the holder alone: first, second", f"{sent[0]:.2f} s, {sent[1]:.2f} s")
     for kind in KINDS:
         table.add_row(f"step with {kind}", f"{statistics.median(seconds[kind]):.2f} s")

@@ -170,7 +170,7 @@ class RolloutRole(MeasuredRole, Protocol):
             urgent: before waiting requests (evaluations).
         """
 
-    async def found_again(self, group: CompletedGroup, sampling: Sampling) -> CompletedGroup:
+    async def restored(self, group: CompletedGroup, sampling: Sampling) -> CompletedGroup:
         """Return a group with tokens from the run's store, in place of tokens lost with a node's memory."""
 
     @property
@@ -317,23 +317,20 @@ class TrainedRole(GpuGuest, Protocol):
 
     async def load(self, folder: Path) -> None: ...
 
-    async def keep(self, step: int) -> None:
-        """Begin to copy the state after a step into the memory of every rank's node. The copy survives the ranks."""
+    async def take_snapshot(self, step: int) -> None:
+        """Begin to copy the state after a step into the memory of every rank's node. The copy survives the rank."""
 
-    async def kept(self) -> int | None:
-        """Return the newest step whose state every rank has kept, once copies in progress are whole.
+    async def newest_snapshot(self) -> int | None:
+        """Return the newest step of which every rank has a snapshot, once snapshots in progress are whole."""
 
-        None: no such step.
-        """
-
-    async def save_kept(self, step: int, folder: Path) -> None:
-        """Save the state kept of a step, for an exact continuation. The ranks need not work any more."""
+    async def save_snapshots(self, step: int, folder: Path) -> None:
+        """Make a checkpoint of the snapshots of a step. The ranks need not work any more."""
 
     async def restart(self) -> None:
         """End all ranks, and start new ranks in their places, with the state of a new run."""
 
-    async def take_back(self, step: int) -> None:
-        """Restore the state kept of a step."""
+    async def restore_snapshot(self, step: int) -> None:
+        """Restore the snapshots of a step."""
 
     async def export(self, folder: Path) -> None:
         """Write a Hugging Face folder, or an adapter folder."""
@@ -413,12 +410,14 @@ class OfflineRole(TrainedRole, Protocol):
     async def load_data(self, sets: Sequence[Ref[Examples | Pairs]]) -> None:
         """Load the data sets: the training set first, then the evaluation sets."""
 
-    async def update_on(self, plan: MinibatchPlan, states: StatesByRank = (), *, keeps: int | None = None) -> Metrics:
+    async def update_on(
+        self, plan: MinibatchPlan, states: StatesByRank = (), *, snapshot: int | None = None
+    ) -> Metrics:
         """Make one optimizer step on rows of the training set.
 
         Args:
             states: the teacher's states, if a teacher is used.
-            keeps: begin to copy the state as that of this step at once. A call of `keep` must follow. None: no copy.
+            snapshot: take the snapshot of this step at once. A call of `take_snapshot` must follow. None: no snapshot.
         """
 
     async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:

@@ -49,7 +49,7 @@ class RunContext:
     supervisor: Supervisor | None = None  # None: a lost worker ends the work
     rewards: tuple[RewardSpec, ...] = ()
     tokenizer_class: type[Any] | None = None  # of the policy. None: it comes with the model's own code
-    folders: MemoryFolders | None = None  # in which trained ranks keep their state; None: they keep none
+    folders: MemoryFolders | None = None  # of the snapshots of trained ranks; None: they take none
 
     def spawn(self, role: Role, worker: type, *args: Any, **options: Any) -> tuple[list[ActorHandle[Any]], SpawnOne]:
         """Create the actors of a role. See group.spawn."""

@@ -78,10 +78,10 @@ class Gang(ModelGroup):
         super().__init__(handles, spawn_one, deadline_s=deadline_s)
         self.one_host = one_host
         self.sequence_parallel = sequence_parallel
-        self.folders: MemoryFolders | None = None  # in which the ranks keep their state; None: they keep none
+        self.folders: MemoryFolders | None = None  # of the snapshots; None: the ranks take none
         self._nodes: dict[str, str] = {}  # of the ranks at their last start, by name
         self._copied_among: frozenset[str] | None = None  # the run's nodes when the places of copies were chosen
-        self._keeping: dict[int, list[ObjectRef[Any]]] = {}  # calls of `keep` that are sent, by step
+        self._snapshot_calls: dict[int, list[ObjectRef[Any]]] = {}  # sent calls of `take_snapshot`, by step
         self.head: Ref[VocabularyHead] | None = None  # of the teacher
 
     @property
@@ -105,17 +105,17 @@ class Gang(ModelGroup):
             nodes = self.placement.nodes_of(self.role)
             folders = await self.folders.open(nodes)
             self._nodes = dict(zip(self._names(), nodes, strict=True))
-            keeps = [
-                handle.keep_in.remote(folder / name, self.folders.copies_of(name))
+            opened = [
+                handle.open_snapshots.remote(folder / name, self.folders.copies_of(name))
                 for handle, folder, name in zip(self.handles, folders, self._names(), strict=True)
             ]
-            await self.all(keeps, "start", deadline_s=deadline_s, limit=START_LIMIT)
+            await self.all(opened, "start", deadline_s=deadline_s, limit=START_LIMIT)
 
     async def restart(self) -> None:
         """End all ranks, and start new ranks in their places, with everything given to the first ranks."""
         assert self._spawn_one is not None
         ranks = range(len(self.handles))
-        self._keeping.clear()
+        self._snapshot_calls.clear()
         await asyncio.gather(*map(self.processes.end_one, ranks))
         if self.placement is not None:
             await self.placement.wait_until_whole(limit_s=self.start_deadline_s)
@@ -129,16 +129,16 @@ class Gang(ModelGroup):
         """Return the name of each rank in the run."""
         return [f"{self.role}-{rank}" for rank in range(len(self.handles))]
 
-    async def keep(self, step: int) -> None:
+    async def take_snapshot(self, step: int) -> None:
         if self.folders is not None and self.folders.nodes() != self._copied_among:
             await self._choose_places({})
-        calls = self._keeping.pop(step, None) or self._send_keep(step)
+        calls = self._snapshot_calls.pop(step, None) or self._send_snapshot(step)
         failures: list[str | None] = await self.all(calls, "snapshot")
         if any(failures):
             await self._choose_places({name: why for name, why in zip(self._names(), failures, strict=True) if why})
 
-    def _send_keep(self, step: int) -> list[ObjectRef[Any]]:
-        return [h.keep.remote(step) for h in self.handles]
+    def _send_snapshot(self, step: int) -> list[ObjectRef[Any]]:
+        return [h.take_snapshot.remote(step) for h in self.handles]
 
     async def _choose_places(self, failures: Mapping[str, str]) -> None:
         """Give each rank another node for copies of snapshots. `failures` has the reasons of failed copies."""
@@ -146,21 +146,21 @@ class Gang(ModelGroup):
             return
         self._copied_among = self.folders.nodes()
         places = await self.folders.places(self._nodes, failures)
-        copies = [h.copy_to.remote(places[name]) for h, name in zip(self.handles, self._nodes, strict=True)]
+        copies = [h.send_snapshots_to.remote(places[name]) for h, name in zip(self.handles, self._nodes, strict=True)]
         await self.all(copies, "snapshot")
 
-    async def kept(self) -> int | None:
-        steps: list[int | None] = await self.each(lambda h: h.kept.remote(), "snapshot")
+    async def newest_snapshot(self) -> int | None:
+        steps: list[int | None] = await self.each(lambda h: h.newest_snapshot.remote(), "snapshot")
         known = [step for step in steps if step is not None]
         return min(known) if len(known) == len(steps) else None
 
-    async def take_back(self, step: int) -> None:
+    async def restore_snapshot(self, step: int) -> None:
         await self._choose_places({})
-        await self.each(lambda h: h.take_back.remote(step), "snapshot")
+        await self.each(lambda h: h.restore_snapshot.remote(step), "snapshot")
 
-    async def save_kept(self, step: int, folder: Path) -> None:
+    async def save_snapshots(self, step: int, folder: Path) -> None:
         if self.folders is None:
-            raise RunError("the ranks keep no state")
+            raise RunError("The ranks take no snapshots.")
         folder.mkdir()
         await self.folders.write(self._nodes, step, folder)
 
@@ -209,18 +209,18 @@ class Gang(ModelGroup):
         return [plans[rank // self.sequence_parallel] for rank in range(len(self.handles))]
 
     async def _step(
-        self, methods: Sequence[Any], states: StatesByRank, stage: str, *args: Any, keeps: int | None = None
+        self, methods: Sequence[Any], states: StatesByRank, stage: str, *args: Any, snapshot: int | None = None
     ) -> Metrics:
         """Call a method of each rank with any teacher's states of the rank's rows, and merge the metrics.
 
-        keeps: the step with a state for the ranks to snapshot at once afterwards. None: no snapshot.
+        snapshot: the step of which the ranks take a snapshot at once afterwards. None: no snapshot.
         """
         refs = [
             method.remote(*args, *(states[rank // self.sequence_parallel] if states else ()))
             for rank, method in enumerate(methods)
         ]
-        if keeps is not None:
-            self._keeping[keeps] = self._send_keep(keeps)
+        if snapshot is not None:
+            self._snapshot_calls[snapshot] = self._send_snapshot(snapshot)
         return merge_metrics(self.distinct(await self.all(refs, stage)))
 
     async def save(self, folder: Path) -> None:
@@ -396,8 +396,10 @@ class OfflineGang(Gang):
         self.sets = sets
         await self.all([h.load_data.remote(*sets) for h in self.handles], "data")
 
-    async def update_on(self, plan: MinibatchPlan, states: StatesByRank = (), *, keeps: int | None = None) -> Metrics:
-        return await self._step([h.update_on for h in self.handles], states, "update", plan, keeps=keeps)
+    async def update_on(
+        self, plan: MinibatchPlan, states: StatesByRank = (), *, snapshot: int | None = None
+    ) -> Metrics:
+        return await self._step([h.update_on for h in self.handles], states, "update", plan, snapshot=snapshot)
 
     async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
         return await self._step([h.evaluate for h in self.handles], states, "eval", dataset, name, plan)

@@ -296,7 +296,7 @@ class RolloutEngines(ElasticEngines):
             return CompletedGroup(request=request, rollouts=rollouts, infos=infos)
         return None
 
-    async def found_again(self, group: CompletedGroup, sampling: Sampling) -> CompletedGroup:
+    async def restored(self, group: CompletedGroup, sampling: Sampling) -> CompletedGroup:
         while True:
             engine = await self.any_working()
             handle = self.handles[engine]

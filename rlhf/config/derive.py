@@ -119,7 +119,7 @@ def shares_engines_gpus(config: Config) -> frozenset[Role]:
 
 
 def restarts_gangs(config: Config) -> bool:
-    """Return whether lost ranks of trained roles are started again, so that all ranks must keep their state.
+    """Return whether lost ranks of trained roles are started again, so that all ranks take snapshots.
 
     Ranks that take turns with engines on shared GPUs are not.
     """

@@ -6,8 +6,8 @@ A step is stored in this order: the checkpoint is written aside, the row is logg
 valid. So a checkpoint always has a row. A notice to end makes the current step the last one. The loop sees scalars, ids
 and references. The loop computes nothing on tokens and knows nothing of Ray.
 
-The trained roles are one unit. After each step their ranks keep a copy of their state. When a rank is lost, all are
-started again with the newest state that every one of them has kept, and the work is done again.
+The trained roles are one unit. After each step every rank takes a snapshot of its state. When a rank is lost, all ranks
+are started again, the newest snapshot of all ranks is restored, and the work is done again.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def sparing_loaded_objects() -> Generator[None]:
 class TrainingLoop(ABC):
     """Runs the training loop.
 
-    `step` is the last finished step, `kept_step` the step of the newest checkpoint, and `trained_step` the step of the
-    trained roles' state.
+    `step` is the last finished step. `checkpoint_step` is that of the newest checkpoint, and `trained_step` that of the
+    state of the trained roles.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class TrainingLoop(ABC):
         self.fingerprint = policy_fingerprint
         self.supervisor = supervisor
         self.notice = Notice()
-        self.step = self.kept_step = self.trained_step = 0
+        self.step = self.checkpoint_step = self.trained_step = 0
         self.finished_state: Mapping[str, Any] = {}  # what a checkpoint of the last finished step has of this loop
         self.survives = restarts_gangs(config)  # whether lost ranks are started again
         first_set = next(iter(eval_sets), "heldout")
@@ -175,40 +175,40 @@ class TrainingLoop(ABC):
                 lost = other
 
     async def restart_trained(self, oldest: int) -> None:
-        """Start all trained ranks again, with the newest state that every rank has kept.
+        """Start all trained ranks again, and restore the newest snapshot that every rank has.
 
         Without such a state, load the newest checkpoint. The steps until `oldest` are trained again.
         """
         roles = self.trained
         await _all_ended([role.restart() for role in roles.values()])
-        kept = [step for step in [await role.kept() for role in roles.values()] if step is not None]
-        if len(kept) == len(roles):
-            self.trained_step = min(*kept, self.trained_step)  # without the metrics of a step it is done again
-            await _all_ended([role.take_back(self.trained_step) for role in roles.values()])
+        newest = [step for step in [await role.newest_snapshot() for role in roles.values()] if step is not None]
+        if len(newest) == len(roles):
+            self.trained_step = min(*newest, self.trained_step)  # without the metrics of a step it is done again
+            await _all_ended([role.restore_snapshot(self.trained_step) for role in roles.values()])
         else:
-            self.trained_step = self.kept_step
-            if self.kept_step:
-                await self._load(self.kept_step)
+            self.trained_step = self.checkpoint_step
+            if self.checkpoint_step:
+                await self._load(self.checkpoint_step)
         while self.trained_step < oldest:
             await self.repeat(self.trained_step + 1)
 
     async def repeat(self, step: int) -> None:
         """Train a finished step again. Raise RunError if the batch is gone."""
         raise RunError(
-            f"The state after step {self.trained_step} is the newest that every rank has kept, and the batch of step "
-            f"{step} is gone. {RESUMES}"
+            f"The newest snapshot that every rank has is of step {self.trained_step}, and the batch of step {step} is "
+            f"gone. {RESUMES}"
         )
 
-    async def keep(self, step: int) -> None:
+    async def take_snapshot(self, step: int) -> None:
         """Begin to copy the state after a step in every rank, if lost ranks are started again."""
         self.trained_step = step
         if self.survives:
-            await asyncio.gather(*(role.keep(step) for role in self.trained.values()))
+            await asyncio.gather(*(role.take_snapshot(step) for role in self.trained.values()))
 
-    async def wait_until_kept(self) -> None:
+    async def wait_for_snapshots(self) -> None:
         """Wait until every rank has a whole snapshot, if lost ranks are started again."""
         if self.survives:
-            await asyncio.gather(*(role.kept() for role in self.trained.values()))
+            await asyncio.gather(*(role.newest_snapshot() for role in self.trained.values()))
 
     async def run(self, *, until: int | None = None) -> bool:
         """Train until the last step, or until step `until`, and write a checkpoint there.
@@ -218,7 +218,7 @@ class TrainingLoop(ABC):
         train, record = self.config.train, self.record
         end = train.num_steps if until is None else until
         record.begin_step(self.step)
-        await self.despite_losses(partial(self.keep, self.step))
+        await self.despite_losses(partial(self.take_snapshot, self.step))
         await self.despite_losses(self.begin)
         if self.step == 0 and self.evaluates and self.config.eval.at_start:
             await self.despite_losses(partial(self.evaluate, 0))
@@ -258,10 +258,10 @@ class TrainingLoop(ABC):
         The cluster has no room for the run, so a rank may be lost for good.
         """
         step = self.finished_state["step"]
-        if not self.survives or self.kept_step >= step:
+        if not self.survives or self.checkpoint_step >= step:
             return
         try:
-            await self.save_aside(self.finished_state, kept=True)
+            await self.save_aside(self.finished_state, from_snapshots=True)
         except (OSError, RunError) as error:
             logger.warning("the state after step %d could not be saved: %s", step, error)
         else:
@@ -308,22 +308,22 @@ class TrainingLoop(ABC):
         async with self.saving():
             await self.save_aside(self.state())
 
-    async def save_aside(self, state: Mapping[str, Any], *, kept: bool = False) -> Path:
+    async def save_aside(self, state: Mapping[str, Any], *, from_snapshots: bool = False) -> Path:
         """Write a checkpoint before it becomes valid, and return the folder.
 
         Args:
-            kept: save the ranks' snapshots of the step instead of the present state.
+            from_snapshots: save the ranks' snapshots of the step instead of the present state.
         """
         aside = self.record.folder.begin_checkpoint(state["step"])
         for name, role in self.trained.items():
-            await (role.save_kept(state["step"], aside / name) if kept else role.save(aside / name))
+            await (role.save_snapshots(state["step"], aside / name) if from_snapshots else role.save(aside / name))
         self.record.write_state(aside, state)
         return aside
 
     async def commit(self, step: int) -> None:
         """Make the checkpoint of a step, written aside before, valid. A cancellation takes effect afterwards."""
         await _whole(self.record.commit_checkpoint(step))
-        self.kept_step = step
+        self.checkpoint_step = step
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint, without the trained roles' state."""
@@ -339,7 +339,7 @@ class TrainingLoop(ABC):
 
     async def restore(self, step: int) -> None:
         state = self.record.read_state(step)
-        self.step = self.kept_step = self.trained_step = state["step"]
+        self.step = self.checkpoint_step = self.trained_step = state["step"]
         await self.restore_position(state)
         self.record.restore_best(self.best, state["best"])
         await self.despite_losses(partial(self._load, step))

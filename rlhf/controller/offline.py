@@ -113,9 +113,9 @@ class OfflineController(TrainingLoop):
             if self.trained_step < step:
                 learnt.clear()
                 with self.record.apart(learnt, is_shown=True), self.record.stage("update"):
-                    keeps = step if self.survives else None
-                    self.record.add(await self.role.update_on(batch.plan, batch.states, keeps=keeps))
-                await self.keep(step)
+                    snapshot = step if self.survives else None
+                    self.record.add(await self.role.update_on(batch.plan, batch.states, snapshot=snapshot))
+                await self.take_snapshot(step)
 
         await self.despite_losses(update, oldest=step - 1)
         for metrics in learnt:
@@ -127,7 +127,7 @@ class OfflineController(TrainingLoop):
         if step != number:
             await super().repeat(step)
         await self.role.update_on(plan, await self._states(0, plan))
-        await self.keep(step)
+        await self.take_snapshot(step)
 
     async def _take_batch(self) -> StepRows:
         taken = self.rows.next(self.config.train.sequences_per_update)

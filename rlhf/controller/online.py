@@ -46,7 +46,7 @@ from rlhf.errors import Preempted
 from rlhf.evaluation.results import Marking
 from rlhf.role_table import GUESTS_OF_ENGINES, ROLE_OF_STAGE, ROLES, TRAINED_ROLES, Role
 from rlhf.roles import GpuGuest
-from rlhf.rollouts.records.spool import forget_after, keep_sampled_by
+from rlhf.rollouts.records.spool import forget_after, retain_sampled_by
 from rlhf.tracking.metrics.reductions import Last, Sum
 from rlhf.types import Prompt, Sampling
 
@@ -181,16 +181,16 @@ class OnlineController(TrainingLoop):
         attempt.waited_s += time.perf_counter() - began
         await self._update(attempt)  # again, if the engines have needed the weights before it
         if self.learning.renews_reference(step):
-            await self.wait_until_kept()  # with the new reference the step cannot be done again
+            await self.wait_for_snapshots()  # with the new reference the step cannot be done again
             await self.learning.renew_reference(step)
         await self._sync(step)
-        await self.wait_until_kept()  # a later loss must not need the batch again
+        await self.wait_for_snapshots()  # a later loss must not need the batch again
 
     async def _update(self, attempt: StepAttempt) -> None:
         """Make the updates of a step, unless the ranks have them, and begin its snapshot."""
         if self.trained_step < attempt.step:
             await self.batches.during(attempt.learn())
-            await self.keep(attempt.step)
+            await self.take_snapshot(attempt.step)
 
     def _measure_rollouts(self, batch: Batch, step: int) -> None:
         record, collected = self.record, batch.collected
@@ -234,7 +234,7 @@ class OnlineController(TrainingLoop):
     async def _go_back(self, attempt: StepAttempt) -> None:
         """Restore the state before the updates of the step in progress, and publish its weights again."""
         self.trained_step = self.step
-        await asyncio.gather(*(role.take_back(self.step) for role in self.trained.values()))
+        await asyncio.gather(*(role.restore_snapshot(self.step) for role in self.trained.values()))
         attempt.begin_again()
         await self._publish_again()
 
@@ -268,7 +268,7 @@ class OnlineController(TrainingLoop):
         if batch is not None:
             return batch
         await self.batches.stop()
-        if self.kept_step < self.step:
+        if self.checkpoint_step < self.step:
             await self.despite_losses(partial(self.save_aside, self.finished_state))
             await self.commit(self.step)
         raise Preempted(f"a checkpoint of step {self.step} is written" if self.step else "no step was done")
@@ -310,7 +310,7 @@ class OnlineController(TrainingLoop):
         self.scorer.weights = version, checksum
         self.is_published = True
         if self.in_flight and version == 0:  # without a checkpoint, an earlier start may have trained other weights
-            await asyncio.to_thread(keep_sampled_by, record.folder.spool, version, checksum)
+            await asyncio.to_thread(retain_sampled_by, record.folder.spool, version, checksum)
         await self.batches.synced(version)
 
     async def _to_trainers(self, *names: Role, keep_weights: bool) -> None:
@@ -368,14 +368,14 @@ class OnlineController(TrainingLoop):
         """Write a checkpoint, and delete the stored responses covered by the checkpoint."""
         await super().checkpoint(is_best=is_best)
         state = self.batches.state()
-        self.scorer.keep_from(first_untrained_group(state), begun=begun_requests(state))
+        self.scorer.retain_from(first_untrained_group(state), begun=begun_requests(state))
 
-    async def save_aside(self, state: Mapping[str, Any], *, kept: bool = False) -> Path:
+    async def save_aside(self, state: Mapping[str, Any], *, from_snapshots: bool = False) -> Path:
         """Write a checkpoint before it becomes valid, with all begun or untrained responses."""
-        aside = await super().save_aside(state, kept=kept)
+        aside = await super().save_aside(state, from_snapshots=from_snapshots)
         if (self.rollouts.max_staleness and not self.in_flight) or self.rollouts.carry_over:
             start, begun = first_untrained_group(state), begun_requests(state)
-            await asyncio.to_thread(self.scorer.copy_to, aside / AHEAD, start=start, begun=begun)
+            await asyncio.to_thread(self.scorer.save_to, aside / AHEAD, start=start, begun=begun)
         return aside
 
     def position(self) -> Mapping[str, Any]:
@@ -387,6 +387,6 @@ class OnlineController(TrainingLoop):
             newest = self.step if "outstanding" in state else -1
             await asyncio.to_thread(forget_after, self.record.folder.spool, newest)
         if ahead.is_dir():
-            await asyncio.to_thread(self.scorer.take_from, ahead)
+            await asyncio.to_thread(self.scorer.restore_from, ahead)
         self.batches.restore(state)
         await self.learning.restore(state, self.step)

@@ -253,7 +253,7 @@ class RolloutScorer:
         drop_untrained(self.spool)
         self.finish_order.clear()  # a new score may change the batch
 
-    def keep_from(self, start: int, *, begun: Collection[int] = ()) -> None:
+    def retain_from(self, start: int, *, begun: Collection[int] = ()) -> None:
         """Delete the stored responses to evaluations and to groups before `start`. A checkpoint covers both.
 
         Responses to the cancelled requests `begun` stay. So do files written by an engine meanwhile.
@@ -261,10 +261,10 @@ class RolloutScorer:
         found = {*stored_groups(self.spool), *begun_groups(self.spool)}
         for path in found.difference(_files(self.spool, start=start, begun=begun)):
             path.unlink(missing_ok=True)
-        self.score_ledger.keep_from(start)
-        self.finish_order.keep_from(start)
+        self.score_ledger.retain_from(start)
+        self.finish_order.retain_from(start)
 
-    def copy_to(self, folder: Path, *, start: int, begun: Collection[int] = ()) -> None:
+    def save_to(self, folder: Path, *, start: int, begun: Collection[int] = ()) -> None:
         """Copy the stored responses from group `start` on, and to the cancelled requests `begun`, into a folder.
 
         Later weights cannot sample the same responses. All groups go into one file, since a disk takes about as long to
@@ -279,17 +279,17 @@ class RolloutScorer:
                     archive.add(path, path.name)
 
         when_there_is_room(folder, write, undo=lambda: (folder / ARCHIVE).unlink(missing_ok=True))
-        self.score_ledger.copy_to(folder, start=start)
-        self.finish_order.copy_to(folder, start=start)
+        self.score_ledger.save_to(folder, start=start)
+        self.finish_order.save_to(folder, start=start)
 
-    def take_from(self, folder: Path) -> None:
-        """Add the responses that `copy_to` wrote into a folder."""
+    def restore_from(self, folder: Path) -> None:
+        """Add the responses that `save_to` wrote into a folder."""
         with tarfile.open(folder / ARCHIVE) as archive:
             for member in archive:
                 path = self.spool / Path(member.name).name
                 _extract(archive, member, path)
-        self.score_ledger.take_from(folder)
-        self.finish_order.take_from(folder)
+        self.score_ledger.restore_from(folder)
+        self.finish_order.restore_from(folder)
 
     async def add_greedy_baseline(
         self, groups: Sequence[ScoredGroup], sampling: Sampling, *, step: int, version: int
@@ -336,14 +336,14 @@ class RolloutScorer:
             try:
                 scores = await self.reward.score(group)
             except ResultsLost:
-                group = await self.rollout.found_again(group, sampling)
+                group = await self.rollout.restored(group, sampling)
                 scores = await self.reward.score(group)
             self.score_ledger.put(group_id, version, request, scores)
         return ScoredGroup(group=group, scores=scores)
 
-    async def found_again(self, scored: Sequence[ScoredGroup], sampling: Sampling) -> list[ScoredGroup]:
+    async def restored(self, scored: Sequence[ScoredGroup], sampling: Sampling) -> list[ScoredGroup]:
         """Return scored groups with tokens from the run's store, in place of tokens lost with a node."""
-        groups = await asyncio.gather(*(self.rollout.found_again(one.group, sampling) for one in scored))
+        groups = await asyncio.gather(*(self.rollout.restored(one.group, sampling) for one in scored))
         return [replace(one, group=group) for one, group in zip(scored, groups, strict=True)]
 
 

@@ -84,7 +84,7 @@ class StepAttempt:
         return group_samples(self.groups, self.signals, split="train", most=most)
 
     async def _restored(self, groups: Sequence[ScoredGroup]) -> Sequence[ScoredGroup]:
-        return await self._scorer.found_again(groups, self._sampling)
+        return await self._scorer.restored(groups, self._sampling)
 
 
 def _as_loss_of_rank(lost: ResultsLost) -> WorkerLost:

@@ -64,7 +64,7 @@ def _load_kept_copies(module: Any, folder: Path, sharding: Sharding) -> None:
     whole."""
     copies = initial_copies(module)
     ranks = range(sharding.ranks if copies and sharding.zero_stage == 3 else min(len(copies), 1))
-    kept = [read_snapshot(folder, rank).tensors for rank in ranks]
+    snapshots = [read_snapshot(folder, rank).tensors for rank in ranks]
     for name, parameter in copies.items():
-        flat = torch.cat([tensors[name].reshape(-1) for tensors in kept])  # the last part may be padded
+        flat = torch.cat([tensors[name].reshape(-1) for tensors in snapshots])  # the last part may be padded
         parameter.copy_(flat[: parameter.numel()].view(parameter.shape))

@@ -280,7 +280,7 @@ class DeepSpeedEngine:
             if has_snapshots and initial_copies(self.module):
                 saved.refuse_other_decay(own, folder=folder)
                 raise UserError(
-                    f"{folder} has the initial weights of the adapter in parts, as the ranks kept them in memory. "
+                    f"{folder} has the initial weights of the adapter in parts, since it was made of snapshots. "
                     f"Resume with {saved.sharding}."
                 )
             take_over(self._state, folder / (SNAPSHOTS if has_snapshots else TAG), saved=saved, own=own)
@@ -301,8 +301,8 @@ class DeepSpeedEngine:
     def _load_snapshot(self, folder: Path) -> None:
         """Restore this rank's state from a checkpoint made of snapshots. Collective."""
         snapshot, own = read_snapshot(folder, dist.get_rank()), self._state.tensors()
-        kept = {name: (tensor.dtype, tensor.shape) for name, tensor in snapshot.tensors.items()}
-        if kept != {name: (tensor.dtype, tensor.shape) for name, tensor in own.items()}:
+        saved = {name: (tensor.dtype, tensor.shape) for name, tensor in snapshot.tensors.items()}
+        if saved != {name: (tensor.dtype, tensor.shape) for name, tensor in own.items()}:
             raise UserError(f"The checkpoint {folder} is of another model: its tensors differ from those of this one.")
         for name, tensor in own.items():
             tensor.copy_(snapshot.tensors[name])
@@ -346,7 +346,7 @@ class DeepSpeedEngine:
             updates_per_step=self._schedule.updates_per_step,
         )
 
-    def keep_in(self, folder: Path, copies: CopyPlace | None = None) -> None:
+    def open_snapshots(self, folder: Path, copies: CopyPlace | None = None) -> None:
         if copies is not None and not any(folder.glob("*.pt")):
             try:
                 fetch_copies(copies, folder)
@@ -354,29 +354,29 @@ class DeepSpeedEngine:
                 logger.warning("The copies at %s could not be fetched: %s", copies.host, error)
         self._snapshots = Snapshots(folder, self._state.tensors(), deadline_s=self._deadline_s)
 
-    def copy_to(self, place: CopyPlace | None) -> None:
-        self._kept_in.copy_to(place)
+    def send_snapshots_to(self, place: CopyPlace | None) -> None:
+        self._opened_snapshots.send_to(place)
 
-    def keep(self, step: int) -> str | None:
+    def take_snapshot(self, step: int) -> str | None:
         self._finish_snapshot()
-        failure = self._kept_in.wait_until_sent()
+        failure = self._opened_snapshots.wait_until_sent()
         dist.barrier()  # the older snapshot is overwritten when all ranks have the newer one, with its copy
         values = {**self._state.values(), "steps": self._steps, "record": self._record().model_dump()}
-        self._kept_in.keep(step, self._state.tensors(), values)
+        self._opened_snapshots.take(step, self._state.tensors(), values)
         return failure
 
-    def kept(self) -> int | None:
-        return self._kept_in.newest()
+    def newest_snapshot(self) -> int | None:
+        return self._opened_snapshots.newest()
 
-    def take_back(self, step: int) -> None:
-        values = self._kept_in.take_back(step, self._state.tensors())
+    def restore_snapshot(self, step: int) -> None:
+        values = self._opened_snapshots.restore(step, self._state.tensors())
         self._state.restore(values)
         self._steps = values["steps"]
 
     @property
-    def _kept_in(self) -> Snapshots:
+    def _opened_snapshots(self) -> Snapshots:
         if self._snapshots is None:
-            raise RunError("This rank keeps no snapshots: keep_in was not called.")
+            raise RunError("This rank takes no snapshots: open_snapshots was not called.")
         return self._snapshots
 
     def _finish_snapshot(self) -> None:

@@ -45,7 +45,7 @@ def send_copy(place: CopyPlace, folder: Path, *, step: int, slot: int) -> None:
         if _receive_head(connection)["wanted"]:
             _send_content(connection, folder, slot)
         if _receive_head(connection) != {"held": step}:
-            raise OSError(f"{place.host} did not keep the copy of step {step}")
+            raise OSError(f"{place.host} does not hold the copy of step {step}")
 
 
 def fetch_copies(place: CopyPlace, folder: Path) -> None:

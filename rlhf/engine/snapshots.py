@@ -37,7 +37,7 @@ class Snapshots:
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor], *, deadline_s: float) -> None:
         """Reserve the memory of both slots. Raise UserError if there is too little.
 
-        A predecessor's snapshots in the folder are kept until the first call of `keep`.
+        A predecessor's snapshots in the folder stay until the first call of `take`.
         """
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder, self._deadline_s = folder, deadline_s
@@ -58,7 +58,7 @@ class Snapshots:
         self.wait_until_sent()
         return max((int(path.stem) for path in self._folder.glob("*.pt")), default=None)
 
-    def keep(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    def take(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Begin to copy a state and return at once. The tensors must not change before `wait` has returned.
 
         values: plain data and small tensors of the state. Such values are written unchanged.
@@ -88,7 +88,7 @@ class Snapshots:
         self._copying = None
         self._last_slot = 1 - self._last_slot
 
-    def copy_to(self, place: CopyPlace | None) -> None:
+    def send_to(self, place: CopyPlace | None) -> None:
         """Send the newest snapshot, and from now on every snapshot, to a place on another node. None: stop sending."""
         self.wait()
         self.wait_until_sent()
@@ -108,7 +108,7 @@ class Snapshots:
         except TimeoutError as error:
             raise RunError(f"The snapshot in {self._folder} was not copied within {self._deadline_s:g} s.") from error
 
-    def take_back(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def restore(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Copy the state of a step into the tensors, and return the state's values.
 
         Forget the snapshots of all further steps.
@@ -120,9 +120,9 @@ class Snapshots:
         content = torch.load(path, weights_only=True)
         if content["layout"] != self._layout or _layout(tensors) != self._layout:
             raise RunError(f"The snapshot {path} is of a rank with other tensors.")
-        kept = tensors_in(self._slots[content["slot"]], self._layout)
+        saved = tensors_in(self._slots[content["slot"]], self._layout)
         for name, tensor in tensors.items():
-            tensor.copy_(kept[name])
+            tensor.copy_(saved[name])
         for other in self._folder.glob("*.pt"):
             if other != path:
                 other.unlink()

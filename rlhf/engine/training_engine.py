@@ -122,7 +122,7 @@ class TrainingEngine(Protocol):
         Raise UserError for a checkpoint that does not fit.
         """
 
-    def keep_in(self, folder: Path, copies: CopyPlace | None = None) -> None:
+    def open_snapshots(self, folder: Path, copies: CopyPlace | None = None) -> None:
         """Reserve shared memory for two snapshots of this rank's state, or open a predecessor's.
 
         Raise UserError if there is too little memory.
@@ -131,10 +131,10 @@ class TrainingEngine(Protocol):
             copies: the place of copies sent by a predecessor on another node. None: no such copies.
         """
 
-    def copy_to(self, place: CopyPlace | None) -> None:
+    def send_snapshots_to(self, place: CopyPlace | None) -> None:
         """Copy the newest snapshot, and from now on every snapshot, to a place on another node. None: stop copying."""
 
-    def keep(self, step: int) -> str | None:
+    def take_snapshot(self, step: int) -> str | None:
         """Begin to copy the state after training step `step`, without waiting for the copy. Collective.
 
         Return why the previous snapshot has no copy on another node. None: a whole copy, or no place for copies.
@@ -143,11 +143,11 @@ class TrainingEngine(Protocol):
         the last snapshot. So all ranks have at least one step in common.
         """
 
-    def kept(self) -> int | None:
+    def newest_snapshot(self) -> int | None:
         """Return the step of the newest whole snapshot of this rank, or None."""
 
-    def take_back(self, step: int) -> None:
-        """Continue exactly from the state at `keep(step)`, between two optimizer steps. Collective.
+    def restore_snapshot(self, step: int) -> None:
+        """Continue exactly from the state at `take_snapshot(step)`, between two optimizer steps. Collective.
 
         The caller chooses the newest step that all ranks have. Snapshots of all further steps are forgotten.
         """

@@ -158,7 +158,7 @@ def _hosts(
 
 
 def _shared_memory(config: Config, nodes: Sequence[Node], kept: Mapping[int, SnapshotBytes]) -> list[Fit]:
-    """Return the fullest /dev/shm among nodes with equal room there, if ranks keep snapshots."""
+    """Return the fullest /dev/shm among nodes with equal room there, if ranks take snapshots."""
     fits: dict[float | None, Fit] = {}
     for index, snapshots in kept.items():
         parts: dict[str, float] = {f"snapshots of {role}": nbytes for role, nbytes in snapshots.by_role.items()}

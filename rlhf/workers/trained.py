@@ -228,31 +228,31 @@ class TrainedWorker(ModelWorker):
     def load(self, folder: Path) -> None:
         self.engine.load(folder)
 
-    def keep_in(self, folder: Path, copies: CopyPlace | None = None) -> None:
+    def open_snapshots(self, folder: Path, copies: CopyPlace | None = None) -> None:
         """Reserve memory for two snapshots of this rank in a folder of /dev/shm, or open a predecessor's snapshots.
 
         copies: the place of copies sent by a predecessor on another node. None: no such copies.
         """
-        self.engine.keep_in(folder, copies)
+        self.engine.open_snapshots(folder, copies)
 
-    def copy_to(self, place: CopyPlace | None) -> None:
+    def send_snapshots_to(self, place: CopyPlace | None) -> None:
         """Copy the newest snapshot, and from now on every snapshot, to a place on another node. None: stop copying."""
-        self.engine.copy_to(place)
+        self.engine.send_snapshots_to(place)
 
-    def keep(self, step: int) -> str | None:
+    def take_snapshot(self, step: int) -> str | None:
         """Begin to copy this rank's state after `step` training steps into shared memory. Collective.
 
         Return why the previous snapshot has no copy on another node. None: a whole copy, or no place for copies.
         """
-        return self.engine.keep(step)
+        return self.engine.take_snapshot(step)
 
-    def kept(self) -> int | None:
+    def newest_snapshot(self) -> int | None:
         """Return the newest step with a whole snapshot of this rank or the predecessor, or None."""
-        return self.engine.kept()
+        return self.engine.newest_snapshot()
 
-    def take_back(self, step: int) -> None:
+    def restore_snapshot(self, step: int) -> None:
         """Restore the snapshot of this rank or the predecessor after `step` training steps. Collective."""
-        self.engine.take_back(step)
+        self.engine.restore_snapshot(step)
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder (an adapter folder for LoRA). Rank 0 writes, all ranks gather. Collective."""

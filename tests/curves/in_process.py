@@ -91,19 +91,19 @@ class Trained:
 
     def build(self) -> None:
         self.trained.build()
-        self.trained.keep_in(Path(self.memory_folder.name))
+        self.trained.open_snapshots(Path(self.memory_folder.name))
 
     async def restart(self) -> None:
         self.build()
 
-    async def keep(self, step: int) -> None:
-        self.trained.keep(step)
+    async def take_snapshot(self, step: int) -> None:
+        self.trained.take_snapshot(step)
 
-    async def kept(self) -> int | None:
-        return self.trained.kept()
+    async def newest_snapshot(self) -> int | None:
+        return self.trained.newest_snapshot()
 
-    async def take_back(self, step: int) -> None:
-        self.trained.take_back(step)
+    async def restore_snapshot(self, step: int) -> None:
+        self.trained.restore_snapshot(step)
 
     async def save(self, folder: Path) -> None:
         self.trained.save(folder)

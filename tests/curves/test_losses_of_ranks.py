@@ -21,9 +21,9 @@ from rlhf.tracking.sinks.tracker import read_metrics
 from tests.curves.in_process import run
 from tests.integration.recipes import merge, without_clocks
 
-CRITIC = ["values", "prepare", "update", "save", "keep"]
+CRITIC = ["values", "prepare", "update", "save", "take_snapshot"]
 UPDATE = ["prepare", "set_advantages", "update", "token_signals"]
-POLICY = [*UPDATE, "publish", "probe", "save", "kept", "memory", "export"]
+POLICY = [*UPDATE, "publish", "probe", "save", "newest_snapshot", "memory", "export"]
 LOST = [("critic", method) for method in CRITIC] + [("policy", method) for method in POLICY]
 STEPS = 5
 REWARD = "def reward(prompt, response):\n    return float(len(response) % 3)\n"

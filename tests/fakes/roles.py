@@ -94,21 +94,21 @@ class FakeTrained(FakeMember, TrainedRole):
     async def load(self, folder: Path) -> None:
         self.note(f"load {folder}")
 
-    async def keep(self, step: int) -> None:
-        self.note(f"keep {step}")
+    async def take_snapshot(self, step: int) -> None:
+        self.note(f"snapshot {step}")
         self.newest = step
 
-    async def kept(self) -> int | None:
+    async def newest_snapshot(self) -> int | None:
         return self.newest
 
-    async def save_kept(self, step: int, folder: Path) -> None:
+    async def save_snapshots(self, step: int, folder: Path) -> None:
         self.note(f"save kept {step}")
 
     async def restart(self) -> None:
         self.note("restart")
 
-    async def take_back(self, step: int) -> None:
-        self.note(f"take back {step}")
+    async def restore_snapshot(self, step: int) -> None:
+        self.note(f"restore {step}")
 
     async def export(self, folder: Path) -> None:
         self.note(f"export {folder}")
@@ -334,7 +334,7 @@ class FakeEngines(FakeMember, RolloutRole):
     ) -> CompletedGroup | None:
         return self.complete(request, oldest)
 
-    async def found_again(self, group: CompletedGroup, sampling: Sampling) -> CompletedGroup:
+    async def restored(self, group: CompletedGroup, sampling: Sampling) -> CompletedGroup:
         return group
 
     @property

@@ -79,15 +79,15 @@ def states_taken_back(stage: int, offload: frozenset[Any], folder: Path) -> tupl
     the states.
     """
     engine = make_engine(stage, torch.bfloat16, offload)
-    engine.keep_in(folder)
+    engine.open_snapshots(folder)
     step(engine, 1)
-    engine.keep(1)
+    engine.take_snapshot(1)
     kept = weights_of(engine) | {name: tensor.cpu().clone() for name, tensor in engine._state.tensors().items()}
     step(engine, 2)  # which waits for the copy
     engine.close()
     engine = make_engine(stage, torch.bfloat16, offload)
-    engine.keep_in(folder)
-    engine.take_back(1)
+    engine.open_snapshots(folder)
+    engine.restore_snapshot(1)
     found = weights_of(engine) | {name: tensor.cpu() for name, tensor in engine._state.tensors().items()}
     engine.close()
     return sorted(kept), [name for name in kept if not torch.equal(kept[name], found[name])]

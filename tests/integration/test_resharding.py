@@ -51,17 +51,17 @@ def trained_further(engine: Any, rank: int, world_size: int, steps: range) -> li
 
 
 def train_and_save(
-    rank: int, world_size: int, *, stage: int, dtype: torch.dtype, folder: Path, name: str, keeps: bool = False
+    rank: int, world_size: int, *, stage: int, dtype: torch.dtype, folder: Path, name: str, snapshot: bool = False
 ) -> Any:
     """The weights when they were saved, and the losses and weights of the unbroken run.
 
-    keeps: each rank keeps a snapshot, and the checkpoint is made of them.
+    snapshot: each rank takes a snapshot, and the checkpoint is made of them.
     """
     engine = make_engine(stage, dtype, optimizer=replace(OPTIMIZER, name=name))
     trained_further(engine, rank, world_size, range(1, SAVED_STEPS + 1))
     torch.rand(1)  # so that the random state is not that of a new engine
-    if keeps:
-        save_kept(engine, rank, SAVED_STEPS, folder)
+    if snapshot:
+        save_snapshots(engine, rank, SAVED_STEPS, folder)
     else:
         engine.save(folder)
     saved = weights_of(engine)
@@ -71,14 +71,14 @@ def train_and_save(
     return saved, losses, weights
 
 
-def save_kept(engine: Any, rank: int, steps: int, folder: Path) -> None:
-    kept = folder.with_name("memory") / str(rank)
-    kept.parent.mkdir(exist_ok=True)
-    engine.keep_in(kept)
-    engine.keep(steps)
-    assert engine.kept() == steps
+def save_snapshots(engine: Any, rank: int, steps: int, folder: Path) -> None:
+    memory = folder.with_name("memory") / str(rank)
+    memory.parent.mkdir(exist_ok=True)
+    engine.open_snapshots(memory)
+    engine.take_snapshot(steps)
+    assert engine.newest_snapshot() == steps
     folder.mkdir(exist_ok=True)
-    write_snapshot(kept, steps, folder, rank)
+    write_snapshot(memory, steps, folder, rank)
     torch.distributed.barrier()
 
 
@@ -118,7 +118,7 @@ def test_other_ranks_and_stages_continue_from_snapshots(
     gangs: Gangs, dtype: torch.dtype, there: Sharding, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"dtype": dtype, "folder": tmp_path / "saved", "name": "adamw"}
-    unbroken = gangs[there.ranks].run(train_and_save, stage=there.zero_stage, keeps=True, **options)
+    unbroken = gangs[there.ranks].run(train_and_save, stage=there.zero_stage, snapshot=True, **options)
     assert_continued(gangs, unbroken, there, options)
 
 
@@ -191,12 +191,12 @@ def test_states_of_several_weights_are_not_divided(
 
 
 def adapter_saved(
-    rank: int, world_size: int, *, model: Path, kind: str, stage: int, folder: Path, keeps: bool = False
+    rank: int, world_size: int, *, model: Path, kind: str, stage: int, folder: Path, snapshot: bool = False
 ) -> Any:
     engine = adapters.started(model, kind, stage)
     adapters.updated(engine, rank % 2, 1)
-    if keeps:
-        save_kept(engine, rank, 1, folder)
+    if snapshot:
+        save_snapshots(engine, rank, 1, folder)
     else:
         engine.save(folder)
     weights = {name: weight.clone() for name, weight in engine.named_weights(torch.float32)}
@@ -261,7 +261,7 @@ def other_adapter(base: Path, kind: str) -> Any:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_an_adapter_kept_in_memory_becomes_whole(gangs: Gangs, base: Path, stage: int, tmp_path: Path) -> None:
     options: dict[str, Any] = {"model": base, "kind": "pissa", "folder": tmp_path / "saved", "stage": stage}
-    saved, *_ = gangs[2].run(adapter_saved, keeps=True, **options)
+    saved, *_ = gangs[2].run(adapter_saved, snapshot=True, **options)
     assert_consolidated(other_adapter(base, "pissa"), saved, tmp_path / "saved", dtype=torch.float32)
 
 

@@ -94,7 +94,7 @@ async def _train(
             if is_kept:
                 record.folder.seal(record.folder.checkpoint(step), step=step)
                 record.folder.commit_checkpoint(step)
-                collector.scorer.keep_from(first_untrained_group(queue.state()))
+                collector.scorer.retain_from(first_untrained_group(queue.state()))
     finally:
         await queue.stop()
 
@@ -122,7 +122,7 @@ class Moments:
             (tracker_module, "append_line"),
             (RunFolder, "begin_checkpoint"),
             (RunFolder, "commit_checkpoint"),
-            (RolloutScorer, "keep_from"),
+            (RolloutScorer, "retain_from"),
         ):
             monkeypatch.setattr(owner, name, self.around(getattr(owner, name)))
         score = Run.score

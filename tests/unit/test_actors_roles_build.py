@@ -89,7 +89,7 @@ def test_the_algorithm_determines_the_groups(
     roles = build_roles(run(tmp_path, algorithm, sections), groups)
     assert created == expected
     assert list(roles) == [role for role, _ in expected]
-    assert groups[:-1] == list(roles.values())  # before the folders in which the ranks keep their state
+    assert groups[:-1] == list(roles.values())  # before the folders of the snapshots
 
 
 def test_groups_made_before_a_failure_are_known(created: list[tuple[str, str]], tmp_path: Path) -> None:

@@ -110,8 +110,8 @@ class Started:
 
     def __getattr__(self, method: str) -> Any:
         results = {
-            "kept": self.newest,
-            "keep": self.failure,
+            "newest_snapshot": self.newest,
+            "take_snapshot": self.failure,
             "update_on": {},
             "read_reference": True,
             "start": "fingerprint",
@@ -146,7 +146,7 @@ class Folders:
         self.notes, self.of_run = notes, frozenset("ab")
 
     async def open(self, nodes: Sequence[str]) -> list[Path]:
-        return [Path("/kept", node) for node in nodes]
+        return [Path("/dev/shm", node) for node in nodes]
 
     def copies_of(self, rank: str) -> str:
         return f"copies of {rank}"
@@ -185,8 +185,8 @@ async def test_new_ranks_take_the_places_of_the_old_and_get_what_those_had(notes
     with_folders(gang, notes)
     await gang.start(deadline_s=60.0)
     assert notes[2:] == [
-        "keep_in 0 /kept/a/policy-0 copies of policy-0",
-        "keep_in 1 /kept/b/policy-1 copies of policy-1",
+        "open_snapshots 0 /dev/shm/a/policy-0 copies of policy-0",
+        "open_snapshots 1 /dev/shm/b/policy-1 copies of policy-1",
     ]
     data: Any = ["rows"]
     await gang.load_data(data)
@@ -199,7 +199,10 @@ async def test_new_ranks_take_the_places_of_the_old_and_get_what_those_had(notes
     assert notes == [
         *("end 0", "end 1", "spawn 2", "spawn 3"),
         *("start 2 127.0.0.1 1", "start 3 127.0.0.1 1"),
-        *("keep_in 2 /kept/a/policy-0 copies of policy-0", "keep_in 3 /kept/b/policy-1 copies of policy-1"),
+        *(
+            "open_snapshots 2 /dev/shm/a/policy-0 copies of policy-0",
+            "open_snapshots 3 /dev/shm/b/policy-1 copies of policy-1",
+        ),
         *("take_teacher 2 head", "take_teacher 3 head"),
         *("load_data 2 rows", "load_data 3 rows"),
         *("read_reference 2 0 a", "read_reference 3 0 a"),
@@ -228,8 +231,8 @@ async def test_receivers_of_a_broadcast_are_waited_for_at_most_two_minutes(notes
     assert (await gang.meeting(num_receivers=2, timeout_s=60.0)).timeout_s == 60.0
 
 
-CHOSEN = ["copy_to 0 place of policy-0", "copy_to 1 place of policy-1"]
-KEPT = ["keep 0 1", "keep 1 1"]
+CHOSEN = ["send_snapshots_to 0 place of policy-0", "send_snapshots_to 1 place of policy-1"]
+SNAPSHOTS = ["take_snapshot 0 1", "take_snapshot 1 1"]
 
 
 async def test_ranks_copy_to_other_nodes_which_are_chosen_again_when_nodes_change_or_a_copy_fails(
@@ -241,25 +244,25 @@ async def test_ranks_copy_to_other_nodes_which_are_chosen_again_when_nodes_chang
     folders = with_folders(gang, notes)
     await gang.start(deadline_s=60.0)
     notes.clear()
-    await gang.keep(1)
-    assert notes == [f"{nodes} {{}}", *CHOSEN, *KEPT]
+    await gang.take_snapshot(1)
+    assert notes == [f"{nodes} {{}}", *CHOSEN, *SNAPSHOTS]
     notes.clear()
-    await gang.keep(1)
-    assert notes == KEPT
+    await gang.take_snapshot(1)
+    assert notes == SNAPSHOTS
     folders.of_run = frozenset("abc")
     notes.clear()
-    await gang.keep(1)
-    assert notes == [f"{nodes} {{}}", *CHOSEN, *KEPT]
+    await gang.take_snapshot(1)
+    assert notes == [f"{nodes} {{}}", *CHOSEN, *SNAPSHOTS]
     ranks[1].failure = "no space left"
     notes.clear()
-    await gang.keep(1)
-    assert notes == [*KEPT, f"{nodes} {{'policy-1': 'no space left'}}", *CHOSEN]
+    await gang.take_snapshot(1)
+    assert notes == [*SNAPSHOTS, f"{nodes} {{'policy-1': 'no space left'}}", *CHOSEN]
     notes.clear()
-    await gang.take_back(1)
-    assert notes == [f"{nodes} {{}}", *CHOSEN, "take_back 0 1", "take_back 1 1"]
+    await gang.restore_snapshot(1)
+    assert notes == [f"{nodes} {{}}", *CHOSEN, "restore_snapshot 0 1", "restore_snapshot 1 1"]
     notes.clear()
     gang.placement = cast("Any", None)  # it has lost a node
-    await gang.save_kept(1, tmp_path / "policy")
+    await gang.save_snapshots(1, tmp_path / "policy")
     assert notes == [f"write {{'policy-0': 'a', 'policy-1': 'b'}} 1 {tmp_path}/policy"]
 
 
@@ -267,19 +270,19 @@ async def test_ranks_keep_their_state_right_after_the_step_without_another_call(
     ranks: Any = [Started(0, notes), Started(1, notes)]
     gang = OfflineGang(ranks, lambda rank: ranks[rank], deadline_s=60.0, one_host=True)
     plan: Any = "rows"
-    await gang.update_on(plan, keeps=4)
-    sent = ["update_on 0 rows", "update_on 1 rows", "keep 0 4", "keep 1 4"]
+    await gang.update_on(plan, snapshot=4)
+    sent = ["update_on 0 rows", "update_on 1 rows", "take_snapshot 0 4", "take_snapshot 1 4"]
     assert notes == sent
-    await gang.keep(4)
+    await gang.take_snapshot(4)
     assert notes == sent
-    await gang.keep(5)
-    assert notes == [*sent, "keep 0 5", "keep 1 5"]
-    await gang.update_on(plan, keeps=6)
+    await gang.take_snapshot(5)
+    assert notes == [*sent, "take_snapshot 0 5", "take_snapshot 1 5"]
+    await gang.update_on(plan, snapshot=6)
     await gang.start(deadline_s=60.0)
     await gang.restart()
     notes.clear()
-    await gang.keep(6)
-    assert notes == ["keep 0 6", "keep 1 6"]
+    await gang.take_snapshot(6)
+    assert notes == ["take_snapshot 0 6", "take_snapshot 1 6"]
 
 
 @pytest.mark.parametrize(("steps", "common"), [((3, 2), 2), ((3, None), None)])
@@ -288,7 +291,7 @@ async def test_the_oldest_of_the_newest_states_is_common_to_all_ranks(
 ) -> None:
     ranks: Any = [Started(number, notes, newest) for number, newest in enumerate(steps)]
     gang = CriticGang(ranks, deadline_s=60.0, one_host=True)
-    assert await gang.kept() == common
+    assert await gang.newest_snapshot() == common
 
 
 class Rank:

@@ -24,7 +24,7 @@ from rlhf.process import disk_full
 from rlhf.process.disk_full import PAUSE
 from rlhf.roles import CompletedGroup
 from rlhf.rollouts.records.begun import Begun
-from rlhf.rollouts.records.spool import group_path, keep_sampled_by
+from rlhf.rollouts.records.spool import group_path, retain_sampled_by
 from rlhf.types import GroupRequest, Sampling
 from tests.fakes.engine_handles import manifest, request, until
 
@@ -188,7 +188,7 @@ async def test_a_stored_group_names_the_weights_that_have_sampled_all_of_it(
     await in_flight.answer(request(0), SAMPLING, 3)
     path = group_path(tmp_path, 0, versions[1])
     assert path.exists()
-    keep_sampled_by(tmp_path, versions[1], "sum")
+    retain_sampled_by(tmp_path, versions[1], "sum")
     assert path.exists() == is_kept
 
 

@@ -342,7 +342,7 @@ async def test_a_group_whose_tokens_are_lost_comes_from_the_store_by_any_engine_
     infos: Any = (SimpleNamespace(num_response_tokens=4),)
     tokens: Any = "lost"
     lost = CompletedGroup(request=request(3), rollouts=tokens, infos=infos)
-    found = await asyncio.wait_for(engines.found_again(lost, SAMPLING), DEADLINE_S)
+    found = await asyncio.wait_for(engines.restored(lost, SAMPLING), DEADLINE_S)
     assert (found.request, found.infos, found.rollouts) == (lost.request, lost.infos, "tokens from other")
     await engines.give_up_rebuilds()
 
@@ -371,7 +371,7 @@ async def test_lost_tokens_are_asked_from_the_first_engine_that_comes_back() -> 
     other.is_dead = True
     await engines.cancel([])
     lost = CompletedGroup(request=request(3), rollouts=cast(Any, "lost"), infos=infos)
-    found = await asyncio.wait_for(engines.found_again(lost, SAMPLING), 5.0)
+    found = await asyncio.wait_for(engines.restored(lost, SAMPLING), 5.0)
     assert found.rollouts == "tokens from successor"
     await engines.give_up_rebuilds()
 

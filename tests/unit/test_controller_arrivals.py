@@ -107,11 +107,11 @@ async def test_the_groups_of_a_batch_are_streamed_again_after_a_loss_while_other
         async def restart(self) -> None:
             calls.append("restart")
 
-        async def kept(self) -> int:
+        async def newest_snapshot(self) -> int:
             return 0
 
-        async def take_back(self, step: int) -> None:
-            calls.append(f"take back {step}")
+        async def restore_snapshot(self, step: int) -> None:
+            calls.append(f"restore {step}")
 
     async def stream(step: int) -> float:
         calls.append("stream")
@@ -131,7 +131,7 @@ async def test_the_groups_of_a_batch_are_streamed_again_after_a_loss_while_other
     controller: Any = OnlineController.__new__(OnlineController)
     controller.record = SimpleNamespace(apart=lambda *_, **__: nullcontext())
     controller.trained, controller.survives = {"policy": Ranks()}, True
-    controller.step = controller.kept_step = controller.trained_step = 0
+    controller.step = controller.checkpoint_step = controller.trained_step = 0
     controller.supervisor = SimpleNamespace(recover=recover)
     controller.batches, controller.roles, controller.is_published = SimpleNamespace(take=take), ROLES, False
     learning = streamed(stream, calls)
@@ -139,5 +139,5 @@ async def test_the_groups_of_a_batch_are_streamed_again_after_a_loss_while_other
     attempt.metrics.append(cast(Any, "of the broken attempt"))
     assert await controller._take_and_stream(attempt, learning) == "batch"
     calls.remove("take")  # which begins at the same time
-    assert calls == ["stream", "restart", "take back 0", "begin again", "stream"]
+    assert calls == ["stream", "restart", "restore 0", "begin again", "stream"]
     assert (attempt.busy_s, attempt.metrics) == (2.5, [])

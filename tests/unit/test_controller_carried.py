@@ -97,8 +97,8 @@ def test_a_checkpoint_keeps_the_begun_responses_that_wait(tmp_path: Path) -> Non
     for group_id in (1, 3, 4):
         request = request_for(prompt, group_id=group_id, first_sequence_id=0, samples=1, run_seed=0)
         write_begun(run.scorer.spool, request, Sampling(max_new_tokens=4), [Begun()])
-    run.scorer.copy_to(tmp_path / "copy", start=6, begun={1, 3})
-    run.scorer.keep_from(6, begun={3})
+    run.scorer.save_to(tmp_path / "copy", start=6, begun={1, 3})
+    run.scorer.retain_from(6, begun={3})
     assert list(begun_groups(run.scorer.spool).values()) == [3]
-    run.scorer.take_from(tmp_path / "copy")
+    run.scorer.restore_from(tmp_path / "copy")
     assert sorted(begun_groups(run.scorer.spool).values()) == [1, 3]

@@ -407,7 +407,7 @@ def test_a_resumed_run_makes_the_batch_that_was_written_down(tmp_path: Path) -> 
     assert again.collector.state() == first.collector.state()
     other_rule = Run(tmp_path, order=slowest(0, 2), oversample=1.5, dynamic_sampling={})
     assert other_rule.trained() == [1, 3, 4, 5]
-    first.scorer.keep_from(first.collector.next_group)
+    first.scorer.retain_from(first.collector.next_group)
     assert Run(tmp_path, order=slowest(0, 2), oversample=1.5).trained() == [1, 3, 4, 5]
 
 

@@ -38,18 +38,18 @@ class Policy:
             raise WorkerLost(f"{call}: lost", role=self.lost_role, rank=1, stage=call, kind="died")
         self.calls.append(call)
 
-    async def keep(self, step: int) -> None:
-        self.note(f"keep {step}")
+    async def take_snapshot(self, step: int) -> None:
+        self.note(f"snapshot {step}")
         self.newest = step
 
-    async def kept(self) -> int | None:
+    async def newest_snapshot(self) -> int | None:
         return self.newest
 
     async def restart(self) -> None:
         self.note("restart")
 
-    async def take_back(self, step: int) -> None:
-        self.note(f"take back {step}")
+    async def restore_snapshot(self, step: int) -> None:
+        self.note(f"restore {step}")
 
     async def arithmetic(self) -> Arithmetic:
         return Arithmetic(flops_per_token=1.0, flops_per_token_and_length=0.0, peak_flops=1.0)
@@ -63,7 +63,7 @@ class Policy:
     async def save(self, folder: Path) -> None:
         self.note(f"save {folder}")
 
-    async def save_kept(self, step: int, folder: Path) -> None:
+    async def save_snapshots(self, step: int, folder: Path) -> None:
         self.note(f"save kept {step}")
 
     async def load(self, folder: Path) -> None:
@@ -165,7 +165,7 @@ class Loop(TrainingLoop):
     async def train_step(self, step: int) -> None:
         async def update() -> None:
             self.policy.note(f"train {step}")
-            await self.keep(step)
+            await self.take_snapshot(step)
 
         await self.despite_losses(update, oldest=step - 1)
 
@@ -203,7 +203,7 @@ def test_a_checkpoint_is_valid_only_after_its_row() -> None:
         *("train 4", "evaluate 4", "row 4"),
         *("train 5", "evaluate 5", *saved(5)),
     ]
-    assert loop.kept_step == 5
+    assert loop.checkpoint_step == 5
 
 
 def test_a_run_until_a_step_is_not_over_and_goes_on_from_its_checkpoint() -> None:
@@ -214,7 +214,7 @@ def test_a_run_until_a_step_is_not_over_and_goes_on_from_its_checkpoint() -> Non
     resumed = Loop(loop.record)
     asyncio.run(resumed.restore(3))
     assert calls == ["cursor 3", "load step_3/policy"]
-    assert (resumed.step, resumed.kept_step, resumed.best.step) == (3, 3, 2)
+    assert (resumed.step, resumed.checkpoint_step, resumed.best.step) == (3, 3, 2)
 
 
 def test_a_notice_makes_the_current_step_the_last() -> None:
@@ -248,18 +248,18 @@ def broken(losses: list[str], **settings: Any) -> tuple[Loop, list[str]]:
     return loop, calls
 
 
-TAKEN_BACK = ["restart", "take back 1"]
-STEP_1, STEP_2 = ["keep 0", "train 1", "keep 1", "row 1"], ["train 2", "keep 2"]
+RESTORED = ["restart", "restore 1"]
+STEP_1, STEP_2 = ["snapshot 0", "train 1", "snapshot 1", "row 1"], ["train 2", "snapshot 2"]
 
 
 @pytest.mark.parametrize(
     ("lost", "expected"),
     [
-        ("keep 0", ["restart", *STEP_1, *STEP_2, "evaluate 2", *saved(2)]),
-        ("train 2", [*STEP_1, *TAKEN_BACK, *STEP_2, "evaluate 2", *saved(2)]),
-        ("keep 2", [*STEP_1, "train 2", *TAKEN_BACK, *STEP_2, "evaluate 2", *saved(2)]),
-        ("evaluate 2", [*STEP_1, *STEP_2, "restart", "take back 2", "evaluate 2", *saved(2)]),
-        ("save aside_2/policy", [*STEP_1, *STEP_2, "evaluate 2", "restart", "take back 2", *saved(2)]),
+        ("snapshot 0", ["restart", *STEP_1, *STEP_2, "evaluate 2", *saved(2)]),
+        ("train 2", [*STEP_1, *RESTORED, *STEP_2, "evaluate 2", *saved(2)]),
+        ("snapshot 2", [*STEP_1, "train 2", *RESTORED, *STEP_2, "evaluate 2", *saved(2)]),
+        ("evaluate 2", [*STEP_1, *STEP_2, "restart", "restore 2", "evaluate 2", *saved(2)]),
+        ("save aside_2/policy", [*STEP_1, *STEP_2, "evaluate 2", "restart", "restore 2", *saved(2)]),
     ],
 )
 def test_work_is_done_again_from_the_kept_state_when_a_rank_is_lost(lost: str, expected: list[str]) -> None:
@@ -275,7 +275,7 @@ def test_an_export_is_written_again_from_its_begin() -> None:
     loop.policy.losses = ["export aside_final"]
     asyncio.run(loop.export())
     load = "load step_2/policy"
-    assert calls == [load, "restart", "take back 4", load, "export aside_final"]
+    assert calls == [load, "restart", "restore 4", load, "export aside_final"]
 
 
 @pytest.mark.parametrize("lost", ["train 2", "evaluate 2", "save aside_2/policy", "export aside_final"])
@@ -288,7 +288,7 @@ def test_the_last_row_has_the_recoveries_after_its_step_too(lost: str) -> None:
 def test_the_checkpoint_stands_in_for_a_state_that_is_lost_too() -> None:
     loop, calls = loop_of([1.0], gang=9, checkpoint_every=1, steps=2)
     loop.policy.losses = ["train 2"]
-    loop.policy.kept = nothing  # type: ignore[method-assign]
+    loop.policy.newest_snapshot = nothing  # type: ignore[method-assign]
     assert asyncio.run(loop.run())
     assert calls[calls.index("restart") :] == [
         "restart",
@@ -307,8 +307,8 @@ async def nothing() -> None:
 def test_a_run_ends_if_the_state_is_lost_or_no_gang_may_be_restarted_or_a_step_loses_it_twice() -> None:
     loop, calls = loop_of([1.0], gang=9, steps=2)
     loop.policy.losses = ["train 2"]
-    loop.policy.kept = nothing  # type: ignore[method-assign]
-    with pytest.raises(RunError, match=r"The state after step 0 is the newest .* can be resumed with --resume auto"):
+    loop.policy.newest_snapshot = nothing  # type: ignore[method-assign]
+    with pytest.raises(RunError, match=r"every rank has is of step 0, .* can be resumed with --resume auto"):
         asyncio.run(loop.run())
     loop, calls = loop_of([1.0], steps=2)
     loop.policy.losses = ["train 2"]
@@ -325,10 +325,10 @@ def test_a_rank_of_another_trained_role_may_be_lost_during_a_restart() -> None:
     loop.trained = {**loop.trained, "critic": cast(Any, critic)}
     loop.supervisor = Supervisor(loop.config.cluster.restarts, loop.record, ("policy", "critic"))
     loop.policy.losses = ["train 2"]
-    critic.losses = ["take back 1"]
+    critic.losses = ["restore 1"]
     critic.lost_role = "critic"
     assert asyncio.run(loop.run())
-    assert calls.count("take back 1") == 3  # of the policy twice, of the critic once
+    assert calls.count("restore 1") == 3  # of the policy twice, of the critic once
 
 
 async def test_restarts_of_a_role_do_not_overlap_when_a_rank_of_another_role_is_lost_in_its_own() -> None:
@@ -369,7 +369,7 @@ async def test_a_cancelled_restart_ends_first() -> None:
     go.set()
     with pytest.raises(asyncio.CancelledError):
         await running
-    assert calls[-2:] == ["restarted", "take back 0"]
+    assert calls[-2:] == ["restarted", "restore 0"]
 
 
 async def test_a_cancelled_run_commits_the_checkpoint_in_progress() -> None:

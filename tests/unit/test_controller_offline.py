@@ -87,27 +87,27 @@ class Ranks:
                 del self.snapshots[max(self.snapshots)]
             raise WorkerLost("lost", role="policy", rank=0, stage="update", kind="died")
 
-    async def update_on(self, plan: MinibatchPlan, states: tuple[()], *, keeps: int | None = None) -> dict[str, Any]:
+    async def update_on(self, plan: MinibatchPlan, states: tuple[()], *, snapshot: int | None = None) -> dict[str, Any]:
         self.state = [*self.state, plan]
         self.note(f"update {len(self.state)}")
         return {"update/tokens/total": Sum(total=plan.num_tokens)}
 
-    async def keep(self, step: int) -> None:
+    async def take_snapshot(self, step: int) -> None:
         self.snapshots[step] = self.state
-        self.note(f"keep {step}")
+        self.note(f"snapshot {step}")
 
-    async def kept(self) -> int | None:
+    async def newest_snapshot(self) -> int | None:
         return max(self.snapshots, default=None)
 
     async def restart(self) -> None:
         self.state = []
 
-    async def take_back(self, step: int) -> None:
+    async def restore_snapshot(self, step: int) -> None:
         self.state = self.snapshots[step]
 
 
 @pytest.mark.parametrize("is_whole", [True, False], ids=["whole", "half a copy"])
-@pytest.mark.parametrize("lost", ["none", "update 1", "update 3", "keep 2"])
+@pytest.mark.parametrize("lost", ["none", "update 1", "update 3", "snapshot 2"])
 def test_a_step_is_made_again_after_a_loss_also_the_one_before_it(lost: str, is_whole: bool, tmp_path: Path) -> None:
     rows = [SomeRow(example_id=i, token_ids=(0,) * (i + 1), num_targets=i) for i in range(7)]
     config = Config.model_validate(
@@ -139,7 +139,7 @@ def test_a_step_is_made_again_after_a_loss_also_the_one_before_it(lost: str, is_
         )
 
         async def three_steps() -> list[float]:
-            await controller.despite_losses(partial(controller.keep, 0))
+            await controller.despite_losses(partial(controller.take_snapshot, 0))
             tokens = []
             for step in range(1, 4):
                 record.begin_step(step)
@@ -149,7 +149,7 @@ def test_a_step_is_made_again_after_a_loss_also_the_one_before_it(lost: str, is_
 
         assert asyncio.run(three_steps()) == [1.0, 5.0, 9.0]
     assert [plan.num_tokens for plan in ranks.state] == [1, 5, 9]
-    again = {("update 3", False): ["update 2", "keep 2", "update 3"], ("update 3", True): ["update 3"]}
+    again = {("update 3", False): ["update 2", "snapshot 2", "update 3"], ("update 3", True): ["update 3"]}
     if (lost, is_whole) in again:
         place = ranks.calls.index(lost) + 1
-        assert ranks.calls[place:] == [*again[lost, is_whole], "keep 3"]
+        assert ranks.calls[place:] == [*again[lost, is_whole], "snapshot 3"]

@@ -53,14 +53,14 @@ async def test_a_reference_is_renewed_only_when_no_role_can_need_the_old_one_aga
     learning = {"learn": noting("learn", Signals()), "renew_reference": noting("renew")}
     controller.learning = SimpleNamespace(**{**LEARNING, **learning, "renews_reference": lambda step: is_due})
     controller.trained = {
-        role: SimpleNamespace(keep=noting(f"{role} keeps"), kept=noting(f"{role} has kept"))
+        role: SimpleNamespace(take_snapshot=noting(f"{role} snapshot"), newest_snapshot=noting(f"{role} waits"))
         for role in ("actor", "critic")
     }
     controller._sync = noting("sync")
     await controller._learn_and_sync(attempt_at(2, controller))
-    kept = ["actor has kept", "critic has kept"]
-    renewal = [*kept, "renew"] if is_due else []
-    assert calls == ["learn", "actor keeps", "critic keeps", "finish", *renewal, "sync", *kept]
+    waits = ["actor waits", "critic waits"]
+    renewal = [*waits, "renew"] if is_due else []
+    assert calls == ["learn", "actor snapshot", "critic snapshot", "finish", *renewal, "sync", *waits]
 
 
 async def test_weights_that_are_published_again_after_a_restart_leave_no_metrics_in_the_step() -> None:
@@ -159,12 +159,12 @@ class Published:
         self.is_lost = False
         self.calls.append("restart")
 
-    async def kept(self) -> int:
+    async def newest_snapshot(self) -> int:
         return self.newest
 
-    async def take_back(self, step: int) -> None:
-        self._refuse_lost(f"take back {step}")
-        self.calls.append(f"take back {step}")
+    async def restore_snapshot(self, step: int) -> None:
+        self._refuse_lost(f"restore {step}")
+        self.calls.append(f"restore {step}")
 
 
 def published(*, engines_have: int) -> tuple[Any, Published]:
@@ -188,11 +188,11 @@ async def rebuilt(lost: WorkerLost, rebuild: Any, *, work: Any) -> None:
 async def test_a_restored_policy_publishes_what_the_engines_have_and_nothing_else() -> None:
     controller, ends = published(engines_have=2)
     await controller.restart_trained(2)
-    assert ends.calls == ["restart", "take back 2", "withdraw", "publish 2", "offer manifest 2"]
+    assert ends.calls == ["restart", "restore 2", "withdraw", "publish 2", "offer manifest 2"]
     assert controller.is_published
     controller, ends = published(engines_have=1)  # lost during the sync of step 2, which is done again
     await controller.restart_trained(1)
-    assert ends.calls == ["restart", "take back 2"]
+    assert ends.calls == ["restart", "restore 2"]
     assert not controller.is_published
 
 
@@ -238,7 +238,7 @@ async def test_a_streamed_step_finds_the_loss_of_the_first_rank_that_a_successor
     assert attempt.busy_s == 2.5
     assert ends.calls == [
         *("withdraw", "lost: publish 2"),
-        *("restart", "take back 2", "withdraw", "publish 2", "offer manifest 2"),
+        *("restart", "restore 2", "withdraw", "publish 2", "offer manifest 2"),
     ]
 
 
@@ -250,7 +250,7 @@ async def test_a_step_is_trained_again_if_a_batch_ahead_needs_the_weights_before
         ends.calls.append(f"learn {step}")
         return Signals()
 
-    async def keep(step: int) -> None:
+    async def take_snapshot(step: int) -> None:
         controller.trained_step = step
         ends.newest = step
 
@@ -273,8 +273,8 @@ async def test_a_step_is_trained_again_if_a_batch_ahead_needs_the_weights_before
     async def nothing(*_: Any) -> None: ...
 
     ends.offer_weights = offer  # type: ignore[method-assign]
-    controller.sharing, controller._sync, controller.keep = frozenset(), sync, keep
-    controller.wait_until_kept = nothing
+    controller.sharing, controller._sync, controller.take_snapshot = frozenset(), sync, take_snapshot
+    controller.wait_for_snapshots = nothing
     controller.learning = SimpleNamespace(**LEARNING, learn=learn)
     controller.batches = SimpleNamespace(during=during, until_weights_may_change=finish)
     attempt = attempt_at(3, controller, "group")
@@ -282,7 +282,7 @@ async def test_a_step_is_trained_again_if_a_batch_ahead_needs_the_weights_before
     learn_and_sync = controller.despite_losses(partial(controller._learn_and_sync, attempt), oldest=2)
     await asyncio.wait_for(learn_and_sync, timeout=60)
     assert ends.calls == [
-        *("learn 3", "lost: take back 2", "restart", "take back 2", "begin again"),
+        *("learn 3", "lost: restore 2", "restart", "restore 2", "begin again"),
         *("withdraw", "publish 2", "offer manifest 2", "learn 3", "sync 3"),
     ]
 
@@ -298,7 +298,7 @@ async def test_groups_whose_tokens_are_lost_in_training_are_found_and_the_policy
             raise ResultsLost("the node is gone.", role="reference", rank=0, stage="reference", kind="died")
         return Signals()
 
-    async def found_again(groups: Any, sampling: Any) -> list[str]:
+    async def restored(groups: Any, sampling: Any) -> list[str]:
         return ["found"]
 
     async def recover(lost: WorkerLost, rebuild: Any, *, work: Any) -> None:
@@ -306,7 +306,7 @@ async def test_groups_whose_tokens_are_lost_in_training_are_found_and_the_policy
         assert (lost.role, lost.stage) == ("policy", "reference")
         ends.calls.append("recover")
 
-    async def keep(step: int) -> None:
+    async def take_snapshot(step: int) -> None:
         controller.trained_step = step
 
     async def nothing(*_: Any) -> None: ...
@@ -317,9 +317,9 @@ async def test_groups_whose_tokens_are_lost_in_training_are_found_and_the_policy
     controller.supervisor = SimpleNamespace(recover=recover)
     forgotten: list[Any] = []
     controller.learning = SimpleNamespace(**LEARNING, learn=learn, columns=SimpleNamespace(forget=forgotten.append))
-    controller.scorer.found_again = found_again
+    controller.scorer.restored = restored
     controller.batches = SimpleNamespace(during=during, until_weights_may_change=nothing)
-    controller._sync, controller.keep = nothing, keep
+    controller._sync, controller.take_snapshot = nothing, take_snapshot
     attempt = attempt_at(2, controller, "lost")
     await controller.despite_losses(partial(controller._learn_and_sync, attempt), oldest=1)
     assert attempt.groups == ["found"]
@@ -343,13 +343,13 @@ async def test_groups_whose_tokens_are_lost_while_others_are_sampled_are_found_a
             raise ResultsLost("the node is gone.", role="policy", rank=0, stage="experience", kind="died")
         return 2.5
 
-    async def found_again(groups: Any, sampling: Any) -> list[str]:
+    async def restored(groups: Any, sampling: Any) -> list[str]:
         return ["found", *groups[1:]]
 
     learning: Any = StreamedAdvantageLearning.__new__(StreamedAdvantageLearning)
     learning.arrivals, learning.stream, learning.record = arrivals, stream, LEARNING["record"]
     learning.columns = SimpleNamespace(forget=lambda groups: None)
-    controller.learning, controller.scorer.found_again = learning, found_again
+    controller.learning, controller.scorer.restored = learning, restored
     controller.batches = SimpleNamespace(take=take)
     attempt = attempt_at(3, controller)
     assert await asyncio.wait_for(controller._take_and_stream(attempt, learning), timeout=60) == "batch"

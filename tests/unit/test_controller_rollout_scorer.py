@@ -78,12 +78,12 @@ def test_a_group_whose_tokens_are_lost_with_a_node_is_scored_as_the_store_has_it
             raise ResultsLost("the node is gone.", role="reward", rank=0, stage="rewards", kind="died")
         return await FakeRewards.score(reward, group)
 
-    async def found_again(group: CompletedGroup, sampling: Sampling) -> CompletedGroup:
+    async def restored(group: CompletedGroup, sampling: Sampling) -> CompletedGroup:
         stored: Any = f"stored {group.request.group_id}"
         return dataclasses.replace(group, rollouts=stored)
 
     scorer.reward.score = score  # type: ignore[method-assign]
-    scorer.rollout.found_again = found_again  # type: ignore[method-assign]
+    scorer.rollout.restored = restored  # type: ignore[method-assign]
     ask(scorer)
     assert sorted(map(str, given)) == ["None", "None", "stored 0", "stored 1"]
     assert sorted(reward.scored) == [0, 1]
@@ -97,7 +97,7 @@ def test_a_checkpoint_deletes_no_file_that_an_engine_writes(tmp_path: Path) -> N
     writing = group_path(scorer.spool, 5, 2).with_suffix(".77.tmp")
     writing.write_bytes(b"tok")
     ask(scorer)
-    scorer.keep_from(4)
+    scorer.retain_from(4)
     assert list(stored_groups(scorer.spool).values()) == [4]
     assert writing.exists()
 
@@ -107,14 +107,14 @@ def test_groups_travel_with_a_checkpoint_in_one_file(tmp_path: Path) -> None:
     for group_id in (3, 4, 5):
         group_path(here.spool, group_id, 2).write_bytes(b"tokens of %d" % group_id)
     ask(here)
-    here.copy_to(tmp_path / "checkpoint", start=4)
+    here.save_to(tmp_path / "checkpoint", start=4)
     assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == [
         "firsts.jsonl",
         "groups.tar",
         "scores.jsonl",
     ]
     group_path(there.spool, 4, 2).write_bytes(b"half of")
-    there.take_from(tmp_path / "checkpoint")
+    there.restore_from(tmp_path / "checkpoint")
     assert {group_id: path.read_bytes() for path, group_id in stored_groups(there.spool).items()} == {
         4: b"tokens of 4",
         5: b"tokens of 5",

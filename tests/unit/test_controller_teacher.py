@@ -28,7 +28,7 @@ class Student:
     def __init__(self, calls: list[str]) -> None:
         self.calls = calls
 
-    async def update_on(self, plan: MinibatchPlan, states: Any, *, keeps: int | None) -> dict[str, Any]:
+    async def update_on(self, plan: MinibatchPlan, states: Any, *, snapshot: int | None) -> dict[str, Any]:
         self.calls.append(f"update {plan.sequences_by_rank[0]} by {states}")
         await asyncio.sleep(0)
         await asyncio.sleep(0)

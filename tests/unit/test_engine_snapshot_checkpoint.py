@@ -42,7 +42,7 @@ def kept(folder: Path) -> dict[str, Any]:
         snapshots = Snapshots(folder / str(rank), state(rank), deadline_s=60.0)
         for step in (2, 3):
             rest = {"random": random_state(), "steps": step, "record": RECORD.model_dump()}
-            snapshots.keep(step, state(rank), values | rest)
+            snapshots.take(step, state(rank), values | rest)
             torch.rand(1)
         snapshots.close()
     return values

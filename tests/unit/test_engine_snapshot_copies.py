@@ -33,26 +33,26 @@ def state(step: int) -> dict[str, Tensor]:
 
 def opened(folder: Path, place: CopyPlace | None = None) -> Snapshots:
     snapshots = Snapshots(folder, state(0), deadline_s=DEADLINE_S)
-    snapshots.copy_to(place)
+    snapshots.send_to(place)
     return snapshots
 
 
 def keep(snapshots: Snapshots, *steps: int, add: int = 0) -> None:
     for step in steps:
-        snapshots.keep(step, state(step + add), {"steps": step})
+        snapshots.take(step, state(step + add), {"steps": step})
     snapshots.wait()
     assert snapshots.wait_until_sent() is None
 
 
 def steps_at(place: CopyPlace, folder: Path) -> list[int]:
-    """The steps that a successor can take back, whose tensors are whole."""
+    """The steps that a successor can restore, whose tensors are whole."""
     fetch_copies(place, folder)
     return sorted(int(path.stem) for path in folder.glob("*.pt"))
 
 
 def taken_back(folder: Path, step: int) -> Tensor:
     tensors = state(99)
-    assert opened(folder).take_back(step, tensors) == {"steps": step}
+    assert opened(folder).restore(step, tensors) == {"steps": step}
     assert tensors["weights"][5] == tensors["count"] + 5
     return tensors["count"]
 
@@ -74,7 +74,7 @@ def test_a_step_that_is_done_again_replaces_its_copy(holder: CopyHolder, tmp_pat
     place = holder.place("policy-0")
     snapshots = opened(tmp_path / "rank", place)
     keep(snapshots, 1, 2)
-    snapshots.take_back(1, state(0))
+    snapshots.restore(1, state(0))
     assert snapshots.wait_until_sent() is None
     assert steps_at(place, tmp_path / "before") == [1]
     keep(snapshots, 2, add=40)
@@ -88,7 +88,7 @@ def test_a_successor_sends_what_it_has_fetched_to_a_new_holder(holder: CopyHolde
     fetch_copies(place, tmp_path / "successor")
     other = CopyHolder(tmp_path / "other", "127.0.0.1")
     successor = opened(tmp_path / "successor", other.place("policy-0"))
-    successor.take_back(2, state(0))
+    successor.restore(2, state(0))
     assert successor.wait_until_sent() is None
     assert steps_at(other.place("policy-0"), tmp_path / "third") == [2]
     other.close()
@@ -99,7 +99,7 @@ def test_a_copy_that_is_held_is_not_sent_again(holder: CopyHolder, tmp_path: Pat
     snapshots = opened(tmp_path / "rank", place)
     keep(snapshots, 1)
     with mock.patch.object(snapshot_copies, "_send_content", side_effect=OSError("sent again")):
-        snapshots.copy_to(place)
+        snapshots.send_to(place)
         assert snapshots.wait_until_sent() is None
 
 
@@ -113,7 +113,7 @@ def test_half_a_copy_is_never_found(holder: CopyHolder, tmp_path: Path) -> None:
         raise OSError("the node is lost")
 
     with mock.patch.object(snapshot_copies, "_send_content", send_half):
-        snapshots.keep(3, state(3), {"steps": 3})
+        snapshots.take(3, state(3), {"steps": 3})
         assert snapshots.wait_until_sent() == "OSError: the node is lost"
     assert steps_at(place, tmp_path / "successor") == [2]
     assert taken_back(tmp_path / "successor", 2) == 2
@@ -155,11 +155,11 @@ def test_a_holder_that_is_gone_is_a_reason_and_no_error(tmp_path: Path) -> None:
     snapshots = opened(tmp_path / "rank", holder.place("policy-0"))
     keep(snapshots, 1)
     holder.close()
-    snapshots.keep(2, state(2), {"steps": 2})
+    snapshots.take(2, state(2), {"steps": 2})
     assert str(snapshots.wait_until_sent()).startswith("ConnectionRefusedError")
     assert snapshots.newest() == 2
     other = CopyHolder(tmp_path / "other", "127.0.0.1")
-    snapshots.copy_to(other.place("policy-0"))  # which gets the newest one at once
+    snapshots.send_to(other.place("policy-0"))  # which gets the newest one at once
     assert snapshots.wait_until_sent() is None
     assert steps_at(other.place("policy-0"), tmp_path / "successor") == [2]
     other.close()
@@ -190,6 +190,6 @@ def test_a_holder_that_is_cut_off_is_given_up(tmp_path: Path, monkeypatch: pytes
     with socket.create_server(("127.0.0.1", 0)) as silent:
         place = CopyPlace(host="127.0.0.1", port=silent.getsockname()[1], token=bytes(32), name="policy-0")
         snapshots = opened(tmp_path / "rank", place)
-        snapshots.keep(1, state(1), {"steps": 1})
+        snapshots.take(1, state(1), {"steps": 1})
         assert str(snapshots.wait_until_sent()).startswith("TimeoutError")
         assert snapshots.newest() == 1

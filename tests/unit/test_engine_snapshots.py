@@ -40,14 +40,14 @@ def opened(folder: Path, step: int = 0) -> Snapshots:
 def found(folder: Path, step: int) -> tuple[dict[str, Tensor], object]:
     """The tensors and the values that a new process takes back."""
     tensors = state(99)
-    return tensors, opened(folder).take_back(step, tensors)["steps"]
+    return tensors, opened(folder).restore(step, tensors)["steps"]
 
 
 def test_a_successor_takes_back_either_of_the_last_two_steps(tmp_path: Path) -> None:
     snapshots = opened(tmp_path)
     assert snapshots.newest() is None
     for step in (1, 2, 3):
-        snapshots.keep(step, state(step), {"steps": step})
+        snapshots.take(step, state(step), {"steps": step})
     snapshots.close()
     assert opened(tmp_path).newest() == 3
     tensors, steps = found(tmp_path, 2)
@@ -61,7 +61,7 @@ def test_a_successor_takes_back_either_of_the_last_two_steps(tmp_path: Path) -> 
 def test_half_a_copy_is_never_found(tmp_path: Path) -> None:
     snapshots = opened(tmp_path)
     for step in (1, 2):
-        snapshots.keep(step, state(step), {"steps": step})
+        snapshots.take(step, state(step), {"steps": step})
     snapshots.wait()
     reached, released = threading.Event(), threading.Event()
 
@@ -70,7 +70,7 @@ def test_half_a_copy_is_never_found(tmp_path: Path) -> None:
         released.wait(DEADLINE_S)
 
     with mock.patch("rlhf.engine.snapshots.torch.save", stuck), mock.patch("pathlib.Path.rename"):
-        snapshots.keep(3, state(3), {"steps": 3})
+        snapshots.take(3, state(3), {"steps": 3})
         assert reached.wait(DEADLINE_S)
         assert opened(tmp_path).newest() == 2  # of which step 3 has overwritten nothing
         tensors, _ = found(tmp_path, 2)
@@ -82,21 +82,21 @@ def test_half_a_copy_is_never_found(tmp_path: Path) -> None:
 def test_the_step_taken_back_is_not_overwritten_first(tmp_path: Path) -> None:
     first = opened(tmp_path)
     for step in (1, 2):
-        first.keep(step, state(step), {"steps": step})
+        first.take(step, state(step), {"steps": step})
     first.close()
     successor = opened(tmp_path)
-    successor.take_back(1, state(0))
-    successor.keep(2, state(22), {"steps": 2})
+    successor.restore(1, state(0))
+    successor.take(2, state(22), {"steps": 2})
     successor.close()
     assert found(tmp_path, 1)[0]["count"] == 1
 
 
 def test_snapshots_not_taken_back_are_forgotten(tmp_path: Path) -> None:
     first = opened(tmp_path)
-    first.keep(8, state(8), {})
+    first.take(8, state(8), {})
     first.close()
     successor = opened(tmp_path)  # it continues from a checkpoint
-    successor.keep(5, state(5), {})
+    successor.take(5, state(5), {})
     successor.close()
     assert opened(tmp_path).newest() == 5
 
@@ -104,12 +104,12 @@ def test_snapshots_not_taken_back_are_forgotten(tmp_path: Path) -> None:
 def test_other_tensors_are_refused(tmp_path: Path) -> None:
     snapshots = opened(tmp_path)
     with pytest.raises(RunError, match="no longer has the tensors"):
-        snapshots.keep(1, state(1) | {"bytes": torch.zeros(6)}, {})
-    snapshots.keep(1, state(1), {})
+        snapshots.take(1, state(1) | {"bytes": torch.zeros(6)}, {})
+    snapshots.take(1, state(1), {})
     snapshots.close()
     other = state(0) | {"count": torch.tensor(0)}
     with pytest.raises(RunError, match="is of a rank with other tensors"):
-        Snapshots(tmp_path, other, deadline_s=DEADLINE_S).take_back(1, other)
+        Snapshots(tmp_path, other, deadline_s=DEADLINE_S).restore(1, other)
 
 
 def test_too_little_memory_names_the_key(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_wait_for_memory_keeps_a_copy_that_was_fetched(tmp_path: Path, monkeyp
     monkeypatch.setattr(disk_full, "LOOK_EVERY_S", 0.01)
     monkeypatch.setattr(disk_full, "AGAIN_AFTER_S", 0.05)
     lost = opened(tmp_path / "lost")
-    lost.keep(1, state(1), {"steps": 1})
+    lost.take(1, state(1), {"steps": 1})
     lost.close()
     fetched = tmp_path / "fetched"
     fetched.mkdir()
@@ -144,7 +144,7 @@ def test_a_wait_for_memory_keeps_a_copy_that_was_fetched(tmp_path: Path, monkeyp
 def test_a_failed_copy_is_an_error_of_the_next_step(tmp_path: Path) -> None:
     snapshots = opened(tmp_path / "slots")
     with mock.patch("pathlib.Path.rename", side_effect=OSError("the folder is gone")):
-        snapshots.keep(1, state(1), {})
+        snapshots.take(1, state(1), {})
         with pytest.raises(RunError, match="could not be completed: the folder is gone"):
             snapshots.wait()
 
@@ -152,6 +152,6 @@ def test_a_failed_copy_is_an_error_of_the_next_step(tmp_path: Path) -> None:
 def test_full_memory_at_the_end_of_a_copy_is_named(tmp_path: Path) -> None:
     snapshots = opened(tmp_path)
     (tmp_path / "1.part").symlink_to("/dev/full")
-    snapshots.keep(1, state(1), {})
+    snapshots.take(1, state(1), {})
     with pytest.raises(StorageFull, match=r"1\.pt could not be written: No space left on device"):
         snapshots.wait()

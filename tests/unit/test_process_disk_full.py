@@ -162,13 +162,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def keep(folder: Path) -> None:
     state = {"weights": VALUES}
     snapshots = Snapshots(folder / "slots", state, deadline_s=30.0)
-    snapshots.keep(1, state, {})
+    snapshots.take(1, state, {})
     snapshots.close()
 
 
 def kept(folder: Path) -> bool:
     state = {"weights": torch.zeros_like(VALUES)}
-    Snapshots(folder / "slots", state, deadline_s=30.0).take_back(1, state)
+    Snapshots(folder / "slots", state, deadline_s=30.0).restore(1, state)
     return torch.equal(state["weights"], VALUES)
 
 

@@ -129,10 +129,10 @@ def test_a_checkpoint_drops_what_it_covers(tmp_path: Path) -> None:
     ledger = ScoreLedger(tmp_path, rewards="ours")
     for group_id in (-1, 4, 5, 4 + GREEDY_GROUPS, 5 + GREEDY_GROUPS):
         ledger.put(group_id, 2, "r", SCORES)
-    ledger.keep_from(5)
+    ledger.retain_from(5)
     kept = {group_id for group_id, _, _ in ScoreLedger(tmp_path, rewards="ours").known}
     assert kept == {5, 5 + GREEDY_GROUPS}
-    ledger.keep_from(6)
+    ledger.retain_from(6)
     assert not list(tmp_path.iterdir())
 
 
@@ -142,8 +142,8 @@ def test_entries_travel_with_a_checkpoint(tmp_path: Path) -> None:
     ledger.put(4, 2, "r", SCORES)
     ledger.put(5, 3, "r", SCORES)
     there.mkdir()
-    ledger.copy_to(there, start=5)
+    ledger.save_to(there, start=5)
     resumed = ScoreLedger(elsewhere, rewards="ours")
     resumed.put(6, 3, "r", SCORES)
-    resumed.take_from(there)
+    resumed.restore_from(there)
     assert set(ScoreLedger(elsewhere, rewards="ours").known) == {(5, 3, "r"), (6, 3, "r")}

@@ -13,8 +13,8 @@ from rlhf.rollouts.records.spool import (
     drop_untrained,
     forget_after,
     group_path,
-    keep_sampled_by,
     read_group,
+    retain_sampled_by,
     write_group,
 )
 from rlhf.types import (
@@ -135,7 +135,7 @@ def test_groups_of_one_version_and_its_weights_are_kept_alone(tmp_path: Path) ->
         request = replace(REQUEST, group_id=group_id)
         write_group(tmp_path, request, SAMPLING, version, ROLLOUTS, (INFO,), weights=weights)
     group_path(tmp_path, 3, 0).write_bytes(b"damaged")
-    keep_sampled_by(tmp_path, 0, "now")
+    retain_sampled_by(tmp_path, 0, "now")
     assert list(tmp_path.iterdir()) == [group_path(tmp_path, 0, 0)]
 
 

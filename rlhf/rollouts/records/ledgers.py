@@ -88,7 +88,7 @@ class _Ledger(Generic[Key, Value]):
         folder.mkdir(parents=True, exist_ok=True)
         self._read()
 
-    def keep_from(self, start: int) -> None:
+    def retain_from(self, start: int) -> None:
         """Drop the records of evaluations and of groups before `start`. A checkpoint covers both."""
         keep_lines(self.path, lambda row: self._is_from(row, start))
         self.known = {}
@@ -96,12 +96,12 @@ class _Ledger(Generic[Key, Value]):
         if self.path.exists() and not self.path.stat().st_size:
             self.path.unlink()
 
-    def copy_to(self, folder: Path, *, start: int) -> None:
+    def save_to(self, folder: Path, *, start: int) -> None:
         """Write the records of groups from `start` on into a file of another folder."""
         write_lines(folder / self.name, [row for row in read_lines(self.path) if self._is_from(row, start)])
 
-    def take_from(self, folder: Path) -> None:
-        """Add the records that `copy_to` wrote into a folder."""
+    def restore_from(self, folder: Path) -> None:
+        """Add the records that `save_to` wrote into a folder."""
         write_lines(self.path, [*read_lines(self.path), *read_lines(folder / self.name)])
         self._read()
 

@@ -63,7 +63,7 @@ def forget_after(folder: Path, version: int) -> int:
     return len(newer)
 
 
-def keep_sampled_by(folder: Path, version: int, weights: str) -> None:
+def retain_sampled_by(folder: Path, version: int, weights: str) -> None:
     """Delete the spooled groups except groups of this version with this checksum of the weights."""
     for path in stored_groups(folder):
         if _version(path) != version or _weights(path) != weights:

@@ -104,16 +104,16 @@ def train_unbroken(rank: int, world_size: int, *, kind: str) -> tuple[dict[str, 
 def train_until_killed(rank: int, world_size: int, *, kind: str, folder: Path) -> int:
     """Train and keep. The last rank never ends the copy of step 3. Returns the process to be killed."""
     engine = started(rank, **KINDS[kind])
-    engine.keep_in(folder / str(rank))
-    assert engine.kept() is None
-    engine.keep(0)
+    engine.open_snapshots(folder / str(rank))
+    assert engine.newest_snapshot() is None
+    engine.take_snapshot(0)
     for step in range(1, KILLED_IN + 1):
         updated(engine, rank, step)
         if step == KILLED_IN and rank == world_size - 1:
             stop_in_the_middle(engine)
-        engine.keep(step)
+        engine.take_snapshot(step)
     if rank != world_size - 1:
-        assert engine.kept() == KILLED_IN
+        assert engine.newest_snapshot() == KILLED_IN
     return os.getpid()
 
 
@@ -131,18 +131,18 @@ def stop_in_the_middle(engine: DeepSpeedEngine) -> None:
     engine._snapshots._copy = half  # type: ignore[method-assign]
 
 
-def take_back(
+def restore_snapshot(
     rank: int, world_size: int, *, kind: str, folder: Path
 ) -> tuple[int | None, dict[str, Tensor], list[tuple[float, float]]]:
     """The newest step that the predecessor kept, and what comes of doing the others again."""
     engine = started(rank + 10, **KINDS[kind])
-    engine.keep_in(folder / str(rank))
-    newest = engine.kept()
-    engine.take_back(KILLED_IN - 1)
+    engine.open_snapshots(folder / str(rank))
+    newest = engine.newest_snapshot()
+    engine.restore_snapshot(KILLED_IN - 1)
     reports = []
     for step in range(KILLED_IN, LAST + 1):
         reports.append(updated(engine, rank, step))
-        engine.keep(step)
+        engine.take_snapshot(step)
     state = everything(engine)
     engine.close()
     return newest, state, reports
@@ -151,11 +151,11 @@ def take_back(
 def train_and_keep(rank: int, world_size: int, *, kind: str, folder: Path) -> None:
     """Train and keep, up to the step that is killed."""
     engine = started(rank, **KINDS[kind])
-    engine.keep_in(folder / str(rank))
+    engine.open_snapshots(folder / str(rank))
     for step in range(1, KILLED_IN):
         updated(engine, rank, step)
-        engine.keep(step)
-    assert engine.kept() == KILLED_IN - 1
+        engine.take_snapshot(step)
+    assert engine.newest_snapshot() == KILLED_IN - 1
     engine.close()
 
 
@@ -180,7 +180,7 @@ def kill_and_compare(kinds: tuple[str, ...], successors: Gang, folder: Path) -> 
         process.join(DEADLINE_S)
         assert process.exitcode == -signal.SIGKILL
     for kind in kinds:
-        results = successors.run(take_back, kind=kind, folder=folder / kind)
+        results = successors.run(restore_snapshot, kind=kind, folder=folder / kind)
         assert [newest for newest, _, _ in results] == [KILLED_IN, KILLED_IN - 1]
         for (state, reports), (_, again, reports_again) in zip(unbroken[kind], results, strict=True):
             assert reports == reports_again, kind
