@@ -10,63 +10,42 @@ from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
 from rlhf.commands.shared import AnyConfig, loaded_config, starts_work, write_stdout
-from rlhf.errors import UserError
 
 if TYPE_CHECKING:
     from rlhf.config.files.load import LoadedConfig
-    from rlhf.config.schema.sweep import Sweep
 
 
 @starts_work
 def plan(
-    config: AnyConfig | Sweep,
+    config: AnyConfig,
     overrides: Sequence[str] = (),
     *,
     cluster: str | None = None,
     shapes: Path | None = None,
     lengths: str | None = None,
-    simulate: str | None = None,
 ) -> str:
     """Check a configuration, and show the derived numbers, placement, memory, time and cost. Return the text.
 
-    For a sweep's file, the text has the trials, the number that fit at once, and the plan of the first. For the numbers
-    of `simulate`, call rlhf.planning.footprints and rlhf.planning.simulate.
+    For a sweep's file, the text has the plan of the run with the first values. For the numbers of a plan, call
+    rlhf.planning.footprints and rlhf.planning.simulate.
 
     Args:
         cluster (NODES): nodes to fit the run into, such as '2*cpu=96,gpu=8,type=h100'.
         shapes (FOLDER): a folder with config.json of models absent from this machine.
         lengths (SPEC): lengths of responses, as lognormal:MEAN:SIGMA, a file, or a run's folder.
-        simulate (SPEC): predict the load of the GPUs in scenarios such as 'gpus=64+4096,staleness=0+1,mtbf_h=5000',
-            instead of the plan.
     """
-    from rlhf.config.files.load import LoadedConfig
-
-    target = _loaded_run_or_sweep(config, overrides)
-    if not isinstance(target, LoadedConfig):
-        from rlhf.planning.trials import render_sweep
-
-        if simulate is not None:
-            raise UserError("--simulate takes one run; give the file that the sweep varies")
-        return render_sweep(target, cluster=cluster, shapes=shapes, lengths=lengths)
-    if simulate is not None:
-        from rlhf.planning import scenarios
-
-        return scenarios.render_scenarios(target, simulate, cluster=cluster, shapes=shapes, lengths=lengths)
     from rlhf.planning.report import render_plan
 
-    return render_plan(target, cluster=cluster, shapes=shapes, lengths=lengths)
+    loaded = _loaded_run(config, overrides)
+    return render_plan(loaded, cluster=cluster, shapes=shapes, lengths=lengths)
 
 
 def _present(args: argparse.Namespace) -> None:
     """Print the plan, then check the run's inputs on this machine."""
-    from rlhf.config.files.load import LoadedConfig
-
-    target = _loaded_run_or_sweep(args.config, args.overrides)
-    write_stdout(COMMAND.call(args, config=target, overrides=()))
-    if args.simulate is None:
-        write_stdout("\ninputs: models, data, rewards, environments, agents\n")
-        loaded = target if isinstance(target, LoadedConfig) else target.base
-        write_stdout(_check_inputs(loaded, cluster=args.cluster))
+    loaded = _loaded_run(args.config, args.overrides)
+    write_stdout(COMMAND.call(args, config=loaded, overrides=()))
+    write_stdout("\ninputs: models, data, rewards, environments, agents\n")
+    write_stdout(_check_inputs(loaded, cluster=args.cluster))
 
 
 def _check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
@@ -102,15 +81,17 @@ def _check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
     return "  checked: `rlhf train` accepts them\n"
 
 
-def _loaded_run_or_sweep(config: AnyConfig | Sweep, overrides: Sequence[str]) -> LoadedConfig | Sweep:
+def _loaded_run(config: AnyConfig, overrides: Sequence[str]) -> LoadedConfig:
+    """Return the run, or of a sweep's file the run with the first values. UserError: any trial is invalid."""
     from rlhf.config.files.base_file import read_tree
     from rlhf.config.files.recipes import config_file
-    from rlhf.config.schema.sweep import Sweep, load_sweep
+    from rlhf.config.schema.sweep import load_sweep
+    from rlhf.sweeps.space import known_trials
 
-    if isinstance(config, Sweep):
-        return config
     if isinstance(config, str | Path) and "sweep" in read_tree(config_file(config)).values:
-        return load_sweep(config, overrides)
+        sweep = load_sweep(config, overrides)
+        known_trials(sweep)
+        return sweep.base
     return loaded_config(config, overrides)
 
 

@@ -185,7 +185,7 @@ def _times(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: 
     if config.rollouts is None:
         return [title + _stages(config, stages, nodes)]
     system, sync, schedule = (
-        system_of(config, sizes, nodes, lengths, {}),
+        system_of(config, sizes, nodes, lengths),
         sync_stage(config, sizes, nodes),
         schedule_of(config),
     )

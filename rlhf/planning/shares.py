@@ -1,7 +1,6 @@
 """Divide this machine among the simultaneous trials of a sweep.
 
-Each trial has a separate Ray on a share of the cores. This module starts nothing, and serves both `rlhf plan` and the
-sweep.
+Each trial has a separate Ray on a share of the cores. This module starts nothing.
 """
 
 from __future__ import annotations

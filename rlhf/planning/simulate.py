@@ -3,26 +3,22 @@
 Engines decode all sequences in lockstep, a token each in base_s + sequences * each_s. The schedule decides when groups
 are requested, when the trainer may take groups, and whether the engines finish before loading new weights, as
 rlhf.controller.batch_queue and rlhf.controller.group_queue do. A prompt is computed once for a group, before the
-responses start. A group may need a service, such as a slow reward, for some time after decoding. Nodes fail at random
-and restart: an engine repeats unfinished groups, and the trainer repeats the update. Evaluation, checkpoints and
-further network traffic are not modelled.
+responses start. A recorded group may need a service, such as a slow reward, for some time after decoding. Failures,
+evaluation, checkpoints and further network traffic are not modelled.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
 
-from rlhf.errors import UserError
 from rlhf.planning.system import Outcome, Schedule, System
 
-MOST_FAILURES = 10_000
 MANY_RESPONSES = 30_000  # per step: fewer steps give the same averages
-Kind = Literal["decoded", "answered", "trained", "synced", "failed"]
+Kind = Literal["decoded", "answered", "trained", "synced"]
 
 
 @dataclass(slots=True)
@@ -30,20 +26,19 @@ class _Engine:
     """Track sequences decoding in lockstep. `ticks` counts the tokens decoded per sequence since the start."""
 
     active: list[tuple[float, int, int]] = field(default_factory=list)  # (tick of completion, group, tokens)
-    lengths: dict[int, list[int]] = field(default_factory=dict)  # of groups with undecoded responses on this engine
+    groups: set[int] = field(default_factory=set)  # with undecoded responses on this engine
     waiting: deque[tuple[int, int]] = field(default_factory=deque)  # (tokens, group)
     computed: set[int] = field(default_factory=set)  # groups with a computed prompt
     ticks: float = 0.0
     at: float = 0.0  # time of the last advance; in the future while the engine is paused
     serial: int = 0  # events with an earlier serial are void
     busy_s: float = 0.0
-    sampled: float = 0.0
 
 
 class _Simulation:
     def __init__(self, system: System, schedule: Schedule, seed: int) -> None:
         self.system, self.schedule = system, schedule
-        self.seed, self.random = seed, Random(seed)  # the latter for failures
+        self.seed = seed
         self.engines = [_Engine() for _ in range(system.engines)]
         self.events: list[tuple[float, int, Kind, int, int]] = []
         self.order = 0
@@ -63,15 +58,11 @@ class _Simulation:
         self.syncing = False
         self.work = (0.0, 0.0)  # seconds and tokens of the current update
         self.late = 0.0  # streamed: seconds of the step's updates that await the whole batch
-        self.trained_tokens, self.trained_groups, self.lags, self.train_s, self.failures = 0.0, 0, 0.0, 0.0, 0
-        self.reasked = 0
-        self.ends: dict[int, list[float]] = {}  # of a batch's responses
-        self.issue_time: dict[int, float] = {}
-        self.tails: list[float] = []
+        self.trained_tokens, self.trained_groups, self.lags, self.train_s = 0.0, 0, 0.0, 0.0
         self.next_engine = 0
 
     def post(self, time: float, kind: Kind, index: int = 0, serial: int = 0) -> None:
-        """Schedule an event. `index` is the number of an engine, a failing node or a group."""
+        """Schedule an event. `index` is the number of an engine or a group."""
         self.order += 1
         heapq.heappush(self.events, (time, self.order, kind, index, serial))
 
@@ -84,10 +75,8 @@ class _Simulation:
         if passed <= 0.0:
             return
         if engine.active:
-            ticks = passed / self.step_s(engine)
-            engine.ticks += ticks
+            engine.ticks += passed / self.step_s(engine)
             engine.busy_s += passed
-            engine.sampled += ticks * len(engine.active)
         engine.at = self.now
 
     def refill(self, index: int) -> None:
@@ -115,7 +104,6 @@ class _Simulation:
         while self.issued // size <= last:
             if not self.schedule.in_flight and self.unanswered:
                 return  # whole batches are collected one after another
-            self.issue_time[self.issued // size], self.ends[self.issued // size] = self.now, []
             touched = {self.request(group) for group in range(self.issued, self.issued + size)}
             self.issued += size
             for index in sorted(touched):
@@ -140,11 +128,8 @@ class _Simulation:
         else:
             random = Random(hash((self.seed, group, self.attempts[group])))
             lengths, latency = [system.lengths.draw(random) for _ in range(system.samples_per_prompt)], 0.0
-            if system.latency_s:
-                location = math.log(system.latency_s) - system.latency_sigma**2 / 2
-                latency = random.lognormvariate(location, system.latency_sigma)
         self.engines[index].waiting.extend((tokens, group) for tokens in lengths)
-        self.engines[index].lengths[group] = lengths
+        self.engines[index].groups.add(group)
         self.undecoded[group], self.latencies[group] = len(lengths), latency
         self.unanswered.add(group)
         self.started[group] = self.version
@@ -159,20 +144,13 @@ class _Simulation:
         while engine.active and engine.active[0][0] <= engine.ticks + 1e-6:
             _, group, _ = heapq.heappop(engine.active)
             self.undecoded[group] -= 1
-            self.note_end(group // self.system.prompts_per_step)
             if self.undecoded[group] == 0:
-                del self.undecoded[group], engine.lengths[group]
+                del self.undecoded[group]
+                engine.groups.discard(group)
                 engine.computed.discard(group)
                 self.post(self.now + self.latencies.pop(group), "answered", group, self.attempts[group])
         self.refill(index)
         self.proceed()
-
-    def note_end(self, batch: int) -> None:
-        """Count a decoded response of a batch."""
-        if batch in self.ends:  # a batch with a group that is requested again has more responses
-            self.ends[batch].append(self.now)
-            if len(self.ends[batch]) == self.system.prompts_per_step * self.system.samples_per_prompt:
-                self.close(batch)
 
     def answered(self, group: int) -> None:
         """Make a group ready for training."""
@@ -180,11 +158,6 @@ class _Simulation:
         self.ready[group] = None
         self.answered_in[group // self.system.prompts_per_step] += 1
         self.proceed()
-
-    def close(self, batch: int) -> None:
-        ends, began = self.ends.pop(batch), self.issue_time.pop(batch)
-        late = ends[int(len(ends) * 0.9) - 1 if len(ends) >= 10 else 0]
-        self.tails.append((ends[-1] - late) / max(ends[-1] - began, 1e-9))
 
     def proceed(self) -> None:
         """Start everything possible now: the next batch, an update or a sync."""
@@ -236,14 +209,8 @@ class _Simulation:
             work *= system.streamed_share
             if self.consumed + len(self.training) == system.prompts_per_step:
                 work, self.late = work + self.late, 0.0
-        lost = 0.0
-        if system.mtbf_s is not None:
-            nodes = -(-system.training_gpus // system.gpus_per_node)
-            while (until := self.random.expovariate(nodes / system.mtbf_s)) < work:
-                lost += until + system.restart_s  # the update starts again
-                self.count_failure()
         self.work = (work, tokens)
-        self.post(self.now + work + lost, "trained")
+        self.post(self.now + work, "trained")
 
     def trained(self) -> None:
         """End an update."""
@@ -270,11 +237,11 @@ class _Simulation:
     def renew(self) -> None:
         """Request too old groups again."""
         for group in [g for g, version in self.started.items() if self.version - version > self.schedule.max_staleness]:
-            self.reasked += 1
             self.attempts[group] += 1
             self.ready.pop(group, None)
             for engine in self.engines:
-                if engine.lengths.pop(group, None) is not None:
+                if group in engine.groups:
+                    engine.groups.discard(group)
                     engine.active = [entry for entry in engine.active if entry[1] != group]
                     heapq.heapify(engine.active)
                     engine.waiting = deque(entry for entry in engine.waiting if entry[1] != group)
@@ -282,33 +249,6 @@ class _Simulation:
             self.request(group)
         for index in range(len(self.engines)):
             self.refill(index)
-
-    def fail(self, node: int) -> None:
-        """Fail a node. The node's engines repeat unfinished groups after the restart."""
-        self.count_failure()
-        first = node * self.system.engines_per_node
-        for index in range(first, min(first + self.system.engines_per_node, len(self.engines))):
-            engine = self.engines[index]
-            self.advance(engine)
-            again = [(tokens, group) for group in engine.lengths for tokens in self._unfinished(engine, group)]
-            engine.active, engine.waiting, engine.at = [], deque(again), self.now + self.system.restart_s
-            engine.computed.clear()
-            self.refill(index)
-        self.expect_failure(node)
-
-    def count_failure(self) -> None:
-        self.failures += 1
-        if self.failures > MOST_FAILURES:
-            raise UserError("--simulate: nodes fail so often that steps do not end; raise mtbf_h")
-
-    def _unfinished(self, engine: _Engine, group: int) -> list[int]:
-        return sorted(engine.lengths[group])[-self.undecoded[group] :]
-
-    def expect_failure(self, node: int) -> None:
-        """Schedule the next failure of a node, or of the group of nodes under one engine."""
-        assert self.system.mtbf_s is not None
-        nodes = max(self.system.gpus_per_engine / self.system.gpus_per_node, 1.0)
-        self.post(self.now + self.random.expovariate(nodes / self.system.mtbf_s), "failed", node)
 
     def run_until(self, version: int) -> None:
         while self.version < version:
@@ -320,8 +260,6 @@ class _Simulation:
             elif kind == "answered":
                 if serial == self.attempts[index]:
                     self.answered(index)
-            elif kind == "failed":
-                self.fail(index)
             elif serial == self.engines[index].serial:
                 self.decoded(index)
 
@@ -337,38 +275,24 @@ def simulate(
     if steps is None:
         steps = 2 if system.prompts_per_step * system.samples_per_prompt > MANY_RESPONSES else 6
     run = _Simulation(system, schedule, seed)
-    if system.mtbf_s is not None:
-        for node in range(-(-system.engines // system.engines_per_node)):
-            run.expect_failure(node)
     run.issue()
     if warm_up is None:
         warm_up = (1 + schedule.max_staleness) * (2 if schedule.in_flight else 1)  # in flight, all start at once
     run.run_until(warm_up)
-    began, busy, sampled = run.now, *_decoded(run)
+    began, busy_s = run.now, _busy_s(run)
     tokens, groups, lags, train_s = run.trained_tokens, run.trained_groups, run.lags, run.train_s
-    run.tails.clear()
     run.run_until(warm_up + steps)
     passed = run.now - began
-    busy_after, sampled_after = _decoded(run)
-    engines_busy = min((busy_after - busy) / (passed * system.engines), 1.0)  # a prefill may reach beyond the end
-    full = system.max_num_seqs / (system.base_s + system.max_num_seqs * system.each_s)
-    trainer_busy = (run.train_s - train_s) / passed
-    rollout_gpus = system.engines * system.gpus_per_engine
     return Outcome(
         step_s=passed / steps,
         tokens_per_s=(run.trained_tokens - tokens) / passed,
-        engines_busy=engines_busy,
-        engines_full=(sampled_after - sampled) / (passed * system.engines * full),
-        trainer_busy=trainer_busy,
-        gpus_busy=(rollout_gpus * engines_busy + system.training_gpus * trainer_busy) / system.gpus,
-        tail=sum(run.tails) / len(run.tails) if run.tails else 0.0,
+        engines_busy=min((_busy_s(run) - busy_s) / (passed * system.engines), 1.0),  # a prefill may pass the end
+        trainer_busy=(run.train_s - train_s) / passed,
         lag=(run.lags - lags) / max(run.trained_groups - groups, 1),
-        reasked=run.reasked,
-        failures=run.failures,
     )
 
 
-def _decoded(run: _Simulation) -> tuple[float, float]:
+def _busy_s(run: _Simulation) -> float:
     for engine in run.engines:
         run.advance(engine)
-    return sum(engine.busy_s for engine in run.engines), sum(engine.sampled for engine in run.engines)
+    return sum(engine.busy_s for engine in run.engines)

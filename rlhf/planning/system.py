@@ -44,8 +44,6 @@ class System:
     samples_per_prompt: int
     prompt_tokens: float
     engines: int
-    gpus_per_engine: int
-    training_gpus: int
     colocated: bool  # engines and trainer take turns on the same GPUs
     max_num_seqs: int
     base_s: float  # of a decoding step: reading the weights
@@ -56,21 +54,6 @@ class System:
     load_s: float  # in flight: pause of the engines within it, without recomputed keys and values
     prefill_s: float = 0.0  # of a token of a prompt, or of one whose keys and values are computed again
     recomputes: bool = False  # in flight, keys and values are computed again by new weights
-    latency_s: float = 0.0  # mean time of a group in a reward service, after it is decoded
-    latency_sigma: float = 0.0  # of its logarithm
-    mtbf_s: float | None = None  # of a node; None: no failures
-    restart_s: float = 300.0
-    gpus_per_node: int = 8
-
-    @property
-    def gpus(self) -> int:
-        rollout_gpus = self.engines * self.gpus_per_engine
-        return max(rollout_gpus, self.training_gpus) if self.colocated else rollout_gpus + self.training_gpus
-
-    @property
-    def engines_per_node(self) -> int:
-        """Return the engines on a node, or 1 for an engine on a node or more."""
-        return max(self.gpus_per_node // self.gpus_per_engine, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,10 +63,5 @@ class Outcome:
     step_s: float
     tokens_per_s: float  # trained prompt and response tokens
     engines_busy: float  # fraction of the time with a decoding engine
-    engines_full: float  # sampled tokens divided by those of engines that are always full
     trainer_busy: float
-    gpus_busy: float  # of all GPUs
-    tail: float  # fraction of a batch's rollout time after 90 % of its responses are done
     lag: float  # average age of the weights at the start of trained groups, in versions
-    reasked: int  # groups that were too old to be trained
-    failures: int

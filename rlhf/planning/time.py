@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from rlhf.config.derive import (
     derive,
-    models_of,
     needs_reference_logprobs,
     reference_model,
     sequences_per_row,
@@ -32,7 +31,7 @@ from rlhf.planning.memory import kv_bytes_per_token
 from rlhf.planning.rates import Stage, rates
 from rlhf.planning.shapes import Shape
 from rlhf.planning.system import System
-from rlhf.planning.transfers import Work, gpus_per_host, moves_in_update, snapshots, staging
+from rlhf.planning.transfers import Work, moves_in_update, snapshots, staging
 from rlhf.role_table import ROLES, TRAINED_ROLES, Role
 
 
@@ -135,10 +134,8 @@ def sync_stage(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> St
     return Stage("weight sync", 2 * nbytes / speed.link + 0.2, how)
 
 
-def system_of(
-    config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths, replacements: Mapping[str, float]
-) -> System:
-    """Return the system to simulate. `replacements` maps fields of System to known values."""
+def system_of(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths) -> System:
+    """Return the system to simulate."""
     assert config.rollouts is not None
     role, policy, parallel = config.cluster.roles.rollout, config.policy, config.cluster.roles.rollout.tensor_parallel
     shape, size = sizes.of(policy.model), 4 if policy.dtype == "float32" else 2
@@ -151,29 +148,22 @@ def system_of(
     seconds = sum(stage.seconds for stage in stages)
     late_s = sum(stage.seconds * stage.late for stage in stages)
     sync_s = sync_stage(config, sizes, nodes).seconds
-    values: dict[str, Any] = {
-        "engines": role.workers,
-        "base_s": shape.parameters * size / bandwidth + speed.step_s,
-        "each_s": mean * kv_bytes_per_token(shape, itemsize=size) / bandwidth + operations / arithmetic,
-        "train_tokens_per_s": derive(config).sequences_per_step * (prompt + average) / seconds,
-        "sync_s": sync_s,
-        "load_s": sync_s / 2,  # the engines go on while the weights are published
-        "prefill_s": operations / arithmetic,
-        "max_num_seqs": _at_once(config, sizes, prompt + average),
-        **replacements,
-    }
     return System(
         lengths=lengths,
         prompts_per_step=config.rollouts.prompts_per_step,
         samples_per_prompt=config.rollouts.samples_per_prompt,
         prompt_tokens=prompt,
-        gpus_per_engine=parallel,
-        training_gpus=config.cluster.roles.policy.workers + _separate_workers(config),
+        engines=role.workers,
         colocated=role.colocate_with is not None,
-        gpus_per_node=gpus_per_host(config, nodes),
+        max_num_seqs=_at_once(config, sizes, prompt + average),
+        base_s=shape.parameters * size / bandwidth + speed.step_s,
+        each_s=mean * kv_bytes_per_token(shape, itemsize=size) / bandwidth + operations / arithmetic,
+        train_tokens_per_s=derive(config).sequences_per_step * (prompt + average) / seconds,
         streamed_share=1.0 - late_s / seconds,  # experience and the first minibatch
+        sync_s=sync_s,
+        load_s=sync_s / 2,  # the engines go on while the weights are published
+        prefill_s=operations / arithmetic,
         recomputes=config.rollouts.kv_after_update == "recompute",
-        **values,
     )
 
 
@@ -184,10 +174,3 @@ def _at_once(config: Config, sizes: Sizes, length: float) -> int:
     """
     most, held = config.cluster.roles.rollout.max_num_seqs, cache_tokens(config, sizes)
     return most if held is None else max(1, min(most, int(held / length)))
-
-
-def _separate_workers(config: Config) -> int:
-    """Return the number of workers with separate devices in other roles."""
-    guests = [role for role in models_of(config) if not ROLES[role].hosts]
-    sections = [getattr(config.cluster.roles, role) for role in guests]
-    return sum(section.workers for section in sections if section.colocate_with is None)

@@ -184,28 +184,11 @@ def test_decoding_time_by_hand() -> None:
     weights, context = shape.parameters - shape.embedding - shape.hidden, 1024 + 500
     read = context * 2 * 80 * 1024 * 2 / (4 * 3350e9 * 0.6)
     multiplied = (2 * weights + 4 * 80 * 8192 * context) / (4 * 989e12 * 0.45)
-    system = system_of(config, Sizes(), parse_cluster(NODES), Lengths(most=4096, mean=1000.0), {})
+    system = system_of(config, Sizes(), parse_cluster(NODES), Lengths(most=4096, mean=1000.0))
     assert system.each_s == pytest.approx(read + multiplied)
 
 
-def test_a_simulation_of_the_recipe() -> None:
-    said = "gpus=32+128,staleness=0+1,steps=2,mtbf_h=50"
-    text = rlhf.plan(LARGE, cluster=NODES, simulate=said, lengths="lognormal:1000:0.8")
-    rows = [re.split(r"  +", line.strip()) for line in text.splitlines() if line.strip()[:3] in ("32 ", "128")]
-    names = ["in turns", "pipelined, 1 ahead", "in flight, 1 ahead"]
-    assert [row[:2] for row in rows] == [[gpus, name] for gpus in ("32", "128") for name in names]
-    assert float(rows[2][2]) < float(rows[0][2])
-    assert text == rlhf.plan(LARGE, cluster=NODES, simulate=said, lengths="lognormal:1000:0.8")
-
-
-def test_simulations_that_cannot_be(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"gpus=33 is no multiple of the 32 that ppo-70b uses"):
-        rlhf.plan(LARGE, simulate="gpus=33")
-    with pytest.raises(UserError, match="has no run with rollouts"):
-        rlhf.plan(ROOT / "configs/sft_smollm2.yaml", simulate="steps=1")
-    colocated = ["cluster.device=cuda", "cluster.roles.rollout.colocate_with=policy"]
-    with pytest.raises(UserError, match="take turns; only staleness=0"):
-        rlhf.plan(ROOT / "configs/grpo_smollm2.yaml", colocated, simulate="staleness=1", shapes=shapes(tmp_path))
+def test_a_folder_of_shapes_must_exist() -> None:
     with pytest.raises(UserError, match=r"--shapes nowhere: is not a folder"):
         rlhf.plan(LARGE, shapes=Path("nowhere"))
 

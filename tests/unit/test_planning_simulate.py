@@ -11,7 +11,6 @@ import pytest
 
 from rlhf.errors import UserError
 from rlhf.planning.lengths import Lengths, parse_lengths
-from rlhf.planning.scenarios import parse_spec
 from rlhf.planning.simulate import simulate
 from rlhf.planning.system import RecordedGroup, Schedule, System
 
@@ -21,8 +20,6 @@ ONE = System(
     samples_per_prompt=2,
     prompt_tokens=10.0,
     engines=1,
-    gpus_per_engine=1,
-    training_gpus=1,
     colocated=False,
     max_num_seqs=64,
     base_s=0.01,
@@ -37,7 +34,6 @@ MANY = replace(
     prompts_per_step=32,
     samples_per_prompt=4,
     engines=8,
-    training_gpus=8,
     train_tokens_per_s=10_000.0,
 )
 
@@ -48,16 +44,15 @@ def test_one_gpu_without_spread_is_the_closed_form() -> None:
     assert found.step_s == pytest.approx(1.8 + 0.88 + 1.0)
     assert found.engines_busy == pytest.approx(1.8 / 3.68)
     assert found.trainer_busy == pytest.approx(0.88 / 3.68)
-    assert found.gpus_busy == pytest.approx((1.8 + 0.88) / 3.68 / 2)
     assert found.tokens_per_s == pytest.approx(880 / 3.68)
-    assert (found.tail, found.lag, found.failures) == (0.0, 0.0, 0)
+    assert found.lag == 0.0
 
 
 def test_a_full_engine_takes_turns() -> None:
     # Two at a time: four waves of 100 steps of 0.01 + 2 * 0.001 s.
     found = simulate(replace(ONE, max_num_seqs=2), Schedule(), steps=3, seed=0)
     assert found.step_s == pytest.approx(4 * 1.2 + 0.88 + 1.0)
-    assert found.engines_full == pytest.approx(4.8 / 6.68)
+    assert found.engines_busy == pytest.approx(4.8 / 6.68)
 
 
 @pytest.mark.parametrize("in_flight", [False, True])
@@ -103,7 +98,7 @@ def test_engines_in_flight_are_always_full() -> None:
     schedule = Schedule(max_staleness=1, in_flight=True)
     found = simulate(replace(ONE, max_num_seqs=2), schedule, steps=5, seed=0)
     assert found.step_s == pytest.approx(4 * 1.2 + 0.5)
-    assert found.engines_full == pytest.approx(4.8 / 5.3)
+    assert found.engines_busy == pytest.approx(4.8 / 5.3)
 
 
 def test_a_prompt_is_computed_once_for_its_group() -> None:
@@ -130,7 +125,7 @@ def test_recorded_groups_are_repeated_in_order() -> None:
 
 def test_a_service_delays_a_batch_but_no_engine() -> None:
     # Each group takes 10 s after it is decoded. In flight, three batches wait for the service at the same time.
-    slow = replace(ONE, latency_s=10.0)
+    slow = replace(ONE, recorded=(RecordedGroup(lengths=(100, 100), latency_s=10.0),))
     turns = simulate(slow, Schedule(), steps=3, seed=0)
     assert turns.step_s == pytest.approx(1.8 + 10.0 + 0.88 + 1.0)
     found = simulate(slow, Schedule(max_staleness=2, in_flight=True), steps=9, seed=0)
@@ -139,10 +134,8 @@ def test_a_service_delays_a_batch_but_no_engine() -> None:
 
 @pytest.mark.parametrize("sigma", [0.0, 1.0])
 @pytest.mark.parametrize("rate", [2_000.0, 10_000.0, 100_000.0])
-@pytest.mark.parametrize("latency_s", [0.0, 20.0])
-def test_more_overlap_is_never_slower(sigma: float, rate: float, latency_s: float) -> None:
-    system = replace(MANY, train_tokens_per_s=rate, latency_s=latency_s, latency_sigma=sigma)
-    system = replace(system, lengths=replace(MANY.lengths, sigma=sigma))
+def test_more_overlap_is_never_slower(sigma: float, rate: float) -> None:
+    system = replace(MANY, train_tokens_per_s=rate, lengths=replace(MANY.lengths, sigma=sigma))
     order = [
         *(Schedule(), Schedule(streamed=True), Schedule(max_staleness=1), Schedule(max_staleness=1, in_flight=True)),
         Schedule(max_staleness=2, in_flight=True),
@@ -161,7 +154,6 @@ def test_the_order_of_completion_is_faster_and_within_the_bound() -> None:
         for c in (False, True)
     )
     assert completion.step_s < prompt.step_s
-    assert prompt.reasked == 0 < completion.reasked
     assert completion.lag < 1.0
 
 
@@ -170,44 +162,10 @@ def test_spread_costs_and_staleness_buys_it_back() -> None:
     modes = [Schedule(), *(Schedule(max_staleness=bound, in_flight=True) for bound in (1, 2))]
     steps = [simulate(MANY, mode, steps=6, seed=0) for mode in modes]
     assert steps[0].step_s > 1.5 * even.step_s
-    assert steps[0].tail > 0.3
     assert steps[0].step_s > steps[1].step_s > steps[2].step_s
     assert [round(one.lag) for one in steps] == [0, 1, 2]
     for one in steps:
-        assert all(0.0 <= part <= 1.0 + 1e-9 for part in (one.gpus_busy, one.engines_busy, one.engines_full, one.tail))
-
-
-def test_failures_cost_time_and_the_seed_says_which() -> None:
-    failing = replace(MANY, mtbf_s=600.0, restart_s=60.0)
-    calm, storm = (simulate(s, Schedule(), steps=6, seed=1) for s in (MANY, failing))
-    assert storm.failures > 0
-    assert storm.step_s > calm.step_s
-    assert storm == simulate(failing, Schedule(), steps=6, seed=1)
-    assert storm != simulate(failing, Schedule(), steps=6, seed=2)
-
-
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize(("mtbf_s", "rate"), [(0.1, 1000.0), (10.0, 1e-3)])  # no response ends; no update does
-def test_nodes_that_fail_before_anything_is_done_are_told(mtbf_s: float, rate: float) -> None:
-    failing = replace(ONE, mtbf_s=mtbf_s, restart_s=1.0, train_tokens_per_s=rate)
-    with pytest.raises(UserError, match=r"nodes fail so often that steps do not end; raise mtbf_h"):
-        simulate(failing, Schedule(), steps=1, seed=0)
-
-
-def test_the_engines_of_a_node_fail_together() -> None:
-    """As often as the node does, not each by itself."""
-    failing = replace(MANY, train_tokens_per_s=1e9, mtbf_s=200.0, restart_s=0.0)  # training takes no time to fail in
-    for engines, nodes in ((8, 1), (16, 2)):
-        found = simulate(replace(failing, engines=engines), Schedule(), steps=400, seed=1)
-        assert found.failures == pytest.approx(nodes * 401 * found.step_s / 200.0, rel=0.25)  # some hundred, at random
-
-
-def test_an_engine_that_fails_answers_everything_again() -> None:
-    # Every response is trained on once: as many tokens a step as without failures.
-    failing = replace(ONE, mtbf_s=5.0, restart_s=1.0)
-    found = simulate(failing, Schedule(), steps=20, seed=0)
-    assert found.failures > 0
-    assert found.tokens_per_s * found.step_s == pytest.approx(880)
+        assert all(0.0 <= part <= 1.0 + 1e-9 for part in (one.engines_busy, one.trainer_busy))
 
 
 def test_lengths_are_cut_and_keep_their_mean(tmp_path: Path) -> None:
@@ -247,20 +205,3 @@ def test_wrong_lengths(tmp_path: Path, text: str, error: str) -> None:
     named = text.format(**{key: tmp_path / name for key, name in names.items()})
     with pytest.raises(UserError, match=error):
         parse_lengths(named, most=10)
-
-
-@pytest.mark.parametrize(
-    ("text", "error"),
-    [
-        ("gpu=8", "got 'gpu=8', expected KEY=VALUE of gpus, staleness, base_ms"),
-        ("gpus", "got 'gpus', expected KEY=VALUE"),
-        ("gpus=0", "'gpus=0', expected whole numbers joined by +"),
-        ("gpus=8+x", "'gpus=8+x', expected whole numbers joined by +"),
-        ("staleness=99", "'staleness=99', expected whole numbers"),
-        ("mtbf_h=0", "'mtbf_h=0', expected hours between two failures of a node, at least 0.001"),
-        ("sync_s=nan", "'sync_s=nan', expected seconds"),
-    ],
-)
-def test_a_wrong_simulation(text: str, error: str) -> None:
-    with pytest.raises(UserError, match=error.replace("+", r"\+")):
-        parse_spec(text)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+import rlhf
 from rlhf.config.files.load import load
 from rlhf.config.nodes import Node, parse_cluster
 from rlhf.errors import UserError
 from rlhf.planning.report import render_plan
+from tests.unit.test_config_schema_sweep import write_sweep
 
 BASE = """\
 run: {name: demo}
@@ -266,3 +268,12 @@ def test_a_merge_and_an_evaluation(tmp_path: Path) -> None:
     render_plan(load(path), cluster="cpu=2")
     with pytest.raises(UserError, match="demo/judge does not fit the cluster 'cpu=1'"):
         render_plan(load(path), cluster="cpu=1")
+
+
+def test_the_plan_of_a_sweep_is_of_the_run_with_the_first_values(tmp_path: Path) -> None:
+    parameters = {"train.lr": {"values": [1e-3, 1e-4]}, "train.steps": {"min": 10, "max": 12, "integer": True}}
+    file = write_sweep(tmp_path, parameters=parameters, method={"name": "grid"})
+    assert "10 steps: 10 optimizer steps" in rlhf.plan(file)
+    parameters["train.warmup_steps"] = {"values": [0, 11]}
+    with pytest.raises(rlhf.UserError, match=r"a trial with .*train\.warmup_steps=11 is not a valid run"):
+        rlhf.plan(write_sweep(tmp_path, parameters=parameters, method={"name": "grid"}))

@@ -114,7 +114,7 @@ def test_a_run_without_moves_has_no_line_of_them() -> None:
 
 def test_streamed_gradients_overlap_with_rollouts_and_the_optimizer_step_does_not() -> None:
     config = run()
-    found, system = stages(config), system_of(config, Sizes(), parse_cluster(NODE), LENGTHS, {})
+    found, system = stages(config), system_of(config, Sizes(), parse_cluster(NODE), LENGTHS)
     total = sum(stage.seconds for stage in found.values())
     assert system.streamed_share == pytest.approx(1.0 - found["optimizer on host"].seconds / total)
     tokens = 512 * 3072

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.asynchronous import measured_system, recorded_groups
 from rlhf.config.files.load import load
 from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
 from rlhf.planning.lengths import Lengths
-from rlhf.planning.measured import measured_system, recorded_groups
 from rlhf.planning.simulate import simulate
 from rlhf.planning.system import RecordedGroup, Schedule, System
 
@@ -26,8 +26,6 @@ SYSTEM = System(
     samples_per_prompt=4,
     prompt_tokens=20.0,
     engines=1,
-    gpus_per_engine=1,
-    training_gpus=1,
     colocated=False,
     max_num_seqs=64,
     base_s=0.02,
