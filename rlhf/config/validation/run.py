@@ -102,8 +102,9 @@ def _models(config: Config) -> Iterator[Problem]:
         adapter = section.adapter if isinstance(section, PolicyConfig | CriticConfig) else None
         if adapter is not None and adapter.startswith("stage:"):
             yield problem(f"{role}.adapter", text.format(adapter))
-        is_of_hub = _HUB_NAME.fullmatch(section.model) and not Path(section.model).exists()
-        if section.revision is not None and not is_of_hub:
+        if section.revision is not None and not (
+            _HUB_NAME.fullmatch(section.model) and not Path(section.model).exists()
+        ):
             why = f"is {section.revision}, but {role}.model is {section.model}, not a model of the hub; remove it"
             yield problem(f"{role}.revision", why)
 
