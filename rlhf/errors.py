@@ -19,14 +19,7 @@ class RunError(Exception):
 
 
 class StorageFull(RunError):
-    """A disk, shared memory or the object store is full, and no room came within `cluster.room_timeout_s`."""
-
-
-class ObjectStoreFull(StorageFull):
-    """A result found no room in Ray's object store, nor on the disk for the store's overflow.
-
-    The worker of the result works on, so a call without a change of state can be repeated.
-    """
+    """A disk or shared memory stayed full for `cluster.room_timeout_s`, or the object store of Ray is full."""
 
 
 class NodeNotReplaced(RunError):

@@ -77,6 +77,12 @@ def listed_in(path: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
+def ask_location(handle: ActorHandle[Any]) -> ObjectRef[tuple[str, str, int, int]]:
+    """Ask an actor for its location. From then on its writes wait for room as long as those of this process."""
+    ref: ObjectRef[tuple[str, str, int, int]] = handle.__ray_call__.remote(own_location, PAUSE.limit_s)
+    return ref
+
+
 def own_location(actor: object, room_timeout_s: float) -> tuple[str, str, int, int]:
     """Return id, node and process of the calling actor, and the port for answers to heartbeats from now on.
 

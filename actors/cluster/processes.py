@@ -20,11 +20,10 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from actors.cluster.actor_locations import ActorLocation, forget, location_of, on_node, own_location, remember
+from actors.cluster.actor_locations import ActorLocation, ask_location, forget, location_of, on_node, remember
 from actors.cluster.heartbeat import Child
 from actors.cluster.waiting import START_LIMIT, wait_all, wait_one
 from actors.cluster.watch import children_of
-from rlhf.process.disk_full import PAUSE
 from rlhf.process.stopping import finishes_within
 from rlhf.role_table import Role
 
@@ -105,13 +104,13 @@ class Processes:
 
     async def wait_until_started(self, *, deadline_s: float) -> None:
         """Wait until all actors are created, and remember the processes on this host."""
-        refs = [handle.__ray_call__.remote(own_location, PAUSE.limit_s) for handle in self.handles]
+        refs = [ask_location(handle) for handle in self.handles]
         locations = await wait_all(refs, role=self.role, stage="start", deadline_s=deadline_s, limit=START_LIMIT)
         self._remember(dict(enumerate(locations)))
 
     async def wait_until_created(self, rank: int, *, deadline_s: float) -> None:
         """Wait until one worker is created, and remember the worker's process."""
-        ref = self.handles[rank].__ray_call__.remote(own_location, PAUSE.limit_s)
+        ref = ask_location(self.handles[rank])
         location = await wait_one(
             ref, role=self.role, rank=rank, stage="start", deadline_s=deadline_s, limit=START_LIMIT
         )

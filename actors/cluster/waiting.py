@@ -31,7 +31,6 @@ from rlhf.errors import (
     RESUMES,
     ChildLost,
     LossKind,
-    ObjectStoreFull,
     ResultsLost,
     RunError,
     StorageFull,
@@ -66,11 +65,16 @@ class Waits:
             yield
         finally:
             self._count -= 1
-            self._ended_at = time.monotonic()
+            self._ended_at = running_s()
 
     def idle_s(self) -> float:
         """Return the seconds since the last wait, and 0 during a wait."""
-        return 0.0 if self._count else time.monotonic() - self._ended_at
+        return 0.0 if self._count else running_s() - self._ended_at
+
+
+def running_s() -> float:
+    """Return the time of a clock that stands still while the run waits for room."""
+    return time.monotonic() - PAUSE.seconds()
 
 
 WAITS = Waits()
@@ -160,13 +164,20 @@ async def wait_one(
         raise await explain(error, role=role, rank=rank, stage=stage) from error
 
 
-async def put(value: T) -> ObjectRef[T]:
-    """Store a value in the object store. ObjectStoreFull: no room."""
+def put(value: T) -> ObjectRef[T]:
+    """Store a value in the object store. StorageFull: no room."""
     try:
         reference: ObjectRef[T] = ray.put(value)
     except (ObjectStoreFullError, OutOfDiskError) as error:
-        raise ObjectStoreFull(f"{type(error).__name__}: {_short(str(error))}") from error
+        raise StorageFull(_no_room(error)) from error
     return reference
+
+
+def _no_room(error: BaseException) -> str:
+    return (
+        f"Ray's object store and the disk to which it spills are full ({type(error).__name__}: {_short(str(error))}). "
+        f"Make room on this disk, or raise cluster.object_store_gib. {RESUMES}"
+    )
 
 
 async def explain(error: BaseException | None, *, role: Role, rank: int, stage: str) -> Exception:
@@ -195,7 +206,7 @@ async def explain(error: BaseException | None, *, role: Role, rank: int, stage: 
             )
             failure = WorkerLost(message, role=role, rank=rank, stage=stage, kind="died")
         elif isinstance(cause, ObjectStoreFullError | OutOfDiskError):
-            failure = ObjectStoreFull(f"{who} failed: {type(cause).__name__}: {_short(str(cause))} {RESUMES}")
+            failure = StorageFull(f"{who} failed: {_no_room(cause)}")
         elif isinstance(cause, StorageFull):
             failure = StorageFull(f"{who} failed: {cause}")
         else:

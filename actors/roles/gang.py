@@ -24,7 +24,6 @@ from actors.cluster.waiting import CALL_LIMIT, START_LIMIT
 from actors.roles.group import END_WITHIN_S, STOP_LIMIT, ModelGroup, SpawnOne
 from actors.weights import Meeting, Transport, WeightManifest
 from rlhf.errors import RESUMES, RunError
-from rlhf.process.disk_full import done_when_there_is_room
 from rlhf.role_table import Role
 from rlhf.roles import (
     AdvantagesReport,
@@ -176,20 +175,10 @@ class Gang(ModelGroup):
         self.head = head
         await self.all([h.take_teacher.remote(head) for h in self.handles], "start")
 
-    async def _columns(
-        self, send: Callable[[], Sequence[tuple[Ref[Any], ObjectRef[Any]]]], stage: str
-    ) -> list[tuple[Ref[Any], Any]]:
-        """Make calls that return a column and a small value. Return the results of one rank per data-parallel rank.
-
-        The calls are repeated after a full object store, so a second call must have the same effect.
-        """
-
-        async def attempt() -> list[tuple[Ref[Any], Any]]:
-            refs = send()
-            small = await self.all([ref for _, ref in refs], stage)
-            return [(column, result) for (column, _), result in zip(refs, small, strict=True)]
-
-        return list(self.distinct(await done_when_there_is_room(attempt)))
+    async def _columns(self, refs: Sequence[tuple[Ref[Any], ObjectRef[Any]]], stage: str) -> list[tuple[Ref[Any], Any]]:
+        """Await calls that return a column and a small result. Return the results of one rank per data-parallel rank."""
+        results = await self.all([ref for _, ref in refs], stage)
+        return list(self.distinct([(column, result) for (column, _), result in zip(refs, results, strict=True)]))
 
     def _by_rank(self, plan: BatchPlan, columns: Sequence[RemoteColumns[Any]]) -> list[list[Ref[Any]]]:
         """Return the references for each rank to fetch: references with a sequence of the rank, in the given order."""
@@ -300,7 +289,7 @@ class PolicyGang(Gang):
             own = None if by_sequence is None else {i: by_sequence[i] for i in received}
             arguments.append((own, *own_values))
         columns = await self._columns(
-            lambda: [
+            [
                 handle.set_advantages.options(num_returns=2).remote(*own)
                 for handle, own in zip(self.handles, arguments, strict=True)
             ],
@@ -323,7 +312,7 @@ class PolicyGang(Gang):
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
         columns = await self._columns(
-            lambda: [h.token_signals.options(num_returns=2).remote(tuple(sequences)) for h in self.handles], "samples"
+            [h.token_signals.options(num_returns=2).remote(tuple(sequences)) for h in self.handles], "samples"
         )
         return [column for column, size in columns if size]
 
@@ -357,7 +346,7 @@ class CriticGang(Gang):
     async def values(self, plan: BatchPlan, groups: Sequence[CompletedGroup]) -> list[RemoteColumns[TokenValues]]:
         parts = self._by_rank(plan, [group.columns for group in groups])
         columns = await self._columns(
-            lambda: [
+            [
                 handle.values.options(num_returns=2).remote(own_plan, *own_parts)
                 for handle, own_plan, own_parts in zip(self.handles, self._plans(plan), parts, strict=True)
             ],
@@ -412,7 +401,7 @@ class OfflineGang(Gang):
     async def reference_logprobs(self, dataset: int, plan: MinibatchPlan) -> list[Ref[TokenValues]]:
         """Return a column for each data-parallel rank."""
         columns = await self._columns(
-            lambda: [h.reference_logprobs.options(num_returns=2).remote(dataset, plan) for h in self.handles],
+            [h.reference_logprobs.options(num_returns=2).remote(dataset, plan) for h in self.handles],
             "reference",
         )
         return [column for column, _ in columns]

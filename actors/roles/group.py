@@ -23,7 +23,6 @@ from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.controller.supervisor import ITS_START, Supervisor
 from rlhf.engine.distributed import RankContext
 from rlhf.errors import ResultsLost, RunError, WorkerLost
-from rlhf.process.disk_full import done_when_there_is_room
 from rlhf.role_table import Role
 from rlhf.roles import Ref
 from rlhf.types import MemoryReport
@@ -210,7 +209,7 @@ class WorkerPool(WorkerGroup):
         while True:
             handle = await self.working(rank)
             try:
-                result = await done_when_there_is_room(partial(call, handle))
+                result = await call(handle)
             except WorkerLost as lost:
                 await self.make_good(rank, handle, lost, work=work)
                 continue

@@ -21,8 +21,8 @@ from actors.rollout.dispatch import Dispatch, GroupWork, shares
 from actors.rollout.elastic_engines import ElasticEngines
 from actors.weights import SENDERS, Transport
 from rlhf.config.derive import WeightSync
-from rlhf.errors import ObjectStoreFull, WorkerLost
-from rlhf.process.disk_full import PAUSE, done_when_there_is_room
+from rlhf.errors import WorkerLost
+from rlhf.process.disk_full import PAUSE
 from rlhf.role_table import Role
 from rlhf.roles import CompletedGroup, EnginePart
 from rlhf.types import GroupRequest, RolloutInfo, Sampling
@@ -181,26 +181,15 @@ class RolloutEngines(ElasticEngines):
                 if unanswered <= self._cancelled:
                     return
                 self.unanswered[engine] = unanswered
-                ask = partial(self._ask, handle, engine, share, sampling, version)
                 try:
-                    await done_when_there_is_room(partial(self._take_answers, ask, engine, unanswered, answered))
+                    async for group in self._ask(handle, engine, share, sampling, version):
+                        self._note_success(engine)
+                        if group.request.group_id in unanswered:
+                            unanswered.discard(group.request.group_id)
+                            answered(group)
                     return
                 except WorkerLost as lost:
                     self.begin_rebuild(engine, handle, lost)
-
-    async def _take_answers(
-        self,
-        ask: Callable[[], AsyncIterator[CompletedGroup]],
-        engine: int,
-        unanswered: set[int],
-        answered: Callable[[CompletedGroup], None],
-    ) -> None:
-        """Ask an engine for a share, and report each unanswered group."""
-        async for group in ask():
-            self._note_success(engine)
-            if group.request.group_id in unanswered:
-                unanswered.discard(group.request.group_id)
-                answered(group)
 
     def _engine_for(self, own: int) -> int:
         """Return the engine for the share of an engine."""
@@ -222,7 +211,6 @@ class RolloutEngines(ElasticEngines):
             waits[asyncio.wrap_future(scalars.future())] = request
         waits[asyncio.wrap_future(handle.release.remote(len(share)).future())] = None
         finished: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
-        no_room: ObjectStoreFull | None = None
         for future in waits:
             future.add_done_callback(finished.put_nowait)
         try:
@@ -232,15 +220,9 @@ class RolloutEngines(ElasticEngines):
                 except TimeoutError as error:
                     raise await self._hung(engine) from error
                 answered = waits.pop(future)
-                try:
-                    infos: tuple[RolloutInfo, ...] | None = await _result(future, engine)
-                except ObjectStoreFull as error:  # the share is asked again when the engine has finished it
-                    no_room = error
-                    continue
+                infos: tuple[RolloutInfo, ...] | None = await _result(future, engine)
                 if answered is not None and infos is not None:
                     yield CompletedGroup(request=answered, rollouts=columns[answered.group_id], infos=infos)
-            if no_room is not None:
-                raise no_room
         finally:
             for future in waits:
                 _silence(future)
@@ -281,8 +263,8 @@ class RolloutEngines(ElasticEngines):
             try:
                 if request.group_id in self._cancelled:
                     break
-                send = partial(handle.answer.options(num_returns=2).remote, request, sampling, oldest)
-                rollouts, infos = await done_when_there_is_room(partial(self._answered, send, slot.engine, dispatch))
+                rollouts, scalars = handle.answer.options(num_returns=2).remote(request, sampling, oldest)
+                infos = await self._answered(scalars, slot.engine, dispatch)
             except WorkerLost as lost:
                 self.begin_rebuild(slot.engine, handle, lost)  # closes the engine before its room is given back
                 urgent = True
@@ -308,11 +290,8 @@ class RolloutEngines(ElasticEngines):
                 continue
             return replace(group, rollouts=rollouts)
 
-    async def _answered(
-        self, send: Callable[[], tuple[ObjectRef[Any], ObjectRef[Any]]], engine: int, dispatch: Dispatch
-    ) -> tuple[ObjectRef[Any], Any]:
-        """Return the columns and scalars of a group. WorkerLost if the engine finishes no group within the deadline."""
-        rollouts, scalars = send()
+    async def _answered(self, scalars: ObjectRef[Any], engine: int, dispatch: Dispatch) -> Any:
+        """Return the scalars of a group. WorkerLost if the engine finishes no group within the deadline."""
         future, paused_s = asyncio.wrap_future(scalars.future()), PAUSE.seconds()
         try:
             while not future.done():
@@ -320,7 +299,7 @@ class RolloutEngines(ElasticEngines):
                 if left_s <= 0.0:
                     raise await self._hung(engine)
                 await ended([future], left_s)
-            return rollouts, await _result(future, engine)
+            return await _result(future, engine)
         finally:
             _silence(future)
 

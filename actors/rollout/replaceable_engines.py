@@ -28,7 +28,6 @@ from actors.rollout.engine_weights import SyncReceipt
 from actors.weights import WeightManifest
 from rlhf.controller.weight_sync import check_probe
 from rlhf.errors import RESUMES, RunError, WorkerLost
-from rlhf.process.disk_full import PAUSE
 from rlhf.roles import PolicyProbe
 from rlhf.types import MemoryReport
 
@@ -114,10 +113,10 @@ class ReplaceableEngines(WorkerPool):
         any wait of the run that has a limit.
         """
         synced = self._unsynced[rank] = asyncio.get_running_loop().create_future()
-        began, paused_s = time.monotonic(), PAUSE.seconds()
+        began = time.monotonic()
         try:
             while not synced.done():
-                left_s = self.deadline_s - WAITS.idle_s() + PAUSE.seconds() - paused_s
+                left_s = self.deadline_s - WAITS.idle_s()
                 if left_s <= 0.0:
                     raise RunError(
                         f"it has waited {time.monotonic() - began:.0f} s for the next broadcast of weights, and no "

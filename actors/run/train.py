@@ -48,7 +48,6 @@ from rlhf.preflight.inputs import CheckedStage, OfflineInputs, OnlineInputs, Sta
 from rlhf.preflight.merge import with_local_models
 from rlhf.preflight.run_folder import check_folders, continue_from, refuse_other_checkpoint, stream_of
 from rlhf.preflight.start import Start
-from rlhf.process.disk_full import done_when_there_is_room
 from rlhf.process.driver_parent import unrecorded_deaths
 from rlhf.process.stopping import StopRequest, current_request, run_async
 from rlhf.rewards.scoring import fingerprint
@@ -192,7 +191,7 @@ async def _offline(
         await asyncio.gather(*[g.start(deadline_s=config.cluster.start_timeout_s) for g in roles.values()])
         policy, teacher = roles[PolicyGang.role], roles.get(TeacherWorkers.role)
         sets = (inputs.rows, *inputs.eval_sets.values())
-        data = [await done_when_there_is_room(partial(put, collated(config, rows))) for rows in sets]
+        data = [put(collated(config, rows)) for rows in sets]
         await policy.load_data(data)
         if teacher is not None:
             await teacher.load_data(data, lengths=[[row.longest for row in rows] for rows in sets])

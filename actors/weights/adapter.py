@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ from torch import Tensor
 from actors.weights.manifest import WeightManifest
 from actors.weights.staging import WeightSender
 from rlhf.errors import RunError, StorageFull
-from rlhf.process.disk_full import when_there_is_room
-from rlhf.tracking.run_folder.atomic import write_atomic
+from rlhf.tracking.run_folder.atomic import write_aside, write_atomic
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's file names
 
@@ -54,15 +52,13 @@ class AdapterSender(WeightSender):
         }
         if self.folder is None:
             return None
-        path, aside = self.folder / WEIGHTS, self.folder / f".{WEIGHTS}"
-        write = partial(save_file, tensors, aside, metadata=self.metadata)
+        path = self.folder / WEIGHTS
         try:
-            when_there_is_room(path, write, undo=lambda: aside.unlink(missing_ok=True))
+            write_aside(path, lambda aside: save_file(tensors, aside, metadata=self.metadata))
         except StorageFull:
             raise
         except (OSError, SafetensorError) as error:
             raise RunError(f"weight sync: the adapter could not be written to {self.folder}: {error}") from error
-        aside.replace(path)
         return WeightManifest(
             version=version,
             checksum=file_checksum(path),

@@ -16,7 +16,6 @@ from rlhf.controller.record import RunRecord
 from rlhf.controller.rollout_report import environment_failures
 from rlhf.data.prompts import rollout_seed
 from rlhf.errors import ResultsLost
-from rlhf.process.disk_full import when_there_is_room
 from rlhf.roles import CompletedGroup, RewardRole, RolloutRole, ScoredGroup
 from rlhf.rollouts.records.begun import begun_groups
 from rlhf.rollouts.records.ledgers import (
@@ -29,6 +28,7 @@ from rlhf.rollouts.records.ledgers import (
 )
 from rlhf.rollouts.records.spool import drop_untrained, stored_groups
 from rlhf.tracking.metrics.reductions import Sum
+from rlhf.tracking.run_folder.atomic import make_folder, write_aside
 from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, Sampling
 
@@ -272,13 +272,13 @@ class RolloutScorer:
         """
         paths = sorted(_files(self.spool, start=start, begun=begun))
 
-        def write() -> None:
-            folder.mkdir(exist_ok=True)
-            with tarfile.open(folder / ARCHIVE, "w") as archive:
+        def write(aside: Path) -> None:
+            with tarfile.open(aside, "w") as archive:
                 for path in paths:
                     archive.add(path, path.name)
 
-        when_there_is_room(folder, write, undo=lambda: (folder / ARCHIVE).unlink(missing_ok=True))
+        make_folder(folder, exist_ok=True)
+        write_aside(folder / ARCHIVE, write)
         self.score_ledger.save_to(folder, start=start)
         self.finish_order.save_to(folder, start=start)
 
@@ -349,16 +349,14 @@ class RolloutScorer:
 
 def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
     """Write a file of the archive aside, then rename it into place."""
-    aside = path.with_name(f"{path.name}.tmp")
 
-    def write() -> None:
+    def write(aside: Path) -> None:
         stored = archive.extractfile(member)
         assert stored is not None, "the archive has only files"
         with stored, aside.open("wb") as file:
             shutil.copyfileobj(stored, file)
-        aside.replace(path)
 
-    when_there_is_room(path, write, undo=lambda: aside.unlink(missing_ok=True), needed=member.size)
+    write_aside(path, write, needed=member.size)
 
 
 def _files(folder: Path, *, start: int, begun: Collection[int]) -> list[Path]:

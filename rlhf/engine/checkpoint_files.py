@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pickle
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from rlhf.errors import UserError
-from rlhf.process.disk_full import when_there_is_room
+from rlhf.tracking.run_folder.atomic import make_folder, write_aside
 
 _HARMLESS = [LossScaler, ZeroStageEnum, fragment_address]
 
@@ -44,18 +43,18 @@ class DataOnlyCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
             weights = state_dict["module"]
             kept = {name: weight for name, weight in weights.items() if not self.is_frozen(name)}
             state_dict = {**state_dict, "module": kept}
-        save = partial(super().save, state_dict, path)
+        save = super().save
 
-        def write() -> None:
-            save()
-            with open(path, "rb") as file:
+        def write(aside: Path) -> None:
+            save(state_dict, str(aside))
+            with aside.open("rb") as file:
                 os.fsync(file.fileno())  # NFS tells only now that its disk is full
 
-        when_there_is_room(Path(path), write, undo=lambda: Path(path).unlink(missing_ok=True))
+        write_aside(Path(path), write)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Make a folder. Wait for room, if there is none."""
-        when_there_is_room(Path(path), partial(super().makedirs, path, exist_ok=exist_ok))
+        make_folder(Path(path), parents=True, exist_ok=exist_ok)
 
     def is_frozen(self, name: str) -> bool:
         """Return whether an entry of the model's state belongs to a frozen weight."""

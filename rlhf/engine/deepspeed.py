@@ -44,7 +44,8 @@ from rlhf.models.files.loading import architecture_fingerprint
 from rlhf.models.files.weights import adapter_sources, initial_copies, weight_sources
 from rlhf.models.packed.row_layout import refuse_uneven_heads
 from rlhf.models.packed.sequence_parallel import make_group, rows_shared_by
-from rlhf.process.disk_full import explains_full, when_there_is_room
+from rlhf.process.disk_full import when_there_is_room
+from rlhf.tracking.run_folder.atomic import make_folder
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -255,18 +256,14 @@ class DeepSpeedEngine:
         Of frozen weights only a digest is written, since the model's folder has the weights. Frozen copies of an
         adapter's initial state are written, since no second place has the copies.
         """
-        with explains_full(folder):
-            self._save(folder)
-
-    def _save(self, folder: Path) -> None:
         # Without its parent the folder is no longer this run's, so parents are not made.
-        when_there_is_room(folder, lambda: folder.mkdir(exist_ok=True))
+        make_folder(folder, exist_ok=True)
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
         save_random_state(folder / f"random_{dist.get_rank():05d}.pt")
         save_initial_copies(self.module, folder / INITIAL_COPIES)
         record = self._record()
         if dist.get_rank() == 0:
-            when_there_is_room(folder, lambda: record.write(folder))
+            record.write(folder)
         dist.barrier()
 
     def load(self, folder: Path) -> None:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 from rlhf.engine.partitions import Sharding
 from rlhf.engine.training_engine import OptimizerName
 from rlhf.errors import UserError
+from rlhf.tracking.run_folder.atomic import write_atomic
 
 _NAME = "engine.json"
 
@@ -48,7 +49,7 @@ class EngineRecord(BaseModel):
             ) from error
 
     def write(self, folder: Path) -> None:
-        (folder / _NAME).write_text(self.model_dump_json(indent=1))
+        write_atomic(folder / _NAME, self.model_dump_json(indent=1))
 
     def steps_of(self, own: EngineRecord) -> int:
         """Return the optimizer steps that the engine of the record `own` would have made in as many training steps.

@@ -22,7 +22,7 @@ from rlhf.engine.partitions import Sharding
 from rlhf.errors import UserError
 from rlhf.models.files.loading import whole
 from rlhf.models.files.weights import initial_copies, is_initial_copy
-from rlhf.process.disk_full import when_there_is_room
+from rlhf.tracking.run_folder.atomic import write_aside
 
 INITIAL_COPIES = "initial.safetensors"  # file of a checkpoint
 
@@ -70,7 +70,7 @@ def save_initial_copies(module: nn.Module, path: Path) -> None:
     with whole(list(copies.values())):
         if copies and dist.get_rank() == 0:
             content = {name: p.detach().cpu().contiguous() for name, p in copies.items()}
-            when_there_is_room(path, lambda: save_file(content, path), undo=lambda: path.unlink(missing_ok=True))
+            write_aside(path, lambda aside: save_file(content, aside))
 
 
 def load_initial_copies(module: nn.Module, path: Path) -> None:

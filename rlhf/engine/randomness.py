@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from rlhf.errors import UserError
-from rlhf.process.disk_full import when_there_is_room
+from rlhf.tracking.run_folder.atomic import write_aside
 
 
 def random_state() -> dict[str, Any]:
@@ -39,7 +39,7 @@ def restore_random_state(states: Mapping[str, Any]) -> None:
 def save_random_state(path: Path) -> None:
     """Write the random states."""
     states = random_state()
-    when_there_is_room(path, lambda: torch.save(states, path), undo=lambda: path.unlink(missing_ok=True))
+    write_aside(path, lambda aside: torch.save(states, aside))
 
 
 def load_random_state(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Wait for room when a disk, shared memory or the object store is full, and do the work again.
+"""Wait for room when a disk or shared memory is full, and write again.
 
 A write of a run that can find no room goes through `when_there_is_room`, in the process of the writer. The process
 waits in place, so that cooperating ranks stay together. A heartbeat tells the driver that a worker waits. The time in
@@ -8,7 +8,6 @@ the process waits.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import gc
 import logging
@@ -18,13 +17,13 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from rlhf.errors import ObjectStoreFull, StorageFull
+from rlhf.errors import StorageFull
 from rlhf.process.stopping import current_request
 
 T = TypeVar("T")
@@ -172,14 +171,20 @@ def _noted(wait: _Wait) -> Iterator[Callable[[Shortage], None]]:
 
 
 def when_there_is_room(
-    path: Path, write: Callable[[], T], *, undo: Callable[[], object] = lambda: None, needed: int | None = None
+    path: Path,
+    write: Callable[[], T],
+    *,
+    undo: Callable[[], object] = lambda: None,
+    needed: int | None = None,
+    waits: bool = True,
 ) -> T:
-    """Return the result of a write. Without room, wait, and write again. StorageFull: no room came in time.
+    """Return the result of a write. If there is no room, wait, and write again. StorageFull: no room came in time.
 
     Args:
-        path: the file or folder to write.
-        undo: removes the leftovers of a failed write.
-        needed: size in bytes, if known.
+        path: the file or folder that is written.
+        undo: removes the rest of a failed write.
+        needed: the size in bytes, if it is known.
+        waits: otherwise StorageFull is raised at once.
     """
     wait = _Wait()
     with _noted(wait) as note:
@@ -194,41 +199,13 @@ def when_there_is_room(
                 if reason is None:
                     raise
                 shortage = Shortage(path=str(path), reason=reason, free=_free(path), needed=needed)
-                if not wait.may_go_on():
+                if not (waits and wait.may_go_on()):
                     undo()
                     raise wait.failure(shortage) from error
             gc.collect()  # the error of torch.save holds the file open
             undo()
             note(shortage)
             _wait_until_more_is_free(path, wait)
-
-
-async def done_when_there_is_room(work: Callable[[], Awaitable[T]]) -> T:
-    """Return the result of repeatable work. If the object store is full, wait, and repeat the work."""
-    wait = _Wait()
-    with _noted(wait) as note:
-        while True:
-            try:
-                return await work()
-            except ObjectStoreFull as error:
-                if not wait.may_go_on():
-                    raise
-                note(Shortage(path="Ray's object store", reason=str(error)))
-            await asyncio.sleep(5 * LOOK_EVERY_S)
-
-
-@contextmanager
-def explains_full(path: Path) -> Iterator[None]:
-    """Turn the failure of a full disk, or of an exhausted quota, into StorageFull at once. For writes of many ranks."""
-    try:
-        yield
-    except StorageFull:
-        raise
-    except Exception as error:
-        reason = why_full(error, path)
-        if reason is None:
-            raise
-        raise StorageFull(f"{Shortage(path=str(path), reason=reason, free=_free(path))} {_FIX}") from error
 
 
 def why_full(error: Exception, path: Path) -> str | None:

@@ -14,7 +14,6 @@ from rlhf.config.schema.model import CriticConfig, PolicyConfig
 from rlhf.config.schema.root import Config
 from rlhf.models.files.export import export_adapter, export_model
 from rlhf.models.files.loading import load_tokenizer
-from rlhf.process.disk_full import explains_full
 from rlhf.workers.model_worker import torch_dtype
 
 
@@ -61,8 +60,7 @@ def write_model_folder(
     adapter_alone: bool,
 ) -> None:
     """Write a Hugging Face folder of the weights, or an adapter folder for peft and vLLM."""
-    with explains_full(folder):
-        if adapter_alone:
-            export_adapter(folder, weights, module, tokenizer)
-        else:
-            export_model(folder, weights, module, tokenizer, dtype=dtype)
+    if adapter_alone:
+        export_adapter(folder, weights, module, tokenizer)
+    else:
+        export_model(folder, weights, module, tokenizer, dtype=dtype)

@@ -212,7 +212,7 @@ def test_finished_groups_are_spooled_and_speak_for_their_request_alone(synced: A
     asked = request(20)
     rollouts, infos = call(synced.generate.remote(asked, SAMPLING))
     assert (spool / "group_00000020_v000001.safetensors").is_file()
-    assert not list(spool.glob("*.tmp"))
+    assert not list(spool.glob(".*.partial"))
     read = call(synced.read_spooled.remote(asked, SAMPLING, 1))
     assert read is not None
     assert read[1] == infos

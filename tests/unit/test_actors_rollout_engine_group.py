@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from ray.exceptions import OutOfDiskError, RayTaskError
 
 from actors.rollout.dispatch import EngineCapacity
 from actors.rollout.engine_actor import RolloutSpec, RolloutWorker
@@ -20,8 +19,6 @@ from actors.rollout.engine_group import RolloutEngines
 from actors.rollout.engine_thread import EngineLoop, Submission
 from rlhf.engine.distributed import INTERFACE_VARIABLES
 from rlhf.errors import RunError
-from rlhf.process import disk_full
-from rlhf.process.disk_full import PAUSE
 from rlhf.roles import CompletedGroup
 from rlhf.rollouts.records.begun import Begun
 from rlhf.rollouts.records.spool import group_path, retain_sampled_by
@@ -317,30 +314,6 @@ async def test_a_failed_generate_ends_the_wait_for_the_release() -> None:
     await asyncio.sleep(0)
     gc.collect()
     assert unheard == []
-
-
-async def test_a_share_without_room_in_the_object_store_is_asked_again_when_the_engine_has_finished_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(disk_full, "LOOK_EVERY_S", 0.001)
-    asked: list[str] = []
-
-    def generate(request: GroupRequest, sampling: Sampling, version: int) -> Any:
-        asked.append(f"group {request.group_id}")
-        has_no_room = asked == ["begin", "group 0"]
-        error = RayTaskError("generate", "", OutOfDiskError("full")) if has_no_room else None
-        return f"tokens of {request.group_id}", ref((), error=error)
-
-    handle = SimpleNamespace(
-        hold=FakeMethod(lambda: ref(asked.append("begin"))),
-        generate=FakeMethod(generate),
-        release=FakeMethod(lambda num_groups: ref(asked.append("end"))),
-    )
-    engines = RolloutEngines(cast(Any, [handle]), None, deadline_s=DEADLINE_S)
-    with PAUSE.limited(DEADLINE_S):
-        groups = [group async for group in engines.generate([request(0), request(1)], SAMPLING, version=1)]
-    assert sorted(group.rollouts for group in groups) == ["tokens of 0", "tokens of 1"]
-    assert asked == ["begin", "group 0", "group 1", "end"] * 2
 
 
 class FakeHandle:

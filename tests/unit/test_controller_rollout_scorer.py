@@ -119,7 +119,7 @@ def test_groups_travel_with_a_checkpoint_in_one_file(tmp_path: Path) -> None:
         4: b"tokens of 4",
         5: b"tokens of 5",
     }
-    assert not list(there.spool.glob("*.tmp"))
+    assert not list(there.spool.glob(".*.partial"))
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 
 from actors.weights.adapter import AdapterSender
 from rlhf.engine.snapshots import Snapshots
-from rlhf.errors import ObjectStoreFull, StorageFull
+from rlhf.errors import StorageFull
 from rlhf.models.files.export import appearing
 from rlhf.process import disk_full
-from rlhf.process.disk_full import PAUSE, Shortage, done_when_there_is_room, when_there_is_room
+from rlhf.process.disk_full import PAUSE, Shortage, when_there_is_room
 from rlhf.process.stopping import StopRequest, run_async, run_stoppable
-from rlhf.tracking.run_folder.atomic import append_line, read_lines, write_atomic
+from rlhf.tracking.run_folder.atomic import append_line, read_lines, write_aside, write_atomic
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.types import Examples, TokenValues
 from rlhf.workers.offline.reference_cache import read_columns, write_columns
@@ -141,18 +141,6 @@ def test_a_signal_that_ends_the_run_ends_the_wait_of_the_driver(in_thread: bool)
     assert "No room came" not in str(ended.value)
 
 
-def test_work_that_meets_a_full_object_store_is_done_again() -> None:
-    calls = iter([ObjectStoreFull("no room"), ObjectStoreFull("no room"), None])
-
-    async def work() -> str:
-        error = next(calls)
-        if error is not None:
-            raise error
-        return "done"
-
-    assert asyncio.run(done_when_there_is_room(work)) == "done"
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     with mounted(tmp_path / "disk", mib=2) as folder:
@@ -202,8 +190,7 @@ def export(folder: Path) -> None:
 
 
 def save_with_torch(folder: Path) -> None:
-    path = folder / "a.pt"
-    when_there_is_room(path, lambda: torch.save(VALUES, path), undo=lambda: path.unlink(missing_ok=True))
+    write_aside(folder / "a.pt", lambda aside: torch.save(VALUES, aside))
 
 
 @pytest.mark.parametrize(

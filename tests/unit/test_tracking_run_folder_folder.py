@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from rlhf.errors import RunError, UserError
-from rlhf.process.disk_full import explains_full
+from rlhf.process.disk_full import when_there_is_room
 from rlhf.tracking.run_folder.folder import RunFolder, remove_run
 from rlhf.tracking.run_folder.manifest import Manifest
 from rlhf.tracking.run_folder.samples import samples_path
@@ -236,8 +236,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, name: str) -> 
 def failure_of(folder: Path, write: Callable[[Path], object]) -> str:
     """What a write ends with. The error itself is let go of: PyTorch's keeps the file open."""
     try:
-        with explains_full(folder):
-            write(folder)
+        when_there_is_room(folder, lambda: write(folder))
     except (RuntimeError, OSError, RunError) as error:
         return f"{type(error).__name__}: {error}"
     return "written"
@@ -338,7 +337,7 @@ def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:
         (folder.samples / ".step_000002.jsonl.partial").write_text("{")
         (folder.begin_final() / "half").write_text("x")
         (folder.scratch / "rlhf-adapter-0123").mkdir()
-        (folder.spool / "group_00000001_v000000.77.tmp").write_text("half")
+        (folder.spool / ".group_00000001_v000000.77.partial").write_text("half")
     with RunFolder.open(tmp_path, "run", resume=True) as folder:
         assert [path.name for path in folder.checkpoints.iterdir()] == ["latest"]
         assert folder.latest_checkpoint() is None

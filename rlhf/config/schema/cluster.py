@@ -200,7 +200,7 @@ class ClusterConfig(Section):
     killed and counts as lost. A computing process answers; a stopped process or a process on a disconnected node does
     not."""
     room_timeout_s: float = Field(default=1800.0, ge=0.0, le=1_000_000)
-    """Longest time in which a run waits for room on a full disk, in shared memory or in Ray's object store, in seconds.
+    """Longest time in which a run waits for room on a full disk or in shared memory, in seconds.
     No other time limit runs meanwhile. 0: the run ends at once."""
     restarts: Restarts = Restarts()
     """How often lost processes are started again before the run ends."""

@@ -26,6 +26,7 @@ from rlhf.models.files.hub_names import missing_settings
 from rlhf.models.files.loading import has_score_head
 from rlhf.models.files.weights import ADAPTER
 from rlhf.process.disk_full import when_there_is_room
+from rlhf.tracking.run_folder.atomic import make_folder, write_aside, write_atomic
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def appearing(folder: Path) -> Iterator[Path]:
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    make_folder(partial, parents=True)
     try:
         yield partial
         when_there_is_room(partial, lambda: _share(partial))
@@ -173,17 +174,13 @@ def _write_shards(folder: Path, named_weights: Iterable[tuple[str, Tensor]], *, 
         file_of.update(dict.fromkeys(in_shard, file))
     table = {"metadata": {"total_size": total}, "weight_map": file_of}
     index_file = folder / "model.safetensors.index.json"
-    when_there_is_room(index_file, lambda: index_file.write_text(json.dumps(table, indent=2)))
+    write_atomic(index_file, json.dumps(table, indent=2))
 
 
 def _save(weights: dict[str, Tensor], path: Path) -> None:
     """Write a file, with a wait for room on a full disk. The gathering ranks wait for this rank."""
-    when_there_is_room(
-        path,
-        lambda: save_file(weights, path, metadata={"format": "pt"}),
-        undo=lambda: path.unlink(missing_ok=True),
-        needed=sum(weight.nbytes for weight in weights.values()),
-    )
+    needed = sum(weight.nbytes for weight in weights.values())
+    write_aside(path, lambda aside: save_file(weights, aside, metadata={"format": "pt"}), needed=needed)
 
 
 def _save_model_settings(folder: Path, model: Any, config: Any, tokenizer: Any) -> None:

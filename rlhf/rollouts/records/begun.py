@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from rlhf.deferred import safetensors_torch, torch
-from rlhf.process.disk_full import when_there_is_room
 from rlhf.rollouts.records.ledgers import request_identity
 from rlhf.rollouts.records.spans import Sampled
+from rlhf.tracking.run_folder.atomic import write_aside
 from rlhf.types import FinishReason, GroupRequest, Sampling
 
 if TYPE_CHECKING:
@@ -60,7 +59,6 @@ def begun_groups(folder: Path) -> dict[Path, int]:
 def write_begun(folder: Path, request: GroupRequest, sampling: Sampling, responses: Sequence[Begun]) -> None:
     """Write the responses to a cancelled request aside, then rename the file into place."""
     path = _path(folder, request.group_id)
-    aside = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
     columns = {
         "lengths": torch.tensor([len(begun.token_ids) for begun in responses]),
         "token_ids": torch.tensor([token for begun in responses for token in begun.token_ids], dtype=torch.int64),
@@ -68,14 +66,8 @@ def write_begun(folder: Path, request: GroupRequest, sampling: Sampling, respons
         "versions": torch.tensor([version for begun in responses for version in begun.versions], dtype=torch.int64),
     }
     reasons = json.dumps([begun.finish_reason for begun in responses])
-
-    def write() -> None:
-        safetensors_torch.save_file(
-            columns, aside, metadata={**_identity(request, sampling), "finish_reasons": reasons}
-        )
-        aside.replace(path)
-
-    when_there_is_room(path, write, undo=lambda: aside.unlink(missing_ok=True))
+    metadata = {**_identity(request, sampling), "finish_reasons": reasons}
+    write_aside(path, lambda aside: safetensors_torch.save_file(columns, aside, metadata=metadata))
 
 
 def read_begun(folder: Path, request: GroupRequest, sampling: Sampling) -> tuple[Begun, ...] | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from rlhf.deferred import safetensors_torch
-from rlhf.process.disk_full import when_there_is_room
 from rlhf.rollouts.records.ledgers import request_identity
+from rlhf.tracking.run_folder.atomic import write_aside
 from rlhf.types import (
     GroupRequest,
     RewardError,
@@ -104,17 +103,11 @@ def write_group(
             settings makes different weights of the same version.
     """
     path = group_path(folder, request.group_id, version)
-    aside = path.with_suffix(f".{secrets.token_hex(4)}.tmp")  # two calls may write the same group
     columns = {field.name: getattr(rollouts, field.name).contiguous() for field in fields(rollouts)}
     infos_json = json.dumps([asdict(info) for info in infos])
     metadata = {**_identity(request, sampling, environment), "infos": infos_json, "weights": weights}
-
-    def write() -> None:
-        safetensors_torch.save_file(columns, aside, metadata=metadata)
-        aside.replace(path)
-
     needed = sum(column.nbytes for column in columns.values())
-    when_there_is_room(path, write, undo=lambda: aside.unlink(missing_ok=True), needed=needed)
+    write_aside(path, lambda aside: safetensors_torch.save_file(columns, aside, metadata=metadata), needed=needed)
 
 
 def read_group(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.process.disk_full import explains_full, when_there_is_room
+from rlhf.process.disk_full import when_there_is_room
 
 _NO_CHARACTER = "backslashreplace"  # half a surrogate becomes \udcff, which JSON reads back
 
@@ -29,38 +30,57 @@ def sync_folder(folder: Path) -> None:
 
 def sync_tree(folder: Path) -> None:
     """Make every file and name below the folder durable."""
-    for path, _, names in os.walk(folder):
-        for name in names:
-            handle = os.open(os.path.join(path, name), os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        sync_folder(Path(path))
+
+    def sync() -> None:
+        for path, _, names in os.walk(folder):
+            for name in names:
+                handle = os.open(os.path.join(path, name), os.O_RDONLY)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+            sync_folder(Path(path))
+
+    when_there_is_room(folder, sync, waits=False)  # a second sync would not tell of what the first has lost
+
+
+def write_aside(path: Path, write: Callable[[Path], object], *, needed: int | None = None, waits: bool = True) -> None:
+    """Let `write` make a file beside its place, and rename the file into its place: readers see a whole file or none.
+
+    Args:
+        needed: the size in bytes, if it is known.
+        waits: for room on a full disk. Otherwise StorageFull is raised at once.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # two processes may write the same file
+
+    def attempt() -> None:
+        write(aside)
+        aside.replace(path)
+
+    when_there_is_room(path, attempt, undo=lambda: aside.unlink(missing_ok=True), needed=needed, waits=waits)
+
+
+def make_folder(path: Path, *, parents: bool = False, exist_ok: bool = False) -> None:
+    """Make a folder. Wait for room on a full disk."""
+    when_there_is_room(path, lambda: path.mkdir(parents=parents, exist_ok=exist_ok))
 
 
 def write_atomic(path: Path, text: str, *, waits: bool = True) -> None:
-    """Replace the file: a reader, and a run killed at any moment, sees the old text or the new.
+    """Replace the file durably: a reader, and a run killed at any moment, sees the old text or the new.
 
     Args:
         waits: for room on a full disk. Otherwise StorageFull is raised at once.
     """
     content = text.encode(errors=_NO_CHARACTER)
-    aside = path.with_name(f".{path.name}.partial")
 
-    def write() -> None:
+    def write(aside: Path) -> None:
         with aside.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
-        sync_folder(path.parent)
 
-    if waits:
-        when_there_is_room(path, write, undo=lambda: aside.unlink(missing_ok=True), needed=len(content))
-        return
-    with explains_full(path):
-        write()
+    write_aside(path, write, needed=len(content), waits=waits)
+    sync_folder(path.parent)
 
 
 def json_line(row: Mapping[str, Any]) -> str:
@@ -84,11 +104,7 @@ def append_line(path: Path, row: Mapping[str, Any], *, is_synced: bool = True, w
         finally:
             os.close(file)
 
-    if waits:
-        when_there_is_room(path, write, needed=len(line))
-        return
-    with explains_full(path):
-        write()
+    when_there_is_room(path, write, needed=len(line), waits=waits)
 
 
 def _append(file: int, line: bytes, *, is_synced: bool) -> None:

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Self
 
 from rlhf.errors import RunError, UserError
-from rlhf.process.disk_full import explains_full, when_there_is_room
 from rlhf.tracking.metrics.histograms import FILE as HISTOGRAMS
-from rlhf.tracking.run_folder.atomic import read_lines, sync_folder, sync_tree, write_atomic
+from rlhf.tracking.run_folder.atomic import make_folder, read_lines, sync_folder, sync_tree, write_aside, write_atomic
 from rlhf.tracking.run_folder.environment import record_environment
 from rlhf.tracking.run_folder.group_ledger import FILE as GROUPS
 from rlhf.tracking.run_folder.lock import lock_folder
@@ -170,8 +169,7 @@ class RunFolder:
         Syncing and reading every file may take minutes. An event loop calls `seal` in a thread.
         """
         aside = self._aside(target)
-        with explains_full(target):
-            sync_tree(aside)
+        sync_tree(aside)
         Manifest.of(aside, step=step).write(aside)
 
     def adopt_checkpoint(self, step: int) -> Path:
@@ -285,10 +283,7 @@ class RunFolder:
         return checkpoints_in(self.checkpoints)
 
     def _point(self, link: str, step: int) -> None:
-        aside = self.checkpoints / f".{link}.partial"
-        aside.unlink(missing_ok=True)
-        when_there_is_room(aside, lambda: aside.symlink_to(self.checkpoint(step).name))
-        aside.replace(self.checkpoints / link)
+        write_aside(self.checkpoints / link, lambda aside: aside.symlink_to(self.checkpoint(step).name))
         sync_folder(self.checkpoints)
 
     def _pointed(self, link: str) -> int | None:
@@ -301,7 +296,7 @@ class RunFolder:
         aside = self._aside(target)
         if aside.exists():
             _remove(aside)
-        when_there_is_room(target, aside.mkdir)
+        make_folder(aside)
         return aside
 
     def discard_begun(self) -> None:
@@ -315,8 +310,7 @@ class RunFolder:
         self._appear(target)
 
     def _commit(self, target: Path) -> None:
-        with explains_full(target):
-            sync_tree(self._aside(target))
+        sync_tree(self._aside(target))
         self._appear(target)
 
     def _appear(self, target: Path) -> None:
@@ -354,12 +348,10 @@ class RunFolder:
 
     def _sweep(self) -> None:
         """Remove incomplete files of a killed run."""
-        for folder in (self.path, self.checkpoints, self.samples, self.evals, self.references):
+        for folder in (self.path, self.checkpoints, self.samples, self.evals, self.references, self.spool):
             for pattern in _LEFTOVERS:
                 for path in folder.glob(pattern):
                     _delete(path)
-        for path in self.spool.glob("*.tmp"):
-            _delete(path)
 
 
 def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:

@@ -5,7 +5,6 @@ A file is named by a hash of the reference's weights, the tokens and the masks. 
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlhf.process.disk_full import when_there_is_room
+from rlhf.tracking.run_folder.atomic import write_aside
 from rlhf.types import Examples, TokenValues
 
 
@@ -33,14 +32,8 @@ def reference_key(architecture: str, named_weights: Iterable[tuple[str, Tensor]]
 def write_columns(path: Path, columns: TokenValues) -> None:
     """Write a temporary file, and rename the file. Readers see the complete file or no file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{secrets.token_hex(8)}.tmp")  # other runs may write the same file from other hosts
-    checksum = _checksum(columns.values)
-
-    def write() -> None:
-        save_file({"logprobs": columns.values}, temporary, metadata={"checksum": checksum})
-        temporary.replace(path)
-
-    when_there_is_room(path, write, undo=lambda: temporary.unlink(missing_ok=True), needed=columns.values.nbytes)
+    content, metadata = {"logprobs": columns.values}, {"checksum": _checksum(columns.values)}
+    write_aside(path, lambda aside: save_file(content, aside, metadata=metadata), needed=columns.values.nbytes)
 
 
 def read_columns(path: Path, examples: Examples) -> TokenValues | None:
