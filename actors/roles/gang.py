@@ -176,7 +176,7 @@ class Gang(ModelGroup):
         await self.all([h.take_teacher.remote(head) for h in self.handles], "start")
 
     async def _columns(self, refs: Sequence[tuple[Ref[Any], ObjectRef[Any]]], stage: str) -> list[tuple[Ref[Any], Any]]:
-        """Await calls that return a column and a small result. Return the results of one rank per data-parallel rank."""
+        """Await calls that return a column and a small result. Return one rank's results per data-parallel rank."""
         results = await self.all([ref for _, ref in refs], stage)
         return list(self.distinct([(column, result) for (column, _), result in zip(refs, results, strict=True)]))
 

@@ -13,7 +13,8 @@ from rlhf.config.files.load import LoadedConfig
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.data.tokenization import Continuation
 from rlhf.errors import RunError, UserError
-from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs
+from rlhf.preflight.inputs import StageInputs, load_inputs
+from rlhf.preflight.training_data import OnlineInputs
 from rlhf.process.stopping import run_async
 from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec
 from rlhf.rollouts.records.spans import Played, Sampled

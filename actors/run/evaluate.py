@@ -39,7 +39,8 @@ from rlhf.evaluation.results import (
     prompt_rows,
 )
 from rlhf.evaluation.voting import AnswerForm, answer_of
-from rlhf.preflight.eval_inputs import Candidate, EvalInputs, inputs_of_stage
+from rlhf.preflight.candidates import Candidate
+from rlhf.preflight.eval_inputs import EvalInputs, inputs_of_stage
 from rlhf.process.stopping import run_async
 from rlhf.rewards.failure_rule import ends_run, held_out_rules
 from rlhf.rewards.scoring import describe_errors, rules_of_specs

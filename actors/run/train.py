@@ -44,10 +44,11 @@ from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import RunError, UserError, prefix_errors
 from rlhf.merging.merge import checked_sources, write_merge
 from rlhf.models.files.publish import push_folder
-from rlhf.preflight.inputs import CheckedStage, OfflineInputs, OnlineInputs, StageInputs, collated, load_inputs
+from rlhf.preflight.inputs import CheckedStage, StageInputs, load_inputs
 from rlhf.preflight.merge import with_local_models
 from rlhf.preflight.run_folder import check_folders, continue_from, refuse_other_checkpoint, stream_of
 from rlhf.preflight.start import Start
+from rlhf.preflight.training_data import OfflineInputs, OnlineInputs, collated
 from rlhf.process.driver_parent import unrecorded_deaths
 from rlhf.process.stopping import StopRequest, current_request, run_async
 from rlhf.rewards.scoring import fingerprint

@@ -55,7 +55,7 @@ class LoadedAgent:
 
 
 def preload_agent(
-    section: AgentConfig | None,
+    section: AgentConfig,
     *,
     beside: Path,
     model: str,
@@ -63,7 +63,7 @@ def preload_agent(
     trust_remote_code: bool,
     template: ChatTemplate,
     key: str,
-) -> LoadedAgent | None:
+) -> LoadedAgent:
     """Load the agent of a section once, in a separate process. Return None without a section.
 
     Args:
@@ -73,8 +73,6 @@ def preload_agent(
     Raises:
         UserError: an unusable agent.
     """
-    if section is None:
-        return None
     if load_model_config(model, trust_remote_code=trust_remote_code).model_type == "gpt_oss":
         raise UserError(
             f"{key}: agents cannot call {model}, a model of type gpt_oss: vLLM writes each of its prompts anew in the "

@@ -95,14 +95,14 @@ def check_lengths(
 
 
 def preload_environment(
-    section: EnvironmentConfig | None,
+    section: EnvironmentConfig,
     *,
     beside: Path,
     tokenizer: str,
     trust_remote_code: bool,
     template: ChatTemplate,
     key: str = KEY,
-) -> LoadedEnvironment | None:
+) -> LoadedEnvironment:
     """Load the environment of a section once, in a separate process. Return None without a section.
 
     Args:
@@ -112,8 +112,6 @@ def preload_environment(
     Raises:
         UserError: an unusable environment.
     """
-    if section is None:
-        return None
     spec = EnvironmentSpec(
         source=find_code(
             "environment",

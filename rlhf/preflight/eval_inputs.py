@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.agents.runners import KEY as AGENT_KEY
-from rlhf.agents.sessions import AgentSpec
 from rlhf.config.derive import eval_sets
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.schema.cluster import ClusterConfig
@@ -22,61 +20,19 @@ from rlhf.config.schema.model import RewardModelConfig
 from rlhf.config.schema.rewards import RewardConfig, RewardPolicy
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, final_folder, run_folder
-from rlhf.data.examples import Example, Reading, load_examples
-from rlhf.data.sources import Row, read_rows
+from rlhf.data.examples import Reading
 from rlhf.data.tasks import REASONING_GYM, RUNNING_TOTALS
 from rlhf.data.templates import UNCHANGED, ChatTemplate, read_template
 from rlhf.errors import UserError, prefix_errors
 from rlhf.evaluation.decoding import Decoding
 from rlhf.evaluation.results import Marking, Marks, marking_of
-from rlhf.evaluation.sources import source_names
-from rlhf.models.files.folder_check import refuse_broken_weights
-from rlhf.models.files.hub import use_cache_if_silent
-from rlhf.models.files.loading import load_tokenizer, refuse_missing_weights
-from rlhf.models.files.template_check import refuse_runaway_template
-from rlhf.models.on_disk import ModelOnDisk, refuse_unservable
-from rlhf.models.reward_models import refuse_without_head
-from rlhf.preflight.agents import LoadedAgent, preload_agent
-from rlhf.preflight.environments import KEY as ENVIRONMENT_KEY
-from rlhf.preflight.environments import LoadedEnvironment, check_lengths, preload_environment
-from rlhf.preflight.models import ANY_LENGTH, StageResults, refuse_too_long, resolve_model
-from rlhf.preflight.prompts import read_prompts
-from rlhf.preflight.sources import (
-    REWARD_KEY,
-    as_evaluation,
-    in_options,
-    load_rewards,
-    local_model,
-    reading_of,
-    refuse_absent_tokens,
-    source_of,
-)
+from rlhf.preflight.candidates import IN_OPTIONS, IN_RUN, Candidate, Names, SetReader
+from rlhf.preflight.models import StageResults, refuse_unusable_reward_model, resolve_model
+from rlhf.preflight.sources import as_evaluation, in_options, load_rewards, local_model, reading_of
 from rlhf.rewards.scoring import RewardSpec
-from rlhf.rollouts.environments.conversations import EnvironmentSpec
-from rlhf.types import Prompt
 
 logger = logging.getLogger(__name__)
 TASK_ROWS = 200  # rows of `--data TASK` without a size
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A model with the sets in the model's tokens: prompts for rewards, or examples to measure."""
-
-    model: ModelOnDisk
-    prompts: Mapping[str, tuple[Prompt, ...]]
-    examples: Mapping[str, tuple[Example, ...]]
-    sources: Mapping[str, Mapping[int, str]]  # by set, for sets split by source: prompt id to source
-    environment: EnvironmentSpec | AgentSpec | None  # None: single turns
-
-    @property
-    def longest_prompt(self) -> int:
-        """Return the length of the longest prompt in tokens; 0 without prompts."""
-        return max((len(prompt.token_ids) for prompts in self.prompts.values() for prompt in prompts), default=0)
-
-    def longest_sequence(self, max_new_tokens: int) -> int:
-        """Return the most tokens of a prompt with a response, or of a conversation."""
-        return self.longest_prompt + max_new_tokens if self.environment is None else self.environment.max_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,37 +47,6 @@ class EvalInputs:
     reward_policy: RewardPolicy
     max_tokens_per_microbatch: int
     cluster: ClusterConfig
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Names:
-    """Names of the settings in messages."""
-
-    model: str = "evaluate.model"
-    against: str = "evaluate.against"
-    sets: str = "evaluate.data.{}"
-    rewards: str = f"evaluate.{REWARD_KEY}"
-    reward_model: str = "evaluate.reward.model"
-    by: str = "evaluate.by"
-    template: str = "evaluate"
-    environment: str = "evaluate.environment"
-    agent: str = "evaluate.agent"
-
-
-IN_RUN = _Names(
-    model="policy.model",
-    against="--against",
-    sets="data.eval.{}",
-    rewards=REWARD_KEY,
-    reward_model="reward.model",
-    by="eval.by",
-    template="data",
-    environment=ENVIRONMENT_KEY,
-    agent=AGENT_KEY,
-)
-IN_OPTIONS = replace(
-    IN_RUN, model="MODEL", sets="--data {}", rewards="--reward {}", reward_model="--reward-model", by="--by"
-)
 
 
 def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | None, marks: Marks) -> EvalInputs:
@@ -192,7 +117,7 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Stage
     _refuse_unfit_results(stage, made)
     return _load(
         stage.evaluate,
-        _Names(),
+        Names(),
         seed=stage.run.seed,
         cluster=stage.cluster,
         beside=Path(loaded.source).resolve().parent,
@@ -237,23 +162,7 @@ def inputs_of_model(
 
     With rewards, the rows are prompts for scored responses; without rewards, the rows are examples.
     """
-    if not data:
-        raise UserError(
-            "--data is missing: name a file, a dataset or a task to evaluate the model on. The held-out sets of a run "
-            "are evaluated by its configuration: rlhf eval RUN/config.resolved.yaml --model RUN"
-        )
-    sets: dict[str, DataSource] = {}
-    for text in data:
-        name, source = _source(text)
-        if name in sets:
-            raise UserError(f"--data {text}: there is a set called {name} already; rename the file")
-        sets[name] = source
-    configs: dict[str, RewardConfig] = {}
-    for text in rewards:
-        name = text.rpartition(":")[2]
-        if name in configs:
-            raise UserError(f"--reward {text}: there is a reward called {name} already")
-        configs[name] = RewardConfig(function=text)
+    sets, configs = _named_sets(data), _named_rewards(rewards)
     if reward_model is not None:
         configs["reward_model"] = RewardConfig(role="reward")
     _refuse_without_rewards(configs, against, marks)
@@ -277,9 +186,36 @@ def inputs_of_model(
         return _load(section, IN_OPTIONS, seed=decoding.seed, cluster=cluster, beside=Path.cwd(), decoding=decoding)
 
 
+def _named_sets(data: Sequence[str]) -> dict[str, DataSource]:
+    """Return the sets of `--data` by name."""
+    if not data:
+        raise UserError(
+            "--data is missing: name a file, a dataset or a task to evaluate the model on. The held-out sets of a run "
+            "are evaluated by its configuration: rlhf eval RUN/config.resolved.yaml --model RUN"
+        )
+    sets: dict[str, DataSource] = {}
+    for text in data:
+        name, source = _source(text)
+        if name in sets:
+            raise UserError(f"--data {text}: there is a set called {name} already; rename the file")
+        sets[name] = source
+    return sets
+
+
+def _named_rewards(rewards: Sequence[str]) -> dict[str, RewardConfig]:
+    """Return the functions of `--reward` by name."""
+    configs: dict[str, RewardConfig] = {}
+    for text in rewards:
+        name = text.rpartition(":")[2]
+        if name in configs:
+            raise UserError(f"--reward {text}: there is a reward called {name} already")
+        configs[name] = RewardConfig(function=text)
+    return configs
+
+
 def _load(
     section: EvaluateConfig,
-    names: _Names,
+    names: Names,
     *,
     seed: int,
     cluster: ClusterConfig,
@@ -293,11 +229,11 @@ def _load(
     """Load everything that an evaluation section names.
 
     Args:
-        beside: the folder searched for code before the current folder.
+        beside: the folder searched for code before the current one.
         models: the folder for tiny:llama. None: this model is not available.
-        reading: how rows become prompts or examples, in place of the section's settings.
-        decoding: how responses are sampled, in place of the section's settings.
-        tokenizer: the tokenizer of the models, in place of each model's tokenizer.
+        reading: how rows become prompts or examples, if the section does not decide it alone.
+        decoding: how responses are sampled, if the section does not decide it alone.
+        tokenizer: the tokenizer of the models, if it is not their own.
         made: results of earlier stages, by the names of models.
     """
     decoding = decoding or _decoding(section, seed, template_key=names.template)
@@ -308,6 +244,7 @@ def _load(
     )
     memory_gib = section.reward_policy.memory_gib
     rewards = load_rewards(section.rewards, beside=beside, memory_gib=memory_gib, key=names.rewards)
+    reader = SetReader(section=section, names=names, decoding=decoding, reading=reading, rewards=rewards, beside=beside)
     candidates = []
     for key, wanted in ((names.model, section.model), (names.against, section.against)):
         if wanted is None:
@@ -320,26 +257,30 @@ def _load(
         if made is not None:
             model = replace(model, name=wanted)
         template = UNCHANGED if made is None else made.templates.get(wanted, UNCHANGED)
-        candidates.append(_candidate(section, names, model, decoding, reading, rewards, template, beside))
+        candidates.append(reader.candidate(model, template))
     reward_model = section.reward if any(spec.is_model for spec in rewards) else None
     if reward_model is not None and (made is None or reward_model.model not in made.finals):
-        _refuse_unusable_reward_model(reward_model, key=names.reward_model)
+        refuse_unusable_reward_model(reward_model, key=names.reward_model)
     longest = max(candidate.longest_sequence(decoding.max_new_tokens) for candidate in candidates)
-    marks = Marks(ks=section.k, pass_score=section.pass_score, answers=section.answer, by=section.by)
-    try:
-        marking = marking_of(marks, rewards, samples=decoding.samples)
-    except ValueError as error:
-        raise UserError(f"--k: {error}") from error
     return EvalInputs(
         candidates=tuple(candidates),
         decoding=decoding,
-        marking=marking,
+        marking=_marking(section, rewards, samples=decoding.samples),
         rewards=rewards,
         reward_model=reward_model,
         reward_policy=section.reward_policy,
         max_tokens_per_microbatch=max(section.max_tokens_per_microbatch, longest),
         cluster=cluster,
     )
+
+
+def _marking(section: EvaluateConfig, rewards: Sequence[RewardSpec], *, samples: int) -> Marking:
+    """Return how responses are graded."""
+    marks = Marks(ks=section.k, pass_score=section.pass_score, answers=section.answer, by=section.by)
+    try:
+        return marking_of(marks, rewards, samples=samples)
+    except ValueError as error:
+        raise UserError(f"--k: {error}") from error
 
 
 def _decoding(section: EvaluateConfig, seed: int, *, template_key: str) -> Decoding:
@@ -356,98 +297,6 @@ def _decoding(section: EvaluateConfig, seed: int, *, template_key: str) -> Decod
         apply_chat_template=section.apply_chat_template,
         template=ChatTemplate(text=text, kwargs=section.chat_template_kwargs),
     )
-
-
-def _candidate(
-    section: EvaluateConfig,
-    names: _Names,
-    model: ModelOnDisk,
-    decoding: Decoding,
-    reading: Reading,
-    rewards: Sequence[RewardSpec],
-    made: ChatTemplate,
-    beside: Path,
-) -> Candidate:
-    """Return the sets in a model's tokens. UserErrors name the set and the invalid row.
-
-    `made` holds template changes made by an earlier stage, before the stage has run.
-    """
-    tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code, template=made)
-    decoding.template.apply_checked(tokenizer, key=names.template)
-    refuse_runaway_template(tokenizer)
-    refuse_absent_tokens(decoding.stop_token_ids, tokenizer, key="stop_token_ids")
-    prompts: dict[str, tuple[Prompt, ...]] = {}
-    examples: dict[str, tuple[Example, ...]] = {}
-    sources: dict[str, Mapping[int, str]] = {}
-    environment: LoadedEnvironment | LoadedAgent | None = None
-    if rewards:
-        reading = replace(reading, max_new_tokens=decoding.max_new_tokens)
-        refuse_unservable(model)
-        read: dict[str, Any] = {
-            "beside": beside,
-            "tokenizer": model.tokenizer,
-            "trust_remote_code": model.trust_remote_code,
-            "template": decoding.template,
-        }
-        environment = preload_environment(section.environment, **read, key=names.environment)
-        environment = environment or preload_agent(section.agent, **read, model=model.base, key=names.agent)
-    for name, data in section.sets.items():
-        key, source = names.sets.format(name), source_of(data)
-        if not rewards:
-            with prefix_errors(key):
-                rows = read_rows(source, columns=section.columns)
-            with prefix_errors(f"{key} (without rewards its completions are measured)"):
-                examples[name] = _examples(rows, tokenizer, reading, model, key=key)
-            continue
-        loaded, rows = read_prompts(
-            source,
-            key,
-            tokenizer,
-            replace(reading, max_tokens=ANY_LENGTH) if reading.too_long == "error" else reading,
-            columns=section.columns,
-            rewards=rewards,
-            reward_key=names.rewards,
-            environment=environment,
-        )
-        prompts[name] = loaded.items
-        with prefix_errors(key):
-            if environment is None:
-                refuse_too_long(prompts[name], rows, model, max_new_tokens=decoding.max_new_tokens)
-            else:
-                lengths = {"max_new_tokens": decoding.max_new_tokens}
-                check_lengths(environment.spec, prompts[name], rows, model, **lengths)
-        if section.by is not None:
-            sources[name] = source_names(prompts[name], section.by, key=names.by, data=key)
-    spec = None if environment is None else environment.spec
-    return Candidate(model=model, prompts=prompts, examples=examples, sources=sources, environment=spec)
-
-
-def _examples(
-    rows: Sequence[Row], tokenizer: Any, reading: Reading, model: ModelOnDisk, *, key: str
-) -> tuple[Example, ...]:
-    """Return a set's examples. Raise UserError for an example too long for the model."""
-    loaded = load_examples(rows, tokenizer, reading)
-    if loaded.unusable:
-        logger.warning("%s: %d of %d rows cannot be used and are left out", key, len(loaded.unusable), len(rows))
-    left_out = {unusable.place for unusable in loaded.unusable}
-    used = [row for row in rows if row.place not in left_out]
-    for example, row in zip(loaded.items, used, strict=True):
-        if model.max_length is not None and example.longest > model.max_length:
-            raise UserError(
-                f"{row.place}: the example has {example.longest} tokens, more than the {model.max_length} that "
-                f"{model.name} takes. Shorten it."
-            )
-    return loaded.items
-
-
-def _refuse_unusable_reward_model(model: RewardModelConfig, *, key: str) -> None:
-    """Raise UserError if the reward model is missing, broken or of another kind."""
-    if not Path(model.model).exists():
-        use_cache_if_silent()
-    with prefix_errors(key):
-        refuse_without_head(model.model, trust_remote_code=model.trust_remote_code)
-        refuse_broken_weights(Path(model.model))
-        refuse_missing_weights(model.model, scalar=True, trust_remote_code=model.trust_remote_code)
 
 
 def _refuse_without_rewards(rewards: Mapping[str, RewardConfig], against: str | None, marks: Marks) -> None:

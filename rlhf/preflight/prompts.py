@@ -10,18 +10,41 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from rlhf.agents.runners import KEY as AGENT_KEY
+from rlhf.config.schema.rollouts import AgentConfig, EnvironmentConfig
 from rlhf.data.examples import Reading
 from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import Row, Source, read_rows
 from rlhf.data.usable import LoadedRows
 from rlhf.errors import prefix_errors
-from rlhf.preflight.agents import LoadedAgent
-from rlhf.preflight.environments import LoadedEnvironment
+from rlhf.preflight.agents import LoadedAgent, preload_agent
+from rlhf.preflight.environments import KEY as ENVIRONMENT_KEY
+from rlhf.preflight.environments import LoadedEnvironment, preload_environment
 from rlhf.preflight.sources import REWARD_KEY, check_rewards
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.types import RESULT_COLUMN, Prompt
 
 logger = logging.getLogger(__name__)
+Player = LoadedEnvironment | LoadedAgent
+
+
+def load_player(
+    environment: EnvironmentConfig | None,
+    agent: AgentConfig | None,
+    *,
+    model: str,
+    keys: tuple[str, str] = (ENVIRONMENT_KEY, AGENT_KEY),
+    **reading: Any,
+) -> Player | None:
+    """Load the environment or the agent that answers prompts with the model. None: there is neither.
+
+    Args:
+        keys: the names of the two sections in messages.
+        reading: the other arguments of preload_environment and preload_agent.
+    """
+    if agent is not None:
+        return preload_agent(agent, **reading, model=model, key=keys[1])
+    return None if environment is None else preload_environment(environment, **reading, key=keys[0])
 
 
 def read_prompts(
@@ -33,7 +56,7 @@ def read_prompts(
     columns: Mapping[str, str],
     rewards: Sequence[RewardSpec],
     reward_key: str = REWARD_KEY,
-    environment: LoadedEnvironment | LoadedAgent | None,
+    environment: Player | None,
     first_id: int = 0,
 ) -> tuple[LoadedRows[Prompt], list[Row]]:
     """Return a set's prompts with their rows. Skipped rows are counted in the log.

@@ -17,9 +17,10 @@ from rlhf.controller.record import read_state
 from rlhf.data.prompts import skipped_rows
 from rlhf.data.stream import Cursor, Stream
 from rlhf.errors import UserError
-from rlhf.preflight.inputs import OnlineInputs, StageInputs
+from rlhf.preflight.inputs import StageInputs
 from rlhf.preflight.models import refuse_other_model
 from rlhf.preflight.start import Start
+from rlhf.preflight.training_data import OnlineInputs
 from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.mirror import Mirror
 

@@ -37,7 +37,8 @@ from rlhf.data.stream import Stream
 from rlhf.engine.distributed import RankContext, init_distributed, leave_distributed
 from rlhf.evaluation.voting import AnswerForm
 from rlhf.models.files.loading import load_tokenizer
-from rlhf.preflight.inputs import OnlineInputs, StageInputs, load_inputs
+from rlhf.preflight.inputs import StageInputs, load_inputs
+from rlhf.preflight.training_data import OnlineInputs
 from rlhf.rewards.scoring import fingerprint
 from rlhf.role_table import Role
 from rlhf.roles import (

@@ -17,7 +17,7 @@ from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.config.files.docs import document
 from rlhf.controller.online import LEARNERS
-from rlhf.preflight.inputs import FORMS
+from rlhf.preflight.training_data import FORMS
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

@@ -13,7 +13,7 @@ from rlhf.config.files.load import load
 from rlhf.data.templates import UNCHANGED
 from rlhf.errors import UserError
 from rlhf.preflight.agents import preload_agent
-from rlhf.preflight.inputs import OnlineInputs
+from rlhf.preflight.training_data import OnlineInputs
 from tests.fixtures.configs import ONLINE, PAIRS, online_inputs, refusal
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.preflight.inputs import OnlineInputs
+from rlhf.preflight.training_data import OnlineInputs
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from tests.fixtures.configs import ONLINE, PAIRS, online_inputs, refusal
 

@@ -16,7 +16,8 @@ from rlhf.config.schema.stages import run_folder
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.errors import UserError
 from rlhf.evaluation.results import Marking, Marks, PromptResult
-from rlhf.preflight.eval_inputs import Candidate, EvalInputs, inputs_of_run
+from rlhf.preflight.candidates import Candidate
+from rlhf.preflight.eval_inputs import EvalInputs, inputs_of_run
 from rlhf.preflight.inputs import load_inputs
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.tracking.sinks.tracker import read_metrics

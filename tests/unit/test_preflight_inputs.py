@@ -12,8 +12,9 @@ import pytest
 from rlhf.config.files.load import load
 from rlhf.data.stream import MixtureShare
 from rlhf.errors import UserError
-from rlhf.preflight.inputs import OfflineInputs, OnlineInputs, load_inputs
+from rlhf.preflight.inputs import load_inputs
 from rlhf.preflight.sources import local_model
+from rlhf.preflight.training_data import OfflineInputs, OnlineInputs
 
 SFT = """\
 run: {name: demo, dir: DIR}

@@ -1,0 +1,290 @@
+"""Load the data of a training run with its rewards, and check that the run can use them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from rlhf.agents.sessions import AgentSpec
+from rlhf.algorithms.algorithm import Kind
+from rlhf.config.derive import chat_template, eval_metrics, eval_sets, prompts_asked, train_sets, with_steps
+from rlhf.config.mistakes.explain import refuse
+from rlhf.config.schema.data import DataSource
+from rlhf.config.schema.root import Config
+from rlhf.config.validation.run import problems
+from rlhf.controller.evaluation import EvalSet
+from rlhf.data.examples import Example, collate, load_examples
+from rlhf.data.labelled import Labelled, collate_labelled, load_labelled
+from rlhf.data.preferences import PreferencePair, collate_pairs, load_pairs
+from rlhf.data.sources import read_rows
+from rlhf.data.steps import StepLabelled, collate_steps, load_step_labelled
+from rlhf.data.stream import MixtureShare
+from rlhf.data.usable import LoadedRows, Unusable
+from rlhf.errors import UserError, prefix_errors
+from rlhf.evaluation.results import Marking, Marks, marking_of
+from rlhf.evaluation.sources import source_names
+from rlhf.models.files.loading import load_model_config
+from rlhf.models.files.tiny import described_config
+from rlhf.preflight.prompts import load_player, read_prompts
+from rlhf.preflight.sources import load_rewards, reading_of, refuse_absent_tokens, refuse_unused_rewards, source_of
+from rlhf.rewards.scoring import RewardSpec
+from rlhf.rollouts.environments.conversations import EnvironmentSpec
+from rlhf.types import Examples, Pairs, Prompt
+
+OfflineRow = Example | PreferencePair | StepLabelled | Labelled
+
+R = TypeVar("R")
+logger = logging.getLogger(__name__)
+# How each kind of algorithm without rollouts reads its rows, and how they become a batch.
+FORMS: Mapping[Kind, tuple[Callable[..., LoadedRows[Any]], Callable[..., Examples | Pairs]]] = {
+    "supervised": (load_examples, collate),
+    "distillation": (load_examples, collate),
+    "preference": (load_pairs, collate_pairs),
+    "reward_model": (load_pairs, collate_pairs),
+    "step_rewards": (load_step_labelled, collate_steps),
+    "unpaired": (load_labelled, collate_labelled),
+}
+PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sets(Generic[R]):
+    """The data sets of a run."""
+
+    train: tuple[R, ...]  # all training sets, concatenated
+    shares: tuple[MixtureShare, ...]
+    held_out: Mapping[str, tuple[R, ...]]
+    unusable: tuple[Unusable, ...]  # skipped rows of all sets
+
+    def longest(self, length: Callable[[R], int]) -> int:
+        """Return the largest length of a row."""
+        return max(length(row) for group in (self.train, *self.held_out.values()) for row in group)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnlineInputs:
+    """The inputs of an online run."""
+
+    prompts: tuple[Prompt, ...]  # all training sets, concatenated
+    unusable: tuple[Unusable, ...]  # skipped rows of all sets
+    shares: tuple[MixtureShare, ...]
+    eval_sets: Mapping[str, EvalSet]
+    marking: Marking  # how held-out responses are graded
+    rewards: tuple[RewardSpec, ...]
+    environment: EnvironmentSpec | AgentSpec | None
+    max_model_len: int  # longest prompt with longest response, or longest conversation, in tokens
+    probe_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfflineInputs:
+    """The inputs of a run without rollouts."""
+
+    rows: tuple[OfflineRow, ...]  # all training sets, concatenated
+    shares: tuple[MixtureShare, ...]
+    eval_sets: Mapping[str, tuple[OfflineRow, ...]]
+    unusable: tuple[Unusable, ...]  # skipped rows of all sets
+    longest_sequence: int  # tokens
+
+
+def load_training_data(
+    config: Config, source: str, tokenizer: Any, *, beside: Path
+) -> tuple[Config, OnlineInputs | OfflineInputs]:
+    """Return the inputs of a run, and the configuration with epochs converted to steps.
+
+    Args:
+        source: the folder or the name of the policy's model.
+        beside: the folder searched for code before the current one.
+    """
+    if config.algorithm.is_online:
+        return _online(config, source, tokenizer, beside)
+    return _offline(config, source, tokenizer)
+
+
+def _online(config: Config, source: str, tokenizer: Any, beside: Path) -> tuple[Config, OnlineInputs]:
+    rollouts, settings = config.rollouts, config.eval
+    assert rollouts is not None
+    refuse_absent_tokens(rollouts.stop_token_ids, tokenizer, key="rollouts.stop_token_ids")
+    specs = load_rewards(config.rewards, beside=beside, memory_gib=config.reward_policy.memory_gib)
+    player = load_player(
+        rollouts.environment,
+        rollouts.agent,
+        model=source,
+        beside=beside,
+        tokenizer=config.policy.tokenizer_source,
+        trust_remote_code=config.policy.trust_remote_code,
+        template=chat_template(config),
+    )
+    how: dict[str, Any] = {"columns": config.data.columns, "rewards": specs, "environment": player}
+
+    def read(name: str, data: DataSource, first_id: int) -> LoadedRows[Prompt]:
+        return read_prompts(source_of(data), name, tokenizer, reading_of(config), first_id=first_id, **how)[0]
+
+    sets = _read_sets(config, read, by_row=True)
+    refuse_unused_rewards(specs, (prompt.columns for prompt in sets.train))
+    config = _with_steps(config, len(sets.train))
+    _refuse_useless_data(config, sets)
+    eval_sets = {}
+    for name, group in sets.held_out.items():
+        of_set = (
+            {} if settings.by is None else source_names(group, settings.by, key="eval.by", data=f"data.eval.{name}")
+        )
+        eval_sets[name] = EvalSet(prompts=group, sources=of_set)
+    marks = Marks(ks=settings.k, pass_score=settings.pass_score, answers=settings.answer)
+    marking = marking_of(marks, specs, samples=settings.samples_per_prompt)
+    _refuse_absent_metric(config, specs, eval_sets, marking)
+    longest = sets.longest(lambda prompt: len(prompt.token_ids))
+    max_model_len = rollouts.longest_sequence(longest)
+    _refuse_too_long(source, config, longest=longest, wanted=max_model_len)
+    if max_model_len > config.train.max_tokens_per_microbatch:
+        raise UserError(
+            f"train.max_tokens_per_microbatch: is {config.train.max_tokens_per_microbatch}, but the longest prompt "
+            f"({longest} tokens) with rollouts.max_new_tokens ({rollouts.max_new_tokens}) may have {max_model_len}; "
+            "raise it"
+        )
+    probe = [token for prompt in sets.train[:PROBE_TOKENS] for token in prompt.token_ids]
+    return config, OnlineInputs(
+        prompts=sets.train,
+        unusable=sets.unusable,
+        shares=sets.shares,
+        eval_sets=eval_sets,
+        marking=marking,
+        rewards=specs,
+        environment=None if player is None else player.spec,
+        max_model_len=max_model_len,
+        probe_ids=tuple(probe[: min(PROBE_TOKENS, max_model_len - 1)]),
+    )
+
+
+def _refuse_useless_data(config: Config, sets: _Sets[Prompt]) -> None:
+    """Raise UserError for a curriculum in which no prompt comes up twice, and for temperatures of a teacher's rows."""
+    assert config.rollouts is not None
+    asked = prompts_asked(config, config.rollouts)
+    if config.data.curriculum is not None and len(sets.shares) == 1 and asked <= len(sets.train):
+        raise UserError(
+            f"data.curriculum: has no effect here: data.train has {len(sets.train)} prompts, of which "
+            f"{config.train.num_steps} steps need {asked} at most, so none comes up twice; remove it, or raise "
+            "train.steps or rollouts.prompts_per_step."
+        )
+    if config.algorithm.kind == "sampled_distillation" and any(row.temperature is not None for row in sets.train):
+        raise UserError(
+            f"data.train: column `temperature` is not for algorithm {config.algorithm.name}, whose teacher works at "
+            "rollouts.temperature. Give the column another name, or leave it out."
+        )
+
+
+def _refuse_absent_metric(
+    config: Config, specs: Sequence[RewardSpec], sets: Mapping[str, EvalSet], marking: Marking
+) -> None:
+    """Raise UserError if no evaluation has the metric for the best checkpoint."""
+    if config.train.best_metric is None:
+        return
+    best = config.train.best_metric.removeprefix("-")
+    parts = [
+        part
+        for name, held_out in sets.items()
+        for part in (name, *sorted({f"{name}.{source}" for source in held_out.sources.values()}))
+    ]
+    known = [f"eval/{part}/{metric}" for part in parts for metric in eval_metrics(config) if marking.gives(metric)]
+    if best not in known:
+        is_graded = marking.gives(best.rpartition("/")[2])
+        why = "" if is_graded else ": pass@k needs eval.pass_score here, and maj@k needs eval.answer too"
+        text = f"is {best!r}, which no evaluation has{why}. The metrics are: {', '.join(known)}"
+        raise UserError(f"train.best_metric: {text}")
+    for name, held_out in sets.items():
+        for spec in specs:
+            is_best = best == f"eval/{name}/{spec.name}"
+            if is_best and not any(spec.applies_to(prompt.columns) for prompt in held_out.prompts):
+                text = f"is {best!r}, but rewards.{spec.name}.only applies to no row of data.eval.{name}"
+                raise UserError(f"train.best_metric: {text}")
+
+
+def _offline(config: Config, source: str, tokenizer: Any) -> tuple[Config, OfflineInputs]:
+    load, reading = FORMS[config.algorithm.kind][0], reading_of(config)
+
+    def read(name: str, source: DataSource, first_id: int) -> LoadedRows[OfflineRow]:
+        with prefix_errors(name):
+            rows = read_rows(source_of(source), columns=config.data.columns)
+            loaded = load(rows, tokenizer, reading, first_id=first_id, **config.algorithm.row_options)
+        if loaded.unusable:
+            logger.warning("%s: %d of %d rows cannot be used and are left out", name, len(loaded.unusable), len(rows))
+        return loaded
+
+    sets = _read_sets(config, read, by_row=False)
+    rows, held_out = sets.train, sets.held_out
+    for name, group in {"data.train": rows, **{f"data.eval.{name}": group for name, group in held_out.items()}}.items():
+        prompts = {row.token_ids[: row.prompt_tokens] for row in group if isinstance(row, Labelled)}
+        if len(prompts) == 1 and config.algorithm.compares_with_divergence:
+            raise UserError(
+                f"{name}: all rows have the same prompt, but algorithm.loss kto compares answers to different prompts. "
+                "Use bco or apo_zero."
+            )
+    longest = sets.longest(lambda row: row.longest)
+    _refuse_too_long(source, config, longest=longest, wanted=longest)
+    return _with_steps(config, len(rows)), OfflineInputs(
+        rows=rows,
+        shares=sets.shares,
+        eval_sets=held_out,
+        unusable=sets.unusable,
+        longest_sequence=longest,
+    )
+
+
+def _read_sets(config: Config, read: Callable[[str, DataSource, int], LoadedRows[R]], *, by_row: bool) -> _Sets[R]:
+    """Return all sets of a run. `read` gets a set's key, the source, and the id of the first row.
+
+    by_row: ids count skipped rows too.
+    """
+    train: tuple[R, ...] = ()
+    shares: list[MixtureShare] = []
+    unusable: list[Unusable] = []
+    for name, section in train_sets(config).items():
+        loaded = read(name, section.source, len(train) + (len(unusable) if by_row else 0))
+        train += loaded.items
+        shares.append(MixtureShare(name=name, weight=section.weight, size=len(loaded.items)))
+        unusable += loaded.unusable
+    held_out = {name: read(f"data.eval.{name}", source, 0) for name, source in eval_sets(config).items()}
+    return _Sets(
+        train=train,
+        shares=tuple(shares),
+        held_out={name: loaded.items for name, loaded in held_out.items()},
+        unusable=(*unusable, *(row for loaded in held_out.values() for row in loaded.unusable)),
+    )
+
+
+def _with_steps(config: Config, rows: int) -> Config:
+    """Return the configuration with epochs converted to steps. Raise UserError if a check of the steps then fails."""
+    if config.train.epochs is None:
+        return config
+    converted = with_steps(config, rows)
+    steps = converted.train.num_steps
+    logger.info("train.epochs %g of %d rows: %d steps", config.train.epochs, rows, steps)
+    refuse(problems(converted), lambda key: f"train.epochs is {config.train.epochs:g}, which makes {steps} steps")
+    return converted
+
+
+def collated(config: Config, rows: Sequence[OfflineRow]) -> Examples | Pairs:
+    """Collate rows of a data set into the batch type of the algorithm's workers."""
+    kind, algorithm = config.algorithm.kind, config.algorithm
+    options = {"mismatched": algorithm.compares_with_divergence} if kind == "unpaired" else {}
+    return FORMS[kind][1](rows, **options)
+
+
+def _refuse_too_long(source: str, config: Config, *, longest: int, wanted: int) -> None:
+    shape: Any = described_config(Path(source))
+    if shape is None:
+        shape = load_model_config(source, trust_remote_code=config.policy.trust_remote_code).get_text_config()
+    limit: int | None = getattr(shape, "max_position_embeddings", None)  # BLOOM has none
+    if limit is not None and wanted > limit:
+        room = f" with rollouts.max_new_tokens {config.rollouts.max_new_tokens}" if config.rollouts else ""
+        if config.rollouts and config.rollouts.environment is not None:
+            room = f" in a conversation of rollouts.environment.max_tokens {wanted}"
+        if config.rollouts and config.rollouts.agent is not None:
+            room = f" in a call of rollouts.agent.max_tokens {wanted}"
+        raise UserError(
+            f"policy.model {config.policy.model} takes at most {limit} tokens, and the longest sequence of the data "
+            f"({longest} tokens{room}) would have {wanted}. Shorten the data, or use a model with a longer context."
+        )
