@@ -15,9 +15,10 @@ from aiohttp.test_utils import TestServer
 import rlhf
 from rlhf.tracking.run_folder.atomic import write_lines
 from rlhf.tracking.run_folder.errors import ErrorRecord, write_error
-from rlhf.tracking.run_folder.samples import SampleRecord, SampleSequence, SampleTokens, samples_path, write_samples
+from rlhf.tracking.run_folder.samples import SampleRecord, SampleSequence, samples_path, write_samples
 from rlhf.viewing.runs import RunPlaces
 from rlhf.viewing.server import RunViewer
+from tests.fakes.samples import sample_record, sample_tokens
 from tests.integration.browser import PROGRAMS, Page, browser, program
 
 if program() is None:
@@ -58,40 +59,31 @@ def record(prompt: int, number: int, *, step: int, split: str, draw: random.Rand
     branch = SampleSequence(start=4, own=6, after=1)
     trained = split == "train"
     rollout = column(-2.0, 0.0)
-    return SampleRecord(
+    tokens = sample_tokens(
+        *texts,
+        sampled=sampled,
+        rollout_logprobs=rollout,
+        old_logprobs=tuple(None if one is None else one + 0.25 for one in rollout) if trained else None,
+        advantages=column(-1.0, 1.0) if trained else None,
+        sequences=(SampleSequence(start=0, own=0, after=None), branch) if prompt == number == 1 else None,
+    )
+    return sample_record(
+        "".join(texts),
+        score=float(number),
+        scores={"correct": float(number), "format": 0.5},
         split=split,
         group_id=100 * step + prompt if trained else prompt,
         prompt_id=prompt,
         sample=number,
         prompt=f"<|user|>prompt {prompt} {HOSTILE if prompt == 0 else ''}<|assistant|>",
-        response="".join(texts),
-        score=float(number),
-        scores={"correct": float(number), "format": 0.5},
         advantage=number - 0.5 if trained else None,
-        preferred=None,
         truncated=number == 1,
         response_tokens=len(texts) + prompt,
-        min_version=step,
-        max_version=step,
-        mean_rollout_logprob=-0.5,
-        mean_old_logprob=None,
-        mean_ref_logprob=None,
-        mean_teacher_logprob=None,
         broken=("edited history", "edited history") if prompt == number == 1 else None,
         columns={"secret": "<img src=x>", "tries": 3},
         shortened={"columns.secret": 5000},
         result={"guess": 4} if prompt == number == 1 else None,
-        tokens=SampleTokens(
-            texts=tuple(texts),
-            ids=tuple(range(len(texts))),
-            sampled=sampled,
-            rollout_logprobs=rollout,
-            old_logprobs=tuple(None if one is None else one + 0.25 for one in rollout) if trained else None,
-            ref_logprobs=None,
-            teacher_logprobs=None,
-            advantages=column(-1.0, 1.0) if trained else None,
-            sequences=(SampleSequence(start=0, own=0, after=None), branch) if prompt == number == 1 else None,
-        ),
+        tokens=tokens,
     )
 
 

@@ -16,9 +16,10 @@ from rlhf.tracking.run_folder.atomic import read_lines, write_atomic, write_line
 from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.tracking.run_folder.folder import evaluation_path
 from rlhf.tracking.run_folder.group_ledger import StepGroups, read_groups
-from rlhf.tracking.run_folder.samples import SampleRecord, samples_path, write_samples
+from rlhf.tracking.run_folder.samples import samples_path, write_samples
 from rlhf.tracking.sinks.backends import TrackedStep
 from rlhf.tracking.sinks.tracker import Tracker, read_metrics
+from tests.fakes.samples import sample_record
 
 
 class Recorder:
@@ -39,29 +40,6 @@ class Recorder:
 
     def close(self, *, failed: bool) -> None:
         self.closed = failed
-
-
-def sample(response: str, *, score: float = 1.0, split: str = "train") -> SampleRecord:
-    return SampleRecord(
-        split=split,
-        group_id=3,
-        prompt_id=7,
-        sample=0,
-        prompt="8+3=",
-        response=response,
-        score=score,
-        scores={"correct": score},
-        advantage=None,
-        preferred=None,
-        truncated=False,
-        response_tokens=2,
-        min_version=1,
-        max_version=1,
-        mean_rollout_logprob=-0.5,
-        mean_old_logprob=-0.5,
-        mean_ref_logprob=None,
-        mean_teacher_logprob=None,
-    )
 
 
 def failure(step: int) -> ErrorRecord:
@@ -111,7 +89,7 @@ def test_resume_takes_back_what_came_later(tmp_path: Path) -> None:
     for step in range(1, 6):
         tracker.log(step, {"update/lr": float(step)}, groups=StepGroups(max_staleness=0))
         tracker.log_error(failure(step))
-        write_samples(samples_path(tmp_path, step), [sample(f"answer {step}")])
+        write_samples(samples_path(tmp_path, step), [sample_record(f"answer {step}")])
         write_atomic(evaluation_path(tmp_path, step), "{}")
     resumed = Tracker(tmp_path)
     resumed.truncate_after(3)
@@ -169,8 +147,8 @@ def test_what_is_no_character_is_written_as_json_can(tmp_path: Path) -> None:
 
 def test_samples_replace_those_of_an_earlier_try(tmp_path: Path) -> None:
     path = samples_path(tmp_path, 12)
-    write_samples(path, [sample("first"), sample("second")])
-    write_samples(path, [sample("Zürich\n", score=float("nan"))])
+    write_samples(path, [sample_record("first"), sample_record("second")])
+    write_samples(path, [sample_record("Zürich\n", score=float("nan"))])
     (row,) = read_lines(path)
     assert path.name == "step_000012.jsonl"
     assert row["response"] == "Zürich\n"
@@ -181,9 +159,9 @@ def test_samples_replace_those_of_an_earlier_try(tmp_path: Path) -> None:
 
 def test_samples_of_other_splits_stay(tmp_path: Path) -> None:
     path = samples_path(tmp_path, 10)
-    write_samples(path, [sample("a")])
-    write_samples(path, [sample("b", split="heldout"), sample("c", split="heldout")])
-    write_samples(path, [sample("d", split="heldout")])
+    write_samples(path, [sample_record("a")])
+    write_samples(path, [sample_record("b", split="heldout"), sample_record("c", split="heldout")])
+    write_samples(path, [sample_record("d", split="heldout")])
     assert [(row["split"], row["response"]) for row in read_lines(path)] == [("train", "a"), ("heldout", "d")]
 
 

@@ -19,50 +19,22 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from rlhf.cli import main
 from rlhf.errors import UserError
-from rlhf.tracking.run_folder.samples import SampleRecord, SampleTokens, samples_path, write_samples
+from rlhf.tracking.run_folder.samples import SampleRecord, samples_path, write_samples
 from rlhf.viewing import samples as viewing_samples
 from rlhf.viewing import tail
 from rlhf.viewing.runs import RunPlaces
 from rlhf.viewing.samples import SampleFiles
 from rlhf.viewing.server import RunViewer
 from rlhf.viewing.tail import read_chunk
+from tests.fakes.samples import sample_record, sample_tokens
 
 HOSTILE = '</script><script>x()</script>\u202e\x00 , "tokens": {"texts": "'
 
 
-def sample(number: int, response: str = "4", **changes: Any) -> SampleRecord:
-    tokens = SampleTokens(
-        texts=(response, ""),
-        ids=(5, 6),
-        sampled=(True, False),
-        rollout_logprobs=(-0.5, None),
-        old_logprobs=None,
-        ref_logprobs=None,
-        teacher_logprobs=None,
-        advantages=None,
-    )
-    given: dict[str, Any] = {
-        "split": "train",
-        "group_id": 3,
-        "prompt_id": 7,
-        "sample": number,
-        "prompt": f"2+2= {HOSTILE}",
-        "response": response,
-        "score": float(number),
-        "scores": {"correct": float(number)},
-        "advantage": None,
-        "preferred": None,
-        "truncated": False,
-        "response_tokens": 1,
-        "min_version": 0,
-        "max_version": 0,
-        "mean_rollout_logprob": -0.5,
-        "mean_old_logprob": None,
-        "mean_ref_logprob": None,
-        "mean_teacher_logprob": None,
-        "tokens": tokens,
-    }
-    return SampleRecord(**{**given, **changes})
+def sample(number: int, response: str = "4", **fields: Any) -> SampleRecord:
+    tokens = sample_tokens(response, "", sampled=(True, False), rollout_logprobs=(-0.5, None))
+    base = {"sample": number, "prompt": f"2+2= {HOSTILE}", "response_tokens": 1, "tokens": tokens}
+    return sample_record(response, score=float(number), **base | fields)
 
 
 @pytest.fixture

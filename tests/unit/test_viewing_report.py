@@ -16,43 +16,19 @@ from rlhf.errors import UserError
 from rlhf.tracking.run_folder.atomic import append_line, write_lines
 from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.tracking.run_folder.folder import RunFolder, evaluation_path
-from rlhf.tracking.run_folder.samples import (
-    SampleRecord,
-    SampleSequence,
-    SampleTokens,
-    samples_path,
-    write_samples,
-)
+from rlhf.tracking.run_folder.samples import SampleRecord, SampleSequence, samples_path, write_samples
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.tracking.sinks.tracker import Tracker
 from rlhf.viewing.report import MOST_POINTS, MOST_TOKENS, GroupPair, shown_pairs
 from rlhf.viewing.runs import RunPlaces
 from rlhf.viewing.timeline import read_spans
+from tests.fakes.samples import sample_record, sample_tokens
 
 HOSTILE = "</pre></script><script>alert(1)</script><img src=x onerror=alert(2)>\u202e\x1b[31m"
 
 
 def sample(prompt: str, response: str, score: float, *, split: str = "heldout") -> SampleRecord:
-    return SampleRecord(
-        split=split,
-        group_id=0,
-        prompt_id=0,
-        sample=0,
-        prompt=prompt,
-        response=response,
-        score=score,
-        scores={"correct": score},
-        advantage=None,
-        preferred=None,
-        truncated=False,
-        response_tokens=3,
-        min_version=0,
-        max_version=0,
-        mean_rollout_logprob=-0.1,
-        mean_old_logprob=None,
-        mean_ref_logprob=None,
-        mean_teacher_logprob=None,
-    )
+    return sample_record(response, score=score, prompt=prompt, split=split, group_id=0, prompt_id=0)
 
 
 SESSION = replace(
@@ -61,15 +37,9 @@ SESSION = replace(
     columns={"secret": "red <b>", "tests": "x" * 9},
     result={"guess": "blue"},
     shortened={"columns.tests": 5000},
-    tokens=SampleTokens(
-        texts=("<tool_call>", '{"name": "find"}', "</tool_call>", "\u202e<img src=x>", "7", "<tool_call>", "8"),
-        ids=(1, 2, 3, 4, 5, 1, 6),
+    tokens=sample_tokens(
+        *("<tool_call>", '{"name": "find"}', "</tool_call>", "\u202e<img src=x>", "7", "<tool_call>", "8"),
         sampled=(True, True, True, False, True, True, True),
-        rollout_logprobs=(-0.1,) * 7,
-        old_logprobs=None,
-        ref_logprobs=None,
-        teacher_logprobs=None,
-        advantages=None,
         sequences=(SampleSequence(start=0, own=0, after=None), SampleSequence(start=5, own=6, after=0)),
     ),
 )
@@ -214,9 +184,7 @@ def test_long_runs_are_thinned_and_long_texts_cut(tmp_path: Path) -> None:
         for step in range(1, 5001)
     ]
     write_lines(run / "metrics.jsonl", rows)
-    tokens = replace(
-        SESSION.tokens, **{name: getattr(SESSION.tokens, name) * 1000 for name in ("texts", "ids", "sampled")}
-    )  # type: ignore[type-var]
+    tokens = sample_tokens(*"x" * 7000)
     write_samples(samples_path(run, 6), [replace(SESSION, response="x" * 9000, tokens=tokens)])
     answers = Page(rlhf.report(run).html).answers
     data = answers["data"]["demo"]
