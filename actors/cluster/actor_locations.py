@@ -115,7 +115,6 @@ def remember(
 
 
 def forget(actors: Iterable[str]) -> None:
-    """Forget ended actors."""
     for actor in actors:
         _LOCATIONS.pop(actor, None)
     _write_lists()

@@ -67,7 +67,6 @@ class Beat:
 
     @classmethod
     def of(cls, answer: bytes) -> Beat:
-        """Return the beat of an answer."""
         tree = json.loads(answer)
         kills = tree["oom_kills"]
         return cls(

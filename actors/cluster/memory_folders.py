@@ -86,7 +86,6 @@ class NodeMemory:
         _write(self._path / "copies" / rank if is_copy else self._path / rank, step, checkpoint, number)
 
     def remove(self) -> None:
-        """Remove the folder."""
         if self._folder is not None:
             self._holder.close()
             self._folder.remove()
@@ -240,7 +239,6 @@ class MemoryFolders:
         """Do nothing: `end` removes the folders."""
 
     def end(self) -> None:
-        """Remove the folders."""
         if self._own is not None:
             self._own.remove()
         if self._processes and not finishes_within(REMOVED_WITHIN_S, self._remove_elsewhere, "ray.get"):

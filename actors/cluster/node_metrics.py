@@ -53,7 +53,6 @@ class Nodes:
         """Do nothing: the actors hold no state, and `end` kills them."""
 
     def end(self) -> None:
-        """End the actors at once."""
         self.sampler.stop()
         for handle in self.others.values():
             ray.kill(handle)

@@ -228,7 +228,6 @@ def dump_stack(pid: int) -> str:
 
 
 def kill(pid: int) -> None:
-    """Kill a process on this host."""
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 

@@ -115,7 +115,6 @@ class WorkerGroup:
         return await self.all([send(handle) for handle in self.handles], stage)
 
     async def one(self, ref: ObjectRef[T], stage: str, *, rank: int = 0) -> T:
-        """Return the result of one worker."""
         result: T = await wait_one(ref, role=self.role, rank=rank, stage=stage, deadline_s=self.deadline_s)
         return result
 

@@ -65,7 +65,6 @@ class RewardWorkers(WorkerPool):
     def create(
         cls, cluster: ClusterConfig, placement: Placement, settings: RewardSettings, *, longest_sequence: int
     ) -> RewardWorkers:
-        """Create the actors of the workers."""
         options = {"concurrency": settings.concurrency, "longest_sequence": longest_sequence}
         spawned = spawn(cluster, placement, cls.role, RewardWorker, settings, **options)
         return cls(*spawned, settings=settings, deadline_s=cluster.call_timeout_s)
@@ -145,7 +144,6 @@ class RewardWorkers(WorkerPool):
         return await wait_one(ref, role=self.role, rank=worker, stage=stage, deadline_s=limit_s, limit=limit)
 
     async def texts(self, group: CompletedGroup) -> list[str]:
-        """Return the responses as text."""
         worker = self._worker_of(group)
         return await self.ask(worker, lambda h: h.texts.remote(group.rollouts), "texts")
 
@@ -167,7 +165,6 @@ class RewardWorkers(WorkerPool):
         await self.ask(0, lambda h: h.write_samples.remote(path, records, *rollouts, *signals), "samples")
 
     async def stop(self) -> None:
-        """End the reward processes and the workers."""
         stops = [h.stop.remote() for h in self.handles]
         await self.all(stops, "stop", deadline_s=END_WITHIN_S, limit=STOP_LIMIT)
         self.end()

@@ -43,14 +43,12 @@ class ElasticEngines(ReplaceableEngines):
 
     @property
     def seats(self) -> Seats:
-        """Return the seats of elastic engines."""
         assert self.placement is not None
         assert self.placement.seats is not None
         return self.placement.seats
 
     @property
     def num_working(self) -> int:
-        """Return the number of working engines."""
         return len(self.handles) - len(self._rebuilds)
 
     def grow(self) -> None:

@@ -378,7 +378,6 @@ class RolloutWorker:
         )
 
     async def shutdown(self) -> None:
-        """End the engine and the environment."""
         if self._players is not None:
             await self._players.stop()
         if not await asyncio.to_thread(self.loop.stop, timeout_s=30.0):

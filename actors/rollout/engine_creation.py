@@ -38,7 +38,6 @@ class RolloutEngine(RolloutWorker):
         await super().start()
 
     async def shutdown(self) -> None:
-        """End the engine and the environment."""
         await super().shutdown()
         self._temporary_files.remove()
 

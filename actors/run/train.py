@@ -116,7 +116,6 @@ def _refuse_to_overwrite(loaded: LoadedConfig) -> None:
 
 
 def _run_stages(loaded: LoadedConfig, stages: Sequence[CheckedStage], left: Sequence[Stage], start: Start) -> None:
-    """Run the remaining stages in one Ray."""
     request = current_request() or StopRequest()
     clusters = [stage.cluster for stage in left if not isinstance(stage, MergeStage)]
     with connected(clusters[0]) if clusters else nullcontext():

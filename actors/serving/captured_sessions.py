@@ -150,7 +150,6 @@ class CapturedSession:
             raise RefusedCall(f"the open requests of the session have more than {most} bytes", status=429)
 
     def end(self) -> None:
-        """End all open requests."""
         for request in self._requests:
             request.until.reschedule(asyncio.get_running_loop().time())
 

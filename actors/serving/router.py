@@ -53,7 +53,6 @@ class RequestRouter:
         self._client: ClientSession | None = None
 
     async def close(self) -> None:
-        """Close the connections to the engines."""
         if self._client is not None:
             await self._client.close()
 

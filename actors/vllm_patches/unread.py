@@ -27,7 +27,6 @@ class UnreadWeights(TorchDispatchMode):
 
     @property
     def names(self) -> set[str]:
-        """Return the names of the unread weights."""
         return {name for _, name in self._noted.values()}
 
     def note(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

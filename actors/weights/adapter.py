@@ -79,5 +79,4 @@ class AdapterSender(WeightSender):
 
 
 def file_checksum(path: Path) -> str:
-    """Return the xxh3-64 checksum of a file."""
     return xxhash.xxh3_64(path.read_bytes()).hexdigest()

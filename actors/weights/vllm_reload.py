@@ -70,7 +70,6 @@ class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ig
         raise NotImplementedError
 
     def receive_weights(self, update_info: ManifestInfo) -> None:
-        """Receive and load."""
         self.receive(update_info.manifest)
 
     def start_weight_update(self) -> None:

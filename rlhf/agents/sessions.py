@@ -55,7 +55,6 @@ class AgentSpec:
         return hashlib.blake2b(self.source.digest() + settings.encode(), digest_size=16).hexdigest()
 
     def runner(self) -> AgentRunner:
-        """Return the runner for this agent."""
         if self.program is None:
             return ServiceRunner(self.source.args["url"], timeout_s=self.timeout_s, key=self.key)
         return HostedRunner(
@@ -105,7 +104,6 @@ class AgentSessions:
         await self.runner.start()
 
     async def stop(self) -> None:
-        """End the agent with all sessions."""
         await self.runner.stop()
 
     async def group(self, request: GroupRequest, sampling: Sampling) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:

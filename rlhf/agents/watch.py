@@ -39,7 +39,6 @@ class WatchedProcess:
             pidfd_send_signal(self._process, signal.SIGKILL)
 
     def close(self) -> None:
-        """Forget the process."""
         os.close(self._process)
 
 
@@ -63,7 +62,6 @@ class ProcessWatch:
         self._looking = [asyncio.create_task(self._look(kind)) for kind in (self._over_processes, self._over_disk)]
 
     async def stop(self) -> None:
-        """Stop looking."""
         for task in self._looking:
             task.cancel()
         await asyncio.gather(*self._looking, return_exceptions=True)

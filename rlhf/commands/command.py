@@ -52,7 +52,6 @@ class Command:
         return _docstring(self.function).split(". ")[0].split(".\n")[0].rstrip(".").replace("\n", " ")
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the arguments."""
         add_parameters(parser, self.function, self.changes, exclusive=self.exclusive)
         self.add(parser)
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -31,7 +31,6 @@ def play(
 
 
 def _present(args: argparse.Namespace) -> None:
-    """Play, and print the rewards."""
     from actors.rollout.play import Left
 
     try:

@@ -98,7 +98,6 @@ def stoppable(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def write_stdout(text: str) -> None:
-    """Write to stdout and flush."""
     sys.stdout.write(text)
     sys.stdout.flush()
 

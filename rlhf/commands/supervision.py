@@ -43,8 +43,6 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverEnd:
-    """How a driver ended."""
-
     code: int  # negative: the signal that killed it
     is_told: bool  # this process got a signal, and the run is to end
     hung: bool  # this process killed it, because it was stopped

@@ -89,7 +89,6 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _present(args: argparse.Namespace) -> int:
-    """Train, and show the evaluations."""
     from rlhf.tracking.run_folder.atomic import json_line
 
     if args.overwrite and args.resume != "never":

@@ -127,7 +127,6 @@ def restarts_gangs(config: Config) -> bool:
 
 
 def reference_model(config: Config) -> ReferenceConfig:
-    """Return the configuration of the reference model."""
     return config.reference if config.reference is not None else _as_reference(config)
 
 

@@ -30,7 +30,6 @@ class Arrivals:
 
     @property
     def groups(self) -> list[ScoredGroup]:
-        """Return the arrived groups of the batch."""
         return list(self._groups)
 
     def replace(self, groups: Sequence[ScoredGroup]) -> None:

@@ -208,7 +208,6 @@ class Collector:
         return groups
 
     def _report(self, scored: ScoredGroup) -> None:
-        """Report a kept group."""
         if self.arrived is not None and self._is_kept(scored):
             self.arrived(scored)
 

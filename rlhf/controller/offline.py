@@ -50,8 +50,6 @@ class DataRow(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRows:
-    """The rows of one optimizer step."""
-
     plan: MinibatchPlan
     states: StatesByRank  # the teacher's states; empty without a teacher
     epoch: int  # epoch of the last row

@@ -60,8 +60,6 @@ LEARNERS: Mapping[Kind, type[Learning]] = {
 
 
 class OnlineController(TrainingLoop):
-    """The loop of an online run."""
-
     def __init__(
         self,
         config: Config,

@@ -47,7 +47,6 @@ class StepAttempt:
             raise _as_loss_of_rank(lost) from lost
 
     async def learn(self) -> None:
-        """Make all updates of the step."""
         learning = self._learning
         with learning.record.apart(self.metrics, is_shown=True):
             try:
@@ -66,7 +65,6 @@ class StepAttempt:
             self._learning.begin_again()
 
     async def write_samples(self) -> None:
-        """Write the samples file of the step."""
         try:
             await self._write_samples()
         except ResultsLost:

@@ -42,5 +42,4 @@ class Curriculum:
         return {"prompt_ids": list(self._scores), "scores": list(self._scores.values())}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore the scores from the checkpoint."""
         self._scores = dict(zip(state["prompt_ids"], state["scores"], strict=True))

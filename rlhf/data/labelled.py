@@ -24,7 +24,6 @@ class Labelled:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Return the tokens of prompt and answer."""
         return self.example.token_ids
 
     @property

@@ -194,7 +194,6 @@ def answer_text(row: Row, column: str) -> str:
 
 
 def _common_length(first: str, second: str) -> int:
-    """Return the length of the common prefix."""
     if second.startswith(first):
         return len(first)
     pairs = enumerate(zip(first, second, strict=False))

@@ -46,8 +46,6 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixtureShare:
-    """The share of a data set in a mixture."""
-
     name: str
     weight: float  # share of the stream relative to all weights, independent of the size
     size: int  # number of items; the items of the sets are concatenated

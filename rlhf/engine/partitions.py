@@ -55,7 +55,6 @@ class Partition:
 
 
 def partitions_of(groups: Groups, sharding: Sharding) -> list[Partition]:
-    """Return the partition of each rank."""
     divide = {0: _whole, 1: _of_joined_groups, 2: _of_joined_groups, 3: _of_each_parameter}[sharding.zero_stage]
     partitions = []
     for rank in range(sharding.ranks):

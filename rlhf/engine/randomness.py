@@ -37,7 +37,6 @@ def restore_random_state(states: Mapping[str, Any]) -> None:
 
 
 def save_random_state(path: Path) -> None:
-    """Write the random states."""
     states = random_state()
     write_aside(path, lambda aside: torch.save(states, aside))
 

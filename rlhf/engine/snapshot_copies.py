@@ -30,8 +30,6 @@ _PART_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyPlace:
-    """The place for the copies of one rank."""
-
     host: str
     port: int
     token: bytes = field(repr=False)
@@ -75,7 +73,6 @@ class CopyHolder:
         return CopyPlace(host=self._host, port=port, token=self._token, name=name)
 
     def forget(self, name: str) -> None:
-        """Remove the copies of a rank."""
         copies = self._copies.pop(name, None)
         if copies is not None:
             with copies.alone(None):
@@ -141,7 +138,6 @@ class _Copies:
         _send_head(connection, {"held": step})
 
     def give(self, connection: socket.socket) -> None:
-        """Send all copies."""
         for step, slot in self._slots.items():
             _announce(connection, self.folder, step, slot)
             _send_content(connection, self.folder, slot)

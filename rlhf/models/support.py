@@ -62,7 +62,6 @@ def untested_model(config: Mapping[str, Any]) -> str | None:
 
 
 def support_table() -> str:
-    """Return the table in Markdown."""
     lines = [_line(_TITLES), _line(["---"] * len(_TITLES))]
     for row in sorted(support_by_type().values(), key=lambda row: row.model_type):
         name, *cells = (str(getattr(row, field.name)) for field in fields(Support))

@@ -53,7 +53,6 @@ class Shape:
 
     @property
     def block_parameters(self) -> int:
-        """Return the number of parameters in all blocks."""
         return self._blocks_with(self.experts)
 
     @property

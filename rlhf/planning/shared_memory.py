@@ -27,14 +27,11 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class SnapshotBytes:
-    """The bytes of snapshots on one node."""
-
     by_role: Mapping[Role, int]  # of the node's own ranks
     copies: int = 0  # of ranks on other nodes
 
     @property
     def total(self) -> int:
-        """Return the bytes of all snapshots on the node."""
         return sum(self.by_role.values()) + self.copies
 
     def __str__(self) -> str:

@@ -39,7 +39,6 @@ class LoadedEnvironment:
 
     @property
     def tools(self) -> list[Mapping[str, Any]]:
-        """Return the tools of the environment."""
         return list(self.description.tools)
 
     def check_rows(self, rows: Sequence[Row], data: str) -> None:

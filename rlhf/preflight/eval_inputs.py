@@ -37,8 +37,6 @@ TASK_ROWS = 200  # rows of `--data TASK` without a size
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalInputs:
-    """The checked inputs of an evaluation."""
-
     candidates: tuple[Candidate, ...]  # the model, then the compared model if there is one
     decoding: Decoding
     marking: Marking

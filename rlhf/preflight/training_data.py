@@ -52,8 +52,6 @@ PROBE_TOKENS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sets(Generic[R]):
-    """The data sets of a run."""
-
     train: tuple[R, ...]  # all training sets, concatenated
     shares: tuple[MixtureShare, ...]
     held_out: Mapping[str, tuple[R, ...]]
@@ -66,8 +64,6 @@ class _Sets(Generic[R]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnlineInputs:
-    """The inputs of an online run."""
-
     prompts: tuple[Prompt, ...]  # all training sets, concatenated
     unusable: tuple[Unusable, ...]  # skipped rows of all sets
     shares: tuple[MixtureShare, ...]

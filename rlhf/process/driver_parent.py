@@ -64,7 +64,6 @@ def message_to_driver(file: int, deaths: Sequence[DriverDeath]) -> Mapping[str, 
 
 
 def read_report(file: int) -> DriverReport:
-    """Return the reports of a driver in the file."""
     facts: dict[str, Any] = {}
     for line in os.pread(file, 1 << 20, 0).splitlines():
         facts |= json.loads(line)

@@ -49,7 +49,6 @@ class RewardSpec:
 
     @property
     def is_model(self) -> bool:
-        """Return whether this is the reward model."""
         return self.function is None and self.remote is None and not self.from_environment
 
     def score_of_failure(self, kind: RewardErrorKind) -> float | None:

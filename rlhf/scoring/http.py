@@ -63,7 +63,6 @@ class RewardServer:
         self.scoring = ThreadPoolExecutor(scoring.policy.processes)
 
     def application(self) -> web.Application:
-        """Return the application for aiohttp."""
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._guard])
         app.router.add_get("/health", self._health)
         app.router.add_post("/score", self._score)

@@ -121,7 +121,6 @@ def collect(sweep: Sweep, journal: Journal) -> SweepResult:
 
 
 def write(sweep: Sweep, result: SweepResult) -> None:
-    """Write results.jsonl, results.csv and best.yaml."""
     rows = [row.flat() for row in result.rows]
     write_lines(result.folder / "results.jsonl", rows)
     if rows:

@@ -70,7 +70,6 @@ class MetricsSoFar:
         self._diagnosis = Diagnosis()
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Add the next row."""
         numbers = {key: value for key, value in row.items() if value is None or isinstance(value, int | float)}
         self.step, self.time_s = row["step"], numbers.get("time_s") or 0.0
         self._diagnosis.add(numbers)

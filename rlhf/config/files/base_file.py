@@ -83,7 +83,6 @@ def _over_base(tree: Tree, folder: Path, files: tuple[Path, ...], *, at: Key = (
 
 
 def _find(name: Any, folder: Path, place: str) -> Path:
-    """Return the file of a base."""
     if not isinstance(name, str):
         raise UserError(f"{place}: got {kind(name)}, expected the name of a file")
     path = Path(name).expanduser()

@@ -52,7 +52,6 @@ class _Page:
         self.titles: dict[type[Section], str] = {}  # classes already described, or scheduled to be described
 
     def sections(self, root: type[Section]) -> str:
-        """Return every section of a file."""
         document(root)
         return "".join(self.keys(name, field) for name, field in root.model_fields.items())
 

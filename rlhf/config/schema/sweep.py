@@ -140,7 +140,6 @@ class Sweep:
 
     @property
     def folder(self) -> Path:
-        """Return the folder of the whole sweep."""
         return self.config.dir / self.config.name
 
     @property
@@ -248,7 +247,6 @@ def _run_tree(config: SweepConfig, tree: Tree, path: Path) -> tuple[Tree, Path]:
 
 
 def _problems(config: SweepConfig) -> Iterator[Problem]:
-    """Yield problems of the sweep itself."""
     for key, parameter in config.parameters.items():
         at = (*AT, "parameters", key)
         if key in OWN:

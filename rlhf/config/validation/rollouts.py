@@ -41,7 +41,6 @@ def length_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Proble
 
 
 def group_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """Yield all problems of groups of responses."""
     yield from _kept(config, rollouts)
     for key, text in config.algorithm.problems(_responses(config, rollouts)):
         yield problem(key, text)

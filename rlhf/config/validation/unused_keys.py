@@ -248,7 +248,6 @@ def _missing_steps(config: Config) -> Missing:
 
 
 def _missing_in_evaluation(stage: EvaluationStage) -> Missing:
-    """Return the parts missing in an evaluation."""
     config, missing = stage.evaluate, _missing_rewards(stage.evaluate.rewards)
     missing["training"] = ("an evaluation trains nothing", "use it to train")
     missing["rollouts"] = ("an evaluation does not train on rollouts", "use it to train")

@@ -226,8 +226,6 @@ class RewardPool:
 
 
 class _Slot:
-    """A slot for a process."""
-
     def __init__(self) -> None:
         self.process: RewardProcess | None = None
 

@@ -74,7 +74,6 @@ class Service:
         )
 
     async def close(self) -> None:
-        """Close the connections."""
         await self._session.close()
 
     async def greet(self, path: str = "") -> str | None:

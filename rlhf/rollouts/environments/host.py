@@ -161,7 +161,6 @@ class EnvironmentHost:
         return Conversation(self, pid, reader, writer)
 
     async def stop(self) -> None:
-        """End the environment and all conversations."""
         child, self._child = self._child, None
         if child is None:
             return

@@ -318,7 +318,6 @@ def _adopt_orphans() -> None:
 
 
 def _children() -> set[int]:
-    """Return the ids of this process's children."""
     found: set[int] = set()
     for thread in os.listdir("/proc/self/task"):
         with contextlib.suppress(FileNotFoundError), open(f"/proc/self/task/{thread}/children", "rb") as file:

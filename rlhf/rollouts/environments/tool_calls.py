@@ -37,8 +37,6 @@ class ToolCall:
 
 
 class ToolCallParser(Protocol):
-    """Parser of the model's tool call format."""
-
     def parse(self, text: str) -> tuple[ToolCall, ...] | None:
         """Return the calls, or None if the turn contains an unreadable call."""
         ...

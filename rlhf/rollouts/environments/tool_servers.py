@@ -61,14 +61,11 @@ class _WrongArguments(Exception):
 
 
 class Toolbox:
-    """The tools of a conversation's servers."""
-
     def __init__(self, opened: Sequence[_Connection]) -> None:
         self._servers = {tool["function"]["name"]: server for server in opened for tool in server.tools}
         self._tools = [tool for server in opened for tool in server.tools]
 
     def server_of(self, name: str) -> ToolServer:
-        """Return the server of a tool."""
         return self._servers[name].server
 
     @property
@@ -184,7 +181,6 @@ class _Connection:
 
 
 async def _client(server: ToolServer, stack: AsyncExitStack) -> Client:
-    """Return a client before the connection."""
     import httpx2
     from mcp import Client, StdioServerParameters
     from mcp.client.streamable_http import streamable_http_client
@@ -299,7 +295,6 @@ class SteppedToolbox:
         return self._loop.run_until_complete(self._toolbox.call(name, arguments))
 
     def close(self) -> None:
-        """Close all servers."""
         self._closing.set()
         self._loop.run_until_complete(self._holder)
         self._loop.close()

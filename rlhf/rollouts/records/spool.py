@@ -81,7 +81,6 @@ def _weights(path: Path) -> str | None:
 
 
 def group_path(folder: Path, group_id: int, version: int) -> Path:
-    """Return the path of a spooled group."""
     return folder / f"group_{group_id:08d}_v{version:06d}.safetensors"
 
 

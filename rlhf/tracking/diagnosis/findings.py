@@ -106,7 +106,6 @@ class History:
 
 
 def mean(points: Iterable[Point]) -> float:
-    """Return the mean of the points' values."""
     return fmean(point.value for point in points)
 
 

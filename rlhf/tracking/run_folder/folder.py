@@ -140,7 +140,6 @@ class RunFolder:
         record_environment(self.environment, seed=seed)
 
     def checkpoint(self, step: int) -> Path:
-        """Return the path of a step's checkpoint."""
         return self.checkpoints / f"step_{step:06d}"
 
     def begin_checkpoint(self, step: int) -> Path:

@@ -71,7 +71,6 @@ class Manifest(BaseModel):
             return None
 
     def write(self, folder: Path) -> None:
-        """Write the manifest into the folder."""
         write_atomic(folder / MANIFEST, self.model_dump_json(indent=2) + "\n")
 
 

@@ -135,7 +135,6 @@ def sample_value(value: Any) -> SampleValue:
 
 
 def samples_path(folder: Path, step: int) -> Path:
-    """Return the path of a step's samples."""
     return folder / "samples" / f"step_{step:06d}.jsonl"
 
 

@@ -23,8 +23,6 @@ METHODS = ("log", "alert", "checkpoint", "close")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackedRun:
-    """The run followed by a tracker."""
-
     name: str
     folder: Path
     config: Mapping[str, Any]  # all values in effect, without secrets

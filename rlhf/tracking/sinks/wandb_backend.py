@@ -121,7 +121,6 @@ class WandbBackend(TrackerBackend):
 
     @property
     def run_id(self) -> str:
-        """Return the id of the W&B run."""
         return str(self._run.id)
 
     def log(self, step: TrackedStep) -> None:

@@ -146,7 +146,6 @@ class RewardWorker(ModelWorker):
         return self.model.scores(rollouts.token_ids, rollouts.lengths, ends)
 
     def _model_steps(self, rollouts: Rollouts) -> list[tuple[StepReward, ...]]:
-        """Return the reward model's step rewards of each response."""
         return self.model.step_rewards(rollouts.token_ids, rollouts.lengths, self._step_ends(rollouts))
 
     def _step_ends(self, rollouts: Rollouts) -> Bool[Tensor, " N"]:

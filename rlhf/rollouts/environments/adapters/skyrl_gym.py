@@ -45,5 +45,4 @@ class SkyRLGym:
         return observation, float(result["reward"]), bool(result["done"])
 
     def close(self) -> None:
-        """Close the environment and its resources."""
         self.instance.close()
