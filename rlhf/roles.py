@@ -183,7 +183,7 @@ class RolloutRole(MeasuredRole, Protocol):
     def offer_weights(self, manifest: WeightManifest) -> None:
         """Give successors of lost engines a repeated publication of the last sync.
 
-        All further engines have these weights.
+        All other engines have these weights.
         """
 
     @property

@@ -1,4 +1,4 @@
-"""Define the base class of all configuration sections, and the marks of keys that depend on further keys.
+"""Define the base class of all configuration sections, and the marks of keys that depend on other keys.
 
 Sections hold values and open no files. rlhf.config.validation.unused_keys reads the marks.
 """

@@ -105,7 +105,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     """Connect to Ray for the length of the block.
 
     If cluster.address is null, join the cluster of RAY_ADDRESS (set by `ray job submit`). Without RAY_ADDRESS, start a
-    local Ray that ends with the block and accepts no further process.
+    local Ray that ends with the block and accepts no other process.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that this thread handles no signals
@@ -139,7 +139,7 @@ def _log_messages(data: Mapping[str, Any], ignore_prefix: bool) -> None:
 
 
 def _start_local(config: ClusterConfig) -> None:
-    """Start a Ray that ends with this process and accepts no further process."""
+    """Start a Ray that ends with this process and accepts no other process."""
     memory_gib = total_memory() / 2**30
     if config.object_store_gib > memory_gib:
         raise UserError(
@@ -277,7 +277,7 @@ def _join(address: str) -> None:
 def _refuse_dead(address: str) -> None:
     """Raise UserError within seconds if no Ray responds at `[ray://]HOST:PORT`.
 
-    Ray itself resolves every further form of address.
+    Ray itself resolves every other form of address.
     """
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdecimal():

@@ -205,7 +205,7 @@ async def _reserve(plan: PlacementPlan, *, limit_s: float, whole: PlacementPlan 
     node may return.
 
     Args:
-        whole: the plan of these bundles and of further bundles of the run. None: no further bundles.
+        whole: the plan of these bundles and of further bundles of the run. None: no other bundles.
     """
     nodes, whole = ray.nodes(), whole or plan
     alive = [node for node in nodes if node["Alive"]]

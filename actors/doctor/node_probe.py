@@ -148,7 +148,7 @@ def node_results(address: str, driver: DriverFacts) -> Iterator[CheckResult]:
 
 
 def _interface(address: str) -> CheckResult:
-    """Check for a network interface with the node's address, and name all further active interfaces."""
+    """Check for a network interface with the node's address, and name all other active interfaces."""
     ends = psutil.net_if_addrs()
     interface = next((name for name, addresses in ends.items() if any(e.address == address for e in addresses)), "")
     up = [name for name, state in psutil.net_if_stats().items() if state.isup and name not in ("lo", interface)]

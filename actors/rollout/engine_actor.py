@@ -414,7 +414,7 @@ class RolloutWorker:
 
 
 def _prefix(group_id: int) -> str:
-    """Return the prefix of a group's request ids, distinct from every further group's."""
+    """Return the prefix of a group's request ids, distinct from every other group's."""
     return f"group{group_id}-"
 
 

@@ -5,7 +5,7 @@ batch after the same number of steps each time, so a batch depends on the reques
 third of the time. No other thread may touch the engine.
 
 With asynchronous scheduling, vLLM's default on GPUs, a step still runs when `step` returns. The step is finished before
-a weight update, a sleep, and every further call. A call then changes the grouping of requests in later steps.
+a weight update, a sleep, and every other call. A call then changes the grouping of requests in later steps.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class RolloutSpec:
 
     @property
     def is_frozen(self) -> bool:
-        """Return whether the engine answers with the weights of a model folder, as version 0, and refuses all further
+        """Return whether the engine answers with the weights of a model folder, as version 0, and refuses all other
         weights."""
         return self.transport is None
 

@@ -81,7 +81,7 @@ class EngineLease:
     is_kept: bool = False
 
     async def start_with(self, others: Sequence[WorkerGroup], cluster: ClusterConfig) -> None:
-        """Start the engines and all further groups of the run.
+        """Start the engines and all other groups of the run.
 
         On GPUs, engines that take turns with the trainer then sleep.
         """

@@ -34,7 +34,7 @@ _TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
 class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
-    """Renders conversations. Every further request is rendered as by vLLM."""
+    """Renders conversations. Every other request is rendered as by vLLM."""
 
     turn_ends: Collection[int] = ()  # tokens with which the template ends a turn
     model_ends: Collection[int] = ()  # tokens with which the model ends a response by itself

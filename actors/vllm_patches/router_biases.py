@@ -1,6 +1,6 @@
 """Let vLLM load the biases of choice stored among the experts in a model's files, such as Laguna's.
 
-vLLM's loader of experts knows only the experts' matrices, and drops every further weight without an error.
+vLLM's loader of experts knows only the experts' matrices, and drops every other weight without an error.
 """
 
 from __future__ import annotations

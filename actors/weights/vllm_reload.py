@@ -1,7 +1,7 @@
 """Loads published weights into a running vLLM model: the common part of all receiving ends.
 
 vLLM packs weights for its kernels after loading, so new weights cannot be copied into the parameters. Plain decoders on
-a CPU are packed again in one pass. For all further models vLLM's `initialize_layerwise_reload` puts each layer back
+a CPU are packed again in one pass. For all other models vLLM's `initialize_layerwise_reload` puts each layer back
 into the loadable form, and the layer is packed again once all weights of the layer have arrived.
 """
 

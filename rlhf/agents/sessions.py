@@ -50,7 +50,7 @@ class AgentSpec:
     key: str = KEY  # config section named in messages
 
     def fingerprint(self) -> str:
-        """Return a digest of the agent's settings. The digest includes the file of a function, but no further files."""
+        """Return a digest of the agent's settings. The digest includes the file of a function, but no other files."""
         settings = repr((self.program, self.columns, self.max_calls, self.max_tokens, self.template, *self.servers))
         return hashlib.blake2b(self.source.digest() + settings.encode(), digest_size=16).hexdigest()
 

@@ -29,7 +29,7 @@ class Responses:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnusedKey:
-    """Name a key of an algorithm without effect beside the algorithm's further keys."""
+    """Name a key of an algorithm without effect beside the algorithm's other keys."""
 
     key: str
     why: str  # the rule and the values behind it
@@ -131,7 +131,7 @@ class AlgorithmConfig(Section):
 class Algorithm:
     """An algorithm: the mathematics that differs within a kind of algorithms.
 
-    The annotation of `config` names the class of the configuration section. All further facts follow from this class.
+    The annotation of `config` names the class of the configuration section. All other facts follow from this class.
     """
 
     config: AlgorithmConfig

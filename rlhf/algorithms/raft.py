@@ -57,7 +57,7 @@ class RAFTConfig(OnlineConfig):
 
 
 class RAFT(OnlineAlgorithm):
-    """The loss is the supervised loss of the selected responses. All further responses are not computed.
+    """The loss is the supervised loss of the selected responses. All other responses are not computed.
 
     Deviations from the paper: 1. the policy is updated after each batch of prompts, whereas the paper first gathers a
     data set; 2. the penalty towards the reference is a term of the loss, not of the score.

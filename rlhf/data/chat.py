@@ -29,7 +29,7 @@ def read_messages(
     """Return a column's conversation, with the system prompt first. UserError names the invalid message.
 
     A message has the strings `role` and `content`. An assistant's message may have `tool_calls` in place of content,
-    and a tool's content may be empty. All further fields go to the template except nulls (filled in by Parquet).
+    and a tool's content may be empty. All other fields go to the template except nulls (filled in by Parquet).
     `arguments` of a tool call given as JSON text become an object, as in the engine's server. Raise NotUsable if an
     assistant's message is empty.
     """

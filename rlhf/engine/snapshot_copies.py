@@ -56,7 +56,7 @@ def fetch_copies(place: CopyPlace, folder: Path) -> None:
 
 
 class CopyHolder:
-    """Holds copies for ranks on further nodes, in a folder of this node's shared memory."""
+    """Holds copies for ranks on other nodes, in a folder of this node's shared memory."""
 
     def __init__(self, folder: Path, host: str) -> None:
         """Remove the folder of an earlier holder, and answer ranks at the address from now on."""

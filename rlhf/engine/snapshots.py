@@ -111,7 +111,7 @@ class Snapshots:
     def restore(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Copy the state of a step into the tensors, and return the state's values.
 
-        Forget the snapshots of all further steps.
+        Forget the snapshots of all other steps.
         """
         self.wait()
         path = self._folder / f"{step}.pt"

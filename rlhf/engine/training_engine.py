@@ -149,7 +149,7 @@ class TrainingEngine(Protocol):
     def restore_snapshot(self, step: int) -> None:
         """Continue exactly from the state at `take_snapshot(step)`, between two optimizer steps. Collective.
 
-        The caller chooses the newest step that all ranks have. Snapshots of all further steps are forgotten.
+        The caller chooses the newest step that all ranks have. Snapshots of all other steps are forgotten.
         """
 
     def offload_to_host(self) -> None:

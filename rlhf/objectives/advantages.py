@@ -166,7 +166,7 @@ def group_best_margin(scores: Float[Tensor, " B"], *, group_size: int, k: int) -
 
     Sets without the response contribute 0. The contributions are the weights of an unbiased gradient of the expected
     best of k, with a leave-one-out baseline (arXiv:2505.15201). With k = group_size the best score gets the distance to
-    the second best, and all further scores get 0 (pass@k, arXiv:2503.19595). Equal best scores have no margin. Scores
+    the second best, and all other scores get 0 (pass@k, arXiv:2503.19595). Equal best scores have no margin. Scores
     are prompt-major; ValueError as in group_centered, and unless 2 <= k <= group_size.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="group_best_margin")

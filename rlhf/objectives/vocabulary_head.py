@@ -195,7 +195,7 @@ def sum_over_rows(
     """Return (sum of the rows' terms, further values per row without gradient) of function(logits of some rows, row
     slice).
 
-    The logits are as in logprobs.py. The gradient reaches hidden, weight and bias; all further inputs of the function
+    The logits are as in logprobs.py. The gradient reaches hidden, weight and bias; all other inputs of the function
     are data. The function must treat rows independently, must not change the argument, and must be differentiable by
     autograd. Head and function are evaluated once, so the terms must contain the weights. The cost is memory for a
     gradient of the head's weight between the forward and the backward pass.

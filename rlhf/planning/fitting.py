@@ -74,7 +74,7 @@ def held_on_gpu(footprint: Footprint, moment: Moment) -> float:
     """Return the bytes held by a process on a GPU shared by an engine and the trained roles.
 
     generate: the engine is awake, and the reward model scores responses. train: the engine sleeps. weight sync: the
-    policy sends weights to the engine while the engine's cache sleeps. All further roles have left the GPU.
+    policy sends weights to the engine while the engine's cache sleeps. All other roles have left the GPU.
     """
     kind = ROLES[footprint.role].kind
     if kind == "scoring":

@@ -66,7 +66,7 @@ class Term:
 
 
 def weights_term(name: str, count: float, itemsize: int, by: int = 1, note: str = "", **options: Any) -> Term:
-    """Return the memory of `count` values, divided by a number of ranks. options: further fields of Term."""
+    """Return the memory of `count` values, divided by a number of ranks. options: other fields of Term."""
     how = f"{_short(count)} * {itemsize} bytes" + ("" if by == 1 else f" / {by}") + note
     return Term(name, count * itemsize / by, how, **options)
 

@@ -4,7 +4,7 @@ Engines decode all sequences in lockstep, a token each in base_s + sequences * e
 are requested, when the trainer may take groups, and whether the engines finish before loading new weights, as
 rlhf.controller.batch_queue and rlhf.controller.group_queue do. A prompt is computed once for a group, before the
 responses start. A recorded group may need a service, such as a slow reward, for some time after decoding. Failures,
-evaluation, checkpoints and further network traffic are not modelled.
+evaluation, checkpoints and other network traffic are not modelled.
 """
 
 from __future__ import annotations

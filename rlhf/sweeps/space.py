@@ -46,7 +46,7 @@ def grid(parameters: Mapping[str, Parameter]) -> list[Values]:
 
 
 def corners(parameters: Mapping[str, Parameter]) -> Iterator[Values]:
-    """Yield each value or range end of every parameter once, with the first value of all further parameters."""
+    """Yield each value or range end of every parameter once, with the first value of all other parameters."""
     first = {key: next(ends(parameter)) for key, parameter in parameters.items()}
     yield first
     for key, parameter in parameters.items():

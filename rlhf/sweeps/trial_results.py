@@ -61,7 +61,7 @@ class SweepResult:
 
     @property
     def ties(self) -> tuple[TrialResult, ...]:
-        """Return the further trials with the best trial's value.
+        """Return the other trials with the best trial's value.
 
         If the best trial is finished, only finished trials count.
         """

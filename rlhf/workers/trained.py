@@ -36,7 +36,7 @@ Measure = Callable[[], Metrics]
 
 
 class TrainedWorker(ModelWorker):
-    """One rank of a gang. `start` joins the gang; every further method is called on all ranks, in the same order.
+    """One rank of a gang. `start` joins the gang; every other method is called on all ranks, in the same order.
 
     Ranks sharing micro-batches return equal results, so callers use the first rank's results.
     """

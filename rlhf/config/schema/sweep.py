@@ -111,7 +111,7 @@ class SweepConfig(Section):
     concurrency: int | None = Field(default=None, ge=1)
     """Number of trials at once. null: as many as fit on the machine or the cluster."""
     max_failures: int | None = Field(default=None, ge=0)
-    """Number of failed trials after which no further trial starts. null: unlimited."""
+    """Number of failed trials after which no other trial starts. null: unlimited."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Seed of the draws. The runs use `run.seed`."""
 

@@ -15,7 +15,7 @@ from rlhf.config.schema.root import Config
 
 
 def asynchrony_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """Yield the contradictions among the keys of a mode, and with further keys of the run."""
+    """Yield the contradictions among the keys of a mode, and with other keys of the run."""
     if rollouts.max_staleness and config.cluster.roles.rollout.colocate_with is not None:
         text = (
             f"is {rollouts.max_staleness}, but cluster.roles.rollout.colocate_with is policy: engines and policy take "

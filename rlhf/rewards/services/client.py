@@ -152,7 +152,7 @@ class Service:
 
 
 class Breaker:
-    """Limits attempts while a service fails: a single attempt at a time, after growing pauses; all further requests
+    """Limits attempts while a service fails: a single attempt at a time, after growing pauses; all other requests
     wait for the result.
 
     A service not running, or just starting, therefore does not receive all attempts of all requests.

@@ -229,7 +229,7 @@ class EnvironmentHost:
     async def where(self, pid: int) -> str:
         """Return the place of a process, `, at file:line in function`, or an empty string if unknown.
 
-        Only one process is asked at a time. All further calls return at once: hundreds of processes may reach the limit
+        Only one process is asked at a time. All other calls return at once: hundreds of processes may reach the limit
         together.
         """
         if self._looking.locked():

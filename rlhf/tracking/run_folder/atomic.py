@@ -125,7 +125,7 @@ def _append(file: int, line: bytes, *, is_synced: bool) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return all rows of a JSON-lines file, or an empty list for a missing file.
 
-    A last line without a line end is the rest of a killed write and is left out. ValueError names every further line
+    A last line without a line end is the rest of a killed write and is left out. ValueError names every other line
     without an object.
     """
     if not path.exists():

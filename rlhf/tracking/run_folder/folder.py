@@ -387,7 +387,7 @@ def refuse_to_overwrite(path: Path) -> None:
 
 
 def remove_run(path: Path) -> None:
-    """Remove a run, and no further file of the folder. UserError as in `refuse_to_overwrite`."""
+    """Remove a run, and no other file of the folder. UserError as in `refuse_to_overwrite`."""
     refuse_to_overwrite(path)
     for part in [path / name for name in reversed(_PARTS)] + list(path.glob(f"{_SCRATCH}*")):
         _delete(part)

@@ -1,4 +1,4 @@
-"""groups.jsonl: the groups trained in each step, and the fate of every further group until then.
+"""groups.jsonl: the groups trained in each step, and the fate of every other group until then.
 
     {"step": 3, "max_staleness": 1, "trained": {"group_id": [8, 9], "epoch": 0, "prompt_id": [5, 2], "oldest": 1,
      "newest": 1}, "filtered": {...}, "skipped": {"epoch": 0, "prompt_id": [7]}}

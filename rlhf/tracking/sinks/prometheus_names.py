@@ -1,7 +1,7 @@
 """Names of the metrics in Prometheus: `update/loss/mean` is exported as `ray_rlhf_update_loss_mean`.
 
 The value of a placeholder becomes a label, so one expression covers the graph of all rewards. Sums a step (`.../total`)
-are counters, which only rise; all further metrics are gauges. actors/cluster/prometheus.py exports under the names, and
+are counters, which only rise; all other metrics are gauges. actors/cluster/prometheus.py exports under the names, and
 cluster/grafana.json queries the names. This module does not use Ray.
 """
 

@@ -129,7 +129,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
     def _rows(self, plan: BatchPlan) -> list[MinibatchPlan]:
         """Express the plan's minibatches as rows of this rank's pairs.
 
-        For all further ranks only the number of rows is read.
+        For all other ranks only the number of rows is read.
         """
         plans, first = [], 0
         for minibatch in plan.minibatches:
