@@ -125,9 +125,11 @@ async def measure(url: str, steps: int, server: psutil.Process) -> list[tuple[st
             for _ in range(10):
                 took, body, _ = await ask("/api/metrics", run=run, **{"from": place["next"], "mark": place["mark"]})
                 note("metrics, nothing new", took, body)
-            took, body, _ = await ask("/api/runs")
-            note("state of the runs", took, body)
+            for path, kind in (("/api/runs", "state of the runs"), ("/api/summary", "summary, nothing new")):
+                took, body, _ = await ask(path, run=run)
+                note(kind, took, body)
 
+        note("first summary", *(await ask("/api/summary", run=run))[:2])
         for _ in range(20):
             await step_at(draw.randint(1, steps))
         before = server.memory_info().rss

@@ -9,15 +9,14 @@ from __future__ import annotations
 import logging
 import math
 import os
-import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.errors import RunError, UserError
+from rlhf.process.stopping import start_thread
 from rlhf.tracking.diagnosis.findings import Severity
 from rlhf.tracking.logs import redact, redact_config
 from rlhf.tracking.metrics.histograms import trimmed
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     import wandb
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 _MARGIN_S = 10.0  # W&B has deadlines too; ours are this much later and cover the rest
 MOST_ROWS = 64  # rows in a step's table of one split; samples/ has all rows
@@ -97,8 +95,12 @@ def open_wandb(
             ),
         )
 
+    future, thread = start_thread(start, "starting W&B")
+    thread.join(timeout_s + _MARGIN_S)
     try:
-        run = _within(timeout_s + _MARGIN_S, "starting", start)
+        if thread.is_alive():
+            raise TimeoutError(f"waited {timeout_s + _MARGIN_S:g} s for W&B (starting)")
+        run = future.result()
     except (wandb.errors.Error, TimeoutError, OSError) as error:
         raise RunError(
             f"tracking: W&B did not start ({mode}): {redact(str(error)).rstrip('.')}. "
@@ -224,22 +226,3 @@ def _mean_logprob(row: Mapping[str, Any], whose: str) -> float | None:
 
 def _difference(left: float | None, right: float | None) -> float | None:
     return left - right if left is not None and right is not None and math.isfinite(left - right) else None
-
-
-def _within(timeout_s: float, action: str, call: Callable[[], T]) -> T:
-    """Return the call's result, from a thread abandoned at the deadline. TimeoutError names the awaited operation."""
-    future: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:  # noqa: BLE001  (handed to the waiting thread, which raises it)
-            future.set_exception(error)
-
-    threading.Thread(target=work, name=f"wandb {action}", daemon=True).start()
-    try:
-        return future.result(timeout_s)
-    except TimeoutError as error:
-        if future.done():
-            raise
-        raise TimeoutError(f"waited {timeout_s:g} s for W&B ({action})") from error
