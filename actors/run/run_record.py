@@ -69,12 +69,7 @@ def recording(
                 steps, done_steps=step or 0, show=show, mode=mode, run=stage.run.name, folder=folder.path
             ) as progress:
                 record = RunRecord(
-                    folder=folder,
-                    tracker=tracker,
-                    timeline=timeline,
-                    progress=progress,
-                    mirror=mirror,
-                    step=step or 0,
+                    folder=folder, tracker=tracker, timeline=timeline, progress=progress, mirror=mirror, step=step or 0
                 )
                 progress.stage("starting")
                 try:
@@ -150,7 +145,6 @@ def _backends(stage: Stage, folder: Path, after: int | None) -> list[TrackerBack
 
 
 def _settings(stage: Stage) -> dict[str, Any]:
-    """Return the settings in effect, in the form of the configuration file."""
     tree = from_yaml(dump_yaml(stage))
     assert isinstance(tree, dict)
     return tree

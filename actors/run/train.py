@@ -267,7 +267,6 @@ async def _online(
 
 
 def _names(plan: PlacementPlan) -> str:
-    """Return the names and worker counts of the starting roles."""
     return ", ".join(f"{len(slots)} {role}" for role, slots in plan.slots.items())
 
 

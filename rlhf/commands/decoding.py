@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 
 RESOLVED = "config.resolved.yaml"
 _OF_RUN = {"data": ("system_prompt", "apply_chat_template", "columns"), "rollouts": ("stop", "stop_token_ids")}
-_FLAGS = {
-    "columns": "--column",
-    "stop_token_ids": "--stop-token-id",
-    "template": "--chat-template-kwargs",
-}
+_FLAGS = {"columns": "--column", "stop_token_ids": "--stop-token-id", "template": "--chat-template-kwargs"}
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:

@@ -121,7 +121,6 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _present(args: argparse.Namespace) -> None:
-    """Measure, and print the table."""
     import json
 
     from rlhf.evaluation.results import Marks

@@ -51,7 +51,6 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _present(args: argparse.Namespace) -> None:
-    """Answer the prompts, or hold a conversation."""
     given = options_given(args)
     if args.chat:
         if args.out is not None or given.keys() & {"samples", "columns", "apply_chat_template"}:

@@ -77,7 +77,6 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _present(args: argparse.Namespace) -> int:
-    """Submit a job, or follow, query or stop one."""
     job = args.follow or args.status or args.stop
     if job is None:
         return _run_new(args)

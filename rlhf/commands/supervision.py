@@ -117,7 +117,6 @@ class DriverRestarts:
 
 
 def _last_step(folder: Path) -> int:
-    """Return the last step in a run's metrics."""
     rows = read_lines(folder / "metrics.jsonl")
     return int(rows[-1]["step"]) if rows else 0
 
@@ -145,7 +144,6 @@ def _held_signals() -> Iterator[tuple[set[signal.Signals], set[signal.Signals]]]
 def _run(
     command: Sequence[str], deaths: Sequence[DriverDeath], heard: set[signal.Signals], before: set[signal.Signals]
 ) -> DriverEnd:
-    """Run a driver to the end."""
     parent = os.getpid()
 
     def before_exec() -> None:  # runs in the child, which has a single thread
@@ -157,10 +155,7 @@ def _run(
     file = memfd("driver report")
     try:
         driver = subprocess.Popen(
-            command,
-            env={**os.environ, **message_to_driver(file, deaths)},
-            pass_fds=(file,),
-            preexec_fn=before_exec,
+            command, env={**os.environ, **message_to_driver(file, deaths)}, pass_fds=(file,), preexec_fn=before_exec
         )
         is_told, hung = _watch(driver, heard)
         return DriverEnd(code=driver.returncode, is_told=is_told, hung=hung, report=read_report(file))
@@ -198,7 +193,6 @@ def _is_stopped(process: psutil.Process) -> bool:
 
 
 def _reap(*, besides: int | None = None) -> None:
-    """Reap orphans that have ended."""
     with suppress(ChildProcessError):
         while True:
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)

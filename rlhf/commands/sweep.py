@@ -43,7 +43,6 @@ def sweep(
 
 
 def _present(args: argparse.Namespace) -> None:
-    """Run the sweep and show the result."""
     if args.retry_failed and args.resume != "auto":
         raise UserError("--retry-failed has no effect without --resume auto")
     result = COMMAND.call(args, resume=args.resume == "auto")

@@ -143,7 +143,6 @@ def _show_evaluations(loaded: LoadedConfig) -> None:
 
 
 def _next_steps(loaded: LoadedConfig) -> str:
-    """Return the commands for showing and using the trained model."""
     from rlhf.config.schema.stages import result_of, run_folder
 
     last = list(loaded.stages.values())[-1]

@@ -306,10 +306,7 @@ def rows_per_step(config: Config, rollouts: RolloutsConfig) -> int:
 def _as_reference(config: Config) -> ReferenceConfig:
     policy = config.policy
     return ReferenceConfig(
-        model=policy.model,
-        revision=policy.revision,
-        dtype=policy.dtype,
-        trust_remote_code=policy.trust_remote_code,
+        model=policy.model, revision=policy.revision, dtype=policy.dtype, trust_remote_code=policy.trust_remote_code
     )
 
 

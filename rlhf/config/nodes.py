@@ -83,14 +83,8 @@ def parse_cluster(text: str) -> list[Node]:
 
 
 def _node(description: str, text: str) -> Node:
-    fields = {
-        "cpu": "cpus",
-        "gpu": "gpus",
-        "mem": "mem_gib",
-        "shm": "shm_gib",
-        "gpumem": "gpumem_gib",
-        "price": "price",
-    }
+    gib = {key: f"{key}_gib" for key in ("mem", "shm", "gpumem")}
+    fields = {"cpu": "cpus", "gpu": "gpus", **gib, "price": "price"}
     values: dict[str, float] = {}
     kind: str | None = None
     items = dict(item.split("=") for item in description.split(","))

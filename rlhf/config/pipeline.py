@@ -24,15 +24,7 @@ from rlhf.config.mistakes.suggestions import nearest
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.run import RunConfig
-from rlhf.config.schema.stages import (
-    KINDS,
-    WHAT,
-    MergeStage,
-    Stage,
-    kind_of,
-    stage_problems,
-    stage_unused,
-)
+from rlhf.config.schema.stages import KINDS, WHAT, MergeStage, Stage, kind_of, stage_problems, stage_unused
 from rlhf.role_table import MODEL_SECTIONS, TRAINED_ROLES
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")

@@ -185,7 +185,6 @@ def inputs_of_model(
 
 
 def _named_sets(data: Sequence[str]) -> dict[str, DataSource]:
-    """Return the sets of `--data` by name."""
     if not data:
         raise UserError(
             "--data is missing: name a file, a dataset or a task to evaluate the model on. The held-out sets of a run "
@@ -201,7 +200,6 @@ def _named_sets(data: Sequence[str]) -> dict[str, DataSource]:
 
 
 def _named_rewards(rewards: Sequence[str]) -> dict[str, RewardConfig]:
-    """Return the functions of `--reward` by name."""
     configs: dict[str, RewardConfig] = {}
     for text in rewards:
         name = text.rpartition(":")[2]
@@ -273,7 +271,6 @@ def _load(
 
 
 def _marking(section: EvaluateConfig, rewards: Sequence[RewardSpec], *, samples: int) -> Marking:
-    """Return how responses are graded."""
     marks = Marks(ks=section.k, pass_score=section.pass_score, answers=section.answer, by=section.by)
     try:
         return marking_of(marks, rewards, samples=samples)

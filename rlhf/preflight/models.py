@@ -8,14 +8,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rlhf.config.derive import (
-    adapter_options,
-    has_value_head,
-    models_of,
-    saved_rank,
-)
+from rlhf.config.derive import adapter_options, has_value_head, models_of, saved_rank
 from rlhf.config.files.differences import differences
 from rlhf.config.schema.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfig
 from rlhf.config.schema.root import Config
@@ -88,28 +83,42 @@ def _refuse_unusable_model(
             refuse_missing_weights(model.model, scalar=is_scalar, trust_remote_code=remote)
         if not _reads_as_policy(model, config):
             _refuse_other_vocabulary(section, model.model, vocabulary_of, remote)
-    _refuse_misfit(section, model, finals, scalar=is_scalar)
-    _refuse_unquantizable(section, model, device=config.cluster.device)
     if isinstance(model, PolicyConfig | CriticConfig):
-        if model.router_balance_coef and not num_experts(shape.to_dict()):
-            raise UserError(
-                f"{section}.router_balance_coef: is {model.router_balance_coef:g}, but {model.model} is no mixture of "
-                "experts. Remove it."
-            )
-        if isinstance(model, PolicyConfig) and model.router_replay and not num_experts(shape.to_dict()):
-            raise UserError(f"{section}.router_replay: is true, but {model.model} is no mixture of experts. Remove it.")
-        with prefix_errors(f"cluster.roles.{section}"):
-            shared_by = getattr(config.cluster.roles, section).sequence_parallel
-            refuse_uneven_heads(shape, shared_by)
-            refuse_unpackable(shape.to_dict(), shared_by)
-        if model.lora is not None and model.adapter is None:
-            from rlhf.models.adapters.lora import refuse_unfit  # imports peft, which takes seconds
+        _refuse_untrainable(section, model, config, finals, shape)
 
-            shape = load_model_config(model.model, trust_remote_code=remote)
-            try:
-                refuse_unfit(shape, scalar=is_scalar, trust_remote_code=remote, **adapter_options(model.lora))
-            except UserError as error:
-                raise UserError(f"{section}.{error}") from error
+
+def _refuse_untrainable(
+    section: Role, model: PolicyConfig | CriticConfig, config: Config, finals: Mapping[str, str], shape: Any
+) -> None:
+    """Raise UserError if a trained model does not fit its adapter, its routers' keys or the ranks that share it."""
+    remote, lora, is_scalar = model.trust_remote_code, model.lora, has_value_head(config, section)
+    if model.adapter is not None and model.adapter not in finals:
+        from rlhf.models.adapters.folder import refuse_misfit_adapter  # imports peft, which takes seconds
+
+        with prefix_errors(f"{section}.adapter"):
+            refuse_misfit_adapter(Path(model.adapter), model.model, scalar=is_scalar, trust_remote_code=remote)
+    if lora is not None and lora.quantize is not None:
+        whole = load_model_config(model.model, trust_remote_code=remote)
+        refuse_unquantizable(f"{section}.lora.quantize", whole, device=config.cluster.device)
+    routed = {"router_balance_coef": model.router_balance_coef}
+    if isinstance(model, PolicyConfig):
+        routed["router_replay"] = model.router_replay
+    for key, value in routed.items():
+        if value and not num_experts(shape.to_dict()):
+            shown = "true" if value is True else f"{value:g}"
+            raise UserError(f"{section}.{key}: is {shown}, but {model.model} is no mixture of experts. Remove it.")
+    with prefix_errors(f"cluster.roles.{section}"):
+        shared_by = getattr(config.cluster.roles, section).sequence_parallel
+        refuse_uneven_heads(shape, shared_by)
+        refuse_unpackable(shape.to_dict(), shared_by)
+    if lora is not None and model.adapter is None:
+        from rlhf.models.adapters.lora import refuse_unfit  # imports peft, which takes seconds
+
+        whole = load_model_config(model.model, trust_remote_code=remote)
+        try:
+            refuse_unfit(whole, scalar=is_scalar, trust_remote_code=remote, **adapter_options(lora))
+        except UserError as error:
+            raise UserError(f"{section}.{error}") from error
 
 
 def _refuse_without_scores(model: ModelConfig) -> None:
@@ -281,17 +290,6 @@ def with_adapters(config: Config, ours: Mapping[str, LoraConfig]) -> Config:
     return config.model_copy(update=changed)
 
 
-def _refuse_unquantizable(name: str, section: ModelConfig, *, device: Literal["cpu", "cuda"]) -> None:
-    """Raise UserError if the section loads a base in 4 bits, and the model or this device does not support it."""
-    if (
-        isinstance(section, PolicyConfig | CriticConfig)
-        and section.lora is not None
-        and section.lora.quantize is not None
-    ):
-        shape = load_model_config(section.model, trust_remote_code=section.trust_remote_code)
-        refuse_unquantizable(f"{name}.lora.quantize", shape, device=device)
-
-
 def refuse_other_results(config: Config, made: StageResults) -> None:
     """Raise UserError if a stage's adapter is used as a model, or a stage's model as an adapter."""
     for name, section in models_of(config).items():
@@ -304,22 +302,6 @@ def refuse_other_results(config: Config, made: StageResults) -> None:
         if adapter in made.finals and adapter not in made.adapters:
             raise UserError(
                 f"{name}.adapter: {adapter} will be a whole model, as its stage has no lora; name it as {name}.model."
-            )
-
-
-def _refuse_misfit(name: str, section: ModelConfig, finals: Mapping[str, str], *, scalar: bool) -> None:
-    """Raise UserError if an adapter was trained on a different model than the section's."""
-    if isinstance(section, PolicyConfig | CriticConfig) and section.adapter is not None:
-        if section.adapter in finals:
-            return
-        from rlhf.models.adapters.folder import refuse_misfit_adapter  # imports peft, which takes seconds
-
-        with prefix_errors(f"{name}.adapter"):
-            refuse_misfit_adapter(
-                Path(section.adapter),
-                section.model,
-                scalar=scalar,
-                trust_remote_code=section.trust_remote_code,
             )
 
 

@@ -147,11 +147,7 @@ def load_rewards(
         function = None
         if reward.function is not None:
             function = load_reward(
-                reward.function,
-                args=reward.args,
-                folders=folders,
-                key=key.format(name),
-                memory_gib=memory_gib,
+                reward.function, args=reward.args, folders=folders, key=key.format(name), memory_gib=memory_gib
             )
         specs.append(
             RewardSpec(

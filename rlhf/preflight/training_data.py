@@ -221,11 +221,7 @@ def _offline(config: Config, source: str, tokenizer: Any) -> tuple[Config, Offli
     longest = sets.longest(lambda row: row.longest)
     _refuse_too_long(source, config, longest=longest, wanted=longest)
     return _with_steps(config, len(rows)), OfflineInputs(
-        rows=rows,
-        shares=sets.shares,
-        eval_sets=held_out,
-        unusable=sets.unusable,
-        longest_sequence=longest,
+        rows=rows, shares=sets.shares, eval_sets=held_out, unusable=sets.unusable, longest_sequence=longest
     )
 
 

@@ -93,12 +93,7 @@ def resolve(tree: Tree, overrides: Sequence[str], folder: Path) -> LoadedConfig:
         run = next(iter(stages.values())).run
         name = run.name.partition("/")[0]
         return LoadedConfig(
-            source=tree.source,
-            name=name,
-            folder=run.dir / name,
-            stages=stages,
-            is_pipeline=True,
-            places=tree.places,
+            source=tree.source, name=name, folder=run.dir / name, stages=stages, is_pipeline=True, places=tree.places
         )
     config = parse(tree.values)
     refuse(config if isinstance(config, tuple) else problems(config), tree.place)

@@ -130,12 +130,7 @@ def _of_synonym(path: Key, synonym: Synonym) -> Suggestion:
 
 
 def _nearest_key(
-    root: type[Section],
-    values: Mapping[str, Any],
-    section: Key,
-    word: str,
-    nodes: Sequence[Any],
-    names: Sequence[str],
+    root: type[Section], values: Mapping[str, Any], section: Key, word: str, nodes: Sequence[Any], names: Sequence[str]
 ) -> Suggestion:
     path = (*section, word)
     others = [node for node in alternatives(root, section) if node not in nodes and word in node.model_fields]

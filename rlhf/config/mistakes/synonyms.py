@@ -64,11 +64,7 @@ VALUES = {
         "seq-mean-token-sum-norm": "token_sum_norm",
     },
     "estimator": {"kl": "k1", "mse": "k2", "low_var_kl": "k3"},
-    "lr_schedule": {
-        "constant_with_warmup": "constant",
-        "cosine_with_min_lr": "cosine",
-        "warmup_stable_decay": "wsd",
-    },
+    "lr_schedule": {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine", "warmup_stable_decay": "wsd"},
     "optimizer": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_bnb_8bit": "adamw_8bit"},
     "dtype": {"bf16": "bfloat16", "fp32": "float32"},
     "device": {"gpu": "cuda"},

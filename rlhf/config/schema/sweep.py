@@ -333,7 +333,6 @@ def _of_absent_metric(metric: str, stage: Config) -> Iterator[Problem]:
 
 
 def _evaluated(stage: Config) -> list[str]:
-    """Return the metrics of the stage's evaluations."""
     return [f"eval/{name}/{metric}" for name in derive.eval_sets(stage) for metric in derive.eval_metrics(stage)]
 
 

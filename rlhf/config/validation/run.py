@@ -63,7 +63,6 @@ def problems(config: Config) -> tuple[Problem, ...]:
 
 
 def _presence(config: Config, facts: Derived) -> Iterator[Problem]:
-    """Yield missing sections and roles."""
     algorithm, train = config.algorithm, config.train
     if algorithm.is_online and config.rollouts is None:
         yield problem("rollouts", f"is missing: algorithm {algorithm.name} samples responses")
@@ -82,12 +81,13 @@ def _presence(config: Config, facts: Derived) -> Iterator[Problem]:
     elif train.steps is not None and train.epochs is not None:
         text = f"is {train.epochs:g}, but train.steps is {train.steps}; give one of them, and set the other to null"
         yield problem("train.epochs", text)
-    best, sets = train.best_metric, derive.eval_sets(config)
-    known = [f"eval/{name}/{metric}" for name in sets for metric in derive.eval_metrics(config)]
-    of_a_source = config.eval.by is not None and re.fullmatch(r"-?eval/[A-Za-z0-9_.-]+/[A-Za-z0-9_.@-]+", best or "")
-    if best is not None and sets and best.removeprefix("-") not in known and not of_a_source:
-        text = f"got {best!r}, expected a metric of an evaluation, with or without a leading `-`: {', '.join(known)}"
-        yield problem("train.best_metric", text)
+    best = train.best_metric
+    if best is not None and (sets := derive.eval_sets(config)):
+        known = [f"eval/{name}/{metric}" for name in sets for metric in derive.eval_metrics(config)]
+        of_a_source = config.eval.by is not None and re.fullmatch(r"-?eval/[A-Za-z0-9_.-]+/[A-Za-z0-9_.@-]+", best)
+        if best.removeprefix("-") not in known and not of_a_source:
+            text = f"got {best!r}, expected a metric of an evaluation, with or without a leading `-`"
+            yield problem("train.best_metric", f"{text}: {', '.join(known)}")
 
 
 def _models(config: Config) -> Iterator[Problem]:
@@ -110,7 +110,6 @@ def _models(config: Config) -> Iterator[Problem]:
 
 
 def _of_rollouts(config: Config, rollouts: RolloutsConfig, facts: Derived) -> Iterator[Problem]:
-    """Yield all problems of a run that samples responses."""
     yield from transport_problems(config.cluster)
     yield from _batch(config, rollouts, facts)
     yield from asynchrony_problems(config, rollouts)

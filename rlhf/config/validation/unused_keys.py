@@ -148,7 +148,6 @@ def _all(dotted: str, why: str, fix: str) -> Iterator[Inert]:
 
 
 def _missing_in_run(config: Config, facts: Derived) -> Missing:
-    """Return the parts that a run lacks."""
     name, missing = config.algorithm.name, _missing_rewards(config.rewards)
     samples = "choose an algorithm that samples responses"
     if config.algorithm.is_online:
@@ -184,7 +183,6 @@ def _missing_in_run(config: Config, facts: Derived) -> Missing:
 
 
 def _how_to_need_reference(config: Config, facts: Derived) -> str:
-    """Return what to change in a run without reference workers."""
     if facts.reference == "adapter off":
         return "the policy with its adapter off is the reference; name another reference.model if you want a second one"
     is_online = isinstance(config.algorithm, OnlineConfig)
