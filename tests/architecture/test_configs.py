@@ -48,7 +48,9 @@ def test_a_sweep_loads_with_all_its_trials(path: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_a_recipe_plans_and_resolves(path: Path, tmp_path: Path) -> None:
     loaded = load(path)
-    assert render_plan(loaded).startswith(loaded.name)
+    text = render_plan(loaded)
+    assert text.startswith(loaded.name)
+    assert all(name in text for name in loaded.stages)
     resolved = tmp_path / "config.resolved.yaml"
     resolved.write_text(dump_yaml(loaded))
     assert dict(load(resolved).stages) == dict(loaded.stages)
@@ -57,6 +59,28 @@ def test_a_recipe_plans_and_resolves(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in RECIPES if "gpu" not in p.name and "multinode" not in p.name])
 def test_a_laptop_recipe_fits_two_cores(path: Path) -> None:
     render_plan(load(path), cluster="cpu=2")
+
+
+def test_recipes_have_names_of_their_own() -> None:
+    names = {load(path).name for path in RECIPES}
+    assert len(names) == len(RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("name", "cluster"),
+    [
+        ("ppo_7b_8gpu", "1*cpu=64,gpu=8"),
+        ("ppo_70b_multinode", "4*cpu=96,gpu=8"),
+        ("grpo_qwen3_30b_a3b_8gpu", "1*cpu=128,gpu=8,type=h100,mem=2000"),
+        ("grpo_qwen3_235b_a22b_multinode", "8*cpu=128,gpu=8,type=h200,mem=2000"),
+    ],
+)
+def test_a_large_recipe_fits_its_nodes(name: str, cluster: str) -> None:
+    text = render_plan(load(CONFIGS / f"{name}.yaml"), cluster=cluster)
+    if "mem=" in cluster:
+        places = [line for line in text.splitlines() if line.startswith(("  GPU of ", "  host of "))]
+        assert len(places) > 2
+        assert all(" fits " in line for line in places), text
 
 
 def cpu_seconds(code: str) -> float:

@@ -27,6 +27,8 @@ from rlhf.tracking.metrics.declarations import METRICS, is_declared
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 HAND_WRITTEN = [page for page in PAGES if page.name not in ("configuration.md", "metrics.md")]
+MODULE = re.compile(r"(?<![\w./-])(?:rlhf|actors)(?:\.[a-z]\w*)+")
+OTHER_NAMES = {"rlhf.environments", "rlhf.trackers", "rlhf.algorithms.ranked"}  # groups of entry points, an example
 FILE = re.compile(r"(?:rlhf|actors|tests|configs|benchmarks|docs)/[\w./-]*")
 
 
@@ -43,9 +45,10 @@ def written_by(page: Path) -> set[str]:
 
 def commands(page: Path) -> Iterator[str]:
     """Shell lines of the page's indented and fenced blocks and quoted commands."""
-    for line in page.read_text(encoding="utf-8").splitlines():
-        match = re.match(r"\s+((?:\.venv/bin/)?rlhf|ray job submit|make) [^|]*", line)
-        if match:
+    text = page.read_text(encoding="utf-8")
+    fenced = [line for block in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    for line in (*fenced, *(line for line in text.splitlines() if line.startswith(" "))):
+        if re.match(r"\s*((?:\.venv/bin/)?rlhf|ray job submit|make) [^|]*", line):
             yield line.split("#")[0].strip()
     yield from (text for text in quoted(page) if re.match(r"make [a-z]|rlhf [a-z]+ \S", text))
 
@@ -59,6 +62,26 @@ def test_files_exist(page: Path) -> None:
     metrics = {name for name in named if is_declared(name)}
     missing += [text for text in named if text not in metrics and not (ROOT / text).exists()]
     assert not missing
+
+
+def is_in_product(name: str) -> bool:
+    """Return whether a dotted name is a module, or a module has the name behind it."""
+    place = ROOT
+    for part in name.split("."):
+        if (place / part).is_dir():
+            place /= part
+        elif (place / f"{part}.py").is_file():
+            place /= f"{part}.py"
+        else:
+            file = place if place.suffix else place / "__init__.py"
+            return re.search(rf"\b{part}\b", file.read_text(encoding="utf-8")) is not None
+    return True
+
+
+def test_modules_exist_where_the_product_and_the_pages_name_them() -> None:
+    files = [*PAGES, *(path for top in ("rlhf", "actors") for path in (ROOT / top).rglob("*.py"))]
+    named = {name for file in files for name in MODULE.findall(file.read_text(encoding="utf-8"))}
+    assert {name for name in named if not is_in_product(name)} == OTHER_NAMES
 
 
 @pytest.mark.parametrize("page", HAND_WRITTEN, ids=lambda page: page.name)

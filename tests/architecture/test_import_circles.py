@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -20,23 +20,24 @@ def modules() -> dict[str, ast.Module]:
     return trees
 
 
-def imported(tree: ast.Module) -> Iterator[str]:
-    """Yield all imports of a module: at the top, inside functions, and for type checkers alone."""
+def imported(tree: ast.Module, known: Collection[str]) -> Iterator[str]:
+    """Yield what a module imports anywhere: at its top, inside functions, for type checkers alone, and by name.
+
+    `from package import name` imports the module `name`, if there is one, and otherwise the package's __init__.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (name if name in known else node.module for name in names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
+            yield from (argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant))
 
 
 def import_graph(trees: Mapping[str, ast.Module]) -> dict[str, set[str]]:
-    """Return the imported modules of each module. A package counts only for names from its __init__."""
-    graph = {}
-    for name, tree in trees.items():
-        targets = set(imported(tree)) & trees.keys()
-        graph[name] = {one for one in targets if not any(other.startswith(f"{one}.") for other in targets)} - {name}
-    return graph
+    """Return the modules of the product that each module imports."""
+    return {name: (set(imported(tree, trees)) & trees.keys()) - {name} for name, tree in trees.items()}
 
 
 def test_no_circle_of_imports_anywhere() -> None:
