@@ -70,6 +70,13 @@ def test_the_limit_of_memory(
     assert found == (None if expected is None else MemoryLimit(total=expected[0] * GIB, free=expected[1] * GIB))
 
 
+def test_the_least_memory_of_a_group_and_the_groups_above_counts(tmp_path: Path) -> None:
+    files = {}
+    for group, limit, used in (("", 4 * GIB, 1 * GIB), ("pod/", 8 * GIB, 6 * GIB)):
+        files |= {f"sys/fs/cgroup/{group}memory.max": limit, f"sys/fs/cgroup/{group}memory.current": used}
+    assert memory_limit(tree(tmp_path, "0::/pod\n", files)) == MemoryLimit(total=4 * GIB, free=2 * GIB)
+
+
 def test_the_groups_of_a_process_from_the_innermost_up(tmp_path: Path) -> None:
     tree(tmp_path, V1, {})
     top = tmp_path / "sys/fs/cgroup"
