@@ -63,10 +63,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Report:
     runs = list(RunPlaces(folders).by_name().values())
     html = out or folders[0] / ("report.html" if len(folders) == 1 else "comparison.html")
     rows = {run.name: _rows(run.path) for run in runs}
-    metrics = {run.name: MetricsSoFar() for run in runs}
-    for run in runs:
-        for row in rows[run.name]:
-            metrics[run.name].add(row)
+    metrics = {run.name: MetricsSoFar(rows[run.name]) for run in runs}
     try:
         write_atomic(html, page({"written": _now(), **_answers(runs, rows, metrics)}))
         pictures = tuple(_pictures(runs, metrics, html))
@@ -134,18 +131,11 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for key, value in row.items():
             if "/" in key and isinstance(value, int | float) and math.isfinite(value):
                 places.setdefault(key, []).append(place)
-    drawn = {key: _thinned(key, of, rows) for key, of in places.items()}
+    drawn = {key: {*of[:: -(-len(of) // MOST_POINTS)], of[-1]} for key, of in places.items()}
     shown = sorted({place for of in drawn.values() for place in of})
     columns = {key: [_limited(rows[at][key]) if at in of else None for at in shown] for key, of in drawn.items()}
     times = [_limited(rows[place].get("time_s")) for place in shown]
     return {"steps": [rows[place]["step"] for place in shown], "times": times, "columns": columns}
-
-
-def _thinned(key: str, places: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> set[int]:
-    """Return the places of the points to draw. Every recovery is kept, since the page counts them."""
-    stride = -(-len(places) // MOST_POINTS)
-    recoveries = [place for place in places if key.startswith("recovery/") and rows[place][key]]
-    return {*places[::stride], places[-1], *recoveries}
 
 
 def _samples(run: RunPlace, rows: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -63,11 +63,13 @@ class Column:
 class MetricsSoFar:
     """The rows of metrics.jsonl in short. They take as much memory after ten steps as after a hundred thousand."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         self.step: int | None = None  # the newest
         self.time_s = 0.0
         self.columns: dict[str, Column] = {}
         self._diagnosis = Diagnosis()
+        for row in rows:
+            self.add(row)
 
     def add(self, row: Mapping[str, Any]) -> None:
         numbers = {key: value for key, value in row.items() if value is None or isinstance(value, int | float)}
@@ -80,6 +82,10 @@ class MetricsSoFar:
     def findings(self) -> list[Finding]:
         """Return the problems so far, the worst first."""
         return self._diagnosis.findings()
+
+    def recoveries(self) -> int:
+        """Return the number of lost workers that the run has started again."""
+        return round(sum(column.total for key, column in self.columns.items() if key.startswith("recovery/")))
 
     def main(self) -> list[str]:
         """Return the metrics to read first."""
@@ -126,6 +132,7 @@ def summary_of(run: RunPlace, metrics: MetricsSoFar) -> dict[str, Any]:
         "stage": run.stage,
         "what": _what(config),
         "progress": _progress(config, metrics),
+        "recoveries": metrics.recoveries(),
         "machine": _machine(environment),
         "step": metrics.step,
         "ended_by": str(errors[-1].get("message", "")) if errors and run.word() == "failed" else None,
@@ -175,8 +182,7 @@ def _progress(config: Mapping[str, Any], metrics: MetricsSoFar) -> str:
         return "no step yet"
     steps = (config.get("train") or {}).get("steps")
     total = f" of {steps}" if isinstance(steps, int) else ""
-    recoveries = sum(column.total for key, column in metrics.columns.items() if key.startswith("recovery/"))
-    again = f", lost workers started again: {recoveries:.0f}" if recoveries else ""
+    again = f", lost workers started again: {metrics.recoveries()}" if metrics.recoveries() else ""
     return f"{metrics.step}{total} in {duration(metrics.time_s)}{again}"
 
 

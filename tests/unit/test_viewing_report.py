@@ -179,18 +179,13 @@ def test_a_metric_of_another_version_is_left_out_of_the_picture(tmp_path: Path) 
 
 def test_long_runs_are_thinned_and_long_texts_cut(tmp_path: Path) -> None:
     run = make_run(tmp_path, "demo")
-    rows = [
-        {"step": step, "update/loss/mean": 1.0 / step, "recovery/rollout/total": float(step in (2, 4003))}
-        for step in range(1, 5001)
-    ]
-    write_lines(run / "metrics.jsonl", rows)
+    write_lines(run / "metrics.jsonl", [{"step": step, "update/loss/mean": 1.0 / step} for step in range(1, 5001)])
     tokens = sample_tokens(*"x" * 7000)
     write_samples(samples_path(run, 6), [replace(SESSION, response="x" * 9000, tokens=tokens)])
     answers = Page(rlhf.report(run).html).answers
     data = answers["data"]["demo"]
-    assert MOST_POINTS / 2 < len(data["steps"]) <= MOST_POINTS + 3
+    assert MOST_POINTS / 2 < len(data["steps"]) <= MOST_POINTS + 1
     assert data["steps"][-1] == 5000
-    assert sum(value or 0.0 for value in data["columns"]["recovery/rollout/total"]) == 2.0
     (whole,) = answers["samples"]["demo 6"]["whole"]
     assert whole["response"] == f"{'x' * MOST_TOKENS} ... (9,000 characters)"
     assert (len(whole["tokens"]["ids"]), whole["cut"]) == (MOST_TOKENS, 3000)

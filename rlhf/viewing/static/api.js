@@ -71,7 +71,7 @@ class Tail {
 
 const MOST_ERRORS = 2000;
 const SUMMARY_WITHIN_MS = 1000; // of a long run the first summary takes longer, and comes with a later refresh
-export const NO_SUMMARY = { findings: [], main: [] };
+export const NO_SUMMARY = { findings: [], main: [], recoveries: 0 };
 
 // What a run has written so far: its summary, its errors, and its metrics as columns of numbers, aligned to `steps`.
 export class RunData {

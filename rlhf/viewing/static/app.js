@@ -95,21 +95,12 @@ function Help({ close }) {
   </div>`;
 }
 
-// The lost workers that the run has started again.
-function recoveriesOf(run) {
-  let total = 0;
-  for (const [name, column] of run.data.columns) {
-    if (/^recovery\/.+\/total$/.test(name)) total += column.reduce((sum, value) => sum + value, 0);
-  }
-  return total;
-}
-
 function RunChips({ runs, shown, toggle }) {
   return html`<div class="runs">
     ${runs.map((run) => {
       const [kind, words] = stateOf(run);
       const on = shown.has(run.name);
-      const recoveries = recoveriesOf(run);
+      const { recoveries } = run.data.summary;
       return html`<button
         key=${run.name}
         class="run"
