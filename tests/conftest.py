@@ -74,6 +74,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_llama(tmp_path_factory.mktemp("models") / "tiny_llama", seed=0)
 
 
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> Any:
+    """The tokenizer of the tiny model. A test may change it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """Start a Ray of this test session on this machine. A test ends the actors that it starts."""

@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 
 from actors.cluster.node_metrics import Nodes
 from actors.cluster.prometheus import PrometheusBackend
-from tests.unit.test_tracking_sinks_backends import exercise
+from tests.fixtures.tracking import exercise
 
 settings = {"num_cpus": 1, "include_dashboard": False, "_system_config": {"metrics_report_interval_ms": 200}}
 cluster = Cluster(initialize_head=True, connect=True, head_node_args=settings)

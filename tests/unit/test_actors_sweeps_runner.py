@@ -18,7 +18,7 @@ from rlhf.errors import Preempted, RunError, UserError
 from rlhf.sweeps.journal import Journal
 from rlhf.sweeps.space import known_trials
 from rlhf.tracking.run_folder.lock import lock_folder
-from tests.unit.test_config_schema_sweep import write_sweep
+from tests.fixtures.sweeps import write_sweep
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -10,69 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.algorithms import ALGORITHMS
-from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts, StepTokens, ValueMicrobatch
-from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
+from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts, ValueMicrobatch
 from rlhf.algorithms.online_config import Aggregation
 from rlhf.algorithms.online_dpo import OnlineDPO, OnlineDPOConfig
 from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.objectives.aggregation import token_weights
 from rlhf.objectives.policy_loss import clipped_loss
 from rlhf.objectives.sequence_ratios import sequence_ratio, sequence_token_ratio
-
-COUNTS = StepCounts(num_tokens=4, num_sequences=2, max_new_tokens=8)
-# Two sequences of 3 tokens; the policy sampled the last two of each.
-MASK = torch.tensor([False, True, True, False, True, True])
-LENGTHS = torch.tensor([3, 3])
-ONLINE = [name for name, algorithm in ALGORITHMS.items() if issubclass(algorithm, OnlineAlgorithm)]
-
-
-def microbatch(logprobs: Tensor, **columns: Tensor | float | None) -> PolicyMicrobatch:
-    """Old, rollout and reference log-probabilities are -1, advantages 1, unless given."""
-    whole: dict[str, Any] = {
-        "entropy": torch.zeros(6),
-        "old_logprobs": torch.full((6,), -1.0),
-        "rollout_logprobs": torch.full((6,), -1.0),
-        "ref_logprobs": None,
-        "advantages": torch.ones(6),
-        **columns,
-    }
-    return PolicyMicrobatch(lengths=LENGTHS, response_mask=MASK, logprobs=logprobs, **whole)
-
-
-def made(name: str, **settings: Any) -> OnlineAlgorithm:
-    algorithm = ALGORITHMS[name](ALGORITHMS[name].config_class().model_validate({"name": name, **settings}))
-    assert isinstance(algorithm, OnlineAlgorithm)
-    return algorithm
-
-
-def outcomes(
-    scores: Sequence[float],
-    *,
-    group_size: int,
-    lengths: Sequence[int] = (),
-    by_reward: Mapping[str, Sequence[float]] | None = None,
-    weights: Mapping[str, float] | None = None,
-    greedy: Sequence[float] | None = None,
-) -> SequenceOutcomes:
-    """Responses with these scores, of one token each unless lengths are given."""
-    return SequenceOutcomes(
-        scores=torch.tensor(scores, dtype=torch.float64),
-        by_reward={name: torch.tensor(values, dtype=torch.float64) for name, values in (by_reward or {}).items()},
-        weights=weights or {},
-        num_tokens=torch.tensor(lengths or [1] * len(scores)),
-        group_size=group_size,
-        greedy_scores=None if greedy is None else torch.tensor(greedy, dtype=torch.float64),
-    )
-
-
-def selected(algorithm: OnlineAlgorithm, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor | None:
-    """What the algorithm selects of a whole step, as the worker spreads it; tokens are drawn in their order."""
-    if not algorithm.selects_tokens:
-        return None
-    order = torch.arange(int(mask.sum()), dtype=torch.float64)
-    found = algorithm.selected(StepTokens(old_logprobs=old[mask], advantages=advantages[mask], order=order))
-    return torch.zeros_like(mask).masked_scatter(mask, found)
+from tests.fixtures.algorithms import COUNTS, LENGTHS, MASK, ONLINE, made, microbatch, outcomes, selected
 
 
 def grpo_loss(
@@ -107,7 +51,6 @@ def test_dual_clip_bounds_what_a_negative_advantage_costs() -> None:
     assert float(grpo_loss({}, logprobs, advantages=advantages).loss) == pytest.approx(2.0)
     capped = grpo_loss({"dual_clip": 3.0}, logprobs, advantages=advantages)
     assert float(capped.loss) == pytest.approx(1.5)
-    assert capped.capped_tokens is not None
     assert float(capped.capped_tokens) == 1.0
     assert grpo_loss({}, logprobs, advantages=advantages).capped_tokens is None
 
@@ -163,7 +106,6 @@ def test_the_gradient_is_that_of_the_step_however_it_is_cut(name: str, settings:
                 selected=None if chosen is None else chosen[at],
             )
             algorithm.policy_loss(batch, counts, kl_coef=0.0).loss.backward()
-        assert logprobs.grad is not None
         return logprobs.grad
 
     whole = gradient([[0, 1, 2]])
@@ -335,7 +277,6 @@ def test_on_the_policy_itself_every_one_has_the_policy_gradient(name: str) -> No
     batch = microbatch(logprobs, advantages=advantages, selected=chosen)
     algorithm.policy_loss(batch, COUNTS, kl_coef=0.0).loss.backward()
     share = {"token_sum_norm": 1 / 16, "sequence_mean_token_sum": 1 / 2}.get(algorithm.config.aggregation, 1 / 4)
-    assert logprobs.grad is not None
     torch.testing.assert_close(logprobs.grad, -advantages * share)
 
 

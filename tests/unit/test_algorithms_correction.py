@@ -1,4 +1,4 @@
-"""The correction of the sampler's mismatch against formulas of its own, in numpy, and its composition with the loss."""
+"""The correction of the sampler's mismatch equals formulas in numpy, also as a part of the loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf.algorithms.correction import PRESETS, CorrectionConfig, Preset, correc
 from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.workers.online.update_metrics import correction_metrics, sampler_metrics, update_metrics
-from tests.unit.test_algorithms import made
+from tests.fixtures.algorithms import made
 
 LENGTHS = [6, 3, 9, 4, 2]
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +52,7 @@ def rows_of(batch: PolicyMicrobatch, rows: list[int], logprobs: Tensor) -> Polic
 
 
 def by_numpy(config: CorrectionConfig, batch: PolicyMicrobatch) -> dict[str, np.ndarray]:
-    """Weights and what was done to whom, sequence by sequence and token by token."""
+    """Return weights and the masks of actions, sequence by sequence and token by token."""
     trained = batch.old_logprobs if config.mode == "decoupled" else batch.logprobs
     columns = (trained, batch.rollout_logprobs, batch.logprobs, batch.advantages)
     ours, theirs, now, advantages = (column.double().numpy() for column in columns)
@@ -211,7 +211,6 @@ def test_a_step_does_not_depend_on_how_it_is_cut(mode: str, aggregation: str) ->
             parts.append(update_metrics(terms, sampled=own, passed=own, step_tokens=sampled, has_kl_loss=False))
             columns = (piece.logprobs.detach(), piece.rollout_logprobs, piece.response_mask, piece.lengths)
             parts.append(sampler_metrics(*columns, lags=piece.lengths.repeat_interleave(piece.lengths) % 3))
-        assert logprobs.grad is not None
         return logprobs.grad, results(merge_metrics(parts))
 
     gradient, metrics = step([[0, 1, 2, 3, 4]])

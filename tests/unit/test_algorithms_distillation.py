@@ -1,4 +1,4 @@
-"""Which divergence a configuration means."""
+"""A configuration chooses its divergence by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Algorithms on pairs choose their equation and its inputs; the equations have tests of their own."""
+"""Algorithms on pairs choose an equation and the inputs of the equation."""
 
 from __future__ import annotations
 

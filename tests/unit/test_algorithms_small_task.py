@@ -1,8 +1,8 @@
-"""Every algorithm on rollouts teaches a policy of a few numbers: its advantages, selections and losses together.
+"""Every algorithm on rollouts teaches a policy of a few numbers: advantages, selections and losses together.
 
-The policy writes three of four tokens, each from a row of logits; a response scores the share of tokens that are 2.
-Plain gradient descent, two optimizer steps a batch, so that importance ratios are felt. Not covered: the workers, the
-critic's learning (values are 0).
+The policy writes three of four tokens, each from a row of logits. A response scores the share of tokens that are 2.
+Plain gradient descent makes two optimizer steps a batch, so that importance ratios differ from 1. Not covered: the
+workers, and the critic's learning (values are 0).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rlhf.algorithms.microbatch import PolicyMicrobatch, StepCounts
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.objectives.advantages import whiten
 from rlhf.objectives.masking import moments
-from tests.unit.test_algorithms import ONLINE, made, selected
+from tests.fixtures.algorithms import ONLINE, made, selected
 
 PROMPTS, SAMPLES, LENGTH, WANTED = 8, 8, 3, 2
 RESPONSES = PROMPTS * SAMPLES
@@ -27,7 +27,11 @@ COUNTS = StepCounts(num_tokens=RESPONSES * LENGTH, num_sequences=RESPONSES, max_
 
 
 def advantages_of(algorithm: OnlineAlgorithm, wanted: Tensor, greedy: float) -> Tensor:
-    """Of each token, as controller and worker make them. wanted: whether it is the token that scores."""
+    """Return the advantage of each token, as controller and worker compute advantages.
+
+    Args:
+        wanted: 1 for a token that scores.
+    """
     scores = wanted.mean(1)
     told = SequenceOutcomes(
         scores=algorithm.shaped(scores, LENGTHS, max_new_tokens=LENGTH),
@@ -53,7 +57,7 @@ def advantages_of(algorithm: OnlineAlgorithm, wanted: Tensor, greedy: float) -> 
 
 
 def trained_on(algorithm: OnlineAlgorithm, scores: Tensor) -> Tensor:
-    """Which tokens are of responses that are kept."""
+    """Return the mask of tokens in kept responses."""
     kept = torch.zeros(PROMPTS, SAMPLES, dtype=torch.bool)
     for prompt, group in enumerate(scores.view(PROMPTS, SAMPLES).tolist()):
         kept[prompt, list(algorithm.kept(group))] = True
@@ -61,7 +65,7 @@ def trained_on(algorithm: OnlineAlgorithm, scores: Tensor) -> Tensor:
 
 
 def learnt(algorithm: OnlineAlgorithm, *, steps: int, lr: float) -> float:
-    """Probability of the wanted token, from one in four."""
+    """Return the probability of the wanted token after training. Before training the probability is 1/4."""
     torch.manual_seed(0)
     logits = torch.zeros(LENGTH, 4, dtype=torch.float64, requires_grad=True)
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""Everything follows from the table of algorithms: the section, the kind, and what serves the kind."""
+"""The table of algorithms decides the section, the kind and the parts of the kind."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ CUSTOM_KEYS = {"pass_at_k": {"k": 2}, "reinforce": {"baseline": "none"}}
 
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if ALGORITHMS[name].config_class().kind == "advantages"])
 def test_an_algorithm_that_can_be_streamed_compares_within_groups(name: str) -> None:
-    """Over a batch and over each of its groups the advantages are equal, but for the algorithms that say otherwise."""
+    """Advantages over a batch equal the advantages over each group, unless the algorithm declares a batch statistic."""
     config = ALGORITHMS[name].config_class()(name=name, **CUSTOM_KEYS.get(name, {}))
     algorithm = algorithm_of(config, OnlineAlgorithm)
     rewards = torch.tensor([[0.0, 3.0, 1.0, 2.0], [5.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)

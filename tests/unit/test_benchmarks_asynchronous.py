@@ -1,4 +1,4 @@
-"""The rates of a run are measured so that simulating the run gives its times back."""
+"""A simulation with the measured rates of a run gives the times of the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmark beside TRL reads from a run's metrics."""
+"""The benchmark beside TRL reads the right metrics of a run."""
 
 from __future__ import annotations
 

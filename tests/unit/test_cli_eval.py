@@ -1,10 +1,9 @@
-"""What `rlhf generate` and `rlhf eval` refuse, before an engine starts: exit code 2 and one line."""
+"""`rlhf generate` and `rlhf eval` refuse wrong input before an engine starts, with exit code 2 and one line."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from rlhf.preflight.inputs import load_inputs
 from rlhf.rewards.loading import LoadedReward
 from rlhf.rewards.processes.program import Signature
 from rlhf.rewards.scoring import RewardSpec
+from tests.fixtures.models import changed_copy
 
 HERMES = Path(__file__).parents[2] / "examples/agents/programs/hermes.jinja"
 RIGHT = PassRule(judges={"correct": None}, pass_score=None)
@@ -63,13 +63,6 @@ def config(tmp_path: Path, tiny_model: Path) -> str:
 
 
 @pytest.fixture
-def prompts(tmp_path: Path) -> str:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "1+1=", "answer": "2", "response": "taken"}\n{"prompt": 5}\n')
-    return str(path)
-
-
-@pytest.fixture
 def tools(tmp_path: Path) -> str:
     path = tmp_path / "tools.jsonl"
     path.write_text('{"prompt": "1+1=", "answer": "2", "tools": [{"function": {"name": "weather"}}]}\n')
@@ -88,10 +81,7 @@ def tools(tmp_path: Path) -> str:
         ("generate MODEL --prompt a --samples 2 --temperature 0", "greedy responses to one prompt are all equal"),
         ("generate MODEL --prompt a --max-new-tokens 0", "max_new_tokens: is 0, expected 1 or more"),
         ("generate MODEL --prompt a --max-new-tokens 9000", "prompt:1: the prompt has 4 tokens, with 9000 new ones"),
-        (
-            "generate MODEL --prompt a --system-prompt b --no-apply-chat-template",
-            "system_prompt: has no effect without",
-        ),
+        ("generate MODEL --prompt a --system-prompt b --no-apply-chat-template", "system_prompt: has no effect"),
         ("generate MODEL --prompt a --chat-template-kwargs x", "is 'x', expected a JSON object, such as"),
         ('generate MODEL --prompt a --chat-template-kwargs {"x":1}', "--chat-template-kwargs.x: has no effect: "),
         ("generate MODEL --prompt a --stop-token-id 320", "--stop-token-id: 320 is not a token of "),
@@ -101,31 +91,19 @@ def tools(tmp_path: Path) -> str:
         ("generate MODEL --file TOOLS --max-new-tokens 9000", "Name a template that writes tools as --chat-template, "),
         ("generate MODEL --prompt a --chat-template none.jinja", "chat_template: none.jinja cannot be read"),
         ("serve MODEL --chat-template none.jinja", "--chat-template: none.jinja cannot be read"),
-        (
-            "generate MODEL --file LIMITS --max-new-tokens 9000",
-            "column `max_new_tokens` is 9001, expected the whole number from 1 to the configured max_new_tokens, 9000,",
-        ),
+        ("generate MODEL --file LIMITS --max-new-tokens 9000", "column `max_new_tokens` is 9001, expected the whole"),
         ("generate MODEL --file none.jsonl", "none.jsonl does not exist"),
         ("generate MODEL --prompt a --out PROMPTS", "prompts.jsonl exists already"),
         ("generate ./none --prompt a", "The model folder ./none does not exist"),
         ("generate MODEL --prompt a x=1", "generate has no argument x=1"),
         ("eval MODEL", "--data is missing"),
         ("eval MODEL --data running_totals:0 --reward last_number", "a number of rows follows the task's name"),
-        (
-            "eval MODEL --data running_totals --reward nothing",
-            "--reward nothing: there is no reward `nothing`",
-        ),
+        ("eval MODEL --data running_totals --reward nothing", "--reward nothing: there is no reward `nothing`"),
         ("eval MODEL --data PROMPTS --reward last_number", "needs the column `answer`"),
-        (
-            "eval MODEL --data TOOLS --reward exact_match --max-new-tokens 9000",
-            "does not tell the model of tool `weather`",
-        ),
+        ("eval MODEL --data TOOLS --reward exact_match --max-new-tokens 9000", "does not tell the model of tool"),
         ("eval MODEL --data PROMPTS", "(without rewards its completions are measured)"),
         ("eval MODEL --data running_totals --k 1", "no reward scores responses; give a reward"),
-        (
-            "eval MODEL --data running_totals:4 --no-apply-chat-template --reward last_number --k 2",
-            "--k: is 2, expected 1 to",
-        ),
+        ("eval MODEL --data running_totals:4 --no-apply-chat-template --reward last_number --k 2", "is 2, expected 1"),
         ("eval MODEL --data running_totals --k x", "argument --k: takes whole numbers, such as 1,8, got 'x'"),
         ("eval MODEL --data running_totals --data running_totals", "a set called running_totals already"),
         ("eval MODEL --data running_totals --model other", "--model has no effect"),
@@ -142,22 +120,23 @@ def test_wrong_input_exits_with_2(
     capsys: pytest.CaptureFixture[str],
     tiny_model: Path,
     config: str,
-    prompts: str,
     tools: str,
     tmp_path: Path,
     words: str,
     message: str,
 ) -> None:
+    tmp_path = Path(tools).parent
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "eval.json").write_text("{}")
-    names = {"MODEL": str(tiny_model), "CONFIG": config, "PROMPTS": prompts, "TAKEN": str(tmp_path / "taken")}
+    prompts = '{"prompt": "1+1=", "answer": "2", "response": "taken"}\n{"prompt": 5}\n'
+    (tmp_path / "prompts.jsonl").write_text(prompts)
     (tmp_path / "limits.jsonl").write_text('{"prompt": "1+1=", "max_new_tokens": 9001}\n')
-    names |= {"TOOLS": tools, "LIMITS": str(tmp_path / "limits.jsonl")}
+    names = {"MODEL": str(tiny_model), "CONFIG": config, "TAKEN": str(tmp_path / "taken"), "TOOLS": tools}
+    names |= {"PROMPTS": str(tmp_path / "prompts.jsonl"), "LIMITS": str(tmp_path / "limits.jsonl")}
     assert main([names.get(word, word) for word in words.split()]) == 2
     out, err = capsys.readouterr()
-    assert out == ""
+    assert (out, err[:13]) == ("", "rlhf: error: ")
     assert message in err
-    assert err.startswith("rlhf: error: ")
 
 
 def test_a_chat_template_that_writes_tools_takes_a_row_with_tools(
@@ -200,13 +179,11 @@ def test_a_run_and_its_evaluation_read_the_same_examples(
     tmp_path: Path,
     tiny_model: Path,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
     too_long: str,
     num_examples: int,
     num_left_out: int,
 ) -> None:
-    """One row fits, one is empty, one has 2 + 9 + 1 tokens."""
-    monkeypatch.setattr(logging.getLogger("actors"), "propagate", True)  # commands before this test turn it off
+    """The first row fits, the second row is empty, and the third row has 2 + 9 + 1 tokens."""
     rows = [{"prompt": "1+", "completion": text} for text in ("2", " ", "123456789")]
     path = offline(tmp_path, tiny_model, *rows)
     settings = ["data.max_sequence_tokens=8", f"data.too_long={too_long}", "data.max_unusable_fraction=0.7"]
@@ -220,14 +197,14 @@ def test_a_run_and_its_evaluation_read_the_same_examples(
 
 
 def test_a_model_without_room_for_an_example_is_refused(tmp_path: Path, tiny_model: Path) -> None:
-    short = tmp_path / "short"
-    shutil.copytree(tiny_model, short)
-    shape = json.loads((short / "config.json").read_text())
-    (short / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": 8}))
+    short = changed_copy(tiny_model, tmp_path / "short", max_position_embeddings=8)
     path = offline(tmp_path, short, {"prompt": "1+", "completion": " "}, {"prompt": "1+", "completion": "123456"})
     loaded = load(path, ["data.too_long=cut", "data.max_unusable_fraction=0.5"])
     with pytest.raises(rlhf.UserError, match=r"rows.jsonl:2: the example has 9 tokens, more than the 8 that"):
         inputs_of_run(loaded, model=None, against=None, marks=Marks())
+
+
+SHORT = "rollouts.max_new_tokens=8 data.max_prompt_tokens=8"
 
 
 @pytest.mark.parametrize(
@@ -236,10 +213,7 @@ def test_a_model_without_room_for_an_example_is_refused(tmp_path: Path, tiny_mod
         ("algorithm.name=kto", "rlhf eval DIR/demo/final --data SET"),
         ("algorithm.name=dpo --model other", "rlhf eval other --data SET"),
         ("algorithm.name=distillation teacher.model=MODEL", "rlhf eval DIR/demo/final --data SET"),
-        (
-            "algorithm.name=on_policy_distillation teacher.model=MODEL rollouts.max_new_tokens=8 data.max_prompt_tokens=8",  # noqa: E501
-            "rlhf eval DIR/demo/final --data SET",
-        ),
+        (f"algorithm.name=on_policy_distillation teacher.model=MODEL {SHORT}", "rlhf eval DIR/demo/final --data SET"),
         ("algorithm.name=reward_model", "rlhf eval MODEL --data PROMPTS --reward-model DIR/demo/final"),
         ("algorithm.name=process_reward_model", "metrics.jsonl); read them there"),
     ],
@@ -250,29 +224,19 @@ def test_held_out_sets_that_only_their_run_measures_are_refused(
     path = offline(tmp_path, tiny_model)
     given = [word.replace("=MODEL", f"={tiny_model}") for word in words.split()]
     assert main(["eval", str(path), *given]) == 2
-    err = capsys.readouterr().err
-    name = given[0].partition("=")[2]
-    assert err.startswith(
-        f"rlhf: error: argument '{given[0]}': algorithm.name: is {name}, whose held-out sets only the run "
-        "itself measures"
-    )
+    err, name = capsys.readouterr().err, given[0].partition("=")[2]
+    message = f"algorithm.name: is {name}, whose held-out sets only the run itself measures"
+    assert err.startswith(f"rlhf: error: argument '{given[0]}': {message}")
     assert instead.replace("DIR", str(tmp_path)) in err
 
 
 def test_without_rewards_completions_are_measured(tiny_model: Path, tmp_path: Path) -> None:
     data = tmp_path / "examples.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n')
-    inputs = inputs_of_model(
-        str(tiny_model),
-        data=[str(data)],
-        rewards=[],
-        reward_model=None,
-        against=None,
-        decoding=Decoding(temperature=0.0, apply_chat_template=False),
-        marks=Marks(),
-        device="cpu",
-        trust_remote_code=False,
-    )
+    nothing: dict[str, Any] = {"rewards": [], "reward_model": None, "against": None, "marks": Marks()}
+    decoding = Decoding(temperature=0.0, apply_chat_template=False)
+    model: dict[str, Any] = {"decoding": decoding, "device": "cpu", "trust_remote_code": False}
+    inputs = inputs_of_model(str(tiny_model), data=[str(data)], **model, **nothing)
     (candidate,) = inputs.candidates
     assert candidate.prompts == {}
     assert len(candidate.examples["examples"]) == 1
@@ -299,13 +263,8 @@ def test_only_functions_with_a_weight_have_a_mark() -> None:
 
 
 def test_a_frozen_engine_takes_no_weights(tiny_model: Path) -> None:
-    settings: dict[str, Any] = {
-        "name": "rollout engine 0",
-        "model": str(tiny_model),
-        "dtype": "float32",
-        "max_model_len": 64,
-        "max_num_seqs": 4,
-    }
+    settings: dict[str, Any] = {"name": "engine", "model": str(tiny_model), "dtype": "float32"}
+    settings |= {"max_model_len": 64, "max_num_seqs": 4}
     with pytest.raises(ValueError, match="an engine with an adapter must be frozen"):
         RolloutSpec(transport="shm", adapter="x", lora_rank=4, **settings)
     assert not RolloutSpec(transport="shm", **settings).is_frozen
@@ -365,9 +324,8 @@ def test_a_pipeline_is_evaluated_as_its_last_stage_that_is_no_merge(tmp_path: Pa
 
 
 def test_measuring_the_result_of_an_earlier_stage_is_noted(
-    tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)  # commands before this test turn it off
     result = tmp_path / "p" / "first" / "final"
     shutil.copytree(tiny_model, result)
     first = from_yaml(OFFLINE.replace("MODEL", str(tiny_model)))
@@ -390,7 +348,7 @@ rollouts: {stop: ["<|user|>"], stop_token_ids: [7], max_new_tokens: 13}
 
 @pytest.fixture
 def run_folder(tmp_path: Path, tiny_model: Path) -> Path:
-    """The folder of a run that has ended."""
+    """Return the folder of an ended run."""
     folder = tmp_path / "demo"
     shutil.copytree(tiny_model, folder / "final")
     (folder / "config.resolved.yaml").write_text(RESOLVED)

@@ -1,4 +1,4 @@
-"""`rlhf play`: an environment played by hand is shown as the policy would be given it."""
+"""`rlhf play` shows a person the prompts that the policy gets."""
 
 from __future__ import annotations
 
@@ -53,6 +53,9 @@ def test_a_conversation_is_shown_as_the_policy_is_given_it(
     assert out.endswith(end)
 
 
+FUNCTION = "rewards.won.environment=false rewards.won.function=last_number"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -60,6 +63,7 @@ def test_a_conversation_is_shown_as_the_policy_is_given_it(
         ("--row 0", "--row: is 0"),
         ("rollouts.environment=null", "rewards.won.environment"),
         ("rollouts.environment.name=nothing", "there is no environment `nothing`"),
+        (f"rollouts.environment=null {FUNCTION}", "has no rollouts.environment to play"),
     ],
 )
 def test_what_cannot_be_played_is_refused(
@@ -67,12 +71,6 @@ def test_what_cannot_be_played_is_refused(
 ) -> None:
     assert main(["play", config, *words.split()]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_run_without_an_environment_is_refused(config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = ["rollouts.environment=null", "rewards={correct: {function: last_number}}"]
-    assert main(["play", config, *overrides]) == 2
-    assert "has no rollouts.environment to play" in capsys.readouterr().err
 
 
 def test_an_environment_that_fails_is_an_error(config: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`rlhf reward` and `rlhf serve-reward`: what they score, and what they refuse."""
+"""`rlhf reward` and `rlhf serve-reward` score responses as a run does, and refuse wrong input."""
 
 from __future__ import annotations
 
@@ -197,8 +197,6 @@ def test_a_reward_model_scores_the_text(config: str, tmp_path: Path, tiny_model:
     whole, cut = rlhf.reward(config, file, how).rows
     steps = "reward.steps={combine: product, separator: c}"  # `xc` and `d`
     (one, other) = rlhf.reward(config, file, [*how, steps]).rows
-    assert cut.score is not None
-    assert whole.score is not None
     first, last = (1 / (1 + math.exp(-score)) for score in (cut.score, whole.score))
     assert [one.score, other.score] == pytest.approx([first * last, first], rel=1e-5)
     credited = ["rewards={taste: {role: reward, credit: step}}", "reward.steps={separator: c}"]
@@ -318,10 +316,7 @@ def test_it_serves_until_it_is_told_to_end() -> None:
     ("words", "why"),
     [
         (["serve-reward", "no_such"], "there is no reward `no_such`"),
-        (
-            ["serve-reward", "last_number", "run.seed=1"],
-            "sets a key of a configuration, but last_number is not a YAML file",
-        ),
+        (["serve-reward", "last_number", "run.seed=1"], "sets a key of a configuration, but last_number is not a YAML"),
         (["reward", "CONFIG", "--file", "missing.jsonl"], "missing.jsonl does not exist"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Arguments of the command line that are made from the signature of a function."""
+"""A function's signature declares the arguments of a command."""
 
 from __future__ import annotations
 

@@ -13,7 +13,9 @@ from rlhf.errors import RunError
 
 
 def write(folder: Path, scores: list[float]) -> None:
-    """A run that was evaluated at steps 0, 10, 20, ..., and one prompt's answers at the first and the last."""
+    """Write a run with evaluations at steps 0, 10, 20, ..., and the answers to a prompt at the first and the
+    last step.
+    """
     (folder / "samples").mkdir()
     with (folder / "metrics.jsonl").open("w") as file:
         for index, score in enumerate(scores):

@@ -69,7 +69,7 @@ def begin(folder: Path, plan: list[dict[str, Any]], before: str = "") -> subproc
 
 
 def carry_out(folder: Path, plan: list[dict[str, Any]], before: str = "") -> tuple[int, list[dict[str, Any]], str]:
-    """The exit code, what each driver was given, and the log. `before` is what the parent does first."""
+    """Return the exit code, the start of each driver, and the log. `before` runs in the parent first."""
     process = begin(folder, plan, before)
     _, log = process.communicate(timeout=60)
     return process.returncode, starts(folder), log
@@ -195,36 +195,34 @@ def test_a_driver_may_end_as_it_gets_a_signal(monkeypatch: pytest.MonkeyPatch) -
     assert driver.returncode == KILLED
 
 
+def waiting(folder: Path, *after: dict[str, Any]) -> tuple[subprocess.Popen[str], int]:
+    """Start a parent whose first driver waits. Return the parent and the driver's process id."""
+    process = begin(folder, [{"row": 1, "end": "waits"}, *after])
+    await_file(folder / "waits")
+    return process, starts(folder)[0]["pid"]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 128 + signal.SIGUSR1)])
 def test_a_signal_is_passed_on_and_ends_the_supervision(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    process = begin(tmp_path, [{"row": 1, "end": "waits"}])
-    await_file(tmp_path / "waits")
+    process, _ = waiting(tmp_path)
     process.send_signal(number)
     process.communicate(timeout=60)
     assert (process.returncode, len(starts(tmp_path))) == (code, 1)
 
 
-def test_a_signal_to_the_driver_alone_does_not_end_the_run(tmp_path: Path) -> None:
-    process = begin(tmp_path, [{"row": 1, "end": "waits"}, {"row": 2, "end": 0}])
-    await_file(tmp_path / "waits")
-    os.kill(starts(tmp_path)[0]["pid"], signal.SIGTERM)
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, "ended"), (signal.SIGSTOP, "hung")])
+def test_a_driver_that_alone_gets_a_signal_is_started_again(tmp_path: Path, number: signal.Signals, kind: str) -> None:
+    process, driver = waiting(tmp_path, {"row": 2, "end": 0})
+    os.kill(driver, number)
     process.communicate(timeout=60)
     assert (process.returncode, len(starts(tmp_path))) == (0, 2)
-
-
-def test_a_stopped_driver_is_killed_and_started_again(tmp_path: Path) -> None:
-    process = begin(tmp_path, [{"row": 1, "end": "waits"}, {"row": 2, "end": 0}])
-    await_file(tmp_path / "waits")
-    os.kill(starts(tmp_path)[0]["pid"], signal.SIGSTOP)
-    process.communicate(timeout=60)
     (death,) = starts(tmp_path)[1]["deaths"]
-    assert (process.returncode, death["kind"]) == (0, "hung")
+    assert (death["kind"] == "hung") == (kind == "hung")
 
 
 def test_the_driver_ends_with_a_killed_parent(tmp_path: Path) -> None:
-    process = begin(tmp_path, [{"row": 1, "end": "waits"}])
-    await_file(tmp_path / "waits")
-    driver = psutil.Process(starts(tmp_path)[0]["pid"])
+    process, pid = waiting(tmp_path)
+    driver = psutil.Process(pid)
     process.kill()
     process.communicate(timeout=60)
     psutil.wait_procs([driver], timeout=60.0)

@@ -1,4 +1,4 @@
-"""What an agent's section must agree with, and what is read of it before a run."""
+"""An agent's section agrees with other sections, and the inputs of an agent are loaded before a run."""
 
 from __future__ import annotations
 

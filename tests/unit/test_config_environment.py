@@ -1,4 +1,4 @@
-"""What an environment's section must agree with, and what is read of it before a run."""
+"""An environment's section agrees with other sections, and the environment is tried before a run."""
 
 from __future__ import annotations
 

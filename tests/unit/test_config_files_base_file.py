@@ -1,4 +1,4 @@
-"""A file with a `base`: what is merged, what replaces, which place an error names, and which bases are refused."""
+"""A file with a `base` merges mappings and replaces other values. Errors name the place of the key."""
 
 from __future__ import annotations
 

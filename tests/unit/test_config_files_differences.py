@@ -1,4 +1,4 @@
-"""Two configurations of one run: what counts as a difference, and that the place of its folder does not."""
+"""Differences between two configurations of a run exclude the place of the run's folder."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def stages(folder: Path, *overrides: str, text: str = RUN, where: str = "out") -
 
 
 def resolved(folder: Path, stage: Stage) -> Stage:
-    """As it is read from the run's folder."""
+    """Return a stage as read from the run's folder."""
     path = folder / "config.resolved.yaml"
     path.write_text(dump_yaml(stage))
     (found,) = load(path).stages.values()

@@ -1,4 +1,4 @@
-"""docs/configuration.md is what the schema says."""
+"""docs/configuration.md equals the page that the schema generates."""
 
 from __future__ import annotations
 

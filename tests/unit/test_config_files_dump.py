@@ -1,4 +1,4 @@
-"""The resolved file: loads to the same tree, says everything that is in effect, and nothing that is not."""
+"""The resolved file loads to the same tree. Effective keys are in the file, and keys without effect are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and arguments: broken YAML, unknown keys, wrong types, and what overrides do."""
+"""Broken YAML, unknown keys and wrong types are refused with their place. Arguments override the file."""
 
 from __future__ import annotations
 

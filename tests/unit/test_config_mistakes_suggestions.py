@@ -1,4 +1,4 @@
-"""Unknown keys and wrong values: the key that was meant, also for those who come from TRL, verl or OpenRLHF."""
+"""An unknown key or a wrong value leads to the intended key, also for names of TRL, verl and OpenRLHF."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_every_synonym_names_keys_that_exist() -> None:
 
 @pytest.mark.parametrize("synonym", SYNONYMS, ids=lambda synonym: synonym.names[0])
 def test_every_name_leads_to_its_key(tmp_path: Path, synonym: Synonym) -> None:
-    """A name of verl stands in its whole tree; a name that is shared by several settings may mean another one."""
+    """Names of several settings are skipped, because such a name may lead to another setting."""
     known = {".".join(key) for key in all_keys(Config, values={"algorithm": {"name": "grpo"}})}
     keys = [key.replace("*", "NAME") for key in synonym.keys.split() if key in known]
     for name in synonym.names:

@@ -1,4 +1,4 @@
-"""Stages: what is shared, what is a stage's own, and what each mistake says."""
+"""Stages share sections of the pipeline. A stage's keys win, and every mistake has a message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The merge section: what it takes, and what it says about what it does not take."""
+"""The merge section accepts the keys of a method, and refuses other keys with a fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merges and evaluations among the stages: what makes them so, what they get, and what each mistake says."""
+"""A stage's section makes the stage a merge or an evaluation. Every mistake has a message."""
 
 from __future__ import annotations
 

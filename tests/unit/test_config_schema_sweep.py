@@ -1,4 +1,4 @@
-"""What a sweep's file may say, and what is said of one that is wrong: the key and the fix, before anything starts."""
+"""A sweep's file makes trials. A wrong file is refused before a trial starts, with the key and the fix."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from rlhf.cli import main
 from rlhf.config.files.load import load
@@ -14,34 +13,7 @@ from rlhf.config.placement_plan import copies
 from rlhf.config.schema.sweep import load_sweep
 from rlhf.errors import UserError
 from rlhf.sweeps.space import known_trials
-
-RUN: dict[str, Any] = {
-    "run": {"name": "tiny"},
-    "policy": {"model": "tiny:llama", "dtype": "float32"},
-    "algorithm": {"name": "sft"},
-    "data": {
-        "train": {"task": "running_totals", "split": "sft", "size": 64},
-        "eval": {"task": "running_totals", "split": "sft", "size": 16},
-    },
-    "train": {"steps": 9, "lr": 1e-3, "sequences_per_update": 16},
-    "eval": {"every": 2},
-}
-
-
-def write_sweep(folder: Path, **changes: Any) -> Path:
-    """A sweep over learning rates, its run in a file beside it."""
-    (folder / "run.yaml").write_text(yaml.safe_dump(RUN), encoding="utf-8")
-    section: dict[str, Any] = {
-        "name": "rates",
-        "dir": str(folder),
-        "config": "run.yaml",
-        "parameters": {"train.lr": {"min": 1e-4, "max": 1e-2, "scale": "log"}},
-        "method": {"name": "random", "trials": 3},
-        "metric": "-eval/heldout/loss",
-    }
-    path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump({"sweep": section | changes}), encoding="utf-8")
-    return path
+from tests.fixtures.sweeps import RUN, write_sweep
 
 
 def test_a_trial_is_the_run_with_what_is_fixed_and_what_is_varied(tmp_path: Path) -> None:

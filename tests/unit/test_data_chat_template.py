@@ -1,4 +1,4 @@
-"""data.chat_template and data.chat_template_kwargs: part of the tokenizer, in the run and in what it exports."""
+"""data.chat_template and data.chat_template_kwargs are part of the tokenizer, in the run and in the export."""
 
 from __future__ import annotations
 

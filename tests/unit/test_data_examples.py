@@ -1,50 +1,33 @@
-"""rlhf/data/examples.py: exactly the assistant's tokens are learnt, and templates that hide them are refused."""
+"""Exactly the assistant's tokens are learnt, and templates that hide assistant tokens are refused."""
 
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from rlhf.data.examples import Example, Reading, collate, load_examples
+from rlhf.data.examples import Example, collate, load_examples
 from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import Row
 from rlhf.data.usable import LoadedRows
 from rlhf.errors import UserError
+from tests.fixtures.rows import USER, YES, as_rows, learnt, reading
 
 CHATML = (
     "{%- for m in messages -%}{{- '<|reserved_0|>' + m.role + '\n' + m.content + '<|eos|>' + '\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|reserved_0|>assistant\n' -}}{%- endif -%}"
 )
-USER = {"role": "user", "content": "hi"}
-ASSISTANT = {"role": "assistant", "content": "yes"}
 
 
-@pytest.fixture
-def tokenizer(tiny_model: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_model)
-
-
-def as_rows(*rows: dict[str, Any]) -> list[Row]:
-    return [Row(file="s.jsonl", line=i, columns=row) for i, row in enumerate(rows, start=1)]
+def read_all(tokenizer: Any, *rows: dict[str, Any], first_id: int = 0, **more: Any) -> LoadedRows[Example]:
+    return load_examples(as_rows(*rows), tokenizer, reading(**more), first_id=first_id)
 
 
 def load(tokenizer: Any, *rows: dict[str, Any], **more: Any) -> tuple[Example, ...]:
-    settings = {"system_prompt": None, "apply_chat_template": True, "max_tokens": 200} | more
-    return load_examples(as_rows(*rows), tokenizer, Reading(**settings)).items
-
-
-def learnt(tokenizer: Any, example: Example) -> str:
-    """The text with brackets around what is learnt."""
-    text, inside = "", False
-    for token, learn in zip(example.token_ids, example.loss_mask, strict=True):
-        text += ("[" if learn and not inside else "]" if inside and not learn else "") + tokenizer.decode([token])
-        inside = learn
-    return text + ("]" if inside else "")
+    return read_all(tokenizer, *rows, **({"apply_chat_template": True} | more)).items
 
 
 def test_a_raw_completion_and_its_end_are_learnt(tokenizer: Any) -> None:
@@ -60,13 +43,13 @@ def test_strings_become_two_turns_with_a_template(tokenizer: Any) -> None:
 
 def test_every_assistants_turn_is_learnt_to_its_end_token_and_no_further(tokenizer: Any) -> None:
     tokenizer.chat_template = CHATML
-    (example,) = load(tokenizer, {"messages": [USER, ASSISTANT, USER, ASSISTANT]})
+    (example,) = load(tokenizer, {"messages": [USER, YES, USER, YES]})
     turn = "<|reserved_0|>user\nhi<|eos|>\n<|reserved_0|>assistant\n[yes<|eos|>]"
     assert learnt(tokenizer, example) == turn + "\n" + turn  # the last line end teaches nothing and is left out
 
 
 def test_what_comes_after_the_last_answer_is_left_out(tokenizer: Any) -> None:
-    long, short = load(tokenizer, {"messages": [USER, ASSISTANT, USER]}, {"messages": [USER, ASSISTANT]})
+    long, short = load(tokenizer, {"messages": [USER, YES, USER]}, {"messages": [USER, YES]})
     assert long.token_ids == short.token_ids
 
 
@@ -74,8 +57,8 @@ def test_what_comes_after_the_last_answer_is_left_out(tokenizer: Any) -> None:
 def test_the_prompt_is_tokenised_as_for_a_rollout(tokenizer: Any, apply_chat_template: bool) -> None:
     row = {"prompt": "hi\n", "completion": "\nyes"}
     (example,) = load(tokenizer, row, apply_chat_template=apply_chat_template)
-    reading = Reading(system_prompt=None, apply_chat_template=apply_chat_template, max_tokens=99)
-    (prompt,) = load_prompts(as_rows(row), tokenizer, reading).items
+    how = reading(apply_chat_template=apply_chat_template)
+    (prompt,) = load_prompts(as_rows(row), tokenizer, how).items
     assert example.token_ids[: len(prompt.token_ids)] == prompt.token_ids
     assert example.loss_mask == tuple(i >= len(prompt.token_ids) for i in range(len(example.token_ids)))
 
@@ -97,12 +80,12 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> No
         "{%- for m in messages -%}<|{{ m.role }}|>{{- m.content if loop.last or m.role == 'user' else '...' -}}<|eos|>"
         "{%- endfor -%}{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
     )
-    (single,) = load(tokenizer, {"messages": [USER, ASSISTANT]})
+    (single,) = load(tokenizer, {"messages": [USER, YES]})
     assert learnt(tokenizer, single) == "<|user|>hi<|eos|><|assistant|>[yes<|eos|>]"
     with pytest.raises(
-        UserError, match=r"s.jsonl:1: .*writes message 2 or those before it differently once message 4 follows"
+        UserError, match=r"d.jsonl:1: .*writes message 2 or those before it differently once message 4 follows"
     ):
-        load(tokenizer, {"messages": [USER, ASSISTANT, USER, ASSISTANT]})
+        load(tokenizer, {"messages": [USER, YES, USER, YES]})
 
 
 def test_a_template_without_an_end_of_turn_is_refused(tokenizer: Any) -> None:
@@ -111,12 +94,12 @@ def test_a_template_without_an_end_of_turn_is_refused(tokenizer: Any) -> None:
         "{%- if add_generation_prompt -%}{{- 'assistant: ' -}}{%- endif -%}"
     )
     with pytest.raises(UserError, match="with no special token, so when to stop"):
-        load(tokenizer, {"messages": [USER, ASSISTANT]})
+        load(tokenizer, {"messages": [USER, YES]})
 
 
 def test_an_example_over_the_budget_is_named(tokenizer: Any) -> None:
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "bc"}]  # 3 and 4 tokens with the end
-    with pytest.raises(UserError, match=r"s.jsonl:2: the example has 4 tokens, more than data.max_sequence_tokens"):
+    with pytest.raises(UserError, match=r"d.jsonl:2: the example has 4 tokens, more than data.max_sequence_tokens"):
         load(tokenizer, *rows, apply_chat_template=False, max_tokens=3)
 
 
@@ -127,17 +110,12 @@ def test_an_example_over_the_budget_is_named(tokenizer: Any) -> None:
         ({"prompt": "a", "completion": ""}, "`completion` is the string ''"),
         ({"completion": "a"}, "column `prompt` is missing"),
         ({"messages": [USER]}, "has no assistant's turn"),
-        ({"messages": [ASSISTANT, USER]}, "begins with an assistant's turn"),
+        ({"messages": [YES, USER]}, "begins with an assistant's turn"),
     ],
 )
 def test_wrong_rows_are_refused_with_their_place(tokenizer: Any, row: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=f"s.jsonl:1: .*{message}"):
+    with pytest.raises(UserError, match=f"d.jsonl:1: .*{message}"):
         load(tokenizer, row)
-
-
-def read_all(tokenizer: Any, *rows: dict[str, Any], first_id: int = 0, **more: Any) -> LoadedRows[Example]:
-    settings = {"system_prompt": None, "apply_chat_template": False, "max_tokens": 200} | more
-    return load_examples(as_rows(*rows), tokenizer, Reading(**settings), first_id=first_id)
 
 
 def test_every_token_of_a_text_is_learnt_but_the_first(tokenizer: Any) -> None:
@@ -163,9 +141,7 @@ def test_alpacas_columns_with_and_without_a_template(tokenizer: Any) -> None:
 
 
 def test_of_a_prompt_and_a_completion_in_messages_the_completions_turns_are_learnt(tokenizer: Any) -> None:
-    (example,) = read_all(
-        tokenizer, {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT, USER, ASSISTANT]}
-    ).items
+    (example,) = read_all(tokenizer, {"prompt": [USER, YES, USER], "completion": [YES, USER, YES]}).items
     asked = "<|user|>hi<|eos|><|assistant|>"
     assert learnt(tokenizer, example) == f"{asked}yes<|eos|>{asked}[yes<|eos|>]{asked}[yes<|eos|>]"
 
@@ -175,12 +151,12 @@ def test_a_long_completion_is_cut_at_its_end_and_the_prompt_never(tokenizer: Any
     loaded = read_all(tokenizer, *rows, max_tokens=5, too_long="cut", max_unusable_fraction=0.5)
     (example,) = loaded.items
     assert (example.token_ids, example.loss_mask) == ((*b"abcde",), (False,) * 3 + (True,) * 2)
-    assert [row.place for row in loaded.unusable] == ["s.jsonl:2"]
+    assert [row.place for row in loaded.unusable] == ["d.jsonl:2"]
     assert loaded.unusable[0].reason.startswith(
         "the prompt of 5 tokens leaves the completion none of data.max_sequence"
     )
     # The 9 tokens of the first turn fit, and one of what follows, which teaches nothing alone.
-    (chat,) = read_all(tokenizer, {"messages": [USER, ASSISTANT] * 2}, max_tokens=10, too_long="cut").items
+    (chat,) = read_all(tokenizer, {"messages": [USER, YES] * 2}, max_tokens=10, too_long="cut").items
     assert learnt(tokenizer, chat) == "<|user|>hi<|eos|><|assistant|>[yes<|eos|>]"
 
 
@@ -191,7 +167,7 @@ EMPTY = {"prompt": "a", "completion": " "}
 def test_ids_count_through_what_is_left(tokenizer: Any) -> None:
     loaded = read_all(tokenizer, EMPTY, GOOD, EMPTY, GOOD, first_id=10, max_unusable_fraction=0.5)
     assert [example.example_id for example in loaded.items] == [10, 11]
-    assert [row.place for row in loaded.unusable] == ["s.jsonl:1", "s.jsonl:3"]
+    assert [row.place for row in loaded.unusable] == ["d.jsonl:1", "d.jsonl:3"]
 
 
 @pytest.mark.parametrize(("fraction", "refused"), [(0.0, True), (0.24, True), (0.25, False), (0.99, False)])
@@ -227,16 +203,16 @@ def test_no_row_left_is_an_error_whatever_the_limit(tokenizer: Any) -> None:
 
 
 def test_faults_of_structure_are_never_left_out(tokenizer: Any) -> None:
-    with pytest.raises(UserError, match=r"s.jsonl:2: column `completion` is null, expected a string"):
+    with pytest.raises(UserError, match=r"d.jsonl:2: column `completion` is null, expected a string"):
         read_all(tokenizer, GOOD, GOOD | {"completion": None}, max_unusable_fraction=0.99)
     with pytest.raises(
-        UserError, match=r"s.jsonl:1: found `question`, expected the columns `messages`, or `prompt` and"
+        UserError, match=r"d.jsonl:1: found `question`, expected the columns `messages`, or `prompt` and"
     ):
         read_all(tokenizer, {"question": "a"}, max_unusable_fraction=0.99)
-    renamed = Row(file="s.jsonl", line=1, columns={"mesages": []}, renamed={"messages": "mesages"})
+    renamed = Row(file="d.jsonl", line=1, columns={"mesages": []}, renamed={"messages": "mesages"})
     with pytest.raises(UserError, match=r"or `text`\. data.columns has renamed `messages` to `mesages`\.$"):
-        load_examples([renamed], tokenizer, Reading(system_prompt=None, apply_chat_template=True, max_tokens=9))
-    with pytest.raises(UserError, match=r"s.jsonl:1: data.system_prompt has no effect on a string"):
+        load_examples([renamed], tokenizer, reading(apply_chat_template=True))
+    with pytest.raises(UserError, match=r"d.jsonl:1: data.system_prompt has no effect on a string"):
         read_all(tokenizer, {"text": "a"}, system_prompt="s")
 
 

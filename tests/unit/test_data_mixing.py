@@ -106,7 +106,7 @@ def test_packed_rows_come_back(rows: list[int]) -> None:
 
 
 def test_a_checkpoint_has_room_for_many_skipped_rows() -> None:
-    """A mask of 100,000 rows, of which a tenth are skipped, has 7.3 kB of entropy in base 85; a list has 69 kB."""
+    """A mask of 100,000 rows with a tenth skipped has 7.3 kB of entropy in base 85. A list has 69 kB."""
     rows = sorted(random.Random(0).sample(range(100_000), 10_000))
     state = StreamOrder(
         [MixtureShare(name="", weight=1.0, size=90_000)], seed=0, shuffle=True, skipped_rows=rows

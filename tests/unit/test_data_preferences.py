@@ -7,33 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
-from rlhf.data.examples import Reading
 from rlhf.data.labelled import Labelled, collate_labelled, load_labelled
 from rlhf.data.preferences import PreferencePair, collate_pairs, load_pairs
 from rlhf.data.sources import Row, read_rows
 from rlhf.data.stream import Stream
 from rlhf.data.usable import LoadedRows
 from rlhf.errors import UserError
+from tests.fixtures.rows import NO, USER, YES, as_rows, reading
 
-USER = {"role": "user", "content": "hi"}
-YES = {"role": "assistant", "content": "yes"}
-NO = {"role": "assistant", "content": "no"}
 EOS = 257
-
-
-@pytest.fixture
-def tokenizer(tiny_model: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_model)
-
-
-def as_rows(*rows: dict[str, Any]) -> list[Row]:
-    return [Row(file="p.jsonl", line=i, columns=row) for i, row in enumerate(rows, start=1)]
-
-
-def reading(**more: Any) -> Reading:
-    return Reading(**({"system_prompt": None, "apply_chat_template": False, "max_tokens": 200} | more))
 
 
 def load(tokenizer: Any, *rows: dict[str, Any], first_id: int = 0, **more: Any) -> LoadedRows[PreferencePair]:
@@ -123,7 +106,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_returned(tokenizer: Any) -> N
         6: "a message of the user follows in column `rejected` on the 1 messages with which",
         7: "the example has 8 tokens, more than data.max_sequence_tokens",
     }
-    assert [row.place for row in loaded.unusable] == [f"p.jsonl:{line}" for line in expected]
+    assert [row.place for row in loaded.unusable] == [f"d.jsonl:{line}" for line in expected]
     assert all(row.reason.startswith(e) for row, e in zip(loaded.unusable, expected.values(), strict=True))
 
 
@@ -131,7 +114,7 @@ def test_a_pair_that_is_equal_once_cut_cannot_be_used(tokenizer: Any) -> None:
     row = {"prompt": "a", "chosen": "bcd", "rejected": "bce"}
     (pair,) = load(tokenizer, row, max_tokens=4, too_long="cut").items
     assert (pair.chosen.token_ids, pair.rejected.token_ids) == ((*b"abcd",), (*b"abce",))
-    with pytest.raises(UserError, match=r"p.jsonl:1: chosen and rejected are equal once cut to 3 tokens."):
+    with pytest.raises(UserError, match=r"d.jsonl:1: chosen and rejected are equal once cut to 3 tokens."):
         load(tokenizer, row, max_tokens=3, too_long="cut")
 
 
@@ -140,32 +123,23 @@ def test_a_pair_that_is_equal_once_cut_cannot_be_used(tokenizer: Any) -> None:
     [
         ({"prompt": "a", "chosen": "b"}, "column `rejected` is missing"),
         ({"chosen": "a", "rejected": "b"}, "column `prompt` is missing and column `chosen` is no list of messages"),
-        (
-            {"prompt": "hi", "chosen": [YES], "rejected": [NO]},
-            "column `chosen` is a list of messages and column `prompt`",
-        ),
-        (
-            {"prompt": [USER], "chosen": "b", "rejected": "c"},
-            "column `prompt` is a list of messages and column `chosen`",
-        ),
+        ({"prompt": "hi", "chosen": [YES], "rejected": [NO]}, "column `chosen` is a list of messages and column"),
+        ({"prompt": [USER], "chosen": "b", "rejected": "c"}, "column `prompt` is a list of messages and column"),
         ({"prompt": [USER], "chosen": [USER, YES], "rejected": [NO]}, "`chosen` begins with a message of the user"),
         ({"prompt": "a", "chosen": "b", "rejected": 1}, "column `rejected` is the number 1"),
-        (
-            {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "x"},
-            "`margin` is the string 'x', expected a finite",
-        ),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "x"}, "`margin` is the string 'x', expected a"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": True}, "`margin` is the truth value True"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": float("inf")}, "`margin` is the number inf"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": -1e300}, r"-1e\+300, expected .* float32"),
     ],
 )
 def test_faults_of_structure_stop_at_once(tokenizer: Any, row: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=f"p.jsonl:1: .*{message}"):
+    with pytest.raises(UserError, match=f"d.jsonl:1: .*{message}"):
         load(tokenizer, row, max_unusable_fraction=0.99)
 
 
 def test_a_prompt_that_was_renamed_away_is_told(tokenizer: Any) -> None:
-    row = Row(file="p.jsonl", line=1, columns={"chosen": "b", "rejected": "c"}, renamed={"prompt": "promt"})
+    row = Row(file="d.jsonl", line=1, columns={"chosen": "b", "rejected": "c"}, renamed={"prompt": "promt"})
     with pytest.raises(UserError, match=r"column `prompt` is missing .* data.columns has renamed `prompt` to `promt`"):
         load_pairs([row], tokenizer, reading())
 
@@ -193,7 +167,6 @@ def test_a_gold_answer_is_the_third_sequence_of_its_row(tokenizer: Any) -> None:
     assert first.token_ids == (*b"abc", EOS, *b"abcd", EOS, *b"abefg", EOS)
     assert (first.num_targets, second.num_targets) == (4, 2)  # of the gold one: what the supervised term is a mean over
     assert (first.longest, first.prompt_tokens) == (6, 2)
-    assert second.gold is not None
     assert [example.example_id for example in second.examples] == [3, 4, 5]
     collated = collate_pairs([first, second])
     assert collated.num_sides == 3
@@ -223,32 +196,26 @@ def test_a_prompt_is_what_all_three_begin_with(tokenizer: Any) -> None:
     [
         ({"reference": " "}, "column `reference` is the string ' ', which is empty"),
         ({"reference": "a" * 7}, "the example has 10 tokens, more than data.max_sequence_tokens"),
-        (
-            {"chosen": [USER, YES], "rejected": [USER, NO], "reference": [YES], "prompt": None},
-            "column `reference` does not begin with the 1 messages with which chosen and rejected both begin",
-        ),
-        (
-            {"chosen": [USER, YES], "rejected": [USER, NO], "reference": [USER], "prompt": None},
-            "nothing follows in column `reference`",
-        ),
+        ({"chosen": [USER, YES], "rejected": [USER, NO], "reference": [YES], "prompt": None}, "column `reference`"),
+        ({"chosen": [USER, YES], "rejected": [USER, NO], "reference": [USER], "prompt": None}, "nothing follows in"),
     ],
 )
 def test_a_triple_without_a_usable_gold_answer_is_left_out(tokenizer: Any, row: dict[str, Any], message: str) -> None:
     given = {name: value for name, value in (TRIPLE | row).items() if value is not None}
     loaded = load_triples(tokenizer, TRIPLE, given, max_tokens=9, too_long="skip", max_unusable_fraction=0.5)
     assert len(loaded.items) == 1
-    assert loaded.unusable[0].place == "p.jsonl:2"
+    assert loaded.unusable[0].place == "d.jsonl:2"
     assert loaded.unusable[0].reason.startswith(message)
 
 
 def test_a_gold_answer_that_is_cut_to_nothing_leaves_its_row_out(tokenizer: Any) -> None:
-    with pytest.raises(UserError, match=r"p.jsonl:1: the prompt of 4 tokens leaves the completion none"):
+    with pytest.raises(UserError, match=r"d.jsonl:1: the prompt of 4 tokens leaves the completion none"):
         load_triples(tokenizer, TRIPLE | {"prompt": "abcd"}, max_tokens=4, too_long="cut")
 
 
 def test_a_missing_gold_answer_stops_at_once(tokenizer: Any) -> None:
     row = {name: value for name, value in TRIPLE.items() if name != "reference"}
-    message = r"p.jsonl:2: column `reference` is missing; found `prompt`, `chosen`, `rejected`. If it has another name"
+    message = r"d.jsonl:2: column `reference` is missing; found `prompt`, `chosen`, `rejected`. If it has another name"
     with pytest.raises(UserError, match=message):
         load_triples(tokenizer, TRIPLE, row, max_unusable_fraction=0.9)
 
@@ -307,10 +274,10 @@ def test_labels_in_csv_are_the_words(tokenizer: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("label", [1, 0, "1", "yes", "", None, 1.0])
 def test_a_label_that_is_no_boolean_is_an_error(tokenizer: Any, label: Any) -> None:
-    with pytest.raises(UserError, match=r"p.jsonl:1: column `label` is .*, expected true or false"):
+    with pytest.raises(UserError, match=r"d.jsonl:1: column `label` is .*, expected true or false"):
         load_labels(tokenizer, {"prompt": "a", "completion": "b", "label": label}, max_unusable_fraction=0.9)
 
 
 def test_a_missing_label_is_an_error(tokenizer: Any) -> None:
-    with pytest.raises(UserError, match=r"p.jsonl:1: column `label` is missing; found `prompt`, `completion`"):
+    with pytest.raises(UserError, match=r"d.jsonl:1: column `label` is missing; found `prompt`, `completion`"):
         load_labels(tokenizer, {"prompt": "a", "completion": "b"})

@@ -1,4 +1,4 @@
-"""rlhf/data/prompts.py and chat.py: what reaches the model, token by token, and which rows are refused."""
+"""Prompts reach the model token by token as written, and wrong rows are refused."""
 
 from __future__ import annotations
 
@@ -10,26 +10,17 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from rlhf.data.examples import Reading, load_examples
+from rlhf.data.examples import load_examples
 from rlhf.data.prompts import load_prompts, rollout_seed
-from rlhf.data.sources import Row
 from rlhf.data.usable import LoadedRows
 from rlhf.errors import UserError
 from rlhf.types import Prompt
-
-USER = {"role": "user", "content": "hi"}
-ASSISTANT = {"role": "assistant", "content": "yes"}
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-
-
-@pytest.fixture
-def tokenizer(tiny_model: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_model)
+from tests.fixtures.rows import TOOL, USER, YES, as_rows, reading
 
 
 @pytest.fixture
 def bos_tokenizer(tiny_model: Path) -> Any:
-    """Puts <|reserved_0|> before every raw text and <|eos|> behind it; its template writes the former out."""
+    """Put <|reserved_0|> before every raw text and <|eos|> behind the text. The template writes <|reserved_0|> too."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model, bos_token="<|reserved_0|>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|reserved_0|> $A <|eos|>", special_tokens=[("<|reserved_0|>", 261), ("<|eos|>", 257)]
@@ -45,9 +36,8 @@ def load(tokenizer: Any, *rows: dict[str, Any], **more: Any) -> tuple[Prompt, ..
 def load_all(
     tokenizer: Any, *rows: dict[str, Any], first_id: int = 0, tools: Any = None, **more: Any
 ) -> LoadedRows[Prompt]:
-    reading = Reading(**({"system_prompt": None, "apply_chat_template": True, "max_tokens": 64} | more))
-    found = [Row(file="p.jsonl", line=i, columns=row) for i, row in enumerate(rows, start=1)]
-    return load_prompts(found, tokenizer, reading, first_id=first_id, tools=tools)
+    how = reading(**({"apply_chat_template": True, "max_tokens": 64} | more))
+    return load_prompts(as_rows(*rows), tokenizer, how, first_id=first_id, tools=tools)
 
 
 def test_a_string_prompt_becomes_a_users_turn(tokenizer: Any) -> None:
@@ -64,7 +54,7 @@ def test_a_prompt_may_have_a_temperature_of_its_own(tokenizer: Any) -> None:
     assert [prompt.temperature for prompt in found] == [1.0, None, None]
     assert [prompt.non_token_bytes for prompt in found] == [b"1.0", b"", b""]  # trained with, so a resume must have it
     for wrong in ("warm", True, 0.0, 2.5):
-        with pytest.raises(UserError, match=r"p.jsonl:1: column `temperature` is .*, expected the number from 0.01 to"):
+        with pytest.raises(UserError, match=r"d.jsonl:1: column `temperature` is .*, expected the number from 0.01 to"):
             load(tokenizer, {"prompt": "a", "temperature": wrong})
 
 
@@ -74,7 +64,7 @@ def test_a_prompt_may_have_a_length_limit_of_its_own(tokenizer: Any) -> None:
     assert [prompt.max_new_tokens for prompt in found] == [8, None, None, 1]
     assert [prompt.non_token_bytes for prompt in found] == [b"/8", b"", b"", b"0.5/1"]
     for wrong in ("8", True, 0, -1, 2.0, 9):
-        message = rf"p.jsonl:1: column `max_new_tokens` is {wrong!r}, expected the whole number from 1 to .*, 8, that"
+        message = rf"d.jsonl:1: column `max_new_tokens` is {wrong!r}, expected the whole number from 1 to .*, 8, that"
         with pytest.raises(UserError, match=message):
             load(tokenizer, {"prompt": "a", "max_new_tokens": wrong}, max_new_tokens=8)
 
@@ -85,7 +75,7 @@ def test_a_raw_prompt_goes_as_it_is(tokenizer: Any) -> None:
 
 
 def test_messages_use_the_template_and_the_system_prompt_comes_first(tokenizer: Any) -> None:
-    (prompt,) = load(tokenizer, {"messages": [USER, ASSISTANT, USER]}, apply_chat_template=False, system_prompt="s")
+    (prompt,) = load(tokenizer, {"messages": [USER, YES, USER]}, apply_chat_template=False, system_prompt="s")
     assert prompt.text == "<|system|>s<|eos|><|user|>hi<|eos|><|assistant|>yes<|eos|><|user|>hi<|eos|><|assistant|>"
 
 
@@ -95,9 +85,8 @@ def test_tools_are_told_as_in_the_prompt_of_an_example(tokenizer: Any) -> None:
     )
     row: dict[str, Any] = {"messages": [USER], "tools": [TOOL]}
     prompts = load(tokenizer, row, {"prompt": "hi", "tools": json.dumps([TOOL])}, max_tokens=200)
-    example_row = Row(file="c.jsonl", line=1, columns=row | {"messages": [USER, ASSISTANT]})
-    reading = Reading(system_prompt=None, apply_chat_template=True, max_tokens=200)
-    (example,) = load_examples([example_row], tokenizer, reading).items
+    example_rows = as_rows(row | {"messages": [USER, YES]})
+    (example,) = load_examples(example_rows, tokenizer, reading(apply_chat_template=True)).items
     told = example.token_ids[: example.loss_mask.index(True)]
     assert [prompt.token_ids for prompt in prompts] == [told, told]
     assert prompts[0].text == f"<|system|>{json.dumps(TOOL)}<|eos|><|user|>hi<|eos|><|assistant|>"
@@ -116,7 +105,7 @@ def test_the_first_token_is_never_doubled_and_no_last_one_is_added(bos_tokenizer
 
 def test_a_prompt_over_the_limit_is_named_with_its_length(tokenizer: Any) -> None:
     load(tokenizer, {"prompt": "abcd"}, apply_chat_template=False, max_tokens=4)
-    with pytest.raises(UserError, match=r"p.jsonl:2: the prompt has 5 tokens, more than data.max_prompt_tokens: 4"):
+    with pytest.raises(UserError, match=r"d.jsonl:2: the prompt has 5 tokens, more than data.max_prompt_tokens: 4"):
         load(tokenizer, {"prompt": "abcd"}, {"prompt": "abcde"}, apply_chat_template=False, max_tokens=4)
 
 
@@ -131,23 +120,11 @@ def test_a_prompt_over_the_limit_is_named_with_its_length(tokenizer: Any) -> Non
         ({"messages": []}, {}, "expected a list of messages"),
         ({"messages": [USER, {"role": "user"}]}, {}, "message 2 of column `messages`"),
         ({"messages": [USER | {"content": " "}]}, {}, "message 1 of column `messages`"),
-        (
-            {"messages": [USER | {"content": "\udfff"}]},
-            {},
-            r"message 1 of column `messages` holds `\\udfff` at character",
-        ),
-        (
-            {"messages": [USER], "tools": [TOOL]},
-            {},
-            "does not tell the model of tool `weather`. Name a template that writes tools as data.chat_template",
-        ),
-        (
-            {"prompt": "a", "tools": [TOOL]},
-            {},
-            "does not tell the model of tool `weather`. Name a template that writes tools as data.chat_template",
-        ),
+        ({"messages": [USER | {"content": "\udfff"}]}, {}, r"message 1 of column `messages` holds `\\udfff` at"),
+        ({"messages": [USER], "tools": [TOOL]}, {}, "does not tell the model of tool `weather`. Name a template that"),
+        ({"prompt": "a", "tools": [TOOL]}, {}, "Name a template that writes tools as data.chat_template"),
         ({"prompt": "a", "tools": "x"}, {}, "column `tools` is 'x', expected a list of objects"),
-        ({"messages": [USER, ASSISTANT]}, {}, "ends with the assistant's turn"),
+        ({"messages": [USER, YES]}, {}, "ends with the assistant's turn"),
         ({"messages": [{"role": "system", "content": "x"}, USER]}, {"system_prompt": "s"}, "system message of its own"),
         ({"messages": [{"role": "critic", "content": "x"}]}, {}, "refuses the roles critic: roles are system, user"),
     ],
@@ -155,7 +132,7 @@ def test_a_prompt_over_the_limit_is_named_with_its_length(tokenizer: Any) -> Non
 def test_wrong_rows_are_refused_with_their_place(
     tokenizer: Any, row: dict[str, Any], settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=f"p.jsonl:1: .*{message}"):
+    with pytest.raises(UserError, match=f"d.jsonl:1: .*{message}"):
         load(tokenizer, row, **settings)
 
 
@@ -180,7 +157,7 @@ def test_prompts_that_are_too_long_are_left_out(tokenizer: Any) -> None:
     loaded = load_all(tokenizer, *rows, **options, max_unusable_fraction=0.4, first_id=5)
     assert [(prompt.prompt_id, prompt.text) for prompt in loaded.items] == [(5, "abc"), (7, "ab")]  # the row
     (left_out,) = loaded.unusable
-    assert left_out.place == "p.jsonl:2"
+    assert left_out.place == "d.jsonl:2"
     assert left_out.reason == "the prompt has 4 tokens, more than data.max_prompt_tokens: 3"
     with pytest.raises(UserError, match=r"1 of 3 rows cannot be used, and data.max_unusable_fraction: 0.3 lets 0 be"):
         load_all(tokenizer, *rows, **options, max_unusable_fraction=0.3)
@@ -195,7 +172,7 @@ def test_a_raw_prompt_is_cut_at_its_beginning(bos_tokenizer: Any) -> None:
 
 
 def test_a_conversation_loses_its_oldest_turns(tokenizer: Any) -> None:
-    """Its last turn with the system prompt has 9 tokens: <|system|>s<|eos|> <|user|>hi<|eos|> <|assistant|> and s."""
+    """The last turn and the system prompt have 9 tokens: <|system|>s<|eos|> <|user|>hi<|eos|> <|assistant|> and s."""
     old = [{"role": "user", "content": "old"}, {"role": "assistant", "content": "yes"}]
     row = {"messages": [*old, *old, USER]}
     last = "<|system|>s<|eos|><|user|>hi<|eos|><|assistant|>"
@@ -212,9 +189,7 @@ def test_a_conversation_loses_its_oldest_turns(tokenizer: Any) -> None:
 
 
 def test_a_chat_prompt_knows_the_token_that_ends_its_response(tokenizer: Any) -> None:
-    chat, raw = (
-        load(tokenizer, {"messages": [USER]})[0],
-        load(tokenizer, {"prompt": "hi"}, apply_chat_template=False)[0],
-    )
+    (chat,) = load(tokenizer, {"messages": [USER]})
+    (raw,) = load(tokenizer, {"prompt": "hi"}, apply_chat_template=False)
     assert (chat.is_chat, chat.turn_end) == (True, 257)
     assert (raw.is_chat, raw.turn_end) == (False, None)

@@ -1,4 +1,4 @@
-"""rlhf/data/sources.py: every format gives the same rows, and every mistake is named with its place."""
+"""Every file format gives the same rows, and every mistake is named with its place."""
 
 from __future__ import annotations
 
@@ -187,26 +187,23 @@ def test_a_corrupt_parquet_file_gets_one_short_line(tmp_path: Path, fault: str) 
     assert re.fullmatch(r"/d.parquet (is not a Parquet file that can be read|cannot be read): .{1,300}[^.]\.", said)
 
 
-def test_a_missing_file_or_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere.jsonl does not exist"):
-        read_rows("nowhere.jsonl")
-    with pytest.raises(UserError, match=r"nowhere is not a folder"):
-        read_rows(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"prompts.txt is not a folder, nor a file that ends in .jsonl"):
-        read_rows(save(tmp_path / "prompts.txt", "a"))
-
-
-def test_a_files_name_with_a_split_or_in_capitals_and_a_folder_named_as_a_file(tmp_path: Path) -> None:
-    source = jsonl(tmp_path / "ok.jsonl", *ROWS)
-    with pytest.raises(UserError, match=r"ok.jsonl is a file, and a file has no splits; leave out `:train`\."):
-        read_rows(source + ":train")
-    with pytest.raises(
-        UserError, match=r"X.JSONL: the ending of a file is written small here; rename it to end in .jsonl\."
-    ):
-        read_rows(jsonl(tmp_path / "X.JSONL", *ROWS))
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere.jsonl", "nowhere.jsonl does not exist"),
+        ("FOLDER/nowhere", "nowhere is not a folder"),
+        ("FOLDER/prompts.txt", "prompts.txt is not a folder, nor a file that ends in .jsonl"),
+        ("FOLDER/ok.jsonl:train", "ok.jsonl is a file, and a file has no splits; leave out `:train`\\."),
+        ("FOLDER/X.JSONL", "X.JSONL: the ending of a file is written small here; rename it to end in .jsonl\\."),
+        ("FOLDER/dir.jsonl", "dir.jsonl is a folder, but its name ends as a file's does"),
+    ],
+)
+def test_a_name_that_is_no_source_is_refused(tmp_path: Path, source: str, message: str) -> None:
+    for name in ("prompts.txt", "ok.jsonl", "X.JSONL"):
+        jsonl(tmp_path / name, *ROWS)
     (tmp_path / "dir.jsonl").mkdir()
-    with pytest.raises(UserError, match=r"dir.jsonl is a folder, but its name ends as a file's does"):
-        read_rows(str(tmp_path / "dir.jsonl"))
+    with pytest.raises(UserError, match=message):
+        read_rows(source.replace("FOLDER", str(tmp_path)))
 
 
 def test_an_unreachable_dataset_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,10 +250,7 @@ def test_a_missing_column_is_an_error_with_the_columns_found() -> None:
         (" \n", "not empty"),
         ("ab\ud800", r"`prompt` holds `\\ud800` at character 3, half of a character"),
         ({"a": 1}, "`prompt` is an object, expected a string"),
-        (
-            [{"role": "user"}],
-            r"`prompt` is a list, expected a string; for chat messages set data.columns: {messages: prompt}",
-        ),
+        ([{"role": "user"}], r"`prompt` is a list, expected a string; for chat messages set data.columns: {messages"),
     ],
 )
 def test_an_empty_or_non_string_value_is_an_error(value: object, message: str) -> None:

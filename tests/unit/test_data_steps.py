@@ -1,31 +1,21 @@
-"""rlhf/data/steps.py: each step's label stands at the token that ends it."""
+"""The label of a step stands at the last token of the step."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
-from rlhf.data.examples import Reading
-from rlhf.data.sources import Row
 from rlhf.data.steps import StepLabelled, collate_steps, load_step_labelled
 from rlhf.data.usable import LoadedRows
 from rlhf.errors import UserError
+from tests.fixtures.rows import as_rows, reading
 
 EOS = 257
 
 
-@pytest.fixture
-def tokenizer(tiny_model: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_model)
-
-
 def load(tokenizer: Any, *rows: dict[str, Any], step_separator: str = "\n", **more: Any) -> LoadedRows[StepLabelled]:
-    settings = {"system_prompt": None, "apply_chat_template": False, "max_tokens": 200} | more
-    placed = [Row(file="s.jsonl", line=i, columns=row) for i, row in enumerate(rows, start=1)]
-    return load_step_labelled(placed, tokenizer, Reading(**settings), step_separator=step_separator)
+    return load_step_labelled(as_rows(*rows), tokenizer, reading(**more), step_separator=step_separator)
 
 
 ROW = {"prompt": "ab", "completions": ["c", "de"], "labels": [True, False]}
@@ -56,9 +46,9 @@ def test_a_long_answer_loses_whole_steps(tokenizer: Any) -> None:
     (item,) = load(tokenizer, three, max_tokens=6, too_long="cut").items
     assert (item.token_ids, item.step_ends, item.labels) == ((*b"abc\n",), (3,), (True,))
     # `ab` and `c\n` are 2 and 2 tokens
-    with pytest.raises(UserError, match=r"s.jsonl:1: prompt and first step have 4 tokens, more than .*: 3\."):
+    with pytest.raises(UserError, match=r"d.jsonl:1: prompt and first step have 4 tokens, more than .*: 3\."):
         load(tokenizer, three, max_tokens=3, too_long="cut")
-    with pytest.raises(UserError, match=r"s.jsonl:1: the prompt of 2 tokens leaves the completion none"):
+    with pytest.raises(UserError, match=r"d.jsonl:1: the prompt of 2 tokens leaves the completion none"):
         load(tokenizer, three, max_tokens=2, too_long="cut")
 
 
@@ -81,5 +71,5 @@ def test_collate_marks_the_ends(tokenizer: Any) -> None:
     ],
 )
 def test_wrong_rows_are_refused_with_their_place(tokenizer: Any, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=f"s.jsonl:1: {message}"):
+    with pytest.raises(UserError, match=f"d.jsonl:1: {message}"):
         load(tokenizer, ROW | change)

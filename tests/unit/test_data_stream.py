@@ -1,4 +1,4 @@
-"""rlhf/data/stream.py: each item once an epoch, in an order that only seed and epoch decide, from any cursor."""
+"""Each item comes once an epoch, from any cursor, in an order that depends on seed and epoch alone."""
 
 from __future__ import annotations
 

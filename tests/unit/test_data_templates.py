@@ -1,9 +1,9 @@
-"""rlhf/data/segments.py: which tokens are learnt, under the manners of real chat templates, tools and all.
+"""The learnt tokens are right under the conventions of real chat templates, with tools.
 
-The templates are written for these tests, each in the manner of a family: SmolLM2 (ChatML with a default system
-message), Llama 3.1 (header tokens, stripped content, tools in the first user message), Qwen 2.5 and 3 (tools in the
-system message, tool answers gathered in a user turn), Phi 3 (a last token that only the last turn has), R1 (a
-generation prompt that opens a tag), Harmony (a special token within the turn, and another one at its end).
+Each template imitates a family: SmolLM2 (ChatML with a default system message), Llama 3.1 (header tokens, stripped
+content, tools in the first user message), Qwen 2.5 and 3 (tools in the system message, tool answers in a user turn),
+Phi 3 (a last token of the last turn alone), R1 (a generation prompt with an opening tag), Harmony (a special token
+within the turn, and another special token at the end).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.examples import Example, Reading, load_examples
-from rlhf.data.sources import Row
+from rlhf.data.examples import load_examples
 from rlhf.errors import UserError
 from rlhf.models.files.tiny import byte_tokenizer
+from tests.fixtures import rows as rows_fixture
+from tests.fixtures.rows import NO, TOOL, USER, YES, as_rows, reading
 
 CHATML = """\
 {%- if messages[0].role != 'system' -%}{{- '<|im_start|>system\nBe helpful.<|im_end|>\n' -}}{%- endif -%}
@@ -90,10 +91,6 @@ R1 = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' + opened -}}{%- endif -%}"""
 
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-USER = {"role": "user", "content": "hi"}
-YES = {"role": "assistant", "content": "yes"}
-NO = {"role": "assistant", "content": "no"}
 CALL = {
     "role": "assistant",
     "content": None,
@@ -103,24 +100,15 @@ RESULT = {"role": "tool", "content": "12 C"}
 
 
 def learnt(template: str, *messages: dict[str, Any], tools: Any = None, **columns: Any) -> str:
-    """The example's text, `[` and `]` around what is learnt."""
+    """Return the text of an example with brackets around the learnt tokens."""
     tokenizer = byte_tokenizer()
     special = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end|>"]
     special += ["<|start|>", "<|message|>", "<|return|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": special, "bos_token": "<|reserved_0|>"})
     tokenizer.chat_template = template
-    row = Row(file="c.jsonl", line=1, columns={"messages": list(messages), "tools": tools} | columns)
-    reading = Reading(system_prompt=None, apply_chat_template=True, max_tokens=10_000)
-    (example,) = load_examples([row], tokenizer, reading).items
-    return marked(tokenizer, example)
-
-
-def marked(tokenizer: Any, example: Example) -> str:
-    text, inside = "", False
-    for token, learn in zip(example.token_ids, example.loss_mask, strict=True):
-        text += ("[" if learn and not inside else "]" if inside and not learn else "") + tokenizer.decode([token])
-        inside = learn
-    return text + ("]" if inside else "")
+    rows = as_rows({"messages": list(messages), "tools": tools} | columns)
+    (example,) = load_examples(rows, tokenizer, reading(apply_chat_template=True, max_tokens=10_000)).items
+    return rows_fixture.learnt(tokenizer, example)
 
 
 def test_chatml_learns_each_turn_to_its_end_token() -> None:
@@ -182,7 +170,7 @@ def test_reasoning_is_learnt_and_a_history_without_it_is_refused_or_left_to_the_
     thought = NO | {"reasoning_content": "hm"}
     end = "<|im_start|>assistant\n[<think>\nhm\n</think>\n\nno<|im_end|>]"
     assert learnt(QWEN3, USER, thought).endswith(end)
-    with pytest.raises(UserError, match=r"c.jsonl:1: .*writes message 2 or those before it differently once message 4"):
+    with pytest.raises(UserError, match=r"d.jsonl:1: .*writes message 2 or those before it differently once message 4"):
         learnt(QWEN3, USER, YES, USER, thought)
     told = learnt(QWEN3, USER, YES | {"train": False}, USER, thought)
     history = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
@@ -194,19 +182,14 @@ def test_a_turn_that_ends_otherwise_in_the_history_is_refused_but_where_it_is_la
     assert (
         learnt(template, USER, YES) == "<|start|>user<|message|>hi<|end|><|start|>assistant[<|message|>yes<|return|>]"
     )
-    with pytest.raises(UserError, match=r"c.jsonl:1: .*writes message 2 or those before it differently once message 4"):
+    with pytest.raises(UserError, match=r"d.jsonl:1: .*writes message 2 or those before it differently once message 4"):
         learnt(template, USER, YES, USER, NO)
 
 
 @pytest.mark.parametrize(
     ("template", "messages", "tools", "message"),
     [
-        (
-            LLAMA,
-            [USER, CALL | {"tool_calls": CALL["tool_calls"] * 2}],
-            None,
-            "refuses the roles user, assistant: one call",
-        ),
+        (LLAMA, [USER, CALL | {"tool_calls": CALL["tool_calls"] * 2}], None, "refuses the roles user, assistant: one"),
         (CHATML, [USER, CALL | {"content": "ok"}], None, "leaves out the call of `weather` of message 2"),
         (CHATML, [USER, YES], [TOOL], "does not tell the model of tool `weather`"),
         (
@@ -222,7 +205,7 @@ def test_a_turn_that_ends_otherwise_in_the_history_is_refused_but_where_it_is_la
 def test_a_template_that_loses_something_is_refused(
     template: str, messages: list[dict[str, Any]], tools: Any, message: str
 ) -> None:
-    with pytest.raises(UserError, match=f"c.jsonl:1: the chat template of .*{message}"):
+    with pytest.raises(UserError, match=f"d.jsonl:1: the chat template of .*{message}"):
         learnt(template, *messages, tools=tools)
 
 
@@ -236,27 +219,11 @@ def test_a_template_that_loses_something_is_refused(
             None,
             "`tool_calls` of message 2",
         ),
-        (
-            [USER, CALL | {"tool_calls": "f"}],
-            None,
-            "`tool_calls` of message 2 of column `messages` is 'f', expected a li",
-        ),
-        (
-            [USER, {"role": "assistant", "content": None}],
-            None,
-            "message 2 of column `messages` is .*`tool_calls` in place",
-        ),
-        (
-            [USER, {"role": "assistant", "content": " "}],
-            None,
-            "message 2 of column `messages`, the assistant's, is empty",
-        ),
+        ([USER, CALL | {"tool_calls": "f"}], None, "`tool_calls` of message 2 of column `messages` is 'f', expected a"),
+        ([USER, {"role": "assistant", "content": None}], None, "message 2 of column `messages` is .*`tool_calls` in"),
+        ([USER, {"role": "assistant", "content": " "}], None, "message 2 of column `messages`, the assistant's, is"),
         ([USER | {"content": ""}, YES], None, "message 1 of column `messages` is"),
-        (
-            [USER | {"content": [{"type": "text", "text": "a"}]}, YES],
-            None,
-            "expected an object with strings `role` and",
-        ),
+        ([USER | {"content": [{"type": "text", "text": "a"}]}, YES], None, "expected an object with strings `role`"),
         ([USER, YES], "no json", "column `tools` is 'no json', expected a list"),
         ([USER, YES], "[" * 9999, r"column `tools` is '\[\[.*, expected a list"),
         ([USER, YES], [{"type": "function"}], "column `tools` is .*, expected a list"),
@@ -265,7 +232,7 @@ def test_a_template_that_loses_something_is_refused(
     ],
 )
 def test_messages_that_are_none_are_named(messages: list[dict[str, Any]], tools: Any, message: str) -> None:
-    with pytest.raises(UserError, match=f"c.jsonl:1: .*{message}"):
+    with pytest.raises(UserError, match=f"d.jsonl:1: .*{message}"):
         learnt(QWEN, *messages, tools=tools)
 
 

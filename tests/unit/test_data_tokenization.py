@@ -54,12 +54,8 @@ def test_a_raw_text_has_the_ids_that_the_tokenizer_gives_it(tokenizer: Any) -> N
 def test_a_conversation_has_the_ids_of_the_whole_conversation(tokenizer: Any, template: str) -> None:
     if template == "zephyr":
         tokenizer.chat_template = ZEPHYR
-    messages = [
-        {"role": "user", "content": "question"},
-        {"role": "assistant", "content": "answer"},
-        {"role": "user", "content": "more"},
-        {"role": "assistant", "content": "yes no"},
-    ]
+    texts = ("question", "answer", "more", "yes no")
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     (example,) = load_examples([row(messages=messages)], tokenizer, READING).items
     text = render(messages, tokenizer, add_generation_prompt=False, place="")
     (whole,) = encode([text], tokenizer)
@@ -103,7 +99,6 @@ def test_what_follows_a_chat_turn_has_the_ids_that_it_has_within_the_whole(kind:
     )
     (turn,) = Continuation(made).encode([(render(conversation[:1], made, add_generation_prompt=True, place=""), "yes")])
     end = turn_end(made)
-    assert end is not None
     told = ChatTurns(made, with_tools=False).after([*turn, end], "more")
     assert [*prompt, *turn, end, *told] == whole
 

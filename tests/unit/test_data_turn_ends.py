@@ -1,4 +1,4 @@
-"""A turn that ended by itself has one end, whatever the template writes before its end."""
+"""A turn that ended by itself has a single end, whatever the template writes before that end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MORE = {"role": "user", "content": "more"}
 @pytest.mark.parametrize("added", ["", " no"])
 @pytest.mark.parametrize("make", MAKERS)
 def test_a_continued_turn_is_what_the_template_writes(make: Callable[[], Any], added: str) -> None:
-    """The turn ended by itself, or at a limit, or at a stop string with text of the client behind it."""
+    """The turn ended by itself, at a limit, or at a stop string with text of the client behind."""
     tokenizer = make()
 
     def ids(messages: list[dict[str, str]], *, generates: bool = False) -> list[int]:
@@ -33,7 +33,6 @@ def test_a_continued_turn_is_what_the_template_writes(make: Callable[[], Any], a
         return tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[no-any-return]
 
     end = turn_end(tokenizer)
-    assert end is not None
     ends = TurnEnds(tokenizer, (end,))
     turn = ids([ASK, ANSWER])
     ended = turn[: len(turn) - turn[::-1].index(end)]

@@ -1,4 +1,4 @@
-"""The doctor's judgements, with the machine replaced by what it might be."""
+"""The doctor judges machines, which are replaced here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlhf.tracking.run_folder.environment import output_of
 
 @pytest.fixture
 def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What is installed; a test fills it in."""
+    """Return the installed versions, which a test fills in."""
     installed: dict[str, str] = {}
     monkeypatch.setattr(doctor, "version_of", installed.get)
     return installed

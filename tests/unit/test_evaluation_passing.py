@@ -1,4 +1,4 @@
-"""Which responses pass: a penalty or a weight never hides that a response is right."""
+"""A penalty or a weight never hides that a response is right."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_a_reward_that_only_some_prompts_have_is_averaged_over_those() -> None:
 
 
 def test_a_set_and_each_of_its_sources_has_a_report() -> None:
-    """Prompt 1 failed: its source has no results, and the whole counts it."""
+    """Prompt 1 failed. The source of prompt 1 has no results, and the whole set counts the failure."""
     sources = {0: "easy", 1: "odd", 2: "hard"}
     found = prompt_reports("heldout", RESULTS, MARKING, sources=sources, prompt_ids=[0, 1, 2], seed=0)
     assert [(one.name, one.num_rows, one.num_failed) for one in found] == [
@@ -104,7 +104,7 @@ def test_models_are_compared_on_the_prompts_that_both_answered() -> None:
 
 
 def test_example_metrics_by_hand() -> None:
-    """3 tokens with log-probability -1.5 and one with -0.5: loss 2/4."""
+    """Three tokens have log-probability -1.5, and the fourth token has -0.5: loss 2/4."""
     results = [
         ExampleResult(num_tokens=3, logprob=-1.5, num_top1=2),
         ExampleResult(num_tokens=1, logprob=-0.5, num_top1=1),
@@ -177,16 +177,10 @@ def test_rows_and_report_are_plain_json() -> None:
 
 
 def test_a_run_logs_rewards_by_name_alone() -> None:
-    one = SetReport(
-        name="hard",
-        num_rows=2,
-        num_failed=0,
-        metrics={
-            "score": Estimate(value=0.5, low=0.0, high=1.0),
-            "rewards/correct": Estimate(value=0.25, low=None, high=None),
-            "pass@8": Estimate(value=0.75, low=None, high=None),
-        },
-    )
+    shares = {"rewards/correct": 0.25, "pass@8": 0.75}
+    metrics = {name: Estimate(value=value, low=None, high=None) for name, value in shares.items()}
+    metrics["score"] = Estimate(value=0.5, low=0.0, high=1.0)
+    one = SetReport(name="hard", num_rows=2, num_failed=0, metrics=metrics)
     found = Evaluation(model="m", against=None, seed=0, samples=8, sets=(one,)).to_metrics()
     assert found == {
         "eval/hard/score": 0.5,
@@ -200,16 +194,7 @@ def test_a_run_logs_rewards_by_name_alone() -> None:
 
 def test_a_reward_is_averaged_over_the_prompts_that_it_applies_to() -> None:
     plain = result(3, ("x",), (4.0,))
-    other = PromptResult(
-        prompt_id=4,
-        prompt="p4",
-        responses=("y",),
-        scores=(2.0,),
-        by_name={"style": (2.0,)},
-        answers=None,
-        truncated=(False,),
-        response_tokens=(1,),
-    )
+    other = replace(result(4, ("y",), (2.0,)), by_name={"style": (2.0,)}, answers=None, truncated=(False,))
     found = prompt_metrics([plain, other], None, Marking(ks=(1,), passing=None, answers=None), seed=0)
     assert {name: found[name].value for name in ("score", "rewards/right", "rewards/style")} == {
         "score": 3.0,  # (4 + 2) / 2
@@ -243,7 +228,7 @@ def test_a_run_shows_its_first_and_last_evaluation(tmp_path: Path) -> None:
 
 
 def test_conversations_are_written_turn_by_turn_and_token_by_token() -> None:
-    """Two turns of the policy, `4` and `6`, with what it was told between them; only these are sampled."""
+    """The policy has two turns, `4` and `6`, around a turn of the environment. Only the policy's turns are sampled."""
     tokenizer = byte_tokenizer()
     prompt, told = list(b"1-7?"), list(b" up ")
     mask = [False] * 4 + [True] + [False] * 4 + [True]

@@ -30,7 +30,7 @@ def test_pass_at_k_by_hand() -> None:
 
 
 def test_maj_at_k_by_hand() -> None:
-    """Answers a a b c of which a is right.
+    """The answers are a a b c, and a is right.
 
     k = 1: 2/4. k = 2, six pairs: aa wins; ab (twice) and ac (twice) tie, 1/2 each; bc loses: (1 + 2) / 6.
     k = 3, four triples: aab and aac win, abc (twice) a third each: (2 + 2/3) / 4.  k = 4: a wins.

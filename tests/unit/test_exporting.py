@@ -1,4 +1,4 @@
-"""What `rlhf export` writes of a checkpoint: a model, an adapter, or a model with the adapter in its weights."""
+"""`rlhf export` writes a model, an adapter, or a model with the merged adapter from a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ train: {{steps: 1, lr: 1.0e-3, sequences_per_update: 8}}
 
 
 def checkpointed(folder: Path, base: Path, model: Any, *, lora: str = "") -> Path:
-    """A run with a checkpoint of the model's trained weights, as one rank writes it at ZeRO stage 0."""
+    """Write a run with a checkpoint of a model's trained weights, as a single rank does at ZeRO stage 0."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     (folder / "run.yaml").write_text(RUN.format(folder=folder, model=base, lora=lora))
     with RunFolder.open(folder, "demo", resume=False) as run:

@@ -1,4 +1,4 @@
-"""Code by name: files, entry points of installed packages, and every way in which a name can be wrong."""
+"""Code is found by name in files and in entry points of packages. Every wrong name has a message."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What only GPUs call of vLLM, torch and DeepSpeed exists in the installed versions, with the arguments that are given.
+"""Names of vLLM, torch and DeepSpeed that only GPUs use exist in the installed versions, with the same arguments.
 
-Nothing is called. A version that drops or renames something fails here, on a CPU, and not on the first GPU.
+Nothing is called. A version that drops or renames a name fails here, on a CPU, before the first run on a GPU.
 """
 
 from __future__ import annotations

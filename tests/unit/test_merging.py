@@ -1,4 +1,4 @@
-"""What a merge makes, and what it refuses before it loads a weight."""
+"""A merge writes a model or an adapter, and refuses wrong inputs before weights are loaded."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rlhf.config.schema.merge import MergeConfig, MergeRun, load_merge_file
 from rlhf.merging import merge as merging
 from rlhf.merging.merge import merge_models
 from rlhf.merging.sources import find_source
+from tests.fixtures.models import change_json, changed_copy
 from tests.merging_models import make_adapter, make_models, make_reward_adapter, weights
 from tests.tiny_architectures import tiny_model as tiny_architecture
 
@@ -143,9 +144,7 @@ def test_fold_keeps_the_routing_biases_in_float32(tmp_path: Path, models: Path) 
 
 @pytest.mark.parametrize("method", ["fold", "linear"])
 def test_a_reward_models_adapter_gives_a_model_that_scores_a_batch(tmp_path: Path, models: Path, method: str) -> None:
-    base = shutil.copytree(models / "base", tmp_path / "base")
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
+    base = changed_copy(models / "base", tmp_path / "base", pad_token_id=None)
     names = ["one", "two"] if method == "linear" else ["one"]
     heads = [
         weights(make_reward_adapter(tmp_path / name, base, seed=seed))["base_model.model.score.weight"]
@@ -226,8 +225,7 @@ def test_an_adapter_that_does_not_fit_its_base_is_named(tmp_path: Path, models: 
 def test_adapters_of_stacked_experts_are_not_combined(tmp_path: Path, models: Path) -> None:
     for name in ("one", "two"):
         make_adapter(tmp_path / name, models / "base", seed=1)
-    file = tmp_path / "two" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "target_parameters": ["gate_up_proj"]}))
+    change_json(tmp_path / "two" / "adapter_config.json", target_parameters=["gate_up_proj"])
     with pytest.raises(rlhf.UserError, match=r"^merge\.models\.two: the adapter .* has target_parameters, and such"):
         merge(tmp_path / "out", tmp_path, ["one", "two"], method="cat", output="adapter")
 
@@ -255,11 +253,7 @@ def test_other_combinations_of_adapters(tmp_path: Path, models: Path, method: st
     ("names", "values", "message"),
     [
         (["a", "none"], {"method": "linear"}, r"merge\.models\.none: the folder .*none does not exist"),
-        (
-            ["a", "tied_b"],
-            {"method": "linear"},
-            r"merge\.models\.a .* and merge\.models\.tied_b .* tie_word_embeddings",
-        ),
+        (["a", "tied_b"], {"method": "linear"}, r"models\.a .*models\.tied_b .* tie_word_embeddings"),
         (["a", "lora_a"], {"method": "fold"}, "takes one model"),
         (["a"], {"method": "fold"}, r"merge\.models\.a: .* is not an adapter"),
         (["base"], {"method": "slerp", "base": "base"}, r"merge\.base: is the same model as merge\.models\.base"),
@@ -267,11 +261,7 @@ def test_other_combinations_of_adapters(tmp_path: Path, models: Path, method: st
         (["lora_a", "lora_rank8"], {"method": "linear", "output": "adapter"}, "ranks 4 and 8, .* use cat or svd"),
         (["lora_a", "lora_of_a"], {"method": "cat", "output": "adapter"}, "adapters of different bases"),
         (["lora_a"], {"method": "svd", "output": "adapter", "rank": 97}, r"97 is more than 96"),
-        (
-            ["a"],
-            {"method": "passthrough", "slices": [{"model": "a", "layers": [0, 4]}]},
-            r"layers \[0, 4\] of a, but it has 3 layers",
-        ),
+        (["a"], {"method": "passthrough", "slices": [{"model": "a", "layers": [0, 4]}]}, r"it has 3 layers"),
     ],
 )
 def test_refused(tmp_path: Path, models: Path, names: list[str], values: dict[str, Any], message: str) -> None:
@@ -312,7 +302,7 @@ def test_a_damaged_file_names_the_model(tmp_path: Path, models: Path, file: str,
 
 
 def broken(models: Path, folder: Path, change: str) -> None:
-    """Model a in `folder`/a as it is, and a changed model b."""
+    """Copy model a to `folder`/a, and a changed model b to `folder`/b."""
     shutil.copytree(models / "a", folder / "a")
     shutil.copytree(models / "b", folder / "b")
     b = folder / "b"
@@ -335,17 +325,13 @@ def broken(models: Path, folder: Path, change: str) -> None:
     elif change == "pickle":
         (b / "model.safetensors").rename(b / "pytorch_model.bin")
     elif change == "architecture":
-        config = json.loads((b / "config.json").read_text())
-        (b / "config.json").write_text(json.dumps({**config, "architectures": ["MistralForCausalLM"]}))
+        change_json(b / "config.json", architectures=["MistralForCausalLM"])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            "vocabulary",
-            r"models\.a .* and merge\.models\.b .* different vocabularies of 320 and 321 tokens: '<new>' is no",
-        ),
+        ("vocabulary", r"models\.a .* and merge\.models\.b .* different vocabularies of 320 and 321 tokens: '<new>'"),
         ("template", r"merge\.models\.a and merge\.models\.b have different chat templates; set merge\.tokenizer"),
         ("size", r"differ in size: lm_head\.weight is \[320, 96\] in the one and \[352, 96\] in the other"),
         ("cut", r"merge\.models\.b: .*model\.safetensors cannot be read \(.*\); copy or download it again"),
@@ -370,9 +356,7 @@ def test_the_base_of_an_adapter_is_downloaded_at_its_revision(
     tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = shutil.copytree(models / "lora_a", tmp_path / "lora")
-    file = adapter / "adapter_config.json"
-    settings = json.loads(file.read_text()) | {"base_model_name_or_path": "org/base", "revision": "v1"}
-    file.write_text(json.dumps(settings))
+    change_json(adapter / "adapter_config.json", base_model_name_or_path="org/base", revision="v1")
     asked = []
 
     def download(name: str, **options: Any) -> str:

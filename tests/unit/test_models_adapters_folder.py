@@ -1,4 +1,4 @@
-"""Adapters that were trained before: gone on with, refused where they fit another model, merged."""
+"""Trained adapters are continued or merged, and refused for a model of another shape."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.errors import UserError
@@ -23,10 +22,9 @@ from rlhf.models.adapters.folder import (
 )
 from rlhf.models.adapters.lora import adapter_disabled, add_lora, with_adapter
 from rlhf.models.adapters.settings import base_of
-from rlhf.models.files.export import export_adapter
-from rlhf.models.files.loading import load_causal_lm, load_critic, load_tokenizer
+from rlhf.models.files.loading import load_causal_lm, load_critic
 from rlhf.models.files.tiny import build_tiny_llama
-from rlhf.models.files.weights import adapter_sources
+from tests.fixtures.models import change_json, changed_copy, logits, moved, save_adapter
 
 TOKENS = torch.arange(9)[None]
 KINDS: dict[str, dict[str, Any]] = {
@@ -38,31 +36,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(TOKENS).logits
-    return result
-
-
-def trained(model: Any) -> Any:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return model
-
-
-def saved(model: Any, folder: Path, base: Path) -> Path:
-    weights = ((source.name, source.make()) for source in adapter_sources(model))
-    export_adapter(folder, weights, model, load_tokenizer(str(base)))
-    return folder
-
-
 def made(base: Path, folder: Path, **options: Any) -> tuple[Any, Path]:
     torch.manual_seed(5)
     model = load_causal_lm(str(base), dtype=torch.float32)
-    model = trained(add_lora(model, **({"rank": 4, "alpha": 8.0, "dropout": 0.0} | options)))
-    return model, saved(model, folder, base)
+    model = moved(add_lora(model, **({"rank": 4, "alpha": 8.0, "dropout": 0.0} | options)))
+    return model, save_adapter(model, folder, base)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -71,19 +49,19 @@ def test_goes_on_from_an_adapter_which_is_then_the_reference(tmp_path: Path, kin
     base = build_tiny_llama(tmp_path / "base", seed=0, tied=tied)
     first, folder = made(base, tmp_path / "first", **KINDS[kind])
     model = load_trainable_adapter(load_causal_lm(str(base), dtype=torch.float32), folder, dropout=0.0)
-    start = logits(model)
-    torch.testing.assert_close(start, logits(first), rtol=0, atol=2e-6 if kind == "pissa" else 0.0)
+    start = logits(model, TOKENS)
+    torch.testing.assert_close(start, logits(first, TOKENS), rtol=0, atol=2e-6 if kind == "pissa" else 0.0)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert not any(".initial." in name for name in trainable)
     assert len(trainable) == sum(p.requires_grad for p in first.parameters())
-    moved = logits(trained(model))
-    assert not torch.allclose(moved, start, atol=1e-2)
+    after = logits(moved(model), TOKENS)
+    assert not torch.allclose(after, start, atol=1e-2)
     with adapter_disabled(model):
-        assert torch.equal(logits(model), start)
-    assert torch.equal(logits(model), moved)
-    second = saved(model, tmp_path / "second", base)
+        assert torch.equal(logits(model, TOKENS), start)
+    assert torch.equal(logits(model, TOKENS), after)
+    second = save_adapter(model, tmp_path / "second", base)
     plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), second)
-    assert torch.equal(logits(plain), moved)
+    assert torch.equal(logits(plain, TOKENS), after)
 
 
 @pytest.mark.parametrize("continued", [False, True])
@@ -96,7 +74,7 @@ def test_an_adapter_names_the_model_and_the_revision_that_it_is_trained_on(
         model = load_trainable_adapter(model, made(tiny_model, tmp_path / "first")[1])
     else:
         model = add_lora(model, rank=4, alpha=8.0, dropout=0.0)
-    folder = saved(model, tmp_path / "adapter", tiny_model)
+    folder = save_adapter(model, tmp_path / "adapter", tiny_model)
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert (settings["base_model_name_or_path"], settings["revision"]) == ("org/name", "v1")
     assert base_of(folder) == ("org/name@v1", 4)
@@ -119,12 +97,12 @@ def test_merges_a_sequence_classifier_with_its_head(tiny_model: Path, tmp_path: 
     torch.manual_seed(5)
     critic = load_critic(str(tiny_model), dtype=torch.float32)
     critic.config.pad_token_id = 0
-    critic = trained(add_lora(critic, rank=2, alpha=4.0, dropout=0.0))
-    folder = saved(critic, tmp_path / "adapter", tiny_model)
+    critic = moved(add_lora(critic, rank=2, alpha=4.0, dropout=0.0))
+    folder = save_adapter(critic, tmp_path / "adapter", tiny_model)
     merge_adapter(str(tiny_model), folder, tmp_path / "merged", dtype=torch.float32)
     kind = AutoModelForSequenceClassification
     merged = kind.from_pretrained(tmp_path / "merged", dtype=torch.float32, pad_token_id=0)
-    torch.testing.assert_close(logits(merged), logits(critic), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(merged, TOKENS), logits(critic, TOKENS), rtol=1e-4, atol=1e-5)
     again = load_trainable_adapter(load_critic(str(tiny_model), dtype=torch.float32), folder)
     assert torch.equal(again.score.weight, critic.score.weight)
 
@@ -146,17 +124,10 @@ def test_the_shape_of_a_folder(tiny_model: Path, tmp_path: Path) -> None:
 def test_an_adapter_of_another_architecture_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     _, folder = made(tiny_model, tmp_path / "adapter")
     refuse_misfit_adapter(folder, str(tiny_model))
-    wider = tmp_path / "wider"
-    wider.mkdir()
-    for file in tiny_model.iterdir():
-        (wider / file.name).write_bytes(file.read_bytes())
-    config = json.loads((wider / "config.json").read_text())
-    config["intermediate_size"] *= 2
-    (wider / "config.json").write_text(json.dumps(config))
+    wider = changed_copy(tiny_model, tmp_path / "wider", intermediate_size=512)
     with pytest.raises(UserError, match=r"was trained on .*, a model of another architecture than"):
         refuse_misfit_adapter(folder, str(wider))
-    unknown = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": "some/model"}
-    (folder / "adapter_config.json").write_text(json.dumps(unknown))
+    change_json(folder / "adapter_config.json", base_model_name_or_path="some/model")
     with pytest.raises(UserError, match=r"does not fit .*: .*(down|gate|up)_proj.lora_. has shape|has shape"):
         refuse_misfit_adapter(folder, str(wider))
 
@@ -181,20 +152,17 @@ def test_what_cannot_be_trained_on_is_refused(
     tiny_model: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     _, folder = made(tiny_model, tmp_path / "adapter")
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    change_json(folder / "adapter_config.json", **change)
     with pytest.raises(UserError, match=message):
         refuse_misfit_adapter(folder, str(tiny_model))
 
 
 @pytest.mark.timeout(60)
 def test_a_regular_expression_of_a_folder_is_not_run(tiny_model: Path, tmp_path: Path) -> None:
-    """peft would match it against the name of every module: here for hours."""
+    """peft would match the expression against the name of every module, here for hours."""
     _, folder = made(tiny_model, tmp_path / "adapter")
-    path = folder / "adapter_config.json"
-    settings = json.loads(path.read_text())
     named = read_adapter_config(folder).target_modules
-    path.write_text(json.dumps(settings | {"target_modules": r".*model.*((((a|.)+)+)+)+$Z"}))
+    change_json(folder / "adapter_config.json", target_modules=r".*model.*((((a|.)+)+)+)+$Z")
     refuse_misfit_adapter(folder, str(tiny_model))
     found = read_adapter_config(folder).target_modules
     assert {name.rpartition(".")[2] for name in found} == set(named)

@@ -1,4 +1,4 @@
-"""Adapters of every kind: exact when off, merged as peft merges them, the same in plain peft from their files."""
+"""Adapters of every kind are exact when off, and merge and load as in plain peft."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.errors import UserError
 from rlhf.models.adapters.lora import adapter_disabled, add_lora, principal_pair
-from rlhf.models.files.export import export_adapter, export_model
-from rlhf.models.files.loading import load_causal_lm, load_critic, load_tokenizer
+from rlhf.models.files.loading import load_causal_lm, load_critic
 from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.models.files.weights import adapter_sources, dora_merged, lora_merged, pissa_merged, weight_sources
 from rlhf.models.packed.forward import hidden_states, policy_logprobs_only
+from tests.fixtures.models import logits, moved, save_adapter, save_model
 from tests.tiny_architectures import tiny_model as tiny_architecture
 
 TOKENS, LENGTHS = torch.arange(7), torch.tensor([3, 4])
@@ -45,31 +45,9 @@ def hidden(model: Any) -> Tensor:
         return hidden_states(model, TOKENS, LENGTHS)
 
 
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(TOKENS[None]).logits
-    return result
-
-
 def adapted(path: Path, **options: Any) -> Any:
     model = load_causal_lm(str(path), dtype=torch.float32)
     return add_lora(model, **({"rank": 4, "alpha": 8.0, "dropout": 0.0} | options))
-
-
-def trained(model: Any) -> Any:
-    """As training would leave it: every trainable weight somewhere else."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return model
-
-
-def saved(model: Any, folder: Path, base: Path) -> Path:
-    weights = ((source.name, source.make()) for source in adapter_sources(model))
-    export_adapter(folder, weights, model, load_tokenizer(str(base)))
-    return folder
 
 
 def in_plain_peft(base: Path, adapter: Path) -> Any:
@@ -79,38 +57,38 @@ def in_plain_peft(base: Path, adapter: Path) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_off_is_the_model_before(base: Path, kind: str) -> None:
-    before = logits(load_causal_lm(str(base), dtype=torch.float32))
-    model = trained(adapted(base, **KINDS[kind]))
+    before = logits(load_causal_lm(str(base), dtype=torch.float32), TOKENS)
+    model = moved(adapted(base, **KINDS[kind]))
     trainable = [p.requires_grad for p in model.parameters()]
-    after = logits(model)
+    after = logits(model, TOKENS)
     assert not torch.allclose(after, before, atol=1e-2)
     with adapter_disabled(model):
-        assert torch.equal(logits(model), before)
+        assert torch.equal(logits(model, TOKENS), before)
         assert [p.requires_grad for p in model.parameters()] == trainable
-    assert torch.equal(logits(model), after)
+    assert torch.equal(logits(model, TOKENS), after)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_starts_from_the_model(base: Path, kind: str) -> None:
-    before = logits(load_causal_lm(str(base), dtype=torch.float32))
+    before = logits(load_causal_lm(str(base), dtype=torch.float32), TOKENS)
     exact = "pissa" not in kind  # there the principal part is added and taken away again, in another order
-    assert (logits(adapted(base, **KINDS[kind])) - before).abs().max() <= (0.0 if exact else 2e-6)
+    assert (logits(adapted(base, **KINDS[kind]), TOKENS) - before).abs().max() <= (0.0 if exact else 2e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_peft_computes_the_same_from_the_file(base: Path, kind: str, tmp_path: Path) -> None:
-    model = trained(adapted(base, **KINDS[kind]))
-    loaded = in_plain_peft(base, saved(model, tmp_path / "adapter", base))
-    difference = (logits(loaded) - logits(model)).abs().max()
+    model = moved(adapted(base, **KINDS[kind]))
+    loaded = in_plain_peft(base, save_adapter(model, tmp_path / "adapter", base))
+    difference = (logits(loaded, TOKENS) - logits(model, TOKENS)).abs().max()
     assert difference <= (2e-6 if "pissa" in kind else 0.0)  # of pissa it is one product instead of two
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_as_peft_merges(base: Path, kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    model = trained(adapted(base, **KINDS[kind])).to(dtype)
+    model = moved(adapted(base, **KINDS[kind])).to(dtype)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    loaded = peft.PeftModel.from_pretrained(plain, saved(model, tmp_path, base), autocast_adapter_dtype=False)
+    loaded = peft.PeftModel.from_pretrained(plain, save_adapter(model, tmp_path, base), autocast_adapter_dtype=False)
     expected = loaded.merge_and_unload().state_dict()
     ours = {source.name: source.make() for source in weight_sources(model)}
     assert set(expected) - set(ours) <= {"lm_head.weight"}  # tied
@@ -120,11 +98,9 @@ def test_merged_as_peft_merges(base: Path, kind: str, dtype: torch.dtype, tmp_pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_export_is_the_adapted_model(base: Path, kind: str, tmp_path: Path) -> None:
-    model = trained(adapted(base, **KINDS[kind]))
-    weights = ((source.name, source.make()) for source in weight_sources(model))
-    export_model(tmp_path / "m", weights, model, load_tokenizer(str(base)), dtype=torch.float32)
-    merged = load_causal_lm(str(tmp_path / "m"), dtype=torch.float32)
-    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
+    model = moved(adapted(base, **KINDS[kind]))
+    merged = load_causal_lm(str(save_model(model, tmp_path / "m", base)), dtype=torch.float32)
+    torch.testing.assert_close(logits(merged, TOKENS), logits(model, TOKENS), rtol=1e-4, atol=1e-5)
 
 
 def test_a_trained_head_enters_the_logprobs(base: Path) -> None:
@@ -136,7 +112,7 @@ def test_a_trained_head_enters_the_logprobs(base: Path) -> None:
             return policy_logprobs_only(model, TOKENS, LENGTHS, mask=mask)
 
     before = column()
-    trained(model)
+    moved(model)
     assert not torch.allclose(column(), before, atol=1e-2)
     with adapter_disabled(model):
         assert torch.equal(column(), before)
@@ -188,7 +164,6 @@ def test_pissa_trains_what_peft_trains(tiny_model: Path) -> None:
         model(TOKENS[None]).logits.square().sum().backward()
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                assert parameter.grad is not None
                 yield name, parameter.grad
 
     expected = dict(trained_layers(theirs))
@@ -236,7 +211,7 @@ def test_a_tied_head_follows_an_embedding_of_any_name(name: str) -> None:
     embedding = model.get_input_embeddings().weight
     assert embedding.requires_grad
     assert model.get_output_embeddings().weight is embedding
-    trained(model)
+    moved(model)
     exported = {source.name: source.make() for source in weight_sources(model)}
     assert torch.equal(exported["transformer.word_embeddings.weight"], embedding)
 

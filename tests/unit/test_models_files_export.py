@@ -24,10 +24,11 @@ from rlhf.models.files.loading import load_causal_lm, load_critic, load_tokenize
 from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.models.files.weights import weight_sources
 from rlhf.models.packed.heads import sequence_scores
+from tests.fixtures.models import change_json, changed_copy
 
 
 def streamed(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """One buffer for all weights, as a gathering engine may reuse its own."""
+    """Yield all weights in the same buffer, as a gathering engine may do."""
     buffer = torch.empty(max(p.numel() for p in model.parameters()))
     for source in weight_sources(model):
         weight = source.make()
@@ -72,7 +73,7 @@ def test_a_critic_comes_back_with_its_head(tiny_model: Path, tmp_path: Path) -> 
 
 
 def test_a_generation_config_that_transformers_does_not_save_is_kept(tiny_model: Path, tmp_path: Path) -> None:
-    """As Vicuna has it: a temperature without sampling. from_pretrained only warns."""
+    """Vicuna has a temperature without sampling. from_pretrained only warns."""
     model, tokenizer = load_causal_lm(str(tiny_model), dtype=torch.float32), load_tokenizer(str(tiny_model))
     model.generation_config = GenerationConfig(temperature=0.9, top_p=0.6, pad_token_id=-1)
     export_model(tmp_path / "final", streamed(model), model, tokenizer, dtype=torch.float32)
@@ -84,9 +85,8 @@ def test_a_model_with_its_own_code_loads_without_the_folder_it_came_from(tiny_mo
     source = shutil.copytree(tiny_model, tmp_path / "source")
     code = "from transformers import LlamaForCausalLM\n\n\nclass OwnForCausalLM(LlamaForCausalLM):\n    pass\n"
     (source / "modeling_own.py").write_text(code)
-    config = json.loads((source / "config.json").read_text())
-    config |= {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}
-    (source / "config.json").write_text(json.dumps(config))
+    own = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    change_json(source / "config.json", architectures=["OwnForCausalLM"], auto_map=own)
     model = load_causal_lm(str(source), dtype=torch.float32, trust_remote_code=True)
     export_model(tmp_path / "final", streamed(model), model, load_tokenizer(str(source)), dtype=torch.float32)
     shutil.rmtree(source)
@@ -136,14 +136,9 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(tiny_model: Path, tmp_
 def test_transformers_scores_a_padded_batch_as_it_was_trained(
     tiny_model: Path, tmp_path: Path, changes: dict[str, str | None], padding: str, side: str
 ) -> None:
-    """Sequences of unequal lengths that end in the end of sequence, whose score is the head at that token."""
-    shutil.copytree(tiny_model, tmp_path / "base")
-    for file, values in (
-        ("tokenizer_config.json", changes),
-        ("config.json", {"pad_token_id": None} if changes else {}),
-    ):
-        path = tmp_path / "base" / file
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    """Sequences of unequal lengths end in the end of sequence. The score is the head's value at that token."""
+    changed_copy(tiny_model, tmp_path / "base", **({"pad_token_id": None} if changes else {}))
+    change_json(tmp_path / "base" / "tokenizer_config.json", **changes)
     (tmp_path / "base" / "special_tokens_map.json").unlink(missing_ok=True)
     model = load_critic(str(tmp_path / "base"), dtype=torch.float32)
     torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))

@@ -1,8 +1,7 @@
-"""Model folders that are incomplete, damaged or hostile: one error before anything starts, and again at load."""
+"""Incomplete, damaged and hostile model folders give a single error before the start, and again at load."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from rlhf.models.files.folder_check import refuse_broken_weights
 from rlhf.models.files.loading import load_causal_lm, load_critic, load_model_config, refuse_missing_weights
 from rlhf.models.on_disk import find_model
 from rlhf.models.reward_models import load_reward_model
+from tests.fixtures.models import change_json
 from tests.tiny_architectures import tiny_model as model_of
 
 
@@ -28,19 +28,17 @@ def folder(tiny_model: Path, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+def change(folder: Path, **values: object) -> Path:
+    change_json(folder / "config.json", **values)
+    return folder
+
+
 def without(folder: Path, *names: str) -> Path:
-    """The folder, its weights of these names taken away."""
+    """Remove the weights of these names from a folder."""
     weights = load_file(folder / "model.safetensors")
     kept = {name: weight for name, weight in weights.items() if not any(part in name for part in names)}
     assert len(kept) < len(weights)
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def change(folder: Path, **values: object) -> Path:
-    """The folder, its config.json changed."""
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
     return folder
 
 

@@ -16,18 +16,19 @@ from transformers import AutoModelForCausalLM
 from rlhf.errors import UserError
 from rlhf.models.adapters.folder import load_trainable_adapter
 from rlhf.models.adapters.lora import adapter_disabled, add_lora
-from rlhf.models.files.export import export_adapter, export_model
+from rlhf.models.files.export import export_model
 from rlhf.models.files.hub_names import missing_settings
 from rlhf.models.files.loading import load_causal_lm, load_critic, load_tokenizer
 from rlhf.models.files.tiny import VOCAB_SIZE, build_tiny_llama, byte_tokenizer
 from rlhf.models.files.weights import adapter_sources, published_names, weight_sources
+from tests.fixtures.models import moved, save_adapter
 from tests.tiny_architectures import ALL, tiny_config, tiny_model
 
 MIXTURES = ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss"]
 
 
 def mixture(folder: Path, kind: str) -> str:
-    """A model folder as transformers writes it. Its routers' biases differ from zero."""
+    """Write a model folder as transformers does. Biases of the routers differ from zero."""
     model = tiny_model(kind, vocab_size=VOCAB_SIZE, max_position_embeddings=256)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
@@ -103,10 +104,7 @@ def test_adapters_of_a_mixture_are_on_its_linear_layers_and_merge_into_the_files
     model = add_lora(load_causal_lm(source, dtype=torch.float32), rank=2, alpha=4.0, dropout=0.0)
     adapted = {name.split(".lora_")[0].rpartition(".")[2] for name in (s.name for s in adapter_sources(model))}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}  # experts are stacked parameters, not linear layers
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0.0, 0.1)
+    moved(model, by=0.1)
     weights = ((name, weight.clone()) for name, weight in published(model).items())
     export_model(tmp_path / "merged", weights, model, load_tokenizer(source), dtype=torch.float32)
     merged = load_causal_lm(str(tmp_path / "merged"), dtype=torch.float32)
@@ -122,10 +120,8 @@ def test_adapters_of_stacked_experts_merge_and_come_back(kind: str, tmp_path: Pa
     model = load_causal_lm(source, dtype=torch.float32)
     model = add_lora(model, rank=2, alpha=4.0, dropout=0.0, target_parameters=stacks)
     ids = torch.randint(VOCAB_SIZE, (1, 12), generator=torch.Generator().manual_seed(0))
+    moved(model, by=0.1)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0.0, 0.1)
         wanted = model(ids).logits
         assert (wanted - base(ids).logits).abs().max() > 0.01
         with adapter_disabled(model):
@@ -133,7 +129,7 @@ def test_adapters_of_stacked_experts_merge_and_come_back(kind: str, tmp_path: Pa
     tokenizer = load_tokenizer(source)
     weights = ((name, weight.clone()) for name, weight in published(model).items())
     export_model(tmp_path / "merged", weights, model, tokenizer, dtype=torch.float32)
-    export_adapter(tmp_path / "adapter", ((s.name, s.make()) for s in adapter_sources(model)), model, tokenizer)
+    save_adapter(model, tmp_path / "adapter", source)
     merged = load_causal_lm(str(tmp_path / "merged"), dtype=torch.float32)
     continued = load_trainable_adapter(load_causal_lm(source, dtype=torch.float32), tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source), tmp_path / "adapter")

@@ -1,8 +1,7 @@
-"""What loads, in which state, and what each failure says."""
+"""Models load with the right dtype, mode and head. Every failure has a message."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -25,15 +24,9 @@ from rlhf.models.files.loading import (
 from rlhf.models.packed.heads import sequence_scores
 from rlhf.models.packed.row_check import check_rows
 from rlhf.models.reward_models import load_reward_model, refuse_without_head
+from tests.fixtures.models import change_json, changed_copy
 from tests.merging_models import make_adapter, make_reward_adapter
 from tests.tiny_architectures import tiny_model as model_of
-
-
-def with_config(source: Path, folder: Path, **changes: object) -> str:
-    shutil.copytree(source, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    return str(folder)
 
 
 def test_layers_are_recomputed_though_the_model_is_in_evaluation_mode(tiny_model: Path) -> None:
@@ -79,7 +72,7 @@ def test_no_pass_draws_random_numbers(name: str, checkpointing: bool, tmp_path: 
 
 
 def test_a_model_that_draws_random_numbers_all_the_same_is_refused(tmp_path: Path) -> None:
-    """Falcon's layers read their rate from the config; they are in training mode where they are recomputed."""
+    """Falcon's layers read their rate from the config, and recomputed layers are in training mode."""
     model_of("falcon", hidden_dropout=0.3).save_pretrained(tmp_path)
     model = load_causal_lm(str(tmp_path), dtype=torch.float32, gradient_checkpointing=True)
     with pytest.raises(UserError, match="draws random numbers"):
@@ -149,8 +142,8 @@ def test_an_adapter_that_gives_no_score_is_refused(tiny_model: Path, tmp_path: P
     elif kind == "cut":
         file.write_bytes(file.read_bytes()[:100])
     elif kind in ("other base", "no base"):
-        base = with_config(tiny_model, tmp_path / "narrow", hidden_size=48) if kind == "other base" else None
-        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": base}))
+        base = str(changed_copy(tiny_model, tmp_path / "narrow", hidden_size=48)) if kind == "other base" else None
+        change_json(config, base_model_name_or_path=base)
     for check in (refuse_without_head, partial(load_reward_model, dtype=torch.float32)):
         with pytest.raises(UserError, match=message):
             check(str(adapter))
@@ -172,7 +165,7 @@ def test_an_adapter_that_gives_no_score_is_refused(tiny_model: Path, tmp_path: P
 def test_a_language_model_has_a_head_for_tokens(
     tiny_model: Path, tmp_path: Path, changes: dict[str, object], is_language_model: bool
 ) -> None:
-    path = with_config(tiny_model, tmp_path / "m", **changes)
+    path = str(changed_copy(tiny_model, tmp_path / "m", **changes))
     if is_language_model:
         refuse_no_language_model(path)
         return
@@ -234,8 +227,8 @@ def test_weights_other_than_safetensors_are_refused(tiny_model: Path, tmp_path: 
 
 def test_fingerprints_tell_models_apart_and_nothing_else(tiny_model: Path, tmp_path: Path) -> None:
     own = architecture_fingerprint(load_model_config(str(tiny_model)))
-    copy = with_config(tiny_model, tmp_path / "copy", use_cache=False, dtype="bfloat16", transformers_version="0")
+    copy = str(changed_copy(tiny_model, tmp_path / "copy", use_cache=False, dtype="bfloat16", transformers_version="0"))
     assert architecture_fingerprint(load_model_config(copy)) == own
     assert architecture_fingerprint(load_causal_lm(copy, dtype=torch.bfloat16).config) == own
-    other = with_config(tiny_model, tmp_path / "other", num_hidden_layers=2)
+    other = str(changed_copy(tiny_model, tmp_path / "other", num_hidden_layers=2))
     assert architecture_fingerprint(load_model_config(other)) != own

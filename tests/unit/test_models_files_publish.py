@@ -1,4 +1,4 @@
-"""Uploads to the hub, with a hub of our own in the place of the real one."""
+"""Uploads go to the hub, which is replaced here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf.models.files.publish import push_folder, refuse_unpublishable
 
 
 class Hub:
-    """Remembers what it is asked for; refuses uploads to "me/full"."""
+    """A hub that records requests, and refuses uploads to "me/full"."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
@@ -46,7 +46,7 @@ def test_a_folder_is_uploaded_to_a_private_repository(hub: Hub, tmp_path: Path) 
 
 
 def test_an_upload_replaces_the_model_in_the_repository(hub: Hub, tmp_path: Path) -> None:
-    """transformers would load one file before several, and an adapter in the place of a model."""
+    """transformers would load a single file before several files, and an adapter instead of a model."""
     push_folder(tmp_path, "me/model")
     model = [
         "adapter_config.json",

@@ -1,4 +1,4 @@
-"""Chat templates that would use up time or memory are refused before any row is rendered."""
+"""Chat templates that use up time or memory are refused before a row is rendered."""
 
 from __future__ import annotations
 

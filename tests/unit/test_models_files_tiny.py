@@ -1,4 +1,4 @@
-"""rlhf/models/files/tiny.py: the folder is an ordinary model, decided by its seed alone, and never half there."""
+"""The tiny model's folder is an ordinary model, depends on the seed alone, and is never half written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which model a name means."""
+"""A name means a model folder, a run, an adapter or a model of the hub."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rlhf.errors import UserError
 from rlhf.models.adapters.settings import base_of
 from rlhf.models.on_disk import ModelOnDisk, find_model, may_ask_the_hub, refuse_unservable
 from rlhf.preflight.models import refuse_too_long
+from tests.fixtures.models import changed_copy
 from tests.merging_models import make_adapter
 from tests.tiny_architectures import tiny_model as model_of
 
@@ -29,21 +30,14 @@ def adapter(folder: Path, **config: object) -> Path:
 
 def test_a_model_folder(tiny_model: Path) -> None:
     found = find(tiny_model)
-    assert (found.base, found.tokenizer, found.adapter, found.lora_rank) == (
-        str(tiny_model),
-        str(tiny_model),
-        None,
-        None,
-    )
+    assert found.base == found.tokenizer == str(tiny_model)
+    assert (found.adapter, found.lora_rank) == (None, None)
     assert (found.dtype, found.max_length) == ("float32", 2048)
     assert find_model(str(tiny_model), trust_remote_code=False, dtype="bfloat16").dtype == "bfloat16"
 
 
 def test_a_reward_model_is_no_language_model(tiny_model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "reward"
-    shutil.copytree(tiny_model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForSequenceClassification"]}))
+    folder = changed_copy(tiny_model, tmp_path / "reward", architectures=["LlamaForSequenceClassification"])
     with pytest.raises(UserError, match="is a LlamaForSequenceClassification, not a causal language model"):
         find(folder)
     lora = adapter(tmp_path / "lora", base_model_name_or_path=str(folder))
@@ -120,7 +114,7 @@ def test_a_damaged_adapter_config_is_one_error(tmp_path: Path, text: str, messag
 
 
 def test_a_model_may_have_no_limit(tmp_path: Path) -> None:
-    """BLOOM's positions are no table: its config has no max_position_embeddings."""
+    """BLOOM has no table of positions, so the config has no max_position_embeddings."""
     model_of("bloom").save_pretrained(tmp_path)
     found = find(tmp_path)
     assert found.max_length is None

@@ -1,19 +1,15 @@
-"""A prompt computed once equals the prompt computed for each of its responses: values and gradients."""
+"""A shared prompt gives the values and gradients of a copy of the prompt for each response."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import transformers
-from torch import Tensor
 
 from rlhf.models.packed.branches import Branch, positions, predecessors, trunks
 from rlhf.models.packed.forward import policy_logprobs
 from rlhf.models.packed.heads import token_values
-from tests.unit.test_models_packed_forward import CONFIGS, VOCABULARY, make
-
-LENGTHS = torch.tensor([5, 3, 4, 2])  # [p q r a b] [c d e] [s t u f] [g g]
-BRANCHES = (None, Branch(of=0, length=3), None, Branch(of=2, length=3))
+from tests.fixtures.packed_models import BRANCHES, CONFIGS, LENGTHS, VOCABULARY, make, shared_and_copied
 
 # p q a b, p q c d e, p q c d f g, p q c d f g h, s i: the third sequence continues the second, the fourth the third
 DEEP_LENGTHS = torch.tensor([4, 3, 2, 1, 2])
@@ -64,19 +60,6 @@ def test_a_tree_has_the_logprobs_and_gradients_of_its_branches_computed_apart(na
     (torch.cat(expected) * weights).sum().backward()
     torch.testing.assert_close(found, torch.cat(expected))
     torch.testing.assert_close(ours, [p.grad for p in model.parameters()], rtol=1e-4, atol=1e-5)
-
-
-def shared_and_copied() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """(tokens, mask) of the shared row; (tokens, mask, lengths) with each prompt written out for its responses."""
-    torch.manual_seed(2)
-    tokens = torch.randint(VOCABULARY, (14,))
-    mask = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 1, 1, 1], dtype=torch.bool)
-    a, b, c, d = tokens.split(LENGTHS.tolist())
-    ma, mb, mc, md = mask.split(LENGTHS.tolist())
-    no = torch.zeros(3, dtype=torch.bool)
-    copied = torch.cat([a, a[:3], b, c, c[:3], d])
-    copied_mask = torch.cat([ma, no, mb, mc, no, md])
-    return (tokens, mask), (copied, copied_mask, torch.tensor([5, 6, 4, 5]))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,4 +1,4 @@
-"""Layers other than attention compute each sequence of a row by itself, and a branch after the tokens of its trunk."""
+"""Layers other than attention compute each sequence of a row alone, and a branch after the tokens of its trunk."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rlhf.models.packed.forward import hidden_states, policy_logprobs
 from rlhf.models.packed.packed_row import PackedRow, computing
 from rlhf.models.packed.row_check import check_rows
 from rlhf.models.packed.row_layout import RowLayout
+from tests.fixtures.packed_models import BRANCHES, LENGTHS, shared_and_copied
 from tests.tiny_architectures import tiny_model
-from tests.unit.test_models_packed_branches import BRANCHES, LENGTHS, shared_and_copied
 
 HYBRIDS = ["qwen3_5_text", "lfm2", "mamba", "llama4_text", "minimax", "recurrent_gemma", "gpt_oss"]
 
@@ -100,7 +100,7 @@ def test_a_layer_is_cut_once_and_only_inside_a_packed_row() -> None:
 
 
 def mixer_of(mixer: Any, states: Tensor) -> Tensor:
-    """The layer over a sequence of its own."""
+    """Compute the layer on a separate sequence."""
     with computing(None):
         result: Tensor = mixer(states)
     return result

@@ -26,38 +26,9 @@ from rlhf.models.packed.forward import (
 )
 from rlhf.objectives.distillation import forward_kl, reverse_kl
 from rlhf.types import VocabularyHead
+from tests.fixtures.packed_models import CONFIGS, SIZES, VOCABULARY, make
 
-VOCABULARY = 61
 LENGTHS = torch.tensor([5, 1, 8])
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-CONFIGS = {
-    "llama": transformers.LlamaConfig(**SIZES),
-    "head_dim": transformers.LlamaConfig(**SIZES, head_dim=16),
-    "sliding_window": transformers.MistralConfig(**SIZES, sliding_window=3),
-    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=8),
-    "windows_in_some_layers": transformers.Gemma3TextConfig(
-        **SIZES, head_dim=8, sliding_window=3, layer_types=["sliding_attention", "full_attention"]
-    ),
-    "capped_attention": transformers.Gemma2Config(**SIZES, head_dim=8, sliding_window=4),
-    "learnt_positions": transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
-    ),
-}
-
-
-def make(name: str) -> Any:
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).train()
 
 
 def some_tokens() -> tuple[Tensor, Tensor]:
@@ -156,7 +127,7 @@ def test_the_three_kinds_of_logprobs_agree() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "capped_attention"])
 def test_collisions_are_those_of_whole_logits(name: str) -> None:
-    """The second of these models caps its logits."""
+    """The second model caps its logits."""
     model = make(name)
     token_ids, mask = some_tokens()
     logprobs, collisions = policy_logprobs_and_collisions(model, token_ids, LENGTHS, mask=mask)
@@ -186,7 +157,7 @@ def head_of(model: Any) -> VocabularyHead:
 
 
 def with_rows(config: Any, size: int) -> Any:
-    """A model of another vocabulary size, its head's bias, if it has one, not zero."""
+    """Return a model of another vocabulary size. A bias of the head differs from zero."""
     torch.manual_seed(2)
     model = transformers.AutoModelForCausalLM.from_config(type(config)(**config.to_dict() | {"vocab_size": size}))
     if model.get_output_embeddings().bias is not None:
@@ -243,18 +214,10 @@ def test_responses_that_share_their_prompt_learn_as_with_a_copy_each() -> None:
     for token_ids, lengths, branches in (copies, shared):
         mask = torch.tensor([False] * 3 + [True] * 4 + [False] * (len(token_ids) - 9) + [True] * 2)
         states = learnt_states(other, token_ids, lengths, mask=mask, branches=branches)
-        loss, *columns = sampled_distillation_loss(
-            model,
-            token_ids,
-            lengths,
-            mask=mask,
-            branches=branches,
-            teacher=states,
-            head=head_of(other),
-            divergence=reverse_kl,
-            temperature=0.7,
-            token_weight=0.2,
-        )
+        settings: dict[str, Any] = {"divergence": reverse_kl, "temperature": 0.7, "token_weight": 0.2}
+        teacher = {"teacher": states, "head": head_of(other)}
+        row = {"mask": mask, "branches": branches}
+        loss, *columns = sampled_distillation_loss(model, token_ids, lengths, **row, **teacher, **settings)
         model.zero_grad(set_to_none=True)
         loss.backward()
         gradients = {n: p.grad for n, p in model.named_parameters()}
@@ -267,24 +230,16 @@ def test_responses_that_share_their_prompt_learn_as_with_a_copy_each() -> None:
 
 def test_a_student_without_learnt_tokens_has_zero_gradients_everywhere() -> None:
     model = make("llama")
-    loss, *_ = distillation_loss(
-        model,
-        torch.tensor([3]),
-        torch.tensor([1]),
-        mask=torch.tensor([False]),
-        teacher=torch.zeros(0, 32),
-        head=head_of(model),
-        divergence=forward_kl,
-        temperature=1.0,
-        token_weight=1.0,
-        sft_coef=0.0,
-    )
+    settings: dict[str, Any] = {"divergence": forward_kl, "temperature": 1.0, "token_weight": 1.0, "sft_coef": 0.0}
+    token, length, mask = torch.tensor([3]), torch.tensor([1]), torch.tensor([False])
+    teacher = {"teacher": torch.zeros(0, 32), "head": head_of(model)}
+    loss, *_ = distillation_loss(model, token, length, mask=mask, **teacher, **settings)
     loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 def test_a_microbatch_without_sampled_tokens_has_zero_gradients_everywhere() -> None:
-    """What a rank runs while others still have work: under ZeRO every parameter must take part."""
+    """A rank without work runs such a microbatch while other ranks work: under ZeRO every parameter must take part."""
     model = make("llama")
     policy_logprobs(model, torch.tensor([3]), torch.tensor([1]), mask=torch.tensor([False]))[0].sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

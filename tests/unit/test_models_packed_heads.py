@@ -39,7 +39,7 @@ def test_scores_are_those_of_transformers() -> None:
 
 
 def test_a_value_is_that_of_the_state_before_its_token() -> None:
-    """values[t] = score of tokens up to t - 1; so the score of a sequence without its last token is its last value."""
+    """values[t] is the score of tokens up to t - 1, so the last value is the score without the last token."""
     model = scalar_model()
     with torch.no_grad():
         values = token_values(model, TOKENS, LENGTHS)

@@ -1,4 +1,4 @@
-"""The frequencies of every type of RoPE are those of each sequence alone, whatever else its row holds."""
+"""Every type of RoPE gives each sequence of a row the frequencies of the sequence alone."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_every_type_of_transformers_is_among_the_cases() -> None:
 @pytest.mark.parametrize("longest", [TRAINED, 40])
 @pytest.mark.parametrize("name", CASES)
 def test_packed_sequences_are_those_of_each_alone(name: str, longest: int) -> None:
-    """With the choice of a run whose longest sequence is within, or beyond the original length."""
+    """The longest sequence of a run is within the original length, or beyond."""
     model = model_with(*CASES[name])
     fix_frequencies(model, longest)
     assert check_rows(model, CPU) is RowLayout.SHARED_PROMPTS
@@ -134,7 +134,7 @@ def test_without_a_known_longest_sequence_rows_that_depend_on_it_are_computed_on
 
 
 def test_ranks_that_share_rows_need_a_longest_sequence_to_pack_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a longest sequence the frequencies are fixed, so that the sequences of a row can be packed."""
+    """A known longest sequence fixes the frequencies, so that the sequences of a row can be packed."""
     monkeypatch.setattr(row_check, "current_group", object)
     model = model_with("phi3", LONG)
     with pytest.raises(UserError, match="sequence_parallel needs a model whose sequences can be packed"):
@@ -157,7 +157,7 @@ def test_sequences_beyond_the_trained_length_of_dynamic_are_refused(name: str) -
 
 @pytest.mark.parametrize("longest", [TRAINED, 40])
 def test_long_and_short_factors_are_those_of_the_engine(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine chooses by its max_model_len, which is the longest sequence of a run."""
+    """The engine chooses factors by max_model_len, the longest sequence of a run."""
     pytest.importorskip("vllm")
     from vllm.model_executor.layers.rotary_embedding import phi3_long_rope_scaled_rope as engine
 

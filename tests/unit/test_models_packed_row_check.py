@@ -1,4 +1,4 @@
-"""Every architecture is packed right, or its sequences are computed one by one: log-probabilities and gradients."""
+"""Every architecture is packed with the right log-probabilities and gradients, or computed sequence by sequence."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_logprobs_and_gradients_are_those_of_each_sequence_alone(name: str) -> N
 def test_the_check_finds_the_layout_of_a_model_that_it_does_not_know(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights as small as those of a new model suffice."""
+    """Weights as small as in a new model suffice."""
     monkeypatch.setattr(row_check, "expected_layout", lambda config: (RowLayout.SHARED_PROMPTS, ""))
     assert check_rows(tiny_model(name, std=0.02).eval(), CPU) is wanted_layout(name)
 

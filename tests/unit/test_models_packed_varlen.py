@@ -1,6 +1,6 @@
-"""The GPU's attention with a kernel of our own in the place of the real one, against the attention that a CPU has.
+"""The GPU's attention, with a kernel written here, equals the attention on a CPU.
 
-The real kernel is called too, on tensors without data: that checks its signature, not its numbers (tests/gpu does).
+The real kernel is called too, on tensors without data. Such a call checks the signature, and tests/gpu the numbers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def reference_kernel(
     window_size: tuple[int, int],
     enable_gqa: bool,
 ) -> Tensor:
-    """What torch.nn.attention.varlen documents: whoever asks last sees the last key (lower right)."""
+    """Compute what torch.nn.attention.varlen documents: the last query sees the last key (lower right)."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert enable_gqa
     assert q.shape[-1] % 8 == 0
@@ -66,7 +66,7 @@ def reference_kernel(
 
 
 def heads(lengths: list[int], *, size: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Queries of four heads, keys and values of two, as transformers hands them over: a transposed view."""
+    """Return queries of four heads, and keys and values of two heads, as a transposed view like transformers."""
     torch.manual_seed(0)
     total = sum(lengths)
     rows = [torch.randn(1, total, count, size, device=device, dtype=dtype) for count in (4, 2, 2)]

@@ -1,4 +1,4 @@
-"""A base in 4 bits: what it computes, an adapter over it, and both merged."""
+"""A base in 4 bits computes near its weights, carries an adapter, and merges with the adapter."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf.errors import UserError
 from rlhf.models.adapters.lora import adapter_disabled, add_lora
-from rlhf.models.files.export import export_model
 from rlhf.models.files.loading import (
     architecture_fingerprint,
     load_causal_lm,
@@ -21,8 +19,8 @@ from rlhf.models.files.loading import (
     load_model_config,
     load_tokenizer,
 )
-from rlhf.models.files.weights import weight_sources
 from rlhf.models.quantized import dequantized, is_quantized, refuse_unquantizable
+from tests.fixtures.models import logits, moved, save_model
 
 TOKENS = torch.arange(9)[None]
 CONFIG = LlamaConfig(
@@ -37,18 +35,12 @@ CONFIG = LlamaConfig(
 
 @pytest.fixture(scope="module")
 def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model whose weights are whole blocks."""
+    """Write a small model whose weights are whole blocks."""
     folder = tmp_path_factory.mktemp("quantized")
     torch.manual_seed(0)
     LlamaForCausalLM(CONFIG).save_pretrained(folder)
     load_tokenizer(str(tiny_model)).save_pretrained(folder)
     return folder
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(TOKENS).logits.float()
-    return result
 
 
 def test_refused_where_nothing_can_quantise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,24 +75,20 @@ def test_the_layers_but_the_head_and_what_they_compute(base: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trained_off_and_merged(base: Path, tmp_path: Path, dtype: torch.dtype, options: dict[str, Any]) -> None:
     model = load_causal_lm(str(base), dtype=dtype, quantize="nf4")
-    before = logits(model)
+    before = logits(model, TOKENS).float()
     model = add_lora(model, rank=4, alpha=8.0, dropout=0.0, **options)
-    assert torch.equal(logits(model), before)
+    assert torch.equal(logits(model, TOKENS).float(), before)
     model(TOKENS).logits.float().square().mean().backward()
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            assert (parameter.grad is not None) == parameter.requires_grad
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    after = logits(model)
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
+    moved(model)
+    after = logits(model, TOKENS).float()
     with adapter_disabled(model):
-        assert torch.equal(logits(model), before)
-    weights = ((source.name, source.make()) for source in weight_sources(model))
-    export_model(tmp_path / "m", weights, model, load_tokenizer(str(base)), dtype=dtype)
-    merged = load_causal_lm(str(tmp_path / "m"), dtype=dtype)
+        assert torch.equal(logits(model, TOKENS).float(), before)
+    merged = load_causal_lm(str(save_model(model, tmp_path / "m", base, dtype=dtype)), dtype=dtype)
     assert not is_quantized(merged)
-    torch.testing.assert_close(logits(merged), after, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+    torch.testing.assert_close(
+        logits(merged, TOKENS).float(), after, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05
+    )
     assert (after - before).abs().max() > 0.3
 
 

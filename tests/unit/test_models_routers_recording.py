@@ -1,4 +1,4 @@
-"""The balance loss of a mixture against transformers' own, and its independence of packing and shared prompts."""
+"""The balance loss of a mixture equals the loss of transformers, whatever the packing and shared prompts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rlhf.models.packed.branches import Branch
 from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.models.packed.row_check import check_rows
 from rlhf.models.routers.recording import RoutingRecord, routers_of, scores_of
+from tests.fixtures.models import gradient_of
 from tests.tiny_architectures import VOCABULARY, tiny_model
 
 LENGTHS = [6, 3, 8]
@@ -40,12 +41,6 @@ def recorded(
     with record.of(routers_of(model), in_order=in_order):
         policy_logprobs_only(model, torch.cat(row), lengths, mask=mask, branches=branches)
     return record
-
-
-def gradient_of(model: Any, loss: Tensor) -> Tensor:
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def test_the_loss_of_a_sequence_is_that_of_transformers_by_layer() -> None:

@@ -1,4 +1,4 @@
-"""Router replay: own choices change nothing, others are the ones used, whatever the layout of the row."""
+"""Replay of a router's own choices changes nothing. Replay of other choices is used, whatever the layout of the row."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rlhf.models.packed.row_check import check_rows
 from rlhf.models.packed.row_layout import RowLayout, Rows, set_rows
 from rlhf.models.routers.recording import routers_of
 from rlhf.models.routers.replay import UNKNOWN, RouterReplay
+from tests.fixtures.models import gradient_of
 from tests.tiny_architectures import VOCABULARY, tiny_model
 
 LENGTHS = [9, 4, 6]
@@ -31,7 +32,7 @@ def packed(model: Any, ids: Tensor, lengths: list[int], branches: list[Branch | 
 
 
 def choices(model: Any, ids: Tensor, lengths: list[int]) -> Tensor:
-    """The experts that a model chooses for the tokens of a row, by layer; unknown in layers without a router."""
+    """Return the chosen experts of each token by layer. Layers without a router are unknown."""
     names = {module: name for name, module in model.named_modules()}
     shape = (model.config.num_hidden_layers, model.config.num_experts_per_tok)
     parts = []
@@ -54,12 +55,6 @@ def others(model: Any, experts: Tensor) -> Tensor:
     """Every known choice moved to the next expert."""
     count = routers_of(model)[0].weight.shape[0]
     return torch.where(experts == UNKNOWN, experts, (experts + 1) % count)
-
-
-def gradient_of(model: Any, loss: Tensor) -> Tensor:
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("kind", MIXTURES)

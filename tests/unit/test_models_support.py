@@ -1,4 +1,4 @@
-"""The table of tested architectures is what the tiny models of this version of transformers measure."""
+"""The table of tested architectures equals measurements of the tiny models."""
 
 from __future__ import annotations
 

@@ -192,9 +192,12 @@ def test_what_has_no_baseline_is_refused(estimator: Callable[..., Tensor]) -> No
 
 
 def test_process_supervision_of_a_group() -> None:
-    """Steps worth 1 and 0 of the first response, 1 and 1 of the second: mean 3/4, variance 3/4 / 3 = 1/4, so 1/2, -3/2
-    and twice 1/2. The first has 5 sampled tokens behind 2 of the prompt, and its steps end at the second and the last
-    of them; the second has 4 with one that it was told behind the first, and its steps end at the first and the third.
+    """The steps are worth 1 and 0 in the first response, and 1 and 1 in the second.
+
+    Mean 3/4, variance 3/4 / 3 = 1/4, so 1/2, -3/2 and twice 1/2. The first response has 5 sampled tokens behind 2 of
+    the
+    prompt, and steps end at the second and the last sampled token. The second response has 4 tokens, an observation
+    behind the first token, and steps end at the first and the third token.
     """
     terms = steps_normalized(column(1.0, 0.0, 1.0, 1.0), eps=0.0)
     torch.testing.assert_close(terms, column(0.5, -1.5, 0.5, 0.5))

@@ -1,4 +1,4 @@
-"""Which tokens drive the entropy, by hand."""
+"""Tokens are chosen by entropy and covariance, by hand."""
 
 from __future__ import annotations
 

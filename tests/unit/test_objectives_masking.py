@@ -1,4 +1,4 @@
-"""Sums, means and moments over the tokens that count."""
+"""Sums, means and moments over the masked tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The clip family and the ratios it clips, by hand."""
+"""Clipped losses and their ratios, by hand."""
 
 from __future__ import annotations
 

@@ -69,15 +69,6 @@ def test_dpo_and_its_gradient() -> None:
     close(gradients[1], 0.5 * 0.25, 0.5 * 0.5)
 
 
-def test_label_smoothing_mixes_in_the_flipped_pair() -> None:
-    close(dpo(CHOSEN, REJECTED, beta=0.5, label_smoothing=0.1), 0.9 * LOG43 + 0.1 * LOG4, math.log(2.0))
-
-
-def test_robust_dpo_subtracts_the_flipped_pair() -> None:
-    expected = (0.9 * LOG43 - 0.1 * LOG4) / 0.8
-    close(robust_dpo(CHOSEN, REJECTED, beta=0.5, label_smoothing=0.1), expected, math.log(2.0))
-
-
 def test_robust_dpo_of_flipped_labels_is_dpo_of_clean_ones_on_average() -> None:
     chosen, rejected = torch.randn(2, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     robust = partial(robust_dpo, beta=0.7, label_smoothing=0.2)
@@ -85,29 +76,40 @@ def test_robust_dpo_of_flipped_labels_is_dpo_of_clean_ones_on_average() -> None:
     torch.testing.assert_close(mean, dpo(chosen, rejected, beta=0.7))
 
 
-def test_ipo_is_least_at_its_margin() -> None:
-    close(ipo(column(3.0, 2.0), column(2.0, 0.0), beta=0.25), 1.0, 0.0)  # (1 - 2)^2, (2 - 2)^2
+KL = 0.75 * math.log(0.75 / 0.9) + 0.25 * math.log(0.25 / 0.1)
+EVEN = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+LOG2 = math.log(2.0)
 
 
-def test_hinge_stops_at_its_margin() -> None:
-    close(hinge(column(1.0, 9.0), column(0.0, 0.0), beta=0.5), 0.5, 0.0)
-
-
-def test_exo_is_the_kl_to_the_smoothed_preference() -> None:
-    kl = 0.75 * math.log(0.75 / 0.9) + 0.25 * math.log(0.25 / 0.1)
-    even = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
-    close(exo_pair(CHOSEN, REJECTED, beta=0.5, label_smoothing=0.1), kl, even)
-    margin = math.log(9.0)  # sigmoid 0.9: nothing left to learn
-    close(exo_pair(column(margin), column(0.0), beta=1.0, label_smoothing=0.1), 0.0)
-
-
-def test_losses_of_each_response_by_itself() -> None:
-    close(nca_pair(CHOSEN, REJECTED, beta=1.0), LOG43 + 0.5 * LOG4 + 0.5 * LOG43, LOG43 + 0.5 * LOG4 + 0.5 * LOG4)
-    close(bco_pair(CHOSEN, REJECTED, beta=1.0, delta=0.0), 2.0 * LOG43, LOG43 + LOG4)
-    close(bco_pair(CHOSEN, REJECTED, beta=1.0, delta=LOG3), math.log(2.0) + math.log(10.0 / 9.0), 2.0 * math.log(2.0))
-    close(sppo_hard(column(3.0), column(-1.0), beta=0.25), 1.0 + 1.0)  # (3 - 2)^2 + (-1 + 2)^2
-    close(apo_zero(CHOSEN, REJECTED, beta=1.0), 0.25 + 0.25, 0.25 + 0.75)
-    close(apo_down(CHOSEN, REJECTED, beta=1.0), 0.75 + 0.1, 0.75 + 0.5)  # sigmoid(2 log 3) = 9/10
+@pytest.mark.parametrize(
+    ("terms", "expected"),
+    [
+        # smoothed labels mix in the flipped pair, and robust DPO subtracts the flipped pair
+        (dpo(CHOSEN, REJECTED, beta=0.5, label_smoothing=0.1), (0.9 * LOG43 + 0.1 * LOG4, LOG2)),
+        (robust_dpo(CHOSEN, REJECTED, beta=0.5, label_smoothing=0.1), ((0.9 * LOG43 - 0.1 * LOG4) / 0.8, LOG2)),
+        # IPO is least at its margin: (1 - 2)^2, (2 - 2)^2
+        (ipo(column(3.0, 2.0), column(2.0, 0.0), beta=0.25), (1.0, 0.0)),
+        (hinge(column(1.0, 9.0), column(0.0, 0.0), beta=0.5), (0.5, 0.0)),
+        # EXO is the KL to the smoothed preference: at sigmoid 0.9 nothing is left to learn
+        (exo_pair(CHOSEN, REJECTED, beta=0.5, label_smoothing=0.1), (KL, EVEN)),
+        (exo_pair(column(math.log(9.0)), column(0.0), beta=1.0, label_smoothing=0.1), (0.0,)),
+        # losses of each response by itself
+        (nca_pair(CHOSEN, REJECTED, beta=1.0), (LOG43 + 0.5 * LOG4 + 0.5 * LOG43, LOG43 + 0.5 * LOG4 + 0.5 * LOG4)),
+        (bco_pair(CHOSEN, REJECTED, beta=1.0, delta=0.0), (2.0 * LOG43, LOG43 + LOG4)),
+        (bco_pair(CHOSEN, REJECTED, beta=1.0, delta=LOG3), (LOG2 + math.log(10.0 / 9.0), 2.0 * LOG2)),
+        (sppo_hard(column(3.0), column(-1.0), beta=0.25), (1.0 + 1.0,)),  # (3 - 2)^2 + (-1 + 2)^2
+        (apo_zero(CHOSEN, REJECTED, beta=1.0), (0.25 + 0.25, 0.25 + 0.75)),
+        (apo_down(CHOSEN, REJECTED, beta=1.0), (0.75 + 0.1, 0.75 + 0.5)),  # sigmoid(2 log 3) = 9/10
+        # chosen sorted 0, 1; rejected sorted 1 - log 3, -> differences log 3 - 1 + 0, 1 - 1
+        (aot_unpaired(column(1.0, 0.0), column(1.0, -LOG3), beta=1.0), (LOG43, LOG2)),
+        # x = log 3, temperature 1: the gate between logistic and exponential is 3/4
+        (discopop(column(LOG3), column(0.0), beta=1.0, temperature=1.0), (0.25 * LOG43 + 0.75 / 3.0,)),
+        (log_odds(column(0.75, 0.5, 1e-9).log()), (LOG3, 0.0, math.log(1e-9 / (1.0 - 1e-9)))),
+        (odds_ratio(column(0.75).log(), column(0.5).log()), (LOG43,)),
+    ],
+)
+def test_terms_by_hand(terms: Tensor, expected: tuple[float, ...]) -> None:
+    close(terms, *expected)
 
 
 def test_aot_compares_sorted_margins() -> None:
@@ -116,16 +118,6 @@ def test_aot_compares_sorted_margins() -> None:
     close(aot(margins, ref_margins, beta=1.0), LOG4, LOG43)
     close(aot(margins, margins.flip(0), beta=1.0), math.log(2.0), math.log(2.0))  # the same once sorted
     close(aot(margins, ref_margins, beta=1.0, label_smoothing=0.1), 0.9 * LOG4 + 0.1 * LOG43, 0.9 * LOG43 + 0.1 * LOG4)
-
-
-def test_aot_unpaired_compares_sorted_log_ratios() -> None:
-    # chosen sorted 0, 1; rejected sorted 1 - log 3, -> differences log 3 - 1 + 0, 1 - 1
-    close(aot_unpaired(column(1.0, 0.0), column(1.0, -LOG3), beta=1.0), LOG43, math.log(2.0))
-
-
-def test_discopop_gates_between_logistic_and_exponential() -> None:
-    # x = log 3, temperature 1: the gate is 3/4
-    close(discopop(column(LOG3), column(0.0), beta=1.0, temperature=1.0), 0.25 * LOG43 + 0.75 / 3.0)
 
 
 def test_discopop_far_below_zero_is_logistic_and_finite() -> None:
@@ -149,11 +141,6 @@ def test_alphapo_is_simpo_of_transformed_logprobs() -> None:
     scores = [alphapo_scores(values, alpha=1.0) for values in logprobs]
     close(simpo(*scores, beta=0.5 * LOG3, gamma=0.0), LOG43)
     close(alphapo_scores(logprobs[0], alpha=0.0), math.log(0.5))
-
-
-def test_odds() -> None:
-    close(log_odds(column(0.75, 0.5, 1e-9).log()), LOG3, 0.0, math.log(1e-9 / (1.0 - 1e-9)))
-    close(odds_ratio(column(0.75).log(), column(0.5).log()), LOG43)
 
 
 def test_odds_of_certainty_are_finite() -> None:

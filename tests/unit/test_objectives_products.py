@@ -1,4 +1,4 @@
-"""Which processors multiply bfloat16 faster than float32, and what is widened on the others."""
+"""Some processors multiply bfloat16 faster than float32. Products are widened on other processors."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_calibration_of_nothing_is_nan_and_of_no_numbers_refused() -> None:
 
 @pytest.mark.parametrize(("by", "first"), [("min", 0.25), ("mean", 0.5), ("product", 0.75 * 0.5 * 0.25)])
 def test_what_steps_come_to(by: Any, first: float) -> None:
-    """Probabilities 3/4, 1/2 and 1/4 of the first response's steps, 3/4 of the second's one; others are not read."""
+    """The steps of the first response have probabilities 3/4, 1/2 and 1/4, and the step of the second 3/4."""
     scores = torch.tensor([9.0, LOG3, 0.0, -9.0, -LOG3, 9.0, LOG3], dtype=torch.float64)
     ends = torch.tensor([False, True, True, False, True, False, True])
     found = combined_steps(scores, ends, torch.tensor([5, 2]), by=by)

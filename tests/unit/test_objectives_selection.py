@@ -1,4 +1,4 @@
-"""Which responses are kept, against all sets of so many."""
+"""The kept responses are the best of all sets of the same size."""
 
 from __future__ import annotations
 

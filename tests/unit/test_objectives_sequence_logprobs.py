@@ -1,4 +1,4 @@
-"""One number a response, by hand: responses of 3 and 2 counted tokens, a hole in the first."""
+"""Sums of a response, by hand: responses of 3 and 2 counted tokens, with a hole in the first."""
 
 from __future__ import annotations
 

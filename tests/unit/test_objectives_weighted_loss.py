@@ -1,4 +1,4 @@
-"""Losses that weigh the logprob, by hand."""
+"""Losses with weighted log-probabilities, by hand."""
 
 from __future__ import annotations
 

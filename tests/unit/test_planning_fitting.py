@@ -1,4 +1,4 @@
-"""What fits onto a GPU that an engine shares with the policy, at each moment of a step."""
+"""A plan adds up the memory of a GPU that the policy shares with an engine, at each moment of a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `rlhf plan` says of the inputs of a run: what this machine lacks, and what `rlhf train` would refuse."""
+"""`rlhf plan` names the inputs that this machine lacks, and refuses the inputs that `rlhf train` refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory of a run, against sums made by hand and against what the code that it models says of itself."""
+"""The planned memory of a run equals sums by hand and the sizes of the modelled code."""
 
 from __future__ import annotations
 

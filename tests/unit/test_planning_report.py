@@ -1,4 +1,4 @@
-"""What `rlhf plan` adds to the derived numbers: memory, what fits, time and cost, simulations."""
+"""`rlhf plan` reports memory, fit, time and cost."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ import yaml
 
 import rlhf
 from rlhf.config.files.load import load
+from rlhf.config.nodes import parse_cluster
 from rlhf.errors import UserError
-from rlhf.planning.time import forward_operations, training_stages
+from rlhf.planning.footprints import Sizes
+from rlhf.planning.lengths import Lengths
+from rlhf.planning.shapes import find_shape
+from rlhf.planning.time import forward_operations, system_of, training_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = ROOT / "configs/ppo_70b_multinode.yaml"
@@ -21,17 +25,10 @@ NODES = "4*cpu=96,gpu=8,type=h100,mem=1000,price=98"
 
 
 def shapes(folder: Path) -> Path:
-    """A folder for --shapes with the model of the recipes that need no cluster, which need not be downloaded."""
-    values = {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    }
+    """Write a folder for --shapes with the model of the small recipes, so that no download is needed."""
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    values = {"architectures": ["LlamaForCausalLM"], **sizes, **heads}
     (folder / SMALL).mkdir(parents=True)
     (folder / SMALL / "config.json").write_text(json.dumps(values))
     return folder
@@ -43,7 +40,7 @@ def large() -> str:
 
 
 def cells(text: str, start: str) -> list[str]:
-    """The columns of the first line that begins so."""
+    """Return the columns of the first line with this beginning."""
     (line,) = [line for line in text.splitlines() if line.strip().startswith(start)][:1]
     return line.split()
 
@@ -155,11 +152,6 @@ def test_a_model_that_is_not_here_is_named_and_the_rest_is_shown(tmp_path: Path)
 
 def test_training_time_by_hand() -> None:
     # Two passes forward, and one more for the checkpoints, of an adapter: 3 * (2 * weights + 2 * layers * Q * length).
-    from rlhf.config.nodes import parse_cluster
-    from rlhf.planning.footprints import Sizes
-    from rlhf.planning.lengths import Lengths
-    from rlhf.planning.shapes import find_shape
-
     config = next(iter(load(LARGE).runs.values()))
     lengths = Lengths(most=4096, mean=1000.0)
     stages = training_stages(config, Sizes(), parse_cluster(NODES), lengths)
@@ -173,12 +165,6 @@ def test_training_time_by_hand() -> None:
 
 def test_decoding_time_by_hand() -> None:
     # A sequence in the middle of its response: all of its keys and values are read, and multiplied with the query.
-    from rlhf.config.nodes import parse_cluster
-    from rlhf.planning.footprints import Sizes
-    from rlhf.planning.lengths import Lengths
-    from rlhf.planning.shapes import find_shape
-    from rlhf.planning.time import system_of
-
     config = next(iter(load(LARGE).runs.values()))
     shape = find_shape(config.policy.model, shapes=None, made={})
     weights, context = shape.parameters - shape.embedding - shape.hidden, 1024 + 500
@@ -204,13 +190,18 @@ def test_the_disk_that_checkpoints_take() -> None:
     assert float(line.split()[1].replace(",", "")) == pytest.approx(count * (99.30 + 92.19), abs=0.1)
 
 
-def test_the_time_of_supervised_training_follows_from_the_rows(tmp_path: Path) -> None:
-    config = tmp_path / "sft.yaml"
-    config.write_text(
-        "run: {name: short}\npolicy: {model: Qwen/Qwen2.5-0.5B-Instruct}\nalgorithm: {name: sft}\n"
-        f"data: {{train: {tmp_path}/rows.jsonl}}\n"
+def fixed_rows(folder: Path, algorithm: str) -> Path:
+    """Return the file of a run on rows.jsonl of a folder."""
+    (folder / "run.yaml").write_text(
+        f"run: {{name: short}}\npolicy: {{model: Qwen/Qwen2.5-0.5B-Instruct}}\nalgorithm: {{name: {algorithm}}}\n"
+        f"data: {{train: {folder}/rows.jsonl}}\n"
         "train: {steps: 4, lr: 1e-6, sequences_per_update: 10, max_tokens_per_microbatch: 8192}\n"
     )
+    return folder / "run.yaml"
+
+
+def test_the_time_of_supervised_training_follows_from_the_rows(tmp_path: Path) -> None:
+    config = fixed_rows(tmp_path, "sft")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p" * 300, "completion": "c" * 100}) + "\n")
     text = rlhf.plan(config, cluster="cpu=2")
     assert "sequences of 100 tokens" in text  # 400 characters, 4 a token
@@ -220,12 +211,7 @@ def test_the_time_of_supervised_training_follows_from_the_rows(tmp_path: Path) -
 
 
 def test_a_pair_is_two_sequences_with_one_prompt(tmp_path: Path) -> None:
-    config = tmp_path / "dpo.yaml"
-    config.write_text(
-        "run: {name: pairs}\npolicy: {model: Qwen/Qwen2.5-0.5B-Instruct}\nalgorithm: {name: dpo}\n"
-        f"data: {{train: {tmp_path}/rows.jsonl}}\n"
-        "train: {steps: 4, lr: 1e-6, sequences_per_update: 10, max_tokens_per_microbatch: 8192}\n"
-    )
+    config = fixed_rows(tmp_path, "dpo")
     row = {"prompt": "p" * 400, "chosen": "c" * 100, "rejected": "r" * 300}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     text = rlhf.plan(config, cluster="cpu=2")

@@ -1,4 +1,4 @@
-"""`rlhf plan` says which models' sequences are not packed, without torch or the weights."""
+"""`rlhf plan` names models whose sequences are not packed, without torch or the weights."""
 
 from __future__ import annotations
 
@@ -29,13 +29,18 @@ def plan_of(folder: Path, kind: str, **changes: str) -> str:
     return plan(path)
 
 
-def test_the_plan_names_a_model_whose_sequences_are_computed_one_by_one(tmp_path: Path) -> None:
-    text = plan_of(tmp_path, "bloom")
-    assert "policy: sequences are computed one by one, which is slower: bloom adds a bias by position" in text
-
-
-def test_the_plan_names_a_model_that_cannot_share_prompts(tmp_path: Path) -> None:
-    assert "policy: responses to a prompt do not share its tokens: gptj" in plan_of(tmp_path, "gptj")
+@pytest.mark.parametrize(
+    ("kind", "changes", "line"),
+    [
+        ("bloom", {}, "sequences are computed one by one, which is slower: bloom adds a bias by position"),
+        ("gptj", {}, "responses to a prompt do not share its tokens: gptj"),
+        ("llama", {"model_type": "llama_of_tomorrow"}, "no test has run with models of type llama_of_tomorrow"),
+    ],
+)
+def test_the_plan_names_a_model_whose_rows_are_special(
+    tmp_path: Path, kind: str, changes: dict[str, str], line: str
+) -> None:
+    assert f"policy: {line}" in plan_of(tmp_path, kind, **changes)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_5_text"])
@@ -43,11 +48,6 @@ def test_the_plan_says_nothing_of_a_model_that_is_packed(tmp_path: Path, model_t
     text = plan_of(tmp_path, model_type)
     assert "layout of sequences" not in text
     assert "no test has run" not in text
-
-
-def test_the_plan_names_a_model_of_a_type_without_tests(tmp_path: Path) -> None:
-    text = plan_of(tmp_path, "llama", model_type="llama_of_tomorrow")
-    assert "policy: no test has run with models of type llama_of_tomorrow" in text
 
 
 def test_ranks_cannot_share_the_rows_of_a_model_that_is_not_packed() -> None:

@@ -1,4 +1,4 @@
-"""The schedules that a run can have, the one that it has, and its correction of old responses."""
+"""A run has a schedule and a correction of old responses, and other schedules are possible."""
 
 from __future__ import annotations
 
@@ -48,13 +48,11 @@ def test_the_schedule_of_a_run(keys: tuple[str, ...], name: str) -> None:
 )
 def test_the_correction_in_force(keys: tuple[str, ...], text: str) -> None:
     config = run(*keys)
-    assert config.rollouts is not None
     assert correction_in_force(config, config.rollouts) == text
 
 
 def test_an_algorithm_without_a_correction_says_so() -> None:
     config = run(*AHEAD, name="online_dpo_smollm2")
-    assert config.rollouts is not None
     assert correction_in_force(config, config.rollouts) == "none: online_dpo has no correction"
 
 

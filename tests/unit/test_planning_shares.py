@@ -1,4 +1,4 @@
-"""How the trials of a sweep divide a machine, and which keys make a trial fit into its share."""
+"""Trials of a sweep divide a machine, and some keys make a trial fit into a share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf.config.schema.sweep import Sweep, load_sweep
 from rlhf.errors import UserError
 from rlhf.planning.shares import Division, Machine, divide
 from rlhf.sweeps.space import known_trials
-from tests.unit.test_config_schema_sweep import RUN, write_sweep
+from tests.fixtures.sweeps import RUN, write_sweep
 
 GRPO: dict[str, Any] = {
     **RUN,
@@ -59,7 +59,6 @@ def test_as_many_trials_run_at_once_as_fit_into_equal_shares(tmp_path: Path) -> 
 def test_a_trial_larger_than_the_machine_is_refused(tmp_path: Path) -> None:
     sweep = grpo_sweep(tmp_path, set={"cluster.roles.policy.cpus": 3})
     problem = divided(sweep, TWO_CORES).problem
-    assert problem is not None
     assert "To run the sweep, reserve less for each role with cluster.roles.policy.cpus=1 " in problem  # 3 * 2 / 4
     assert "concurrency=" not in problem
 
@@ -88,14 +87,12 @@ def test_stages_of_a_pipeline_get_keys_of_their_own(tmp_path: Path) -> None:
         write_sweep(tmp_path, config="pipeline.yaml", concurrency=2, parameters={"train.lr": {"values": [1e-4, 1e-3]}})
     )
     problem = divided(sweep, TWO_CORES).problem
-    assert problem is not None
     assert "stages.second.cluster.roles.policy.cpus=0.5 stages.second.cluster.roles.rollout.cpus=0.5" in problem
     assert "stages.first" not in problem
     varied = {"stages.second.cluster.roles.policy.cpus": {"values": [1, 2]}}
     problem = divided(
         load_sweep(write_sweep(tmp_path, config="pipeline.yaml", concurrency=2, parameters=varied)), TWO_CORES
     ).problem
-    assert problem is not None
     assert "policy.cpus=" not in problem  # the sweep itself sets this key
 
 

@@ -1,4 +1,4 @@
-"""What `rlhf plan` prints."""
+"""`rlhf plan` prints derived numbers, roles and placement."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf.config.files.load import load
 from rlhf.config.nodes import Node, parse_cluster
 from rlhf.errors import UserError
 from rlhf.planning.report import render_plan
-from tests.unit.test_config_schema_sweep import write_sweep
+from tests.fixtures.sweeps import write_sweep
 
 BASE = """\
 run: {name: demo}
@@ -25,13 +25,8 @@ train:
    sequences_per_update: 128, epochs_per_batch: 2}
 cluster: {roles: {policy: {workers: 2}}}
 """
-IN_FLIGHT = [
-    "rollouts.weight_updates=in_flight",
-    "rollouts.max_staleness=2",
-    "algorithm.correction={preset: token_tis}",
-]
-ELASTIC = ["cluster.roles.rollout.engines={min: 1, max: 2}", "cluster.address=auto"]
-ELASTIC += ["cluster.roles.reward.colocate_with=policy"]
+IN_FLIGHT = ["rollouts.weight_updates=in_flight", "rollouts.max_staleness=2", "algorithm.correction.preset=token_tis"]
+ELASTIC = ["cluster.roles.rollout.engines={min: 1, max: 2}", "cluster.roles.reward.colocate_with=policy"]
 ON_GPUS = ["cluster.device=cuda", "policy.dtype=bfloat16"]
 
 
@@ -66,7 +61,7 @@ def test_the_facts(tmp_path: Path) -> None:
     [
         ([], []),
         (["cluster.roles.rollout.engines=2"], []),
-        ([*ELASTIC, *IN_FLIGHT, "cluster.weight_sync=gloo"], []),
+        ([*ELASTIC, *IN_FLIGHT, "cluster.address=auto", "cluster.weight_sync=gloo"], []),
         (["cluster.weight_sync=gloo"], ["engine has no effect: weights go by gloo"]),
         (["cluster.weight_sync=gloo", "cluster.restarts.engine=0"], []),
         ([*ON_GPUS, "policy.lora={rank: 8}"], []),
@@ -90,13 +85,10 @@ def test_the_snapshots_of_all_ranks_are_summed_if_the_nodes_are_unknown(tmp_path
     assert "snapshots of all ranks" not in plan(tmp_path, *grpo, "cluster.restarts.gang=0")
 
 
-def test_epochs_of_data_on_this_machine_are_steps(tmp_path: Path) -> None:
+def test_epochs_are_steps_if_the_data_is_on_this_machine(tmp_path: Path) -> None:
     text = plan(tmp_path, "train.steps=null", "train.epochs=60")
     assert "train.epochs 60 of 9 rows: 9 steps, if no row is left out" in text  # ceil(60 * 9 / 64)
     assert fact(text, "whole run") == "9 steps: 28 optimizer steps of the policy, 36 of the critic"  # (9 - 2) * 4
-
-
-def test_epochs_of_data_elsewhere_have_no_known_number_of_steps(tmp_path: Path) -> None:
     text = plan(tmp_path, "train.steps=null", "train.epochs=2", "data.train=absent.jsonl")
     assert fact(text, "whole run").startswith("2 epochs: how many steps that is follows from data.train")
 
@@ -141,13 +133,7 @@ def test_mixed_data_and_what_becomes_of_long_examples(tmp_path: Path) -> None:
 
 
 def test_how_many_engines_there_may_be(tmp_path: Path) -> None:
-    elastic = [
-        "cluster.roles.rollout.engines={min: 2, max: 8}",
-        "cluster.roles.reward.colocate_with=policy",
-        "rollouts.max_staleness=1",
-        "rollouts.weight_updates=in_flight",
-        "algorithm.correction=none",
-    ]
+    elastic = [*ELASTIC, *IN_FLIGHT, "cluster.roles.rollout.engines={min: 2, max: 8}"][1:]
     assert fact(plan(tmp_path, *elastic), "rollout").startswith("2-8 ")
     text = plan(tmp_path, *elastic, "cluster.address=10.0.0.1:6379")
     assert fact(text, "weight sync") == "gloo: policy and engines are on several CPU hosts"
@@ -190,18 +176,12 @@ def test_a_teacher_beside_its_student_or_on_its_own(tmp_path: Path) -> None:
     assert fact(text, "all").split() == ["3", "3"]
 
 
-def test_across_hosts_the_way_of_the_weights_depends_on_the_placement(tmp_path: Path) -> None:
+def test_bundles_and_transport_follow_the_placement(tmp_path: Path) -> None:
     sync = fact(plan(tmp_path, "cluster.address=auto"), "weight sync")
     assert sync == "gloo: policy and engines are on several CPU hosts; shm if they are placed on one"
-
-
-def test_bundles_that_are_alike_share_a_line(tmp_path: Path) -> None:
     text = plan(tmp_path, "cluster.roles.policy.workers=8", "cluster.roles.critic.workers=8")
     assert fact(text, "0").split() == ["1", "0", "policy,", "critic,", "reference"]
-    assert fact(text, "1-7").split() == ["1", "0", "policy,", "critic"]
-
-
-def test_a_described_cluster_shows_where_bundles_go(tmp_path: Path) -> None:
+    assert fact(text, "1-7").split() == ["1", "0", "policy,", "critic"]  # equal bundles share a line
     text = plan(tmp_path, cluster="1*cpu=2+cpu=8")
     assert fact(text, "1").endswith("node 0")
     assert fact(text, "2").endswith("node 1")

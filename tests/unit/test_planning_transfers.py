@@ -1,4 +1,4 @@
-"""The time in which states move, by hand: gathers, gradients and Adam on the host, snapshots, shared GPUs."""
+"""Times of moved states, by hand: gathers, gradients and Adam on the host, snapshots, shared GPUs."""
 
 from __future__ import annotations
 
@@ -94,21 +94,15 @@ def test_roles_that_share_gpus_with_engines_leave_them_and_return(stage: int) ->
 
 def test_a_reference_of_its_own_only_returns() -> None:
     own = ["cluster.roles.reference={workers: 4, colocate_with: policy}", "algorithm.kl={coef: 0.01}"]
-    seconds = []
-    for keys in (own, []):
-        found = staging(run(SHARED, *keys, "train.streamed=false"), Sizes(), None)
-        seconds.append(found.seconds)
+    runs = [run(SHARED, *keys, "train.streamed=false") for keys in (own, [])]
+    seconds = [staging(config, Sizes(), None).seconds for config in runs]
     assert seconds[0] - seconds[1] == pytest.approx(2 * PARAMETERS / UNPINNED)
 
 
 def test_a_run_without_moves_has_no_line_of_them() -> None:
     small = next(iter(load(CONFIGS / "grpo_smollm2.yaml").runs.values()))
-    names = {
-        stage.name
-        for stage in training_stages(
-            small, Sizes(made={small.policy.model: "Qwen/Qwen2.5-0.5B-Instruct"}), None, LENGTHS
-        )
-    }
+    sizes = Sizes(made={small.policy.model: "Qwen/Qwen2.5-0.5B-Instruct"})
+    names = {stage.name for stage in training_stages(small, sizes, None, LENGTHS)}
     assert not MOVES & names
 
 

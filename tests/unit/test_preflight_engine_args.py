@@ -1,4 +1,4 @@
-"""Arguments of vLLM's engine in the configuration: unknown names, and names that other keys set."""
+"""Unknown arguments of vLLM's engine, and arguments of other keys, are refused."""
 
 from __future__ import annotations
 

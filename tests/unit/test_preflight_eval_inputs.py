@@ -1,4 +1,4 @@
-"""Evaluations with an environment: what they read of a run, or of a stage, is what training reads."""
+"""Evaluations with an environment, of a run or of a stage, read the inputs of training."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,9 @@ from rlhf.preflight.eval_inputs import EvalInputs, inputs_of_run
 from rlhf.preflight.inputs import load_inputs
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.tracking.sinks.tracker import read_metrics
-from rlhf.types import GroupScores, Prompt, RewardError, RolloutInfo, StepReward
+from rlhf.types import GroupScores, Prompt, RewardError, StepReward
+from tests.fakes.groups import rollout_info
+from tests.fixtures.models import changed_copy
 
 RUN = """\
 run: {name: demo, seed: 7}
@@ -65,7 +68,7 @@ def read(text: str, folder: Path, model: Path, *changes: str, against: Path | No
 
 
 def changed(text: str, folder: Path, old: str, new: str, model: Path) -> EvalInputs:
-    """One part of the file written otherwise."""
+    """Read a file with a changed part."""
     assert old in text
     path = folder / "run.yaml"
     path.write_text(text.replace(old, new).replace("MODEL", str(model)))
@@ -103,10 +106,7 @@ def test_each_model_plays_with_its_own_tokenizer(tiny_model: Path, tmp_path: Pat
     [
         ("{name: calculator, max_tokens: 64}", "does not tell the model of tool `calculate`"),
         ("{name: guess_nmber, max_tokens: 64}", "SECTION.environment.name: there is no environment"),
-        (
-            "{name: guess_number, max_tokens: 64, tool_parser: hermes}",
-            "SECTION.environment.tool_parser: has no effect here: `guess_number` offers no tools",
-        ),
+        ("{name: guess_number, max_tokens: 64, tool_parser: hermes}", "SECTION.environment.tool_parser: has no effect"),
         ("{name: guess_number, max_tokens: 64, args: {low: 9, high: 7}}", "SECTION.environment.name: constructing"),
         ("{name: guess_number, max_tokens: 64, args: {api_key: x}}", "SECTION.environment.args.api_key: looks like"),
     ],
@@ -121,10 +121,7 @@ def test_what_cannot_be_played_is_refused(
 
 @pytest.mark.parametrize("text", [RUN, JUDGE])
 def test_a_conversation_must_fit_the_model_and_hold_a_turn(tiny_model: Path, tmp_path: Path, text: str) -> None:
-    short = tmp_path / "short"
-    shutil.copytree(tiny_model, short)
-    shape = json.loads((short / "config.json").read_text())
-    (short / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": 48}))
+    short = changed_copy(tiny_model, tmp_path / "short", max_position_embeddings=48)
     with pytest.raises(UserError, match=f"{SECTION[text]}.environment.max_tokens: is 64, more than the 48 that"):
         read(text, tmp_path, short)
     data = tmp_path / "games.jsonl"
@@ -162,19 +159,13 @@ def test_a_missing_column_is_named_with_what_maps_one(tiny_model: Path, tmp_path
 def test_a_stage_counts_what_failed_as_a_run_does(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of two conversations about one prompt hung; the other prompt has its score."""
+    """A conversation about the first prompt hung. The second prompt has a score."""
     hung = RewardError(reward="environment", kind="timeout", message="step: late", prompt_id=0, sample=1)
 
     def group(prompt_id: int, errors: tuple[RewardError | None, ...]) -> ScoredGroup:
         infos = tuple(
-            RolloutInfo(
-                sequence_id=sample,
-                num_prompt_tokens=1,
-                num_response_tokens=1,
-                finish_reason="stop",
-                min_version=0,
-                max_version=0,
-                mean_logprob=0.0,
+            rollout_info(
+                sample,
                 environment_rewards=(StepReward(end=1, value=1.0),) if error is None else None,
                 environment_error=error,
             )
@@ -194,20 +185,9 @@ def test_a_stage_counts_what_failed_as_a_run_does(
     ) -> dict[str, list[PromptResult]]:
         for scored in (group(0, (None, hung)), group(1, (None, None))):
             note(candidate.model.name, "games", scored)
-        return {
-            "games": [
-                PromptResult(
-                    prompt_id=1,
-                    prompt="go",
-                    responses=("4", "5"),
-                    scores=(1.0, 0.0),
-                    by_name={"won": (1.0, 0.0)},
-                    answers=None,
-                    truncated=(False, False),
-                    response_tokens=(1, 1),
-                )
-            ]
-        }
+        answered: dict[str, Any] = {"answers": None, "truncated": (False, False), "response_tokens": (1, 1)}
+        scores = {"scores": (1.0, 0.0), "by_name": {"won": (1.0, 0.0)}}
+        return {"games": [PromptResult(prompt_id=1, prompt="go", responses=("4", "5"), **scores, **answered)]}
 
     monkeypatch.setattr("actors.run.evaluate._answers", answers)
     text = JUDGE.replace("seed: 7}", f"seed: 7, dir: {tmp_path}}}").replace("size: 7", "size: 2")

@@ -1,4 +1,4 @@
-"""rlhf/preflight/inputs.py: what a run reads before anything starts, of one data set and of several."""
+"""A run reads a single data set, or several, before anything starts."""
 
 from __future__ import annotations
 

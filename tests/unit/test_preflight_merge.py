@@ -1,4 +1,4 @@
-"""Merges of a pipeline: what is refused before the first stage starts, and what later stages may expect of one."""
+"""Merges that will not fit are refused before the first stage. Later stages know the shape of a merge's result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(models: Path) -> StageResults:
-    """Stages that train, none of which has run: whole models a, b, tied, a reward model, adapters."""
+    """Return results of stages that have not run: whole models a, b, tied, a reward model, adapters."""
     bases = {"a": "base", "b": "base", "tied": "tied", "scores": "base", "l": "base", "l2": "other"}
     bases |= {"dora": "base", "experts": "base"}
     return StageResults(
@@ -49,7 +49,7 @@ def made(models: Path) -> StageResults:
 
 
 def result(models: Path, names: list[str], **values: Any) -> StageResults:
-    """What is known after a merge called `run/m`. Names of stages, or of folders of `models` with ./ before them."""
+    """Return the results known after a merge called `run/m`. Names are stages, or folders of `models` behind ./."""
     known = made(models)
 
     def path(name: str) -> str:
@@ -69,35 +69,15 @@ def result(models: Path, names: list[str], **values: Any) -> StageResults:
         (["a", "tied"], {"method": "linear"}, "do not fit: tie_word_embeddings is False in the one and True"),
         (["a", "./tied"], {"method": "linear"}, "do not fit: tie_word_embeddings"),
         (["./other", "./tied"], {"method": "linear"}, "do not fit: tie_word_embeddings"),
-        (
-            ["a"],
-            {"method": "task_arithmetic", "base": "./tied"},
-            "merge.models.m0 (MODELS/base) and merge.base (MODELS",
-        ),
+        (["a"], {"method": "task_arithmetic", "base": "./tied"}, "merge.models.m0 (MODELS/base) and merge.base"),
         (["a", "./none"], {"method": "linear"}, "merge.models.m1: the folder MODELS/none does not exist"),
         (["a", "scores"], {"method": "linear"}, "merge.models.m1 (run/scores/final) will have a scalar head"),
         (["a"], {"method": "fold"}, "merge.models.m0: run/a/final will be a whole model, and fold adds an adapter"),
         (["a", "l"], {"method": "cat", "output": "adapter"}, "merge.models.m0: run/a/final will be a whole model, and"),
-        (
-            ["l", "dora"],
-            {"method": "cat", "output": "adapter"},
-            "run/dora/final will be an adapter with dora, and such",
-        ),
-        (
-            ["l", "experts"],
-            {"method": "cat", "output": "adapter"},
-            "run/experts/final will be an adapter with target_parameters, and such",
-        ),
-        (
-            ["l", "l2"],
-            {"method": "cat", "output": "adapter"},
-            "merge.models.m0 and merge.models.m1 are adapters of diff",
-        ),
-        (
-            ["l", "./lora_of_other"],
-            {"method": "svd", "output": "adapter"},
-            "are adapters of different bases, MODELS/base",
-        ),
+        (["l", "dora"], {"method": "cat", "output": "adapter"}, "run/dora/final will be an adapter with dora, and"),
+        (["l", "experts"], {"method": "cat", "output": "adapter"}, "run/experts/final will be an adapter with"),
+        (["l", "l2"], {"method": "cat", "output": "adapter"}, "merge.models.m0 and merge.models.m1 are adapters of"),
+        (["l", "./lora_of_other"], {"method": "svd", "output": "adapter"}, "are adapters of different bases"),
         (["./lora", "./lora_of_other"], {"method": "cat", "output": "adapter"}, "are adapters of different bases"),
     ],
 )
@@ -159,6 +139,10 @@ def evaluate(model: str, **keys: Any) -> dict[str, Any]:
     return {"evaluate": {"model": model, **settings, **keys}}
 
 
+UNKNOWN = "stages.e: evaluate.rewards.correct.function: there is no reward `math_answr`"
+NO_SCORES = "stages.e: evaluate.reward.model: FOLDER/demo/b/final will be a language model, expected a reward model"
+
+
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
@@ -169,20 +153,11 @@ def evaluate(model: str, **keys: Any) -> dict[str, Any]:
         ({"m": {"merge": {"method": "fold", "models": {"x": {"model": "stage:a"}}}}}, "stages.m: merge.models.x: "),
         ({"e": evaluate("stage:scores")}, "stages.e: evaluate.model: FOLDER/demo/scores/final will be a reward model"),
         ({"e": evaluate("stage:a", against="stage:scores")}, "stages.e: evaluate.against: FOLDER/demo/scores/final"),
-        (
-            {"e": evaluate("stage:lora")},
-            "stages.e: evaluate.model: FOLDER/demo/lora/final will be an adapter with dora",
-        ),
+        ({"e": evaluate("stage:lora")}, "stages.e: evaluate.model: FOLDER/demo/lora/final will be an adapter with"),
         ({"e": evaluate("./none")}, "stages.e: evaluate.model: The model folder ./none does not exist"),
         ({"e": evaluate("stage:a", data="none.jsonl")}, "stages.e: evaluate.data.heldout: none.jsonl does not exist"),
-        (
-            {"e": evaluate("stage:a", rewards={"correct": {"function": "math_answr"}})},
-            "stages.e: evaluate.rewards.correct.function: there is no reward `math_answr`",
-        ),
-        (
-            {"e": evaluate("stage:a", rewards={"x": {"role": "reward"}}, reward={"model": "stage:b"})},
-            "stages.e: evaluate.reward.model: FOLDER/demo/b/final will be a language model, expected a reward model",
-        ),
+        ({"e": evaluate("stage:a", rewards={"correct": {"function": "math_answr"}})}, UNKNOWN),
+        ({"e": evaluate("stage:a", rewards={"x": {"role": "reward"}}, reward={"model": "stage:b"})}, NO_SCORES),
         ({"e": evaluate("stage:a", max_new_tokens=100_000)}, "stages.e: evaluate.data.heldout: "),
     ],
 )

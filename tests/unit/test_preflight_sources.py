@@ -1,4 +1,4 @@
-"""Rewards that are routed by the rows' columns, gated or remote: what is refused before a run starts."""
+"""Rewards by column, with gates or of a service are checked against the rows before a run."""
 
 from __future__ import annotations
 

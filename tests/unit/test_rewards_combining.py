@@ -9,23 +9,33 @@ import pytest
 from rlhf.rewards.combining import GROUP_STD_EPS, RewardTerm, gated_steps, plain_sum, training_sum
 from rlhf.types import StepReward
 
-
-def test_a_gate_is_a_factor_and_is_taken_as_it_is() -> None:
-    values = {"right": [1.0, 0.0, 0.5], "short": [4.0, 4.0, 2.0]}
-    shares = {"right": RewardTerm(weight=10.0), "short": RewardTerm(weight=0.5, gate="right")}
-    # 10 * 1 + .5 * 4 * 1 = 12;   0 + .5 * 4 * 0 = 0;   10 * .5 + .5 * 2 * .5 = 5.5
-    assert plain_sum(values, shares) == [12.0, 0.0, 5.5]
-    assert training_sum(values, shares) == [12.0, 0.0, 5.5]
+RIGHT_OR_SHORT = {"right": RewardTerm(weight=10.0), "short": RewardTerm(weight=0.5, gate="right")}
+CIRCLE = {"a": RewardTerm(weight=1.0, gate="b"), "b": RewardTerm(weight=1.0, gate="a")}
+SAFE = {"safe": RewardTerm(weight=0.0), "good": RewardTerm(weight=1.0, gate="safe")}
+BY_KIND = {"maths": RewardTerm(weight=1.0), "code": RewardTerm(weight=5.0)}
+WATCHED = {"a": RewardTerm(weight=2.0), "b": RewardTerm(weight=1.0), "watched": RewardTerm(weight=0.0)}
 
 
-def test_a_gate_of_weight_0_still_gates() -> None:
-    shares = {"safe": RewardTerm(weight=0.0), "good": RewardTerm(weight=1.0, gate="safe")}
-    assert plain_sum({"safe": [1.0, 0.0], "good": [3.0, 3.0]}, shares) == [3.0, 0.0]
+@pytest.mark.parametrize(
+    ("terms", "values", "expected"),
+    [
+        # 10 * 1 + .5 * 4 * 1 = 12;   0 + .5 * 4 * 0 = 0;   10 * .5 + .5 * 2 * .5 = 5.5
+        (RIGHT_OR_SHORT, {"right": [1.0, 0.0, 0.5], "short": [4.0, 4.0, 2.0]}, [12.0, 0.0, 5.5]),
+        (SAFE, {"safe": [1.0, 0.0], "good": [3.0, 3.0]}, [3.0, 0.0]),  # a gate of weight 0 still gates
+        (CIRCLE, {"a": [2.0], "b": [3.0]}, [12.0]),  # 2 * 3 + 3 * 2: plain values gate
+        (BY_KIND, {"code": [2.0]}, [10.0]),  # a reward that does not apply adds nothing
+        # a reward without an opinion adds nothing
+        (WATCHED, {"a": [1.0, None, None], "b": [3.0, 4.0, None], "watched": [9.0] * 3}, [5.0, 4.0, None]),
+    ],
+)
+def test_a_sum_of_weighted_and_gated_rewards(
+    terms: dict[str, RewardTerm], values: dict[str, list[float | None]], expected: list[float | None]
+) -> None:
+    assert plain_sum(values, terms) == expected
 
 
-def test_gates_that_gate_each_other_use_plain_values() -> None:
-    shares = {"a": RewardTerm(weight=1.0, gate="b"), "b": RewardTerm(weight=1.0, gate="a")}
-    assert plain_sum({"a": [2.0], "b": [3.0]}, shares) == [12.0]  # 2 * 3 + 3 * 2
+def test_a_gate_is_taken_as_it_is_in_training_too() -> None:
+    assert training_sum({"right": [1.0, 0.0, 0.5], "short": [4.0, 4.0, 2.0]}, RIGHT_OR_SHORT) == [12.0, 0.0, 5.5]
 
 
 def test_normalised_within_the_group_for_training_alone() -> None:
@@ -47,17 +57,6 @@ def test_equal_values_normalise_to_nothing() -> None:
     assert training_sum({"a": [0.1, 0.1, 0.1]}, {"a": RewardTerm(weight=1.0, normalize="group")}) == pytest.approx(
         [0.0] * 3, abs=1e-15 / GROUP_STD_EPS
     )
-
-
-def test_rewards_that_do_not_apply_add_nothing() -> None:
-    shares = {"maths": RewardTerm(weight=1.0), "code": RewardTerm(weight=5.0)}
-    assert plain_sum({"code": [2.0]}, shares) == [10.0]
-
-
-def test_a_reward_without_an_opinion_adds_nothing() -> None:
-    shares = {"a": RewardTerm(weight=2.0), "b": RewardTerm(weight=1.0), "watched": RewardTerm(weight=0.0)}
-    values = {"a": [1.0, None, None], "b": [3.0, 4.0, None], "watched": [9.0, 9.0, 9.0]}
-    assert plain_sum(values, shares) == [5.0, 4.0, None]
 
 
 def test_a_reward_whose_gate_has_no_opinion_is_left_out() -> None:

@@ -1,8 +1,9 @@
-"""The reward `code_tests`: which program is taken, every form of tests, what counts as equal, and attempts to cheat."""
+"""The reward `code_tests` finds the program, reads every form of tests, and resists cheating."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -51,13 +52,50 @@ def test_the_last_block_of_python_is_the_program() -> None:
     assert last_code_block("``` a ```") is None
 
 
-@pytest.mark.parametrize(
-    ("program", "expected"),
-    [(SUM_SCRIPT, 1.0), ("print(3)", 0.5), ("print(3)\nexit(1)", 0.0), ("print(", 0.0), ("", 0.0)],
+METHOD = "class Solution:\n    def add(self, a, b):\n        return a + b"
+CALLS = {"fn_name": "add", "inputs": [[1, 2], [3, 4], "1\n1", [[1], [2]]], "outputs": [3, [7], "2", [[1, 3]]]}
+VALUES = "def f(n):\n    return [(1, 2), {1: None}, {1, 2}, 'a', f][n]"
+AS_JSON = {"fn_name": "f", "inputs": [[0], [1], [2], [3], [4]], "outputs": [[1, 2], {"1": None}, [1, 2], "a", "f"]}
+MAIN = ADD + "\nif __name__ == '__main__':\n    print(add(int(input()), 1))"
+ASSERTIONS = ["assert add(1, 2) == 3", "import math\nassert add(math.pi, 0) > 3", "assert add(0, 0) == 1"]
+TEST_FUNCTIONS = (
+    "from solution import add\n\ndef test_right():\n    assert add(1, 2) == 3\n    return 1\n\n"
+    "def test_wrong():\n    assert add(1, 2) == 4\n\ndef helper():\n    raise ValueError\n"
 )
-def test_printed(share: CodeTests, program: str, expected: float) -> None:
-    assert share("p", block(program), tests=PRINTED) == expected
-    assert share("p", block(program), tests=json.dumps(PRINTED)) == expected
+CHECK = "def check(candidate):\n    assert candidate(1, 2) == 3"
+STATEMENTS = "for i in range(3):\n    assert add(i, 1) == i + 1"
+GUARDED = f"import sys\nsys.setrecursionlimit(999)\ndef check(f):\n    assert f(1, 2) == 3\n{GUARD}check(add)"
+
+
+@pytest.mark.parametrize(
+    ("program", "columns", "expected"),
+    [
+        (SUM_SCRIPT, {"tests": PRINTED}, 1.0),
+        (SUM_SCRIPT, {"tests": json.dumps(PRINTED)}, 1.0),
+        ("print(3)", {"tests": PRINTED}, 0.5),
+        ("print(3)", {"tests": json.dumps(PRINTED)}, 0.5),
+        ("print(3)\nexit(1)", {"tests": PRINTED}, 0.0),
+        ("print(", {"tests": PRINTED}, 0.0),
+        ("", {"tests": PRINTED}, 0.0),
+        (SUM_SCRIPT, {"tests": {"inputs": [["1 2"], "3 4\n"], "outputs": ["3", ["7", ""]]}}, 1.0),  # lines
+        (ADD, {"tests": CALLS}, 0.75),  # the last call expects [1, 2]
+        (METHOD, {"tests": CALLS}, 0.75),
+        (VALUES, {"tests": AS_JSON}, 0.6),  # a set and a function are no JSON
+        (MAIN, {"tests": ["assert add(1, 2) == 3"]}, 1.0),  # the main block does not run
+        (ADD, {"tests": ASSERTIONS}, 2 / 3),
+        (ADD, {"test_code": TEST_FUNCTIONS}, 0.5),
+        ("def test_wrong(): pass", {"test_code": TEST_FUNCTIONS}, 0.0),
+        (ADD, {"test_code": CHECK, "entry_point": "add"}, 1.0),
+        (ADD, {"test_code": CHECK, "entry_point": "other"}, 0.0),
+        (ADD, {"test_code": STATEMENTS}, 1.0),
+        (ADD, {"test_code": GUARDED}, 1.0),  # statements of a main guard are run
+        ("def add(a, b):\n    return a", {"test_code": GUARDED}, 0.0),
+    ],
+)
+def test_the_score_is_the_share_of_passed_tests(
+    share: CodeTests, program: str, columns: dict[str, Any], expected: float
+) -> None:
+    assert share("p", block(program), **columns) == pytest.approx(expected)
 
 
 def test_all_or_nothing(all_tests: CodeTests) -> None:
@@ -72,55 +110,9 @@ def test_the_whole_response() -> None:
     assert whole("p", block(SUM_SCRIPT), tests=PRINTED) == 0.0
 
 
-def test_inputs_and_outputs_as_columns_of_lines(share: CodeTests) -> None:
-    tests = {"inputs": [["1 2"], "3 4\n"], "outputs": ["3", ["7", ""]]}
-    assert share("p", block(SUM_SCRIPT), tests=tests) == 1.0
-
-
-@pytest.mark.parametrize("program", [ADD, "class Solution:\n    def add(self, a, b):\n        return a + b"])
-def test_returned(share: CodeTests, program: str) -> None:
-    tests = {"fn_name": "add", "inputs": [[1, 2], [3, 4], "1\n1", [[1], [2]]], "outputs": [3, [7], "2", [[1, 3]]]}
-    assert share("p", block(program), tests=tests) == 0.75  # the last expects [1, 2]
-
-
-def test_returned_values_come_as_json(share: CodeTests) -> None:
-    program = "def f(n):\n    return [(1, 2), {1: None}, {1, 2}, 'a', f][n]"
-    tests = {"fn_name": "f", "inputs": [[0], [1], [2], [3], [4]], "outputs": [[1, 2], {"1": None}, [1, 2], "a", "f"]}
-    assert share("p", block(program), tests=tests) == 0.6  # a set and a function are no values
-
-
 def test_arguments_of_a_call_may_contain_unicode_line_ends() -> None:
     lines = read_tests({"fn_name": "f", "inputs": ['"a\u2028b\x85"\r\n\n2\n'], "outputs": ["3"]})
     assert lines == Cases(function="f", returned=((["a\u2028b\x85", 2], 3),))
-
-
-def test_a_main_block_does_not_run_beside_tests(share: CodeTests) -> None:
-    program = ADD + "\nif __name__ == '__main__':\n    print(add(int(input()), 1))"
-    assert share("p", block(program), tests=["assert add(1, 2) == 3"]) == 1.0
-
-
-def test_assertions(share: CodeTests) -> None:
-    tests = ["assert add(1, 2) == 3", "import math\nassert add(math.pi, 0) > 3", "assert add(0, 0) == 1"]
-    assert share("p", block(ADD), tests=tests) == pytest.approx(2 / 3)
-
-
-def test_test_functions_each_count(share: CodeTests) -> None:
-    code = (
-        "from solution import add\n\ndef test_right():\n    assert add(1, 2) == 3\n    return 1\n\n"
-        "def test_wrong():\n    assert add(1, 2) == 4\n\ndef helper():\n    raise ValueError\n"
-    )
-    assert share("p", block(ADD), test_code=code) == 0.5
-    assert share("p", block("def test_wrong(): pass"), test_code=code) == 0.0
-
-
-def test_check_of_an_entry_point(share: CodeTests) -> None:
-    code = "def check(candidate):\n    assert candidate(1, 2) == 3"
-    assert share("p", block(ADD), test_code=code, entry_point="add") == 1.0
-    assert share("p", block(ADD), test_code=code, entry_point="other") == 0.0
-
-
-def test_statements(share: CodeTests) -> None:
-    assert share("p", block(ADD), test_code="for i in range(3):\n    assert add(i, 1) == i + 1") == 1.0
 
 
 CHEATS = (
@@ -151,10 +143,8 @@ def test_a_hang_counts_as_wrong_within_the_limit() -> None:
     bounded = CodeTests(score="share", test_s=0.5, limit_s=1.0)
     tests = [{"input": str(i), "output": str(i)} for i in range(50)]
     assert bounded("p", block("n = input()\nwhile n != '0': pass\nprint(n)"), tests=tests) == 1 / 50
-    assert (
-        bounded("p", block("def add(a, b):\n    while a: pass\n    return b"), tests=["assert add(0, 1)", "add(1, 1)"])
-        == 0.5
-    )
+    hangs = "def add(a, b):\n    while a: pass\n    return b"
+    assert bounded("p", block(hangs), tests=["assert add(0, 1)", "add(1, 1)"]) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -229,12 +219,6 @@ def test_test_code_that_tests_nothing_is_an_error(code: str, message: str) -> No
 def test_read_test_code() -> None:
     assert read_test_code("assert f()", None) == Cases(statements=("assert f()",))
     assert read_test_code("def test_a(): pass\nX = 1", None).test_functions == ("test_a",)
-
-
-def test_statements_of_a_main_guard_are_run(share: CodeTests) -> None:
-    code = f"import sys\nsys.setrecursionlimit(999)\ndef check(f):\n    assert f(1, 2) == 3\n{GUARD}check(add)"
-    assert share("p", block(ADD), test_code=code) == 1.0
-    assert share("p", block("def add(a, b):\n    return a"), test_code=code) == 0.0
     assert read_test_code(f"def test_a(): pass\n{GUARD}test_a()", None).test_functions == ("test_a",)
     run = "import unittest\nclass T(unittest.TestCase): pass\nassert unittest.TextTestRunner().run(T()).wasSuccessful()"
     assert read_test_code(run, None).statements == (run,)

@@ -1,4 +1,4 @@
-"""The built-in rewards by themselves, and the two heavy ones in the pool that they need."""
+"""The built-in rewards score alone, and the two slow built-in rewards score in a pool."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ REPEATED = ("```python\n", "``` \n", "```" + " " * 60_000 + "`", "answer" + " " 
 
 @pytest.mark.parametrize("piece", [*REPEATED, "</answer>", "\\boxed{", " ", "1,"])
 def test_a_response_that_repeats_itself_is_read_in_no_time(piece: str) -> None:
-    """Models that collapse write such things, and a rule that takes quadratic time would look like a hang."""
+    """Collapsed models write such responses, and a rule of quadratic time would look like a hang."""
     response = piece * (200_000 // len(piece))
     began = time.process_time()  # of this process alone, whatever else the machine does
     assert multiple_choice("p", response, "A") == 0.0

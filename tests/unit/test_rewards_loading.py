@@ -1,4 +1,4 @@
-"""Rewards by name: what is found, what their signatures say, and every way in which a name can be wrong."""
+"""A reward is found by name and has a signature. Every wrong name has a message."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,11 +29,6 @@ def refusal(function: str, *, folder: Path = FILES, timeout_s: float = 60.0, **a
         load(function, folders=(folder,), timeout_s=timeout_s, **args)
     assert str(error.value).startswith("rewards.r.function: ")
     return str(error.value)
-
-
-def written(folder: Path, text: str) -> str:
-    (folder / "mine.py").write_text(text)
-    return "mine.py:reward"
 
 
 def test_signature_of_a_function() -> None:
@@ -65,76 +61,21 @@ def test_pickles() -> None:
     assert pickle.loads(pickle.dumps(reward)) == reward
 
 
-def test_unknown_built_in_is_answered_with_the_nearest() -> None:
-    assert "did you mean `math_answer`?" in refusal("math_anwser")
-
-
-def test_file_without_a_name() -> None:
-    assert "`simple.py:NAME`" in refusal("simple.py")
-
-
-def test_missing_file_says_where_it_was_looked_for() -> None:
-    assert str(FILES.resolve() / "absent.py") in refusal("absent.py:reward")
-
-
-def test_a_file_of_an_unknown_home_does_not_exist() -> None:
-    assert "the file `~nosuchuser/x.py` of the reward does not exist" in refusal("~nosuchuser/x.py:reward")
-
-
-def test_missing_name_lists_what_there_is() -> None:
-    message = refusal("simple.py:lenght")
-    assert "defines no `lenght`" in message
-    assert "length" in message.split("it defines:")[1]
-
-
-def test_import_that_raises_names_the_users_line(tmp_path: Path) -> None:
-    message = refusal(written(tmp_path, "TABLE = {'a': 1}\n\nWEIGHT = TABLE['b']\n"), folder=tmp_path)
-    assert "KeyError: 'b'" in message
-    assert f"{tmp_path / 'mine.py'}:3" in message
-
-
-def test_syntax_error_names_the_line(tmp_path: Path) -> None:
-    message = refusal(written(tmp_path, "x = 1\ndef reward(prompt, response)\n    return 1\n"), folder=tmp_path)
-    assert "SyntaxError" in message
-    assert "line 2" in message
-
-
-@pytest.mark.parametrize(
-    ("code", "expected"),
-    [
-        ("import sys\nsys.exit(4)\n", "raised SystemExit: 4"),
-        ("import os\nos._exit(4)\n", "exited with code 4"),
-        ("import time\ntime.sleep(600)\n", "mine.py:2"),
-    ],
-)
-def test_import_that_ends_or_hangs(code: str, expected: str, tmp_path: Path) -> None:
-    timeout_s = 1.0 if "sleep" in code else 60.0
-    assert expected in refusal(written(tmp_path, code), folder=tmp_path, timeout_s=timeout_s)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("not_callable", "is of type int, not a function or a class"),
-        ("wrong_names", "must take `prompt, response`"),
-        ("by_position", "arguments are passed by name"),
-        ("asynchronous", "is async"),
-        ("NoCall", "has no __call__"),
-    ],
-)
-def test_what_is_no_reward(name: str, expected: str) -> None:
-    assert expected in refusal(f"simple.py:{name}")
-
-
-def test_args_that_do_not_fit() -> None:
-    assert "cannot be constructed" in refusal("simple.py:Counting", begin=1)
-    assert "has no parameter weight" in refusal("simple.py:length", weight=1)
-    assert "unterminated" in refusal("format_regex", pattern="(")
-
-
 @pytest.mark.parametrize(
     ("function", "args", "message"),
     [
+        ("math_anwser", {}, "did you mean `math_answer`?"),
+        ("simple.py", {}, "`simple.py:NAME`"),
+        ("absent.py:reward", {}, str(FILES.resolve() / "absent.py")),
+        ("~nosuchuser/x.py:reward", {}, "the file `~nosuchuser/x.py` of the reward does not exist"),
+        ("simple.py:not_callable", {}, "is of type int, not a function or a class"),
+        ("simple.py:wrong_names", {}, "must take `prompt, response`"),
+        ("simple.py:by_position", {}, "arguments are passed by name"),
+        ("simple.py:asynchronous", {}, "is async"),
+        ("simple.py:NoCall", {}, "has no __call__"),
+        ("simple.py:Counting", {"begin": 1}, "cannot be constructed"),
+        ("simple.py:length", {"weight": 1}, "has no parameter weight"),
+        ("format_regex", {"pattern": "("}, "unterminated"),
         ("length_penalty", {"limit": 400, "unit": "tokens"}, "unit is 'tokens'"),
         ("length_penalty", {"limit": "400"}, "TypeError"),
         ("target_length", {"unit": "tokens"}, "unit is 'tokens'"),
@@ -145,8 +86,30 @@ def test_args_that_do_not_fit() -> None:
         ("cosine_length", {"limit": 9, "verifier": "regex_match", "verifier_args": {"pattern": "("}}, "unterminated"),
     ],
 )
-def test_args_of_a_built_in_are_checked_when_it_is_loaded(function: str, args: dict[str, object], message: str) -> None:
-    assert message in refusal(function, **args)  # type: ignore[arg-type]
+def test_a_name_or_an_argument_that_is_wrong_is_refused(function: str, args: dict[str, Any], message: str) -> None:
+    assert message in refusal(function, **args)
+
+
+def test_missing_name_lists_what_there_is() -> None:
+    message = refusal("simple.py:lenght")
+    assert "defines no `lenght`" in message
+    assert "length" in message.split("it defines:")[1]
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("TABLE = {'a': 1}\n\nWEIGHT = TABLE['b']\n", ("KeyError: 'b'", "mine.py:3")),
+        ("x = 1\ndef reward(prompt, response)\n    return 1\n", ("SyntaxError", "line 2")),
+        ("import sys\nsys.exit(4)\n", ("raised SystemExit: 4",)),
+        ("import os\nos._exit(4)\n", ("exited with code 4",)),
+        ("import time\ntime.sleep(600)\n", ("mine.py:2",)),
+    ],
+)
+def test_an_import_that_fails_ends_or_hangs_is_named(code: str, expected: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(code)
+    message = refusal("mine.py:reward", folder=tmp_path, timeout_s=1.0 if "sleep" in code else 60.0)
+    assert all(part in message for part in expected)
 
 
 def test_args_that_leave_columns_open_are_accepted() -> None:

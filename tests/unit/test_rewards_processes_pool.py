@@ -1,4 +1,4 @@
-"""The pool with real processes: order, every way to fail, and that the next group is scored after each of them."""
+"""A pool of real processes keeps the order and reports every failure. The next group is scored after each failure."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -32,33 +33,17 @@ def source(function: str, **args: object) -> CodeSource:
     return CodeSource(path=str(FILES / file), name=name, args=args)
 
 
-HOSTILE = (
-    "raises",
-    "raises_in_library",
-    "exits",
-    "sleeps",
-    "hangs_in_c",
-    "swallows_everything",
-    "dies",
-    "crashes",
-    "eats_memory",
-    "returns",
-    "batched_raises",
-    "batched_short",
-    "batched_sleeps",
-    "noisy",
-    "floods",
-    "leaves_a_child",
-    "leaves_a_daemon",
-    "writes_rubbish",
-    "writes_a_large_header",
-    "torch_is_loaded",
+HOSTILE_NAMES = (
+    "raises raises_in_library exits sleeps hangs_in_c swallows_everything dies crashes eats_memory returns "
+    "batched_raises batched_short batched_sleeps noisy floods leaves_a_child leaves_a_daemon writes_rubbish "
+    "writes_a_large_header torch_is_loaded"
 )
+HOSTILE = HOSTILE_NAMES.split()
 
 
 @pytest.fixture(scope="module")
 def hostile() -> Iterator[RewardPool]:
-    """One pool for all that can go wrong: each test finds it as the one before left it."""
+    """Yield a pool for all failures. A test gets the pool as the test before left the pool."""
     with RewardPool([source(f"hostile.py:{name}") for name in HOSTILE], timeout_s=TIMEOUT_S) as pool:
         yield pool
 
@@ -142,11 +127,6 @@ def test_none_is_no_opinion_and_no_failure(hostile: RewardPool) -> None:
     assert (outcome.scores, outcome.failures) == ((1.0, None, 1.0), ())
 
 
-def test_several_raising_calls_are_all_reported(hostile: RewardPool) -> None:
-    failures = hostile.score(HOSTILE.index("raises"), "p", ["x", "a", "x"], {}).failures
-    assert [f.sample for f in failures] == [0, 2]
-
-
 def test_output_goes_to_the_log(hostile: RewardPool, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="rlhf.rewards.processes.process"):
         assert hostile.score(HOSTILE.index("noisy"), "p", ["größer \ud800 字"], {}).scores == (1.0,)
@@ -167,7 +147,6 @@ def test_a_flood_of_output_neither_blocks_nor_fills_the_log(
 def test_what_a_reward_started_dies_with_it(hostile: RewardPool) -> None:
     for name, kind in (("leaves_a_child", "timeout"), ("leaves_a_daemon", "died")):
         (child,) = hostile.score(HOSTILE.index(name), "p", ["a"], {}).scores
-        assert child is not None
         assert psutil.pid_exists(int(child))
         assert failures_of(hostile, name)[0].kind == kind
         deadline = time.monotonic() + 60.0
@@ -192,31 +171,27 @@ def test_order_is_kept(simple: RewardPool) -> None:
     assert simple.score(0, "p", responses, {}).scores == tuple(float(len(r)) for r in responses)
 
 
-def test_a_group_larger_than_any_buffer(simple: RewardPool) -> None:
-    assert simple.score(0, "p", ["字" * 3_000_000] * 2, {}).scores == (3e6, 3e6)
-
-
-def test_columns_arrive(simple: RewardPool) -> None:
-    # equal to the answer, plus the tolerance, plus one other column
-    assert simple.score(1, "p", ["é", "b"], {"answer": "é", "tolerance": 0.5, "z": 0}).scores == (2.5, 1.5)
-    assert simple.score(2, "p", ["a"], {}).scores == (7.0,)
-
-
-def test_no_call_sees_what_another_did_to_a_column(simple: RewardPool) -> None:
-    assert simple.score(3, "p", ["a", "b", "c"], {"steps": [5]}).scores == (2.0, 2.0, 2.0)
-
-
-def test_a_batched_reward_sees_the_group(simple: RewardPool) -> None:
-    assert simple.score(4, "p", ["a", "b", "a"], {"answer": "a"}).scores == (31.0, 30.0, 31.0)
+@pytest.mark.parametrize(
+    ("reward", "responses", "columns", "scores"),
+    [
+        (0, [], {}, ()),
+        (0, ["字" * 3_000_000] * 2, {}, (3e6, 3e6)),  # larger than any buffer
+        # equal to the answer, plus the tolerance, plus one other column
+        (1, ["é", "b"], {"answer": "é", "tolerance": 0.5, "z": 0}, (2.5, 1.5)),
+        (2, ["a"], {}, (7.0,)),
+        (3, ["a", "b", "c"], {"steps": [5]}, (2.0, 2.0, 2.0)),  # no call sees the changes of another one
+        (4, ["a", "b", "a"], {"answer": "a"}, (31.0, 30.0, 31.0)),  # a batched reward sees the group
+    ],
+)
+def test_responses_and_columns_arrive(
+    simple: RewardPool, reward: int, responses: list[str], columns: dict[str, Any], scores: tuple[float, ...]
+) -> None:
+    assert simple.score(reward, "p", responses, columns).scores == scores
 
 
 def test_a_class_is_constructed_once(simple: RewardPool) -> None:
     assert simple.score(5, "p", ["a", "b"], {}).scores == (1.0, 2.0)
     assert simple.score(5, "p", ["a"], {}).scores == (3.0,)
-
-
-def test_empty_group(simple: RewardPool) -> None:
-    assert simple.score(0, "p", [], {}).scores == ()
 
 
 def test_several_thousand_a_second(simple: RewardPool) -> None:
@@ -240,7 +215,7 @@ def test_a_process_killed_from_outside_costs_nothing() -> None:
 def test_a_process_killed_while_it_loads_is_replaced_once(
     killed: tuple[int, ...], is_replaced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pool starts a process, and another one after the death of the first one that has loaded."""
+    """The pool starts a process, and a second process after the death of the first loaded process."""
     started: list[RewardProcess] = []
     start = RewardPool._start
 
@@ -263,7 +238,7 @@ def test_a_process_killed_while_it_loads_is_replaced_once(
 
 
 def test_a_process_killed_in_the_middle_of_a_call_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`sleeps` answers for `a` and sleeps for `x`: each process is killed while it sleeps."""
+    """`sleeps` answers for `a` and sleeps for `x`: each process is killed in its sleep."""
     killed: list[int] = []
     send, receive = RewardProcess.send, RewardProcess.receive
 
@@ -324,7 +299,7 @@ def test_a_process_maps_no_more_memory_than_it_may() -> None:
 
 
 def test_groups_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No group gets its reply before both have been sent."""
+    """Both groups are sent before a group gets a reply."""
     both, receive = threading.Barrier(2), RewardProcess.receive
 
     def receive_together(process: RewardProcess, timeout_s: float) -> Reply:

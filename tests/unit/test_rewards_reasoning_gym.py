@@ -1,4 +1,4 @@
-"""The reward `reasoning_gym` over the package's tasks: what their scorers do with nonsense, and every task by name."""
+"""The reward `reasoning_gym` scores every task of the package by name, and nonsense never passes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def pool() -> Iterator[RewardPool]:
 @pytest.mark.slow
 @pytest.mark.parametrize("task", sorted(set(GYM_TASKS) - {"game_of_life_halting"}))
 def test_every_gym_task_by_name(task: str, pool: RewardPool) -> None:
-    """Rows as runs have them, scored in a reward process: the stored answer gets 1, nonsense less and no error."""
+    """A reward process scores rows as in a run: the stored answer gets 1, nonsense gets less, and nothing fails."""
     shots = 1 if task in WITHOUT_ANSWER else 2
     rows = make_rows(TaskSource(task=f"reasoning_gym/{task}", split="train", size=2, args={"shots": shots}))
     nonsense = ["nonsense", "", "[]", "{}", "None", "nan", "1/0", "9" * 50, "a b\nc"]

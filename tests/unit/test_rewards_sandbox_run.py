@@ -1,6 +1,6 @@
-"""The sandbox on every rung that this machine has: hostile programs are contained, bounded, and leave nothing behind.
+"""Every sandbox of this machine contains hostile programs, bounds them, and leaves nothing behind.
 
-A rung that is missing is said aloud as a skip with its reason; the ladder itself must find one that works.
+A missing kind of sandbox is a skip with a reason. The ladder must find a sandbox that works.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 import signal
 import socket
@@ -52,14 +53,14 @@ def made_by(rung: Rung) -> Sandbox:
 
 
 def has(rung: Rung) -> bool:
-    """Whether the machine has what the rung needs: then it must work."""
+    """Return whether the machine has the tools of a sandbox. The sandbox must work then."""
     if rung == "bubblewrap":
         return shutil.which("bwrap") is not None
     return bool(ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint32(1)) > 0)  # Landlock's version
 
 
 class Host:
-    """What programs attack, and how it must be afterwards."""
+    """The targets of the programs, and their state before an attack."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -185,7 +186,7 @@ import os; os._exit(0)
 
 
 def test_a_program_has_no_more_threads_than_its_limit(sandbox: Sandbox) -> None:
-    """Also between two looks at it: a flood of threads takes a few milliseconds."""
+    """The limit holds between two looks too: a flood of threads takes a few milliseconds."""
     if os.geteuid() != 0:
         pytest.skip("without root the user's other processes would count: threads are looked at now and then")
     done = sandbox.run(FLOOD, wall_s=10.0)
@@ -240,7 +241,7 @@ def test_a_program_ends_with_its_caller(sandbox: Sandbox) -> None:
 
 
 def test_an_interpreter_with_its_packages() -> None:
-    """Also one that only root may read, where this is root: then by Landlock, as root without capabilities."""
+    """Root runs an interpreter that only root may read, by Landlock and without capabilities."""
     made = Sandbox(python=sys.executable)
     done = made.run("import numpy, sys; print(numpy.ones(2).sum(), sys.prefix)", wall_s=20.0)
     assert done.stdout.decode() == f"2.0 {sys.prefix}\n"
@@ -267,34 +268,18 @@ def test_an_interpreter_that_is_not_there() -> None:
 
 
 def test_the_filter_knows_its_numbers() -> None:
-    """Those of the machine's own headers, where it has them."""
+    """The numbers equal the machine's headers, if the machine has headers."""
     header = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
     if not header.exists():
         pytest.skip("THE NUMBERS OF THE FILTER ARE NOT TESTED: no kernel headers (apt-get install linux-libc-dev)")
-    defined = dict(
-        line.split()[1:3]
-        for line in header.read_text().splitlines()
-        if line.startswith("#define __NR_") and " " in line
-    )
+    defined = dict(re.findall(r"^#define (__NR_\w+)\s+(\d+)$", header.read_text(), re.MULTILINE))
     for name, (number, _) in confinement._CALLS.items():
         assert defined[f"__NR_{name}"] == str(number), name
 
 
 def test_no_call_that_changes_files_or_other_processes_is_allowed() -> None:
-    for name in (
-        "fork",
-        "vfork",
-        "clone3",
-        "execve",
-        "socket",
-        "connect",
-        "kill",
-        "unlink",
-        "chmod",
-        "ptrace",
-        "mount",
-    ):
-        assert name not in confinement._CALLS
+    calls = "fork vfork clone3 execve socket connect kill unlink chmod ptrace mount"
+    assert not confinement._CALLS.keys() & set(calls.split())
 
 
 def test_a_machine_whose_calls_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +303,7 @@ PROGRAM = "```python\n{}\n```"
 
 
 def test_in_a_reward_process() -> None:
-    """With its limits on memory and its process group: the call is bounded, and what is wrong is not an error."""
+    """A reward process limits memory and has a process group. The call is bounded, and a wrong program is no error."""
     args = {"test_s": 0.5, "limit_s": 1.0}
     with RewardPool([CodeSource(path=None, name="code_tests", args=args)], timeout_s=20.0, memory_gib=2.0) as pool:
         programs = ["print(int(input()) + 1)", "print(2)", "while True: pass", "import os\nwhile True: os.fork()"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlhf.rewards.failure_rule import ErrorRule
 from rlhf.rewards.loading import load_reward
 from rlhf.rewards.scoring import RewardSet, RewardSpec, deadline_s, describe_errors, fingerprint
-from rlhf.types import Prompt, RewardError, StepReward
+from rlhf.types import GroupScores, Prompt, RewardError, StepReward
 
 FILES = Path(__file__).parent.parent / "fixtures" / "rewards"
 PROMPT = Prompt(prompt_id=7, token_ids=(1,), text="p", columns={"answer": "ab", "unused": 1})
@@ -20,10 +21,15 @@ def spec(name: str, function: str | None, weight: float = 1.0) -> RewardSpec:
     return RewardSpec(name=name, weight=weight, function=loaded)
 
 
+def scored(specs: list[RewardSpec], responses: list[str], *, timeout_s: float = 5.0, **columns: Any) -> GroupScores:
+    columns = {"truncated": [False] * len(responses), **columns}
+    with RewardSet(specs, timeout_s=timeout_s) as rewards:
+        return rewards.score(PROMPT, responses, **columns)
+
+
 def test_weighted_sum_by_hand() -> None:
     specs = [spec("length", "simple.py:length", 0.5), spec("taste", None, -2.0), spec("exact", "exact_match", 10.0)]
-    with RewardSet(specs, timeout_s=5.0) as rewards:
-        scores = rewards.score(PROMPT, ["ab", "abcd"], truncated=[False, False], model_scores={"taste": [0.25, 3.0]})
+    scores = scored(specs, ["ab", "abcd"], model_scores={"taste": [0.25, 3.0]})
     # 0.5 * 2 - 2 * 0.25 + 10 * 1 = 10.5;   0.5 * 4 - 2 * 3 + 10 * 0 = -4
     assert scores.scores == (10.5, -4.0)
     assert scores.by_name == {"length": (2.0, 4.0), "taste": (0.25, 3.0), "exact": (1.0, 0.0)}
@@ -49,22 +55,17 @@ def test_rewards_are_the_same_until_configuration_or_code_changes(tmp_path: Path
 
 
 def test_without_rewards_there_are_no_scores() -> None:
-    with RewardSet([], timeout_s=5.0) as rewards:
-        scores = rewards.score(PROMPT, ["a", "b"], truncated=[False, True])
+    scores = scored([], ["a", "b"], truncated=[False, True])
     assert (scores.scores, scores.by_name, scores.errors) == ((), {}, ())
 
 
 def test_a_model_alone_needs_no_process() -> None:
-    with RewardSet([spec("taste", None, 2.0)], timeout_s=5.0) as rewards:
-        assert rewards.score(PROMPT, ["a"], truncated=[False], model_scores={"taste": [1.5]}).scores == (3.0,)
+    assert scored([spec("taste", None, 2.0)], ["a"], model_scores={"taste": [1.5]}).scores == (3.0,)
 
 
 def test_errors_of_functions_and_models_leave_no_scores() -> None:
     specs = [spec("taste", None), spec("strict", "hostile.py:raises"), spec("length", "simple.py:length")]
-    with RewardSet(specs, timeout_s=5.0) as rewards:
-        scores = rewards.score(
-            PROMPT, ["a", "x"], truncated=[False, False], model_scores={"taste": [float("nan"), 1.0]}
-        )
+    scores = scored(specs, ["a", "x"], model_scores={"taste": [float("nan"), 1.0]})
     assert scores.scores == ()
     assert scores.by_name == {}
     assert [(e.reward, e.kind, e.prompt_id, e.sample) for e in scores.errors] == [
@@ -101,17 +102,19 @@ def test_describe_says_each_cause_once() -> None:
 
 def test_a_cut_response_gets_what_the_configuration_says() -> None:
     cut = RewardSpec(name="taste", weight=0.5, function=None, truncated_score=-2.0)
-    with RewardSet([cut, spec("other", None)], timeout_s=5.0) as rewards:
-        scores = rewards.score(
-            PROMPT, ["a", "b"], truncated=[True, False], model_scores={"taste": [3.0, 4.0], "other": [1.0, 1.0]}
-        )
+    scores = scored(
+        [cut, spec("other", None)],
+        ["a", "b"],
+        truncated=[True, False],
+        model_scores={"taste": [3.0, 4.0], "other": [1.0, 1.0]},
+    )
     assert scores.by_name == {"taste": (-2.0, 4.0), "other": (1.0, 1.0)}
     assert scores.scores == (0.0, 3.0)  # 0.5 * -2 + 1 and 0.5 * 4 + 1
     assert fingerprint([cut], model="") != fingerprint([spec("taste", None, 0.5)], model="")
 
 
 def test_steps_stand_beside_their_sums_at_their_tokens() -> None:
-    """`1x2` is the tokens 4 to 6 and an end at 7; the second response, `3`, was cut and is token 2 of its sequence."""
+    """`1x2` has the tokens 4 to 6 and an end at 7. The second response, `3`, was cut and is token 2 of its sequence."""
     digits = RewardSpec(
         name="digits",
         weight=2.0,
@@ -149,8 +152,7 @@ def hostile(name: str, on_error: ErrorRule, *, weight: float = 1.0) -> RewardSpe
 
 @pytest.mark.parametrize(("name", "kind"), [("raises", "raised"), ("sleeps", "timeout"), ("dies", "died")])
 def test_a_failed_call_gets_the_score_of_its_rule_and_is_an_error_all_the_same(name: str, kind: str) -> None:
-    with RewardSet([hostile(name, -0.5), spec("length", "simple.py:length")], timeout_s=0.8) as rewards:
-        scores = rewards.score(PROMPT, ["a", "x", "bc"], truncated=[False] * 3)
+    scores = scored([hostile(name, -0.5), spec("length", "simple.py:length")], ["a", "x", "bc"], timeout_s=0.8)
     assert scores.by_name == {name: (1.0, -0.5, 1.0), "length": (1.0, 1.0, 2.0)}
     assert scores.scores == (2.0, 0.5, 3.0)
     assert scores.errors == ()
@@ -159,14 +161,13 @@ def test_a_failed_call_gets_the_score_of_its_rule_and_is_an_error_all_the_same(n
 
 @pytest.mark.parametrize("on_error", [None, "fail", "drop"])
 def test_without_a_score_for_failures_the_group_has_no_scores(on_error: ErrorRule) -> None:
-    with RewardSet([hostile("sleeps", on_error)], timeout_s=0.5) as rewards:
-        scores = rewards.score(PROMPT, ["x", "a"], truncated=[False] * 2)
+    scores = scored([hostile("sleeps", on_error)], ["x", "a"], timeout_s=0.5)
     assert (scores.scores, scores.scored_errors) == ((), ())
     assert [(error.kind, error.sample) for error in scores.errors] == [("timeout", 0)]
 
 
 def test_a_built_in_finds_a_response_wrong_that_ends_its_process() -> None:
-    """Its limit is above that of the pool here, as if it hung in C, where no limit of its own reaches it."""
+    """The built-in limit is above the limit of the pool, like a hang in C."""
     loaded = load_reward("format_regex", args={"pattern": "(a|a)+b", "limit_s": 60.0}, folders=[], key="form")
     for rule, expected in ((None, (1.0, 0.0, 0.0)), ("drop", ())):
         form = RewardSpec(name="form", weight=1.0, function=loaded, on_error=rule)  # type: ignore[arg-type]
@@ -179,8 +180,7 @@ def test_a_built_in_finds_a_response_wrong_that_ends_its_process() -> None:
 def test_a_reward_without_an_opinion_is_left_out_of_that_sum() -> None:
     loaded = load_reward("hostile.py:returns", args={"value": None}, folders=[FILES], key="silent")
     silent = RewardSpec(name="silent", weight=2.0, function=loaded)
-    with RewardSet([silent, spec("length", "simple.py:length")], timeout_s=5.0) as rewards:
-        scores = rewards.score(PROMPT, ["ab", "x"], truncated=[False] * 2)
+    scores = scored([silent, spec("length", "simple.py:length")], ["ab", "x"])
     assert scores.by_name == {"silent": (1.0, None), "length": (2.0, 1.0)}
     assert scores.scores == (4.0, 1.0)
 
@@ -188,8 +188,7 @@ def test_a_reward_without_an_opinion_is_left_out_of_that_sum() -> None:
 def test_a_response_on_which_no_reward_has_an_opinion_is_an_error() -> None:
     loaded = load_reward("hostile.py:returns", args={"value": None}, folders=[FILES], key="silent")
     silent = RewardSpec(name="silent", weight=2.0, function=loaded)
-    with RewardSet([silent, spec("length", "simple.py:length", 0.0)], timeout_s=5.0) as rewards:
-        scores = rewards.score(PROMPT, ["ab", "x"], truncated=[False] * 2)
+    scores = scored([silent, spec("length", "simple.py:length", 0.0)], ["ab", "x"])
     assert scores.scores == ()
     assert [(error.reward, error.kind, error.sample) for error in scores.errors] == [("score", "no_opinion", 1)]
 
@@ -197,8 +196,7 @@ def test_a_response_on_which_no_reward_has_an_opinion_is_an_error() -> None:
 def test_by_steps_a_scored_failure_is_one_step() -> None:
     loaded = load_reward("steps.py:returns", args={"value": "no steps"}, folders=[FILES], key="steps")
     steps = RewardSpec(name="steps", weight=1.0, function=loaded, by_step=True, on_error=-1.0)
-    with RewardSet([steps], timeout_s=5.0) as rewards:
-        scores = rewards.score(PROMPT, ["ab"], truncated=[False], places=[(3, 4, 5)])
+    scores = scored([steps], ["ab"], places=[(3, 4, 5)])
     assert scores.scores == (-1.0,)
     assert scores.steps == {"steps": ((StepReward(end=5, value=-1.0),),)}
 
@@ -213,6 +211,5 @@ def test_a_function_gets_the_result_of_each_session(tmp_path: Path) -> None:
         for name in ("one", "group")
     ]
     results = [{"said": "x"}, {"said": "xyz"}]
-    with RewardSet(specs, timeout_s=5.0) as rewards:
-        scores = rewards.score(PROMPT, ["", ""], truncated=[False, False], results=results)
+    scores = scored(specs, ["", ""], results=results)
     assert scores.by_name == {"one": (3.0, 5.0), "group": (1.0, 3.0)}

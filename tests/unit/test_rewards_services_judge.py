@@ -1,4 +1,4 @@
-"""What a judge is asked, and how its answers are read."""
+"""A judge gets a question, and the answer becomes a score."""
 
 from __future__ import annotations
 

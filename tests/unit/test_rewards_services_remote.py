@@ -6,8 +6,7 @@ import asyncio
 import http.server
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -23,33 +22,14 @@ from rlhf.rewards.services.client import TRIPS_AFTER, Breaker, ServiceSpec
 from rlhf.rewards.services.judge import JudgeSpec
 from rlhf.rewards.services.remote import RemoteReward, RemoteRewards, read_scores
 from rlhf.types import Prompt
+from tests.fakes.services import FakeService, served
 
 PROMPT = Prompt(prompt_id=7, token_ids=(1,), text="p", columns={"answer": "ab", "kind": "maths"})
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+SCORE_10 = {"choices": [{"message": {"content": "Score: 10"}}]}
 
 
-@contextmanager
-def served(handler: Handler) -> Iterator[str]:
-    """A server on a thread of its own that gives every request to one handler; its URL."""
-    loop = asyncio.new_event_loop()
-
-    async def start() -> web.AppRunner:
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", handler)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        return runner
-
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    runner = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-    finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+def judge_of(**settings: Any) -> JudgeSpec:
+    return JudgeSpec(**dict(JudgeConfig(model="m", **settings)))
 
 
 def spec(url: str, *, judge: JudgeSpec | None = None, **given: Any) -> RewardSpec:
@@ -73,44 +53,29 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_group_is_one_request_with_its_row_and_its_token() -> None:
-    seen: list[Any] = []
-
-    async def handler(request: web.Request) -> web.Response:
-        seen.append((request.path, request.headers.get("Authorization"), await request.json()))
-        return web.json_response({"scores": [0.5, 2]})
-
-    with served(handler) as url, RewardSet([spec(url, token="s3cret")], timeout_s=1.0) as rewards:
+    service = FakeService({"scores": [0.5, 2]})
+    with served(service) as url, RewardSet([spec(url, token="s3cret")], timeout_s=1.0) as rewards:
         asked = rewards.ask(PROMPT, ["a", "b"], truncated=[False, True])
         scores = rewards.score(PROMPT, ["a", "b"], truncated=[False, True], asked=asked)
     body = {"prompt": "p", "responses": ["a", "b"], "truncated": [False, True], "columns": dict(PROMPT.columns)}
-    assert seen == [("/v1", "Bearer s3cret", body)]
+    assert service.requests == [("/v1", "Bearer s3cret", body)]
     assert (scores.scores, scores.by_name) == ((1.0, 4.0), {"style": (0.5, 2.0)})
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 503])
 def test_what_may_pass_is_asked_again(status: int) -> None:
-    calls = []
-
-    async def handler(request: web.Request) -> web.Response:
-        calls.append(request.path)
-        return web.Response(status=status) if len(calls) < 3 else web.json_response({"scores": [1.0]})
-
-    with served(handler) as url:
+    service = FakeService(status, status, {"scores": [1.0]})
+    with served(service) as url:
         assert ask(spec(url), ["a"]).scores == (1.0,)
-    assert len(calls) == 3
+    assert len(service.requests) == 3
 
 
 @pytest.mark.parametrize("status", [302, 400, 401, 404, 422])
 def test_a_refusal_is_not_asked_again(status: int) -> None:
-    calls = []
-
-    async def handler(request: web.Request) -> web.Response:
-        calls.append(request.path)
-        return web.Response(status=status, text="no, Bearer s3cret-token!", headers={"Location": "/elsewhere"})
-
-    with served(handler) as url:
+    service = FakeService(status, text="no, Bearer s3cret-token!", headers={"Location": "/elsewhere"})
+    with served(service) as url:
         failures = ask(spec(url, token="s3cret-token"), ["a", "b"]).failures
-    assert calls == ["/v1"]
+    assert [path for path, _, _ in service.requests] == ["/v1"]
     assert [(f.sample, f.kind, f.message) for f in failures] == [
         (sample, "refused", f"HTTP {status}: no, Bearer ***!") for sample in (0, 1)
     ]
@@ -230,12 +195,11 @@ def test_no_more_requests_at_once_than_may_be() -> None:
         await three.wait()
         await asyncio.sleep(0.02)  # a fourth request would arrive meanwhile
         now -= 1
-        return web.json_response({"choices": [{"message": {"content": "Score: 10"}}]})
+        return web.json_response(SCORE_10)
 
-    judge = JudgeSpec(**dict(JudgeConfig(model="m")))
     with served(handler) as url:
         limits = {"timeout_s": 30.0, "deadline_s": 60.0, "max_in_flight": 3}
-        assert ask(spec(url, judge=judge, **limits), [str(i) for i in range(12)]).scores == (1.0,) * 12
+        assert ask(spec(url, judge=judge_of(), **limits), [str(i) for i in range(12)]).scores == (1.0,) * 12
     assert most == 3
 
 
@@ -293,7 +257,7 @@ def test_a_judge_is_asked_once_about_equal_responses_of_a_group() -> None:
             return web.json_response({"choices": [{"message": {"content": "I cannot say"}}]})
         return web.json_response({"choices": [{"message": {"content": "Score: 1" if "no" in text else "Score: 10"}}]})
 
-    judge = JudgeSpec(**dict(JudgeConfig(model="m", prompt="{response}")))
+    judge = judge_of(prompt="{response}")
     with served(handler) as url:
         assert ask(spec(url, judge=judge), ["yes", "no", "yes", "yes"]).scores == (1.0, 0.0, 1.0, 1.0)
         assert sorted(asked) == ["no", "yes"]
@@ -302,21 +266,14 @@ def test_a_judge_is_asked_once_about_equal_responses_of_a_group() -> None:
 
 
 def test_services_get_the_results_of_an_agent() -> None:
-    bodies: list[Any] = []
-
-    async def handler(request: web.Request) -> web.Response:
-        bodies.append(body := await request.json())
-        if "responses" in body:
-            return web.json_response({"scores": [1.0] * 3})
-        return web.json_response({"choices": [{"message": {"content": "Score: 10"}}]})
-
-    judge = JudgeSpec(**dict(JudgeConfig(model="m", prompt="{answer} {result}")))
+    service, judge = FakeService({"scores": [1.0] * 3}, SCORE_10), judge_of(prompt="{answer} {result}")
     results = [{"found": 1}, "told", {"found": 1}]
-    with served(handler) as url:
-        for service in (spec(url), spec(url, judge=judge)):
-            with RewardSet([service], timeout_s=1.0) as rewards:
+    with served(service) as url:
+        for reward in (spec(url), spec(url, judge=judge)):
+            with RewardSet([reward], timeout_s=1.0) as rewards:
                 asked = rewards.ask(PROMPT, ["a", "b", "c"], truncated=[False] * 3, results=results)
                 assert asked["style"].scores == (1.0,) * 3
+    bodies = [body for _, _, body in service.requests]
     assert bodies[0]["results"] == results
     questions = [body["messages"][0]["content"] for body in bodies[1:]]
     assert sorted(questions) == ["ab told", 'ab {"found": 1}']  # a question asked twice is sent once
@@ -363,11 +320,8 @@ def test_an_answer_may_have_scores_and_errors() -> None:
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"scores": ' + "[" * 100_000])
 def test_an_answer_that_is_nested_too_deep_is_refused(text: str) -> None:
-    async def handler(request: web.Request) -> web.Response:
-        return web.Response(text=text)
-
-    with served(handler) as url:
-        for judge in (None, JudgeSpec(**dict(JudgeConfig(model="m")))):
+    with served(FakeService(200, text=text)) as url:
+        for judge in (None, judge_of()):
             (failure,) = ask(spec(url, judge=judge), ["a"]).failures
             assert (failure.kind, failure.message[:22]) == ("refused", "its answer is not JSON")
 
@@ -386,7 +340,7 @@ def test_services_are_not_asked_about_rows_that_they_do_not_apply_to() -> None:
 
 
 def test_limits_of_a_group() -> None:
-    url, judge = "http://127.0.0.1:9/", JudgeSpec(**dict(JudgeConfig(model="m")))
+    url, judge = "http://127.0.0.1:9/", judge_of()
     assert ask_deadline_s([spec(url)], 8) == 5.0 + 10.0
     assert ask_deadline_s([spec(url), spec(url, judge=judge)], 8) == 8 * 5.0 + 10.0
     assert ask_deadline_s([spec(url), spec(url, max_in_flight=1)], 8) == 4 * 5.0 + 10.0
@@ -426,5 +380,5 @@ def test_closing_ends_what_is_under_way() -> None:
         thread.join(60.0)
     assert not thread.is_alive()
     (error,) = caught
-    assert isinstance(error, RunError)
+    assert type(error) is RunError
     assert "closed while a group was being scored" in str(error)

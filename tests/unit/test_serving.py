@@ -1,4 +1,4 @@
-"""Servers keep slow clients and web pages of other sites away, whatever the server serves."""
+"""Servers refuse slow clients and web pages of other sites."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def test_a_body_that_does_not_arrive_ends_the_request(monkeypatch: pytest.
 
 
 class Connection:
-    """What `sweep` uses of a connection of aiohttp."""
+    """The parts of an aiohttp connection that `close_excess` uses."""
 
     def __init__(self) -> None:
         self.closed = False

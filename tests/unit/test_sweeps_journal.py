@@ -19,15 +19,7 @@ from rlhf.sweeps.space import known_trials
 from rlhf.sweeps.strategy import Listed
 from rlhf.sweeps.trial_results import SweepResult, TrialResult, collect, explain_failure, write
 from rlhf.tracking.run_folder.atomic import write_lines
-from tests.unit.test_config_schema_sweep import write_sweep
-
-
-def wrote(journal: Journal, number: int, **losses: float) -> None:
-    """A run's rows: `s4=0.5` is a loss at step 4."""
-    folder = journal.run_folder(number)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [{"step": int(at[1:]), "time_s": 1.0, "eval/heldout/loss": loss} for at, loss in losses.items()]
-    write_lines(folder / "metrics.jsonl", rows)
+from tests.fixtures.sweeps import write_sweep, wrote
 
 
 def journal_of(sweep: Sweep, *, resume: bool = False) -> Journal:
@@ -37,12 +29,9 @@ def journal_of(sweep: Sweep, *, resume: bool = False) -> Journal:
 def test_a_sweep_that_was_killed_knows_its_trials(tmp_path: Path) -> None:
     sweep = load_sweep(write_sweep(tmp_path))
     known = known_trials(sweep)
-    assert known is not None
     with journal_of(sweep) as journal:
         listed = Listed(journal, known)
-        first, second = listed.next(), listed.next()
-        assert first is not None
-        assert second is not None
+        assert None not in (listed.next(), listed.next())
         journal.end(0, "failed", "exit 1: token hf_abcdefghijklmnopqrstuvwx was wrong")
         with pytest.raises(UserError, match=r"sweep.name: .* is in use by process"):
             journal_of(sweep, resume=True)
@@ -81,7 +70,6 @@ def test_only_more_trials_may_be_asked_of_a_sweep_that_goes_on(tmp_path: Path) -
 def test_what_comes_of_the_trials(tmp_path: Path) -> None:
     sweep = load_sweep(write_sweep(tmp_path))
     known = known_trials(sweep)
-    assert known is not None
     with journal_of(sweep) as journal:
         for number, values in enumerate(known):
             journal.add(number, values)

@@ -1,6 +1,6 @@
-"""Ray Tune's Optuna searcher and successive halving, as the sweep's methods: what they suggest, stop, and know again.
+"""Optuna's searcher and successive halving suggest and stop trials, and resume after a kill.
 
-Trials are made by hand: a run's rows are written at once.
+Trials are made by hand: the rows of a run are written at once.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from rlhf.config.schema.sweep import Sweep, load_sweep
 from rlhf.errors import UserError
 from rlhf.sweeps.journal import Journal
 from rlhf.sweeps.space import known_trials
-from tests.unit.test_config_schema_sweep import write_sweep
-from tests.unit.test_sweeps_journal import wrote
+from tests.fixtures.sweeps import write_sweep, wrote
 
 ASHA = {"name": "asha", "trials": 4, "grace_steps": 2, "reduction_factor": 2}
 
@@ -30,7 +29,7 @@ def bayesian(folder: Path, trials: int) -> Sweep:
 
 
 def run_all(sweep: Sweep, *, resume: bool, most: int) -> list[float]:
-    """The rates of the trials that are run now; the loss is least at 1e-3, and with cosine."""
+    """Return the rates of the trials of this start. The loss is least at 1e-3, and with cosine."""
     rates = []
     with Journal.open(sweep, resume=resume) as journal:
         method = strategy_of(sweep, journal, known_trials(sweep))
@@ -60,7 +59,6 @@ def test_a_trial_that_a_kill_left_is_first_and_counts_once(tmp_path: Path) -> No
     sweep = bayesian(tmp_path, 2)
     with Journal.open(sweep, resume=False) as journal:
         begun = Bayesian(sweep, journal, trials=2).next()
-        assert begun is not None
     with Journal.open(sweep, resume=True) as journal:
         method = Bayesian(sweep, journal, trials=2)
         again = method.next()
@@ -85,8 +83,10 @@ def asha(sweep: Sweep, journal: Journal) -> Asha:
 
 
 def test_the_worse_half_is_stopped_at_each_look(tmp_path: Path) -> None:
-    """Looks at steps 2, 4 and 8. At each the better half of those that came so far goes on, here by the median: the
-    first always; 3 is worse than 2 and stops; 1 is better and goes on."""
+    """Looks are at steps 2, 4 and 8. The better half of the trials so far goes on, by the median.
+
+    The first trial always goes on. A loss of 3 is worse than 2 and stops. A loss of 1 is better and goes on.
+    """
     sweep = load_sweep(write_sweep(tmp_path, method=ASHA))
     with Journal.open(sweep, resume=False) as journal:
         method = asha(sweep, journal)

@@ -1,4 +1,4 @@
-"""Which trials a sweep has: by its parameters, its seed and their numbers alone."""
+"""The trials of a sweep depend on the parameters, the seed and their numbers alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_draws_depend_on_their_number_alone() -> None:
 
 
 def test_a_log_scale_halves_at_the_geometric_mean() -> None:
-    """sqrt(1e-4 * 1e-2) = 1e-3 is the median; of 2000 draws 1000 are below, give or take 22 (one deviation)."""
+    """sqrt(1e-4 * 1e-2) = 1e-3 is the median: 1000 of 2000 draws are below, give or take 22 (a standard deviation)."""
     found = [drawn(RATE, Random(n)) for n in range(2000)]
     assert all(1e-4 <= rate <= 1e-2 for rate in found)
     assert abs(sum(rate < 1e-3 for rate in found) - 1000) < 100

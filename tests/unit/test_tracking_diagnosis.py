@@ -1,4 +1,4 @@
-"""Each symptom on a series that shows it and on one that does not; real runs, one healthy, one hacking its reward.
+"""Each symptom is found on a series with the symptom and on no other series. A real healthy run has no finding.
 
 `healthy_grpo` is the GRPO quickstart, `hacked_ppo` the pipeline of docs/rewards.md with algorithm.kl.coef=0, both to
 three digits.
@@ -32,7 +32,7 @@ def diagnose(rows: Rows) -> list[Finding]:
 
 
 def rows(steps: int, **series: Callable[[int], float | None]) -> Rows:
-    """Rows 1, 2, ... with each metric by its step; a metric's slashes stand as `__`."""
+    """Return rows 1, 2, ... with each metric by step. `__` stands for a slash in a metric's name."""
     return [
         {"step": step, "time_s": float(step), **{key.replace("__", "/"): value(step) for key, value in series.items()}}
         for step in range(1, steps + 1)
@@ -42,20 +42,20 @@ def rows(steps: int, **series: Callable[[int], float | None]) -> Rows:
 def in_flight(*, lag: float, waits_s: float) -> dict[str, Callable[[int], float]]:
     """Series of a run with 24 groups in flight, responses up to 2 versions old, and steps of 10 seconds."""
     return {
-        "rollouts__in_flight__mean": lambda s: 24.0,
-        "experience__policy_lag__mean": lambda s: lag,
-        "experience__policy_lag__max": lambda s: 2.0,
-        "time__trainer_waits_s": lambda s: waits_s,
-        "time__step_s": lambda s: 10.0,
+        "rollouts__in_flight__mean": always(24.0),
+        "experience__policy_lag__mean": always(lag),
+        "experience__policy_lag__max": always(2.0),
+        "time__trainer_waits_s": always(waits_s),
+        "time__step_s": always(10.0),
     }
 
 
 def corrected(*, truncated: float, masked: float, lag: float) -> dict[str, Callable[[int], float]]:
     """Series of a run with a correction of old responses."""
     return {
-        "experience__rollout_weight_truncated__fraction": lambda s: truncated,
-        "experience__rollout_weight_masked__fraction": lambda s: masked,
-        "experience__policy_lag__mean": lambda s: lag,
+        "experience__rollout_weight_truncated__fraction": always(truncated),
+        "experience__rollout_weight_masked__fraction": always(masked),
+        "experience__policy_lag__mean": always(lag),
     }
 
 
@@ -72,65 +72,47 @@ def real(name: str) -> Rows:
     return read_lines(folder / f"{name}.jsonl")
 
 
+def pair(steps: int, key: str, ill: Any, well: Any, **shared: Any) -> tuple[Rows, Rows]:
+    """Two series of a metric, each a number or a function of the step, with the same further series."""
+    ill_and_well = ({key: value if callable(value) else lambda s, value=value: value} for value in (ill, well))
+    first, second = (rows(steps, **series, **shared) for series in ill_and_well)
+    return first, second
+
+
+def always(value: float) -> Callable[[int], float]:
+    return lambda s: value
+
+
+LOSS, LR_LOSS = {"update__loss__mean": always(1.0)}, {"update__loss__mean": lambda s: 1.0 / s}
+RISING = {"rewards__score__mean": lambda s: 0.02 * s, "rewards__score__std": always(0.4)}
+WAITING = {"time__trainer_waits_s": always(6.0), "time__step_s": always(10.0)}
+IDLE = {"time__engines_idle__fraction": always(0.7)}
+HELD_OUT_LOSS = {"every": 10, "key": "eval/heldout/loss", **LR_LOSS}
+GRAMMAR, REASON = "agents__restricted_tokens__fraction", "agents__restricted_by_tool_choice__total"
+
 CASES: dict[str, tuple[Rows, Rows]] = {  # kind: a series that shows it, one that is fine
-    "not_finite": (
-        rows(3, update__loss__mean=lambda s: None if s == 3 else 0.1),
-        rows(3, update__loss__mean=lambda s: 0.1),
-    ),
+    "not_finite": pair(3, "update__loss__mean", lambda s: None if s == 3 else 0.1, 0.1),
     "kl_blow_up": (
         rows(40, experience__kl_ref__mean=lambda s: 0.05 if s < 30 else 0.05 * 2.0 ** (s - 30)),
         rows(200, experience__kl_ref__mean=lambda s: 0.002 * s),  # a drift to .4
     ),
-    "update_too_large": (
-        rows(5, update__kl_old__mean=lambda s: 0.3),
-        rows(5, update__kl_old__mean=lambda s: 0.5 if s == 2 else 0.02),  # one step alone
+    "update_too_large": pair(5, "update__kl_old__mean", 0.3, lambda s: 0.5 if s == 2 else 0.02),  # one step alone
+    "entropy_collapse": pair(30, "update__entropy__mean", lambda s: 0.8 * 0.8**s, lambda s: 0.8 * 0.95**s),
+    "entropy_explosion": pair(30, "update__entropy__mean", lambda s: 0.5 + 0.05 * s, lambda s: 0.5 + 0.01 * s),
+    "clip_fraction_high": pair(6, "update__clip_fraction__mean", 0.5, 0.15),
+    # a ratio of 1 is that of one update a step
+    "clip_fraction_zero": pair(20, "update__ratio__max", 1.004, 1.0, update__clip_fraction__mean=always(0.0)),
+    "gradient_spikes": pair(
+        50, "update__grad_norm", lambda s: 40.0 if s % 15 == 0 else 1.0, lambda s: 12.0 if s == 30 else 1.0
     ),
-    "entropy_collapse": (
-        rows(30, update__entropy__mean=lambda s: 0.8 * 0.8**s),
-        rows(30, update__entropy__mean=lambda s: 0.8 * 0.95**s),
+    "sampler_mismatch": pair(  # bfloat16 differs by 0.04
+        12, "experience__rollout_logprob_diff__mean", lambda s: 1e-6 if s < 8 else 0.05, 0.04
     ),
-    "entropy_explosion": (
-        rows(30, update__entropy__mean=lambda s: 0.5 + 0.05 * s),
-        rows(30, update__entropy__mean=lambda s: 0.5 + 0.01 * s),
-    ),
-    "clip_fraction_high": (
-        rows(6, update__clip_fraction__mean=lambda s: 0.5),
-        rows(6, update__clip_fraction__mean=lambda s: 0.15),
-    ),
-    "clip_fraction_zero": (
-        rows(20, update__clip_fraction__mean=lambda s: 0.0, update__ratio__max=lambda s: 1.004),
-        rows(20, update__clip_fraction__mean=lambda s: 0.0, update__ratio__max=lambda s: 1.0),  # one update a step
-    ),
-    "gradient_spikes": (
-        rows(50, update__grad_norm=lambda s: 40.0 if s % 15 == 0 else 1.0),
-        rows(50, update__grad_norm=lambda s: 12.0 if s == 30 else 1.0),
-    ),
-    "sampler_mismatch": (
-        rows(12, experience__rollout_logprob_diff__mean=lambda s: 1e-6 if s < 8 else 0.05),
-        rows(12, experience__rollout_logprob_diff__mean=lambda s: 0.04),  # bfloat16
-    ),
-    "trainer_starved": (
-        rows(
-            10,
-            time__trainer_waits_s=lambda s: 6.0,
-            time__step_s=lambda s: 10.0,
-            experience__policy_lag__mean=lambda s: 1.0,
-        ),
-        rows(
-            10,
-            time__trainer_waits_s=lambda s: 6.0,
-            time__step_s=lambda s: 10.0,
-            experience__policy_lag__mean=lambda s: 0.0,
-        ),
-    ),
+    "trainer_starved": pair(10, "experience__policy_lag__mean", 1.0, 0.0, **WAITING),
     "engines_starved": (
-        rows(10, time__engines_idle__fraction=lambda s: 0.7, experience__policy_lag__mean=lambda s: 1.0),
-        rows(
-            10,
-            time__engines_idle__fraction=lambda s: 0.7,
-            experience__policy_lag__mean=lambda s: 0.5,
-            rollouts__carried__fraction=lambda s: 0.5,  # in turns, with continued responses
-        ),
+        rows(10, **IDLE, experience__policy_lag__mean=always(1.0)),
+        # in turns, with continued responses
+        rows(10, **IDLE, experience__policy_lag__mean=always(0.5), rollouts__carried__fraction=always(0.5)),
     ),
     "lag_at_bound": (
         rows(10, **in_flight(lag=1.9, waits_s=0.1)),
@@ -140,136 +122,72 @@ CASES: dict[str, tuple[Rows, Rows]] = {  # kind: a series that shows it, one tha
         rows(4, **corrected(truncated=0.2, masked=0.2, lag=1.0)),
         rows(4, **corrected(truncated=0.2, masked=0.2, lag=0.0)),  # in turns; sampler_mismatch finds the cause
     ),
-    "groups_reasked": (
-        rows(10, **in_flight(lag=1.0, waits_s=0.1), rollouts__reasked_groups__total=lambda s: 4.0),
-        rows(10, **in_flight(lag=1.0, waits_s=0.1), rollouts__reasked_groups__total=lambda s: 1.0),
+    "groups_reasked": pair(10, "rollouts__reasked_groups__total", 4.0, 1.0, **in_flight(lag=1.0, waits_s=0.1)),
+    # the first batches do not count
+    "short_responses_first": pair(10, "rollouts__completion_bias", 0.8, lambda s: 0.8 if s < 4 else 1.0),
+    # bfloat16 is noisy
+    "probe_drift": pair(20, "weight_sync__probe_max_diff", lambda s: 0.02 * s, lambda s: 0.4 + 0.3 * (s % 3)),
+    "effective_samples_low": pair(4, "experience__rollout_ess_token", 0.5, 0.98),
+    "much_rejected": pair(4, "experience__rollout_rejected__fraction", 0.7, 0.1),
+    "critic_worse_than_none": pair(12, "update__explained_variance", -0.2, lambda s: -0.2 + 0.05 * s),
+    "learning_rate_zero": pair(5, "update__lr", 0.0, lambda s: 1e-5 * (5 - s)),  # a schedule's last step
+    "rewards_alike": pair(
+        5, "rewards__score__std", 0.0, lambda s: 0.1 if s == 3 else 0.0, rewards__score__mean=always(0.0)
     ),
-    "short_responses_first": (
-        rows(10, rollouts__completion_bias=lambda s: 0.8),
-        rows(10, rollouts__completion_bias=lambda s: 0.8 if s < 4 else 1.0),  # the first batches
+    "groups_alike": pair(6, "advantages__zero_groups__fraction", 0.97, 0.7),
+    "advantages_zero": pair(4, "advantages__std", 0.0, 0.5, rewards__score__std=always(0.4)),
+    "mostly_filtered": pair(5, "rollouts__filtered_groups__fraction", 0.9, 0.4),
+    "much_truncated": pair(
+        5, "rollouts__truncated__fraction", 0.5, 0.05, rollouts__response_tokens__mean=always(100.0)
     ),
-    "probe_drift": (
-        rows(20, weight_sync__probe_max_diff=lambda s: 0.02 * s),
-        rows(20, weight_sync__probe_max_diff=lambda s: 0.4 + 0.3 * (s % 3)),  # bfloat16, noisy
+    "length_runs_away": pair(
+        30,
+        "rollouts__truncated__fraction",
+        lambda s: 0.01 * s,
+        0.02,
+        rollouts__response_tokens__mean=lambda s: 100.0 + 5 * s,
     ),
-    "effective_samples_low": (
-        rows(4, experience__rollout_ess_token=lambda s: 0.5),
-        rows(4, experience__rollout_ess_token=lambda s: 0.98),
-    ),
-    "much_rejected": (
-        rows(4, experience__rollout_rejected__fraction=lambda s: 0.7),
-        rows(4, experience__rollout_rejected__fraction=lambda s: 0.1),
-    ),
-    "critic_worse_than_none": (
-        rows(12, update__explained_variance=lambda s: -0.2),
-        rows(12, update__explained_variance=lambda s: -0.2 + 0.05 * s),
-    ),
-    "learning_rate_zero": (
-        rows(5, update__lr=lambda s: 0.0),
-        rows(5, update__lr=lambda s: 1e-5 * (5 - s)),  # a schedule's last step
-    ),
-    "rewards_alike": (
-        rows(5, rewards__score__std=lambda s: 0.0, rewards__score__mean=lambda s: 0.0),
-        rows(5, rewards__score__std=lambda s: 0.1 if s == 3 else 0.0, rewards__score__mean=lambda s: 0.0),
-    ),
-    "groups_alike": (
-        rows(6, advantages__zero_groups__fraction=lambda s: 0.97),
-        rows(6, advantages__zero_groups__fraction=lambda s: 0.7),
-    ),
-    "advantages_zero": (
-        rows(4, advantages__std=lambda s: 0.0, rewards__score__std=lambda s: 0.4),
-        rows(4, advantages__std=lambda s: 0.5, rewards__score__std=lambda s: 0.4),
-    ),
-    "mostly_filtered": (
-        rows(5, rollouts__filtered_groups__fraction=lambda s: 0.9),
-        rows(5, rollouts__filtered_groups__fraction=lambda s: 0.4),
-    ),
-    "much_truncated": (
-        rows(5, rollouts__truncated__fraction=lambda s: 0.5, rollouts__response_tokens__mean=lambda s: 100.0),
-        rows(5, rollouts__truncated__fraction=lambda s: 0.05, rollouts__response_tokens__mean=lambda s: 100.0),
-    ),
-    "length_runs_away": (
-        rows(
-            30,
-            rollouts__truncated__fraction=lambda s: 0.01 * s,
-            rollouts__response_tokens__mean=lambda s: 100.0 + 5 * s,
-        ),
-        rows(30, rollouts__truncated__fraction=lambda s: 0.02, rollouts__response_tokens__mean=lambda s: 100.0 + 5 * s),
-    ),
-    "responses_shrink": (
-        rows(30, rollouts__response_tokens__mean=lambda s: 100.0 * 0.9**s),
-        rows(30, rollouts__response_tokens__mean=lambda s: 100.0 * 0.97**s),
+    "responses_shrink": pair(
+        30, "rollouts__response_tokens__mean", lambda s: 100.0 * 0.9**s, lambda s: 100.0 * 0.97**s
     ),
     "reward_hacking": (
-        evaluated(
-            40,
-            0.5,
-            0.4,
-            0.3,
-            0.2,
-            every=10,
-            rewards__score__mean=lambda s: 0.02 * s,
-            rewards__score__std=lambda s: 0.4,
-        ),
-        evaluated(
-            40,
-            0.5,
-            0.55,
-            0.5,
-            0.54,
-            every=10,
-            rewards__score__mean=lambda s: 0.02 * s,
-            rewards__score__std=lambda s: 0.4,
-        ),
+        evaluated(40, 0.5, 0.4, 0.3, 0.2, every=10, **RISING),
+        evaluated(40, 0.5, 0.55, 0.5, 0.54, every=10, **RISING),
     ),
     "held_out_falls": (
-        evaluated(40, 0.5, 0.4, 0.3, 0.2, every=10, update__loss__mean=lambda s: 1.0),
-        evaluated(40, 0.5, 0.4, 0.5, 0.51, every=10, update__loss__mean=lambda s: 1.0),
+        evaluated(40, 0.5, 0.4, 0.3, 0.2, every=10, **LOSS),
+        evaluated(40, 0.5, 0.4, 0.5, 0.51, every=10, **LOSS),
     ),
     "held_out_loss_rises": (
-        evaluated(40, 2.0, 1.5, 1.6, 1.8, every=10, key="eval/heldout/loss", update__loss__mean=lambda s: 1.0 / s),
-        evaluated(40, 2.0, 1.5, 1.4, 1.41, every=10, key="eval/heldout/loss", update__loss__mean=lambda s: 1.0 / s),
+        evaluated(40, 2.0, 1.5, 1.6, 1.8, **HELD_OUT_LOSS),
+        evaluated(40, 2.0, 1.5, 1.4, 1.41, **HELD_OUT_LOSS),
     ),
     "held_out_flat": (
-        evaluated(40, 0.3, 0.301, 0.3, 0.299, 0.3, every=10, update__loss__mean=lambda s: 1.0),
-        evaluated(40, 0.3, 0.32, 0.35, 0.4, 0.41, every=10, update__loss__mean=lambda s: 1.0),
+        evaluated(40, 0.3, 0.301, 0.3, 0.299, 0.3, every=10, **LOSS),
+        evaluated(40, 0.3, 0.32, 0.35, 0.4, 0.41, every=10, **LOSS),
     ),
-    "preferences_at_chance": (
-        rows(30, preference__accuracy__mean=lambda s: 0.5),
-        rows(30, preference__accuracy__mean=lambda s: 0.5 + 0.01 * s),
-    ),
-    "rewards_fail": (
-        rows(30, rewards__errors__total=lambda s: 2.0 if s == 7 else 0.0),
-        rows(30, rewards__errors__total=lambda s: 0.0),
-    ),
+    "preferences_at_chance": pair(30, "preference__accuracy__mean", 0.5, lambda s: 0.5 + 0.01 * s),
+    "rewards_fail": pair(30, "rewards__errors__total", lambda s: 2.0 if s == 7 else 0.0, 0.0),
     "prefixes_break": (
         rows(
             4,
-            agents__broken_prefixes__fraction=lambda s: 0.4,
+            agents__broken_prefixes__fraction=always(0.4),
             agents__broken_by_edited_history__total=lambda s: 9.0 if s == 1 else 1.0,  # too early to count
-            agents__broken_by_rewritten_turn__total=lambda s: 3.0,
+            agents__broken_by_rewritten_turn__total=always(3.0),
         ),
-        rows(4, agents__broken_prefixes__fraction=lambda s: 0.05, agents__broken_by_other_tools__total=lambda s: 1.0),
+        rows(4, agents__broken_prefixes__fraction=always(0.05), agents__broken_by_other_tools__total=always(1.0)),
     ),
     "grammars_restrict": (
         rows(
             2,
-            agents__restricted_tokens__fraction=lambda s: 0.11 * s,
-            agents__restricted_by_response_format__total=lambda s: 30.0,
-            agents__restricted_by_tool_choice__total=lambda s: 70.0,
+            **{GRAMMAR: lambda s: 0.11 * s, REASON: always(70.0)},
+            agents__restricted_by_response_format__total=always(30.0),
         ),
-        rows(
-            2, agents__restricted_tokens__fraction=lambda s: 0.1, agents__restricted_by_tool_choice__total=lambda s: 9.0
-        ),
+        rows(2, **{GRAMMAR: always(0.1), REASON: always(9.0)}),
     ),
-    "slower": (
-        rows(40, throughput__tokens_per_s=lambda s: 1000.0 / s),
-        rows(40, throughput__tokens_per_s=lambda s: 1000.0 - 5 * s),
-    ),
-    "memory_grows": (
-        rows(60, memory__reward_rss_gib=lambda s: 1.0 + 0.05 * s),
-        rows(60, memory__reward_rss_gib=lambda s: min(1.0 + 0.5 * s, 3.0)),  # taken once and kept
-    ),
+    "slower": pair(40, "throughput__tokens_per_s", lambda s: 1000.0 / s, lambda s: 1000.0 - 5 * s),
+    # memory that is taken once and kept
+    "memory_grows": pair(60, "memory__reward_rss_gib", lambda s: 1.0 + 0.05 * s, lambda s: min(1.0 + 0.5 * s, 3.0)),
 }
 
 
@@ -293,7 +211,7 @@ def test_a_run_that_hacks_its_reward_is_found_out() -> None:
 
 
 def test_the_noise_of_an_evaluation_is_no_fall() -> None:
-    """Ten evaluations on 200 prompts of a policy that solves a tenth of them and learns nothing, 200 times."""
+    """A policy solves a tenth of 200 prompts, learns nothing, and is evaluated ten times. This is done 200 times."""
     draw = random.Random(0)
     told = 0
     for _ in range(200):
@@ -325,7 +243,9 @@ def test_the_numbers_and_steps_are_those_of_the_series() -> None:
 
 @pytest.mark.parametrize("before", [0.0, -0.001])
 def test_a_kl_that_jumps_from_nothing_is_told_without_a_ratio(before: float) -> None:
-    """A reference that is the policy, as while the learning rate warms up; the estimator may be negative by chance."""
+    """The reference is the policy, as during a warm-up of the learning rate. The estimator may be negative by
+    chance.
+    """
     (found,) = diagnose(rows(30, experience__kl_ref__mean=lambda s: 0.5 if s > 25 else before))
     assert found.kind == "kl_blow_up"
     assert f"0.5 nats a token; the median of the 20 steps before is {before:g}." in found.what
@@ -349,18 +269,18 @@ def test_what_was_over_is_told_with_its_steps() -> None:
     assert (found.first_step, found.last_step) == (8, 21)  # means of five steps: 3 of .6 at first and at last
 
 
-def test_the_most_frequent_reason_of_broken_prefixes_is_named_with_its_remedy() -> None:
-    (found,) = diagnose(CASES["prefixes_break"][0])
-    assert "40% of the calls" in found.what
-    assert "`rewritten turn` (9 of 12)" in found.what
-    assert "data.chat_template" in found.advice
-
-
-def test_the_most_frequent_reason_of_a_grammar_is_named_with_its_remedy() -> None:
-    (found,) = diagnose(CASES["grammars_restrict"][0])
-    assert "22% of the step's sampled tokens" in found.what
-    assert "`tool_choice` (70 of 100)" in found.what
-    assert "`tool_choice: auto`" in found.advice
+@pytest.mark.parametrize(
+    ("kind", "fraction", "reason", "remedy"),
+    [
+        ("prefixes_break", "40% of the calls", "`rewritten turn` (9 of 12)", "data.chat_template"),
+        ("grammars_restrict", "22% of the step's sampled tokens", "`tool_choice` (70 of 100)", "`tool_choice: auto`"),
+    ],
+)
+def test_the_most_frequent_reason_is_named_with_its_remedy(kind: str, fraction: str, reason: str, remedy: str) -> None:
+    (found,) = diagnose(CASES[kind][0])
+    assert fraction in found.what
+    assert reason in found.what
+    assert remedy in found.advice
 
 
 def test_an_empty_run_and_rows_with_nothing_in_them_have_no_finding() -> None:

@@ -1,4 +1,4 @@
-"""A run killed by SIGKILL at any moment leaves a folder that the next start reads, repairs and continues."""
+"""A run killed by SIGKILL at any moment leaves a folder that the next start repairs and continues."""
 
 from __future__ import annotations
 

@@ -6,20 +6,10 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Generator
 
 import pytest
 
 from rlhf.tracking import logs
-
-
-@pytest.fixture(autouse=True)
-def _loggers_as_before() -> Generator[None]:
-    loggers = [logging.getLogger(name) for name in ("rlhf", "actors")]
-    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
-    yield
-    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
-        logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
 
 
 def test_one_event_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

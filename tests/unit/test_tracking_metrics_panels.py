@@ -34,17 +34,8 @@ def test_the_workspace_as_it_would_be_sent(tmp_path: Path) -> None:
     assert section["settings"]["xAxis"] == "step"
     assert section["settings"]["shouldAutoGeneratePanels"] is False
     banks = section["panelBankConfig"]["sections"]
-    assert [bank["name"] for bank in banks] == [
-        "Is it learning?",
-        "Is it stable?",
-        "Rollouts",
-        "Rewards and advantages",
-        "Speed",
-        "Memory and nodes",
-        "Weight sync",
-        "Distributions",
-        "Samples",
-    ]
+    titles = "Is it learning?, Is it stable?, Rollouts, Rewards and advantages, Speed, Memory and nodes, Weight sync"
+    assert [bank["name"] for bank in banks] == [*titles.split(", "), "Distributions", "Samples"]
     plotted: set[str] = set()
     for bank in banks:
         for panel in bank["panels"]:
@@ -55,12 +46,8 @@ def test_the_workspace_as_it_would_be_sent(tmp_path: Path) -> None:
                 assert known, config["metricRegex"]
                 plotted |= set(known)
     assert plotted <= set(METRICS)
-    assert {
-        "rewards/score/mean",
-        "experience/kl_ref/mean",
-        "update/ratio/histogram",
-        "system/<node>/memory_gib",
-    } <= plotted
+    assert {"rewards/score/mean", "experience/kl_ref/mean", "update/ratio/histogram"} <= plotted
+    assert "system/<node>/memory_gib" in plotted
     assert {"eval/<set>/<metric>", "rewards/<name>/mean", "time/<stage>_s"} <= plotted
 
 
@@ -87,7 +74,7 @@ def test_a_missing_package_or_folder_is_named(monkeypatch: pytest.MonkeyPatch, t
 
 
 def all_exported() -> list[Exported]:
-    """All metrics that a run may export, and the last finished step."""
+    """Return all metrics of a run for export, and the last finished step."""
     metrics = [exported(metric) for metric in METRICS.values() if metric.reduction is not Histogram]
     return [Exported(name=PREFIX + STEP, labels=(), is_counter=False, meaning=""), *metrics]
 

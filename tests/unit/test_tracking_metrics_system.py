@@ -1,4 +1,4 @@
-"""What a node is busy with, by its kernel and by what nvidia-smi says."""
+"""The load of a node comes from the kernel and from nvidia-smi."""
 
 from __future__ import annotations
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +42,18 @@ def commit(folder: RunFolder, step: int, text: str = "weights") -> None:
     folder.commit_checkpoint(step)
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[RunFolder]:
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        yield folder
+
+
+def commit_reference(folder: RunFolder, step: int, *, keep: Collection[int] = ()) -> Path:
+    (folder.begin_reference(step) / "model.safetensors").write_text(f"weights {step}")
+    folder.seal(folder.reference(step), step=step)
+    return folder.commit_reference(step, keep=keep)
+
+
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", _HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
@@ -70,14 +81,6 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
         RunFolder.open(tmp_path, "evaluation", resume=False)
 
 
-def test_damaged_metrics_are_the_users_to_mend(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_bytes(b"not json\n")
-    for resume in (True, False, True):  # each refusal lets go of the lock
-        with pytest.raises(UserError, match=r"run.name: .*metrics.jsonl:1: not JSON.*are damaged: restore the file"):
-            RunFolder.open(tmp_path, "run", resume=resume)
-
-
 def test_a_start_that_did_nothing_is_cleared(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, "run", resume=False) as folder:
         folder.write_config("run: {}\n")
@@ -98,57 +101,54 @@ def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path: Path) -> None
         RunFolder.open(tmp_path / "file", "run", resume=False)
 
 
-def test_checkpoints_appear_whole(tmp_path: Path) -> None:
-    with RunFolder.open(tmp_path, "run", resume=False) as folder:
-        assert folder.latest_checkpoint() is None
-        aside = folder.begin_checkpoint(10)
-        (aside / "half").write_text("x")
-        assert folder.latest_checkpoint() is None
-        assert not folder.checkpoint(10).exists()
-        folder.seal(folder.checkpoint(10), step=10)
-        folder.commit_checkpoint(10)
-        commit(folder, 20)
-        assert folder.latest_checkpoint() == 20
-        assert folder.checkpoint(20).name == "step_000020"
-        assert (folder.checkpoints / "latest").resolve() == folder.checkpoint(20).resolve()
+def test_checkpoints_appear_whole(folder: RunFolder) -> None:
+    assert folder.latest_checkpoint() is None
+    aside = folder.begin_checkpoint(10)
+    (aside / "half").write_text("x")
+    assert folder.latest_checkpoint() is None
+    assert not folder.checkpoint(10).exists()
+    folder.seal(folder.checkpoint(10), step=10)
+    folder.commit_checkpoint(10)
+    commit(folder, 20)
+    assert folder.latest_checkpoint() == 20
+    assert folder.checkpoint(20).name == "step_000020"
+    assert (folder.checkpoints / "latest").resolve() == folder.checkpoint(20).resolve()
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_sound_one_before_it_is_named(tmp_path: Path) -> None:
-    with RunFolder.open(tmp_path, "run", resume=False) as folder:
-        for step in (10, 20, 30, 40):
-            commit(folder, step)
-        (folder.checkpoint(20) / "manifest.json").unlink()
-        (folder.checkpoint(30) / "policy" / "model.bin").unlink()
-        (folder.checkpoint(40) / "policy" / "model.bin").write_text("weightz")  # as long as before
-        assert folder.checkpoint_steps() == [10, 40]  # by the sizes
-        assert folder.latest_checkpoint() == 40
-        with pytest.raises(UserError) as caught:
-            folder.refuse_damage(40)
-        path = folder.checkpoint(40) / "policy" / "model.bin"
-        assert str(caught.value).startswith(f"--resume: {path} is damaged: its checksum")
-        assert str(caught.value).endswith("or continue from the checkpoint before this one with --resume step_000010.")
-        folder.continue_from(10)
-        assert folder.latest_checkpoint() == 10
-        commit(folder, 15)  # of the new history: the later checkpoints were made by the old one
-        assert [path.name for path in sorted(folder.checkpoints.glob("step_*"))] == ["step_000010", "step_000015"]
-        (folder.checkpoint(10) / "added.bin").write_text("x")
-        with pytest.raises(UserError, match=r"added.bin is not in manifest.json.*there is no undamaged checkpoint"):
-            folder.refuse_damage(10)
+def test_a_damaged_checkpoint_is_refused_and_the_sound_one_before_it_is_named(folder: RunFolder) -> None:
+    for step in (10, 20, 30, 40):
+        commit(folder, step)
+    (folder.checkpoint(20) / "manifest.json").unlink()
+    (folder.checkpoint(30) / "policy" / "model.bin").unlink()
+    (folder.checkpoint(40) / "policy" / "model.bin").write_text("weightz")  # as long as before
+    assert folder.checkpoint_steps() == [10, 40]  # by the sizes
+    assert folder.latest_checkpoint() == 40
+    with pytest.raises(UserError) as caught:
+        folder.refuse_damage(40)
+    path = folder.checkpoint(40) / "policy" / "model.bin"
+    assert str(caught.value).startswith(f"--resume: {path} is damaged: its checksum")
+    assert str(caught.value).endswith("or continue from the checkpoint before this one with --resume step_000010.")
+    folder.continue_from(10)
+    assert folder.latest_checkpoint() == 10
+    commit(folder, 15)  # of the new history: the later checkpoints were made by the old one
+    assert [path.name for path in sorted(folder.checkpoints.glob("step_*"))] == ["step_000010", "step_000015"]
+    (folder.checkpoint(10) / "added.bin").write_text("x")
+    with pytest.raises(UserError, match=r"added.bin is not in manifest.json.*there is no undamaged checkpoint"):
+        folder.refuse_damage(10)
 
 
-def test_a_run_from_another_checkpoint_takes_up_no_rollouts_after_the_last(tmp_path: Path) -> None:
-    with RunFolder.open(tmp_path, "run", resume=False) as folder:
-        for step in (10, 20):
-            commit(folder, step)
-        group = folder.spool / "group_00000090_v000019.safetensors"
-        for step, is_kept in ((20, True), (10, False), (10, True), (20, False)):
-            group.write_text("of the run since its last start")
-            folder.continue_from(step)
-            assert group.exists() == is_kept
+def test_a_run_from_another_checkpoint_takes_up_no_rollouts_after_the_last(folder: RunFolder) -> None:
+    for step in (10, 20):
+        commit(folder, step)
+    group = folder.spool / "group_00000090_v000019.safetensors"
+    for step, is_kept in ((20, True), (10, False), (10, True), (20, False)):
+        group.write_text("of the run since its last start")
+        folder.continue_from(step)
+        assert group.exists() == is_kept
 
 
 def test_the_first_checkpoint_of_another_machine_takes_up_no_rollouts(tmp_path: Path) -> None:
-    """The machine ended before it had a checkpoint, and another one continued the run."""
+    """The first machine ended without a checkpoint, and a second machine continued the run."""
     with RunFolder.open(tmp_path, "run", resume=False) as folder:
         (folder.spool / "group_00000042_v000009.safetensors").write_text("of this machine")
         aside = folder.begin_checkpoint(10)
@@ -158,27 +158,24 @@ def test_the_first_checkpoint_of_another_machine_takes_up_no_rollouts(tmp_path: 
         assert list(folder.spool.iterdir()) == []
 
 
-def test_any_flipped_byte_of_a_checkpoint_is_found(tmp_path: Path) -> None:
-    with RunFolder.open(tmp_path, "run", resume=False) as folder:
-        commit(folder, 10)
-        (folder.begin_reference(10) / "config.json").write_text("{}")
-        folder.seal(folder.reference(10), step=10)
-        folder.commit_reference(10, keep=[])
-        folder.refuse_damage(10)
-        folder.refuse_damaged_reference(10, checkpoint=10)
-        files = [path for path in folder.checkpoint(10).rglob("*") if path.is_file()]
-        files += [path for path in folder.reference(10).rglob("*") if path.is_file()]
-        assert len(files) == 4
-        for path in files:
-            sound = path.read_bytes()
-            for place in range(len(sound)):
-                if sound[place : place + 1].isspace():
-                    continue  # of the manifest's layout, which means nothing
-                path.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
-                of_reference = path.is_relative_to(folder.reference(10))
-                with pytest.raises(UserError, match=r"--resume: .*(damaged|missing|belongs|says|cannot be read)"):
-                    folder.refuse_damaged_reference(10, checkpoint=10) if of_reference else folder.refuse_damage(10)
-            path.write_bytes(sound)
+def test_any_flipped_byte_of_a_checkpoint_is_found(folder: RunFolder) -> None:
+    commit(folder, 10)
+    commit_reference(folder, 10)
+    folder.refuse_damage(10)
+    folder.refuse_damaged_reference(10, checkpoint=10)
+    files = [path for path in folder.checkpoint(10).rglob("*") if path.is_file()]
+    files += [path for path in folder.reference(10).rglob("*") if path.is_file()]
+    assert len(files) == 4
+    for path in files:
+        sound = path.read_bytes()
+        for place in range(len(sound)):
+            if sound[place : place + 1].isspace():
+                continue  # of the manifest's layout, which means nothing
+            path.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+            of_reference = path.is_relative_to(folder.reference(10))
+            with pytest.raises(UserError, match=r"--resume: .*(damaged|missing|belongs|says|cannot be read)"):
+                folder.refuse_damaged_reference(10, checkpoint=10) if of_reference else folder.refuse_damage(10)
+        path.write_bytes(sound)
 
 
 @pytest.mark.parametrize(
@@ -186,20 +183,18 @@ def test_any_flipped_byte_of_a_checkpoint_is_found(tmp_path: Path) -> None:
     ["", "[]", "null", "[" * 100_000, '{"step": 10, "files": {"../x": {"size": 0, "xxh3_128": ""}}}', '{"files'],
     ids=["empty", "list", "null", "deep", "outside", "cut"],
 )
-def test_a_manifest_that_is_none_is_damage(tmp_path: Path, text: str) -> None:
-    with RunFolder.open(tmp_path, "run", resume=False) as folder:
-        commit(folder, 10)
-        (folder.checkpoint(10) / "manifest.json").write_text(text)
-        assert folder.checkpoint_steps() == []
-        with pytest.raises(UserError, match=r"manifest\.json is missing or damaged"):
-            folder.refuse_damage(10)
+def test_a_manifest_that_is_none_is_damage(folder: RunFolder, text: str) -> None:
+    commit(folder, 10)
+    (folder.checkpoint(10) / "manifest.json").write_text(text)
+    assert folder.checkpoint_steps() == []
+    with pytest.raises(UserError, match=r"manifest\.json is missing or damaged"):
+        folder.refuse_damage(10)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000], ids=["empty", "cut", "list", "deep"])
 def test_a_damaged_environment_is_written_anew(
     tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
     with RunFolder.open(tmp_path, "run", resume=False) as folder:
         folder.environment.write_text(text)
         folder.write_environment(seed=5)
@@ -207,21 +202,23 @@ def test_a_damaged_environment_is_written_anew(
         assert json.loads(folder.environment.read_text())["seed"] == 5
 
 
-@pytest.mark.parametrize("row", ['{"time_s": 1.0}', '{"step": "1", "time_s": 1.0}', '{"step": 1}', "[" * 100_000])
-def test_a_metrics_row_without_its_step_is_damage(tmp_path: Path, row: str) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text(row + "\n")
-    with pytest.raises(UserError, match=r"run.name: .*metrics.jsonl.*are damaged: restore the file"):
-        RunFolder.open(tmp_path, "run", resume=True)
+METRICS_ROWS = ["not json", '{"time_s": 1.0}', '{"step": "1", "time_s": 1.0}', '{"step": 1}', "[" * 100_000]
+RECORDS = ['{"kind": "x"}', "null", "[" * 100_000, '{"step": 1.5}']
 
 
-@pytest.mark.parametrize("name", ["errors.jsonl", "histograms.jsonl", "groups.jsonl"])
-@pytest.mark.parametrize("row", ['{"kind": "x"}', "null", "[" * 100_000, '{"step": 1.5}'])
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        *(("metrics.jsonl", row) for row in METRICS_ROWS),
+        *((name, row) for name in ("errors.jsonl", "histograms.jsonl", "groups.jsonl") for row in RECORDS),
+    ],
+)
 def test_a_record_without_its_step_is_damage(tmp_path: Path, name: str, row: str) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text(row + "\n")
-    with pytest.raises(UserError, match=rf"run.name: .*{name}.*are damaged: restore the file"):
-        RunFolder.open(tmp_path, "run", resume=True)
+    for resume in (True, False, True) if name == "metrics.jsonl" else (True,):  # each refusal lets go of the lock
+        with pytest.raises(UserError, match=rf"run.name: .*{name}.*are damaged: restore the file"):
+            RunFolder.open(tmp_path, "run", resume=resume)
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "samples", "evals", "references"])
@@ -234,7 +231,9 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, name: str) -> 
 
 
 def failure_of(folder: Path, write: Callable[[Path], object]) -> str:
-    """What a write ends with. The error itself is let go of: PyTorch's keeps the file open."""
+    """Return the error of a write as text. The error itself is dropped, because an error of PyTorch keeps the file
+    open.
+    """
     try:
         when_there_is_room(folder, lambda: write(folder))
     except (RuntimeError, OSError, RunError) as error:
@@ -303,30 +302,28 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_text() == "text"
 
 
-def test_prune_keeps_the_newest_the_latest_and_the_best(tmp_path: Path) -> None:
-    with RunFolder.open(tmp_path, "run", resume=False) as folder:
-        for step in (1, 2, 3, 4, 5):
-            commit(folder, step)
-        folder.mark_best(2)
-        assert folder.prune(2) == [1, 3]
-        assert folder.checkpoint_steps() == [2, 4, 5]
-        folder.mark_best(4)
-        assert folder.best_checkpoint() == 4
-        assert folder.prune(1) == [2]
-        assert folder.checkpoint_steps() == [4, 5]
-        with pytest.raises(ValueError, match="keep >= 1"):
-            folder.prune(0)
-        with pytest.raises(ValueError, match="not complete"):
-            folder.mark_best(7)
+def test_prune_keeps_the_newest_the_latest_and_the_best(folder: RunFolder) -> None:
+    for step in (1, 2, 3, 4, 5):
+        commit(folder, step)
+    folder.mark_best(2)
+    assert folder.prune(2) == [1, 3]
+    assert folder.checkpoint_steps() == [2, 4, 5]
+    folder.mark_best(4)
+    assert folder.best_checkpoint() == 4
+    assert folder.prune(1) == [2]
+    assert folder.checkpoint_steps() == [4, 5]
+    with pytest.raises(ValueError, match="keep >= 1"):
+        folder.prune(0)
+    with pytest.raises(ValueError, match="not complete"):
+        folder.mark_best(7)
 
 
-def test_prune_does_not_count_damaged_checkpoints(tmp_path: Path) -> None:
-    with RunFolder.open(tmp_path, "run", resume=False) as folder:
-        for step in (1, 2, 3):
-            commit(folder, step)
-        (folder.checkpoint(2) / "manifest.json").unlink()
-        assert folder.prune(2) == [2]
-        assert folder.checkpoint_steps() == [1, 3]
+def test_prune_does_not_count_damaged_checkpoints(folder: RunFolder) -> None:
+    for step in (1, 2, 3):
+        commit(folder, step)
+    (folder.checkpoint(2) / "manifest.json").unlink()
+    assert folder.prune(2) == [2]
+    assert folder.checkpoint_steps() == [1, 3]
 
 
 def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:
@@ -360,12 +357,8 @@ def test_folders_that_are_still_read_stay_until_a_later_start(
             assert folder.prune(1) == [1, 2]
             (folder.begin_checkpoint(4) / "half").write_text("x")
             assert list(folder.begin_checkpoint(4).iterdir()) == []
-            (folder.begin_reference(2) / "model.bin").write_text("x")
-            folder.seal(folder.reference(2), step=2)
-            folder.commit_reference(2, keep=[])
-            (folder.begin_reference(3) / "model.bin").write_text("x")
-            folder.seal(folder.reference(3), step=3)
-            folder.commit_reference(3, keep=[])
+            commit_reference(folder, 2)
+            commit_reference(folder, 3)
             folder.scratch.with_name(".own-earlier").mkdir()
         for _ in range(2):
             with RunFolder.open(tmp_path, "run", resume=True) as folder:
@@ -405,31 +398,21 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
         RunFolder.open(tmp_path, "run", resume=False)
 
 
-def test_a_begun_checkpoint_starts_empty(tmp_path: Path) -> None:
-    with RunFolder.open(tmp_path, "run", resume=False) as folder:
-        (folder.begin_checkpoint(2) / "old").write_text("x")
-        assert list(folder.begin_checkpoint(2).iterdir()) == []
-
-
-def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
-    with RunFolder.open(tmp_path, "run", resume=False) as folder:
-        folder.write_environment(seed=5)
-        found = json.loads(folder.environment.read_text())
-        assert found["seed"] == 5
-        assert found["packages"]["torch"]
-        assert found["hardware"]["cores"] >= 1
-        assert not caplog.records
-        folder.write_environment(seed=6)
-        assert "changed environment: seed differ" in caplog.text
+def test_environment(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    folder.write_environment(seed=5)
+    found = json.loads(folder.environment.read_text())
+    assert found["seed"] == 5
+    assert found["packages"]["torch"]
+    assert found["hardware"]["cores"] >= 1
+    assert not caplog.records
+    folder.write_environment(seed=6)
+    assert "changed environment: seed differ" in caplog.text
 
 
 def test_references_stay_while_a_checkpoint_needs_them(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, "run", resume=False) as folder:
         for step, keep in ((2, set()), (4, {2}), (6, {0, 4})):
-            (folder.begin_reference(step) / "model.safetensors").write_text(f"weights {step}")
-            folder.seal(folder.reference(step), step=step)
-            assert folder.commit_reference(step, keep=keep) == folder.reference(step)
+            assert commit_reference(folder, step, keep=keep) == folder.reference(step)
         assert sorted(path.name for path in folder.references.iterdir()) == ["step_000004", "step_000006"]
         assert (folder.reference(6) / "model.safetensors").read_text() == "weights 6"
         folder.begin_reference(8)

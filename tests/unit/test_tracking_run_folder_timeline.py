@@ -1,4 +1,4 @@
-"""The trace file: loadable at any moment, nested lanes, one file over a resume."""
+"""The trace file loads at any moment, has nested lanes, and continues after a resume."""
 
 from __future__ import annotations
 
@@ -21,8 +21,12 @@ def lanes(path: Path) -> dict[tuple[int, int], str]:
     return {(e["pid"], e["tid"]): e["args"]["name"] for e in events(path, "M") if e["name"] == "thread_name"}
 
 
-def test_spans_in_microseconds_with_names(tmp_path: Path) -> None:
-    path = tmp_path / "timeline.json"
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "timeline.json"
+
+
+def test_spans_in_microseconds_with_names(path: Path) -> None:
     timeline = Timeline(path)
     timeline.record("update", "policy", start_s=10.0, end_s=12.5, args={"step": 3})
     timeline.close()
@@ -33,8 +37,7 @@ def test_spans_in_microseconds_with_names(tmp_path: Path) -> None:
     assert roles[span["pid"]] == "policy"
 
 
-def test_a_span_is_written_when_its_body_raises(tmp_path: Path) -> None:
-    path = tmp_path / "timeline.json"
+def test_a_span_is_written_when_its_body_raises(path: Path) -> None:
     timeline = Timeline(path)
     with pytest.raises(RuntimeError), timeline.span("rollouts", "rollout", step=1):
         raise RuntimeError("stop")
@@ -42,8 +45,7 @@ def test_a_span_is_written_when_its_body_raises(tmp_path: Path) -> None:
     assert [event["name"] for event in events(path)] == ["rollouts"]
 
 
-def test_spans_of_a_lane_nest_or_are_disjoint(tmp_path: Path) -> None:
-    path = tmp_path / "timeline.json"
+def test_spans_of_a_lane_nest_or_are_disjoint(path: Path) -> None:
     timeline = Timeline(path)
     ends = {"inner": (1.0, 2.0), "outer": (0.0, 3.0), "partly": (2.5, 4.0), "after": (3.0, 5.0), "third": (3.5, 6.0)}
     for name, (start_s, end_s) in ends.items():
@@ -53,8 +55,7 @@ def test_spans_of_a_lane_nest_or_are_disjoint(tmp_path: Path) -> None:
     assert found == {"inner": "main", "outer": "main", "partly": "main 2", "after": "main", "third": "main 3"}
 
 
-def test_a_killed_run_leaves_a_loadable_file(tmp_path: Path) -> None:
-    path = tmp_path / "timeline.json"
+def test_a_killed_run_leaves_a_loadable_file(path: Path) -> None:
     timeline = Timeline(path)
     timeline.record("a", "policy", start_s=1.0, end_s=2.0)  # no close: what is on the disk now is what a kill leaves
     text = path.read_text()
@@ -64,8 +65,7 @@ def test_a_killed_run_leaves_a_loadable_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("cut", "kept"), [(0, "ab"), (1, "ab"), (3, "ab"), (4, "a"), (5, "a"), (60, "a")])
-def test_a_resumed_run_goes_on_in_the_file(tmp_path: Path, cut: int, kept: str) -> None:
-    path = tmp_path / "timeline.json"
+def test_a_resumed_run_goes_on_in_the_file(path: Path, cut: int, kept: str) -> None:
     first = Timeline(path)
     first.record("b", "custom", start_s=1.5, end_s=2.5, lane="y")
     first.record("a", "custom", start_s=1.0, end_s=2.0, lane="x")
@@ -86,8 +86,7 @@ def test_a_resumed_run_goes_on_in_the_file(tmp_path: Path, cut: int, kept: str) 
     assert places["c"][0] != places["a"][0]
 
 
-def test_an_empty_trace_is_valid(tmp_path: Path) -> None:
-    path = tmp_path / "timeline.json"
+def test_an_empty_trace_is_valid(path: Path) -> None:
     Timeline(path).close()
     assert json.loads(path.read_text()) == []
     timeline = Timeline(path)

@@ -1,9 +1,8 @@
-"""What every back end must do, of W&B and TensorBoard by their own readers, and the thread that each works on."""
+"""Every back end follows a run on a thread. W&B and TensorBoard are read by their own readers."""
 
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
 import threading
@@ -19,38 +18,17 @@ from rlhf.tracking.diagnosis.findings import Severity
 from rlhf.tracking.metrics.histograms import ADVANTAGE_EDGES, RATIO_EDGES, TOKEN_EDGES
 from rlhf.tracking.metrics.reductions import Histogram
 from rlhf.tracking.run_folder.atomic import read_lines
-from rlhf.tracking.run_folder.samples import samples_path, write_samples
 from rlhf.tracking.sinks import backends, tensorboard_backend
 from rlhf.tracking.sinks.backends import Relay, TrackedStep, TrackerBackend
 from rlhf.tracking.sinks.tensorboard_backend import open_tensorboard
 from rlhf.tracking.sinks.tracker import Tracker
 from rlhf.tracking.sinks.wandb_backend import open_wandb, plain, tables
-from tests.unit.test_tracking_sinks_tracker import sample
-
-LENGTHS = Histogram.of([3.0, 3.0, 9.0], edges=TOKEN_EDGES)
-
-
-def exercise(folder: Path, backend: TrackerBackend) -> None:
-    """A run of two steps with all that a back end may be handed, resumed at its first step. Ends with `close`."""
-    (folder / "timeline.json").write_text("[]\n")
-    (folder / "checkpoints" / "step_000001").mkdir(parents=True)
-    (folder / "checkpoints" / "step_000001" / "weights").write_text("w")
-    write_samples(samples_path(folder, 1), [sample("eleven-twelve"), sample("no", split="heldout")])
-    tracker = Tracker(folder, backends=[backend])
-    tracker.log(1, {"update/lr": 0.5, "rewards/correct/mean": 0.25, "rollouts/tokens/total": 7.0}, {KEY: LENGTHS})
-    tracker.checkpoint(1, folder / "checkpoints" / "step_000001")
-    tracker.log(2, {"update/lr": 0.25, "update/loss/mean": float("nan")})
-    tracker.truncate_after(1)
-    tracker.log(2, {"update/lr": 0.125, "rollouts/tokens/total": 5.0})
-    tracker.alert("warning", "entropy_collapse", "Step 2: entropy is 0.01")
-    tracker.close(failed=False)
-
-
-KEY = "rollouts/response_tokens/histogram"
+from tests.fixtures.tracking import LENGTHS, exercise
+from tests.fixtures.tracking import RESPONSE_TOKENS as KEY
 
 
 def wandb_records(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Records of the one start of a run folder's W&B run by their kinds, in order, by W&B's own reader."""
+    """Return the records of a run folder's single W&B run by kind and in order, by W&B's reader."""
     (path,) = (folder / "wandb").glob("offline-run-*")
     command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
@@ -62,19 +40,10 @@ def wandb_records(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 def test_wandb_has_all_that_a_step_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_TOKEN", "eleven-twelve")
-    backend = open_wandb(
-        tmp_path,
-        mode="offline",
-        project="p",
-        name="pipe/grpo",
-        config={"train": {"lr": 0.1, "betas": [0.9, 0.95]}, "token": "not-to-be-seen"},
-        entity="team",
-        job_type="grpo",
-        group="pipe",
-        tags=["tiny"],
-        checkpoints=True,
-    )
-    exercise(tmp_path, backend)
+    settings: dict[str, Any] = {"entity": "team", "job_type": "grpo", "group": "pipe", "tags": ["tiny"]}
+    config = {"train": {"lr": 0.1, "betas": [0.9, 0.95]}, "token": "not-to-be-seen"}
+    run = {"mode": "offline", "project": "p", "name": "pipe/grpo", "config": config, "checkpoints": True}
+    exercise(tmp_path, open_wandb(tmp_path, **run, **settings))
     records = wandb_records(tmp_path)
     (run,) = records["run"]
     told = (run["job_type"], run["run_group"], run["tags"], run["entity"])
@@ -135,7 +104,7 @@ def test_an_alert_reaches_tensorboard_as_text(tmp_path: Path) -> None:
 
 
 class Stuck(TrackerBackend):
-    """A back end that hangs, or raises, in its first call."""
+    """A back end that hangs, or raises, in the first call."""
 
     name = "stuck"
 
@@ -154,14 +123,13 @@ class Stuck(TrackerBackend):
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Messages, each once, however many loggers hand it to caplog."""
+    """Return each message once, however many loggers pass the message to caplog."""
     return [record.getMessage() for record in dict.fromkeys(caplog.records)]
 
 
 def test_a_back_end_that_hangs_holds_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
     monkeypatch.setattr(backends, "MOST_WAITING", 3)
     stuck = Stuck(raises=False)
     relay = Relay(stuck, close_within_s=0.2)
@@ -171,8 +139,7 @@ def test_a_back_end_that_hangs_holds_nobody(
     relay.close(failed=False)
     assert stuck.is_stuck  # neither call has waited for the back end
     stuck.go_on.set()
-    messages = told(caplog)
-    assert [message.split(":")[0] for message in messages] == [
+    assert [message.split(":")[0] for message in told(caplog)] == [
         "stuck is 3 calls behind and misses some of them",
         "stuck did not finish within 0 s, so it is abandoned",
     ]
@@ -181,7 +148,6 @@ def test_a_back_end_that_hangs_holds_nobody(
 def test_a_failure_on_the_way_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
     stuck = Stuck(raises=True)
     tracker = Tracker(tmp_path, backends=[stuck])
     tracker.log(1, {"update/lr": 1.0})
@@ -208,7 +174,6 @@ class Alerted(Stuck):
 def test_each_finding_is_told_once_and_not_again_after_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
     first, second = Alerted(), Alerted()
     tracker = Tracker(tmp_path, backends=[first])
     for step in range(1, 16):
@@ -280,9 +245,8 @@ def test_tables_say_how_far_the_logprobs_are_apart() -> None:
 
 
 def test_back_ends_are_imported_only_when_used() -> None:
-    code = (
-        "import sys, rlhf.tracking.sinks.tracker, rlhf.tracking.sinks.tensorboard_backend; "
-        "import rlhf.tracking.sinks.wandb_backend; "
-        + ("sys.exit(any(m in sys.modules for m in ('wandb', 'tensorboard', 'torch')))")
-    )
+    sinks = "tracker, rlhf.tracking.sinks.tensorboard_backend, rlhf.tracking.sinks.wandb_backend"
+    libraries = ("wandb", "tensorboard", "torch", "matplotlib")
+    code = f"import sys, rlhf.tracking.display.plots, rlhf.tracking.sinks.{sinks}; "
+    code += f"sys.exit(any(name in sys.modules for name in {libraries}))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

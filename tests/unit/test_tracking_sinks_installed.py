@@ -1,4 +1,4 @@
-"""Trackers of packages: what they are handed, what is refused before a run, and what a failure does not end."""
+"""Trackers of packages follow a run. Wrong trackers are refused before a run, and a failed tracker ends no run."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""Rows, samples and errors: one row a step, kill-safe, and taken back on resume."""
+"""A step writes a row, samples and errors. Rows survive a kill, and a resume removes later rows."""
 
 from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from tests.fakes.samples import sample_record
 
 
 class Recorder:
-    """A back end that remembers."""
+    """A back end that records calls."""
 
     name = "recorder"
 
@@ -72,7 +71,6 @@ def test_nothing_is_written_of_a_bad_row(tmp_path: Path) -> None:
 def test_non_finite_values_are_null_and_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
     recorder = Recorder()
     tracker = Tracker(tmp_path, backends=[recorder])
     tracker.log(4, {"update/loss/mean": float("nan"), "update/lr": float("inf")})
@@ -138,7 +136,7 @@ def test_errors_hide_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_is_no_character_is_written_as_json_can(tmp_path: Path) -> None:
-    """Half a surrogate, as in the name of a file or what a service answered with."""
+    """The name of a file or an answer of a service may contain half a surrogate."""
     record = ErrorRecord(step=1, stage="rewards", kind="raised", message="no file a\udcff")
     Tracker(tmp_path).log_error(record)
     Tracker(tmp_path)  # writes what is there anew
@@ -205,7 +203,6 @@ def test_a_disk_that_is_full_at_a_whole_file_names_that_file(tmp_path: Path, mon
 def test_a_resumed_run_says_where_it_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("rlhf"), "propagate", True)
     tracker = Tracker(tmp_path)
     for step in range(1, 6):
         tracker.log(step, {"update/lr": 1.0})
@@ -226,9 +223,8 @@ def test_what_looks_wrong_is_told_once_and_not_again_after_a_resume(
         told = [[one.kind for one in tracker.log(step, {"experience/kl_ref/mean": 2.0})] for step in (1, 2, 3, 4)]
         assert told == [[], [], ["kl_blow_up"], []]
         assert Tracker(tmp_path).log(5, {"experience/kl_ref/mean": 2.0}) == []
-    assert [record.levelname for record in caplog.records if "KL to the reference" in record.getMessage()] == [
-        "WARNING"
-    ]
+    levels = [record.levelname for record in caplog.records if "KL to the reference" in record.getMessage()]
+    assert levels == ["WARNING"]
 
 
 def test_what_follows_the_last_row_is_added_to_it(tmp_path: Path) -> None:

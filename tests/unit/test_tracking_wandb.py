@@ -1,10 +1,9 @@
-"""W&B: a real offline run, and its failures, none of which may hang."""
+"""An offline run of W&B is written, and no failure of W&B hangs."""
 
 from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -69,14 +68,6 @@ def test_a_start_that_fails_is_an_error_in_time(tmp_path: Path, monkeypatch: pyt
         open_wandb(tmp_path, mode="offline", project="p", name="n", config={}, timeout_s=0.5)
     assert not returned.is_set()
     go_on.set()
-
-
-def test_wandb_is_imported_only_when_used(tmp_path: Path) -> None:
-    code = (
-        "import sys, rlhf.tracking.sinks.tracker, rlhf.tracking.sinks.wandb_backend, rlhf.tracking.display.plots; "
-        + ("sys.exit(any(m in sys.modules for m in ('wandb', 'matplotlib', 'torch')))")
-    )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def test_the_sweep_file_of_the_page_starts_a_run(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from rlhf.rewards.services.remote import RemoteReward
 from rlhf.types import Prompt, Rollouts
 from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
 from rlhf.workers.frozen.reward_model import RewardModel
-from tests.unit.test_rewards_services_remote import served
+from tests.fakes.services import served
 
 PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=10.0)
 
