@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from actors.cluster.waiting import running_s
+
 RECENT_RESPONSES = 1000  # window of the mean response length
 
 
@@ -131,7 +133,7 @@ class Dispatch:
         load = self._loads[slot.engine]
         load.tokens -= slot.tokens
         load.samples -= slot.samples
-        load.progress_at = asyncio.get_running_loop().time()
+        load.progress_at = running_s()
         self._fill(slot.engine)
 
     def close(self, engine: int) -> None:
@@ -168,7 +170,7 @@ class Dispatch:
 
     def quiet_s(self, engine: int) -> float:
         """Return the seconds since the engine last finished a group, or else began to work."""
-        return asyncio.get_running_loop().time() - self._loads[engine].progress_at
+        return running_s() - self._loads[engine].progress_at
 
     def _emptiest(self, work: GroupWork) -> int | None:
         """Return the engine with the least outstanding work among the engines with room for a group."""
@@ -180,7 +182,7 @@ class Dispatch:
         slot = Slot(engine=engine, tokens=work.tokens(self._mean_length), samples=work.samples)
         load = self._loads[engine]
         if load.samples == 0:
-            load.progress_at = asyncio.get_running_loop().time()
+            load.progress_at = running_s()
         load.tokens += slot.tokens
         load.samples += slot.samples
         return slot

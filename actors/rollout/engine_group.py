@@ -22,7 +22,6 @@ from actors.rollout.elastic_engines import ElasticEngines
 from actors.weights import SENDERS, Transport
 from rlhf.config.derive import WeightSync
 from rlhf.errors import WorkerLost
-from rlhf.process.disk_full import PAUSE
 from rlhf.role_table import Role
 from rlhf.roles import CompletedGroup, EnginePart
 from rlhf.types import GroupRequest, RolloutInfo, Sampling
@@ -292,10 +291,10 @@ class RolloutEngines(ElasticEngines):
 
     async def _answered(self, scalars: ObjectRef[Any], engine: int, dispatch: Dispatch) -> Any:
         """Return the scalars of a group. WorkerLost if the engine finishes no group within the deadline."""
-        future, paused_s = asyncio.wrap_future(scalars.future()), PAUSE.seconds()
+        future = asyncio.wrap_future(scalars.future())
         try:
             while not future.done():
-                left_s = self.deadline_s - dispatch.quiet_s(engine) + PAUSE.seconds() - paused_s
+                left_s = self.deadline_s - dispatch.quiet_s(engine)
                 if left_s <= 0.0:
                     raise await self._hung(engine)
                 await ended([future], left_s)

@@ -111,7 +111,7 @@ def test_shares_of_a_batch_are_balanced_by_tokens() -> None:
 
 async def test_an_engine_is_quiet_since_its_last_group_or_its_first(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now)
+    monkeypatch.setattr("actors.rollout.dispatch.running_s", lambda: now)
     rules = dispatch(1)
     first = await rules.enter(0, work(), urgent=False)
     now = 110.0
