@@ -182,7 +182,7 @@ class GroupPair:
 
 
 def _pairs(indexes: Mapping[int, SampleIndex]) -> Iterator[GroupPair]:
-    """Yield the prompts to show of each set. Without any prompt that came twice: those of the first and last step."""
+    """Yield the prompts to show of each set. If no prompt came twice, take prompts of the first and the last step."""
     sets: dict[str, dict[tuple[Any, str], dict[tuple[int, str], list[float]]]] = {}  # the scores of each group
     for step, index in indexes.items():
         for row in index.rows:
@@ -208,7 +208,7 @@ def _pair(groups: Mapping[tuple[int, str], Sequence[float]]) -> GroupPair:
 
 
 def shown_pairs(pairs: Sequence[GroupPair], count: int) -> list[GroupPair]:
-    """Return some pairs for a reader: improved ones first, then worsened ones, then unchanged ones."""
+    """Return some pairs for a reader: improved, then worsened, then unchanged responses."""
     by_gain = sorted(pairs, key=lambda pair: -pair.gain)
     lost = [pair for pair in reversed(by_gain) if pair.gain < 0][: count // 3]
     same = [pair for pair in by_gain if pair.gain == 0][: count // 6]
@@ -233,7 +233,7 @@ def _limited(value: Any) -> Any:
 
 
 def page(answers: Mapping[str, Any]) -> str:
-    """Return the page of `rlhf view` with its scripts and styles inside, which read the answers of the server there."""
+    """Return the page of `rlhf view` as one text, with scripts, styles and the answers of the server inside."""
     allowed: dict[str, list[str]] = {"script": [], "style": []}
 
     def inline(link: re.Match[str]) -> str:
@@ -256,7 +256,7 @@ def page(answers: Mapping[str, Any]) -> str:
 
 
 def _script(name: str) -> str:
-    """Return the module with all that it imports as one script, in which each module is a function."""
+    """Return a module and all imported modules as a single script. Each module becomes a function."""
     parts: dict[str, str] = {}
 
     def add(module: str) -> None:

@@ -1,6 +1,6 @@
-"""A run in short: its diagnosis, its numbers at both ends, its time, memory and errors, and its settings.
+"""A run in short: diagnosis, numbers at both ends, time, memory, errors and settings.
 
-Nothing here writes, and a running run is not disturbed. Every number of a summary is text already.
+Nothing here writes, and a running run is not disturbed. The numbers in tables are text already.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _MAIN = (
 
 @dataclass(slots=True)
 class Column:
-    """The values of one metric: both ends, and what they add up to."""
+    """The values of a metric: the first, the newest, and sums over all steps."""
 
     first: list[float] = field(default_factory=list)
     last: deque[float] = field(default_factory=lambda: deque(maxlen=_AVERAGED))

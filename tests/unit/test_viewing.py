@@ -1,4 +1,4 @@
-"""What the viewer reads of run folders: growing files, files that are taken back, and requests that are not allowed."""
+"""The viewer reads growing, shortened and damaged files of run folders, and refuses forbidden requests."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ async def test_metrics_go_on_where_they_stopped(client: Client, run: Path) -> No
 
 @pytest.mark.parametrize("again", [0, 300])
 async def test_a_run_that_takes_rows_back_is_read_anew(client: Client, run: Path, again: int) -> None:
-    """Shorter than it was, or as long by the time that it is looked at."""
+    """The file is shorter than before, or has grown to the old length again."""
     asked = await client(run)
     _, place = await read(asked, START)
     text = "".join(json.dumps({"step": step, "again": True}) + "\n" for step in [1, *range(2, 2 + again)])

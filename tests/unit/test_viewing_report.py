@@ -1,4 +1,4 @@
-"""What a report says of run folders that the run's own writers have made, and that nothing in it can act."""
+"""Reports of run folders hold the numbers of the runs, and no text of a model can act in a report."""
 
 from __future__ import annotations
 
