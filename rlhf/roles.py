@@ -74,10 +74,7 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSelection:
-    """Responses of one group for the samples file.
-
-    The records lack only the text, since the controller has no text.
-    """
+    """Responses of one group for the samples file. The records lack only the text, since the controller has no text."""
 
     rollouts: Ref[Rollouts]
     records: tuple[SampleRecord, ...]  # `sample` is the index within the group

@@ -52,12 +52,10 @@ class RunContext:
     folders: MemoryFolders | None = None  # of the snapshots of trained ranks; None: they take none
 
     def spawn(self, role: Role, worker: type, *args: Any, **options: Any) -> tuple[list[ActorHandle[Any]], SpawnOne]:
-        """Create the actors of a role. See group.spawn."""
         options["longest_sequence"] = self.longest_sequence
         return spawn(self.config.cluster, self.placement, role, worker, *args, **options)
 
     def gang(self, gang: type[G], rank: type[TrainedWorker], *args: Any, **options: Any) -> G:
-        """Create the ranks of a trained role."""
         made = gang(
             *self.spawn(gang.role, rank, *args, **options),
             deadline_s=self.config.cluster.call_timeout_s,

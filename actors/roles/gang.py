@@ -125,7 +125,6 @@ class Gang(ModelGroup):
             await self.take_teacher(self.head)
 
     def _names(self) -> list[str]:
-        """Return the name of each rank in the run."""
         return [f"{self.role}-{rank}" for rank in range(len(self.handles))]
 
     async def take_snapshot(self, step: int) -> None:
@@ -193,7 +192,6 @@ class Gang(ModelGroup):
         return [refs[rank // self.sequence_parallel] for rank in range(len(self.handles))]
 
     def _plans(self, plan: BatchPlan) -> list[BatchPlan]:
-        """Return the plan received by each rank."""
         plans = [plan.for_rank(rank) for rank in range(self.num_ranks)]
         return [plans[rank // self.sequence_parallel] for rank in range(len(self.handles))]
 
@@ -219,7 +217,6 @@ class Gang(ModelGroup):
         await self.all([h.load.remote(folder) for h in self.handles], "resume")
 
     async def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder or an adapter folder."""
         await self.all([h.export.remote(folder) for h in self.handles], "export")
 
     async def arithmetic(self) -> Arithmetic:
@@ -228,7 +225,6 @@ class Gang(ModelGroup):
         return replace(reports[0], peak_flops=sum(report.peak_flops for report in reports))
 
     async def stop(self) -> None:
-        """Let the ranks leave in order."""
         if not self.processes.ended:
             stops = [h.stop.remote() for h in self.handles]
             await self.all(stops, "stop", deadline_s=END_WITHIN_S, limit=STOP_LIMIT)
@@ -399,7 +395,6 @@ class OfflineGang(Gang):
         return keys[0]
 
     async def reference_logprobs(self, dataset: int, plan: MinibatchPlan) -> list[Ref[TokenValues]]:
-        """Return a column for each data-parallel rank."""
         columns = await self._columns(
             [h.reference_logprobs.options(num_returns=2).remote(dataset, plan) for h in self.handles],
             "reference",
@@ -412,7 +407,6 @@ class OfflineGang(Gang):
         self.references = {**self.references, dataset: path}
 
     async def read_reference(self, dataset: int, path: Path) -> bool:
-        """Return whether every rank could read the stored reference columns."""
         found = all(await self.all([h.read_reference.remote(dataset, path) for h in self.handles], "reference"))
         if found:
             self.references = {**self.references, dataset: path}

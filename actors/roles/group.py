@@ -95,8 +95,7 @@ class WorkerGroup:
     ) -> None:
         """Create a group of workers before their start.
 
-        Args:
-            spawn_one: creates the actor of a rank anew. None: no worker can be replaced.
+        `spawn_one`: creates the actor of a rank anew. None: no worker can be replaced.
         """
         self.handles = list(handles)
         self._spawn_one = spawn_one
@@ -111,7 +110,6 @@ class WorkerGroup:
         return await wait_all(refs, role=self.role, stage=stage, deadline_s=limit_s, limit=limit)
 
     async def each(self, send: Callable[[Any], ObjectRef[Any]], stage: str) -> list[Any]:
-        """Return the results of a method of all workers, in rank order."""
         return await self.all([send(handle) for handle in self.handles], stage)
 
     async def one(self, ref: ObjectRef[T], stage: str, *, rank: int = 0) -> T:
@@ -217,7 +215,6 @@ class WorkerPool(WorkerGroup):
             return result
 
     async def ask(self, rank: int, send: Callable[[Any], ObjectRef[T]], stage: str, *, work: Hashable = None) -> T:
-        """Return the result of a method of one worker."""
         return await self.until_answered(rank, lambda handle: self.one(send(handle), stage, rank=rank), work=work)
 
     async def each(self, send: Callable[[Any], ObjectRef[Any]], stage: str) -> list[Any]:
@@ -249,8 +246,7 @@ class WorkerPool(WorkerGroup):
     def begin_rebuild(self, rank: int, handle: ActorHandle[Any], lost: WorkerLost, *, work: Hashable = None) -> None:
         """Begin to replace a lost worker, unless already begun. Raise the loss if the run must end.
 
-        Args:
-            handle: of the lost worker. A successor may already have taken the place.
+        `handle`: of the lost worker. A successor may already have taken the place.
         """
         if self.supervisor is None or self.processes.ended or isinstance(lost, ResultsLost):
             raise lost
@@ -259,7 +255,6 @@ class WorkerPool(WorkerGroup):
             self._rebuild(rank, self._recover(rank, lost, work))
 
     async def _recover(self, rank: int, lost: WorkerLost, work: Hashable) -> None:
-        """Replace a lost worker if allowed by the supervisor."""
         assert self.supervisor is not None
         await self.supervisor.recover(lost, partial(self._replace, rank), work=work)
 
@@ -338,10 +333,8 @@ def spawn(
 ) -> tuple[list[ActorHandle[Any]], SpawnOne]:
     """Create an actor for each rank of a role. Return the actors, and a function that creates the actor of a rank anew.
 
-    The arguments of an actor are `args`, the rank's context, and `options`.
-
-    Args:
-        longest_sequence: most tokens of a sequence, for the frequencies of the model's RoPE.
+    The arguments of an actor are `args`, the rank's context, and `options`. `longest_sequence`: most tokens of a
+    sequence, for the frequencies of the model's RoPE.
     """
     remote = ray.remote(worker)
 

@@ -65,7 +65,6 @@ class Publishes(TrainedWorker):
         return self.engine.named_weights(dtype)
 
     def stop(self) -> None:
-        """Remove the published weights and leave the gang."""
         self.sender.close()
         super().stop()
 

@@ -22,7 +22,6 @@ class _Teacher(ModelGroup, WorkerPool):
     role: Role = "teacher"
 
     async def head(self) -> Ref[VocabularyHead]:
-        """Return the first worker's vocabulary head."""
         columns = await self.columns(0, lambda h: h.head.options(num_returns=2).remote(), "start", work="head")
         head: Ref[VocabularyHead] = columns[0]
         return head
@@ -78,7 +77,6 @@ class OnlineTeacherWorkers(_Teacher, ReferenceWorkers):
     """The teacher role of a student trained on the student's responses."""
 
     async def states(self, plan: MinibatchPlan, groups: Sequence[CompletedGroup]) -> StatesByRank:
-        """Return a column for each rank. Each worker packs all sequences of the worker together."""
         lengths = {info.sequence_id: info.num_tokens for group in groups for info in group.infos}
         group_of = {info.sequence_id: place for place, group in enumerate(groups) for info in group.infos}
 

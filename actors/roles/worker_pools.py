@@ -107,7 +107,6 @@ class RewardWorkers(WorkerPool):
     async def _ask(
         self, worker: int, group: CompletedGroup, truncated: tuple[bool, ...], results: tuple[str | None, ...]
     ) -> dict[str, GroupOutcome]:
-        """Return the answers of the services for this row."""
         prompt = group.request.prompt
         if not any(spec.remote is not None and spec.applies_to(prompt.columns) for spec in self.settings.specs):
             return {}
@@ -148,7 +147,6 @@ class RewardWorkers(WorkerPool):
         return await self.ask(worker, lambda h: h.texts.remote(group.rollouts), "texts")
 
     async def transcripts(self, group: CompletedGroup) -> list[Transcript]:
-        """Return the responses turn by turn and token by token."""
         worker = self._worker_of(group)
         return await self.ask(worker, lambda h: h.transcripts.remote(group.rollouts), "texts")
 
@@ -159,7 +157,6 @@ class RewardWorkers(WorkerPool):
     async def write_samples(
         self, path: Path, selections: Sequence[SampleSelection], signals: Sequence[Ref[TokenSignals]] = ()
     ) -> None:
-        """Write the samples file in the first worker."""
         records = [selection.records for selection in selections]
         rollouts = [selection.rollouts for selection in selections]
         await self.ask(0, lambda h: h.write_samples.remote(path, records, *rollouts, *signals), "samples")

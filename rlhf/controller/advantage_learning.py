@@ -35,8 +35,6 @@ KEPT_BY = {"spread": most_spread, "best": best}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experience:
-    """The experience of a batch, or of some of its groups."""
-
     is_chosen: bool  # whether a response was chosen, even if masked
     plan: BatchPlan  # without scores: no response is trained
     report: PrepareReport
@@ -68,7 +66,6 @@ class AdvantageLearning(ReferencedLearning):
         return await self.update_from([await self.prepare(groups, step)], step)
 
     async def update_from(self, parts: Sequence[Experience], step: int) -> Signals:
-        """Make the updates of a step from the experience of its batch."""
         trained = [part for part in parts if part.plan.scores]
         if not trained and any(part.is_chosen for part in parts):
             logger.warning(

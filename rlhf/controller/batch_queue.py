@@ -30,8 +30,6 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Requested:
-    """A requested batch before training."""
-
     version: int
     position: Mapping[str, Any]  # of the collector, before the batch
     batch: asyncio.Future[Batch]
@@ -43,11 +41,7 @@ class BatchQueue:
     def __init__(
         self, collector: Collector, record: RunRecord, *, max_staleness: int, num_steps: int, settings: str
     ) -> None:
-        """Create an empty queue.
-
-        Args:
-            settings: digest of the settings that decide the groups of a batch.
-        """
+        """Create an empty queue. `settings`: digest of the settings that decide the groups of a batch."""
         self.collector = collector
         self.record = record
         self.max_staleness = max_staleness
@@ -123,7 +117,6 @@ class BatchQueue:
         return self.collector.state() if first is None else first.position
 
     def state(self) -> dict[str, Any]:
-        """Return the position in the prompts, and the versions of the requested batches, for a checkpoint."""
         ahead = [(step, entry.version) for step, entry in self._requested.items()]
         return {**self.position, "ahead": ahead, "settings": self.settings}
 

@@ -35,10 +35,8 @@ def plan_batch(
 ) -> BatchPlan:
     """Distribute a batch's sequences over minibatches of about equal size, and over ranks.
 
-    Within a minibatch, ranks get about equal work, and a rank may get no sequence.
-
-    Args:
-        drawn: the minibatches of the groups. None: `draw_minibatches` draws them.
+    Within a minibatch, ranks get about equal work, and a rank may get no sequence. `drawn`: the minibatches of the
+    groups. None: `draw_minibatches` draws them.
     """
     infos = [info for scored in groups for info in scored.group.infos]
     scores = [score for scored in groups for score in scored.scores.scores]

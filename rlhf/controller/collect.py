@@ -48,8 +48,6 @@ def is_within(mean: float, rule: DynamicSampling) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    """A step's whole batch of groups."""
-
     groups: list[ScoredGroup]  # in plan order
     sampled_tokens: int  # of all responses, including groups left out
     ended: StepGroups  # for the ledger of groups
@@ -357,9 +355,7 @@ class Collector:
     def state(self, *, untrained: Collection[int] = ()) -> dict[str, Any]:
         """Return the position in the prompts, for a checkpoint.
 
-        Args:
-            untrained: ids of the groups to request again in a resumed run. Drops of these groups are then counted
-                again.
+        `untrained`: ids of the groups to request again in a resumed run. Drops of these groups are then counted again.
         """
         return {
             "cursor": asdict(self.prompts.state()),
@@ -386,7 +382,6 @@ class Collector:
 
 
 def records(groups: Sequence[ScoredGroup]) -> list[GroupRecord]:
-    """Return the records of answered groups for the ledger."""
     return [GroupRecord.of(scored.group.request, scored.group.infos) for scored in groups]
 
 

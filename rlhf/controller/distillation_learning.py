@@ -65,13 +65,6 @@ class DistillationLearning(Learning):
         trained = frozenset(info.sequence_id for scored in groups for info in scored.group.infos)
         return Signals(trained=trained, teacher_logprobs=means)
 
-    def state(self) -> Mapping[str, Any]:
-        """Return an empty mapping, since the teacher never changes."""
-        return {}
-
-    async def restore(self, state: Mapping[str, Any], step: int) -> None:
-        """Do nothing: no state is stored."""
-
     def _plan(self, groups: Sequence[ScoredGroup], step: int) -> BatchPlan:
         """Return the step's minibatches. Their scores are the terms added to the advantages of a response's tokens."""
         plan = plan_batch(
@@ -92,7 +85,6 @@ class DistillationLearning(Learning):
         return replace(plan, scores=dict(zip(ids, added.tolist(), strict=True)))
 
     async def _mean_logprobs(self, rollouts: Sequence[Any]) -> Mapping[int, float]:
-        """Return the teacher's mean logprob of each response, by sequence id, for the samples file."""
         if not rollouts:
             return {}
         return await self.teacher.mean_logprobs(

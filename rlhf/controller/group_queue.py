@@ -36,8 +36,6 @@ T = TypeVar("T")
 
 @dataclass(slots=True, kw_only=True)
 class _Outstanding:
-    """A group before training."""
-
     group_id: int
     chosen: EpochPrompt
     place: int  # no other outstanding group has it, so sequence ids differ within a batch
@@ -77,11 +75,7 @@ class GroupQueue:
         num_steps: int,
         settings: str,
     ) -> None:
-        """Create an empty queue.
-
-        Args:
-            settings: digest of the settings that decide the groups of a batch.
-        """
+        """Create an empty queue. `settings`: digest of the settings that decide the groups of a batch."""
         self.collector = collector
         self.record = record
         self.max_staleness = max_staleness
@@ -255,7 +249,6 @@ class GroupQueue:
         return finished if len(finished) == count else None
 
     def _measured(self, outcomes: Outcomes) -> Mapping[str, Reduction]:
-        """Return the metrics of the time since the last batch."""
         began, self._taken_at = self._taken_at, time.time()
         load = self._load
         load.add(0)

@@ -112,16 +112,14 @@ class Learning(ABC):
         """Forget the columns of the trained groups. A subclass adapts coefficients to the measured values."""
         self.columns.forget(groups)
 
-    @abstractmethod
     def state(self) -> Mapping[str, Any]:
-        """Return the state for a checkpoint. The trained roles save theirs separately."""
+        """Return the state for a checkpoint, without the trained roles."""
+        return {}
 
-    @abstractmethod
-    async def restore(self, state: Mapping[str, Any], step: int) -> None:
+    async def restore(self, state: Mapping[str, Any], step: int) -> None:  # noqa: B027
         """Restore the state of a step's checkpoint."""
 
     def visits(self, num_minibatches: int, step: int) -> list[int]:
-        """Return the minibatch of each optimizer step."""
         train, run = self.config.train, self.config.run
         return visits(num_minibatches, epochs=train.epochs_per_batch, seed=run.seed, step=step)
 
@@ -152,7 +150,6 @@ class ReferencedLearning(Learning):
         return self.reference_every is not None and step % self.reference_every == 0
 
     async def renew_reference(self, step: int) -> None:
-        """Replace the reference by the policy after this step, if a renewal is due."""
         if not self.renews_reference(step):
             return
         folder = self.record.folder

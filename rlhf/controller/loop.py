@@ -117,7 +117,6 @@ class TrainingLoop(ABC):
         return nullcontext()
 
     async def begin(self) -> None:
-        """Prepare the roles for the first step."""
         self.arithmetic = await self.trained["policy"].arithmetic()
 
     async def end(self) -> None:
@@ -143,10 +142,8 @@ class TrainingLoop(ABC):
     async def despite_losses(self, work: Callable[[], Awaitable[T]], *, oldest: int | None = None) -> T:
         """Return the result of the work. After the loss of a trained rank, repeat the work.
 
-        The metrics of an attempt ended by a loss are discarded.
-
-        Args:
-            oldest: the oldest step with a state from which the work can start. None: only the present state.
+        The metrics of an attempt ended by a loss are discarded. `oldest`: the oldest step with a state from which the
+        work can start. None: only the present state.
         """
         oldest = self.trained_step if oldest is None else oldest
         while True:
@@ -290,7 +287,6 @@ class TrainingLoop(ABC):
         )
 
     def _log_step(self) -> None:
-        """Log the row of the step, with the recoveries until now."""
         self.record.add(self.supervisor.metrics())
         self.record.write_row(self.step, self.record.row())
 
@@ -311,8 +307,7 @@ class TrainingLoop(ABC):
     async def save_aside(self, state: Mapping[str, Any], *, from_snapshots: bool = False) -> Path:
         """Write a checkpoint before it becomes valid, and return the folder.
 
-        Args:
-            from_snapshots: save the ranks' snapshots of the step instead of the present state.
+        `from_snapshots`: save the ranks' snapshots of the step instead of the present state.
         """
         aside = self.record.folder.begin_checkpoint(state["step"])
         for name, role in self.trained.items():

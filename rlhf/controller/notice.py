@@ -23,7 +23,6 @@ class Notice:
         return self._given.is_set()
 
     def give(self) -> None:
-        """Set the flag and wake the waiting loop."""
         self._given.set()
 
     async def unless_given(self, work: Coroutine[Any, Any, T]) -> T | None:

@@ -133,7 +133,6 @@ class OfflineController(TrainingLoop):
         return StepRows(plan=plan, states=await self._states(0, plan), epoch=taken[-1][0], cursor=cursor)
 
     async def _states(self, dataset: int, plan: MinibatchPlan) -> StatesByRank:
-        """Return the teacher's states for the planned rows of a data set."""
         if self.teacher is None:
             return ()
         with self.record.stage(self.teacher.role):

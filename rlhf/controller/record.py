@@ -69,9 +69,8 @@ class RunRecord:
     def apart(self, parts: list[Metrics], *, is_shown: bool = False) -> Generator[None]:
         """Collect the metrics of the block, and of tasks created there, in the given list.
 
-        Args:
-            is_shown: whether the progress display shows the stages of the block. Stages of work for a later step are
-                not shown, because the display shows the current step.
+        `is_shown`: whether the progress display shows the stages of the block. Stages of work for a later step are not
+        shown, because the display shows the current step.
         """
         tokens = _APART.set(parts), _IS_SHOWN.set(is_shown)
         try:
@@ -222,7 +221,6 @@ class RunRecord:
         best.value = best.step = None
 
     def read_state(self, step: int) -> dict[str, Any]:
-        """Return the controller's state in the checkpoint of a step. Raise UserError if missing."""
         return read_state(self.folder.checkpoint(step))
 
 

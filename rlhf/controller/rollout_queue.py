@@ -18,8 +18,6 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """A whole batch with the metrics of its rollouts."""
-
     collected: Collected
     metrics: list[Metrics]
 

@@ -75,7 +75,6 @@ def error_record(error: RewardError, *, step: int, split: str, model: str | None
 
 
 def note_errors(scored: ScoredGroup, record: RunRecord, *, step: int, split: str, model: str | None = None) -> None:
-    """Record and count the failures of a group's rewards and environments."""
     errors = (*scored.scores.errors, *scored.scores.scored_errors)
     for error in errors:
         record.tracker.log_error(error_record(error, step=step, split=split, model=model))
@@ -138,9 +137,7 @@ class RolloutScorer:
     ) -> None:
         """Open the stores of a run's responses and scores.
 
-        Args:
-            in_flight: whether the engines answer training requests at the same time, so that no batch waits to be
-                whole.
+        `in_flight`: whether the engines answer training requests at the same time, so that no batch waits to be whole.
         """
         self.rollout = rollout
         self.weights = 0, ""  # version and checksum of those that the engines have
@@ -296,9 +293,8 @@ class RolloutScorer:
     ) -> list[ScoredGroup]:
         """Return the groups with the score of one greedy response to each prompt, by the same rewards.
 
-        In flight, newer weights than the group's may sample the greedy response.
-
-        A group without a scored greedy response carries that response's errors.
+        In flight, newer weights than the group's may sample the greedy response. A group without a scored greedy
+        response carries that response's errors.
         """
         requests = [
             replace(

@@ -57,7 +57,6 @@ class DataOnlyCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
         make_folder(Path(path), parents=True, exist_ok=exist_ok)
 
     def is_frozen(self, name: str) -> bool:
-        """Return whether an entry of the model's state belongs to a frozen weight."""
         parts = name.split(".")
         return any(".".join(parts[:end]) in self._frozen for end in range(len(parts), 0, -1))
 

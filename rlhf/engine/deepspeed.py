@@ -405,7 +405,6 @@ class DeepSpeedEngine:
             self._move_frozen(host)
 
     def move_to_device(self) -> None:
-        """Move the states back to the device after `move_to_host`."""
         self._finish_snapshot()
         self._engine.reload_states()
         if self._zero_stage == 3:

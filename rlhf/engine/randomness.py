@@ -27,7 +27,6 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(states: Mapping[str, Any]) -> None:
-    """Continue from the states."""
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

@@ -135,7 +135,6 @@ def copy_elements(
 
 
 def elements(tensor: Tensor, piece: Piece) -> Tensor:
-    """Return the elements of a piece in the piece's master."""
     return tensor.detach().view(-1).narrow(0, piece.offset, piece.numel)
 
 

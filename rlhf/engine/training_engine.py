@@ -125,10 +125,8 @@ class TrainingEngine(Protocol):
     def open_snapshots(self, folder: Path, copies: CopyPlace | None = None) -> None:
         """Reserve shared memory for two snapshots of this rank's state, or open a predecessor's.
 
-        Raise UserError if there is too little memory.
-
-        Args:
-            copies: the place of copies sent by a predecessor on another node. None: no such copies.
+        Raise UserError if there is too little memory. `copies`: the place of copies sent by a predecessor on another
+        node. None: no such copies.
         """
 
     def send_snapshots_to(self, place: CopyPlace | None) -> None:
@@ -137,10 +135,9 @@ class TrainingEngine(Protocol):
     def take_snapshot(self, step: int) -> str | None:
         """Begin to copy the state after training step `step`, without waiting for the copy. Collective.
 
-        Return why the previous snapshot has no copy on another node. None: a whole copy, or no place for copies.
-
-        The copy is complete before the state changes. The snapshot before the last is overwritten, once all ranks have
-        the last snapshot. So all ranks have at least one step in common.
+        Return why the previous snapshot has no copy on another node. None: a whole copy, or no place for copies. The
+        copy is complete before the state changes. The snapshot before the last is overwritten, once all ranks have the
+        last snapshot. So all ranks have at least one step in common.
         """
 
     def newest_snapshot(self) -> int | None:

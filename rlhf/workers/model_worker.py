@@ -23,8 +23,6 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 class ModelWorker:
-    """A process of a role."""
-
     role: Role
 
     def __init__(self, place: RankContext) -> None:
@@ -47,7 +45,6 @@ class ModelWorker:
             yield microbatch, result
 
     def part(self, column: Tensor, microbatch: Microbatch) -> Tensor:
-        """Return the tokens of a micro-batch on the device."""
         return column[microbatch.tokens].to(self.device)
 
     def memory(self) -> MemoryReport:

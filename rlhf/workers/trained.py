@@ -159,10 +159,8 @@ class TrainedWorker(ModelWorker):
         """Add the gradient of the micro-batches' losses to the gradient of the optimizer step. Collective.
 
         Returns the metrics of each micro-batch. `compute` returns a micro-batch's share of the step's loss, and a
-        function for the metrics. The metrics are read after the backward pass, since reading makes a GPU wait.
-
-        Args:
-            ends: whether the last micro-batch is also the optimizer step's last.
+        function for the metrics. The metrics are read after the backward pass, since reading makes a GPU wait. `ends`:
+        whether the last micro-batch is also the optimizer step's last.
         """
         parts: list[Metrics] = []
         routers, balance_coef = routers_of(self.engine.module), self.model_config.router_balance_coef
@@ -229,29 +227,18 @@ class TrainedWorker(ModelWorker):
         self.engine.load(folder)
 
     def open_snapshots(self, folder: Path, copies: CopyPlace | None = None) -> None:
-        """Reserve memory for two snapshots of this rank in a folder of /dev/shm, or open a predecessor's snapshots.
-
-        copies: the place of copies sent by a predecessor on another node. None: no such copies.
-        """
         self.engine.open_snapshots(folder, copies)
 
     def send_snapshots_to(self, place: CopyPlace | None) -> None:
-        """Copy the newest snapshot, and from now on every snapshot, to a place on another node. None: stop copying."""
         self.engine.send_snapshots_to(place)
 
     def take_snapshot(self, step: int) -> str | None:
-        """Begin to copy this rank's state after `step` training steps into shared memory. Collective.
-
-        Return why the previous snapshot has no copy on another node. None: a whole copy, or no place for copies.
-        """
         return self.engine.take_snapshot(step)
 
     def newest_snapshot(self) -> int | None:
-        """Return the newest step with a whole snapshot of this rank or the predecessor, or None."""
         return self.engine.newest_snapshot()
 
     def restore_snapshot(self, step: int) -> None:
-        """Restore the snapshot of this rank or the predecessor after `step` training steps. Collective."""
         self.engine.restore_snapshot(step)
 
     def export(self, folder: Path) -> None:

@@ -12,12 +12,11 @@ from typing import Any, cast
 
 import pytest
 
-from rlhf.controller.arrivals import Arrivals
 from rlhf.controller.learning import Signals
 from rlhf.controller.online import OnlineController
 from rlhf.controller.record import RunRecord
 from rlhf.controller.step_attempt import StepAttempt
-from rlhf.controller.streamed_learning import StreamedAdvantageLearning
+from rlhf.controller.streamed_learning import Arrivals, StreamedAdvantageLearning
 from rlhf.errors import ResultsLost, WorkerLost
 from rlhf.rollouts.records.spool import group_path, write_group
 from rlhf.tracking.metrics.reductions import Max

@@ -30,12 +30,10 @@ class FrozenWorker(ModelWorker):
         self.max_tokens = max_tokens_per_microbatch
 
     def start(self) -> None:
-        """Load the configured model."""
         config = self.model_config
         self.become(config.base if isinstance(config, ModelOnDisk) else config.model)
 
     def become(self, model: str) -> None:
-        """Load `model` in place of the current model."""
         self.model: Any = None  # frees the old model before loading the new one
         self.host_weights: list[Tensor] = []
         with self.explaining("start"):
@@ -56,7 +54,6 @@ class FrozenWorker(ModelWorker):
         return with_adapter(module, config.adapter)
 
     def split(self, lengths: Int[Tensor, " B"], prefixes: SharedPrefixes | None = None) -> list[Microbatch]:
-        """Split sequences into micro-batches."""
         sizes, layout = lengths.tolist(), row_layout(self.model)
         budget = self.max_tokens
         return split_microbatches(sizes, range(len(sizes)), max_tokens=budget, prefixes=prefixes, layout=layout)

@@ -17,7 +17,6 @@ class LikelihoodWorker(FrozenWorker):
     role = "policy"
 
     def measure(self, examples: Examples) -> tuple[ExampleResult, ...]:
-        """Return a result for each example, in order."""
         results: dict[int, ExampleResult] = {}
 
         def forward(microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:

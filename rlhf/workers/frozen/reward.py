@@ -64,8 +64,7 @@ class RewardWorker(ModelWorker):
     def start(self, *, greets: bool = True) -> None:
         """Start the reward processes and load the model, if any.
 
-        Args:
-            greets: fail if a service cannot be reached. A successor does not: a service may be down for a while.
+        `greets`: fail if a service cannot be reached. A successor does not: a service may be down for a while.
         """
         settings = self.settings
         self.tokenizer = load_tokenizer(
@@ -141,7 +140,6 @@ class RewardWorker(ModelWorker):
         )
 
     def _model_scores(self, rollouts: Rollouts) -> list[float]:
-        """Return the reward model's score of each response."""
         ends = None if self.model.steps is None else self._step_ends(rollouts)
         return self.model.scores(rollouts.token_ids, rollouts.lengths, ends)
 
@@ -193,7 +191,6 @@ class RewardWorker(ModelWorker):
         write_samples(path, whole)
 
     def stop(self) -> None:
-        """End the reward processes to let the worker end."""
         self.rewards.close()
 
 

@@ -26,7 +26,6 @@ class _StatesWorker(FrozenWorker):
     role: Role = "teacher"
 
     def head(self) -> tuple[VocabularyHead, int]:
-        """Return the vocabulary head on the host, and the vocabulary size."""
         settings = lm_head_settings(self.model)
         weight, bias = lm_head_weight(self.model).detach(), settings["bias"]
         settings["bias"] = bias if bias is None else bias.detach().cpu()

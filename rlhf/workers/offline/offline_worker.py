@@ -49,7 +49,6 @@ class PairsBatch(OfflineBatch[Examples]):
     reference: TokenValues | None  # aligned to the examples' columns; None: no reference
 
     def places(self, microbatch: Microbatch) -> list[int]:
-        """Return the positions of a micro-batch's rows in `rows`."""
         return [place // self.num_sides for place in microbatch.rows[:: self.num_sides]]
 
 

@@ -100,7 +100,6 @@ class PairWorker(PairsWorker):
         return loss, measure
 
     def comparison(self, scores: PairScores) -> Metrics:
-        """Return metrics of the chosen against the rejected responses."""
         with torch.no_grad():
             chosen, rejected = self.algorithm.rewards(scores)
             sums = torch.stack([(chosen > rejected).float(), chosen, rejected]).sum(1).tolist()
@@ -171,7 +170,6 @@ class PreferenceWorker(PairWorker, ReferencedPolicy):
     """A policy trained on preferences. Pairs are compared by their log-probabilities."""
 
     def numbers(self, batch: PairsBatch, microbatch: Microbatch) -> Numbers:
-        """Sum the log-probabilities of each sequence's tokens in the loss mask."""
         examples, reference, weights = batch.examples, None, None
         alpha = self.algorithm.length_alpha if microbatch.rows else 1.0  # an empty micro-batch has no counted token
         mask, lengths = self.part(examples.loss_mask, microbatch), microbatch.lengths.to(self.device)
@@ -207,7 +205,6 @@ class RewardModelWorker(PairWorker):
     load_model = staticmethod(load_critic)  # with a head of zeros, unless the checkpoint has one
 
     def numbers(self, batch: PairsBatch, microbatch: Microbatch) -> Numbers:
-        """Return the head's score at each sequence's last token."""
         scores = self.engine.forward(
             sequence_scores,
             self.part(batch.examples.token_ids, microbatch),

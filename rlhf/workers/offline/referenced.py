@@ -28,7 +28,6 @@ class ReferencedPolicy(PairsWorker):
     """The language model, with the reference's log-probabilities."""
 
     def reference_key(self, dataset: int) -> str:
-        """Return the cache key of a data set under the current weights. Collective."""
         dtype = torch_dtype(self.model_config.dtype)
         return reference_key(self.fingerprint, self.engine.named_weights(dtype), self.sets[dataset].examples)
 
@@ -75,7 +74,6 @@ class ReferencedPolicy(PairsWorker):
         return self.forward(policy_logprobs_only, examples, microbatch)
 
     def forward(self, function: Callable[..., T], examples: Examples, microbatch: Microbatch) -> T:
-        """Run a forward pass of rlhf.models.packed.forward. Collective."""
         return self.engine.forward(
             function,
             self.part(examples.token_ids, microbatch),

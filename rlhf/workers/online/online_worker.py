@@ -104,7 +104,6 @@ class OnlineWorker(TrainedWorker):
         return share, TokenValues.gather(columns, held).values if columns else None
 
     def counts(self, *plans: MinibatchPlan) -> StepCounts:
-        """Return the counts of an optimizer step on these plans."""
         return StepCounts(
             num_tokens=sum(plan.num_tokens for plan in plans),
             num_sequences=sum(plan.num_sequences for plan in plans),

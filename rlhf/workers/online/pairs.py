@@ -41,8 +41,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
     def prepare(self, plan: BatchPlan, *parts: Rollouts | TokenValues) -> tuple[tuple[SequenceReport, ...], Metrics]:
         """Receive this rank's pairs of a batch. `parts`: the rollouts, then the reference's columns. Collective.
 
-        Only the reference of an adapter is computed here. The first update measures the current
-        log-probabilities.
+        Only the reference of an adapter is computed here. The first update measures the current log-probabilities.
         """
         sequence_ids = plan.sequences_of(self.data_rank)
         ids = sequence_ids or _some_pair(plan)  # without pairs the rank passes tokens outside the loss mask
@@ -89,7 +88,6 @@ class OnlinePreferenceWorker(PreferenceWorker):
         return (), {}
 
     def update(self, minibatch: int) -> Metrics:
-        """Run an optimizer step on a minibatch of the prepared batch. Collective."""
         metrics = self.update_on(self.plans[minibatch])
         observed, self.observed, self.observes = self.observed, [], False
         return merge_metrics([metrics, *observed])

@@ -179,7 +179,6 @@ class PolicyWorker(OnlineWorker):
         return signals, len(signals.advantages)
 
     def signals(self, prepared: PreparedShare, sequences: Sequence[int]) -> TokenSignals:
-        """Return the training signals of the tokens of a share that belong to `sequences`."""
         return signals_of(
             prepared.share.rollouts,
             [i for i in prepared.share.ids if i in sequences],
@@ -204,7 +203,6 @@ class PolicyWorker(OnlineWorker):
         return self.end_step(parts, normalisation)
 
     def without_tokens(self) -> Metrics:
-        """Return the metrics of a minibatch without a trained token."""
         return {"update/without_tokens/total": Sum(total=1.0)} if self.place.rank == 0 else {}
 
     def end_step(self, parts: Sequence[Metrics], normalisation: Normalisation) -> Metrics:

@@ -24,7 +24,6 @@ class StreamedPolicyWorker(PolicyWorker):
     portions: list[PreparedShare]
 
     def prepare(self, plan: BatchPlan, *parts: Rollouts | TokenValues) -> tuple[tuple[SequenceReport, ...], Metrics]:
-        """Receive this rank's share of a portion's plan. Collective."""
         if plan.portion == 0:
             self.portions, self.num_accumulated = [], 0
             self.measured: list[Metrics] = []  # of the portions in the sum

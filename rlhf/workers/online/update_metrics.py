@@ -71,7 +71,6 @@ def sampler_metrics(
 
 
 def _ess_by_lag(ratio: Float[Tensor, " n"], lags: Int[Tensor, " n"]) -> dict[str, Reduction]:
-    """Return the effective share of the tokens of each lag."""
     values, which = lags.unique(return_inverse=True)
     sums = ratio.new_zeros(3, len(values))
     for row, column in zip(sums, (ratio, ratio.square(), torch.ones_like(ratio)), strict=True):
@@ -159,7 +158,6 @@ def critic_metrics(terms: ValueLossTerms, *, sampled: int, step_tokens: int, cli
 
 
 def advantage_histogram(advantages: Float[Tensor, " N"], mask: Bool[Tensor, " N"]) -> Histogram:
-    """Count the advantages of the sampled tokens per bin."""
     counts = bin_counts(advantages, mask, edges=ADVANTAGE_EDGES)
     return Histogram(edges=ADVANTAGE_EDGES, counts=tuple(counts.tolist()))
 

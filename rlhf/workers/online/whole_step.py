@@ -107,6 +107,5 @@ def gathered(
 
 
 def _positions(rollouts: Rollouts) -> dict[int, Int[Tensor, " m"]]:
-    """Return the positions of the sampled tokens of each sample, by id."""
     counts = sequence_counts(rollouts.response_mask, rollouts.sample_lengths).tolist()
     return dict(zip(rollouts.sample_ids, rollouts.response_mask.nonzero().flatten().split(counts), strict=True))

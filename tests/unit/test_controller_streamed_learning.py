@@ -1,4 +1,4 @@
-"""Groups that are handed over one by one, and what a streamed step does when rollouts or training fail meanwhile."""
+"""Groups of a batch arrive in turn. A streamed step survives failures of rollouts or training meanwhile."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any, cast
 
 import pytest
 
-from rlhf.controller.arrivals import Arrivals
 from rlhf.controller.online import OnlineController
 from rlhf.controller.step_attempt import StepAttempt
-from rlhf.controller.streamed_learning import StreamedAdvantageLearning
+from rlhf.controller.streamed_learning import Arrivals, StreamedAdvantageLearning
 from rlhf.errors import RunError, WorkerLost
 
 
