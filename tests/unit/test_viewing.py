@@ -102,6 +102,23 @@ async def test_a_run_that_takes_rows_back_is_read_anew(client: Client, run: Path
     assert (steps, place["reset"], place["next"]) == ([], True, 0)
 
 
+async def test_a_summary_follows_the_rows_of_a_resumed_run(client: Client, run: Path) -> None:
+    async def memory() -> tuple[int, list[list[str]]]:
+        summary = await (await asked.get("/api/summary", params={"run": "demo"})).json()
+        return summary["step"], [row for table in summary["tables"] for row in table["rows"]]
+
+    asked = await client(run)
+    assert await memory() == (2, [])
+    with (run / "metrics.jsonl").open("a") as file:
+        for step, used in ((3, 4.0), (4, 9.0), (5, 5.0)):
+            file.write(json.dumps({"step": step, "memory/policy_rss_gib": used}) + "\n")
+        file.write("damaged\n")
+    assert await memory() == (5, [["memory/policy_rss_gib", "4", "5", "9"]])
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:3]))  # resumed after step 3
+    assert await memory() == (3, [["memory/policy_rss_gib", "4", "4", "4"]])
+
+
 def test_long_files_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line is longer than a piece; of errors only the end is read."""
     monkeypatch.setattr(tail, "CHUNK_BYTES", 64)
