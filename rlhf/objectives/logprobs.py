@@ -187,7 +187,7 @@ def weighted_logprob_sum(
     """Return (sum of token_weights * logprobs, logprobs, is_top1). Only the sum has a gradient.
 
     by_probability: each weight is multiplied by the token's probability, without gradient. With negative weights the
-    sum equals supervised.dynamic_fine_tuning.
+    sum is that of dynamic fine-tuning (DFT, arXiv:2508.05629).
 
     Use this function for losses with weights known beforehand, such as the supervised loss with token_weights = -1 /
     num_step_tokens. The head is applied once, not twice as in `chunked_logprobs`: equally exact, and cheaper by a
@@ -199,26 +199,3 @@ def weighted_logprob_sum(
         hidden, weight, head.bias, targets, token_weights, head, by_probability
     )
     return results
-
-
-def logprobs_from_logits(logits: Float[Tensor, "*B V"], targets: Int[Tensor, "*B"]) -> Float[Tensor, "*B"]:
-    """Return log softmax(logits)[target], for callers with whole logits. Divide by the temperature beforehand."""
-    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return widened(chosen) - widened(logits).logsumexp(-1)
-
-
-def entropy_from_logits(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
-    """Return the entropy of softmax(logits), in nats. A logit of -inf is an impossible token and adds nothing."""
-    log_p = widened(logits).log_softmax(-1)
-    return -(log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p)).sum(-1)
-
-
-def collision_logprob_from_logits(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
-    """Return log sum_v p_v^2: the log-probability of the same token in two independent draws (minus the order-2 Renyi
-    entropy)."""
-    return (2.0 * widened(logits).log_softmax(-1)).logsumexp(-1)
-
-
-def is_top1_from_logits(logits: Float[Tensor, "*B V"], targets: Int[Tensor, "*B"]) -> Bool[Tensor, "*B"]:
-    """Return True if greedy decoding would choose the target; of equal logits, the first counts."""
-    return logits.argmax(-1) == targets

@@ -13,9 +13,3 @@ from torch import Tensor
 def negative_logprob(logprobs: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]) -> Float[Tensor, "*N"]:
     """Return the cross-entropy with the token itself."""
     return torch.where(mask, -logprobs, 0.0)
-
-
-def dynamic_fine_tuning(logprobs: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """Return negative_logprob times the token's probability without gradient (DFT, arXiv:2508.05629)."""
-    losses = negative_logprob(logprobs, mask)
-    return losses * (-losses).detach().exp()

@@ -37,8 +37,6 @@ from rlhf.rollouts.records.texts import step_ends
 from rlhf.types import GroupScores, Prompt, StepReward
 from rlhf.workers.frozen.reward_model import RewardModel
 
-MICROBATCH_TOKENS = 8192
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldModel:

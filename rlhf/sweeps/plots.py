@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from rlhf.config.schema.sweep import Sweep
 from rlhf.sweeps.journal import Journal
-from rlhf.sweeps.trial_results import SweepResult, TrialResult, format_value, judged_folder, metric_values
-from rlhf.tracking.display.plots import plain_axes
+from rlhf.sweeps.trial_results import SweepResult, TrialResult, format_value, judged_folder
+from rlhf.tracking.display.plots import plain_axes, plot_curves
 
 _PANEL_INCHES = (4.2, 3.2)
 _COLUMNS = 3
@@ -31,7 +31,8 @@ def plot(sweep: Sweep, journal: Journal, result: SweepResult) -> list[Path]:
     folder.mkdir(exist_ok=True)
     keys = list(sweep.config.parameters)
     drawn = [_against(sweep, rows, keys, folder / "parameters.png"), _parallel(sweep, rows, keys, folder)]
-    return [*drawn, _curves(sweep, journal, rows, folder / "curves.png")]
+    runs = {row.trial: judged_folder(sweep, journal.folder / "trials" / row.trial) for row in rows}
+    return [*drawn, plot_curves(runs, [sweep.metric], output=folder / "curves.png")]
 
 
 def _places(sweep: Sweep, rows: Sequence[TrialResult], key: str) -> tuple[list[float], list[str] | None, bool]:
@@ -94,21 +95,3 @@ def _parallel(sweep: Sweep, rows: Sequence[TrialResult], keys: Sequence[str], fo
     axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
     figure.savefig(folder / "parallel.png", dpi=120)
     return folder / "parallel.png"
-
-
-def _curves(sweep: Sweep, journal: Journal, rows: Sequence[TrialResult], output: Path) -> Path:
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.add_subplot()
-    for number, row in enumerate(rows):
-        points = metric_values(judged_folder(sweep, journal.folder / "trials" / row.trial), sweep.metric)
-        steps, values = zip(*points, strict=True)
-        color = colormaps[_COLORS](number / max(len(rows) - 1, 1))
-        style = "-" if row.state == "finished" else ":"
-        axes.plot(steps, values, style, color=color, linewidth=1.6, marker="o", markersize=3, label=row.trial)
-    axes.set_xlabel("step", fontsize=9)
-    axes.set_title(sweep.metric, fontsize=10, loc="left")
-    if len(rows) <= 12:
-        axes.legend(fontsize=8, frameon=False)
-    plain_axes(axes)
-    figure.savefig(output, dpi=120)
-    return output

@@ -30,9 +30,10 @@ from rlhf.objectives.policy_loss import (
     reinforce,
 )
 from rlhf.objectives.sequence_ratios import geometric_mean_ratio, sequence_ratio, sequence_token_ratio
-from rlhf.objectives.supervised import dynamic_fine_tuning, negative_logprob
+from rlhf.objectives.supervised import negative_logprob
 from rlhf.objectives.value_loss import clipped_value_loss, value_loss
 from rlhf.objectives.weighted_loss import cispo, dro, sapo
+from tests.plain_logits import dynamic_fine_tuning
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.3}
 MODES: tuple[Aggregation, ...] = (

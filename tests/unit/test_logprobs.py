@@ -12,13 +12,15 @@ from rlhf.objectives.logprobs import (
     chunked_logprobs,
     chunked_logprobs_and_collisions,
     chunked_logprobs_only,
+    weighted_logprob_sum,
+)
+from tests.plain_logits import (
     collision_logprob_from_logits,
+    dynamic_fine_tuning,
     entropy_from_logits,
     is_top1_from_logits,
     logprobs_from_logits,
-    weighted_logprob_sum,
 )
-from rlhf.objectives.supervised import dynamic_fine_tuning
 
 ROWS, HIDDEN, VOCABULARY = 13, 6, 11
 HEADS = [

@@ -10,12 +10,11 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from rlhf.errors import UserError
 from rlhf.models.adapters.folder import (
     load_trainable_adapter,
-    merge_adapter,
     read_adapter_config,
     read_adapter_shape,
     refuse_misfit_adapter,
@@ -78,33 +77,6 @@ def test_an_adapter_names_the_model_and_the_revision_that_it_is_trained_on(
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert (settings["base_model_name_or_path"], settings["revision"]) == ("org/name", "v1")
     assert base_of(folder) == ("org/name@v1", 4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_merge_writes_the_model_that_peft_merges(tiny_model: Path, tmp_path: Path, kind: str) -> None:
-    _, folder = made(tiny_model, tmp_path / "adapter", **KINDS[kind])
-    merge_adapter(str(tiny_model), folder, tmp_path / "merged", dtype=torch.bfloat16)
-    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
-    loaded = peft.PeftModel.from_pretrained(plain, folder, autocast_adapter_dtype=False)
-    expected = loaded.merge_and_unload().state_dict()
-    written = load_file(tmp_path / "merged" / "model.safetensors")
-    assert written.keys() == expected.keys()
-    assert all(torch.equal(written[name], expected[name]) for name in written)
-    assert (tmp_path / "merged" / "tokenizer_config.json").exists()
-
-
-def test_merges_a_sequence_classifier_with_its_head(tiny_model: Path, tmp_path: Path) -> None:
-    torch.manual_seed(5)
-    critic = load_critic(str(tiny_model), dtype=torch.float32)
-    critic.config.pad_token_id = 0
-    critic = moved(add_lora(critic, rank=2, alpha=4.0, dropout=0.0))
-    folder = save_adapter(critic, tmp_path / "adapter", tiny_model)
-    merge_adapter(str(tiny_model), folder, tmp_path / "merged", dtype=torch.float32)
-    kind = AutoModelForSequenceClassification
-    merged = kind.from_pretrained(tmp_path / "merged", dtype=torch.float32, pad_token_id=0)
-    torch.testing.assert_close(logits(merged, TOKENS), logits(critic, TOKENS), rtol=1e-4, atol=1e-5)
-    again = load_trainable_adapter(load_critic(str(tiny_model), dtype=torch.float32), folder)
-    assert torch.equal(again.score.weight, critic.score.weight)
 
 
 def test_a_critic_takes_what_it_has_modules_for_from_the_policys_adapter(tiny_model: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from torch import nn
 import rlhf.models.linear
 import rlhf.objectives.vocabulary_head
 from rlhf.models.linear import widen_linear_layers
-from rlhf.objectives.logprobs import chunked_logprobs, logprobs_from_logits
+from rlhf.objectives.logprobs import chunked_logprobs
+from tests.plain_logits import logprobs_from_logits
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from rlhf.objectives.supervised import dynamic_fine_tuning, negative_logprob
+from rlhf.objectives.supervised import negative_logprob
+from tests.plain_logits import dynamic_fine_tuning
 
 MASK = torch.tensor([True, True, False])
 

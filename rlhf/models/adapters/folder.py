@@ -21,21 +21,17 @@ from rlhf.errors import UserError
 from rlhf.models.adapters.config import CONFIG, WEIGHTS, load_adapter_config, read_adapter_shapes
 from rlhf.models.adapters.lora import inject, keep_initial, with_merged_adapter
 from rlhf.models.adapters.settings import base_of
-from rlhf.models.files.export import export_model
 from rlhf.models.files.folder_check import refuse_broken_weights
 from rlhf.models.files.loading import (
     architecture_fingerprint,
     has_score_head,
-    load_causal_lm,
-    load_critic,
     load_model_config,
     load_scalar_model,
-    load_tokenizer,
     no_reward_head,
     refuse_missing_weights,
     split_revision,
 )
-from rlhf.models.files.weights import saved_name, weight_sources
+from rlhf.models.files.weights import saved_name
 
 HEADS = ("score", "classifier")  # heads of scalar models; peft adds them to modules_to_save
 
@@ -220,30 +216,6 @@ def _filled(model: Any, folder: Path, config: peft.LoraConfig) -> Any:
             if name in tensors:
                 parameter.copy_(tensors[name])
     return model
-
-
-def merge_adapter(
-    base: str, adapter: Path, folder: Path, *, dtype: torch.dtype = torch.bfloat16, trust_remote_code: bool = False
-) -> None:
-    """Write the base with a merged adapter as a model folder, as computed by peft's merge_and_unload.
-
-    dtype: of the merge and of the written weights. The adapter's tokenizer is used, if any. An adapter of a sequence
-    classifier gives a sequence classifier. Raise UserError if the adapter belongs to a different model.
-    """
-    config = read_adapter_config(adapter)
-    is_scalar = config.task_type == peft.TaskType.SEQ_CLS
-    refuse_misfit_adapter(adapter, base, scalar=is_scalar, trust_remote_code=trust_remote_code)
-    load = load_critic if is_scalar else load_causal_lm
-    model = _filled(load(base, dtype=dtype, trust_remote_code=trust_remote_code), adapter, config)
-    has_tokenizer = (adapter / "tokenizer_config.json").is_file()
-    with torch.no_grad():
-        export_model(
-            folder,
-            (weight for source in weight_sources(model) for weight in source.published()),
-            model,
-            load_tokenizer(str(adapter) if has_tokenizer else base, trust_remote_code=trust_remote_code),
-            dtype=dtype,
-        )
 
 
 def _injected(model: Any, folder: Path, config: peft.LoraConfig) -> Any:

@@ -15,12 +15,13 @@ from rlhf.objectives.distillation import (
     reverse_kl,
     weighted_divergence_sum,
 )
-from rlhf.objectives.logprobs import chunked_logprobs, logprobs_from_logits
+from rlhf.objectives.logprobs import chunked_logprobs
 from rlhf.objectives.masking import masked_sum
 from rlhf.objectives.policy_loss import reinforce
 from tests.parity.adapters.logprobs import IGNORED
 from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
 from tests.parity.layout import gradient
+from tests.plain_logits import logprobs_from_logits
 
 CHUNK = 3
 

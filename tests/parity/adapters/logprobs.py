@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.objectives.logprobs import (
-    chunked_logprobs,
+from rlhf.objectives.logprobs import chunked_logprobs
+from rlhf.objectives.masking import sequence_counts, sequence_sums
+from tests.parity.adapters.aggregation import verl_aggregated
+from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
+from tests.parity.layout import Layout, gradient
+from tests.plain_logits import (
     collision_logprob_from_logits,
     entropy_from_logits,
     is_top1_from_logits,
     logprobs_from_logits,
 )
-from rlhf.objectives.masking import sequence_counts, sequence_sums
-from tests.parity.adapters.aggregation import verl_aggregated
-from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
-from tests.parity.layout import Layout, gradient
 
 IGNORED = -100  # the label that Hugging Face's losses skip
 

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from rlhf.objectives import divergences, preference_loss
-from rlhf.objectives.logprobs import (
-    collision_logprob_from_logits,
-    entropy_from_logits,
-    is_top1_from_logits,
-    logprobs_from_logits,
-)
 from rlhf.objectives.masking import masked_mean, sequence_counts, sequence_means, sequence_sums
 from rlhf.objectives.sequence_logprobs import length_desensitized_total, on_policy_weights
 from rlhf.objectives.supervised import negative_logprob
 from tests.parity.adapters.tiny_llama import load, parameter_gradients, token_columns
 from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
 from tests.parity.layout import Layout, gradient
+from tests.plain_logits import (
+    collision_logprob_from_logits,
+    entropy_from_logits,
+    is_top1_from_logits,
+    logprobs_from_logits,
+)
 
 COLLISIONS = ("policy_log_sum_sq_probs", "log_sum_sq_probs")  # of the sampled tokens' distributions, for WPO
 

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf.objectives.logprobs import chunked_logprobs, is_top1_from_logits
+from rlhf.objectives.logprobs import chunked_logprobs
 from rlhf.objectives.masking import masked_mean
-from rlhf.objectives.supervised import dynamic_fine_tuning, negative_logprob
+from rlhf.objectives.supervised import negative_logprob
 from tests.parity.adapters.aggregation import weighted
 from tests.parity.adapters.grpo_losses import compute_loss, trl_grpo_loss
 from tests.parity.adapters.logprobs import IGNORED
 from tests.parity.case import Adapter, Arguments, Case, Outputs, Unsupported, as_tensor
 from tests.parity.layout import Layout
+from tests.plain_logits import dynamic_fine_tuning, is_top1_from_logits
 
 WEIGHTS_CASE = "trl.e2e.weights"
 KNOWN = {
