@@ -7,36 +7,19 @@ from dataclasses import replace
 import pytest
 
 from rlhf.controller.batches import only, plan_batch, plan_pairs, visits
-from rlhf.roles import CompletedGroup, ScoredGroup
-from rlhf.types import BatchPlan, GroupRequest, GroupScores, Prompt, RolloutInfo
+from rlhf.roles import ScoredGroup
+from rlhf.types import BatchPlan, GroupScores
+from tests.fakes.groups import completed_group, group_request
 
 
 def groups(lengths: Sequence[Sequence[int]], *, prompt: int = 2) -> list[ScoredGroup]:
     """Groups of responses of these lengths behind a prompt of so many tokens; a response's score is its length."""
     found = []
     for index, one in enumerate(lengths):
-        first = index * len(one)
-        request = GroupRequest(
-            group_id=index,
-            prompt=Prompt(prompt_id=index, token_ids=(1, 2), text="", columns={}),
-            seeds=tuple(range(len(one))),
-            first_sequence_id=first,
-        )
-        infos = tuple(
-            RolloutInfo(
-                sequence_id=first + i,
-                num_prompt_tokens=prompt,
-                num_response_tokens=n,
-                finish_reason="stop",
-                min_version=0,
-                max_version=0,
-                mean_logprob=-1.0,
-            )
-            for i, n in enumerate(one)
-        )
+        request = group_request(index, samples=len(one))
+        group = completed_group(request, object(), tokens=one, num_prompt_tokens=prompt)
         told = tuple(float(n) for n in one)
         scores = GroupScores(scores=told, by_name={"length": told}, errors=())
-        group = CompletedGroup(request=request, rollouts=object(), infos=infos)
         found.append(ScoredGroup(group=group, scores=scores))
     return found
 

@@ -3,99 +3,74 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from rlhf.config.files.load import load
 from rlhf.config.schema.root import Config
 from rlhf.controller.evaluation import EvalSet, score_held_out
 from rlhf.controller.rollout_scorer import RolloutScorer
 from rlhf.errors import RunError
 from rlhf.evaluation.passing import PassRule
 from rlhf.evaluation.results import Marking
-from rlhf.roles import CompletedGroup, SampleSelection
+from rlhf.evaluation.voting import AnswerForm
+from rlhf.roles import CompletedGroup
 from rlhf.tracking.run_folder.folder import evaluation_path
-from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling
+from rlhf.types import GroupRequest, GroupScores, Prompt
+from tests.fakes.configs import online_config
+from tests.fakes.groups import completed_group
+from tests.fakes.roles import FakeEngines, FakeRewards, failed_reward
 
 TEXTS = {0: ("7", "7", "8", "9"), 1: ("5", "6", "5", "6")}  # the answers are 7 and 6
 MARKING = Marking(ks=(1, 2), passing=PassRule(judges={"right": None}, pass_score=None), answers="last_number")
 
 
-class Engines:
-    """Answers groups last to first; a single sample is the greedy one."""
+class Engines(FakeEngines):
+    """Engines whose nth response to a prompt has n tokens. A single response is the greedy one."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.asked: list[tuple[int, float]] = []
 
-    async def generate(
-        self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
-    ) -> AsyncIterator[CompletedGroup]:
-        for request in reversed(requests):
-            self.asked.append((len(request.seeds), sampling.temperature))
-            infos = tuple(
-                RolloutInfo(
-                    sequence_id=request.first_sequence_id + sample,
-                    num_prompt_tokens=2,
-                    num_response_tokens=sample + 1,
-                    finish_reason="stop",
-                    min_version=0,
-                    max_version=0,
-                    mean_logprob=-1.0,
-                )
-                for sample in range(len(request.seeds))
-            )
-            yield CompletedGroup(request=request, rollouts=SimpleNamespace(), infos=infos)
+    def complete(self, request: GroupRequest, version: int) -> CompletedGroup:
+        self.asked.append((len(request.seeds), self.samplings[-1].temperature))
+        group: CompletedGroup = completed_group(request, SimpleNamespace(), tokens=range(1, len(request.seeds) + 1))
+        return group
 
 
-class Rewards:
-    """1 for the prompt's answer; `broken`: prompts that it fails on."""
+class Rewards(FakeRewards):
+    """A reward of 1 for the prompt's answer. `broken`: the prompts for which the reward `failing` fails."""
 
     def __init__(self, broken: Sequence[int] = (), failing: str = "right") -> None:
-        self.broken = broken
-        self.failing = failing
-        self.written: list[SampleSelection] = []
+        super().__init__()
+        self.broken, self.failing = broken, failing
 
     async def score(self, group: CompletedGroup) -> GroupScores:
         prompt = group.request.prompt
         if prompt.prompt_id in self.broken:
-            error = RewardError(reward=self.failing, kind="raised", message="no", prompt_id=prompt.prompt_id, sample=0)
-            return GroupScores(scores=(), by_name={}, errors=(error,))
+            return GroupScores(scores=(), by_name={}, errors=(failed_reward(prompt.prompt_id, self.failing),))
         said = TEXTS[prompt.prompt_id][: len(group.infos)]
         scores = tuple(float(text == prompt.columns["answer"]) for text in said)
         return GroupScores(scores=scores, by_name={"right": scores}, errors=())
 
-    async def answers(self, group: CompletedGroup, form: str) -> tuple[str | None, ...]:
+    async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
         assert form == "last_number"
         return TEXTS[group.request.prompt.prompt_id]
 
-    async def write_samples(self, path: Path, selections: Sequence[SampleSelection], signals: Any = ()) -> None:
-        self.written += selections
 
-
-def config(tmp_path: Path, **settings: Any) -> Config:
-    path = tmp_path / "run.yaml"
-    told = json.dumps({"temperature": 1.0, "samples_per_prompt": 4, **settings.pop("eval", {})})
-    path.write_text(
-        f"""
-run: {{name: r, dir: {tmp_path}}}
-policy: {{model: "tiny:llama"}}
-algorithm: {{name: grpo}}
-data: {{train: {{task: running_totals, split: train, size: 8}}, eval: {{task: running_totals, split: eval, size: 2}}}}
-rollouts: {{prompts_per_step: 2, samples_per_prompt: 4, max_new_tokens: 8}}
-rewards: {{right: {{function: last_number}}}}
-train: {{steps: 1, lr: 1.0e-3, sequences_per_update: 8}}
-eval: {told}
-{settings.pop("more", "")}
-""",
-        encoding="utf-8",
+def config(**sections: Any) -> Config:
+    evaluation = {"temperature": 1.0, "samples_per_prompt": 4, **sections.pop("eval", {})}
+    return online_config(
+        data={"eval": "y.jsonl"},
+        rollouts={"samples_per_prompt": 4},
+        rewards={"right": {"function": "last_number"}},
+        eval=evaluation,
+        **sections,
     )
-    (stage,) = load(path, []).stages.values()
-    assert isinstance(stage, Config)
-    return stage
 
 
 class Record:
@@ -113,9 +88,7 @@ class Record:
         self.found |= {name: value.result() for name, value in metrics.items()}
 
     def stage(self, name: str, *, role: str) -> Any:
-        import contextlib
-
-        return contextlib.nullcontext()
+        return nullcontext()
 
 
 PROMPTS = tuple(
@@ -127,7 +100,7 @@ PROMPTS = tuple(
 async def run(run_config: Config, tmp_path: Path, rewards: Rewards, engines: Engines | None = None) -> Record:
     record: Any = Record(tmp_path / "run")
     engines = engines or Engines()
-    scorer = RolloutScorer(engines, rewards, record, rewards_fingerprint="")  # type: ignore[arg-type]
+    scorer = RolloutScorer(engines, rewards, record, rewards_fingerprint="")
     sets = {"heldout": EvalSet(prompts=PROMPTS, sources={0: "easy", 1: "hard"})}
     await score_held_out(sets, run_config, MARKING, scorer, step=3)  # type: ignore[arg-type]
     found: Record = record
@@ -140,7 +113,7 @@ async def test_metrics_by_hand(tmp_path: Path) -> None:
     maj@2 of prompt 0: of 6 pairs 1 is 77 (won), 4 are 7 with another (half), 1 is 89: 3/6. Of prompt 1: 66 is won (1),
     the 4 mixed ones are ties (half): 3/6.
     """
-    record = await run(config(tmp_path), tmp_path, Rewards())
+    record = await run(config(), tmp_path, Rewards())
     assert record.found["eval/heldout/score"] == 0.5
     assert record.found["eval/heldout/right"] == 0.5
     assert record.found["eval/heldout/pass@2"] == pytest.approx(5 / 6)
@@ -156,7 +129,7 @@ async def test_metrics_by_hand(tmp_path: Path) -> None:
 async def test_greedy_answers_are_asked_for_beside_the_sampled_ones(tmp_path: Path) -> None:
     """The greedy ones are `7` and `5`, of which the first is right."""
     engines, rewards = Engines(), Rewards()
-    record = await run(config(tmp_path, eval={"greedy": True}), tmp_path, rewards, engines)
+    record = await run(config(eval={"greedy": True}), tmp_path, rewards, engines)
     assert record.found["eval/heldout/greedy"] == 0.5
     assert engines.asked == [(4, 1.0), (4, 1.0), (1, 0.0), (1, 0.0)]
     assert [len(selection.records) for selection in rewards.written] == [4, 4]
@@ -164,21 +137,21 @@ async def test_greedy_answers_are_asked_for_beside_the_sampled_ones(tmp_path: Pa
 
 async def test_a_reward_that_fails_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"eval heldout, step 3: .*`right` raised"):
-        await run(config(tmp_path), tmp_path, Rewards(broken=[1]))
+        await run(config(), tmp_path, Rewards(broken=[1]))
 
 
 async def test_a_session_that_fails_leaves_its_prompt_out_and_is_recorded(tmp_path: Path) -> None:
-    record = await run(config(tmp_path), tmp_path, Rewards(broken=[1], failing="agent"))
+    record = await run(config(), tmp_path, Rewards(broken=[1], failing="agent"))
     assert record.found["eval/heldout/pass@2"] == pytest.approx(5 / 6)
     assert [(error.split, error.prompt_id, error.source) for error in record.errors] == [("heldout", 1, "agent")]
     told = json.loads(evaluation_path(record.folder.path, 3).read_text())
     assert told["sets"]["heldout"]["num_failed"] == 1
     with pytest.raises(RunError, match="eval heldout, step 3"):
-        await run(config(tmp_path), tmp_path / "all", Rewards(broken=[0, 1], failing="agent"))
+        await run(config(), tmp_path / "all", Rewards(broken=[0, 1], failing="agent"))
 
 
 async def test_with_drop_a_prompt_that_a_reward_fails_on_is_left_out(tmp_path: Path) -> None:
-    dropping = config(tmp_path, more="reward_policy: {on_error: drop}")
+    dropping = config(reward_policy={"on_error": "drop"})
     record = await run(dropping, tmp_path, Rewards(broken=[1]))
     assert record.found["eval/heldout/pass@2"] == pytest.approx(5 / 6)
     assert "eval/heldout.hard/score" not in record.found

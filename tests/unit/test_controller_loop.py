@@ -16,58 +16,10 @@ from rlhf.config.schema.root import Config
 from rlhf.controller.loop import TrainingLoop, sparing_loaded_objects
 from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import NodeNotReplaced, Preempted, RunError, WorkerLost
-from rlhf.roles import Arithmetic
 from rlhf.types import MemoryReport
+from tests.fakes.roles import FakeTrained
 
 RECOVERIES = "recovery/policy/total"
-
-
-class Policy:
-    """Notes what is saved and loaded. It is lost in the calls named in `losses`, once in each."""
-
-    def __init__(self, calls: list[str]) -> None:
-        self.calls = calls
-        self.losses: list[str] = []
-        self.lost_role = "policy"
-        self.newest: int | None = None  # the step of the newest state that is kept
-
-    def note(self, call: str) -> None:
-        """Note a call, or lose a rank in it."""
-        if call in self.losses:
-            self.losses.remove(call)
-            raise WorkerLost(f"{call}: lost", role=self.lost_role, rank=1, stage=call, kind="died")
-        self.calls.append(call)
-
-    async def take_snapshot(self, step: int) -> None:
-        self.note(f"snapshot {step}")
-        self.newest = step
-
-    async def newest_snapshot(self) -> int | None:
-        return self.newest
-
-    async def restart(self) -> None:
-        self.note("restart")
-
-    async def restore_snapshot(self, step: int) -> None:
-        self.note(f"restore {step}")
-
-    async def arithmetic(self) -> Arithmetic:
-        return Arithmetic(flops_per_token=1.0, flops_per_token_and_length=0.0, peak_flops=1.0)
-
-    async def export(self, folder: Path) -> None:
-        self.note(f"export {folder}")
-
-    async def memory(self) -> MemoryReport:
-        return MemoryReport(rss_gib=1.0, gpu_gib=None)
-
-    async def save(self, folder: Path) -> None:
-        self.note(f"save {folder}")
-
-    async def save_snapshots(self, step: int, folder: Path) -> None:
-        self.note(f"save kept {step}")
-
-    async def load(self, folder: Path) -> None:
-        self.note(f"load {folder}")
 
 
 class Record:
@@ -138,7 +90,7 @@ class Loop(TrainingLoop):
     """A loop whose step does nothing."""
 
     def __init__(self, record: Any, *, gang: int = 0, **train: Any) -> None:
-        self.policy = policy = Policy(record.calls)
+        self.policy = policy = FakeTrained(record.calls)
         config = Config.model_validate(
             {
                 "run": {"name": "demo"},
@@ -321,7 +273,7 @@ def test_a_run_ends_if_the_state_is_lost_or_no_gang_may_be_restarted_or_a_step_l
 
 def test_a_rank_of_another_trained_role_may_be_lost_during_a_restart() -> None:
     loop, calls = loop_of([1.0], gang=9, steps=2)
-    critic = Policy(calls)
+    critic = FakeTrained(calls)
     loop.trained = {**loop.trained, "critic": cast(Any, critic)}
     loop.supervisor = Supervisor(loop.config.cluster.restarts, loop.record, ("policy", "critic"))
     loop.policy.losses = ["train 2"]
@@ -333,7 +285,7 @@ def test_a_rank_of_another_trained_role_may_be_lost_during_a_restart() -> None:
 
 async def test_restarts_of_a_role_do_not_overlap_when_a_rank_of_another_role_is_lost_in_its_own() -> None:
     loop, calls = loop_of([1.0], gang=9, steps=2)
-    critic = Policy(calls)
+    critic = FakeTrained(calls)
     loop.trained = {**loop.trained, "critic": cast(Any, critic)}
     loop.supervisor = Supervisor(loop.config.cluster.restarts, loop.record, ("policy", "critic"))
     loop.policy.losses = ["train 2", "restart"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -15,38 +16,29 @@ from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.tracking.logs import MASK
 from rlhf.tracking.metrics.declarations import is_declared
 from rlhf.tracking.run_folder.samples import samples_path, write_samples
-from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, SessionEnd
+from rlhf.types import GroupRequest, GroupScores, RewardError, RolloutInfo, SessionEnd
+from tests.fakes.groups import group_request, rollout_info
 
-REQUEST = GroupRequest(
-    group_id=0,
-    prompt=Prompt(prompt_id=3, token_ids=(1,), text="?", columns={}),
-    seeds=(1, 2),
-    first_sequence_id=0,
-)
+REQUEST = group_request(3, samples=2, first_sequence_id=0)
 
 
 def info(sample: int, *, calls: int, broken: int, restricted: Mapping[str, int]) -> RolloutInfo:
-    return RolloutInfo(
-        sequence_id=sample,
-        num_prompt_tokens=4,
-        num_response_tokens=6,
-        finish_reason="stop",
-        min_version=1,
-        max_version=1,
-        mean_logprob=-1.0,
-        num_turns=calls,
-        num_environment_tokens=10 * sample,
-        session=SessionEnd(result='"4"', num_calls=calls, broken=("edited history",) * broken, restricted=restricted),
-    )
+    session = SessionEnd(result='"4"', num_calls=calls, broken=("edited history",) * broken, restricted=restricted)
+    tokens = {"num_response_tokens": 6, "num_environment_tokens": 10 * sample}
+    return rollout_info(sample, min_version=1, max_version=1, num_turns=calls, session=session, **tokens)
 
 
 INFOS = (info(0, calls=1, broken=0, restricted={"tool_choice": 3}), info(1, calls=3, broken=2, restricted={}))
 
 
-def test_sessions_have_metrics_of_their_own() -> None:
-    group = CompletedGroup(request=REQUEST, rollouts=None, infos=INFOS)  # type: ignore[arg-type]
+def scored(request: GroupRequest = REQUEST, infos: Sequence[RolloutInfo] = INFOS) -> ScoredGroup:
+    group: Any = CompletedGroup(request=request, rollouts=cast(Any, None), infos=tuple(infos))
     scores = GroupScores(scores=(1.0, 0.0), by_name={"right": (1.0, 0.0)}, errors=())
-    found = rollout_metrics([ScoredGroup(group=group, scores=scores)], version=1)
+    return ScoredGroup(group=group, scores=scores)
+
+
+def test_sessions_have_metrics_of_their_own() -> None:
+    found = rollout_metrics([scored()], version=1)
     values = {name: metric.result() for name, metric in found.items() if name.startswith("agents/")}
     assert values == {
         "agents/calls/mean": 2.0,
@@ -62,9 +54,7 @@ def test_sessions_have_metrics_of_their_own() -> None:
 
 
 def test_samples_say_why_prefixes_broke() -> None:
-    group = CompletedGroup(request=REQUEST, rollouts=None, infos=INFOS)  # type: ignore[arg-type]
-    scored = ScoredGroup(group=group, scores=GroupScores(scores=(1.0, 0.0), by_name={}, errors=()))
-    (selection,) = group_samples([scored], Signals(), split="train", most=None)
+    (selection,) = group_samples([scored()], Signals(), split="train", most=None)
     assert [record.broken for record in selection.records] == [(), ("edited history", "edited history")]
 
 
@@ -74,9 +64,7 @@ def test_samples_have_the_row_and_the_agents_result(monkeypatch: pytest.MonkeyPa
     request = replace(REQUEST, prompt=replace(REQUEST.prompt, columns=columns))
     results = ('{"guess": "red", "env": "a-long-secret"}', json.dumps(["y"] * 2000))
     ended = [replace(one, session=replace(one.session, result=r)) for one, r in zip(INFOS, results, strict=True)]  # type: ignore[type-var]
-    group = CompletedGroup(request=request, rollouts=None, infos=tuple(ended))  # type: ignore[arg-type]
-    scored = ScoredGroup(group=group, scores=GroupScores(scores=(1.0, 0.0), by_name={}, errors=()))
-    (selection,) = group_samples([scored], Signals(), split="train", most=None)
+    (selection,) = group_samples([scored(request, ended)], Signals(), split="train", most=None)
     path = samples_path(tmp_path, 1)
     write_samples(path, selection.records)
     first, second = map(json.loads, path.read_text().splitlines())

@@ -11,27 +11,14 @@ import pytest
 from rlhf.config.schema.rewards import RewardConfig
 from rlhf.controller.rollout_report import by_reward, rollout_metrics
 from rlhf.controller.training_scores import TrainingScores
-from rlhf.roles import CompletedGroup, ScoredGroup
+from rlhf.roles import ScoredGroup
 from rlhf.tracking.metrics.reductions import Histogram
-from rlhf.types import GroupRequest, GroupScores, Prompt, RolloutInfo
+from rlhf.types import GroupScores
+from tests.fakes.groups import completed_group, group_request
 
 
 def group(index: int, scores: tuple[float, ...], by_name: dict[str, tuple[float, ...]]) -> ScoredGroup:
-    prompt = Prompt(prompt_id=index, token_ids=(1,), text="", columns={})
-    request = GroupRequest(group_id=index, prompt=prompt, seeds=(0,), first_sequence_id=index * len(scores))
-    infos = tuple(
-        RolloutInfo(
-            sequence_id=index * len(scores) + i,
-            num_prompt_tokens=1,
-            num_response_tokens=1,
-            finish_reason="stop",
-            min_version=0,
-            max_version=0,
-            mean_logprob=-1.0,
-        )
-        for i in range(len(scores))
-    )
-    completed = CompletedGroup(request=request, rollouts=object(), infos=infos)  # type: ignore[arg-type]
+    completed = completed_group(group_request(index, samples=len(scores)), object())
     return ScoredGroup(group=completed, scores=GroupScores(scores=scores, by_name=by_name, errors=()))
 
 
