@@ -28,9 +28,8 @@ from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.tracking.sinks import tracker as tracker_module
 from rlhf.tracking.sinks.tracker import Tracker
-from tests.unit.test_controller_collect import Run, by_prompt, slowest
-from tests.unit.test_controller_group_queue import Engines as InFlightEngines
-from tests.unit.test_controller_group_queue import settle
+from tests.fakes.collecting import Run, by_prompt, slowest
+from tests.fakes.in_flight import HeldEngines, settle
 
 RULES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -64,7 +63,7 @@ def train(folder: Path, *, steps: int = 5, checkpoint_every: int = 4, in_flight:
 async def _train(
     record: RunRecord, inputs: Run, steps: int, checkpoint_every: int, in_flight: bool, latest: int | None
 ) -> None:
-    collector, engines, queue = inputs.collector, InFlightEngines(), cast(Any, None)
+    collector, engines, queue = inputs.collector, HeldEngines(), cast(Any, None)
     bound = collector.rollouts.max_staleness
     if in_flight:
         roles: tuple[Any, Any] = (engines, inputs)

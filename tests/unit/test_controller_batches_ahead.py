@@ -18,12 +18,12 @@ from rlhf.roles import CompletedGroup
 from rlhf.rollouts.records.ledgers import request_identity
 from rlhf.tracking.display.progress import Progress
 from rlhf.types import GroupRequest, Sampling
-from tests.unit.test_controller_collect import Engines, Run, by_prompt, slowest
+from tests.fakes.collecting import OrderedEngines, Run, by_prompt, slowest
 
 Store = dict[tuple[int, int], dict[str, str]]  # requests by group and version
 
 
-class StoringEngines(Engines):
+class StoringEngines(OrderedEngines):
     """Engines that answer requests for an earlier version from their store alone."""
 
     def __init__(self, order: Any, store: Store, version: int) -> None:
@@ -43,7 +43,7 @@ class StoringEngines(Engines):
 
 def begin(folder: Path, store: Store, *, version: int, settings: str = "same", **keys: Any) -> tuple[Run, BatchQueue]:
     run = Run(folder, keys.pop("scores", lambda _: (0.0, 1.0)), prompts=100, **keys)
-    run.engines = StoringEngines(run.engines.order, store, version)
+    run.engines = StoringEngines(run.engines.by, store, version)
     roles: tuple[Any, Any] = (run.engines, run)
     run.scorer = run.collector.scorer = RolloutScorer(*roles, run.scorer.record, rewards_fingerprint="f")
     record: Any = SimpleNamespace(

@@ -14,7 +14,7 @@ from rlhf.controller.carried import CarriedPrompts, begun_requests
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.rollouts.records.begun import Begun, begun_groups, write_begun
 from rlhf.types import Prompt, Sampling
-from tests.unit.test_controller_collect import Run, by_prompt, slowest
+from tests.fakes.collecting import Run, by_prompt, slowest
 
 CARRIED: dict[str, Any] = {"oversample": 1.5, "carry_over": True}
 
@@ -23,11 +23,11 @@ def test_cancelled_prompts_are_continued_in_the_next_step(tmp_path: Path) -> Non
     run = Run(tmp_path, order=slowest(1, 3), **CARRIED)
     assert run.trained(1) == [0, 2, 4, 5]
     assert run.row["rollouts/carried/fraction"] == 0.0
-    run.engines.order = slowest(8, 9)
+    run.engines.by = slowest(8, 9)
     ended = run.collect(2).ended
     assert [record.prompt_id for record in ended.trained] == [1, 3, 6, 7]
     assert ended.max_staleness == MAX_STALENESS  # the bound that the ledger is checked against
-    assert run.engines.asked[1] == [1, 3, 6, 7, 8, 9]
+    assert run.engines.requests[1] == [1, 3, 6, 7, 8, 9]
     assert run.engines.continued == [{}, {1: 1, 3: 3}]  # prompts and groups have equal numbers in the first step
     assert run.row["rollouts/carried/fraction"] == 2 / 4
     assert run.row["rollouts/cancelled_groups/total"] == 2
@@ -39,7 +39,7 @@ def test_without_carry_over_cancelled_prompts_are_sampled_from_the_start(tmp_pat
     run = Run(tmp_path, order=slowest(1, 3), oversample=1.5)
     run.collect(1)
     run.collect(2)
-    assert run.engines.asked[1][:2] == [1, 3]
+    assert run.engines.requests[1][:2] == [1, 3]
     assert run.engines.continued == [{}, {}]
     assert "rollouts/carried/fraction" not in run.row
 
@@ -73,7 +73,7 @@ def test_a_step_made_again_from_its_record_continues_the_same_requests(tmp_path:
     first.collect(1)
     again = Run(tmp_path, order=slowest(0, 2), **CARRIED)
     again.collect(1)
-    assert again.engines.asked == [[0, 2, 4, 5]]
+    assert again.engines.requests == [[0, 2, 4, 5]]
     assert again.collector.state() == first.collector.state()
 
 

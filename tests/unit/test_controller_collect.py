@@ -2,153 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rlhf.config.schema.rollouts import DynamicSampling
 from rlhf.config.schema.root import Config
-from rlhf.controller.collect import Collected, Collector, is_within
-from rlhf.controller.rollout_scorer import RolloutScorer
-from rlhf.data.stream import Stream
+from rlhf.controller.collect import is_within
 from rlhf.errors import RunError
 from rlhf.roles import CompletedGroup
 from rlhf.rollouts.records.ledgers import request_identity
-from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.tracking.run_folder.group_ledger import GroupRecord
-from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, RolloutInfo, Sampling, SessionEnd, StepReward
-
-Scores = Callable[[int], Sequence[float] | None]  # by prompt id; None: the reward fails
-Order = Callable[[Sequence[GroupRequest]], Sequence[GroupRequest]]  # in which requests are answered
-VARIED, SOLVED, FAILED = (0.0, 1.0), (1.0, 1.0), (0.0, 0.0)
-
-
-class Engines:
-    """Answers one request after the other, with three tokens a response."""
-
-    def __init__(self, order: Order) -> None:
-        self.order = order
-        self.asked: list[list[int]] = []  # prompt ids of each round
-        self.continued: list[dict[int, int]] = []  # in each round, the continued requests by prompt id
-        self.cut: frozenset[int] = frozenset()  # prompt ids whose responses are all cut
-        self.lengths: tuple[int, ...] = ()  # of the responses to each prompt; empty: three tokens
-        self.restricted: Mapping[str, int] = {}  # tokens of each session under a grammar; empty: there are no sessions
-        self.cancelled: set[int] = set()
-
-    async def generate(
-        self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
-    ) -> AsyncIterator[CompletedGroup]:
-        self.asked.append([request.prompt.prompt_id for request in requests])
-        self.continued.append({r.prompt.prompt_id: r.continues for r in requests if r.continues is not None})
-        for request in self.order(requests):
-            for _ in range(5):  # until the one before is scored
-                await asyncio.sleep(0)
-            if request.group_id in self.cancelled:
-                continue
-            infos = tuple(
-                RolloutInfo(
-                    sequence_id=request.first_sequence_id + sample,
-                    num_prompt_tokens=2,
-                    num_response_tokens=self.lengths[sample] if self.lengths else 3,
-                    finish_reason="length" if request.prompt.prompt_id in self.cut else "stop",
-                    min_version=version,
-                    max_version=version,
-                    mean_logprob=-1.0,
-                    session=SessionEnd(result=None, num_calls=1, broken=(), restricted=self.restricted)
-                    if self.restricted
-                    else None,
-                )
-                for sample in range(len(request.seeds))
-            )
-            yield CompletedGroup(request=request, rollouts=None, infos=infos)
-
-    async def cancel(self, requests: Sequence[GroupRequest]) -> None:
-        self.cancelled.update(request.group_id for request in requests)
-
-
-class Run:
-    """One start of a run on a folder; the next start of it is another."""
-
-    def __init__(
-        self, folder: Path, scores: Scores = lambda _: VARIED, *, order: Order = list, prompts: int = 12, **keys: Any
-    ) -> None:
-        curriculum, warmth = keys.pop("curriculum", None), keys.pop("warmth", {})
-        algorithm = keys.pop("algorithm", "grpo")
-        reward, reward_policy = keys.pop("reward", {}), keys.pop("reward_policy", {})
-        rewards, skipped = keys.pop("rewards", {}), keys.pop("skipped_rows", ())
-        config = Config.model_validate(
-            {
-                "run": {"name": "demo"},
-                "policy": {"model": "m"},
-                "algorithm": {"name": algorithm} if isinstance(algorithm, str) else algorithm,
-                "data": {"train": "x.jsonl", "curriculum": curriculum},
-                "rollouts": {"prompts_per_step": 4, "samples_per_prompt": 2, **keys},
-                "rewards": rewards or {"r": {"function": "f", **reward}},
-                "reward_policy": reward_policy,
-                "train": {"steps": 10, "lr": 1.0, "sequences_per_update": 8},
-            }
-        )
-        folder.mkdir(exist_ok=True)
-        self.scores = scores
-        self.parts: list[Any] = []
-        self.errors: list[Any] = []
-        self.failed_on: int | None = None  # prompt id of a group in which a failed call got a score
-        self.engines = Engines(order)
-        record: Any = SimpleNamespace(
-            folder=SimpleNamespace(spool=folder),
-            show=lambda *_: None,
-            tracker=SimpleNamespace(log_error=self.errors.append),
-            add=self.parts.append,
-        )
-        roles: tuple[Any, Any] = (self.engines, self)
-        self.scorer = RolloutScorer(*roles, record, rewards_fingerprint="f")
-        items = [
-            Prompt(prompt_id=i, token_ids=(1, i), text="", columns={}, temperature=warmth.get(i))
-            for i in range(prompts)
-            if i not in skipped
-        ]
-        stream = Stream(items, seed=0, shuffle=False, skipped_rows=skipped)
-        self.collector = Collector(config, stream, self.scorer, record, Sampling(max_new_tokens=4))
-
-    async def score(self, group: CompletedGroup) -> GroupScores:
-        prompt_id = group.request.prompt.prompt_id
-        found = self.scores(prompt_id)
-        if found is None:
-            error = RewardError(reward="r", kind="raised", message="no", prompt_id=prompt_id, sample=0)
-            return GroupScores(scores=(), by_name={}, errors=(error,))
-        scored = RewardError(reward="r", kind="timeout", message="no", prompt_id=prompt_id, sample=1)
-        return GroupScores(
-            scores=tuple(found),
-            by_name={"r": tuple(found)},
-            errors=(),
-            scored_errors=(scored,) if prompt_id == self.failed_on else (),
-        )
-
-    def collect(self, step: int = 1) -> Collected:
-        self.parts.clear()
-        return asyncio.run(self.collector.collect(step, version=step - 1))
-
-    def trained(self, step: int = 1) -> list[int]:
-        """Prompt ids of a step's batch."""
-        return [scored.group.request.prompt.prompt_id for scored in self.collect(step).groups]
-
-    @property
-    def row(self) -> dict[str, float]:
-        return results(merge_metrics(self.parts))
-
-
-def by_prompt(**named: Sequence[int]) -> Scores:
-    """SOLVED, FAILED or no score for the named prompts; the others' responses differ."""
-    kinds: dict[str, Sequence[float] | None] = {"solved": SOLVED, "failed": FAILED, "broken": None}
-    found = {prompt: kinds[kind] for kind, prompts in named.items() for prompt in prompts}
-    return lambda prompt: found.get(prompt, VARIED)
+from rlhf.types import GroupRequest, GroupScores, Sampling, StepReward
+from tests.fakes.collecting import FAILED, SOLVED, VARIED, Run, by_prompt, slowest
 
 
 def test_bounds_of_the_mean_score() -> None:
@@ -226,7 +97,7 @@ def test_a_group_of_masked_responses_teaches_nothing(tmp_path: Path) -> None:
 def test_groups_that_teach_nothing_are_replaced_until_the_batch_is_whole(tmp_path: Path) -> None:
     run = Run(tmp_path, by_prompt(solved=[0, 2, 4], failed=[5]), order=lambda r: r[::-1], dynamic_sampling={})
     batch = run.collect()
-    assert run.engines.asked == [[0, 1, 2, 3], [4, 5], [6, 7]]
+    assert run.engines.requests == [[0, 1, 2, 3], [4, 5], [6, 7]]
     assert [one.group.request.prompt.prompt_id for one in batch.groups] == [1, 3, 6, 7]
     # Places among those asked, times two samples: of a number each, in plan order.
     assert [one.group.infos[0].sequence_id for one in batch.groups] == [2, 6, 12, 14]
@@ -331,21 +202,17 @@ def test_dropped_groups_are_remembered_by_a_checkpoint(tmp_path: Path) -> None:
         again.collect(2)
 
 
-def slowest(*prompts: int) -> Order:
-    return lambda requests: sorted(requests, key=lambda request: request.prompt.prompt_id in prompts)
-
-
 def test_the_slowest_of_more_prompts_are_cancelled_and_come_first_in_the_next_step(tmp_path: Path) -> None:
     run = Run(tmp_path, order=slowest(1, 3), oversample=1.5)
     batch = run.collect()
-    assert run.engines.asked == [[0, 1, 2, 3, 4, 5]]
+    assert run.engines.requests == [[0, 1, 2, 3, 4, 5]]
     assert [one.group.request.prompt.prompt_id for one in batch.groups] == [0, 2, 4, 5]
     assert run.engines.cancelled == {1, 3}
     assert run.row["rollouts/cancelled_groups/total"] == 2
     assert batch.sampled_tokens == 4 * 2 * 3
-    run.engines.order = slowest(6)
+    run.engines.by = slowest(6)
     assert run.trained(2) == [1, 3, 7, 8]
-    assert run.engines.asked[1] == [1, 3, 6, 7, 8, 9]
+    assert run.engines.requests[1] == [1, 3, 6, 7, 8, 9]
     assert [prompt.prompt_id for _, prompt in run.collector.unfinished] == [6, 9]
 
 
@@ -369,7 +236,7 @@ def test_oversampling_and_filtering_go_together(tmp_path: Path) -> None:
     assert [record.prompt_id for record in ended.trained] == [1, 3, 6, 7]
     assert [record.prompt_id for record in ended.filtered] == [0, 2, 4, 5]
     assert ended.asked_again == [GroupRecord(group_id=8, epoch=0, prompt_id=8, oldest=None, newest=None)]
-    assert run.engines.asked == [[0, 1, 2, 3, 4, 5], [6, 7, 8]]
+    assert run.engines.requests == [[0, 1, 2, 3, 4, 5], [6, 7, 8]]
     assert (run.row["rollouts/filtered_groups/fraction"], run.row["rollouts/cancelled_groups/total"]) == (4 / 8, 1)
 
 
@@ -510,7 +377,7 @@ def test_only_what_may_be_trained_on_is_answered_greedily_too(tmp_path: Path, ov
     assert [one.greedy_score for one in batch.groups] == [0.0] * 4
     assert [one.group.request.prompt.prompt_id for one in batch.groups] == [0, 2, 3, 4]
     rounds = [[0, 1, 2, 3], [0, 2, 3], [4], [4]] if oversample == 1.0 else [[0, 1, 2, 3, 4, 5], [0, 2, 3, 4]]
-    assert run.engines.asked == rounds
+    assert run.engines.requests == rounds
 
 
 def test_prompts_that_were_too_easy_or_too_hard_are_passed_over(tmp_path: Path) -> None:

@@ -4,135 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from rlhf.controller.batch_queue import Batch, BatchQueue
+from rlhf.controller.batch_queue import BatchQueue
 from rlhf.controller.carried import first_untrained_group
-from rlhf.controller.group_queue import GroupQueue
 from rlhf.controller.learning import ColumnsByGroup
 from rlhf.controller.online import OnlineController
-from rlhf.controller.rollout_scorer import RolloutScorer
 from rlhf.data.stream import given_rows
 from rlhf.errors import RunError
-from rlhf.roles import CompletedGroup, Metrics, RemoteColumns, ScoredGroup
+from rlhf.roles import RemoteColumns, ScoredGroup
 from rlhf.rollouts.records.spool import group_path, stored_groups
 from rlhf.tracking.metrics.declarations import merge_metrics, results
-from rlhf.types import GroupRequest, RolloutInfo, Sampling, TokenValues
-from tests.unit.test_controller_collect import VARIED, Run, by_prompt
+from rlhf.types import TokenValues
+from tests.fakes.collecting import VARIED, Run, by_prompt
+from tests.fakes.in_flight import InFlight, Record, settle
 
 PROMPTS = 4  # of a step
-
-
-class Engines:
-    """Answers a request when a test lets it finish. Every token before an update has the version of the request."""
-
-    def __init__(self) -> None:
-        self.version = 0
-        self.running: dict[int, tuple[GroupRequest, int, asyncio.Future[CompletedGroup | None]]] = {}  # by prompt
-        self.asked: list[int] = []  # prompt ids
-        self.slow: set[int] = set()  # prompts that only `finish` lets finish
-        self.error: RunError | None = None
-
-    async def answer(
-        self, request: GroupRequest, sampling: Sampling, *, oldest: int, urgent: bool = False
-    ) -> CompletedGroup | None:
-        prompt = request.prompt.prompt_id
-        self.asked.append(prompt)
-        if self.error is not None:
-            raise self.error
-        future: asyncio.Future[CompletedGroup | None] = asyncio.get_running_loop().create_future()
-        self.running[prompt] = (request, self.version, future)
-        if prompt not in self.slow:
-            self.finish(prompt)
-        return await future
-
-    def finish(self, prompt: int, *, tokens: int = 3) -> None:
-        request, began, future = self.running.pop(prompt)
-        infos = tuple(
-            RolloutInfo(
-                sequence_id=request.first_sequence_id + sample,
-                num_prompt_tokens=2,
-                num_response_tokens=tokens,
-                finish_reason="stop",
-                min_version=began if tokens else -1,
-                max_version=self.version if tokens else -1,
-                mean_logprob=-1.0,
-            )
-            for sample in range(len(request.seeds))
-        )
-        future.set_result(CompletedGroup(request=request, rollouts=None, infos=infos))  # type: ignore[arg-type]
-
-    async def cancel(self, requests: Sequence[GroupRequest]) -> None:
-        for request in requests:  # the answer of one of them may be scored meanwhile
-            if request.prompt.prompt_id in self.running:
-                _, _, future = self.running.pop(request.prompt.prompt_id)
-                future.set_result(None)
-
-
-class Record:
-    """The part of a run's record that a queue uses."""
-
-    def __init__(self, run: Run) -> None:
-        self.progress = SimpleNamespace(stage=lambda *_: None)
-        self.timeline = SimpleNamespace(record=lambda *_, **__: None)
-        self.add = run.parts.append
-        self.parts = run.parts
-
-    @contextmanager
-    def apart(self, parts: list[Metrics], **_: Any) -> Any:
-        before = len(self.parts)
-        yield
-        parts.extend(self.parts[before:])
-
-
-class InFlight:
-    """A run whose weights change while its engines answer."""
-
-    def __init__(self, folder: Path, *, max_staleness: int = 1, num_steps: int = 9, **keys: Any) -> None:
-        order = keys.pop("batch_order", "prompt")
-        dropped = keys.pop("max_dropped_fraction", 0.9)
-        keys["reward_policy"] = {"on_error": "drop", "max_dropped_fraction": dropped}
-        self.run = Run(folder, keys.pop("scores", lambda _: (0.0, 1.0)), prompts=keys.pop("prompts", 100), **keys)
-        self.engines = Engines()
-        roles: tuple[Any, Any] = (self.engines, self.run)
-        self.run.collector.scorer = RolloutScorer(
-            *roles, self.run.scorer.record, rewards_fingerprint="f", in_flight=True
-        )
-        record: Any = Record(self.run)
-        self.queue = GroupQueue(
-            self.run.collector, record, max_staleness=max_staleness, order=order, num_steps=num_steps, settings="same"
-        )
-        self.trained: list[int] = []  # prompt ids
-        self.lags: list[int] = []
-
-    async def begin(self, version: int = 0) -> None:
-        self.engines.version = version
-        await self.queue.synced(version)
-        await settle()
-
-    async def step(self, step: int) -> Batch:
-        """Train one step, and give the engines its weights."""
-        self.queue.request(step)
-        async with asyncio.timeout(5):
-            batch = await self.queue.take(step)
-        for scored in batch.collected.groups:
-            self.trained.append(scored.group.request.prompt.prompt_id)
-            self.lags.append(step - 1 - min(info.min_version for info in scored.group.infos))
-        await self.queue.until_weights_may_change()
-        await self.begin(step)
-        return batch
-
-
-async def settle() -> None:
-    """Let every task run until it waits for an answer."""
-    for _ in range(50):
-        await asyncio.sleep(0)
 
 
 async def test_no_more_groups_are_outstanding_than_the_bound_allows(tmp_path: Path) -> None:

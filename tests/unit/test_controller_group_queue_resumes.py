@@ -15,13 +15,13 @@ from rlhf.data.stream import given_rows
 from rlhf.roles import CompletedGroup
 from rlhf.tracking.run_folder.group_ledger import StepGroups
 from rlhf.types import GroupRequest, Sampling
-from tests.unit.test_controller_collect import SOLVED, VARIED
-from tests.unit.test_controller_group_queue import Engines, InFlight
+from tests.fakes.collecting import SOLVED, VARIED
+from tests.fakes.in_flight import HeldEngines, InFlight
 
 STEPS = 12
 
 
-class ByGroup(Engines):
+class ByGroup(HeldEngines):
     """Engines that hold each request until a test lets it finish. A prompt of two epochs may be in flight twice."""
 
     async def answer(
@@ -57,7 +57,7 @@ def start(folder: Path, random: Random, seed: int) -> InFlight:
         **curriculum,
     )
     run.engines = ByGroup()
-    run.run.collector.scorer.rollout = run.engines  # type: ignore[assignment]
+    run.run.collector.scorer.rollout = run.engines
     return run
 
 
