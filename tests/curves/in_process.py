@@ -10,12 +10,11 @@ import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from actors.run.run_record import recording
@@ -43,9 +42,7 @@ from rlhf.rewards.scoring import fingerprint
 from rlhf.role_table import Role
 from rlhf.roles import (
     AdvantagesReport,
-    Arithmetic,
     CompletedGroup,
-    EnginePart,
     Metrics,
     PolicyProbe,
     PrepareReport,
@@ -53,9 +50,9 @@ from rlhf.roles import (
     SampleSelection,
 )
 from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec
-from rlhf.rollouts.records.spans import Sampled, assemble
+from rlhf.rollouts.records.spans import Played, Sampled, assemble
 from rlhf.tracking.metrics.declarations import merge_metrics
-from rlhf.types import BatchPlan, GroupRequest, GroupScores, MemoryReport, RolloutInfo, Rollouts, Sampling, TokenValues
+from rlhf.types import BatchPlan, GroupRequest, GroupScores, RolloutInfo, Sampling, TokenValues
 from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
 from rlhf.workers.frozen.teacher import OnlineTeacherWorker
@@ -64,10 +61,10 @@ from rlhf.workers.online.pairs import OnlinePreferenceWorker
 from rlhf.workers.online.policy import PolicyWorker
 from rlhf.workers.online.student import StudentWorker
 from rlhf.workers.trained import TrainedWorker
+from tests.fakes.roles import FakeEngines, FakeManifest, FakePolicy, FakeReference, FakeRewards, FakeTrained
 from tests.integration.rank_gang import free_port
 
 PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=120.0)
-NOTHING = MemoryReport(rss_gib=0.0, gpu_gib=None)
 
 
 def join_alone() -> None:
@@ -80,12 +77,12 @@ def leave_alone() -> None:
     leave_distributed()
 
 
-class Trained:
+class Trained(FakeTrained):
     """The common part of the policy and the critic."""
 
-    num_ranks = 1
-
     def __init__(self, worker: TrainedWorker) -> None:
+        super().__init__()
+        self.ranks = 1
         self.trained = worker
         self.memory_folder = tempfile.TemporaryDirectory(dir="/dev/shm")
         self.build()
@@ -115,18 +112,8 @@ class Trained:
     async def export(self, folder: Path) -> None:
         self.trained.export(folder)
 
-    async def arithmetic(self) -> Arithmetic:
-        return Arithmetic(flops_per_token=1.0, flops_per_token_and_length=0.0, peak_flops=1.0)
 
-    async def offload(self) -> None: ...
-
-    async def reload(self) -> None: ...
-
-    async def memory(self) -> MemoryReport:
-        return NOTHING
-
-
-class Policy(Trained):
+class Policy(Trained, FakePolicy):
     """The policy role."""
 
     def __init__(self, worker: PolicyWorker | OnlinePreferenceWorker | StudentWorker) -> None:
@@ -156,15 +143,6 @@ class Policy(Trained):
     async def token_signals(self, sequences: Sequence[int]) -> list[Any]:
         return [self.worker.token_signals(sequences)[0]]
 
-    async def empty_cache(self) -> None: ...
-
-    async def publish(self, version: int) -> SimpleNamespace:
-        return SimpleNamespace(version=version, checksum="")
-
-    async def send(self, manifest: SimpleNamespace) -> None: ...
-
-    async def settle(self) -> None: ...
-
     async def probe(self, token_ids: Sequence[int]) -> list[float]:
         found: list[float] = self.worker.probe(token_ids)
         return found
@@ -190,12 +168,11 @@ class Critic(Trained):
         return merge_metrics([self.worker.update(minibatch)])
 
 
-class Reference:
+class Reference(FakeReference):
     """The reference role."""
 
-    role: Role = "reference"
-
     def __init__(self, worker: ReferenceWorker) -> None:
+        super().__init__()
         self.worker = worker
         worker.start()
 
@@ -207,10 +184,10 @@ class Reference:
         groups: Sequence[CompletedGroup],
         *,
         only: frozenset[int] | None = None,
-        temperatures: Mapping[int, float],
+        temperatures: Mapping[int, float] | None = None,
     ) -> list[RemoteColumns[TokenValues]]:
         rollouts: list[Any] = [group.rollouts for group in groups]
-        *columns, _ = self.worker.logprobs(only, temperatures, *rollouts)
+        *columns, _ = self.worker.logprobs(only, temperatures or {}, *rollouts)
         return [replace(group.columns, ref=column) for group, column in zip(groups, columns, strict=True)]
 
     async def offload(self) -> None:
@@ -218,9 +195,6 @@ class Reference:
 
     async def reload(self) -> None:
         self.worker.reload()
-
-    async def memory(self) -> MemoryReport:
-        return NOTHING
 
 
 class Teacher(Reference):
@@ -236,10 +210,11 @@ class Teacher(Reference):
         return self.worker.mean_logprobs(temperature, samples_per_prompt, *rollouts)
 
 
-class Reward:
+class Reward(FakeRewards):
     """The reward role."""
 
     def __init__(self, worker: RewardWorker) -> None:
+        super().__init__()
         self.worker = worker
         worker.start()
 
@@ -260,28 +235,19 @@ class Reward:
         rollouts: list[Any] = [selection.rollouts for selection in selections]
         self.worker.write_samples(path, [selection.records for selection in selections], *rollouts, *signals)
 
-    async def memory(self) -> MemoryReport:
-        return NOTHING
 
-
-class Engine:
+class Engine(FakeEngines):
     """The rollout role."""
 
     gives_published = True
 
     def __init__(self, model: str, policy: TrainedWorker) -> None:
+        super().__init__()
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self.policy = policy
         self.version = -1
 
-    async def withdraw_weights(self) -> None: ...
-
-    def offer_weights(self, manifest: SimpleNamespace) -> None: ...
-
-    async def weights_are_missing(self) -> None:
-        await asyncio.Event().wait()
-
-    async def update_weights(self, manifest: SimpleNamespace) -> None:
+    async def update_weights(self, manifest: FakeManifest) -> None:
         weights = {name: weight.clone() for name, weight in self.policy.engine.named_weights(torch.float32)}
         ends = self.model.generation_config
         self.model, report = type(self.model).from_pretrained(  # which stacks the experts of a mixture
@@ -291,7 +257,7 @@ class Engine:
         assert not report["unexpected_keys"]
         self.model.eval()
         self.model.generation_config = ends
-        self.version = manifest.version
+        self.version = int(manifest)
 
     async def prove(self, probe: PolicyProbe) -> float:
         ids = torch.tensor([probe.token_ids])
@@ -303,76 +269,15 @@ class Engine:
     async def generate(
         self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
     ) -> AsyncIterator[CompletedGroup]:
-        by_length: dict[int, list[GroupRequest]] = {}
+        asked = [(one.prompt.token_ids, seed, one.drawn_by(sampling)) for one in requests for seed in one.seeds]
+        turns = iter(self.sample(asked))
         for request in requests:
-            by_length.setdefault(len(request.prompt.token_ids), []).append(request)
-        for alike in by_length.values():
-            for request, (rollouts, infos) in zip(alike, self._answer(alike, sampling), strict=True):
-                at_hand: Any = rollouts
-                yield CompletedGroup(request=request, rollouts=at_hand, infos=infos)
-
-    def _answer(
-        self, requests: Sequence[GroupRequest], sampling: Sampling
-    ) -> list[tuple[Rollouts, tuple[RolloutInfo, ...]]]:
-        """Answer prompts of equal length in a single batch."""
-        prompts = torch.tensor([list(one.prompt.token_ids) for one in requests for _ in one.seeds])
-        greedy = sampling.temperature == 0.0
-        torch.manual_seed(sum(seed for one in requests for seed in one.seeds) % 2**31)
-        with torch.no_grad():
-            whole = self.model.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                do_sample=not greedy,
-                temperature=None if greedy else sampling.temperature,
-                top_k=None if greedy else 0,
-                max_new_tokens=sampling.max_new_tokens,
-            )
-            scale = 1.0 if greedy else sampling.temperature
-            logprobs = (self.model(whole).logits[:, :-1] / scale).log_softmax(-1)
-        chosen = logprobs.gather(2, whole[:, 1:, None])[:, :, 0]
-        return [
-            self._group(one, whole[start : start + len(one.seeds)], chosen[start : start + len(one.seeds)], sampling)
-            for one, start in zip(requests, _starts(requests), strict=True)
-        ]
-
-    def _group(
-        self, request: GroupRequest, ids: Tensor, logprobs: Tensor, sampling: Sampling
-    ) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
-        prompt = len(request.prompt.token_ids)
-        end = self.model.generation_config.eos_token_id
-        columns: dict[str, list[Tensor]] = {
-            "token_ids": [],
-            "response_mask": [],
-            "rollout_logprobs": [],
-            "versions": [],
-        }
-        infos = []
-        for sample, (row, logprob) in enumerate(zip(ids, logprobs, strict=True)):
-            marks = (row[prompt:] == end).long()
-            count = int((marks.cumsum(0) - marks == 0).sum())  # through the first end token
-            mask = torch.arange(prompt + count) >= prompt
-            columns["token_ids"].append(row[: prompt + count])
-            columns["response_mask"].append(mask)
-            told = torch.cat([torch.zeros(1), logprob[: prompt + count - 1]])
-            columns["rollout_logprobs"].append(torch.where(mask, told, 0.0))
-            columns["versions"].append(torch.where(mask, self.version, -1))
-            infos.append(
-                RolloutInfo(
-                    sequence_id=request.first_sequence_id + sample,
-                    num_prompt_tokens=prompt,
-                    num_response_tokens=count,
-                    finish_reason="stop" if row[prompt + count - 1] == end else "length",
-                    min_version=self.version,
-                    max_version=self.version,
-                    mean_logprob=float(told[mask].mean()),
-                )
-            )
-        rollouts = Rollouts(
-            sequence_ids=torch.tensor([info.sequence_id for info in infos]),
-            lengths=torch.tensor([len(row) for row in columns["token_ids"]]),
-            **{name: torch.cat(parts) for name, parts in columns.items()},
-        )
-        return rollouts, tuple(infos)
+            prompt = request.prompt.token_ids
+            answers = [
+                Played(prompt_token_ids=prompt, spans=(turn,), finish_reason=turn.finish_reason)
+                for turn in islice(turns, len(request.seeds))
+            ]
+            yield completed(request, *assemble(request, answers))
 
     async def answer(
         self, request: GroupRequest, sampling: Sampling, *, oldest: int, urgent: bool = False
@@ -380,68 +285,24 @@ class Engine:
         (group,) = [group async for group in self.generate([request], sampling, version=self.version)]
         return group
 
-    async def cancel(self, requests: Sequence[GroupRequest]) -> None: ...
-
-    async def sleep(self, *, keep_weights: bool) -> None: ...
-
-    async def wake(self, part: EnginePart) -> None: ...
-
-    async def memory(self) -> MemoryReport:
-        return NOTHING
-
-
-class Conversing(Engine):
-    """The rollout role of a run with an environment: turns requested at about the same time are a single batch."""
-
-    def __init__(self, model: str, policy: TrainedWorker, spec: EnvironmentSpec) -> None:
-        super().__init__(model, policy)
-        self.conversations = Conversations(spec, load_tokenizer(model, trust_remote_code=False), self._draw)
-        self.is_started = False
-        self.waiting: list[tuple[tuple[int, ...], int, Sampling, asyncio.Future[Sampled]]] = []
-
-    async def generate(
-        self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
-    ) -> AsyncIterator[CompletedGroup]:
-        if not self.is_started:
-            await self.conversations.start()
-            self.is_started = True
-        played = await asyncio.gather(*[self.conversations.play(one, one.drawn_by(sampling)) for one in requests])
-        for request, conversations in zip(requests, played, strict=True):
-            rollouts, infos = assemble(request, conversations)
-            at_hand: Any = rollouts
-            yield CompletedGroup(request=request, rollouts=at_hand, infos=infos)
-
-    async def _draw(
-        self, group_id: int, tokens: tuple[int, ...], seed: int, sampling: Sampling, stop: int | None
-    ) -> Sampled:
-        future: asyncio.Future[Sampled] = asyncio.get_running_loop().create_future()
-        self.waiting.append((tokens, seed, sampling, future))
-        await asyncio.sleep(0.02)
-        if self.waiting:
-            asked, self.waiting = self.waiting, []
-            for (_, _, _, answer), sampled in zip(asked, self._turns(asked), strict=True):
-                answer.set_result(sampled)
-        return await future
-
-    def _turns(self, asked: Sequence[tuple[tuple[int, ...], int, Sampling, Any]]) -> list[Sampled]:
-        """Sample token by token, each turn by its seed, all in a single batch with padding on the right."""
+    def sample(self, asked: Sequence[tuple[tuple[int, ...], int, Sampling]]) -> list[Sampled]:
+        """Sample a turn after each of these tokens, by its seed. All turns are one batch, padded on the right."""
         end = self.model.generation_config.eos_token_id
         drawn: list[list[tuple[int, float]]] = [[] for _ in asked]
-        generators = [torch.Generator().manual_seed(seed) for _, seed, _, _ in asked]
+        generators = [torch.Generator().manual_seed(seed) for _, seed, _ in asked]
         while open_ones := [
             i
-            for i, (_, _, sampling, _) in enumerate(asked)
+            for i, (_, _, sampling) in enumerate(asked)
             if len(drawn[i]) < sampling.max_new_tokens and not (drawn[i] and drawn[i][-1][0] == end)
         ]:
             rows = [[*asked[i][0], *(token for token, _ in drawn[i])] for i in open_ones]
             longest = max(map(len, rows))
             ids = torch.tensor([row + [end] * (longest - len(row)) for row in rows])
             with torch.no_grad():
-                logits = self.model(ids).logits
-            for i, row, found in zip(open_ones, rows, logits, strict=True):
-                temperature = asked[i][2].temperature
-                logprobs = (found[len(row) - 1] / (temperature or 1.0)).log_softmax(-1)
-                if temperature == 0.0:
+                logits = self.model(ids).logits[range(len(rows)), [len(row) - 1 for row in rows]]
+            scales = torch.tensor([asked[i][2].temperature or 1.0 for i in open_ones])
+            for i, logprobs in zip(open_ones, (logits / scales[:, None]).log_softmax(-1), strict=True):
+                if asked[i][2].temperature == 0.0:
                     token = int(logprobs.argmax())
                 else:
                     token = int(torch.multinomial(logprobs.exp(), 1, generator=generators[i]))
@@ -456,13 +317,45 @@ class Conversing(Engine):
             for turn in drawn
         ]
 
+
+def completed(request: GroupRequest, rollouts: Any, infos: tuple[RolloutInfo, ...]) -> CompletedGroup:
+    return CompletedGroup(request=request, rollouts=rollouts, infos=infos)
+
+
+class Conversing(Engine):
+    """The rollout role of a run with an environment: turns requested at about the same time are a single batch."""
+
+    def __init__(self, model: str, policy: TrainedWorker, spec: EnvironmentSpec) -> None:
+        super().__init__(model, policy)
+        self.conversations = Conversations(spec, load_tokenizer(model, trust_remote_code=False), self._draw)
+        self.is_started = False
+        self.waiting: list[tuple[tuple[tuple[int, ...], int, Sampling], asyncio.Future[Sampled]]] = []
+
+    async def generate(
+        self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
+    ) -> AsyncIterator[CompletedGroup]:
+        if not self.is_started:
+            await self.conversations.start()
+            self.is_started = True
+        played = [self.conversations.group(one, one.drawn_by(sampling)) for one in requests]
+        for request, group in zip(requests, await asyncio.gather(*played), strict=True):
+            yield completed(request, *group)
+
+    async def _draw(
+        self, group_id: int, tokens: tuple[int, ...], seed: int, sampling: Sampling, stop: int | None
+    ) -> Sampled:
+        future: asyncio.Future[Sampled] = asyncio.get_running_loop().create_future()
+        self.waiting.append(((tokens, seed, sampling), future))
+        await asyncio.sleep(0.02)
+        if self.waiting:
+            waiting, self.waiting = self.waiting, []
+            turns = self.sample([asked for asked, _ in waiting])
+            for (_, answer), turn in zip(waiting, turns, strict=True):
+                answer.set_result(turn)
+        return await future
+
     async def stop(self) -> None:
         await self.conversations.stop()
-
-
-def _starts(requests: Sequence[GroupRequest]) -> list[int]:
-    counts = [len(one.seeds) for one in requests]
-    return [sum(counts[:index]) for index in range(len(counts))]
 
 
 async def run(loaded: LoadedConfig, *, watch: Callable[[OnlineRoles], OnlineRoles] = lambda roles: roles) -> Path:
