@@ -15,7 +15,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from rlhf.controller.record import RunRecord
 from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.preflight.inputs import OnlineInputs, StageInputs
 from tests.curves import in_process
+from tests.fakes.calls import ref
 
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = (f"{ROOT}/rlhf/", f"{ROOT}/actors/")
@@ -81,19 +81,14 @@ class Handle:
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._rank, name)
 
-        def answered(result: Any) -> Any:
-            future: Future[Any] = Future()
-            future.set_result(result)
-            return SimpleNamespace(future=lambda: future)
-
         def options(*, num_returns: int) -> Any:
             def remote(*args: Any) -> Any:
                 column, small = method(*args)
-                return column, answered(small)
+                return column, ref(small)
 
             return SimpleNamespace(remote=remote)
 
-        return SimpleNamespace(remote=lambda *args: answered(method(*args)), options=options)
+        return SimpleNamespace(remote=lambda *args: ref(method(*args)), options=options)
 
 
 @asynccontextmanager

@@ -20,6 +20,7 @@ from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import RunError
 from rlhf.roles import CompletedGroup, PolicyProbe
 from rlhf.types import GroupRequest, MemoryReport, Prompt, Sampling
+from tests.fakes.calls import ref
 
 SAMPLING = Sampling(max_new_tokens=4)
 
@@ -53,19 +54,9 @@ class Call:
         return self
 
     def remote(self, *arguments: Any, **options: Any) -> Any:
-        engine, future = self.engine, Future[Any]()
-        if engine.is_dead:
-            future.set_exception(ActorDiedError())
-        else:
-            result = getattr(engine, f"on_{self.name}")(*arguments, **options)
-            if isinstance(result, Exception):
-                future.set_exception(result)
-            elif isinstance(result, Future):
-                future = result
-            else:
-                future.set_result(result)
-        ref = SimpleNamespace(future=lambda: future)
-        return (f"tokens from {engine.name}", ref) if self.name in ("generate", "answer", "stored") else ref
+        engine = self.engine
+        told = ref(ActorDiedError() if engine.is_dead else getattr(engine, f"on_{self.name}")(*arguments, **options))
+        return (f"tokens from {engine.name}", told) if self.name in ("generate", "answer", "stored") else told
 
 
 class Engine:

@@ -15,6 +15,7 @@ from rlhf.controller.rollout_scorer import RolloutScorer
 from rlhf.errors import RunError
 from rlhf.roles import CompletedGroup, Metrics
 from rlhf.types import GroupRequest, Sampling
+from tests.fakes.calls import settle
 from tests.fakes.collecting import Run
 from tests.fakes.groups import completed_group
 from tests.fakes.roles import FakeEngines
@@ -109,9 +110,3 @@ class InFlight:
         await self.queue.until_weights_may_change()
         await self.begin(step)
         return batch
-
-
-async def settle() -> None:
-    """Let every task run until it waits for an answer."""
-    for _ in range(50):
-        await asyncio.sleep(0)

@@ -21,6 +21,7 @@ from rlhf.controller.notice import Notice
 from rlhf.errors import Preempted, RunError
 from rlhf.process import stopping
 from rlhf.process.stopping import StopRequest, run_async, run_stoppable
+from tests.fakes.calls import until
 
 Work = Callable[[Notice, StopRequest], Coroutine[Any, Any, object]]
 
@@ -105,11 +106,6 @@ def test_a_call_that_blocks_the_event_loop_has_a_limit(monkeypatch: pytest.Monke
     with pytest.raises(RunError, match=r"waited for \d s \(cluster.call_timeout_s\) in a call of Ray"):
         run_stoppable(work)
     gate.set()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.01)
 
 
 async def none_goes() -> None:

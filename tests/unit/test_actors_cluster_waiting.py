@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from concurrent.futures import Future
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -23,6 +21,7 @@ from actors.cluster import waiting
 from actors.cluster.waiting import explain, put, wait_all, within
 from rlhf.errors import ResultsLost, RunError, StorageFull, WorkerLost
 from rlhf.process.disk_full import PAUSE, Shortage
+from tests.fakes.calls import ref
 
 KILLED = (
     "The actor died unexpectedly before finishing this task. The actor is dead because its worker process has died. "
@@ -92,14 +91,9 @@ def test_a_worker_whose_gpu_failed_is_lost_and_one_out_of_memory_is_not(cause: E
 
 @pytest.mark.parametrize("death", [RayActorError(error_msg=KILLED), OutOfMemoryError("the node is running low")])
 def test_a_dead_rank_is_named_and_not_the_peers_that_failed_with_it(death: Exception) -> None:
-    def call(error: Exception) -> Any:
-        future: Future[Any] = Future()
-        future.set_exception(error)
-        return SimpleNamespace(future=lambda: future)
-
     peer = RayTaskError("update", "", RuntimeError("Connection closed by peer"))
     with pytest.raises(WorkerLost) as lost:
-        asyncio.run(wait_all([call(peer), call(death)], role="policy", stage="update", deadline_s=5.0))
+        asyncio.run(wait_all([ref(peer), ref(death)], role="policy", stage="update", deadline_s=5.0))
     assert lost.value.rank == 1
 
 

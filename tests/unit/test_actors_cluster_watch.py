@@ -26,6 +26,7 @@ from actors.cluster.waiting import explain
 from actors.cluster.watch import hang_of, stack_at, watching
 from rlhf.errors import WorkerLost
 from rlhf.process.disk_full import PAUSE, Shortage
+from tests.fakes.calls import ref
 
 WORKER = """
 from actors.cluster.heartbeat import answer_heartbeats
@@ -229,9 +230,9 @@ async def test_the_count_on_another_node_is_asked_once_for_all_calls_and_blocks_
     monkeypatch.setattr(watch, "COUNTED_WITHIN_S", 0.2)
     no_answer: Future[OomKills] = Future()
 
-    def on_node(node: str, work: object) -> SimpleNamespace:
+    def on_node(node: str, work: object) -> object:
         asked.append(node)
-        return SimpleNamespace(future=lambda: no_answer)
+        return ref(no_answer)
 
     monkeypatch.setattr(watch, "on_node", on_node)
     calls = [explain(RayActorError(actor_id=actor), role="policy", rank=1, stage="update") for _ in range(20)]

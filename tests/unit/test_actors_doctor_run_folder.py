@@ -28,8 +28,9 @@ from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.tracking.sinks import tracker as tracker_module
 from rlhf.tracking.sinks.tracker import Tracker
+from tests.fakes.calls import settle
 from tests.fakes.collecting import Run, by_prompt, slowest
-from tests.fakes.in_flight import HeldEngines, settle
+from tests.fakes.in_flight import HeldEngines
 
 RULES: dict[str, dict[str, Any]] = {
     "plain": {},

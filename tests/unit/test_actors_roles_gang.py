@@ -26,6 +26,7 @@ from rlhf.errors import RunError
 from rlhf.roles import RemoteColumns
 from rlhf.tracking.metrics.reductions import Sum
 from rlhf.types import BatchPlan, MinibatchPlan, StepReward, TokenValues
+from tests.fakes.calls import method, ref
 from tests.fakes.groups import completed_group, group_request
 
 PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=1.0)
@@ -45,14 +46,9 @@ def test_all_processes_use_the_hub_as_the_driver_does_and_no_secret_is_logged(
     assert "not-to-be-seen" not in environment().values()
 
 
-def answers(result: Any) -> Any:
-    """Return a remote method that gives the result, or fails with it, or for None gives no answer at all."""
-    future: Future[Any] = Future()
-    if isinstance(result, Exception):
-        future.set_exception(result)
-    elif result is not None:
-        future.set_result(result)
-    return SimpleNamespace(remote=lambda *_: SimpleNamespace(future=lambda: future))
+def answering(result: Any) -> Any:
+    """Return a remote method with one result for each call. None: there is no answer."""
+    return method(lambda *_: Future() if result is None else result)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +65,8 @@ def test_a_rank_whose_start_fails_is_named(
     async def wait_until_started(self: Processes, *, deadline_s: float) -> None: ...
 
     monkeypatch.setattr(Processes, "wait_until_started", wait_until_started)
-    first = SimpleNamespace(__ray_call__=answers(("127.0.0.1", 1)), start=answers("fingerprint"))
-    second = SimpleNamespace(start=answers(failure))
+    first = SimpleNamespace(__ray_call__=answering(("127.0.0.1", 1)), start=answering("fingerprint"))
+    second = SimpleNamespace(start=answering(failure))
     gang = OfflineGang(cast("Any", [first, second]), deadline_s=60.0, one_host=True)
     with pytest.raises(RunError, match=message):
         asyncio.run(gang.start(deadline_s=0.2))
@@ -88,7 +84,7 @@ def test_a_late_rank_is_told_of_with_the_limit_that_it_had(
     monkeypatch: pytest.MonkeyPatch, call: Callable[[OfflineGang], Any], limit: str
 ) -> None:
     monkeypatch.setattr(module, "END_WITHIN_S", 0.05)
-    rank = SimpleNamespace(take_teacher=answers(None), stop=answers(None))
+    rank = SimpleNamespace(take_teacher=answering(None), stop=answering(None))
     gang = OfflineGang(cast("Any", [rank]), deadline_s=0.05, one_host=True)
     with pytest.raises(RunError, match=limit.replace("(", r"\(").replace(")", r"\)")):
         asyncio.run(call(gang))
@@ -96,7 +92,7 @@ def test_a_late_rank_is_told_of_with_the_limit_that_it_had(
 
 def test_the_metrics_of_ranks_that_share_microbatches_count_once() -> None:
     """Ranks 0 and 1 share the micro-batches of 3 tokens, ranks 2 and 3 those of 4."""
-    ranks = [SimpleNamespace(update=answers({"update/tokens/total": Sum(total=tokens)})) for tokens in (3, 3, 4, 4)]
+    ranks = [SimpleNamespace(update=answering({"update/tokens/total": Sum(total=tokens)})) for tokens in (3, 3, 4, 4)]
     gang = PolicyGang(cast("Any", ranks), deadline_s=5.0, one_host=True, sequence_parallel=2)
     assert asyncio.run(gang.update(0)) == {"update/tokens/total": Sum(total=7)}
 
@@ -106,7 +102,7 @@ class Started:
 
     def __init__(self, number: int, notes: list[str], newest: int | None = None, failure: str | None = None) -> None:
         self.number, self.notes, self.newest, self.failure = number, notes, newest, failure
-        self.__ray_call__ = answers(("127.0.0.1", 1))
+        self.__ray_call__ = method(lambda *_: ("127.0.0.1", 1))
 
     def __getattr__(self, method: str) -> Any:
         results = {
@@ -119,7 +115,7 @@ class Started:
 
         def call(*arguments: Any) -> Any:
             self.notes.append(f"{method} {self.number} {' '.join(map(str, arguments))}".strip())
-            return done(results.get(method))
+            return ref(results.get(method))
 
         return SimpleNamespace(remote=call)
 
@@ -305,7 +301,7 @@ class Rank:
     def noting(self, name: str, result: Any) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             self.calls[name] = args
-            return done(result)
+            return ref(result)
 
         return call
 
@@ -314,15 +310,9 @@ class Rank:
 
         def call(*args: Any) -> Any:
             self.calls[name] = args
-            return f"column of {args[-1] if args else None}", done(result)
+            return f"column of {args[-1] if args else None}", ref(result)
 
         return lambda num_returns: SimpleNamespace(remote=call)
-
-
-def done(result: Any) -> Any:
-    future: Future[Any] = Future()
-    future.set_result(result)
-    return SimpleNamespace(future=lambda: future)
 
 
 def group(index: int, *sequence_ids: int) -> Any:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -19,14 +18,9 @@ from ray.exceptions import RaySystemError
 from actors.cluster import processes
 from actors.roles.group import WorkerGroup, ending
 from rlhf.errors import WorkerLost
+from tests.fakes.calls import method
 
 SLEEPS = [sys.executable, "-c", "import time; time.sleep(600)"]
-
-
-def answers(result: Any) -> Any:
-    future: Future[Any] = Future()
-    future.set_result(result)
-    return SimpleNamespace(future=lambda: future)
 
 
 class Handle:
@@ -36,12 +30,11 @@ class Handle:
         self.name = name
         self.process = subprocess.Popen(SLEEPS)
         self.starts = 0
-        self.__ray_call__ = SimpleNamespace(remote=lambda *_: answers((name, "node", self.process.pid, 0)))
-        self.start = SimpleNamespace(remote=self._start)
+        self.__ray_call__ = method(lambda *_: (name, "node", self.process.pid, 0))
+        self.start = method(self._start)
 
-    def _start(self) -> Any:
+    def _start(self) -> None:
         self.starts += 1
-        return answers(None)
 
 
 class Workers(WorkerGroup):

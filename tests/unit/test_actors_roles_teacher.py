@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any, cast
 
 from actors.roles.teacher import OnlineTeacherWorkers, TeacherWorkers
 from rlhf.types import MinibatchPlan
+from tests.fakes.calls import ref
 from tests.fakes.groups import completed_group, group_request
 
 
@@ -26,9 +26,7 @@ class Worker:
 
     def call(self, shares: list[list[int]], *given: str) -> list[Any]:
         self.calls.append((shares, *given))
-        done: Future[int] = Future()
-        done.set_result(1)
-        return [*(f"states of {share}" for share in shares), SimpleNamespace(future=lambda: done)]
+        return [*(f"states of {share}" for share in shares), ref(1)]
 
 
 def test_a_worker_of_the_teacher_is_handed_the_groups_of_its_rows() -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, cast
@@ -29,6 +30,7 @@ from rlhf.rewards.services.remote import RemoteReward
 from rlhf.roles import CompletedGroup
 from rlhf.types import MinibatchPlan
 from rlhf.workers.frozen.reward import RewardSettings
+from tests.fakes.calls import method, ref, settle
 
 TASTE = RewardSpec(name="taste", weight=1.0, function=None)
 STYLE = RewardSpec(
@@ -50,13 +52,6 @@ class Handle:
         self.asked, self.asking, self.most_asking = 0, 0, 0
         together, lock = threading.Barrier(asked_at_once), threading.Lock()
 
-        def method(call: Callable[..., Any], threads: ThreadPoolExecutor) -> Any:
-            def remote(*args: Any) -> Any:
-                future: Future[Any] = threads.submit(call, *args)
-                return SimpleNamespace(future=lambda: future)
-
-            return SimpleNamespace(remote=remote)
-
         def ask(*_: Any) -> dict[str, Any]:
             with lock:
                 self.asked += 1
@@ -74,9 +69,9 @@ class Handle:
             self.given.append(asked)
             time.sleep(takes_s)
 
-        self.start = method(lambda: None, thread)
-        self.score = method(score, thread)
-        self.ask = method(ask, threads)
+        self.start = method(lambda: thread.submit(lambda: None))
+        self.score = method(partial(thread.submit, score))
+        self.ask = method(partial(threads.submit, ask))
 
 
 async def score(handles: list[Handle], groups: int, *specs: RewardSpec, columns: Any = MappingProxyType({})) -> None:
@@ -142,7 +137,7 @@ class Calls:
                 future.set_result(None)
             else:
                 self.waiting[args[1] if name == "score" else args[0]] = future
-            return SimpleNamespace(future=lambda: future)
+            return ref(future)
 
         def options(num_returns: int) -> Any:
             columns = [f"{id(self)}.{place}" for place in range(num_returns - 1)]
@@ -188,12 +183,6 @@ def replaced_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     async def end_one(self: Processes, rank: int) -> None: ...
 
     monkeypatch.setattr(Processes, "end_one", end_one)
-
-
-async def settle() -> None:
-    """Run what can run."""
-    for _ in range(50):
-        await asyncio.sleep(0)
 
 
 def scored_group(group_id: int) -> Any:

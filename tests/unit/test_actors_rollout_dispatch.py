@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from actors.rollout.dispatch import Dispatch, EngineCapacity, GroupWork, Slot, shares
+from tests.fakes.calls import settle
 
 
 def work(*, prompt: int = 10, samples: int = 2, limit: int = 20) -> GroupWork:
@@ -28,11 +29,6 @@ async def entered(rules: Dispatch, group_id: int, size: GroupWork) -> Slot:
 
 def waiter(rules: Dispatch, group_id: int, *, urgent: bool = False) -> asyncio.Task[Slot | None]:
     return asyncio.create_task(rules.enter(group_id, work(), urgent=urgent))
-
-
-async def settle() -> None:
-    for _ in range(5):
-        await asyncio.sleep(0)
 
 
 async def test_work_is_counted_in_tokens_and_not_in_groups() -> None:

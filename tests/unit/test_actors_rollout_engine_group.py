@@ -23,6 +23,7 @@ from rlhf.roles import CompletedGroup
 from rlhf.rollouts.records.begun import Begun
 from rlhf.rollouts.records.spool import group_path, retain_sampled_by
 from rlhf.types import GroupRequest, Sampling
+from tests.fakes.calls import ref
 from tests.fakes.engine_handles import manifest, request, until
 
 SAMPLING = Sampling(max_new_tokens=4)
@@ -286,25 +287,14 @@ class FakeMethod:
         return self.answer(*arguments)
 
 
-def ref(result: Any = None, *, error: Exception | None = None, is_late: bool = False) -> Any:
-    future: Future[Any] = Future()
-    if error is not None:
-        future.set_exception(error)
-    elif not is_late:
-        future.set_result(result)
-    return SimpleNamespace(future=lambda: future)
-
-
 async def test_a_failed_generate_ends_the_wait_for_the_release() -> None:
     """Every request fails, and no failure is left for asyncio to log."""
     unheard: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: unheard.append(context))
     handle = SimpleNamespace(
         hold=FakeMethod(ref),
-        generate=FakeMethod(
-            lambda request, sampling, version: (None, ref(error=ValueError(f"group {request.group_id}")))
-        ),
-        release=FakeMethod(lambda num_groups: ref(is_late=True)),
+        generate=FakeMethod(lambda request, sampling, version: (None, ref(ValueError(f"group {request.group_id}")))),
+        release=FakeMethod(lambda num_groups: ref(Future())),
     )
     engines = RolloutEngines(cast(Any, [handle]), None, deadline_s=DEADLINE_S)
     with pytest.raises(RunError, match="rollouts: rollout rank 0 failed: ValueError: group 0"):
@@ -328,7 +318,7 @@ class FakeHandle:
 
     def _answer(self, request: GroupRequest, sampling: Sampling, oldest: int) -> Any:
         self.groups[request.group_id] = Future()
-        return f"tokens of {request.group_id}", SimpleNamespace(future=lambda: self.groups[request.group_id])
+        return f"tokens of {request.group_id}", ref(self.groups[request.group_id])
 
     def _cancel(self, group_ids: list[int]) -> Any:
         for group_id in group_ids:

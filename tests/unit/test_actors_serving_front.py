@@ -25,6 +25,7 @@ from rlhf.agents.trees import training_sequences
 from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.types import Sampling
 from tests.dummy_engine import DummyLoop, dummy_parts, open_front
+from tests.fakes.calls import until
 
 pytestmark = pytest.mark.slow  # vLLM is imported
 
@@ -572,12 +573,6 @@ async def test_a_closed_session_and_a_client_that_leaves_drop_their_calls(parts:
         with pytest.raises(openai.AuthenticationError, match="the session has ended"):
             await waiting
         await until(lambda: not loop.waiting)
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20.0):
-        while not holds():
-            await asyncio.sleep(0.01)
 
 
 # Refusals

@@ -11,8 +11,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,23 +30,9 @@ from actors.serving.http import ModelServer, ServerSpec
 from actors.serving.router import RequestRouter
 from rlhf.agents.limits import MAX_REQUEST_BYTES
 from rlhf.cli import main
+from tests.fakes.calls import method, until
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
-
-
-class Method:
-    """A method of an actor: `remote` runs `work` and gives what stands for a reference."""
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self.work = work
-
-    def remote(self) -> Any:
-        held: Future[Any] = Future()
-        try:
-            held.set_result(self.work())
-        except ActorDiedError as error:
-            held.set_exception(error)
-        return SimpleNamespace(future=lambda: held)
 
 
 @dataclass
@@ -61,7 +46,7 @@ class Engine:
     dropped: int = 0
 
     def __post_init__(self) -> None:
-        self.health = Method(self._health)
+        self.health = method(self._health)
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=2 * MAX_REQUEST_BYTES)
@@ -99,9 +84,9 @@ class Engine:
                 await asyncio.Event().wait()
         return response
 
-    def _health(self) -> EngineHealth:
+    def _health(self) -> EngineHealth | ActorDiedError:
         if self.state == "dies":
-            raise ActorDiedError()
+            return ActorDiedError()
         failure = "engine died with 1 requests in flight: X. The run can be resumed with --resume auto."
         return EngineHealth(
             version=0,
@@ -129,12 +114,6 @@ async def serving(*engines: Engine, token: str | None = None, deadline_s: float 
 async def ask(client: TestClient[Any, Any], path: str = "chat/completions", body: Any = CHAT) -> tuple[int, Any]:
     answer = await client.post(f"/v1/{path}", json=body)
     return answer.status, await answer.json()
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60.0):
-        while not holds():
-            await asyncio.sleep(0.01)
 
 
 async def test_requests_and_answers_are_passed_on_as_they_are() -> None:

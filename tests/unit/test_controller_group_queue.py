@@ -20,8 +20,9 @@ from rlhf.roles import RemoteColumns, ScoredGroup
 from rlhf.rollouts.records.spool import group_path, stored_groups
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import TokenValues
+from tests.fakes.calls import settle
 from tests.fakes.collecting import VARIED, Run, by_prompt
-from tests.fakes.in_flight import InFlight, Record, settle
+from tests.fakes.in_flight import InFlight, Record
 
 PROMPTS = 4  # of a step
 
