@@ -130,6 +130,14 @@ def reference_model(config: Config) -> ReferenceConfig:
     return config.reference if config.reference is not None else _as_reference(config)
 
 
+def how_to_need_reference(config: Config) -> str:
+    """Return what to change in a run without reference workers."""
+    if reference_is_adapter_off(config):
+        return "the policy with its adapter off is the reference; name another reference.model if you want a second one"
+    is_online = isinstance(config.algorithm, OnlineConfig)
+    return "set algorithm.kl.coef above 0" if is_online else ROLE_USES["rollout"].how_to_need(config)
+
+
 def critic_model(config: Config) -> CriticConfig:
     """Return the configuration of the critic's initial model."""
     if config.critic is not None:
@@ -147,15 +155,24 @@ class RoleUse:
 
     is_needed: Callable[[Config], bool]
     model: Callable[[Config], ModelConfig | None]
+    how_to_need: Callable[[Config], str] = lambda config: "choose an algorithm that samples responses"
 
 
 ROLE_USES: Mapping[Role, RoleUse] = {
     "policy": RoleUse(is_needed=lambda config: True, model=lambda config: config.policy),
-    "critic": RoleUse(is_needed=lambda config: config.algorithm.has_critic, model=critic_model),
-    "reference": RoleUse(
-        is_needed=lambda config: uses_reference(config) and not reference_is_adapter_off(config), model=reference_model
+    "critic": RoleUse(
+        is_needed=lambda config: config.algorithm.has_critic, model=critic_model, how_to_need=lambda config: "use ppo"
     ),
-    "teacher": RoleUse(is_needed=lambda config: config.algorithm.has_teacher, model=lambda config: config.teacher),
+    "reference": RoleUse(
+        is_needed=lambda config: uses_reference(config) and not reference_is_adapter_off(config),
+        model=reference_model,
+        how_to_need=how_to_need_reference,
+    ),
+    "teacher": RoleUse(
+        is_needed=lambda config: config.algorithm.has_teacher,
+        model=lambda config: config.teacher,
+        how_to_need=lambda config: f"use {'on_policy_' if config.algorithm.is_online else ''}distillation",
+    ),
     "reward": RoleUse(
         is_needed=lambda config: config.algorithm.is_online,
         model=lambda config: config.reward if uses_reward_model(config) else None,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 
 from rlhf.algorithms.online_config import FollowedReferenceConfig, OnlineConfig
-from rlhf.config.derive import Derived
+from rlhf.config.derive import ROLE_USES, Derived
 from rlhf.config.files.yaml_tree import Key, kind
 from rlhf.config.mistakes.explain import Problem
 from rlhf.config.mistakes.suggestions import choice
@@ -149,7 +149,6 @@ def _all(dotted: str, why: str, fix: str) -> Iterator[Inert]:
 
 def _missing_in_run(config: Config, facts: Derived) -> Missing:
     name, missing = config.algorithm.name, _missing_rewards(config.rewards)
-    samples = "choose an algorithm that samples responses"
     if config.algorithm.is_online:
         why = f"algorithm {name} samples its training data"
         missing["fixed data"] = (why, "choose an algorithm that learns from given answers")
@@ -159,14 +158,10 @@ def _missing_in_run(config: Config, facts: Derived) -> Missing:
     else:
         missing["rollouts"] = (f"algorithm {name} samples no responses", "choose an algorithm that does")
         missing["responses"] = missing["rollouts"]
-    fixes: Mapping[str, str] = {
-        "critic": "use ppo",
-        "teacher": f"use {'on_policy_' if config.algorithm.is_online else ''}distillation",
-        "reference": _how_to_need_reference(config, facts),
-    }
     for role in ROLES.keys() - {*facts.needs}:
-        missing[role] = (f"algorithm {name} has no {role}", fixes.get(role, samples))
-        missing[f"{role} role"] = (f"this run starts no {role} role", fixes.get(role, samples))
+        fix = ROLE_USES[role].how_to_need(config)
+        missing[role] = (f"algorithm {name} has no {role}", fix)
+        missing[f"{role} role"] = (f"this run starts no {role} role", fix)
     if not config.rewards:
         missing["rewards"] = ("there are no rewards", "name one in rewards")
     missing |= _missing_template(None if config.rollouts is None else config.rollouts.agent)
@@ -180,13 +175,6 @@ def _missing_in_run(config: Config, facts: Derived) -> Missing:
         why = f"algorithm {name} normalises each reward within its group"
         missing["rewards as given"] = (why, "use another algorithm")
     return missing | _missing_reference(config, facts) | _missing_in_rollouts(config) | _missing_steps(config)
-
-
-def _how_to_need_reference(config: Config, facts: Derived) -> str:
-    if facts.reference == "adapter off":
-        return "the policy with its adapter off is the reference; name another reference.model if you want a second one"
-    is_online = isinstance(config.algorithm, OnlineConfig)
-    return "set algorithm.kl.coef above 0" if is_online else "choose an algorithm that samples responses"
 
 
 def _missing_reference(config: Config, facts: Derived) -> Missing:
