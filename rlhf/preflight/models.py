@@ -274,18 +274,12 @@ def with_adapters(config: Config, ours: Mapping[str, LoraConfig]) -> Config:
 
         if section.adapter in ours:
             made = ours[section.adapter]
-            shape = AdapterShape(
-                rank=saved_rank(made),
-                alpha=made.alpha,
-                rslora=made.rslora,
-                dora=made.dora,
-                modules_to_save=made.modules_to_save,
-                target_parameters=made.target_parameters,
-            )
+            names = [field.name for field in dataclasses.fields(AdapterShape)]
+            shape = {name: getattr(made, name) for name in names} | {"rank": saved_rank(made)}
         else:
             with prefix_errors(f"{name}.adapter"):
-                shape = read_adapter_shape(Path(section.adapter))
-        lora = section.lora.model_copy(update=dataclasses.asdict(shape))
+                shape = dataclasses.asdict(read_adapter_shape(Path(section.adapter)))
+        lora = section.lora.model_copy(update=shape)
         changed[name] = section.model_copy(update={"lora": lora})
     return config.model_copy(update=changed)
 

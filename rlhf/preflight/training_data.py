@@ -135,12 +135,6 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path) -> tuple[
     longest = sets.longest(lambda prompt: len(prompt.token_ids))
     max_model_len = rollouts.longest_sequence(longest)
     _refuse_too_long(source, config, longest=longest, wanted=max_model_len)
-    if max_model_len > config.train.max_tokens_per_microbatch:
-        raise UserError(
-            f"train.max_tokens_per_microbatch: is {config.train.max_tokens_per_microbatch}, but the longest prompt "
-            f"({longest} tokens) with rollouts.max_new_tokens ({rollouts.max_new_tokens}) may have {max_model_len}; "
-            "raise it"
-        )
     probe = [token for prompt in sets.train[:PROBE_TOKENS] for token in prompt.token_ids]
     return config, OnlineInputs(
         prompts=sets.train,
