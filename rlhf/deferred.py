@@ -1,7 +1,6 @@
 """Defer the import of slow modules, such as torch, until the first use of a name.
 
-A module that is loaded before the command needs torch takes torch from here. For type checkers, annotations import
-torch.
+A module loaded before the command needs torch takes torch from here. Annotations import torch for type checkers.
 """
 
 from __future__ import annotations

@@ -68,8 +68,7 @@ class Preempted(Exception):
 
 @contextmanager
 def prefix_errors(key: str, *, unless: str | None = None) -> Iterator[None]:
-    """Put the key of the configuration in front of the message of a UserError, unless the message already begins with a
-    key."""
+    """Put the key of the configuration in front of the message of a UserError, unless another key is there."""
     try:
         yield
     except UserError as error:

@@ -128,8 +128,7 @@ def _write(config: Config, checkpoint: Path, folder: Path, *, merged: bool) -> N
 
 
 def _device(config: Config) -> torch.device:
-    """Return the device of the model: a CPU, or for 4-bit weights the kind of device used for the rounding in the
-    run."""
+    """Return the device of the model: a CPU, or for 4-bit weights the run's kind of device."""
     lora = config.policy.lora
     if lora is None or lora.quantize is None or config.cluster.device == "cpu":
         return torch.device("cpu")

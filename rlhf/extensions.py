@@ -48,10 +48,7 @@ class StartRefused(LoadError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodeSource:
-    """Code named in a configuration.
-
-    `args` are arguments of a class's constructor, or fixed arguments of a function.
-    """
+    """Code named in a configuration. `args` go to a class's constructor, or are fixed for a function."""
 
     path: str | None  # absolute path of a file; None for a built-in or an entry point
     name: str

@@ -93,10 +93,7 @@ class SequenceReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareReport:
-    """The current weights' metrics of a batch, over all ranks.
-
-    Empty `sequences`: the first update measures the sequences.
-    """
+    """The current weights' metrics of a batch, over all ranks. Empty `sequences`: measured by the first update."""
 
     sequences: tuple[SequenceReport, ...]
     metrics: Metrics
@@ -178,10 +175,7 @@ class RolloutRole(MeasuredRole, Protocol):
         """Wait until the successor of a lost engine needs the last publication although its process is gone."""
 
     def offer_weights(self, manifest: WeightManifest) -> None:
-        """Give successors of lost engines a repeated publication of the last sync.
-
-        All other engines have these weights.
-        """
+        """Give successors of lost engines a repeated last publication. All other engines have these weights."""
 
     @property
     def num_working(self) -> int:
@@ -190,8 +184,7 @@ class RolloutRole(MeasuredRole, Protocol):
     async def cancel(self, requests: Sequence[GroupRequest]) -> None:
         """Cancel requests of the running `generate` call.
 
-        The call no longer yields such requests, and ends without them. A call of `answer` for a cancelled request
-        returns None.
+        The call no longer yields such requests, and ends without them. `answer` returns None for a cancelled request.
         """
 
     async def withdraw_weights(self) -> None:
@@ -353,8 +346,7 @@ class PolicyRole(TrainedRole, Protocol):
         by_sequence: Mapping[int, float] | None,
         values: Sequence[RemoteColumns[TokenValues]],
     ) -> AdvantagesReport:
-        """Give every sampled token the advantage of the sequence, or if None an advantage estimated from the critic's
-        values.
+        """Give every sampled token the advantage of the sequence, or if None an estimate from the critic's values.
 
         The tokens come from the last `prepare`.
         """
@@ -372,8 +364,7 @@ class PolicyRole(TrainedRole, Protocol):
         """Return the training signals of the tokens of these sequences in the prepared batch, by rank."""
 
     async def empty_cache(self) -> None:
-        """Return memory cached by torch but used by no tensor, to let another process on the GPU allocate the
-        memory."""
+        """Return memory cached by torch but used by no tensor, for allocation by another process on the GPU."""
 
     async def publish(self, version: int) -> WeightManifest:
         """Stage the current weights for the engines."""

@@ -1,7 +1,6 @@
 """Rules for every server of the framework: access, limits for slow clients, and the server's end.
 
-The servers themselves (of models, of rewards, of run folders) import this module. The module knows no request of a
-server.
+The servers themselves (of models, of rewards, of run folders) import this module, which knows no request.
 """
 
 from __future__ import annotations
@@ -69,8 +68,7 @@ def _cannot_listen(host: str, port: int, error: OSError | OverflowError) -> User
 def stranger(request: web.Request) -> str | None:
     """Return the reason why a server without a token refuses a request, or None.
 
-    A web page of a foreign site can make a browser send requests here. The site's name is then in `Host` or in
-    `Origin`.
+    A foreign web page can make a browser send requests here. The site's name is then in `Host` or in `Origin`.
     """
     origin = request.headers.get("Origin")
     if not _names_this_machine(f"//{request.host}"):
@@ -164,8 +162,7 @@ class Connections:
     """Closes connections without requests, so that slow clients cannot use up the file descriptors.
 
     A connection is busy from a complete request head to the end of the answer. An idle connection is closed after
-    IDLE_CONNECTION_S, and the oldest idle connections at once while more than half of the process' descriptors are in
-    use.
+    IDLE_CONNECTION_S, and the oldest at once while more than half of the process' descriptors are in use.
     """
 
     def __init__(self) -> None:

@@ -381,8 +381,7 @@ class BatchPlan:
     """The plan of one batch of rollouts for the trained roles. Made by the controller from scalars.
 
     The minibatches' composition does not depend on the number of ranks. Each epoch visits the minibatches in a new
-    order. With train.streamed a batch comes in portions. The plan of a portion has the portion's sequences of all
-    minibatches.
+    order. With train.streamed a batch comes in portions. A portion's plan has its sequences of all minibatches.
     """
 
     step: int

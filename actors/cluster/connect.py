@@ -208,8 +208,7 @@ def _own_session(temp: Path) -> None:
 def _remove_dead_sessions(temp: Path) -> None:
     """Remove leftovers of dead processes' local Rays: spilled objects and sockets, and all but the newest logs.
 
-    Only one process at a time looks for leftovers or locks a new session, so a session without a held lock has no
-    owner.
+    Only one process at a time looks for leftovers or locks a new session, so a session without a lock has no owner.
     """
     with alone_in(temp):
         dead = {path: lock for path in temp.glob("session_*") if (lock := _lock_of_dead(path)) is not None}
@@ -275,10 +274,7 @@ def _join(address: str) -> None:
 
 
 def _refuse_dead(address: str) -> None:
-    """Raise UserError within seconds if no Ray responds at `[ray://]HOST:PORT`.
-
-    Ray itself resolves every other form of address.
-    """
+    """Raise UserError within seconds if no Ray responds at `[ray://]HOST:PORT`. Ray resolves other address forms."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdecimal():
         return

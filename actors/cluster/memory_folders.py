@@ -47,8 +47,8 @@ class MemoryFolder(OwnedFolder):
     def __init__(self, path: Path) -> None:
         """Make the folder, or take over the folder of a dead process of this run.
 
-        Remove leftovers of dead runs beside the folder. RunError: the parent is another user's. UserError: the folder
-        cannot be made.
+        Remove leftovers of dead runs beside the folder. RunError: another user's parent. UserError: no folder can be
+        made.
         """
         try:
             super().__init__(path)
@@ -94,8 +94,7 @@ class NodeMemory:
 class MemoryFolders:
     """The folders of a run on the run's nodes, and the places of the copies of each rank's snapshots.
 
-    The driver owns the folder of ranks on the driver's node. On other nodes, and for all copies, a process there owns
-    the folder.
+    The driver owns the folder on the driver's node. On other nodes, and for all copies, a process there is the owner.
     """
 
     def __init__(self, *, start_timeout_s: float) -> None:
@@ -200,8 +199,7 @@ class MemoryFolders:
             return
 
     async def _examine(self, node: str) -> None:
-        """Find out why a copy failed: the node's process has died, or the node is unfit, for example for lack of
-        memory."""
+        """Find out why a copy failed: the node's process has died, or the node is unfit, as for lack of memory."""
         process = self._processes.get(node)
         try:
             await self._ask(node, "open", limit_s=EXAMINED_WITHIN_S)

@@ -1,8 +1,7 @@
 """Measure the load of a run's nodes.
 
 The driver measures the driver's node, and a small actor measures every other node. The actors reserve no CPU in Ray. A
-late node is left out until the answer is there. If a node is dead, the node's roles report the failure, and a replacing
-node gets a new actor.
+late node is left out until the answer is there. Roles report a dead node, and its replacement gets a new actor.
 """
 
 from __future__ import annotations

@@ -88,8 +88,7 @@ class Placement:
         return len(self.nodes()) == 1 and (self.seats is None or bool(OWN_RAY.daemons))
 
     def threads(self, role: Role, configured: int | Literal["auto"]) -> list[int]:
-        """Return the compute threads of each worker of a role. auto: the cores of the node, divided by the role's
-        workers there."""
+        """Return the compute threads of each worker of a role. auto: the node's cores, divided by its workers."""
         return _threads(self.nodes_of(role), configured)
 
     async def wait_until_whole(self, *, limit_s: float) -> None:
@@ -168,8 +167,7 @@ class Seats:
         return self._placed[rank].options(role, 0, env, concurrency=concurrency)
 
     def threads(self, role: Role, configured: int | Literal["auto"]) -> dict[int, int]:
-        """Return the compute threads of each rank's engine. auto: the cores of the node, divided by the present number
-        of engines there."""
+        """Return the compute threads of each rank's engine. auto: the node's cores, divided by its present engines."""
         nodes = self.nodes()
         return dict(zip(nodes, _threads(list(nodes.values()), configured), strict=True))
 
@@ -271,8 +269,7 @@ def _remove(groups: Sequence[PlacementGroup]) -> None:
 
 
 def _threads(nodes: Sequence[str], configured: int | Literal["auto"]) -> list[int]:
-    """Return the compute threads of workers on the given nodes. auto: the cores of a node, divided by the workers
-    there."""
+    """Return the compute threads of workers on the given nodes. auto: a node's cores, divided by its workers."""
     cores = {node["NodeID"]: int(node["Resources"].get("CPU", 1)) for node in ray.nodes()}
     return [max(1, cores.get(n, 1) // nodes.count(n)) if configured == "auto" else configured for n in nodes]
 
@@ -311,10 +308,7 @@ def _has_fixed_size(alive: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def missing_resources(plan: PlacementPlan, alive: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the end of a sentence on the missing resources of an empty cluster of these nodes.
-
-    None: enough resources.
-    """
+    """Return a sentence's end on resources missing in an empty cluster of these nodes. None: enough resources."""
     for wanted in plan.labels:
         if not any(wanted.items() <= node["Labels"].items() for node in alive):
             labels = ", ".join(f"{name}={value}" for name, value in wanted.items())

@@ -1,8 +1,8 @@
 """Ping the processes of all actors, and kill hanging processes.
 
 A process without an answer to heartbeats for `cluster.heartbeat_timeout_s` is given up: the stack is dumped on the
-process's node, and the process is killed. Ray then fails the calls that wait for the process, and
-`actors.cluster.waiting.explain` finds the reason here.
+process's node, and the process is killed. Ray then fails waiting calls, and `actors.cluster.waiting.explain` finds the
+reason here.
 """
 
 from __future__ import annotations
@@ -233,8 +233,7 @@ def kill(pid: int) -> None:
 
 
 async def died_for_memory(actor: str) -> bool:
-    """Return whether the kernel has killed a process for memory beside a dead actor since the actor's last
-    heartbeat."""
+    """Return whether the kernel has killed a process for memory beside a dead actor since its last heartbeat."""
     place, before = location_of(actor), _OOM_KILLS.get(actor)
     if place is None or before is None:
         return False

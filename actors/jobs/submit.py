@@ -152,8 +152,7 @@ class Jobs:
     def follow(self, job: str, write: Callable[[str], object]) -> JobEnd:
         """Write a job's log from the beginning, live, until the job is over.
 
-        RunError: the head does not answer any more. A run limits all operations itself, so the total time has no limit
-        here.
+        RunError: the head does not answer any more. A run limits its operations itself, so there is no limit here.
         """
         return run_stoppable(lambda _: run_async(self._follow(job, write)))
 

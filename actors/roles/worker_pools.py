@@ -217,8 +217,7 @@ class ReferenceWorkers(ModelGroup, WorkerPool):
     ) -> list[RemoteColumns[TokenValues]]:
         """Return a column for each group.
 
-        The workers share the groups evenly, and each packs all groups of the worker together. Single groups go to the
-        workers in turn.
+        The workers share the groups evenly, and each packs its groups together. Single groups go to workers in turn.
         """
 
         def compute(place: int, share: Sequence[int]) -> Awaitable[Sequence[Ref[TokenValues]]]:

@@ -96,8 +96,7 @@ class Dispatch:
     async def enter(self, group_id: int, work: GroupWork, *, urgent: bool) -> Slot | None:
         """Wait for room in an engine and take the room. None: the group was dropped.
 
-        Urgent groups come before all ordinary groups, and each kind in order of arrival. Raise the failure given to
-        `fail`.
+        Urgent groups come before all ordinary groups, each in order of arrival. Raise the failure given to `fail`.
         """
         if self._failure is not None:
             raise self._failure

@@ -107,8 +107,7 @@ class RolloutWorker:
     async def renew(self, spool: Path) -> bool:
         """Prepare for another run, with `spool` for the run's groups.
 
-        Return False and do nothing during requests in flight: such requests would be recorded as responses of the new
-        run.
+        Return False and do nothing during requests in flight, since the new run would record their responses.
         """
         if (await self.health()).requests_in_flight:
             return False
@@ -278,10 +277,8 @@ class RolloutWorker:
         return await self.spool.read(request, sampling, newest=version, weights=weights)
 
     async def stored(self, request: GroupRequest, sampling: Sampling, infos: tuple[RolloutInfo, ...]) -> Group:
-        """Return the finished group with these scalars from the spool.
-
-        The spool may hold several answers to the request.
-        """
+        """Return the finished group with these scalars from the spool, among several possible answers to the
+        request."""
         newest = await self.weights.settled_version()
         group = await self.spool.read(request, sampling, oldest=0, newest=newest, infos=infos)
         if group is None:

@@ -167,10 +167,7 @@ def lacks_cache(error: BaseException) -> bool:
 
 
 def _refusal(given: Mapping[str, Any], error: Exception) -> str:
-    """Return the message about arguments refused by vLLM.
-
-    The message names the arguments in vLLM's message, or else all.
-    """
+    """Return the message about arguments refused by vLLM: the arguments in vLLM's message, or else all."""
     reason = " ".join(str(error).split())
     named = [name for name in given if name in reason] or list(given)
     values = ", ".join(f"cluster.roles.rollout.engine_args.{name} is {given[name]}" for name in named)
@@ -275,10 +272,7 @@ def serve_own_weights(engine: Any, spec: RolloutSpec) -> Any:
 
 
 def load_weights(engine: Any, manifest: WeightManifest, *, keep_cache: bool) -> LoadedWeights:
-    """Load a published set of weights.
-
-    Forget the keys and values of the old weights, or keep the keys and values of running samples.
-    """
+    """Load published weights. Forget all old keys and values, or keep the keys and values of running samples."""
     engine.collective_rpc("start_weight_update")
     engine.collective_rpc("update_weights", kwargs={"update_info": {"manifest": manifest}})
     engine.collective_rpc("finish_weight_update")

@@ -81,10 +81,7 @@ class EngineLease:
     is_kept: bool = False
 
     async def start_with(self, others: Sequence[WorkerGroup], cluster: ClusterConfig) -> None:
-        """Start the engines and all other groups of the run.
-
-        On GPUs, engines that take turns with the trainer then sleep.
-        """
+        """Start the engines and all other groups. On GPUs, engines that take turns with the trainer then sleep."""
         limit_s, on_gpus = cluster.start_timeout_s, cluster.device == "cuda"
         groups = list(others)
         if on_gpus and self.placement.plan.shares_gpus(self.engines.role):

@@ -198,10 +198,7 @@ async def _answers(
 
 
 def _results(name: str, judged: Sequence[tuple[ScoredGroup, ResponseTexts]], inputs: EvalInputs) -> list[PromptResult]:
-    """Return the results of a set, without prompts with a failed reward.
-
-    RunError: all failed, or a failure ends the run.
-    """
+    """Return a set's results without prompts of failed rewards. RunError: all failed, or a failure ends the run."""
     rules = held_out_rules(rules_of_specs(inputs.rewards))
     errors = [scored.scores.errors for scored, _ in judged if scored.scores.errors]
     fatal = [failed for failed in errors if ends_run(failed, rules, inputs.reward_policy.on_error)]

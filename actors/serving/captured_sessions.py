@@ -321,8 +321,7 @@ class CapturedSessions:
 def turn_key(before: bytes, content: str | None, calls: Sequence[tuple[str, Any]]) -> bytes:
     """Return the key of a conversation that ends with an assistant's turn.
 
-    The key depends neither on space around the text nor on reasoning nor on the ids of calls: clients change or drop
-    all three.
+    The key depends neither on space around the text nor on reasoning nor on the ids of calls: clients change all three.
     """
     return _key(before, "assistant", (content or "").strip(), [(name, _arguments(given)) for name, given in calls])
 

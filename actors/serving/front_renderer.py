@@ -96,10 +96,7 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
     async def _continued(
         self, session: CapturedSession, request: Any, messages: list[Any], known: KnownTurn, options: dict[str, Any]
     ) -> list[int] | None:
-        """Return a prompt that continues a known turn.
-
-        None: the template does not write the turn once and unchanged.
-        """
+        """Return a prompt that continues a known turn. None: the template does not write the turn unchanged."""
         marked = [{"role": "assistant", "content": _PLACE}]
         before, behind = messages[: known.start], messages[known.end :]
         tail = _behind(self._render(request, [*before, *marked, *behind], options))
@@ -120,10 +117,7 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
     def _render(
         self, request: Any, messages: list[Any], options: dict[str, Any], *, is_whole: bool = True
     ) -> str | None:
-        """Return a conversation as text, or its beginning.
-
-        None: the template refuses the conversation, or writes tokens.
-        """
+        """Return a conversation as text, or its beginning. None: the template refuses, or writes tokens."""
         params = request.build_chat_params(options["default_template"], options["default_template_content_format"])
         usual = {**(options["default_template_kwargs"] or {}), "tools": options.get("tool_dicts"), "tokenize": False}
         params = params.with_defaults(usual)

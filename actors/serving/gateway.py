@@ -138,10 +138,7 @@ def _header_key(scope: Scope) -> str:
 
 
 class _Answer:
-    """The way back to the client.
-
-    The object knows whether the answer has begun, and gives errors the form of the protocol.
-    """
+    """The way back to the client: remembers whether the answer has begun, and formats errors for the protocol."""
 
     def __init__(self, send: Send, path: str) -> None:
         self.has_begun = False

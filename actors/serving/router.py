@@ -40,10 +40,7 @@ class Asked:
 
 
 class RequestRouter:
-    """Started engines with the base URLs of all fronts.
-
-    Use the router on one event loop, as an asynchronous context.
-    """
+    """Started engines with the base URLs of all fronts. Use on one event loop, as an asynchronous context."""
 
     def __init__(self, handles: Sequence[ActorHandle[Any]], urls: Sequence[str]) -> None:
         self.handles = handles

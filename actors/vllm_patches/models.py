@@ -34,8 +34,7 @@ def spare_unused_norms(model: Any) -> None:
 
 
 def embed_for_layers(model: Any) -> None:
-    """Compute the embeddings that Gemma 3n adds to each layer. vLLM computes the embeddings only in the model for
-    images."""
+    """Compute the embeddings that Gemma 3n adds to each layer, as vLLM does only in the model for images."""
     forward = model.forward
 
     def forward_with_embeddings(

@@ -1,8 +1,7 @@
 """Let the routers of a CPU engine choose experts by biases.
 
 vLLM's router for CPUs reads a bias of choice only if the experts form groups. Without groups the router scores by a
-softmax and drops the bias, as for ERNIE 4.5, or refuses sigmoids. A single group of all experts gives the missing
-choice by bias.
+softmax and drops the bias, as for ERNIE 4.5, or refuses sigmoids. One group of all experts gives the choice by bias.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The transport of a LoRA adapter: the policy writes a small folder, and the engines load the folder over the previous
-adapter.
+"""The transport of a LoRA adapter: a small folder, written by the policy and loaded by the engines over the previous
+one.
 
 The folder is in the run folder and visible to all hosts. The base model's weights never travel, because engines and
 policy load the same model folder at the start.

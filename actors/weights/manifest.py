@@ -1,8 +1,8 @@
 """The description of published weights: names, layout, version and checksum.
 
-The trainer writes the description, and engines read the description. All transports use the same layout: one flat run
-of bytes in the order of the trainer's names, each tensor at a 64-byte boundary. The checksum covers the whole run. This
-module moves no bytes.
+The trainer writes and engines read the description. All transports use the same layout: one flat run of bytes in the
+order of the trainer's names, each tensor at a 64-byte boundary. The checksum covers the whole run. This module moves no
+bytes.
 """
 
 from __future__ import annotations

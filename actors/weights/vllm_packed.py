@@ -2,8 +2,7 @@
 
 vLLM's general reload allocates every layer again, copies the weights in, packs the weights, and copies once more. Here
 q, k, v are adjacent in the flat run, as are gate and up, so the fused matrix is a view of the run. Only plain decoders
-on one CPU worker are loaded so. The module must never guess at a model with more than renaming and fusing in the
-loading.
+on one CPU worker are loaded so. Loading that does more than rename and fuse must never come here.
 """
 
 from __future__ import annotations

@@ -85,8 +85,7 @@ class NcclEngine(GlooEngine):
     method: ClassVar[Method] = "nccl"
 
     def init_transfer_engine(self, init_info: MeetingInfo) -> None:
-        """Meet the sender without the NCCL settings pinned by VLLM_BATCH_INVARIANT, because the sender has no such
-        settings."""
+        """Meet the sender without NCCL settings pinned by VLLM_BATCH_INVARIANT, which the sender does not have."""
         with unpinned_nccl_env():
             super().init_transfer_engine(init_info)
 

@@ -55,10 +55,7 @@ class AgentRunner(Protocol):
         """Allow the agent to log some lines of output again."""
 
     async def solve(self, task: AgentTask) -> AgentResult:
-        """Run a session to the end.
-
-        EnvironmentFailure if the agent failed, ChildLost if the agent's process is lost.
-        """
+        """Run a session to the end. EnvironmentFailure: the agent failed. ChildLost: the agent's process is lost."""
 
     async def stop(self) -> None:
         """End the agent with all sessions."""
@@ -158,8 +155,8 @@ class HostedRunner:
 def result_files(folder: Path) -> dict[str, str]:
     """Return the texts of the files below a folder by path.
 
-    EnvironmentFailure: files too large, or a file without text. Links are not followed, since a link may lead to a file
-    of the machine.
+    EnvironmentFailure: files too large, or a file without text. Links are not followed, since links may leave the
+    folder.
     """
     try:
         if not stat.S_ISDIR(folder.lstat().st_mode):

@@ -75,8 +75,7 @@ class AlgorithmConfig(Section):
 
     @property
     def reads_teacher_states(self) -> bool:
-        """Whether rollouts are compared with the teacher's distributions, not only with the teacher's
-        log-probabilities."""
+        """Whether rollouts are compared with the teacher's distributions, not only with its log-probabilities."""
         return False
 
     @property

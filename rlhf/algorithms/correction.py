@@ -1,5 +1,4 @@
-"""Configure and compute the correction of tokens sampled by different kernels or older weights than the trained
-policy's.
+"""Configure and compute the correction of tokens sampled by other kernels or older weights than the trained policy's.
 
 The correction is a factor for each token's policy loss. A rejected or masked token has factor 0 and still counts in the
 denominator of the step's loss: the number of such tokens may be known only during the step, and a denominator of local

@@ -43,8 +43,7 @@ BASES = ", ".join(dict.fromkeys(family.__name__ for family in FAMILIES.values())
 
 
 class CustomConfig:
-    """The part of a configuration class for loading the algorithm. `custom_config_class` adds this part to the user's
-    class."""
+    """The part of a configuration class for loading the algorithm, added by `custom_config_class`."""
 
     algorithm_class: ClassVar[type[Algorithm]]
     short_name: ClassVar[str]

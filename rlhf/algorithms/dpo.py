@@ -43,8 +43,7 @@ class LogRatioConfig(PreferenceConfig):
     length_normalize: bool = False
     """Log-ratios per token instead of summed over a response (Tulu 3, arXiv:2411.15124; IPO as run by the authors)."""
     length_alpha: float = Field(default=1.0, ge=0.0, le=1.0)
-    """Weight of the longer response's surplus of tokens over the shorter response of a pair (LD-DPO,
-    arXiv:2409.06411)."""
+    """Weight of the longer response's surplus of tokens in a pair (LD-DPO, arXiv:2409.06411)."""
     divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "reverse_kl"
     """Divergence from the reference (f-DPO, arXiv:2309.16240)."""
     divergence_alpha: Annotated[float, OnlyWith("divergence", "alpha")] = Field(default=0.5, ge=0.0, lt=1.0)

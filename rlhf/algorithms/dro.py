@@ -27,8 +27,7 @@ class DRO(GroupRelative):
     """The gradient has no ratio and no clip. The penalty alone keeps the policy near the sampler.
 
     Deviations from the paper: 1. the penalty is towards the weights at the start of the update, not a fixed reference;
-    2. the penalty applies to each token, not to the whole response; 3. the baseline is GRPO's, not a trained value
-       function.
+    2. the penalty applies to each token, not to the whole response; 3. the baseline is GRPO's, not a value function.
     """
 
     config: DROConfig

@@ -97,8 +97,7 @@ class ValueLossTerms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correction:
-    """Correction factors, zero outside response_mask, and masks of the tokens with a factor different from the
-    ratio."""
+    """Correction factors, zero outside response_mask, and masks of tokens whose factor is not the ratio."""
 
     weights: Float[Tensor, " N"]
     truncated: Bool[Tensor, " N"]  # clipped to a bound

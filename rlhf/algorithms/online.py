@@ -1,7 +1,4 @@
-"""Define the base class of algorithms on rollouts.
-
-The class composes the loss; the equations are in rlhf.objectives.
-"""
+"""Define the base class of algorithms on rollouts: the loss is composed here, of equations in rlhf.objectives."""
 
 from __future__ import annotations
 
@@ -57,10 +54,7 @@ class OnlineAlgorithm(Algorithm):
 
     @property
     def whole_batch_needed_for(self) -> str | None:
-        """Return the reason to wait for the whole batch before computing a gradient.
-
-        None: groups can be trained alone.
-        """
+        """Return the reason to wait for the whole batch before a gradient. None: groups can be trained alone."""
         if self.config.has_critic:
             return "the critic values a whole batch"
         if self.config.wants_greedy:

@@ -27,8 +27,7 @@ class PassAtKConfig(ClippedConfig):
     baseline leave_one_out."""
     baseline: Literal["group", "leave_one_out"] = "group"
     """group: the sets of k with a response compared with all sets of k, over their deviation (arXiv:2508.10751);
-    leave_one_out: the response's improvement over the best of the remaining responses (arXiv:2503.19595,
-    arXiv:2505.15201)."""
+    leave_one_out: the response's improvement over the best other response (arXiv:2503.19595, arXiv:2505.15201)."""
 
     def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
         """Yield a set larger than the group of responses."""

@@ -38,8 +38,7 @@ class ReinforcePlusPlusConfig(ClippedConfig):
 
 
 class ReinforcePlusPlus(OnlineAlgorithm):
-    """A token's advantage is the score minus the KL penalties from the token on, whitened over the batch's sampled
-    tokens.
+    """A token's advantage is the score minus the KL penalties from the token on, whitened over the batch.
 
     With group_baseline all tokens of a response have the same advantage. Deviation from the paper's baseline form: the
     KL penalty is configurable, not always a k2 term of the loss. Set kl.place and kl.estimator to match the paper.

@@ -15,8 +15,7 @@ class SFTConfig(AlgorithmConfig):
     kind: ClassVar[Kind] = "supervised"
     name: Literal["sft"]
     loss: Literal["nll", "dft"] = "nll"
-    """`nll`: cross-entropy. `dft`: cross-entropy times the token's probability (dynamic fine-tuning,
-    arXiv:2508.05629)."""
+    """`nll`: cross-entropy. `dft`: cross-entropy times the token's probability (arXiv:2508.05629)."""
     neftune_alpha: float | None = Field(default=None, gt=0.0)
     """Noise on the input embeddings during training (NEFTune, arXiv:2310.05914); 5 is usual; null: no noise."""
 

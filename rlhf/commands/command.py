@@ -37,8 +37,7 @@ Args:
 
 @dataclass
 class Command:
-    """One command: a function of the Python API, a presenter of its result, and the differences between command and
-    call."""
+    """One command: a function of the Python API, a presenter of its result, and the differences of the two."""
 
     function: Callable[..., Any]  # its parameters become arguments
     present: Callable[[argparse.Namespace], int | None] | None = None  # calls it, shows the result; the exit code

@@ -71,10 +71,7 @@ def config_or_name(target: AnyConfig, overrides: Sequence[str] = ()) -> LoadedCo
 
 
 def starts_work(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a call that starts processes, jobs or long work.
-
-    Code named in a configuration may not make such a call.
-    """
+    """Decorate a call that starts processes, jobs or long work, forbidden to code named in a configuration."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -129,10 +129,7 @@ def _how_it_died(end: DriverEnd) -> str:
 
 @contextmanager
 def _held_signals() -> Iterator[tuple[set[signal.Signals], set[signal.Signals]]]:
-    """Block the signals that `_watch` waits for. Yield the signals and the earlier mask.
-
-    Ignored signals stay ignored.
-    """
+    """Block the signals of `_watch`. Yield the signals and the earlier mask. Ignored signals stay ignored."""
     heard = {number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN} | {signal.SIGCHLD}
     before = {signal.Signals(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, heard)}
     try:

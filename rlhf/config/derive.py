@@ -1,8 +1,7 @@
 """Derive roles, batch arithmetic, placement and weight sync from one run's configuration, as `rlhf plan` shows.
 
 The functions are pure. `derive` takes a configuration checked by rlhf.config.validation.run; the functions above
-`derive` take any configuration. Facts about the algorithm alone are in the algorithm's section
-(rlhf.algorithms.algorithm).
+`derive` take any configuration. Facts about the algorithm alone are in rlhf.algorithms.algorithm.
 """
 
 from __future__ import annotations

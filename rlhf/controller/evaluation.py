@@ -1,5 +1,4 @@
-"""Score held-out prompts under the current weights, with intervals and by source, and compare the responses with a
-teacher."""
+"""Score held-out prompts under the current weights, with intervals and by source, and compare them with a teacher."""
 
 from __future__ import annotations
 

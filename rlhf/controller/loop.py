@@ -346,10 +346,7 @@ class TrainingLoop(ABC):
 
 
 async def _all_ended(calls: Sequence[Awaitable[None]]) -> None:
-    """Wait until all calls have ended, then raise the first failure.
-
-    A restart still in progress would meet the next restart.
-    """
+    """Wait until all calls have ended, then raise the first failure, so that no restart meets the next one."""
     for end in await asyncio.gather(*calls, return_exceptions=True):
         if end is not None:
             raise end

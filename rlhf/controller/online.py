@@ -342,10 +342,7 @@ class OnlineController(TrainingLoop):
         return [getattr(self.roles, name) for name in names if name in self.sharing]
 
     async def evaluate(self, step: int) -> None:
-        """Answer and score the held-out prompts.
-
-        With a teacher, compare the responses with the teacher's predictions.
-        """
+        """Answer and score the held-out prompts. With a teacher, compare responses and the teacher's predictions."""
         roles = self.roles
         answers = score_held_out(self.eval_sets, self.config, self.marking, self.scorer, step=step)
         answered = await self._with_weights(answers, self._publish_despite_losses)

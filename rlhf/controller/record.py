@@ -126,8 +126,7 @@ class RunRecord:
             self.progress.finding(finding)
 
     def amend(self, metrics: Metrics) -> None:
-        """Add nonzero metrics to the last logged row, in metrics.jsonl alone: the metrics cover the time after
-        the row."""
+        """Add nonzero metrics to the last row, in metrics.jsonl alone: they cover the time after the row."""
         added = {key: value for key, value in results(metrics).items() if value}
         if added:
             self.tracker.amend(added)
@@ -208,8 +207,7 @@ class RunRecord:
     def restore_best(self, best: Best, state: Mapping[str, Any]) -> None:
         """Restore the best evaluation of a checkpoint, and point `best` at the evaluation's checkpoint.
 
-        The best checkpoint may be gone on a resumption from an older checkpoint by name. Then the run starts without a
-        best checkpoint.
+        On a resumption from an older checkpoint, the best may be gone. Then the run starts without a best.
         """
         best.restore(state)
         if best.step is None:

@@ -137,7 +137,7 @@ class RolloutScorer:
     ) -> None:
         """Open the stores of a run's responses and scores.
 
-        `in_flight`: whether the engines answer training requests at the same time, so that no batch waits to be whole.
+        `in_flight`: whether the engines answer training requests at the same time, so that no batch waits.
         """
         self.rollout = rollout
         self.weights = 0, ""  # version and checksum of those that the engines have

@@ -84,8 +84,7 @@ async def _both(sending: Coroutine[Any, Any, None], receiving: Coroutine[Any, An
 async def _prove(policy: PolicyRole, rollout: RolloutRole, probe: PolicyProbe) -> float | None:
     """Return the largest difference of the log-probabilities.
 
-    If the successor of a lost engine cannot get the weights, because a rank of the policy is lost, raise the loss of
-    the rank.
+    If a lost rank of the policy keeps an engine's successor from getting the weights, raise the loss of the rank.
     """
     proving = asyncio.ensure_future(rollout.prove(probe))
     missing = asyncio.ensure_future(rollout.weights_are_missing())

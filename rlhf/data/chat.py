@@ -169,10 +169,7 @@ def render(
     place: str,
     tools: Sequence[Message] | None = None,
 ) -> str:
-    """Return the conversation as text, special tokens written out.
-
-    UserError if the template refuses the conversation.
-    """
+    """Return the conversation as text, special tokens written out. UserError if the template refuses."""
     shown = [{name: value for name, value in message.items() if name != "train"} for message in messages]
     try:
         text = tokenizer.apply_chat_template(

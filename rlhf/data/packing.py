@@ -35,8 +35,7 @@ def pack(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
 
 
 def pack_evenly(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
-    """Return as many bins as `pack`, about equally full if `balance` can fit the sequences, and otherwise the bins of
-    `pack`.
+    """Return as many bins as `pack`, about equally full if `balance` can fit the sequences, or else `pack`'s bins.
 
     Full bins and a small last bin would take more memory and use smaller matrix products.
     """

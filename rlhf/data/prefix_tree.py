@@ -77,8 +77,7 @@ class _Edge:
 
 
 def shared_with_earlier(sequences: Iterable[tuple[TokenIds, int]]) -> list[SharedPrefix | None]:
-    """Return the prefix that each sequence shares with earlier sequences, up to the number of tokens given beside the
-    sequence."""
+    """Return the prefix shared by each sequence with earlier sequences, up to the sequence's number of tokens."""
     tree, result = PrefixTree(), []
     for tokens, most in sequences:
         result.append(tree.shared(tokens, most=most))

@@ -183,10 +183,7 @@ class Writer:
 
 
 def answer_text(row: Row, column: str) -> str:
-    """Return the text of an answer column.
-
-    NotUsable for an empty text, and UserError for a value other than a string.
-    """
+    """Return an answer column's text. NotUsable for an empty text, UserError for any value but a string."""
     value = row.value(column)
     if isinstance(value, str) and not value.strip():
         raise NotUsable(row.place, f"column `{column}` is the string {value!r:.40}, which is empty")

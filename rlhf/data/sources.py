@@ -55,10 +55,7 @@ class Row:
         return value
 
     def truth(self, column: str) -> bool:
-        """Return a boolean column, or the word `true` or `false` in any case, as in CSV.
-
-        UserError for an invalid value.
-        """
+        """Return a boolean column, also from `true` or `false` in any case, as in CSV. UserError otherwise."""
         value = self.value(column)
         words = {"true": True, "false": False}
         parsed = words.get(value.strip().lower()) if isinstance(value, str) else value
@@ -107,8 +104,7 @@ def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> li
     a file. An existing folder is a saved dataset, and every remaining string is a Hugging Face dataset. Both kinds of
     dataset take `:SPLIT` after the name. CSV values stay text.
 
-    UserError for an unreadable source, a missing renamed column, a dataset without rows, and a dataset too large for
-    the memory of this machine.
+    UserError: an unreadable source, a missing renamed column, no rows, or a dataset too large for this machine.
     """
     name = source.name if isinstance(source, TaskSource) else source
     loaded: Iterable[Row]
@@ -128,10 +124,7 @@ def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> li
 
 
 def refuse_half_characters(text: str, place: str) -> None:
-    """Raise UserError for a lone surrogate.
-
-    JSON can contain a lone surrogate (`\\ud800`), which is no valid character.
-    """
+    """Raise UserError for a lone surrogate, such as `\\ud800` in JSON, which is no valid character."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -95,10 +95,7 @@ class StreamOrder:
         self._turns.go_to(given)
 
     def state(self) -> dict[str, Any]:
-        """Return the order and the number of given items.
-
-        `given_rows` repeats the rows from this state without the data.
-        """
+        """Return the order and the number of given items, from which `given_rows` repeats the rows without data."""
         return {
             "shares": [asdict(share) for share in self.shares],
             "seed": self.seed,
@@ -167,10 +164,7 @@ class Stream(Generic[T]):
         return len(self._items)
 
     def next(self, count: int) -> tuple[tuple[int, T], ...]:
-        """Return the next `count` items, each with the epoch of the item's set.
-
-        Continue into later epochs as needed.
-        """
+        """Return the next `count` items, each with its set's epoch. Continue into later epochs as needed."""
         places = (self.order.next() for _ in range(count))
         return tuple((epoch, self._items[place]) for epoch, place in places)
 

@@ -178,10 +178,7 @@ _SEED_STRIDE = 1_000_000  # item i of reasoning-gym depends on seed + i: neighbo
 
 
 def _reasoning_gym(source: TaskSource) -> list[Columns]:
-    """Return few-shot chat rows.
-
-    `args.shots` worked examples come first; the remaining args configure the generator.
-    """
+    """Return few-shot chat rows: `args.shots` worked examples first; the remaining args configure the generator."""
     if source.split == "steps":
         raise UserError(f"{source.name}: its answers have no steps; {RUNNING_TOTALS} has that split.")
     shots = source.args.get("shots", _DEFAULT_SHOTS)

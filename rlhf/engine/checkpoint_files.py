@@ -27,10 +27,7 @@ class DataOnlyCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
     """Writes checkpoint files as DeepSpeed does, without frozen weights. Refuses to run code when reading files."""
 
     def __init__(self, config: Any, *, frozen: frozenset[str]) -> None:
-        """Set the names of the frozen weights.
-
-        Frozen weights are not written, since the model's folder has the weights.
-        """
+        """Set the names of the frozen weights, which are not written, since the model's folder has them."""
         super().__init__(config)
         self._frozen = frozen
 

@@ -60,8 +60,7 @@ def load_trained_weights(module: Any, folder: Path, *, dtype: torch.dtype) -> No
 
 
 def _load_kept_copies(module: Any, folder: Path, sharding: Sharding) -> None:
-    """Restore the frozen copies from snapshots, where each rank has a part of the copies at stage 3, and otherwise the
-    whole."""
+    """Restore the frozen copies from snapshots. At stage 3 each rank has a part of the copies, otherwise the whole."""
     copies = initial_copies(module)
     ranks = range(sharding.ranks if copies and sharding.zero_stage == 3 else min(len(copies), 1))
     snapshots = [read_snapshot(folder, rank).tensors for rank in ranks]

@@ -307,8 +307,7 @@ class DeepSpeedEngine:
 
     @contextmanager
     def _own_settings(self) -> Iterator[None]:
-        """Keep the optimizer's settings, such as betas and weight decay, although DeepSpeed replaces all settings by
-        the saved settings."""
+        """Keep the optimizer's settings, such as betas and weight decay, which DeepSpeed replaces by saved ones."""
         own = [
             {key: value for key, value in group.items() if key != "params"} for group in self._optimizer.param_groups
         ]

@@ -1,7 +1,6 @@
 """Arithmetic of a training pass, and the speed of a large matrix product, for throughput/mfu.
 
-Called once at the start of a run. The estimate covers the arithmetic of the mathematics: recomputation does not count
-as work.
+Called once at the start of a run. The estimate covers the mathematics: recomputation is no work.
 """
 
 from __future__ import annotations

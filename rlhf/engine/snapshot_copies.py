@@ -120,10 +120,7 @@ class _Copies:
             yield
 
     def take(self, connection: socket.socket, head: Mapping[str, Any]) -> None:
-        """Receive the copy of a step, unless already here.
-
-        Copies of later steps come from an attempt that is repeated.
-        """
+        """Receive the copy of a step, unless already here. Later copies come from an attempt that is repeated."""
         step, slot, description = head["step"], head["slot"], _receive(connection, head["description"])
         is_held = step in self._slots and self._file(step).read_bytes() == description
         for other, used in list(self._slots.items()):

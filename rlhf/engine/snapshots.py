@@ -2,9 +2,9 @@
 
 Snapshots outlive the process, and the successor on the host restores a snapshot. A folder in /dev/shm has two slots:
 while one slot is written, the second is whole. The file that describes a slot is named after the step. The file gets
-this name last, and is removed before the slot is written again. So half a snapshot is never taken for a whole one. The
-state is copied in a thread during the passes of the next step. If the rank has a place on another node for copies
-(rlhf.engine.snapshot_copies), the same thread then sends the snapshot there.
+this name last, and is removed before the slot is written again. The state is copied in a thread during the passes of
+the next step. If the rank has a place on another node for copies (rlhf.engine.snapshot_copies), the same thread then
+sends the snapshot there.
 """
 
 from __future__ import annotations
@@ -97,10 +97,7 @@ class Snapshots:
             self._send(int(self._last.stem), self._last_slot)
 
     def wait_until_sent(self) -> str | None:
-        """Wait for the copy of the last snapshot. Return the reason of a failure.
-
-        None: a whole copy, or no place for copies.
-        """
+        """Wait for the copy of the last snapshot. Return a failure's reason. None: a whole copy, or no place."""
         if self._sending is None:
             return None
         try:

@@ -133,8 +133,7 @@ def _ranks(source: MergeSource) -> str:
 def _settings_to_combine(folder: Path) -> Any:
     """Return peft's config of an adapter, with the full names of the layers.
 
-    The result of a combination gets the first adapter's choice of layers, possibly without layers of the further
-    adapters.
+    The result of a combination gets the first adapter's choice of layers, possibly without other adapters' layers.
     """
     settings: Any = load_adapter_config(folder)
     settings.target_modules = adapted_modules(folder)

@@ -93,8 +93,7 @@ def weight_shapes(key: str, folder: Path, config: Any) -> Shapes:
 
 
 def check_distinct(sources: Sequence[MergeSource]) -> None:
-    """Reject a model given twice: the weights would count only once, and the task vector between equal models is
-    zero."""
+    """Reject a model given twice: the weights would count only once, and its task vector would be zero."""
     seen: dict[Path, MergeSource] = {}
     for source in sources:
         place = source.own_folder.resolve()

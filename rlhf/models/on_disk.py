@@ -78,10 +78,7 @@ def may_ask_the_hub(name: str) -> bool:
 
 
 def tokenizer_of(model: str) -> str:
-    """Return the name or folder of a model's tokenizer.
-
-    For an adapter folder without a tokenizer, return the base's.
-    """
+    """Return the name or folder of a model's tokenizer: the base's for an adapter folder without one."""
     folder = Path(model)
     has_tokenizer = not is_adapter(folder) or (folder / "tokenizer_config.json").is_file()
     return model if has_tokenizer else base_of(folder)[0]

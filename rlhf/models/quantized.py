@@ -1,8 +1,7 @@
 """A frozen base of 4-bit weights under an adapter (QLoRA, arXiv:2305.14314), by bitsandbytes through transformers.
 
 Linear layers but the head are stored as nf4 with quantised scales and multiplied in the model's dtype. bitsandbytes is
-an optional dependency. The presence of bitsandbytes is checked before anything starts, and the import comes only with
-quantised weights.
+an optional dependency. Its presence is checked before anything starts, and it is imported only to quantise.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The table of tested architectures: measurements on tiny random models of each type.
 
-`support.csv` has a line for each model type. tests/support_measurements.py writes the table, and docs/models.md shows
-the table.
+`support.csv` has a line for each model type. tests/support_measurements.py writes, and docs/models.md shows the table.
 """
 
 from __future__ import annotations

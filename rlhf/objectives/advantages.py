@@ -186,8 +186,7 @@ def group_best_normalized(scores: Float[Tensor, " B"], *, group_size: int, k: in
 
     Pass@k training (arXiv:2508.10751, the analytic form) for scores of any value: exact over all sets of k of a group.
     The deviation is the population's. Where the deviation is at most eps, the sets do not differ and advantages are 0.
-    Scores are prompt-major; ValueError as in group_centered, and unless 1 <= k < group_size: a single set has no
-    baseline.
+    Scores are prompt-major; ValueError as in group_centered, and unless 1 <= k < group_size: one set has no baseline.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="group_best_normalized")
     if not 1 <= k < group_size:

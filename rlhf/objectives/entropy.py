@@ -35,8 +35,7 @@ def advantage_covariance(
 ) -> Float[Tensor, "*N"]:
     """Return (A - mean A) * (logprob - mean logprob) of each token, zero outside mask (arXiv:2505.22617).
 
-    The mean covariance is the decrease of the entropy in a policy-gradient step. The means are taken over the given
-    tokens.
+    The mean covariance is the decrease of the entropy in a policy-gradient step. Means are over the given tokens.
     """
     logprobs = logprobs.detach()
     centered = (advantages - masked_mean(advantages, mask)) * (logprobs - masked_mean(logprobs, mask))
@@ -81,8 +80,7 @@ def drawn_covariance_tokens(
 
 
 def adaptive_entropy_coef(coef: float, *, entropy: float, target: float, step: float, max_coef: float) -> float:
-    """Return the next coefficient within [0, max_coef]: one step up if the entropy is below the target, else one step
-    down.
+    """Return the next coefficient within [0, max_coef]: a step up if the entropy is below the target, else a step down.
 
     The bonus is given at or below the target only (Skywork-OR1, arXiv:2505.22312).
     """

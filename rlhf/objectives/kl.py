@@ -13,8 +13,7 @@ with d = logprobs - ref_logprobs,
 | k2   | d^2 / 2      | small      | d             | that of KL(policy || reference)            |
 | k3   | e^-d - 1 + d | none       | 1 - e^-d      | that of KL(reference || policy)            |
 
-In a loss k2 alone has the right gradient. `straight_through` gives k1 and k3 the gradient of k2 and leaves the values
-of k1 and k3.
+In a loss k2 alone has the right gradient. `straight_through` gives k1 and k3 this gradient and leaves their values.
 """
 
 from __future__ import annotations
@@ -70,12 +69,10 @@ ESTIMATORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {  # by their nam
 
 
 def adaptive_kl_coef(coef: float, *, kl: float, target: float, horizon: float, num_sequences: int) -> float:
-    """Return the next coefficient: the change moves the KL per sequence towards `target` (arXiv:1909.08593, section
-    2.2).
+    """Return the next coefficient, which moves the KL per sequence to `target` (arXiv:1909.08593, section 2.2).
 
     coef * (1 + clip(kl / target - 1, -0.2, 0.2) * num_sequences / horizon): the horizon is counted in sequences. Only a
-    horizon above 0.2 * num_sequences keeps a coefficient positive; the check of the configuration demands such a
-    horizon.
+    horizon above 0.2 * num_sequences keeps a coefficient positive; the configuration's check demands it.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return coef * (1.0 + error * num_sequences / horizon)

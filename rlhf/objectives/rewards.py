@@ -50,7 +50,7 @@ def step_rewards(
 def overlong_penalty(num_tokens: Int[Tensor, " B"], *, max_tokens: int, buffer: int | float) -> Float[Tensor, " B"]:
     """Return 0 up to max_tokens - buffer, then linearly down to -1 at max_tokens and beyond.
 
-    DAPO, arXiv:2503.14476, eq. 13. Add the penalty to the score, times a factor. ValueError unless 0 < buffer <=
+    DAPO, arXiv:2503.14476, eq. 13. Add the penalty, times a factor, to the score. ValueError unless 0 < buffer <=
     max_tokens.
     """
     if not 0 < buffer <= max_tokens:

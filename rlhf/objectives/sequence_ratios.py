@@ -55,8 +55,7 @@ def geometric_mean_ratio(
     """Return sequence_ratio of token ratios, each clipped in log space (GMPO, arXiv:2507.20673).
 
     A token's log-ratio is clipped above at clip_high for a positive advantage and below at -clip_low for a negative
-    advantage. An advantage of zero gives a log-ratio of 0. Use `-ratio * advantage` with the result, without a further
-    clip.
+    advantage. An advantage of zero gives a log-ratio of 0. Use `-ratio * advantage` with the result, without a clip.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     sign = advantages.sign()

@@ -1,7 +1,4 @@
-"""Compute losses of supervised fine-tuning, one term per token, zero where `mask` is False.
-
-The losses are never averaged here.
-"""
+"""Compute supervised fine-tuning losses, one term per token, zero where `mask` is False, without averages."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Compute the critic's loss: squared error to the returns, with PPO's trust region around the old values.
 
-The losses have one term per token, zero where `mask` is False; aggregation.py gives the weights, and the caller sums
-the terms.
+The losses have one term per token, zero where `mask` is False; aggregation.py weights and the caller sums the terms.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ def clipped_value_loss(
     *,
     clip: float,
 ) -> Float[Tensor, "*N"]:
-    """Return half the larger of two squared errors: of the value, and of the value clipped to `clip` around the old
-    value.
+    """Return half the larger squared error of two: of the value, and of the value clipped around the old value.
 
     This is the form of the original PPO code (openai/baselines, ppo2), not in the paper: a value moved further than
     `clip` towards the return gets no gradient.

@@ -51,8 +51,7 @@ def this_machine(*, cpus: float) -> Node:
 def places(
     config: Config, placement: PlacementPlan, processes: Sequence[Footprint], nodes: Sequence[Node]
 ) -> list[Fit]:
-    """Return the memory use of each set of roles on a GPU, of each node's host, and of each node's /dev/shm, at the
-    fullest."""
+    """Return the memory use of each set of roles on a GPU, and of each node's host and /dev/shm, at the fullest."""
     at = assign_nodes(placement.bundles, [node.resources for node in nodes])
     if at is None:
         return []
@@ -238,10 +237,7 @@ def _shrunk(old: Fit, new: Fit | None) -> str:
 
 
 def _places_of(config: Config, sizes: Sizes, nodes: Sequence[Node]) -> dict[str, Fit]:
-    """Return the fullest places of a changed configuration, by the places like each.
-
-    Refused or not placed: no place.
-    """
+    """Return the fullest places of a changed configuration, by the places like each. None if refused or unplaced."""
     fits = [] if problems(config) else places(config, plan_placement(config), footprints(config, sizes), nodes)
     return {place.alike: place for place in fits}
 

@@ -1,7 +1,4 @@
-"""Define the input and outcome of a simulation: a system, a schedule of rollouts and training, and the results.
-
-The classes know no configuration.
-"""
+"""Define a simulation's system, schedule of rollouts and training, and outcome, without any configuration."""
 
 from __future__ import annotations
 

@@ -16,10 +16,7 @@ _CLASS, _FILE = "EngineArgs", Path("engine", "arg_utils.py")  # vLLM's dataclass
 
 
 def refuse_unknown_engine_args(cluster: ClusterConfig) -> None:
-    """Raise UserError if the installed vLLM has no such argument.
-
-    Without vLLM here, the engines check the arguments.
-    """
+    """Raise UserError if the installed vLLM lacks such an argument. Without vLLM here, the engines check."""
     given = cluster.roles.rollout.engine_args
     names = known_engine_args() if given else frozenset()
     for name in sorted(given if names else ()):

@@ -108,8 +108,7 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Stage
     """Return the inputs of an evaluation section.
 
     `made` holds the results of earlier stages. The models of earlier stages may not exist yet. A stage's initial model
-    stands in for the trained model, with the same tokenizer and context length, and results are checked by
-    configuration.
+    stands in for the trained model, with equal tokenizer and context length. Results are checked by configuration.
     """
     made = made or StageResults()
     _refuse_unfit_results(stage, made)

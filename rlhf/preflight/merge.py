@@ -61,10 +61,7 @@ def _key(name: str) -> str:
 
 
 def _stand_in(name: str, model: str, made: StageResults) -> MergeSource:
-    """Return the model.
-
-    For a missing model, return the initial model of the stage, which differs only in the values.
-    """
+    """Return the model, or for a missing model the stage's initial model, which differs only in the values."""
     return find_source(_key(name), name, made.finals.get(model, model))
 
 

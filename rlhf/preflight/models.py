@@ -186,10 +186,7 @@ def _refuse_other_vocabulary(section: Role, path: str, policy: str, trust_remote
 
 
 def _words(tokenizer: Any) -> dict[str, int]:
-    """Return the tokens without a token used only for padding.
-
-    Training often adds such a token, and no sequence contains the token.
-    """
+    """Return the tokens without a pure padding token, which training often adds and no sequence contains."""
     words: dict[str, int] = tokenizer.get_vocab()
     if tokenizer.pad_token != tokenizer.eos_token:
         words.pop(tokenizer.pad_token, None)

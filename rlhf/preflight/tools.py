@@ -52,8 +52,7 @@ def _filled(values: Mapping[str, str], key: str) -> dict[str, str]:
 def located(command: Sequence[str], beside: Path, key: str) -> tuple[str, ...]:
     """Return a command with absolute paths for files, since the command starts in a different folder.
 
-    UserError: no program. Links are kept: the Python of a virtual environment is a link, and finds packages by the
-    link's place.
+    UserError: no program. Links are kept, since the Python of a virtual environment finds packages by its link.
     """
     found = []
     for place, word in enumerate(command):

@@ -49,10 +49,7 @@ def is_supervised() -> bool:
 
 
 def unrecorded_deaths() -> list[DriverDeath]:
-    """Return the deaths since the checkpoint from which this driver continues, in order.
-
-    Without a parent, the list is empty.
-    """
+    """Return the deaths since the checkpoint of this driver, in order. Without a parent, the list is empty."""
     message = _from_parent()
     return [] if message is None else [DriverDeath(**death) for death in message["deaths"]]
 
@@ -71,10 +68,7 @@ def read_report(file: int) -> DriverReport:
 
 
 def _from_parent() -> dict[str, Any] | None:
-    """Return the parent's message, or None.
-
-    Child processes of the driver inherit the variable too, but must ignore it.
-    """
+    """Return the parent's message, or None. Children inherit the variable, but must not read it."""
     text = os.environ.get(VARIABLE)
     message: dict[str, Any] | None = None if text is None else json.loads(text)
     return message if message is not None and message["parent"] == os.getppid() else None

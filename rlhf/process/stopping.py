@@ -42,7 +42,7 @@ class StopRequest:
 
     The first signal counts; later signals only make the request urgent. A training loop and a server set
     `ends_by_itself` while running: both look at `came`, finish the work in progress and end. Only the second signal
-    interrupts. The first signal interrupts work of any other kind.
+    interrupts, and for other work the first.
     """
 
     def __init__(self) -> None:

@@ -17,10 +17,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def memfd(name: str, *, is_sealable: bool = False) -> int:
-    """Return the descriptor of an empty file in memory.
-
-    A started program inherits the descriptor only through `pass_fds`.
-    """
+    """Return the descriptor of an empty file in memory, inherited by programs only through `pass_fds`."""
     return _checked("memfd_create", _LIBC.memfd_create(name.encode(), _CLOEXEC | _ALLOW_SEALING * is_sealable))
 
 
@@ -30,10 +27,7 @@ def seal(descriptor: int) -> None:
 
 
 def pidfd_open(pid: int) -> int:
-    """Return a descriptor of a process, readable from the process's end on.
-
-    No started program inherits the descriptor.
-    """
+    """Return a descriptor of a process, readable after its end, and inherited by no started program."""
     return _checked("pidfd_open", _LIBC.syscall(_PIDFD_OPEN, pid, 0))
 
 

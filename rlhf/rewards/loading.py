@@ -48,8 +48,7 @@ def load_reward(
     timeout_s: float = 60.0,
     memory_gib: float = 8.0,
 ) -> LoadedReward:
-    """Load a built-in, a package's entry point, or `path/file.py:name` relative to the first of `folders` with the
-    file.
+    """Load a built-in, a package's entry point, or `path/file.py:name` in the first of `folders` with the file.
 
     `key` is the reward's place in the config, for messages. UserError if the reward is missing or cannot be used.
     """

@@ -2,8 +2,7 @@
 
 This is the last stage before the experience. Function rewards run in the pool, services are called, and scores of a
 reward model come from the model's worker. A failed reward is reported. A failure counts as a number only if the
-configuration or a built-in's rule says so. Otherwise the group has no scores, and the controller decides the group's
-fate.
+configuration or a built-in's rule says so. Otherwise the group has no scores, and the controller decides.
 """
 
 from __future__ import annotations
@@ -29,10 +28,7 @@ _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardSpec:
-    """A reward of a run: a function, a service, or (neither) a reward model.
-
-    The model's scores are arguments of `score`.
-    """
+    """A run's reward: a function, a service, or (neither) a reward model with scores as arguments of `score`."""
 
     name: str
     weight: float

@@ -194,8 +194,7 @@ class Scorer:
     def _tokens(
         self, prompt: Prompt, responses: Sequence[str], truncated: Sequence[bool], steps: StepScores | None
     ) -> tuple[Int[Tensor, " N"], Int[Tensor, " B"], Bool[Tensor, " N"] | None]:
-        """Return the tokens of prompts and responses for the reward model, and the ends of steps for a model of step
-        scores.
+        """Return the tokens of prompts and responses for the reward model, and the ends of scored steps.
 
         A complete response ends as in a run: in a conversation with the template's end of a turn.
         """

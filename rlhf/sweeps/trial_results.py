@@ -61,10 +61,7 @@ class SweepResult:
 
     @property
     def ties(self) -> tuple[TrialResult, ...]:
-        """Return the other trials with the best trial's value.
-
-        If the best trial is finished, only finished trials count.
-        """
+        """Return the other trials with the best value, only finished trials if the best is finished."""
         best = self.best
         if best is None:
             return ()

@@ -61,8 +61,7 @@ def redact_config(value: Any, key: str = "") -> Any:
 
 
 def _secret_key(section: str, name: str, item: Any) -> str:
-    """Return the name for the decision whether to mask an item: the section's if the section is secret, else the
-    item's.
+    """Return the name for the decision whether to mask an item: the section's if secret, else the item's.
 
     The user chooses the names of rewards, data sets and stages. Such a name hides nothing, not even the name `secret`.
     """

@@ -1,7 +1,6 @@
 """Samples of a step: a short line for each response, and some whole responses by their place in the file.
 
-A file's index is made at the first request for the file, without reading tokens, and forgotten after requests for
-further files.
+A file's index is made at the first request for the file, without reading tokens, and forgotten later.
 """
 
 from __future__ import annotations

@@ -97,10 +97,7 @@ class RunViewer:
         return _error(401, "log in with the token of this server")
 
     def _pass(self) -> str:
-        """Return the cookie of a logged-in browser.
-
-        The cookie is derived from the token and does not reveal the token.
-        """
+        """Return the cookie of a logged-in browser, derived from the token without revealing the token."""
         assert self.token is not None
         return hmac.digest(os.fsencode(self.token), b"rlhf view", "sha256").hex()
 

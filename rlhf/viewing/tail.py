@@ -1,8 +1,8 @@
 """A growing JSON-lines file, read part by part.
 
 The module remembers nothing: each request states the end of the last part. A resumed run removes lines again. `mark` is
-a checksum of the bytes before a position. If `mark` differs from the reader's checksum, the file has been replaced and
-is read from the beginning.
+a checksum of the bytes before a position. If `mark` differs from the reader's, a replaced file is read from the
+beginning.
 """
 
 from __future__ import annotations

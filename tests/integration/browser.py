@@ -1,4 +1,4 @@
-"""A real headless browser, driven over the DevTools protocol: pages, keys, what is rendered, and what went wrong."""
+"""A real headless browser over the DevTools protocol: pages, keys, the rendered content, and errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _TRIED = "(() => { try { const it = (%s); return it instanceof Node ? true : it 
 
 
 class Page:
-    """One tab. `wrong` collects errors of scripts and of the console, refused resources among them."""
+    """A tab. `wrong` collects errors of scripts and of the console, including refused resources."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.socket = socket
@@ -69,7 +69,7 @@ class Page:
                 self.requested.append(params["request"]["url"])
 
     async def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """One command; RuntimeError if it is refused."""
+        """Send a command; RuntimeError for a refused command."""
         self.count += 1
         future = self.answers[self.count] = asyncio.get_running_loop().create_future()
         await self.socket.send_str(json.dumps({"id": self.count, "method": method, "params": params}))
@@ -80,7 +80,7 @@ class Page:
         return found
 
     async def open(self, url: str, *, width: int = 1280, height: int = 860, dark: bool = False) -> None:
-        """Go there, in a window of that size."""
+        """Open the address in a window of the given size."""
         for domain in ("Page", "Runtime", "Log", "Network"):
             await self.call(f"{domain}.enable")
         await self.call(
@@ -98,7 +98,7 @@ class Page:
         return told["result"].get("value")
 
     async def until(self, expression: str) -> Any:
-        """Wait until an expression is true; its value. AssertionError says what the page shows instead."""
+        """Wait until an expression is true, and return the value. AssertionError has the page's content."""
         end = asyncio.get_running_loop().time() + DEADLINE_S
         while asyncio.get_running_loop().time() < end:
             found = await self.value(_TRIED % expression)
@@ -125,14 +125,14 @@ class Page:
         await self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     async def picture(self, path: Path) -> None:
-        """What is to be seen, as a PNG file."""
+        """Write the visible page as a PNG file."""
         told = await self.call("Page.captureScreenshot", format="png")
         path.write_bytes(base64.b64decode(told["data"]))
 
 
 @asynccontextmanager
 async def browser() -> AsyncIterator[Page]:
-    """A browser with one page, of a profile of its own; ended with the block."""
+    """Yield a browser with one page and a separate profile, ended with the block."""
     found = program()
     assert found is not None
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The ranks that the tests of this folder share: starting one imports torch and DeepSpeed."""
+"""Ranks shared by the tests of this folder: starting a rank imports torch and DeepSpeed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rollout engine in its own process, and a trainer's model beside it, for the tests of both."""
+"""A rollout engine in a separate process beside a trainer's model, for the tests of both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAMPLING = Sampling(max_new_tokens=24)
 
 
 class BreakableEngine(RolloutWorker):
-    """An engine in whose process a test may replace one function."""
+    """An engine with a replaceable function for tests."""
 
     async def replace(self, module: str, name: str, by: Callable[..., Any] | None) -> None:
         """Put `by` in the place of module.name (a class will do); None puts the original back."""
@@ -35,7 +35,7 @@ class BreakableEngine(RolloutWorker):
         setattr(target, name, original if by is None else by)
 
     async def interrupt(self, group_ids: Sequence[int], tokens: int) -> None:
-        """Cancel groups once a response in the engine has that many tokens."""
+        """Cancel groups once a response in the engine has `tokens` tokens."""
 
         def longest(engine: Any) -> int:
             states = engine.output_processor.request_states.values()
@@ -62,7 +62,7 @@ class BreakableEngine(RolloutWorker):
 
 
 class AsyncEngine(BreakableEngine):
-    """An engine that schedules the next step while one is in flight, as on GPUs. vLLM turns this off on a CPU."""
+    """An engine that schedules the next step during a step, as on GPUs. On a CPU, vLLM disables such scheduling."""
 
     def __init__(self, values: RolloutSpec) -> None:
         from vllm.platforms.cpu import CpuPlatform
@@ -81,7 +81,7 @@ class AsyncEngine(BreakableEngine):
 
 
 def spec(model: Path, **changes: Any) -> RolloutSpec:
-    """A small float32 engine on one thread."""
+    """Return a small float32 engine on one thread."""
     values: dict[str, Any] = {
         "name": "rollout engine 0",
         "model": str(model),
@@ -100,7 +100,7 @@ def spec(model: Path, **changes: Any) -> RolloutSpec:
 def engine(
     values: RolloutSpec, *, num_gpus: float = 0.0, worker: type[BreakableEngine] = BreakableEngine
 ) -> Iterator[Any]:
-    """A started engine's actor handle. It must never share a process with a trainer."""
+    """Yield a started engine's actor handle. The engine must never share a process with a trainer."""
     ray.cloudpickle.register_pickle_by_value(__import__(__name__))
     remote = ray.remote(worker)
     handle = remote.options(
@@ -116,13 +116,13 @@ def engine(
 
 
 def call(*refs: Any) -> Any:
-    """The results; one of them alone is not put in a list."""
+    """Return the results; a single result is returned without a list."""
     results = ray.get(list(refs), timeout=DEADLINE_S)
     return results[0] if len(refs) == 1 else results
 
 
 def model_like(folder: Path, *, seed: int, std: float = 0.3) -> PreTrainedModel:
-    """The model after a large step in a random direction, so that no sync hides in rounding."""
+    """Return the model after a large step in a random direction, so that no sync hides in rounding."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -132,7 +132,7 @@ def model_like(folder: Path, *, seed: int, std: float = 0.3) -> PreTrainedModel:
 
 
 def request(group_id: int, *, samples: int = 4, prompt_tokens: int = 8) -> GroupRequest:
-    """One prompt of letters; every group has another."""
+    """Return a prompt of letters, different for every group."""
     token_ids = tuple(65 + (7 * group_id + 3 * i) % 57 for i in range(prompt_tokens))
     return GroupRequest(
         group_id=group_id,
@@ -143,7 +143,7 @@ def request(group_id: int, *, samples: int = 4, prompt_tokens: int = 8) -> Group
 
 
 def logprobs_of(model: PreTrainedModel, token_ids: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """The trainer's log-probabilities of one sequence's tokens; 0 for the first."""
+    """Return the trainer's log-probabilities of a sequence's tokens; 0 for the first."""
     with torch.no_grad():
         logits = model(token_ids[None]).logits[0, :-1].float() / temperature
     chosen = logits.log_softmax(-1).gather(1, token_ids[1:, None])[:, 0]
@@ -173,7 +173,8 @@ def sync(handle: Any, manifest: WeightManifest | None) -> Any:
 
 
 def spanning(drawn: Rollouts, old: Any, new: Any, *, kept: bool) -> int:
-    """Check that each token is of the weights of its version, and return how many responses have both versions."""
+    """Check each token against the weights of the token's version, and return the number of responses with both
+    versions."""
     changed = 0
     for sequence in sequences(drawn):
         tokens, told = sequence["token_ids"], sequence["rollout_logprobs"]

@@ -1,4 +1,4 @@
-"""A tiny model that ranks of a gang train by real DeepSpeed engines."""
+"""A gang's ranks train a tiny model by real DeepSpeed engines."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def interrupt_and_resume(
     optimizer: OptimizerName = "adamw",
     other_stage: int | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float], list[float], bool]:
-    """Return weights and norms of a run of three steps, and of a run that continued elsewhere after the first step."""
+    """Return weights and norms of a run of three steps, and of a run continued elsewhere after the first step."""
     settings = replace(OPTIMIZER, name=optimizer)
     engine = make_engine(stage, dtype, optimizer=settings)
     train(engine, rank, world_size, steps=range(1, 2), num_microbatches=1)

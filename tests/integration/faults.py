@@ -1,4 +1,4 @@
-"""Small runs that are killed, stopped or told to end: their configurations, their processes, and how far they are."""
+"""Small runs to kill, stop or end: configurations, processes, and progress."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ FINE = "def reward(prompt, response):\n    return float(len(response) % 3)\n"
 
 
 def write_run(folder: Path, name: str, *changes: Mapping[str, Any], reward: str = FINE) -> Path:
-    """A run's config, with its reward function beside it."""
+    """Write a run's config, with the reward function beside the config."""
     (folder / "mine.py").write_text(reward, encoding="utf-8")
     run = {"run": {"name": name, "dir": str(folder)}}
     return write_config(folder / f"{name}.yaml", {}, functools.reduce(merge, (*changes, run), ONLINE))
 
 
 def actor_processes(role: str = "") -> list[psutil.Process]:
-    """The actors' processes among those that this process has started; Ray names them after their class."""
+    """Return the actors' processes among the processes started here, named by Ray after their class."""
     found, named = [], r"\w+(Rank|Worker|Engine)"
     for process in psutil.Process().children(recursive=True):
         try:
@@ -70,14 +70,14 @@ def actor_processes(role: str = "") -> list[psutil.Process]:
 
 
 def steps_done(run: Path) -> int:
-    """The last step that is in metrics.jsonl."""
+    """Return the last step in metrics.jsonl."""
     path = run / "metrics.jsonl"
     return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
 @contextmanager
 def once(condition: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
-    """Act from another thread as soon as the condition holds; it must during the block."""
+    """Act from a second thread as soon as the condition holds. The condition must hold during the block."""
     over, acted = threading.Event(), threading.Event()
 
     def watch() -> None:
@@ -103,7 +103,7 @@ def checkpoints(run: Path) -> list[str]:
 
 
 def await_steps(runs: Mapping[Path, subprocess.Popen[str]], wanted: Mapping[Path, int]) -> None:
-    """Until the runs, which must not end, have done so many steps."""
+    """Wait until the running runs have done the wanted steps."""
     until = time.monotonic() + 240.0
     while any(steps_done(run) < steps for run, steps in wanted.items()):
         for run, process in runs.items():
@@ -120,7 +120,7 @@ def end(
     late: Collection[str] = (),
     send: Callable[[int, int], None] = os.kill,
 ) -> None:
-    """Send a signal; the process ends with the code, and all that it started are gone but those that come late."""
+    """Send a signal. The process ends with the code, and all started processes are gone, with more time for `late`."""
     started = {one: one.name() for one in psutil.Process(process.pid).children(recursive=True)}
     send(process.pid, number)
     assert process.wait(timeout=60) == code
@@ -129,7 +129,7 @@ def end(
 
 
 def kill_all(pid: int) -> None:
-    """kill -9 of a process and all that it has started."""
+    """Kill a process and all descendants with kill -9."""
     processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     for process in processes:
         os.kill(process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Runs on the guessing game, and what they write."""
+"""Runs on the guessing game, with the written records."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def samples(run: Path, step: int) -> list[dict[str, Any]]:
 
 
 def chain(tiny_model: Path, folder: Path, follows: Mapping[str, str], *, logit: float = LOGIT) -> Path:
-    """The tiny model cut down to a table: after the token on the left comes the one on the right, or one of its
-    characters, all as likely.
+    """Return the tiny model reduced to a table: after the left token comes the right token, or an equally likely
+    character of the right text.
 
     Attention and MLP add nothing, so the head sees the last token's embedding, scaled by the norm to length sqrt(96).
     """

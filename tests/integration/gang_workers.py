@@ -1,4 +1,5 @@
-"""What tests of workers on gangs of ranks share: a configuration, groups of responses, and comparisons of metrics."""
+"""Shared parts for tests of workers on gangs of ranks: a configuration, groups of responses, and comparisons of
+metrics."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def worker_config(
     is_online: bool = True,
     **sections: Any,
 ) -> Config:
-    """Return the configuration of a policy in float32 whose step is two minibatches. `sections` change their keys."""
+    """Return the configuration of a float32 policy with two minibatches a step. `sections` change keys."""
     online = {
         "data": {"max_prompt_tokens": PROMPT},
         "rollouts": {"prompts_per_step": GROUPS, "samples_per_prompt": SAMPLES, "max_new_tokens": MOST_NEW},
@@ -80,9 +81,9 @@ def merged(found: Sequence[Sequence[Any]]) -> Metrics:
 
 
 def assert_equal(one: Metrics, two: Metrics, *, keys: Collection[str] = (), rel: float = 2e-4) -> None:
-    """Compare all metrics or those of `keys`, up to rounding.
+    """Compare all metrics, or only `keys`, up to rounding.
 
-    The number of tokens differs: a prompt may be computed for fewer responses, and a rank without rows computes one.
+    The number of tokens differs: a prompt may be computed for fewer responses, and a rank without rows computes a row.
     """
     for first, second in zip(one, two, strict=True):
         assert keys or first.keys() == second.keys()

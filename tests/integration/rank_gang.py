@@ -1,7 +1,7 @@
-"""Gangs for tests of the engine: one process a rank, spawned once and given many tasks.
+"""Gangs for tests of the engine: a process for each rank, spawned once for many tasks.
 
-Tests share the gangs of `Gangs`. Each task begins with the same random state, whatever ran before. A gang is replaced
-if one of its ranks failed.
+Tests share the gangs of `Gangs`. Each task begins with the same random state, independent of earlier tasks. A gang with
+a failed rank is replaced.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def place_of(rank: int, world_size: int, device: str = "cpu") -> RankContext:
 
 
 def engine_of(model: Any, *, stage: int, dtype: torch.dtype = torch.float32, **options: Any) -> DeepSpeedEngine:
-    """Return an engine of a rank. `options` are those of the engine; without a schedule, the rate is constant."""
+    """Return an engine of a rank. `options` are the engine's; without a schedule, the rate is constant."""
     options.setdefault("schedule", ScheduleSettings(kind="constant", warmup_steps=0, total_steps=10))
     shared: dict[str, Any] = {"zero_stage": stage, "dtype": dtype, "device": CPU, "deadline_s": DEADLINE_S}
     return DeepSpeedEngine(model, **shared, **options)
@@ -90,7 +90,7 @@ def _seed() -> None:
 
 
 class Gang:
-    """Ranks that all run the functions sent to them. The gang has failed as soon as one of its ranks has."""
+    """Ranks for running functions together. The gang has failed as soon as a rank has failed."""
 
     def __init__(self, world_size: int, device: torch.device = CPU) -> None:
         context = multiprocessing.get_context("spawn")
@@ -106,7 +106,7 @@ class Gang:
             process.start()
 
     def run(self, function: Callable[..., Any], **options: Any) -> list[Any]:
-        """What function(rank, world_size, **options) returned in each rank."""
+        """Return the result of function(rank, world_size, **options) in each rank."""
         self.has_failed = True  # until all have answered
         for connection in self.connections:
             connection.send((function, options))
@@ -131,7 +131,7 @@ class Gang:
 
 
 class Gangs:
-    """Gangs by their number of ranks, started when they are first needed and again after a failure."""
+    """Gangs by the number of ranks, started at the first use and again after a failure."""
 
     def __init__(self) -> None:
         self._gangs: dict[int, Gang] = {}

@@ -1,4 +1,4 @@
-"""Small runs that the integration tests share: the tiny model, a few steps, every role that matters."""
+"""Small runs shared by integration tests: the tiny model, a few steps, every important role."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ONLINE: Mapping[str, Any] = {
 
 
 def write_config(path: Path, changes: Mapping[str, Any], base: Mapping[str, Any] = ONLINE) -> Path:
-    """A config file: `base` with `changes` merged over it, key by key. None removes a key."""
+    """Write a config file: `base` with `changes` merged key by key. None removes a key."""
     path.write_text(yaml.safe_dump(merge(base, changes), sort_keys=False), encoding="utf-8")
     return path
 
@@ -55,12 +55,12 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def rlhf() -> list[str]:
-    """The command, whose code is that of these tests also where another checkout is installed."""
+    """Return the command, with the code of these tests even beside another installed checkout."""
     return [sys.executable, "-m", "rlhf.cli"]
 
 
 def start(config: Path, *arguments: str, without: Sequence[str] = ()) -> subprocess.Popen[str]:
-    """`rlhf train` in a process group of its own, its output kept beside the config. `without`: variables to unset."""
+    """Start `rlhf train` in a separate process group, its output beside the config. `without`: variables to unset."""
     log = config.with_suffix(".log").open("a", encoding="utf-8")
     return subprocess.Popen(
         [*rlhf(), "train", str(config), *arguments],
@@ -73,14 +73,14 @@ def start(config: Path, *arguments: str, without: Sequence[str] = ()) -> subproc
 
 
 def train(config: Path, *arguments: str, timeout_s: float = 280.0) -> None:
-    """`rlhf train`, to its end; what it said if it failed."""
+    """Run `rlhf train` to the end. A failure shows the output."""
     process = start(config, *arguments)
     code = process.wait(timeout=timeout_s)
     assert code == 0, f"exit {code}\n{config.with_suffix('.log').read_text(encoding='utf-8')[-4000:]}"
 
 
 def train_here(config: Path, *arguments: str) -> None:
-    """`rlhf train`, to its end, in this process and on the session's Ray. It starts in half the time."""
+    """Run `rlhf train` to the end, in this process and on the session's Ray. The start takes half the time."""
     assert main(["train", str(config), "--quiet", *arguments]) == 0
 
 
@@ -90,12 +90,12 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def one_thread(*roles: str) -> dict[str, Any]:
-    """Settings of `cluster.roles` with which a run here rounds like one on a Ray with another number of cores."""
+    """Return settings of `cluster.roles` for the same rounding on a Ray with another number of cores."""
     return {role: {"threads": 1} for role in roles}
 
 
 def without_clocks(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without times, throughput, memory, losses and the nodes' state: what is equal bit for bit after a loss."""
+    """Return rows without times, throughput, memory, losses and the nodes' state: the rest repeats bit for bit."""
     clocks = ("time", "throughput/", "memory/", "system/", "recovery/")
     return [{key: value for key, value in row.items() if not key.startswith(clocks)} for row in found]
 

@@ -1,6 +1,6 @@
-"""Agents of packages, as they come from the index, trained on a chat model. Each package has an environment of its own.
+"""Agents of packages from the index train a chat model. Each package has a separate environment.
 
-The first step of a run may well have only wrong answers: what counts is that every token is captured and trained.
+The first step of a run may have only wrong answers: the test is that every token is captured and trained.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ RUN: Mapping[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """An example, the package that it needs, and what its sessions look like."""
+    """An example, the needed package, and the expected sessions."""
 
     name: str
     package: str
@@ -140,7 +140,7 @@ def parts() -> EngineParts:
 async def test_a_program_of_a_package_calls_its_tools(
     parts: EngineParts, pythons: Callable[[str], Path], program: Program
 ) -> None:
-    """The front is that of a run, over an engine that says these turns."""
+    """The front is a run's, over an engine with scripted turns."""
     tokenizer, turns = parts.renderer.get_tokenizer(), list(program.turns)
     loop = DummyLoop(tokenizer, lambda prompt, params: tokenizer.encode(f"{turns.pop(0)}<|im_end|>"))
     front = await open_front(loop, parts, FrontSpec(name="policy", template=(PROGRAMS / "hermes.jinja").read_text()))

@@ -81,7 +81,7 @@ def test_branches_of_a_session_are_trained(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_an_update_comes_within_a_session(tmp_path: Path) -> None:
-    """In flight, the weights change while sessions are open. Each token is trained as its version sampled it."""
+    """In flight, the weights change during open sessions. Each token is trained as sampled by its version."""
     agent = tmp_path / "resting.py"
     agent.write_text(
         "import asyncio\n"
@@ -118,7 +118,7 @@ def test_an_update_comes_within_a_session(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_run_has_every_session_once(tmp_path: Path) -> None:
-    """Sessions of groups that were finished before the kill are read from the store, and not run again."""
+    """Sessions of groups finished before the kill are read from the store, and not run again."""
     ran = tmp_path / "ran"
     ran.mkdir()
     agent = tmp_path / "noting.py"
@@ -166,7 +166,7 @@ def test_a_killed_run_has_every_session_once(tmp_path: Path) -> None:
 def test_an_evaluation_runs_the_sessions_of_the_run(
     tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The final model of a run has the weights of its last evaluation, so its sessions are the same."""
+    """The final model of a run has the weights of the last evaluation, so the sessions are the same."""
     sampling = {"at_start": False, "temperature": 1.0, "samples_per_prompt": 4, "pass_score": 1.0}
     written = config(tmp_path, "search", train={"steps": 1}, eval=sampling)
     train(written)

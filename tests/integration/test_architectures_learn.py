@@ -1,4 +1,4 @@
-"""A mixture of experts and a hybrid learn the quickstart's task: its pipeline, with the real engines."""
+"""A mixture of experts and a hybrid learn the quickstart's task in the quickstart's pipeline, with the real engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine that schedules the next step while one is in flight, as on GPUs: its samples, and updates amid them."""
+"""An engine that schedules the next step during a step, as on GPUs, samples right, also across updates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rollouts that run ahead of training: the lag is within its bound, and a killed run goes on exactly."""
+"""Rollouts run ahead of training within the bound of the lag, and a killed run continues exactly."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run_config(folder: Path, name: str, **rollouts: Any) -> Path:
 
 @pytest.mark.timeout(600)
 def test_batches_lag_as_configured_and_a_killed_run_equals_an_unbroken_one(kept_engines: None, tmp_path: Path) -> None:
-    """The folder of responses is lost too, so those of the batches ahead can only come from the checkpoint."""
+    """The folder of responses is lost too, so responses of batches ahead can only come from the checkpoint."""
     train_here(run_config(tmp_path, "unbroken"))
     killed, run = run_config(tmp_path, "killed"), tmp_path / "killed"
     process = start(killed)

@@ -1,7 +1,7 @@
-"""What a user can get wrong before anything runs: exit code 2, the place and the fix in one paragraph, no Ray.
+"""A user's mistakes before anything runs give exit code 2, the place and the fix in one paragraph, and no Ray.
 
-Through the command line's own entry, so that the code and the words are those that a user meets. Each part of the
-checks has more cases in its unit tests. test_failures has what can only be known with a cluster.
+The tests use the command line's own entry, with the user's code and words. Unit tests have more cases for each part of
+the checks. test_failures has the mistakes that only a cluster reveals.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ GRPO: Mapping[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A run that gets as far as the cluster fails the test. Relative paths start at the test's folder."""
+    """A run that reaches the cluster fails the test. Relative paths start at the test's folder."""
 
     @contextmanager
     def forbidden(config: object) -> Iterator[NoReturn]:
@@ -53,7 +53,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def config(folder: Path, *changes: Mapping[str, Any], base: Mapping[str, Any] = GRPO) -> Path:
-    """A small run in the folder, changed by one after the other."""
+    """Write a small run in the folder, with the changes in turn."""
     run = {"run": {"name": "r", "dir": "."}}
     return write_config(folder / "run.yaml", {}, functools.reduce(merge, (base, run, *changes), ONLINE))
 
@@ -66,7 +66,7 @@ def connect_to_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What `rlhf train` says when it refuses: one paragraph of at most some lines, no traceback."""
+    """Return the message of a refusing `rlhf train`: one paragraph of at most some lines, no traceback."""
     code = main(["train", *arguments])
     said = capsys.readouterr().err
     assert code == 2, said

@@ -1,4 +1,4 @@
-"""Responses that are interrupted and continued equal uninterrupted ones, token for token."""
+"""Responses that are interrupted and continued equal uninterrupted responses, token for token."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CUTS = (30, 60, 90)  # tokens after which the responses are interrupted
 
 
 class Policy:
-    """A policy whose weights stay the same in every version, and its engine with a spool."""
+    """A policy with the same weights in every version, and the policy's engine with a spool."""
 
     def __init__(self, handle: Any, model: PreTrainedModel, spool: Path) -> None:
         self.handle, self.model, self.spool = handle, model, spool
@@ -55,7 +55,7 @@ class Policy:
         return ray.get(self.start(requests, sampling), timeout=120)  # type: ignore[no-any-return]
 
     def interrupted(self, requests: list[GroupRequest], sampling: Sampling) -> tuple[list[Group], list[list[int]]]:
-        """The groups after three interruptions, and each response's length at the last one."""
+        """Return the groups after three interruptions, and each response's length at the last interruption."""
         for cut in CUTS:
             self.sync()
             refs = self.start(requests, sampling)
@@ -105,7 +105,7 @@ def test_interrupted_responses_equal_uninterrupted_ones(policy: Policy, first: i
 
 
 def test_a_stop_string_is_found_across_an_interruption(policy: Policy, tiny_model: Path) -> None:
-    """The string begins before the first interruption and ends after it; finished responses are kept as they are."""
+    """The string begins before the first interruption and ends after; finished responses do not change."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     plain = request(3000, samples=8)
     ((rollouts, _),) = policy.answer([plain], PLAIN)

@@ -1,4 +1,4 @@
-"""A run whose text is unusual: a chat template of its own, stops by id, a penalty, a row that is too long."""
+"""A run has unusual text: a custom chat template, stops by id, a penalty, and a too long row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEMPLATE = (
 
 @pytest.mark.timeout(300)
 def test_a_run_with_a_chat_template_of_its_own(ray_local: None, tmp_path: Path) -> None:
-    """The untrained model is near uniform over 320 tokens, so that stops by id end some responses."""
+    """The untrained model is near uniform over 320 tokens, so stops by id end some responses."""
     (tmp_path / "mine.jinja").write_text(TEMPLATE)
     data = [{"prompt": f"{i}+1="} for i in range(7)] + [{"prompt": "x" * 40}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))

@@ -1,4 +1,4 @@
-"""Real runs whose checkpoints meet a full disk or a flipped byte: what they say, and that they continue exactly."""
+"""Real runs report a full disk or a flipped byte in checkpoints, and continue exactly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SFT: dict[str, Any] = {
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 14 MiB, which holds two checkpoints of the tiny model and not three."""
+    """A file system of 14 MiB, with room for two checkpoints of the tiny model but not for three."""
     with mounted(tmp_path / "disk", mib=14) as folder:
         yield folder
 
@@ -39,7 +39,7 @@ def config(folder: Path, runs: Path, name: str) -> Path:
 
 
 def failure_of(path: Path, *arguments: str) -> tuple[int, str]:
-    """The exit code of a run, and its last line."""
+    """Return the exit code of a run, and the last line."""
     code = start(path, *arguments).wait(timeout=280)
     return code, path.with_suffix(".log").read_text(encoding="utf-8").splitlines()[-1]
 

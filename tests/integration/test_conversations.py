@@ -1,4 +1,4 @@
-"""Conversations through real vLLM and real environment processes: what is sampled, what is told, and what is masked."""
+"""Conversations through real vLLM and real environment processes sample, observe and mask turns right."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def played(tiny_model: Path, ray_local: None, spool: Path) -> Iterator[tuple[Any, Any]]:
-    """An engine that converses, and the model whose weights it has."""
+    """An engine for conversations, and the model with the engine's weights."""
     environment = EnvironmentSpec(
         source=CodeSource(path=str(MOODY), name="Moody", args={"rounds": 3}),
         max_turns=4,
@@ -174,7 +174,7 @@ def test_a_cancelled_group_ends_at_once_wherever_its_turns_are(played: Any, tmp_
 
 
 def test_a_conversation_goes_on_with_new_weights(played: Any, tiny_model: Path, tmp_path: Path) -> None:
-    """The last test of this engine: its weights are others afterwards."""
+    """This is the last test of the engine, because the weights differ afterwards."""
     handle, old = played
     new = model_like(tiny_model, seed=2)
     sender = ShmSender(rank=0)

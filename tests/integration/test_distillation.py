@@ -1,6 +1,6 @@
-"""Distillation against plain torch with whole logits, over layouts of ranks without Ray, and as a run with it.
+"""Distillation agrees with plain torch on whole logits, over layouts of ranks without Ray, and in a run with Ray.
 
-The teacher is wider than the student, and its head has rows that stand for no token.
+The teacher is wider than the student, and the teacher's head has rows without a token.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def data_of(size: int, models: Path, *, seed: int = 0) -> Examples:
-    """Rows of the task, as a run reads them."""
+    """Return rows of the task as read by a run."""
     found = read_rows(TaskSource(task="running_totals", split="sft", size=size, seed=seed))
     reading = Reading(system_prompt=None, apply_chat_template=False, max_tokens=64)
     return collate(load_examples(found, load_tokenizer(str(models / "student")), reading).items)
@@ -64,7 +64,7 @@ def whole_logits(model: Any, examples: Examples) -> Tensor:
 
 
 class Dense:
-    """The same training in plain torch: whole logits, one sequence at a time."""
+    """Train the same in plain torch: whole logits, one sequence at a time."""
 
     def __init__(self, models: Path, algorithm: Mapping[str, Any]) -> None:
         self.student = AutoModelForCausalLM.from_pretrained(models / "student")
@@ -89,7 +89,7 @@ class Dense:
         }
 
     def step(self, examples: Examples) -> dict[str, float]:
-        """What is measured before an optimizer step, and the norm of its gradient."""
+        """Return the measurements before an optimizer step, and the norm of the gradient."""
         found = self.measure(examples)
         norm = self.training.step(found["loss"])
         return {f"update/{key}/mean": value.item() for key, value in found.items()} | {"update/grad_norm": norm}
@@ -120,7 +120,7 @@ def plan_of(data: Examples, chosen: Sequence[int], *, ranks: int) -> MinibatchPl
 
 
 def train_rank(rank: int, world_size: int, *, config: Config, models: Path) -> list[Any]:
-    """One rank: the metrics of its steps and of an evaluation after them. It has a teacher of its own."""
+    """Run one rank with a separate teacher: the metrics of steps and of a final evaluation."""
     place = place_of(rank, world_size)
     worker = DistillationWorker(config, place, optimizer_steps=STEPS)
     worker.build()
@@ -135,7 +135,7 @@ def train_rank(rank: int, world_size: int, *, config: Config, models: Path) -> l
     ranks = config.cluster.roles.policy.data_parallel_ranks
 
     def states(plan: MinibatchPlan) -> list[Any]:
-        """As two teachers have them, each of every second row of this rank."""
+        """Return the states of two teachers, each for every second row of this rank."""
         own = plan.sequences_by_rank[worker.data_rank]
         return [teacher.states(0, [own[half::2]])[0] for half in (0, 1) if own[half::2]]
 
@@ -213,7 +213,7 @@ def test_an_adapter_learns_from_the_teacher(run: Train, models: Path) -> None:
 
 
 def config_file(folder: Path, name: str, models: Path) -> Path:
-    """A run with two teachers beside the student, a step ahead of it."""
+    """Write a run with two teachers beside the student, a step ahead of the student."""
     task = {"task": "running_totals", "split": "sft"}
     tree = {
         "run": {"name": name, "dir": str(folder)},
@@ -247,7 +247,7 @@ def config_file(folder: Path, name: str, models: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def unbroken(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that was never interrupted."""
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("distillation")
     train(config_file(folder, "unbroken", models))
     return folder / "unbroken"

@@ -1,4 +1,4 @@
-"""Speculative decoding with n-grams on a CPU: drafts change neither the sampled distribution nor what is reported."""
+"""Speculative decoding with n-grams on a CPU: drafts change neither the sampled distribution nor reported values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPT = (65, 66, 67, 65, 66, 67, 65, 66)
 
 
 def asked(samples: int, *, tokens: tuple[int, ...] = PROMPT, first: int = 0) -> GroupRequest:
-    """Samples of one prompt, which repeats itself."""
+    """Return samples of a repetitive prompt."""
     prompt = Prompt(prompt_id=first, token_ids=tokens, text="", columns={})
     seeds = tuple(range(first * samples, (first + 1) * samples))
     return GroupRequest(group_id=first, prompt=prompt, seeds=seeds, first_sequence_id=0)
@@ -50,7 +50,7 @@ def probabilities(model: Any) -> dict[tuple[int, ...], float]:
 
 
 def chi_square(counts: Counter[tuple[int, ...]], model: Any) -> tuple[float, int]:
-    """The statistic of sampled responses against the trainer's probabilities, and its degrees of freedom."""
+    """Return the statistic of sampled responses against the trainer's probabilities, and the degrees of freedom."""
     expected = {response: SAMPLES * p for response, p in probabilities(model).items()}
     assert counts.keys() <= expected.keys()
     frequent = [response for response, count in expected.items() if count >= 5.0]

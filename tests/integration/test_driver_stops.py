@@ -1,4 +1,4 @@
-"""Signals and daemons of Ray that stand still, against `rlhf train` with a Ray of its own."""
+"""`rlhf train` with a local Ray survives signals and stopped daemons of Ray."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 @pytest.fixture(autouse=True)
 def hears_ctrl_c() -> Iterator[None]:
-    """A shell ignores SIGINT for commands in the background, and processes inherit that."""
+    """A shell ignores SIGINT for commands in the background, and child processes inherit this setting."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 def running(folder: Path, name: str, *arguments: str, steps: int = 3) -> tuple[Path, Popen[str]]:
-    """A run that has done some steps."""
+    """Start a run and wait for some steps."""
     run = folder / name
     process = start(write_run(folder, name, SFT, ONE_RANK), *arguments, without=["RAY_AUTH_MODE"])
     await_steps({run: process}, {run: steps})
@@ -109,7 +109,7 @@ if __name__ == "__main__":
 
 
 def test_two_runs_in_cells_of_a_notebook_under_an_ascii_locale(tmp_path: Path) -> None:
-    """Each has a Ray of its own. A function of the notebook's file is the reward."""
+    """Each run has a separate Ray. A function of the notebook's file is the reward."""
     config = write_run(tmp_path, "first", GRPO, {"cluster": {"call_timeout_s": 60.0}})
     (tmp_path / "notebook.py").write_text(NOTEBOOK, encoding="utf-8")
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}

@@ -1,6 +1,6 @@
-"""Adapters of every kind through DeepSpeed on two ranks: against plain AdamW with two rates (LoRA+), and resumed.
+"""Adapters of every kind through DeepSpeed on two ranks agree with plain AdamW with two rates (LoRA+), and resume.
 
-Sharded weights included: DoRA reads the base's norms, PiSSA its singular vectors, and a module trained whole is copied.
+Sharded weights are included: DoRA reads the base's norms, PiSSA singular vectors, and a module trained whole is copied.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""vLLM's own options in a real engine: a value that vLLM refuses is reported with its key."""
+"""vLLM's own options work in a real engine: a refused value is reported with the key."""
 
 from __future__ import annotations
 

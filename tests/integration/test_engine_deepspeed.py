@@ -1,6 +1,6 @@
-"""DeepSpeed for real, on gloo: every ZeRO stage, one rank and two, against plain torch AdamW on the whole batch.
+"""Real DeepSpeed on gloo, for every ZeRO stage, one rank and two, agrees with plain torch AdamW on the whole batch.
 
-The gradient is that of a sum over the optimizer step, so ranks and micro-batches must not show in the result.
+The gradient is a sum's over the optimizer step, so ranks and micro-batches must not show in the result.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def train_and_publish(
 def train_on_sums(
     rank: int, world_size: int, *, stage: int, dtype: torch.dtype, folder: Path
 ) -> tuple[dict[str, Tensor], list[float], dict[str, Tensor], list[float]]:
-    """Weights and norms of training on means, and of training on sums that are divided in the step.
+    """Return weights and norms of training on means, and of training on sums divided in the step.
 
-    Between the passes on sums other sequences are measured, as when a step's groups arrive one after the other, and a
-    snapshot is written, as when the run must end then. Every other step ends with a pass that adds nothing.
+    Between the passes on sums, other sequences are measured, as in a step with groups that arrive in turn, and a
+    snapshot is written, as at the end of a run. Every second step ends with a pass that adds nothing.
     """
     divisor = float(sum(LENGTHS) - len(LENGTHS))
     engine = make_engine(stage, dtype)
@@ -80,7 +80,7 @@ def train_on_sums(
 
 
 def try_nonfinite(rank: int, world_size: int, *, stage: int, dtype: torch.dtype, where: str) -> tuple[str, bool]:
-    """The message of the refusal, and whether the weights are what they were. Only the last rank's loss is bad."""
+    """Return the message of the refusal, and whether the weights are unchanged. Only the last rank's loss is bad."""
     engine = make_engine(stage, dtype)
     before = weights_of(engine)
     loss = engine.forward(loss_of, batch(1)[rank::world_size])
@@ -103,7 +103,7 @@ NO_DECAY = replace(OPTIMIZER, weight_decay=0.0)  # which puts all weights into o
 
 
 def load_with_other_settings(rank: int, world_size: int, *, stage: int, folder: Path) -> list[dict[str, Tensor]]:
-    """Weights after a resume with the same settings, and with others at the same stage and at another one."""
+    """Return weights after a resume with the same settings, and with others at the same and at another stage."""
     engine, found = make_engine(stage), []
     train(engine, rank, world_size, steps=range(1, 2), num_microbatches=1)
     engine.save(folder)
@@ -125,7 +125,7 @@ def load_with_other_settings(rank: int, world_size: int, *, stage: int, folder: 
 
 
 class Hostile:
-    """A pickle that writes a file when it is loaded."""
+    """A pickle that writes a file on loading."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -135,7 +135,7 @@ class Hostile:
 
 
 def load_hostile(rank: int, world_size: int, *, stage: int, dtype: torch.dtype, folder: Path) -> list[str]:
-    """The messages about a checkpoint whose files, one after the other, run code; and which file did."""
+    """Return the messages about a checkpoint with code in each file in turn, and the file whose code ran."""
     marker = folder.parent / "ran"
     engine = make_engine(stage, dtype)
     engine.save(folder)
@@ -191,7 +191,7 @@ def test_equals_plain_adamw_on_the_whole_batch(
 def test_a_sum_divided_in_the_step_equals_a_mean(
     gang: Gang, stage: int, dtype: torch.dtype, expected: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """The clip acts on the divided gradient: its norms are above the clip of 0.5 and below 0.5 times the divisor."""
+    """The clip acts on the divided gradient: the norms are above the clip of 0.5 and below 0.5 times the divisor."""
     before = {name: weight.float() for name, weight in tiny_model(dtype).named_parameters()}
     for weights, norms, weights_of_sums, norms_of_sums in gang.run(
         train_on_sums, stage=stage, dtype=dtype, folder=tmp_path / "snapshot"

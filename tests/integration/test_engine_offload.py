@@ -1,6 +1,6 @@
-"""Putting the engine's states aside and taking them back changes nothing, for every stage that DeepSpeed moves.
+"""Moving the engine's states to the host and back changes nothing, for every stage that DeepSpeed moves.
 
-On a CPU nothing changes its place, but the bookkeeping is DeepSpeed's own; tests/gpu looks at the memory.
+On a CPU no state changes place, but the bookkeeping is DeepSpeed's own; tests/gpu looks at the memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OPTIMIZER_ON_HOST: dict[str, Any] = {"offload_optimizer": {"device": "cpu", "pin
 def train_with_a_rest(
     rank: int, world_size: int, *, stage: int, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights of a run of three steps, and of one whose states were put aside between its steps."""
+    """Return weights of a run of three steps, and of a run with states moved to the host between steps."""
     found = []
     for rests in (False, True):
         engine: Any = make_engine(stage, dtype)
@@ -40,8 +40,8 @@ def train_with_a_rest(
 def states_put_aside(
     rank: int, world_size: int, *, stage: int
 ) -> tuple[set[str], dict[str, Tensor], dict[str, Tensor]]:
-    """Names of the states that DeepSpeed moved while it keeps the optimizer on the host, and the weights of a run with
-    rests and of one without."""
+    """Return the names of states moved by DeepSpeed with the optimizer on the host, and the weights of a run with and
+    without moves."""
     plain = DeepSpeedEngine._deepspeed_config
 
     def with_optimizer_on_host(engine: DeepSpeedEngine, *args: Any, **options: Any) -> dict[str, Any]:

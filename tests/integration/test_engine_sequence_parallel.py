@@ -1,8 +1,8 @@
-"""Ulysses for real, on gloo: four ranks that share each micro-batch, or two by two, against plain torch on one.
+"""Ulysses for real, on gloo: four ranks that share each micro-batch, or two by two, agree with plain torch on one rank.
 
-Logprobs, entropies, values, losses, gradients and trained weights must be those of whole rows: with sequences of uneven
-lengths, rows that do not split evenly, shared prompts, parts without a token to learn from, fewer key-value heads than
-ranks, recomputed layers, and weights that are sharded (ZeRO-3) or not. Not covered: nccl.
+Logprobs, entropies, values, losses, gradients and trained weights must agree with whole rows: with sequences of uneven
+lengths, rows with uneven splits, shared prompts, parts without a trained token, fewer key-value heads than ranks,
+recomputed layers, and weights with or without sharding (ZeRO-3). Not covered: nccl.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ Trained = tuple[list[list[Tensor]], list[Tensor], dict[str, Tensor], list[float]
 
 
 def plainly(kind: str) -> Trained:
-    """(columns, losses, the last gradient, its norms, weights) of plain torch on whole rows."""
+    """Return (columns, losses, the last gradient, gradient norms, weights) of plain torch on whole rows."""
     model = model_of(kind, checkpointing=False)
     groups = [{"params": [p], "weight_decay": 0.01 if p.dim() == 2 else 0.0} for p in model.parameters()]
     optimizer = torch.optim.AdamW(groups, lr=LR, eps=EPS)
@@ -95,7 +95,7 @@ def plainly(kind: str) -> Trained:
 
 
 def in_parts(rank: int, world_size: int, *, kind: str, shared: int, stage: int, checkpointing: bool) -> Trained:
-    """The same of one rank among `shared` that hold a row together. The rows are dealt out among the groups."""
+    """Return the same results of one rank among `shared` ranks of a row. The rows are divided among the groups."""
     engine = make_engine(model_of(kind, checkpointing=checkpointing), shared=shared, stage=stage)
     groups = world_size // shared
     mine = range(len(ROWS))[rank // shared :: groups]
@@ -204,7 +204,7 @@ def tree_loss(model: Any, index: int) -> Found:
 
 
 def apart(index: int, model: Any) -> Found:
-    """Compute every sequence of a row alone, with all of its tokens, by transformers' own forward pass."""
+    """Compute every sequence of a row separately, with all tokens, by transformers' own forward pass."""
     lengths, branches = TREES[index]
     tokens, weights = tree_tokens(index)
     wholes: list[Tensor] = []

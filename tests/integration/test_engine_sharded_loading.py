@@ -1,8 +1,9 @@
-"""ZeRO-3 shards a model while it loads: two ranks on gloo hold half each, and train as they do from plain loading.
+"""ZeRO-3 shards a model during loading: two ranks on gloo hold half each, and train like after plain loading.
 
-In float32 that is ZeRO-0; in bfloat16, where the stages round differently, ZeRO-3 that shards afterwards, bit for bit.
-For the policy (tied and untied), the critic with a new head, the reward model with its own, and LoRA. Not covered:
-GPUs; that a model larger than a rank's memory loads, for which the counts of elements stand here.
+In float32 the comparison is with ZeRO-0; in bfloat16, with different rounding of the stages, with ZeRO-3 sharded after
+loading, bit for bit. Covered are the policy (tied and untied), the critic with a new head, the reward model with a
+trained head, and LoRA. Not covered: GPUs, and the loading of a model larger than a rank's memory; counts of elements
+stand in for the latter.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def loss_of(model: Any, rank: int, kind: str) -> Tensor:
 def train(
     rank: int, world_size: int, *, kind: str, folder: Path, stage: int, sharded: bool, dtype: torch.dtype
 ) -> tuple[int, int, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], float]:
-    """(elements held after loading, of how many; weights and buffers then, weights after a step; its gradient norm)."""
+    """Return (elements held, all elements; weights and buffers after loading, weights after a step; gradient norm)."""
     torch.manual_seed(rank)  # what is drawn anew must not depend on it
     with shards_as_it_loads(zero_stage=3 if sharded else 0, dtype=dtype):
         module = load(kind, folder, dtype)

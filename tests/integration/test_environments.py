@@ -55,7 +55,7 @@ def test_pairs_of_conversations_are_compared(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_a_policy_calls_the_tool_of_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example from nothing to its first step: after imitation, a policy calls and reads the result."""
+    """The example runs from nothing to the first step: after imitation, a policy uses the tool."""
     folder = Path(shutil.copytree(EXAMPLE.parent, tmp_path / "examples" / "tools"))
     subprocess.run([sys.executable, str(folder / "stock_data.py")], check=True)
     monkeypatch.chdir(tmp_path)

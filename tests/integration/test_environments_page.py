@@ -1,4 +1,4 @@
-"""docs/environments.md, step by step: what it says to write is written, and trains."""
+"""docs/environments.md, step by step: the files of the page are written, and the run trains."""
 
 from __future__ import annotations
 

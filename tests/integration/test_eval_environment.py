@@ -1,4 +1,4 @@
-"""rlhf eval of a run with an environment: its games are those of the run's own evaluations, and so are its failures."""
+"""rlhf eval of a run with an environment plays the same games, with the same failures, as the run's own evaluations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def guesses(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that names a number from 1 to 7, any as likely: in three turns it wins a third of the games."""
+    """A model that names a number from 1 to 7, all equally likely: three turns win a third of the games."""
     follows = {ASSISTANT: "1234567", **dict.fromkeys("1234567", EOS)}
     return chain(tiny_model, tmp_path_factory.mktemp("models") / "guesses", follows, logit=12.0)
 
@@ -33,8 +33,8 @@ def guesses(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_plays_the_games_that_the_run_played(
     guesses: Path, tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The final model of a run has the weights of its last evaluation, so its games are the same turn by turn; and the
-    prompts whose environment raises, hangs or ends are left out of both, written down and never counted as 0."""
+    """The final model of a run has the weights of the last evaluation, so the games are the same turn by turn. Prompts
+    with an environment that raises, hangs or ends are left out of both, recorded and never counted as 0."""
     moods = [*["well"] * 7, "raise", "hang", "exit"]
     games = [
         {"messages": [{"role": "user", "content": "1-7?"}], "secret": index % 7 + 1, "mood": mood}

@@ -1,4 +1,4 @@
-"""rlhf eval and rlhf generate with real engines: models whose every answer is known, an adapter beside peft."""
+"""rlhf eval and rlhf generate with real engines agree with models of known answers, and with an adapter in peft."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def says_2(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_eval_of_a_run_finds_what_is_known(
     says_7: Path, says_2: Path, tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three of four answers are 7: what says 7 is right on those, and wins there against what says 2."""
+    """Three of four answers are 7: the model of 7 is right on those, and wins there against the model of 2."""
     rows = [{"prompt": f"{a}+{b}=", "answer": a + b} for a, b in ((3, 4), (5, 2), (1, 6), (1, 1))]
     held_out = write_rows(tmp_path / "heldout.jsonl", rows)
     changes = {
@@ -142,7 +142,7 @@ def test_a_runs_model_answers_as_its_run_asked_it(
 
 @pytest.mark.slow
 def test_a_conversation_through_a_pipe(says_7: Path, tmp_path: Path) -> None:
-    """Each line a turn, blank ones none; the responses alone on stdout; the end of input ends it."""
+    """Each line but blank ones is a turn; only responses go to stdout, and the end of input is the end."""
     done = subprocess.run(
         [
             str(Path(sys.executable).with_name("rlhf")),

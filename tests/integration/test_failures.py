@@ -1,7 +1,7 @@
-"""What fails while a run runs: exit code 1, stage, actor, rank and cause in one paragraph, nothing left behind.
+"""Failures during a run give exit code 1, and stage, actor, rank and cause in one paragraph. Nothing is left behind.
 
-Real runs of the tiny model in this process, on the session's Ray; a second thread kills and stops processes.
-The last tests start the command line with a Ray of its own. Not covered: the death of a whole node.
+Real runs of the tiny model in this process, on the session's Ray; a second thread kills and stops processes. The last
+tests start the command line with a local Ray. Not covered: the death of a whole node.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tests.support_measurements import model_folder
 
 
 def failed(capsys: pytest.CaptureFixture[str], config: Path, *arguments: str, code: int = 1) -> str:
-    """The one paragraph with which `rlhf train` ends."""
+    """Return the final paragraph of `rlhf train`."""
     found = main(["train", str(config), "--quiet", *arguments])
     said = capsys.readouterr().err
     assert found == code, said
@@ -115,7 +115,7 @@ def claimed(name, prompt):
 def test_dropped_groups_are_replaced_counted_and_bounded(
     ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Three prompts fail in three ways; a fourth's process is killed from outside, which a fresh one makes good.
+    """Three prompts fail in three ways; a fourth's process is killed from outside and replaced.
 
     After the first step's 16 responses all calls hang.
     """
@@ -141,7 +141,7 @@ def test_dropped_groups_are_replaced_counted_and_bounded(
 def test_a_killed_engine_is_replaced_and_the_run_ends_as_if_nothing_had_happened(
     ray_local: None, tmp_path: Path
 ) -> None:
-    """Weights and metrics are equal to those of the unbroken run bit for bit, also in the evaluation."""
+    """Weights and metrics equal the unbroken run's bit for bit, also in the evaluation."""
     changes = {
         "data": {"eval": {"task": "running_totals", "split": "eval", "size": 4}},
         "eval": {"every": 4},
@@ -172,7 +172,7 @@ def test_a_killed_engine_is_replaced_and_the_run_ends_as_if_nothing_had_happened
 def test_killed_and_stopped_ranks_are_replaced_and_the_run_ends_as_if_nothing_had_happened(
     ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """The ranks of a run on fixed data. tests/integration/test_trainer_losses.py has those of a run with rollouts."""
+    """The run has fixed data. tests/integration/test_trainer_losses.py kills ranks of a run with rollouts."""
     few = {"train": {"steps": 60, "checkpoint_every": 20}}
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     assert main(["train", str(write_run(tmp_path, unbroken.name, SFT, few)), "--quiet"]) == 0
@@ -214,7 +214,7 @@ def test_a_loss_that_is_not_finite_leaves_no_checkpoint(
 def test_a_model_that_only_a_rank_finds_broken_is_named(
     ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """The rank that computes with weights that are no numbers refuses them at the start."""
+    """The rank with non-finite weights refuses the weights at the start."""
     model = build_tiny_llama(tmp_path / "broken", seed=0)
     weights = load_file(model / "model.safetensors")
     save_file({name: torch.full_like(w, torch.nan) for name, w in weights.items()}, model / "model.safetensors")
@@ -227,7 +227,7 @@ def test_a_model_that_only_a_rank_finds_broken_is_named(
 def test_an_engine_that_computes_another_model_stops_the_run(
     ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """vLLM's rotary embedding for a CPU is wrong for LFM2. Engines leave it out, and this option asks for it again."""
+    """vLLM's rotary embedding for a CPU is wrong for LFM2, so engines leave it out. This option adds it again."""
     model = model_folder(
         tmp_path / "lfm2", "lfm2", std=0.2, hidden_size=64, num_attention_heads=2, num_key_value_heads=2
     )
@@ -254,7 +254,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 def test_a_rank_that_fails_at_its_start_is_named(
     ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """The model's own code loads in the driver's checks, which have no process group, and fails in the rank."""
+    """The model's own code loads in the driver's checks, without a process group, and fails in the rank."""
     model = build_tiny_llama(tmp_path / "sharded", seed=0)
     (model / "modeling_own.py").write_text(ONE_PROCESS_MODEL, encoding="utf-8")
     config = json.loads((model / "config.json").read_text())
@@ -332,7 +332,7 @@ def test_sigterm_to_all_processes_of_a_run_at_once_ends_it_in_order(
 
 
 def rays_below(pid: int) -> Iterator[tuple[str, str]]:
-    """Address and token of the Ray that a driver has started, as its processes were given them."""
+    """Yield address and token of a driver's Ray from the environment of Ray's processes."""
     for process in psutil.Process(pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             address = [word.partition("=")[2] for word in process.cmdline() if word.startswith("--gcs-address=")]

@@ -1,4 +1,4 @@
-"""A call fails with the remedy if its result finds no room in Ray's object store, nor on the disk below the store."""
+"""A call fails with the remedy if the result finds no room in Ray's object store, nor on the disk below the store."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ asyncio.run(main())
 
 @pytest.fixture
 def disk() -> Iterator[Path]:
-    """A small disk with a path that is short enough for Ray's sockets."""
+    """A small disk with a path short enough for Ray's sockets."""
     folder = Path(tempfile.mkdtemp(prefix="full", dir="/tmp"))
     with mounted(folder / "disk", mib=200) as mount:
         yield mount

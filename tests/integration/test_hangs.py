@@ -1,4 +1,4 @@
-"""Processes that hang, in real Ray actors: they are named with their stacks, killed and replaced."""
+"""Hanging processes in real Ray actors are named with stacks, killed and replaced."""
 
 from __future__ import annotations
 

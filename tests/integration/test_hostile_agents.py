@@ -1,4 +1,4 @@
-"""Hostile agents beside honest ones: the real front and runners over an engine without a model, and a whole run."""
+"""Hostile agents run beside honest agents: real front and runners without a model, and a whole run."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def seconds(infos: list[RolloutInfo]) -> float:
 
 @pytest.mark.timeout(400)
 def test_a_run_survives_hostile_agents(tmp_path: Path) -> None:
-    """Every fourth prompt is given to a hostile agent. Other prompts take the place of the failed groups."""
+    """Every fourth prompt goes to a hostile agent. New prompts take the place of the failed groups."""
     attacks = ["calls", "bombs", "large bodies", "processes"]
     prompts = [{"prompt": f"{n}", "attack": "none" if n % 4 else attacks[n // 4 % 4]} for n in range(64)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A run on a cluster of three hosts, whose roles meet over the network only, is the run that one machine makes.
+"""A run on a cluster of three hosts, with roles connected only by the network, equals a run on one machine.
 
 Hosts are network namespaces (tests/hosts.py): real nodes of Ray, real gloo between the policy's ranks and from them to
 vLLM, on one disk and one clock. In float32 the two runs differ by nothing but the addresses. A sweep's trials share
@@ -67,7 +67,7 @@ IN_FLIGHT: Mapping[str, Any] = {
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_hosts_train_in_flight(tmp_path: Path) -> None:
-    """The engine gets weights by gloo from the other host while it answers requests."""
+    """The engine gets weights by gloo from the other host while answering requests."""
     run = tmp_path / "flight"
     config = write_config(
         tmp_path / "run.yaml", merge(IN_FLIGHT, {"run": {"name": run.name, "dir": str(tmp_path)}}), ONLINE
@@ -113,7 +113,7 @@ def test_trials_of_a_sweep_share_the_hosts(tmp_path: Path) -> None:
 
 
 def test_ranks_meet_by_the_interface_that_leads_to_the_others() -> None:
-    """Each host's name stands for an address of a second interface, which leads nowhere: gloo by itself takes that."""
+    """Each host's name stands for an address of a second interface without a route: gloo itself takes it."""
     with several_hosts(2) as hosts:
         for host in hosts:
             host.add_interface("aaa0", "192.168.50.1")

@@ -1,4 +1,4 @@
-"""Workers that are killed while a run runs: the run goes on, and nothing that it computes differs.
+"""Workers are killed during a run: the run goes on with the same results.
 
 Real runs of the tiny model in this process, on the session's Ray.
 """
@@ -39,7 +39,7 @@ def reward(prompt, response):
 
 @pytest.fixture(autouse=True)
 def engines_stay(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Keep the engines for the second run of a test, which starts sooner."""
+    """Keep the engines for the second run of a test, for an earlier start."""
     monkeypatch.setattr(ENGINE_POOL, "keeps", True)
     yield
     ENGINE_POOL.close()
@@ -66,7 +66,7 @@ def assert_unbroken(folder: Path, config: Path, losses: Mapping[str, int], worke
 
 @pytest.mark.slow
 def test_a_run_that_loses_its_reward_and_reference_workers_equals_an_unbroken_one(tmp_path: Path) -> None:
-    """The reward worker dies while it scores the first group."""
+    """The reward worker dies during the scoring of the first group."""
     config = write_run(tmp_path, "broken", GRPO, KL, THREE, reward=ENDS_ITS_WORKER)
     assert_unbroken(tmp_path, config, {"reward": 1, "reference": 1}, "ReferenceWorker")
 

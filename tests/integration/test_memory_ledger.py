@@ -1,7 +1,7 @@
-"""What is on each GPU of a colocated run, call by call, against what `rlhf plan` says that the GPU must hold.
+"""The content of each GPU in a colocated run, call by call, agrees with the content in `rlhf plan`.
 
-The run's own controller drives workers of the tiny model in one process, and every call of a role is written down. The
-calls are then replayed for a model of seven billion weights: each role holds what the planner says that it holds.
+The run's own controller drives workers of the tiny model in one process, and every call of a role is recorded. The
+calls are then replayed for a model of seven billion weights: each role holds the planner's bytes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 class Recorder:
-    """A role that writes down its calls."""
+    """A role with recorded calls."""
 
     def __init__(self, name: str, role: Any, calls: list[tuple[str, str]]) -> None:
         self.name, self.recorded, self.calls = name, role, calls
@@ -87,7 +87,7 @@ def record_calls(rank: int, world_size: int, *, config: Path) -> Calls:
 
 
 class Ledger:
-    """Bytes of each role on the GPU that they share. A call that needs the GPU must come from a role that is on it."""
+    """Bytes of each role on a shared GPU. A call with a need for the GPU must come from a role on the GPU."""
 
     def __init__(self, by_role: dict[str, Footprint], calls: Calls) -> None:
         self.by_role = by_role
@@ -140,7 +140,7 @@ class Ledger:
 
 
 def on_shared_gpu(config: Config) -> tuple[Fit, dict[str, Footprint]]:
-    """What the plan says of the GPU that an engine shares, and the footprints of the roles on it."""
+    """Return the plan of the GPU shared by an engine, and the footprints of the roles there."""
     sizes = Sizes(gpu_memory_gib=GPU_GIB)
     found = footprints(config, sizes)
     nodes = [Node(cpus=64.0, gpus=8.0, mem_gib=2000.0, gpumem_gib=GPU_GIB)]
@@ -151,7 +151,7 @@ def on_shared_gpu(config: Config) -> tuple[Fit, dict[str, Footprint]]:
 
 
 def variants(name: str) -> list[Config]:
-    """The run with large models, in every layout of its policy and critic that the checks accept."""
+    """Return the run with large models, in every accepted layout of policy and critic."""
     found = []
     loras: tuple[dict[str, int] | None, ...] = (None, {"rank": 16})
     for stage, offload, lora, checkpointing, share in product(

@@ -1,4 +1,4 @@
-"""A pipeline killed on a machine that never comes back and resumed from its mirror elsewhere equals an unbroken one."""
+"""A pipeline killed on a lost machine and resumed from the mirror elsewhere equals an unbroken pipeline."""
 
 from __future__ import annotations
 

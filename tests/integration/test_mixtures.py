@@ -84,7 +84,7 @@ def test_a_mixture_passes_all_stages(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_ranks_that_shard_the_experts_train_as_one(tmp_path: Path) -> None:
-    """Without leaf modules: the experts of a layer are one module."""
+    """There are no leaf modules: the experts of a layer are a single module."""
     losses = []
     for workers, stage in ((1, 2), (2, 3)):
         resources = {"cluster": {"roles": {"policy": {"workers": workers, "zero_stage": stage}}}}

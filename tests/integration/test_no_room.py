@@ -1,4 +1,4 @@
-"""Real runs whose disk or shared memory is full for a time: they wait, go on, and have the bits of an unbroken run."""
+"""Real runs with a disk or shared memory full for a time wait, go on, and have the bits of an unbroken run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 class Run:
-    """A training run, started in a mount namespace of its own if /dev/shm is to be small."""
+    """A training run, in a separate mount namespace for a small /dev/shm."""
 
     def __init__(self, path: Path, *, shm: str | None = None) -> None:
         self.log = path.with_suffix(".log")
@@ -84,7 +84,7 @@ class Run:
         self.until(lambda: metrics.exists() and len(metrics.read_bytes().splitlines()) > step)  # step 0 has a row
 
     def wait_for_room(self, ballast: Path, *, pauses: int) -> None:
-        """Take all room, again and again, until the run waits. Free it some seconds later, and see the run go on."""
+        """Take all room repeatedly until the run waits. Free the room some seconds later, and see the run go on."""
 
         def is_waiting() -> bool:
             with ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
@@ -136,7 +136,7 @@ def test_a_full_disk_at_a_checkpoint(tmp_path: Path, disk: Path) -> None:
 
 
 def test_full_shared_memory(tmp_path: Path, unbroken: list[dict[str, Any]]) -> None:
-    """The ranks wait for room for their state at the start, and for the file that describes it after a step."""
+    """The ranks wait for room for the state at the start, and for the description file after a step."""
     run = Run(config(tmp_path, tmp_path, "run", GRPO), shm="64m")
     run.until(lambda: WAITS in run.said())
     assert "policy rank 0: /dev/shm/ray-rlhf-" in run.said()

@@ -1,7 +1,8 @@
-"""What becomes of a run on several hosts that loses one and may replace nothing: a named error in time, and a sequel
-that repeats the run that lost none.
+"""A run on several hosts that loses a host without a replacement ends with a named error in time, and its continuation
+repeats the unbroken run.
 
-A host dies with all its processes, and another is cut off and runs on alone; both are replaced. See tests/hosts.py.
+A host dies with all processes, and a second host is disconnected and runs on alone; both are replaced. See
+tests/hosts.py.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def test_lost_hosts_are_named_and_replaced(ray_local: None, tmp_path: Path) -> N
 
 
 def lost_at(process: subprocess.Popen[str], run: Path, steps: int, lose: Callable[[], None]) -> str:
-    """What a run says that ends because of a loss, in time."""
+    """Return the output of a run that ends in time because of a loss."""
     until = time.monotonic() + 200.0
     while steps_done(run) < steps:
         assert process.poll() is None, process.communicate()[1]
@@ -82,7 +83,7 @@ def lost_at(process: subprocess.Popen[str], run: Path, steps: int, lose: Callabl
 
 
 def names(said: str, host: Host, what: str) -> bool:
-    """Whether the last words name stage, role, node and what became of it, and how to go on."""
+    """Return whether the last words name stage, role, node and fate of the node, and how to go on."""
     (paragraph,) = said.split("rlhf: error: ")[1:]
     role, node = r"(policy|critic|rollout|reward|reference) rank \d", re.escape(host.address)
     itself = rf"\w[\w ]*: {role} died with its node \(process \d+ on {node}\): {re.escape(what)}\."

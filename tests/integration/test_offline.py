@@ -1,7 +1,7 @@
-"""Real runs without rollouts, and the road to those with: imitation, a reward model, PPO on it, as stages of one run.
+"""Real runs go from fixed data to rollouts: imitation, a reward model, and PPO on that model, as stages of one run.
 
-A pipeline that is killed in its second stage and resumed equals the one that never was. The reward model that it made
-is one for transformers too.
+A pipeline killed in the second stage and resumed equals the unbroken pipeline. transformers can load the trained reward
+model too.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def config(folder: Path, name: str, *, stages: tuple[str, ...] = ("dpo", "reward
 
 @pytest.fixture(scope="module")
 def unbroken(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a pipeline that was never interrupted."""
+    """The folder of an uninterrupted pipeline."""
     folder = tmp_path_factory.mktemp("offline")
     train_here(config(folder, "unbroken"))
     return folder / "unbroken"

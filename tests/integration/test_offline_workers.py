@@ -1,7 +1,7 @@
-"""Workers that train on pairs and on labelled responses, without Ray: against plain torch, and over layouts.
+"""Workers train on pairs and on labelled responses, without Ray, in agreement with plain torch, and over layouts.
 
-The law: a step does not depend on ranks or micro-batches, also where a loss couples the pairs of a step. One process a
-rank is started for each layout and serves all tests.
+The law: a step does not depend on ranks or micro-batches, not even for a loss that couples the pairs of a step. A
+process for each rank is started for each layout and serves all tests.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def config_of(
 
 
 def steps_of(model: str) -> LabelledSteps:
-    """Sums in three steps, of which the one that the row's number names is wrong."""
+    """Return sums in three steps, with a wrong step chosen by the row's number."""
     rows = [
         Row(
             file="steps",
@@ -123,7 +123,7 @@ def train_rank(
     zero_stage: int = 2,
     balance_coef: float = 0.0,
 ) -> list[Any]:
-    """One rank: the metrics of its steps, then of an evaluation as a whole and in pieces, from the model folder."""
+    """Run one rank: the metrics of steps, then of an evaluation as a whole and in parts, from the model folder."""
     place = place_of(rank, world_size)
     name = algorithm["name"]
     config = config_of(algorithm, model, folder, workers=world_size, tokens=tokens, zero_stage=zero_stage)
@@ -159,8 +159,8 @@ Train = Callable[..., list[dict[str, float]]]
 
 @pytest.fixture(scope="module")
 def train(gangs: Gangs, model: str, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Metrics of each step, then of an evaluation as a whole and in pieces, by 1 rank with all rows in a micro-batch or
-    by 2 with about one."""
+    """Return metrics of each step, then of an evaluation as a whole and in parts, by 1 rank with all rows in a
+    micro-batch or by 2 with about one row."""
     folder = str(tmp_path_factory.mktemp("runs"))
 
     def run(algorithm: dict[str, Any], *, ranks: int, repeated: tuple[int, ...] = ()) -> list[dict[str, float]]:
@@ -196,7 +196,7 @@ def test_a_step_depends_on_neither_ranks_nor_microbatches(train: Train, algorith
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("algorithm", [ALGORITHMS[1], *ALGORITHMS[3:7]], ids=lambda a: a["name"])
 def test_an_evaluation_in_pieces_is_that_of_the_whole(train: Train, algorithm: dict[str, Any]) -> None:
-    """But for losses that couple rows: those are coupled within a piece."""
+    """The exception is losses that couple rows: coupling stays within a part."""
     *_, whole, pieces = train(algorithm, ranks=2)
     assert whole.keys() == pieces.keys()
     assert all(whole[key] == pytest.approx(pieces[key], rel=1e-5, abs=1e-6) for key in whole)
@@ -330,7 +330,7 @@ def test_kto_compares_with_mismatched_responses(train: Train, model: str) -> Non
 
 @pytest.mark.timeout(600)
 def test_a_reward_model_scores_as_transformers_has_it(train: Train, model: str) -> None:
-    """Its head begins at zero, so the first loss is log 2 and only the head moves; the second is plain torch's."""
+    """The head begins at zero, so the first loss is log 2 and only the head moves; the second loss is plain torch's."""
     ours = train({"name": "reward_model"}, ranks=1)
     pairs = data_of("reward_model", model)
     plain = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)

@@ -1,7 +1,7 @@
-"""Learning from a teacher on rollouts: the worker against plain torch with whole logits, over layouts of ranks without
-Ray, and as a run with it.
+"""Learning from a teacher on rollouts agrees with plain torch on whole logits, over layouts of ranks without Ray, and
+in a run with Ray.
 
-The teacher is wider than the student, and its head has rows that stand for no token.
+The teacher is wider than the student, and the teacher's head has rows without a token.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def plan_of(given: Rollouts, *, ranks: int, scores: Mapping[int, float]) -> Batc
 
 
 def train_rank(rank: int, world_size: int, *, config: Config) -> list[Any]:
-    """One rank, with a teacher of its own: the metrics of an update on each half, in as many epochs as there are."""
+    """Run one rank with a separate teacher: the metrics of an update on each half, in all epochs."""
     assert config.teacher is not None
     place = place_of(rank, world_size)
     tokens = config.train.max_tokens_per_microbatch
@@ -123,7 +123,7 @@ def train_rank(rank: int, world_size: int, *, config: Config) -> list[Any]:
 
 
 class Dense:
-    """The same training in plain torch: whole logits, one sequence at a time."""
+    """Train the same in plain torch: whole logits, one sequence at a time."""
 
     def __init__(self, models: Path, algorithm: Algorithm) -> None:
         self.student = AutoModelForCausalLM.from_pretrained(models / "student")
@@ -136,7 +136,7 @@ class Dense:
             self.old = [self.sampled(self.distributions(self.student, i), i) for i in range(GROUPS * SAMPLES)]
 
     def distributions(self, model: Any, i: int) -> Tensor:
-        """At the sampled tokens of sequence i, over the rows that both heads have if they are compared as wholes."""
+        """Return the distributions at sequence i's sampled tokens, over common rows for whole comparisons."""
         rows = VOCAB_SIZE if "divergence" in self.algorithm else None
         logits: Tensor = model(self.sequences[i][None]).logits[0, PROMPT - 1 : -1, :rows]
         return (logits / TEMPERATURE).log_softmax(-1)
@@ -145,7 +145,7 @@ class Dense:
         return log_p.gather(-1, self.sequences[i][PROMPT:, None])[:, 0]
 
     def step(self, half: tuple[int, ...]) -> dict[str, float]:
-        """What is measured before an optimizer step, and the norm of its gradient."""
+        """Return the measurements before an optimizer step, and the norm of the gradient."""
         losses, entropies, gaps, advantages = [], [], [], []
         for i in half:
             log_p = self.distributions(self.student, i)
@@ -270,7 +270,7 @@ FORMS: dict[str, tuple[Algorithm, dict[str, Any]]] = {"sampled": ({}, {}), "reve
 
 @pytest.fixture(scope="module", params=list(FORMS))
 def unbroken(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of each form that was never interrupted."""
+    """The folder of an uninterrupted run of each form."""
     algorithm, changes = FORMS[request.param]
     folder = tmp_path_factory.mktemp("taught")
     train(config_file(folder, request.param, models, algorithm, **changes))

@@ -1,8 +1,8 @@
 """Real runs of the whole loop on the tiny model: Ray, vLLM, DeepSpeed, every role.
 
-A run that is killed and resumed equals the run that never was, bit for bit in float32 on a CPU: weights, optimizers,
-critic, data cursor, adaptive KL coefficient, seeds and samples. Not covered: GPUs, where kernels do not repeat
-themselves bit for bit. The result does not depend on the number of ranks, ZeRO or micro-batches, up to rounding.
+A killed and resumed run equals the unbroken run, bit for bit in float32 on a CPU: weights, optimizers, critic, data
+cursor, adaptive KL coefficient, seeds and samples. Not covered: GPUs, whose kernels do not repeat bit for bit. The
+result does not depend on the number of ranks, ZeRO or micro-batches, up to rounding.
 """
 
 from __future__ import annotations

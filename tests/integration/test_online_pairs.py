@@ -1,7 +1,7 @@
-"""The worker that learns from pairs of rollouts, without Ray or vLLM: against offline DPO on the same pairs.
+"""The worker for pairs of rollouts, without Ray or vLLM, agrees with offline DPO on the same pairs.
 
-The laws: a step does not depend on ranks or micro-batches, also where a rank has no pair; it is offline DPO's on these
-pairs, at temperature 1. One process a rank is started for each layout and serves all tests.
+The laws: a step does not depend on ranks or micro-batches, not even for a rank without a pair; the step equals offline
+DPO's on the same pairs, at temperature 1. A process for each rank is started for each layout and serves all tests.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def learn(
     groups: int,
     options: dict[str, Any],
 ) -> list[Any]:
-    """One rank: metrics of two updates from the weights of the model folder. reference: None is the adapter off."""
+    """Run one rank: metrics of two updates from the weights of the model folder. reference: None disables the
+    adapter."""
     config = config_of(algorithm, model, folder, workers=world_size, tokens=tokens, **options)
     assert config.rollouts is not None
     place = place_of(rank, world_size)
@@ -107,7 +108,7 @@ def learn(
 def learn_offline(
     rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, tokens: int
 ) -> list[Any]:
-    """The same updates by the worker of fixed data, which is given the pairs."""
+    """Make the same updates by the worker of fixed data, from the given pairs."""
     config = config_of(algorithm, model, folder, workers=world_size, tokens=tokens)
     worker = PreferenceWorker(config, place_of(rank, world_size), optimizer_steps=2)
     worker.build()
@@ -145,7 +146,7 @@ def learn_offline(
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A policy and another model as its reference."""
+    """A policy, and a second model as the reference."""
     folder = tmp_path_factory.mktemp("models")
     return str(build_tiny_llama(folder / "policy", seed=3)), str(build_tiny_llama(folder / "reference", seed=4))
 
@@ -155,7 +156,7 @@ Learn = Callable[..., list[dict[str, float]]]
 
 @pytest.fixture(scope="module")
 def run(gangs: Gangs, models: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Learn:
-    """Metrics of both updates, by 1 rank with all pairs in a micro-batch or by 2 with about one."""
+    """Return metrics of both updates, by 1 rank with all pairs in a micro-batch or by 2 with about one pair."""
     folder = str(tmp_path_factory.mktemp("runs"))
 
     def run(function: Callable[..., Any], algorithm: dict[str, Any], *, ranks: int, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Every optimizer on real DeepSpeed, two ranks: against the plain one on the whole batch, and after a resume."""
+"""Every optimizer on real DeepSpeed, two ranks, agrees with the plain one on the whole batch and resumes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def settings_of(name: str) -> Any:
 
 
 def plain_optimizers(name: str, model: Any) -> list[torch.optim.Optimizer]:
-    """The libraries' own optimizers, each on the weights that it should have."""
+    """Return the libraries' own optimizers, each on the right weights."""
     named = dict(model.named_parameters())
     matrices = [p for p in named.values() if p.dim() == 2]
     vectors = [p for p in named.values() if p.dim() < 2]
@@ -80,7 +80,7 @@ def trained_weights(rank: int, world_size: int, *, name: str, stage: int) -> tup
 
 
 def first_step(rank: int, world_size: int, *, stage: int) -> tuple[float, float]:
-    """How far the weights have moved in the first step of AdamW, on average, and the rate of that step."""
+    """Return the mean movement of the weights in the first step of AdamW, and the rate of the step."""
     engine = make_engine(stage, torch.bfloat16, optimizer=replace(OPTIMIZER, weight_decay=0.0, eps=1e-12))
     before = weights_of(engine)
     loss = engine.forward(loss_of, batch(1)[rank::world_size])
@@ -93,7 +93,7 @@ def first_step(rank: int, world_size: int, *, stage: int) -> tuple[float, float]
 
 
 def relative_distance(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Return the norm of the difference of two trained models, relative to the way from the untrained one."""
+    """Return the norm of the difference of two trained models, relative to the way from the untrained model."""
     start = {key: p.detach() for key, p in tiny_model().named_parameters()}
     apart = torch.cat([(weights[key] - expected[key]).flatten() for key in expected])
     moved = torch.cat([(expected[key] - start[key]).flatten() for key in expected])

@@ -1,6 +1,6 @@
-"""The policy's ranks without Ray or vLLM: the credit of steps, and ranks that have nothing to train on.
+"""The policy's ranks without Ray or vLLM credit steps, also with ranks that have nothing to train on.
 
-Against plain transformers and loops over tokens. The groups' responses are spread over two ranks.
+The results agree with plain transformers and loops over tokens. The groups' responses are spread over two ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def config_of(algorithm: Mapping[str, Any], model: str, folder: str, *, workers:
 def learn(
     rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, shares: Sequence[Sequence[int]]
 ) -> tuple[dict[int, float], Any]:
-    """One rank: the advantages of its share, and the metrics of one update. by_sequence is None: they are per token."""
+    """Run one rank: the advantages of the rank's share, and the metrics of one update. by_sequence None: per token."""
     place: RankContext = place_of(rank, world_size)
     worker = PolicyWorker(
         config_of(algorithm, model, folder, workers=world_size),
@@ -67,7 +67,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def distributions(model: str, sequence_ids: Sequence[int]) -> dict[int, tuple[torch.Tensor, list[int]]]:
-    """Of each sequence the log-probabilities of the whole vocabulary at its response's places, and the tokens there."""
+    """Return each sequence's log-probabilities of the vocabulary at the response's places, and the tokens there."""
     module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     found = {}
     for sequence_id in sequence_ids:
@@ -90,7 +90,7 @@ def test_a_rank_may_be_without_a_sequence(gang: Gang, model: str, tmp_path: Path
 
 
 def steps_of(sequence_id: int, length: int) -> tuple[StepReward, ...]:
-    """Up to three steps, the last of which may end before the response does; of every fifth response none."""
+    """Return up to three steps, with a possible end before the response's; every fifth response has no step."""
     ends = sorted({PROMPT + (sequence_id * k) % (length - PROMPT) for k in (1, 2, 4)})
     return tuple(StepReward(end=end, value=0.5 * end - sequence_id) for end in ends) if sequence_id % 5 else ()
 
@@ -98,7 +98,7 @@ def steps_of(sequence_id: int, length: int) -> tuple[StepReward, ...]:
 def credit(
     rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, shares: Sequence[Sequence[int]]
 ) -> dict[int, list[float]]:
-    """One rank: the advantages of its share's tokens, of scores (or advantages) and of steps."""
+    """Run one rank: the advantages of the share's tokens, from scores (or advantages) and steps."""
     config = config_of(algorithm, model, folder, workers=world_size)
     worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2, reference_is_adapter_off=False)
     worker.build()
@@ -133,7 +133,7 @@ def credit(
 def test_steps_are_credited_to_the_tokens_up_to_their_ends(
     gang: Gang, model: str, tmp_path: Path, name: str, shares: list[list[int]]
 ) -> None:
-    """grpo: a token has its response's advantage and what the steps that end at or after it are worth. ppo: loops over
+    """grpo: a token has the response's advantage and the value of steps ending at or after the token. ppo: loops over
     the rewards to come and the critic's values."""
     if name == "grpo":
         algorithm: dict[str, Any] = {"name": "grpo"}

@@ -1,8 +1,8 @@
 """The policy's worker under corrections of the sampler's mismatch, without Ray or vLLM.
 
-The laws: a step does not depend on ranks or micro-batches; where the rollout's log-probabilities stand for the old
-ones, none are computed; and where sampler and trainer agree, bypassing the old ones changes nothing. One process a rank
-is started for each layout and serves all tests.
+The laws: a step does not depend on ranks or micro-batches; if the rollout's log-probabilities replace old_logprobs, no
+old_logprobs are computed; and if sampler and trainer agree, bypassing old_logprobs changes nothing. A process for each
+rank is started for each layout and serves all tests.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BYPASSES = ("bypass", "policy_gradient")
 
 
 def sampled(group: int) -> Rollouts:
-    """A group whose sampler said about what the tiny model says of it: -5.8 nats, more or less."""
+    """Return a group with a sampler close to the tiny model: -5.8 nats, more or less."""
     rollouts = rollouts_of(group)
     noise = torch.randn(len(rollouts.token_ids), generator=torch.Generator().manual_seed(group))
     return replace(rollouts, rollout_logprobs=torch.where(rollouts.response_mask, -5.8 + 0.3 * noise, 0.0))
@@ -62,7 +62,7 @@ def learn(
     tokens: int,
     agree: bool = False,
 ) -> list[Any]:
-    """One rank: metrics of the preparation and of two updates. agree: the sampler said what the trainer says."""
+    """Run one rank: metrics of the preparation and of two updates. agree: sampler and trainer agree."""
     algorithm = {"name": "grpo", "correction": correction}
     config = worker_config(algorithm, model, folder, workers=world_size, tokens=tokens)
     worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2, reference_is_adapter_off=False)
@@ -96,7 +96,7 @@ Learn = Callable[..., list[dict[str, float]]]
 
 @pytest.fixture(scope="module")
 def run(gangs: Gangs, model: str, tmp_path_factory: pytest.TempPathFactory) -> Learn:
-    """Metrics of a step, by 1 rank with all responses in a micro-batch or by 2 with one to three."""
+    """Return metrics of a step, by 1 rank with all responses in a micro-batch or by 2 with one to three."""
     folder = str(tmp_path_factory.mktemp("runs"))
 
     def run(correction: dict[str, Any] | None, *, ranks: int, **options: Any) -> list[dict[str, float]]:

@@ -1,8 +1,8 @@
-"""The worker that learns by advantages, without Ray or vLLM: a step depends on neither ranks nor micro-batches.
+"""The worker for advantages, without Ray or vLLM: a step depends on neither ranks nor micro-batches.
 
-What is chosen among the tokens of the whole optimizer step is the point: by entropy, by covariance, and the baseline of
-the batch. One process a rank is started for each layout and serves all tests. Not covered: sequence parallelism,
-except where a batch that arrives in portions is compared with a whole one.
+The point is the selection among the tokens of the whole optimizer step: by entropy, by covariance, and the baseline of
+the batch. A process for each rank is started for each layout and serves all tests. Not covered: sequence parallelism,
+except in the comparison of a batch in portions with a whole batch.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ALGORITHMS: Mapping[str, dict[str, Any]] = {
 
 
 def plan_of(config: Config, num_ranks: int) -> BatchPlan:
-    """Two minibatches of half of the groups each, whose sequences are dealt out in turn."""
+    """Return two minibatches of half of the groups each, with sequences divided in turn."""
     lengths = [int(rollouts.response_mask.sum()) for rollouts in map(rollouts_of, range(GROUPS))]
     half, minibatches = GROUPS // 2, []
     for start in (0, half):
@@ -66,7 +66,7 @@ def plan_of(config: Config, num_ranks: int) -> BatchPlan:
 
 
 def learn(rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, tokens: int) -> list[Any]:
-    """One rank: metrics of the advantages, their mean when they are done, and metrics of two updates."""
+    """Run one rank: metrics of the advantages, the mean of finished advantages, and metrics of two updates."""
     config = worker_config(algorithm, model, folder, workers=world_size, tokens=tokens)
     worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2, reference_is_adapter_off=False)
     worker.build()
@@ -85,7 +85,7 @@ Learn = Callable[..., list[dict[str, float]]]
 
 @pytest.fixture(scope="module")
 def run(gangs: Gangs, tmp_path_factory: pytest.TempPathFactory) -> Learn:
-    """Metrics by 1 rank with all sequences in a micro-batch or by 2 with about one."""
+    """Return metrics by 1 rank with all sequences in a micro-batch or by 2 with about one sequence."""
     folder = tmp_path_factory.mktemp("runs")
     model = str(build_tiny_llama(folder / "policy", seed=3))
 
@@ -141,7 +141,7 @@ def sessions_of(group: int) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
 def learn_sessions(
     rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, tokens: int
 ) -> tuple[list[Any], list[int]]:
-    """One rank: metrics of the experience, of the advantages and of two updates, and its samples' ids."""
+    """Run one rank: metrics of the experience, of the advantages and of two updates, and the samples' ids."""
     config = worker_config(algorithm, model, folder, workers=world_size, tokens=tokens)
     worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2, reference_is_adapter_off=False)
     worker.build()
@@ -164,7 +164,7 @@ def learn_sessions(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_step_on_sessions_depends_on_neither_ranks_nor_microbatches(gangs: Gangs, tmp_path: Path) -> None:
-    """In one tree a group, or in micro-batches of about one sequence on two ranks. The selection is over all tokens."""
+    """A group is one tree, or micro-batches of about one sequence on two ranks. The selection is over all tokens."""
     model = str(build_tiny_llama(tmp_path / "policy", seed=3))
     algorithm = {"name": "grpo", "aggregation": "sequence_mean_token_mean", "top_entropy_fraction": 0.5}
     rows, computed = [], []
@@ -179,7 +179,7 @@ def test_a_step_on_sessions_depends_on_neither_ranks_nor_microbatches(gangs: Gan
 
 
 def signals(rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, tokens: int) -> Any:
-    """One rank: what it tells of sequences 1, 4 and one that nobody has, and the columns that it computed before."""
+    """Run one rank: the signals of sequences 1, 4 and of a missing sequence, and the earlier columns."""
     config = worker_config(algorithm, model, folder, workers=world_size, tokens=tokens)
     config = config.model_copy(
         update={"train": config.train.model_copy(update={"sequences_per_update": GROUPS * SAMPLES})}
@@ -215,7 +215,8 @@ def _places(worker: PolicyWorker, told: TokenSignals) -> torch.Tensor:
 
 @pytest.mark.timeout(600)
 def test_samples_are_told_what_the_only_update_saw(gang: Gang, tmp_path: Path) -> None:
-    """Old log-probabilities are those before the update; each rank tells of its own sequences: 4 of 0's, 1 of 1's."""
+    """Old log-probabilities come from before the update; each rank reports its sequences: rank 0 reports 4, rank 1
+    reports 1."""
     model = str(build_tiny_llama(tmp_path / "policy", seed=3))
     found = gang.run(
         signals, algorithm={"name": "grpo", "kl": {"coef": 0.0}}, model=model, folder=str(tmp_path), tokens=4096
@@ -264,7 +265,7 @@ def portion_of(plan: BatchPlan, groups: tuple[int, ...], index: int) -> BatchPla
 def learn_streamed(
     rank: int, world_size: int, *, options: dict[str, Any], model: str, folder: str, streamed: bool, **resources: Any
 ) -> tuple[list[Any], dict[str, torch.Tensor], TokenSignals]:
-    """One rank: metrics of two steps, the weights after them, and the signals of the last batch."""
+    """Run one rank: metrics of two steps, the weights afterwards, and the signals of the last batch."""
     options = dict(options)
     algorithm, number = options.pop("algorithm"), options.pop("minibatches")
     train = {"sequences_per_update": GROUPS * SAMPLES // number, "grad_clip": 0.05, "eps": 1e-3} | options
@@ -303,10 +304,10 @@ def learn_streamed(
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", STREAMED)
 def test_portions_give_the_updates_of_the_whole_batch(gangs: Gangs, tmp_path: Path, case: str) -> None:
-    """On one rank, on two that shard the gradients or all weights, and on two that share each micro-batch.
+    """The layouts are one rank, two ranks with sharded gradients or weights, and two ranks that share each micro-batch.
 
-    The clip is below every norm, so an update by a sum that was not divided would be clipped alike: the norms tell.
-    Epsilon is above the gradients, so that Adam does not amplify rounding.
+    The clip is below every norm, so an update by an undivided sum would be clipped alike: the norms differ. Epsilon is
+    above the gradients, so that Adam does not amplify rounding.
     """
     options, model = dict(STREAMED[case]), str(build_tiny_llama(tmp_path / "policy", seed=3))
     for ranks, zero_stage, shared in options.pop("layouts"):

@@ -1,7 +1,7 @@
-"""SIGTERM to a run: exit code 75, a checkpoint of the last step that is done, a sequel that repeats the unbroken run.
+"""SIGTERM to a run gives exit code 75, a checkpoint of the last finished step, and an exact continuation.
 
-Real runs of the tiny model in this process, on the session's Ray; a second thread sends the signal. What becomes of a
-Ray of the run's own is in test_failures.py.
+Real runs of the tiny model are in this process, on the session's Ray; a second thread sends the signal.
+test_failures.py covers the end of a run's local Ray.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STEPS_BEFORE = 3
 
 
 def preempted(config: Path, run: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a run says that is told to end once it has done some steps."""
+    """Return the output of a run that is stopped after some steps."""
     tell = once(lambda: steps_done(run) >= STEPS_BEFORE, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with tell:
         assert main(["train", str(config), "--quiet", *arguments]) == 75
@@ -32,7 +32,7 @@ def preempted(config: Path, run: Path, capsys: pytest.CaptureFixture[str], *argu
 
 
 def compare_with_unbroken(config: Path, run: Path) -> None:
-    """Go on for two steps; the rows must be those of a run that was left alone."""
+    """Continue for two steps; the rows must equal an undisturbed run's."""
     kept = steps_done(run)
     assert checkpoints(run) == [f"step_{kept:06d}"]
     assert not (run / "errors.jsonl").exists() or not (run / "errors.jsonl").read_text(encoding="utf-8")

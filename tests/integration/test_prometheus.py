@@ -1,4 +1,4 @@
-"""What a Ray of two nodes says of a run: metrics at a node's export port, and what its nodes are busy with."""
+"""A Ray of two nodes exports a run's metrics at a node's port, and the load of the nodes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Each recipe of configs/ really trains, cut down to the tiny model, one step and this machine.
+"""Each recipe of configs/ really trains, reduced to the tiny model, one step and this machine.
 
-What is cut are models, data, sizes, steps and devices; methods, roles and their placement stay. A pipeline runs whole.
+Models, data, sizes, steps and devices are reduced; methods, roles and placement stay. A pipeline runs whole.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ HERE = {"object_store_gib": 0.25, "start_timeout_s": 200.0, "call_timeout_s": 12
 
 
 def source(written: Any) -> Any:
-    """A data source as small as the run: a task of its own, or another for files that are not here."""
+    """Return a data source as small as the run: a small task, also in place of missing files."""
     if isinstance(written, dict) and "task" in written:
         return {**written, "size": 8}
     return {"task": "running_totals", "split": "train", "size": 8}
 
 
 def cut(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """One run's tree, cut down."""
+    """Return a run's tree for a small run."""
     small = dict(tree)
     for role in ("policy", "reference", "teacher", "critic"):
         if role in small and not small[role].get("model", "stage:").startswith("stage:"):

@@ -1,4 +1,4 @@
-"""Whole runs stopped with one rank, and resumed with two ranks and another ZeRO stage: the curves of unbroken runs."""
+"""Whole runs stopped with one rank, and resumed with two ranks and another ZeRO stage, equal unbroken runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OTHER_CRITIC = "cluster.roles.critic={workers: 2, zero_stage: 1}"
 
 
 def assert_continues(folder: Path, config: Mapping[str, Any], *, until: int, others: Sequence[str]) -> None:
-    """Compare a run with one that stops after a step and is resumed by other ranks."""
+    """Compare a run with a run that stops after a step and is resumed by other ranks."""
     for name in ("unbroken", "stopped"):
         write_config(folder / f"{name}.yaml", {"run": {"name": name, "dir": str(folder), "seed": 3}}, config)
     train(folder / "unbroken.yaml")

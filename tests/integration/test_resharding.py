@@ -1,7 +1,7 @@
-"""Checkpoints continued by other ranks and other ZeRO stages on real DeepSpeed, and those that are refused.
+"""Other ranks and other ZeRO stages continue checkpoints on real DeepSpeed, and unsuitable checkpoints are refused.
 
-The loaded weights are the saved ones, bit for bit. The steps after them then differ in rounding alone: sums over other
-ranks and in other orders.
+The loaded weights equal the saved weights bit for bit. Later steps differ in rounding alone: sums have other ranks and
+orders.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PAIRS = [
 
 
 def trained_further(engine: Any, rank: int, world_size: int, steps: range) -> list[float]:
-    """The loss of each step over all ranks, before its update."""
+    """Return the loss of each step over all ranks, before the update."""
     losses = []
     for step in steps:
         loss = engine.forward(loss_of, batch(step)[rank::world_size])
@@ -53,9 +53,9 @@ def trained_further(engine: Any, rank: int, world_size: int, steps: range) -> li
 def train_and_save(
     rank: int, world_size: int, *, stage: int, dtype: torch.dtype, folder: Path, name: str, snapshot: bool = False
 ) -> Any:
-    """The weights when they were saved, and the losses and weights of the unbroken run.
+    """Return the saved weights, and the losses and weights of the unbroken run.
 
-    snapshot: each rank takes a snapshot, and the checkpoint is made of them.
+    snapshot: each rank takes a snapshot, and the checkpoint is made of snapshots.
     """
     engine = make_engine(stage, dtype, optimizer=replace(OPTIMIZER, name=name))
     trained_further(engine, rank, world_size, range(1, SAVED_STEPS + 1))
@@ -83,7 +83,7 @@ def save_snapshots(engine: Any, rank: int, steps: int, folder: Path) -> None:
 
 
 def continued(rank: int, world_size: int, *, stage: int, dtype: torch.dtype, folder: Path, name: str) -> Any:
-    """The weights when they were loaded, and the losses and weights after more steps, or why it was refused."""
+    """Return the loaded weights, and the losses and weights after more steps, or the reason of a refusal."""
     torch.manual_seed(17 + rank)
     engine = make_engine(stage, dtype, optimizer=replace(OPTIMIZER, name=name))
     state = torch.get_rng_state()
@@ -123,7 +123,7 @@ def test_other_ranks_and_stages_continue_from_snapshots(
 
 
 def assert_continued(gangs: Gangs, unbroken: Sequence[Any], there: Sharding, options: dict[str, Any]) -> None:
-    """Continue a checkpoint with each stage and other ranks, and compare it with the unbroken run."""
+    """Continue a checkpoint with each stage and other ranks, and compare the result with the unbroken run."""
     (saved, losses, weights), *_ = unbroken
     dtype = options["dtype"]
     assert_consolidated(tiny_model(dtype), saved, options["folder"], dtype=dtype)
@@ -143,7 +143,7 @@ def assert_continued(gangs: Gangs, unbroken: Sequence[Any], there: Sharding, opt
 
 
 def assert_consolidated(module: Any, saved: Mapping[str, Any], folder: Path, *, dtype: torch.dtype) -> None:
-    """Load a checkpoint into a whole model in this process, and compare it with the weights of the ranks."""
+    """Load a checkpoint into a whole model in this process, and compare the model with the weights of the ranks."""
     load_trained_weights(module, folder, dtype=dtype)
     whole = {name: weight for source in weight_sources(module) for name, weight in source.published()}
     assert whole.keys() == saved.keys()
@@ -250,7 +250,7 @@ def test_adapters(
 
 
 def other_adapter(base: Path, kind: str) -> Any:
-    """A model with an adapter that has other weights, also in the frozen copies of its initial state."""
+    """Return a model with a different adapter, also in the frozen copies of the initial state."""
     module = adapters.loaded(base, kind)
     with torch.no_grad():
         for parameter in (*filter(lambda p: p.requires_grad, module.parameters()), *initial_copies(module).values()):

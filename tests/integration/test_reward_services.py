@@ -1,4 +1,4 @@
-"""A real run whose rewards are services, gated and routed; a judge on vLLM's own server, and on `rlhf serve`."""
+"""A real run has services as rewards, gated and routed; a judge runs on vLLM's own server, and on `rlhf serve`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.integration.recipes import rows, train, write_config
 
 @contextmanager
 def running(words: list[str], log: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """A server in a process of its own."""
+    """Yield a server in a separate process."""
     with log.open("w") as file:
         process = subprocess.Popen(words, stdout=file, stderr=file, text=True, env={**os.environ, **environment})
         try:
@@ -103,7 +103,7 @@ def test_a_run_with_a_service_a_gate_and_rows_that_name_their_rewards(
 
 
 def check_judge(folder: Path, port: str, texts: Sequence[str]) -> Sequence[Any]:
-    """Judge responses by the server at a port, freely and by choices. Return what an unknown model makes of them."""
+    """Judge responses by the server at a port, freely and by choices. Return the verdicts of an unknown model."""
     request = {"temperature": 0.0, "max_tokens": 4, "structured_outputs": {"choice": ["yes", "no"]}}
     judge = {
         "model": "judge",
@@ -142,7 +142,7 @@ def test_a_judge_on_vllms_own_server(tmp_path: Path, tiny_model: Path, monkeypat
 
 @contextmanager
 def serving(model: Path, folder: Path, port: str, *words: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """`rlhf serve`, once it answers."""
+    """Yield `rlhf serve` after the first answer."""
     log = folder / f"serve{port}.log"
     command = [sys.executable, "-m", "rlhf.cli", "serve", str(model), "--name", "judge", "--port", port, *words]
     with running([*command, "--token-env", "JUDGE_KEY"], log, OMP_NUM_THREADS="1") as process:
@@ -151,7 +151,7 @@ def serving(model: Path, folder: Path, port: str, *words: str) -> Iterator[tuple
 
 
 def end(process: subprocess.Popen[str], number: signal.Signals, log: Path) -> None:
-    """Tell it to end; it does in order, and nothing that it started is left."""
+    """Tell the server to end; the end is orderly, and no started process is left."""
     below = psutil.Process(process.pid).children(recursive=True)
     assert below
     process.send_signal(number)
@@ -162,7 +162,7 @@ def end(process: subprocess.Popen[str], number: signal.Signals, log: Path) -> No
 
 @pytest.mark.slow
 def test_a_judge_on_a_rollout_engine_of_ours(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked by the judge reward and by OpenAI's own client; what it samples is what transformers would."""
+    """The judge reward and OpenAI's own client ask the engine; samples agree with transformers."""
     monkeypatch.setenv("JUDGE_KEY", "a-key-of-this-test")
     port = "18733"
     with serving(tiny_model, tmp_path, port) as (process, log):

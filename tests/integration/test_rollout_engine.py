@@ -1,4 +1,4 @@
-"""The rollout worker with real vLLM in its own process: what it samples, in which order, and how it fails."""
+"""The rollout worker with real vLLM in a separate process samples right, keeps the order, and fails with a reason."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_sampled_end_of_sequence_is_part_of_the_response(synced: Any, tiny_mod
 
 
 def test_seeds_name_their_samples(synced: Any) -> None:
-    """The same seed gives the same tokens whatever else is in the batch; other seeds give others."""
+    """The same seed gives the same tokens in every batch; different seeds give different tokens."""
     alone = call(synced.generate.remote(request(5, samples=1), SAMPLING))[0]
     together = answer(synced, [request(i, samples=6) for i in range(8)])[5][0]
     first, second, *_ = sequences(together)
@@ -108,7 +108,7 @@ def test_seeds_name_their_samples(synced: Any) -> None:
 
 
 def test_held_batches_are_bitwise_equal_whatever_the_order_of_arrival(synced: Any) -> None:
-    """The last of three runs has stop strings, which end samples in the middle of the batch."""
+    """The last of three runs has stop strings that end samples in the middle of the batch."""
     requests = [request(i, samples=4, prompt_tokens=5 + i) for i in range(12)]
     for sampling in (SAMPLING, dataclasses.replace(SAMPLING, stop=("a", "7"))):
         runs = [answer(synced, order, sampling) for order in (requests, requests[::-1], requests[6:] + requests[:6])]
@@ -158,7 +158,7 @@ def test_stop_strings_end_the_response_and_stay_in_it(synced: Any, tiny_model: P
 
 
 def test_a_stop_string_may_hold_special_tokens(synced: Any, tiny_model: Path) -> None:
-    """The untrained model samples reserved tokens at random. `stop` names them alone, then behind another one."""
+    """The untrained model samples reserved tokens at random. `stop` names such tokens, also behind another token."""
     reserved = list(range(261, 320))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     names = tokenizer.convert_ids_to_tokens(reserved)
@@ -178,7 +178,7 @@ def test_a_token_by_its_id_ends_a_response_and_so_does_the_templates_end(synced:
 
 
 def _ends_at(handle: Any, asked: GroupRequest, sampling: Sampling, ends: list[int]) -> int:
-    """Responses that one of these tokens ends; none has one of them before its last token."""
+    """Count the responses ended by a token of `ends`; no response has such a token before the last token."""
     rollouts, infos = call(handle.generate.remote(asked, sampling))
     stopped = 0
     for sequence, info in zip(sequences(rollouts), infos, strict=True):

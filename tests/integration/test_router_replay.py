@@ -1,4 +1,4 @@
-"""The experts that an engine records are those of the trainer, and their replay brings sampler and trainer together."""
+"""The experts recorded by an engine agree with the trainer's, and the replay brings sampler and trainer together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 def noisy(folder: Path, dtype: torch.dtype) -> Any:
-    """The model of a folder with weights so large that its routers and its head are decided."""
+    """Return the model of a folder with weights large enough for clear decisions of routers and head."""
     model = load_causal_lm(str(folder), dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -34,7 +34,7 @@ def noisy(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def drawn(folder: Path, model: Any, dtype: str) -> list[RoutedRollouts]:
-    """Groups that an engine with the model's weights has sampled, the second with a prompt in its cache."""
+    """Return groups sampled by an engine with the model's weights, the second with a prompt in the cache."""
     sender = ShmSender(rank=0)
     with engine(spec(folder, dtype=dtype, records_experts=True)) as handle:
         sync(handle, sender.publish((w for source in weight_sources(model) for w in source.published()), 1))
@@ -99,7 +99,7 @@ def test_replay_halves_the_difference_in_bfloat16(tmp_path: Path, ray_local: Non
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("correction", [None, {"mode": "decoupled", "weights": "token_truncated"}])
 def test_a_run_replays_the_experts_of_its_engines(tmp_path: Path, correction: dict[str, Any] | None) -> None:
-    """Also in the pass before the updates, which computes old_logprobs: two updates need it."""
+    """The replay also covers the pass for old_logprobs before the updates: two updates need that pass."""
     changes = {
         "run": {"name": "run", "dir": str(tmp_path), "seed": 0},
         "policy": {"model": str(build_tiny_mixture(tmp_path / "model")), "router_replay": True},

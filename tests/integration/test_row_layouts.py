@@ -23,7 +23,7 @@ from tests.tiny_architectures import tiny_model
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Linear attention in its first layer, attention in its second."""
+    """Linear attention in the first layer, attention in the second."""
     folder = tmp_path_factory.mktemp("models") / "hybrid"
     tiny_model("qwen3_5_text", vocab_size=320, max_position_embeddings=256).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -42,7 +42,7 @@ def test_a_step_of_a_hybrid_depends_on_neither_ranks_nor_microbatches(
 
 
 def steps_of(gangs: Gangs, **options: Any) -> list[list[dict[str, float]]]:
-    """The metrics of each step, by 1 rank with large micro-batches and by 2 with small ones."""
+    """Return the metrics of each step, by 1 rank with large micro-batches and by 2 with small micro-batches."""
     found = []
     for ranks, tokens in ((1, 4096), (2, 64)):
         found.append(merged(gangs[ranks].run(train_rank, tokens=tokens, repeated=(), **options)))
@@ -96,7 +96,7 @@ def test_shards_and_shared_rows_pass_the_check(gangs: Gangs, options: dict[str, 
 
 
 def mixture_after(rank: int, world_size: int, *, zero_stage: int) -> list[dict[str, Tensor]]:
-    """The whole weights after steps in which ranks choose different experts, and those that the rank holds whole."""
+    """Return the whole weights after steps with different experts on ranks, and the weights held whole by the rank."""
     model = tiny_model("qwen3_moe", std=0.3)
     engine = engine_of(model, stage=zero_stage, optimizer=OptimizerSettings(lr=0.01))
     chosen: list[Tensor] = []
@@ -120,7 +120,7 @@ def mixture_after(rank: int, world_size: int, *, zero_stage: int) -> list[dict[s
 
 
 def test_ranks_whose_tokens_choose_other_experts_keep_equal_weights(gangs: Gangs) -> None:
-    """At stage 3, which leaves small parameters whole on each rank, as at stage 2."""
+    """The stages are 3, with small parameters whole on each rank, and 2."""
     first, second = gangs[2].run(mixture_after, zero_stage=3)
     assert not torch.equal(first[2]["experts"], second[2]["experts"])
     assert first[1], "no parameter was held whole"

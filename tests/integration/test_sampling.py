@@ -1,7 +1,7 @@
-"""Batches that are made of some of the prompts that were asked, by real engines and rewards.
+"""Batches are made of some of the requested prompts, by real engines and rewards.
 
-A run that is killed after it trained on such a batch makes the very same one when it is resumed, also where chance had
-made it: the row that it had logged before comes again bit for bit.
+A run killed after training on such a batch makes the very same batch on resumption, even a batch made by chance: the
+logged row comes again bit for bit.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def test_logprobs_are_taken_at_each_prompts_own_temperature(tmp_path: Path, algo
 
 
 def samples(run: Path, step: int) -> list[dict[str, Any]]:
-    """Of one step's batch."""
+    """Return the samples of a step's batch."""
     return [json.loads(line) for line in (run / "samples" / f"step_{step:06d}.jsonl").read_text().splitlines()]
 
 

@@ -1,4 +1,4 @@
-"""The front of a real engine: OpenAI's and Anthropic's clients, capture under an update, and prefixes that hold."""
+"""The front of a real engine serves OpenAI's and Anthropic's clients, captures during an update, and keeps prefixes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SESSIONS, CALLS = 6, 4
 
 
 class CapturingEngine(ServingEngine):
-    """An engine whose sessions a test opens and closes from outside its process."""
+    """An engine with sessions opened and closed by a test from outside the process."""
 
     async def open_session(self, key: str, sampling: Sampling, limits: SessionLimits) -> None:
         assert self.front is not None
@@ -125,7 +125,7 @@ async def test_the_clients_of_openai_and_anthropic(smollm2_engine: Any) -> None:
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 @pytest.mark.parametrize("template", TEMPLATES)
 async def test_prefixes_hold(smollm2_engine: Any, template: str, temperature: float) -> None:
-    """The next prompt of a client that sends back what it got, stripped, begins with all tokens of the last call."""
+    """If a client sends the stripped answer back, the next prompt begins with all tokens of the last call."""
     sampling = Sampling(max_new_tokens=24, temperature=temperature)
     parser = {"reasoning_parser": "qwen3"} if template == "qwen 3" else {}
     async with fronted(smollm2_engine, template=TEMPLATES[template], **parser) as url:

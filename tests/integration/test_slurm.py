@@ -1,7 +1,7 @@
-"""cluster/slurm/train.sbatch in a real Slurm of three nodes: the time limit comes, the run goes on where it was.
+"""cluster/slurm/train.sbatch in a real Slurm of three nodes: the run continues after the time limit.
 
-Nodes are network namespaces (tests/hosts.py, tests/slurm.py); Slurm, Ray and gloo between the ranks are real. What the
-script itself makes of signals and exit codes is shown before, in seconds, with programs in the places of Ray and rlhf.
+Nodes are network namespaces (tests/hosts.py, tests/slurm.py); Slurm, Ray and gloo between the ranks are real. Earlier
+tests show the script's reaction to signals and exit codes in seconds, with programs in place of Ray and rlhf.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Two ranks are killed, one of them in the middle of a snapshot, and two successors do the step again: the same bits.
+"""Two ranks are killed, the second in the middle of a snapshot, and two successors repeat the step with the same bits.
 
-The older snapshot is used then, since only that one is whole on both ranks. Everything is compared: weights, optimizer
-states, norms, random states. Dropout makes the random states count, and the largest weight is one that ZeRO-3 shards.
+The older snapshot is used then, since only the older snapshot is whole on both ranks. Everything is compared: weights,
+optimizer states, norms, random states. Dropout makes the random states count, and ZeRO-3 shards the largest weight.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def updated(engine: DeepSpeedEngine, rank: int, step: int) -> tuple[float, float
 
 
 def everything(engine: DeepSpeedEngine) -> dict[str, Tensor]:
-    """Copies of all tensors of the rank, the weights as they are used, and the next random numbers."""
+    """Return copies of all tensors of the rank, the weights in use, and the next random numbers."""
     state = {name: tensor.clone() for name, tensor in engine._state.tensors().items()}
     weights = {name: weight.clone() for name, weight in engine.named_weights(torch.float32)}
     assert any(name.startswith("state ") for name in state), "the optimizer has no states"
@@ -134,7 +134,7 @@ def stop_in_the_middle(engine: DeepSpeedEngine) -> None:
 def restore_snapshot(
     rank: int, world_size: int, *, kind: str, folder: Path
 ) -> tuple[int | None, dict[str, Tensor], list[tuple[float, float]]]:
-    """The newest step that the predecessor kept, and what comes of doing the others again."""
+    """Return the newest step of the predecessor's snapshots, and the results of repeating later steps."""
     engine = started(rank + 10, **KINDS[kind])
     engine.open_snapshots(folder / str(rank))
     newest = engine.newest_snapshot()
@@ -149,7 +149,7 @@ def restore_snapshot(
 
 
 def train_and_keep(rank: int, world_size: int, *, kind: str, folder: Path) -> None:
-    """Train and keep, up to the step that is killed."""
+    """Train with snapshots, up to the killed step."""
     engine = started(rank, **KINDS[kind])
     engine.open_snapshots(folder / str(rank))
     for step in range(1, KILLED_IN):

@@ -1,6 +1,6 @@
-"""Merges and evaluations as stages: two trained models become one, which is compared with one of them.
+"""Merges and evaluations are stages: two trained models become one model, compared with one of the two.
 
-Killed in the evaluation and in the merge, and resumed: what is half done is done again, what is done is left alone.
+The pipeline is killed in the evaluation and in the merge, and resumed: only unfinished work is repeated.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ main(["train", sys.argv[1]])
 
 
 def test_a_merge_killed_half_way_is_done_again(tmp_path: Path) -> None:
-    """No stage trains or answers, so that no Ray is started."""
+    """No stage trains or answers, so no Ray is started."""
     for seed, name in enumerate(("a", "b")):
         build_tiny_llama(tmp_path / name, seed=seed)
     models = {name: {"model": str(tmp_path / name)} for name in ("a", "b")}

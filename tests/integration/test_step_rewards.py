@@ -29,7 +29,7 @@ class Haggle:
 
 @pytest.fixture(scope="module")
 def process_reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a head of one label, which has learnt nothing."""
+    """The tiny model with an untrained head of one label."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tiny = build_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", seed=0)
@@ -85,7 +85,7 @@ def check_grpo(found: list[dict[str, Any]]) -> None:
 
 
 def check_ends(sample: dict[str, Any]) -> None:
-    """Where the steps end: each turn's with its last token, a digit's with its own."""
+    """Check the ends of steps: a turn's step at the turn's last token, a digit's step at the digit."""
     sampled, texts, steps = sample["tokens"]["sampled"], sample["tokens"]["texts"], sample["steps"]
     last = [place for place in range(len(sampled)) if sampled[place] and not any(sampled[place + 1 : place + 2])]
     assert [step["end"] for step in steps["won"]] == last
@@ -102,7 +102,7 @@ def check_ends(sample: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_tokens_are_credited_with_their_own_steps(tmp_path: Path, process_reward_model: Path) -> None:
-    """GRPO's advantages, of three rewards by steps and one of the response."""
+    """GRPO's advantages come from three rewards by steps and a reward of the response."""
     train(config(tmp_path, "steps", process_reward_model, {"name": "grpo"}))
     run = tmp_path / "steps"
     row = rows(run)[-1]

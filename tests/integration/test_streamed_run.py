@@ -1,7 +1,8 @@
-"""A streamed run trains on finished groups while others are sampled, and is otherwise the run in turns, up to rounding.
+"""A streamed run trains on finished groups while later groups are sampled, otherwise like the run in turns, up to
+rounding.
 
-The reward takes its time, so that groups are finished one after the other. Sums are accumulated in the order of
-completion, which rounds them differently each time. Epsilon is large, so that Adam does not amplify this.
+The reward is slow, so that groups finish in turn. Sums are accumulated in the order of completion, with different
+rounding each time. Epsilon is large, so that Adam does not amplify the rounding.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def equal_up_to_rounding(one: Path, other: Path) -> None:
 
 
 def updates_during_rollouts(run: Path) -> int:
-    """The number of spans of updates that began before the rollouts of their step had ended."""
+    """Return the number of update spans that began before the end of the step's rollouts."""
     spans = [event for event in json.loads((run / "timeline.json").read_text()) if event["ph"] == "X"]
     rollouts = [(span["ts"], span["ts"] + span["dur"]) for span in spans if span["name"] == "rollouts"]
     return sum(start < span["ts"] < end for span in spans if span["name"] == "update" for start, end in rollouts)

@@ -1,4 +1,4 @@
-"""`rlhf submit` to a real head that takes requests with its token alone: log, stop, a second job of the same run."""
+"""`rlhf submit` to a real head with a token: log, stop, and a second job of the same run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PORTS = (
 
 
 def start_head(log: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """A head on free ports, and the address of its dashboard. Another program may take one of the ports first."""
+    """Return a head on free ports, and the dashboard's address. Another program may take a port first."""
     held = [socket.create_server(("127.0.0.1", 0)) for _ in PORTS]
     ports = [one.getsockname()[1] for one in held]
     for one in held:
@@ -68,7 +68,7 @@ def start_head(log: Path) -> tuple[subprocess.Popen[bytes], str]:
 
 
 def is_up(process: subprocess.Popen[bytes], address: str, log: Path) -> bool:
-    """Whether the head comes up, in time. False: it has ended."""
+    """Return whether the head comes up in time. False: the head has ended."""
     give_up = time.monotonic() + WITHIN_S
     while process.poll() is None:
         assert time.monotonic() < give_up, log.read_text()
@@ -85,7 +85,7 @@ def is_up(process: subprocess.Popen[bytes], address: str, log: Path) -> bool:
 
 @pytest.fixture
 def head(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A head with a token that this process has; the address of its dashboard."""
+    """Yield the dashboard's address of a head with this process's token."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     reset_auth_token_state()  # which a process reads once
@@ -110,7 +110,7 @@ def head(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A config and its data in a folder, in which the test runs."""
+    """A config and data in the test's current folder."""
     folder = tmp_path / "project"
     folder.mkdir()
     text = "".join(f'{{"prompt": "{i}+1=", "completion": "{i + 1}"}}\n' for i in range(32))
@@ -121,7 +121,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def logs() -> list[Path]:
-    """All that the head, its node and its jobs have written down."""
+    """Return all logs of the head, the head's node and the jobs."""
     found = [path for path in TEMPORARY.glob("session_*/logs/**/*") if path.is_file()]
     assert len(found) > 10
     return found

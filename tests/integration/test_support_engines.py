@@ -1,6 +1,6 @@
-"""The engine's column of the table of tested architectures: what it says of a sync is still so.
+"""The engine's column of the table of tested architectures still describes a sync.
 
-Frozen engines load the same weights from a folder. vLLM has other ways there to lose some of them.
+Frozen engines load the same weights from a folder. vLLM could lose other weights there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FROZEN = ["axk1", "deepseek_v3", "ernie4_5_moe", "gemma3n_text", "laguna", "llam
 
 @pytest.fixture(scope="module")
 def importer() -> Iterator[Executor]:
-    """A process that imports vLLM once, and never in this one."""
+    """A separate process that imports vLLM once."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as executor:
         yield executor
 

@@ -1,6 +1,6 @@
-"""Real sweeps over tiny runs: one that crashes is a row of the table; stopping, killing and going on.
+"""Real sweeps run over tiny runs: a crashed run is a row of the table, and sweeps stop, die and continue.
 
-Each trial is a process with a Ray of its own. The short one is in every run of the tests, the others are slow.
+Each trial is a process with a separate Ray. The short sweep is in every run of the tests, all others are slow.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def sweep_file(folder: Path, name: str, **sweep: Any) -> Path:
 
 
 def start(file: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`rlhf sweep` in a session of its own."""
+    """Start `rlhf sweep` in a separate session."""
     with file.with_suffix(".log").open("a", encoding="utf-8") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "rlhf.cli", "sweep", str(file), *arguments],
@@ -59,7 +59,7 @@ def start(file: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], *, timeout_s: float = 240.0) -> None:
-    """Until it holds; the process must go on meanwhile."""
+    """Wait until the condition holds; the process must go on meanwhile."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, "the sweep has ended"
@@ -68,7 +68,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], *,
 
 
 def trial_processes(folder: Path) -> list[psutil.Process]:
-    """Those that run a trial of this folder, and all below them."""
+    """Return the processes that run a trial of this folder, with all descendants."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         if any(str(folder / "trials") in word for word in process.info["cmdline"] or ()):
@@ -117,7 +117,7 @@ def test_a_crash_of_one_trial_is_not_that_of_the_sweep(tmp_path: Path, capsys: p
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
-    """The second trial equals one that was never killed; the first is not touched; the failed one stays failed."""
+    """The second trial equals an unkilled trial; the first is not touched; the failed trial stays failed."""
     changes = ["train.steps=400", "train.checkpoint_every=5", "eval.every=50", "sweep.concurrency=1"]
     parameters = {"train.lr": {"values": [CRASHES, 1e-3, 2e-3]}}
     file = sweep_file(tmp_path, "killed", parameters=parameters)
@@ -170,7 +170,7 @@ def test_a_sweep_that_ends_leaves_no_process(tmp_path: Path, how: signal.Signals
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_asha_stops_the_worse_trials_early(tmp_path: Path) -> None:
-    """Of four draws the third alone is bad: it is worse than others were at step 4, and stops soon after, with a
+    """Of four draws the third alone is bad: worse than earlier trials at step 4, and stopped soon after, with a
     checkpoint and no failure."""
     method = {"name": "asha", "trials": 4, "grace_steps": 4, "reduction_factor": 2}
     parameters = {"train.lr": {"values": [1e-2, 1e-7]}}
@@ -208,7 +208,7 @@ def test_optuna_suggests_from_what_is_known(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_trials_share_what_the_reference_says(tmp_path: Path) -> None:
-    """And are one group of W&B, their parameters in its config."""
+    """The trials also form one group of W&B, with the parameters in the config."""
     pairs = {"task": "running_totals", "split": "pairs", "size": 32}
     run = RUN | {
         "algorithm": {"name": "dpo"},

@@ -1,4 +1,4 @@
-"""A rank of a trained role is killed while it works: the run ends with the weights and metrics of the unbroken run.
+"""A working rank of a trained role is killed: the run ends with the weights and metrics of the unbroken run.
 
 Real runs of the tiny model in this process, on the session's Ray. tests/chaos kills ranks in all other stages.
 """
@@ -31,7 +31,7 @@ GRPO: Mapping[str, Any] = {
 
 
 def train(folder: Path, name: str, *changes: Mapping[str, Any]) -> Path:
-    """The folder of a run that ended well."""
+    """Return the folder of a successful run."""
     settings: Mapping[str, Any] = ONLINE
     for one in (*changes, {"run": {"name": name, "dir": str(folder)}}):
         settings = merge(settings, one)
@@ -42,7 +42,7 @@ def train(folder: Path, name: str, *changes: Mapping[str, Any]) -> Path:
 def kill_during(
     monkeypatch: pytest.MonkeyPatch, gang: type[Gang], method: str, *, rank: int, number: int, after_s: float = 0.01
 ) -> None:
-    """Kill a rank during a call of this method, the one with this number."""
+    """Kill a rank during call `number` of a method."""
     original, calls = getattr(gang, method), []
 
     async def killing(self: Any, *arguments: Any, **options: Any) -> Any:
@@ -58,7 +58,7 @@ def kill_during(
 
 
 def assert_equal(killed: Path, unbroken: Path) -> None:
-    """Both runs have the same rows and weights, and the killed one has recorded its losses."""
+    """Both runs have the same rows and weights, and the killed run has recorded the losses."""
     assert without_clocks(rows(killed)) == without_clocks(rows(unbroken))
     assert weights(killed) == weights(unbroken)
     errors = [json.loads(line) for line in (killed / "errors.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -1,8 +1,8 @@
-"""A host with ranks of policy and critic is lost: successors on another host continue from the copies of their state.
+"""A host with ranks of policy and critic is lost: successors on another host continue from copies of snapshots.
 
 Hosts are network namespaces (tests/hosts.py). No checkpoint is written before the end, so only the copies in the memory
 of another host hold the state. The run ends with the metrics and the weights of the unbroken run, bit for bit. Without
-another host it ends with a checkpoint of that state, from which it continues in the same way.
+another host the run ends with a checkpoint of the same state, and continues from there in the same way.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ SOON: Mapping[str, Any] = {"cluster": {"start_timeout_s": 60.0}}
 
 
 def lose_a_trainers_host(config: Path, run: Path, *, num_trainers: int, rank: int) -> tuple[int, str]:
-    """Kill the host of a policy rank after the first step. Returns the exit code and what the run said.
+    """Kill the host of a policy rank after the first step. Returns the exit code and the run's output.
 
-    The hosts have their shared memory in common. What the lost host has left there, the next run removes.
+    The hosts share memory. The next run removes leftovers of the lost host there.
     """
     with several_hosts(1 + num_trainers) as hosts:
         labels = ["pool=serve", *["pool=train"] * num_trainers]
@@ -75,7 +75,7 @@ def test_the_loss_of_a_trainers_host_changes_no_bit(ray_local: None, tmp_path: P
 
 
 def test_without_another_host_no_finished_step_is_lost(ray_local: None, tmp_path: Path) -> None:
-    """No checkpoint is written before the loss. The one that is written then is made of snapshots and of copies."""
+    """No checkpoint is written before the loss. The later checkpoint is made of snapshots and copies."""
     base = merge(merge(merge(ONLINE, THREE_BUNDLES), CHANGES), SOON)
     one, lost = tmp_path / "one", tmp_path / "lost"
     configs = [

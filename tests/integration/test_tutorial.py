@@ -1,4 +1,4 @@
-"""docs/tutorial.md to the letter: its files are written, its commands run, and the model has learnt."""
+"""docs/tutorial.md to the letter: the page's files are written, the commands run, and the model has learned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Updates that keep the keys and values of running samples: what they compute afterwards, and what nobody may reuse."""
+"""Updates with kept keys and values of running samples give right results, and no new sample reuses old keys."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_an_engine_tells_what_it_holds(keeping: Any) -> None:
 
 
 def test_kept_keys_and_values_serve_running_samples_alone(keeping: Any, tiny_model: Path) -> None:
-    """Samples that start later reuse none of them, also those that waited in the engine during the update."""
+    """Later samples reuse no kept key or value, not even samples that waited in the engine during the update."""
     old, new = model_like(tiny_model, seed=1), model_like(tiny_model, seed=2)
     sender = ShmSender(rank=0)
     sync(keeping, sender.publish(old.named_parameters(), 1))

@@ -32,7 +32,7 @@ PROMPTS, SAMPLES = 3, 2
 
 
 def record(prompt: int, number: int, *, step: int, split: str, draw: random.Random) -> SampleRecord:
-    """Prompt 1 is a conversation, in its second response with a branch; prompt 2 calls a tool.
+    """Prompt 1 is a conversation, with a branch in the second response; prompt 2 calls a tool.
 
     The first response to prompt 0 is hostile.
     """

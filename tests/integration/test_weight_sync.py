@@ -1,6 +1,6 @@
-"""Weight syncs into a real engine, and the sync broken on purpose: each break must be noticed.
+"""Weights are synced into a real engine, and every sync broken on purpose is noticed.
 
-The engine runs in its own process. `check_probe` is the controller's; the checksum, version and cache checks are the
+The engine runs in a separate process. `check_probe` is the controller's; the checksum, version and cache checks are the
 engine's own.
 """
 
@@ -43,7 +43,7 @@ RELOAD = "actors.weights.vllm_reload"
 
 @pytest.fixture(scope="module")
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tied: the head is the embedding, of which the engine keeps a packed copy."""
+    """Tied: the head is the embedding, with a packed copy in the engine."""
     return build_tiny_llama(tmp_path_factory.mktemp("tied") / "model", seed=0, tied=True)
 
 
@@ -62,7 +62,7 @@ def sender() -> Iterator[ShmSender]:
 
 @pytest.fixture(params=["packed", "general"])
 def way(tied: Any, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Both ways in which weights are loaded on a CPU."""
+    """Both ways of loading weights on a CPU."""
     if request.param == "general":
         call(tied.replace.remote(RELOAD, "loads_packed", lambda model, device, num_workers: False))
     yield
@@ -70,7 +70,7 @@ def way(tied: Any, request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def probe_difference(handle: Any, model: Any, *, version: int) -> float:
-    """The controller's check. RunError beyond its tolerance."""
+    """Run the controller's check. RunError beyond the tolerance."""
     ours = logprobs_of(model, torch.tensor(PROBE))[1:].tolist()
     return check_probe(ours, call(handle.probe.remote(PROBE)), engine=0, version=version, dtype="float32")
 
@@ -174,7 +174,7 @@ def test_a_manifest_of_another_version_is_refused(tied: Any, folder: Path, sende
 
 
 def test_samples_in_flight_go_on_with_the_new_weights(tied: Any, folder: Path, sender: ShmSender) -> None:
-    """Very different weights tell by the log-probabilities which of them sampled a token: as the versions say."""
+    """Log-probabilities under very different weights agree with the version of each sampled token."""
     models = {version: model_like(folder, seed=version) for version in (70, 71, 72)}
     sync(tied, sender.publish(models[70].named_parameters(), 70))
     longer = replace(SAMPLING, max_new_tokens=400)

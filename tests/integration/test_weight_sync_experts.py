@@ -1,4 +1,4 @@
-"""Weight syncs into an engine whose model has expert layers: its CPU kernels read the experts from packed memory."""
+"""Weights are synced into an engine with expert layers: the CPU kernels read the experts from packed memory."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ MIXTURES = {
 
 
 def build_experts(folder: Path, name: str) -> Path:
-    """A mixture of experts, of which a token uses 2. Routers' biases differ from zero."""
+    """Write a mixture with 2 experts for each token. Routers' biases differ from zero."""
     kind, changes = MIXTURES[name]
     model = tiny_model(kind, std=0.02, **SIZES | changes)
     for module, buffer in model.named_buffers():
@@ -65,7 +65,7 @@ def build_experts(folder: Path, name: str) -> Path:
 
 
 def published(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The weights as a policy publishes them."""
+    """Yield the weights in the form of a policy's publication."""
     return (weight for source in weight_sources(model) for weight in source.published())
 
 

@@ -1,4 +1,4 @@
-"""Which nodes of a run answer. Real nodes are lost in tests/integration/test_node_loss.py."""
+"""The nodes of a run answer or fail. tests/integration/test_node_loss.py loses real nodes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from actors.cluster.actor_locations import ActorLocation, draining_node, forget,
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> dict[str, ActorLocation]:
-    """Where actors stand; a test fills it in."""
+    """Locations of actors, filled in by the test."""
     places: dict[str, ActorLocation] = {}
     monkeypatch.setattr(actor_locations, "_LOCATIONS", places)
     return places

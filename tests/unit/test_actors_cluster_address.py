@@ -10,7 +10,7 @@ from rlhf.errors import UserError
 
 @pytest.fixture(autouse=True)
 def quiet_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No RAY_ADDRESS, and no word of `ray start`, whatever runs here."""
+    """There is no RAY_ADDRESS and no record of `ray start`, independent of this machine."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     (tmp_path / "ray").mkdir()

@@ -1,4 +1,4 @@
-"""What is checked before a Ray of our own starts, and that its folder is private. Ray itself: tests/integration/."""
+"""A local Ray starts only after checks, in a private folder. tests/integration/ starts a real Ray."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_too_few_open_files_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def temp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where Ray's files go. Its path is longer than that of most."""
+    """A folder for Ray's files, with an unusually long path."""
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr("actors.cluster.connect.LONGEST_SOCKET", 1000)
     return tmp_path / f"ray-{os.getuid()}"
@@ -62,7 +62,7 @@ def test_a_path_that_is_too_long_for_sockets_is_named(tmp_path: Path, monkeypatc
 def test_a_local_ray_that_does_not_start_is_started_once_more(
     temp: Path, monkeypatch: pytest.MonkeyPatch, failures: int
 ) -> None:
-    """Ray gives a node 30 s to start. On a busy machine that is too short at times."""
+    """A node has 30 s to start Ray, sometimes too short on a busy machine."""
     daemons: list[subprocess.Popen[bytes]] = []
 
     def init(**_: Any) -> None:

@@ -1,4 +1,4 @@
-"""The folders of runs in shared memory: whose are removed at the next start, and which nodes hold copies of ranks."""
+"""A run's start removes folders of dead runs in shared memory, and chooses nodes for copies of ranks."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_new_process_of_a_run_takes_over_the_folder_of_a_dead_one(tmp_path: Pa
 
 
 class Nodes(MemoryFolders):
-    """The folders of a run whose nodes are simulated. It notes the calls of their processes."""
+    """The folders of a run with simulated nodes. Calls of the nodes' processes are recorded."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *nodes: str) -> None:
         context = SimpleNamespace(get_node_id=lambda: "a")

@@ -1,4 +1,4 @@
-"""The nodes whose load is measured. Real nodes are measured in tests/integration/test_prometheus.py."""
+"""The load of nodes is measured. tests/integration/test_prometheus.py measures real nodes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOAD = {"memory_gib": Last(value=1.0)}
 
 
 class Run:
-    """A run whose nodes answer as the test says: with their load, with an error, or not yet (None)."""
+    """A run with scripted answers of nodes: a load, an error, or no answer yet (None)."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.placed = {HERE, FIRST}

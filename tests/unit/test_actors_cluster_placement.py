@@ -1,4 +1,4 @@
-"""The wait for the bundles of a lost node, with states of a placement group that the test gives."""
+"""A run waits for the bundles of a lost node, with scripted states of a placement group."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLACEMENT = Placement(group=cast("Any", "group"), plan=PLAN)
 
 
 def give_states(monkeypatch: pytest.MonkeyPatch, *states: str) -> list[str]:
-    """Let the group have these states in turn, and the last one for ever."""
+    """Give the group a sequence of states; the last state stays."""
     left = list(states)
     monkeypatch.setattr(module, "placement_group_table", lambda _: {"state": left.pop(0) if len(left) > 1 else left[0]})
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 0.0})
@@ -49,7 +49,7 @@ async def test_without_another_node_the_error_names_the_limit_and_the_log_says_w
 
 
 class Groups:
-    """Ray's placement groups: which were asked for and given back, and how many of them there is room for."""
+    """Ray's placement groups with limited room. Requested and returned groups are recorded."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[str] = []

@@ -1,4 +1,4 @@
-"""What a stop request does to a training loop, and an interrupt to the Ray that the process has started itself."""
+"""A stop request ends a training loop, and an interrupt kills the process's local Ray."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def run(
     grace_s: float = 60.0,
     draining_node: Callable[[], Awaitable[tuple[str, float | None] | None]] = none_goes,
 ) -> StopRequest:
-    """A loop of a run, and the request that it was given."""
+    """Run a loop, and return the loop's stop request."""
     request = StopRequest()
 
     async def loop() -> None:

@@ -1,4 +1,4 @@
-"""The end of a worker, with real processes in place of actors. Its children must not outlive it."""
+"""A worker ends with all children. Real processes stand in for actors."""
 
 from __future__ import annotations
 

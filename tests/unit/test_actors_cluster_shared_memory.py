@@ -1,4 +1,4 @@
-"""A run whose snapshots have no room in a feigned /dev/shm is refused before its models are loaded."""
+"""A run without room for snapshots in a simulated /dev/shm is refused before models are loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a failed call of a worker means. Ray's messages are those of real deaths."""
+"""Failed calls of a worker become errors. Ray's messages come from real deaths."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KILLED = (
 
 
 def lost(error: Exception) -> WorkerLost:
-    """The error of a reward worker's call that failed like this."""
+    """Return the error of a reward worker's failed call."""
     explained = asyncio.run(explain(error, role="reward", rank=1, stage="rewards"))
     assert isinstance(explained, WorkerLost)
     assert (explained.role, explained.rank, explained.stage) == ("reward", 1, "rewards")

@@ -1,4 +1,4 @@
-"""Processes that answer heartbeats, hang, or die. Real workers: tests/integration/test_hangs.py."""
+"""Processes answer heartbeats, hang, or die. tests/integration/test_hangs.py uses real workers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ computes_for_long()
 
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[ActorLocation]:
-    """A process that answers heartbeats and computes, as rank 1 of the policy."""
+    """A process that computes and answers heartbeats, as rank 1 of the policy."""
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
     monkeypatch.setattr(ActorLocation, "node_failure", lambda _: None)
     with subprocess.Popen([sys.executable, "-c", WORKER], stdout=subprocess.PIPE, text=True) as process:
@@ -88,7 +88,7 @@ def test_a_process_that_stops_is_named_with_its_stack_and_killed(worker: ActorLo
 def test_a_worker_that_waits_for_room_pauses_the_run(
     worker: ActorLocation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The process answers its heartbeats from another thread while its write waits."""
+    """The process answers heartbeats from a second thread while a write waits."""
     events: list[str] = []
     monkeypatch.setattr(watch, "PING_EVERY_S", 0.05)
 
@@ -176,7 +176,7 @@ def test_a_process_behind_a_firewall_that_refuses_is_reported(
 
 
 def test_a_process_that_ends_is_not_reported(worker: ActorLocation, caplog: pytest.LogCaptureFixture) -> None:
-    """Ray fails the calls of a dead process, so its watch just ends."""
+    """Ray fails the calls of a dead process, so the watch simply ends."""
     actor = f"actor {worker.pid}"
 
     async def ends() -> None:

@@ -1,4 +1,4 @@
-"""What the doctor of a cluster makes of what nodes say. A real cluster is asked in tests/integration/test_hosts.py."""
+"""The doctor of a cluster judges nodes by their answers. tests/integration/test_hosts.py checks a real cluster."""
 
 from __future__ import annotations
 

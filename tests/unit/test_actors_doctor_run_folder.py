@@ -1,4 +1,4 @@
-"""The proof that a run's record is whole: it passes for real collectors and queues, and each tampered fact is named."""
+"""The proof of a whole record passes for real collectors and queues, and names each tampered fact."""
 
 from __future__ import annotations
 
@@ -48,9 +48,8 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 def train(folder: Path, *, steps: int = 5, checkpoint_every: int = 4, in_flight: bool = False, **keys: Any) -> Path:
-    """Train a run to its end as the online controller does, from its newest checkpoint if it has any. Write its record:
-    rows, ledger and checkpoints.
-    """
+    """Train a run to the end like the online controller, from any newest checkpoint. Write the record: rows, ledger and
+    checkpoints."""
     with RunFolder.open(folder, "run", resume=(folder / "run").exists()) as run:
         latest = run.latest_checkpoint()
         tracker = Tracker(run.path)
@@ -113,7 +112,7 @@ class Killed(Exception):
 
 
 class Moments:
-    """The moments before and after each write of a run, and before each score. The run is killed at one of them."""
+    """The moments before and after each write of a run, and before each score. The run is killed at a chosen moment."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left = 0
@@ -184,7 +183,7 @@ def test_a_run_killed_at_any_moments_has_a_whole_record(
 
 
 def tamper(change: Callable[[dict[str, Any]], object], step: int, name: str = "groups.jsonl") -> Callable[[Path], None]:
-    """Return a change of one line of a run's file."""
+    """Return a change of a line in a run's file."""
 
     def apply(run: Path) -> None:
         lines = read_lines(run / name)
@@ -196,7 +195,7 @@ def tamper(change: Callable[[dict[str, Any]], object], step: int, name: str = "g
 
 
 def of_checkpoint(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    """Return a change of the checkpoint's state, with a manifest that fits."""
+    """Return a change of the checkpoint's state, with a fitting manifest."""
 
     def apply(run: Path) -> None:
         folder = run / "checkpoints" / "step_000004"

@@ -1,4 +1,4 @@
-"""Adapters that a run goes on from: their shape is taken over, and what cannot be is refused before anything starts."""
+"""A run continues an adapter with the same shape. Unsuitable adapters are refused before anything starts."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def online(model: Path, **sections: Any) -> dict[str, Any]:
 
 
 def scoring(folder: Path, model: Path, name: str, **policy: Any) -> dict[str, Any]:
-    """A stage that trains a model of that algorithm, on two pairs or labelled answers."""
+    """Return a stage that trains a model with the algorithm, on two pairs or labelled answers."""
     data = folder / f"{name}.jsonl"
     rows = [{"prompt": "1 =", "chosen": "1", "rejected": "0", "completions": ["1"], "labels": [True]}] * 4
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))

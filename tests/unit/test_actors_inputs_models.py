@@ -1,4 +1,4 @@
-"""Models that cannot be what a section makes of them are refused before anything starts, at the key that names them."""
+"""Models unsuitable for a section are refused before anything starts, with the section's key."""
 
 from __future__ import annotations
 

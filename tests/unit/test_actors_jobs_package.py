@@ -1,4 +1,4 @@
-"""What goes with a job: the listing, what the configuration names, what is refused."""
+"""A job's package has the listed and the configured files, and refuses others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ train: {steps: 10, lr: 1e-6, sequences_per_update: 16}
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project without a repository, in which the test runs."""
+    """A project without a repository, as the test's current folder."""
     project = tmp_path / "project"
     for name, text in {
         "configs/run.yaml": RUN,

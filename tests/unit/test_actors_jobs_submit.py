@@ -1,4 +1,4 @@
-"""What is refused before a cluster is asked, and clusters that do not answer. With one: integration/test_submit."""
+"""Mistakes are refused before contact, and silent clusters are reported. integration/test_submit uses a cluster."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ train: {steps: 10, lr: 1e-6, sequences_per_update: 16}
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project, in which the test runs. A contact ends the test."""
+    """A project as the test's current folder. Any contact ends the test."""
     (tmp_path / "run.yaml").write_text(RUN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """The address of one who takes connections and says nothing."""
+    """The address of a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
@@ -103,7 +103,7 @@ def test_a_value_of_several_lines_is_hidden_in_a_log_that_comes_in_parts() -> No
 
 
 class Breaking:
-    """A client whose log breaks off once, in the middle of what was there: with an error, or silently."""
+    """A client whose log breaks off once in the middle, with an error or silently."""
 
     def __init__(self, *, over_at: int = 2, is_silent: bool = False) -> None:
         self.asked, self.over_at, self.is_silent = 0, over_at, is_silent

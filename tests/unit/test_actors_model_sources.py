@@ -1,4 +1,4 @@
-"""Revisions of models of the hub, and a tokenizer in the place of the policy's own: in every role that reads them."""
+"""Every role reads hub models by revision, and a tokenizer in place of the policy's."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_folder_has_no_revision(tmp_path: Path, model: str) -> None:
 
 
 def test_a_revision_is_what_the_hubs_cache_holds_of_it(tiny_model: Path, tmp_path: Path) -> None:
-    """Offline, from a cache with two revisions, in a process that has this cache from its start."""
+    """The cache has two revisions, and the process starts offline with this cache."""
     repository = tmp_path / "models--org--name"
     for sha, name, length in (("a" * 40, "main", 64), ("b" * 40, "v2", 128)):
         folder = repository / "snapshots" / sha

@@ -1,4 +1,4 @@
-"""What a run must not go on from, and must not take for its own result, is refused before a Ray starts."""
+"""A run refuses foreign checkpoints and results before Ray starts."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def loaded(folder: Path, *overrides: str) -> LoadedConfig:
 
 
 def local(folder: Path, *overrides: str) -> Config:
-    """With models that can be loaded, as the controller gets it."""
+    """Return the configuration with loadable models, in the form for the controller."""
     run = loaded(folder, *overrides)
     return with_sources(run.runs["demo"], run.folder)
 
 
 def state_of(config: Config) -> Any:
-    """What its checkpoints say of the models."""
+    """Return the description of the models in checkpoints."""
     policy = architecture_fingerprint(load_model_config(config.policy.model))
     return json.loads(json.dumps({"policy": policy, "algorithm": "ppo", "trained": trained_models(config)}))
 

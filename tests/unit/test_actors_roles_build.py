@@ -1,4 +1,4 @@
-"""The groups of workers that a run creates, with actors that only note their class. Real ones: tests/integration."""
+"""A run creates groups of workers. The actors only record their class; tests/integration starts real workers."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_the_algorithm_determines_the_groups(
 
 
 def test_groups_made_before_a_failure_are_known(created: list[tuple[str, str]], tmp_path: Path) -> None:
-    """Whoever ends the groups ends these too."""
+    """Groups created before a failure can still be ended."""
     context = run(tmp_path, {"name": "grpo", "kl": {"coef": 0.0}}, REWARDS)
     groups: list[Stoppable] = []
     with pytest.MonkeyPatch.context() as patch:

@@ -91,14 +91,14 @@ def test_a_late_rank_is_told_of_with_the_limit_that_it_had(
 
 
 def test_the_metrics_of_ranks_that_share_microbatches_count_once() -> None:
-    """Ranks 0 and 1 share the micro-batches of 3 tokens, ranks 2 and 3 those of 4."""
+    """Ranks 0 and 1 share micro-batches of 3 tokens, ranks 2 and 3 micro-batches of 4."""
     ranks = [SimpleNamespace(update=answering({"update/tokens/total": Sum(total=tokens)})) for tokens in (3, 3, 4, 4)]
     gang = PolicyGang(cast("Any", ranks), deadline_s=5.0, one_host=True, sequence_parallel=2)
     assert asyncio.run(gang.update(0)) == {"update/tokens/total": Sum(total=7)}
 
 
 class Started:
-    """A rank that has started or will. It notes its calls in a list that all ranks share."""
+    """A rank before or after the start. Calls go to a list shared by all ranks."""
 
     def __init__(self, number: int, notes: list[str], newest: int | None = None, failure: str | None = None) -> None:
         self.number, self.notes, self.newest, self.failure = number, notes, newest, failure
@@ -136,7 +136,7 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 class Folders:
-    """The folders of a run on the nodes a and b, and the places of copies. It notes why places are chosen."""
+    """The folders of a run on the nodes a and b, and the places of copies. Reasons for choosing places are recorded."""
 
     def __init__(self, notes: list[str]) -> None:
         self.notes, self.of_run = notes, frozenset("ab")
@@ -291,7 +291,7 @@ async def test_the_oldest_of_the_newest_states_is_common_to_all_ranks(
 
 
 class Rank:
-    """A rank that notes the arguments of its calls."""
+    """A rank that records the arguments of calls."""
 
     def __init__(self, **results: Any) -> None:
         self.calls: dict[str, tuple[Any, ...]] = {}
@@ -306,7 +306,7 @@ class Rank:
         return call
 
     def options(self, name: str, result: Any) -> Callable[..., Any]:
-        """Return the method that returns a column and, awaited, the result."""
+        """Return a method that returns a column and, awaited, the result."""
 
         def call(*args: Any) -> Any:
             self.calls[name] = args
@@ -321,7 +321,7 @@ def group(index: int, *sequence_ids: int) -> Any:
 
 
 def plan_of(*minibatches: Sequence[tuple[int, ...]]) -> BatchPlan:
-    """Return a plan of minibatches with these sequences for each rank."""
+    """Return a plan of minibatches with the given sequences for each rank."""
     ids = [i for shares in minibatches for share in shares for i in share]
     return BatchPlan(
         step=1,

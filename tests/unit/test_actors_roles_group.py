@@ -1,4 +1,4 @@
-"""A worker that is replaced, by handles that answer in this process. Real workers: tests/integration."""
+"""A worker is replaced. Handles answer in this process; tests/integration starts real workers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SLEEPS = [sys.executable, "-c", "import time; time.sleep(600)"]
 
 
 class Handle:
-    """A worker with a process that sleeps. It notes its starts."""
+    """A worker with a sleeping process. Starts are recorded."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -114,7 +114,7 @@ def test_processes_end_although_ray_cannot_be_asked(monkeypatch: pytest.MonkeyPa
 
 
 class Group:
-    """A group whose stop or end may fail. It notes its end."""
+    """A group with a possible failure in stop or end. The end is recorded."""
 
     def __init__(self, name: str, ends: list[str], *, stops: Exception | None = None, fails: bool = False) -> None:
         self.name, self.ends, self.stops, self.fails = name, ends, stops, fails

@@ -1,4 +1,4 @@
-"""The columns that workers of the teacher are handed, and those that they hand to the student's ranks."""
+"""Workers of the teacher receive columns, and return columns to the student's ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def group(index: int, *sequence_ids: int) -> Any:
 
 
 class Worker:
-    """A teacher's worker that notes its calls and answers at once."""
+    """A teacher's worker that records calls and answers at once."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []

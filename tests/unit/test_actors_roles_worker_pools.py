@@ -1,4 +1,4 @@
-"""Pools of workers by handles that answer in this process: limits of time, and lost workers."""
+"""Pools of workers respect time limits and replace lost workers. Handles answer in this process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ STYLE = RewardSpec(
 
 
 class Handle:
-    """A worker's, whose groups take so long."""
+    """A worker's handle with a fixed time for each group."""
 
     def __init__(self, *, takes_s: float, asked_at_once: int = 1) -> None:
         thread, threads = ThreadPoolExecutor(1), ThreadPoolExecutor(16)
@@ -90,7 +90,7 @@ async def score(handles: list[Handle], groups: int, *specs: RewardSpec, columns:
 
 @pytest.fixture(autouse=True)
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the handles are not looked for."""
+    """The handles have no processes to look for."""
 
     async def wait_until_created(self: Processes, rank: int, *, deadline_s: float) -> None: ...
 
@@ -120,7 +120,7 @@ def test_services_are_not_asked_about_rows_of_others() -> None:
 
 
 class Calls:
-    """A worker whose calls wait until the test lets it answer or die. They are named after their groups."""
+    """A worker whose calls wait until the test answers or kills the worker. Calls have the names of groups."""
 
     def __init__(self, *, dies_at_start: bool = False) -> None:
         self.dies_at_start = dies_at_start
@@ -154,7 +154,7 @@ class Calls:
 
 
 class Losses:
-    """A supervisor that allows all losses but those at forbidden work."""
+    """A supervisor that allows all losses except at forbidden work."""
 
     def __init__(self, *forbidden: Any) -> None:
         self.forbidden = forbidden
@@ -172,7 +172,7 @@ class Losses:
 
 
 def pool(kind: Callable[..., Any], *handles: Calls, supervisor: Any, **more: Any) -> Any:
-    """A pool of these workers, which are replaced in turn: a replaced worker's handle is another."""
+    """Return a pool of the given workers. A replacement comes from the next handle."""
     workers = kind(list(handles), lambda _: Calls(), deadline_s=60.0, **more)
     workers.supervisor, workers.start_deadline_s = supervisor, 60.0
     return workers
@@ -292,7 +292,7 @@ async def test_a_call_names_its_work_for_a_worker_that_is_lost_twice() -> None:
 
 
 def real_supervisor(**limits: Any) -> tuple[Supervisor, list[str]]:
-    """A run's supervisor, and what it records."""
+    """Return a run's supervisor, and the recorded losses."""
     recorded: list[str] = []
     tracker = SimpleNamespace(log_error=lambda error: recorded.append(error.message), alert=lambda *_: None)
     record: Any = SimpleNamespace(step=0, tracker=tracker, timeline=SimpleNamespace(span=lambda *_: nullcontext()))
@@ -327,7 +327,7 @@ async def test_a_worker_that_dies_at_its_start_without_a_supervisor_ends_the_wor
 
 
 async def score_all(workers: Any, groups: list[int], loses: Callable[[int, int], bool]) -> list[Any]:
-    """Score groups in order, three at once. `loses` says whether a group ends its worker at this attempt, from 0."""
+    """Score groups in order, three at once. `loses` decides whether a group ends a worker at an attempt, from 0."""
     attempts: Counter[int] = Counter()
     tasks = [asyncio.create_task(workers.score(scored_group(group_id))) for group_id in groups]
     await settle()

@@ -1,4 +1,4 @@
-"""What an engine keeps of cancelled groups, and what it samples of the requests that continue them."""
+"""An engine stores cancelled groups, and continues them in later requests."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_stored_group_with_tokens_of_an_earlier_step_is_found_again(tmp_path: 
 
 
 def test_a_lost_group_comes_from_the_store_with_its_own_tokens(tmp_path: Path) -> None:
-    """An engine that counted as lost may have stored an earlier answer to the request, and the next one a later."""
+    """A lost engine may have stored an earlier answer to the request, and the next engine a later answer."""
     spool = EngineSpool(folder=tmp_path, keeps_failures=False, environment="")
 
     def answer(logprob: float, version: int) -> Any:

@@ -1,4 +1,4 @@
-"""Engines that join and leave, with fakes for their actors and for the room: who is there, and who gets groups."""
+"""Engines join and leave, and groups go to present engines. Actors and room are fakes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class FailedStart(Engine):
 
 
 class Elastic(Engines):
-    """Elastic engines. Each that is started comes from the list of successors."""
+    """Elastic engines. Each started engine comes from the list of successors."""
 
     _restart = ElasticEngines._restart
 
@@ -75,7 +75,7 @@ class Elastic(Engines):
 
 
 async def elastic(*first: Engine, most: int, new: tuple[Engine, ...] = (), policy: Policy | None = None) -> Elastic:
-    """Engines that have the first weights, by broadcast if there is a policy."""
+    """Return engines with the first weights, by broadcast for a policy."""
     engines = Elastic(*first, successors=new)
     engines.placement = cast(Any, SimpleNamespace(seats=Room(EngineRange(min=1, max=most))))
     engines.start_deadline_s = DEADLINE_S

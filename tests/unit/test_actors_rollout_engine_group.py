@@ -1,4 +1,4 @@
-"""What an engine refuses ends the wait of its callers at once: fake engines behind the real loop, worker and group."""
+"""A refusal by an engine ends the wait of all callers at once: fake engines behind the real loop, worker and group."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SPEC = RolloutSpec(
 
 
 class FakeEngine:
-    """vLLM's engine: a request whose id holds "bad" is refused, the others finish in the second step after."""
+    """vLLM's engine: a request with "bad" in the id is refused, other requests finish in the second step after."""
 
     def __init__(self) -> None:
         self.running: dict[str, int] = {}
@@ -124,7 +124,7 @@ async def test_a_refused_group_ends_the_release(monkeypatch: pytest.MonkeyPatch)
 async def test_an_engine_on_another_host_knows_its_interface_before_it_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """NCCL chooses its interface once, and vLLM starts NCCL while it builds an engine of several GPUs."""
+    """NCCL chooses an interface once, and vLLM starts NCCL while building an engine of several GPUs."""
     seen: list[Any] = []
 
     def build(spec: RolloutSpec) -> FakeEngine:
@@ -145,7 +145,7 @@ def drawn(output: Any, begun: Begun) -> Begun:
 
 @pytest.fixture
 async def in_flight(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """A worker at version 4 with a spool, whose responses begin with version 3."""
+    """A worker at version 4 with a spool, and responses begun by version 3."""
     monkeypatch.setattr("actors.rollout.engine_actor.build_engine", lambda spec: FakeEngine())
     monkeypatch.setattr("actors.rollout.engine_actor.sampling_params", lambda *arguments, **options: None)
     monkeypatch.setattr("actors.rollout.continuation.response_of", drawn)
@@ -212,7 +212,7 @@ async def test_a_request_that_arrives_during_an_update_starts_after_it(in_flight
 
 
 class SleepingEngine(FakeEngine):
-    """vLLM's engine with the states of its executor: what a GPU would do to memory that was given away is an error."""
+    """vLLM's engine with the states of the executor. Use of freed memory is an error, as on a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ class SleepingEngine(FakeEngine):
 
 @pytest.fixture
 async def colocated(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A worker that shares its GPU, after the sync of version 1."""
+    """A worker on a shared GPU, after the sync of version 1."""
     monkeypatch.setattr("actors.rollout.engine_actor.build_engine", lambda spec: SleepingEngine())
     monkeypatch.setattr("actors.rollout.engine_actor.sampling_params", lambda *arguments, **options: None)
     worker = RolloutWorker(replace(SPEC, device="cuda", colocated=True, transport="ipc"))
@@ -275,7 +275,7 @@ async def test_an_engine_that_sleeps_refuses_what_needs_the_memory(colocated: Ro
 
 
 class FakeMethod:
-    """A method of an actor's handle; its calls give what `answer` gives, or never anything."""
+    """A method of an actor's handle. Calls give the result of `answer`, or never any result."""
 
     def __init__(self, answer: Any) -> None:
         self.answer = answer
@@ -307,7 +307,7 @@ async def test_a_failed_generate_ends_the_wait_for_the_release() -> None:
 
 
 class FakeHandle:
-    """An engine's actor. A test finishes its groups."""
+    """An engine's actor. A test finishes the groups."""
 
     def __init__(self, *, samples: int = 2) -> None:
         self.groups: dict[int, Future[Any]] = {}

@@ -1,4 +1,4 @@
-"""Why an engine did not start: the user's arguments, or something else. Which outputs of a step go where."""
+"""A failed start has a reason, such as the user's arguments, and each output of a step reaches the right request."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_only_arguments_that_vllm_refuses_are_the_users_mistake(error: Exception
 
 
 class StreamingEngine:
-    """An engine whose only request has three outputs, one in each step."""
+    """An engine with a single request of three outputs, one in each step."""
 
     def __init__(self) -> None:
         self.left: list[Any] = []
@@ -84,7 +84,7 @@ def test_no_step_begins_while_the_loop_is_paused() -> None:
 
 
 class DyingEngine(StreamingEngine):
-    """An engine whose steps and calls raise an error. `executor`: what runs its model."""
+    """An engine with errors in steps and calls. `executor`: runs the engine's model."""
 
     def __init__(self, error: Exception, executor: Any = None) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class DyingEngine(StreamingEngine):
 
 
 def with_dead_worker() -> Any:
-    """vLLM's executor of several worker processes, one of which has died."""
+    """vLLM's executor of several worker processes, including a dead process."""
     executor = MultiprocExecutor.__new__(MultiprocExecutor)
     executor.is_failed = True
     return executor
@@ -138,7 +138,7 @@ def test_an_engine_without_its_gpu_or_a_worker_is_given_to_the_driver_as_lost(
 
 
 class GivenUp(Future[Any]):
-    """A future whose waiter gives up just after it was seen to be unfinished."""
+    """A future whose waiter gives up right after a check of the unfinished future."""
 
     def done(self) -> bool:
         was_done = super().done()
@@ -159,7 +159,7 @@ def test_an_abort_goes_on_when_the_waiter_of_a_request_gives_up_meanwhile() -> N
 
 
 class OverlappingEngine(StreamingEngine):
-    """An engine that begins a step before it returns the outputs of the one before, as vLLM's does on GPUs."""
+    """An engine that begins a step before returning the previous step's outputs, as vLLM's does on GPUs."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The weights of an engine whose update fails and is repeated, with a loop that runs calls at once."""
+"""An engine's failed update of weights is repeated. A loop runs calls at once."""
 
 from __future__ import annotations
 

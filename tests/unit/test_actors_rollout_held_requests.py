@@ -1,4 +1,4 @@
-"""The requests that an engine holds back: their order, and the end of the wait when one is refused or missing."""
+"""An engine holds requests back in order. A refused or missing request ends the wait."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -13,7 +13,7 @@ from rlhf.errors import RunError
 
 
 def entrance(steps: list[list[str]], deadline_s: float = 30.0) -> HeldRequests:
-    """Return the entrance of an engine that notes the samples of each step in `steps`."""
+    """Return the entrance of an engine that records the samples of each step in `steps`."""
 
     def submit(samples: list[str]) -> list[Future[Any]]:
         steps.append(list(samples))

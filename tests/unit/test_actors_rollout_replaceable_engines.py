@@ -1,4 +1,4 @@
-"""Lost engines with fakes for their actors: what is asked again and where, and what a successor must show first."""
+"""Lost engines are replaced, requests repeated, and successors proved. Actors are fakes."""
 
 from __future__ import annotations
 
@@ -537,7 +537,7 @@ async def test_a_broadcast_goes_to_the_engines_that_work() -> None:
 
 
 async def test_a_loss_during_a_broadcast_is_raised_although_the_other_members_notice_nothing() -> None:
-    """With nccl the policy and the other engines would wait for the lost engine without end."""
+    """With nccl the policy and the remaining engines would wait for the lost engine without end."""
     first, other = Engine("first"), Engine("other")
     engines = await broadcasting(Policy(), first, other, successors=(Engine("successor"),))
     dying, waiting = Future[Any](), Future[Any]()

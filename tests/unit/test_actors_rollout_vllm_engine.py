@@ -1,4 +1,4 @@
-"""What an engine changes of a model's config, so that vLLM computes what the trainer computes."""
+"""An engine changes a model's config to agree with the trainer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_log_level_of_vllm_is_the_users(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_windows_of_cohere_are_those_of_the_trainer() -> None:
-    """vLLM sees one token more than transformers, which sees the token itself and the `sliding_window - 1` before."""
+    """vLLM sees one token more than transformers, which sees the token and the `sliding_window - 1` before."""
     assert tiny_model("cohere2").config.sliding_window == 3
     assert model_settings(tiny_model("cohere2").config) == {"sliding_window": 2}
     assert model_settings(tiny_model("cohere2_moe").config) == {"sliding_window": 2}
@@ -73,13 +73,13 @@ def test_an_engine_that_has_lost_weights_is_refused() -> None:
 
 
 class Waiting(deque[Any]):
-    """vLLM's queue of waiting requests, as far as a preemption needs it."""
+    """vLLM's queue of waiting requests, with the parts for a preemption."""
 
     prepend_request = deque.appendleft
 
 
 def test_a_preempted_request_whose_blocks_get_another_salt_sends_all_of_their_hashes_again() -> None:
-    """vLLM's record of routed experts on GPUs counts the hashes it has sent, and a new salt changes them."""
+    """vLLM's record of routed experts on GPUs counts the sent hashes, and a new salt changes the hashes."""
     from vllm.distributed.aux_output_connector.connector import AuxOutputSchedulerConnector
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import RequestStatus

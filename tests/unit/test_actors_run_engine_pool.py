@@ -1,4 +1,4 @@
-"""Which runs may reuse engines, and the order of starts. Engines that stay: tests/integration/test_online.py."""
+"""Runs with equal settings reuse engines, and starts are ordered. integration/test_online.py keeps real ones."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_engines_for_longer_responses_or_conversations_are_others(run: Any) -> N
 
 
 class Group:
-    """Notes when its start begins and ends, in the calls of all groups."""
+    """A group that records the beginning and the end of starts in the calls of all groups."""
 
     def __init__(self, role: str, calls: list[str]) -> None:
         self.role, self.calls = role, calls

@@ -1,4 +1,4 @@
-"""What is written of a run while it is open: failures, and the group of W&B that the stages of a pipeline share."""
+"""An open run records failures, and stages of a pipeline share a group of W&B."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ stages:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What W&B was asked for."""
+    """Requests to W&B."""
     found: list[dict[str, Any]] = []
 
     class Backend:

@@ -1,4 +1,4 @@
-"""What a pipeline leaves in its own folder. With training in it: tests/integration/test_stages.py."""
+"""A pipeline writes to the pipeline's folder. tests/integration/test_stages.py trains."""
 
 from __future__ import annotations
 

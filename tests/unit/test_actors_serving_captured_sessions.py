@@ -1,4 +1,4 @@
-"""Sessions without a server: which turns are known again, why prefixes break, limits, and what is captured."""
+"""Sessions recognise turns, explain broken prefixes, enforce limits and capture calls. There is no server."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def answer(session: CapturedSession, messages: list[Any], drawn: Draw, tools: An
 
 
 def look_up(session: CapturedSession, messages: list[Any], tools: Any = None) -> tuple[int | None, str | None]:
-    """The call whose turn is known, and why the prefix broke."""
+    """Return the call of the known turn, and the reason for a broken prefix."""
     with session.call() as call:
         known = session.look_up(call, messages, tools)
         return (None if known is None else known.call), call.broke

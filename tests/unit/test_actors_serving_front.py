@@ -56,7 +56,7 @@ def parts(tiny_model: Path) -> EngineParts:
 
 
 def saying(*texts: str) -> Callable[[Sequence[int], Any], list[int]]:
-    """Say these texts one after the other, then the last again. Each ends its turn, unless it ends in `...`."""
+    """Say the texts in turn, then repeat the last. Each text ends a turn, except texts with `...` at the end."""
     left = list(texts)
 
     def says(prompt: Sequence[int], params: Any) -> list[int]:
@@ -270,7 +270,7 @@ async def test_a_session_is_sampled_as_the_run_samples_and_captured(parts: Engin
 
 
 def assert_extends(calls: list[Call]) -> None:
-    """Each prompt begins with the last prompt and its response, token by token."""
+    """Each prompt begins with the previous prompt and response, token by token."""
     for before, after in pairwise(calls):
         whole = [*before.prompt_ids.tolist(), *before.response_ids.tolist()]
         assert after.prompt_ids[: len(whole)].tolist() == whole
@@ -279,7 +279,7 @@ def assert_extends(calls: list[Call]) -> None:
 
 @pytest.mark.parametrize("streams", [False, True])
 async def test_a_conversation_of_openai_goes_on_from_the_sampled_tokens(parts: EngineParts, streams: bool) -> None:
-    """The turns have space around them, reasoning, and calls that the template would write otherwise."""
+    """The turns have surrounding space, reasoning, and calls in a form different from the template's."""
     texts = (f"{THOUGHT}  wait {CALL}", " fine ", "and so on...", "end")
     async with (
         fronted(parts, *texts, reasoning_parser="qwen3") as (front, _),
@@ -441,7 +441,7 @@ async def test_a_long_result_is_tokenized_as_a_short_one(parts: EngineParts, mon
 
 
 async def test_a_schema_that_no_text_fulfils_is_refused_and_not_captured(parts: EngineParts) -> None:
-    """vLLM ends such a response as an error of its own after a token that the grammar excludes."""
+    """vLLM ends such a response with an error after a token outside the grammar."""
     async with fronted(parts, "x") as (front, loop), openai_client(front, "a-session") as client:
         opened(front)
         loop.end = "error"
@@ -698,7 +698,7 @@ async def test_tools_of_a_model_without_a_parser_are_refused(parts: EngineParts)
 
 
 async def sent(front: Front, chunks: Iterable[bytes]) -> int:
-    """Send chunks until the front closes the connection. Return how many it took."""
+    """Send chunks until the front closes the connection. Return the number of accepted chunks."""
     host, _, port = front.base_url.removeprefix("http://").rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     answer, count = asyncio.create_task(reader.read()), 0

@@ -1,4 +1,4 @@
-"""The engine as vLLM's serving code takes it, over a loop that stands in for the engine's thread."""
+"""The engine answers vLLM's serving code. A loop stands in for the engine's thread."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Loop:
         return Future()
 
     def give(self, *parts: Any, finished: bool = False) -> None:
-        """One step with an output of the last request, and one of another request."""
+        """Make a step with an output of the last request, and an output of another request."""
         submission, future = self.asked[-1]
         output = SimpleNamespace(request_id=submission.request_id, outputs=parts, finished=finished)
         assert self.on_step is not None

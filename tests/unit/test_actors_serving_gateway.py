@@ -1,4 +1,4 @@
-"""The entrance of the front, before an application that stands in for vLLM's: keys, paths, bodies, limits."""
+"""The entrance of the front checks keys, paths, bodies and limits, before an application in place of vLLM's."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Application:
-    """Answers with its path and body, and remembers whose calls it got. `hangs`: before or in the answer.
+    """Answers with path and body, and remembers the session of each call. `hangs`: before or in the answer.
 
-    `refusal`: the status and the parts of the body of its answer to each request.
+    `refusal`: the status and the parts of the body in the answer to each request.
     """
 
     def __init__(self) -> None:

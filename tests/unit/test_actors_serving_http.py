@@ -1,4 +1,4 @@
-"""`rlhf serve` in front of fronts that stand in for engines: what it passes on, the token, the deadline, deaths."""
+"""`rlhf serve` passes requests on, checks token and deadline, and survives deaths. Fronts stand in for engines."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 
 @dataclass
 class Engine:
-    """An engine with a front of its own; `state`: how it fails."""
+    """An engine with a separate front. `state`: the failure."""
 
     state: Literal["well", "dies", "broken", "fails"] = "well"
     hold: asyncio.Event | None = None  # until which nothing is answered

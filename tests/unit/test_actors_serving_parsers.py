@@ -1,4 +1,4 @@
-"""vLLM's parsers of tool calls and reasoning: the front builds each, and chooses them by the model."""
+"""The front builds every parser of vLLM for tool calls and reasoning, and chooses parsers by the model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ BY_NAME_ALONE = {
 
 
 def built(tools: str | None, reasoning: str | None, *, model_type: str = "llama", added: tuple[str, ...] = ()) -> Any:
-    """The front's renderer, with a tokenizer that has these tokens."""
+    """Return the front's renderer, with a tokenizer of the given tokens."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(list(added))
     model = SimpleNamespace(model="tiny", hf_config=SimpleNamespace(model_type=model_type))
@@ -88,7 +88,7 @@ CHOSEN = sorted(
 
 
 async def sampled_under(renderer: Any, request: Any) -> tuple[Any, str | None]:
-    """Return the grammar under which a session's request is sampled, and what asked for it."""
+    """Return the grammar for sampling a session's request, and the reason for the grammar."""
     call = ServedCall(
         CapturedSession(Sampling(max_new_tokens=9), SessionLimits(max_calls=9, max_tokens=99, seed=1), ""), ""
     )

@@ -1,4 +1,4 @@
-"""What the loop of a sweep meets when it goes on. Whole sweeps: tests/integration/test_sweep.py."""
+"""The loop of a sweep continues after interruptions. tests/integration/test_sweep.py runs whole sweeps."""
 
 from __future__ import annotations
 

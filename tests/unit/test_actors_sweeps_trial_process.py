@@ -1,4 +1,4 @@
-"""The processes of trials: their share of the machine, how they fail and end, and that none outlives its sweep."""
+"""Processes of trials get a share of the machine, fail and end, and never outlive the sweep."""
 
 from __future__ import annotations
 

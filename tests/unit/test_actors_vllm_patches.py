@@ -1,7 +1,6 @@
 """vLLM without the repairs of actors/vllm_patches still has the defects.
 
-A test that fails here tells of a vLLM without the defect: remove the repair, its row in `actors.vllm_patches`, and the
-test.
+A failed test shows a vLLM without the defect: remove the repair, the row in `actors.vllm_patches`, and the test.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def test_the_table_names_each_module_and_its_test_here() -> None:
 
 
 def test_drafts() -> None:
-    """The kernel for CPUs writes into a copy of its output."""
+    """The kernel for CPUs writes into a copy of the output."""
     from vllm import _custom_ops  # noqa: F401  # loads the kernels
     from vllm.utils.cpu_triton_utils import _expand_kernel_impl
 
@@ -74,7 +73,7 @@ def test_first_runner() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Notes the most values that an operation returns."""
+    """Records the largest number of values returned by an operation."""
 
     values = 0
 

@@ -1,4 +1,4 @@
-"""The sampling parameters of drafts on a CPU, by vLLM's own function that applies them."""
+"""Drafts on a CPU get the sampling parameters of their request, by vLLM's own function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experts of a token are those chosen when it was first computed, also if its request is computed again."""
+"""A token's experts stay the choice of the first computation, even after a second computation of the request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOCK = 4
 
 
 class Runner:
-    """The parts of vLLM's runner that the record reads. Each step computes tokens of one request by given weights."""
+    """The parts of vLLM's runner for the record. Each step computes tokens of one request by given weights."""
 
     def __init__(self) -> None:
         shape = SimpleNamespace(get_total_num_hidden_layers=lambda: 1, get_num_experts_per_tok=lambda: 1)
@@ -52,7 +52,7 @@ def step(
     version: int,
     preempted: tuple[str, ...] = (),
 ) -> None:
-    """Compute tokens of the request in `given`, whose experts are the version of the weights."""
+    """Compute tokens of the request in `given`. The version of the weights is the number of each expert."""
     runner._update_states(SimpleNamespace(finished_req_ids=(), preempted_req_ids=set(preempted), given=given))
     ((_, blocks, num_tokens),) = given
     slots = torch.tensor([blocks[i // BLOCK] * BLOCK + i % BLOCK for i in computed])
@@ -78,7 +78,7 @@ def test_a_request_computed_again_keeps_its_first_choices(runner: Runner, monkey
 def test_a_request_that_waits_through_two_updates_keeps_its_first_choices(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other requests fill its places meanwhile."""
+    """Later requests fill the places of the waiting request."""
     record = RecordedExperts(runner)
     step(runner, record, monkeypatch, given=[("a-0", [1, 2], 5)], computed=range(5), version=1)
     step(runner, record, monkeypatch, given=[("b-0", [1, 2], 8)], computed=range(8), version=2, preempted=("a-0",))

@@ -1,4 +1,4 @@
-"""A grammar that takes ever longer ends its request, and a usual one does not."""
+"""A grammar with growing time ends a request, and a usual grammar does not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPEATED = 'root ::= ((("a"{1,1000}){1,1000}){1,1000}){1,1000}'  # each `a` may 
 
 
 def accepted(grammar: str, text: str) -> int:
-    """Return how many characters of a text the engine's grammar accepts, one after the other."""
+    """Return the number of characters of a text accepted by the engine's grammar, in order."""
     from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 
     info = xgrammar.TokenizerInfo.from_huggingface(TOKENIZER)

@@ -1,4 +1,4 @@
-"""The biases of choice that a file keeps among the experts."""
+"""The biases of choice among the experts of a file are loaded."""
 
 from __future__ import annotations
 

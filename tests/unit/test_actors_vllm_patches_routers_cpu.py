@@ -1,4 +1,4 @@
-"""The experts that vLLM's router for CPUs chooses by a bias, without groups of experts."""
+"""vLLM's router for CPUs chooses experts by a bias, without groups of experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which weights of a model's files vLLM has read, on a model without vLLM's layers."""
+"""Read and unread weights of a model's files are distinguished, on a model without vLLM's layers."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def weights(shift: float = 0.0) -> Iterator[tuple[str, Tensor]]:
-    """Odd sizes, a transposed one and a scalar."""
+    """Yield odd sizes, a transposed weight and a scalar."""
     yield "a", torch.arange(7.0) + shift
     yield "b", (torch.arange(12.0).view(3, 4) + shift).T
     yield "c", torch.tensor(3.0 + shift)
@@ -114,7 +114,7 @@ def test_shared_memory_is_written_in_place() -> None:
 
 
 def test_shared_memory_has_no_name_that_could_outlive_the_process_or_belong_to_another_user() -> None:
-    """The kernel frees it, however the process ends: nothing has to be removed, and no other file is looked at."""
+    """The kernel frees the memory after any end of the process, so nothing has to be removed."""
     sender = ShmSender(rank=0)
     manifest = sender.publish(weights(), 1)
     assert manifest is not None
@@ -170,7 +170,7 @@ def test_gloo_broadcast_brings_the_staged_bytes(unused_port: int, monkeypatch: p
 
 @pytest.mark.parametrize(("rank", "nbytes"), [(0, BUCKET_BYTES), (1, 8)])  # a sender needs more than a socket's buffers
 def test_a_broadcast_ends_at_its_limit_although_its_peer_is_connected(unused_port: int, rank: int, nbytes: int) -> None:
-    """The peer does nothing. So it is after the death of an engine on the same node, which nccl does not notice."""
+    """The peer does nothing, like an engine after an unnoticed death on the same node with nccl."""
     meeting = Meeting(address="127.0.0.1", port=unused_port, num_receivers=1, timeout_s=3.0)
     with ThreadPoolExecutor(1) as threads:
         receiver = threads.submit(open_group, "gloo", meeting, 1)
@@ -184,7 +184,7 @@ def test_a_broadcast_ends_at_its_limit_although_its_peer_is_connected(unused_por
 
 
 class EndlessWork:
-    """A broadcast by a group that ignores death: it is complete when the group is aborted, as nccl's is."""
+    """A broadcast by a group that ignores death, complete when the group is aborted, as with nccl."""
 
     def __init__(self) -> None:
         self.aborts = 0
@@ -230,7 +230,7 @@ def test_adapter_folder_holds_peft_files(tmp_path: Path) -> None:
 
 
 def test_the_same_adapter_of_another_model_has_another_checksum(tmp_path: Path) -> None:
-    """After the model of a run without a checkpoint was replaced, the rollouts of the other are not its own."""
+    """After the base model of a run was replaced, rollouts of the old model are not used."""
     first, again, other = (
         AdapterSender(tmp_path / str(place), {}, base=base, rank=0).publish(weights(), 0)
         for place, base in enumerate(("a", "a", "b"))

@@ -1,4 +1,4 @@
-"""What an engine asks of a sync, and the names that vLLM's reload reads, on models without vLLM's layers."""
+"""An engine's weights are synced, and loaders get names for vLLM's reload, on models without vLLM's layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlhf.errors import RunError
 
 
 class TwoNames(nn.Module):
-    """A router's gate has a second name in its experts. Weights are loaded by the second."""
+    """A router's gate has a second name in the experts. Weights are loaded by the second name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def test_constants_of_a_layer_are_its_own_buffers_outside_of_files() -> None:
 
 
 class Plain(nn.Module):
-    """A model whose head is tied to its first layer."""
+    """A model with a head tied to the first layer."""
 
     def __init__(self) -> None:
         super().__init__()

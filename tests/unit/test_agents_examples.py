@@ -1,4 +1,4 @@
-"""The example agents, with a server that says what it is told to say in place of the model."""
+"""The example agents work with a scripted server in place of the model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(
     says: Callable[[Messages], str | dict[str, Any]],
     servers: Sequence[ToolServer] = (),
 ) -> tuple[AgentResult, list[Messages]]:
-    """Run an example, and return its result with the conversations of its calls."""
+    """Run an example, and return the result with the conversations of all calls."""
     asked: list[Messages] = []
 
     async def answer(request: web.Request) -> web.Response:
@@ -66,7 +66,7 @@ def run(
 
 
 def stock_servers() -> tuple[ToolServer, ...]:
-    """Return the server of the example for environments, started by the Python of these tests."""
+    """Return the server of the example for environments, started by these tests' Python."""
     folder = EXAMPLES.parent / "tools"
     config = load(folder / "stock.yaml").stages["grpo"]
     assert config.rollouts is not None

@@ -482,7 +482,7 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def ask(session_of: Callable[[str], tuple[Any, AgentTask]], answer: Answer, *, path: str) -> AgentResult:
-    """Run a session beside a server. `session_of` gets its address, and returns a runner and a task."""
+    """Run a session beside a server. `session_of` gets the server's address, and returns a runner and a task."""
 
     async def run() -> AgentResult:
         application = web.Application()

@@ -1,4 +1,4 @@
-"""Groups of sessions with a front that needs no model: calls and results become columns, failures become records."""
+"""Groups of sessions become columns, and failures become records. The front needs no model."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def test_rewards_read_one_response_per_session() -> None:
 
 
 def test_samples_say_where_the_branches_of_a_session_begin() -> None:
-    """A chat, a branch after its first call, a retry of that call, and a sub-agent; positions count from the prompt."""
+    """A chat, a branch after the first call, a retry of that call, and a sub-agent; positions count from the prompt."""
     calls = [
         call([63, 63], [65]),
         call([63, 63, 65, 33], [66, 67]),
@@ -150,7 +150,7 @@ def test_samples_say_where_the_branches_of_a_session_begin() -> None:
 
 
 def test_the_gradient_of_a_ten_call_session_is_that_of_its_calls_apart_at_a_third_of_their_tokens() -> None:
-    """A chat with a retry, a sub-agent and two parallel tool branches; every call apart repeats its whole prompt."""
+    """A session has a chat with a retry, a sub-agent and two parallel branches. Separate calls repeat prompts."""
     generator = torch.Generator().manual_seed(0)
 
     def some(count: int) -> list[int]:

@@ -27,11 +27,7 @@ COUNTS = StepCounts(num_tokens=RESPONSES * LENGTH, num_sequences=RESPONSES, max_
 
 
 def advantages_of(algorithm: OnlineAlgorithm, wanted: Tensor, greedy: float) -> Tensor:
-    """Return the advantage of each token, as controller and worker compute advantages.
-
-    Args:
-        wanted: 1 for a token that scores.
-    """
+    """Return the advantage of each token, as in controller and worker. wanted: 1 for a token that scores."""
     scores = wanted.mean(1)
     told = SequenceOutcomes(
         scores=algorithm.shaped(scores, LENGTHS, max_new_tokens=LENGTH),

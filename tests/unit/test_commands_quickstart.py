@@ -13,9 +13,7 @@ from rlhf.errors import RunError
 
 
 def write(folder: Path, scores: list[float]) -> None:
-    """Write a run with evaluations at steps 0, 10, 20, ..., and the answers to a prompt at the first and the
-    last step.
-    """
+    """Write a run with evaluations at steps 0, 10, 20, ..., and the answers to a prompt at the first and last step."""
     (folder / "samples").mkdir()
     with (folder / "metrics.jsonl").open("w") as file:
         for index, score in enumerate(scores):

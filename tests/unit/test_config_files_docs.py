@@ -32,7 +32,7 @@ def test_every_link_leads_to_one_heading() -> None:
 
 
 def test_sections_of_one_name_are_told_apart() -> None:
-    """PPO's penalty has other defaults than GRPO's."""
+    """PPO's penalty and GRPO's have different defaults."""
     page = configuration_page()
     ppo, grpo = (
         page.partition(f"### `algorithm.kl` of `{name}`")[2].partition("\n### ")[0] for name in ("ppo", "grpo")

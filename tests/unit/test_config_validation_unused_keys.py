@@ -1,4 +1,4 @@
-"""A key without effect is refused with its reason and a fix, and a key with an effect is not."""
+"""A key without effect is refused with a reason and a fix, and a key with an effect is not."""
 
 from __future__ import annotations
 

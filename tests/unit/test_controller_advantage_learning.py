@@ -1,4 +1,4 @@
-"""What a step makes of scored groups where advantages are learnt from: which responses are kept, and what is asked."""
+"""A step learns advantages from scored groups: responses are selected, and roles are called."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.fakes.roles import FakePolicy, FakeReference
 
 
 class Run:
-    """A run's learning with its roles, in a folder."""
+    """A run's learning with all roles, in a folder."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Run:
         return asyncio.run(finish())
 
     def stream(self, *portions: Sequence[ScoredGroup]) -> Signals:
-        """Learn from groups that arrive while the portion before them is computed."""
+        """Learn from groups that arrive during the computation of earlier portions."""
 
         async def arrive() -> Signals:
             assert isinstance(self.learning, StreamedAdvantageLearning)
@@ -235,7 +235,7 @@ BY_STEP = {
 
 
 def in_steps(scored: ScoredGroup, *values: Sequence[float], parses: Sequence[float]) -> ScoredGroup:
-    """The group with steps beside what it scored, which end at the tokens 3, 4, ..."""
+    """Return the group with steps beside the scored reward. The steps end at the tokens 3, 4, ..."""
     told = tuple(tuple(StepReward(end=3 + n, value=v) for n, v in enumerate(one)) for one in values)
     right = scored.scores.scores
     by_name = {"right": right, "sound": tuple(map(sum, values)), "parses": tuple(parses)}
@@ -244,9 +244,9 @@ def in_steps(scored: ScoredGroup, *values: Sequence[float], parses: Sequence[flo
 
 
 def test_steps_are_compared_with_all_steps_of_their_group(folder: RunFolder) -> None:
-    """Behind their gates the first group's are 1, 0 | 1, 1 | 0 (its gate is 0) | 3, whose mean is 1: 0, -1 | 0, 0 | -1
-    | 2, over the deviation sqrt(6 / 5), times the weight. The rest of the score is compared by itself. To the second
-    group the reward does not apply."""
+    """After gating, the first group's steps are 1, 0 | 1, 1 | 0 (gate 0) | 3 with a mean of 1: 0, -1 | 0, 0 | -1 | 2,
+    over the deviation sqrt(6 / 5), times the weight. The rest of the score is compared separately. The reward does not
+    apply to the second group."""
     run = Run(folder, {"name": "grpo"}, per_update=12, rewards=BY_STEP)
     first, second, flat = scored_groups(FIRST, SECOND, FLAT)
     second = replace(second, scores=GroupScores(scores=SECOND, by_name={"right": SECOND}, errors=()))
@@ -300,7 +300,7 @@ def test_rewards_to_come_get_the_steps_as_they_are(folder: RunFolder) -> None:
 
 
 def test_a_group_is_flat_if_its_steps_are_too(folder: RunFolder) -> None:
-    """Equal scores with other steps teach; with a gate that is 0, or a weight that is, they do not."""
+    """Equal scores with different steps teach; with a gate of 0, or a weight of 0, equal scores do not teach."""
     run = Run(folder, {"name": "grpo"}, per_update=12, rewards=BY_STEP)
     (one,) = scored_groups((0.0, 0.0))
     told = ((1.0, 0.0), (0.5, 0.5))
@@ -313,14 +313,14 @@ def test_a_group_is_flat_if_its_steps_are_too(folder: RunFolder) -> None:
 
 
 def cut(scored: ScoredGroup, *places: int) -> ScoredGroup:
-    """The group with these responses cut at their limit of tokens."""
+    """Return the group with some responses truncated at the limit of tokens."""
     infos = scored.group.infos
     ends = [replace(info, finish_reason="length") if i in places else info for i, info in enumerate(infos)]
     return replace(scored, group=replace(scored.group, infos=tuple(ends)))
 
 
 def without_tokens(scored: ScoredGroup) -> ScoredGroup:
-    """Return the group as sessions whose sampled tokens a grammar has restricted."""
+    """Return the group as sessions with sampled tokens restricted by a grammar."""
     infos = tuple(replace(info, num_response_tokens=0) for info in scored.group.infos)
     return replace(scored, group=replace(scored.group, infos=infos))
 
@@ -371,7 +371,7 @@ NORMALIZED = {"right": {"function": "f", "normalize": "group"}}
 
 @pytest.mark.parametrize("solved", [3, 4])
 def test_responses_are_chosen_by_the_scores_that_are_reported(folder: RunFolder, solved: int) -> None:
-    """Normalised within its group, a right answer among right answers is worth 0, or 0.4999."""
+    """Normalised within the group, a right answer among right answers is worth 0, or 0.4999."""
     (scored,) = scored_groups([1.0] * solved + [0.0] * (4 - solved))
     scored = replace(scored, scores=replace(scored.scores, by_name={"right": scored.scores.scores}))
     raft = {"name": "raft", "keep": 2, "min_score": 0.5}

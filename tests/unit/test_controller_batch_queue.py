@@ -1,4 +1,4 @@
-"""The order, versions and positions of batches that are collected ahead of training."""
+"""Batches ahead of training have the right order, versions and positions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlhf.tracking.display.progress import Progress
 
 
 class Batches:
-    """A collector. Its position is the number of batches that it has collected."""
+    """A collector. The position is the number of collected batches."""
 
     def __init__(self) -> None:
         self.collected: list[tuple[int, int]] = []  # step and version
@@ -152,7 +152,7 @@ async def test_a_failure_of_the_engines_cancels_the_training_meanwhile() -> None
 
 
 async def test_training_is_shown_while_a_batch_is_collected_ahead() -> None:
-    """The batch that training waits for is shown; a later one only counts once it is whole."""
+    """The awaited batch is shown; a later batch only counts once whole."""
     batches, unused = Batches(), cast(Any, None)
     progress = Progress(5)
     record = RunRecord(folder=unused, tracker=unused, timeline=unused, progress=progress)

@@ -13,7 +13,7 @@ from tests.fakes.groups import completed_group, group_request
 
 
 def groups(lengths: Sequence[Sequence[int]], *, prompt: int = 2) -> list[ScoredGroup]:
-    """Groups of responses of these lengths behind a prompt of so many tokens; a response's score is its length."""
+    """Return groups of responses of the given lengths behind `prompt` tokens; a response's score is its length."""
     found = []
     for index, one in enumerate(lengths):
         request = group_request(index, samples=len(one))
@@ -59,7 +59,7 @@ def test_what_makes_a_minibatch_does_not_depend_on_the_ranks() -> None:
 def dealt(
     lengths: Sequence[Sequence[int]], *, prompt: int = 2, per_update: int | None = None, ranks: int = 1, seed: int = 0
 ) -> BatchPlan:
-    """The plan of a batch; by default one minibatch."""
+    """Return the plan of a batch, with a single minibatch by default."""
     return plan_batch(
         groups(lengths, prompt=prompt),
         step=1,
@@ -72,7 +72,7 @@ def dealt(
 
 @pytest.mark.parametrize(("per_update", "split"), [(12, 0), (8, 0), (6, 2), (4, 0), (2, 6)])
 def test_a_minibatch_is_made_of_whole_groups_where_its_size_allows_it(per_update: int, split: int) -> None:
-    """Six groups of four: minibatches of 6 end within every third group, those of 2 within each."""
+    """Six groups of four: minibatches of 6 end within every third group, minibatches of 2 within each."""
     for seed in range(5):
         found = members(dealt([[3] * 4] * 6, per_update=per_update, seed=seed))
         assert all(len(ids) == per_update for ids in found)

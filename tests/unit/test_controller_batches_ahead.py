@@ -1,4 +1,4 @@
-"""A resumed run collects its batches ahead through queue and collector, from engines that store what they sampled."""
+"""A resumed run collects batches ahead through queue and collector, from engines that store all samples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Store = dict[tuple[int, int], dict[str, str]]  # requests by group and version
 
 
 class StoringEngines(OrderedEngines):
-    """Engines that answer requests for an earlier version from their store alone."""
+    """Engines that answer requests for an earlier version from the store alone."""
 
     def __init__(self, order: Any, store: Store, version: int) -> None:
         super().__init__(order)
@@ -66,7 +66,7 @@ async def train(run: Run, ahead: BatchQueue, steps: range) -> list[list[int]]:
 
 
 async def checkpoint_of_step_2(folder: Path, store: Store, **keys: Any) -> tuple[dict[str, Any], list[list[int]]]:
-    """Return a checkpoint's state, and the batches of the steps after it. Batch 3 is whole, by version 1."""
+    """Return a checkpoint's state, and the batches of later steps. Batch 3 is whole, by version 1."""
     run, ahead = begin(folder, store, version=0, **keys)
     await train(run, ahead, range(1, 3))
     state = json.loads(json.dumps(ahead.state()))

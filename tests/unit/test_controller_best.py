@@ -1,4 +1,4 @@
-"""Which evaluation is the best, and when there has been none better for long enough."""
+"""The best evaluation is found, and a run ends after long enough without a better evaluation."""
 
 from __future__ import annotations
 

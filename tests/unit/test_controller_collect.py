@@ -1,4 +1,5 @@
-"""Which prompts make a batch: filtered, dropped, oversampled, passed over; none lost, none twice, again on a resume."""
+"""A batch has the right prompts: filtered, dropped, oversampled or skipped; none is lost or repeated, even after a
+resume."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def test_bounds_of_the_mean_score() -> None:
 
 
 def told(run: Run, scores: Sequence[float], **by_name: Sequence[float]) -> None:
-    """Give prompts of odd ids these scores; the others' responses differ."""
+    """Give prompts of odd ids the scores; responses to all other prompts differ."""
 
     async def score(group: CompletedGroup) -> GroupScores:
         if group.request.prompt.prompt_id % 2:
@@ -184,7 +185,7 @@ def test_failed_calls_are_counted_by_name_and_written_down_also_where_they_got_a
 
 
 def test_dropped_groups_are_counted_among_those_that_were_asked(tmp_path: Path) -> None:
-    """Of the last 32 groups, a fraction of 0.25 allows 8. Groups of four asked at a time change nothing about it."""
+    """Of the last 32 groups, a fraction of 0.25 allows 8. Requests for four groups at a time change nothing."""
     drops: dict[str, Any] = {"reward_policy": {"on_error": "drop", "max_dropped_fraction": 0.25}, "prompts": 100}
     flaky = Run(tmp_path / "flaky", by_prompt(broken=range(0, 100, 4)), **drops)
     assert [len(flaky.trained(step)) for step in range(1, 16)] == [4] * 15
@@ -265,7 +266,7 @@ def test_no_prompt_is_lost_and_none_is_trained_on_twice(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_makes_the_batch_that_was_written_down(tmp_path: Path) -> None:
-    """Killed while it trained on a batch that chance has made; afterwards other groups would be the first."""
+    """The run was killed during training on a batch made by chance; afterwards different groups would be first."""
     first = Run(tmp_path, order=slowest(1, 3), oversample=1.5)
     assert first.trained() == [0, 2, 4, 5]
     again = Run(tmp_path, order=slowest(0, 2), oversample=1.5)
@@ -279,7 +280,7 @@ def test_a_resumed_run_makes_the_batch_that_was_written_down(tmp_path: Path) -> 
 
 
 def test_a_race_of_weights_that_are_trained_anew_is_run_again(tmp_path: Path) -> None:
-    """With rollouts.carry_over, its losers would be continued from tokens of the abandoned weights."""
+    """With rollouts.carry_over, the unfinished prompts would continue from tokens of the abandoned weights."""
     first = Run(tmp_path, order=slowest(1, 3), oversample=1.5)
     first.scorer.weights = 0, "ab"
     assert first.trained() == [0, 2, 4, 5]
@@ -323,7 +324,7 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path: Path
 
 
 def test_a_prompts_samples_do_not_depend_on_what_else_is_asked_or_when(tmp_path: Path) -> None:
-    """Seeds, hence samples, are the prompt's own: whatever is refilled, oversampled, passed over, or answered first."""
+    """Seeds, hence samples, belong to the prompt: independent of refills, oversampling and order."""
     ways: list[dict[str, Any]] = [
         {},
         {"dynamic_sampling": {}},
@@ -395,7 +396,7 @@ def test_prompts_that_were_too_easy_or_too_hard_are_passed_over(tmp_path: Path) 
 
 
 def test_groups_of_one_score_teach_by_their_steps(tmp_path: Path) -> None:
-    """All score 1 by two steps; those of odd prompts are worth the same."""
+    """All groups score 1 by two steps; the steps of odd prompts are worth the same."""
     run = Run(tmp_path / "run", dynamic_sampling=DynamicSampling(max_filtered_fraction=3.0), prompts=12)
     credited = {"r": {"function": "f.py:g", "credit": "step"}}
     run.collector.config = Config.model_validate({**run.collector.config.model_dump(), "rewards": credited})

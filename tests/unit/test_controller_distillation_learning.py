@@ -1,4 +1,4 @@
-"""What a step makes of responses where a teacher is learnt from: who is asked for what, and scores are optional."""
+"""A step learns from a teacher: each role is called for the right rows, and scores are optional."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The coefficient of the entropy bonus: steps towards the target, none above it, and exact continuation."""
+"""The coefficient of the entropy bonus steps towards the target, stays 0 above the target, and continues exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An evaluation inside a run, with roles that answer by rote: what it writes down, and what ends it."""
+"""An evaluation inside a run writes records, and errors end the evaluation. Roles answer by rote."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def config(**sections: Any) -> Config:
 
 
 class Record:
-    """The parts of a run's record that an evaluation writes to."""
+    """The parts of a run's record used by an evaluation."""
 
     def __init__(self, folder: Path) -> None:
         (folder / "evals").mkdir(parents=True, exist_ok=True)
@@ -110,8 +110,8 @@ async def run(run_config: Config, tmp_path: Path, rewards: Rewards, engines: Eng
 async def test_metrics_by_hand(tmp_path: Path) -> None:
     """Prompt 0: 7 7 8 9, two right. Prompt 1: 5 6 5 6, two right. pass@2 = 1 - C(2,2)/C(4,2) = 5/6 for both.
 
-    maj@2 of prompt 0: of 6 pairs 1 is 77 (won), 4 are 7 with another (half), 1 is 89: 3/6. Of prompt 1: 66 is won (1),
-    the 4 mixed ones are ties (half): 3/6.
+    maj@2 of prompt 0: of 6 pairs, 77 wins, 4 pairs of 7 with another answer count half, and 89 loses: 3/6. Of prompt 1:
+    66 wins, and the 4 mixed pairs count half: 3/6.
     """
     record = await run(config(), tmp_path, Rewards())
     assert record.found["eval/heldout/score"] == 0.5
@@ -127,7 +127,7 @@ async def test_metrics_by_hand(tmp_path: Path) -> None:
 
 
 async def test_greedy_answers_are_asked_for_beside_the_sampled_ones(tmp_path: Path) -> None:
-    """The greedy ones are `7` and `5`, of which the first is right."""
+    """The greedy answers are `7` and `5`, and the first is right."""
     engines, rewards = Engines(), Rewards()
     record = await run(config(eval={"greedy": True}), tmp_path, rewards, engines)
     assert record.found["eval/heldout/greedy"] == 0.5

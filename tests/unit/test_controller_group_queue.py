@@ -96,7 +96,7 @@ async def test_a_finished_group_that_waited_too_long_is_requested_again(tmp_path
 
 
 async def test_the_columns_of_a_group_that_is_requested_again_are_forgotten(tmp_path: Path) -> None:
-    """It may be dropped then, and no step forgets them."""
+    """The group may be dropped before any step forgets the columns."""
     broken: set[int] = set()
     run = InFlight(tmp_path, scores=lambda prompt: None if prompt in broken else VARIED)
     columns, kept = ColumnsByGroup(), dict[int, ScoredGroup]()
@@ -142,7 +142,7 @@ async def test_responses_without_a_token_have_no_lag(tmp_path: Path) -> None:
 
 
 async def test_the_filter_of_the_first_groups_counts_all_that_are_kept(tmp_path: Path) -> None:
-    """While one response is slow, the groups of later batches are filtered too, as many of each as in turns."""
+    """While a response is slow, the groups of later batches are filtered too, as many of each as in turns."""
     solved = [prompt for prompt in range(40) if prompt % 4 in (1, 2)]
     run = InFlight(
         tmp_path,
@@ -167,7 +167,7 @@ async def test_groups_without_a_signal_are_replaced_and_counted(tmp_path: Path) 
 
 
 async def test_no_group_begins_with_old_weights_in_place_of_a_trained_one(tmp_path: Path) -> None:
-    """It would exceed the bound by the time it is trained, and be sampled again."""
+    """A group with old weights would exceed the bound in training, and be sampled again."""
     run = InFlight(tmp_path, dynamic_sampling={}, scores=by_prompt(solved=[7]))
     run.engines.slow = {7}
     await run.begin()
@@ -204,7 +204,7 @@ async def test_a_resumed_run_requests_the_outstanding_groups_again(tmp_path: Pat
 
 
 async def test_a_resumed_run_counts_each_dropped_group_once(tmp_path: Path) -> None:
-    """Groups that were dropped after the last batch are requested again."""
+    """Groups dropped after the last batch are requested again."""
     keys: dict[str, Any] = {"max_dropped_fraction": 8 / 32, "scores": by_prompt(broken=range(8, 13))}
     first = InFlight(tmp_path, **keys)
     await first.begin()
@@ -218,7 +218,7 @@ async def test_a_resumed_run_counts_each_dropped_group_once(tmp_path: Path) -> N
 
 
 async def test_each_checkpoint_accounts_for_every_prompt(tmp_path: Path) -> None:
-    """A group that was filtered after the last batch is outstanding, because no step has recorded its end."""
+    """A group filtered after the last batch is outstanding, because no step has recorded the group's end."""
     scores = by_prompt(solved=[1, 8, 18], failed=[2, 24], broken=[5, 28])
     curriculum = {"outside": 0.001}
     run = InFlight(
@@ -312,7 +312,7 @@ async def test_a_stopped_queue_waits_for_a_finished_group_that_it_requests_again
 async def test_a_resumed_run_uses_no_stored_group_of_abandoned_weights(
     tmp_path: Path, state: dict[str, Any], used: list[int]
 ) -> None:
-    """A run between batches may leave groups of weights that were trained anew since, under the same versions."""
+    """A run between batches may leave groups of abandoned weights, under the versions of the new weights."""
     for version in (2, 3, 4):
         group_path(tmp_path, 8, version).write_bytes(b"")
     done: list[Any] = []

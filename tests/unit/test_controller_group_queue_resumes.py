@@ -1,4 +1,4 @@
-"""Groups in flight under random times, outcomes and resumes with another bound: each prompt once, no lag above it."""
+"""With random times, outcomes and resumes, each prompt in flight is trained once, and no lag exceeds the bound."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = 12
 
 
 class ByGroup(HeldEngines):
-    """Engines that hold each request until a test lets it finish. A prompt of two epochs may be in flight twice."""
+    """Engines that hold each request until the test finishes it. A prompt of two epochs may be in flight twice."""
 
     async def answer(
         self, request: GroupRequest, sampling: Sampling, *, oldest: int, urgent: bool = False
@@ -38,7 +38,7 @@ class ByGroup(HeldEngines):
 
 
 def start(folder: Path, random: Random, seed: int) -> InFlight:
-    """Return a start of the run. It has 17 prompts, fewer than may be outstanding."""
+    """Return a start of the run, with 17 prompts, fewer than the bound of outstanding groups."""
 
     def scores(prompt: int) -> Sequence[float] | None:
         outcome = Random(f"{seed}/{prompt}").random()

@@ -1,4 +1,4 @@
-"""The warning that a correction never acts: once, after the first steps, and only then."""
+"""The warning about an idle correction comes once, after the first steps, and only then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""rlhf/controller/loop.py: when a loop evaluates, writes checkpoints and ends. Its roles and its record note calls."""
+"""rlhf/controller/loop.py evaluates, writes checkpoints and ends at the right steps. Fakes record calls."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Record:
 
 
 class Loop(TrainingLoop):
-    """A loop whose step does nothing."""
+    """A loop with an empty step."""
 
     def __init__(self, record: Any, *, gang: int = 0, **train: Any) -> None:
         self.policy = policy = FakeTrained(record.calls)
@@ -193,7 +193,7 @@ def test_an_early_stop_exports_the_best_weights() -> None:
 
 
 def broken(losses: list[str], **settings: Any) -> tuple[Loop, list[str]]:
-    """A loop with two steps, and its calls in a run with such losses."""
+    """Return a loop with two steps, and the calls of a run with the given losses."""
     loop, calls = loop_of([1.0], **{"gang": 9, "steps": 2, **settings})
     loop.policy.losses = losses
     assert asyncio.run(loop.run())
@@ -349,7 +349,7 @@ def test_loaded_objects_are_spared_from_collections_until_the_loop_ends_also_by_
 
 
 def without_a_node(*losses: str) -> list[str]:
-    """The calls of a run that loses a rank after its first step, for which there is no other node."""
+    """Return the calls of a run that loses a rank after the first step, without another node."""
     loop, calls = loop_of([], gang=9)
 
     async def restart() -> None:

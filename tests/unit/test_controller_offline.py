@@ -1,4 +1,4 @@
-"""rlhf/controller/offline.py: evaluations in pieces, and steps that are made again after a loss."""
+"""rlhf/controller/offline.py evaluates in parts, and repeats steps after a loss."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SomeRow:
 
 
 class Role:
-    """Two ranks that note what they are asked."""
+    """Two ranks that record calls."""
 
     num_ranks = 2
 
@@ -70,7 +70,7 @@ def test_pieces_of_an_evaluation_are_divided_by_the_counts_of_the_whole_set() ->
 
 
 class Ranks:
-    """A policy whose state is the list of the plans that it was trained on. It is lost in one call of `lost`."""
+    """A policy with the list of trained plans as the state. The policy is lost in a call of `lost`."""
 
     num_ranks = 1
 

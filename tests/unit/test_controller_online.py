@@ -1,4 +1,4 @@
-"""rlhf/controller/online.py: in which order a step is trained, kept and published. Its roles note calls."""
+"""rlhf/controller/online.py trains, stores and publishes a step in the right order. Roles record calls."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_weights_that_are_published_again_after_a_restart_leave_no_metrics
 async def test_without_a_checkpoint_a_run_in_flight_takes_up_what_its_first_weights_have_sampled_alone(
     in_flight: bool, version: int, num_kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the other modes the engines compare the checksum of each group, and after a checkpoint its versions do."""
+    """In other modes the engines compare checksums of groups, and after a checkpoint the versions suffice."""
     for group_id, stored, weights in ((0, 0, "now"), (1, 0, "before"), (2, 3, "")):
         request = replace(REQUEST, group_id=group_id)
         write_group(tmp_path, request, SAMPLING, stored, ROLLOUTS, (INFO,), weights=weights)
@@ -120,7 +120,7 @@ def attempt_at(step: int, controller: Any, *groups: str) -> StepAttempt:
 
 
 class Published:
-    """The engines' and the policy's ends of a publication. They note the calls, and engines may miss the weights."""
+    """The engines' and the policy's ends of a publication. Calls are recorded, and engines may miss the weights."""
 
     gives_published = True
 
@@ -131,7 +131,7 @@ class Published:
         self.is_lost = False
 
     def lose_rank_0(self) -> None:
-        """Lose the policy's first rank. The next call to it shows that."""
+        """Lose the policy's first rank, noticed in the next call."""
         self.is_lost = True
 
     def _refuse_lost(self, call: str) -> None:
@@ -167,7 +167,7 @@ class Published:
 
 
 def published(*, engines_have: int) -> tuple[Any, Published]:
-    """A controller after step 2, whose policy and engines are in one object."""
+    """Return a controller after step 2, with policy and engines in one object."""
     controller: Any = OnlineController.__new__(OnlineController)
     ends = Published()
     controller.roles = SimpleNamespace(rollout=ends, policy=ends)

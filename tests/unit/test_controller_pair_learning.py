@@ -1,4 +1,4 @@
-"""What a step makes of scored groups where pairs are learnt from, and when its reference becomes the policy."""
+"""A step learns from pairs of scored groups, and the reference is renewed from the policy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.fakes.roles import FakePolicy, FakeReference
 
 
 class Run:
-    """A run's learning with its roles, in a folder."""
+    """A run's learning with all roles, in a folder."""
 
     def __init__(self, folder: RunFolder, *, reference_every: int | None = None) -> None:
         config = online_config(

@@ -1,4 +1,4 @@
-"""rlhf/controller/record.py: what a run records of a wait for room, of a checkpoint, and of its failure."""
+"""rlhf/controller/record.py records a wait for room, a checkpoint, and a failure of the run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def record_of(folder: RunFolder) -> RunRecord:
 async def committing(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[tuple[asyncio.Task[None], threading.Event]]:
-    """Yield a commit that reads its checkpoint, and what lets it go on. The commit ends with the block."""
+    """Yield a commit during the reading of the checkpoint, and an event to continue. The commit ends with the block."""
     reads, goes_on, read = threading.Event(), threading.Event(), Manifest.of
 
     def read_slowly(path: Path, *, step: int | None) -> Manifest:

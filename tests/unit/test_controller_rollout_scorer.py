@@ -1,4 +1,4 @@
-"""What a resumed run takes up again: a group's scores, given to the same weights, request and row, and no others."""
+"""A resumed run reuses a group's scores only for the same weights, request and row."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SAMPLING = Sampling(max_new_tokens=4)
 
 
 def begun(folder: Path, *, logprob: float = -0.5) -> tuple[RolloutScorer, FakeRewards, Any]:
-    """Return a run on that folder, as each start of the run makes it. The score is the prompt's number."""
+    """Return a run on the folder, as made by each start of the run. The score is the prompt's number."""
     reward = FakeRewards({prompt.prompt_id: (float(prompt.prompt_id),) for prompt in PROMPTS})
     (folder / "evals").mkdir(parents=True, exist_ok=True)
     record: Any = SimpleNamespace(
@@ -175,7 +175,7 @@ def test_an_evaluation_is_taken_up_by_the_weights_of_its_own_step(tmp_path: Path
 
 
 def test_a_failure_is_recorded_with_the_set_of_its_prompt(tmp_path: Path) -> None:
-    """Each data set counts its prompts from 0."""
+    """Each data set counts prompts from 0."""
     scorer, reward, record = begun(tmp_path)
     errors: list[ErrorRecord] = []
     record.tracker.log_error = errors.append

@@ -51,7 +51,7 @@ def test_taken_groups_are_handed_over_again_after_a_loss() -> None:
 
 
 def streamed(stream: Any, calls: list[str]) -> Any:
-    """Return a learning with such a stream. It notes in `calls` when it begins again."""
+    """Return a learning with the given stream. New beginnings are recorded in `calls`."""
     learning: Any = StreamedAdvantageLearning.__new__(StreamedAdvantageLearning)
     learning.record = SimpleNamespace(apart=lambda *_, **__: nullcontext())
     learning.stream, learning.begin_again = stream, lambda: calls.append("begin again")
@@ -59,7 +59,7 @@ def streamed(stream: Any, calls: list[str]) -> Any:
 
 
 def step_of(take: Any, learning: Any) -> tuple[Any, float]:
-    """Return the batch that a controller takes of such a queue, and the seconds of learning meanwhile."""
+    """Return the batch that a controller takes from such a queue, and the seconds of learning meanwhile."""
     controller: Any = OnlineController.__new__(OnlineController)
     controller.record, controller.trained_step, controller.roles = SimpleNamespace(apart=None, add=None), 0, ROLES
     controller.record.apart = lambda *_, **__: nullcontext()

@@ -1,4 +1,4 @@
-"""rlhf/controller/supervisor.py: which losses are made good, how they are recorded, and when the run ends."""
+"""rlhf/controller/supervisor.py replaces lost workers, records losses, and ends the run at the limit."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def lost(*, role: str = "rollout", rank: int = 0, kind: LossKind = "died") -> Wo
 
 
 class Rebuild:
-    """Counts, and fails if it is told to."""
+    """Counts calls, and fails on request."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.count = 0
@@ -191,7 +191,7 @@ def test_a_successor_that_does_not_start_ends_the_run_with_both_reasons(record: 
 
 
 class RebuildLoses:
-    """Loses so many successors before one works."""
+    """Loses a number of successors before a working successor."""
 
     def __init__(self, losses: int) -> None:
         self.left = losses

@@ -21,7 +21,7 @@ ROWS = tuple(Example(example_id=i, token_ids=(1, 2), loss_mask=(False, True)) fo
 
 
 class Student:
-    """Takes its time, and notes of which rows it was given what."""
+    """A student with a slow update that records the rows and states of each call."""
 
     num_ranks = 1
 
@@ -37,7 +37,7 @@ class Student:
 
 
 class Teacher:
-    """Notes of what it is asked."""
+    """A teacher that records requests."""
 
     role = "teacher"
 
@@ -61,7 +61,7 @@ def apart(parts: list[Any], *, is_shown: bool = False) -> Iterator[None]:
 
 
 def three_steps(*, colocate_with: str | None) -> tuple[list[str], list[int]]:
-    """What is called in order, and the position of the cursor after each step."""
+    """Return the calls in order, and the position of the cursor after each step."""
     config = Config.model_validate(
         {
             "run": {"name": "demo"},

@@ -1,4 +1,4 @@
-"""Scores that are reported and scores that are trained on, of groups whose rows have rewards of their own."""
+"""Reported and training scores differ, for groups with rewards of some rows only."""
 
 from __future__ import annotations
 

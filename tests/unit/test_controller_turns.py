@@ -1,4 +1,4 @@
-"""Whose turn it is on a shared GPU: in which order engines and trained roles leave it and come back."""
+"""Engines and trained roles leave a shared GPU and return in the right order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.fakes.roles import FakeEngines, FakePolicy, FakeReference, FakeTeache
 
 
 def controller_of(calls: list[str], sharing: set[str]) -> OnlineController:
-    """A controller of which only the turns are called."""
+    """Return a controller for calls of turns only."""
     critic = FakeTrained(calls)
     critic.name = "critic"
     members = (FakePolicy(calls), critic, FakeReference(calls), FakeTeacher(calls))
@@ -25,7 +25,7 @@ def controller_of(calls: list[str], sharing: set[str]) -> OnlineController:
 
 
 def run_turns(sharing: set[str]) -> list[str]:
-    """The calls of a training turn that is followed by a weight transfer."""
+    """Return the calls of a training turn and the following weight transfer."""
     calls: list[str] = []
     controller = controller_of(calls, sharing)
 

@@ -1,4 +1,4 @@
-"""A resumed run finds its place in the schedule by training steps."""
+"""A resumed run finds the place in the schedule by training steps."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_steps_are_those_of_as_many_training_steps(before: EngineRecord, upd
 
 
 def test_a_resume_with_twice_the_updates_continues_at_its_learning_rate() -> None:
-    """100 training steps with one update each, and with two since step 50: the rate falls from 0.51 on to about 0."""
+    """Of 100 training steps with one update, those from 50 on get two: the rate falls from 0.51 to about 0."""
     one, two = (ScheduleSettings(kind="linear", warmup_steps=0, total_steps=total) for total in (100, 200))
     steps = record(50, 1).steps_of(record(0, 2))
     last, *rates = lr_factor(one, 50), *(lr_factor(two, steps + i) for i in range(1, 101))

@@ -1,5 +1,5 @@
-"""The frozen copies of what an adapter began as, and the checksum of the base, in one process. Sharded and with an
-engine: tests/integration/test_engine_adapters.py."""
+"""An adapter's initial copies stay frozen, and the base has a checksum, in one process.
+tests/integration/test_engine_adapters.py shards the weights with an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A failed allocation names its place and the keys that shrink it; any other error passes through."""
+"""A failed allocation names the place and the keys for less memory; every other error passes through."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_names_place_and_keys(fail: object) -> None:
 
 @pytest.mark.parametrize("role", ["policy", "critic", "reference", "reward", "rollout"])
 def test_every_key_that_a_role_is_told_exists(role: Role) -> None:
-    """A message that names an unknown key sends its reader into the next error."""
+    """A message with an unknown key would lead to the next error."""
     named = re.findall(r"[a-z_]+(?:\.[a-z_]+)+", advice_on_memory(role))
     assert len(named) >= 3
     for key in named:

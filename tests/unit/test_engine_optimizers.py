@@ -1,4 +1,4 @@
-"""The optimizers by name, without DeepSpeed: what they step on, what they save, and what is missing."""
+"""The optimizers step, save and report missing packages, without DeepSpeed."""
 
 from __future__ import annotations
 

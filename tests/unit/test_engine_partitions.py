@@ -1,4 +1,4 @@
-"""Which rank has which elements: at the borders of partitions, in padding, and where a group is cut into masters."""
+"""Every element belongs to the right rank: at borders of partitions, in padding, and in groups of several masters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHARDINGS = [Sharding(ranks=ranks, zero_stage=stage) for stage in range(4) for r
 
 
 def described(groups: Groups, *, ranks: int, zero_stage: int) -> list[tuple[Sequence[int], list[str]]]:
-    """The sizes of each rank's masters, and its pieces as name[start:end]@master+offset."""
+    """Return the sizes of each rank's masters, and the pieces as name[start:end]@master+offset."""
     return [
         (partition.sizes, [f"{p.parameter}[{p.start}:{p.end}]@{p.master}+{p.offset}" for p in partition.pieces])
         for partition in partitions_of(groups, Sharding(ranks=ranks, zero_stage=zero_stage))

@@ -1,4 +1,4 @@
-"""The state of a rank in bfloat16 at stage 0, where DeepSpeed has no function that spreads the float32 weights."""
+"""A rank's state in bfloat16 at stage 0 is restored, where DeepSpeed cannot spread the float32 weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of all ranks, divided anew for other ranks and another ZeRO stage, against a division of the whole."""
+"""The state of all ranks, divided anew for other ranks and another ZeRO stage, equals a division of the whole."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SHARDINGS = [Sharding(ranks=ranks, zero_stage=stage) for stage in range(4) for r
 
 
 def values(key: str, name: str) -> Tensor:
-    """Another number for every element, none of which is that of padding."""
+    """Return a different number for every element, and never the padding's number."""
     numel = next(group[name] for group in SIZES if name in group)
     start = 1000 * (1 + ["embedding", "up", "down", "norm", "bias"].index(name))
     return torch.arange(start, start + numel) + {"master": 0.0, "exp_avg": 0.25, "exp_avg_sq": 0.5}[key]
 
 
 def divided(key: str, groups: list[dict[str, int]], sharding: Sharding, rank: int) -> list[Tensor]:
-    """The masters of a rank, or the states beside them, with 0 in the padding."""
+    """Return the masters of a rank, or the states of masters, with 0 in the padding."""
     ranks = sharding.ranks
     masters = []
     for group in groups:

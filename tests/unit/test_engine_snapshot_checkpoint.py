@@ -1,4 +1,4 @@
-"""Checkpoints made of snapshots: what is copied out of shared memory, and what is read again."""
+"""Checkpoints of snapshots copy shared memory, and are read again."""
 
 from __future__ import annotations
 

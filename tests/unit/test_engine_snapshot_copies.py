@@ -1,4 +1,4 @@
-"""Copies of snapshots at a holder, over real sockets: what a successor on another node finds after a loss."""
+"""A holder stores copies of snapshots over real sockets, for a successor on another node after a loss."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def keep(snapshots: Snapshots, *steps: int, add: int = 0) -> None:
 
 
 def steps_at(place: CopyPlace, folder: Path) -> list[int]:
-    """The steps that a successor can restore, whose tensors are whole."""
+    """Return the restorable steps of a successor with whole tensors."""
     fetch_copies(place, folder)
     return sorted(int(path.stem) for path in folder.glob("*.pt"))
 

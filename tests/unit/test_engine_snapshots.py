@@ -1,4 +1,4 @@
-"""Snapshots of a rank: what a successor finds after the process ended between two copies, or in the middle of one."""
+"""A successor restores a rank's snapshot after a death between two copies, or in the middle of a copy."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def opened(folder: Path, step: int = 0) -> Snapshots:
 
 
 def found(folder: Path, step: int) -> tuple[dict[str, Tensor], object]:
-    """The tensors and the values that a new process takes back."""
+    """Return the tensors and the values restored by a new process."""
     tensors = state(99)
     return tensors, opened(folder).restore(step, tensors)["steps"]
 
@@ -123,7 +123,7 @@ def test_too_little_memory_names_the_key(tmp_path: Path) -> None:
 
 
 def test_a_wait_for_memory_keeps_a_copy_that_was_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank on another node may have fetched one of two snapshots when /dev/shm is too full for the second slot."""
+    """A rank on another node may have fetched one of two snapshots before /dev/shm is too full for the second slot."""
     monkeypatch.setattr(disk_full, "LOOK_EVERY_S", 0.01)
     monkeypatch.setattr(disk_full, "AGAIN_AFTER_S", 0.05)
     lost = opened(tmp_path / "lost")

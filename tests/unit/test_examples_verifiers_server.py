@@ -1,4 +1,4 @@
-"""The server for environments of verifiers: its sessions with an episode of ours, and verifiers itself where it is."""
+"""The server for environments of verifiers serves sessions of a local episode, and of verifiers itself if installed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def test_what_a_conversation_cannot_hold_is_refused(messages: list[Any], reason:
 
 
 async def count_down(conversation: EpisodeSession, seed: int, columns: Mapping[str, Any]) -> float:
-    """An episode of `seed` turns whose reward is the length of all answers; columns make it fail, hang or say nan."""
+    """Play an episode of `seed` turns with the length of all answers as the reward; columns make the episode fail, hang
+    or return nan."""
     if columns.get("fails"):
         raise RuntimeError("the dataset is gone")
     messages: list[dict[str, str]] = []
@@ -61,7 +62,7 @@ async def count_down(conversation: EpisodeSession, seed: int, columns: Mapping[s
 
 
 class Served:
-    """A bridge in a thread of its own."""
+    """A bridge in a separate thread."""
 
     def __init__(self, **changes: Any) -> None:
         settings = {"timeout_s": 0.5, "idle_s": 60.0, "most": 2, "token": None, **changes}

@@ -1,4 +1,4 @@
-"""The simulation: its limits are closed forms, and what should help does."""
+"""Limits of the simulation are closed forms, and improvements shorten the time."""
 
 from __future__ import annotations
 

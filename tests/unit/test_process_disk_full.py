@@ -1,4 +1,4 @@
-"""Writes that meet a full disk: they wait, leave nothing half-written, and go on when there is room."""
+"""Writes to a full disk wait, leave no partial file, and go on with room."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def full(code: int = errno.ENOSPC) -> OSError:
 
 
 class Write:
-    """A write that fails before it works."""
+    """A write with failures before the success."""
 
     def __init__(self, *errors: Exception) -> None:
         self.errors = list(errors)

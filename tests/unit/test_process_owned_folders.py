@@ -1,4 +1,4 @@
-"""Folders of dead processes are removed at the next start, and those of living ones stay."""
+"""Folders of dead processes are removed at the next start, and folders of living processes stay."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_dead_local_ray_leaves_its_logs_and_nothing_else(tmp_path: Path) -> No
 def test_no_session_is_locked_while_another_process_looks_for_dead_ones(
     call: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A new lock file is there before its lock is held. Its session would be taken for that of a dead process."""
+    """A new lock file exists before the lock is held. The new session would be taken for a dead process's."""
     path = session(tmp_path, 1)
     (path / LOCK).touch()
     context, locks = SimpleNamespace(get_session_name=lambda: path.name), list[int]()

@@ -1,4 +1,4 @@
-"""What signals do to work: to a loop that ends by itself, to other work, and to work that cannot be interrupted."""
+"""Signals end work: a loop with its own end, other work, and work without a way to interrupt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rlhf.process.stopping import StopRequest, current_request, finishes_within,
 
 @pytest.fixture(autouse=True)
 def as_in_a_terminal() -> Iterator[None]:
-    """Handlers as a program finds them in a terminal. A shell ignores SIGINT for commands in the background."""
+    """Install handlers as in a terminal. A shell ignores SIGINT for commands in the background."""
     before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
     for number in stopping.SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -36,7 +36,7 @@ def send(number: int) -> None:
 
 
 def loop_that_is_sent(*numbers: int, result: object = "done") -> Callable[[StopRequest], object]:
-    """A loop that sees the first signal, and sends the others then."""
+    """Return a loop that sees the first signal, and then sends the other signals."""
 
     def work(request: StopRequest) -> object:
         request.ends_by_itself = True
@@ -286,7 +286,7 @@ def test_a_process_does_not_wait_for_a_call_that_never_returns() -> None:
 
 
 def test_the_time_before_a_loop_begins_does_not_count_as_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models and engines load for longer than one call of Ray may take."""
+    """Models and engines load for longer than the limit of a call of Ray."""
     monkeypatch.setattr(stopping, "LOOK_EVERY_S", 0.01)
 
     def work(request: StopRequest) -> str:

@@ -1,4 +1,4 @@
-"""Environments of other libraries behind our protocol; the real ones where they are installed."""
+"""Environments of other libraries follow our protocol, with the real libraries if installed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Told = tuple[str, list[Step]]
 
 
 def play(name: str, args: dict[str, Any], columns: dict[str, Any], *says: str, seed: int = 1) -> Told:
-    """The first observation and the steps of a conversation in a process of its own."""
+    """Return the first observation and the steps of a conversation in a separate process."""
 
     async def run() -> Told:
         host = EnvironmentHost(CodeSource(path=None, name=name, args=args), step_timeout_s=30.0, memory_gib=8.0)
@@ -119,7 +119,7 @@ def test_a_server_that_fails_is_a_failure(server: str) -> None:
 
 @pytest.fixture
 def openenv() -> Iterator[str]:
-    """What an OpenEnv server does with its messages: a session a connection, errors in answers."""
+    """An OpenEnv server's messages: a session for each connection, and errors in answers."""
     sync_server = pytest.importorskip("websockets.sync.server", reason="the extra openenv is not installed")
 
     def serve(session: Any) -> None:

@@ -1,4 +1,4 @@
-"""The environments that come with the library, and the rows that are made for them."""
+"""The built-in environments work, and so do the generated rows."""
 
 from __future__ import annotations
 

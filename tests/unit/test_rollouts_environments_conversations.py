@@ -61,7 +61,7 @@ def request(samples: int = 1, text: str = "?", **columns: Any) -> GroupRequest:
 
 
 class Script:
-    """A policy that says what it is given to say, whatever it is told. Remembers what it was asked with."""
+    """A policy with scripted answers, independent of the input. Requests are remembered."""
 
     def __init__(self, *says: str) -> None:
         self.says = says
@@ -118,7 +118,7 @@ def test_a_limit_of_turns_cuts_without_a_reward_for_the_end() -> None:
 
 
 def test_a_limit_of_tokens_shortens_the_last_turn() -> None:
-    """Prompt 1, turn 2, told 6: 9. Of 13 the next turn may have 4, then 6 more would be told: it ends there."""
+    """Prompt 1, turn 2, observation 6: 9 tokens. Of 13 the next turn may have 4, and ends before 6 more."""
     script = Script("1", "1 is my guess")
     (played,) = play(request(secret=7), script, spec(max_tokens=13))
     assert [one[2] for one in script.asked] == [8, 4]
@@ -141,7 +141,7 @@ def test_a_group_plays_one_game() -> None:
 
 
 def test_a_slow_environment_stalls_itself_alone() -> None:
-    """Of two groups that are played at once the one whose environment answers is through first."""
+    """Of two simultaneous groups, the group with an answering environment finishes first."""
     through: list[str] = []
 
     async def play_both() -> None:
@@ -256,7 +256,7 @@ def quick_server(*words: str, timeout_s: float = 20.0) -> ToolServer:
 
 
 def test_tools_of_a_server_are_called_in_a_process_of_the_conversation() -> None:
-    """Each of two conversations has a server of its own, which remembers what it was told."""
+    """Each of two conversations has a separate server with a separate memory."""
     script = Script("!echo {}", '!echo {"text": "a"}', '!echo {"text": "b"}', "done")
     source = CodeSource(path=None, name="until_answer")
     used = spec(source=source, max_tokens=600, servers=(quick_server(),), processes=1)
@@ -291,7 +291,7 @@ def test_a_server_that_fails_is_that_conversations_error(call: str, kind: str, m
 
 
 def test_a_killed_conversation_leaves_no_server() -> None:
-    """The process that hangs is killed, and cannot end its server itself."""
+    """The hanging process is killed, and cannot end the server itself."""
     script = Script('!echo {"text": "a"}', "x")
     used = spec(source=moody(), step_timeout_s=2.0, servers=(quick_server("--loud"),), max_turns=8, max_tokens=600)
     asked = request(text="{observation}", mood="hang")
@@ -347,7 +347,7 @@ def test_a_conversation_ends_with_all_that_it_started() -> None:
 
 
 def test_nothing_outlives_the_process_that_plays() -> None:
-    """It is killed like an engine whose machine runs out of memory."""
+    """The process is killed like an engine on a machine out of memory."""
     program = (
         "import asyncio, sys, time\n"
         "from rlhf.extensions import CodeSource\n"

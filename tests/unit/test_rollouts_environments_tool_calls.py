@@ -1,4 +1,4 @@
-"""A tool call that does not fit is answered with what is wrong; one that does is handed on."""
+"""An invalid tool call is answered with the mistake; a valid call is handed on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Servers of tools in real processes: the SDK's over stdio and HTTP, and one that hangs, dies and stays."""
+"""Servers of tools run in real processes: the SDK's over stdio and HTTP, and a server that hangs, dies and stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands between two turns is what the chat template writes there, or the template is refused."""
+"""The text between two turns is the chat template's text, or the template is refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_whole_is_what_the_template_would_have_written() -> None:
 
 
 def test_a_template_with_space_before_the_end_is_continued() -> None:
-    """As Llama 2's writes it. A turn that ended by itself has no second end."""
+    """Llama 2's template writes such space. A turn that ended by itself has no second end."""
     writer = ChatTurns(tokenizer(CHATML.replace("'<|eos|>' + '\n'", "' <|eos|>'")), with_tools=False, ends=(262,))
     told = "<|user|>user\nhigher <|eos|><|user|>assistant\n"
     assert list(writer.after([52, EOS], "higher")) == ids(told)

@@ -1,4 +1,4 @@
-"""Begun responses are read whole, for a request that continues them; damaged ones start again."""
+"""Begun responses are read whole, for a request that continues the prompt; damaged responses start again."""
 
 from __future__ import annotations
 

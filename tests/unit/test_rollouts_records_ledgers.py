@@ -1,4 +1,4 @@
-"""What a step stores of finished groups: read again only by a run with the same requests, weights and rewards."""
+"""Stored facts about finished groups are read again only by a run with the same requests, weights and rewards."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_broken_line_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 def test_a_checkpoint_drops_what_it_covers(tmp_path: Path) -> None:
-    """Group 4 is trained. Group 5 waits for a later step, its greedy response too. Evaluations have negative ids."""
+    """Group 4 is trained; 5 and its greedy response wait for a later step. Evaluations have negative ids."""
     ledger = ScoreLedger(tmp_path, rewards="ours")
     for group_id in (-1, 4, 5, 4 + GREEDY_GROUPS, 5 + GREEDY_GROUPS):
         ledger.put(group_id, 2, "r", SCORES)

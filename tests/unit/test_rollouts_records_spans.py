@@ -1,4 +1,4 @@
-"""Conversations as columns: what is sampled is trained on, what is told is not, and the counts say so."""
+"""Conversations become columns: sampled tokens are trained, observations are not, and the counts agree."""
 
 from __future__ import annotations
 

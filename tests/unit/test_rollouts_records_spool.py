@@ -1,4 +1,4 @@
-"""A spooled group is taken up whole, for the request that it answers; one that the disk damaged is sampled again."""
+"""A spooled group is restored whole for the answered request; a damaged group is sampled again."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_conversation_whose_environment_failed_comes_back_whole_or_goes(tmp_pa
 
 
 def test_a_group_without_a_trained_token_goes(tmp_path: Path) -> None:
-    """A grammar has restricted all of its tokens. The user changes the agent."""
+    """A grammar has restricted all tokens of the group. The user changes the agent."""
     write_group(tmp_path, REQUEST, SAMPLING, 0, ROLLOUTS, (INFO, replace(INFO, num_response_tokens=0)))
     drop_untrained(tmp_path)
     assert read_group(tmp_path, REQUEST, SAMPLING, 0) is not None
@@ -105,7 +105,7 @@ def test_a_group_without_a_trained_token_goes(tmp_path: Path) -> None:
 
 
 def test_a_group_answers_for_its_weights_alone(tmp_path: Path) -> None:
-    """After a resume with another learning rate, version 3 has other weights than before."""
+    """After a resume with another learning rate, version 3 has different weights than before."""
     write_group(tmp_path, REQUEST, SAMPLING, 3, ROLLOUTS, (INFO,), weights="before")
     assert read_group(tmp_path, REQUEST, SAMPLING, 3, weights="after") is None
     assert read_group(tmp_path, REQUEST, SAMPLING, 3, weights="before") is not None

@@ -1,4 +1,4 @@
-"""A text for each token: what stands joined is what was sampled, whatever the tokens cut through."""
+"""There is a text for each token, and the joined texts are the sampled text, for any tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tokenizer() -> object:
 
 
 def test_a_character_stands_with_the_token_that_completes_it(tokenizer: object) -> None:
-    """Of the bytes of ü and 日, all but the last have no text; a special token is one text."""
+    """Of the bytes of ü and 日, only the last byte has a text; a special token has one text."""
     ids = [*"aü日".encode(), 257]
     assert token_texts(ids, tokenizer) == ["a", "", "ü", "", "", "日", "<|eos|>"]
 
@@ -65,7 +65,7 @@ def test_steps_end_where_a_separator_does(tokenizer: Any, response: str, separat
 
 
 def conversations(*rows: list[tuple[bool, list[int]]]) -> Rollouts:
-    """Sequences of spans: whether they were sampled, and their tokens."""
+    """Return sequences of spans: whether sampled, and the tokens."""
     ids = [id for row in rows for _, span in row for id in span]
     return Rollouts(
         sequence_ids=torch.arange(len(rows)),

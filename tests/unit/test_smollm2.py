@@ -1,4 +1,4 @@
-"""scripts/smollm2.py: idempotent, whole or not at all, and plain about why it failed. No network, no model."""
+"""scripts/smollm2.py is idempotent, writes whole folders only, and explains failures. No network, no model."""
 
 from __future__ import annotations
 

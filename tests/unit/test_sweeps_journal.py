@@ -1,4 +1,4 @@
-"""The journal of a sweep after a kill, and the results of its trials. Run folders are made by hand."""
+"""The journal of a sweep survives a kill, and gives the results of trials. Run folders are made by hand."""
 
 from __future__ import annotations
 

@@ -243,9 +243,7 @@ def test_the_numbers_and_steps_are_those_of_the_series() -> None:
 
 @pytest.mark.parametrize("before", [0.0, -0.001])
 def test_a_kl_that_jumps_from_nothing_is_told_without_a_ratio(before: float) -> None:
-    """The reference is the policy, as during a warm-up of the learning rate. The estimator may be negative by
-    chance.
-    """
+    """The reference is the policy, as during a warm-up of the rate. The estimator may be negative by chance."""
     (found,) = diagnose(rows(30, experience__kl_ref__mean=lambda s: 0.5 if s > 25 else before))
     assert found.kind == "kl_blow_up"
     assert f"0.5 nats a token; the median of the 20 steps before is {before:g}." in found.what

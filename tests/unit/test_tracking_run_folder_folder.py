@@ -231,9 +231,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, name: str) -> 
 
 
 def failure_of(folder: Path, write: Callable[[Path], object]) -> str:
-    """Return the error of a write as text. The error itself is dropped, because an error of PyTorch keeps the file
-    open.
-    """
+    """Return a write's error as text. The error itself is dropped, since PyTorch's keeps the file open."""
     try:
         when_there_is_room(folder, lambda: write(folder))
     except (RuntimeError, OSError, RunError) as error:

@@ -120,7 +120,7 @@ async def test_a_summary_follows_the_rows_of_a_resumed_run(client: Client, run: 
 
 
 def test_long_files_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line is longer than a piece; of errors only the end is read."""
+    """A line is longer than a part; of errors only the end is read."""
     monkeypatch.setattr(tail, "CHUNK_BYTES", 64)
     path = tmp_path / "f"
     lines = [b'"%d"\n' % number for number in range(100)] + [b'"' + b"x" * 200 + b'"\n', b'"end"\n']
@@ -200,7 +200,7 @@ async def test_a_line_that_is_nested_too_deep_is_a_bad_line(client: Client, run:
 
 
 async def test_damaged_and_other_lines_of_samples(client: Client, run: Path) -> None:
-    """Those of `rlhf eval` have a set and no tokens; a last line may be cut."""
+    """Samples of `rlhf eval` have a set and no tokens; a last line may be truncated."""
     other = {"set": "gsm", "model": "m", "prompt_id": 4, "sample": 0, "prompt": "p", "response": "r", "score": 0.5}
     samples_path(run, 5).write_text(f"{json.dumps(other)}\n[1]\nnot json\n{json.dumps(other)}")
     asked = await client(run)
@@ -343,7 +343,7 @@ def test_folders_without_a_run_are_refused(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_the_command_serves_until_it_is_told_to_end(run: Path) -> None:
-    """Its only line says where; the token is neither there nor in the page."""
+    """The command's only line has the address; the token is neither there nor in the page."""
     command = [sys.executable, "-m", "rlhf.cli", "view", str(run), "--port", "0", "--token-env", "VIEW_TOKEN"]
     environment = {**os.environ, "VIEW_TOKEN": "secret"}
     with subprocess.Popen(

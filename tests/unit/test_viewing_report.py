@@ -46,7 +46,7 @@ SESSION = replace(
 
 
 def make_run(parent: Path, name: str, *, steps: int = 6, lr: float = 1e-6, done: bool = True, kl: float = 0.02) -> Path:
-    """A run of some steps with all that a run writes."""
+    """Return a run of some steps with all files of a run."""
     with RunFolder.open(parent, name, resume=False) as folder:
         folder.write_config(
             f"run:\n  name: {name}\n  seed: 0\nalgorithm:\n  name: grpo\npolicy:\n  model: some/model\n"
@@ -95,7 +95,7 @@ def make_run(parent: Path, name: str, *, steps: int = 6, lr: float = 1e-6, done:
 
 
 class Page(HTMLParser):
-    """A report: its elements, and the answers inside."""
+    """A report with elements and contained answers."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Page(HTMLParser):
             self.answers = json.loads(data)
 
     def texts(self, name: str) -> list[str]:
-        """All texts of a run's summary, a row of a table as one text."""
+        """Return all texts of a run's summary, a row of a table as one text."""
         summary = self.answers["summaries"][name]
         rows = [" | ".join(row) for table in summary["tables"] for row in table["rows"]]
         return [*(text for text in summary.values() if isinstance(text, str)), *rows]

@@ -1,4 +1,4 @@
-"""A frozen model leaves the GPU that it shares with an engine and comes back as it was."""
+"""A frozen model leaves a GPU shared with an engine, and comes back unchanged."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def logprobs_of(worker: ReferenceWorker) -> Tensor:
 
 
 def test_logprobs_are_at_the_temperature_of_the_samples(tiny_model: Path) -> None:
-    """Sequence 0 was sampled at the common temperature of 0.5, or at its own one of 2."""
+    """Sequence 0 was sampled at the common temperature of 0.5, or at a separate temperature of 2."""
     worker, tokens = worker_of(tiny_model, temperature=0.5), ROLLOUTS.token_ids
     logits = AutoModelForCausalLM.from_pretrained(tiny_model)(tokens[None]).logits[0, 1:5].detach()
     for own, temperature in (({}, 0.5), ({0: 2.0}, 2.0)):
@@ -73,7 +73,7 @@ def test_a_new_model_does_not_come_back_as_the_old_one(tiny_model: Path, tmp_pat
 
 
 def test_frequencies_are_chosen_by_the_longest_sequence_of_the_run(tmp_path: Path) -> None:
-    """A response has the long factors of its model where another sequence needs them, as in the engine."""
+    """A response has the long factors of the model if another sequence needs long factors, as in the engine."""
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
     sizes = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
     tiny_model("phi3", rope_parameters=rope | {"rope_theta": 100.0}, **sizes).save_pretrained(tmp_path)

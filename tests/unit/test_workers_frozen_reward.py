@@ -1,4 +1,4 @@
-"""The reward worker on conversations: whose words a reward reads, what the environment gave, what samples show."""
+"""The reward worker scores conversations: rewards read the policy's words, and environments give rewards."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def scored_group(scores: GroupScores = SCORES) -> ScoredGroup:
 
 
 def written(worker: RewardWorker, folder: Path, scored: ScoredGroup, *signals: TokenSignals) -> list[dict[str, Any]]:
-    """Return the samples of a group as they are in the file."""
+    """Return the samples of a group as in the file."""
     (chosen,) = group_samples([scored], Signals(), split="train", most=None)
     assert chosen.sequence_ids == (0, 1)
     path = samples_path(folder, 1)
@@ -94,7 +94,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardWorker]:
 
 
 def test_an_environments_reward_is_one_among_others(worker: RewardWorker) -> None:
-    """2 * 1 + 1, and 2 * -1 + 0 for the one that was cut, whose last number is 8. What was told is no answer."""
+    """2 * 1 + 1, and 2 * -1 + 0 for the truncated response, with 8 as the last number. An observation is no answer."""
     scores = worker.score(PROMPT, GROUP[0], (False, True), {}, [info.environment_rewards for info in GROUP[1]])
     assert scores.by_name == {"won": (1.0, -1.0), "last": (1.0, 0.0)}
     assert scores.scores == (3.0, -2.0)
@@ -113,8 +113,8 @@ def test_samples_show_who_said_what(worker: RewardWorker, tmp_path: Path) -> Non
 
 
 def test_samples_show_what_training_made_of_each_token(worker: RewardWorker, tmp_path: Path) -> None:
-    """Sequence 0 is 2 tokens of prompt, then 1 + 5 + 7, of which the environment's 5 have no numbers; nothing is known
-    of sequence 1."""
+    """Sequence 0 is 2 tokens of prompt, then 1 + 5 + 7, with no numbers for the environment's 5; nothing is known of
+    sequence 1."""
     count = 15
     signals = TokenSignals(
         sequence_ids=torch.tensor([0]),
@@ -162,7 +162,7 @@ def test_failures_are_counted_by_kind_and_single_turns_have_none() -> None:
 
 
 def test_turns_are_credited_with_what_they_earned_and_samples_show_where(worker: RewardWorker, tmp_path: Path) -> None:
-    """The turns of the first conversation end at 2 and 14 of its sequence, that of the second at 7; the prompt is 2."""
+    """The turns of the first conversation end at 2 and 14 of the sequence, the second's turn at 7; the prompt is 2."""
     won = RewardSpec(name="won", weight=2.0, function=None, from_environment=True, by_step=True)
     settings = dataclasses.replace(worker.settings, specs=(won,))
     other = RewardWorker(settings, worker.place)
@@ -193,7 +193,7 @@ print("imported", *[name for name in heavy if name in sys.modules])
 
 
 def test_a_worker_that_knows_the_tokenizers_class_imports_no_code_of_models(tmp_path: Path) -> None:
-    """Else its successor would be at work a second and a half later."""
+    """Otherwise a successor would begin to work a second and a half later."""
     folder = build_tiny_llama(tmp_path / "tiny", seed=0)
     found = subprocess.run(
         [sys.executable, "-c", LIGHT, folder], capture_output=True, text=True, check=True, timeout=120

@@ -1,4 +1,4 @@
-"""The reward worker in this process: a service, a function and a reward model over the tokens of one group."""
+"""The reward worker in this process combines a service, a function and a reward model over the tokens of one group."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def reward_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def group(tokenizer: object, prompt: str, responses: list[str]) -> Rollouts:
-    """The tokens of a prompt with each of its responses."""
+    """Return the tokens of a prompt with each response."""
     encode = tokenizer.encode  # type: ignore[attr-defined]
     start = encode(prompt, add_special_tokens=False)
     sequences = [(start, encode(one, add_special_tokens=False)) for one in responses]
@@ -116,7 +116,7 @@ def test_a_group_by_all_kinds_of_rewards(tiny_model: Path, reward_model: Path) -
 
 
 def test_a_process_reward_model_scores_by_its_steps(tiny_model: Path, reward_model: Path) -> None:
-    """The least probability of a response's steps is that of the worst prefix that ends with a step."""
+    """The least probability of a response's steps is the probability of the worst prefix with a step at the end."""
     config = RewardModelConfig(model=str(reward_model), dtype="float32")
     specs = (RewardSpec(name="taste", weight=1.0, function=None),)
 
@@ -135,7 +135,7 @@ def test_a_process_reward_model_scores_by_its_steps(tiny_model: Path, reward_mod
 
 
 def test_a_process_reward_model_gives_each_step_its_probability(tiny_model: Path, reward_model: Path) -> None:
-    """Those of a response, each at the token that ends the step, are what it says of the prefixes that end there."""
+    """A response's probabilities stand at the ends of steps, and agree with the probabilities of the prefixes there."""
     config = RewardModelConfig(model=str(reward_model), dtype="float32", steps=StepScores(separator=";"))
     specs = (
         RewardSpec(name="sound", weight=1.0, function=None, by_step=True),

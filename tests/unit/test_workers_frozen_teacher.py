@@ -1,4 +1,4 @@
-"""A teacher's states against transformers' own: of which tokens, in which order, in which dtype; and its head."""
+"""A teacher's states agree with transformers' own in tokens, order, dtype and head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever the order of the plan, the rows of a micro-batch keep their tokens, margins and labels."""
+"""For every order of the plan, the rows of a micro-batch keep tokens, margins and labels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Worker(PairsWorker):
 
 
 def some_pairs(draw: random.Random, *, sides: int) -> Pairs:
-    """Each token names its row, sequence and place; a row's sequences begin with the same two tokens."""
+    """Return pairs whose tokens name row, sequence and place; a row's sequences begin with the same two tokens."""
     sequences = []
     for row in range(ROWS):
         for side in range(sides):

@@ -27,7 +27,7 @@ PAIRS = Pairs(
 
 
 class Worker(PreferenceWorker):
-    """A rank whose model computes sequences one by one, and gives token t the log-probability -t."""
+    """A rank with single sequences in the model, and the log-probability -t for token t."""
 
     def __init__(self, *, length_alpha: float) -> None:
         self.data_rank, self.device, self.layout = 0, torch.device("cpu"), RowLayout.ONE_BY_ONE

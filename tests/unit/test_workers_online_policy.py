@@ -1,6 +1,6 @@
-"""Sessions of several sequences in the policy's update, with the model itself as the engine.
+"""Sessions of several sequences are trained in the policy's update, with the model itself as the engine.
 
-A session is one sample: it has one score and one weight, however many sequences it has and wherever they are computed.
+A session is one sample with one score and one weight, for any number and place of sequences.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SINGLE = session(call([1, 2], [16, 17, 18]))
 
 
 class Worker(PolicyWorker):
-    """A worker on one rank whose engine is the model."""
+    """A worker on one rank with the model as the engine."""
 
     def __init__(self, config: Config, model: Any) -> None:
         place = RankContext(
@@ -57,7 +57,7 @@ class Worker(PolicyWorker):
 
 
 class StreamedWorker(Worker, StreamedPolicyWorker):
-    """A worker whose batch arrives in portions."""
+    """A worker with a batch in portions."""
 
 
 def worker_of(model: Any, *, tokens: int = 100, kind: type[Worker] = Worker, **algorithm: Any) -> Worker:
@@ -99,7 +99,7 @@ def gradient(model: Any) -> Tensor:
     ],
 )
 def test_a_session_has_the_weight_of_one_response(aggregation: str, weights: tuple[float, float], tokens: int) -> None:
-    """At the sampling weights the gradient is that of weight * advantage * logprob over the tokens of each session."""
+    """At the sampling weights the gradient is that of weight * advantage * logprob over a session's tokens."""
     model, advantages = tiny_model("llama"), {0: 2.0, 1: -1.0}
     worker = worker_of(model, tokens=tokens, name="grpo", aggregation=aggregation)
     worker.prepare(plan(), rollouts())
@@ -154,7 +154,7 @@ def test_the_reward_of_a_token_is_lower_where_the_policy_is_above_the_reference(
 
 
 def test_a_step_reward_counts_through_the_sequences_of_its_session() -> None:
-    """Steps end in the first sequence, in the branch of its first call, and in the sub-agent's call."""
+    """Steps end in the first sequence, in the branch of the first call, and in the sub-agent's call."""
     worker = worker_of(tiny_model("llama"), name="grpo")
     ends = {7: 0.5, 9 + 5: 1.0, 9 + 6 + 2: 4.0}
     steps = {0: tuple(StepReward(end=end, value=value) for end, value in ends.items())}
@@ -184,7 +184,7 @@ RESTRICTED = session(call([1, 2], [16, 17, 18], fixed=range(3)))
 
 
 def halves(**portion: Any) -> tuple[BatchPlan, Rollouts]:
-    """Return a plan of two minibatches, of which a grammar has restricted the first, and its rollouts."""
+    """Return a plan of two minibatches, the first restricted by a grammar, and the rollouts."""
     request = request_for(PROMPT, group_id=0, first_sequence_id=0, samples=2, run_seed=0)
     minibatches = (
         MinibatchPlan(sequences_by_rank=((1,),), num_tokens=0, num_sequences=1),

@@ -1,4 +1,4 @@
-"""A policy with router replay computes with the experts of the rollouts, in the order of its micro-batches."""
+"""A policy with router replay computes with the experts of the rollouts, in the order of the micro-batches."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What is chosen among an optimizer step's tokens depends on neither ranks nor the order in which a rank holds them.
+"""The selection among an optimizer step's tokens depends neither on ranks nor on a rank's order of tokens.
 
-Ranks are threads that meet in a sum. The whole step's choice is that of rlhf.objectives on one list of all tokens.
+Ranks are threads that meet in a sum. The whole step's selection comes from rlhf.objectives on one list of all tokens.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Sum:
 def chosen(
     algorithm: OnlineAlgorithm, by_rank: list[tuple[tuple[int, ...], ...]], *, copies: int = 1
 ) -> Callable[[int], Selections]:
-    """Selections of each sequence. by_rank: the minibatches' sequences of each rank, which `copies` processes hold."""
+    """Return the selections of each sequence. by_rank: each rank's minibatches, held by `copies` processes."""
     minibatches = tuple(
         MinibatchPlan(sequences_by_rank=shares, num_tokens=1, num_sequences=1) for shares in zip(*by_rank, strict=True)
     )

@@ -21,7 +21,7 @@ LENGTHS = [6, 3, 8, 5]
 
 
 class Worker(TrainedWorker):
-    """A worker on one rank whose engine is the model."""
+    """A worker on one rank with the model as the engine."""
 
     role = "policy"
 
@@ -38,7 +38,7 @@ class Worker(TrainedWorker):
 
 
 def step(model: Any, coefficient: float, *, max_tokens: int, empty: int = 0) -> tuple[Tensor, dict[str, float]]:
-    """The gradient of a step, and its metrics."""
+    """Return the gradient and the metrics of a step."""
     model.zero_grad(set_to_none=True)
     ids = torch.randint(VOCABULARY, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
     microbatches = split_microbatches(LENGTHS, range(len(LENGTHS)), max_tokens=max_tokens)

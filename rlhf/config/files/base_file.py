@@ -154,10 +154,7 @@ def _value(written: Any, below: dict[str, Any], key: Key) -> Any:
 
 
 def _drops(below: dict[str, Any], key: Key) -> bool:
-    """Return whether null at the key drops a value of the base.
-
-    A key with null among the values is set to null instead.
-    """
+    """Return whether null at the key drops a value of the base. A key that may be null is set to null instead."""
     nodes, _ = _field(key)
     return key[-1] in below and NoneType not in nodes
 

@@ -1,7 +1,4 @@
-"""Explain why a text is not valid YAML, in words for readers without knowledge of parsers.
-
-The module parses nothing.
-"""
+"""Explain in words why a text is not valid YAML, for readers without knowledge of parsers. Nothing is parsed here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Explain each mistake in a configuration on one line, and describe the values of a field.
 
-Loading and the documentation use this module. The module checks keys and types; rlhf.config.validation.run checks
-relations.
+Loading and the documentation use this module for keys and types; rlhf.config.validation.run checks relations.
 """
 
 from __future__ import annotations

@@ -103,8 +103,7 @@ class EngineRange(Section):
     """A number of engines that follows the nodes of the cluster."""
 
     min: int = Field(ge=1, le=65536)
-    """Fewest engines. The run waits for this number at the start, and after a loss, at most for
-    cluster.start_timeout_s."""
+    """Fewest engines. At the start and after a loss, the run waits for them up to cluster.start_timeout_s."""
     max: int = Field(ge=1, le=65536)
     """Most engines. Below this number, the run asks Ray for room for a further engine."""
 
@@ -131,8 +130,7 @@ class RolloutResources(RoleResources):
     """Disable CUDA graphs on GPUs. CPU engines never use CUDA graphs."""
     engine_args: dict[str, JsonValue] = Field(default_factory=dict)
     """More arguments of vLLM's engine, by the names in its EngineArgs, such as `{enable_expert_parallel: true}`. The
-    installed vLLM must know each argument. An argument with an equivalent key of this file is refused. docs/rollouts.md
-    has recipes."""
+    installed vLLM must know each argument. An argument with a key here is refused. docs/rollouts.md has recipes."""
 
     @property
     def workers(self) -> int:
@@ -163,8 +161,7 @@ class Roles(Section):
 
 
 class Restarts(Section):
-    """Number of lost processes that a run replaces within a time. After more losses, the run ends with the last
-    error."""
+    """Number of lost processes that a run replaces within a time. The next loss ends the run."""
 
     engine: Annotated[int, OnlyIn("rollouts")] = Field(default=10, ge=0)
     """Rollout engines."""
@@ -197,8 +194,7 @@ class ClusterConfig(Section):
     """Time limit for one call of a worker, in seconds. The limit bounds the duration of a hang."""
     heartbeat_timeout_s: float = Field(default=60.0, ge=1.0, le=1_000_000)
     """Longest time in which a process may leave the driver's heartbeats unanswered, in seconds. Then the process is
-    killed and counts as lost. A computing process answers; a stopped process or a process on a disconnected node does
-    not."""
+    killed and counts as lost. A computing process answers; a stopped or disconnected process does not."""
     room_timeout_s: float = Field(default=1800.0, ge=0.0, le=1_000_000)
     """Longest time in which a run waits for room on a full disk or in shared memory, in seconds.
     No other time limit runs meanwhile. 0: the run ends at once."""

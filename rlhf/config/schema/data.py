@@ -54,8 +54,8 @@ class WeightedSource(Section):
     source: DataSource
     """A data set, given as in `data.train` with a single set."""
     weight: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
-    """Weight of the set. The set's share of the rows is the weight divided by the sum of all weights, independent of
-    the set's size."""
+    """Weight of the set. The set's share of the rows is the weight over the sum of all weights, whatever the set's
+    size."""
 
 
 TrainSource = Annotated[
@@ -96,8 +96,7 @@ class PromptFormat(Section):
     apply_chat_template: Annotated[bool, OF_RENDERED] = True
     """false: string prompts reach the model unchanged. Rows with `messages` always use the template."""
     chat_template: str | None = Field(default=None, min_length=1)
-    """A Jinja file to use instead of the tokenizer's chat template. The template is also saved with the trained model
-    in `final/`."""
+    """A Jinja file to use instead of the tokenizer's chat template. A trained model keeps the template."""
     chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
     """Variables of the chat template, such as `enable_thinking: false`. The variables become the template's defaults,
     also in the `final/` of a trained model."""

@@ -52,8 +52,7 @@ class EvaluateConfig(Grading, PromptFormat):
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], OnlyIn("responses")] = ()
     """Strings that end a response. The strings stay in the response and may contain special tokens."""
     stop_token_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], OnlyIn("responses")] = ()
-    """Token ids that end a response, in addition to the model's and the chat template's ids. The ids stay in the
-    response."""
+    """Token ids that end a response, besides the model's and the chat template's. The ids stay in the response."""
     max_tokens_per_microbatch: Annotated[int, OnlyIn("reward model")] = Field(default=8192, ge=2)
     """Largest number of tokens in one forward pass of a reward model, or of the model if completions are measured."""
 

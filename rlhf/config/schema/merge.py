@@ -1,7 +1,6 @@
 """Define, check and load the section of `rlhf merge`: models, a method, and the folder for the result.
 
-MergeConfig has no `out` and can be a stage of a pipeline. rlhf.merging merges the models. This module opens only the
-YAML file.
+MergeConfig has no `out` and can be a stage of a pipeline. rlhf.merging merges the models. Only the YAML file is opened.
 """
 
 from __future__ import annotations

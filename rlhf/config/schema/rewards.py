@@ -171,8 +171,7 @@ class RewardConfig(Section):
 
 
 class RewardPolicy(Section):
-    """Treatment of a failed reward: a reward that raises an error, hangs, or returns no finite number, or a silent
-    service."""
+    """Treatment of a reward that raises an error, hangs, or returns no finite number, and of a silent service."""
 
     on_error: Literal["fail", "drop"] = "fail"
     """Default for rewards without `on_error`. fail: the run stops. drop: the prompt's group is replaced by another

@@ -31,8 +31,7 @@ class EnvironmentConfig(Section):
     step_timeout_s: float = Field(default=10.0, gt=0.0, le=1_000_000)
     """Time limit of one environment call, in seconds. A slower call counts as failed; see reward_policy."""
     memory_gib: float = Field(default=4.0, ge=0.25, le=65536)
-    """Memory that a conversation's process may map, including libraries, in GiB. Exceeding the limit counts as a
-    failure."""
+    """Memory that a conversation's process may map, including libraries, in GiB. Exceeding this is a failure."""
     processes: int = Field(default=256, ge=1, le=100_000)
     """Conversations open at once in an engine, each in a separate process. Further conversations are queued."""
     tool_parser: Literal["hermes", "llama3_json", "pythonic"] = "hermes"
@@ -170,8 +169,7 @@ class RolloutsConfig(Section):
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end a response. The strings stay in the response and may contain special tokens."""
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Token ids that end a response, in addition to the model's and the chat template's ids. The ids stay in the
-    response."""
+    """Token ids that end a response, besides the model's and the chat template's. The ids stay in the response."""
     dynamic_sampling: Annotated[DynamicSampling | None, OnlyIn("rewards", "filtered groups")] = None
     """Replace groups without a learning signal. null: train on all groups."""
     oversample: float = Field(default=1.0, ge=1.0, le=10.0)
@@ -192,8 +190,7 @@ class RolloutsConfig(Section):
     max_staleness: int = Field(default=0, ge=0, le=MAX_STALENESS)
     """Steps by which the weights used for sampling a response may lag behind the weights in training. 0: rollouts and
     training take turns. 1 and more: the engines sample later batches during a training step, and algorithm.correction
-    must be given. Between batches, every response lags by exactly this number of steps, except responses of the first
-    steps."""
+    must be given. Between batches, every response after the first steps lags by exactly this number."""
     weight_updates: Annotated[
         Literal["between_batches", "in_flight"],
         NotWith("max_staleness", 0, because="in turns, no response is in progress at an update"),

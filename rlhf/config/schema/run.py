@@ -23,8 +23,8 @@ class RunConfig(Section):
     dir: Path = Field(default=Path("runs"), validate_default=False)
     """Folder for runs. A leading `~` is your home folder."""
     mirror: str | None = Field(default=None, min_length=1)
-    """URL of fsspec for a remote folder of runs, such as `s3://bucket/runs`. The run's folder is copied there at each
-    checkpoint and at the end. `--resume auto` fetches the copy if the local folder is missing or older. null: no copy.
+    """URL of fsspec for a remote folder of runs, such as `s3://bucket/runs`. The run's folder is copied there at
+    checkpoints and at the end. `--resume auto` fetches the copy if the local folder is missing or older. null: no copy.
     """
     push_to_hub: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$", max_length=96)
     """Repository on the Hugging Face hub, OWNER/NAME. final/ is uploaded at the end. A stage of a pipeline uses

@@ -81,8 +81,7 @@ class AshaMethod(Section):
     trials: int = Field(ge=1, le=10_000)
     """Number of runs to start."""
     grace_steps: int = Field(ge=1)
-    """Steps of every trial before the first comparison. Later comparisons are at this number times powers of
-    reduction_factor."""
+    """Steps of a trial before the first comparison. Later comparisons: times powers of reduction_factor."""
     reduction_factor: float = Field(default=3.0, gt=1.0)
     """At each comparison, the best trial of this many continues."""
 
@@ -190,10 +189,7 @@ def arguments(values: Mapping[str, Any]) -> list[str]:
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
-    """Load and check a YAML file.
-
-    `sweep.key=value` changes the sweep, and every key of another section changes the base run.
-    """
+    """Load and check a YAML file. `sweep.key=value` changes the sweep, and every other key the base run."""
     path = config_file(path)
     tree = read_tree(path, needs="a sweep needs the section sweep, with name, config, parameters, method and metric")
     if "sweep" not in tree.values and "algorithm" in tree.values:

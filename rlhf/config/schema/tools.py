@@ -31,8 +31,7 @@ class McpServerConfig(Section):
     """Time limit of the server's start with the listing of the tools, and of each call, in seconds. A slower server
     counts as a failure; see reward_policy."""
     max_result_chars: int = Field(default=8000, ge=1, le=1_000_000)
-    """Largest number of characters that the model reads of a result. A note takes the place of the remaining
-    characters."""
+    """Largest number of characters that the model reads of a result. A note replaces the rest."""
 
     @field_validator("url")
     @classmethod

@@ -61,8 +61,7 @@ class TrainConfig(Section):
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps with a learning rate rising linearly from 0."""
     warmup_ratio: Annotated[float, OnlyWith("warmup_steps", 0)] = Field(default=0.0, ge=0.0, lt=1.0)
-    """Fraction of the run's optimizer steps for warm-up, instead of `warmup_steps`. The number of steps is rounded up.
-    """
+    """Fraction of the run's optimizer steps for warm-up, rounded up, instead of `warmup_steps`."""
     min_lr_ratio: Annotated[float, NotWith("lr_schedule", "constant")] = Field(default=0.0, ge=0.0, le=1.0)
     """Learning rate one step after the end of the decay, as a fraction of lr. The last step still has a higher rate."""
     betas: Annotated[tuple[Beta, Beta], OF_MOMENTS] = (0.9, 0.999)

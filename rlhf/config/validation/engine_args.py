@@ -1,5 +1,4 @@
-"""Check `cluster.roles.rollout.engine_args`: arguments of vLLM with keys in other sections, and arguments that no run
-can change."""
+"""Check `cluster.roles.rollout.engine_args`: arguments with keys in other sections, and fixed arguments of vLLM."""
 
 from __future__ import annotations
 

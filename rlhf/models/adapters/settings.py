@@ -12,8 +12,7 @@ from rlhf.models.files.loading import ADAPTER_CONFIG, with_revision
 
 
 def base_of(folder: Path) -> tuple[str, int]:
-    """Return the base model of an adapter's folder, as NAME@REVISION for a model with a revision, and the adapter's
-    rank."""
+    """Return the base model of an adapter's folder, as NAME@REVISION if revised, and the adapter's rank."""
     path = folder / ADAPTER_CONFIG
     config = read_adapter_settings(folder)
     if config["peft_type"] != "LORA":

@@ -116,8 +116,7 @@ def _is_token(token_id: int | None, vocab_size: int) -> bool:
 def appearing(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder, and rename it to the final folder at the end.
 
-    After a failure, the temporary folder is removed. Files get this process's usual mode. Safetensors and temporary
-    files would be readable by the owner alone.
+    After a failure, the temporary folder is removed. Files get this process's usual mode, not the owner's alone.
     """
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")

@@ -54,8 +54,7 @@ def load_tokenizer(
     The end of sequence becomes the padding token of a tokenizer without a padding token.
 
     Args:
-        kind: the tokenizer's class. None: AutoTokenizer finds the class, at the cost of an import of more than a
-            second.
+        kind: the tokenizer's class. None: AutoTokenizer finds the class, with an import of a second.
     """
     load = (transformers.AutoTokenizer if kind is None else kind).from_pretrained
     tokenizer = _load(path, load, trust_remote_code=trust_remote_code)

@@ -178,8 +178,7 @@ def _attention(
 
 
 def _chunk_size(module: Any) -> int | None:
-    """Return the number of tokens in a chunk, for a layer whose tokens see only the tokens of the same chunk
-    (Llama 4)."""
+    """Return the number of tokens in a chunk, for a layer whose tokens see only their chunk (Llama 4)."""
     config: Any = getattr(module, "config", None)
     size: int | None = getattr(config, "attention_chunk_size", None)
     return size if size and config.layer_types[module.layer_idx] == "chunked_attention" else None

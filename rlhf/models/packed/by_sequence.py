@@ -86,8 +86,7 @@ def _taken(batch: Any, index: int, size: int) -> Any:
 
 
 def _cut(value: Any, lengths: Sequence[int], before: Sequence[Trunk]) -> Sequence[Any]:
-    """Return a layer's argument for each sequence: the sequence's part of a tensor over the row, anything else
-    unchanged."""
+    """Return a layer's argument for each sequence: its part of a tensor over the row, anything else unchanged."""
     if isinstance(value, tuple):
         parts = [_cut(part, lengths, before) for part in value]
         return [tuple(part[index] for part in parts) for index in range(len(lengths))]

@@ -104,8 +104,8 @@ def row_states(
 ) -> Float[Tensor, "N H"]:
     """Return the last hidden states of one packed row.
 
-    In a row shared by ranks, return the states of this rank's `own_part`. places: each token's position in the
-    sequence. None: the positions follow from lengths and tree.
+    In a row shared by ranks, return this rank's `own_part`. places: each token's position in the sequence. None: the
+    positions follow from lengths and tree.
     """
     _set_attention(body, ATTENTION)
     if places is None:

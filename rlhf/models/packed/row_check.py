@@ -1,7 +1,6 @@
 """Check a loaded model's forward pass: find a layout of sequences with the model's own hidden states.
 
-Called once wherever a model is loaded. The check compares a few short random sequences with transformers' own forward
-pass.
+Called once wherever a model is loaded. A few short random sequences are compared with transformers' own pass.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 The row is split into equal parts, one per rank. Attention alone needs whole sequences: around it, DeepSpeed's
 all-to-all turns "my part of the row, all heads" into "the whole row, my share of the heads", and back. Columns leaving
 a forward pass are whole and equal on all ranks of the group, so each rank evaluates the same loss. A rank's gradient is
-the contribution of the rank's part of the row, and the sum over the ranks is the gradient. Without a group all this is
-a no-op.
+the contribution of the rank's part of the row, and the ranks' sum is the gradient. Without a group nothing changes.
 """
 
 from __future__ import annotations
@@ -67,10 +66,7 @@ def current_group() -> SequenceGroup | None:
 def filled_up(
     token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], branches: Branches | None
 ) -> tuple[Int[Tensor, " M"], Int[Tensor, " b"], Branches | None]:
-    """Pad the row to an even split with one more sequence, shorter than the number of ranks.
-
-    Nothing reads the padding.
-    """
+    """Pad the row to an even split with one more sequence, shorter than the number of ranks and never read."""
     group = current_group()
     missing = 0 if group is None else -len(token_ids) % group.size
     if missing == 0:

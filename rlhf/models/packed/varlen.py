@@ -2,8 +2,7 @@
 
 A sequence's keys are the sequence's tokens, in a branch after the shared tokens of the trunks. The kernel counts back
 from the last key: the last query sees all keys of the sequence, the query before all keys but the last. A branch
-therefore needs no mask. Nothing here is registered with transformers; `rlhf.models.packed.forward` decides on the
-calls.
+therefore needs no mask. `rlhf.models.packed.forward`, not transformers, calls this module.
 """
 
 from __future__ import annotations

@@ -38,10 +38,7 @@ def overlong(prompt: str, response: str, limit: float, buffer: float, unit: Unit
 
 
 def repetition_penalty(prompt: str, response: str, ngram: int = 3, max_penalty: float = 1.0) -> float:
-    """Return minus the share of repeated word n-grams, times max_penalty.
-
-    The penalty is 0 for a response without any n-gram.
-    """
+    """Return minus the share of repeated word n-grams, times max_penalty. Without n-grams, return 0."""
     if ngram < 1:
         raise ValueError(f"ngram must be 1 or more, got {ngram}")
     words = response.lower().split()

@@ -116,8 +116,7 @@ class RewardPool:
 
         Args: `own` are further columns of each response, or empty. `by_step`: the reward returns steps with ends as
         numbers of characters of the response. `goes_on` says to score the rest of the group in a fresh process after a
-        hang or a second death. Without `goes_on` the group ends there, since the group is already invalid and the rest
-        may hang too.
+        hang or a second death. Without it the invalid group ends there, since the rest may hang too.
         """
         pickled, pickled_own = pickle.dumps(dict(columns)), tuple(pickle.dumps(dict(row)) for row in own)
         replies: list[Reply] = []
@@ -208,10 +207,7 @@ class RewardPool:
         return RewardProcess(self._sources, memory_gib=self._memory_gib)
 
     def _load(self, slot: _Slot, within_s: float) -> tuple[RewardProcess, tuple[Signature, ...]]:
-        """Return a slot's process with all rewards loaded.
-
-        A process that dies meanwhile is replaced once, as in `score`.
-        """
+        """Return a slot's process with all rewards loaded. A process that dies is replaced once, as in `score`."""
         ends, is_second = time.monotonic() + within_s, False
         while True:
             process = slot.process or slot.hold(self._start())

@@ -52,8 +52,7 @@ class ProcessDied(Exception):
 class ChildProcess:
     """A process that runs a user's code in a separate process group, with a connection to the parent.
 
-    The child dies with this process. All output is logged. On a signal, the child writes its place in the code to a
-    file.
+    The child dies with this process. All output is logged. On a signal, the child writes its place in the code.
     """
 
     def __init__(self, program: str, *, label: str, env: Mapping[str, str]) -> None:
@@ -90,8 +89,7 @@ class ChildProcess:
         return os.pread(self.faults.fileno(), 1 << 20, 0).decode(errors="replace")
 
     def describe_end(self, code: int, path: str | None) -> str:
-        """Return how a process with this exit code ended, with the last place in the file `path` and the last
-        output."""
+        """Return how a process with this exit code ended, with its last place in `path` and its last output."""
         how = f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it exited with code {code}"
         self.read_output()
         place = place_in(self.read_faults(), path)
@@ -249,8 +247,7 @@ def _other_processes(pid: int) -> Iterator[int]:
 
 
 def _environment_of(pid: int) -> list[bytes]:
-    """Return the initial environment of a process, or an empty list if the process has ended or another user owns the
-    process."""
+    """Return the initial environment of a process, or an empty list for an ended or foreign process."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return []

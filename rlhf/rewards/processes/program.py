@@ -71,8 +71,7 @@ class Reply:
 
 
 class BrokenFrame(Exception):
-    """Raised if the connection holds an invalid message: a reward wrote into the connection, or the process died in a
-    write."""
+    """Raised for an invalid message: a reward wrote into the connection, or the process died in a write."""
 
 
 def send_frame(connection: socket.socket, message: object) -> None:
@@ -304,8 +303,7 @@ def outlive_parent(lifeline: int) -> None:
 
 
 def begin_child(lifeline: int, faults_fd: int) -> None:
-    """Prepare a process of a user's code: the process dies with the parent, and on a signal writes its place in the
-    code."""
+    """Prepare a process of a user's code: dies with the parent, and on a signal writes its place."""
     host_code()
     die_with_parent(lifeline)
     faulthandler.enable(file=faults_fd, all_threads=False)

@@ -88,8 +88,7 @@ class Sandbox:
     3. unsafe, only with `unsafe`: limits on memory, time and output, and no protection.
 
     `python` is the interpreter, with all installed packages. None selects this process's interpreter, or the system's
-    interpreter if an unprivileged user cannot read this process's interpreter, both without packages. SandboxError if
-    no level works.
+    if an unprivileged user cannot read it, both without packages. SandboxError if no level works.
     """
 
     def __init__(
@@ -229,10 +228,7 @@ def _interpreters() -> list[str]:
 
 
 def _may_change_user() -> bool:
-    """Return whether this process is root with CAP_SETGID and CAP_SETUID.
-
-    Containers may have dropped both capabilities.
-    """
+    """Return whether this process is root with CAP_SETGID and CAP_SETUID, often dropped in containers."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     effective = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
     return os.geteuid() == 0 and effective is not None and int(effective[1], 16) & 0xC0 == 0xC0
@@ -278,10 +274,7 @@ def _pipe(held: ExitStack) -> tuple[io.FileIO, io.FileIO]:
 
 
 def _is_ready(ready: io.FileIO) -> bool:
-    """Return whether the process confines itself within the limit.
-
-    A process that cannot confine itself closes the pipe.
-    """
+    """Return whether the process confines itself within the limit. Otherwise the process closes the pipe."""
     return _readable(ready, START_LIMIT_S) and ready.read(1) == b"1"
 
 

@@ -152,8 +152,7 @@ class Service:
 
 
 class Breaker:
-    """Limits attempts while a service fails: a single attempt at a time, after growing pauses; all other requests
-    wait for the result.
+    """Limits attempts while a service fails: one attempt at a time, after growing pauses; other requests wait.
 
     A service not running, or just starting, therefore does not receive all attempts of all requests.
     """

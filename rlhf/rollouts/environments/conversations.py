@@ -4,8 +4,7 @@ prompt -> turn of the policy -> step of the environment -> next turn -> ... -> o
 
 An environment is a class with `reset(seed, **columns)` and `step(response)`; docs/environments.md has the protocol.
 Environments run in separate processes (rlhf.rollouts.environments.host). Conversations are independent, so a slow
-environment delays only the environment's conversation. A failure of the environment is recorded, and never counts as a
-reward of 0.
+environment delays only the environment's conversation. A failed environment is recorded, and never a reward of 0.
 """
 
 from __future__ import annotations
@@ -91,8 +90,7 @@ class Conversations:
     """Plays groups of conversations, at most `processes` at once.
 
     `draw` samples a turn of the policy. The arguments of `draw` are the group id, the tokens so far, the seed, the
-    sampling settings and the token at the end of a turn. `ends` are the model's end tokens, besides the tokenizer's end
-    token.
+    sampling settings and the token at the end of a turn. `ends` are the model's end tokens.
     """
 
     def __init__(self, spec: EnvironmentSpec, tokenizer: Any, draw: Draw, ends: Collection[int] = ()) -> None:

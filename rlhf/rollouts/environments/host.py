@@ -99,10 +99,7 @@ class EnvironmentHost:
         self._looking = asyncio.Lock()
 
     async def start(self) -> Description:
-        """Load the environment. UserError for an invalid environment.
-
-        A process that dies meanwhile is replaced once.
-        """
+        """Load the environment, with one replacement of a dying process. UserError for an invalid environment."""
         try:
             try:
                 description = await self._load()
@@ -121,10 +118,7 @@ class EnvironmentHost:
         return description
 
     async def _load(self) -> Any:
-        """Return the description of the environment, or the mistake in the environment.
-
-        EOFError, OSError: the process died.
-        """
+        """Return the environment's description, or its mistake. EOFError, OSError: the process died."""
         self._child = child = ChildProcess("rlhf.rollouts.environments.process", label=self.kind.label, env={})
         child.connection.setblocking(False)
         asyncio.get_running_loop().add_reader(child.output, self._read_output)
@@ -229,8 +223,7 @@ class EnvironmentHost:
     async def where(self, pid: int) -> str:
         """Return the place of a process, `, at file:line in function`, or an empty string if unknown.
 
-        Only one process is asked at a time. All other calls return at once: hundreds of processes may reach the limit
-        together.
+        Only one process is asked at a time. Other calls return at once: hundreds may reach the limit together.
         """
         if self._looking.locked():
             return ""

@@ -51,10 +51,7 @@ class Description(Columns):
 
 
 class HostedCode(Protocol):
-    """A user's code in its process.
-
-    A copy of the process answers the calls of one conversation, with the tools of servers.
-    """
+    """A user's code in its process. A copy answers the calls of one conversation, with the tools of servers."""
 
     description: Description
 
@@ -343,8 +340,8 @@ def _continue_in_child() -> None:
     """Return in a child process.
 
     This process waits for the child, and then kills all processes left behind by the child. The child may be killed at
-    any time, most likely for want of memory. The child's conversations and daemons then become children of this
-    process. SIGTERM ends the child.
+    any time, such as for memory. The child's conversations and daemons then become children of this process. SIGTERM
+    ends the child.
     """
     _adopt_orphans()
     awaited = {signal.SIGCHLD, signal.SIGTERM, signal.SIGUSR1}

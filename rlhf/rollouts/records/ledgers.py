@@ -65,8 +65,7 @@ def scored_identity(request: GroupRequest, sampling: Sampling, infos: Sequence[R
 
 
 def request_set_digest(requests: Sequence[GroupRequest], sampling: Sampling, *, version: int, rule: str) -> str:
-    """Return a digest of a set of requests, of the weights, and of the rule for stopping after the first finished
-    groups."""
+    """Return a digest of a set of requests, of the weights, and of the rule for the first finished groups."""
     identities = [(request.group_id, request_identity(request, sampling)) for request in requests]
     return _digest((identities, version, rule))
 

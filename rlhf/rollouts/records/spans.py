@@ -118,10 +118,7 @@ def assemble(request: GroupRequest, conversations: Sequence[Played]) -> tuple[Ro
 
 
 def _experts(played: Played, num_tokens: int) -> Int[Tensor, "n L K"] | None:
-    """Return the recorded experts of a conversation's tokens, -1 for the last token.
-
-    The last turn has read all earlier tokens.
-    """
+    """Return the experts of a conversation's tokens, -1 for the last. The last turn has read all earlier tokens."""
     last = played.spans[-1] if played.spans else None
     if not isinstance(last, Sampled) or last.experts is None:
         return None

@@ -1,5 +1,4 @@
-"""Symptoms of rollouts ahead of training: waiting engines or trainers, old responses, and the correction of old
-responses."""
+"""Symptoms of rollouts ahead of training: a side that waits, and old responses with their correction."""
 
 from __future__ import annotations
 

@@ -245,10 +245,7 @@ def _score_rise(history: History) -> tuple[float, float] | None:
 
 
 def _held_out_fall(history: History) -> tuple[str, Point, float] | None:
-    """Return a metric with a large fall, the best evaluation, and the mean now.
-
-    Only metrics with higher as better count.
-    """
+    """Return a far fallen metric with higher as better, its best evaluation, and its mean now."""
     for key, points in history.evals().items():
         fallen = _fallen(points) if key.rpartition("/")[2] not in (*_LOSSES, *_NEUTRAL) else None
         if fallen is not None:

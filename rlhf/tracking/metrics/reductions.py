@@ -147,8 +147,7 @@ class Min(_Chosen):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EffectiveShare(_Additive):
-    """Effective sample size of weighted cases as a fraction of the cases: (sum of w)^2 / (cases * sum of w^2) (Kish
-    1965).
+    """Effective sample size of weighted cases, as a fraction: (sum of w)^2 / (cases * sum of w^2) (Kish 1965).
 
     The share is 1 for equal weights, 1 / cases for a single nonzero weight, and nan without cases.
     """

@@ -110,10 +110,7 @@ class RunFolder:
         self._sweep()
 
     def is_taken_over(self) -> bool:
-        """Return whether a later start has renamed `scratch`.
-
-        On NFS the holder of a lock can lose the lock unnoticed.
-        """
+        """Return whether a later start has renamed `scratch`. On NFS a holder can lose the lock unnoticed."""
         try:
             return not self.scratch.exists() and any(self.path.glob(f"{_SCRATCH}*"))
         except OSError:  # of the network: it proves nothing
@@ -143,10 +140,7 @@ class RunFolder:
         return self.checkpoints / f"step_{step:06d}"
 
     def begin_checkpoint(self, step: int) -> Path:
-        """Return an empty folder for the checkpoint of this step.
-
-        `seal` and `commit_checkpoint` complete the checkpoint.
-        """
+        """Return an empty folder for a step's checkpoint, completed by `seal` and `commit_checkpoint`."""
         return self._begin(self.checkpoint(step))
 
     def commit_checkpoint(self, step: int) -> Path:
@@ -172,10 +166,7 @@ class RunFolder:
         Manifest.of(aside, step=step).write(aside)
 
     def adopt_checkpoint(self, step: int) -> Path:
-        """Make the begun folder, a copy of a checkpoint with the manifest, a checkpoint.
-
-        RunError if the copy is damaged.
-        """
+        """Make a begun copy of a checkpoint, with its manifest, a checkpoint. RunError for a damaged copy."""
         target = self.checkpoint(step)
         damage = find_damage(self._aside(target), step=step)
         if damage is not None:
@@ -186,8 +177,8 @@ class RunFolder:
     def continue_from(self, step: int) -> None:
         """Let a resumed run continue from the checkpoint of this step.
 
-        Later checkpoints stay until the run writes a new checkpoint. Finished rollouts after another checkpoint are
-        removed, since the same versions had different weights.
+        Later checkpoints stay until the run writes a new checkpoint. Rollouts after another checkpoint are removed, as
+        of other weights.
         """
         if self._pointed("latest") != step:
             for path in self.spool.iterdir():
@@ -221,8 +212,7 @@ class RunFolder:
         return self.reference(step)
 
     def refuse_damaged_reference(self, step: int, *, checkpoint: int) -> None:
-        """Raise UserError if the reference of a checkpoint is missing, or a byte of the reference differs from the
-        manifest."""
+        """Raise UserError if the reference of a checkpoint is missing, or differs from the manifest."""
         damage = find_damage(self.reference(step), step=step)
         if damage is not None:
             raise UserError(
@@ -261,10 +251,7 @@ class RunFolder:
         raise UserError(f"--resume: {damage} Restore the file from a copy, or {instead}.")
 
     def best_checkpoint(self) -> int | None:
-        """Return the step that `best` points at.
-
-        None: no checkpoint was marked, or the marked checkpoint is damaged.
-        """
+        """Return the step of `best`. None: no checkpoint was marked, or the marked one is damaged."""
         step = self._pointed("best")
         return step if step in self.checkpoint_steps() else None
 

@@ -64,10 +64,7 @@ class TrackerBackend:
 
 
 class Relay:
-    """A back end on a separate thread.
-
-    After the first failure the back end gets no more calls, and one warning is logged.
-    """
+    """A back end on a separate thread. After the first failure it gets no more calls, with one warning."""
 
     def __init__(self, backend: TrackerBackend, *, close_within_s: float = CLOSE_WITHIN_S) -> None:
         self._backend = backend

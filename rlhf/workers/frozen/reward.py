@@ -47,8 +47,7 @@ class RewardSettings:
 
     @property
     def concurrency(self) -> int:
-        """Return the number of concurrent calls of a worker: groups in scoring, groups at services, and a short
-        call."""
+        """Return the number of concurrent calls of a worker: groups in scoring, at services, and a short one."""
         return self.processes + asks_in_flight(self.specs) + 1
 
 

@@ -96,10 +96,7 @@ class OfflineWorker(TrainedWorker, ABC, Generic[B]):
 
     @torch.no_grad()
     def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, *states: LearntStates) -> Metrics:
-        """Measure loss and accuracy on the plan's rows of a data set. Losses couple only the rows of the plan.
-
-        Collective.
-        """
+        """Measure loss and accuracy on the plan's rows of a data set. Losses couple no other rows. Collective."""
         batch = self.step_batch(dataset, plan)
         shared = self.shared(batch, states)
         parts: list[Metrics] = []

@@ -1,7 +1,4 @@
-"""Training signals of single tokens, read from a rank's columns after the updates.
-
-Only the samples file uses the signals.
-"""
+"""Training signals of single tokens for the samples file, read from a rank's columns after the updates."""
 
 from __future__ import annotations
 

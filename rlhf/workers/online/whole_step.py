@@ -24,10 +24,7 @@ from rlhf.types import BatchPlan, MinibatchPlan, Rollouts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """The rank's means of exchanging columns.
-
-    Among ranks with the same sequences, a single rank has `contributes` set.
-    """
+    """The rank's means of exchanging columns. Only one of the ranks with equal sequences has `contributes` set."""
 
     rank: int  # the rank's index in a plan
     contributes: bool
