@@ -17,8 +17,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from rlhf.extensions import CodeSource
 from rlhf.rewards.processes.pool import RewardPool
-from rlhf.rewards.processes.program import Source
 
 GROUP = 8
 LIMIT_S = 1.0
@@ -48,7 +48,7 @@ def main() -> None:
 def measure(checks: int, *, processes: int, hostile_every: int, seed: int) -> int:
     """Print one line. How many checks failed or had the wrong result."""
     groups = list(itertools.islice(make_groups(hostile_every, seed), checks // GROUP))
-    source = Source(path=None, name="math_answer", args={"limit_s": LIMIT_S})
+    source = CodeSource(path=None, name="math_answer", args={"limit_s": LIMIT_S})
     with RewardPool([source], timeout_s=10.0, processes=processes) as pool, ThreadPoolExecutor(processes) as threads:
         began = time.monotonic()
         outcomes = list(threads.map(lambda group: pool.score(0, "p", group[0], {"answer": group[1]}), groups))
