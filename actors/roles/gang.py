@@ -174,8 +174,12 @@ class Gang(ModelGroup):
         self.head = head
         await self.all([h.take_teacher.remote(head) for h in self.handles], "start")
 
-    async def _columns(self, refs: Sequence[tuple[Ref[Any], ObjectRef[Any]]], stage: str) -> list[tuple[Ref[Any], Any]]:
-        """Await calls that return a column and a small result. Return one rank's results per data-parallel rank."""
+    async def _columns(
+        self, methods: Sequence[Any], arguments: Sequence[Sequence[Any]], stage: str
+    ) -> list[tuple[Ref[Any], Any]]:
+        """Call methods that return a column and a small result. Return one rank's results per data-parallel rank."""
+        calls = zip(methods, arguments, strict=True)
+        refs = [method.options(num_returns=2).remote(*own) for method, own in calls]
         results = await self.all([ref for _, ref in refs], stage)
         return list(self.distinct([(column, result) for (column, _), result in zip(refs, results, strict=True)]))
 
@@ -191,9 +195,11 @@ class Gang(ModelGroup):
                 refs[rank].append(column.ref)
         return [refs[rank // self.sequence_parallel] for rank in range(len(self.handles))]
 
-    def _plans(self, plan: BatchPlan) -> list[BatchPlan]:
+    def _shares(self, plan: BatchPlan, columns: Sequence[RemoteColumns[Any]]) -> list[tuple[Any, ...]]:
+        """Return the rank's plan and the references for each rank to fetch."""
         plans = [plan.for_rank(rank) for rank in range(self.num_ranks)]
-        return [plans[rank // self.sequence_parallel] for rank in range(len(self.handles))]
+        refs = enumerate(self._by_rank(plan, columns))
+        return [(plans[rank // self.sequence_parallel], *own) for rank, own in refs]
 
     async def _step(
         self, methods: Sequence[Any], states: StatesByRank, stage: str, *args: Any, snapshot: int | None = None
@@ -261,11 +267,8 @@ class PolicyGang(Gang):
     async def prepare(
         self, plan: BatchPlan, groups: Sequence[CompletedGroup], ref_logprobs: Sequence[RemoteColumns[TokenValues]]
     ) -> PrepareReport:
-        parts = self._by_rank(plan, [*(group.columns for group in groups), *ref_logprobs])
-        refs = [
-            handle.prepare.remote(own_plan, *own_parts)
-            for handle, own_plan, own_parts in zip(self.handles, self._plans(plan), parts, strict=True)
-        ]
+        shares = self._shares(plan, [*(group.columns for group in groups), *ref_logprobs])
+        refs = [handle.prepare.remote(*share) for handle, share in zip(self.handles, shares, strict=True)]
         reports = self.distinct(await self.all(refs, "experience"))
         return PrepareReport(
             sequences=tuple(s for sequences, _ in reports for s in sequences),
@@ -284,13 +287,7 @@ class PolicyGang(Gang):
             received = plan.received_by(rank // self.sequence_parallel)
             own = None if by_sequence is None else {i: by_sequence[i] for i in received}
             arguments.append((own, *own_values))
-        columns = await self._columns(
-            [
-                handle.set_advantages.options(num_returns=2).remote(*own)
-                for handle, own in zip(self.handles, arguments, strict=True)
-            ],
-            "advantages",
-        )
+        columns = await self._columns([h.set_advantages for h in self.handles], arguments, "advantages")
         return AdvantagesReport(
             mean_advantages={i: value for _, (means, _) in columns for i, value in means.items()},
             metrics=merge_metrics(metrics for _, (_, metrics) in columns),
@@ -307,9 +304,8 @@ class PolicyGang(Gang):
         return await self._step([h.update for h in self.handles], states, "update", minibatch)
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
-        columns = await self._columns(
-            [h.token_signals.options(num_returns=2).remote(tuple(sequences)) for h in self.handles], "samples"
-        )
+        arguments = [(tuple(sequences),)] * len(self.handles)
+        columns = await self._columns([h.token_signals for h in self.handles], arguments, "samples")
         return [column for column, size in columns if size]
 
     async def empty_cache(self) -> None:
@@ -340,14 +336,8 @@ class CriticGang(Gang):
     role: Role = "critic"
 
     async def values(self, plan: BatchPlan, groups: Sequence[CompletedGroup]) -> list[RemoteColumns[TokenValues]]:
-        parts = self._by_rank(plan, [group.columns for group in groups])
-        columns = await self._columns(
-            [
-                handle.values.options(num_returns=2).remote(own_plan, *own_parts)
-                for handle, own_plan, own_parts in zip(self.handles, self._plans(plan), parts, strict=True)
-            ],
-            "values",
-        )
+        shares = self._shares(plan, [group.columns for group in groups])
+        columns = await self._columns([h.values for h in self.handles], shares, "values")
         return [
             RemoteColumns(ref=column, sequence_ids=plan.sequences_of(rank)) for rank, (column, _) in enumerate(columns)
         ]
@@ -395,10 +385,8 @@ class OfflineGang(Gang):
         return keys[0]
 
     async def reference_logprobs(self, dataset: int, plan: MinibatchPlan) -> list[Ref[TokenValues]]:
-        columns = await self._columns(
-            [h.reference_logprobs.options(num_returns=2).remote(dataset, plan) for h in self.handles],
-            "reference",
-        )
+        arguments = [(dataset, plan)] * len(self.handles)
+        columns = await self._columns([h.reference_logprobs for h in self.handles], arguments, "reference")
         return [column for column, _ in columns]
 
     async def keep_reference(self, dataset: int, path: Path, columns: Sequence[Ref[TokenValues]]) -> None:

@@ -88,7 +88,9 @@ class AdvantageLearning(ReferencedLearning):
         super().end_step(groups, signals)
         if self.idle.watches:
             self.idle.see(self.record.row())
-        self._adapt_entropy()
+        if self.algorithm.config.entropy.adaptive is not None:
+            self.record.add({"update/entropy_coef": Last(value=self.entropy.in_force)})
+            self.entropy.adapt(self.record.row().get("update/entropy/mean"))  # None while only the critic is trained
         self._adapt_kl(list(signals.reports.values()), num_sequences=len(signals.trained))
 
     async def prepare(self, groups: Sequence[ScoredGroup], step: int) -> Experience:
@@ -257,11 +259,6 @@ class AdvantageLearning(ReferencedLearning):
         else:
             for metrics in await asyncio.gather(roles.policy.update(minibatch), critic.update(minibatch)):
                 self.record.add(metrics)
-
-    def _adapt_entropy(self) -> None:
-        if self.algorithm.config.entropy.adaptive is not None:
-            self.record.add({"update/entropy_coef": Last(value=self.entropy.in_force)})
-            self.entropy.adapt(self.record.row().get("update/entropy/mean"))  # None while only the critic is trained
 
     def _adapt_kl(self, reports: Sequence[SequenceReport], *, num_sequences: int) -> None:
         adaptive = self.algorithm.config.kl.adaptive

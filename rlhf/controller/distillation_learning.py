@@ -53,7 +53,7 @@ class DistillationLearning(Learning):
             if teacher_columns is None:
                 teacher_columns = await self.teacher.logprobs(answered, temperatures={})
             shown = answered[: -(-config.tracking.samples_per_step // self.rollouts.samples_per_prompt)]
-            means = await self._mean_logprobs([group.rollouts for group in shown])
+            means = await self._mean_logprobs([group.rollouts for group in shown]) if shown else {}
         with record.stage("experience"):
             record.add((await policy.prepare(plan, answered, teacher_columns)).metrics)
         order = self.visits(len(plan.minibatches), step)
@@ -85,8 +85,6 @@ class DistillationLearning(Learning):
         return replace(plan, scores=dict(zip(ids, added.tolist(), strict=True)))
 
     async def _mean_logprobs(self, rollouts: Sequence[Any]) -> Mapping[int, float]:
-        if not rollouts:
-            return {}
         return await self.teacher.mean_logprobs(
             rollouts, temperature=self.rollouts.temperature, samples_per_prompt=self.rollouts.samples_per_prompt
         )

@@ -106,7 +106,7 @@ class Learning(ABC):
         return False
 
     async def renew_reference(self, step: int) -> None:  # noqa: B027
-        """Replace the reference by the policy after this step, if a renewal is due."""
+        """Replace the reference by the policy after this step."""
 
     def end_step(self, groups: Sequence[ScoredGroup], signals: Signals) -> None:
         """Forget the columns of the trained groups. A subclass adapts coefficients to the measured values."""
@@ -150,8 +150,6 @@ class ReferencedLearning(Learning):
         return self.reference_every is not None and step % self.reference_every == 0
 
     async def renew_reference(self, step: int) -> None:
-        if not self.renews_reference(step):
-            return
         folder = self.record.folder
         assert self.roles.reference is not None
         with self.record.stage(self.roles.reference.role):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from rlhf.config.schema.root import Config
-from rlhf.controller.collect import Collected, Collector
+from rlhf.controller.collect import Collected
 from rlhf.roles import Metrics
 from rlhf.types import GroupRequest
 
@@ -27,8 +27,6 @@ class RolloutQueue(Protocol):
 
     Of each step training calls `request`, `take`, `during`, `until_weights_may_change` and `synced`, in this order.
     """
-
-    collector: Collector
 
     @property
     def seconds(self) -> float | None:

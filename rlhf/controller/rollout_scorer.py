@@ -314,13 +314,7 @@ class RolloutScorer:
     async def score(
         self, group: CompletedGroup, sampling: Sampling, *, step: int, version: int, split: str = "train"
     ) -> ScoredGroup:
-        """Return the group with scores, and record the failures.
-
-        Args:
-            step: the step of the metrics row and the error lines.
-            version: the version of the sampling weights.
-            split: "train", or the evaluation set's name.
-        """
+        """Return the group with scores, and record the failures. `score_all` explains the arguments."""
         scored = await self._score(group, sampling, version=version)
         note_errors(scored, self.record, step=step, split=split)
         return scored

@@ -41,7 +41,7 @@ class StepAttempt:
             with learning.record.apart(self.metrics, is_shown=True):
                 self.busy_s = await learning.stream(self.step)
         except ResultsLost as lost:
-            arrived = learning.arrivals.groups
+            arrived = list(learning.arrivals.groups)
             learning.columns.forget(arrived)
             learning.arrivals.replace(await self._restored(arrived))
             raise _as_loss_of_rank(lost) from lost

@@ -32,27 +32,23 @@ class Arrivals:
     def begin(self) -> None:
         """Expect the first group of a batch."""
         self._left = self.size
-        self._groups: list[ScoredGroup] = []
+        self.groups: list[ScoredGroup] = []  # of the batch, so far
         self._num_taken = 0
         self._changed = asyncio.Event()
 
     def rewind(self) -> None:
         """Hand over the groups of the batch again from the first."""
         self._num_taken = 0
-        if self._groups:
+        if self.groups:
             self._changed.set()
-
-    @property
-    def groups(self) -> list[ScoredGroup]:
-        return list(self._groups)
 
     def replace(self, groups: Sequence[ScoredGroup]) -> None:
         """Replace the first arrived groups."""
-        self._groups[: len(groups)] = groups
+        self.groups[: len(groups)] = groups
 
     def add(self, scored: ScoredGroup) -> None:
         self._left -= 1
-        self._groups.append(scored)
+        self.groups.append(scored)
         self._changed.set()
 
     async def take(self) -> list[ScoredGroup]:
@@ -61,8 +57,8 @@ class Arrivals:
         if self._left <= 0:
             return []
         self._changed.clear()
-        begin, self._num_taken = self._num_taken, len(self._groups)
-        return self._groups[begin:]
+        begin, self._num_taken = self._num_taken, len(self.groups)
+        return self.groups[begin:]
 
 
 class StreamedAdvantageLearning(AdvantageLearning):

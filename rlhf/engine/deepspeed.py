@@ -165,12 +165,10 @@ class DeepSpeedEngine:
 
         Adapters drop out only where a gradient is taken. Measurements of the model always see one distribution.
         """
-        with rows_shared_by(self._sequence_group), self._without_dropout() if self._measures() else nullcontext():
+        measures = bool(self._dropouts) and not torch.is_grad_enabled()
+        with rows_shared_by(self._sequence_group), self._without_dropout() if measures else nullcontext():
             result: T = self._engine(function, *args, **kwargs)
         return result
-
-    def _measures(self) -> bool:
-        return bool(self._dropouts) and not torch.is_grad_enabled()
 
     @contextmanager
     def _without_dropout(self) -> Iterator[None]:

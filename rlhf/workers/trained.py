@@ -53,13 +53,7 @@ class TrainedWorker(ModelWorker):
         model: CriticConfig | None = None,
         lr: float | None = None,
     ) -> None:
-        """Keep the settings of the run and of the role.
-
-        Args:
-            optimizer_steps: number of optimizer steps of the run.
-            model: None: the policy's.
-            lr: None: the policy's.
-        """
+        """Set the settings of the role. Without `model` and `lr`, the policy's values apply."""
         super().__init__(place)
         self.config = config
         self.model_config: PolicyConfig | CriticConfig = config.policy if model is None else model

@@ -57,7 +57,8 @@ class Run:
     def learn(self, found: Sequence[ScoredGroup], step: int = 1) -> Signals:
         async def finish() -> Signals:
             signals = await self.learning.learn(found, step)
-            await self.learning.renew_reference(step)
+            if self.learning.renews_reference(step):
+                await self.learning.renew_reference(step)
             self.learning.end_step(found, signals)
             return signals
 

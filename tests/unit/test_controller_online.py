@@ -337,7 +337,7 @@ async def test_groups_whose_tokens_are_lost_while_others_are_sampled_are_found_a
         return "batch"
 
     async def stream(step: int) -> float:
-        streamed.append(arrivals.groups)
+        streamed.append(list(arrivals.groups))
         if streamed[-1][0] == "lost":
             raise ResultsLost("the node is gone.", role="policy", rank=0, stage="experience", kind="died")
         return 2.5

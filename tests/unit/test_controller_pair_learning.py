@@ -40,7 +40,8 @@ class Run:
 
         async def finish() -> Signals:
             signals = await self.learning.learn(scored_groups(*scores), step)
-            await self.learning.renew_reference(step)
+            if self.learning.renews_reference(step):
+                await self.learning.renew_reference(step)
             return signals
 
         return asyncio.run(finish())

@@ -44,7 +44,8 @@ class OnlinePreferenceWorker(PreferenceWorker):
         Only the reference of an adapter is computed here. The first update measures the current log-probabilities.
         """
         sequence_ids = plan.sequences_of(self.data_rank)
-        ids = sequence_ids or _some_pair(plan)  # without pairs the rank passes tokens outside the loss mask
+        pairs = (ids[:2] for minibatch in plan.minibatches for ids in minibatch.sequences_by_rank if ids)
+        ids = sequence_ids or next(pairs)  # without pairs the rank passes tokens outside the loss mask
         rollouts = Rollouts.gather([part for part in parts if isinstance(part, Rollouts)], ids)
         prefixes = shared_prefixes(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
         common = self.rollouts_config.temperature
@@ -136,7 +137,3 @@ class OnlinePreferenceWorker(PreferenceWorker):
             plans.append(replace(minibatch, sequences_by_rank=rows, num_sequences=minibatch.num_sequences // 2))
             first += counts[self.data_rank]
         return plans
-
-
-def _some_pair(plan: BatchPlan) -> tuple[int, ...]:
-    return next(ids[:2] for minibatch in plan.minibatches for ids in minibatch.sequences_by_rank if ids)
