@@ -59,8 +59,6 @@ class Child:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beat:
-    """The answer to a heartbeat."""
-
     oom_kills: OomKills | None  # None: there is no count
     children: tuple[Child, ...] = ()
     shortages: tuple[Shortage, ...] = ()  # for which the process waits

@@ -80,7 +80,6 @@ class Placement:
         return "; ".join(f"{role} on {', '.join(self.addresses_of(role))}" for role in self.plan.slots)
 
     def nodes(self) -> set[str]:
-        """Return all nodes of the run."""
         return set(placement_group_table(self.group)["bundles_to_node_id"].values())
 
     def on_one_host(self) -> bool:

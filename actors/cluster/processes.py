@@ -85,8 +85,6 @@ def kill_children(children: Sequence[Child]) -> bool:
 
 
 class Processes:
-    """The processes of one group of actors."""
-
     def __init__(self, role: Role, handles: Sequence[ActorHandle[Any]]) -> None:
         """Create an object without processes.
 

@@ -81,8 +81,6 @@ class _Client(JobSubmissionClient):  # type: ignore[misc]
 
 
 class Jobs:
-    """The jobs of one cluster."""
-
     def __init__(self, address: str | None) -> None:
         for name in ("dashboard_sdk", "job.sdk"):  # they log uploads and closed connections to stderr
             logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)

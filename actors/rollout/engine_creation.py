@@ -30,8 +30,6 @@ ASKED_AT_ONCE = 10_000  # calls queued in an engine's actor; vLLM has a separate
 
 
 class RolloutEngine(RolloutWorker):
-    """An engine as a Ray actor."""
-
     async def start(self) -> None:
         """Load the model. vLLM's temporary files are removed with the engine, or after a kill by the next engine."""
         self._temporary_files = keep_temporary_files_apart()

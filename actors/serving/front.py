@@ -201,7 +201,6 @@ async def build_front(engine: FrontEngine, sessions: CapturedSessions, spec: Fro
 
 
 def _arguments(spec: FrontSpec, tool_parser: str | None, reasoning_parser: str | None) -> Any:
-    """Return the arguments of vLLM's server."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

@@ -71,7 +71,10 @@ class Bayesian(Strategy):
         if number >= self.trials:
             return None
         suggested: dict[str, Any] = self.search.suggest(str(number))
-        values = {key: _decoded(parameter, suggested[key]) for key, parameter in self.parameters.items()}
+        values = {
+            key: fitting(parameter, suggested[key]) if parameter.values is None else parameter.values[suggested[key]]
+            for key, parameter in self.parameters.items()
+        }
         self.suggested.add(number)
         return self.journal.add(number, values)
 
@@ -83,7 +86,10 @@ class Bayesian(Strategy):
             result = None if failed else {METRIC: values[-1][1]}
             self.search.on_trial_complete(str(trial.number), result, error=failed)
             return
-        point = {key: _encoded(parameter, trial.parameters[key]) for key, parameter in self.parameters.items()}
+        point = {
+            key: trial.parameters[key] if parameter.values is None else parameter.values.index(trial.parameters[key])
+            for key, parameter in self.parameters.items()
+        }
         self.search.add_evaluated_point(point, 0.0 if failed else values[-1][1], error=failed)
 
 
@@ -132,11 +138,3 @@ def _distribution(parameter: Parameter) -> Any:
     if parameter.integer:
         return IntDistribution(int(parameter.min), int(parameter.max), log=log, step=int(parameter.step or 1))
     return FloatDistribution(parameter.min, parameter.max, log=log, step=parameter.step)
-
-
-def _decoded(parameter: Parameter, suggested: Any) -> Any:
-    return parameter.values[suggested] if parameter.values is not None else fitting(parameter, suggested)
-
-
-def _encoded(parameter: Parameter, value: Any) -> Any:
-    return parameter.values.index(value) if parameter.values is not None else value

@@ -55,7 +55,6 @@ def follow_job(job: str, *, address: str | None = None, write: Callable[[str], o
 
 
 def job_status(job: str, *, address: str | None = None) -> JobEnd:
-    """Return the state of a job."""
     from actors.jobs.submit import Jobs
 
     return Jobs(address).state(job)

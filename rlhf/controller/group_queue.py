@@ -63,8 +63,6 @@ class _Load:
 
 
 class GroupQueue:
-    """The groups before training."""
-
     def __init__(
         self,
         collector: Collector,

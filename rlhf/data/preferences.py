@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.data.chat import ASSISTANT, Message, read_messages
+from rlhf.data.chat import ASSISTANT, read_messages
 from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark, num_prompt_tokens
 from rlhf.data.segments import Segment, Tokens, Writer
 from rlhf.data.sources import Row
@@ -135,7 +135,12 @@ def _segments(row: Row, writer: Writer, columns: Sequence[str]) -> list[list[Seg
             )
     answers = [read_messages(row, column=column, system_prompt=writer.system_prompt) for column in columns]
     chosen, rejected = answers[:2]
-    first = len([message for message, _ in itertools.takewhile(_equal, zip(chosen, rejected, strict=False))])
+    first = len(
+        [
+            message
+            for message, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
+        ]
+    )
     if first == len(chosen) == len(rejected):
         raise NotUsable(row.place, "chosen and rejected are equal")
     for column, messages in zip(columns, answers, strict=True):
@@ -152,10 +157,6 @@ def _segments(row: Row, writer: Writer, columns: Sequence[str]) -> list[list[Seg
                 "both begin, where the assistant's answer is expected",
             )
     return [writer.conversation(row, messages, first=first) for messages in answers]
-
-
-def _equal(messages: tuple[Message, Message]) -> bool:
-    return messages[0] == messages[1]
 
 
 def _common_tokens(examples: Sequence[Example]) -> int:

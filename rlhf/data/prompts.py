@@ -166,17 +166,14 @@ def _temperature(row: Row) -> float | None:
     value = row.columns.get("temperature")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_sampled_at(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and MIN_TEMPERATURE <= value <= MAX_TEMPERATURE):
         raise UserError(
             f"{row.place}: column `temperature` is {value!r}, expected the number from {MIN_TEMPERATURE:g} to "
             f"{MAX_TEMPERATURE:g} at which the prompt is answered in training. If it means something else, give the "
             "column another name."
         )
     return float(value)
-
-
-def _is_sampled_at(temperature: float) -> bool:
-    return MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE
 
 
 def _max_new_tokens(row: Row, reading: Reading) -> int | None:

@@ -21,8 +21,6 @@ from rlhf.errors import UserError
 
 
 class Tokenized(Protocol):
-    """An item of a stream."""
-
     @property
     def token_ids(self) -> Sequence[int]: ...
 

@@ -139,7 +139,6 @@ def _running_totals(source: TaskSource) -> list[Columns]:
 
 
 def _responses(split: Split, right: Any, wrong: Any, index: int) -> Columns:
-    """Return the response columns of a row."""
     if split == "pairs":
         return {"chosen": right, "rejected": wrong, "reference": right}
     return {"completion": wrong if index % 2 else right, "label": index % 2 == 0}

@@ -24,8 +24,6 @@ class WrittenSet(BaseModel):
 
 
 class WrittenEvaluation(BaseModel):
-    """An evaluation, as read from a file."""
-
     passing: str | None = None
     sets: dict[str, WrittenSet]
 

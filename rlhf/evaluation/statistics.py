@@ -57,7 +57,8 @@ def maj_at_k(answers: Sequence[str | None], passed: Sequence[bool], *, k: int) -
     silent = n - votes.total()
     won = sum(
         (
-            Fraction(count, votes[answer]) * _choices_won(votes[answer], _without(votes, answer), silent, k)
+            Fraction(count, votes[answer])
+            * _choices_won(votes[answer], [votes[other] for other in votes if other != answer], silent, k)
             for answer, count in right.items()
         ),
         Fraction(0),
@@ -108,10 +109,6 @@ def powers_of_two(samples: int) -> tuple[int, ...]:
 def _check_k(k: int, n: int) -> None:
     if not 1 <= k <= n:
         raise ValueError(f"k is {k}, expected 1 to the number of samples, {n}")
-
-
-def _without(votes: Counter[str], answer: str) -> list[int]:
-    return [count for other, count in votes.items() if other != answer]
 
 
 def _choices_won(count: int, others: Sequence[int], silent: int, k: int) -> Fraction:

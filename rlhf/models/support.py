@@ -34,7 +34,6 @@ class Support:
 
 @cache
 def support_by_type() -> Mapping[str, Support]:
-    """Return the measurements by model type."""
     with Path(__file__).with_name("support.csv").open(encoding="utf-8", newline="") as file:
         return {row["model_type"]: Support(**row) for row in csv.DictReader(file)}
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 
 def masked_sum(values: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]) -> Float[Tensor, ""]:
-    """Return the sum of the counted values."""
     return torch.where(mask, values, 0.0).sum()
 
 

@@ -135,7 +135,6 @@ def sync_stage(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> St
 
 
 def system_of(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths) -> System:
-    """Return the system to simulate."""
     assert config.rollouts is not None
     role, policy, parallel = config.cluster.roles.rollout, config.policy, config.cluster.roles.rollout.tensor_parallel
     shape, size = sizes.of(policy.model), 4 if policy.dtype == "float32" else 2

@@ -56,7 +56,10 @@ def gated(by_name: Mapping[str, Values], shares: Mapping[str, RewardTerm]) -> di
     products: dict[str, Values] = {}
     for name, values in by_name.items():
         factors = _factors(shares[name].gate, by_name, len(values))
-        products[name] = [_product(value, factor) for value, factor in zip(values, factors, strict=True)]
+        products[name] = [
+            None if value is None or factor is None else value * factor
+            for value, factor in zip(values, factors, strict=True)
+        ]
     return products
 
 
@@ -76,10 +79,6 @@ def gated_steps(
 
 def _factors(gate: str | None, by_name: Mapping[str, Values], count: int) -> Values:
     return [1.0] * count if gate is None else by_name[gate]
-
-
-def _product(value: float | None, factor: float | None) -> float | None:
-    return None if value is None or factor is None else value * factor
 
 
 def _normalized(values: Values) -> Values:

@@ -36,7 +36,6 @@ class Listed(Strategy):
         self.left = [n for n in range(len(known)) if n not in trials or trials[n].state == "open"]
 
     def next(self) -> Trial | None:
-        """Return the next unfinished trial."""
         if not self.left:
             return None
         number = self.left.pop(0)

@@ -31,8 +31,6 @@ MOST_TIES = 8  # named trials
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialResult:
-    """Hold the latest values of one trial."""
-
     trial: str
     state: State
     parameters: Values

@@ -201,7 +201,6 @@ def load_folded(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = F
 
 
 def _filled(model: Any, folder: Path, config: peft.LoraConfig) -> Any:
-    """Return the model with the folder's adapter."""
     is_scalar = hasattr(model, "score")
     model = _injected(model, folder, config)
     tensors = load_file(folder / WEIGHTS)

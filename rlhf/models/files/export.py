@@ -90,26 +90,20 @@ def name_padding(config: Any, tokenizer: Any) -> None:
     if not has_score_head(config):
         return
     text = config.get_text_config()
-    ends = {tokenizer.eos_token_id, *_as_list(text.eos_token_id)}
+    own_ends = text.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own_ends if isinstance(own_ends, list) else [own_ends])}
     special = tokenizer.convert_tokens_to_ids(sorted(t for t in tokenizer.all_special_tokens if "pad" in t.lower()))
     added = [i for i, t in sorted(tokenizer.added_tokens_decoder.items()) if "pad" in t.content.lower()]
     named = [getattr(text, "pad_token_id", None), tokenizer.pad_token_id, *special, *added]
     for token_id in (*named, tokenizer.bos_token_id, tokenizer.unk_token_id):
-        token = tokenizer.convert_ids_to_tokens(token_id) if _is_token(token_id, text.vocab_size) else None
+        is_token = token_id is not None and 0 <= token_id < text.vocab_size
+        token = tokenizer.convert_ids_to_tokens(token_id) if is_token else None
         if token is not None and token_id not in ends and token not in str(tokenizer.chat_template or ""):
             text.pad_token_id = token_id
             tokenizer.pad_token = token
             return
     text.pad_token_id = None
     _log.warning("the tokenizer has no token to pad with: transformers scores one sequence at a time")
-
-
-def _as_list(ids: int | list[int] | None) -> list[int | None]:
-    return [*ids] if isinstance(ids, list) else [ids]
-
-
-def _is_token(token_id: int | None, vocab_size: int) -> bool:
-    return token_id is not None and 0 <= token_id < vocab_size
 
 
 @contextmanager

@@ -86,7 +86,6 @@ class DescribedConfig(SimpleNamespace):
     """The part of the tiny model's config read by the checks before a run."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values of config.json."""
         return dict(vars(self))
 
     def get_text_config(self) -> DescribedConfig:

@@ -313,7 +313,6 @@ def begin_child(lifeline: int, faults_fd: int) -> None:
 
 
 def limit_memory(num_bytes: int) -> None:
-    """Limit the memory mapped by this process."""
     _, allowed = resource.getrlimit(resource.RLIMIT_AS)  # this user may not raise the hard limit
     limit = num_bytes if allowed == resource.RLIM_INFINITY else min(num_bytes, allowed)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

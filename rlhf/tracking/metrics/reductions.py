@@ -56,7 +56,6 @@ class Mean(_Additive):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
-        """Return the mean over the values."""
         return cls(total=math.fsum(values), count=len(values))
 
     def result(self) -> float:

@@ -154,7 +154,6 @@ def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a whole JSON-lines file at once."""
     write_atomic(path, "".join(map(json_line, rows)))
 
 

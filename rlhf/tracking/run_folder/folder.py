@@ -117,7 +117,6 @@ class RunFolder:
             return False
 
     def close(self) -> None:
-        """Release the lock on the folder."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -6,6 +6,7 @@ able to write the files can write the manifest too.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -16,13 +17,10 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, fie
 from rlhf.tracking.run_folder.atomic import write_atomic
 
 MANIFEST = "manifest.json"
-_CHUNK_BYTES = 4 * 2**20
 _THREADS = min(8, os.cpu_count() or 1)  # xxhash and reads release Python's lock
 
 
 class FileEntry(BaseModel):
-    """The size and checksum of one file."""
-
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     size: NonNegativeInt
@@ -128,13 +126,6 @@ def _names(folder: Path) -> list[str]:
 
 
 def _entry(path: Path) -> FileEntry:
-    return FileEntry(size=path.stat().st_size, xxh3_128=_checksum(path))
-
-
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            digest.update(buffer[:size])
-    return digest.hexdigest()
+        digest = hashlib.file_digest(file, xxhash.xxh3_128)
+    return FileEntry(size=path.stat().st_size, xxh3_128=digest.hexdigest())
