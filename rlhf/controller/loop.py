@@ -53,8 +53,8 @@ def sparing_loaded_objects() -> Generator[None]:
 class TrainingLoop(ABC):
     """Runs the training loop.
 
-    `step` is the last finished step. `checkpoint_step` is that of the newest checkpoint, and `trained_step` that of the
-    state of the trained roles.
+    `step` is the last finished step. `checkpoint_step` is the step of the newest checkpoint, and `trained_step` is the
+    step of the trained roles' state.
     """
 
     def __init__(
@@ -172,9 +172,9 @@ class TrainingLoop(ABC):
                 lost = other
 
     async def restart_trained(self, oldest: int) -> None:
-        """Start all trained ranks again, and restore the newest snapshot that every rank has.
+        """Start all trained ranks again, and restore the newest snapshot common to all ranks.
 
-        Without such a state, load the newest checkpoint. The steps until `oldest` are trained again.
+        Without such a snapshot, load the newest checkpoint. The steps until `oldest` are trained again.
         """
         roles = self.trained
         await _all_ended([role.restart() for role in roles.values()])
@@ -305,7 +305,7 @@ class TrainingLoop(ABC):
             await self.save_aside(self.state())
 
     async def save_aside(self, state: Mapping[str, Any], *, from_snapshots: bool = False) -> Path:
-        """Write a checkpoint before it becomes valid, and return the folder.
+        """Write a checkpoint, not valid yet, and return the folder.
 
         `from_snapshots`: save the ranks' snapshots of the step instead of the present state.
         """

@@ -3,10 +3,10 @@
     prompts -> rollouts -> rewards -> experience -> advantages -> minibatches -> update -> weight sync
 
 Version v of the weights is the result of v training steps. Step s trains on responses of version s - 1, or of an
-earlier version, and syncs version s to the engines before the step ends. Its batch comes from a queue: of whole batches
-(rlhf.controller.batch_queue), or of groups in flight (rlhf.controller.group_queue). A notice to end that comes while
-the step waits for its batch stores the finished responses for a resumed run, and writes a checkpoint of the previous
-step. A later stage is finished first.
+earlier version, and finally syncs version s to the engines. Batches come from a queue: of whole batches
+(rlhf.controller.batch_queue), or of groups in flight (rlhf.controller.group_queue). A notice to end during the wait for
+a batch stores the finished responses for a resumed run, and writes a checkpoint of the previous step. A later stage is
+finished first.
 """
 
 from __future__ import annotations
@@ -147,10 +147,10 @@ class OnlineController(TrainingLoop):
         await super().end()
 
     async def train_step(self, step: int) -> None:
-        """Take the batch of a step, learn from it, and sync the weights.
+        """Take the batch of a step, learn from the batch, and sync the weights.
 
-        After the loss of a trained rank, `despite_losses` restores the ranks and does its work again: the part of the
-        learning before the batch is whole (train.streamed), and all of `_learn_and_sync`.
+        After the loss of a trained rank, `despite_losses` restores the ranks and repeats its work: the learning from a
+        part of the batch (train.streamed), or all of `_learn_and_sync`.
         """
         began = time.perf_counter()
         attempt = self.attempt = StepAttempt(step, self.learning, self.scorer, self.sampling)
@@ -167,7 +167,7 @@ class OnlineController(TrainingLoop):
         await attempt.write_samples()
 
     async def _learn_and_sync(self, attempt: StepAttempt) -> None:
-        """Carry out a step from its whole batch on, with the ranks in the state before the step or after its updates.
+        """Carry out a step from the whole batch on. The ranks have the state before the step, or after the updates.
 
         updates -> snapshot -> batches ahead are whole -> reference -> weight sync -> snapshot is whole
         """
@@ -185,7 +185,7 @@ class OnlineController(TrainingLoop):
         await self.wait_for_snapshots()  # a later loss must not need the batch again
 
     async def _update(self, attempt: StepAttempt) -> None:
-        """Make the updates of a step, unless the ranks have them, and begin its snapshot."""
+        """Make the updates of a step, unless the ranks have them, and begin the snapshot."""
         if self.trained_step < attempt.step:
             await self.batches.during(attempt.learn())
             await self.take_snapshot(attempt.step)
@@ -224,13 +224,13 @@ class OnlineController(TrainingLoop):
         await self.despite_losses(self._publish_again)
 
     async def _publish_anew(self) -> None:
-        """Sync the weights of the last step again if the ranks that published them are lost."""
+        """Sync the weights of the last step again if the publishing ranks are lost."""
         if not self.is_published:
             with self.record.apart([], is_shown=True):  # the last step has measured this version
                 await self.despite_losses(partial(self._sync, self.step))
 
     async def _go_back(self, attempt: StepAttempt) -> None:
-        """Restore the state before the updates of the step in progress, and publish its weights again."""
+        """Restore the state before the updates of the step in progress, and publish these weights again."""
         self.trained_step = self.step
         await asyncio.gather(*(role.restore_snapshot(self.step) for role in self.trained.values()))
         attempt.begin_again()
@@ -272,7 +272,7 @@ class OnlineController(TrainingLoop):
         raise Preempted(f"a checkpoint of step {self.step} is written" if self.step else "no step was done")
 
     async def _take_and_stream(self, attempt: StepAttempt, learning: StreamedAdvantageLearning) -> Batch:
-        """Return the batch once it is whole, after the learning from its first groups."""
+        """Return the whole batch, after the learning from the first groups."""
 
         async def stream() -> None:
             await self._with_weights(attempt.stream(learning), self._publish_again)
@@ -366,7 +366,7 @@ class OnlineController(TrainingLoop):
         self.scorer.retain_from(first_untrained_group(state), begun=begun_requests(state))
 
     async def save_aside(self, state: Mapping[str, Any], *, from_snapshots: bool = False) -> Path:
-        """Write a checkpoint before it becomes valid, with all begun or untrained responses."""
+        """Write a checkpoint, not valid yet, with all begun or untrained responses."""
         aside = await super().save_aside(state, from_snapshots=from_snapshots)
         if (self.rollouts.max_staleness and not self.in_flight) or self.rollouts.carry_over:
             start, begun = first_untrained_group(state), begun_requests(state)

@@ -23,42 +23,42 @@ class Batch:
 
 
 class RolloutQueue(Protocol):
-    """The rollouts that are requested and not trained yet.
+    """The requested and untrained rollouts.
 
-    Of each step training calls `request`, `take`, `during`, `until_weights_may_change` and `synced`, in this order.
+    In each step training calls `request`, `take`, `during`, `until_weights_may_change` and `synced`, in this order.
     """
 
     @property
     def seconds(self) -> float | None:
-        """Return the time since `request` in which engines sampled. None: nothing was left to request."""
+        """Return the seconds of sampling since `request`. None: nothing was left to request."""
 
     def request(self, step: int) -> None:
-        """Begin a step, whose rollouts are requested now if they are not yet."""
+        """Begin a step. Request the step's rollouts, unless already requested."""
 
     async def take(self, step: int) -> Batch:
-        """Return the batch of a step, once it is whole. Raise the failure of a rollout."""
+        """Return the whole batch of a step. Raise the failure of a rollout."""
 
     async def during(self, work: Coroutine[Any, Any, T]) -> T:
-        """Return the result of the work. If a rollout fails meanwhile, cancel the work and raise that failure."""
+        """Return the result of the work. If a rollout fails meanwhile, cancel the work and raise the failure."""
 
     async def until_weights_may_change(self) -> None:
-        """Wait for the responses that the present weights must finish. Raise the failure of a rollout."""
+        """Wait for responses tied to the present weights. Raise the failure of a rollout."""
 
     async def synced(self, version: int) -> None:
-        """Forget the rollouts that this version was trained on, and sample with it from now on."""
+        """Forget the rollouts trained into this version, and sample with this version from now on."""
 
     async def stop(self) -> Sequence[GroupRequest]:
-        """Give up what is not finished. Return the requests that the engines still answer."""
+        """Give up unfinished rollouts. Return the requests still in progress in the engines."""
 
     def state(self) -> dict[str, Any]:
         """Return the position in the prompts and the untrained rollouts, for a checkpoint."""
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore the position of a checkpoint. Stored responses to its untrained rollouts are used again."""
+        """Restore the position of a checkpoint. Stored responses to untrained requests are used again."""
 
 
 async def unless_failed(work: Coroutine[Any, Any, T], watched: asyncio.Future[None]) -> T:
-    """Return the result of the work. If the watched future fails first, cancel the work and raise that failure."""
+    """Return the result of the work. If the watched future fails first, cancel the work and raise the failure."""
     working = asyncio.ensure_future(work)
     try:
         either: set[asyncio.Future[Any]] = {working, watched}
@@ -72,7 +72,7 @@ async def unless_failed(work: Coroutine[Any, Any, T], watched: asyncio.Future[No
 
 
 def digest_of_settings(config: Config, *fingerprints: str) -> str:
-    """Return a digest of the settings that decide which groups make a batch, besides the prompts."""
+    """Return a digest of the settings, besides the prompts, that decide the groups of a batch."""
     tree = config.model_dump(mode="json", include={"rollouts", "rewards", "reward_policy"})
     for key in ("max_staleness", "weight_updates", "batch_order"):
         del tree["rollouts"][key]

@@ -2,9 +2,9 @@
 
     groups -> updates -> signals -> samples file
 
-A loss is of trained ranks, whose updates are gone, or of a node with the tokens of responses (ResultsLost). Lost tokens
-are read again from the run's store. Then the step begins again as if a trained rank had been lost, since the ranks may
-have a part of the batch. The controller restores the ranks and tells the attempt to begin again.
+After the loss of trained ranks, the updates are gone. After the loss of a node with tokens of responses (ResultsLost),
+the tokens are read again from the run's store. The ranks may have a part of the lost tokens, so the step then begins
+again as after the loss of a trained rank. The controller restores the ranks and tells the attempt to begin again.
 """
 
 from __future__ import annotations
@@ -86,6 +86,6 @@ class StepAttempt:
 
 
 def _as_loss_of_rank(lost: ResultsLost) -> WorkerLost:
-    """Return the loss of a trained rank, after which the step begins again."""
+    """Return the loss of a trained rank in place of lost results, so that the step begins again."""
     role = lost.role if lost.role in TRAINED_ROLES else "policy"
     return WorkerLost(lost.reason, role=role, rank=0, stage=lost.stage, kind="died")

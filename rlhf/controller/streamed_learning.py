@@ -1,8 +1,8 @@
-"""Learn from the first groups of a batch while its last ones are still sampled (train.streamed).
+"""Learn from the first groups of a batch while later groups are still sampled (train.streamed).
 
     ready groups -> portion -> experience -> gradient of the first minibatch, until the batch is whole -> updates
 
-A portion has all groups that are ready. The ranks add its gradient to a sum (rlhf.workers.online.streamed).
+A portion has all ready groups. The ranks add the portion's gradient to a sum (rlhf.workers.online.streamed).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class StreamedAdvantageLearning(AdvantageLearning):
         super().arrived(scored)
 
     async def stream(self, step: int) -> float:
-        """Learn from the portions of a batch until it is whole. Return the seconds of this work.
+        """Learn from the portions of a batch until the batch is whole. Return the seconds of this work.
 
         The last portion is left to `learn`, with the updates.
         """
@@ -99,7 +99,7 @@ class StreamedAdvantageLearning(AdvantageLearning):
         return await self.update_from(portions, step)
 
     def begin_again(self) -> None:
-        """Forget the gradients of a step that was begun: its ranks are lost."""
+        """Forget the gradients of a begun step after the loss of ranks."""
         self._forget_portions()
         self.arrivals.rewind()
 
@@ -122,9 +122,9 @@ class StreamedAdvantageLearning(AdvantageLearning):
         return replace(plan, portion=sum(bool(portion.plan.scores) for portion in self.portions))
 
     def _drawn(self, groups: Sequence[ScoredGroup], step: int) -> list[list[RolloutInfo]]:
-        """Return the minibatches of a portion, as they will be drawn from the whole batch.
+        """Return a portion's minibatches, as drawn from the whole batch.
 
-        They are known beforehand: each prompt of the batch has a group, and all groups have one size.
+        The draw is known beforehand: each prompt of the batch has a group, and all groups have the same size.
         """
         count, samples = trained_per_prompt(self.config, self.rollouts), self.rollouts.samples_per_prompt
         members = [[(place, i) for i in range(count)] for place in range(self.rollouts.prompts_per_step)]

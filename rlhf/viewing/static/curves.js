@@ -1,5 +1,4 @@
-// Curves of all metrics: the main metrics first, then stage by stage. A chart is drawn when it comes into view. An eager
-// chart is drawn at once, so that it can be printed.
+// Curves of all metrics: the main metrics first, then stage by stage. A chart is drawn when it comes into view.
 
 import { html, useEffect, useMemo, useRef, useState } from "./vendor/htm-preact.module.js";
 import { Check, Search } from "./fields.js";
@@ -93,10 +92,10 @@ function optionsOf(name, runs, width, log, byTime, readOut) {
   };
 }
 
-function Chart({ name, about, runs, settings, tick, theme, eager }) {
+function Chart({ name, about, runs, settings, tick, theme }) {
   const root = useRef();
   const value = useRef();
-  const [seen, see] = useState(Boolean(eager));
+  const [seen, see] = useState(false);
   useEffect(() => {
     const watch = new IntersectionObserver((entries) => entries.some((one) => one.isIntersecting) && see(true), {
       rootMargin: "300px",

@@ -1,4 +1,4 @@
-"""Divide the losses of an optimizer step by its counts over all ranks and micro-batches."""
+"""Divide the losses of an optimizer step by counts over all ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class Normalisation:
 
     @property
     def of_losses(self) -> StepCounts:
-        """Return the counts that divide the loss of a micro-batch."""
+        """Return the divisors for the loss of a micro-batch."""
         return replace(self.counts, num_tokens=1, num_sequences=1) if self.is_deferred else self.counts
 
     @property
     def divisor(self) -> int:
-        """Return the number that divides the sum of the gradients."""
+        """Return the divisor for the sum of the gradients."""
         counts = self.counts
         if not self.is_deferred:
             return 1
         return denominator(self.mode, num_tokens=counts.num_tokens, num_sequences=counts.num_sequences)
 
     def measured(self, metrics: Metrics) -> Metrics:
-        """Return the metrics of a micro-batch as if its loss had been divided before."""
+        """Return the metrics of a micro-batch as after an earlier division of the loss."""
         factor = self.counts.num_tokens / self.of_losses.num_tokens / self.divisor
         return {
             name: replace(value, total=value.total * factor) if name in LOSSES and isinstance(value, Mean) else value

@@ -1,9 +1,9 @@
-"""One rank of a policy whose batch arrives in portions (train.streamed).
+"""One rank of a policy trained on a batch in portions (train.streamed).
 
     portion -> prepare -> advantages -> accumulate, for each portion; then update
 
-`accumulate` adds the gradient of a portion before the next portion has arrived. The counts that divide the loss are not
-known then, so losses are sums, and the optimizer step divides the gradient.
+`accumulate` adds the gradient of a portion before the next portion has arrived. The divisors of the loss are not known
+then, so losses are sums, and the optimizer step divides the gradient.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class StreamedPolicyWorker(PolicyWorker):
     def accumulate(self, minibatch: int) -> None:
         """Add the newest portions of a minibatch to the sum. Collective.
 
-        Portions without a trained token wait for one that has tokens: there may be no optimizer step.
+        Portions without a trained token wait for a portion with trained tokens: there may be no optimizer step.
         """
         if self._normalisation(minibatch, self.portions[self.num_accumulated :]).counts.num_tokens:
             self._accumulate(minibatch, ends=False)
@@ -58,7 +58,7 @@ class StreamedPolicyWorker(PolicyWorker):
         return Normalisation(counts=counts, mode=self.algorithm.config.aggregation, is_deferred=True)
 
     def _accumulate(self, minibatch: int, *, ends: bool) -> None:
-        """Run the passes of a minibatch over the portions that are not in the sum yet. Collective.
+        """Run the passes of a minibatch over the portions missing in the sum. Collective.
 
         ends: whether the optimizer step follows.
         """
