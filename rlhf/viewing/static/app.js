@@ -226,6 +226,7 @@ function App() {
   useEffect(() => {
     addEventListener("hashchange", () => setAsked(readPlace()));
     addEventListener("scroll", () => tip.hide(), { passive: true, capture: true });
+    addEventListener("beforeprint", () => document.querySelectorAll(".overview > details").forEach((fold) => (fold.open = true)));
   }, []);
 
   const toggleHelp = () => setHelp((shown) => !shown);

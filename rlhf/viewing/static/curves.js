@@ -1,4 +1,5 @@
-// Curves of all metrics: the main metrics first, then stage by stage. A chart is drawn when it comes into view.
+// Curves of all metrics: the main metrics first, then stage by stage. A chart is drawn when it comes into view. An eager
+// chart is drawn at once, so that it can be printed.
 
 import { html, useEffect, useMemo, useRef, useState } from "./vendor/htm-preact.module.js";
 import { Check, Search } from "./fields.js";
@@ -92,10 +93,10 @@ function optionsOf(name, runs, width, log, byTime, readOut) {
   };
 }
 
-function Chart({ name, about, runs, settings, tick, theme }) {
+function Chart({ name, about, runs, settings, tick, theme, eager }) {
   const root = useRef();
   const value = useRef();
-  const [seen, see] = useState(false);
+  const [seen, see] = useState(Boolean(eager));
   useEffect(() => {
     const watch = new IntersectionObserver((entries) => entries.some((one) => one.isIntersecting) && see(true), {
       rootMargin: "300px",

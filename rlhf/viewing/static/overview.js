@@ -135,7 +135,7 @@ function Stage({ stage, runs, go, look }) {
   return html`<h2>${stage || (several ? "Comparison" : "Run")}</h2>
     ${runs.map((run) => html`<${Diagnosis} key=${run.name} ...${{ run, several }} />`)}
     ${several && html`<${Differences} title="Configuration" part="config" runs=${runs} />`}
-    ${names.length > 0 && html`<section data-stage="first"><h3>Main curves</h3><${Charts} ...${{ names, runs, ...look }} /></section>`}
+    ${names.length > 0 && html`<section data-stage="first"><h3>Main curves</h3><${Charts} eager ...${{ names, runs, ...look }} /></section>`}
     ${runs.map((run) =>
       several
         ? html`<details key=${run.name}><summary>${run.name}</summary><${Details} ...${{ run, go }} /></details>`
