@@ -64,7 +64,7 @@ def preload_agent(
     template: ChatTemplate,
     key: str,
 ) -> LoadedAgent:
-    """Load the agent of a section once, in a separate process. Return None without a section.
+    """Load the agent of a section once, in a separate process.
 
     Args:
         beside: the folder searched for the agent's files before the current folder.

@@ -102,7 +102,7 @@ def preload_environment(
     template: ChatTemplate,
     key: str = KEY,
 ) -> LoadedEnvironment:
-    """Load the environment of a section once, in a separate process. Return None without a section.
+    """Load the environment of a section once, in a separate process.
 
     Args:
         beside: the folder searched for the environment's file before the current folder.
