@@ -121,14 +121,5 @@ def requests_of(prompts: Sequence[Prompt], decoding: Decoding) -> tuple[list[Gro
         )
         for index, prompt in enumerate(prompts)
     ]
-    sampling = Sampling(
-        max_new_tokens=decoding.max_new_tokens,
-        temperature=decoding.temperature,
-        top_p=decoding.top_p,
-        top_k=decoding.top_k,
-        min_p=decoding.min_p,
-        repetition_penalty=decoding.repetition_penalty,
-        stop=decoding.stop,
-        stop_token_ids=decoding.stop_token_ids,
-    )
+    sampling = Sampling(**{name: getattr(decoding, name) for name in Sampling.__dataclass_fields__})
     return requests, sampling
