@@ -204,7 +204,7 @@ def ours(job: Job) -> Measured:
     if job.method == "dpo":
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, f"{worker.reference_key(0)}.safetensors")
-            worker.keep_reference(0, path, worker.reference_logprobs(0, plan(0, job.rows))[0])
+            worker.store_reference(0, path, worker.reference_logprobs(0, plan(0, job.rows))[0])
     reference_s = time.perf_counter() - start
     seconds, losses, done = [], [], 0
     for batch in job.batches:

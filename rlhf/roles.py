@@ -417,7 +417,7 @@ class OfflineRole(TrainedRole, Protocol):
     async def reference_logprobs(self, dataset: int, plan: MinibatchPlan) -> list[Ref[TokenValues]]:
         """Return log-probabilities of the planned rows under the current weights, a column per rank."""
 
-    async def keep_reference(self, dataset: int, path: Path, columns: Sequence[Ref[TokenValues]]) -> None:
+    async def store_reference(self, dataset: int, path: Path, columns: Sequence[Ref[TokenValues]]) -> None:
         """Store the columns of a whole data set as the reference's, in memory and on disk."""
 
     async def read_reference(self, dataset: int, path: Path) -> bool:

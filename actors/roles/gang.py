@@ -389,9 +389,9 @@ class OfflineGang(Gang):
         columns = await self._columns([h.reference_logprobs for h in self.handles], arguments, "reference")
         return [column for column, _ in columns]
 
-    async def keep_reference(self, dataset: int, path: Path, columns: Sequence[Ref[TokenValues]]) -> None:
+    async def store_reference(self, dataset: int, path: Path, columns: Sequence[Ref[TokenValues]]) -> None:
         """Give every rank all reference columns, since each step deals the data set's rows to the ranks anew."""
-        await self.all([h.keep_reference.remote(dataset, path, *columns) for h in self.handles], "reference")
+        await self.all([h.store_reference.remote(dataset, path, *columns) for h in self.handles], "reference")
         self.references = {**self.references, dataset: path}
 
     async def read_reference(self, dataset: int, path: Path) -> bool:

@@ -160,7 +160,7 @@ class OfflineController(TrainingLoop):
                 columns += await role.reference_logprobs(index, self._plan(chunk))
                 done += len(chunk)
                 self.record.progress.stage("reference", done, len(rows))
-            await role.keep_reference(index, path, columns)
+            await role.store_reference(index, path, columns)
             logger.info("the reference log-probabilities of %d rows are written to %s", len(rows), path)
 
     def _chunks(self, rows: Sequence[DataRow]) -> Iterator[Sequence[DataRow]]:

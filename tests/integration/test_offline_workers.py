@@ -136,7 +136,7 @@ def train_rank(
     if isinstance(worker, ReferencedPolicy):
         columns: list[Any] = [None] * world_size
         dist.all_gather_object(columns, worker.reference_logprobs(0, everything)[0])
-        worker.keep_reference(0, Path(folder, f"{world_size}.safetensors"), *columns)
+        worker.store_reference(0, Path(folder, f"{world_size}.safetensors"), *columns)
     found = []
     for step in range(STEPS):
         rows = [*range(step * ROWS // STEPS, (step + 1) * ROWS // STEPS), *repeated]

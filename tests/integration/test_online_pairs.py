@@ -140,7 +140,7 @@ def learn_offline(
     ]
     everything = MinibatchPlan(sequences_by_rank=(tuple(range(GROUPS)),), num_tokens=1, num_sequences=GROUPS)
     column, _ = worker.reference_logprobs(0, everything)
-    worker.keep_reference(0, Path(folder, "reference.safetensors"), column)
+    worker.store_reference(0, Path(folder, "reference.safetensors"), column)
     return [worker.update_on(one) for one in minibatches]
 
 

@@ -189,7 +189,7 @@ async def test_new_ranks_take_the_places_of_the_old_and_get_what_those_had(notes
     head: Any = "head"
     await gang.take_teacher(head)
     assert await gang.read_reference(0, Path("a"))
-    await gang.keep_reference(1, Path("b"), [])
+    await gang.store_reference(1, Path("b"), [])
     notes.clear()
     await gang.restart()
     assert notes == [

@@ -41,8 +41,8 @@ class ReferencedPolicy(PairsWorker):
         column = TokenValues(sequence_ids=examples.sequence_ids, lengths=examples.lengths, values=values)
         return (column, len(values)) if batch.rows else (column.take(()), 0)
 
-    def keep_reference(self, dataset: int, path: Path, *columns: TokenValues) -> None:
-        """Keep the columns computed by all ranks. The first rank writes the columns to the cache."""
+    def store_reference(self, dataset: int, path: Path, *columns: TokenValues) -> None:
+        """Store the columns computed by all ranks. The first rank writes the columns to the cache."""
         examples = self.sets[dataset].examples
         self.references[dataset] = TokenValues.gather(columns, examples.sequence_ids.tolist())
         if self.place.rank == 0:
