@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from rlhf.models.packed.attention import packed_attention
 from rlhf.models.packed.forward import policy_logprobs
 from rlhf.models.packed.varlen import borders, obstacle
-from tests.fixtures.packed_models import BRANCHES, LENGTHS, make, shared_and_copied
+from tests.fixtures.packed_models import BRANCHES, LAYOUTS, LENGTHS, make, shared_and_copied
 from tests.gpu.gpu_helpers import GPU
-from tests.unit.test_models_packed_varlen import LAYOUTS
 
 pytestmark = pytest.mark.gpu
 

@@ -16,7 +16,7 @@ from rlhf.algorithms.ppo import PPO, PPOConfig
 from rlhf.objectives.aggregation import token_weights
 from rlhf.objectives.policy_loss import clipped_loss
 from rlhf.objectives.sequence_ratios import sequence_ratio, sequence_token_ratio
-from tests.fixtures.algorithms import COUNTS, LENGTHS, MASK, ONLINE, made, microbatch, outcomes, selected
+from tests.fixtures.algorithms import COUNTS, LENGTHS, MASK, ONLINE, made, microbatch, outcomes, selected, sequences_of
 
 
 def grpo_loss(
@@ -82,30 +82,28 @@ def test_the_entropy_bonus_lowers_the_loss() -> None:
 )
 def test_the_gradient_is_that_of_the_step_however_it_is_cut(name: str, settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    lengths = torch.tensor([3, 5, 2])
     mask = torch.tensor([0, 1, 1, 0, 0, 1, 1, 1, 0, 1], dtype=torch.bool)
     start, old, rollout, advantages = (torch.randn(10) for _ in range(4))
     counts = StepCounts(num_tokens=int(mask.sum()), num_sequences=3, max_new_tokens=4)
     algorithm = made(name, **settings)
-    chosen = selected(algorithm, old, advantages, mask)
+
+    batch = PolicyMicrobatch(
+        lengths=torch.tensor([3, 5, 2]),
+        response_mask=mask,
+        logprobs=start,
+        entropy=torch.zeros(10),
+        old_logprobs=old,
+        rollout_logprobs=rollout,
+        ref_logprobs=None,
+        advantages=advantages,
+        selected=selected(algorithm, old, advantages, mask),
+    )
 
     def gradient(pieces: list[list[int]]) -> Tensor:
         logprobs = start.clone().requires_grad_()
-        borders = [0, *lengths.cumsum(0).tolist()]
         for rows in pieces:
-            at = torch.cat([torch.arange(borders[row], borders[row + 1]) for row in rows])
-            batch = PolicyMicrobatch(
-                lengths=lengths[rows],
-                response_mask=mask[at],
-                logprobs=logprobs[at],
-                entropy=torch.zeros(len(at)),
-                old_logprobs=old[at],
-                rollout_logprobs=rollout[at],
-                ref_logprobs=None,
-                advantages=advantages[at],
-                selected=None if chosen is None else chosen[at],
-            )
-            algorithm.policy_loss(batch, counts, kl_coef=0.0).loss.backward()
+            piece = sequences_of(replace(batch, logprobs=logprobs), rows)
+            algorithm.policy_loss(piece, counts, kl_coef=0.0).loss.backward()
         return logprobs.grad
 
     whole = gradient([[0, 1, 2]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
@@ -15,10 +15,10 @@ from rlhf.algorithms.correction import PRESETS, CorrectionConfig, Preset, correc
 from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.workers.online.update_metrics import correction_metrics, sampler_metrics, update_metrics
-from tests.fixtures.algorithms import made
+from tests.fixtures.algorithms import made, sequences_of
+from tests.fixtures.sources import ROOT
 
 LENGTHS = [6, 3, 9, 4, 2]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def batch_of(seed: int = 0, *, bypass: bool = False) -> PolicyMicrobatch:
@@ -41,14 +41,6 @@ def batch_of(seed: int = 0, *, bypass: bool = False) -> PolicyMicrobatch:
         ref_logprobs=None,
         advantages=advantages,
     )
-
-
-def rows_of(batch: PolicyMicrobatch, rows: list[int], logprobs: Tensor) -> PolicyMicrobatch:
-    borders = [0, *batch.lengths.cumsum(0).tolist()]
-    at = torch.cat([torch.arange(borders[row], borders[row + 1]) for row in rows])
-    names = ("response_mask", "entropy", "old_logprobs", "rollout_logprobs", "advantages")
-    taken = {name: getattr(batch, name)[at] for name in names}
-    return PolicyMicrobatch(lengths=batch.lengths[rows], logprobs=logprobs[at], ref_logprobs=None, **taken)
 
 
 def by_numpy(config: CorrectionConfig, batch: PolicyMicrobatch) -> dict[str, np.ndarray]:
@@ -173,7 +165,7 @@ def test_the_policy_gradient_form_is_weighted_reinforce_whatever_the_algorithm(a
     batch = batch_of(bypass=True)
     logprobs = batch.logprobs.clone().requires_grad_()
     settings = {"preset": "bypass_pg_is", "max_ratio": 1.5}
-    terms = loss(algorithm, settings, rows_of(batch, [0, 1, 2, 3, 4], logprobs))
+    terms = loss(algorithm, settings, replace(batch, logprobs=logprobs))
     terms.loss.backward()
     weights = torch.from_numpy(by_numpy(CorrectionConfig.model_validate(settings), batch)["weights"])
     each = torch.where(batch.response_mask, -batch.advantages.double() * weights, 0.0)  # by logp
@@ -204,7 +196,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(mode: str, aggregation: str) ->
         logprobs = batch.logprobs.clone().requires_grad_()
         parts = []
         for rows in pieces:
-            piece = rows_of(batch, rows, logprobs)
+            piece = sequences_of(replace(batch, logprobs=logprobs), rows)
             terms = algorithm.policy_loss(piece, counts, kl_coef=0.0)
             terms.loss.backward()
             own = int(piece.response_mask.sum())
@@ -259,8 +251,7 @@ def test_equal_policies_are_measured_as_equal_and_nothing_is_done_to_them() -> N
     ratios = ("rollout_ratio/mean", "rollout_ratio/max", "rollout_ratio/min")
     ones = (*ratios, "rollout_ess_token", "rollout_ess_token/lag_0", "rollout_ess_sequence")
     assert found == {key: float(key.removeprefix("experience/") in ones) for key in found}
-    same = batch.rollout_logprobs
-    equal = rows_of(batch_of(bypass=True), [0, 1, 2, 3, 4], same)
+    equal = replace(batch_of(bypass=True), logprobs=batch.rollout_logprobs)
     for preset in PRESETS:
         done = correction(CorrectionConfig(preset=preset), equal)
         assert torch.equal(done.weights, batch.response_mask.float()), preset

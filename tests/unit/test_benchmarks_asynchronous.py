@@ -18,8 +18,8 @@ from rlhf.errors import UserError
 from rlhf.planning.lengths import Lengths
 from rlhf.planning.simulate import simulate
 from rlhf.planning.system import RecordedGroup, Schedule, System
+from tests.fixtures.sources import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SYSTEM = System(
     lengths=Lengths(most=400, mean=60.0, sigma=1.0),
     prompts_per_step=8,

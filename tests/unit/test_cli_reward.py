@@ -176,11 +176,10 @@ def test_the_page_shows_what_is_printed(
     assert codes == [1, 2]
 
 
-def test_a_reward_model_scores_the_text(config: str, tmp_path: Path, tiny_model: Path) -> None:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+def test_a_reward_model_scores_the_text(config: str, tmp_path: Path, tiny_model: Path, tokenizer: Any) -> None:
+    from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model.save_pretrained(tmp_path / "rm")
     tokenizer.save_pretrained(tmp_path / "rm")
     file = write(tmp_path / "r.jsonl", [row("a b", "cd"), row("a b", "c", truncated=True)])

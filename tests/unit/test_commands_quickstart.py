@@ -20,16 +20,8 @@ def write(folder: Path, scores: list[float]) -> None:
             row = {"step": 10 * index, "time_s": 1.0, "eval/heldout/score": score}
             file.write(json.dumps(row) + "\n" + json.dumps({"step": 10 * index + 1, "time_s": 1.0}) + "\n")
     for step, response in ((0, "[b]9,10"), (10 * (len(scores) - 1), "11,19")):
-        rows = [
-            {
-                "split": split,
-                "prompt_id": 4,
-                "prompt": "8+3=",
-                "response": response,
-                "score": float(response == "11,19"),
-            }
-            for split in ("heldout", "train")
-        ]
+        row = {"prompt_id": 4, "prompt": "8+3=", "response": response, "score": float(response == "11,19")}
+        rows = [{"split": split, **row} for split in ("heldout", "train")]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "samples" / f"step_{step:06d}.jsonl").write_text(text)
 

@@ -69,14 +69,19 @@ def test_without_shuffling_each_set_keeps_its_order() -> None:
     assert taken == [(0, i) for i in (0, 1, 2, 10, 3, 4, 5, 11, 6, 7, 8)] + [(1, 10)]
 
 
-def test_the_order_does_not_depend_on_the_sizes_asked_for() -> None:
-    parts = mixture(BIG, SMALL)
-    assert [pair for n in (1, 9, 0, 3, 22) for pair in ids(parts, n)] == ids(mixture(BIG, SMALL), 35)
+SETS = [(BIG,), (BIG, SMALL)]
 
 
-@pytest.mark.parametrize("taken", [0, 3, 12, 13, 100])
-def test_a_restored_stream_goes_on_where_the_other_stood(taken: int) -> None:
-    stream, other = mixture(BIG, SMALL), mixture(BIG, SMALL)
+@pytest.mark.parametrize("shares", SETS)
+def test_the_order_does_not_depend_on_the_sizes_asked_for(shares: tuple[MixtureShare, ...]) -> None:
+    parts = mixture(*shares)
+    assert [pair for n in (1, 9, 0, 3, 22) for pair in ids(parts, n)] == ids(mixture(*shares), 35)
+
+
+@pytest.mark.parametrize("shares", SETS)
+@pytest.mark.parametrize("taken", [0, 3, 10, 12, 13, 40, 100])
+def test_a_restored_stream_goes_on_where_the_other_stood(taken: int, shares: tuple[MixtureShare, ...]) -> None:
+    stream, other = mixture(*shares), mixture(*shares)
     stream.next(taken)
     other.next(7)
     other.restore(pickle.loads(pickle.dumps(stream.state())))
@@ -89,7 +94,7 @@ def test_sets_of_one_size_are_shuffled_independently() -> None:
     assert [i for _, i in taken if i < 10] != [i - 10 for _, i in taken if i >= 10]
 
 
-@pytest.mark.parametrize("shares", [(BIG,), (BIG, SMALL)])
+@pytest.mark.parametrize("shares", SETS)
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_the_given_items_are_known_without_the_data(shares: tuple[MixtureShare, ...], shuffle: bool) -> None:
     stream = mixture(*shares, seed=5, shuffle=shuffle)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 
 import pytest
@@ -34,24 +33,6 @@ def test_each_epoch_holds_every_item_once_in_an_order_of_its_own() -> None:
     assert all(sorted(order) == list(range(10)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
     assert ids(source(10, seed=1).next(10)) != taken[:10]
-
-
-def test_the_order_does_not_depend_on_the_sizes_asked_for() -> None:
-    whole = ids(source().next(35))
-    parts = source()
-    assert [pair for n in (1, 9, 0, 3, 22) for pair in ids(parts.next(n))] == whole
-
-
-@pytest.mark.parametrize("taken", [0, 3, 10, 13, 40])
-def test_a_restored_stream_goes_on_where_the_other_stood(taken: int) -> None:
-    stream = source()
-    stream.next(taken)
-    cursor = pickle.loads(pickle.dumps(stream.state()))
-    other = source()
-    other.next(7)
-    other.restore(cursor)
-    assert other.state() == cursor
-    assert ids(other.next(25)) == ids(stream.next(25))
 
 
 @pytest.mark.parametrize(

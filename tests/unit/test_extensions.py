@@ -13,6 +13,11 @@ from rlhf.rewards.loading import load_reward
 from tests.packages import install
 
 
+@pytest.fixture(autouse=True)
+def _own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
 def refusal(name: str, *, folder: Path | None = None) -> str:
     with pytest.raises(UserError) as error:
         find_code("reward", name, built_ins=["contains"], folders=[folder] if folder else [], key="rewards.r.function")
@@ -75,8 +80,7 @@ def test_a_reward_of_a_package_is_loaded_in_a_process(tmp_path: Path, monkeypatc
         load_reward("polite", args={}, folders=[], key="rewards.r.function")
 
 
-def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def test_files(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("import near_it\ndef reward(): return near_it.VALUE\n")
     (tmp_path / "near_it.py").write_text("VALUE = 5\n")
     source = find_code("reward", "mine.py:reward", folders=[tmp_path], key="k")
@@ -103,8 +107,7 @@ def test_neighbours_come_first_only_in_an_isolated_process(tmp_path: Path, monke
         assert len(sys.path) == 2
 
 
-def test_a_file_that_failed_fails_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def test_a_file_that_failed_fails_again(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("x = 1 / 0\n")
     source = find_code("reward", "broken.py:x", folders=[tmp_path], key="k")
     for _ in range(2):
@@ -115,10 +118,7 @@ def test_a_file_that_failed_fails_again(tmp_path: Path, monkeypatch: pytest.Monk
 UNGUARDED = "import rlhf\n\n\ndef f(prompt, response): return 1.0\n\n\nrlhf.plan('run.yaml')\n"
 
 
-def test_a_file_that_starts_work_when_it_is_imported_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def test_a_file_that_starts_work_when_it_is_imported_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text(UNGUARDED)
     words = rf'^{path}:7: rlhf.plan is called while the file is imported. .* `if __name__ == "__main__":`.$'
@@ -138,18 +138,14 @@ def test_a_package_that_starts_work_when_it_is_imported_is_refused(
         load_code(find_code("reward", "polite", key="k"))
 
 
-def test_a_file_that_loads_a_configuration_with_its_own_code_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def test_a_file_that_loads_a_configuration_with_its_own_code_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text("from rlhf.extensions import import_file\nimport_file(__file__)\n")
     with pytest.raises(LoadError, match=rf"{path} loads a configuration that names {path} itself. Put this call"):
         load_code(CodeSource(path=str(path), name="f"))
 
 
-def test_loaded_code_starts_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def test_loaded_code_starts_no_work(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("import rlhf\n\n\ndef f(prompt, response): return rlhf.plan('run.yaml')\n")
     words = f"{tmp_path}/mine.py:4: rlhf.plan is called by code that a configuration names. "
     with pytest.raises(LoadError, match=words):

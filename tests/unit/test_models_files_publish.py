@@ -48,15 +48,8 @@ def test_a_folder_is_uploaded_to_a_private_repository(hub: Hub, tmp_path: Path) 
 def test_an_upload_replaces_the_model_in_the_repository(hub: Hub, tmp_path: Path) -> None:
     """transformers would load a single file before several files, and an adapter instead of a model."""
     push_folder(tmp_path, "me/model")
-    model = [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "config.json",
-        "generation_config.json",
-        "model-00001-of-00002.safetensors",
-        "model.safetensors",
-        "model.safetensors.index.json",
-    ]
+    model = ["adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json"]
+    model += ["model-00001-of-00002.safetensors", "model.safetensors", "model.safetensors.index.json"]
     others = ["LICENSE", "README.md", "checkpoint-9/config.json", "checkpoint-9/model.safetensors"]
     deleted = filter_repo_objects(model + others, allow_patterns=hub.calls[1][1]["delete_patterns"])
     assert list(deleted) == model

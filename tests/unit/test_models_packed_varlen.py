@@ -14,21 +14,11 @@ from torch import Tensor, nn
 
 from rlhf.models.packed import attention
 from rlhf.models.packed.attention import packed_attention
-from rlhf.models.packed.branches import Branch, Branches
 from rlhf.models.packed.varlen import borders, obstacle, varlen_attention
+from tests.fixtures.packed_models import LAYOUTS
 
 CPU = torch.device("cpu")
-LENGTHS = [5, 3, 4, 2]
-BRANCHES = (None, Branch(of=0, length=3), None, Branch(of=2, length=4))
-LAYOUTS: dict[str, tuple[list[int], Branches | None]] = {
-    "plain": ([5, 1, 8], None),
-    "branches": (LENGTHS, BRANCHES),
-    "branches_of_branches": (
-        [4, 3, 2, 1],
-        (None, Branch(of=0, length=2), Branch(of=1, length=4), Branch(of=2, length=6)),
-    ),
-    "only_whole_sequences": ([2, 2], (None, None)),
-}
+LENGTHS, BRANCHES = LAYOUTS["branches"]
 
 
 def reference_kernel(

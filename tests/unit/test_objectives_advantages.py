@@ -26,10 +26,7 @@ from rlhf.objectives.advantages import (
     uneven_group_scale,
     whiten,
 )
-
-
-def column(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+from tests.fixtures.tensors import column
 
 
 def test_gae_of_two_sequences() -> None:

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from rlhf.objectives.corrections import (
     Level,
@@ -19,11 +18,7 @@ from rlhf.objectives.corrections import (
     token_ratio,
     truncated,
 )
-
-
-def column(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
+from tests.fixtures.tensors import column
 
 # Ratios 0.5, (hole), 3 in one sequence, their product 1.5; 4 and 1 in the other, product 4.
 MASK, LENGTHS = torch.tensor([True, False, True, True, True]), torch.tensor([3, 2])

@@ -15,13 +15,10 @@ from rlhf.objectives.policy_loss import (
     reinforce,
 )
 from rlhf.objectives.sequence_ratios import geometric_mean_ratio, sequence_ratio, sequence_token_ratio
+from tests.fixtures.tensors import column
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.3}
 RATIOS = [0.5, 1.1, 2.0, 5.0]
-
-
-def column(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def all_true(n: int) -> Tensor:

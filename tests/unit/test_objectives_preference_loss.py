@@ -29,6 +29,7 @@ from rlhf.objectives.preference_loss import (
     simpo,
     sppo_hard,
 )
+from tests.fixtures.tensors import column
 
 LOG3, LOG4, LOG43 = math.log(3.0), math.log(4.0), math.log(4.0 / 3.0)  # -log 1/3, -log 1/4, -log 3/4
 OF_PAIRS: list[Callable[..., Tensor]] = [
@@ -47,10 +48,6 @@ OF_PAIRS: list[Callable[..., Tensor]] = [
     aot,
     aot_unpaired,
 ]
-
-
-def column(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 CHOSEN, REJECTED = column(LOG3, LOG3), column(-LOG3, LOG3)  # d = 2 log 3 and 0

@@ -6,14 +6,9 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from rlhf.objectives.weighted_loss import cispo, dro, sapo, trusted_by_kl, trusted_by_tv, vespo_weights
-
-
-def column(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
+from tests.fixtures.tensors import column
 
 MASK = torch.tensor([True, True, True, False])
 ADVANTAGES = column(1.0, -2.0, 1.0, 5.0)

@@ -15,8 +15,7 @@ from rlhf.planning import memory
 from rlhf.planning.footprints import Sizes, footprints, tokens_of_microbatch, training
 from rlhf.planning.memory import GIB, Footprint, activation_bytes, head_bytes, kv_bytes_per_token
 from rlhf.planning.shapes import _MIXTURE_TABLE, _TABLE, TINY, find_shape, shape_of
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.fixtures.sources import ROOT
 
 # As the models' pages on the hub count them.
 PUBLISHED = {

@@ -17,8 +17,8 @@ from rlhf.planning.footprints import Sizes
 from rlhf.planning.lengths import Lengths
 from rlhf.planning.shapes import find_shape
 from rlhf.planning.time import forward_operations, system_of, training_stages
+from tests.fixtures.sources import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 LARGE = ROOT / "configs/ppo_70b_multinode.yaml"
 SMALL = "models/SmolLM2-135M-Instruct"
 NODES = "4*cpu=96,gpu=8,type=h100,mem=1000,price=98"

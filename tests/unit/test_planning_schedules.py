@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from rlhf.config.files.load import load
 from rlhf.config.schema.root import Config
 from rlhf.planning.schedules import correction_in_force, schedule_of, schedules
+from tests.fixtures.sources import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 AHEAD = ("rollouts.max_staleness=1",)
 FLIGHT = ("rollouts.max_staleness=2", "rollouts.weight_updates=in_flight")
 

@@ -28,26 +28,71 @@ MATHS = {"function": "last_number", "only": {"kind": ["maths", "sums"]}}
 CODE = {"url": "http://127.0.0.1:9/", "only": {"kind": ["code"]}}
 
 
-def test_each_row_needs_the_columns_of_its_own_rewards() -> None:
-    found = specs(maths=MATHS, code=CODE)
-    check_rewards(found, rows({"kind": "sums", "answer": "1"}, {"kind": "code"}), "data.train")
-    with pytest.raises(UserError, match=r"rewards.maths.function: `last_number` needs the column `answer`"):
-        check_rewards(found, rows({"kind": "maths"}, {"kind": "code", "answer": "1"}), "data.train")
+JUDGE = {"url": "http://127.0.0.1:9/v1", "judge": {"model": "m", "prompt": "{response} {answer}"}}
+OF_RESULT = {"url": "http://127.0.0.1:9/v1", "judge": {"model": "m", "prompt": "{result} {answer}"}}
+GATED = {"url": "http://127.0.0.1:9/", "gate": "maths"}
+PLAIN = {"function": "last_number", "only": {"kind": ["maths"]}}
+DAY = datetime.date(2026, 1, 1)
+RIGHT, CODED = {"kind": "maths", "answer": "1"}, {"kind": "code"}
 
 
-def test_a_row_without_a_reward_is_named() -> None:
-    with pytest.raises(UserError, match=r"d.jsonl:2: no reward applies to the row, by `kind`"):
-        check_rewards(specs(maths=MATHS, code=CODE), rows({"kind": "code"}, {"kind": "Code"}), "data.train")
+def nested(depth: int) -> list[Any]:
+    deep: list[Any] = []
+    for _ in range(depth):
+        deep = [deep]
+    return deep
 
 
-def test_a_run_without_rewards_asks_nothing_of_its_rows() -> None:
-    check_rewards((), rows({"kind": "code"}), "data.train")
+@pytest.mark.parametrize(
+    ("rewards", "columns"),
+    [
+        ({"maths": MATHS, "code": CODE}, [{"kind": "sums", "answer": "1"}, CODED]),
+        ({}, [CODED]),  # without rewards a row needs no column
+        ({"code": CODE, "other": PLAIN}, [RIGHT | {"day": DAY}, CODED]),  # a function may get a value that is no JSON
+        ({"taste": JUDGE}, [{"answer": "1", "day": DAY}]),  # the judge is not asked about the day
+    ],
+)
+def test_rows_with_the_columns_of_their_rewards_pass(rewards: dict[str, Any], columns: list[dict[str, Any]]) -> None:
+    check_rewards(specs(**rewards), rows(*columns), "data.train")
 
 
-def test_a_gate_must_apply_where_its_reward_does() -> None:
-    found = specs(maths=MATHS, short={"url": "http://127.0.0.1:9/", "gate": "maths"})
-    with pytest.raises(UserError, match=r"rewards.short.gate: maths does not apply to d.jsonl:2, and short does"):
-        check_rewards(found, rows({"kind": "maths", "answer": "1"}, {"kind": "code"}), "data.train")
+@pytest.mark.parametrize(
+    ("rewards", "columns", "message"),
+    [
+        (
+            {"maths": MATHS, "code": CODE},
+            [{"kind": "maths"}, CODED | {"answer": "1"}],
+            "rewards.maths.function: `last_number` needs the column `answer`",
+        ),
+        (
+            {"maths": MATHS, "code": CODE},
+            [CODED, {"kind": "Code"}],
+            "d.jsonl:2: no reward applies to the row",
+        ),
+        (
+            {"maths": MATHS, "short": GATED},
+            [RIGHT, CODED],
+            "rewards.short.gate: maths does not apply to d.jsonl:2, and short does",
+        ),
+        ({"maths": MATHS}, [RIGHT, {"answer": nested(900)}], "d.jsonl:2: its columns are nested deeper than 64 levels"),
+        ({"code": CODE}, [CODED | {"day": DAY}], "d.jsonl:1: cannot be sent to rewards.code as JSON: .*date"),
+        ({"taste": JUDGE}, [{"kind": "x"}], r"taste.judge.prompt: has \{answer\}, and the rows of data.train"),
+        (
+            {"taste": OF_RESULT},
+            [{"answer": "1"}],
+            r"taste.judge.prompt: has \{result\}, and the rows of data.train",
+        ),
+    ],
+)
+def test_rows_that_a_reward_cannot_score_are_refused(
+    rewards: dict[str, Any], columns: list[dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        check_rewards(specs(**rewards), rows(*columns), "data.train")
+
+
+def test_a_judge_may_ask_about_the_result_of_an_agent() -> None:
+    check_rewards(specs(taste=OF_RESULT), rows({"answer": "1"}), "data.train", of_sessions=("result",))
 
 
 def test_values_are_compared_with_their_types() -> None:
@@ -66,38 +111,6 @@ def test_a_reward_for_no_row_of_the_training_data_is_refused() -> None:
         refuse_unused_rewards(found, [{"kind": "maths"}])
     with pytest.raises(UserError, match="there is no column `kind`"):
         refuse_unused_rewards(found, [{"sort": "maths"}])
-
-
-def test_a_row_that_is_nested_too_deep_for_a_reward_is_named() -> None:
-    deep: Any = []
-    for _ in range(900):
-        deep = [deep]
-    with pytest.raises(UserError, match=r"d.jsonl:2: its columns are nested deeper than 64 levels"):
-        check_rewards(specs(maths=MATHS), rows({"kind": "maths", "answer": "1"}, {"answer": deep}), "data.train")
-
-
-def test_what_a_service_is_sent_must_be_json() -> None:
-    found = specs(code=CODE, other={"function": "last_number", "only": {"kind": ["maths"]}})
-    day = datetime.date(2026, 1, 1)
-    check_rewards(found, rows({"kind": "maths", "answer": "1", "day": day}, {"kind": "code"}), "data.train")
-    with pytest.raises(UserError, match=r"d.jsonl:1: cannot be sent to rewards.code as JSON: .*date"):
-        check_rewards(found, rows({"kind": "code", "day": day}), "data.train")
-
-
-def test_the_columns_of_a_judges_question_must_be_there() -> None:
-    judge = {"model": "m", "prompt": "{response} {answer}"}
-    found = specs(taste={"url": "http://127.0.0.1:9/v1", "judge": judge})
-    check_rewards(found, rows({"answer": "1", "day": datetime.date(2026, 1, 1)}), "data.train")  # not asked about
-    with pytest.raises(UserError, match=r"rewards.taste.judge.prompt: has \{answer\}, and the rows of data.train"):
-        check_rewards(found, rows({"kind": "x"}), "data.train")
-
-
-def test_a_judge_may_ask_about_the_result_of_an_agent() -> None:
-    judge = {"model": "m", "prompt": "{result} {answer}"}
-    found = specs(taste={"url": "http://127.0.0.1:9/v1", "judge": judge})
-    check_rewards(found, rows({"answer": "1"}), "data.train", of_sessions=("result",))
-    with pytest.raises(UserError, match=r"rewards.taste.judge.prompt: has \{result\}, and the rows of data.train have"):
-        check_rewards(found, rows({"answer": "1"}), "data.train")
 
 
 def test_the_token_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

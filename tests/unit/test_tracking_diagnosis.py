@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -19,8 +18,8 @@ from rlhf.tracking.diagnosis.diagnose import CHECKS, Diagnosis, Watch
 from rlhf.tracking.diagnosis.findings import Finding
 from rlhf.tracking.metrics.declarations import declared
 from rlhf.tracking.run_folder.atomic import read_lines
+from tests.fixtures.sources import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 Rows = list[dict[str, Any]]
 
 

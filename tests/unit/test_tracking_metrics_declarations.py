@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import pickle
-from pathlib import Path
 
 import pytest
 
 from rlhf.tracking.metrics import declarations as metrics
 from rlhf.tracking.metrics.declarations import METRICS, declared, expected_metrics, markdown, merge_metrics, results
 from rlhf.tracking.metrics.reductions import ExplainedVariance, Last, Max, Mean, Reduction, Std, Sum
-
-ROOT = Path(__file__).parents[2]
+from tests.fixtures.sources import ROOT
 
 
 def test_page_is_the_generated_one() -> None:

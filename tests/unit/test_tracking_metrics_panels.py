@@ -17,8 +17,7 @@ from rlhf.tracking.metrics.reductions import Histogram
 from rlhf.tracking.sinks import wandb_workspace as workspace
 from rlhf.tracking.sinks.grafana import grafana_dashboard
 from rlhf.tracking.sinks.prometheus_names import PREFIX, STEP, Exported, exported, labelled
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.fixtures.sources import ROOT
 
 
 def test_every_panel_shows_declared_metrics() -> None:
