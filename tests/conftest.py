@@ -84,7 +84,7 @@ def tokenizer(tiny_model: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """Start a Ray of this test session on this machine. A test ends the actors that it starts."""
+    """Start a Ray of this test session on this machine. A test ends the actors started by the test."""
     import ray
 
     ray.init(

@@ -78,7 +78,7 @@ def listed_in(path: Path) -> Iterator[None]:
 
 
 def ask_location(handle: ActorHandle[Any]) -> ObjectRef[tuple[str, str, int, int]]:
-    """Ask an actor for its location. From then on its writes wait for room as long as those of this process."""
+    """Ask an actor for its location. From then on, the actor's writes wait for room as long as this process's."""
     ref: ObjectRef[tuple[str, str, int, int]] = handle.__ray_call__.remote(own_location, PAUSE.limit_s)
     return ref
 

@@ -74,7 +74,7 @@ class PolicyRank(Publishes, PolicyWorker):
 
 
 class StreamedPolicyRank(Publishes, StreamedPolicyWorker):
-    """One rank of a policy trained by advantages, whose batch arrives in portions."""
+    """One rank of a policy trained by advantages, with a batch in portions."""
 
 
 class OnlinePreferenceRank(Publishes, OnlinePreferenceWorker):

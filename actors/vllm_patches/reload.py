@@ -1,4 +1,4 @@
-"""Repair vLLM's reload of a running model, layer by layer. `ReloadEngine` calls these functions around it."""
+"""Repair vLLM's reload of a running model, layer by layer. `ReloadEngine` calls the functions around a reload."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def num_constants(layer: torch.nn.Module) -> int:
 
 
 def copied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the layers whose weights vLLM copies without their loaders, so that the reload does not notice them.
+    """Return the layers with weights that vLLM copies without loaders, unnoticed by the reload.
 
-    These are gpt-oss's experts and attention sinks. A sync allocates all of them a second time.
+    Such layers are gpt-oss's experts and attention sinks. A sync allocates all such layers a second time.
     """
     if type(model).__name__ != "GptOssForCausalLM":
         return []
@@ -27,7 +27,7 @@ def copied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def forget_parts(model: torch.nn.Module) -> bool:
-    """Forget what layers have received in an update that failed, if one has. Return whether one has failed."""
+    """Forget the parts of layers received in a failed update. Return whether an update has failed."""
     begun = [info for module in model.modules() if (info := get_layerwise_info(module)).can_load()]
     for info in begun:
         info.load_numel = 0
@@ -46,8 +46,8 @@ def name_loaders(model: torch.nn.Module) -> None:
 def forget_expert_kernels(model: torch.nn.Module) -> None:
     """Make the next load build the expert kernels of a CPU again.
 
-    vLLM packs the experts' weights for these kernels only when it builds them. An old kernel would read the unpacked
-    weights of the sync as packed ones.
+    vLLM packs the experts' weights for these kernels only while building the kernels. An old kernel would read the
+    unpacked weights of the sync as packed.
     """
     for module in model.modules():
         if isinstance(module, RoutedExperts):

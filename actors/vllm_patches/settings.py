@@ -1,4 +1,4 @@
-"""Settings with which vLLM computes what transformers computes, where vLLM's own would differ."""
+"""Settings that make vLLM compute the same as transformers, in place of vLLM's own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def model_settings(config: Any) -> dict[str, Any]:
-    """Return the changes of a model's config with which vLLM computes what transformers computes."""
+    """Return the changes of a model's config that make vLLM agree with transformers."""
     from rlhf.models.files.hub_names import missing_settings
 
     settings = missing_settings(config)

@@ -219,7 +219,7 @@ def _end_descendants(others: Collection[psutil.Process]) -> None:
 
 
 def _descendants(others: Collection[psutil.Process]) -> list[psutil.Process]:
-    """Return the running descendants of this process, without `others` and the descendants of `others`."""
+    """Return the running descendants of this process, without `others` and their descendants."""
     _reap()
     running, spared = [], set(others)
     for process in psutil.Process().children(recursive=True):

@@ -150,7 +150,7 @@ def critic_model(config: Config) -> CriticConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleUse:
-    """Say which runs need a role, and which model its workers load. None: they only have reward functions."""
+    """Describe a role: the runs with the role, and the model of its workers. None: only reward functions."""
 
     is_needed: Callable[[Config], bool]
     model: Callable[[Config], ModelConfig | None]

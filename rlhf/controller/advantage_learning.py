@@ -159,7 +159,7 @@ class AdvantageLearning(ReferencedLearning):
         steps: Mapping[int, tuple[StepReward, ...]],
         drawn: Sequence[Sequence[RolloutInfo]] | None = None,
     ) -> BatchPlan:
-        """Return the minibatches of these groups, equal for all roles, over the ranks of one role."""
+        """Return the minibatches of the groups, equal for all roles, over the ranks of one role."""
         plan = plan_batch(
             groups,
             step=step,

@@ -92,7 +92,7 @@ class Learning(ABC):
 
     @abstractmethod
     def arrived(self, scored: ScoredGroup) -> None:
-        """Begin what can be computed of a group before its batch is whole."""
+        """Begin the possible computations of a group before the batch is whole."""
 
     @abstractmethod
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:

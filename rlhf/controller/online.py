@@ -185,7 +185,7 @@ class OnlineController(TrainingLoop):
         await self.wait_for_snapshots()  # a later loss must not need the batch again
 
     async def _update(self, attempt: StepAttempt) -> None:
-        """Make the updates of a step, unless the ranks have them, and begin the snapshot."""
+        """Make the updates of a step, unless already made, and begin the step's snapshot."""
         if self.trained_step < attempt.step:
             await self.batches.during(attempt.learn())
             await self.take_snapshot(attempt.step)
@@ -224,7 +224,7 @@ class OnlineController(TrainingLoop):
         await self.despite_losses(self._publish_again)
 
     async def _publish_anew(self) -> None:
-        """Sync the weights of the last step again if the publishing ranks are lost."""
+        """Sync the weights of the last step again after the loss of the publishing ranks."""
         if not self.is_published:
             with self.record.apart([], is_shown=True):  # the last step has measured this version
                 await self.despite_losses(partial(self._sync, self.step))
@@ -272,7 +272,7 @@ class OnlineController(TrainingLoop):
         raise Preempted(f"a checkpoint of step {self.step} is written" if self.step else "no step was done")
 
     async def _take_and_stream(self, attempt: StepAttempt, learning: StreamedAdvantageLearning) -> Batch:
-        """Return the whole batch, after the learning from the first groups."""
+        """Return the whole batch, after learning from the first groups."""
 
         async def stream() -> None:
             await self._with_weights(attempt.stream(learning), self._publish_again)

@@ -33,7 +33,7 @@ class RolloutQueue(Protocol):
         """Return the seconds of sampling since `request`. None: nothing was left to request."""
 
     def request(self, step: int) -> None:
-        """Begin a step. Request the step's rollouts, unless already requested."""
+        """Begin a step, and request the step's rollouts unless already requested."""
 
     async def take(self, step: int) -> Batch:
         """Return the whole batch of a step. Raise the failure of a rollout."""
@@ -45,10 +45,10 @@ class RolloutQueue(Protocol):
         """Wait for responses tied to the present weights. Raise the failure of a rollout."""
 
     async def synced(self, version: int) -> None:
-        """Forget the rollouts trained into this version, and sample with this version from now on."""
+        """Forget the rollouts that this version was trained on, and sample with this version from now on."""
 
     async def stop(self) -> Sequence[GroupRequest]:
-        """Give up unfinished rollouts. Return the requests still in progress in the engines."""
+        """Give up unfinished work. Return the requests still in progress in the engines."""
 
     def state(self) -> dict[str, Any]:
         """Return the position in the prompts and the untrained rollouts, for a checkpoint."""

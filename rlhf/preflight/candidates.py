@@ -54,7 +54,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Names:
-    """What messages call the settings of an evaluation: by default those of a stage."""
+    """Names of an evaluation's settings in messages: by default the names of a stage."""
 
     model: str = "evaluate.model"
     against: str = "evaluate.against"

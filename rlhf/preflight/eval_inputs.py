@@ -221,14 +221,14 @@ def _load(
     tokenizer: str | None = None,
     made: StageResults | None = None,
 ) -> EvalInputs:
-    """Load everything that an evaluation section names.
+    """Load everything named by an evaluation section.
 
     Args:
-        beside: the folder searched for code before the current one.
+        beside: the folder searched for code before the current folder.
         models: the folder for tiny:llama. None: this model is not available.
-        reading: how rows become prompts or examples, if the section does not decide it alone.
-        decoding: how responses are sampled, if the section does not decide it alone.
-        tokenizer: the tokenizer of the models, if it is not their own.
+        reading: how rows become prompts or examples, in place of the section's settings.
+        decoding: how responses are sampled, in place of the section's settings.
+        tokenizer: the tokenizer of the models, in place of each model's tokenizer.
         made: results of earlier stages, by the names of models.
     """
     decoding = decoding or _decoding(section, seed, template_key=names.template)

@@ -90,7 +90,7 @@ def _refuse_unusable_model(
 def _refuse_untrainable(
     section: Role, model: PolicyConfig | CriticConfig, config: Config, finals: Mapping[str, str], shape: Any
 ) -> None:
-    """Raise UserError if a trained model does not fit its adapter, its routers' keys or the ranks that share it."""
+    """Raise UserError if a trained model does not fit the adapter, the routers' keys or the ranks of a shared row."""
     remote, lora, is_scalar = model.trust_remote_code, model.lora, has_value_head(config, section)
     if model.adapter is not None and model.adapter not in finals:
         from rlhf.models.adapters.folder import refuse_misfit_adapter  # imports peft, which takes seconds

@@ -1,4 +1,4 @@
-"""Load the data of a training run with its rewards, and check that the run can use them."""
+"""Load the data of a training run with all rewards, and check that the run can use both."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class _Formatter(logging.Formatter):
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to the current sys.stderr, so that lines go above a live progress display and not through it."""
+    """Writes to the current sys.stderr, to write lines above a live progress display, not through the display."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)

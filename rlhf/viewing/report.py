@@ -162,7 +162,7 @@ def _samples(run: RunPlace, rows: Sequence[Mapping[str, Any]]) -> dict[int, dict
 
 
 def _response(line: bytes) -> dict[str, Any]:
-    """Return a whole row, with the number of its tokens that are not in the report."""
+    """Return a whole row, with the number of tokens left out of the report."""
     row: dict[str, Any] = json.loads(line)
     tokens = row.get("tokens") or {"ids": ()}
     return {**row, "cut": max(len(tokens["ids"]) - MOST_TOKENS, 0)}

@@ -118,7 +118,7 @@ class Summaries:
 
 
 def summary_of(run: RunPlace, metrics: MetricsSoFar) -> dict[str, Any]:
-    """Return everything that the first tab of the page shows of one run."""
+    """Return everything shown of a run on the first tab of the page."""
     folder = run.path
     config, environment = _own_config(folder), read_object(folder / "environment.json") or {}
     path = folder / "errors.jsonl"

@@ -52,7 +52,7 @@ def changed(text: str, change: str) -> str:
 
 
 def follow(chapter: str, folder: Path, *, trains: bool = False, code: Path = ROOT) -> list[str]:
-    """Follow the chapter and return the output of its commands. `trains`: also commands that train."""
+    """Follow the chapter and return the output of all commands. `trains`: also commands that train."""
     outputs = []
     for step in steps(chapter):
         path = folder / step.path

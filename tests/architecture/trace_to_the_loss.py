@@ -116,7 +116,7 @@ async def online(stage: StageInputs, inputs: OnlineInputs, record: RunRecord) ->
 
 
 def way() -> list[str]:
-    """Return the files in the order in which they come to stand on the stack."""
+    """Return the files in the order of appearance on the stack."""
     reached: list[Stack] = []
     equations = importlib.import_module("rlhf.objectives.policy_loss")  # a name from rlhf.objectives is a stand-in
     loss: Callable[..., Any] = equations.clipped_loss

@@ -286,7 +286,7 @@ class Engine(FakeEngines):
         return group
 
     def sample(self, asked: Sequence[tuple[tuple[int, ...], int, Sampling]]) -> list[Sampled]:
-        """Sample a turn after each of these tokens, by its seed. All turns are one batch, padded on the right."""
+        """Sample a turn after each token, by the token's seed. All turns are one batch, padded on the right."""
         end = self.model.generation_config.eos_token_id
         drawn: list[list[tuple[int, float]]] = [[] for _ in asked]
         generators = [torch.Generator().manual_seed(seed) for _, seed, _ in asked]

@@ -25,7 +25,7 @@ def method(call: Callable[..., Any]) -> Any:
 
 
 async def settle(turns: int = 50) -> None:
-    """Let other tasks run until each of them waits."""
+    """Let other tasks run until all tasks wait."""
     for _ in range(turns):
         await asyncio.sleep(0)
 

@@ -28,7 +28,7 @@ VARIED, SOLVED, FAILED = (0.0, 1.0), (1.0, 1.0), (0.0, 0.0)
 
 
 class OrderedEngines(FakeEngines):
-    """Engines that answer one request after the other, with three tokens a response."""
+    """Engines that answer requests in turn, with three tokens a response."""
 
     def __init__(self, order: Order) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class OrderedEngines(FakeEngines):
 
 
 class Run:
-    """One start of a run on a folder; the next start of it is another."""
+    """A start of a run on a folder; the run's next start is a new object."""
 
     def __init__(
         self, folder: Path, scores: Scores = lambda _: VARIED, *, order: Order = list, prompts: int = 12, **keys: Any

@@ -19,7 +19,10 @@ ONLINE: dict[str, Any] = {
 
 
 def online_config(**sections: Any) -> Config:
-    """Return the configuration with these sections. A mapping adds its keys to the section, but rewards replace all."""
+    """Return the configuration with the given sections.
+
+    A mapping adds keys to a section, but rewards replace all rewards.
+    """
     merged = dict(ONLINE)
     for name, value in sections.items():
         adds = isinstance(value, Mapping) and name not in ("rewards", "algorithm")

@@ -1,4 +1,4 @@
-"""Handles of rollout engines that answer in this process, and a group of engines over them."""
+"""Handles of rollout engines answer in this process, below a group of engines."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def policy_probe(version: int, logprob: float = -1.0) -> PolicyProbe:
 
 
 class Call:
-    """A method of a handle. It notes its calls and returns what the engine's method of this name returns."""
+    """A method of a handle. Calls are recorded, with the results of the engine's method of the same name."""
 
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine = engine
@@ -60,7 +60,7 @@ class Call:
 
 
 class Engine:
-    """An engine's actor. A test finishes its groups and kills it."""
+    """An engine's actor. A test finishes groups and kills the engine."""
 
     def __init__(self, name: str, *, samples: int = 2, logprob: float = -1.0) -> None:
         self.name = name
@@ -136,7 +136,7 @@ class Engine:
 
 
 class Engines(RolloutEngines):
-    """Engines whose successors come from a list, as soon as the test lets them."""
+    """Engines with successors from a list, as soon as the test allows."""
 
     def __init__(self, *first: Engine, successors: tuple[Engine, ...] = (), deadline_s: float = DEADLINE_S) -> None:
         super().__init__(cast(Any, first), lambda rank: cast(Any, None), deadline_s=deadline_s)
@@ -180,7 +180,7 @@ def asked(engines: Engines, group_id: int) -> asyncio.Task[CompletedGroup | None
 
 
 class Policy:
-    """The policy's end of a broadcast. It notes how many receivers it meets."""
+    """The policy's end of a broadcast. The number of receivers is recorded."""
 
     def __init__(self) -> None:
         self.meetings: list[int] = []

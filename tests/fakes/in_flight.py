@@ -75,7 +75,7 @@ class Record:
 
 
 class InFlight:
-    """A run whose weights change while its engines answer."""
+    """A run whose weights change while the engines answer."""
 
     def __init__(self, folder: Path, *, max_staleness: int = 1, num_steps: int = 9, **keys: Any) -> None:
         order = keys.pop("batch_order", "prompt")
@@ -100,7 +100,7 @@ class InFlight:
         await settle()
 
     async def step(self, step: int) -> Batch:
-        """Train one step, and give the engines its weights."""
+        """Train one step, and give the engines the new weights."""
         self.queue.request(step)
         async with asyncio.timeout(5):
             batch = await self.queue.take(step)

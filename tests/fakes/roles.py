@@ -49,7 +49,7 @@ from tests.fakes.groups import completed_group
 
 
 class FakeMember:
-    """A role that notes its calls. `losses`: in each of these calls, the role loses a rank once."""
+    """A role that records calls. `losses`: in each listed call, the role loses a rank once."""
 
     name = "role"
 
@@ -76,7 +76,7 @@ class FakeMember:
 
 
 class FakeTrained(FakeMember, TrainedRole):
-    """A trained role whose state is the number of its updates."""
+    """A trained role with the number of updates as the state."""
 
     def __init__(self, calls: list[str] | None = None, *, ranks: int = 2) -> None:
         super().__init__(calls)

@@ -1,4 +1,4 @@
-"""Responses as samples/ holds them, with values for the fields that a test does not name."""
+"""Responses in the form of samples/, with values for the fields that a test leaves out."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def served(handler: Handler) -> Iterator[str]:
 
 
 class FakeService:
-    """A service that records its requests. Its last reply, a status or a JSON value, repeats."""
+    """A service that records requests. The last reply, a status or a JSON value, repeats."""
 
     def __init__(self, *replies: Any, **options: Any) -> None:
         self.replies, self.options = replies, options

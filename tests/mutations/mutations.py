@@ -1,4 +1,4 @@
-"""The faults, at least one in each package, and for each fault the tests of `make test` that must notice it."""
+"""The faults, at least one in each package, each with the tests of `make test` that must notice the fault."""
 
 from __future__ import annotations
 

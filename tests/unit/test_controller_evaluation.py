@@ -30,7 +30,7 @@ MARKING = Marking(ks=(1, 2), passing=PassRule(judges={"right": None}, pass_score
 
 
 class Engines(FakeEngines):
-    """Engines whose nth response to a prompt has n tokens. A single response is the greedy one."""
+    """Engines whose nth response to a prompt has n tokens. A single response is the greedy response."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A turn that ended by itself has a single end, whatever the template writes before that end."""
+"""A turn that ended by itself has a single end, for any text of the template before the end."""
 
 from __future__ import annotations
 

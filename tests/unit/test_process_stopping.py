@@ -1,4 +1,4 @@
-"""Signals end work: a loop with its own end, other work, and work without a way to interrupt."""
+"""Signals end work: a loop with its own end, ordinary work, and work without a way to interrupt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read a configuration file and merge it over the file that its key `base` names.
+"""Read a configuration file and merge the file over the base named by the key `base`.
 
     base: grpo_smollm2.yaml        # relative to this file, or a recipe of the library
     run: {name: dapo-smollm2}

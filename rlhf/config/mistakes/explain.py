@@ -111,7 +111,7 @@ def refuse(problems: Sequence[Problem], place: Callable[[Key], str]) -> None:
 
 
 def _shown(key: Key) -> str:
-    """Return the key on one line, whatever its characters."""
+    """Return the key on one line, with any characters."""
     text = ".".join(key)
     return text if text and text.isprintable() and len(text) <= 200 else kind(text)
 

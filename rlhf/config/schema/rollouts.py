@@ -112,9 +112,9 @@ class AgentConfig(Section):
 
 
 class DynamicSampling(Section):
-    """Filter groups without a learning signal, and replace them with other prompts' groups until the batch is full
-    (DAPO, arXiv:2503.14476, section 3.2). A group is filtered if all its responses have equal scores, or by its mean
-    score."""
+    """Filter groups without a learning signal, and replace such groups with other prompts' groups until the batch is
+    full (DAPO, arXiv:2503.14476, section 3.2). A group is filtered if all its responses have equal scores, or by its
+    mean score."""
 
     min_mean: float | None = Field(default=None, allow_inf_nan=False)
     """Filter groups with a lower mean score too. null: no lower limit."""

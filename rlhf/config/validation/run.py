@@ -173,7 +173,7 @@ def _algorithm(config: Config, facts: Derived) -> Iterator[Problem]:
 
 
 def _data_and_steps(config: Config, facts: Derived) -> Iterator[Problem]:
-    """Yield limits on rows that cannot be met, and schedules that do not fit into the run."""
+    """Yield limits on rows that no row can meet, and schedules too long for the run."""
     data, train, settings = config.data, config.train, config.eval
     count = derive.sequences_per_row(config)
     fits = train.max_tokens_per_microbatch // count

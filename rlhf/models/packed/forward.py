@@ -2,7 +2,7 @@
 
 Every worker with a model calls this pass. Attention runs sequence by sequence (rlhf.models.packed.attention); the
 layers between see one row of N tokens. Positions restart at every sequence. Models unfit for packing compute the
-sequences of the row one by one (rlhf.models.packed.row_layout). The equations are in rlhf.objectives.
+sequences of the row singly (rlhf.models.packed.row_layout). The equations are in rlhf.objectives.
 """
 
 from __future__ import annotations

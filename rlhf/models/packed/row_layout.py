@@ -1,7 +1,7 @@
-"""How a model computes the sequences of a micro-batch: in one packed row, or one by one.
+"""How a model computes the sequences of a micro-batch: in one packed row, or singly.
 
-A packed row is right for models with transformers' attention functions. Layers that mix tokens by other means (short
-convolutions, linear attention, state-space models) compute the sequences of a row one by one
+A packed row is right for models with transformers' attention functions. Layers that mix tokens without attention (short
+convolutions, linear attention, state-space models) compute the sequences of a row singly
 (rlhf.models.packed.by_sequence). Biases by position and sparse attention are right for single sequences only.
 `rlhf.models.packed.row_check` measures the right layout for a loaded model; this module holds the answer.
 """

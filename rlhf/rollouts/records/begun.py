@@ -71,7 +71,7 @@ def write_begun(folder: Path, request: GroupRequest, sampling: Sampling, respons
 
 
 def read_begun(folder: Path, request: GroupRequest, sampling: Sampling) -> tuple[Begun, ...] | None:
-    """Return the responses that the request continues, or None if no whole file holds responses to its prompt."""
+    """Return the responses that the request continues, or None without a whole file of responses to the prompt."""
     assert request.continues is not None
     path = _path(folder, request.continues)
     try:

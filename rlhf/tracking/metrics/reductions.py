@@ -32,7 +32,7 @@ class Reduction(ABC):
 
 
 class _Additive(Reduction):
-    """A reduction whose fields merge one by one: numbers add up, also in tuples, and reductions merge."""
+    """A reduction with field-by-field merging: numbers add up, also in tuples, and reductions merge."""
 
     __slots__ = ()
 

@@ -48,7 +48,7 @@ from rlhf.workers.trained import Measure
 
 @dataclass(slots=True, kw_only=True)
 class PreparedShare:
-    """A rank's share of one plan, with the columns of its tokens."""
+    """A rank's share of a plan, with the columns of the tokens."""
 
     share: Share
     ref_logprobs: Column  # None: the run has no reference
@@ -212,7 +212,7 @@ class PolicyWorker(OnlineWorker):
     def loss(
         self, prepared: PreparedShare, normalisation: Normalisation, microbatch: Microbatch
     ) -> tuple[Tensor, Measure]:
-        """Return a micro-batch's share of the loss, and the function that measures it."""
+        """Return a micro-batch's share of the loss, and the function that measures the micro-batch."""
         counts = normalisation.of_losses
         terms, observed = self._microbatch_loss(prepared, microbatch, counts)
         return terms.loss, lambda: self._update_metrics(prepared, terms, microbatch, counts.num_tokens) | observed
