@@ -194,7 +194,7 @@ def test_a_killed_gang_goes_on_with_the_same_bits(gang: Gang, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_every_kind_of_state_is_taken_back(gang: Gang, tmp_path: Path) -> None:
+def test_every_kind_of_state_is_restored(gang: Gang, tmp_path: Path) -> None:
     kill_and_compare(tuple(kind for kind in KINDS if kind not in IN_SHORT), gang, tmp_path)
 
 

@@ -286,7 +286,7 @@ async def test_a_step_is_trained_again_if_a_batch_ahead_needs_the_weights_before
     ]
 
 
-async def test_groups_whose_tokens_are_lost_in_training_are_found_and_the_policy_begins_again() -> None:
+async def test_lost_tokens_of_a_training_batch_are_restored_and_the_policy_begins_again() -> None:
     controller, ends = published(engines_have=1)
     controller.step, controller.trained_step, controller.sharing = 1, 1, frozenset()
     given: list[Any] = []
@@ -327,7 +327,7 @@ async def test_groups_whose_tokens_are_lost_in_training_are_found_and_the_policy
     assert forgotten == [("lost",)], "columns of the reference that were computed from them may be lost too"
 
 
-async def test_groups_whose_tokens_are_lost_while_others_are_sampled_are_found_and_the_stream_begins_again() -> None:
+async def test_lost_tokens_of_a_streamed_batch_are_restored_and_the_stream_begins_again() -> None:
     controller, ends = published(engines_have=2)
     arrivals, streamed = Arrivals(2), list[Any]()
     for group in ("lost", "whole"):

@@ -10,7 +10,7 @@ from torch import nn
 from rlhf.engine.rank_state import RankState
 
 
-def test_bfloat16_weights_follow_the_float32_weights_that_were_taken_back() -> None:
+def test_bfloat16_weights_follow_the_float32_weights_that_were_restored() -> None:
     module = nn.Linear(3, 2, bias=False, dtype=torch.bfloat16)
     master = module.weight.detach().float().clone()
     wrapped = SimpleNamespace(fp16_groups=[[module.weight]], fp32_groups=[[master]])

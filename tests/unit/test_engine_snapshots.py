@@ -79,7 +79,7 @@ def test_half_a_copy_is_never_found(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, state(2)[name]) for name, tensor in tensors.items())
 
 
-def test_the_step_taken_back_is_not_overwritten_first(tmp_path: Path) -> None:
+def test_the_restored_step_is_not_overwritten_first(tmp_path: Path) -> None:
     first = opened(tmp_path)
     for step in (1, 2):
         first.take(step, state(step), {"steps": step})
@@ -91,7 +91,7 @@ def test_the_step_taken_back_is_not_overwritten_first(tmp_path: Path) -> None:
     assert found(tmp_path, 1)[0]["count"] == 1
 
 
-def test_snapshots_not_taken_back_are_forgotten(tmp_path: Path) -> None:
+def test_snapshots_besides_the_restored_step_are_forgotten(tmp_path: Path) -> None:
     first = opened(tmp_path)
     first.take(8, state(8), {})
     first.close()
