@@ -32,6 +32,7 @@ from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.preflight.inputs import OnlineInputs, StageInputs
 from tests.curves import in_process
 from tests.fakes.calls import ref
+from tests.fakes.roles import FakeManifest
 
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = (f"{ROOT}/rlhf/", f"{ROOT}/actors/")
@@ -97,7 +98,7 @@ async def online(stage: StageInputs, inputs: OnlineInputs, record: RunRecord) ->
     with mock.patch.object(in_process, "PolicyWorker", PolicyRank):
         roles, _ = in_process._roles(stage.config, inputs)
     rank: PolicyRank = roles.policy.worker  # type: ignore[attr-defined]
-    manifest = SimpleNamespace(version=0, checksum="")
+    manifest = FakeManifest(0)
     rank.sender = SimpleNamespace(publish=lambda *_: manifest, send=lambda *_: None, settle=lambda: None)  # type: ignore[assignment]
     gang: Any = PolicyGang([Handle(rank)], deadline_s=60.0, one_host=True)  # type: ignore[list-item]
     controller = OnlineController(
