@@ -1,4 +1,4 @@
-"""The weights of an engine: the version, the way to a new version, and the place in memory."""
+"""The weights of an engine: their version, how another version arrives, and whether they are in memory."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ class ReplaceableEngines(WorkerPool):
             return ()
 
     async def any_working(self) -> int:
-        """Return the rank of a working engine, or of the first engine to be rebuilt."""
+        """Return the rank of a working engine, after the first rebuild if none works."""
         while (rank := next((rank for rank in range(len(self.handles)) if rank not in self._rebuilds), None)) is None:
             done, _ = await asyncio.wait(self._rebuilds.values(), return_when=asyncio.FIRST_COMPLETED)
             for rebuild in done:

@@ -227,7 +227,7 @@ def _refuse_costly(asked: Mapping[str, Any], most: int) -> None:
 def _num_responses(body: Mapping[str, Any]) -> int:
     """Return the number of responses to a request. A number that vLLM will refuse counts as 1.
 
-    RefusedCall: `n` is no whole number, although vLLM might read a whole number, such as "2".
+    RefusedCall: `n` is no whole number. vLLM might read it as one, such as "2".
     """
     n, prompt = body.get("n"), body.get("prompt")
     if n is not None and type(n) is not int:

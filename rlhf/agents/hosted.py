@@ -306,7 +306,7 @@ def _output_of(process: subprocess.Popen[bytes], *, within_s: float) -> tuple[by
 
 
 def result_of_text(text: str) -> str | Mapping[str, Any]:
-    """Return the result of an agent from the agent's text: the JSON object for JSON, or the text itself."""
+    """Return the result of an agent from the agent's text: a JSON object if it is one, or the text itself."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):  # not JSON, or beyond Python's limits of digits and depth

@@ -1,4 +1,4 @@
-"""CISPO (MiniMax-M1, arXiv:2506.13585) clips the importance weight, and every token keeps a gradient."""
+"""CISPO (MiniMax-M1, arXiv:2506.13585) clips the importance weight, so that every token keeps a gradient."""
 
 from __future__ import annotations
 

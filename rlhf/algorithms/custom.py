@@ -92,7 +92,7 @@ def _config_class(algorithm: Any, name: str, short_name: str, digest: str) -> ty
 
 
 def _checked_class(target: Any) -> type[Algorithm]:
-    """Return the class of an algorithm. LoadError for a class without a use for the workers."""
+    """Return the class of an algorithm. LoadError unless the workers of its kind can use it."""
     if not inspect.isclass(target) or not issubclass(target, Algorithm):
         raise LoadError(f"{target!r:.100} is not a subclass of an algorithm's base class: {BASES}")
     shown = f"class `{target.__name__}`"

@@ -22,7 +22,7 @@ class SAPOConfig(OnlineConfig):
     temperature_positive: float = Field(default=1.0, gt=0.0)
     """Speed of the fading for a positive advantage."""
     temperature_negative: float = Field(default=1.05, gt=0.0)
-    """Speed of the fading otherwise: faster, because lowering one token raises many tokens."""
+    """Speed of the fading otherwise: faster, because lowering one token raises many others."""
     aggregation: Aggregation = "sequence_mean_token_mean"
 
 

@@ -77,7 +77,7 @@ class _Edge:
 
 
 def shared_with_earlier(sequences: Iterable[tuple[TokenIds, int]]) -> list[SharedPrefix | None]:
-    """Return the prefix shared by each sequence with earlier sequences, up to the sequence's number of tokens."""
+    """Return the prefix shared by each sequence with earlier sequences, up to the number of tokens given."""
     tree, result = PrefixTree(), []
     for tokens, most in sequences:
         result.append(tree.shared(tokens, most=most))

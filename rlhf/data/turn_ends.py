@@ -32,7 +32,7 @@ class TurnEnds:
     def tokens_behind(self, sampled: Sequence[int], text: str, *, added: str = "") -> list[int]:
         """Return the tokens of the template's text behind a turn, without an end already in the turn.
 
-        UserError if the tokenizer joins the text with every text before.
+        UserError if the tokenizer joins the text with any text before it.
 
         Args:
             sampled: the tokens of the turn.

@@ -43,8 +43,8 @@ def combined_steps(
     """Return a process reward model's score of each whole response.
 
     The score is the minimum (arXiv:2312.08935), mean, or product (arXiv:2305.20050) of the probabilities sigmoid(score)
-    of right steps. ends: True for the last token of each step, the place of the step's score. ValueError for a response
-    without a step.
+    that the steps are right. ends: True for the last token of each step, the place of the step's score. ValueError for
+    a response without a step.
     """
     rows = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)[ends]
     if len(rows.unique()) < len(lengths):

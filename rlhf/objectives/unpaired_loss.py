@@ -18,8 +18,8 @@ def kto(log_ratios: Float[Tensor, " B"], labels: Bool[Tensor, " B"], *, beta: fl
     """Return 1 - sigmoid(beta (c - kl)) if good, 1 - sigmoid(beta (kl - c)) if bad (KTO, arXiv:2402.01306, section
     4.1).
 
-    kl is the paper's z0, max(0, mean log-ratio) of completions paired with wrong prompts of the batch: mismatched_kl.
-    kl carries no gradient. ValueError for a negative kl. Use label_weights for lambda_D and lambda_U.
+    kl is the paper's z0, max(0, mean log-ratio) of completions with mismatched prompts of the batch: mismatched_kl,
+    without a gradient. ValueError for a negative kl. Use label_weights for lambda_D and lambda_U.
     """
     _check_beta("kto", beta)
     if not kl >= 0.0:
@@ -28,7 +28,7 @@ def kto(log_ratios: Float[Tensor, " B"], labels: Bool[Tensor, " B"], *, beta: fl
 
 
 def mismatched_kl(log_ratio_sum: float, num_sequences: int) -> float:
-    """Return KTO's z0: the mean log-ratio of completions under wrong prompts, at least 0.
+    """Return KTO's z0: the mean log-ratio of completions under mismatched prompts, at least 0.
 
     The sum and the count are taken over all ranks. ValueError for no sequences.
     """

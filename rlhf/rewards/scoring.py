@@ -59,7 +59,7 @@ class RewardSpec:
         return None
 
     def applies_to(self, columns: Mapping[str, Any]) -> bool:
-        """Return whether the reward scores a row by the row's columns. True and 1 differ here."""
+        """Return whether the reward scores a row with these columns. True and 1 differ here."""
         return all(
             name in columns
             and any(type(columns[name]) is type(allowed) and columns[name] == allowed for allowed in values)

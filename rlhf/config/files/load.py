@@ -159,7 +159,7 @@ def _plain(value: Any, place: str) -> Any:
 
 
 def _name_in_file(code: FunctionType | type, place: str) -> str:
-    """Name a function or a class as FILE.py:NAME. Raise UserError if no process can load the code by this name."""
+    """Name a function or a class as FILE.py:NAME. UserError if other processes cannot load it by this name."""
     file, name = Path(inspect.getfile(code)), code.__qualname__
     if not name.isidentifier() or file.suffix != ".py" or not file.is_file():
         raise UserError(

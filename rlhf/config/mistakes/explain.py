@@ -122,7 +122,7 @@ def expected(field: FieldInfo) -> str:
 
 
 def _is_meant(key: Key, meant: set[str]) -> bool:
-    """Return whether the user probably meant this key, or a key below, by an unknown key."""
+    """Return whether an unknown key was probably meant to be this key, or to stand below it."""
     return any(f"{name}.".startswith(f"{'.'.join(key)}.") for name in meant)
 
 

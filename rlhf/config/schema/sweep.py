@@ -81,7 +81,7 @@ class AshaMethod(Section):
     trials: int = Field(ge=1, le=10_000)
     """Number of runs to start."""
     grace_steps: int = Field(ge=1)
-    """Steps of a trial before the first comparison. Later comparisons: times powers of reduction_factor."""
+    """Steps of a trial before the first comparison. Later ones: at this number times powers of reduction_factor."""
     reduction_factor: float = Field(default=3.0, gt=1.0)
     """At each comparison, the best trial of this many continues."""
 

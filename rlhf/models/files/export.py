@@ -84,8 +84,8 @@ def name_padding(config: Any, tokenizer: Any) -> None:
     """Give a model with a scalar head, and the tokenizer, a padding token different from the end of sequence.
 
     transformers scores a sequence at the last token before padding. If the end of sequence is also the padding token,
-    as usual, this is the token before the trained token. Without a suitable token the config names no padding token:
-    transformers then scores single sequences, and refuses batches.
+    as usual for tokenizers without one, this is the token before the trained token. Without a suitable token the config
+    names no padding token: transformers then scores single sequences, and refuses batches.
     """
     if not has_score_head(config):
         return

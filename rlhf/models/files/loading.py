@@ -184,7 +184,7 @@ def whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
 def architecture_fingerprint(config: Any) -> str:
     """Return a fingerprint, equal for models with interchangeable weights.
 
-    A different fingerprint makes a checkpoint of a different model.
+    A checkpoint with another fingerprint is of another model.
     """
     kept = {key: value for key, value in config.to_dict().items() if key not in _NOT_ARCHITECTURE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]

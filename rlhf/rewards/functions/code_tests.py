@@ -50,11 +50,11 @@ class Cases:
 
 
 class CodeTests:
-    """The share of tests passed by the program in the response, or 1.0 only for all tests (`score`).
+    """The share of tests passed by the program in the response, or 1.0 for all tests and else 0.0 (`score`).
 
     The program is the last fenced block of Python, or the last block if none is marked as Python (`extract`). `test_s`
     limits a process, and `limit_s` all processes of a response. Each test of standard output runs in a separate
-    process; tests of the two further kinds share a process.
+    process; all other tests share a process.
     """
 
     def __init__(

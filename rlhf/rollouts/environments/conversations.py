@@ -4,7 +4,7 @@ prompt -> turn of the policy -> step of the environment -> next turn -> ... -> o
 
 An environment is a class with `reset(seed, **columns)` and `step(response)`; docs/environments.md has the protocol.
 Environments run in separate processes (rlhf.rollouts.environments.host). Conversations are independent, so a slow
-environment delays only the environment's conversation. A failed environment is recorded, and never a reward of 0.
+environment delays only one conversation. A failed environment is recorded, and never counts as a reward of 0.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ ENVIRONMENT = "environment"  # name of the environment in place of a reward's na
 class Environment(Protocol):
     """The interface of a user's environment.
 
-    The class may also have `tools` and `close()`. Each conversation has a separate object without concurrent calls of
-    methods.
+    The class may also have `tools` and `close()`. Each conversation has a separate object, whose methods are never
+    called concurrently.
     """
 
     def reset(self, seed: int, **columns: Any) -> str | None:

@@ -148,7 +148,7 @@ class FinishOrderLedger(_Ledger[str, tuple[frozenset[int], str]]):
         return is_from(min(row["group_ids"]), start)
 
     def get(self, race: str, *, weights: str | None) -> frozenset[int] | None:
-        """Return the first finished groups, or None after an earlier interruption.
+        """Return the first finished groups, or None if the run was interrupted before they were known.
 
         Args:
             weights: required checksum of the sampling weights. A resumed run with changed settings makes different

@@ -176,8 +176,8 @@ class RunFolder:
     def continue_from(self, step: int) -> None:
         """Let a resumed run continue from the checkpoint of this step.
 
-        Later checkpoints stay until the run writes a new checkpoint. Rollouts after another checkpoint are removed, as
-        of other weights.
+        Later checkpoints stay until the run writes a new checkpoint. Finished rollouts after another checkpoint are
+        removed: their versions had other weights.
         """
         if self._pointed("latest") != step:
             for path in self.spool.iterdir():
@@ -203,7 +203,7 @@ class RunFolder:
         return self._begin(self.reference(step))
 
     def commit_reference(self, step: int, *, keep: Collection[int]) -> Path:
-        """Rename the sealed reference into place, and remove all older references except the steps in `keep`."""
+        """Rename the sealed reference into place, and remove all other references except the steps in `keep`."""
         self._appear_sealed(self.reference(step))
         for path in self.references.glob("step_*"):
             if path not in {self.reference(kept) for kept in (step, *keep)}:

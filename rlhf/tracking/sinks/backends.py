@@ -45,7 +45,7 @@ class TrackedStep:
 class TrackerBackend:
     """A view of the run folder elsewhere. All calls come from one thread. An exception ends the view alone.
 
-    A back end inherits the methods without a use: the methods here do nothing.
+    A back end overrides the methods that it needs: here they do nothing.
     """
 
     name: str  # in messages
@@ -57,7 +57,7 @@ class TrackerBackend:
         """Send an alert to the user once."""
 
     def checkpoint(self, step: int, folder: Path) -> None:
-        """Store a whole checkpoint, until the next checkpoint is stored."""
+        """Store a whole checkpoint. It may be removed when the next one is stored."""
 
     def close(self, *, failed: bool) -> None:
         """Hand over the rest within CLOSE_WITHIN_S. The run folder's files are all closed."""
