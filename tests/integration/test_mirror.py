@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.integration.faults import kill_all, wait_for
+from tests.integration.offline_pipeline import PIPELINE
 from tests.integration.recipes import rows, start, train, without_clocks, write_config
-from tests.integration.test_offline import PIPELINE
 
 STAGES = ("dpo", "reward")
 

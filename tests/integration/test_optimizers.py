@@ -25,7 +25,7 @@ from tests.integration.engine_training import (
     train,
     weights_of,
 )
-from tests.integration.test_engine_deepspeed import Gang
+from tests.integration.rank_gang import Gang
 
 LR, DECAY = OPTIMIZER.lr, OPTIMIZER.weight_decay
 ALLOWED = [("muon", 0), ("adafactor", 0), *(("adamw_8bit", stage) for stage in range(4))]

@@ -16,8 +16,8 @@ from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.models.packed.row_check import check_rows
 from rlhf.models.routers.recording import routers_of
 from tests.integration.gang_workers import assert_equal, merged
+from tests.integration.offline_training import train_rank
 from tests.integration.rank_gang import CPU, Gangs, engine_of
-from tests.integration.test_offline_workers import train_rank
 from tests.tiny_architectures import tiny_model
 
 

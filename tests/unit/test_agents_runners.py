@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,34 +26,16 @@ from aiohttp import web
 from rlhf.agents.calls import AgentFiles, AgentResult
 from rlhf.agents.limits import ProcessLimits
 from rlhf.agents.runners import AgentTask, HostedRunner, ServiceRunner
-from rlhf.agents.sessions import COMMAND, FUNCTION
+from rlhf.agents.sessions import FUNCTION
 from rlhf.errors import ChildLost, UserError
 from rlhf.extensions import CodeSource
 from rlhf.rollouts.environments.host import EnvironmentFailure
 from rlhf.rollouts.environments.process import _fork
 from rlhf.rollouts.environments.tool_servers import ToolServer
+from tests.agent_programs import LIMITS, command, function, task
 
 T = TypeVar("T")
-LIMITS = ProcessLimits(memory_gib=4.0, max_threads=512, disk_gib=1.0)
-MANY = Path(__file__).parents[1] / "fixtures" / "agents" / "many.py"
 QUICK = Path(__file__).parents[1] / "fixtures" / "tools" / "quick_server.py"
-
-
-def task(**columns: Any) -> AgentTask:
-    return AgentTask(task={"prompt": "2 + 2", **columns}, address="http://127.0.0.1:9", api_key="sk-1", seed=1)
-
-
-def function(
-    name: str = "solve", timeout_s: float = 20.0, limits: ProcessLimits = LIMITS, servers: Sequence[ToolServer] = ()
-) -> HostedRunner:
-    source = CodeSource(path=str(MANY), name=name)
-    options: dict[str, Any] = {"timeout_s": timeout_s, "limits": limits, "servers": servers}
-    return HostedRunner(source, program=FUNCTION, key="rollouts.agent", **options)
-
-
-def command(*words: str, timeout_s: float = 20.0, sandbox: bool = False) -> HostedRunner:
-    source = CodeSource(path=None, name="command", args={"command": words, "sandbox": sandbox})
-    return HostedRunner(source, program=COMMAND, timeout_s=timeout_s, limits=LIMITS, key="rollouts.agent")
 
 
 def with_runner(runner: Any, use: Callable[[Any], Awaitable[T]]) -> T:
@@ -236,7 +218,7 @@ def test_a_thread_of_the_code_does_not_hold_up_the_end(tmp_path: Path) -> None:
 
 ENGINE = """
 import asyncio, sys
-from tests.unit.test_agents_runners import function, task
+from tests.agent_programs import function, task
 async def run():
     runner = function()
     await runner.start()
