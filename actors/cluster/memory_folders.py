@@ -47,8 +47,8 @@ class MemoryFolder(OwnedFolder):
     def __init__(self, path: Path) -> None:
         """Make the folder, or take over the folder of a dead process of this run.
 
-        Remove leftovers of dead runs beside the folder. RunError: another user's parent. UserError: no folder can be
-        made.
+        Remove leftovers of dead runs beside the folder. RunError: the parent is another user's. UserError: the
+        folder cannot be made.
         """
         try:
             super().__init__(path)

@@ -49,7 +49,7 @@ def hub_environment() -> dict[str, str]:
 
 
 def _kill(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Kill processes on this host, ASKED_S after a request. Return processes that remain GONE_WITHIN_S later."""
+    """Kill processes on this host, ASKED_S after a request to end. Return those left GONE_WITHIN_S later."""
     _, alive = psutil.wait_procs(processes, timeout=ASKED_S)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):

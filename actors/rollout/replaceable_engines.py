@@ -109,8 +109,8 @@ class ReplaceableEngines(WorkerPool):
     async def _await_broadcast(self, rank: int) -> None:
         """Wait until a sync has given a successor the weights, and has proved the weights.
 
-        A step may take longer than any single call. RunError is therefore raised after the time limit of a call without
-        any wait of the run that has a limit.
+        A step may take longer than any single call. So RunError is raised only if no worker was asked for anything
+        within the time limit of a call.
         """
         synced = self._unsynced[rank] = asyncio.get_running_loop().create_future()
         began = time.monotonic()

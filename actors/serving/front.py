@@ -237,7 +237,7 @@ def _renderer(engine: FrontEngine, spec: FrontSpec, tool_parser: str | None, rea
 
 
 def _hear_answers(state: Any) -> None:
-    """Let vLLM's serving classes record clients' views, and use the protocol's default sampling parameters.
+    """Let vLLM's serving classes record what clients are told, and use the protocol's sampling defaults.
 
     By default vLLM takes the sampling parameters of the model's generation_config.json.
     """

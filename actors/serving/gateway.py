@@ -225,7 +225,7 @@ def _refuse_costly(asked: Mapping[str, Any], most: int) -> None:
 
 
 def _num_responses(body: Mapping[str, Any]) -> int:
-    """Return the number of responses to a request. A number that vLLM will refuse counts as 1.
+    """Return the number of responses that a request asks for. A number that vLLM will refuse counts as 1.
 
     RefusedCall: `n` is no whole number. vLLM might read it as one, such as "2".
     """

@@ -19,7 +19,7 @@ TRANSFORMERS = "vllm.model_executor.models.transformers"  # for models that vLLM
 
 
 class UnreadWeights(TorchDispatchMode):
-    """The weights without any read of values inside. Only views have been taken."""
+    """The weights whose values no operation inside has read: only views have been taken."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def note_unread_weights() -> None:
 def unread_weights(model: Any) -> frozenset[str]:
     """Return the names of a loaded model's unread weights.
 
-    A class of transformers gives no name. vLLM loads such a class strictly, and prevents a second creation.
+    Empty for a class of transformers: vLLM loads such a class strictly, and prevents a second creation.
     """
     if type(model).__module__.startswith(TRANSFORMERS):
         return frozenset()

@@ -147,7 +147,7 @@ def refuse_unmentioned_tools(tools: Sequence[Message] | None, text: str, tokeniz
 
 
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
-    """Return the conversation after the system prompt. None: no system prompt."""
+    """Return the conversation with any system prompt in front."""
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     return [*system, *messages]
 

@@ -53,7 +53,7 @@ class TrainedWorker(ModelWorker):
         model: CriticConfig | None = None,
         lr: float | None = None,
     ) -> None:
-        """Set the settings of the role. Without `model` and `lr`, the policy's values apply."""
+        """Store the settings of the role. Without `model` and `lr`, the policy's values apply."""
         super().__init__(place)
         self.config = config
         self.model_config: PolicyConfig | CriticConfig = config.policy if model is None else model

@@ -162,7 +162,7 @@ def weight_sources(model: nn.Module) -> list[WeightSource]:
 def published_names(config: Any) -> frozenset[str]:
     """Return the names of all weights in the files of a model of this config. The model gets no memory.
 
-    A class unknown to transformers gives no name.
+    Empty for a class unknown to transformers.
     """
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return frozenset()

@@ -104,7 +104,7 @@ def num_cpus() -> int:
 
 
 def visible_gpus() -> list[str]:
-    """Return the GPUs visible here by CUDA_VISIBLE_DEVICES."""
+    """Return the GPUs named by CUDA_VISIBLE_DEVICES, or else the numbers of all GPUs."""
     limited = os.environ.get("CUDA_VISIBLE_DEVICES")
     if limited is not None:
         return [name.strip() for name in limited.split(",") if name.strip()]

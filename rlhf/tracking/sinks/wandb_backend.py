@@ -218,7 +218,7 @@ def _cells(row: Mapping[str, Any], rewards: Sequence[str]) -> dict[str, Any]:
 
 
 def _mean_logprob(row: Mapping[str, Any], whose: str) -> float | None:
-    """Return the mean over the sampled tokens as recorded, or else the mean of the recorded token values."""
+    """Return the recorded mean over the sampled tokens, or else the mean of the recorded values."""
     mean: float | None = row.get(f"mean_{whose}_logprob")
     values = [value for value in (row.get("tokens") or {}).get(f"{whose}_logprobs") or () if value is not None]
     return fmean(values) if mean is None and values else mean
