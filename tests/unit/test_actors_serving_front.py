@@ -90,6 +90,16 @@ def opened(front: Front, key: str = "a-session", **limits: Any) -> Any:
     return front.sessions.open(key, Sampling(max_new_tokens=200, temperature=0.7, top_k=9), SessionLimits(**values))
 
 
+@asynccontextmanager
+async def in_session(
+    parts: EngineParts, *texts: str, max_tokens: int = 900, **changes: Any
+) -> AsyncIterator[tuple[Front, DummyLoop, openai.AsyncOpenAI]]:
+    """Yield a front with an open session, and OpenAI's client of the session."""
+    async with fronted(parts, *texts, **changes) as (front, loop), openai_client(front, "a-session") as client:
+        opened(front, max_tokens=max_tokens)
+        yield front, loop, client
+
+
 def accepts(params: Any, text: str) -> bool:
     """Return whether the grammar of a request allows a text."""
     info = xgrammar.TokenizerInfo.from_huggingface(TOKENIZER)
@@ -226,8 +236,7 @@ async def test_anthropics_messages(parts: EngineParts, streams: bool) -> None:
 
 
 async def test_a_session_goes_on_over_an_update_and_each_token_has_its_version(parts: EngineParts) -> None:
-    async with fronted(parts, "yes", "no") as (front, loop), openai_client(front, "a-session") as client:
-        opened(front)
+    async with in_session(parts, "yes", "no") as (front, loop, client):
         loop.version = 4
         told = await client.chat.completions.create(model="m", messages=HI)
         loop.version = 5
@@ -239,8 +248,7 @@ async def test_a_session_goes_on_over_an_update_and_each_token_has_its_version(p
 
 
 async def test_a_session_is_sampled_as_the_run_samples_and_captured(parts: EngineParts) -> None:
-    async with fronted(parts, "yes", turn_ends=(7,)) as (front, loop), openai_client(front, "a-session") as client:
-        opened(front)
+    async with in_session(parts, "yes", turn_ends=(7,)) as (front, loop, client):
         loop.version = 4
         told = await client.chat.completions.create(
             model="gpt-5",  # named as the program likes
@@ -281,11 +289,7 @@ def assert_extends(calls: list[Call]) -> None:
 async def test_a_conversation_of_openai_goes_on_from_the_sampled_tokens(parts: EngineParts, streams: bool) -> None:
     """The turns have surrounding space, reasoning, and calls in a form different from the template's."""
     texts = (f"{THOUGHT}  wait {CALL}", " fine ", "and so on...", "end")
-    async with (
-        fronted(parts, *texts, reasoning_parser="qwen3") as (front, _),
-        openai_client(front, "a-session") as client,
-    ):
-        opened(front)
+    async with in_session(parts, *texts, reasoning_parser="qwen3") as (front, _, client):
         messages = [*HI]
         for asked in ({"role": "tool", "tool_call_id": "x", "content": "2"}, *HI, *HI, None):
             content, name, arguments = "", "", ""
@@ -342,11 +346,7 @@ async def test_a_turn_that_ended_by_itself_gets_no_second_end(parts: EngineParts
     """The template ends a turn with another token than the model, and writes a space before the end."""
     end = "<|reserved_0|>"
     template, ends = TEMPLATE.replace("{{ eos_token }}", "{{ ' " + end + "' }}"), (parts.added[end],)
-    async with (
-        fronted(parts, "yes", "cut...", "no", template=template, turn_ends=ends) as (front, _),
-        openai_client(front, "a-session") as client,
-    ):
-        opened(front)
+    async with in_session(parts, "yes", "cut...", "no", template=template, turn_ends=ends) as (front, _, client):
         messages = [*HI]
         for _ in range(3):
             told = await client.chat.completions.create(model="m", messages=messages)
@@ -358,8 +358,7 @@ async def test_a_turn_that_ended_by_itself_gets_no_second_end(parts: EngineParts
 
 
 async def test_a_broken_prefix_is_said(parts: EngineParts) -> None:
-    async with fronted(parts, "yes") as (front, _), openai_client(front, "a-session") as client:
-        opened(front)
+    async with in_session(parts, "yes") as (front, _, client):
         for said in ("yes", "no"):
             await client.chat.completions.create(model="m", messages=HI)
             await client.chat.completions.create(model="m", messages=[*HI, {"role": "assistant", "content": said}, *HI])
@@ -369,8 +368,7 @@ async def test_a_broken_prefix_is_said(parts: EngineParts) -> None:
 
 
 async def test_tokens_under_a_grammar_are_marked(parts: EngineParts) -> None:
-    async with fronted(parts, '{"a": 1}') as (front, loop), openai_client(front, "a-session") as client:
-        opened(front)
+    async with in_session(parts, '{"a": 1}') as (front, loop, client):
         form: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema": PARAMETERS, "strict": True}}
         await client.chat.completions.create(model="m", messages=HI, response_format=form)
         (call,) = front.sessions.close("a-session")
@@ -420,8 +418,7 @@ async def test_a_session_that_wants_one_call_at_a_time_is_sampled_freely_and_tol
 
 
 async def test_a_session_takes_text_alone(parts: EngineParts) -> None:
-    async with fronted(parts, "yes") as (front, loop), openai_client(front, "a-session") as client:
-        opened(front)
+    async with in_session(parts, "yes") as (_, loop, client):
         image: Any = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
         with pytest.raises(openai.BadRequestError, match="a session takes text alone"):
             await client.chat.completions.create(model="m", messages=[{"role": "user", "content": [image]}])
@@ -430,8 +427,7 @@ async def test_a_session_takes_text_alone(parts: EngineParts) -> None:
 
 async def test_a_long_result_is_tokenized_as_a_short_one(parts: EngineParts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("actors.serving.front_renderer.LONG_TEXT", 30)
-    async with fronted(parts, "yes") as (front, _), openai_client(front, "a-session") as client:
-        opened(front)
+    async with in_session(parts, "yes") as (front, _, client):
         said = {"role": "assistant", "content": "yes"}
         await client.chat.completions.create(model="m", messages=HI)
         await client.chat.completions.create(model="m", messages=[*HI, said, {"role": "user", "content": "x" * 50}])
@@ -442,8 +438,7 @@ async def test_a_long_result_is_tokenized_as_a_short_one(parts: EngineParts, mon
 
 async def test_a_schema_that_no_text_fulfils_is_refused_and_not_captured(parts: EngineParts) -> None:
     """vLLM ends such a response with an error after a token outside the grammar."""
-    async with fronted(parts, "x") as (front, loop), openai_client(front, "a-session") as client:
-        opened(front)
+    async with in_session(parts, "x") as (front, loop, client):
         loop.end = "error"
         schema: Any = {"$ref": "#"}
         form: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
@@ -560,8 +555,7 @@ async def test_what_json_lacks_in_a_call_is_no_error(parts: EngineParts) -> None
 
 
 async def test_a_closed_session_and_a_client_that_leaves_drop_their_calls(parts: EngineParts) -> None:
-    async with fronted(parts, "yes") as (front, loop), openai_client(front, "a-session") as client:
-        opened(front)
+    async with in_session(parts, "yes") as (front, loop, client):
         loop.hold = True
         waiting = asyncio.create_task(client.chat.completions.create(model="m", messages=HI))
         await until(lambda: len(loop.waiting) == 1)
@@ -642,8 +636,7 @@ async def test_a_prompt_that_is_longer_than_the_engines_limit_ends_its_session(
 
 
 async def test_a_response_has_the_room_behind_its_prompt(parts: EngineParts) -> None:
-    async with fronted(parts, "yes") as (front, loop), openai_client(front, "a-session") as client:
-        opened(front, max_tokens=1024)
+    async with in_session(parts, "yes", max_tokens=1024) as (_, loop, client):
         await client.completions.create(model="m", prompt="x" * 1015, max_tokens=16)
         await client.completions.create(model="m", prompt="x" * 9, max_tokens=16)
         await client.chat.completions.create(model="m", messages=[{"role": "user", "content": "x" * 1012}])
