@@ -1,4 +1,4 @@
-"""The smallest configuration of an online run, in one process and without files."""
+"""The smallest configurations of runs, in one process and without files."""
 
 from __future__ import annotations
 
@@ -18,12 +18,27 @@ ONLINE: dict[str, Any] = {
 }
 
 
-def online_config(**sections: Any) -> Config:
-    """Return the configuration with the given sections.
+OFFLINE: dict[str, Any] = {
+    "run": {"name": "demo"},
+    "policy": {"model": "m"},
+    "algorithm": {"name": "sft"},
+    "data": {"train": "a.jsonl"},
+    "train": {"steps": 3, "lr": 1.0, "sequences_per_update": 2},
+}
 
-    A mapping adds keys to a section, but rewards replace all rewards.
-    """
-    merged = dict(ONLINE)
+
+def online_config(**sections: Any) -> Config:
+    """Return the configuration with these sections. A mapping adds its keys to the section, but rewards replace all."""
+    return _with(ONLINE, sections)
+
+
+def offline_config(**sections: Any) -> Config:
+    """Return the configuration of a run on fixed data, with these sections."""
+    return _with(OFFLINE, sections)
+
+
+def _with(base: Mapping[str, Any], sections: Mapping[str, Any]) -> Config:
+    merged = dict(base)
     for name, value in sections.items():
         adds = isinstance(value, Mapping) and name not in ("rewards", "algorithm")
         merged[name] = {**merged.get(name, {}), **value} if adds else value

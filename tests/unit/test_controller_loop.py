@@ -12,11 +12,11 @@ from typing import Any, cast
 
 import pytest
 
-from rlhf.config.schema.root import Config
 from rlhf.controller.loop import TrainingLoop, sparing_loaded_objects
 from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import NodeNotReplaced, Preempted, RunError, WorkerLost
 from rlhf.types import MemoryReport
+from tests.fakes.configs import offline_config
 from tests.fakes.roles import FakeTrained
 
 RECOVERIES = "recovery/policy/total"
@@ -91,16 +91,11 @@ class Loop(TrainingLoop):
 
     def __init__(self, record: Any, *, gang: int = 0, **train: Any) -> None:
         self.policy = policy = FakeTrained(record.calls)
-        config = Config.model_validate(
-            {
-                "run": {"name": "demo"},
-                "policy": {"model": "m"},
-                "algorithm": {"name": "sft"},
-                "data": {"train": "a.jsonl", "eval": "b.jsonl"},
-                "train": {"steps": 5, "lr": 1.0, "sequences_per_update": 2, "checkpoint_every": 100} | train,
-                "eval": {"every": 2, "at_start": False},
-                "cluster": {"restarts": {"gang": gang}},
-            }
+        config = offline_config(
+            data={"eval": "b.jsonl"},
+            train={"steps": 5, "checkpoint_every": 100} | train,
+            eval={"every": 2, "at_start": False},
+            cluster={"restarts": {"gang": gang}},
         )
         super().__init__(
             config,

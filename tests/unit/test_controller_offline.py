@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from rlhf.config.schema.cluster import Restarts
-from rlhf.config.schema.root import Config
 from rlhf.controller.offline import OfflineController
 from rlhf.controller.record import RunRecord
 from rlhf.controller.supervisor import Supervisor
@@ -24,6 +23,7 @@ from rlhf.tracking.metrics.reductions import Sum
 from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.types import MinibatchPlan
+from tests.fakes.configs import offline_config
 
 
 @dataclass(frozen=True)
@@ -110,15 +110,7 @@ class Ranks:
 @pytest.mark.parametrize("lost", ["none", "update 1", "update 3", "snapshot 2"])
 def test_a_step_is_made_again_after_a_loss_also_the_one_before_it(lost: str, is_whole: bool, tmp_path: Path) -> None:
     rows = [SomeRow(example_id=i, token_ids=(0,) * (i + 1), num_targets=i) for i in range(7)]
-    config = Config.model_validate(
-        {
-            "run": {"name": "demo"},
-            "policy": {"model": "m"},
-            "algorithm": {"name": "sft"},
-            "data": {"train": "a.jsonl"},
-            "train": {"steps": 3, "lr": 1.0, "sequences_per_update": 2},
-        }
-    )
+    config = offline_config()
     ranks, unused = Ranks(lost, is_whole=is_whole), SimpleNamespace(log_error=lambda _: None, alert=lambda *_: None)
     with RunFolder.open(tmp_path, "demo", resume=False) as folder:
         record = RunRecord(

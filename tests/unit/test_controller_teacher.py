@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.schema.root import Config
 from rlhf.controller.offline import OfflineController
 from rlhf.controller.supervisor import Supervisor
 from rlhf.data.examples import Example
 from rlhf.data.stream import Stream
 from rlhf.types import MinibatchPlan
+from tests.fakes.configs import offline_config
 
 ROWS = tuple(Example(example_id=i, token_ids=(1, 2), loss_mask=(False, True)) for i in range(5))
 
@@ -62,16 +62,10 @@ def apart(parts: list[Any], *, is_shown: bool = False) -> Iterator[None]:
 
 def three_steps(*, colocate_with: str | None) -> tuple[list[str], list[int]]:
     """Return the calls in order, and the position of the cursor after each step."""
-    config = Config.model_validate(
-        {
-            "run": {"name": "demo"},
-            "policy": {"model": "m"},
-            "teacher": {"model": "n"},
-            "algorithm": {"name": "distillation"},
-            "data": {"train": "a.jsonl"},
-            "train": {"steps": 3, "lr": 1.0, "sequences_per_update": 2},
-            "cluster": {"roles": {"teacher": {"colocate_with": colocate_with}}, "restarts": {"gang": 0}},
-        }
+    config = offline_config(
+        teacher={"model": "n"},
+        algorithm={"name": "distillation"},
+        cluster={"roles": {"teacher": {"colocate_with": colocate_with}}, "restarts": {"gang": 0}},
     )
     calls: list[str] = []
     parts: Any = {"role": Student(calls), "record": SimpleNamespace(stage=stage, apart=apart, add=lambda metrics: None)}

@@ -25,6 +25,7 @@ from rlhf.workers.online.critic import CriticWorker
 from rlhf.workers.online.policy import PolicyWorker
 from rlhf.workers.online.streamed import StreamedPolicyWorker
 from tests.agent_sessions import call, session
+from tests.fakes.configs import online_config
 from tests.tiny_architectures import tiny_model
 
 PROMPT = Prompt(prompt_id=0, token_ids=(1, 2), text="", columns={})
@@ -61,16 +62,10 @@ class StreamedWorker(Worker, StreamedPolicyWorker):
 
 
 def worker_of(model: Any, *, tokens: int = 100, kind: type[Worker] = Worker, **algorithm: Any) -> Worker:
-    config = Config.model_validate(
-        {
-            "run": {"name": "workers", "dir": "none"},
-            "policy": {"model": "none", "dtype": "float32"},
-            "algorithm": {"kl": {"coef": 0.0}, **algorithm},
-            "data": {"train": "x.jsonl", "apply_chat_template": False, "max_prompt_tokens": 4},
-            "rollouts": {"prompts_per_step": 1, "samples_per_prompt": 2, "max_new_tokens": 8},
-            "rewards": {"r": {"function": "f"}},
-            "train": {"steps": 1, "lr": 1e-2, "sequences_per_update": 2, "max_tokens_per_microbatch": tokens},
-        }
+    config = online_config(
+        algorithm={"kl": {"coef": 0.0}, **algorithm},
+        rollouts={"prompts_per_step": 1, "max_new_tokens": 8},
+        train={"steps": 1, "lr": 1e-2, "sequences_per_update": 2, "max_tokens_per_microbatch": tokens},
     )
     return kind(config, model)
 
