@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ os.environ.update(
     OMP_NUM_THREADS="1",  # several processes share a few cores
 )
 os.environ.pop("RAY_ADDRESS", None)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores SIGINT for commands in the background
 
 # Every annotated shape and dtype in the equations is checked at each call, in tests only.
 install_import_hook("rlhf.objectives", "beartype.beartype")

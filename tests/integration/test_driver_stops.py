@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from subprocess import Popen
 
@@ -19,14 +18,6 @@ from tests.integration.recipes import start
 
 ONE_RANK = {"cluster": {"roles": None, "call_timeout_s": 20.0}}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-
-
-@pytest.fixture(autouse=True)
-def hears_ctrl_c() -> Iterator[None]:
-    """A shell ignores SIGINT for commands in the background, and child processes inherit this setting."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def running(folder: Path, name: str, *arguments: str, steps: int = 3) -> tuple[Path, Popen[str]]:

@@ -92,14 +92,10 @@ def test_a_signal_ends_a_sweep_and_its_trials(
 
     monkeypatch.setattr(actors.sweeps.runner, "_shares", lambda *_: [MachineShare()])
     monkeypatch.setattr(actors.sweeps.runner, "TrialProcess", Trial)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
-    try:
-        with pytest.raises(ended, match=r"trials in progress were ended: trial-000 without a checkpoint$"):
-            sweep(write_sweep(tmp_path), quiet=True)
-        (tmp_path / "rates/trials/trial-000/checkpoints/step_000012").mkdir(parents=True)
-        interrupted.clear()
-        with pytest.raises(ended, match=r"were ended: trial-000 with a checkpoint of step 12$"):
-            sweep(write_sweep(tmp_path), resume=True, quiet=True)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(ended, match=r"trials in progress were ended: trial-000 without a checkpoint$"):
+        sweep(write_sweep(tmp_path), quiet=True)
+    (tmp_path / "rates/trials/trial-000/checkpoints/step_000012").mkdir(parents=True)
+    interrupted.clear()
+    with pytest.raises(ended, match=r"were ended: trial-000 with a checkpoint of step 12$"):
+        sweep(write_sweep(tmp_path), resume=True, quiet=True)
     assert len(interrupted) == 1

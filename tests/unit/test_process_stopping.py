@@ -22,7 +22,7 @@ from rlhf.process.stopping import StopRequest, current_request, finishes_within,
 
 @pytest.fixture(autouse=True)
 def as_in_a_terminal() -> Iterator[None]:
-    """Install handlers as in a terminal. A shell ignores SIGINT for commands in the background."""
+    """Install handlers as in a terminal."""
     before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
     for number in stopping.SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
