@@ -22,7 +22,7 @@ def doctor(run: str | Path | None = None) -> tuple[CheckResult, ...]:
 
     Args:
         run (RUN): prove from this run folder that no prompt was lost or trained twice, no response exceeded
-        rollouts.max_staleness, and each step and checkpoint is whole.
+            rollouts.max_staleness, and each step and checkpoint is whole.
     """
     if run is not None:
         from actors.doctor.run_folder import check_run

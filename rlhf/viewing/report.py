@@ -56,16 +56,19 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Report:
     """Read the runs, and write the page to `out`.
 
     out: None: report.html in the folder of the run, or for several runs comparison.html in the first run's folder.
-    UserError: a folder holds no run, or the page cannot be written.
+    UserError: a folder holds no run, a run is named twice, or the page cannot be written.
     """
     if not folders:
         raise UserError("report needs the folder of a run, such as runs/NAME")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError(f"{', '.join(map(str, folders))}: a run is named twice. Name each run once.")
     runs = list(RunPlaces(folders).by_name().values())
     html = out or folders[0] / ("report.html" if len(folders) == 1 else "comparison.html")
     rows = {run.name: _rows(run.path) for run in runs}
     metrics = {run.name: MetricsSoFar(rows[run.name]) for run in runs}
+    answers = {"written": _now(), **_answers(runs, rows, metrics)}
     try:
-        write_atomic(html, page({"written": _now(), **_answers(runs, rows, metrics)}))
+        write_atomic(html, page(answers))
         pictures = tuple(_pictures(runs, metrics, html))
     except OSError as error:
         raise UserError(f"{html}: cannot be written: {error.strerror}. Name another file with --out.") from error

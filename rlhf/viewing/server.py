@@ -4,6 +4,7 @@ GET  /                        the page, with files under /static/
 POST /login                   Authorization: Bearer TOKEN; sets a cookie for later requests
 GET  /api/runs                runs with their state, and the meaning of each metric
 GET  /api/metrics?run=        rows of metrics.jsonl from a position on; /api/errors likewise
+GET  /api/summary?run=        the overview of a run
 GET  /api/samples?run=&step=  short forms of a step's responses
 GET  /api/responses?...&at=   some responses in full
 """

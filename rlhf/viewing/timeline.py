@@ -6,6 +6,7 @@ import json
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _MOST_SPANS = 400
 
@@ -30,14 +31,11 @@ def read_spans(folder: Path) -> list[Span]:
     newest: deque[bytes] = deque(maxlen=_MOST_SPANS)
     with path.open("rb") as file:
         for line in file:
-            if not line.endswith(b"}\n") and not line.endswith(b"},\n"):
-                continue  # a bracket of the array, or a line truncated by a kill
             if b'"ph": "X"' in line:
                 newest.append(line)
-            elif b'_name"' in line:
-                event = json.loads(line.rstrip(b",\n"))
+            elif b'_name"' in line and (event := _event(line)):
                 names[event["pid"], event.get("tid")] = event["args"]["name"]
-    events = [json.loads(line.rstrip(b",\n")) for line in newest]
+    events = [event for line in newest if (event := _event(line))]
     start = min((event["ts"] for event in events), default=0)
     return [
         Span(
@@ -49,3 +47,12 @@ def read_spans(folder: Path) -> list[Span]:
         )
         for event in events
     ]
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """Return the event of a line. None: a kill truncated the line."""
+    try:
+        event: dict[str, Any] = json.loads(line.rstrip(b",\n"))
+    except ValueError:
+        return None
+    return event

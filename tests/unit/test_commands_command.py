@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -101,6 +103,10 @@ def test_every_argument_of_a_command_has_an_explanation(name: str) -> None:
     made = parser(COMMANDS[name])
     assert COMMANDS[name].summary
     assert [action.dest for action in made._actions if not action.help] == []
+    lines = (inspect.getdoc(COMMANDS[name].function) or "").partition("Args:\n")[2].partition("\n\n")[0].split("\n")
+    assert [
+        line for line in lines if not re.match(r" {4}\w+( \(.+?\))?: | {8}|$", line)
+    ] == []  # the help has all lines
 
 
 def test_overrides_are_not_among_the_missing_arguments(capsys: pytest.CaptureFixture[str]) -> None:

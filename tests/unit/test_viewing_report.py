@@ -260,16 +260,23 @@ def test_pairs_are_chosen_from_both_ends() -> None:
     assert len(shown_pairs(pairs[:3], 6)) == 3
 
 
-def test_the_newest_spans_of_a_cut_timeline(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rest", ["", ',\n{"name": "upd', ',\n{"ph": "X", "args": {}'])
+def test_the_newest_spans_of_a_cut_timeline(rest: str, tmp_path: Path) -> None:
     run = make_run(tmp_path, "demo")
     path = run / "timeline.json"
-    path.write_text(path.read_text().rstrip("]\n") + ',\n{"name": "upd')
+    path.write_text(path.read_text().rstrip("]\n") + rest)
     spans = read_spans(run)
     assert [(one.name, one.role, one.lane, one.start_s, one.end_s) for one in spans[:2]] == [
         ("rollouts", "rollout", "main", 0.0, 3.0),
         ("update", "policy", "main", 3.0, 4.0),
     ]
     assert len(spans) == 14
+
+
+def test_a_run_named_twice_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "demo")
+    with pytest.raises(UserError, match="a run is named twice"):
+        rlhf.report([run, tmp_path / "x" / ".." / "demo"])
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from rlhf.tracking.sinks.tracker import read_metrics
 
 _PANEL_INCHES = (4.6, 3.0)
 _COLUMNS = 2
+_MOST_NAMED = 12  # runs with a legend and values at the ends of evaluations; more labels cover the curves
 COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#65a30d")
 
 
@@ -40,8 +41,8 @@ def plot_curves(runs: Mapping[str, Path], metrics: Sequence[str], *, output: Pat
     for index, key in enumerate(panels, start=1):
         axes = figure.add_subplot(lines, columns, index)
         for color, (name, run) in zip(cycle(COLORS), rows.items(), strict=False):
-            _draw(axes, key, _points(run, key), color=color, label=name)
-        if len(runs) > 1 and index == 1:
+            _draw(axes, key, _points(run, key), color=color, label=name, shows_values=len(runs) <= _MOST_NAMED)
+        if 1 < len(runs) <= _MOST_NAMED and index == 1:
             axes.legend(fontsize=8, frameon=False)
         unit = names[key].unit
         axes.set_title(key if unit == "1" else f"{key} ({unit})", fontsize=10, loc="left")
@@ -53,7 +54,9 @@ def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, floa
     return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
 
 
-def _draw(axes: Any, key: str, points: Sequence[tuple[int, float]], *, color: str, label: str) -> None:
+def _draw(
+    axes: Any, key: str, points: Sequence[tuple[int, float]], *, color: str, label: str, shows_values: bool
+) -> None:
     """Draw one curve and label the panel. A curve without points appears in the legend only."""
     from matplotlib.ticker import MaxNLocator
 
@@ -61,7 +64,7 @@ def _draw(axes: Any, key: str, points: Sequence[tuple[int, float]], *, color: st
     sparse = key.startswith("eval/") or len(points) == 1
     axes.plot(steps, values, color=color, linewidth=1.6, marker="o" if sparse else None, markersize=5, label=label)
     if sparse:
-        for step, value in {*points[:1], *points[-1:]}:
+        for step, value in {*points[:1], *points[-1:]} if shows_values else ():
             axes.annotate(number(value), (step, value), xytext=(0, 7), textcoords="offset points", ha="center")
         axes.margins(y=0.2)
     axes.set_xlabel("step", fontsize=9)

@@ -80,7 +80,7 @@ def write_atomic(path: Path, text: str, *, waits: bool = True) -> None:
             os.fsync(file.fileno())
 
     write_aside(path, write, needed=len(content), waits=waits)
-    sync_folder(path.parent)
+    when_there_is_room(path.parent, lambda: sync_folder(path.parent), waits=waits)
 
 
 def json_line(row: Mapping[str, Any]) -> str:

@@ -1,5 +1,5 @@
-// The requests to the server. In a report the answers are in the page instead. Rows come as JSON lines. A tail remembers its position in a file, and reads the file anew
-// if it has changed (a resumed run removes rows).
+// The requests to the server. In a report the answers are in the page instead. Rows come as JSON lines. A tail remembers
+// its position in a file, and reads the file anew if it has changed (a resumed run removes rows).
 
 const answers = document.getElementById("answers");
 export const saved = answers && JSON.parse(answers.textContent);
@@ -137,6 +137,7 @@ export class RunData {
       this.summary = await (await ask("summary", { run: this.name })).json();
     } catch (error) {
       this.summary = { ...NO_SUMMARY, trouble: error.message };
+      this.stale = true;
     }
     this.asking = null;
   }
