@@ -1,7 +1,6 @@
 """Remember the nodes and processes of a run's actors, for error messages and processes.json.
 
-Nodes are probed directly: Ray notices a lost connection only after Ray's health checks, and the head node may be lost
-itself.
+Nodes are probed directly: Ray notices a lost connection only after health checks, and the head may be lost itself.
 """
 
 from __future__ import annotations
@@ -64,10 +63,7 @@ _LISTS: list[Path] = []  # files that list the processes
 
 @contextmanager
 def listed_in(path: Path) -> Iterator[None]:
-    """List the driver and the processes of all actors in a file, updated during the block.
-
-    After the block the file lists nothing. A killed driver leaves the last list behind.
-    """
+    """List the driver and all actors' processes in a file during the block. A killed driver leaves the list behind."""
     _LISTS.append(path)
     _write_lists()
     try:
@@ -84,10 +80,7 @@ def ask_location(handle: ActorHandle[Any]) -> ObjectRef[tuple[str, str, int, int
 
 
 def own_location(actor: object, room_timeout_s: float) -> tuple[str, str, int, int]:
-    """Return id, node and process of the calling actor, and the port for answers to heartbeats from now on.
-
-    From now on, the actor's writes wait for room up to `room_timeout_s`.
-    """
+    """Return id, node and process of the calling actor, and the port for answers to heartbeats from now on."""
     PAUSE.limit_s = room_timeout_s
     context = ray.get_runtime_context()
     port = answer_heartbeats(ray.util.get_node_ip_address())
@@ -103,11 +96,7 @@ def remember(
         if node in nodes:
             address, port = nodes[node]
             _LOCATIONS[actor] = ActorLocation(
-                who=f"{role} rank {rank}",
-                node=node,
-                address=address,
-                port=port,
-                pid=pid,
+                **{"who": f"{role} rank {rank}", "node": node, "address": address, "port": port, "pid": pid},
                 heartbeat_port=heartbeat_port,
                 handle=handles[rank] if handles else None,
             )
@@ -136,8 +125,7 @@ def location_of(actor: str | None) -> ActorLocation | None:
     return _LOCATIONS.get(actor or "")
 
 
-def locations() -> dict[str, ActorLocation]:
-    """Return the locations of all actors except ended actors, by actor."""
+def locations() -> dict[str, ActorLocation]:  # of all actors except ended actors
     return dict(_LOCATIONS)
 
 
@@ -153,10 +141,7 @@ def _call(work: Callable[[], T]) -> T:
 
 
 async def lost_nodes() -> str:
-    """Return a sentence on the run's lost nodes; empty if all nodes respond.
-
-    Ranks on healthy nodes also fail after the loss of a peer or of arguments.
-    """
+    """Return a sentence on the run's lost nodes, whose loss makes other ranks fail too; empty if all nodes respond."""
     places = {place.node: place for place in _LOCATIONS.values()}
     if not places:
         return ""
@@ -165,18 +150,13 @@ async def lost_nodes() -> str:
     sentences = []
     for node, failure in failures.items():
         if failure is not None:
-            sentences.append(
-                f"{', '.join(place.who for place in _LOCATIONS.values() if place.node == node)} ({failure})"
-            )
+            names = ", ".join(place.who for place in _LOCATIONS.values() if place.node == node)
+            sentences.append(f"{names} ({failure})")
     return f" Lost with its node: {'; '.join(sentences)}." if sentences else ""
 
 
 async def draining_node(nodes: Callable[[], Collection[str]]) -> tuple[str, float | None] | None:
-    """Return the address of a draining node of the run, and its end time if known.
-
-    Args:
-        nodes: returns the present nodes of the run. The nodes change when a lost node is replaced.
-    """
+    """Return the address of a draining node of the run, and its end time if known. nodes: the run's present nodes."""
     going = await draining_nodes()
     used = nodes() if going else ()
     for node, ends_at in going.items():
@@ -186,10 +166,9 @@ async def draining_node(nodes: Callable[[], Collection[str]]) -> tuple[str, floa
 
 
 async def draining_nodes() -> dict[str, float | None]:
-    """Return the nodes in the process of draining, with end times if known.
+    """Return the nodes that drain, reported by an autoscaler or `ray drain-node`, with end times if known.
 
-    An autoscaler or `ray drain-node` reports draining to Ray. The call blocks while the head does not respond, in a
-    thread that keeps no event loop and no process alive.
+    The call blocks while the head does not respond, in a thread that keeps no event loop and no process alive.
     """
     from ray._private.state import state  # also used by Ray Train
 

@@ -13,7 +13,7 @@ def cluster_to_join(configured: str | None) -> str | None:
     """Return the address of the cluster to join, with `auto` resolved. Return None if the run starts a local Ray.
 
     `auto` means the cluster of RAY_ADDRESS (set by `ray job submit`), or else the cluster recorded by `ray start` on
-    this machine. Ray's own lookup would also join any running Ray process, even a local one started by another run.
+    this machine. Ray's own lookup would also join a local Ray of another run.
     """
     named = os.environ.get("RAY_ADDRESS") or None
     address = configured or named
@@ -35,10 +35,7 @@ def cluster_to_join(configured: str | None) -> str | None:
 
 
 def started_here() -> str | None:
-    """Return the address of the cluster last started or joined by `ray start` on this machine.
-
-    The cluster may have ended since.
-    """
+    """Return the address of the cluster last started or joined by `ray start` here. It may have ended since."""
     try:
         return word_of_cluster().read_text(encoding="utf-8").strip() or None
     except OSError:

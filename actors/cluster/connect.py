@@ -63,7 +63,6 @@ class OwnRay:
         self.vital = [daemon for daemon in self.daemons if _name(daemon) in VITAL]
 
     def forget(self) -> None:
-        """Record that no daemons exist."""
         self.daemons, self.vital, self.killed = [], [], False
 
     @property
@@ -102,11 +101,8 @@ _SESSION_LOCKS: list[int] = []  # held until this process ends
 
 @contextmanager
 def connected(config: ClusterConfig) -> Iterator[None]:
-    """Connect to Ray for the length of the block.
-
-    If cluster.address is null, join the cluster of RAY_ADDRESS (set by `ray job submit`). Without RAY_ADDRESS, start a
-    local Ray that ends with the block and accepts no other process.
-    """
+    """Connect to Ray for the length of the block: to the cluster of the configuration or of RAY_ADDRESS, or to a local
+    Ray that ends with the block and accepts no other process."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that this thread handles no signals
     worker.print_to_stdstream = _log_messages
@@ -197,8 +193,7 @@ def _start_daemons(config: ClusterConfig, temp: Path) -> None:
     )
 
 
-def _own_session(temp: Path) -> None:
-    """Lock the folder of the local Ray as long as this process lives."""
+def _own_session(temp: Path) -> None:  # as long as this process lives
     with alone_in(temp):
         own = locked(temp / ray.get_runtime_context().get_session_name())
     if own is not None:
@@ -256,15 +251,12 @@ def _private_temp() -> Path:
             )
         temp.chmod(0o700)
     except OSError as error:
-        raise UserError(
-            f"start: {temp} cannot be created for Ray's files: {error.strerror}. Set RAY_TMPDIR to a folder "
-            "that you can write."
-        ) from error
+        text = f"start: {temp} cannot be created for Ray's files: {error.strerror}."
+        raise UserError(f"{text} Set RAY_TMPDIR to a folder that you can write.") from error
     return temp
 
 
 def _join(address: str) -> None:
-    """Join a running cluster. Raise UserError if none responds."""
     _refuse_dead(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
@@ -288,11 +280,8 @@ def _refuse_dead(address: str) -> None:
     try:
         subprocess.run(command, check=True, timeout=ANSWER_WITHIN_S, capture_output=True, text=True)
     except subprocess.TimeoutExpired as error:
-        raise _no_cluster(
-            address,
-            f"a program listens there, but it did not answer in Ray's protocol "
-            f"within {ANSWER_WITHIN_S:.0f} s (the dashboard has another port)",
-        ) from error
+        silent = f"a program listens there, but it did not answer in Ray's protocol within {ANSWER_WITHIN_S:.0f} s"
+        raise _no_cluster(address, f"{silent} (the dashboard has another port)") from error
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip().splitlines() or ["its health check failed"])[-1]
         raise _no_cluster(address, last) from error

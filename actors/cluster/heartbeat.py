@@ -1,8 +1,8 @@
 """Answer the driver's heartbeats in a worker's process, from a separate thread.
 
 The thread needs the interpreter for a moment. So a process answers during a computation or a wait for peers, but not
-while stopped, or while a call holds the interpreter. A call in a concurrency group of Ray would also wait for the
-arguments of all earlier calls, and Ray would move a rank's work out of the main thread.
+while stopped, or while a call holds the interpreter. A concurrency group of Ray would also wait for earlier calls'
+arguments, and would move a rank's work out of the main thread.
 """
 
 from __future__ import annotations
@@ -77,10 +77,9 @@ class Beat:
 def count_oom_kills(path: str) -> OomKills | None:
     """Return the count in a file with a line `oom_kill N`; None if there is no such file or line."""
     with contextlib.suppress(OSError):
-        for line in Path(path).read_text(encoding="ascii").splitlines():
-            name, _, number = line.partition(" ")
-            if name == "oom_kill":
-                return OomKills(path=path, count=int(number))
+        counts = dict(line.split(" ", 1) for line in Path(path).read_text(encoding="ascii").splitlines() if " " in line)
+        if "oom_kill" in counts:
+            return OomKills(path=path, count=int(counts["oom_kill"]))
     return None
 
 
@@ -93,10 +92,7 @@ def own_oom_kills(root: Path = Path("/")) -> OomKills | None:
 
 
 def own_children() -> Iterator[Child]:
-    """Yield all descendants of this process.
-
-    The kernel lists the children of each thread. A search among all processes, as in psutil, takes 40 ms.
-    """
+    """Yield all descendants of this process, as the kernel lists them by thread. (psutil's search takes 40 ms.)"""
     parents = [os.getpid()]
     while parents:
         for children in Path(f"/proc/{parents.pop()}/task").glob("*/children"):

@@ -1,7 +1,7 @@
 """Make a folder in the shared memory of each of a run's nodes. The files outlive the writing processes.
 
-The next run on a node removes the folders of dead runs there (rlhf.process.owned_folders). The process that owns a
-folder on a node also holds copies of snapshots of ranks on other nodes.
+The process that owns a folder on a node also holds copies of snapshots of ranks on other nodes. The next run on a node
+removes the folders of dead runs there (rlhf.process.owned_folders).
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ TRIED_AGAIN_AFTER_S = 300.0  # a node that could hold no copies
 
 
 def folders_of_user() -> Path:
-    """Return the folder with the folders of all runs of this user."""
     return Path(f"/dev/shm/ray-rlhf-{os.getuid()}")
 
 
@@ -45,11 +44,7 @@ class MemoryFolder(OwnedFolder):
     """The folder of a run on this node."""
 
     def __init__(self, path: Path) -> None:
-        """Make the folder, or take over the folder of a dead process of this run.
-
-        Remove leftovers of dead runs beside the folder. RunError: the parent is another user's. UserError: the
-        folder cannot be made.
-        """
+        """Make the folder, or take over the folder of a dead process of this run. UserError: it cannot be made."""
         try:
             super().__init__(path)
         except OSError as error:
@@ -74,11 +69,9 @@ class NodeMemory:
             self._holder = CopyHolder(self._path / "copies", ray.util.get_node_ip_address())
 
     def place(self, rank: str) -> CopyPlace:
-        """Return the place to which a rank sends copies."""
         return self._holder.place(rank)
 
     def forget(self, rank: str) -> None:
-        """Remove the copies of a rank."""
         self._holder.forget(rank)
 
     def write(self, rank: str, step: int, checkpoint: Path, number: int, is_copy: bool) -> None:
@@ -98,7 +91,6 @@ class MemoryFolders:
     """
 
     def __init__(self, *, start_timeout_s: float) -> None:
-        """Create an object without nodes."""
         self._start_timeout_s = start_timeout_s
         self._here: str = ray.get_runtime_context().get_node_id()
         self._run = folders_of_user() / f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -132,12 +124,8 @@ class MemoryFolders:
     async def places(self, nodes: Mapping[str, str], failures: Mapping[str, str]) -> dict[str, CopyPlace | None]:
         """Return where each rank shall send copies: to another node of the run, if any.
 
-        A rank keeps a place as long as the place is usable. A new place is on the node with the fewest copies. A node
-        that could hold no copies is tried again after TRIED_AGAIN_AFTER_S.
-
-        Args:
-            nodes: the node of each rank, by the rank's name.
-            failures: why the last copy of a rank has failed, by the rank's name.
+        A rank keeps a place as long as the place is usable. A new place is on the node with the fewest copies. nodes
+        and failures: the node of each rank, and why the last copy of a rank has failed, by the rank's name.
         """
         async with self._alone:
             for rank, failure in failures.items():
@@ -153,10 +141,7 @@ class MemoryFolders:
     async def write(self, nodes: Mapping[str, str], step: int, checkpoint: Path) -> None:
         """Write the snapshots of a step into a checkpoint: each from the rank's node, or from a copy.
 
-        RunError: no answering node has a snapshot.
-
-        Args:
-            nodes: the node of each rank in the order of the ranks, by the rank's name.
+        nodes: the node of each rank in the order of the ranks, by the rank's name. RunError: a snapshot is lost.
         """
         async with self._alone:
             alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
@@ -206,10 +191,10 @@ class MemoryFolders:
             is_new = self._processes[node] is not process
         except RunError:
             is_new = False
-        if is_new:
-            self._holders = {rank: other for rank, other in self._holders.items() if other != node}
-        else:
+        if not is_new:
             self._unfit[node] = time.monotonic()
+            return
+        self._holders = {rank: other for rank, other in self._holders.items() if other != node}
 
     async def _ask(self, node: str, method: str, *arguments: Any, limit_s: float | None = None) -> Any:
         """Call the process on a node. Start a missing or dead process first."""

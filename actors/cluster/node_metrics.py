@@ -1,7 +1,6 @@
-"""Measure the load of a run's nodes.
+"""Measure the load of a run's nodes: the driver on the driver's node, and a small actor on every other node.
 
-The driver measures the driver's node, and a small actor measures every other node. The actors reserve no CPU in Ray. A
-late node is left out until the answer is there. Roles report a dead node, and its replacement gets a new actor.
+The actors reserve no CPU in Ray. A late node is left out until the answer is there. Roles report a dead node.
 """
 
 from __future__ import annotations
@@ -58,7 +57,6 @@ class Nodes:
         self.others = {}
 
     def _start_actors(self) -> None:
-        """Start an actor on each new node of the run."""
         new = self.placement.nodes() - self.others.keys() - self._failed - {self.here}
         if not new:
             return
@@ -80,9 +78,8 @@ class Nodes:
             if not is_late:
                 logger.warning("node %s does not report its load, and is left out of system/* until it does", address)
         except RayError as error:
-            logger.warning(
-                "node %s does not report its load and is left out of system/*: %s", address, type(error).__name__
-            )
+            reason = type(error).__name__
+            logger.warning("node %s does not report its load and is left out of system/*: %s", address, reason)
             self._failed.add(node)
             del self.others[node]
         return {}

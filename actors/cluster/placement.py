@@ -71,7 +71,6 @@ class Placement:
         return [nodes[place.bundle] for place in self.plan.slots[role]]
 
     def addresses_of(self, role: Role) -> list[str]:
-        """Return the node address of each worker of a role."""
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         return [addresses[node] for node in self.nodes_of(role)]
 
@@ -118,12 +117,7 @@ class Seats:
     """The placement groups of engines that join and leave, by rank. Each group holds one engine."""
 
     def __init__(self, plan: PlacementPlan, engines: EngineRange) -> None:
-        """Create an object without a seat.
-
-        Args:
-            plan: of one engine.
-        """
-        self.plan = plan
+        self.plan = plan  # of one engine
         self.engines = engines
         self._placed: dict[int, Placement] = {}
         self._asked: set[PlacementGroup] = set()  # that Ray has not placed yet
@@ -158,11 +152,9 @@ class Seats:
         return [*(placed.group for placed in self._placed.values()), *self._asked]
 
     def nodes(self) -> dict[int, str]:
-        """Return the node of each rank with a seat."""
         return {rank: placed.nodes_of(role)[0] for rank, placed in self._placed.items() for role in placed.plan.slots}
 
     def options(self, role: Role, rank: int, env: Mapping[str, str], *, concurrency: int = 1) -> dict[str, Any]:
-        """Return the Ray options of the engine of a rank. See Placement.options."""
         return self._placed[rank].options(role, 0, env, concurrency=concurrency)
 
     def threads(self, role: Role, configured: int | Literal["auto"]) -> dict[int, int]:
@@ -198,11 +190,8 @@ async def reserve_roles(roles: Collection[Role], cluster: ClusterConfig, *, with
 async def _reserve(plan: PlacementPlan, *, limit_s: float, whole: PlacementPlan | None = None) -> Placement:
     """Reserve all bundles, or fail at the deadline with a table of required and available resources.
 
-    Raises UserError if even the empty cluster has no room for the bundles, unless an autoscaler may add nodes or a lost
-    node may return.
-
-    Args:
-        whole: the plan of these bundles and of further bundles of the run. None: no other bundles.
+    UserError: even the empty cluster has no room, no autoscaler may add nodes, and no lost node may return. whole: the
+    plan with further bundles of the run. None: there are none.
     """
     nodes, whole = ray.nodes(), whole or plan
     alive = [node for node in nodes if node["Alive"]]
@@ -291,8 +280,8 @@ def may_grow(alive: Sequence[Mapping[str, Any]]) -> bool:
 def _has_fixed_size(alive: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether Ray's monitor reports no autoscaler. Without a report, an autoscaler may start yet.
 
-    The monitor of a cluster without an autoscaler reports each node as a separate type, `node_` and the node's id. An
-    autoscaler reports the configured types, and the autoscaler of Ray's second version writes no such report.
+    Without an autoscaler, the report has each node as a separate type, `node_` and the node's id. The autoscaler of
+    Ray's second version writes no such report.
     """
     ends = time.monotonic() + REPORTED_WITHIN_S
     while True:

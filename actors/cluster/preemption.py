@@ -1,8 +1,8 @@
 """Run a training loop under a stop request: finish the step, write a checkpoint and end, in a limited time.
 
-The request comes from a signal (rlhf.process.stopping) or from a draining node. `timeout`, Slurm and systemd may send a
-signal to all processes of the run at once. Then Ray's daemons end too, and nothing can be saved. If the daemons end
-without a request, an error ends the loop, which might go on for a minute before a call to Ray fails.
+The request comes from a signal (rlhf.process.stopping) or from a draining node. `timeout`, Slurm and systemd may send
+a signal to all processes of the run at once. Then Ray's daemons end too, and nothing can be saved. If the daemons end
+without a request, an error ends the loop at once.
 """
 
 from __future__ import annotations
@@ -82,9 +82,8 @@ async def run_loop(
                 OWN_RAY.kill()
                 raise Preempted("the step in progress was abandoned, because the run's local Ray was ended too")
             if limit_s is not None and time.monotonic() - request.came > limit_s:
-                raise Preempted(
-                    f"the step in progress was not finished within {limit_s:g} s (train.preemption_grace_s, or less)"
-                )
+                limit = f"{limit_s:g} s (train.preemption_grace_s, or less)"
+                raise Preempted(f"the step in progress was not finished within {limit}")
         return await task
     finally:
         request.ends_by_itself, request.beats_within_s = False, math.inf
@@ -95,7 +94,6 @@ async def run_loop(
 
 
 def _say_what_follows(request: StopRequest, limit_s: float | None) -> None:
-    """Log the consequences of the request."""
     if limit_s is None:
         logger.warning("Ctrl-C: the run ends after its step, %s. A second Ctrl-C ends the run now.", _KEPT)
         return

@@ -1,6 +1,6 @@
 """Track the processes of a group's actors, and end the processes with the group or before a successor takes over.
 
-ray.kill only sends a request. A stopped process holds memory and ports for seconds, or forever if Ray ends meanwhile.
+ray.kill only sends a request: a stopped process holds memory and ports for seconds, or forever if Ray ends meanwhile.
 So processes on the driver's host are killed directly.
 """
 
@@ -86,11 +86,7 @@ def kill_children(children: Sequence[Child]) -> bool:
 
 class Processes:
     def __init__(self, role: Role, handles: Sequence[ActorHandle[Any]]) -> None:
-        """Create an object without processes.
-
-        Args:
-            handles: in rank order. The group replaces a handle in this list together with the worker.
-        """
+        """handles: in rank order. The group replaces a handle in this list together with the worker."""
         self.role = role
         self.handles = handles
         self.here: dict[int, psutil.Process] = {}  # by rank
@@ -106,9 +102,8 @@ class Processes:
     async def wait_until_created(self, rank: int, *, deadline_s: float) -> None:
         """Wait until one worker is created, and remember the worker's process."""
         ref = ask_location(self.handles[rank])
-        location = await wait_one(
-            ref, role=self.role, rank=rank, stage="start", deadline_s=deadline_s, limit=START_LIMIT
-        )
+        limits: dict[str, Any] = {"stage": "start", "deadline_s": deadline_s, "limit": START_LIMIT}
+        location = await wait_one(ref, role=self.role, rank=rank, **limits)
         self._remember({rank: location})
 
     def _remember(self, locations: Mapping[int, tuple[str, str, int, int]]) -> None:
@@ -162,9 +157,5 @@ class Processes:
             alive = _kill(list(self.here.values()))
             kill_children([child for rank in self.here for child in children_of(self.actors.get(rank, ""))])
         if alive:
-            logger.warning(
-                "%s: processes %s still exist %.0f s after they were killed",
-                self.role,
-                ", ".join(str(process.pid) for process in alive),
-                GONE_WITHIN_S,
-            )
+            pids = f"{', '.join(str(process.pid) for process in alive)} still exist {GONE_WITHIN_S:.0f} s"
+            logger.warning("%s: processes %s after they were killed", self.role, pids)

@@ -15,10 +15,7 @@ from rlhf.tracking.sinks.prometheus_names import PREFIX, RUN_LABEL, STEP, Export
 
 
 class PrometheusBackend(TrackerBackend):
-    """Exports the metrics of one run, as gauges and counters created at first use.
-
-    Alerts are configured in Prometheus. Ray drops the values when this process ends.
-    """
+    """Exports the metrics of one run, as gauges and counters created at first use. Ray drops the values at the end."""
 
     name = "Prometheus"
 
@@ -28,7 +25,6 @@ class PrometheusBackend(TrackerBackend):
         self._step = Gauge(PREFIX + STEP, description="The last finished step", tag_keys=(RUN_LABEL,))
 
     def log(self, step: TrackedStep) -> None:
-        """Export the newest values."""
         for key, value in step.metrics.items():
             if value is None:
                 continue
@@ -41,7 +37,6 @@ class PrometheusBackend(TrackerBackend):
         self._step.set(step.step, tags=self._run)
 
     def _exporter(self, exported: Exported) -> Any:
-        """Return the gauge or counter of a metric, created at the first use."""
         if exported.name not in self._exporters:
             kind = Counter if exported.is_counter else Gauge
             tags = (RUN_LABEL, *exported.labels)

@@ -1,7 +1,6 @@
 """Refuse a run without room in /dev/shm for the ranks' snapshots, before a model is loaded.
 
-`rlhf plan` estimates the same sizes. After loading the model, a rank reserves the exact size, and waits for room if
-other programs fill /dev/shm (rlhf.engine.snapshots).
+Later, a rank reserves the exact size, and waits for room if other programs fill /dev/shm (rlhf.engine.snapshots).
 """
 
 from __future__ import annotations

@@ -59,7 +59,6 @@ class Waits:
 
     @contextmanager
     def one(self) -> Iterator[None]:
-        """Note a wait during the block."""
         self._count += 1
         try:
             yield
@@ -129,15 +128,7 @@ async def wait_all(
             raise await explain(error, role=role, rank=rank, stage=stage)
         if pending:
             late = [rank for rank, future in enumerate(futures) if future in pending]
-            raise WorkerLost(
-                f"{stage}: {role} rank {', '.join(map(str, late))} did not answer within "
-                f"{time.monotonic() - began:.0f} s ({limit}).{await lost_nodes() or IT_HANGS}",
-                role=role,
-                rank=late[0],
-                stage=stage,
-                kind="hung",
-                stack=await stacks_at(role, late),
-            )
+            raise await _late(role, late, stage=stage, waited_s=time.monotonic() - began, limit=limit)
         return [future.result() for future in futures]
     finally:
         for future in futures:
@@ -151,17 +142,16 @@ async def wait_one(
     try:
         return await within(asyncio.wrap_future(ref.future()), deadline_s)
     except TimeoutError as error:
-        raise WorkerLost(
-            f"{stage}: {role} rank {rank} did not answer within {deadline_s:.0f} s ({limit})."
-            f"{await lost_nodes() or IT_HANGS}",
-            role=role,
-            rank=rank,
-            stage=stage,
-            kind="hung",
-            stack=await stacks_at(role, [rank]),
-        ) from error
+        raise await _late(role, [rank], stage=stage, waited_s=deadline_s, limit=limit) from error
     except RayError as error:
         raise await explain(error, role=role, rank=rank, stage=stage) from error
+
+
+async def _late(role: Role, ranks: Sequence[int], *, stage: str, waited_s: float, limit: str) -> WorkerLost:
+    who = f"{stage}: {role} rank {', '.join(map(str, ranks))}"
+    message = f"{who} did not answer within {waited_s:.0f} s ({limit}).{await lost_nodes() or IT_HANGS}"
+    stack = await stacks_at(role, ranks)
+    return WorkerLost(message, role=role, rank=ranks[0], stage=stage, kind="hung", stack=stack)
 
 
 def put(value: T) -> ObjectRef[T]:
@@ -186,42 +176,43 @@ async def explain(error: BaseException | None, *, role: Role, rank: int, stage: 
     The error is WorkerLost if the worker's process died, or lost a necessary process or GPU, unless the run's local Ray
     has died too.
     """
-    who = f"{stage}: {role} rank {rank}"
-    failure: Exception
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if OWN_RAY.is_ending:  # nothing can be started again in it
-        failure = RunError(f"{who} was lost with the run's local Ray, which has died. {RESUMES}")
-    elif isinstance(cause, ObjectLostError):
-        message = f"{who} cannot read results that a lost node held: {_short(str(cause))}{await lost_nodes()}"
-        failure = ResultsLost(message, role=role, rank=rank, stage=stage, kind="died")
-    elif isinstance(error, RayTaskError):
-        if isinstance(cause, UserError):
-            failure = UserError(str(cause))
-        elif isinstance(cause, ChildLost):
-            message = f"{who} cannot work any more: {cause}"
-            failure = WorkerLost(message, role=role, rank=rank, stage=stage, kind=cause.kind)
-        elif has_lost_device(cause):
-            message = (
-                f"{who} cannot work any more, because its GPU failed: {type(cause).__name__}: {_short(str(cause))}"
-            )
-            failure = WorkerLost(message, role=role, rank=rank, stage=stage, kind="died")
-        elif isinstance(cause, ObjectStoreFullError | OutOfDiskError):
-            failure = StorageFull(f"{who} failed: {_no_room(cause)}")
-        elif isinstance(cause, StorageFull):
-            failure = StorageFull(f"{who} failed: {cause}")
-        else:
-            reason = str(cause) if isinstance(cause, RunError) else f"{type(cause).__name__}: {_short(str(cause))}"
-            lost = await lost_nodes()
-            failure = RunError(f"{who} failed: {reason}{f'{lost} {RESUMES}' if lost else ''}")
-    elif isinstance(error, RayActorError):
-        failure = await _death(error, who, role=role, rank=rank, stage=stage)
-    elif isinstance(error, OutOfMemoryError):
-        message = f"{who} was killed because its node ran out of memory: {_short(str(error))} {advice_on_memory(role)}"
-        failure = WorkerLost(message, role=role, rank=rank, stage=stage, kind="out_of_memory")
-    else:
-        failure = RunError(f"{who} failed: {type(error).__name__}: {_short(str(error))}{await lost_nodes()}")
+    failure = await _explained(error, f"{stage}: {role} rank {rank}", role=role, rank=rank, stage=stage)
     failure.__cause__ = error
     return failure
+
+
+async def _explained(error: BaseException | None, who: str, *, role: Role, rank: int, stage: str) -> Exception:
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    described = f"{type(cause).__name__}: {_short(str(cause))}"
+
+    def lost(message: str, kind: LossKind, error: type[WorkerLost] = WorkerLost) -> WorkerLost:
+        return error(f"{who} {message}", role=role, rank=rank, stage=stage, kind=kind)
+
+    if OWN_RAY.is_ending:  # nothing can be started again in it
+        return RunError(f"{who} was lost with the run's local Ray, which has died. {RESUMES}")
+    if isinstance(cause, ObjectLostError):
+        results = f"cannot read results that a lost node held: {_short(str(cause))}{await lost_nodes()}"
+        return lost(results, "died", ResultsLost)
+    if not isinstance(error, RayTaskError):
+        if isinstance(error, RayActorError):
+            return await _death(error, who, role=role, rank=rank, stage=stage)
+        if isinstance(error, OutOfMemoryError):
+            memory = f"{_short(str(error))} {advice_on_memory(role)}"
+            return lost(f"was killed because its node ran out of memory: {memory}", "out_of_memory")
+        return RunError(f"{who} failed: {described}{await lost_nodes()}")
+    if isinstance(cause, UserError):
+        return UserError(str(cause))
+    if isinstance(cause, ChildLost):
+        return lost(f"cannot work any more: {cause}", cause.kind)
+    if has_lost_device(cause):
+        return lost(f"cannot work any more, because its GPU failed: {described}", "died")
+    if isinstance(cause, ObjectStoreFullError | OutOfDiskError):
+        return StorageFull(f"{who} failed: {_no_room(cause)}")
+    if isinstance(cause, StorageFull):
+        return StorageFull(f"{who} failed: {cause}")
+    nodes = await lost_nodes()
+    reason = str(cause) if isinstance(cause, RunError) else described
+    return RunError(f"{who} failed: {reason}{f'{nodes} {RESUMES}' if nodes else ''}")
 
 
 async def _death(error: RayActorError, who: str, *, role: Role, rank: int, stage: str) -> RunError:
@@ -270,8 +261,7 @@ async def _how_it_died(error: RayActorError) -> str:
     return f"died{where}. {_short(detail[1]) if detail else ''}{log}"
 
 
-def _logs() -> Path:
-    """Return the log folder of Ray's workers, the same on every node."""
+def _logs() -> Path:  # of Ray's workers, the same on every node
     context = ray.get_runtime_context()
     return Path(context.get_temp_dir(), context.get_session_name(), "logs")
 

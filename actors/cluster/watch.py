@@ -1,8 +1,7 @@
 """Ping the processes of all actors, and kill hanging processes.
 
-A process without an answer to heartbeats for `cluster.heartbeat_timeout_s` is given up: the stack is dumped on the
-process's node, and the process is killed. Ray then fails waiting calls, and `actors.cluster.waiting.explain` finds the
-reason here.
+Of a process without an answer to heartbeats for `cluster.heartbeat_timeout_s`, the stack is dumped on the process's
+node, and the process is killed. Ray then fails waiting calls, and `actors.cluster.waiting.explain` finds the reason.
 """
 
 from __future__ import annotations
@@ -82,7 +81,6 @@ def _log_failure(watch: asyncio.Task[None]) -> None:
 
 
 async def _watch_all(timeout_s: float) -> None:
-    """Watch each process from creation until it is forgotten."""
     watches: dict[str, asyncio.Task[None]] = {}
     try:
         while True:
@@ -130,10 +128,7 @@ async def _ping_until_dead(actor: str, place: ActorLocation, timeout_s: float) -
         logger.warning(
             "%s (process %d) cannot be watched: the driver does not reach port %d of %s. A hang of this process is "
             "noticed only after cluster.call_timeout_s.",
-            place.who,
-            place.pid,
-            place.heartbeat_port,
-            place.address,
+            *(place.who, place.pid, place.heartbeat_port, place.address),
         )
 
 

@@ -59,20 +59,13 @@ def show(
     results: Sequence[CheckResult],
     *,
     title: str,
-    passed: str,
+    passed: str,  # the conclusion without a bad result
     failed: str = "training is not possible yet",
-    advice: str = "what to do",
+    advice: str = "what to do",  # this and `where` are headings
     where: str = "node",
-    nodes: set[str] | None = None,
+    nodes: set[str] | None = None,  # all nodes of a cluster; None: the table has no column of nodes
 ) -> None:
-    """Print all results as a table, and the conclusion.
-
-    Args:
-        passed: the conclusion without a bad result.
-        failed: the conclusion with a bad result.
-        advice, where: the headings of two columns.
-        nodes: all nodes of a cluster. None: the table has no column of nodes.
-    """
+    """Print all results as a table, and the conclusion."""
     from rich.console import Console  # a node of a cluster needs no table
     from rich.table import Table
     from rich.text import Text
@@ -81,10 +74,8 @@ def show(
     for heading in ("", *([where] if nodes is not None else []), "what", "found", advice):
         table.add_column(heading, overflow="fold")
     for node, result in together(results, nodes or set()):
-        state = Text(result.state, STYLES[result.state])
-        table.add_row(
-            state, *([node] if nodes is not None else []), result.what, *map(Text, (result.found, result.advice))
-        )
+        state, place = Text(result.state, STYLES[result.state]), [node] if nodes is not None else []
+        table.add_row(state, *place, result.what, *map(Text, (result.found, result.advice)))
     bad = sorted({f"{r.what} ({r.node})" if r.node else r.what for r in results if r.state == "bad"})
     console = Console()
     console.print(table)

@@ -1,7 +1,6 @@
 """`rlhf doctor --cluster`: check whether the nodes of a Ray cluster can train together, and give remedies.
 
-An actor without resources checks each node. Every wait has a deadline; a silent node is a finding. The check leaves no
-files behind, on the nodes or in the run's folder.
+An actor without resources checks each node. Every wait has a deadline. The check leaves no files behind.
 """
 
 from __future__ import annotations
@@ -68,21 +67,14 @@ def check_cluster(loaded: LoadedConfig | None, address: str | None) -> tuple[Che
 
 
 def cluster_results(stages: Sequence[Stage]) -> Iterator[CheckResult]:
-    """Yield all results, in the order of the table."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     yield from (replace(result, node="cluster") for result in _room(stages, alive))
     snapshots, notes = snapshots_of(stages, alive)
     yield from notes
     with _probes(alive) as probes, _shared_folder(stages) as shared:
         sizes = {path: size_of(path) for path in paths_of(stages)}
-        driver = DriverFacts(
-            versions=versions(),
-            code=code_hash(),
-            sizes=sizes,
-            models=hub_models(stages),
-            shared=shared,
-            snapshots=snapshots,
-        )
+        here: dict[str, Any] = {"versions": versions(), "code": code_hash(), "sizes": sizes}
+        driver = DriverFacts(**here, models=hub_models(stages), shared=shared, snapshots=snapshots)
         answers = {node: probe.look.remote(node, driver) for node, probe in probes.items()}
         reached: list[str] = []
         ends = time.monotonic() + ANSWER_WITHIN_S
@@ -151,16 +143,13 @@ def paths_of(stages: Sequence[Stage]) -> list[str]:
     named: dict[str, None] = {}
 
     def walk(value: Any) -> None:
-        if isinstance(value, Mapping):
-            for below in value.values():
-                walk(below)
-        elif isinstance(value, list | tuple):
-            for below in value:
-                walk(below)
-        elif isinstance(value, str):
+        if isinstance(value, str):
             name = value if os.path.exists(value) else value.rpartition(":")[0]  # a reward is FILE.py:NAME
             if ("/" in name or "." in name) and os.path.exists(name):
                 named[name] = None
+        elif isinstance(value, Mapping | list | tuple):
+            for below in value.values() if isinstance(value, Mapping) else value:
+                walk(below)
 
     for stage in stages:
         walk(stage.model_dump(mode="json", exclude={"run"}))
@@ -189,13 +178,11 @@ def _room(stages: Sequence[Stage], alive: Sequence[Mapping[str, Any]]) -> Iterat
 @contextmanager
 def _probes(alive: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Start an actor on each node, and yield all actors by the node's address."""
-    remote = ray.remote(NodeProbe)
-    probes = {
-        node["NodeManagerAddress"]: remote.options(
-            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-        ).remote()
-        for node in alive
-    }
+    probes = {}
+    for node in alive:
+        there = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+        probe = ray.remote(NodeProbe).options(num_cpus=0, scheduling_strategy=there)
+        probes[node["NodeManagerAddress"]] = probe.remote()
     try:
         yield probes
     finally:

@@ -1,7 +1,7 @@
 """`rlhf doctor`: check this machine for training, with a remedy for each finding.
 
-Every probe has a deadline. A probe that could hang or crash at import runs in a separate process. The doctor changes
-nothing and shows no secret.
+Every probe has a deadline, in a separate process if it could hang or crash. The doctor changes nothing and shows no
+secret.
 """
 
 from __future__ import annotations
@@ -55,10 +55,8 @@ def check_machine() -> tuple[CheckResult, ...]:
 
 
 def machine_results() -> Iterator[CheckResult]:
-    """Yield all results, in the order of the table."""
-    gpus = (
-        output_of("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader") or ""
-    ).splitlines()
+    query = ("--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    gpus = (output_of("nvidia-smi", *query) or "").splitlines()
     with ThreadPoolExecutor(max_workers=2) as pool:
         imports = pool.submit(_imports)
         cluster = pool.submit(_ray_cluster)
@@ -119,8 +117,7 @@ def _torch_cuda() -> str | None:
 
 
 def _allocator(gpus: list[str]) -> Iterator[CheckResult]:
-    """Check for an allocator setting of torch with which engines may fail to read the policy's weights on the
-    same GPU."""
+    """Check for an allocator setting of torch with which colocated engines may fail to read the policy's weights."""
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if gpus else ():
         if re.search(r"expandable_segments\s*:\s*true", os.environ.get(name, ""), re.IGNORECASE):
             advice = (
@@ -212,8 +209,7 @@ def _import(names: list[str]) -> tuple[int, CheckResult | None]:
 
 
 def _imported(output: str, names: list[str]) -> int:
-    lines = output.splitlines()
-    return sum(f"imported {name}" in lines for name in names)
+    return sum(f"imported {name}" in output.splitlines() for name in names)
 
 
 def _ray_cluster() -> list[CheckResult]:
@@ -271,8 +267,7 @@ def _package_folder(name: str) -> Path | None:
     return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
-def _read(path: Path) -> str:
-    """Return the content of a small system file, or "" if missing."""
+def _read(path: Path) -> str:  # "" if missing
     try:
         return path.read_text(encoding="utf-8")
     except OSError:

@@ -1,7 +1,6 @@
 """The checks of one node of a cluster for `rlhf doctor --cluster`, and the speed of the link to another node.
 
-The probe runs on the node as an actor without resources, with light imports only, to report even from a broken
-installation.
+The probe runs as an actor without resources, with light imports only, to report even from a broken installation.
 """
 
 from __future__ import annotations
@@ -153,11 +152,9 @@ def _interface(address: str) -> CheckResult:
     interface = next((name for name, addresses in ends.items() if any(e.address == address for e in addresses)), "")
     up = [name for name, state in psutil.net_if_stats().items() if state.isup and name not in ("lo", interface)]
     others = ", ".join(sorted(name for name in up if ends.get(name)))
-    found = (interface or "no interface has the address by which Ray knows the node") + (
-        f"; also up: {others}" if others else ""
-    )
+    found = interface or "no interface has the address by which Ray knows the node"
     advice = "start the node with --node-ip-address=ADDRESS, the address of one of its interfaces"
-    return check("interface", found, bool(interface), advice)
+    return check("interface", found + (f"; also up: {others}" if others else ""), bool(interface), advice)
 
 
 def versions() -> dict[str, str]:
@@ -176,10 +173,7 @@ def code_hash() -> str:
 
 
 def of_hub(models: Sequence[str]) -> tuple[dict[str, bool], str]:
-    """Return whether each model is cached here, and the reason if the hub does not answer.
-
-    The reason is "" if the hub answers or is not needed.
-    """
+    """Return whether each model is cached here, and why the hub does not answer: "" if it does or is not needed."""
     if not models:
         return {}, ""
     try:

@@ -34,11 +34,8 @@ def check_run(path: Path) -> tuple[CheckResult, ...]:
     if not folders:
         raise UserError(f"{path} holds no run. Name the folder of a run, such as runs/NAME.")
     stages = {folder.name for folder in folders} if folders != [path] else None
-    results = tuple(
-        result if stages is None else replace(result, node=folder.name)
-        for folder in folders
-        for result in run_results(folder)
-    )
+    by_folder = [(folder, result) for folder in folders for result in run_results(folder)]
+    results = tuple(r if stages is None else replace(r, node=folder.name) for folder, r in by_folder)
     show(
         results,
         title=f"rlhf doctor {path}",
@@ -64,9 +61,8 @@ def run_results(folder: Path) -> Iterator[CheckResult]:
         yield _result("files", "unreadable", [str(error)])
         return
     steps = [row["step"] for row in rows]
-    yield _result(
-        "steps", f"{_span(steps)} in metrics.jsonl", holes(steps, max(steps, default=0), "metrics.jsonl has no row")
-    )
+    last = max(steps, default=0)
+    yield _result("steps", f"{_span(steps)} in metrics.jsonl", holes(steps, last, "metrics.jsonl has no row"))
     is_online = bool(lines) or any("rollouts/response_tokens/mean" in row for row in rows)
     if is_online:
         yield _ledger(lines, rows)
@@ -75,7 +71,7 @@ def run_results(folder: Path) -> Iterator[CheckResult]:
         if state is not None:
             yield _nothing_lost(lines, state)
     yield _checkpoints(paths, checkpoints / "latest", set(steps))
-    yield _files_of_steps(files, max(steps, default=0))
+    yield _files_of_steps(files, last)
 
 
 def newest_state(checkpoints: Path) -> Mapping[str, Any] | None:
@@ -113,16 +109,12 @@ def _lags(lines: Lines, rows: Rows) -> CheckResult:
         for record in groups.trained:
             if record.oldest is None or record.newest is None:
                 continue  # its responses have no token
-            lag = step - 1 - record.oldest
+            lag, group = step - 1 - record.oldest, f"group {record.group_id} of step {step}"
             lags[step] = max(lag, lags[step])
             if lag > groups.max_staleness:
-                bad.append(
-                    f"group {record.group_id} of step {step} lags by {lag}, and {groups.max_staleness} is the most"
-                )
+                bad.append(f"{group} lags by {lag}, and {groups.max_staleness} is the most")
             if record.newest > step - 1:
-                bad.append(
-                    f"group {record.group_id} of step {step} has tokens of version {record.newest}, not trained yet"
-                )
+                bad.append(f"{group} has tokens of version {record.newest}, not trained yet")
     for row in rows:
         if row["step"] in lags and row.get(LAG) != lags[row["step"]]:
             bad.append(f"step {row['step']} lags by {lags[row['step']]}, and its row has {LAG} {row.get(LAG)}")
@@ -158,21 +150,17 @@ def _trained_once(lines: Lines) -> CheckResult:
 
 def _nothing_lost(lines: Lines, state: Mapping[str, Any]) -> CheckResult:
     """Check that each prompt of the stream up to the checkpoint has ended, or is requested by a resumed run."""
-    step, what = state["step"], "no prompt lost"
-    given = given_rows(state["stream"])
+    step, given = state["step"], given_rows(state["stream"])
     ended = {prompt: place for at, _, prompt, place in _ended(lines) if at <= step}
-    waiting = {(epoch, prompt_id) for epoch, prompt_id in state["waiting"]}
-    skipped = {(epoch, prompt_id) for epoch, prompt_id in state["skipped"]}
+    waiting, skipped = ({(epoch, prompt_id) for epoch, prompt_id in state[key]} for key in ("waiting", "skipped"))
     lost = sorted({*given} - ended.keys() - waiting - skipped)
     strange = sorted((ended.keys() | waiting | skipped) - {*given})
+    twice = sorted(waiting & ended.keys())
     bad = [f"{_name(prompt)} is lost: no step ended it, and the checkpoint does not hold it" for prompt in lost]
     bad += [f"{_name(prompt)} was not requested up to step {step}" for prompt in strange]
-    bad += [
-        f"{_name(prompt)} was {ended[prompt]}, and the checkpoint holds it too"
-        for prompt in sorted(waiting & ended.keys())
-    ]
+    bad += [f"{_name(prompt)} was {ended[prompt]}, and the checkpoint holds it too" for prompt in twice]
     found = f"{len(given)} requested until the checkpoint of step {step}, of which {len(waiting)} are outstanding"
-    return _result(what, found, bad)
+    return _result("no prompt lost", found, bad)
 
 
 def _checkpoints(paths: Sequence[tuple[int, Path]], link: Path, steps: set[int]) -> CheckResult:
@@ -209,5 +197,4 @@ def _span(steps: Sequence[int]) -> str:
 
 
 def _name(prompt: tuple[int, int]) -> str:
-    epoch, prompt_id = prompt
-    return f"prompt {prompt_id} of epoch {epoch}"
+    return f"prompt {prompt[1]} of epoch {prompt[0]}"

@@ -1,8 +1,8 @@
 """The start of a submitted job's processes: `python -m actors.jobs.entrypoint train ...` is `rlhf train ...` there.
 
 This module sets the variables from the archive, in the driver here and in every worker as Ray's set-up hook. The
-variables are in a file, because the dashboard shows Ray's runtime environment and every node logs that environment. The
-module imports nothing heavy, and must not print the variables.
+variables are in a file, because the dashboard and each node's log show Ray's runtime environment. So nothing prints
+them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ SETUP_HOOK = "actors.jobs.entrypoint.take_environment"
 
 
 def take_environment() -> None:
-    """Put the variables in place, if there are any."""
     file = Path(ENVIRONMENT)
     if file.exists():
         os.environ.update(json.loads(file.read_text(encoding="utf-8")))

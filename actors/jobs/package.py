@@ -1,7 +1,6 @@
-"""The files of a submitted job: the files under the current folder, checked and packed.
+"""The files of a submitted job: the files under the current folder, checked and packed without contact to a cluster.
 
-This is the first half of `rlhf submit`. In the job, as here, relative names start at the project's folder. This module
-packs files without contact to a cluster, and imports no Ray.
+In the job, as here, relative names start at the project's folder.
 """
 
 from __future__ import annotations
@@ -55,9 +54,7 @@ class Project:
     files: tuple[Path, ...]
 
     def pack(self, archive: Path, *, env: Mapping[str, str]) -> None:
-        """Write the files as a zip file, with the variables for the start of the job's processes
-        (actors/jobs/entrypoint.py).
-        """
+        """Write the files as a zip file, with the variables for the start of the job's processes."""
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
             for name in self.files:
                 entry = zipfile.ZipInfo(str(name), _EPOCH)
@@ -70,20 +67,15 @@ class Project:
 
 
 def project_of(config: Path, overrides: Sequence[str], loaded: LoadedConfig) -> Project:
-    """Return the project around a checked configuration: the current folder. UserError: the job would
-    miss something.
-    """
-    folder = Path.cwd()
-    whole = config.resolve()
+    """Return the project around a checked configuration: the current folder. UserError: the job would miss a file."""
+    folder, whole = Path.cwd(), config.resolve()
     if not whole.is_file():
         raise UserError(
             f"{config} is a recipe and no file here, but a job needs a file below {folder}. Write one with the line "
             f"`base: {config}` and your changes"
         )
     if not whole.is_relative_to(folder):
-        raise UserError(
-            f"{config} is not below {folder}, whose files a job gets. Run this in the folder of the project."
-        )
+        raise UserError(f"{config} is not below {folder}, whose files a job gets. Run this in the project's folder.")
     _refuse_folders_of_this_machine(loaded)
     tree = read_tree(config)
     named = _named_files(tree, overrides, folder=folder, beside=whole.parent)
@@ -120,9 +112,8 @@ def _refuse_folders_of_this_machine(loaded: LoadedConfig) -> None:
 def _named_files(tree: Any, overrides: Sequence[str], *, folder: Path, beside: Path) -> set[Path]:
     """Return the files named by relative paths in the configuration, even if left out by .gitignore."""
     tree = apply_overrides(tree, overrides)
-    stages = tree.values.get("stages")
     models = {key for key, _ in model_places(tree.values)}
-    for name, stage in (stages or {}).items():
+    for name, stage in (tree.values.get("stages") or {}).items():
         models |= {("stages", name, *key) for key, _ in model_places(stage)}
     files: set[Path] = set()
     for key, value in _texts(tree.values):
@@ -187,12 +178,10 @@ def _texts(value: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
     """Yield every string of a tree with the string's key."""
     if isinstance(value, str):
         yield key, value
-    elif isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _texts(inner, (*key, str(name)))
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner, key)
+    elif isinstance(value, Mapping | list):
+        below = value.items() if isinstance(value, Mapping) else (("", inner) for inner in value)
+        for name, inner in below:
+            yield from _texts(inner, (*key, str(name)) if isinstance(value, Mapping) else key)
 
 
 def _listed(folder: Path) -> set[Path]:
@@ -218,9 +207,8 @@ def _listed(folder: Path) -> set[Path]:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     """Return the output of git. None: git refuses."""
-    done = subprocess.run(
-        ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=GIT_WITHIN_S, check=False
-    )
+    options: dict[str, Any] = {"cwd": folder, "capture_output": True, "text": True, "timeout": GIT_WITHIN_S}
+    done = subprocess.run(["git", *arguments], **options, check=False)
     return done.stdout if done.returncode == 0 else None
 
 

@@ -1,8 +1,8 @@
 """Ray jobs: `rlhf train` in the cluster behind a dashboard, started from another machine.
 
-This is the second half of `rlhf submit`: upload the archive, start the job, and read log, state and end over HTTP. The
-values of `env` travel in the archive and nowhere else. The values never appear in the job's command, metadata, runtime
-environment (logged by Ray), a shown line of the log, or a message of ours.
+The archive is uploaded, the job started, and log, state and end are read over HTTP. The values of `env` travel in the
+archive and never appear in the job's command, metadata, runtime environment (logged by Ray), a shown line of the log,
+or a message of ours.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ class DriverResources:
     custom: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raise UserError for an impossible amount."""
         named = {f"--resource {name}": amount for name, amount in self.custom.items()}
         for name, amount in {"--cpus": self.cpus, "--memory-gib": self.memory_gib, **named}.items():
             if not (math.isfinite(amount) and amount >= 0.0):
@@ -80,23 +79,26 @@ class _Client(JobSubmissionClient):  # type: ignore[misc]
         return super()._do_request(method, endpoint, timeout=limit_s, **options)
 
 
+@contextlib.contextmanager
+def _set_variable(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
 class Jobs:
     def __init__(self, address: str | None) -> None:
         for name in ("dashboard_sdk", "job.sdk"):  # they log uploads and closed connections to stderr
             logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
         self.address = _dashboard(address)
         self._hidden: tuple[str, ...] = ()
-        variable = "RAY_API_SERVER_ADDRESS"  # Ray's client prefers it to its argument
-        before = os.environ.get(variable)
-        os.environ[variable] = self.address
-        try:
-            with self._explained():
-                self._client = _Client(self.address)
-        finally:
-            if before is None:
-                del os.environ[variable]
-            else:
-                os.environ[variable] = before
+        with _set_variable("RAY_API_SERVER_ADDRESS", self.address), self._explained():  # preferred to the argument
+            self._client = _Client(self.address)
 
     def submit(
         self, loaded: LoadedConfig, archive: Path, command: str, *, hidden: Sequence[str], driver: DriverResources
@@ -164,10 +166,8 @@ class Jobs:
         give_up = time.monotonic() + STOP_WITHIN_S + ANSWER_WITHIN_S
         while not (end := self.state(job)).is_over:
             if time.monotonic() > give_up:
-                raise RunError(
-                    f"the job {job} is {end.state} {STOP_WITHIN_S + ANSWER_WITHIN_S:.0f} s after it was told to stop; "
-                    "a job that waits for resources stops only after it gets them"
-                )
+                late = f"the job {job} is {end.state} {STOP_WITHIN_S + ANSWER_WITHIN_S:.0f} s after it was told to stop"
+                raise RunError(f"{late}; a job that waits for resources stops only after it gets them")
             time.sleep(0.5)
         return end
 
@@ -221,9 +221,8 @@ class Jobs:
                 return await asyncio.to_thread(self.state, job)
             except (UserError, RunError) as error:
                 if time.monotonic() > give_up:
-                    raise RunError(
-                        f"no answer about {job} for {LOST_FOR_S:.0f} s, it may still run: {error}"
-                    ) from error
+                    text = f"no answer about {job} for {LOST_FOR_S:.0f} s, it may still run: {error}"
+                    raise RunError(text) from error
             await asyncio.sleep(2.0)
 
     @contextlib.contextmanager
@@ -270,8 +269,7 @@ def submit_job(
 ) -> tuple[Jobs, str]:
     """Check a configuration, pack the current folder, and start or continue `rlhf train` there.
 
-    UserError before any contact for every mistake visible on this machine. Returns the cluster's jobs and the id of
-    this job.
+    UserError, before any contact, for every mistake visible here. Returns the cluster's jobs and the id of this job.
     """
     loaded = load(config, overrides)
     for text in overrides:
@@ -288,10 +286,8 @@ def submit_job(
     with temporary_folder() as folder:
         archive = folder / "project.zip"
         project.pack(archive, env=values)
-        jobs = Jobs(address)
-        return jobs, jobs.submit(
-            loaded, archive, f"exec {shlex.join(words)}", hidden=tuple(values.values()), driver=driver
-        )
+        jobs, command = Jobs(address), f"exec {shlex.join(words)}"
+        return jobs, jobs.submit(loaded, archive, command, hidden=tuple(values.values()), driver=driver)
 
 
 def _values(names: Sequence[str]) -> dict[str, str]:

@@ -1,9 +1,8 @@
 """Keep rollout engines after a run, for the next run of this process with the same engine settings.
 
-A process with several runs on one Ray may set `ENGINE_POOL.keeps`, as the tests do; otherwise engines end with their
-run. Kept engines hold no state of the previous run: they refuse to generate before a sync, and every batch begins with
-an empty prefix cache. Only engines on one CPU host are kept, because the other transports are connected to their
-sender.
+A process with several runs on one Ray may set `ENGINE_POOL.keeps`, as the tests do. Kept engines refuse to generate
+before a sync, and every batch begins with an empty prefix cache. Only engines on one CPU host are kept, because the
+other transports are connected to their sender.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from actors.cluster.placement import Placement, reserve
 from actors.roles.group import WorkerGroup
@@ -47,21 +47,14 @@ class EnginePool:
             return lent
         self.close()
         placement = await reserve(config)
-        engines = start_engines(
-            config,
-            placement,
-            max_model_len=max_model_len,
-            spool=spool,
-            environment=environment,
-            engine=engine_for(environment),
-        )
+        of_run: dict[str, Any] = {"max_model_len": max_model_len, "spool": spool, "environment": environment}
+        engines = start_engines(config, placement, engine=engine_for(environment), **of_run)
         whole = config.policy.lora is None and environment is None and config.cluster.device == "cpu"
         may_stay = self.keeps and whole and engines.sync is not None and engines.sync.method == "shm"
         may_stay = may_stay and not engines.is_elastic
         return EngineLease(key=key, placement=placement, engines=engines, may_stay=may_stay)
 
     def close(self) -> None:
-        """End the engines held for the next run."""
         if self.kept is not None:
             self.kept.is_kept = False
             self.kept.end()

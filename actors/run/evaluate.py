@@ -9,7 +9,7 @@ import asyncio
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,8 @@ ResponseTexts = Sequence[str] | Sequence[Transcript]  # responses to a prompt; c
 def refuse_unusable_results_folder(folder: Path, *, overwrite: bool) -> None:
     """Raise UserError if the folder is not writable, or holds results and `overwrite` is not given."""
     if (folder / REPORT).exists() and not overwrite:
-        raise UserError(
-            f"{folder} holds an evaluation already. Name another folder with --out, or replace it with --overwrite."
-        )
+        text = f"{folder} holds an evaluation already. Name another folder with --out, or replace it with --overwrite."
+        raise UserError(text)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -72,12 +71,9 @@ def refuse_unusable_results_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def evaluate_inputs(inputs: EvalInputs, folder: Path) -> Evaluation:
-    """Evaluate and write eval.json and samples.jsonl into the folder.
+    """Evaluate and write eval.json and samples.jsonl into the folder, and errors.jsonl if a reward or game failed.
 
-    If a reward or an environment failed, errors.jsonl is written too.
-
-    Raises:
-        RunError: a reward with `on_error: fail` failed, or a set has no score at all.
+    RunError: a reward with `on_error: fail` failed, or a set has no score at all.
     """
     (folder / "errors.jsonl").unlink(missing_ok=True)  # left by a failed evaluation
 
@@ -118,10 +114,7 @@ def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool
 async def _evaluate(
     inputs: EvalInputs, note: Callable[[str, str, ScoredGroup], None]
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
-    """Evaluate all models, and also return the samples.
-
-    `note` is called with the model's name, the set's name and each scored group.
-    """
+    """Evaluate all models, and also return the samples. note gets the names of model and set, and a scored group."""
     if inputs.rewards:
         answers = [await _answers(candidate, inputs, note) for candidate in inputs.candidates]
         sets, rows = _prompt_reports(inputs, answers)
@@ -176,24 +169,20 @@ async def _answers(
         await reward.start(deadline_s=cluster.start_timeout_s)
 
         async def judge(name: str, group: CompletedGroup, _: int) -> tuple[ScoredGroup, ResponseTexts]:
-            async def read() -> ResponseTexts:
-                return await (reward.texts(group) if candidate.environment is None else reward.transcripts(group))
-
-            scores, responses = await asyncio.gather(reward.score(group), read())
+            read: Callable[[CompletedGroup], Awaitable[ResponseTexts]]
+            read = reward.texts if candidate.environment is None else reward.transcripts
+            scores, responses = await asyncio.gather(reward.score(group), read(group))
             scored = ScoredGroup(group=group, scores=scores)
             note(candidate.model.name, name, scored)
             return scored, responses
 
         results = {}
         for name, prompts in candidate.prompts.items():
-            logger.info(
-                "%s answers %s: %d prompts, %d samples", candidate.model.name, name, len(prompts), decoding.samples
-            )
+            counts = (len(prompts), decoding.samples)
+            logger.info("%s answers %s: %d prompts, %d samples", candidate.model.name, name, *counts)
             requests, sampling = requests_of(prompts, decoding)
-            judged = await process_answers(
-                engines.generate(requests, sampling, version=0), requests, partial(judge, name)
-            )
-            results[name] = _results(name, judged, inputs)
+            answers = engines.generate(requests, sampling, version=0)
+            results[name] = _results(name, await process_answers(answers, requests, partial(judge, name)), inputs)
     return results
 
 
@@ -278,11 +267,9 @@ def _prompt_reports(
 def _example_reports(
     inputs: EvalInputs, measured: Mapping[str, Sequence[ExampleResult]]
 ) -> tuple[list[SetReport], list[dict[str, Any]]]:
+    seed, model = inputs.decoding.seed, inputs.candidates[0].model.name
     reports = [
-        SetReport(
-            name=name, num_rows=len(results), num_failed=0, metrics=example_metrics(results, seed=inputs.decoding.seed)
-        )
+        SetReport(name=name, num_rows=len(results), num_failed=0, metrics=example_metrics(results, seed=seed))
         for name, results in measured.items()
     ]
-    model = inputs.candidates[0].model.name
     return reports, [row for name, results in measured.items() for row in example_rows(model, name, results)]

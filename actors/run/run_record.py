@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -40,7 +39,7 @@ logger = logging.getLogger(__name__)
 def recording(
     stage: Stage, *, resume: bool, steps: int = 0, show: Sequence[str] = (), mode: Mode = "quiet"
 ) -> Iterator[tuple[RunRecord, int | None]]:
-    """Open the record. Yields the record, and the step of the checkpoint to resume from. None: no checkpoint.
+    """Open the record, and yield it with the step of the checkpoint to resume from. None: no checkpoint.
 
     Failures in the block are recorded. `steps`, `show` and `mode` are for the progress display.
     """
@@ -116,10 +115,7 @@ def _hiding_nothing() -> Iterator[None]:
 
 
 def _backends(stage: Stage, folder: Path, after: int | None) -> list[TrackerBackend]:
-    """Return the configured back ends, and Prometheus if the stage runs in Ray. A merge has no metrics.
-
-    `after` is the step to resume after, or -1 without a checkpoint; None for a new run.
-    """
+    """Return the configured back ends, and Prometheus in Ray. after: the resumed step, or -1; None for a new run."""
     if isinstance(stage, MergeStage):
         return []
     backends: list[TrackerBackend] = [PrometheusBackend(stage.run.name)] if ray.is_initialized() else []
@@ -137,14 +133,8 @@ def _backends(stage: Stage, folder: Path, after: int | None) -> list[TrackerBack
             job_type=stage.algorithm.short_name if isinstance(stage, Config) else "evaluation",
             group=settings.wandb_group or (pipeline if is_stage else None),
             tags=settings.wandb_tags,
-            config=_settings(stage),
+            config=from_yaml(dump_yaml(stage)),
             checkpoints=settings.wandb_checkpoints,
         )
         backends.append(wandb)
     return [*backends, *installed_trackers(stage, done_steps=after)]
-
-
-def _settings(stage: Stage) -> dict[str, Any]:
-    tree = from_yaml(dump_yaml(stage))
-    assert isinstance(tree, dict)
-    return tree

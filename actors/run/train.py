@@ -1,7 +1,4 @@
-"""Run a checked configuration: inputs, cluster, actors, controller, final model.
-
-This module connects the actors with the controllers. The training loops are in rlhf.controller.
-"""
+"""Run a checked configuration: inputs, cluster, actors, controller, final model. The loops are in rlhf.controller."""
 
 from __future__ import annotations
 
@@ -78,8 +75,7 @@ SHOWN_OFFLINE: tuple[str, ...] = (
 def launch(loaded: LoadedConfig, start: Start) -> None:
     """Run all stages, or with `start.resume` the unfinished stages. Return when the last result is written.
 
-    Raises:
-        Preempted: a signal came before the end (see rlhf.process.stopping). Finished work is kept.
+    Preempted: a signal came before the end (see rlhf.process.stopping). Finished work is kept.
     """
     logs.configure()
     if start.until is not None and (loaded.is_pipeline or not loaded.runs):
@@ -141,7 +137,6 @@ def _run_stages(loaded: LoadedConfig, stages: Sequence[CheckedStage], left: Sequ
 
 
 def _run_merge(stage: MergeStage, pipeline: Path, start: Start) -> None:
-    """Run the merge and write the stage's final/ atomically."""
     config = with_local_models(stage, pipeline)
     with recording(stage, resume=start.resume) as (record, _):
         folder = record.folder
@@ -153,19 +148,16 @@ def _run_merge(stage: MergeStage, pipeline: Path, start: Start) -> None:
 
 
 async def _run_stage(stage: StageInputs, request: StopRequest, start: Start) -> None:
-    """Run one stage in its folder, from any last checkpoint."""
     inputs = stage.inputs
     show, metric = (SHOWN_ONLINE, "score") if isinstance(inputs, OnlineInputs) else (SHOWN_OFFLINE, "loss")
     show += tuple(f"eval/{name}/{metric}" for name in list(inputs.eval_sets)[:1])
     steps = stage.config.train.num_steps
     with recording(stage.written, resume=start.resume, steps=steps, show=show, mode=start.mode) as (record, step):
         for row in inputs.unusable if step is None else ():
-            record.tracker.log_error(
-                ErrorRecord(step=0, stage="data", kind="unusable", message=row.reason, source=row.place)
-            )
-        running = (
-            _online(stage, inputs, record) if isinstance(inputs, OnlineInputs) else _offline(stage, inputs, record)
-        )
+            unusable = ErrorRecord(step=0, stage="data", kind="unusable", message=row.reason, source=row.place)
+            record.tracker.log_error(unusable)
+        is_online = isinstance(inputs, OnlineInputs)
+        running = _online(stage, inputs, record) if is_online else _offline(stage, inputs, record)
         with listed_in(record.folder.processes):
             async with running as (controller, placement):
                 await _carry_out(controller, request, step=step, until=start.until, nodes=placement.nodes)
@@ -183,9 +175,8 @@ async def _offline(
     async with ending(groups, placement, heartbeat_timeout_s=config.cluster.heartbeat_timeout_s):
         await refuse_small_shared_memory(config, placement)
         supervisor = Supervisor(config.cluster.restarts, record, placement.plan.slots)
-        context = RunContext(
-            config=config, placement=placement, longest_sequence=inputs.longest_sequence, supervisor=supervisor
-        )
+        length = inputs.longest_sequence
+        context = RunContext(config=config, placement=placement, longest_sequence=length, supervisor=supervisor)
         roles = build_roles(context, groups)
         record.progress.stage(f"starting {_names(placement.plan)}")
         await asyncio.gather(*[g.start(deadline_s=config.cluster.start_timeout_s) for g in roles.values()])
@@ -246,9 +237,8 @@ async def _online(
         assert lease.engines.sync is not None
         for sentence in void_restarts(config, lease.engines.sync.method):
             logger.warning("%s", sentence)
-        await lease.engines.connect(
-            policy, adapter=record.folder.scratch / "adapter" if ships_adapter(config) else None
-        )
+        adapter = record.folder.scratch / "adapter" if ships_adapter(config) else None
+        await lease.engines.connect(policy, adapter=adapter)
         controller = OnlineController(
             config,
             OnlineRoles(rollout=lease.engines, **roles),

@@ -53,8 +53,7 @@ def comparison_rows(first: Mapping[str, WrittenSet], last: Mapping[str, WrittenS
 
 
 def before_after(folder: Path) -> Table | None:
-    """Return a table with one line per metric of each set, or None if the run has fewer than two evaluations of
-    responses."""
+    """Return a table with one line per metric of each set. None: the run has fewer than two evaluations."""
     from rich.table import Table
 
     evaluations = list(read_evaluations(folder))

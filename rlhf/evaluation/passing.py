@@ -51,4 +51,4 @@ def judges(rewards: Iterable[tuple[str, str | None, float]]) -> list[str]:
     rewards: name, function (None: not a function) and weight of each reward. Equal weights keep their order.
     """
     able = [(name, weight) for name, function, weight in rewards if function and function not in OF_FORM and weight > 0]
-    return [name for name, _ in sorted(able, key=lambda one: -one[1])]
+    return [name for name, _ in sorted(able, key=lambda reward: -reward[1])]

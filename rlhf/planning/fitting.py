@@ -38,7 +38,6 @@ class Fit:
 
     @property
     def fits(self) -> bool | None:
-        """Return whether the bytes fit, or None if the capacity is unknown."""
         return None if self.room is None else self.wanted <= self.room
 
 
@@ -56,14 +55,12 @@ def places(
     if at is None:
         return []
     by_role = {footprint.role: footprint for footprint in processes}
-    fits = []
-    if config.cluster.device == "cuda":
-        fits += _gpus(placement, by_role, nodes, at)
     ranks = {role: [at[slot.bundle] for slot in slots] for role, slots in placement.slots.items()}
     kept = snapshots_by_node(
         snapshot_sizes(processes), ranks, {node for nodes_of in ranks.values() for node in nodes_of}
     )
-    return [*fits, *_hosts(config, placement, by_role, nodes, at, kept), *_shared_memory(config, nodes, kept)]
+    gpus = _gpus(placement, by_role, nodes, at) if config.cluster.device == "cuda" else []
+    return [*gpus, *_hosts(config, placement, by_role, nodes, at, kept), *_shared_memory(config, nodes, kept)]
 
 
 Moment = Literal["generate", "train", "weight sync"]
@@ -127,17 +124,12 @@ def _hosts(
     """Return the fullest node among nodes with equal memory."""
     fits: dict[float | None, Fit] = {}
     for index, node in enumerate(nodes):
-        parts: dict[str, float] = {}
-        shared = 0.0
-        for role, slots in placement.slots.items():
-            footprint = by_role[role]
-            here = [slot for slot in slots if at[slot.bundle] == index]
-            if here:
-                parts[role] = footprint.private(len(here))
-                shared = max(shared, footprint.of("shared"))
-        if not parts:
+        counts = {role: sum(at[slot.bundle] == index for slot in slots) for role, slots in placement.slots.items()}
+        here = {role: count for role, count in counts.items() if count}
+        if not here:
             continue
-        if shared:
+        parts: dict[str, float] = {role: by_role[role].private(count) for role, count in here.items()}
+        if shared := max(by_role[role].of("shared") for role in here):
             parts["shared memory"] = shared
         if index in kept and kept[index].copies:
             parts["copies of snapshots"] = kept[index].copies
@@ -146,13 +138,8 @@ def _hosts(
         wanted = sum(parts.values())
         room = None if node.mem_gib is None else node.mem_gib * GIB * HOST_SHARE
         if node.mem_gib not in fits or wanted > fits[node.mem_gib].wanted:
-            fits[node.mem_gib] = Fit(
-                where=f"host of node {index}",
-                wanted=wanted,
-                room=room,
-                parts=_sum(parts),
-                alike=f"hosts of {node.mem_gib} GiB",
-            )
+            where, alike = f"host of node {index}", f"hosts of {node.mem_gib} GiB"
+            fits[node.mem_gib] = Fit(where=where, wanted=wanted, room=room, parts=_sum(parts), alike=alike)
     return list(fits.values())
 
 
@@ -164,8 +151,7 @@ def _shared_memory(config: Config, nodes: Sequence[Node], kept: Mapping[int, Sna
         if snapshots.copies:
             parts["copies of snapshots"] = snapshots.copies
         room = nodes[index].shared_memory_gib
-        objects = _ray_objects(config, nodes[index])
-        if objects:
+        if objects := _ray_objects(config, nodes[index]):
             parts["Ray's objects"] = objects
         wanted = sum(parts.values())
         if room not in fits or wanted > fits[room].wanted:
@@ -205,7 +191,8 @@ def remedies(config: Config, sizes: Sizes, nodes: Sequence[Node], roles: Sequenc
     changes = {f"{key}={_yaml(value)}": (key, value) for role in roles for key, value in _changes(config, role)}
     for text, (key, value) in changes.items():
         after = _places_of(_with(config, key.split("."), value), sizes, nodes)
-        reduced = [alike for alike in tight if _wanted(after, alike) < 0.98 * before[alike].wanted]
+        sizes_after = {alike: place.wanted for alike, place in after.items()}
+        reduced = [alike for alike in tight if sizes_after.get(alike, 0.0) < 0.98 * before[alike].wanted]
         if not after or not reduced:
             continue
         newly_full = [place.where for alike, place in after.items() if place.fits is False and alike not in tight]
@@ -225,10 +212,6 @@ def remedies(config: Config, sizes: Sizes, nodes: Sequence[Node], roles: Sequenc
     return [*lines, f"with {', '.join(used)} together {verdict}"]
 
 
-def _wanted(after: Mapping[str, Fit], alike: str) -> float:
-    return after[alike].wanted if alike in after else 0.0
-
-
 def _shrunk(old: Fit, new: Fit | None) -> str:
     if new is None:
         return f"{old.where} is not needed"
@@ -237,7 +220,7 @@ def _shrunk(old: Fit, new: Fit | None) -> str:
 
 
 def _places_of(config: Config, sizes: Sizes, nodes: Sequence[Node]) -> dict[str, Fit]:
-    """Return the fullest places of a changed configuration, by the places like each. None if refused or unplaced."""
+    """Return the fullest places of a changed configuration, by the places like each. Empty: refused or unplaced."""
     fits = [] if problems(config) else places(config, plan_placement(config), footprints(config, sizes), nodes)
     return {place.alike: place for place in fits}
 

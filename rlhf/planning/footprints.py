@@ -1,7 +1,4 @@
-"""Apply the memory model of rlhf.planning.memory to every process of a configured run.
-
-rlhf.planning.fitting decides whether the processes fit and suggests changes. This module starts nothing.
-"""
+"""Apply the memory model of rlhf.planning.memory to every process of a configured run."""
 
 from __future__ import annotations
 
@@ -58,8 +55,7 @@ class Sizes:
 
 
 def footprints(config: Config, sizes: Sizes) -> list[Footprint]:
-    """Return the footprint of each role with workers, in placement order. Raise UserError if a model's sizes are
-    unknown."""
+    """Return the footprint of each role with workers, in placement order. UserError: a model's sizes are unknown."""
     result = []
     for role in derive(config).needs:
         model, kind = ROLE_USES[role].model(config), ROLES[role].kind
@@ -73,8 +69,7 @@ def footprints(config: Config, sizes: Sizes) -> list[Footprint]:
 
 
 def tokens_of_microbatch(config: Config, role: TrainedResources) -> tuple[int, bool]:
-    """Return the tokens of a full micro-batch on a rank, and whether an optimizer step may have several
-    micro-batches."""
+    """Return the tokens of a full micro-batch on a rank, and whether an optimizer step may have several such."""
     budget = config.train.max_tokens_per_microbatch
     rows = -(-config.train.sequences_per_update // role.data_parallel_ranks)
     per_row = 2 if config.algorithm.kind == "sampled_pairs" else sequences_per_row(config)
@@ -95,7 +90,6 @@ def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config
     trained = whole if lora is None else _adapted(shape, lora) + (shape.hidden if scalar else 0)
     tokens, accumulates = tokens_of_microbatch(config, role)
     on_gpu = config.cluster.device == "cuda"
-    online = config.algorithm.is_online
     return Training(
         trained=trained,
         frozen=0 if lora is None else whole,
@@ -108,7 +102,7 @@ def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config
         checkpointing=model.gradient_checkpointing,
         lora_rank=None if lora is None else lora.rank,
         scalar=scalar,
-        keeps_head_gradient=not online and config.algorithm.kind in ("supervised", "distillation"),
+        keeps_head_gradient=config.algorithm.kind in ("supervised", "distillation"),
         optimizer=config.train.optimizer,
         offload=role.offload,
         on_gpu=on_gpu,
@@ -131,13 +125,9 @@ def checkpoint_sizes(config: Config, sizes: Sizes) -> Mapping[Role, float]:
 
 
 def _base_bytes(shape: Shape, model: PolicyConfig | CriticConfig, whole: int) -> float:
-    """Return the bytes of the weights under an adapter. `quantize` stores layers in 4 bits plus a float32
-    scale per 64."""
-    size = _itemsize(model)
-    if model.lora is None or model.lora.quantize is None:
-        return float(whole * size)
-    layers = shape.block_parameters
-    return layers * (0.5 + 4 / 64) + (whole - layers) * size
+    """Return the bytes of the weights under an adapter. `quantize` stores 4 bits, and a float32 scale per 64."""
+    layers = shape.block_parameters if model.lora is not None and model.lora.quantize is not None else 0
+    return layers * (0.5 + 4 / 64) + (whole - layers) * _itemsize(model)
 
 
 def _trained(name: Role, model: PolicyConfig | CriticConfig, config: Config, sizes: Sizes) -> Footprint:

@@ -1,7 +1,4 @@
-"""Find needs of a run missing on this machine: CPUs, GPUs, models, data sets and code files. Nothing is loaded.
-
-`rlhf plan` looks here first, so that a recipe for a larger machine can be planned anywhere with the inputs unread.
-"""
+"""Find needs of a run missing on this machine, so that `rlhf plan` plans a recipe for a larger machine anywhere."""
 
 from __future__ import annotations
 
@@ -127,13 +124,8 @@ def _code(stage: Stage, folder: Path) -> Iterator[Missing]:
         if colon and not any(os.path.isfile(base / os.path.expanduser(file)) for base in (folder, Path.cwd())):
             yield Missing(sentence=f"{key}: there is no file {file}")
         elif name and not colon:
-            is_reward = key.endswith(".function")
-            find_code(
-                "reward" if is_reward else "environment",
-                name,
-                built_ins=REWARDS if is_reward else ENVIRONMENTS,
-                key=key,
-            )
+            kind, built_ins = ("reward", REWARDS) if key.endswith(".function") else ("environment", ENVIRONMENTS)
+            find_code(kind, name, built_ins=built_ins, key=key)
 
 
 def _is_path(name: str) -> bool:

@@ -64,12 +64,9 @@ def _read(path: Path) -> Sequence[int]:
     for file in files:
         try:
             lines = file.read_text(encoding="utf-8").split("\n")  # a response may contain other line separators
-        except OSError as error:
-            raise UserError(
-                f"--lengths {path}: cannot be read: {error.strerror}. Give a file or lognormal:MEAN:SIGMA"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"--lengths {path}: is not text: {error}. Give a file or lognormal:MEAN:SIGMA") from error
+        except (OSError, UnicodeDecodeError) as error:
+            why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else f"is not text: {error}"
+            raise UserError(f"--lengths {path}: {why}. Give a file or lognormal:MEAN:SIGMA") from error
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -81,9 +78,8 @@ def _read(path: Path) -> Sequence[int]:
                     value = value["response_tokens"]
                 length = int(value)
             except (ValueError, TypeError, KeyError, OverflowError) as error:
-                raise UserError(
-                    f"{file}:{number}: expected a number, or an object with `response_tokens`, got {line[:60]!r}"
-                ) from error
+                wanted = "expected a number, or an object with `response_tokens`"
+                raise UserError(f"{file}:{number}: {wanted}, got {line[:60]!r}") from error
             if length < 1:
                 raise UserError(f"{file}:{number}: the length is {length}, expected at least 1")
             lengths.append(length)

@@ -1,9 +1,9 @@
 """Estimate the memory of one process of each role, term by term, as allocated by this code base.
 
-A term is a number of bytes with an explanation. Sizes follow from the model's shape, DeepSpeed's buffers
-(rlhf.engine.deepspeed), the packed forward pass (rlhf.models.packed.forward) and the chunked head
-(rlhf.objectives.logprobs). Five numbers are measured (see `Measured`). Micro-batches are taken as full, so the result
-is an upper bound for runs with short responses. GPU terms follow the same rules but were never measured.
+Sizes follow from the model's shape, DeepSpeed's buffers (rlhf.engine.deepspeed), the packed forward pass
+(rlhf.models.packed.forward) and the chunked head (rlhf.objectives.logprobs). Five numbers are measured (see
+`Measured`). Micro-batches are taken as full, so the result is an upper bound for runs with short responses. GPU terms
+follow the same rules but were never measured.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ class Measured:
     """Hold constants measured by benchmarks/plan_memory.py on two CPU cores (docs/scaling.md).
 
     Process sizes are for an idle worker after all imports. HEAP is the resident heap of a worker divided by the peak
-    bytes of the tensors. The allocator keeps freed blocks (actors.cluster.processes.KEEPS_MEMORY), and later blocks
-    never fit exactly.
+    bytes of the tensors: the allocator keeps freed blocks, and later blocks never fit exactly.
     """
 
     TRAINER_BYTES = int(0.68 * GIB)
@@ -45,8 +44,7 @@ class Measured:
 class Assumed:
     """Hold customary sizes of a process on a GPU before the first tensor, without a measurement here.
 
-    CUDA: the context, cuBLAS' workspace, kernels. NCCL: the buffers of a gang of several ranks. The NCCL buffers of an
-    engine are already part of the engine's share of the GPU.
+    CUDA: context, cuBLAS' workspace, kernels. NCCL: buffers of a gang of ranks; an engine's are in the engine's share.
     """
 
     CUDA_BYTES = int(0.75 * GIB)
@@ -137,17 +135,14 @@ def activation_bytes(shape: Shape, *, itemsize: int, checkpointing: bool, lora_r
 
     A layer saves, for each of two norms, the input in float32, the scaled row and the output (4 + 2b bytes an element).
     Attention saves query, key, value, the result and the input of the output projection (3Q + 2K elements). The MLP
-    saves four rows: gate, activated gate, up, and the product. With checkpointing a layer saves only the input, and
-    only one layer at a time has all rows.
+    saves gate, activated gate, up, and the product. With checkpointing, one layer at a time has all rows.
     """
     norms = 2 * (4 + 2 * itemsize) * shape.hidden
     attention = (3 * shape.query + 2 * shape.key) * itemsize
     if shape.qk_norm:
         attention += (4 + itemsize) * (shape.query + shape.key)
     layer = norms + attention + 4 * shape.widest_mlp * itemsize + (7 * lora_rank * itemsize if lora_rank else 0)
-    if checkpointing:
-        return shape.layers * shape.hidden * itemsize + layer
-    return shape.layers * layer
+    return shape.layers * shape.hidden * itemsize + layer if checkpointing else shape.layers * layer
 
 
 def head_bytes(shape: Shape, *, rows: int, itemsize: int, trains_head: bool, widens: bool) -> float:
@@ -157,8 +152,7 @@ def head_bytes(shape: Shape, *, rows: int, itemsize: int, trains_head: bool, wid
     the head's weight. With more rows, the weight gradient is a float32 sum plus a separate product.
     """
     wide = 4 if widens else itemsize
-    chunk = min(rows, CHUNK_ROWS)
-    block = min(rows, CHUNK_ROWS * CHUNKS_PER_PRODUCT)
+    chunk, block = min(rows, CHUNK_ROWS), min(rows, CHUNK_ROWS * CHUNKS_PER_PRODUCT)
     nbytes: float = 3 * chunk * shape.vocab * 4 + block * shape.vocab * wide
     if trains_head:
         nbytes += shape.embedding * (wide if rows <= block else 4 + wide)
@@ -251,10 +245,7 @@ def _summed_gradients(t: Training) -> Term:
 
 
 def _bucket(t: Training) -> list[Term]:
-    """Return DeepSpeed's buffer of gradients to be reduced, or two buffers on GPUs, where reduction overlaps.
-
-    At stage 0 gradients are summed in place. Stage 3 keeps the buffer.
-    """
+    """Return DeepSpeed's buffer of gradients to be reduced: two on GPUs, where reduction overlaps."""
     if t.zero_stage == 0:
         return []
     count, phase = 2 if t.on_gpu and t.zero_stage < 3 else 1, "always" if t.zero_stage == 3 else "step"
@@ -330,7 +321,5 @@ def with_process(terms: Sequence[Term], *, process: int, on_gpu: bool, ranks: in
 
 
 def _short(count: float) -> str:
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= limit:
-            return f"{count / limit:.4g}{unit}"
-    return f"{count:.0f}"
+    units = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
+    return next((f"{count / limit:.4g}{unit}" for limit, unit in units if count >= limit), f"{count:.0f}")

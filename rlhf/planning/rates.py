@@ -1,7 +1,6 @@
-"""Give the assumed rates of a worker. rlhf.planning computes the time of a step from the rates.
+"""Give the assumed rates of a worker: each fraction and rate stands here, and nowhere else.
 
-Each fraction and rate stands here, and nowhere else. docs/scaling.md names the sources. The rates were not measured
-with this code on a GPU.
+docs/scaling.md names the sources. The rates were not measured with this code on a GPU.
 """
 
 from __future__ import annotations
@@ -53,15 +52,14 @@ class Stage:
 def rates(config: Config, nodes: Sequence[Node] | None, *, role: Role) -> Rates:
     """Return the rates of a worker: of the GPU, or of the worker's share of the CPUs."""
     if config.cluster.device == "cuda":
-        kinds = {node.kind for node in nodes or () if node.gpus} - {None}
-        kind = min(kinds, key=lambda k: ACCELERATORS[str(k)].tflops) if kinds else DEFAULT_GPU
-        gpu = ACCELERATORS[str(kind)]
-        inside = gpu.nvlink_gb_s or gpu.pcie_gb_s
+        kinds = {str(node.kind) for node in nodes or () if node.gpus and node.kind is not None} or {DEFAULT_GPU}
+        kind = min(kinds, key=lambda k: ACCELERATORS[k].tflops)
+        gpu = ACCELERATORS[kind]
         return Rates(
-            name=str(kind),
+            name=kind,
             peak=gpu.tflops * 1e12,
             bandwidth=gpu.bandwidth_gb_s * 1e9,
-            inside=inside * LINKS * 1e9,
+            inside=(gpu.nvlink_gb_s or gpu.pcie_gb_s) * LINKS * 1e9,
             pcie=gpu.pcie_gb_s * LINKS * 1e9,
         )
     section = getattr(config.cluster.roles, role)

@@ -89,10 +89,7 @@ def _estimates(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengt
 
 
 def _row_layouts(config: Config, sizes: Sizes) -> list[str]:
-    """Name the models of untested types, and the models with an unusual packing of sequences.
-
-    Only for models with a config.json at hand.
-    """
+    """Name the models of untested types or with an unusual packing of sequences, if the config.json is at hand."""
     lines, untested = [], []
     for section, model in models_of(config).items():
         stored = find_config((sizes.made or {}).get(model.model, model.model), shapes=sizes.shapes)
@@ -183,18 +180,13 @@ def _times(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: 
     title = f"time of a step, estimated ({_assumed(config, nodes, lengths)})\n"
     if config.rollouts is None:
         return [title + _stages(config, stages, nodes)]
-    system, sync, schedule = (
-        system_of(config, sizes, nodes, lengths),
-        sync_stage(config, sizes, nodes),
-        schedule_of(config),
-    )
+    system, sync = system_of(config, sizes, nodes, lengths), sync_stage(config, sizes, nodes)
+    schedule = schedule_of(config)
     bounds = (0,) if system.colocated else sorted({0, 1, 2, config.rollouts.max_staleness})
     outcomes = {compared: simulate(system, compared) for compared in schedules(config, bounds)}
     seconds = outcomes[Schedule()].step_s - sum(stage.seconds for stage in stages) - sync.seconds
-    how = (
-        f"until the slowest response; an engine's step {system.base_s * 1e3:,.3g} ms + "
-        f"{system.each_s * 1e6:,.3g} us a sequence"
-    )
+    engine_step = f"{system.base_s * 1e3:,.3g} ms + {system.each_s * 1e6:,.3g} us a sequence"
+    how = f"until the slowest response; an engine's step {engine_step}"
     stages = [Stage("rollouts", max(seconds, 0.0), how), *stages, sync]
     if schedule != Schedule():
         overlap = outcomes[schedule].step_s - sum(stage.seconds for stage in stages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,9 @@ def _reads_quickly(source: DataSource) -> bool:
 
 def _mean_characters(source: DataSource, config: Config) -> float:
     """Return the mean number of characters per sequence over the first rows."""
-    if not isinstance(source, str):
-        size = min(source.size, ROWS_MEASURED)
-        given: Source = TaskSource(task=source.task, split=source.split, size=size, seed=source.seed, args=source.args)
-    else:
-        given = source
+    given: Source = source if isinstance(source, str) else TaskSource(**source.model_dump())
+    if isinstance(given, TaskSource):
+        given = replace(given, size=min(given.size, ROWS_MEASURED))
     rows = read_rows(given, columns=config.data.columns)[:ROWS_MEASURED]
     count = sequences_per_row(config)
     texts = sum(_characters(dict(row.columns)) for row in rows)

@@ -1,8 +1,4 @@
-"""List the possible schedules of a run, and the configured schedule.
-
-`rlhf plan` compares schedules by simulation. This module decides nothing: rlhf.config.validation refuses keys that
-cannot combine.
-"""
+"""List the possible schedules of a run, and the configured schedule. `rlhf plan` compares the schedules."""
 
 from __future__ import annotations
 
@@ -28,10 +24,7 @@ def schedule_of(config: Config) -> Schedule:
 
 
 def schedules(config: Config, bounds: Iterable[int]) -> list[Schedule]:
-    """Return the schedules of the run for the given bounds of the lag.
-
-    The schedule in flight has the run's `rollouts.batch_order`.
-    """
+    """Return the schedules of the run for the given bounds of the lag. In flight, the run's batch order holds."""
     assert config.rollouts is not None
     by_completion, found = config.rollouts.batch_order == "completion", []
     for bound in bounds:
@@ -46,12 +39,10 @@ def schedules(config: Config, bounds: Iterable[int]) -> list[Schedule]:
 def _can_stream(config: Config) -> bool:
     """Return whether the run could be streamed when training on responses of the newest weights."""
     assert config.rollouts is not None
-    rollouts = config.rollouts.model_copy(
-        update={"max_staleness": 0, "weight_updates": "between_batches", "batch_order": "prompt"}
-    )
-    streamed = config.model_copy(
-        update={"rollouts": rollouts, "train": config.train.model_copy(update={"streamed": True})}
-    )
+    in_turns = {"max_staleness": 0, "weight_updates": "between_batches", "batch_order": "prompt"}
+    rollouts = config.rollouts.model_copy(update=in_turns)
+    train = config.train.model_copy(update={"streamed": True})
+    streamed = config.model_copy(update={"rollouts": rollouts, "train": train})
     return not any(problem.key == ("train", "streamed") for problem in asynchrony_problems(streamed, rollouts))
 
 

@@ -113,8 +113,7 @@ class Shape:
         return sum(rows * columns for rows, columns in self._linear_layers)
 
     def factored(self, *, lora_rank: int | None, scalar: bool) -> int:
-        """Return the number of values kept by Adafactor: a row and a column of each trained matrix, and norms and
-        biases."""
+        """Return the values kept by Adafactor: a row and a column of each trained matrix, and norms and biases."""
         if lora_rank is not None:
             return sum(rows + columns + 2 * lora_rank for rows, columns in self._linear_layers)
         tables = 1 if self.tied or scalar else 2
@@ -198,11 +197,8 @@ def find_shape(model: str, *, shapes: Path | None, made: Mapping[str, str]) -> S
     if (stored := find_config(model, shapes=shapes)) is not None:
         config, path = stored
         return shape_of(config, str(path))
-    if model in _MIXTURE_TABLE:
-        return shape_of(_MIXTURE_TABLE[model], f"the built-in table ({model})")
-    if model in _TABLE:
-        family, *values = _TABLE[model]
-        config = {"architectures": [f"{family}ForCausalLM"], **dict(zip(_SIZES, values, strict=True))}
+    if model in _MIXTURE_TABLE or model in _TABLE:
+        config = _known(*_TABLE[model]) if model in _TABLE else dict(_MIXTURE_TABLE[model])
         return shape_of(config, f"the built-in table ({model})")
     raise UserError(
         f"the sizes of {model} are not known here: there is no {_places(model, shapes)[0]}, it is not in the hub's "
@@ -229,18 +225,6 @@ def hub_folder(kind: str, name: str) -> Path:
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
     return cache / f"{kind}--{name.replace('/', '--')}"
 
-
-TINY = Shape(
-    source="rlhf/models/files/tiny.py",
-    hidden=96,
-    ffn=256,
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    head_size=32,
-    vocab=320,
-    tied=False,
-)
 
 _SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -281,30 +265,32 @@ _TABLE: Mapping[str, tuple[str, int, int, int, int, int, int, int, bool]] = {
 }
 
 
-def _mixture_config(
-    family: str, sizes: tuple[int, int, int, int, int, int, int], experts: Mapping[str, int]
-) -> Mapping[str, Any]:
-    names = (name for name in _SIZES if name != "tie_word_embeddings")
-    values: dict[str, Any] = {"architectures": [f"{family}ForCausalLM"], **dict(zip(names, sizes, strict=True))}
-    return {**values, **experts, "attention_bias": family in ("Glm4Moe", "GptOss")}
+def _known(family: str, *sizes: int, **experts: int) -> dict[str, Any]:
+    return {"architectures": [f"{family}ForCausalLM"], **dict(zip(_SIZES, sizes, strict=True)), **experts}
 
 
-def _qwen(width: int, experts: int = 128) -> Mapping[str, int]:
-    return {"num_experts": experts, "num_experts_per_tok": 8, "moe_intermediate_size": width}
+TINY = shape_of(_known("Llama", 96, 256, 3, 4, 2, 32, 320, False), "rlhf/models/files/tiny.py")
 
 
-def _glm(experts: int, width: int, dense: int, norm: int) -> Mapping[str, int]:
-    few = {"n_shared_experts": 1, "first_k_dense_replace": dense, "use_qk_norm": norm}
-    return {"n_routed_experts": experts, "num_experts_per_tok": 8, "moe_intermediate_size": width, **few}
+def _qwen(*sizes: int, width: int, experts: int = 128) -> Mapping[str, Any]:
+    of_model = {"num_experts": experts, "num_experts_per_tok": 8, "moe_intermediate_size": width}
+    return _known("Qwen3Moe", *sizes, False, **of_model)
 
 
-def _local(experts: int, chosen: int) -> Mapping[str, int]:
-    return {"num_local_experts": experts, "num_experts_per_tok": chosen}
+def _glm(*sizes: int, experts: int, width: int, dense: int, norm: int) -> Mapping[str, Any]:
+    of_model = {"n_routed_experts": experts, "moe_intermediate_size": width, "first_k_dense_replace": dense}
+    of_family = {"n_shared_experts": 1, "num_experts_per_tok": 8, "attention_bias": 1}
+    return _known("Glm4Moe", *sizes, False, use_qk_norm=norm, **of_model, **of_family)
 
 
-_QWEN3_30B = _mixture_config("Qwen3Moe", (2048, 6144, 48, 32, 4, 128, 151936), _qwen(768))
-_QWEN3_235B = _mixture_config("Qwen3Moe", (4096, 12288, 94, 64, 4, 128, 151936), _qwen(1536))
-_GLM_4_5 = _mixture_config("Glm4Moe", (5120, 12288, 92, 96, 8, 128, 151552), _glm(160, 1536, dense=3, norm=1))
+def _local(family: str, *sizes: int, experts: int, chosen: int) -> Mapping[str, Any]:
+    counts = {"num_local_experts": experts, "num_experts_per_tok": chosen}
+    return _known(family, *sizes, False, **counts, attention_bias=family == "GptOss")
+
+
+_QWEN3_30B = _qwen(2048, 6144, 48, 32, 4, 128, 151936, width=768)
+_QWEN3_235B = _qwen(4096, 12288, 94, 64, 4, 128, 151936, width=1536)
+_GLM_4_5 = _glm(5120, 12288, 92, 96, 8, 128, 151552, experts=160, width=1536, dense=3, norm=1)
 # Sizes as in _TABLE, then the experts. A test compares all and active parameters with the published counts.
 _MIXTURE_TABLE: Mapping[str, Mapping[str, Any]] = {
     "Qwen/Qwen3-30B-A3B": _QWEN3_30B,
@@ -312,20 +298,12 @@ _MIXTURE_TABLE: Mapping[str, Mapping[str, Any]] = {
     "Qwen/Qwen3-Coder-30B-A3B-Instruct": _QWEN3_30B,
     "Qwen/Qwen3-235B-A22B": _QWEN3_235B,
     "Qwen/Qwen3-235B-A22B-Instruct-2507": _QWEN3_235B,
-    "Qwen/Qwen3-Coder-480B-A35B-Instruct": _mixture_config(
-        "Qwen3Moe", (6144, 8192, 62, 96, 8, 128, 151936), _qwen(2560, experts=160)
-    ),
-    "mistralai/Mixtral-8x7B-Instruct-v0.1": _mixture_config(
-        "Mixtral", (4096, 14336, 32, 32, 8, 128, 32000), _local(8, 2)
-    ),
-    "mistralai/Mixtral-8x22B-Instruct-v0.1": _mixture_config(
-        "Mixtral", (6144, 16384, 56, 48, 8, 128, 32768), _local(8, 2)
-    ),
-    "zai-org/GLM-4.5-Air": _mixture_config(
-        "Glm4Moe", (4096, 10944, 46, 96, 8, 128, 151552), _glm(128, 1408, dense=1, norm=0)
-    ),
+    "Qwen/Qwen3-Coder-480B-A35B-Instruct": _qwen(6144, 8192, 62, 96, 8, 128, 151936, width=2560, experts=160),
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": _local("Mixtral", 4096, 14336, 32, 32, 8, 128, 32000, experts=8, chosen=2),
+    "mistralai/Mixtral-8x22B-Instruct-v0.1": _local("Mixtral", 6144, 16384, 56, 48, 8, 128, 32768, experts=8, chosen=2),
+    "zai-org/GLM-4.5-Air": _glm(4096, 10944, 46, 96, 8, 128, 151552, experts=128, width=1408, dense=1, norm=0),
     "zai-org/GLM-4.5": _GLM_4_5,
     "zai-org/GLM-4.6": _GLM_4_5,
-    "openai/gpt-oss-20b": _mixture_config("GptOss", (2880, 2880, 24, 64, 8, 64, 201088), _local(32, 4)),
-    "openai/gpt-oss-120b": _mixture_config("GptOss", (2880, 2880, 36, 64, 8, 64, 201088), _local(128, 4)),
+    "openai/gpt-oss-20b": _local("GptOss", 2880, 2880, 24, 64, 8, 64, 201088, experts=32, chosen=4),
+    "openai/gpt-oss-120b": _local("GptOss", 2880, 2880, 36, 64, 8, 64, 201088, experts=128, chosen=4),
 }

@@ -1,7 +1,7 @@
 """Compare the room in /dev/shm of a node with the snapshots of a run's ranks, before a model is loaded.
 
-Two snapshots of a rank are on the rank's node, and as many copies on another node (rlhf.engine.snapshots). Ray stores
-objects in the same file system. This module imports nothing heavy, because `rlhf doctor` runs the module on each node.
+Two snapshots of a rank are on the rank's node, and as many copies on another node (rlhf.engine.snapshots). This module
+imports nothing heavy, because `rlhf doctor` runs the module on each node.
 """
 
 from __future__ import annotations
@@ -90,10 +90,7 @@ def snapshots_by_node(
 
     A rank's copies are on the node with the fewest copies, except the rank's node, as in actors.cluster.memory_folders.
 
-    Args:
-        sizes: the bytes of one rank, by role.
-        ranks: the node of each rank, by role.
-        nodes: all nodes of the run.
+    sizes: bytes of one rank, by role. ranks: node of each rank, by role. nodes: all nodes of the run.
     """
     counts, copies = Counter[NodeId](), Counter[NodeId]()
     own: dict[NodeId, Counter[Role]] = {node: Counter() for node in nodes}

@@ -1,7 +1,4 @@
-"""Divide this machine among the simultaneous trials of a sweep.
-
-Each trial has a separate Ray on a share of the cores. This module starts nothing.
-"""
+"""Divide this machine among the simultaneous trials of a sweep: each has a separate Ray on a share of the cores."""
 
 from __future__ import annotations
 
@@ -72,24 +69,20 @@ def divide(sweep: Sweep, known: Sequence[Values] | None, machine: Machine) -> Di
     whole = [{"CPU": float(machine.cpus), "GPU": float(machine.gpus)}]
     room = next((n for n in range(room_in(whole, trials, most=most), 0, -1) if _fits(wanted, machine, n)), 0)
     count = min(sweep.config.concurrency or max(room, 1), most)
-    problem = None
-    fewer = [f"set sweep.concurrency={room}"] if 0 < room < count else []
+    problem, fewer = None, [f"set sweep.concurrency={room}"] if 0 < room < count else []
     cpus, gpus = (max(plan.total(resource) for plan in wanted) for resource in ("CPU", "GPU"))
     if round(gpus) * count > machine.gpus:
         remedy = ", or ".join([*fewer, "use a machine with more GPUs"])
-        problem = (
-            f"a trial reserves {round(gpus)} GPUs, and there are {machine.gpus} for {count} at once. To run the sweep, "
-            f"{remedy}."
-        )
+        problem = f"a trial reserves {round(gpus)} GPUs, and there are {machine.gpus} for {count} at once"
     elif not _fits(wanted, machine, count):
         largest = max(trials, key=lambda trial: max(plan.total("CPU") for plan in _placements(trial).values()))
         keys = list(_smaller_roles(sweep, largest, machine.share(count)))
         less = [f"reserve less for each role with {' '.join(keys)}"] if keys else []
         remedy = ", or ".join([*fewer, *less]) or "use a larger machine"
-        problem = (
-            f"a trial reserves {cpus:g} CPUs, and the share of a trial is {machine.share(count)} of {machine.cpus} "
-            f"with {count} at once. To run the sweep, {remedy}."
-        )
+        share = f"the share of a trial is {machine.share(count)} of {machine.cpus} with {count} at once"
+        problem = f"a trial reserves {cpus:g} CPUs, and {share}"
+    if problem is not None:
+        problem = f"{problem}. To run the sweep, {remedy}."
     return Division(count=count, room=room, gpus=round(gpus), problem=problem)
 
 

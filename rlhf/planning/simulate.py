@@ -2,9 +2,9 @@
 
 Engines decode all sequences in lockstep, a token each in base_s + sequences * each_s. The schedule decides when groups
 are requested, when the trainer may take groups, and whether the engines finish before loading new weights, as
-rlhf.controller.batch_queue and rlhf.controller.group_queue do. A prompt is computed once for a group, before the
-responses start. A recorded group may need a service, such as a slow reward, for some time after decoding. Failures,
-evaluation, checkpoints and other network traffic are not modelled.
+rlhf.controller.batch_queue and rlhf.controller.group_queue do. A prompt is computed once for a group. A recorded group
+may need a service, such as a slow reward, for some time after decoding. Failures, evaluation, checkpoints and other
+network traffic are not modelled.
 """
 
 from __future__ import annotations
@@ -93,8 +93,7 @@ class _Simulation:
             ends = engine.at + max(engine.active[0][0] - engine.ticks, 0.0) * self.step_s(engine)
             self.post(ends, "decoded", index, engine.serial)
 
-    def stall(self, engine: _Engine, seconds: float) -> None:
-        """Keep an engine busy with something else than decoding."""
+    def stall(self, engine: _Engine, seconds: float) -> None:  # busy with something else than decoding
         engine.at = max(engine.at, self.now) + seconds
         engine.busy_s += seconds
 
@@ -137,7 +136,6 @@ class _Simulation:
         return index
 
     def decoded(self, index: int) -> None:
-        """End the responses of an engine due at the current time."""
         engine = self.engines[index]
         self.advance(engine)
         engine.ticks = max(engine.ticks, engine.active[0][0])
@@ -153,7 +151,6 @@ class _Simulation:
         self.proceed()
 
     def answered(self, group: int) -> None:
-        """Make a group ready for training."""
         self.unanswered.discard(group)
         self.ready[group] = None
         self.answered_in[group // self.system.prompts_per_step] += 1
@@ -200,7 +197,6 @@ class _Simulation:
         return groups
 
     def train(self) -> None:
-        """Begin an update on the taken groups."""
         system = self.system
         tokens = sum(self.tokens.pop(group) for group in self.training)
         work = tokens / system.train_tokens_per_s
@@ -213,7 +209,6 @@ class _Simulation:
         self.post(self.now + work, "trained")
 
     def trained(self) -> None:
-        """End an update."""
         work, tokens = self.work
         self.train_s += work
         self.trained_tokens += tokens
@@ -224,10 +219,8 @@ class _Simulation:
         self.proceed()
 
     def synced(self) -> None:
-        """Begin the next step, by new weights in the engines."""
         self.version += 1
-        self.consumed = 0
-        self.syncing = False
+        self.consumed, self.syncing = 0, False
         for engine in self.engines:
             self.advance(engine)
         if self.schedule.by_completion:

@@ -1,7 +1,4 @@
-"""Write the first part of `rlhf plan`: derived numbers and placement of each run, before anything starts.
-
-Further modules of rlhf.planning give memory and time. Neither models nor data nor Ray are needed.
-"""
+"""Write the first part of `rlhf plan`: derived numbers and placement of each run, without models or data."""
 
 from __future__ import annotations
 
@@ -60,7 +57,6 @@ def refuse_misfit(loaded: LoadedConfig, nodes: Sequence[Node] | None, cluster: s
 
 
 def stage_text(stage: Stage, nodes: Sequence[Mapping[str, float]] | None) -> str:
-    """Describe a stage's derived numbers and placement."""
     if isinstance(stage, MergeStage):
         kind, tables = "merge", [list(_merge_facts(stage.merge))]
     elif isinstance(stage, EvaluationStage):
@@ -161,9 +157,8 @@ def _rollout_facts(config: Config, rollouts: RolloutsConfig, derived: Derived, u
     passes = f"{config.train.epochs_per_batch} passes" if config.train.epochs_per_batch > 1 else "1 pass"
     batch = f"{derived.rows_per_step} / {config.train.sequences_per_update} {rows} = {derived.updates_per_batch}"
     yield ["updates a step", f"{batch}, {passes}: {updates}"]
-    longest = (
-        f"{config.data.max_prompt_tokens} prompt + {rollouts.max_new_tokens} new = {derived.longest_sequence} tokens"
-    )
+    longest = f"{config.data.max_prompt_tokens} prompt + {rollouts.max_new_tokens} new"
+    longest += f" = {derived.longest_sequence} tokens"
     if environment is not None:
         turns = f"{environment.max_turns} turns of {rollouts.max_new_tokens}"
         longest = f"{derived.longest_sequence} tokens of a conversation with {environment.name}, at most {turns}"
@@ -263,9 +258,8 @@ def _bundles(placement: PlacementPlan, nodes: Sequence[Mapping[str, float]] | No
 
 
 def _sizes(placement: PlacementPlan) -> str:
-    sizes = [
-        f"{_number(b['CPU'])} CPU" + (f" + {_number(b['GPU'])} GPU" if "GPU" in b else "") for b in placement.bundles
-    ]
+    gpus = [f" + {_number(bundle['GPU'])} GPU" if "GPU" in bundle else "" for bundle in placement.bundles]
+    sizes = [f"{_number(bundle['CPU'])} CPU{gpu}" for bundle, gpu in zip(placement.bundles, gpus, strict=True)]
     return ", ".join(f"{sizes.count(size)} of {size}" for size in dict.fromkeys(sizes))
 
 

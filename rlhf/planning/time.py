@@ -38,15 +38,13 @@ from rlhf.role_table import ROLES, TRAINED_ROLES, Role
 def forward_operations(shape: Shape, length: float) -> float:
     """Return the operations for one token in the middle of a sequence of the given length.
 
-    Each multiplied weight takes 2 operations, of a mixture only the chosen experts' weights. Attention covers half of
-    the sequence.
+    Each multiplied weight takes 2 operations. Attention covers half of the sequence.
     """
     return 2.0 * shape.active_parameters + 2.0 * shape.layers * shape.query * length
 
 
 def passes(model: PolicyConfig | CriticConfig) -> float:
-    """Return the cost of a training pass in forward passes: the forward pass, plus two for backward, or one for
-    backward without weight gradients."""
+    """Return the cost of a training pass in forward passes. Backward takes two, or one without weight gradients."""
     return (2.0 if model.lora is not None else 3.0) + (1.0 if model.gradient_checkpointing else 0.0)
 
 
@@ -136,9 +134,9 @@ def sync_stage(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> St
 
 def system_of(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths) -> System:
     assert config.rollouts is not None
-    role, policy, parallel = config.cluster.roles.rollout, config.policy, config.cluster.roles.rollout.tensor_parallel
+    role, policy = config.cluster.roles.rollout, config.policy
     shape, size = sizes.of(policy.model), 4 if policy.dtype == "float32" else 2
-    speed = rates(config, nodes, role="rollout")
+    speed, parallel = rates(config, nodes, role="rollout"), role.tensor_parallel
     bandwidth, arithmetic = speed.bandwidth * speed.decode * parallel, speed.peak * speed.forward * parallel
     prompt, average = config.data.max_prompt_tokens, lengths.average()
     mean = prompt + average / 2

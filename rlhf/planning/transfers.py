@@ -1,7 +1,6 @@
 """Estimate the time in which the states of trained roles move between GPUs, hosts and shared memory.
 
-Each part is counted in full, although DeepSpeed overlaps some transfers with arithmetic. So the times are upper bounds,
-like the memory. All rates stand in rlhf.planning.rates.
+Each part is counted in full, although DeepSpeed overlaps some transfers with arithmetic: the times are upper bounds.
 """
 
 from __future__ import annotations
@@ -50,12 +49,10 @@ def moves_in_update(
         yield Stage(f"{prefix}gradients to host", copies * 4 * share / speed.pcie, text, late)
         neighbours = min(how.ranks, per_host)
         step = HOST_STEP_BYTES * share * neighbours / speed.host
-        back = how.itemsize * share / speed.pcie
-        text = (
-            f"{work.updates} * ({HOST_STEP_BYTES} bytes * {share / 1e9:,.3g}B * {neighbours} ranks / "
-            f"{speed.host / 1e9:g} GB/s, and {_gib(how.itemsize * share)} back)"
-        )
-        yield Stage(f"{prefix}optimizer on host", work.updates * (step + back), text, 1.0)
+        text = f"{HOST_STEP_BYTES} bytes * {share / 1e9:,.3g}B * {neighbours} ranks / {speed.host / 1e9:g} GB/s"
+        text = f"{work.updates} * ({text}, and {_gib(how.itemsize * share)} back)"
+        seconds = work.updates * (step + how.itemsize * share / speed.pcie)
+        yield Stage(f"{prefix}optimizer on host", seconds, text, 1.0)
 
 
 def _gathers(how: Training, work: Work, speed: Rates, per_host: int) -> tuple[float, str]:
@@ -66,10 +63,8 @@ def _gathers(how: Training, work: Work, speed: Rates, per_host: int) -> tuple[fl
     if how.ranks > per_host:  # a collective uses the network cards of all of a host's GPUs
         rate, where = min(rate, speed.link * per_host), "between hosts"
     seconds = (count * whole + work.trained * gradients) * others / rate
-    text = (
-        f"({count} * {_gib(whole)} + {work.trained} * {_gib(gradients)} of gradients) * {how.ranks - 1} / {how.ranks}"
-    )
-    text += f" / {rate / 1e9:g} GB/s {where}"
+    moved = f"{count} * {_gib(whole)} + {work.trained} * {_gib(gradients)} of gradients"
+    text = f"({moved}) * {how.ranks - 1} / {how.ranks} / {rate / 1e9:g} GB/s {where}"
     if how.place("parameters") == "host":
         seconds += count * whole / how.ranks / speed.pcie
         text += f", and {count} * {_gib(whole / how.ranks)} / {speed.pcie / 1e9:g} GB/s from the host"
@@ -116,10 +111,8 @@ def staging(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> Stage
     if not pinned + unpinned:
         return None
     speed = rates(config, nodes, role=next(iter(staged)))  # the rates of a GPU are those of every role
-    text = (
-        f"{_gib(pinned)} / {speed.pcie / 1e9:g} GB/s + {_gib(unpinned)} not pinned / {speed.unpinned / 1e9:g} GB/s, "
-        "both ways"
-    )
+    slow = f"{_gib(unpinned)} not pinned / {speed.unpinned / 1e9:g} GB/s"
+    text = f"{_gib(pinned)} / {speed.pcie / 1e9:g} GB/s + {slow}, both ways"
     return Stage("staging", pinned / speed.pcie + unpinned / speed.unpinned, text, 1.0)
 
 

@@ -1,7 +1,4 @@
-"""Load the agent of a run or an evaluation before any actor starts.
-
-Checks the agent's settings, the loading of the code, and the columns of the data.
-"""
+"""Load the agent of a run or an evaluation before any actor starts, and check settings, code and columns."""
 
 from __future__ import annotations
 
@@ -64,14 +61,9 @@ def preload_agent(
     template: ChatTemplate,
     key: str,
 ) -> LoadedAgent:
-    """Load the agent of a section once, in a separate process.
+    """Load the agent of a section once, in a separate process. UserError: an unusable agent.
 
-    Args:
-        beside: the folder searched for the agent's files before the current folder.
-        key: the section's name in messages.
-
-    Raises:
-        UserError: an unusable agent.
+    beside: the folder searched for the agent's files before the current folder. key: the section's name in messages.
     """
     if load_model_config(model, trust_remote_code=trust_remote_code).model_type == "gpt_oss":
         raise UserError(
@@ -102,7 +94,7 @@ def preload_agent(
 
 
 def _source(section: AgentConfig, *, beside: Path, key: str) -> tuple[str | None, CodeSource]:
-    """Return the program for running the agent, and the source of the code. UserError: a file is missing."""
+    """Return the program for running the agent, and the source of the code."""
     if section.function is not None:
         folders = (beside, Path.cwd())
         return FUNCTION, find_code("agent", section.function, folders=folders, key=f"{key}.function")

@@ -43,8 +43,7 @@ class Candidate:
     environment: EnvironmentSpec | AgentSpec | None = None  # None: single turns
 
     @property
-    def longest_prompt(self) -> int:
-        """Return the length of the longest prompt in tokens; 0 without prompts."""
+    def longest_prompt(self) -> int:  # in tokens; 0 without prompts
         return max((len(prompt.token_ids) for prompts in self.prompts.values() for prompt in prompts), default=0)
 
     def longest_sequence(self, max_new_tokens: int) -> int:
@@ -78,9 +77,8 @@ IN_RUN = Names(
     environment=ENVIRONMENT_KEY,
     agent=AGENT_KEY,
 )
-IN_OPTIONS = replace(
-    IN_RUN, model="MODEL", sets="--data {}", rewards="--reward {}", reward_model="--reward-model", by="--by"
-)
+_OPTIONS = {"model": "MODEL", "sets": "--data {}", "rewards": "--reward {}", "reward_model": "--reward-model"}
+IN_OPTIONS = replace(IN_RUN, **_OPTIONS, by="--by")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,10 +117,9 @@ class SetReader:
         )
         prompts = {name: self._prompts(name, source, tokenizer, model, player) for name, source in sources.items()}
         split: dict[str, Mapping[int, str]] = {}
-        if self.section.by is not None:
-            for name, group in prompts.items():
-                key = self.names.sets.format(name)
-                split[name] = source_names(group, self.section.by, key=self.names.by, data=key)
+        for name, group in prompts.items() if self.section.by is not None else ():
+            key = self.names.sets.format(name)
+            split[name] = source_names(group, str(self.section.by), key=self.names.by, data=key)
         spec = None if player is None else player.spec
         return Candidate(model=model, prompts=prompts, sources=split, environment=spec)
 

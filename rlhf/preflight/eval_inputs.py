@@ -1,7 +1,4 @@
-"""Load and check all inputs of an evaluation before any actor starts.
-
-A run's configuration and the options of `rlhf eval` become an EvaluateConfig, as in a pipeline's stage.
-"""
+"""Load and check all inputs of an evaluation, of a stage, a run or options, before any actor starts."""
 
 from __future__ import annotations
 
@@ -73,9 +70,7 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
         logger.warning(
             "policy.model is %s, the result of an earlier stage, and this model is measured; --model %s measures the "
             "model that stage %s trains",
-            stage.policy.model,
-            run_folder(stage),
-            stage.run.name,
+            *(stage.policy.model, run_folder(stage), stage.run.name),
         )
     return _load(
         section,
@@ -105,10 +100,9 @@ def _refuse_other_measures(config: Config, model: str) -> None:
 
 
 def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: StageResults | None = None) -> EvalInputs:
-    """Return the inputs of an evaluation section.
+    """Return the inputs of an evaluation section. `made` holds the results of earlier stages, checked by configuration.
 
-    `made` holds the results of earlier stages. The models of earlier stages may not exist yet. A stage's initial model
-    stands in for the trained model, with equal tokenizer and context length. Results are checked by configuration.
+    The models of earlier stages may not exist yet: a stage's initial model stands in, with equal tokenizer and context.
     """
     made = made or StageResults()
     _refuse_unfit_results(stage, made)
@@ -127,20 +121,17 @@ def _refuse_unfit_results(stage: EvaluationStage, made: StageResults) -> None:
     """Raise UserError if an earlier stage's result will not be of the kind expected by the evaluation."""
     config = stage.evaluate
     for key, model in (("model", config.model), ("against", config.against)):
-        if model is None:
-            continue
-        if model in made.scored:
+        if model is not None and model in made.scored:
             model_kind = made.scored[model].replace("_", " ")
             raise UserError(f"evaluate.{key}: {model} will be a {model_kind}, expected a language model")
-        lora = made.adapters.get(model)
+        lora = made.adapters.get(model or "")
         if config.rewards and lora is not None and (lora.dora or lora.modules_to_save):
             kind = "dora" if lora.dora else "modules_to_save"
             text = f"will be an adapter with {kind}, which engines cannot serve; merge it into its base before"
             raise UserError(f"evaluate.{key}: {model} {text}")
-    if stage.uses_reward_model and config.reward is not None and config.reward.model in made.finals:
-        folder = config.reward.model
-        if folder not in made.scored:
-            raise UserError(f"evaluate.reward.model: {folder} will be a language model, expected a reward model")
+    folder = config.reward.model if stage.uses_reward_model and config.reward is not None else ""
+    if folder in made.finals and folder not in made.scored:
+        raise UserError(f"evaluate.reward.model: {folder} will be a language model, expected a reward model")
 
 
 def inputs_of_model(
@@ -155,10 +146,7 @@ def inputs_of_model(
     device: Literal["cpu", "cuda"],
     trust_remote_code: bool,
 ) -> EvalInputs:
-    """Return the inputs for evaluating a model on data named by the user.
-
-    With rewards, the rows are prompts for scored responses; without rewards, the rows are examples.
-    """
+    """Return the inputs for evaluating a model on named data: prompts with rewards, examples without."""
     sets, configs = _named_sets(data), _named_rewards(rewards)
     if reward_model is not None:
         configs["reward_model"] = RewardConfig(role="reward")
@@ -214,23 +202,14 @@ def _load(
     *,
     seed: int,
     cluster: ClusterConfig,
-    beside: Path,
-    models: Path | None = None,
-    reading: Reading | None = None,
+    beside: Path,  # the folder searched for code before the current folder
+    models: Path | None = None,  # the folder for tiny:llama; None: this model is not available
+    reading: Reading | None = None,  # in place of the section's settings, as is decoding
     decoding: Decoding | None = None,
-    tokenizer: str | None = None,
-    made: StageResults | None = None,
+    tokenizer: str | None = None,  # in place of each model's tokenizer
+    made: StageResults | None = None,  # results of earlier stages, by the names of models
 ) -> EvalInputs:
-    """Load everything named by an evaluation section.
-
-    Args:
-        beside: the folder searched for code before the current folder.
-        models: the folder for tiny:llama. None: this model is not available.
-        reading: how rows become prompts or examples, in place of the section's settings.
-        decoding: how responses are sampled, in place of the section's settings.
-        tokenizer: the tokenizer of the models, in place of each model's tokenizer.
-        made: results of earlier stages, by the names of models.
-    """
+    """Load everything named by an evaluation section."""
     decoding = decoding or _decoding(section, seed, template_key=names.template)
     reading = reading or Reading(
         system_prompt=section.system_prompt,
@@ -240,21 +219,20 @@ def _load(
     memory_gib = section.reward_policy.memory_gib
     rewards = load_rewards(section.rewards, beside=beside, memory_gib=memory_gib, key=names.rewards)
     reader = SetReader(section=section, names=names, decoding=decoding, reading=reading, rewards=rewards, beside=beside)
-    candidates = []
+    candidates, results = [], made or StageResults()
     for key, wanted in ((names.model, section.model), (names.against, section.against)):
         if wanted is None:
             continue
-        name = wanted if made is None else made.finals.get(wanted, wanted)
         with prefix_errors(key):
+            name = results.finals.get(wanted, wanted)
             local = name if models is None else local_model(name, models, seed=seed)
             model = resolve_model(local, trust_remote_code=section.trust_remote_code)
-        model = replace(model, dtype=section.dtype or model.dtype, tokenizer=tokenizer or model.tokenizer)
-        if made is not None:
-            model = replace(model, name=wanted)
-        template = UNCHANGED if made is None else made.templates.get(wanted, UNCHANGED)
-        candidates.append(reader.candidate(model, template))
+        shown = model.name if made is None else wanted
+        dtype, tokenizer_source = section.dtype or model.dtype, tokenizer or model.tokenizer
+        model = replace(model, name=shown, dtype=dtype, tokenizer=tokenizer_source)
+        candidates.append(reader.candidate(model, results.templates.get(wanted, UNCHANGED)))
     reward_model = section.reward if any(spec.is_model for spec in rewards) else None
-    if reward_model is not None and (made is None or reward_model.model not in made.finals):
+    if reward_model is not None and reward_model.model not in results.finals:
         refuse_unusable_reward_model(reward_model, key=names.reward_model)
     longest = max(candidate.longest_sequence(decoding.max_new_tokens) for candidate in candidates)
     return EvalInputs(
@@ -278,7 +256,7 @@ def _marking(section: EvaluateConfig, rewards: Sequence[RewardSpec], *, samples:
 
 
 def _decoding(section: EvaluateConfig, seed: int, *, template_key: str) -> Decoding:
-    """Return the section's settings for sampling. Without rewards, no response is sampled."""
+    """Return the section's settings for sampling: without rewards, of nothing."""
     text = section.chat_template and read_template(section.chat_template, key=f"{template_key}.chat_template")
     return Decoding(
         samples=section.samples_per_prompt if section.rewards else 1,
@@ -294,7 +272,6 @@ def _decoding(section: EvaluateConfig, seed: int, *, template_key: str) -> Decod
 
 
 def _refuse_without_rewards(rewards: Mapping[str, RewardConfig], against: str | None, marks: Marks) -> None:
-    """Raise UserError for options with a need for scores, if there are no rewards."""
     if not rewards and (against is not None or marks != Marks()):
         raise UserError(
             "--against, --by, --k, --answer and --pass-score have no effect: no reward scores responses; give a reward"

@@ -46,15 +46,10 @@ CheckedStage = StageInputs | MergeStage | EvaluationStage
 
 
 def load_inputs(loaded: LoadedConfig, *, only_checks: bool = False) -> list[CheckedStage]:
-    """Return the inputs of every run.
+    """Return the inputs of every run. UserError: the first error found, in any stage.
 
-    Merges and evaluations are returned as they are, because their models may not exist yet.
-
-    Args:
-        only_checks: the inputs are not used, so tiny:llama gets no weights unless a merge or an evaluation reads them.
-
-    Raises:
-        UserError: the first error found, in any stage.
+    Merges and evaluations are returned as they are, because their models may not exist yet. only_checks: the inputs are
+    not used, so tiny:llama gets no weights unless a merge or an evaluation reads them.
     """
     made = StageResults()
     weights = not only_checks or not all(isinstance(config, Config) for config in loaded.stages.values())
@@ -127,10 +122,7 @@ def _asks_the_hub(config: Config, finals: Mapping[str, str]) -> bool:
 
 
 def check_files_and_rewards(loaded: LoadedConfig) -> None:
-    """Check the needs of training stages besides models and the hub: data files, rewards, and the columns of rewards.
-
-    UserError: a file cannot be read, a reward cannot be loaded, or a row lacks a column of a reward.
-    """
+    """Raise UserError if training stages lack a data file, a reward, or a reward's column. No model is looked at."""
     beside = Path(loaded.source).resolve().parent
     for name, config in loaded.runs.items():
         sets: dict[str, DataSource] = {key: section.source for key, section in train_sets(config).items()}

@@ -1,7 +1,4 @@
-"""Check a merge stage of a pipeline, as far as possible before the models exist, and run the merge.
-
-The merge runs in the driver and starts no actor.
-"""
+"""Check a merge stage of a pipeline, as far as possible before the models exist."""
 
 from __future__ import annotations
 
@@ -22,8 +19,7 @@ from rlhf.preflight.models import StageResults
 from rlhf.preflight.sources import local_model
 
 
-def with_local_models(stage: MergeStage, pipeline: Path) -> MergeConfig:
-    """Return the merge with tiny:llama replaced by a folder."""
+def with_local_models(stage: MergeStage, pipeline: Path) -> MergeConfig:  # tiny:llama becomes a folder
     config, seed = stage.merge, stage.run.seed
     models = {
         name: source.model_copy(update={"model": local_model(source.model, pipeline, seed=seed)})
@@ -46,7 +42,8 @@ def foresee(config: MergeConfig, made: StageResults, *, final: str) -> None:
         _refuse_other_kind(config, _key(name), model, made.adapters.get(model))
     _refuse_twice(models)
     _refuse_mixed_heads(awaited, made)
-    sources = {name: _stand_in(name, model, made) for name, model in models.items()}
+    # A missing model differs from the stage's initial model only in the values.
+    sources = {name: find_source(_key(name), name, made.finals.get(model, model)) for name, model in models.items()}
     if not awaited:
         checked_sources(config, Path(final), key="run.dir")
     elif config.output == "adapter":
@@ -60,15 +57,8 @@ def _key(name: str) -> str:
     return "merge.base" if name == "base" else f"merge.models.{name}"
 
 
-def _stand_in(name: str, model: str, made: StageResults) -> MergeSource:
-    """Return the model, or for a missing model the stage's initial model, which differs only in the values."""
-    return find_source(_key(name), name, made.finals.get(model, model))
-
-
 def _refuse_other_kind(config: MergeConfig, key: str, folder: str, lora: LoraConfig | None) -> None:
-    """Raise UserError if a stage's result is an adapter where the method needs a model, or a model instead of an
-    adapter.
-    """
+    """Raise UserError if a stage's result is not the adapter, or not the whole model, that the method needs."""
     if lora is None and config.output == "adapter":
         raise UserError(f"{key}: {folder} will be a whole model, and merge.output is adapter; set it to model.")
     if lora is None and config.method == "fold":

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 def check_models(config: Config, made: StageResults, *, vocabulary_of: str) -> None:
     """Raise UserError if a model is missing, is of the wrong kind for its section, or has a different vocabulary.
 
-    `made` holds the results of earlier stages. Results are checked by configuration.
+    Results of earlier stages (`made`) are checked by configuration.
     """
     if config.policy.tokenizer is not None and config.policy.model not in made.finals:
         _refuse_larger_vocabulary(config.policy)
@@ -64,9 +64,7 @@ def check_models(config: Config, made: StageResults, *, vocabulary_of: str) -> N
 def _refuse_unusable_model(
     section: Role, model: ModelConfig, config: Config, finals: Mapping[str, str], *, vocabulary_of: str
 ) -> None:
-    """Raise UserError if a section's model is missing, is of the wrong kind, or has a different vocabulary."""
-    remote = model.trust_remote_code
-    is_scalar = has_value_head(config, section)
+    remote, is_scalar = model.trust_remote_code, has_value_head(config, section)
     with prefix_errors(f"{section}.model"):
         if ROLES[section].kind == "scoring":
             _refuse_without_scores(model)
@@ -122,10 +120,7 @@ def _refuse_untrainable(
 
 
 def _refuse_without_scores(model: ModelConfig) -> None:
-    """Raise UserError if a reward model is missing, broken or of another kind."""
     refuse_without_head(model.model, trust_remote_code=model.trust_remote_code)
-    refuse_broken_weights(Path(model.model))
-    refuse_missing_weights(model.model, scalar=True, trust_remote_code=model.trust_remote_code)
 
 
 def refuse_unusable_reward_model(model: ModelConfig, *, key: str) -> None:
@@ -194,26 +189,17 @@ def _words(tokenizer: Any) -> dict[str, int]:
 
 
 def _refuse_other_kind(section: Role, folder: str, config: Config, *, trained_by: str | None) -> None:
-    """Raise UserError if an earlier stage's result does not fit the section.
-
-    `trained_by` None means a language model.
-    """
-    if ROLES[section].kind == "scoring":
-        fits, wanted = trained_by is not None, "a reward model"
-    elif has_value_head(config, section):
+    """Raise UserError if an earlier stage's result does not fit the section. trained_by: None is a language model."""
+    scores = ROLES[section].kind == "scoring"
+    if not scores and has_value_head(config, section):
         return  # any language model: its head is kept or replaced
-    else:
-        fits, wanted = trained_by is None, "a language model"
-    if not fits:
-        will = "language model" if trained_by is None else trained_by.replace("_", " ")
-        raise UserError(f"{section}.model: {folder} will be a {will}, expected {wanted}")
+    if scores == (trained_by is None):
+        will, wanted = (trained_by or "language_model").replace("_", " "), "reward" if scores else "language"
+        raise UserError(f"{section}.model: {folder} will be a {will}, expected a {wanted} model")
 
 
 def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: Path) -> None:
-    """Raise UserError if a checkpoint's models differ from the run's policy and critic.
-
-    Their number of ranks and their ZeRO stage may differ.
-    """
+    """Raise UserError if a checkpoint's models differ from policy and critic. Ranks and ZeRO stage may differ."""
     policy = config.policy
     fingerprint = architecture_fingerprint(load_model_config(policy.model, trust_remote_code=policy.trust_remote_code))
     if state["policy"] != fingerprint:
@@ -242,11 +228,7 @@ def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: 
 
 
 def with_sources(config: Config, folder: Path, *, weights: bool = True) -> Config:
-    """Return the run with each model under the name for loading.
-
-    tiny:llama becomes a folder, created now if missing. A model of the hub has the revision in the name. weights: as in
-    `local_model`.
-    """
+    """Return the run with each model under the name for loading: tiny:llama becomes a folder (see `local_model`)."""
     changed: dict[str, Any] = {}
     for name in MODEL_SECTIONS:
         section: ModelConfig | None = getattr(config, name)
@@ -258,10 +240,7 @@ def with_sources(config: Config, folder: Path, *, weights: bool = True) -> Confi
 
 
 def with_adapters(config: Config, ours: Mapping[str, LoraConfig]) -> Config:
-    """Return the run with the shape of each continued adapter.
-
-    `ours` holds the shapes of folders not yet written.
-    """
+    """Return the run with the shape of each continued adapter. ours: the shapes of folders not yet written."""
     changed: dict[str, Any] = {}
     for name in TRAINED_ROLES:
         section: PolicyConfig | CriticConfig | None = getattr(config, name)

@@ -1,7 +1,4 @@
-"""Read the prompts of a set, for training and evaluations alike.
-
-Prompts are checked against the set's rewards and environment before any actor starts.
-"""
+"""Read the prompts of a set, for training and evaluations alike, and check them against rewards and environment."""
 
 from __future__ import annotations
 
@@ -38,9 +35,7 @@ def load_player(
 ) -> Player | None:
     """Load the environment or the agent that answers prompts with the model. None: there is neither.
 
-    Args:
-        keys: the names of the two sections in messages.
-        reading: the other arguments of preload_environment and preload_agent.
+    keys: the names of the two sections in messages. reading: further arguments of the two loaders.
     """
     if agent is not None:
         return preload_agent(agent, **reading, model=model, key=keys[1])
@@ -59,10 +54,9 @@ def read_prompts(
     environment: Player | None,
     first_id: int = 0,
 ) -> tuple[LoadedRows[Prompt], list[Row]]:
-    """Return a set's prompts with their rows. Skipped rows are counted in the log.
+    """Return a set's prompts with their rows. UserErrors name the set, by its key, and the invalid row.
 
-    The rewards get the result of an agent besides the columns of the rows. UserErrors name the set, by its key, and the
-    invalid row.
+    Skipped rows are counted in the log. The rewards get an agent's result besides the columns of the rows.
     """
     with prefix_errors(key):
         rows = read_rows(source, columns=columns)

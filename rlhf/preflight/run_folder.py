@@ -40,9 +40,9 @@ def check_folders(stages: Iterable[Stage], start: Start) -> None:
 
 
 def meet_mirror(stage: Stage, *, resume: bool, step: int | None = None) -> None:
-    """If `resume`, download missing files from the mirror, or upload a result missing there.
+    """If `resume`, download missing files from the mirror, or upload a result missing there. UserError: a run is there.
 
-    `step` selects the checkpoint to download instead of the newest. Raises UserError if a new run would replace a run.
+    `step` selects the checkpoint to download instead of the newest.
     """
     if stage.run.mirror is None:
         return
@@ -62,10 +62,7 @@ def meet_mirror(stage: Stage, *, resume: bool, step: int | None = None) -> None:
 
 
 def refuse_unusable_folder(stage: Stage, *, resume: bool, step: int | None = None) -> None:
-    """Raise UserError if the run's folder is not writable, is in use, or holds a run without a way to continue.
-
-    `step` names the checkpoint to resume from, or None for the newest.
-    """
+    """Raise UserError if the run's folder is not writable, is in use, or cannot continue, from `step` or the newest."""
     path = run_folder(stage)
     if resume and result_of(stage).exists():
         _refuse_other_settings(stage)
@@ -107,10 +104,7 @@ def _refuse_other_settings(stage: Stage) -> None:
 
 
 def refuse_other_checkpoint(stage: StageInputs, *, step: int | None = None) -> None:
-    """Raise UserError if a checkpoint is of a different model or different data, or of a step after the last.
-
-    `step` names the checkpoint, or None for the newest.
-    """
+    """Raise UserError if the checkpoint, of `step` or the newest, is of other models or data, or after the last."""
     config = stage.config
     if result_of(stage.written).exists():
         return
@@ -148,10 +142,8 @@ def stream_of(stage: StageInputs) -> Stream[Any]:
 
 
 def open_mirror(stage: Stage, folder: RunFolder) -> Mirror | None:
-    """Return the mirror of the run's folder; None if there is none."""
     return None if stage.run.mirror is None else Mirror(stage.run.mirror, folder, name=stage.run.name)
 
 
 def kept_checkpoints(stage: Stage) -> int:
-    """Return how many of the newest checkpoints are kept; 0 for a merge or an evaluation."""
     return stage.train.keep_checkpoints if isinstance(stage, Config) else 1

@@ -102,7 +102,6 @@ def with_template(config: Config) -> Config:
 
 
 def refuse_absent_tokens(token_ids: Sequence[int], tokenizer: Any, *, key: str) -> None:
-    """Raise UserError if a token id is not in the tokenizer's vocabulary."""
     known = tokenizer.get_vocab().values() if token_ids else ()
     for token in token_ids:
         if token not in known:
@@ -113,10 +112,7 @@ def refuse_absent_tokens(token_ids: Sequence[int], tokenizer: Any, *, key: str) 
 
 
 def source_of(source: DataSource) -> Source:
-    """Convert the section to the type used by the data readers."""
-    if isinstance(source, str):
-        return source
-    return TaskSource(task=source.task, split=source.split, size=source.size, seed=source.seed, args=source.args)
+    return source if isinstance(source, str) else TaskSource(**source.model_dump())
 
 
 def reading_of(config: Config) -> Reading:
@@ -137,18 +133,14 @@ def load_rewards(
 ) -> tuple[RewardSpec, ...]:
     """Load the rewards. Imports functions once in a separate process, and reads the tokens of services.
 
-    Args:
-        beside: the folder searched for the files of rewards before the current folder.
-        key: the name of a reward in messages.
+    beside: the folder searched for the files of rewards before the current folder. key: a reward's name in messages.
     """
-    folders = (beside, Path.cwd())
+    given: dict[str, Any] = {"folders": (beside, Path.cwd()), "memory_gib": memory_gib}
     specs = []
     for name, reward in rewards.items():
         function = None
         if reward.function is not None:
-            function = load_reward(
-                reward.function, args=reward.args, folders=folders, key=key.format(name), memory_gib=memory_gib
-            )
+            function = load_reward(reward.function, args=reward.args, key=key.format(name), **given)
         specs.append(
             RewardSpec(
                 name=name,
@@ -168,12 +160,8 @@ def load_rewards(
 
 def installed_trackers(stage: Config | EvaluationStage, *, done_steps: int | None = None) -> list[InstalledTracker]:
     """Return the trackers of packages named by a stage, without constructing any. UserError: an unusable tracker."""
-    run = TrackedRun(
-        name=stage.run.name,
-        folder=run_folder(stage),
-        config=redact_config(from_yaml(dump_yaml(stage))),
-        done_steps=done_steps,
-    )
+    config = redact_config(from_yaml(dump_yaml(stage)))
+    run = TrackedRun(name=stage.run.name, folder=run_folder(stage), config=config, done_steps=done_steps)
     return [installed_tracker(name, args, run) for name, args in stage.tracking.trackers.items()]
 
 
@@ -192,13 +180,7 @@ def _remote(reward: RewardConfig, *, key: str) -> RemoteReward | None:
         raise UserError(f"{key}.token_env: the environment variable {reward.token_env} {problem}; export the token")
     judge, http = reward.judge, reward.http
     return RemoteReward(
-        service=ServiceSpec(
-            url=reward.url,
-            timeout_s=http.timeout_s,
-            deadline_s=http.deadline_s,
-            max_in_flight=http.max_in_flight,
-            token=token,
-        ),
+        service=ServiceSpec(url=reward.url, token=token, **dict(http)),
         judge=None if judge is None else JudgeSpec(**dict(judge)),
     )
 

@@ -13,14 +13,9 @@ from rlhf.rollouts.environments.tool_servers import ToolServer
 
 
 def tool_servers(section: ToolsConfig | None, *, beside: Path, key: str) -> tuple[ToolServer, ...]:
-    """Return the servers of a section, with values in place of the names of variables.
+    """Return the servers of a section, with values for the names of variables. UserError: a program or one is missing.
 
-    Args:
-        beside: the folder searched for the files of a command before the current folder.
-        key: the section's name in messages.
-
-    Raises:
-        UserError: a program or a variable is missing.
+    beside: the folder searched for the files of a command before the current folder. key: the section's name.
     """
     if section is None:
         return ()
@@ -41,7 +36,6 @@ def _server(server: McpServerConfig, beside: Path, key: str) -> ToolServer:
 
 
 def _filled(values: Mapping[str, str], key: str) -> dict[str, str]:
-    """Return the values with the variables of this process inserted."""
     for name, value in values.items():
         for variable in VARIABLE.findall(value):
             if not os.environ.get(variable):

@@ -58,7 +58,6 @@ class _Sets(Generic[R]):
     unusable: tuple[Unusable, ...]  # skipped rows of all sets
 
     def longest(self, length: Callable[[R], int]) -> int:
-        """Return the largest length of a row."""
         return max(length(row) for group in (self.train, *self.held_out.values()) for row in group)
 
 
@@ -91,13 +90,10 @@ def load_training_data(
 ) -> tuple[Config, OnlineInputs | OfflineInputs]:
     """Return the inputs of a run, and the configuration with epochs converted to steps.
 
-    Args:
-        source: the folder or the name of the policy's model.
-        beside: the folder searched for code before the current one.
+    source: the folder or name of the policy's model. beside: the folder searched for code before the current one.
     """
-    if config.algorithm.is_online:
-        return _online(config, source, tokenizer, beside)
-    return _offline(config, source, tokenizer)
+    online = config.algorithm.is_online
+    return _online(config, source, tokenizer, beside) if online else _offline(config, source, tokenizer)
 
 
 def _online(config: Config, source: str, tokenizer: Any, beside: Path) -> tuple[Config, OnlineInputs]:
@@ -125,10 +121,9 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path) -> tuple[
     _refuse_useless_data(config, sets)
     eval_sets = {}
     for name, group in sets.held_out.items():
-        of_set = (
-            {} if settings.by is None else source_names(group, settings.by, key="eval.by", data=f"data.eval.{name}")
-        )
-        eval_sets[name] = EvalSet(prompts=group, sources=of_set)
+        column, key = settings.by, f"data.eval.{name}"
+        sources = {} if column is None else source_names(group, column, key="eval.by", data=key)
+        eval_sets[name] = EvalSet(prompts=group, sources=sources)
     marks = Marks(ks=settings.k, pass_score=settings.pass_score, answers=settings.answer)
     marking = marking_of(marks, specs, samples=settings.samples_per_prompt)
     _refuse_absent_metric(config, specs, eval_sets, marking)
@@ -173,11 +168,8 @@ def _refuse_absent_metric(
     if config.train.best_metric is None:
         return
     best = config.train.best_metric.removeprefix("-")
-    parts = [
-        part
-        for name, held_out in sets.items()
-        for part in (name, *sorted({f"{name}.{source}" for source in held_out.sources.values()}))
-    ]
+    of_sources = {name: sorted({f"{name}.{source}" for source in set_.sources.values()}) for name, set_ in sets.items()}
+    parts = [part for name, names in of_sources.items() for part in (name, *names)]
     known = [f"eval/{part}/{metric}" for part in parts for metric in eval_metrics(config) if marking.gives(metric)]
     if best not in known:
         is_graded = marking.gives(best.rpartition("/")[2])
@@ -220,10 +212,7 @@ def _offline(config: Config, source: str, tokenizer: Any) -> tuple[Config, Offli
 
 
 def _read_sets(config: Config, read: Callable[[str, DataSource, int], LoadedRows[R]], *, by_row: bool) -> _Sets[R]:
-    """Return all sets of a run. `read` gets a set's key, the source, and the id of the first row.
-
-    by_row: ids count skipped rows too.
-    """
+    """Return all sets of a run. `read` gets a set's key, the source, and the first row's id. by_row: ids count all."""
     train: tuple[R, ...] = ()
     shares: list[MixtureShare] = []
     unusable: list[Unusable] = []
@@ -254,9 +243,9 @@ def _with_steps(config: Config, rows: int) -> Config:
 
 def collated(config: Config, rows: Sequence[OfflineRow]) -> Examples | Pairs:
     """Collate rows of a data set into the batch type of the algorithm's workers."""
-    kind, algorithm = config.algorithm.kind, config.algorithm
-    options = {"mismatched": algorithm.compares_with_divergence} if kind == "unpaired" else {}
-    return FORMS[kind][1](rows, **options)
+    algorithm = config.algorithm
+    options = {"mismatched": algorithm.compares_with_divergence} if algorithm.kind == "unpaired" else {}
+    return FORMS[algorithm.kind][1](rows, **options)
 
 
 def _refuse_too_long(source: str, config: Config, *, longest: int, wanted: int) -> None:

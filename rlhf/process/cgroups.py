@@ -22,13 +22,12 @@ class MemoryLimit:
 
 
 def groups(controller: str, root: Path = Path("/")) -> list[Path]:
-    """Return the folders of this process' groups for `cpu` or `memory`, the innermost first.
+    """Return the folders of this process' groups for `cpu` or `memory`, the innermost first, always with the top.
 
-    A container may see the container's group as the top of the tree, so the top is always included.
+    A container may see the container's group as the top of the tree.
     """
     folders: list[Path] = []
-    text = _text(root / "proc/self/cgroup") or ""
-    for line in text.splitlines():
+    for line in (_text(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, name = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue

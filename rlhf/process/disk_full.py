@@ -1,9 +1,8 @@
 """Wait for room when a disk or shared memory is full, and write again.
 
-A write of a run that can find no room goes through `when_there_is_room`, in the process of the writer. The process
-waits in place, so that cooperating ranks stay together. A heartbeat tells the driver that a worker waits. The time in
-which any process of the run waits counts towards no deadline of a call. After a process has given up, no later write of
-the process waits.
+A write of a run goes through `when_there_is_room`, in the process of the writer, so that cooperating ranks stay
+together. A heartbeat tells the driver that a worker waits. The time in which any process of the run waits counts
+towards no deadline of a call. After a process has given up, no later write of the process waits.
 """
 
 from __future__ import annotations
@@ -54,10 +53,7 @@ class Shortage:
 
 
 class Pause:
-    """The waits of this process, and in the driver also the workers' waits.
-
-    Overlapping waits are a single pause of the run, logged and reported once.
-    """
+    """The waits of this process, and in the driver the workers' waits too. Overlapping waits are a single pause."""
 
     def __init__(self) -> None:
         self.limit_s = 0.0  # of one wait; 0: nothing waits
@@ -88,7 +84,6 @@ class Pause:
             self._began, self._ended = before
 
     def begin(self, key: Hashable, shortage: Shortage) -> None:
-        """Record that a wait has begun."""
         with self._guard:
             is_first = not self._waits
             self._waits[key] = shortage
@@ -100,7 +95,6 @@ class Pause:
         self._began(shortage)
 
     def end(self, key: Hashable) -> None:
-        """Record the end of a wait that has begun."""
         with self._guard:
             shortage = self._waits.pop(key, None)
             if shortage is None or self._waits:
@@ -111,7 +105,6 @@ class Pause:
         self._ended(seconds)
 
     def current(self) -> list[Shortage]:
-        """Return the shortages that this process waits for."""
         with self._guard:
             return list(self._waits.values())
 
@@ -144,10 +137,7 @@ class _Wait:
         self._limit_s = PAUSE.limit_s
 
     def may_go_on(self) -> bool:
-        """Return whether the limit has not passed since the first call, right after the first failure.
-
-        A signal that ends the run ends the wait too.
-        """
+        """Return whether the limit has not passed since the first call, and no signal ends the run."""
         self._ends = min(self._ends, time.monotonic() + self._limit_s)
         request = current_request()
         return time.monotonic() < self._ends and PAUSE.limit_s > 0.0 and (request is None or request.came is None)
@@ -159,15 +149,6 @@ class _Wait:
             waited = f"No room came within {self._limit_s:.0f} s (cluster.room_timeout_s)."
             return StorageFull(f"{shortage} {waited} {_FIX}")
         return StorageFull(f"{shortage} {_FIX}")
-
-
-@contextmanager
-def _noted(wait: _Wait) -> Iterator[Callable[[Shortage], None]]:
-    """Yield a function to record the beginning of a wait. The wait ends with the block."""
-    try:
-        yield lambda shortage: PAUSE.begin(wait, shortage)
-    finally:
-        PAUSE.end(wait)
 
 
 def when_there_is_room(
@@ -187,7 +168,7 @@ def when_there_is_room(
         waits: otherwise StorageFull is raised at once.
     """
     wait = _Wait()
-    with _noted(wait) as note:
+    try:
         while True:
             try:
                 return write()
@@ -204,8 +185,10 @@ def when_there_is_room(
                     raise wait.failure(shortage) from error
             gc.collect()  # the error of torch.save holds the file open
             undo()
-            note(shortage)
+            PAUSE.begin(wait, shortage)
             _wait_until_more_is_free(path, wait)
+    finally:
+        PAUSE.end(wait)
 
 
 def why_full(error: Exception, path: Path) -> str | None:
@@ -231,7 +214,6 @@ def why_full(error: Exception, path: Path) -> str | None:
 
 
 def _wait_until_more_is_free(path: Path, wait: _Wait) -> None:
-    """Wait until the free space has grown, or for AGAIN_AFTER_S."""
     before, again = _free(path), time.monotonic() + AGAIN_AFTER_S
     while time.monotonic() < again and wait.may_go_on():
         time.sleep(LOOK_EVERY_S)
@@ -250,6 +232,5 @@ def _free(path: Path) -> int | None:
         return None
 
 
-def _existing(path: Path) -> Path:
-    """Return the nearest existing folder above a path."""
+def _existing(path: Path) -> Path:  # the nearest existing folder
     return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())

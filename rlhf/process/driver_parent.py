@@ -1,7 +1,7 @@
 """The messages between a driver and a parent that restarts a dead driver (rlhf.commands.supervision).
 
 The parent passes the deaths so far in an environment variable, with the number of a file in memory. The driver appends
-reports to this file, a JSON object a line. A driver without such a parent reads and writes nothing.
+reports to this file, a JSON object a line. Without such a parent, nothing is read or written.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Make folders that the next start removes after a kill of the process.
 
-The process that makes a folder holds the folder's lock, and the kernel releases the lock when the process ends. So a
-folder of a dead process is recognised by the free lock, and not by the name.
+The process that makes a folder holds the folder's lock until the process ends, so a free lock marks a dead owner.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def keep_temporary_files_apart() -> OwnedFolder:
-    """Put the temporary files of this process and of all children into one folder from now on, and return the folder.
+    """Put the temporary files of this process and all children into one folder from now on, and return the folder.
 
     Libraries that remove files at exit leave the files behind when the process is killed.
     """

@@ -1,8 +1,7 @@
 """Handle signals that end the work of this process, and run the work in a thread.
 
 The main thread only waits for signals, so a C call that never returns cannot block the signals. The work can start
-event loops even if the caller runs an event loop, as in a notebook. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are handled,
-unless ignored, as SIGHUP under `nohup`. This module does not import Ray.
+event loops even in a notebook. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are handled, unless ignored as under `nohup`.
 """
 
 from __future__ import annotations
@@ -202,7 +201,6 @@ def leave_stuck_threads(code: int) -> None:
 
 
 def has_stuck_threads() -> bool:
-    """Return whether a call of this module has not returned."""
     return any(thread.name.startswith(_PREFIX) for thread in threading.enumerate())
 
 
@@ -228,15 +226,12 @@ def _listening(request: StopRequest) -> Iterator[Callable[[], None]]:
 
 def _interrupt(thread: threading.Thread, request: StopRequest) -> None:
     """Cancel the thread's event loop, or raise KeyboardInterrupt in its Python code."""
-    cancel = request._cancel
     try:
-        if cancel is None:
-            assert thread.ident is not None
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt)
-            )
+        if request._cancel is not None:
+            request._cancel()
         else:
-            cancel()
+            identity = ctypes.c_ulong(thread.ident or 0)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(identity, ctypes.py_object(KeyboardInterrupt))
     except RuntimeError:  # the loop has just closed; the next one is interrupted at its start
         logger.debug("the event loop ended before it was cancelled")
     start_thread(request.on_interrupt, "on interrupt")
@@ -254,12 +249,7 @@ def _result(outcome: Future[T], request: StopRequest) -> T:
         ) from error
     if request.signal is None or isinstance(error, UserError):
         raise error
-    if isinstance(error, Preempted):
-        text = str(error)
-    elif isinstance(error, Exception):
-        text = f"the work in progress failed meanwhile: {error}"
-    else:
-        text = str(error) or "the work in progress was given up"
-    if request.signal is signal.SIGINT:
-        raise KeyboardInterrupt(text) from error
-    raise Preempted(text) from error
+    is_failure = isinstance(error, Exception) and not isinstance(error, Preempted)
+    text = f"the work in progress failed meanwhile: {error}" if is_failure else str(error)
+    kind = KeyboardInterrupt if request.signal is signal.SIGINT else Preempted
+    raise kind(text or "the work in progress was given up") from error

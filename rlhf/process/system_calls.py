@@ -1,7 +1,4 @@
-"""System calls missing in the `os` module of some Pythons, compiled for an older C library or kernel.
-
-Pythons from `uv` or conda are examples. This module imports nothing heavy, for use in every process.
-"""
+"""System calls missing in the `os` module of Pythons compiled for an older C library or kernel, as from uv or conda."""
 
 from __future__ import annotations
 

@@ -40,6 +40,7 @@ def test_it_plays_the_games_that_the_run_played(
         {"messages": [{"role": "user", "content": "1-7?"}], "secret": index % 7 + 1, "mood": mood}
         for index, mood in enumerate(moods)
     ]
+    grading = {"pass_score": 1.0, "answer": "last_number", "by": "mood"}
     written = config(
         tmp_path,
         "game",
@@ -50,14 +51,7 @@ def test_it_plays_the_games_that_the_run_played(
         rewards={"digits": {"weight": 0.0}},
         reward_policy={"on_error": "drop"},
         train={"steps": 1},
-        eval={
-            "at_start": False,
-            "temperature": 1.0,
-            "samples_per_prompt": SAMPLES,
-            "pass_score": 1.0,
-            "answer": "last_number",
-            "by": "mood",
-        },
+        eval={"at_start": False, "temperature": 1.0, "samples_per_prompt": SAMPLES, **grading},
     )
     train(written)
     out = tmp_path / "out"
@@ -78,18 +72,13 @@ def test_it_plays_the_games_that_the_run_played(
     played = lines(out / "samples.jsonl")
     theirs = [one for one in samples(tmp_path / "game", 1) if one["split"] == "heldout"]
     assert len(played) == len(theirs) == 7 * SAMPLES
+    same = ("prompt_id", "sample", "prompt", "response", "score", "scores", "truncated", "response_tokens", "turns")
     for one, other in zip(played, theirs, strict=True):
-        same = ("prompt_id", "sample", "prompt", "response", "score", "scores", "truncated", "response_tokens", "turns")
         assert {name: one[name] for name in same} == {name: other[name] for name in same}
-        tokens, others = one["tokens"], other["tokens"]
-        assert (tokens["ids"], tokens["texts"], tokens["sampled"]) == (
-            others["ids"],
-            others["texts"],
-            others["sampled"],
-        )
-        assert tokens["sampled"].count(True) == one["response_tokens"]
+        for part in ("ids", "texts", "sampled"):
+            assert one["tokens"][part] == other["tokens"][part]
+        assert one["tokens"]["sampled"].count(True) == one["response_tokens"]
         assert one["passed"] == (one["scores"]["won"] == 1.0)
-    assert {turn["role"] for one in played for turn in one["turns"]} == {"prompt", "policy", "environment"}
 
     def failures(folder: Path) -> list[tuple[Any, ...]]:
         return sorted((one["source"], one["prompt_id"], one["sample"], one["kind"]) for one in lines(folder))

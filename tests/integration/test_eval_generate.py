@@ -92,9 +92,8 @@ def test_eval_of_completions_that_the_model_would_give(
 def test_generate_with_an_adapter_is_what_peft_generates(tiny_model: Path, tmp_path: Path, ray_local: None) -> None:
     """Greedy, in float32: a prompt, and a conversation of a file."""
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    policy = peft.get_peft_model(
-        base, peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
-    )
+    adapted = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    policy = peft.get_peft_model(base, adapted)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -109,20 +108,21 @@ def test_generate_with_an_adapter_is_what_peft_generates(tiny_model: Path, tmp_p
     decoding = Decoding(temperature=0.0, max_new_tokens=12)
     answers = rlhf.generate(folder, data, decoding=decoding)
     for text, answer in zip(("ab", "cd"), answers, strict=True):
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
+        turn = [{"role": "user", "content": text}]
+        prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         assert answer.prompt == prompt
         ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
-        with torch.no_grad():
-            whole = policy.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+
+        def generated(ids: torch.Tensor = ids) -> torch.Tensor:
+            with torch.no_grad():
+                return policy.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+
+        whole = generated()
         assert answer.response == tokenizer.decode(whole, skip_special_tokens=True)
         assert answer.response_tokens == len(whole)
         assert (answer.finish_reason == "length") == (len(whole) == 12 and whole[-1] != tokenizer.eos_token_id)
-        with policy.disable_adapter(), torch.no_grad():
-            assert (
-                whole.tolist() != policy.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
-            )
+        with policy.disable_adapter():
+            assert whole.tolist() != generated().tolist()
 
 
 def test_a_runs_model_answers_as_its_run_asked_it(
@@ -143,20 +143,7 @@ def test_a_runs_model_answers_as_its_run_asked_it(
 @pytest.mark.slow
 def test_a_conversation_through_a_pipe(says_7: Path, tmp_path: Path) -> None:
     """Each line but blank ones is a turn; only responses go to stdout, and the end of input is the end."""
-    done = subprocess.run(
-        [
-            str(Path(sys.executable).with_name("rlhf")),
-            "generate",
-            str(says_7),
-            "--chat",
-            "--system-prompt",
-            "Be brief.",
-        ],
-        input="hello\n\nagain",
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-    )
+    command = [Path(sys.executable).with_name("rlhf"), "generate", says_7, "--chat", "--system-prompt", "Be brief."]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 280, "cwd": tmp_path}
+    done = subprocess.run(command, input="hello\n\nagain", env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
     assert (done.returncode, done.stdout) == (0, "hi\nhi\n"), done.stderr

@@ -38,9 +38,8 @@ def test_three_hosts_train_as_one_does(ray_local: None, tmp_path: Path) -> None:
         pools = [f"cluster.roles.{role}.node_labels={{pool: {pool}}}" for role, pool in POOLS.items()]
         look = [*rlhf(), "doctor", "--cluster", configs[1], "--address", address]
         looked = hosts[0].run(look, {"COLUMNS": "200"}, timeout_s=120.0)
-        said = hosts[0].run(
-            [*rlhf(), "train", configs[1], "--quiet", f"cluster.address={address}", *pools], timeout_s=280.0
-        )
+        command = [*rlhf(), "train", configs[1], "--quiet", f"cluster.address={address}", *pools]
+        said = hosts[0].run(command, timeout_s=280.0)
     assert "this cluster can train" in looked
     for what in ("all 3", "eth0", "versions", "our code", "run.dir", "the slowest of 3"):
         assert what in looked, looked
@@ -69,15 +68,13 @@ IN_FLIGHT: Mapping[str, Any] = {
 def test_two_hosts_train_in_flight(tmp_path: Path) -> None:
     """The engine gets weights by gloo from the other host while answering requests."""
     run = tmp_path / "flight"
-    config = write_config(
-        tmp_path / "run.yaml", merge(IN_FLIGHT, {"run": {"name": run.name, "dir": str(tmp_path)}}), ONLINE
-    )
+    values = merge(IN_FLIGHT, {"run": {"name": run.name, "dir": str(tmp_path)}})
+    config = write_config(tmp_path / "run.yaml", values, ONLINE)
     with several_hosts(2) as hosts:
         address = start_ray(hosts, cpus=[2, 2], labels=["pool=serve", "pool=train"])
         pools = [f"cluster.roles.{role}.node_labels={{pool: {pool}}}" for role, pool in POOLS.items()]
-        said = hosts[0].run(
-            [*rlhf(), "train", config, "--quiet", f"cluster.address={address}", *pools], timeout_s=280.0
-        )
+        command = [*rlhf(), "train", config, "--quiet", f"cluster.address={address}", *pools]
+        said = hosts[0].run(command, timeout_s=280.0)
     assert "weights go by gloo" in said
     found = rows(run)
     assert [row["weight_sync/version"] for row in found[1:]] == [1, 2, 3, 4, 5, 6]
@@ -114,13 +111,11 @@ def test_trials_of_a_sweep_share_the_hosts(tmp_path: Path) -> None:
 
 def test_ranks_meet_by_the_interface_that_leads_to_the_others() -> None:
     """Each host's name stands for an address of a second interface without a route: gloo itself takes it."""
+    options: dict[str, Any] = {"stdout": PIPE, "stderr": STDOUT}
     with several_hosts(2) as hosts:
         for host in hosts:
             host.add_interface("aaa0", "192.168.50.1")
-
-        ranks = [
-            host.start([sys.executable, "-c", JOIN, str(rank)], stdout=PIPE, stderr=STDOUT)
-            for rank, host in enumerate(hosts)
-        ]
+        commands = [[sys.executable, "-c", JOIN, str(rank)] for rank in range(2)]
+        ranks = [host.start(command, **options) for host, command in zip(hosts, commands, strict=True)]
         said = [rank.communicate(timeout=60.0)[0] for rank in ranks]
         assert all("total 6.0 eth0" in text for text in said), said

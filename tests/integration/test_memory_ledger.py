@@ -40,18 +40,12 @@ SHARED: dict[str, Any] = {
     "train": {"steps": 2, "checkpoint_every": 1},
     "eval": {"every": 1},
 }
+TEACHER = {"teacher": {"model": "tiny:llama", "dtype": "float32"}}
 RUNS: dict[str, dict[str, Any]] = {
     "grpo": {"algorithm": {"name": "grpo", "kl": {"coef": 0.01}}, "rewards": REWARDS},
     "ppo": {"algorithm": {"name": "ppo", "kl": {"coef": 0.01}}, "rewards": REWARDS},
-    "online_dpo": {
-        "algorithm": {"name": "online_dpo"},
-        "rewards": REWARDS,
-        "train": {"sequences_per_update": 8},
-    },
-    "on_policy_distillation": {
-        "algorithm": {"name": "on_policy_distillation"},
-        "teacher": {"model": "tiny:llama", "dtype": "float32"},
-    },
+    "online_dpo": {"algorithm": {"name": "online_dpo"}, "rewards": REWARDS, "train": {"sequences_per_update": 8}},
+    "on_policy_distillation": {"algorithm": {"name": "on_policy_distillation"}, **TEACHER},
 }
 
 
@@ -154,18 +148,15 @@ def variants(name: str) -> list[Config]:
     """Return the run with large models, in every accepted layout of policy and critic."""
     found = []
     loras: tuple[dict[str, int] | None, ...] = (None, {"rank": 16})
-    for stage, offload, lora, checkpointing, share in product(
-        (2, 3), ([], ["optimizer"]), loras, (False, True), (0.3, 0.85)
-    ):
+    layouts = product((2, 3), ([], ["optimizer"]), loras, (False, True), (0.3, 0.85))
+    for stage, offload, lora, checkpointing, share in layouts:
         trained = {"workers": 4, "zero_stage": stage, "offload": offload}
+        roles = {"policy": trained, "rollout": {"engines": 4, "gpu_memory_utilization": share}}
         changes: dict[str, Any] = {
             "policy": {"model": LARGE, "dtype": "bfloat16", "lora": lora, "gradient_checkpointing": checkpointing},
-            "cluster": {"roles": {"policy": trained, "rollout": {"engines": 4, "gpu_memory_utilization": share}}},
+            "cluster": {"roles": roles | ({"critic": trained} if name == "ppo" else {})},
+            **({"teacher": {"model": LARGE, "dtype": "bfloat16"}} if "teacher" in RUNS[name] else {}),
         }
-        if name == "ppo":
-            changes["cluster"]["roles"]["critic"] = trained
-        if "teacher" in RUNS[name]:
-            changes["teacher"] = {"model": LARGE, "dtype": "bfloat16"}
         config = parse(merge(merge(merge(ONLINE, SHARED), RUNS[name]), {**changes, "run": {"name": name}}))
         assert isinstance(config, Config), config
         if not problems(config):
@@ -180,9 +171,8 @@ def gang(gangs: Gangs) -> Gang:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_shared_gpu_never_holds_more_than_the_plan_says(gang: Gang, name: str, tmp_path: Path) -> None:
-    config = write_config(
-        tmp_path / "run.yaml", merge(SHARED, {**RUNS[name], "run": {"name": name, "dir": str(tmp_path)}})
-    )
+    changes = merge(SHARED, {**RUNS[name], "run": {"name": name, "dir": str(tmp_path)}})
+    config = write_config(tmp_path / "run.yaml", changes)
     (calls,) = gang.run(record_calls, config=config)
     fullest = set()
     for layout in variants(name):

@@ -82,9 +82,8 @@ def test_who_is_told_to_go_is_put_back_and_who_is_cancelled_is_not(
         cluster.until(lambda: cluster.job(number).get("Restarts") == "1", within_s=SOON_S, what="back in the queue")
         cluster.run("scancel", number)
         said = log.read_text()
-        assert re.search(
-            r"rlhf train run.yaml train.steps=2 cluster.address=10.77.0.1:\d+ --resume auto --supervise\n", said
-        )
+        command = r"rlhf train run.yaml train.steps=2 cluster.address=10.77.0.1:\d+ --resume auto --supervise\n"
+        assert re.search(command, said)
         assert re.search(r"ray start --block --head --port=\d+ .*--node-ip-address=10.77.0.1 --num-cpus=1 ", said)
         for address in ("10.77.0.2", "10.77.0.3"):
             assert re.search(rf"ray start --block --address=10.77.0.1:\d+ --node-ip-address={address} ", said)
@@ -134,9 +133,8 @@ def test_a_time_limit_puts_the_run_back_and_it_goes_on(
             cluster.run("scancel", number)
             cluster.until(lambda: cluster.job(number)["JobState"] == "CANCELLED", within_s=90.0, what="its end")
         except AssertionError as error:
-            raise AssertionError(
-                f"{error}\n{log.read_text(errors='replace')[-4000:] if log.exists() else ''}"
-            ) from error
+            job = log.read_text(errors="replace")[-4000:] if log.exists() else ""
+            raise AssertionError(f"{error}\n{job}") from error
     found = without_clocks(rows(run))[: before + MORE]
     assert [row["step"] for row in found] == list(range(1, before + MORE + 1))
     unbroken = [f"train.steps={before + MORE}", "run.name=unbroken", "--quiet"]

@@ -145,8 +145,6 @@ def test_a_merge_killed_half_way_is_done_again(tmp_path: Path) -> None:
     record = read_tree(tmp_path / "demo" / "more" / "final" / "merge.yaml").values["merge"]
     assert record["base"] == str(tmp_path / "demo" / "soup" / "final")
     assert record["out"] == str(tmp_path / "demo" / "more" / "final")
-    again = rlhf.merge(
-        tmp_path / "demo" / "more" / "final" / "merge.yaml", [f"merge.out={tmp_path / 'again'}"], quiet=True
-    )
-    ours = (again / "model.safetensors").read_bytes()
-    assert ours == (tmp_path / "demo" / "more" / "final" / "model.safetensors").read_bytes()
+    merged = tmp_path / "demo" / "more" / "final"
+    again = rlhf.merge(merged / "merge.yaml", [f"merge.out={tmp_path / 'again'}"], quiet=True)
+    assert (again / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()

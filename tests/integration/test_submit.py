@@ -37,15 +37,8 @@ SFT: Mapping[str, Any] = {
 WITHIN_S = 200.0  # the head is up, and the job has done two steps
 SECRET = "quite-a-private-word"
 TEMPORARY = Path(f"/tmp/rlh{os.getpid()}")  # short: the paths of Ray's sockets lie below it
-PORTS = (
-    "port",
-    "dashboard-port",
-    "dashboard-agent-listen-port",
-    "dashboard-agent-grpc-port",
-    "metrics-export-port",
-    "runtime-env-agent-port",
-    "ray-client-server-port",
-)
+AGENT_PORTS = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port")
+PORTS = ("port", "dashboard-port", "metrics-export-port", "ray-client-server-port", *AGENT_PORTS)
 
 
 def start_head(log: Path) -> tuple[subprocess.Popen[bytes], str]:

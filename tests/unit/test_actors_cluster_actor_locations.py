@@ -36,29 +36,24 @@ def at(who: str, node: str, port: int) -> ActorLocation:
     return ActorLocation(who=who, node=node, address="127.0.0.1", port=port, pid=4711)
 
 
-def test_a_node_that_answers_is_not_lost(known: dict[str, ActorLocation], raylet: socket.socket) -> None:
+def test_a_lost_node_is_named_with_all_that_stood_there(
+    known: dict[str, ActorLocation], raylet: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert asyncio.run(lost_nodes()) == ""
-    known["a"] = at("policy rank 0", "n1", raylet.getsockname()[1])
-    assert known["a"].node_failure() is None
-    assert asyncio.run(lost_nodes()) == ""
-
-
-def test_a_lost_node_is_named_with_all_that_stood_there(known: dict[str, ActorLocation], raylet: socket.socket) -> None:
     there, gone = raylet.getsockname()[1], free_port()
     known["a"] = at("policy rank 0", "n1", there)
+    assert known["a"].node_failure() is None
     known["b"], known["c"] = at("policy rank 1", "n2", gone), at("critic rank 1", "n2", gone)
     what = "no Ray runs on node 127.0.0.1 any more"
     assert asyncio.run(lost_nodes()) == f" Lost with its node: policy rank 1, critic rank 1 ({what})."
     forget(["b", "c", "never known"])
     assert asyncio.run(lost_nodes()) == ""
 
-
-def test_a_node_that_says_nothing_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     def silent(address: tuple[str, int], timeout: float) -> socket.socket:
         raise TimeoutError("timed out")
 
     monkeypatch.setattr(socket, "create_connection", silent)
-    assert at("policy rank 0", "n1", 1).node_failure() == "node 127.0.0.1 cannot be reached"
+    assert known["a"].node_failure() == "node 127.0.0.1 cannot be reached"
 
 
 def test_a_head_that_cannot_be_asked_is_no_notice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,13 +67,9 @@ def test_a_head_that_cannot_be_asked_is_no_notice(monkeypatch: pytest.MonkeyPatc
 def test_the_drain_of_a_node_that_replaced_a_lost_one_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray._private.state.state", SimpleNamespace(get_draining_nodes=lambda: {"n2": 5000}))
     nodes = {"n1"}
-
-    def of_the_run() -> set[str]:
-        return nodes
-
-    assert asyncio.run(draining_node(of_the_run)) is None
+    assert asyncio.run(draining_node(lambda: nodes)) is None
     nodes = {"n2"}
-    assert asyncio.run(draining_node(of_the_run)) == ("n2", 5.0)
+    assert asyncio.run(draining_node(lambda: nodes)) == ("n2", 5.0)
 
 
 def test_the_list_of_processes_follows_them_and_ends_with_the_run(

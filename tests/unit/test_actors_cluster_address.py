@@ -44,14 +44,15 @@ def test_auto_is_what_ray_start_left_word_of(monkeypatch: pytest.MonkeyPatch) ->
     assert cluster_to_join(None) == "10.0.0.3:6379"
 
 
-def test_auto_without_such_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for configured, named in (("auto", ""), (None, "auto"), ("auto", "auto")):
+def test_auto_without_such_word_and_a_dashboard_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = r"auto, but no cluster was started on this machine with `ray start`"
+    dashboard = r"http://127.0.0.1:8265 .* is the address of a dashboard"
+    for configured, named, message in (
+        ("auto", "", absent),
+        (None, "auto", absent),
+        ("auto", "auto", absent),
+        (None, "http://127.0.0.1:8265", dashboard),
+    ):
         monkeypatch.setenv("RAY_ADDRESS", named)
-        with pytest.raises(UserError, match=r"auto, but no cluster was started on this machine with `ray start`"):
+        with pytest.raises(UserError, match=message):
             cluster_to_join(configured)
-
-
-def test_a_dashboard_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
-    with pytest.raises(UserError, match=r"http://127.0.0.1:8265 .* is the address of a dashboard"):
-        cluster_to_join(None)

@@ -31,12 +31,6 @@ def test_a_run_removes_the_folders_of_dead_runs_alone(tmp_path: Path) -> None:
     assert not [path for path in parent.iterdir() if path.is_dir()]
 
 
-def test_a_folder_that_another_user_has_made_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "getuid", lambda: 12345)
-    with pytest.raises(RunError, match="belongs to another user"):
-        MemoryFolder(tmp_path / "user" / "run")
-
-
 def test_a_run_may_remove_its_folder_while_another_one_looks_at_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,11 +45,16 @@ def test_a_run_may_remove_its_folder_while_another_one_looks_at_it(
     MemoryFolder(tmp_path / "user" / "own").remove()
 
 
-@pytest.mark.parametrize("parent", ["a file", "missing/user"])
-def test_a_folder_that_cannot_be_made_names_the_key(tmp_path: Path, parent: str) -> None:
+def test_a_folder_that_cannot_be_made_or_is_another_users_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a file").touch()
-    with pytest.raises(UserError, match=r"cluster.restarts.gang: .*cluster.restarts.gang=0"):
-        MemoryFolder(tmp_path / parent / "run")
+    for parent in ("a file", "missing/user"):
+        with pytest.raises(UserError, match=r"cluster.restarts.gang: .*cluster.restarts.gang=0"):
+            MemoryFolder(tmp_path / parent / "run")
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(RunError, match="belongs to another user"):
+        MemoryFolder(tmp_path / "user" / "run")
 
 
 def test_a_new_process_of_a_run_takes_over_the_folder_of_a_dead_one(tmp_path: Path) -> None:
@@ -72,14 +71,11 @@ class Nodes(MemoryFolders):
     """The folders of a run with simulated nodes. Calls of the nodes' processes are recorded."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *nodes: str) -> None:
-        context = SimpleNamespace(get_node_id=lambda: "a")
-        monkeypatch.setattr(memory_folders.ray, "get_runtime_context", lambda: context)
-        monkeypatch.setattr(
-            memory_folders.ray, "nodes", lambda: [{"NodeID": node, "Alive": node not in self.dead} for node in "abcd"]
-        )
-        monkeypatch.setattr(
-            memory_folders, "locations", lambda: {node: SimpleNamespace(node=node) for node in self.of_run}
-        )
+        context, places = SimpleNamespace(get_node_id=lambda: "a"), memory_folders
+        monkeypatch.setattr(places.ray, "get_runtime_context", lambda: context)
+        of_cluster: Any = lambda: [{"NodeID": node, "Alive": node not in self.dead} for node in "abcd"]  # noqa: E731
+        monkeypatch.setattr(places.ray, "nodes", of_cluster)
+        monkeypatch.setattr(places, "locations", lambda: {node: SimpleNamespace(node=node) for node in self.of_run})
         super().__init__(start_timeout_s=60.0)
         self.of_run = set(nodes)
         self.dead: set[str] = set()
@@ -102,9 +98,8 @@ class Nodes(MemoryFolders):
         return f"{arguments[0]} at {node}" if method == "place" else None
 
     async def chosen(self, nodes: Mapping[str, str], **failures: str) -> list[Any]:
-        return list(
-            (await self.places(nodes, {name.replace("_", "-"): why for name, why in failures.items()})).values()
-        )
+        by_rank = {name.replace("_", "-"): failure for name, failure in failures.items()}
+        return list((await self.places(nodes, by_rank)).values())
 
 
 async def test_copies_are_spread_over_the_other_nodes_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,27 +111,22 @@ async def test_copies_are_spread_over_the_other_nodes_of_the_run(monkeypatch: py
     assert await folders.chosen(ranks) == expected, "a copy stays where it is"
     assert await folders.chosen({"critic-0": "a"}) == ["critic-0 at d"]
     assert folders.copies_of("policy-1") == "policy-1 at c"
+    alone = Nodes(monkeypatch, "a")
+    assert await alone.chosen({"policy-0": "a"}) == [None]
+    assert alone.copies_of("policy-0") is None
 
 
-async def test_a_run_on_one_node_has_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = Nodes(monkeypatch, "a")
-    assert await folders.chosen({"policy-0": "a"}) == [None]
-    assert folders.copies_of("policy-0") is None
-
-
-async def test_a_lost_node_is_replaced_as_a_holder(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_rank_gets_another_place_if_its_holder_is_lost_or_is_its_own_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     folders = Nodes(monkeypatch, "a", "b", "c")
     ranks = {"policy-0": "a", "policy-1": "a"}
     assert await folders.chosen(ranks) == ["policy-0 at b", "policy-1 at c"]
     folders.dead.add("b")
     assert await folders.chosen(ranks) == ["policy-0 at c", "policy-1 at c"]
-
-
-async def test_a_rank_that_moves_to_the_node_of_its_copies_gets_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = Nodes(monkeypatch, "a", "b", "c")
-    await folders.chosen({"policy-0": "a"})
-    assert await folders.chosen({"policy-0": "b"}) == ["policy-0 at a"]
-    assert folders.calls == ["forget policy-0 b"]
+    folders.calls.clear()
+    assert await folders.chosen({"policy-0": "c"}) == ["policy-0 at a"]
+    assert folders.calls == ["forget policy-0 c"]
 
 
 async def test_a_node_without_room_for_copies_is_not_tried_again_at_once(

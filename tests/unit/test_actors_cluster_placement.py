@@ -33,19 +33,19 @@ def give_states(monkeypatch: pytest.MonkeyPatch, *states: str) -> list[str]:
     return left
 
 
-async def test_a_successor_waits_until_another_node_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_successor_waits_until_another_node_is_there(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     left = give_states(monkeypatch, "RESCHEDULING", "RESCHEDULING", "CREATED")
     await PLACEMENT.wait_until_whole(limit_s=60.0)
     assert left == ["CREATED"]
-
-
-async def test_without_another_node_the_error_names_the_limit_and_the_log_says_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
     give_states(monkeypatch, "RESCHEDULING")
     with pytest.raises(NodeNotReplaced, match=r"No other node took its place within 0 s \(cluster\.start_timeout_s\)"):
         await PLACEMENT.wait_until_whole(limit_s=0.0)
     assert re.search(r"(?s)is RESCHEDULING\..*reference +1 .*needed CPU: 1, available: 0.*lost nodes", caplog.text)
+    monkeypatch.setattr(module.OWN_RAY, "vital", [SimpleNamespace(is_running=lambda: False)])
+    with pytest.raises(RunError, match="local Ray has died"):
+        await PLACEMENT.wait_until_whole(limit_s=60.0)
 
 
 class Groups:
@@ -89,14 +89,6 @@ async def test_a_seat_is_taken_when_there_is_room_and_given_back(monkeypatch: py
     with pytest.raises(NoRoom, match="PENDING"):
         await seats.take(1, limit_s=0.0)
     assert seats.groups() == ["group 2"]
-
-
-async def test_a_dead_local_ray_gets_no_other_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    give_states(monkeypatch, "RESCHEDULING")
-    gone = SimpleNamespace(is_running=lambda: False)
-    monkeypatch.setattr(module.OWN_RAY, "vital", [gone])
-    with pytest.raises(RunError, match="local Ray has died"):
-        await PLACEMENT.wait_until_whole(limit_s=60.0)
 
 
 async def test_a_run_that_is_ended_while_it_waits_for_room_leaves_no_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import nullcontext
 from typing import Any
 
 import psutil
@@ -26,7 +27,14 @@ from tests.fakes.calls import until
 Work = Callable[[Notice, StopRequest], Coroutine[Any, Any, object]]
 
 
+def own_ray(monkeypatch: pytest.MonkeyPatch, *processes: psutil.Process) -> None:
+    for name, value in (("daemons", list(processes)), ("vital", list(processes)), ("killed", False)):
+        monkeypatch.setattr(OWN_RAY, name, value)
+
+
 def test_an_interrupt_kills_the_own_ray_with_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    OWN_RAY.kill()
+    assert not OWN_RAY.killed  # there is none
     asleep = "import time; time.sleep(60)"
     ray_like = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {asleep!r}])"
     with subprocess.Popen([sys.executable, "-c", ray_like]) as daemon, subprocess.Popen(["sleep", "60"]) as other:
@@ -34,9 +42,7 @@ def test_an_interrupt_kills_the_own_ray_with_what_it_started(monkeypatch: pytest
         while not known.children():
             time.sleep(0.02)
         (below,) = known.children()
-        monkeypatch.setattr(OWN_RAY, "daemons", [known])
-        monkeypatch.setattr(OWN_RAY, "vital", [known])
-        monkeypatch.setattr(OWN_RAY, "killed", False)
+        own_ray(monkeypatch, known)
         OWN_RAY.kill()
         assert OWN_RAY.killed
         assert OWN_RAY.is_ending
@@ -46,26 +52,18 @@ def test_an_interrupt_kills_the_own_ray_with_what_it_started(monkeypatch: pytest
         other.kill()
 
 
-def test_where_ray_is_not_our_own_nothing_is_killed() -> None:
-    OWN_RAY.kill()
-    assert not OWN_RAY.killed
-
-
 def test_what_ray_cannot_do_without_is_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("daemons", "vital"):
-        monkeypatch.setattr(OWN_RAY, name, [])
+    own_ray(monkeypatch)
     with subprocess.Popen(["sleep", "60"]) as other:
         before = psutil.Process().children()
         monkeypatch.setattr("actors.cluster.connect.VITAL", {"tail"})
         with subprocess.Popen(["sleep", "60"]) as log, subprocess.Popen(["tail", "-f", "/dev/null"]) as raylet:
             OWN_RAY.find(before)
             assert {daemon.pid for daemon in OWN_RAY.daemons} == {log.pid, raylet.pid}
-            log.kill()
-            log.wait()
-            assert not OWN_RAY.is_ending
-            raylet.kill()
-            raylet.wait()
-            assert OWN_RAY.is_ending
+            for daemon, is_vital in ((log, False), (raylet, True)):
+                daemon.kill()
+                daemon.wait()
+                assert OWN_RAY.is_ending == is_vital
         other.kill()
 
 
@@ -73,9 +71,7 @@ def test_what_ray_cannot_do_without_is_known_by_name(monkeypatch: pytest.MonkeyP
 def test_a_loop_does_not_outlive_its_ray(monkeypatch: pytest.MonkeyPatch, is_told: bool) -> None:
     monkeypatch.setattr(interrupts, "TOLD_WITHIN_S", 0.3)
     with subprocess.Popen(["sleep", "60"]) as raylet:
-        for name in ("daemons", "vital"):
-            monkeypatch.setattr(OWN_RAY, name, [psutil.Process(raylet.pid)])
-        monkeypatch.setattr(OWN_RAY, "killed", False)
+        own_ray(monkeypatch, psutil.Process(raylet.pid))
 
         async def work(notice: Notice, request: StopRequest) -> None:
             raylet.kill()
@@ -135,23 +131,17 @@ def ask(request: StopRequest, number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_loop_is_given_notice_and_ends_by_itself(number: signal.Signals) -> None:
+@pytest.mark.parametrize("has_last_step", [False, True])
+def test_a_loop_is_given_notice_and_ends_by_itself(number: signal.Signals, has_last_step: bool) -> None:
     async def work(notice: Notice, request: StopRequest) -> None:
         assert request.ends_by_itself
         ask(request, number)
         await until(lambda: notice.is_given)
-        raise Preempted("kept")
+        if not has_last_step:
+            raise Preempted("kept")
 
-    with pytest.raises(Preempted, match=r"^kept$"):
-        run(work)
-
-
-def test_a_loop_that_has_its_last_step_is_done() -> None:
-    async def work(notice: Notice, request: StopRequest) -> None:
-        ask(request, signal.SIGTERM)
-        await until(lambda: notice.is_given)
-
-    assert not run(work).ends_by_itself
+    with nullcontext() if has_last_step else pytest.raises(Preempted, match=r"^kept$"):
+        assert not run(work).ends_by_itself
 
 
 def test_after_sigterm_a_step_has_a_limit_and_after_ctrl_c_it_has_none() -> None:
@@ -164,31 +154,20 @@ def test_after_sigterm_a_step_has_a_limit_and_after_ctrl_c_it_has_none() -> None
     run(lambda notice, request: slow(notice, request, signal.SIGINT, 0.5), grace_s=0.1)
 
 
-def test_a_node_that_is_to_go_is_a_notice_too(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("left_s", "takes_s"), [(0.9, 60.0), (-5.0, 0.5)], ids=["goes", "this clock is ahead"])
+def test_a_node_that_is_to_go_is_a_notice_too(monkeypatch: pytest.MonkeyPatch, left_s: float, takes_s: float) -> None:
     monkeypatch.setattr(interrupts, "ASK_EVERY_S", 0.0)
 
     async def goes() -> tuple[str, float | None]:
-        return "10.0.0.7", time.time() + 0.9
+        return "10.0.0.7", time.time() + left_s
 
     async def work(notice: Notice, _: StopRequest) -> None:
         await until(lambda: notice.is_given)
-        await asyncio.sleep(60.0)
+        await asyncio.sleep(takes_s)
 
-    with pytest.raises(Preempted, match=r"not finished within 0\.\d+ s"):
+    is_cut = left_s > 0.0
+    with pytest.raises(Preempted, match=r"not finished within 0\.\d+ s") if is_cut else nullcontext():
         run(work, draining_node=goes)
-
-
-def test_a_step_is_finished_although_the_clock_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interrupts, "ASK_EVERY_S", 0.0)
-
-    async def went() -> tuple[str, float | None]:
-        return "10.0.0.7", time.time() - 5.0
-
-    async def work(notice: Notice, _: StopRequest) -> None:
-        await until(lambda: notice.is_given)
-        await asyncio.sleep(0.5)
-
-    run(work, draining_node=went)
 
 
 def test_a_head_that_does_not_answer_delays_no_signal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -40,11 +41,8 @@ def lost(error: Exception) -> WorkerLost:
     return explained
 
 
-def test_a_killed_process_did_not_die_for_memory_because_ray_lists_it_as_a_possible_cause() -> None:
-    assert lost(RayActorError(error_msg=KILLED)).kind == "died"
-
-
 def test_a_process_killed_by_the_memory_monitor_names_the_keys_of_its_role() -> None:
+    assert lost(RayActorError(error_msg=KILLED)).kind == "died"  # Ray lists memory as a possible cause
     error = lost(OutOfMemoryError("1 worker(s) were killed due to the node running low on memory."))
     assert error.kind == "out_of_memory"
     assert "killed because its node ran out of memory" in str(error)
@@ -97,42 +95,34 @@ def test_a_dead_rank_is_named_and_not_the_peers_that_failed_with_it(death: Excep
     assert lost.value.rank == 1
 
 
-def test_time_in_which_the_run_waits_for_room_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_time_in_which_the_run_waits_for_room_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "PAUSED_FOR_S", 0.01)
-
-    async def call() -> str:
-        result: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        PAUSE.hear("reward rank 0", [Shortage(path="/run", reason="full")])
-        asyncio.get_running_loop().call_later(0.3, lambda: (PAUSE.hear("reward rank 0", []), result.set_result("late")))
-        return await within(result, 0.05)
-
-    assert asyncio.run(call()) == "late"
-
-
-def test_without_a_pause_the_limit_holds() -> None:
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[str] = loop.create_future()
+    PAUSE.hear("reward rank 0", [Shortage(path="/run", reason="full")])
+    loop.call_later(0.3, lambda: (PAUSE.hear("reward rank 0", []), result.set_result("late")))
+    assert await within(result, 0.05) == "late"
     with pytest.raises(TimeoutError):
-        asyncio.run(within(asyncio.sleep(60.0), 0.01))
+        await within(asyncio.sleep(60.0), 0.01)  # without a pause
 
 
 @pytest.mark.parametrize(
-    ("cause", "kind"),
+    "cause",
     [
-        (StorageFull("/run/a could not be written: No space left on device."), StorageFull),
-        (ObjectStoreFullError("The local object store is full."), StorageFull),
-        (OutOfDiskError("Local disk is full"), StorageFull),
+        StorageFull("/run/a could not be written: No space left on device."),
+        ObjectStoreFullError("The local object store is full."),
+        OutOfDiskError("Local disk is full"),
     ],
 )
-def test_a_worker_without_room_is_not_lost(cause: Exception, kind: type[Exception]) -> None:
+def test_a_worker_without_room_is_not_lost_and_a_put_names_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, cause: Exception
+) -> None:
     error = asyncio.run(explain(RayTaskError("save", "", cause), role="policy", rank=0, stage="checkpoint"))
-    assert type(error) is kind
+    assert type(error) is StorageFull
     assert str(error).startswith("checkpoint: policy rank 0 failed: ")
     assert str(cause).splitlines()[0] in str(error)
-
-
-def test_a_full_object_store_is_no_strange_error_of_a_put(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_room(value: object) -> None:
-        raise OutOfDiskError("Local disk is full")
-
-    monkeypatch.setattr("ray.put", no_room)
-    with pytest.raises(StorageFull, match=r"OutOfDiskError: Local disk is full.*or raise cluster\.object_store_gib"):
-        put(1)
+    if isinstance(cause, OutOfDiskError):
+        monkeypatch.setattr("ray.put", Mock(side_effect=cause))
+        remedy = r"OutOfDiskError: Local disk is full.*or raise cluster\.object_store_gib"
+        with pytest.raises(StorageFull, match=remedy):
+            put(1)

@@ -69,15 +69,30 @@ async def until_dead(pid: int) -> None:
             await asyncio.sleep(0.05)
 
 
-def test_a_process_that_stops_is_named_with_its_stack_and_killed(worker: ActorLocation) -> None:
+def stop_after_an_answer(worker: ActorLocation) -> None:
+    """Stop a process that has answered, although it computes, until the watch has killed the process."""
+
     async def stopped() -> None:
-        async with watching(1.0):
+        async with asyncio.timeout(60.0), watching(1.0):
             while f"actor {worker.pid}" not in watch._OOM_KILLS and not hang_of(f"actor {worker.pid}"):
-                await asyncio.sleep(0.05)  # it answers, although it computes
+                await asyncio.sleep(0.05)
             psutil.Process(worker.pid).suspend()
             await until_dead(worker.pid)
 
     asyncio.run(stopped())
+
+
+def wait_until_reported(caplog: pytest.LogCaptureFixture) -> None:
+    async def silent() -> None:
+        async with watching(0.5), asyncio.timeout(30.0):
+            while "cannot be watched" not in caplog.text:
+                await asyncio.sleep(0.05)
+
+    asyncio.run(silent())
+
+
+def test_a_process_that_stops_is_named_with_its_stack_and_killed(worker: ActorLocation) -> None:
+    stop_after_an_answer(worker)
     error = lost(f"actor {worker.pid}")
     assert error.kind == "hung"
     assert f"(cluster.heartbeat_timeout_s; process {worker.pid} on 127.0.0.1): it hangs, and was killed." in str(error)
@@ -133,46 +148,23 @@ def test_a_connection_that_breaks_off_is_no_death(worker: ActorLocation, monkeyp
             raise ConnectionResetError("the network was away")
         return await ask(place, question)
 
-    async def stopped() -> None:
-        async with watching(1.0):
-            while f"actor {worker.pid}" not in watch._OOM_KILLS:
-                await asyncio.sleep(0.05)
-            psutil.Process(worker.pid).suspend()
-            await until_dead(worker.pid)
-
     monkeypatch.setattr(watch, "_ask", ask_or_break)
     monkeypatch.setattr(watch, "TICK_S", 0.05)
-    asyncio.run(asyncio.wait_for(stopped(), 60.0))
+    stop_after_an_answer(worker)
     assert hang_of(f"actor {worker.pid}")
 
 
-def test_a_process_that_never_answered_is_not_killed(worker: ActorLocation, caplog: pytest.LogCaptureFixture) -> None:
-    psutil.Process(worker.pid).suspend()
-
-    async def silent() -> None:
-        async with watching(1.0):
-            while "cannot be watched" not in caplog.text:
-                await asyncio.sleep(0.05)
-
-    asyncio.run(silent())
-    assert psutil.Process(worker.pid).status() == psutil.STATUS_STOPPED
-    assert hang_of(f"actor {worker.pid}") is None
-
-
-def test_a_process_behind_a_firewall_that_refuses_is_reported(
-    worker: ActorLocation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("refuses", [False, True], ids=["never answered", "behind a firewall that refuses"])
+def test_a_process_that_cannot_be_watched_is_reported_and_not_killed(
+    worker: ActorLocation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refuses: bool
 ) -> None:
-    actor, refused = f"actor {worker.pid}", replace(worker, heartbeat_port=1)
-    monkeypatch.setattr(actor_locations, "_LOCATIONS", {actor: refused})
-
-    async def refuses() -> None:
-        async with watching(0.5), asyncio.timeout(30.0):
-            while "cannot be watched" not in caplog.text:
-                await asyncio.sleep(0.05)
-
-    asyncio.run(refuses())
-    assert "the driver does not reach port 1 of 127.0.0.1" in caplog.text
-    assert hang_of(actor) is None
+    port = 1 if refuses else worker.heartbeat_port
+    monkeypatch.setattr(actor_locations, "_LOCATIONS", {f"actor {worker.pid}": replace(worker, heartbeat_port=port)})
+    psutil.Process(worker.pid).suspend()
+    wait_until_reported(caplog)
+    assert psutil.Process(worker.pid).status() == psutil.STATUS_STOPPED
+    assert f"the driver does not reach port {port} of 127.0.0.1" in caplog.text
+    assert hang_of(f"actor {worker.pid}") is None
 
 
 def test_a_process_that_ends_is_not_reported(worker: ActorLocation, caplog: pytest.LogCaptureFixture) -> None:
@@ -192,16 +184,11 @@ def test_a_process_that_ends_is_not_reported(worker: ActorLocation, caplog: pyte
     assert caplog.text == ""
 
 
-def test_a_stopped_driver_gives_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stopped_driver_gives_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten hours pass between two looks at the clock, then the answer comes."""
     clock = iter(range(0, 10**6, 36_000))
     monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
-
-    async def finishes() -> bool:
-        ping = asyncio.ensure_future(asyncio.sleep(0.3))
-        return await watch._finishes(ping, 0.8)  # type: ignore[arg-type]
-
-    assert asyncio.run(finishes())
+    assert await watch._finishes(asyncio.ensure_future(asyncio.sleep(0.3)), 0.8)  # type: ignore[arg-type]
 
 
 def test_a_kill_by_the_kernel_for_memory_since_the_last_heartbeat_explains_a_death(
@@ -264,9 +251,6 @@ def test_where_the_kernel_counts_its_kills(cgroup: str, files: list[str], source
     kills = own_oom_kills(tmp_path)
     assert kills is not None
     assert (Path(kills.path).name, kills.count) == (source, 7)
-
-
-def test_a_machine_without_counts() -> None:
     assert own_oom_kills(Path("/nowhere")) is None
 
 

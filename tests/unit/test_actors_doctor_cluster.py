@@ -21,13 +21,16 @@ from actors.doctor.node_probe import DriverFacts, NodeProbe, code_hash, node_res
 from rlhf.cli import main
 from rlhf.config.mistakes.explain import parse
 from rlhf.config.placement_plan import PlacementPlan
-from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
 from rlhf.planning.shared_memory import SnapshotBytes
 
 HERE = DriverFacts(versions=versions(), code=code_hash(), sizes={})
 ADDRESS = "127.0.0.1"
 ROOMS = ((8.0, "serve"), (2.0, "train"))
+
+
+def odd(address: str = "127.0.0.1", **changes: Any) -> list[CheckResult]:
+    return [result for result in node_results(address, replace(HERE, **changes)) if result.state != "ok"]
 
 
 def test_a_node_like_this_machine_is_fine() -> None:
@@ -45,30 +48,26 @@ def test_a_node_like_this_machine_is_fine() -> None:
     ],
 )
 def test_what_differs_is_found(changes: dict[str, Any], state: str, what: str, found: str) -> None:
-    odd = [result for result in node_results(ADDRESS, replace(HERE, **changes)) if result.state != "ok"]
-    assert [(result.state, result.what, result.found) for result in odd] == [(state, what, found)]
-    assert odd[0].advice
+    (result,) = odd(**changes)
+    assert (result.state, result.what, result.found) == (state, what, found)
+    assert result.advice
 
 
-@pytest.mark.parametrize(
-    ("no_hub", "state", "found"),
-    [
+def test_models_that_a_node_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for no_hub, state, found in (
         ("", "note", "not in the hub's cache; the hub answers"),
         ("away", "bad", "not in the hub's cache, and no hub answers (away)"),
-    ],
-)
-def test_models_that_a_node_lacks(monkeypatch: pytest.MonkeyPatch, no_hub: str, state: str, found: str) -> None:
-    monkeypatch.setattr(node_probe, "of_hub", lambda models: ({"a/b": False, "c/d": True}, no_hub))
-    odd = [result for result in node_results(ADDRESS, HERE) if result.state != "ok"]
-    assert [(result.state, result.what, result.found) for result in odd] == [(state, "a/b", found)]
+    ):
+        monkeypatch.setattr(node_probe, "of_hub", lambda _, no_hub=no_hub: ({"a/b": False, "c/d": True}, no_hub))
+        assert [(result.state, result.what, result.found) for result in odd()] == [(state, "a/b", found)]
 
 
 def test_little_shared_memory_and_an_unknown_address_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**26, 0, 2**26))
-    odd = [result for result in node_results("203.0.113.1", HERE) if result.state != "ok"]
-    assert [(result.state, result.what) for result in odd] == [("note", "/dev/shm"), ("note", "interface")]
-    assert odd[0].found == "0.1 GiB, 0.1 GiB free"
-    assert odd[1].found.startswith("no interface has the address")
+    shm, interface = odd("203.0.113.1")
+    assert (shm.state, shm.what, shm.found) == ("note", "/dev/shm", "0.1 GiB, 0.1 GiB free")
+    assert (interface.state, interface.what) == ("note", "interface")
+    assert interface.found.startswith("no interface has the address")
 
 
 @pytest.mark.parametrize(
@@ -93,16 +92,15 @@ def test_shared_memory_must_hold_the_snapshots_of_a_run(
 
 def test_each_node_is_asked_for_the_snapshots_of_the_ranks_that_it_will_have() -> None:
     tree = {
-        "policy": {"model": "tiny:llama", "dtype": "float32"},
         "algorithm": {"name": "sft"},
         "data": {"train": "x.jsonl"},
         "train": {"steps": 1, "lr": 1e-3, "sequences_per_update": 4},
         "cluster": {"address": "auto", "roles": {"policy": {"workers": 3}}},
     }
-    run, unknown = (parse({"run": {"name": name}, **tree}) for name in ("run", "unknown"))
-    assert isinstance(run, Config)
-    assert isinstance(unknown, Config)
-    unknown = unknown.model_copy(update={"policy": unknown.policy.model_copy(update={"model": "some/model"})})
+    run, unknown = (
+        parse({"run": {"name": name}, **tree, "policy": {"model": model}})
+        for name, model in (("run", "tiny:llama"), ("unknown", "some/model"))
+    )
     nodes = [
         {"NodeManagerAddress": address, "Resources": {"CPU": cpus}, "Labels": {}}
         for address, cpus in (("a", 2.0), ("b", 1.0))
@@ -114,7 +112,7 @@ def test_each_node_is_asked_for_the_snapshots_of_the_ranks_that_it_will_have() -
 
 
 def test_a_relative_path_is_said_to_be_one() -> None:
-    (result,) = [r for r in node_results(ADDRESS, replace(HERE, sizes={"data.jsonl": "1"})) if r.state == "bad"]
+    (result,) = odd(sizes={"data.jsonl": "1"})
     assert f"it is relative to {Path.cwd()} there" in result.advice
 
 
@@ -150,9 +148,7 @@ def test_the_paths_of_a_configuration_are_those_that_are_here(tmp_path: Path) ->
     assert size_of(f"{tmp_path}/missing.jsonl") == ""
 
 
-def test_the_models_of_the_hub_are_those_that_are_no_folder_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_models_of_the_hub_are_those_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "here").mkdir(parents=True)
     tree = {
@@ -172,11 +168,9 @@ def test_a_model_is_cached_with_its_weights(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name, files in (("whole", ("config.json", "model.safetensors")), ("begun", ("config.json",))):
         folder = tmp_path / f"models--a--{name}"
-        (folder / "refs").mkdir(parents=True)
-        (folder / "refs" / "main").write_text("c0ffee")
-        (folder / "snapshots" / "c0ffee").mkdir(parents=True)
-        for file in files:
-            (folder / "snapshots" / "c0ffee" / file).write_text("{}")
+        for file in ("refs/main", *(f"snapshots/c0ffee/{file}" for file in files)):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text("c0ffee" if file == "refs/main" else "{}")
     found = {"a/whole": True, "a/begun": False, "a/none": False}
     assert of_hub(list(found)) == (found, "HF_HUB_OFFLINE is set")
     assert of_hub(["a/whole"]) == ({"a/whole": True}, "")

@@ -43,39 +43,35 @@ def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("lora", "message"),
-    [
-        ({"target_modules": ["q_prj"]}, "policy.lora.target_modules: the model has no linear layers named q_prj"),
-        ({"target_modules": ["lm_head"]}, "policy.lora.target_modules: the head is not adapted"),
-        ({"modules_to_save": ["score"]}, "policy.lora.modules_to_save: the model has no modules named score"),
-        ({"layers": [0, 99]}, "policy.lora.layers: the model has layers 0 to"),
-        ({"rank": 4096, "init": "pissa"}, "policy.lora.rank: is 4096, but a"),
-    ],
-)
-def test_an_adapter_that_the_model_cannot_have(
-    tiny_model: Path, tmp_path: Path, lora: dict[str, Any], message: str
-) -> None:
-    run = loaded(tmp_path, policy={"model": str(tiny_model), "dtype": "float32", "lora": lora})
-    assert refusal(run).startswith(message)
-
-
-def test_a_dense_model_has_no_load_to_balance(tiny_model: Path, tmp_path: Path) -> None:
-    run = loaded(tmp_path, policy={"model": str(tiny_model), "dtype": "float32", "router_balance_coef": 0.01})
-    assert refusal(run).startswith("policy.router_balance_coef: is 0.01, but")
-
-
-def test_a_dense_model_has_no_choices_to_replay(tiny_model: Path, tmp_path: Path) -> None:
-    task = {"task": "running_totals", "split": "train", "size": 8}
-    run = loaded(
-        tmp_path,
-        policy={"model": str(tiny_model), "dtype": "float32", "router_replay": True},
-        algorithm={"name": "grpo"},
-        data={"train": task, "max_prompt_tokens": 16, "apply_chat_template": False},
-        rollouts={"prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 8},
-        rewards={"digits": {"function": "format_regex", "args": {"pattern": ".*"}}},
-    )
-    assert refusal(run).startswith("policy.router_replay: is true, but")
+def test_a_policy_that_the_model_cannot_be_is_refused(tiny_model: Path, models: Path, tmp_path: Path) -> None:
+    grpo = {
+        "algorithm": {"name": "grpo"},
+        "data": {"train": {"task": "running_totals", "size": 8}, "max_prompt_tokens": 64},
+        "rollouts": {"prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 8},
+        "rewards": {"right": {"function": "exact_match"}},
+    }
+    of_score, encoder, labels = {"algorithm": {"name": "reward_model"}}, models / "encoder", models / "two_labels"
+    for policy, sections, message in (
+        (
+            {"lora": {"target_modules": ["q_prj"]}},
+            {},
+            "lora.target_modules: the model has no linear layers named q_prj",
+        ),
+        ({"lora": {"target_modules": ["lm_head"]}}, {}, "lora.target_modules: the head is not adapted"),
+        ({"lora": {"modules_to_save": ["score"]}}, {}, "lora.modules_to_save: the model has no modules named score"),
+        ({"lora": {"layers": [0, 99]}}, {}, "lora.layers: the model has layers 0 to"),
+        ({"lora": {"rank": 4096, "init": "pissa"}}, {}, "lora.rank: is 4096, but a"),
+        ({"router_balance_coef": 0.01}, {}, "router_balance_coef: is 0.01, but"),
+        ({"router_replay": True}, grpo, "router_replay: is true, but"),
+        ({"model": str(encoder)}, {}, f"model: The model {encoder} is a BertModel, not a causal language model"),
+        (
+            {"model": str(labels)},
+            of_score,
+            f"model: {labels} has a head of 2 labels, expected one label, or a language",
+        ),
+    ):
+        run = loaded(tmp_path, policy={"model": str(tiny_model), "dtype": "float32", **policy}, **sections)
+        assert refusal(run).startswith(f"policy.{message}")
 
 
 def test_an_adapter_that_it_can_have_is_let_through(tiny_model: Path, tmp_path: Path) -> None:
@@ -83,19 +79,6 @@ def test_an_adapter_that_it_can_have_is_let_through(tiny_model: Path, tmp_path: 
     assert load_inputs(loaded(tmp_path, policy={"model": str(tiny_model), "dtype": "float32", "lora": lora}))
     reward_model = {"model": str(tiny_model), "dtype": "float32", "lora": {"dora": True}}
     assert load_inputs(loaded(tmp_path, policy=reward_model, algorithm={"name": "reward_model"}))
-
-
-def test_what_is_no_language_model_trains_no_policy(models: Path, tmp_path: Path) -> None:
-    message = refusal(loaded(tmp_path, policy={"model": str(models / "encoder"), "dtype": "float32"}))
-    assert message.startswith(f"policy.model: The model {models}/encoder is a BertModel, not a causal language model")
-
-
-def test_a_classifier_of_two_labels_becomes_no_reward_model(models: Path, tmp_path: Path) -> None:
-    policy = {"model": str(models / "two_labels"), "dtype": "float32"}
-    message = refusal(loaded(tmp_path, policy=policy, algorithm={"name": "reward_model"}))
-    assert message == (
-        f"policy.model: {models}/two_labels has a head of 2 labels, expected one label, or a language model"
-    )
 
 
 def test_a_role_must_read_the_policys_tokens(tiny_model: Path, models: Path, tmp_path: Path) -> None:
@@ -108,52 +91,36 @@ def test_a_role_must_read_the_policys_tokens(tiny_model: Path, models: Path, tmp
 def test_a_teacher_has_the_students_tokens_and_no_others(tiny_model: Path, models: Path, tmp_path: Path) -> None:
     data = tmp_path / "sft.jsonl"
     data.write_text("".join(json.dumps({"prompt": row["prompt"], "completion": row["chosen"]}) + "\n" for row in PAIRS))
+    distilled = {"algorithm": {"name": "distillation"}, "data": {"train": str(data)}}
 
     def run(teacher: str) -> Any:
-        student = {"model": str(tiny_model), "dtype": "float32"}
-        distilled = {"algorithm": {"name": "distillation"}, "data": {"train": str(data)}, "policy": student}
-        return loaded(tmp_path, **distilled, teacher={"model": teacher})
+        return loaded(tmp_path, **distilled, policy={"model": str(tiny_model)}, teacher={"model": teacher})
 
     for name in ("other_words", "more_words"):
-        message = refusal(run(str(models / name)))
-        assert message.startswith(
-            f"teacher.model: {models}/{name} has another vocabulary than policy.model {tiny_model}"
-        )
+        words = f"{models}/{name} has another vocabulary than policy.model {tiny_model}"
+        assert refusal(run(str(models / name))).startswith(f"teacher.model: {words}")
     assert refusal(run(str(models / "encoder"))).startswith(f"teacher.model: The model {models}/encoder is a BertModel")
     for folder in (models / "no_words", tiny_model):
         assert load_inputs(run(str(folder)))
 
 
-def test_the_result_of_a_stage_has_the_vocabulary_of_what_it_trained(
+def test_in_a_pipeline_the_stage_is_named_and_a_result_has_the_vocabulary_of_its_policy(
     tiny_model: Path, models: Path, tmp_path: Path
 ) -> None:
-    data = tmp_path / "sft.jsonl"
-    data.write_text("".join(json.dumps({"prompt": row["prompt"], "completion": row["chosen"]}) + "\n" for row in PAIRS))
-    shared = {
-        "data": {"train": str(data)},
-        "train": {"steps": 1, "lr": 1e-3, "sequences_per_update": 4, "max_tokens_per_microbatch": 256},
-    }
-    large = shared | {"policy": {"model": str(models / "other_words")}, "algorithm": {"name": "sft"}}
-    small = shared | {"policy": {"model": str(tiny_model)}, "algorithm": {"name": "distillation"}}
-    small["teacher"] = {"model": "stage:large"}
-    path = tmp_path / "run.yaml"
-    path.write_text(
-        json.dumps({"run": {"name": "a", "dir": str(tmp_path)}, "stages": {"large": large, "small": small}})
-    )
-    message = refusal(load(path))
-    assert message.startswith(f"stages.small: teacher.model: {models}/other_words has another vocabulary")
+    def pipeline(first: str, algorithm: str, second: str, **sections: Any) -> Any:
+        train = {"steps": 1, "lr": 1e-3, "sequences_per_update": 4, "max_tokens_per_microbatch": 256}
+        data = tmp_path / "rows.jsonl"
+        data.write_text("".join(json.dumps(row | {"completion": row["chosen"]}) + "\n" for row in PAIRS))
+        shared = {"data": {"train": str(data)}, "train": train}
+        stages = {
+            "a": {**shared, "policy": {"model": first}, "algorithm": {"name": "sft"}},
+            "b": {**shared, "policy": {"model": second}, "algorithm": {"name": algorithm}, **sections},
+        }
+        path = tmp_path / "run.yaml"
+        path.write_text(json.dumps({"run": {"name": "demo", "dir": str(tmp_path)}, "stages": stages}))
+        return load(path)
 
-
-def test_in_a_pipeline_the_stage_is_named(tiny_model: Path, models: Path, tmp_path: Path) -> None:
-    stage = {
-        "algorithm": {"name": "dpo"},
-        "data": {"train": str(tmp_path / "pairs.jsonl")},
-        "train": {"steps": 1, "lr": 1e-3, "sequences_per_update": 4, "max_tokens_per_microbatch": 256},
-    }
-    first = stage | {"policy": {"model": str(tiny_model), "dtype": "float32"}}
-    second = stage | {"policy": {"model": str(models / "encoder"), "dtype": "float32"}}
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-    path = tmp_path / "run.yaml"
-    run = {"name": "demo", "dir": str(tmp_path)}
-    path.write_text(json.dumps({"run": run, "stages": {"a": first, "b": second}}))
-    assert refusal(load(path)).startswith("stages.b: policy.model: The model ")
+    words, tiny = str(models / "other_words"), str(tiny_model)
+    message = refusal(pipeline(words, "distillation", tiny, teacher={"model": "stage:a"}))
+    assert message.startswith(f"stages.b: teacher.model: {words} has another vocabulary")
+    assert refusal(pipeline(tiny, "dpo", str(models / "encoder"))).startswith("stages.b: policy.model: The model ")

@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -53,10 +54,7 @@ def silent() -> Iterator[str]:
         (["run.yaml", "run.dir=runs"], "run.dir: runs is relative"),
         (["run.yaml", "--env", "NOT_SET_HERE"], "--env NOT_SET_HERE: is not set in your environment"),
         (["run.yaml", "--env", "MINE=very-private-words"], "--env MINE: takes only the name of a variable"),
-        (
-            ["run.yaml", "--address", "10.0.0.1:6379"],
-            "10.0.0.1:6379 (--address or RAY_ADDRESS) is not the address",
-        ),
+        (["run.yaml", "--address", "10.0.0.1:6379"], "10.0.0.1:6379 (--address or RAY_ADDRESS) is not the address"),
         (["run.yaml", "--address", "ray://10.0.0.1:10001"], "ray://10.0.0.1:10001 (--address or RAY_ADDRESS) is not"),
         (["run.yaml"], "no dashboard of Ray answers at http://127.0.0.1:1"),
         (["run.yaml", "--resource", "tpu"], "--resource: takes NAME=N, such as tpu=4, got 'tpu'"),
@@ -93,10 +91,7 @@ def test_values_are_hidden_in_whatever_a_cluster_says() -> None:
     jobs._hidden = ("open", "open sesame", "no", "two\nlines")
     assert jobs._masked("it said open sesame, no more") == "it said ***, no more"
     assert jobs._message("refused:\ntwo\nlines, open") == "refused: ***, ***"
-
-
-def test_a_value_of_several_lines_is_hidden_in_a_log_that_comes_in_parts() -> None:
-    jobs = object.__new__(Jobs)
+    # a value of several lines, in a log that comes in parts
     jobs._hidden = ("-----BEGIN KEY-----\n  c2VjcmV0\n}\n-----END KEY-----\n",)
     assert jobs._masked("it has -----BEGIN KEY-----\n") == "it has ***\n"
     assert jobs._masked("c2VjcmV0\n}\n-----END KEY-----\n") == "***\n}\n***\n"
@@ -138,33 +133,21 @@ def test_a_log_that_breaks_off_is_taken_up_where_it_was(
 
 
 def test_a_head_that_is_lost_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Lost(Breaking):
-        def get_job_info(self, job: str) -> SimpleNamespace:
-            if self.asked:
-                raise ConnectionError("refused")
-            return super().get_job_info(job)
-
+    client = Breaking()
+    info = Mock(side_effect=[client.get_job_info("demo-1"), *[ConnectionError("refused")] * 9])
+    monkeypatch.setattr(client, "get_job_info", info)
     monkeypatch.setattr(actors.jobs.submit, "LOST_FOR_S", -1.0)
     jobs = object.__new__(Jobs)
-    jobs._hidden, jobs._client, jobs.address = (), Lost(), "http://head:8265"
+    jobs._hidden, jobs._client, jobs.address = (), client, "http://head:8265"
     with pytest.raises(rlhf.RunError, match=r"no answer about demo-1 for .*it may still run: .*refused"):
         jobs.follow("demo-1", lambda text: None)
 
 
-@pytest.mark.parametrize(
-    ("options", "end"), [([], " --resume auto --supervise"), (["--no-supervise"], " --resume auto")]
-)
+@pytest.mark.parametrize(("options", "end"), [([], " --supervise"), (["--no-supervise"], "")])
 def test_the_driver_of_a_job_is_supervised(monkeypatch: pytest.MonkeyPatch, options: list[str], end: str) -> None:
-    commands = []
-
-    class Taking:
-        def __init__(self, address: str | None) -> None:
-            pass
-
-        def submit(self, loaded: object, archive: Path, command: str, **_: object) -> str:
-            commands.append(command)
-            return "demo-1"
-
-    monkeypatch.setattr(actors.jobs.submit, "Jobs", Taking)
+    jobs = Mock()
+    jobs.submit.return_value = "demo-1"
+    monkeypatch.setattr(actors.jobs.submit, "Jobs", lambda address: jobs)
     assert main(["submit", "run.yaml", "train.steps=3", *options]) == 0
-    assert commands == [f"exec python -m actors.jobs.entrypoint train run.yaml train.steps=3{end}"]
+    command = f"exec python -m actors.jobs.entrypoint train run.yaml train.steps=3 --resume auto{end}"
+    assert jobs.submit.call_args.args[2] == command

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -61,49 +62,42 @@ def state_of(config: Config) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("there", "here", "message"),
     [
-        (["policy.lora={rank: 8}"], "policy.lora is null there and a mapping here"),
-        (["policy.dtype=bfloat16"], "policy.dtype is 'float32' there and 'bfloat16' here"),
-        (["critic.lora={rank: 8}"], "critic.lora is null there and a mapping here"),
-        (["critic.model=MODEL"], "critic.model is '<run>/models/"),
-        (["policy.model=MODEL"], "policy.model is '<run>/models/"),  # of the same architecture
+        ([], ["policy.lora={rank: 8}"], "policy.lora is null there and a mapping here"),
+        ([], ["policy.dtype=bfloat16"], "policy.dtype is 'float32' there and 'bfloat16' here"),
+        ([], ["critic.lora={rank: 8}"], "critic.lora is null there and a mapping here"),
+        ([], ["critic.model=MODEL"], "critic.model is '<run>/models/"),
+        ([], ["policy.model=MODEL"], "policy.model is '<run>/models/"),  # of the same architecture
+        (["policy.lora={rank: 8}"], ["policy.lora={rank: 4}"], "policy.lora.rank is 8 there and 4 here. Resume"),
     ],
 )
-def test_a_checkpoint_of_other_models(tmp_path: Path, tiny_model: Path, overrides: list[str], message: str) -> None:
-    state = state_of(local(tmp_path))
-    other = local(tmp_path, *(text.replace("MODEL", str(tiny_model)) for text in overrides))
+def test_a_checkpoint_of_other_models(
+    tmp_path: Path, tiny_model: Path, there: list[str], here: list[str], message: str
+) -> None:
+    state = state_of(local(tmp_path, *there))
+    other = local(tmp_path, *(text.replace("MODEL", str(tiny_model)) for text in here))
     with pytest.raises(UserError) as caught:
         refuse_other_model(other, state, checkpoint=Path("step_000001"))
     assert str(caught.value).startswith("step_000001 cannot be continued by this run: ")
     assert message in str(caught.value)
 
 
-def test_a_checkpoint_of_another_adapter(tmp_path: Path) -> None:
-    state = state_of(local(tmp_path, "policy.lora={rank: 8}"))
-    with pytest.raises(UserError, match=r"policy\.lora\.rank is 8 there and 4 here\. Resume"):
-        refuse_other_model(local(tmp_path, "policy.lora={rank: 4}"), state, checkpoint=Path("step_000001"))
-
-
-def test_a_checkpoint_may_be_moved_and_trained_otherwise(tmp_path: Path) -> None:
+def test_a_checkpoint_may_be_moved_trained_otherwise_and_continued_by_other_ranks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     state = state_of(local(tmp_path, "policy.lora={rank: 8}"))
     shutil.move(tmp_path / "demo", tmp_path / "moved" / "demo")
     hyper = ["train.lr=1.0e-4", "policy.lora={rank: 8, dropout: 0.1}", "policy.gradient_checkpointing=true"]
     refuse_other_model(local(tmp_path / "moved", *hyper), state, checkpoint=Path("step_000001"))
-
-
-def test_a_checkpoint_may_be_continued_by_other_ranks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    state = state_of(local(tmp_path))
-    with caplog.at_level("INFO"):
-        refuse_other_model(local(tmp_path), state, checkpoint=Path("step_000001"))
-        assert not caplog.messages
-        changes = ["cluster.roles.policy={workers: 2, zero_stage: 3}", "cluster.roles.critic.workers=2"]
-        refuse_other_model(local(tmp_path, *changes), state, checkpoint=Path("step_000001"))
-    (line,) = caplog.messages
-    assert line == (
+    assert not caplog.messages
+    changes = ["cluster.roles.policy={workers: 2, zero_stage: 3}", "cluster.roles.critic.workers=2"]
+    refuse_other_model(local(tmp_path / "moved", *hyper, *changes), state, checkpoint=Path("step_000001"))
+    assert caplog.messages == [
         "the state of step_000001 is divided anew: cluster.roles.policy.workers is 1 there and 2 here; "
         "cluster.roles.policy.zero_stage is 2 there and 3 here; cluster.roles.critic.workers is 1 there and 2 here"
-    )
+    ]
 
 
 def test_a_finished_run_is_done_with_its_own_settings_alone(tmp_path: Path) -> None:
@@ -118,16 +112,17 @@ def test_a_finished_run_is_done_with_its_own_settings_alone(tmp_path: Path) -> N
     assert "Choose another run.name" in str(caught.value)
 
 
-def with_checkpoints(folder: Path, *steps: int) -> LoadedConfig:
+def with_checkpoints(folder: Path, *steps: int, **changes: Any) -> LoadedConfig:
     run = loaded(folder)
     with run.located():
         (inputs,) = load_inputs(run)
     assert isinstance(inputs, StageInputs)
-    state = state_of(local(folder)) | {"cursor": asdict(stream_of(inputs).state()), "ahead": [], "step": 1}
+    state = state_of(local(folder)) | {"cursor": asdict(stream_of(inputs).state()), "ahead": [], "step": 1} | changes
+    text = json.dumps({key: value for key, value in state.items() if value != DROPPED})
     with RunFolder.open(folder, "demo", resume=True) as opened:
         for step in steps:
             Tracker(opened.path).log(step, {"update/lr": 1.0})
-            (opened.begin_checkpoint(step) / "controller.json").write_text(json.dumps(state))
+            (opened.begin_checkpoint(step) / "controller.json").write_text(text)
             opened.seal(opened.checkpoint(step), step=step)
             opened.commit_checkpoint(step)
     return run
@@ -144,13 +139,7 @@ def with_checkpoints(folder: Path, *steps: int) -> LoadedConfig:
     ],
 )
 def test_a_state_that_another_version_wrote_is_named(tmp_path: Path, changes: dict[str, Any], missing: str) -> None:
-    run, config = with_checkpoints(tmp_path, 1), local(tmp_path)
-    state = state_of(config) | {"cursor": {"epoch": 0, "index": 0}, "ahead": []} | changes
-    with RunFolder.open(tmp_path, "demo", resume=True) as folder:
-        kept = {key: value for key, value in state.items() if value != DROPPED}
-        (folder.begin_checkpoint(1) / "controller.json").write_text(json.dumps(kept))
-        folder.seal(folder.checkpoint(1), step=1)
-        folder.commit_checkpoint(1)
+    run = with_checkpoints(tmp_path, 1, **changes)
     with pytest.raises(UserError, match=rf"step_000001 was written by another version of this program: .*{missing}"):
         launch(run, Start(resume=True))
 
@@ -176,10 +165,7 @@ def latest_of(folder: Path) -> int | None:
 def test_a_start_that_fails_selects_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    def fails(*_: object) -> None:
-        raise UserError("of another cause")
-
-    monkeypatch.setattr(f"actors.run.train.{failing}", fails)
+    monkeypatch.setattr(f"actors.run.train.{failing}", Mock(side_effect=UserError("of another cause")))
     with pytest.raises(UserError, match="of another cause"):
         launch(with_checkpoints(tmp_path, 1, 2), Start(resume=True, from_step=1))
     assert latest_of(tmp_path) == 2
@@ -194,9 +180,8 @@ def test_a_run_begins_from_the_named_checkpoint(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("actors.run.train.connected", lambda _: nullcontext())
     monkeypatch.setattr("actors.run.train._run_stage", run_stage)
     with_checkpoints(tmp_path, 1, 2)
-    launch(
-        loaded(tmp_path, "train.steps=1"), Start(resume=True, from_step=1)
-    )  # the newest is of a later step than the last
+    run = loaded(tmp_path, "train.steps=1")  # the newest checkpoint is of a later step than the last
+    launch(run, Start(resume=True, from_step=1))
     assert selected == [1]
 
 
@@ -204,15 +189,9 @@ def test_an_export_checks_every_byte_and_runs_no_code_unasked(tmp_path: Path) ->
     run, resolved = with_checkpoints(tmp_path, 1), tmp_path / "demo" / "config.resolved.yaml"
 
     def refusal(*, trust_remote_code: bool = False) -> str:
+        options: dict[str, Any] = {"step": None, "folder": tmp_path / "out", "merged": False, "push_to_hub": None}
         with pytest.raises(UserError) as error:
-            export_checkpoint(
-                tmp_path / "demo",
-                step=None,
-                folder=tmp_path / "out",
-                merged=False,
-                push_to_hub=None,
-                trust_remote_code=trust_remote_code,
-            )
+            export_checkpoint(tmp_path / "demo", **options, trust_remote_code=trust_remote_code)
         return str(error.value)
 
     resolved.write_text(dump_yaml(run).replace("trust_remote_code: false", "trust_remote_code: true"))
@@ -230,15 +209,12 @@ def test_an_export_checks_every_byte_and_runs_no_code_unasked(tmp_path: Path) ->
     assert re.search(rf"{path} is damaged.*name another step with --step", refusal())
 
 
-def test_a_finished_run_does_not_go_back(tmp_path: Path) -> None:
+def test_a_finished_run_does_not_go_back_and_a_run_stops_only_at_a_step_of_its_own(tmp_path: Path) -> None:
+    for step in (0, 3):
+        with pytest.raises(UserError, match=rf"--until: is {step}, and the run has the steps 1 to 2"):
+            launch(loaded(tmp_path), Start(resume=False, until=step))
     run = with_checkpoints(tmp_path, 1)
     (tmp_path / "demo" / "final").mkdir()
     (tmp_path / "demo" / "config.resolved.yaml").write_text(dump_yaml(run))
     with pytest.raises(UserError, match=r"--resume: is step_000001, but the run is finished"):
         launch(run, Start(resume=True, from_step=1))
-
-
-def test_a_run_stops_only_at_a_step_of_its_own(tmp_path: Path) -> None:
-    for step in (0, 3):
-        with pytest.raises(UserError, match=rf"--until: is {step}, and the run has the steps 1 to 2"):
-            launch(loaded(tmp_path), Start(resume=False, until=step))

@@ -23,30 +23,23 @@ def run(tmp_path: Path) -> Any:
     return lambda *overrides: cast(Config, load(path, overrides).stages["demo"])
 
 
-@pytest.mark.parametrize("same", ["train.lr=0.5", "run.seed=7", "rollouts.temperature=0.5", "algorithm.clip_low=0.1"])
-def test_engines_do_not_follow_from_how_is_trained(run: Any, same: str) -> None:
-    assert engines_key(run(same), 32, None) == engines_key(run(), 32, None)
+DIFFERENT = ("policy.lora={rank: 4}", "policy.dtype=bfloat16", "policy.model=x", "cluster.roles.rollout.engines=2")
+SAME = ("train.lr=0.5", "run.seed=7", "rollouts.temperature=0.5", "algorithm.clip_low=0.1")
 
 
-@pytest.mark.parametrize(
-    "other",
-    ["policy.lora={rank: 4}", "policy.dtype=bfloat16", "policy.model=x", "cluster.roles.rollout.engines=2"],
-)
-def test_engines_of_another_kind_are_others(run: Any, other: str) -> None:
-    assert engines_key(run(other), 32, None) != engines_key(run(), 32, None)
+@pytest.mark.parametrize("overrides", [*SAME, *DIFFERENT])
+def test_engines_follow_from_their_settings_and_not_from_how_is_trained(run: Any, overrides: str) -> None:
+    assert (engines_key(run(overrides), 32, None) == engines_key(run(), 32, None)) == (overrides in SAME)
 
 
-@pytest.mark.parametrize(("section", "key"), [("rollouts", "carry_over"), ("policy", "router_replay")])
-def test_engines_that_keep_other_things_of_a_response_are_others(run: Any, section: str, key: str) -> None:
-    config = run()
-    changed = getattr(config, section).model_copy(update={key: True})
-    other = config.model_copy(update={section: changed})
-    assert engines_key(other, 32, None) != engines_key(config, 32, None)
-
-
-def test_engines_for_longer_responses_or_conversations_are_others(run: Any) -> None:
-    game: Any = SimpleNamespace(max_turns=2)
-    assert len({engines_key(run(), length, world) for length, world in ((32, None), (64, None), (32, game))}) == 3
+def test_engines_that_keep_other_things_or_longer_responses_are_others(run: Any) -> None:
+    config, game = run(), cast(Any, SimpleNamespace(max_turns=2))
+    others = [
+        config.model_copy(update={section: getattr(config, section).model_copy(update={key: True})})
+        for section, key in (("rollouts", "carry_over"), ("policy", "router_replay"))
+    ]
+    keys = [engines_key(config, length, world) for length, world in ((32, None), (64, None), (32, game))]
+    assert len({*keys, *(engines_key(other, 32, None) for other in others)}) == 5
 
 
 class Group:
@@ -83,9 +76,8 @@ def test_no_process_starts_while_an_engine_measures_its_gpu(
     device: Any, colocated: bool, shares_gpus: bool, is_started: bool, expected: list[str]
 ) -> None:
     calls: list[str] = []
-    cluster = ClusterConfig(
-        device=device, roles=Roles(rollout=RolloutResources(colocate_with="policy" if colocated else None))
-    )
+    roles = Roles(rollout=RolloutResources(colocate_with="policy" if colocated else None))
+    cluster = ClusterConfig(device=device, roles=roles)
     placement: Any = SimpleNamespace(plan=SimpleNamespace(shares_gpus=lambda role: shares_gpus))
     engines: Any = Group("rollout", calls)
     lease = EngineLease(key="", placement=placement, engines=engines, may_stay=False, is_started=is_started)

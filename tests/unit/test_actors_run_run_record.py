@@ -9,14 +9,19 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from ray.exceptions import ObjectStoreFullError
 
+from actors.cluster.waiting import put
 from actors.run.run_record import recording
-from rlhf.config.files.load import load
+from rlhf.cli import main
+from rlhf.config.files.load import LoadedConfig, load
 from rlhf.config.schema.stages import MergeStage
 from rlhf.errors import Preempted, RunError, StorageFull, UserError
 from rlhf.preflight.run_folder import meet_mirror
+from rlhf.preflight.start import Start
 from rlhf.process.disk_full import PAUSE
 from rlhf.process.stopping import StopRequest
 from rlhf.tracking.run_folder.folder import RunFolder
@@ -55,10 +60,15 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return found
 
 
+def stages(folder: Path, *, wandb: str = "offline") -> list[Any]:
+    folder.mkdir(exist_ok=True)
+    path = folder / "p.yaml"
+    path.write_text(PIPELINE.replace("DIR", str(folder)).replace("wandb: offline", f"wandb: {wandb}"))
+    return list(load(path).stages.values())
+
+
 def test_the_stages_of_a_pipeline_are_one_group(tmp_path: Path, opened: list[dict[str, Any]]) -> None:
-    path = tmp_path / "p.yaml"
-    path.write_text(PIPELINE.replace("DIR", str(tmp_path)))
-    for stage in load(path).stages.values():
+    for stage in stages(tmp_path):
         with recording(stage, resume=False) as (record, step):
             assert step is None
             assert record.folder.path == tmp_path / stage.run.name
@@ -66,14 +76,12 @@ def test_the_stages_of_a_pipeline_are_one_group(tmp_path: Path, opened: list[dic
         assert list(again.stages.values()) == [stage]
         if isinstance(stage, MergeStage):
             assert opened[-1]["name"] == "demo/a"  # it has no metrics to send
-    told = [(asked["name"], asked["group"], asked["job_type"]) for asked in opened]
-    assert told == [("demo/a", "demo", "sft"), ("demo/judge", "demo", "evaluation")]
-
-
-def first_stage(folder: Path, *, wandb: str = "offline") -> Any:
-    path = folder / "p.yaml"
-    path.write_text(PIPELINE.replace("DIR", str(folder)).replace("wandb: offline", f"wandb: {wandb}"))
-    return next(iter(load(path).stages.values()))
+    groups = [(asked["name"], asked["group"], asked["job_type"]) for asked in opened]
+    assert groups == [("demo/a", "demo", "sft"), ("demo/judge", "demo", "evaluation")]
+    for stage in stages(tmp_path / "sweep", wandb="offline, wandb_group: lr"):  # as a sweep names its group
+        with recording(stage, resume=False):
+            pass
+    assert [asked["group"] for asked in opened[2:]] == ["lr", "lr"]
 
 
 def checkpoint(folder: RunFolder, step: int = 1) -> None:
@@ -86,7 +94,7 @@ def checkpoint(folder: RunFolder, step: int = 1) -> None:
 def test_a_run_without_room_can_be_continued_if_it_has_a_checkpoint(
     tmp_path: Path, opened: list[dict[str, Any]], has_checkpoint: bool, kind: type[Exception]
 ) -> None:
-    stage = first_stage(tmp_path)
+    stage = stages(tmp_path)[0]
 
     def run() -> None:
         with recording(stage, resume=False) as (record, _):
@@ -102,18 +110,39 @@ def test_a_run_without_room_can_be_continued_if_it_has_a_checkpoint(
     assert error["kind"] == "StorageFull"
 
 
+@pytest.mark.parametrize(("has_checkpoint", "code"), [(True, 75), (False, 1)])
+def test_a_full_object_store_ends_the_command_with_75_and_the_remedy_if_the_run_can_be_continued(
+    tmp_path: Path,
+    opened: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    has_checkpoint: bool,
+    code: int,
+) -> None:
+    def launch(loaded: LoadedConfig, _: Start) -> None:
+        with recording(next(iter(loaded.stages.values())), resume=False) as (record, _step):
+            if has_checkpoint:
+                checkpoint(record.folder)
+            put("the data")
+
+    monkeypatch.setattr("actors.run.train.launch", launch)
+    monkeypatch.setattr("ray.put", Mock(side_effect=ObjectStoreFullError("no room for 8 MiB")))
+    stages(tmp_path)
+    assert main(["train", str(tmp_path / "p.yaml"), "--quiet"]) == code
+    said = capsys.readouterr().err
+    assert "Make room on this disk, or raise cluster.object_store_gib." in said
+    assert said.startswith("rlhf: preempted: ") == has_checkpoint
+
+
 @pytest.mark.parametrize(("has_checkpoint", "kind"), [(True, Preempted), (False, StorageFull)])
 def test_a_resumed_run_without_room_for_its_start_can_be_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_checkpoint: bool, kind: type[Exception]
 ) -> None:
-    def full(*_: Any) -> None:
-        raise StorageFull("no room")
-
     stage = mirrored(tmp_path)
     with RunFolder.open(stage.run.dir, stage.run.name, resume=False) as folder:
         if has_checkpoint:
             checkpoint(folder)
-    monkeypatch.setattr(RunFolder, "write_config", full)
+    monkeypatch.setattr(RunFolder, "write_config", Mock(side_effect=StorageFull("no room")))
     with pytest.raises(kind, match="no room"), recording(stage, resume=True):
         pytest.fail("it began")
 
@@ -130,23 +159,13 @@ def test_a_run_that_the_cluster_has_no_room_for_is_not_started_again_by_its_pare
     request.signal = number
     monkeypatch.setattr("actors.run.run_record.tell_parent", facts.update)
     monkeypatch.setattr("actors.run.run_record.current_request", lambda: request)
-    with pytest.raises(Preempted), recording(first_stage(tmp_path), resume=False):
+    with pytest.raises(Preempted), recording(stages(tmp_path)[0], resume=False):
         raise Preempted("no other node")
     assert facts.get("is_final", False) == is_final
 
 
 def test_a_single_run_has_no_group(tmp_path: Path, opened: list[dict[str, Any]]) -> None:
-    path = tmp_path / "run.yaml"
-    tree = {
-        "run": {"name": "alone", "dir": str(tmp_path)},
-        "policy": {"model": "x"},
-        "algorithm": {"name": "sft"},
-        "data": {"train": "a.jsonl"},
-        "train": {"steps": 2, "lr": 1e-3, "sequences_per_update": 32},
-        "tracking": {"wandb": "offline", "wandb_tags": ["tiny"], "wandb_entity": "team"},
-    }
-    path.write_text(json.dumps(tree))
-    (stage,) = load(path).stages.values()
+    stage = mirrored(tmp_path, tracking="{wandb: offline, wandb_tags: [tiny], wandb_entity: team}")
     with pytest.raises(RunError), recording(stage, resume=False) as (record, _):
         raise RunError("it broke")
     assert (opened[0]["group"], opened[0]["tags"], opened[0]["entity"]) == (None, ("tiny",), "team")
@@ -156,22 +175,10 @@ def test_a_single_run_has_no_group(tmp_path: Path, opened: list[dict[str, Any]])
     assert json.loads(row)["message"] == "it broke"
 
 
-def test_a_sweep_names_its_group(tmp_path: Path, opened: list[dict[str, Any]]) -> None:
-    path = tmp_path / "p.yaml"
-    path.write_text(PIPELINE.replace("DIR", str(tmp_path)).replace("wandb: offline", "wandb: offline, wandb_group: lr"))
-    for stage in load(path).stages.values():
-        with recording(stage, resume=False):
-            pass
-    assert [asked["group"] for asked in opened] == ["lr", "lr"]
-
-
 def test_a_full_disk_does_not_hide_what_ended_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    stage = first_stage(tmp_path, wandb="'off'")
+    full, stage = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")), stages(tmp_path, wandb="'off'")[0]
     monkeypatch.setattr("rlhf.tracking.sinks.tracker.write_error", full)
     monkeypatch.setattr("rlhf.tracking.sinks.tracker.Tracker.close", full)
     with pytest.raises(RunError, match="rank 1 died"), recording(stage, resume=False):
@@ -188,9 +195,10 @@ train: {steps: 40, lr: 1e-3, sequences_per_update: 32, keep_checkpoints: 1}
 """
 
 
-def mirrored(tmp_path: Path, parent: str = "runs") -> Any:
+def mirrored(tmp_path: Path, parent: str = "runs", *, tracking: str = "{}") -> Any:
     path = tmp_path / "run.yaml"
-    path.write_text(RUN.replace("DIR/runs", str(tmp_path / parent)).replace("DIR", str(tmp_path)))
+    text = RUN.replace("DIR/runs", str(tmp_path / parent)).replace("DIR", str(tmp_path))
+    path.write_text(f"{text}tracking: {tracking}\n")
     (stage,) = load(path).stages.values()
     return stage
 
@@ -232,14 +240,11 @@ def test_a_mirror_that_cannot_be_written_fails_before_anything_starts(
 def test_a_result_that_did_not_get_away_follows_with_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: Any) -> None:
-        raise PermissionError("expired")
-
     def finish() -> None:
         with recording(stage, resume=False) as (record, _):
             (record.folder.begin_final() / "model.safetensors").write_text("final")
             record.folder.commit_final()
-            monkeypatch.setattr(record.mirror, "_put", fails)
+            monkeypatch.setattr(record.mirror, "_put", Mock(side_effect=PermissionError("expired")))
 
     stage, there = mirrored(tmp_path), tmp_path / "mirror" / "demo" / "final.json"
     with pytest.raises(RunError, match=r"expired.*--resume auto"):
@@ -259,11 +264,7 @@ def test_a_checkpoint_that_did_not_get_away_is_told_and_tried_again(
     monkeypatch.setattr("rlhf.tracking.run_folder.mirror._PAUSE_S", 0.001)
     with recording(mirrored(tmp_path), resume=False) as (record, _):
         whole = record.mirror._put_checkpoint
-
-        def fails(step: int) -> None:
-            raise PermissionError("expired")
-
-        record.mirror._put_checkpoint = fails
+        record.mirror._put_checkpoint = Mock(side_effect=PermissionError("expired"))
         checkpointed(record, 10)
         record.mirror._thread.join()
         record.mirror._put_checkpoint = whole

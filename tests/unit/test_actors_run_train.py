@@ -23,13 +23,9 @@ def test_a_pipeline_s_file_holds_no_secret(tmp_path: Path, monkeypatch: pytest.M
     build_tiny_llama(tmp_path / "a-long-secret", seed=1)
     monkeypatch.setenv("STORE_TOKEN", "a-long-secret")
     monkeypatch.setattr("rlhf.tracking.logs.configure", lambda: None)  # it is for a whole process
-    merge = {
-        "method": "linear",
-        "models": {"a": {"model": str(tiny_model)}, "b": {"model": str(tmp_path / "a-long-secret")}},
-    }
-    (tmp_path / "soup.yaml").write_text(
-        yaml.safe_dump({"run": {"name": "soup", "dir": str(tmp_path)}, "stages": {"mean": {"merge": merge}}})
-    )
+    models = {"a": {"model": str(tiny_model)}, "b": {"model": str(tmp_path / "a-long-secret")}}
+    mean = {"mean": {"merge": {"method": "linear", "models": models}}}
+    (tmp_path / "soup.yaml").write_text(yaml.safe_dump({"run": {"name": "soup", "dir": str(tmp_path)}, "stages": mean}))
     launch(load(tmp_path / "soup.yaml"), Start(resume=False, mode="quiet"))
     assert (tmp_path / "soup/mean/final/model.safetensors").exists()
     said = (tmp_path / "soup/config.resolved.yaml").read_text()
@@ -49,8 +45,6 @@ def test_a_drain_of_the_driver_s_node_is_noticed_too(
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "head"))
     monkeypatch.setattr("ray._private.state.state", SimpleNamespace(get_draining_nodes=lambda: {node: 5000}))
     limits = SimpleNamespace(train=SimpleNamespace(preemption_grace_s=1.0), cluster=SimpleNamespace(call_timeout_s=1.0))
-    controller: Any = SimpleNamespace(
-        config=limits, run=lambda until: None, notice=None, supervisor=SimpleNamespace(continue_after=lambda _: None)
-    )
-    carried_out = module._carry_out(controller, StopRequest(), step=None, until=None, nodes=lambda: {"worker"})
-    asyncio.run(carried_out)
+    supervisor = SimpleNamespace(continue_after=lambda _: None)
+    controller: Any = SimpleNamespace(config=limits, run=lambda until: None, notice=None, supervisor=supervisor)
+    asyncio.run(module._carry_out(controller, StopRequest(), step=None, until=None, nodes=lambda: {"worker"}))

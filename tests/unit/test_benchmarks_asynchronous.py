@@ -22,18 +22,9 @@ from tests.fixtures.sources import ROOT
 
 SYSTEM = System(
     lengths=Lengths(most=400, mean=60.0, sigma=1.0),
-    prompts_per_step=8,
-    samples_per_prompt=4,
-    prompt_tokens=20.0,
-    engines=1,
+    **{"prompts_per_step": 8, "samples_per_prompt": 4, "prompt_tokens": 20.0, "engines": 1, "max_num_seqs": 64},
+    **{"base_s": 0.02, "each_s": 0.003, "prefill_s": 0.003, "train_tokens_per_s": 300.0, "sync_s": 0.5, "load_s": 0.25},
     colocated=False,
-    max_num_seqs=64,
-    base_s=0.02,
-    each_s=0.003,
-    prefill_s=0.003,
-    train_tokens_per_s=300.0,
-    sync_s=0.5,
-    load_s=0.25,
     recomputes=True,
 )
 
@@ -71,14 +62,9 @@ def test_the_rates_and_the_steps_of_a_run_are_found_again() -> None:
     rows[0]["time/rollouts_s"] += 5.0  # a warm-up
     found = measured_system(run(), rows, recorded, after=1)
     assert (found.base_s, found.each_s) == pytest.approx((0.02, 0.003))
-    expected = replace(SYSTEM, base_s=found.base_s, each_s=found.each_s, prefill_s=found.each_s)
-    assert found == replace(
-        expected,
-        lengths=found.lengths,
-        recorded=tuple(recorded),
-        max_num_seqs=found.max_num_seqs,
-        train_tokens_per_s=pytest.approx(300.0),
-    )
+    rates = {"base_s": found.base_s, "each_s": found.each_s, "prefill_s": found.each_s}
+    drawn = {"lengths": found.lengths, "max_num_seqs": found.max_num_seqs, "recorded": tuple(recorded)}
+    assert found == replace(SYSTEM, **rates, **drawn, train_tokens_per_s=pytest.approx(300.0))
     predicted = simulate(found, Schedule(), steps=6, seed=0, warm_up=2)
     assert predicted.step_s == pytest.approx(sum(one["time/step_s"] for one in rows[2:]) / 6)
 

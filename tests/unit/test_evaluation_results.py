@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,33 +69,24 @@ def test_prompt_metrics_by_hand() -> None:
     assert found["score"].high == 0.5
 
 
-def test_a_score_that_is_no_mark_gives_neither_pass_nor_vote() -> None:
-    found = prompt_metrics(RESULTS, None, Marking(ks=(1,), passing=None, answers="whole"), seed=0)
-    assert not [name for name in found if "@" in name]
-
-
-def test_responses_without_answers_do_not_vote() -> None:
-    silent = [replace(one, answers=None) for one in RESULTS]
-    found = prompt_metrics(silent, None, MARKING, seed=0)
-    assert [name for name in found if "@" in name] == ["pass@1", "pass@2"]
-
-
-def test_a_reward_that_only_some_prompts_have_is_averaged_over_those() -> None:
-    other = replace(RESULTS[1], by_name={"polite": (0.5,) * 4})
-    found = prompt_metrics([RESULTS[0], other], None, MARKING, seed=0)
-    assert (found["rewards/right"].value, found["rewards/polite"].value) == (0.5, 0.5)
+def test_marks_and_answers_decide_on_passes_and_votes() -> None:
+    silent = [replace(result, answers=None) for result in RESULTS]
+    for results, marking, names in (
+        (RESULTS, Marking(ks=(1,), passing=None, answers="whole"), []),  # a score that is no mark
+        (silent, MARKING, ["pass@1", "pass@2"]),  # responses without answers do not vote
+    ):
+        assert [name for name in prompt_metrics(results, None, marking, seed=0) if "@" in name] == names
 
 
 def test_a_set_and_each_of_its_sources_has_a_report() -> None:
     """Prompt 1 failed. The source of prompt 1 has no results, and the whole set counts the failure."""
     sources = {0: "easy", 1: "odd", 2: "hard"}
-    found = prompt_reports("heldout", RESULTS, MARKING, sources=sources, prompt_ids=[0, 1, 2], seed=0)
-    assert [(one.name, one.num_rows, one.num_failed) for one in found] == [
-        ("heldout", 2, 1),
-        ("heldout.easy", 1, 0),
-        ("heldout.hard", 1, 0),
+    reports = prompt_reports("heldout", RESULTS, MARKING, sources=sources, prompt_ids=[0, 1, 2], seed=0)
+    assert [(report.name, report.num_rows, report.num_failed, report.metrics["score"].value) for report in reports] == [
+        ("heldout", 2, 1, 0.25),
+        ("heldout.easy", 1, 0, 0.5),
+        ("heldout.hard", 1, 0, 0.0),
     ]
-    assert [one.metrics["score"].value for one in found] == [0.25, 0.5, 0.0]
 
 
 def test_models_are_compared_on_the_prompts_that_both_answered() -> None:
@@ -105,14 +98,10 @@ def test_models_are_compared_on_the_prompts_that_both_answered() -> None:
 
 def test_example_metrics_by_hand() -> None:
     """Three tokens have log-probability -1.5, and the fourth token has -0.5: loss 2/4."""
-    results = [
-        ExampleResult(num_tokens=3, logprob=-1.5, num_top1=2),
-        ExampleResult(num_tokens=1, logprob=-0.5, num_top1=1),
-    ]
-    found = example_metrics(results, seed=0)
-    assert found["loss"].value == 0.5
-    assert found["perplexity"].value == pytest.approx(math.exp(0.5))
-    assert found["token_accuracy"].value == 0.75
+    sums = ((3, -1.5, 2), (1, -0.5, 1))
+    results = [ExampleResult(num_tokens=tokens, logprob=logprob, num_top1=top) for tokens, logprob, top in sums]
+    values = {name: estimate.value for name, estimate in example_metrics(results, seed=0).items()}
+    assert values == {"loss": 0.5, "perplexity": pytest.approx(math.exp(0.5)), "token_accuracy": 0.75}
 
 
 @pytest.mark.parametrize(
@@ -158,6 +147,17 @@ def test_rewards_know_their_form_of_answer() -> None:
     assert answer_form("contains", {}) is None
 
 
+def report(name: str, num_rows: int, metrics: Mapping[str, Estimate]) -> Evaluation:
+    sets = (SetReport(name=name, num_rows=num_rows, num_failed=0, metrics=metrics),)
+    return Evaluation(model="m", against=None, seed=0, samples=4, passing=str(MARKING.passing), sets=sets)
+
+
+def rendered(table: Any) -> str:
+    text = io.StringIO()
+    Console(file=text, width=100).print(table)
+    return " ".join(text.getvalue().split())
+
+
 def test_rows_and_report_are_plain_json() -> None:
     rows = prompt_rows("m", "heldout", RESULTS, MARKING)
     assert [(row["prompt_id"], row["sample"], row["answer"], row["passed"]) for row in rows[:3]] == [
@@ -165,66 +165,44 @@ def test_rows_and_report_are_plain_json() -> None:
         (0, 1, "7", True),
         (0, 2, "8", False),
     ]
-    one = SetReport(name="heldout", num_rows=2, num_failed=0, metrics=prompt_metrics(RESULTS, None, MARKING, seed=0))
-    whole = Evaluation(model="m", against=None, seed=0, samples=4, passing=str(MARKING.passing), sets=(one,))
-    told = json.loads(json.dumps(whole.to_json(), allow_nan=False))
-    assert told["sets"]["heldout"]["metrics"]["score"]["value"] == 0.25
-    text = io.StringIO()
-    Console(file=text, width=100).print(whole.to_table())
-    assert "heldout (2)" in text.getvalue()
-    assert "0.4167" in text.getvalue()
-    assert "A response passes with a value of at least 1 of right." in " ".join(text.getvalue().split())
+    whole = report("heldout", 2, prompt_metrics(RESULTS, None, MARKING, seed=0))
+    written = json.loads(json.dumps(whole.to_json(), allow_nan=False))
+    assert written["sets"]["heldout"]["metrics"]["score"]["value"] == 0.25
+    table = rendered(whole.to_table())
+    for text in ("heldout (2)", "0.4167", "A response passes with a value of at least 1 of right."):
+        assert text in table
 
 
 def test_a_run_logs_rewards_by_name_alone() -> None:
     shares = {"rewards/correct": 0.25, "pass@8": 0.75}
     metrics = {name: Estimate(value=value, low=None, high=None) for name, value in shares.items()}
-    metrics["score"] = Estimate(value=0.5, low=0.0, high=1.0)
-    one = SetReport(name="hard", num_rows=2, num_failed=0, metrics=metrics)
-    found = Evaluation(model="m", against=None, seed=0, samples=8, sets=(one,)).to_metrics()
-    assert found == {
-        "eval/hard/score": 0.5,
-        "eval/hard/score_low": 0.0,
-        "eval/hard/score_high": 1.0,
-        "eval/hard/correct": 0.25,
-        "eval/hard/pass@8": 0.75,
-    }
-    assert all(declared(name).name == "eval/<set>/<metric>" for name in found)
+    logged = report("hard", 2, metrics | {"score": Estimate(value=0.5, low=0.0, high=1.0)}).to_metrics()
+    values = {"score": 0.5, "score_low": 0.0, "score_high": 1.0, "correct": 0.25, "pass@8": 0.75}
+    assert logged == {f"eval/hard/{name}": value for name, value in values.items()}
+    assert all(declared(name).name == "eval/<set>/<metric>" for name in logged)
 
 
 def test_a_reward_is_averaged_over_the_prompts_that_it_applies_to() -> None:
     plain = result(3, ("x",), (4.0,))
     other = replace(result(4, ("y",), (2.0,)), by_name={"style": (2.0,)}, answers=None, truncated=(False,))
     found = prompt_metrics([plain, other], None, Marking(ks=(1,), passing=None, answers=None), seed=0)
-    assert {name: found[name].value for name in ("score", "rewards/right", "rewards/style")} == {
-        "score": 3.0,  # (4 + 2) / 2
-        "rewards/right": 4.0,
-        "rewards/style": 2.0,
-    }
-    assert [line["scores"] for line in prompt_rows("m", "s", [plain, other], MARKING)] == [
-        {"right": 4.0},
-        {"style": 2.0},
-    ]
-
-
-def evaluation(score: float) -> Evaluation:
-    metrics = {"score": Estimate(value=score, low=score - 0.1, high=score + 0.1)}
-    one = SetReport(name="heldout", num_rows=2, num_failed=0, metrics=metrics)
-    return Evaluation(model="m", against=None, seed=0, samples=1, sets=(one,))
+    values = [found[name].value for name in ("score", "rewards/right", "rewards/style")]
+    assert values == [3.0, 4.0, 2.0]  # (4 + 2) / 2
+    lines = prompt_rows("m", "s", [plain, other], MARKING)
+    assert [line["scores"] for line in lines] == [{"right": 4.0}, {"style": 2.0}]
 
 
 def test_a_run_shows_its_first_and_last_evaluation(tmp_path: Path) -> None:
     (tmp_path / "evals").mkdir()
     assert before_after(tmp_path) is None
     for step, score in ((0, 0.25), (10, 0.5), (20, 0.75)):
-        path = evaluation_path(tmp_path, step)
-        path.write_text(json.dumps(evaluation(score).to_json()), encoding="utf-8")
-    text = io.StringIO()
-    Console(file=text, width=100).print(before_after(tmp_path))
-    assert "0.25 (0.15 to 0.35)" in text.getvalue()
-    assert "0.75 (0.65 to 0.85)" in text.getvalue()
-    assert "step 20" in text.getvalue()
-    assert "0.5 (" not in text.getvalue()
+        estimate = Estimate(value=score, low=score - 0.1, high=score + 0.1)
+        text = json.dumps(report("heldout", 2, {"score": estimate}).to_json())
+        evaluation_path(tmp_path, step).write_text(text, encoding="utf-8")
+    table = rendered(before_after(tmp_path))
+    for shown in ("0.25 (0.15 to 0.35)", "0.75 (0.65 to 0.85)", "step 20"):
+        assert shown in table
+    assert "0.5 (" not in table
 
 
 def test_conversations_are_written_turn_by_turn_and_token_by_token() -> None:

@@ -22,33 +22,26 @@ from rlhf.evaluation.statistics import (
 
 def test_pass_at_k_by_hand() -> None:
     """2 of 5 pass. k = 1: 2/5. k = 2: 1 - C(3,2)/C(5,2) = 1 - 3/10. k = 4: C(3,4) = 0."""
-    passed = [True, False, True, False, False]
-    assert pass_at_k(passed, k=1) == pytest.approx(0.4)
-    assert pass_at_k(passed, k=2) == pytest.approx(0.7)
-    assert pass_at_k(passed, k=4) == 1.0
+    for k, expected in ((1, 0.4), (2, 0.7), (4, 1.0)):
+        assert pass_at_k([True, False, True, False, False], k=k) == pytest.approx(expected)
     assert pass_at_k([False] * 3, k=3) == 0.0
 
 
-def test_maj_at_k_by_hand() -> None:
-    """The answers are a a b c, and a is right.
-
-    k = 1: 2/4. k = 2, six pairs: aa wins; ab (twice) and ac (twice) tie, 1/2 each; bc loses: (1 + 2) / 6.
-    k = 3, four triples: aab and aac win, abc (twice) a third each: (2 + 2/3) / 4.  k = 4: a wins.
-    """
-    answers, passed = ["a", "a", "b", "c"], [True, True, False, False]
-    for k, expected in ((1, 0.5), (2, 0.5), (3, (2 + 2 / 3) / 4), (4, 1.0)):
-        assert maj_at_k(answers, passed, k=k) == pytest.approx(expected)
-
-
-def test_a_sample_without_an_answer_has_no_vote() -> None:
-    """a (right), b, None. Pairs: ab ties 1/2, a-None wins, b-None loses: 1.5 / 3. None alone loses: k = 1 is 1/3."""
-    assert maj_at_k(["a", "b", None], [True, False, False], k=2) == pytest.approx(0.5)
-    assert maj_at_k(["a", "b", None], [True, False, False], k=1) == pytest.approx(1 / 3)
-    assert maj_at_k([None, None], [True, False], k=2) == 0.0
-
-
-def test_an_answer_of_which_half_the_samples_pass_counts_half() -> None:
-    assert maj_at_k(["a", "a", "b"], [True, False, False], k=3) == pytest.approx(0.5)
+@pytest.mark.parametrize(
+    ("answers", "passes", "by_k"),
+    [
+        # k = 1: 2/4. k = 2, six pairs: aa wins; ab (twice) and ac (twice) tie, 1/2 each; bc loses: (1 + 2) / 6.
+        # k = 3, four triples: aab and aac win, abc (twice) a third each: (2 + 2/3) / 4.  k = 4: a wins.
+        (["a", "a", "b", "c"], [1, 1, 0, 0], {1: 0.5, 2: 0.5, 3: (2 + 2 / 3) / 4, 4: 1.0}),
+        # Without an answer there is no vote. Pairs: ab ties 1/2, a-None wins, b-None loses: 1.5 / 3. None alone loses.
+        (["a", "b", None], [1, 0, 0], {1: 1 / 3, 2: 0.5}),
+        ([None, None], [1, 0], {2: 0.0}),
+        (["a", "a", "b"], [1, 0, 0], {3: 0.5}),  # an answer of which half the samples pass counts half
+    ],
+)
+def test_maj_at_k_by_hand(answers: list[str | None], passes: list[bool], by_k: dict[int, float]) -> None:
+    for k, expected in by_k.items():
+        assert maj_at_k(answers, passes, k=k) == pytest.approx(expected)
 
 
 def test_both_are_means_over_all_choices() -> None:
@@ -57,9 +50,8 @@ def test_both_are_means_over_all_choices() -> None:
         n = draw.randint(1, 7)
         answers = [draw.choice(["a", "b", "c", None]) for _ in range(n)]
         passed = [draw.random() < 0.5 for _ in range(n)]
-        value = {
-            a: np.mean([p for b, p in zip(answers, passed, strict=True) if a == b]) for a in answers if a is not None
-        }
+        passes = {a: [p for b, p in zip(answers, passed, strict=True) if a == b] for a in answers if a is not None}
+        value = {answer: np.mean(shares) for answer, shares in passes.items()}
         for k in range(1, n + 1):
             choices = list(itertools.combinations(range(n), k))
             won = 0.0
@@ -72,18 +64,15 @@ def test_both_are_means_over_all_choices() -> None:
             assert pass_at_k(passed, k=k) == pytest.approx(some)
 
 
-def test_many_samples_stay_finite() -> None:
+def test_many_samples_stay_finite_and_k_is_at_most_the_samples() -> None:
     """C(2000, 1000) is beyond a float."""
     assert pass_at_k([True] + [False] * 1999, k=1000) == pytest.approx(0.5)
     assert maj_at_k(["a"] * 40 + ["b"] * 24, [True] * 40 + [False] * 24, k=1) == pytest.approx(40 / 64)
-
-
-@pytest.mark.parametrize("k", [0, 3])
-def test_k_is_at_most_the_samples(k: int) -> None:
-    with pytest.raises(ValueError, match="expected 1 to the number of samples, 2"):
-        pass_at_k([True, False], k=k)
-    with pytest.raises(ValueError, match="expected 1 to the number of samples, 2"):
-        maj_at_k(["a", "b"], [True, False], k=k)
+    for k in (0, 3):
+        with pytest.raises(ValueError, match="expected 1 to the number of samples, 2"):
+            pass_at_k([True, False], k=k)
+        with pytest.raises(ValueError, match="expected 1 to the number of samples, 2"):
+            maj_at_k(["a", "b"], [True, False], k=k)
 
 
 def test_win_chance_by_hand() -> None:
@@ -114,6 +103,4 @@ def test_the_interval_is_that_of_a_large_sample() -> None:
     assert found == mean_estimate(values.tolist(), seed=1)
     assert found != mean_estimate(values.tolist(), seed=2)
 
-
-def test_the_usual_ks() -> None:
     assert [powers_of_two(n) for n in (1, 2, 6, 8)] == [(1,), (1, 2), (1, 2, 4), (1, 2, 4, 8)]

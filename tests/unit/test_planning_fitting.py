@@ -31,26 +31,24 @@ MODEL = {"rewards": {"score": {"role": "reward"}}, "reward": {"model": "Qwen/Qwe
 
 def config_of(rewards: dict[str, Any], **rollout: Any) -> Config:
     roles = {"policy": {"workers": 8, "zero_stage": 3}, "rollout": {"engines": 8, "colocate_with": "policy", **rollout}}
-    config = parse({**RUN, **rewards, "cluster": {"device": "cuda", "roles": roles}})
-    return config
+    return parse({**RUN, **rewards, "cluster": {"device": "cuda", "roles": roles}})
+
+
+def fits(config: Config, node: Node, count: int = 1) -> list[Fit]:
+    return places(config, plan_placement(config), footprints(config, Sizes(gpu_memory_gib=80.0)), [node] * count)
 
 
 def fullest_gpu(config: Config) -> Fit:
-    nodes = [Node(cpus=96.0, gpus=8.0, mem_gib=2000.0, gpumem_gib=80.0)]
-    found = footprints(config, Sizes(gpu_memory_gib=80.0))
-    gpus = [one for one in places(config, plan_placement(config), found, nodes) if one.where.startswith("GPU")]
-    return max(gpus, key=lambda one: one.wanted)
+    node = Node(cpus=96.0, gpus=8.0, mem_gib=2000.0, gpumem_gib=80.0)
+    return max((fit for fit in fits(config, node) if fit.where.startswith("GPU")), key=lambda fit: fit.wanted)
 
 
-def test_a_reference_leaves_the_gpu_while_the_engine_generates() -> None:
+def test_a_reference_leaves_the_gpu_of_a_generating_engine_and_a_reward_model_stays() -> None:
     fit = fullest_gpu(config_of(FUNCTION))
     # The engine's 0.85 * 80 GiB, contexts of engine and reference, and context and NCCL of the policy's rank.
     assert fit.wanted == pytest.approx(0.85 * 80 * GIB + 3 * Assumed.CUDA_BYTES + Assumed.NCCL_BYTES)
     assert fit.parts.startswith("generate: ")
     assert fit.fits
-
-
-def test_a_reward_model_stays_and_does_not_fit_with_the_default_utilization() -> None:
     fit = fullest_gpu(config_of(MODEL))
     assert fit.wanted > (0.85 * 80 + 14.2) * GIB  # 7.6 billion weights of 2 bytes
     assert fit.fits is False
@@ -76,19 +74,16 @@ def test_each_node_holds_the_copies_of_as_many_ranks_of_others() -> None:
     roles = {"policy": {"workers": 6}, "rollout": {"engines": 3}, "reward": {"colocate_with": "policy"}}
     tree = {**RUN, **FUNCTION, "cluster": {"device": "cuda", "address": "auto", "roles": roles}}
     config = parse({**tree, "algorithm": {"name": "grpo"}})
-    nodes = [Node(cpus=96.0, gpus=3.0, mem_gib=2000.0)] * 3
-    found = footprints(config, Sizes(gpu_memory_gib=80.0))
-    (host,) = [fit for fit in places(config, plan_placement(config), found, nodes) if fit.where.startswith("host")]
+    (host,) = [
+        fit for fit in fits(config, Node(cpus=96.0, gpus=3.0, mem_gib=2000.0), 3) if fit.where.startswith("host")
+    ]
     assert f"copies of snapshots {2 * 7_615_616_512 * 24 / 6 / GIB:,.1f}" in host.parts
-    alone = [Node(cpus=96.0, gpus=9.0, mem_gib=2000.0)]
-    (host,) = [fit for fit in places(config, plan_placement(config), found, alone) if fit.where.startswith("host")]
+    (host,) = [fit for fit in fits(config, Node(cpus=96.0, gpus=9.0, mem_gib=2000.0)) if fit.where.startswith("host")]
     assert "copies of snapshots" not in host.parts
 
 
 def shared_memory(config: Config, **node: float) -> Fit:
-    nodes = [Node(cpus=96.0, gpus=9.0, **node)]
-    found = footprints(config, Sizes(gpu_memory_gib=80.0))
-    (fit,) = [fit for fit in places(config, plan_placement(config), found, nodes) if fit.where == "/dev/shm of node 0"]
+    (fit,) = [fit for fit in fits(config, Node(cpus=96.0, gpus=9.0, **node)) if fit.where == "/dev/shm of node 0"]
     return fit
 
 

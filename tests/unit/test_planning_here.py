@@ -40,8 +40,8 @@ def missing(*overrides: str) -> list[str]:
 
 def test_nothing_is_missing(folder: Path) -> None:
     assert missing() == []
-    (folder / "hub" / "hub" / "models--some--model").mkdir(parents=True)
-    (folder / "hub" / "hub" / "datasets--some--data").mkdir(parents=True)
+    for name in ("models--some--model", "datasets--some--data"):
+        (folder / "hub" / "hub" / name).mkdir(parents=True)
     assert missing("policy.model=some/model", "data.train='some/data:test'") == []
 
 
@@ -61,16 +61,11 @@ def test_what_is_missing_has_a_sentence_each(folder: Path) -> None:
         "rewards.mine.function: there is no file none.py",
         "rollouts.environment.name: there is no file game.py",
     ]
-
-
-def test_names_that_no_path_can_have(folder: Path) -> None:
-    long = "a" * 5000
+    long = "a" * 5000  # no path can have these names
     names = [f"policy.model={long}", f"data.train={long}.jsonl", "rewards.mine.function='~nobody/x.py:f'"]
-    assert [sentence.partition(":")[0] for sentence in missing(*names)] == [
-        "policy.model",
-        "data.train",
-        "rewards.mine.function",
-    ]
+    assert [sentence.partition(":")[0] for sentence in missing(*names)] == [name.partition("=")[0] for name in names]
+    with pytest.raises(UserError, match=r"rewards\.mine\.function: there is no reward `contain`; did you mean"):
+        missing("rewards.mine.function=contain")
 
 
 def test_a_machine_that_is_too_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,18 +100,12 @@ def test_the_result_of_an_earlier_stage_is_not_missing(folder: Path) -> None:
     ]
 
 
-def test_a_built_in_reward_that_exists_nowhere_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"rewards\.mine\.function: there is no reward `contain`; did you mean"):
-        missing("rewards.mine.function=contain")
-
-
-def test_plan_checks_the_inputs_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_checks_the_inputs_writes_nothing_and_refuses_what_train_would(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", "run.yaml"]) == 0
     assert capsys.readouterr().out.endswith("environments, agents\n  checked: `rlhf train` accepts them\n")
     assert not (folder / "runs").exists()
-
-
-def test_plan_refuses_what_train_would(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "a", "reply": "b"}) + "\n")
     assert main(["plan", "run.yaml"]) == 2
     out, error = capsys.readouterr()

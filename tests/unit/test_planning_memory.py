@@ -14,7 +14,7 @@ from rlhf.errors import UserError
 from rlhf.planning import memory
 from rlhf.planning.footprints import Sizes, footprints, tokens_of_microbatch, training
 from rlhf.planning.memory import GIB, Footprint, activation_bytes, head_bytes, kv_bytes_per_token
-from rlhf.planning.shapes import _MIXTURE_TABLE, _TABLE, TINY, find_shape, shape_of
+from rlhf.planning.shapes import _MIXTURE_TABLE, _TABLE, TINY, Shape, find_shape, shape_of
 from tests.fixtures.sources import ROOT
 
 # As the models' pages on the hub count them.
@@ -69,7 +69,14 @@ PUBLISHED_MIXTURES = {
 }
 
 
-def shape(model: str = "meta-llama/Llama-3.3-70B-Instruct"):  # type: ignore[no-untyped-def]
+COUNT = 7_615_616_512  # of Qwen2.5-7B
+# Rank 8 on each block of Qwen2.5-7B (H 3584, F 18944, queries 3584, keys 512), in + out of each layer:
+# q 7168, k and v 4096 each, o 7168, gate, up, down 22528 each: 90,112; * 8 * 28 blocks.
+ADAPTER = 20_185_088
+BLOCKS = COUNT - 2 * 152_064 * 3584 - 3584  # without embedding, head and last norm
+
+
+def shape(model: str = "meta-llama/Llama-3.3-70B-Instruct") -> Shape:
     return find_shape(model, shapes=None, made={})
 
 
@@ -87,15 +94,12 @@ def policy(tmp_path: Path, *overrides: str) -> Footprint:
     return footprints(run(tmp_path, *overrides), Sizes())[0]
 
 
-def term(one: Footprint, name: str) -> float:
-    return sum(t.nbytes for t in one.terms if t.name == name)
+def term(footprint: Footprint, name: str) -> float:
+    return sum(t.nbytes for t in footprint.terms if t.name == name)
 
 
-def test_the_table_has_every_model_and_their_published_sizes() -> None:
+def test_the_tables_have_the_published_sizes() -> None:
     assert {model: shape(model).parameters for model in _TABLE} == PUBLISHED
-
-
-def test_mixtures_have_their_published_sizes() -> None:
     assert _MIXTURE_TABLE.keys() == PUBLISHED_MIXTURES.keys()
     for model, (total, active) in PUBLISHED_MIXTURES.items():
         rounding = 0.01 if isinstance(total, float) else 0.0
@@ -196,66 +200,53 @@ def test_states_are_as_large_as_the_optimizer_makes_them(
     assert term(planned, name) == pytest.approx(measured, rel=0.02)  # norms and counts of steps are not counted
 
 
-def test_8_bit_states_by_hand(tmp_path: Path) -> None:
-    # Two bytes of each weight, and two float32 scales for each 256 weights, over 4 ranks.
-    count = 7_615_616_512
-    planned = policy(tmp_path, "train.optimizer=adamw_8bit", "cluster.roles.policy.workers=4")
-    assert term(planned, "8-bit moments") == count * (2 + 8 / 256) / 4
+@pytest.mark.parametrize(
+    ("overrides", "terms"),
+    [
+        # Two bytes of each weight, and two float32 scales for each 256 weights, over 4 ranks.
+        (
+            ["train.optimizer=adamw_8bit", "cluster.roles.policy.workers=4"],
+            {"8-bit moments": COUNT * (2 + 8 / 256) / 4},
+        ),
+        # Below stage 3, bfloat16 weights are whole, and master weights (4 bytes) and moments (8) are shared out. The
+        # snapshots are twice the float32 weights and the moments.
+        (
+            ["cluster.roles.policy.workers=4"],
+            {
+                **{"weights": COUNT * 2, "master weights": COUNT, "Adam moments": COUNT * 2},
+                **{"summed gradients": COUNT, "snapshots": 2 * COUNT * 12 / 4},
+            },
+        ),
+        (
+            ["cluster.roles.policy={workers: 4, zero_stage: 3}"],
+            {"weights": COUNT * 2 / 4, "weights gathered": 10**9 * 2, "gradient bucket": 5 * 10**7 * 2},
+        ),
+        (  # DeepSpeed copies float32 weights in float32 too
+            ["cluster.roles.policy={workers: 1, zero_stage: 3}", "policy.dtype=float32"],
+            {"master weights": COUNT * 4, "weights gathered": 0, "gradients as a block": COUNT * 4},
+        ),
+        (
+            ["cluster.roles.policy={workers: 4, zero_stage: 0}", "policy.dtype=float32"],
+            {"master weights": 0, "Adam moments": COUNT * 8, "snapshots": 2 * COUNT * 12},
+        ),
+        (["policy.lora={rank: 8}"], {"Adam moments": ADAPTER * 8, "weights": (COUNT + ADAPTER) * 2}),
+        # Half a byte, and a scale of four bytes for 64.
+        (["policy.lora={rank: 8, quantize: nf4}"], {"weights": BLOCKS * 0.5625 + (COUNT - BLOCKS + ADAPTER) * 2}),
+    ],
+    ids=["8 bit", "stage 1", "stage 3", "stage 3 alone", "stage 0", "adapter", "base in 4 bits"],
+)
+def test_terms_of_one_rank_by_hand(tmp_path: Path, overrides: list[str], terms: dict[str, float]) -> None:
+    planned = policy(tmp_path, *overrides)
+    assert {name: term(planned, name) for name in terms} == terms
 
 
-def test_states_of_one_rank_by_hand(tmp_path: Path) -> None:
-    # 7,615,616,512 parameters over 4 ranks: bfloat16 weights are whole below stage 3, master weights (4 bytes) and
-    # moments (8) are shared out, and with stage 3 the weights too.
-    count = 7_615_616_512
-    four = policy(tmp_path, "cluster.roles.policy.workers=4")
-    assert term(four, "weights") == count * 2
-    assert term(four, "master weights") == count * 4 / 4
-    assert term(four, "Adam moments") == count * 8 / 4
-    assert term(four, "summed gradients") == count * 4 / 4
-    third = policy(tmp_path, "cluster.roles.policy={workers: 4, zero_stage: 3}")
-    assert term(third, "weights") == count * 2 / 4
-    assert term(third, "weights gathered") == 10**9 * 2
-    assert term(third, "gradient bucket") == 5 * 10**7 * 2
-    alone = policy(tmp_path, "cluster.roles.policy={workers: 1, zero_stage: 3}", "policy.dtype=float32")
-    assert term(alone, "master weights") == count * 4  # DeepSpeed copies them in float32 too
-    assert term(alone, "weights gathered") == 0
-    assert term(alone, "gradients as a block") == count * 4
-    plain = policy(tmp_path, "cluster.roles.policy={workers: 4, zero_stage: 0}", "policy.dtype=float32")
-    assert (term(plain, "master weights"), term(plain, "Adam moments")) == (0, count * 8)
+def test_a_run_without_restarts_takes_no_snapshots(tmp_path: Path) -> None:
+    with_snapshots, none = (policy(tmp_path, *keys) for keys in ([], ["cluster.restarts.gang=0"]))
+    assert with_snapshots.rss - none.rss == pytest.approx(2 * COUNT * 12)
 
 
-def test_two_snapshots_by_hand(tmp_path: Path) -> None:
-    # Twice the float32 weights (4 bytes) and the moments (8), shared out over 4 ranks, but whole at stage 0.
-    count = 7_615_616_512
-    assert term(policy(tmp_path, "cluster.roles.policy.workers=4"), "snapshots") == 2 * count * 12 / 4
-    whole = policy(tmp_path, "cluster.roles.policy={workers: 4, zero_stage: 0}")
-    assert term(whole, "snapshots") == 2 * count * 12
-    none = policy(tmp_path, "cluster.roles.policy={workers: 4, zero_stage: 0}", "cluster.restarts.gang=0")
-    assert whole.rss - none.rss == pytest.approx(2 * count * 12)
-
-
-def test_an_adapter_by_hand(tmp_path: Path) -> None:
-    # Rank 8 on each block of Qwen2.5-7B (H 3584, F 18944, queries 3584, keys 512), in + out of each layer:
-    # q 7168, k and v 4096 each, o 7168, gate, up, down 22528 each: 90,112; * 8 * 28 blocks = 20,185,088.
-    one = policy(tmp_path, "policy.lora={rank: 8}")
-    assert term(one, "Adam moments") == 20_185_088 * 8
-    assert term(one, "weights") == (7_615_616_512 + 20_185_088) * 2
-
-
-def test_a_base_in_four_bits_by_hand(tmp_path: Path) -> None:
-    # Of 7,615,616,512 the 28 blocks are 6,525,618,176 (the rest: embedding, head, last norm), at half a byte
-    # and a scale of four bytes for 64.
-    one = policy(tmp_path, "policy.lora={rank: 8, quantize: nf4}")
-    blocks = 7_615_616_512 - 2 * 152_064 * 3584 - 3584
-    assert blocks == 6_525_618_176
-    assert term(one, "weights") == blocks * 0.5625 + (7_615_616_512 - blocks + 20_185_088) * 2
-
-
-def test_the_cache_of_a_token_by_hand() -> None:
+def test_the_cache_of_a_token_and_the_head_by_hand() -> None:
     assert kv_bytes_per_token(shape(), itemsize=2) == 2 * 80 * 8 * 128 * 2 == 320 * 1024
-
-
-def test_the_head_by_hand() -> None:
     # Llama-3.3: V 128,256, H 8192. 3 * 256 rows of float32 logits, 1024 rows of bfloat16 gradients, and the weight's
     # gradient as a product in bfloat16 and a sum in float32.
     wanted = 3 * 256 * 128_256 * 4 + 1024 * 128_256 * 2 + 128_256 * 8192 * 6
@@ -263,17 +254,11 @@ def test_the_head_by_hand() -> None:
 
 
 def test_offload_moves_the_optimizer_to_the_host(tmp_path: Path) -> None:
-    roles = "cluster.roles.policy={workers: 4, zero_stage: 3, offload: [optimizer]}"
-    one = policy(tmp_path, "cluster.device=cuda", roles)
-    there = policy(tmp_path, "cluster.device=cuda", "cluster.roles.policy={workers: 4, zero_stage: 3}")
-    moved = 7_615_616_512 * (4 + 8) / 4  # and the summed gradients, 4 bytes each
-    assert there.of("device") - one.of("device") == moved + 7_615_616_512 * 4 / 4
-    assert one.rss - there.rss == moved + 2 * 7_615_616_512 * 4 / 4  # and the block of the gradients
-
-
-def test_a_row_of_a_pair_has_two_sequences(tmp_path: Path) -> None:
-    config = run(tmp_path, "algorithm={name: dpo}", "train.sequences_per_update=2", "data.max_sequence_tokens=100")
-    assert tokens_of_microbatch(config, config.cluster.roles.policy) == (400, False)
+    roles = ("{workers: 4, zero_stage: 3, offload: [optimizer]}", "{workers: 4, zero_stage: 3}")
+    one, there = (policy(tmp_path, "cluster.device=cuda", f"cluster.roles.policy={role}") for role in roles)
+    moved = COUNT * (4 + 8) / 4  # and the summed gradients, 4 bytes each
+    assert there.of("device") - one.of("device") == moved + COUNT
+    assert one.rss - there.rss == moved + 2 * COUNT  # and the block of the gradients
 
 
 def test_whole_modules_beside_an_adapter_are_trained_weights(tmp_path: Path) -> None:
@@ -284,47 +269,33 @@ def test_whole_modules_beside_an_adapter_are_trained_weights(tmp_path: Path) -> 
     assert trained("{modules_to_save: [embed_tokens, lm_head]}") - trained("{}") == 2 * 152_064 * 3_584
 
 
-def test_a_small_batch_never_fills_a_micro_batch(tmp_path: Path) -> None:
-    config = run(tmp_path, "train.sequences_per_update=2", "data.max_sequence_tokens=100")
-    assert tokens_of_microbatch(config, config.cluster.roles.policy) == (200, False)
-    assert tokens_of_microbatch(run(tmp_path), run(tmp_path).cluster.roles.policy) == (4096, True)
-
-
 @pytest.mark.parametrize(
-    "less",
+    ("overrides", "tokens"),
     [
-        "policy.gradient_checkpointing=true",
-        "train.max_tokens_per_microbatch=2048",
-        "cluster.roles.policy={workers: 4}",
-        "cluster.roles.policy={workers: 4, zero_stage: 3}",
-        "policy.lora={}",
+        ([], (4096, True)),
+        (["train.sequences_per_update=2", "data.max_sequence_tokens=100"], (200, False)),
+        (["algorithm={name: dpo}", "train.sequences_per_update=2", "data.max_sequence_tokens=100"], (400, False)),
     ],
+    ids=["full", "a small batch", "pairs"],
 )
-def test_what_should_save_memory_does(tmp_path: Path, less: str) -> None:
-    assert policy(tmp_path, less).rss < policy(tmp_path).rss
-
-
-def test_more_ranks_and_higher_stages_never_take_more(tmp_path: Path) -> None:
-    for stage in (1, 2, 3):
-        sizes = [
-            policy(tmp_path, f"cluster.roles.policy={{workers: {n}, zero_stage: {stage}}}").rss for n in (2, 4, 8, 16)
-        ]
-        assert sizes == sorted(sizes, reverse=True)
-    at = [policy(tmp_path, f"cluster.roles.policy={{workers: 8, zero_stage: {z}}}").rss for z in (1, 2, 3)]
-    assert at == sorted(at, reverse=True)
+def test_the_tokens_of_a_microbatch(tmp_path: Path, overrides: list[str], tokens: tuple[int, bool]) -> None:
+    config = run(tmp_path, *overrides)
+    assert tokens_of_microbatch(config, config.cluster.roles.policy) == tokens
 
 
 def test_a_model_of_unknown_size_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"the sizes of some/model are not known here: there is no some/model/config.json"
+    for values, problem in (
+        (None, r"the sizes of some/model are not known here: there is no some/model/config.json"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "is of GPT2LMHeadModel, whose memory is not modelled"),
+        (
+            {"architectures": ["LlamaForCausalLM"], "hidden_size": "8"},
+            "`hidden_size` is '8', expected a positive integer",
+        ),
     ):
-        find_shape("some/model", shapes=None, made={})
-    (tmp_path / "some--model.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
-    with pytest.raises(UserError, match="is of GPT2LMHeadModel, whose memory is not modelled"):
-        find_shape("some/model", shapes=tmp_path, made={})
-    (tmp_path / "some--model.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "hidden_size": "8"}))
-    with pytest.raises(UserError, match="`hidden_size` is '8', expected a positive integer"):
-        find_shape("some/model", shapes=tmp_path, made={})
+        if values is not None:
+            (tmp_path / "some--model.json").write_text(json.dumps(values))
+        with pytest.raises(UserError, match=problem):
+            find_shape("some/model", shapes=tmp_path, made={})
 
 
 def test_the_hub_cache_and_earlier_stages_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

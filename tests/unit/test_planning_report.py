@@ -73,45 +73,35 @@ def rows_of(text: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in reversed(rows)}
 
 
-@pytest.mark.parametrize(
-    ("schedule", "keys"),
-    [
-        ("pipelined, 1 ahead", ["rollouts.max_staleness=1"]),
-        ("in flight, 2 ahead", ["rollouts.max_staleness=2", "rollouts.weight_updates=in_flight"]),
-    ],
-)
-def test_the_whole_run_costs_what_its_schedule_takes(schedule: str, keys: list[str]) -> None:
-    rows = rows_of(rlhf.plan(LARGE, [*keys, "algorithm.correction={preset: token_tis}"], cluster=NODES))
-    step, turns = rows[schedule][0], float(rows["in turns"][0])
-    assert rows["step"][0] == step
-    assert float(step) < turns
-    assert float(rows["overlap"][0]) == pytest.approx(float(step) - turns, abs=0.2)  # figures of four digits
-    hours = 300 * float(step) / 3600
-    whole = [float(cell.replace(",", "")) for cell in rows["whole run"][:3]]  # seconds, GPU hours, price
-    assert whole == pytest.approx([3600 * hours, 32 * hours, 4 * 98 * hours], rel=1e-3)
-    assert rows["whole run"][3].startswith(f"{hours:,.3g} hours")
-
-
-def test_stages_and_trials_cost_what_their_schedules_take(tmp_path: Path) -> None:
+def test_the_whole_run_its_stages_and_trials_cost_what_the_schedule_takes(tmp_path: Path) -> None:
     keys = {"rollouts.max_staleness": 1, "algorithm.correction": {"preset": "token_tis"}}
-    sweep = {
-        "name": "rates",
-        "config": str(LARGE),
-        "set": keys,
-        "parameters": {"train.lr": {"values": [1e-6, 1e-5]}},
-        "method": {"name": "grid"},
-        "metric": "rewards/score/mean",
-    }
+    grid = {"parameters": {"train.lr": {"values": [1e-6, 1e-5]}}, "method": {"name": "grid"}}
+    sweep = {"name": "rates", "config": str(LARGE), "set": keys, **grid, "metric": "rewards/score/mean"}
     run = yaml.safe_load(LARGE.read_text(encoding="utf-8"))
     run["rollouts"]["max_staleness"], run["algorithm"]["correction"] = 1, keys["algorithm.correction"]
-    name = run.pop("run")
-    for file, content in (("sweep", {"sweep": sweep}), ("pipeline", {"run": name, "stages": {"ppo": run}})):
-        (tmp_path / f"{file}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-        rows = rows_of(rlhf.plan(tmp_path / f"{file}.yaml", cluster=NODES))
-        assert rows["step"][0] == rows["pipelined, 1 ahead"][0] != rows["in turns"][0]
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"sweep": sweep}), encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
+    pipeline = {"run": run.pop("run"), "stages": {"ppo": run}}
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(pipeline), encoding="utf-8")
+    flight = ["rollouts.max_staleness=2", "rollouts.weight_updates=in_flight"]
+    for file, overrides, schedule in (
+        ("run", [], "pipelined, 1 ahead"),
+        ("run", flight, "in flight, 2 ahead"),
+        ("sweep", [], "pipelined, 1 ahead"),
+        ("pipeline", [], "pipelined, 1 ahead"),
+    ):
+        rows = rows_of(rlhf.plan(tmp_path / f"{file}.yaml", overrides, cluster=NODES))
+        step, turns = rows[schedule][0], float(rows["in turns"][0])
+        assert rows["step"][0] == step, file
+        assert float(step) < turns
+        assert float(rows["overlap"][0]) == pytest.approx(float(step) - turns, abs=0.2)  # figures of four digits
+        hours = 300 * float(step) / 3600
+        whole = [float(cell.replace(",", "")) for cell in rows["whole run"][:3]]  # seconds, GPU hours, price
+        assert whole == pytest.approx([3600 * hours, 32 * hours, 4 * 98 * hours], rel=1e-3)
+        assert rows["whole run"][3].startswith(f"{hours:,.3g} hours")
 
 
-def test_what_does_not_fit_says_what_would_shrink_it(tmp_path: Path) -> None:
+def test_what_does_not_fit_says_what_would_shrink_it_and_what_is_enough() -> None:
     text = rlhf.plan(LARGE, cluster="4*cpu=96,gpu=8,type=l40s,gpumem=24,mem=160")
     assert "DOES NOT FIT" in text
     gpu = "GPU of policy, critic wants 35.0 GiB in place of 41.3 and still does not fit"
@@ -122,12 +112,8 @@ def test_what_does_not_fit_says_what_would_shrink_it(tmp_path: Path) -> None:
     assert "together it still does not fit: use larger nodes" in text
     assert "tensor_parallel=8" not in text  # would need 48 of the 32 GPUs
     assert ".workers=32" not in text
-
-
-def test_a_change_that_is_enough_says_so() -> None:
-    text = rlhf.plan(
-        LARGE, ["policy.lora=null", "algorithm.kl={coef: 0.0}"], cluster=NODES.replace("mem=1000", "mem=4000")
-    )
+    large = NODES.replace("mem=1000", "mem=4000")
+    text = rlhf.plan(LARGE, ["policy.lora=null", "algorithm.kl={coef: 0.0}"], cluster=large)
     (line,) = [line for line in text.splitlines() if "cluster.roles.policy.offload=[optimizer]: " in line]
     assert line.endswith(" and fits")
     assert "still does not fit:" not in text
@@ -150,28 +136,21 @@ def test_a_model_that_is_not_here_is_named_and_the_rest_is_shown(tmp_path: Path)
     assert "144.3M * 2 bytes / 16" in text  # 134,515,008 and 9,768,960 of the adapter
 
 
-def test_training_time_by_hand() -> None:
-    # Two passes forward, and one more for the checkpoints, of an adapter: 3 * (2 * weights + 2 * layers * Q * length).
-    config = next(iter(load(LARGE).runs.values()))
-    lengths = Lengths(most=4096, mean=1000.0)
-    stages = training_stages(config, Sizes(), parse_cluster(NODES), lengths)
-    update = next(stage for stage in stages if stage.name == "update")
+def test_training_and_decoding_time_by_hand() -> None:
+    config, lengths = next(iter(load(LARGE).runs.values())), Lengths(most=4096, mean=1000.0)
     shape = find_shape(config.policy.model, shapes=None, made={})
     weights = shape.parameters - shape.embedding - shape.hidden  # an embedding is looked up
+    # Two passes forward, and one more for the checkpoints, of an adapter: 3 * (2 * weights + 2 * layers * Q * length).
+    stages = training_stages(config, Sizes(), parse_cluster(NODES), lengths)
+    update = next(stage for stage in stages if stage.name == "update")
     tokens, length = 1024 * 2024, 2024
     assert forward_operations(shape, length) == 2 * weights + 2 * 80 * 8192 * length
     assert update.seconds == pytest.approx(tokens * 3 * forward_operations(shape, length) / (16 * 989e12 * 0.4))
-
-
-def test_decoding_time_by_hand() -> None:
     # A sequence in the middle of its response: all of its keys and values are read, and multiplied with the query.
-    config = next(iter(load(LARGE).runs.values()))
-    shape = find_shape(config.policy.model, shapes=None, made={})
-    weights, context = shape.parameters - shape.embedding - shape.hidden, 1024 + 500
+    context = 1024 + 500
     read = context * 2 * 80 * 1024 * 2 / (4 * 3350e9 * 0.6)
     multiplied = (2 * weights + 4 * 80 * 8192 * context) / (4 * 989e12 * 0.45)
-    system = system_of(config, Sizes(), parse_cluster(NODES), Lengths(most=4096, mean=1000.0))
-    assert system.each_s == pytest.approx(read + multiplied)
+    assert system_of(config, Sizes(), parse_cluster(NODES), lengths).each_s == pytest.approx(read + multiplied)
 
 
 def test_a_folder_of_shapes_must_exist() -> None:
@@ -183,37 +162,31 @@ def test_the_disk_that_checkpoints_take() -> None:
     text = rlhf.plan(ROOT / "configs/ppo_7b_8gpu.yaml", cluster="cpu=96,gpu=8,type=h100")
     # 7,615,616,512 weights of the policy, and the critic's without the head: 2 + 4 + 8 bytes each, in GiB.
     assert "policy 99.30 + critic 92.19" in text
-    (line,) = [
-        line for line in text.splitlines() if line.strip().startswith("checkpoints  ") and "being written" in line
-    ]
+    (line,) = [line for line in text.splitlines() if line.startswith("  checkpoints  ") and "being written" in line]
     count = int(line.split()[2])
     assert float(line.split()[1].replace(",", "")) == pytest.approx(count * (99.30 + 92.19), abs=0.1)
 
 
-def fixed_rows(folder: Path, algorithm: str) -> Path:
-    """Return the file of a run on rows.jsonl of a folder."""
-    (folder / "run.yaml").write_text(
+@pytest.mark.parametrize(
+    ("algorithm", "row", "tokens", "total"),
+    [
+        ("sft", {"prompt": "p" * 300, "completion": "c" * 100}, "100", "1,000"),  # 4 characters a token, 10 sequences
+        # (2 * 400 + 100 + 300) / 2 characters, 10 pairs
+        ("dpo", {"prompt": "p" * 400, "chosen": "c" * 100, "rejected": "r" * 300}, "150", "3,000"),
+    ],
+)
+def test_the_time_of_training_on_fixed_data_follows_from_the_rows(
+    tmp_path: Path, algorithm: str, row: dict[str, str], tokens: str, total: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(
         f"run: {{name: short}}\npolicy: {{model: Qwen/Qwen2.5-0.5B-Instruct}}\nalgorithm: {{name: {algorithm}}}\n"
-        f"data: {{train: {folder}/rows.jsonl}}\n"
+        f"data: {{train: {tmp_path}/rows.jsonl}}\n"
         "train: {steps: 4, lr: 1e-6, sequences_per_update: 10, max_tokens_per_microbatch: 8192}\n"
     )
-    return folder / "run.yaml"
-
-
-def test_the_time_of_supervised_training_follows_from_the_rows(tmp_path: Path) -> None:
-    config = fixed_rows(tmp_path, "sft")
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p" * 300, "completion": "c" * 100}) + "\n")
-    text = rlhf.plan(config, cluster="cpu=2")
-    assert "sequences of 100 tokens" in text  # 400 characters, 4 a token
-    assert "1,000 tokens * " in text  # 10 sequences, and not 10 * 8,192 tokens
-    (tmp_path / "rows.jsonl").unlink()
-    assert "sequences of 4,096 tokens" in rlhf.plan(config, cluster="cpu=2")  # half of what is allowed
-
-
-def test_a_pair_is_two_sequences_with_one_prompt(tmp_path: Path) -> None:
-    config = fixed_rows(tmp_path, "dpo")
-    row = {"prompt": "p" * 400, "chosen": "c" * 100, "rejected": "r" * 300}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    text = rlhf.plan(config, cluster="cpu=2")
-    assert "sequences of 150 tokens" in text  # (2 * 400 + 100 + 300) / 2 characters
-    assert "3,000 tokens * " in text  # 10 pairs
+    text = rlhf.plan(tmp_path / "run.yaml", cluster="cpu=2")
+    assert f"sequences of {tokens} tokens" in text
+    assert f"{total} tokens * " in text
+    (tmp_path / "rows.jsonl").unlink()
+    if algorithm == "sft":
+        assert "sequences of 4,096 tokens" in rlhf.plan(tmp_path / "run.yaml", cluster="cpu=2")  # half of the limit

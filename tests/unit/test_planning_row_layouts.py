@@ -17,16 +17,11 @@ def plan_of(folder: Path, kind: str, **changes: str) -> str:
     tiny_config(kind).save_pretrained(folder / "model")
     stored = folder / "model" / "config.json"
     stored.write_text(json.dumps(json.loads(stored.read_text()) | changes))
-    config = {
-        "run": {"name": "x"},
-        "policy": {"model": str(folder / "model")},
-        "algorithm": {"name": "dpo"},
-        "data": {"train": "pairs.jsonl"},
-        "train": {"steps": 1, "lr": 1e-4, "sequences_per_update": 2},
-    }
-    path = folder / "run.yaml"
-    path.write_text(json.dumps(config))
-    return plan(path)
+    (folder / "run.yaml").write_text(
+        f"run: {{name: x}}\npolicy: {{model: {folder}/model}}\nalgorithm: {{name: dpo}}\ndata: {{train: pairs.jsonl}}\n"
+        "train: {steps: 1, lr: 1e-4, sequences_per_update: 2}\n"
+    )
+    return plan(folder / "run.yaml")
 
 
 @pytest.mark.parametrize(

@@ -18,35 +18,25 @@ def run(*keys: str, name: str = "grpo_smollm2") -> Config:
 
 
 @pytest.mark.parametrize(
-    ("keys", "name"),
+    ("keys", "name", "correction"),
     [
-        ((), "in turns"),
-        (("train.streamed=true",), "streamed"),
-        ((*AHEAD, "algorithm.correction=none"), "pipelined, 1 ahead"),
-        ((*FLIGHT, "algorithm.correction=none"), "in flight, 2 ahead"),
+        ((), "in turns", "not needed"),
+        (("train.streamed=true",), "streamed", "not needed"),
+        ((*AHEAD, "algorithm.correction=none"), "pipelined, 1 ahead", "none"),
+        ((*FLIGHT, "algorithm.correction=none"), "in flight, 2 ahead", "none"),
         (
-            (*FLIGHT, "algorithm.correction=none", "rollouts.batch_order=completion"),
+            (*FLIGHT, "algorithm.correction.mode=bypass", "rollouts.batch_order=completion"),
             "in flight, 2 ahead, by completion",
+            "mode bypass",
         ),
+        (("rollouts.oversample=1.5", "rollouts.carry_over=true", "algorithm.correction=none"), "in turns", "none"),
+        ((*AHEAD, "algorithm.correction.preset=token_tis"), "pipelined, 1 ahead", "preset token_tis, mode decoupled"),
     ],
 )
-def test_the_schedule_of_a_run(keys: tuple[str, ...], name: str) -> None:
-    assert str(schedule_of(run(*keys))) == name
-
-
-@pytest.mark.parametrize(
-    ("keys", "text"),
-    [
-        ((), "not needed"),
-        ((*AHEAD, "algorithm.correction=none"), "none"),
-        (("rollouts.oversample=1.5", "rollouts.carry_over=true", "algorithm.correction=none"), "none"),
-        ((*AHEAD, "algorithm.correction.preset=token_tis"), "preset token_tis, mode decoupled"),
-        ((*AHEAD, "algorithm.correction.mode=bypass"), "mode bypass"),
-    ],
-)
-def test_the_correction_in_force(keys: tuple[str, ...], text: str) -> None:
+def test_the_schedule_and_the_correction_of_a_run(keys: tuple[str, ...], name: str, correction: str) -> None:
     config = run(*keys)
-    assert correction_in_force(config, config.rollouts) == text
+    assert str(schedule_of(config)) == name
+    assert correction_in_force(config, config.rollouts) == correction
 
 
 def test_an_algorithm_without_a_correction_says_so() -> None:

@@ -54,11 +54,7 @@ def test_as_many_trials_run_at_once_as_fit_into_equal_shares(tmp_path: Path) -> 
     sweep = grpo_sweep(tmp_path, set={"cluster.roles.policy.cpus": 1.5})
     assert divided(sweep, Machine(cores=5, cpus=5, gpus=0)) == Division(count=1, room=1, gpus=0, problem=None)
     assert divided(sweep, Machine(cores=6, cpus=6, gpus=0)).count == 2
-
-
-def test_a_trial_larger_than_the_machine_is_refused(tmp_path: Path) -> None:
-    sweep = grpo_sweep(tmp_path, set={"cluster.roles.policy.cpus": 3})
-    problem = divided(sweep, TWO_CORES).problem
+    problem = divided(grpo_sweep(tmp_path, set={"cluster.roles.policy.cpus": 3}), TWO_CORES).problem
     assert "To run the sweep, reserve less for each role with cluster.roles.policy.cpus=1 " in problem  # 3 * 2 / 4
     assert "concurrency=" not in problem
 
@@ -79,21 +75,20 @@ def test_more_trials_than_the_gpus_hold_are_refused_with_the_number_that_they_ho
 
 def test_stages_of_a_pipeline_get_keys_of_their_own(tmp_path: Path) -> None:
     shared = {key: GRPO[key] for key in ("policy", "data", "train")}
-    stages = {"first": {"algorithm": RUN["algorithm"]}, "second": {k: GRPO[k] for k in GRPO if k not in shared}}
-    stages["second"].pop("run")
-    config = {"run": {"name": "both"}, **shared, "stages": stages}
+    second = {key: value for key, value in GRPO.items() if key not in {*shared, "run"}}
+    config = {"run": {"name": "both"}, **shared, "stages": {"first": {"algorithm": RUN["algorithm"]}, "second": second}}
     (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    sweep = load_sweep(
-        write_sweep(tmp_path, config="pipeline.yaml", concurrency=2, parameters={"train.lr": {"values": [1e-4, 1e-3]}})
-    )
-    problem = divided(sweep, TWO_CORES).problem
-    assert "stages.second.cluster.roles.policy.cpus=0.5 stages.second.cluster.roles.rollout.cpus=0.5" in problem
-    assert "stages.first" not in problem
-    varied = {"stages.second.cluster.roles.policy.cpus": {"values": [1, 2]}}
-    problem = divided(
-        load_sweep(write_sweep(tmp_path, config="pipeline.yaml", concurrency=2, parameters=varied)), TWO_CORES
-    ).problem
-    assert "policy.cpus=" not in problem  # the sweep itself sets this key
+
+    def problem(parameter: str, values: list[float]) -> str:
+        parameters = {parameter: {"values": values}}
+        sweep = write_sweep(tmp_path, config="pipeline.yaml", concurrency=2, parameters=parameters)
+        return str(divided(load_sweep(sweep), TWO_CORES).problem)
+
+    text = problem("train.lr", [1e-4, 1e-3])
+    assert "stages.second.cluster.roles.policy.cpus=0.5 stages.second.cluster.roles.rollout.cpus=0.5" in text
+    assert "stages.first" not in text
+    # the sweep itself sets this key
+    assert "policy.cpus=" not in problem("stages.second.cluster.roles.policy.cpus", [1, 2])
 
 
 def test_the_sweep_says_so_before_a_trial_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

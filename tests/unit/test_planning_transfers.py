@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from rlhf.config.files.load import load
@@ -14,8 +12,9 @@ from rlhf.planning.lengths import Lengths
 from rlhf.planning.rates import Stage
 from rlhf.planning.time import system_of, training_stages
 from rlhf.planning.transfers import snapshots, staging
+from tests.fixtures.sources import ROOT
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 NODE = "8*cpu=96,gpu=8,type=h100"
 PARAMETERS = 30_532_122_624  # of Qwen3-30B-A3B
 # 512 sequences of 1,024 + 2,048 tokens on 4 ranks, in micro-batches of 16,384 tokens: 24 of them on each rank.
@@ -79,20 +78,17 @@ def test_a_snapshot_counts_where_the_next_passes_are_shorter() -> None:
     assert snapshots(run("cluster.restarts.gang=0"), Sizes(), nodes, meanwhile_s=0.0) is None
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_roles_that_share_gpus_with_engines_leave_them_and_return(stage: int) -> None:
-    config = run(SHARED, f"cluster.roles.policy={{workers: 4, zero_stage: {stage}}}", "train.streamed=false")
-    found = staging(config, Sizes(), None)
+def test_roles_that_share_gpus_with_engines_leave_them_and_return() -> None:
     states = 12 * PARAMETERS / 4
-    if stage == 2:  # whole weights in bfloat16, all by pinned memory
-        expected = 2 * (2 * PARAMETERS + states) / PCIE
-    else:  # shares of weights and gradients, and a bucket of 50 million; masters and moments are not pinned
-        expected = 2 * ((2 + 4) * PARAMETERS / 4 + 2 * 50e6) / PCIE + 2 * states / UNPINNED
-    assert found.seconds == pytest.approx(expected)
-    assert "snapshots" not in stages(config)
-
-
-def test_a_reference_of_its_own_only_returns() -> None:
+    for stage, expected in {
+        2: 2 * (2 * PARAMETERS + states) / PCIE,  # whole weights in bfloat16, all by pinned memory
+        # shares of weights and gradients, and a bucket of 50 million; masters and moments are not pinned
+        3: 2 * ((2 + 4) * PARAMETERS / 4 + 2 * 50e6) / PCIE + 2 * states / UNPINNED,
+    }.items():
+        config = run(SHARED, f"cluster.roles.policy={{workers: 4, zero_stage: {stage}}}", "train.streamed=false")
+        assert staging(config, Sizes(), None).seconds == pytest.approx(expected)
+        assert "snapshots" not in stages(config)
+    # A separate reference only returns.
     own = ["cluster.roles.reference={workers: 4, colocate_with: policy}", "algorithm.kl={coef: 0.01}"]
     runs = [run(SHARED, *keys, "train.streamed=false") for keys in (own, [])]
     seconds = [staging(config, Sizes(), None).seconds for config in runs]
@@ -102,8 +98,7 @@ def test_a_reference_of_its_own_only_returns() -> None:
 def test_a_run_without_moves_has_no_line_of_them() -> None:
     small = next(iter(load(CONFIGS / "grpo_smollm2.yaml").runs.values()))
     sizes = Sizes(made={small.policy.model: "Qwen/Qwen2.5-0.5B-Instruct"})
-    names = {stage.name for stage in training_stages(small, sizes, None, LENGTHS)}
-    assert not MOVES & names
+    assert not MOVES & {stage.name for stage in training_stages(small, sizes, None, LENGTHS)}
 
 
 def test_streamed_gradients_overlap_with_rollouts_and_the_optimizer_step_does_not() -> None:

@@ -33,17 +33,14 @@ def test_every_argument_that_the_project_sets_is_owned_or_may_be_changed() -> No
     assert ours - set(changeable.split()) <= OWNED.keys() <= known_engine_args()
 
 
-def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+def test_an_unknown_name_is_refused_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_unknown_engine_args(cluster(enable_expert_parallel=True, kv_offloading_size=16))
     with pytest.raises(UserError, match=r"engine_args\.enable_expert_paralel: vllm.* did you mean enable_expert_paral"):
         refuse_unknown_engine_args(cluster(enable_expert_paralel=True))
     with pytest.raises(UserError, match=r"engine_args\.zzz: .*its EngineArgs lists all names"):
         refuse_unknown_engine_args(cluster(zzz=1))
-
-
-def test_without_vllm_the_engines_check_the_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    refuse_unknown_engine_args(cluster(zzz=1))
+    refuse_unknown_engine_args(cluster(zzz=1))  # without vLLM the engines check the names
 
 
 @pytest.mark.parametrize(

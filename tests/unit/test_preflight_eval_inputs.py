@@ -57,28 +57,26 @@ stages:
       by: secret
 """
 SECTION = {RUN: "rollouts", JUDGE: "evaluate"}
+GAME = "{name: guess_number, args: {high: 7}, max_turns: 3, max_tokens: 64}"
+GAMES = "{task: guessing_game, split: eval, size: 7}"
 
 
-def read(text: str, folder: Path, model: Path, *changes: str, against: Path | None = None) -> EvalInputs:
-    path = folder / "run.yaml"
-    path.write_text(text.replace("MODEL", str(model)))
-    return inputs_of_run(
-        load(path, changes), model=None, against=None if against is None else str(against), marks=Marks()
-    )
+def written(text: str, path: Path, model: Path, *, game: str = GAME, games: str = GAMES) -> Path:
+    path.write_text(text.replace("MODEL", str(model)).replace(GAME, game).replace(GAMES, games))
+    return path
 
 
-def changed(text: str, folder: Path, old: str, new: str, model: Path) -> EvalInputs:
-    """Read a file with a changed part."""
-    assert old in text
-    path = folder / "run.yaml"
-    path.write_text(text.replace(old, new).replace("MODEL", str(model)))
-    return inputs_of_run(load(path), model=None, against=None, marks=Marks())
+def read(
+    text: str, folder: Path, model: Path, *changes: str, against: Path | None = None, **changed: str
+) -> EvalInputs:
+    loaded = load(written(text, folder / "run.yaml", model, **changed), changes)
+    return inputs_of_run(loaded, model=None, against=None if against is None else str(against), marks=Marks())
 
 
 @pytest.mark.parametrize("text", [RUN, JUDGE])
 def test_the_games_are_those_of_training(tiny_model: Path, tmp_path: Path, text: str) -> None:
     found = read(text, tmp_path, tiny_model)
-    (stage,) = load_inputs(load(_written(RUN, tmp_path / "trained.yaml", tiny_model)))
+    (stage,) = load_inputs(load(written(RUN, tmp_path / "trained.yaml", tiny_model)))
     (candidate,) = found.candidates
     assert candidate.prompts["games"] == stage.inputs.eval_sets["games"].prompts
     assert candidate.sources["games"] == stage.inputs.eval_sets["games"].sources
@@ -88,16 +86,11 @@ def test_the_games_are_those_of_training(tiny_model: Path, tmp_path: Path, text:
     assert found.marking == Marking(ks=(1, 2, 4), passing=None, answers=None)  # no function, so no mark
 
 
-def _written(text: str, path: Path, model: Path) -> Path:
-    path.write_text(text.replace("MODEL", str(model)))
-    return path
-
-
 def test_each_model_plays_with_its_own_tokenizer(tiny_model: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny_model, other)
-    environments = [one.environment for one in read(RUN, tmp_path, tiny_model, against=other).candidates]
-    assert [one.tokenizer for one in environments if one is not None] == [str(tiny_model), str(other)]
+    environments = [candidate.environment for candidate in read(RUN, tmp_path, tiny_model, against=other).candidates]
+    assert [spec.tokenizer for spec in environments if spec is not None] == [str(tiny_model), str(other)]
 
 
 @pytest.mark.parametrize("text", [RUN, JUDGE])
@@ -114,9 +107,8 @@ def test_each_model_plays_with_its_own_tokenizer(tiny_model: Path, tmp_path: Pat
 def test_what_cannot_be_played_is_refused(
     tiny_model: Path, tmp_path: Path, text: str, environment: str, message: str
 ) -> None:
-    old = "{name: guess_number, args: {high: 7}, max_turns: 3, max_tokens: 64}"
     with pytest.raises(UserError, match=re.escape(message.replace("SECTION", SECTION[text]))):
-        changed(text, tmp_path, old, environment, tiny_model)
+        read(text, tmp_path, tiny_model, game=environment)
 
 
 @pytest.mark.parametrize("text", [RUN, JUDGE])
@@ -126,9 +118,12 @@ def test_a_conversation_must_fit_the_model_and_hold_a_turn(tiny_model: Path, tmp
         read(text, tmp_path, short)
     data = tmp_path / "games.jsonl"
     data.write_text(json.dumps({"prompt": "x" * 60, "secret": 1}) + "\n")
-    games = "{task: guessing_game, split: eval, size: 7}"
     with pytest.raises(UserError, match=r"games.jsonl:1: the prompt has 63 tokens, with 4 of a turn that is more than"):
-        changed(text, tmp_path, games, str(data), tiny_model)
+        read(text, tmp_path, tiny_model, games=str(data))
+    if text == JUDGE:
+        message = r"evaluate.environment.name: `calculator.reset` needs the column `answer`.* with evaluate.columns."
+        with pytest.raises(UserError, match=message):
+            read(text, tmp_path, tiny_model, game="{name: calculator, max_tokens: 64}", games=str(data))
 
 
 @pytest.mark.parametrize(
@@ -146,16 +141,6 @@ def test_a_stage_says_what_its_environment_lacks(
         read(JUDGE, tmp_path, tiny_model, *(f"stages.judge.evaluate.{change}" for change in changes))
 
 
-def test_a_missing_column_is_named_with_what_maps_one(tiny_model: Path, tmp_path: Path) -> None:
-    data = tmp_path / "games.jsonl"
-    data.write_text('{"prompt": "go", "secret": 1}\n')
-    text = JUDGE.replace("{task: guessing_game, split: eval, size: 7}", str(data))
-    old = "{name: guess_number, args: {high: 7}, max_turns: 3, max_tokens: 64}"
-    message = r"evaluate.environment.name: `calculator.reset` needs the column `answer`.* with evaluate.columns."
-    with pytest.raises(UserError, match=message):
-        changed(text, tmp_path, old, "{name: calculator, max_tokens: 64}", tiny_model)
-
-
 def test_a_stage_counts_what_failed_as_a_run_does(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,22 +148,18 @@ def test_a_stage_counts_what_failed_as_a_run_does(
     hung = RewardError(reward="environment", kind="timeout", message="step: late", prompt_id=0, sample=1)
 
     def group(prompt_id: int, errors: tuple[RewardError | None, ...]) -> ScoredGroup:
+        won = (StepReward(end=1, value=1.0),)
         infos = tuple(
-            rollout_info(
-                sample,
-                environment_rewards=(StepReward(end=1, value=1.0),) if error is None else None,
-                environment_error=error,
-            )
+            rollout_info(sample, environment_rewards=won if error is None else None, environment_error=error)
             for sample, error in enumerate(errors)
         )
         prompt = Prompt(prompt_id=prompt_id, token_ids=(1,), text="go", columns={})
         request = request_for(prompt, group_id=prompt_id, first_sequence_id=0, samples=2, run_seed=0)
         failed = tuple(error for error in errors if error is not None)
-        scores = () if failed else (1.0, 0.0)
-        return ScoredGroup(
-            group=CompletedGroup(request=request, rollouts=None, infos=infos),
-            scores=GroupScores(scores=scores, by_name={} if failed else {"won": scores}, errors=failed),
-        )
+        scores = GroupScores(scores=(1.0, 0.0), by_name={"won": (1.0, 0.0)}, errors=())
+        if failed:
+            scores = GroupScores(scores=(), by_name={}, errors=failed)
+        return ScoredGroup(group=CompletedGroup(request=request, rollouts=None, infos=infos), scores=scores)
 
     async def answers(
         candidate: Candidate, inputs: EvalInputs, note: Callable[[str, str, ScoredGroup], None]
@@ -191,7 +172,7 @@ def test_a_stage_counts_what_failed_as_a_run_does(
 
     monkeypatch.setattr("actors.run.evaluate._answers", answers)
     text = JUDGE.replace("seed: 7}", f"seed: 7, dir: {tmp_path}}}").replace("size: 7", "size: 2")
-    loaded = load(_written(text, tmp_path / "run.yaml", tiny_model))
+    loaded = load(written(text, tmp_path / "run.yaml", tiny_model))
     (stage,) = loaded.stages.values()
     run_evaluation(stage, loaded, resume=False)
     folder = run_folder(stage)
@@ -200,7 +181,5 @@ def test_a_stage_counts_what_failed_as_a_run_does(
     assert row["rewards/errors/total"] == 1.0
     assert row["eval/games/won"] == 0.5
     (error,) = (folder / "errors.jsonl").read_text().splitlines()
-    failure = json.loads(error)
-    assert failure["kind"] == "timeout"
-    assert (failure["split"], failure["model"]) == ("games", str(tiny_model))
+    assert {"kind": "timeout", "split": "games", "model": str(tiny_model)}.items() <= json.loads(error).items()
     assert json.loads((folder / "eval.json").read_text())["sets"]["games"]["num_failed"] == 1

@@ -38,10 +38,14 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def stage(tmp_path: Path, text: str, *overrides: str, steps: str = "steps: 1") -> Any:
+    (tmp_path / "run.yaml").write_text(text.replace("DIR", str(tmp_path)).replace("steps: 1", steps))
+    (only,) = load_inputs(load(tmp_path / "run.yaml", overrides))
+    return only
+
+
 def inputs(tmp_path: Path, text: str, *overrides: str) -> Any:
-    (tmp_path / "run.yaml").write_text(text.replace("DIR", str(tmp_path)))
-    (stage,) = load_inputs(load(tmp_path / "run.yaml", overrides))
-    return stage.inputs
+    return stage(tmp_path, text, *overrides).inputs
 
 
 @pytest.fixture
@@ -53,23 +57,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_epochs_count_the_rows_that_are_kept(folder: Path) -> None:
-    (folder / "run.yaml").write_text(SFT.replace("DIR", str(folder)).replace("steps: 1", "epochs: 3"))
-    (stage,) = load_inputs(load(folder / "run.yaml"))
-    assert (stage.config.train.steps, stage.config.train.epochs) == (5, None)  # 3 * 3 rows, 2 in each step
-    assert (stage.written.train.steps, stage.written.train.epochs) == (None, 3.0)
-
-
-def test_epochs_of_prompts(folder: Path) -> None:
-    (folder / "run.yaml").write_text(GRPO.replace("DIR", str(folder)).replace("steps: 1", "epochs: 1"))
-    (stage,) = load_inputs(load(folder / "run.yaml"))
-    assert stage.config.train.steps == 3  # 5 prompts, 2 in each step
-
-
-def test_what_epochs_make_of_the_run_is_checked(folder: Path) -> None:
-    changed = "epochs: 1, warmup_steps: 9"
-    (folder / "run.yaml").write_text(SFT.replace("DIR", str(folder)).replace("steps: 1", changed))
+    run = stage(folder, SFT, steps="epochs: 3")
+    assert (run.config.train.steps, run.config.train.epochs) == (5, None)  # 3 * 3 rows, 2 in each step
+    assert (run.written.train.steps, run.written.train.epochs) == (None, 3.0)
+    assert stage(folder, GRPO, steps="epochs: 1").config.train.steps == 3  # 5 prompts, 2 in each step
     with pytest.raises(UserError, match=r"train\.epochs is 1, which makes 2 steps: train\.warmup_steps: is 9"):
-        load_inputs(load(folder / "run.yaml"))
+        stage(folder, SFT, steps="epochs: 1, warmup_steps: 9")
 
 
 def test_sets_stand_one_behind_the_other_and_what_is_left_out_is_known(
@@ -84,11 +77,12 @@ def test_sets_stand_one_behind_the_other_and_what_is_left_out_is_known(
     )
     assert [row.place for row in found.unusable] == [f"{folder}/a.jsonl:2", f"{folder}/b.jsonl:1"]
     assert "data.train.b.source: 1 of 2 rows cannot be used and are left out" in caplog.text
-
-
-def test_the_limit_holds_for_each_set(folder: Path) -> None:
     with pytest.raises(UserError, match=r"data.train.b.source: .*b.jsonl:1: column `completion`"):
         inputs(folder, SFT, "data.max_unusable_fraction=0.4")  # a third of a, half of b
+    prompts = inputs(folder, GRPO)
+    assert isinstance(prompts, OnlineInputs)
+    assert [prompt.prompt_id for prompt in prompts.prompts] == [0, 1, 2, 3, 4]
+    assert [share.size for share in prompts.shares] == [3, 2]
 
 
 def test_the_limit_of_tokens_is_the_micro_batch_unless_it_is_lower(folder: Path) -> None:
@@ -100,42 +94,40 @@ def test_the_limit_of_tokens_is_the_micro_batch_unless_it_is_lower(folder: Path)
     assert (len(cut.token_ids), sum(cut.loss_mask)) == (40, 7)
 
 
-def test_prompts_of_several_sets_have_ids_of_their_own(folder: Path) -> None:
-    found = inputs(folder, GRPO)
-    assert isinstance(found, OnlineInputs)
-    assert [prompt.prompt_id for prompt in found.prompts] == [0, 1, 2, 3, 4]
-    assert [share.size for share in found.shares] == [3, 2]
-
-
 def test_a_curriculum_needs_prompts_that_come_up_twice(folder: Path) -> None:
-    one = ["data.train=DIR/a.jsonl".replace("DIR", str(folder)), "data.curriculum={}"]
-    assert isinstance(inputs(folder, GRPO, *one, "train.steps=2"), OnlineInputs)
+    one = [f"data.train={folder}/a.jsonl", "data.curriculum={}"]
+    accepted = ("train.steps=2", "rollouts.oversample=2", "rollouts.dynamic_sampling={}")
+    # of mixed sets, a small one may come up twice
+    for overrides in ([*one, accepted[0]], [*one, accepted[1]], [*one, accepted[2]], ["data.curriculum={}"]):
+        assert isinstance(inputs(folder, GRPO, *overrides), OnlineInputs)
     with pytest.raises(UserError, match=r"data.train has 3 prompts, of which 1 steps need 2 at most, so none comes up"):
         inputs(folder, GRPO, *one)
     with pytest.raises(UserError, match="need 3 at most"):  # 2 * 1.1, rounded up
         inputs(folder, GRPO, *one, "reward_policy.on_error=drop")
-    for more in ("rollouts.oversample=2", "rollouts.dynamic_sampling={}"):
-        assert isinstance(inputs(folder, GRPO, *one, more), OnlineInputs)
-    assert isinstance(inputs(folder, GRPO, "data.curriculum={}"), OnlineInputs)  # of mixed sets, a small one may
 
 
-def test_the_best_metric_is_one_that_the_evaluations_have(folder: Path) -> None:
-    held_out = ["data.eval=DIR/a.jsonl".replace("DIR", str(folder)), "eval.samples_per_prompt=4", "eval.temperature=1"]
-    best = "train.best_metric=eval/heldout"
-    for metric in ("pass@4", "score", "correct"):
-        assert isinstance(inputs(folder, GRPO, *held_out, f"{best}/{metric}"), OnlineInputs)
-    service = "rewards={far: {url: 'http://127.0.0.1:9/'}}"
-    with pytest.raises(
-        UserError, match=r"'eval/heldout/pass@4', which no evaluation has: pass@k needs eval.pass_score"
-    ):
-        inputs(folder, GRPO, *held_out, service, f"{best}/pass@4")
-    assert isinstance(inputs(folder, GRPO, *held_out, service, f"{best}/pass@4", "eval.pass_score=1"), OnlineInputs)
-    with pytest.raises(UserError, match=r"expected a metric of an evaluation.*eval/heldout/maj@2, eval/heldout/maj@4"):
-        inputs(folder, GRPO, *held_out, f"{best}/maj@1")
-    by = [*held_out, "eval.by=answer"]
-    assert isinstance(inputs(folder, GRPO, *by, f"{best}.b/score"), OnlineInputs)
-    with pytest.raises(UserError, match=r"'eval/heldout.c/score', which no evaluation has. The metrics are: .*t.b/sc"):
-        inputs(folder, GRPO, *by, f"{best}.c/score")
+SERVICE = "rewards={far: {url: 'http://127.0.0.1:9/'}}"
+
+
+@pytest.mark.parametrize(
+    ("metric", "keys", "message"),
+    [
+        ("/pass@4", [], None),
+        ("/score", [], None),
+        ("/correct", [], None),
+        ("/pass@4", [SERVICE], r"'eval/heldout/pass@4', which no evaluation has: pass@k needs eval.pass_score"),
+        ("/pass@4", [SERVICE, "eval.pass_score=1"], None),
+        ("/maj@1", [], r"expected a metric of an evaluation.*eval/heldout/maj@2, eval/heldout/maj@4"),
+        (".b/score", ["eval.by=answer"], None),
+        (".c/score", ["eval.by=answer"], r"'eval/heldout.c/score', which no evaluation has. The metrics are: .*t.b/sc"),
+    ],
+)
+def test_the_best_metric_is_one_that_the_evaluations_have(
+    folder: Path, metric: str, keys: list[str], message: str | None
+) -> None:
+    best, held_out = f"train.best_metric=eval/heldout{metric}", f"data.eval={folder}/a.jsonl"
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        inputs(folder, GRPO, held_out, "eval.samples_per_prompt=4", "eval.temperature=1", *keys, best)
 
 
 def test_a_teacher_is_not_asked_at_a_temperature_of_each_prompt(folder: Path) -> None:
@@ -180,11 +172,10 @@ def test_checks_alone_accept_and_refuse_what_a_run_does(
 ) -> None:
     write(folder / "b.jsonl", [{"prompt": "x", "answer": "y"}])
     (folder / "run.yaml").write_text(GRPO.replace("DIR", str(folder)))
-    loaded = load(folder / "run.yaml", overrides)
-    read = []
+    loaded, read = load(folder / "run.yaml", overrides), []
     for only_checks in (True, False):
         with nullcontext() if message is None else pytest.raises(UserError, match=message):
-            (stage,) = load_inputs(loaded, only_checks=only_checks)
-            read.append(stage.inputs)
+            (only,) = load_inputs(loaded, only_checks=only_checks)
+            read.append(only.inputs)
     assert read[:1] == read[1:]
     assert {path.name for path in folder.glob("demo/models/*")} == {"tiny-llama", "tiny-llama-0"}

@@ -51,15 +51,15 @@ def made(models: Path) -> StageResults:
 def result(models: Path, names: list[str], **values: Any) -> StageResults:
     """Return the results known after a merge called `run/m`. Names are stages, or folders of `models` behind ./."""
     known = made(models)
-
-    def path(name: str) -> str:
-        return str(models / name[2:]) if name.startswith("./") else f"run/{name}/final"
-
+    paths = {name: f"{models}/{name[2:]}" if name[0] == "." else f"run/{name}/final" for name in (*names, "./tied")}
     if "base" in values:
-        values["base"] = path(values["base"])
-    inputs = {f"m{i}": {"model": path(name)} for i, name in enumerate(names)}
+        values["base"] = paths[values["base"]]
+    inputs = {f"m{i}": {"model": paths[name]} for i, name in enumerate(names)}
     foresee(MergeConfig.model_validate({"models": inputs, **values}), known, final="run/m/final")
     return known
+
+
+CAT = {"method": "cat", "output": "adapter"}
 
 
 @pytest.mark.parametrize(
@@ -73,12 +73,12 @@ def result(models: Path, names: list[str], **values: Any) -> StageResults:
         (["a", "./none"], {"method": "linear"}, "merge.models.m1: the folder MODELS/none does not exist"),
         (["a", "scores"], {"method": "linear"}, "merge.models.m1 (run/scores/final) will have a scalar head"),
         (["a"], {"method": "fold"}, "merge.models.m0: run/a/final will be a whole model, and fold adds an adapter"),
-        (["a", "l"], {"method": "cat", "output": "adapter"}, "merge.models.m0: run/a/final will be a whole model, and"),
-        (["l", "dora"], {"method": "cat", "output": "adapter"}, "run/dora/final will be an adapter with dora, and"),
-        (["l", "experts"], {"method": "cat", "output": "adapter"}, "run/experts/final will be an adapter with"),
-        (["l", "l2"], {"method": "cat", "output": "adapter"}, "merge.models.m0 and merge.models.m1 are adapters of"),
+        (["a", "l"], CAT, "merge.models.m0: run/a/final will be a whole model, and"),
+        (["l", "dora"], CAT, "run/dora/final will be an adapter with dora, and"),
+        (["l", "experts"], CAT, "run/experts/final will be an adapter with"),
+        (["l", "l2"], CAT, "merge.models.m0 and merge.models.m1 are adapters of"),
         (["l", "./lora_of_other"], {"method": "svd", "output": "adapter"}, "are adapters of different bases"),
-        (["./lora", "./lora_of_other"], {"method": "cat", "output": "adapter"}, "are adapters of different bases"),
+        (["./lora", "./lora_of_other"], CAT, "are adapters of different bases"),
     ],
 )
 def test_what_will_not_fit_is_refused(models: Path, names: list[str], values: dict[str, Any], message: str) -> None:
@@ -87,51 +87,39 @@ def test_what_will_not_fit_is_refused(models: Path, names: list[str], values: di
     assert message.replace("MODELS", str(models)) in str(caught.value)
 
 
-def test_what_fits_is_let_through(models: Path) -> None:
+def test_what_fits_is_let_through(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = result(models, ["a", "l", "./lora"], method="linear")
     assert whole.finals["run/m/final"] == str(models / "base")
     assert "run/m/final" not in whole.adapters
-    adapter = result(models, ["l", "./lora"], method="cat", output="adapter")
-    assert adapter.adapters["run/m/final"].rank == adapter.adapters["run/m/final"].alpha == 8
     assert result(models, ["l2", "./lora_of_other"], method="svd", output="adapter").adapters["run/m/final"].rank == 8
-    assert "run/m/final" not in result(models, ["l"], method="fold").adapters
     deeper = result(models, ["a"], method="passthrough", slices=[{"model": "m0", "layers": [0, 2]}] * 2)
     assert "run/m/final" in deeper.restacked
-
-
-def test_a_merge_without_mergekit_is_refused_at_once(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mergekit", None)
+    monkeypatch.setitem(sys.modules, "mergekit", None)  # the rest works without mergekit
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"merge\.method: linear needs mergekit, which is not installed"):
         result(models, ["a", "b"], method="linear")
-    result(models, ["l"], method="fold")
-    result(models, ["l", "./lora"], method="cat", output="adapter")
-
-
-def pipeline(folder: Path, model: Path, **stages: Any) -> Any:
-    data = folder / "pairs.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"{n}=", "chosen": "1", "rejected": "0"}) + "\n" for n in range(8)))
-    train = {"steps": 1, "lr": 1e-3, "sequences_per_update": 4, "max_tokens_per_microbatch": 256}
-    tree = {
-        "run": {"name": "demo", "dir": str(folder)},
-        "policy": {"model": str(model), "dtype": "float32"},
-        "data": {"train": str(data)},
-        "train": train,
-        "stages": {
-            "a": {"algorithm": {"name": "dpo"}},
-            "b": {"algorithm": {"name": "dpo"}},
-            "scores": {"algorithm": {"name": "reward_model"}},
-            "lora": {"algorithm": {"name": "dpo"}, "policy": {"lora": {"dora": True}}},
-            **stages,
-        },
-    }
-    path = folder / "run.yaml"
-    path.write_text(json.dumps(tree))
-    return load(path)
+    assert "run/m/final" not in result(models, ["l"], method="fold").adapters
+    adapter = result(models, ["l", "./lora"], **CAT).adapters["run/m/final"]
+    assert adapter.rank == adapter.alpha == 8
 
 
 PROMPTS = {"task": "running_totals", "split": "eval", "size": 4}
 CORRECT = {"correct": {"function": "last_number"}}
+
+
+def pipeline(folder: Path, model: Path, **stages: Any) -> Any:
+    data, dpo = folder / "pairs.jsonl", {"algorithm": {"name": "dpo"}}
+    data.write_text("".join(json.dumps({"prompt": f"{n}=", "chosen": "1", "rejected": "0"}) + "\n" for n in range(8)))
+    scores, lora = {"algorithm": {"name": "reward_model"}}, {**dpo, "policy": {"lora": {"dora": True}}}
+    tree = {
+        "run": {"name": "demo", "dir": str(folder)},
+        "policy": {"model": str(model), "dtype": "float32"},
+        "data": {"train": str(data)},
+        "train": {"steps": 1, "lr": 1e-3, "sequences_per_update": 4, "max_tokens_per_microbatch": 256},
+        "stages": {"a": dpo, "b": dpo, "scores": scores, "lora": lora, **stages},
+    }
+    (folder / "run.yaml").write_text(json.dumps(tree))
+    return load(folder / "run.yaml")
 
 
 def evaluate(model: str, **keys: Any) -> dict[str, Any]:
@@ -170,9 +158,8 @@ def test_the_stage_is_named(tiny_model: Path, tmp_path: Path, stages: dict[str, 
 def test_a_pipeline_of_all_kinds_is_checked_before_its_models_are_there(tiny_model: Path, tmp_path: Path) -> None:
     soup = {"method": "task_arithmetic", "base": "tiny:llama", "models": {"a": {"model": "stage:a"}}}
     after = {"algorithm": {"name": "dpo"}, "policy": {"model": "stage:soup"}}
-    judge = evaluate(
-        "stage:soup", against="stage:a", rewards={"x": {"role": "reward"}}, reward={"model": "stage:scores"}
-    )
+    rewards = {"x": {"role": "reward"}}
+    judge = evaluate("stage:soup", against="stage:a", rewards=rewards, reward={"model": "stage:scores"})
     loaded = pipeline(tmp_path, tiny_model, soup={"merge": soup}, after=after, judge=judge)
     assert len(load_inputs(loaded)) == 7
     assert not (tmp_path / "demo" / "soup").exists()

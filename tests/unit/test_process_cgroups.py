@@ -24,23 +24,24 @@ def tree(root: Path, cgroup: str, files: dict[str, object]) -> Path:
     return root
 
 
+CPU, V1_CPU = "sys/fs/cgroup/", "sys/fs/cgroup/cpu/"
+
+
 @pytest.mark.parametrize(
     ("cgroup", "files", "quota"),
     [
-        ("0::/\n", {"sys/fs/cgroup/cpu.max": "max 100000"}, None),
-        ("0::/\n", {"sys/fs/cgroup/cpu.max": "450000 100000"}, 4.5),
+        ("0::/\n", {f"{CPU}cpu.max": "max 100000"}, None),
+        ("0::/\n", {f"{CPU}cpu.max": "450000 100000"}, 4.5),
         # a pod has 2 CPUs, and its container no limit of its own
-        ("0::/pod/c\n", {"sys/fs/cgroup/pod/cpu.max": "200000 100000", "sys/fs/cgroup/pod/c/cpu.max": "max 100000"}, 2),
-        (V1, {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": -1, "sys/fs/cgroup/cpu/cpu.cfs_period_us": 100000}, None),
+        ("0::/pod/c\n", {f"{CPU}pod/cpu.max": "200000 100000", f"{CPU}pod/c/cpu.max": "max 100000"}, 2),
+        (V1, {f"{V1_CPU}cpu.cfs_quota_us": -1, f"{V1_CPU}cpu.cfs_period_us": 100000}, None),
         # the container sees its own group at the top of the tree
-        (V1, {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": 150000, "sys/fs/cgroup/cpu/cpu.cfs_period_us": 50000}, 3),
+        (V1, {f"{V1_CPU}cpu.cfs_quota_us": 150000, f"{V1_CPU}cpu.cfs_period_us": 50000}, 3),
         (
             V1,
             {
-                "sys/fs/cgroup/cpu/docker/a/cpu.cfs_quota_us": 100000,
-                "sys/fs/cgroup/cpu/docker/a/cpu.cfs_period_us": 100000,
-                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": -1,
-                "sys/fs/cgroup/cpu/cpu.cfs_period_us": 100000,
+                **{f"{V1_CPU}{group}cpu.cfs_period_us": 100000 for group in ("", "docker/a/")},
+                **{f"{V1_CPU}cpu.cfs_quota_us": -1, f"{V1_CPU}docker/a/cpu.cfs_quota_us": 100000},
             },
             1,
         ),
@@ -51,23 +52,16 @@ def test_the_quota_of_cpus(tmp_path: Path, cgroup: str, files: dict[str, object]
     assert cpu_quota(tree(tmp_path, cgroup, files)) == quota
 
 
-@pytest.mark.parametrize(
-    ("cgroup", "names", "limit", "expected"),
-    [
-        ("0::/\n", ("memory.max", "memory.current", "inactive_file"), "max", None),
-        ("0::/\n", ("memory.max", "memory.current", "inactive_file"), 8 * GIB, (8, 6)),
-        (V1, ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"), NONE, None),
-        (V1, ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"), 8 * GIB, (8, 6)),
-    ],
-)
-def test_the_limit_of_memory(
-    tmp_path: Path, cgroup: str, names: tuple[str, str, str], limit: object, expected: tuple[int, int] | None
-) -> None:
-    top = f"sys/fs/cgroup/{'memory/docker/a/' if cgroup == V1 else ''}"
-    stat = f"cache 1\ninactive_file {5 * GIB if cgroup != V1 else 0}\n{names[2]} {5 * GIB}"
-    files = {top + names[0]: limit, top + names[1]: 7 * GIB, f"{top}memory.stat": stat}
-    found = memory_limit(tree(tmp_path, cgroup, files))
-    assert found == (None if expected is None else MemoryLimit(total=expected[0] * GIB, free=expected[1] * GIB))
+@pytest.mark.parametrize(("limit", "expected"), [(None, None), (8 * GIB, MemoryLimit(total=8 * GIB, free=6 * GIB))])
+@pytest.mark.parametrize("cgroup", ["0::/\n", V1])
+def test_the_limit_of_memory(tmp_path: Path, cgroup: str, limit: int | None, expected: MemoryLimit | None) -> None:
+    is_v1 = cgroup == V1
+    top = f"sys/fs/cgroup/{'memory/docker/a/' if is_v1 else ''}memory."
+    names = ("limit_in_bytes", "usage_in_bytes") if is_v1 else ("max", "current")
+    no_limit = NONE if is_v1 else "max"
+    stat = f"cache 1\ninactive_file {0 if is_v1 else 5 * GIB}\n{'total_' if is_v1 else ''}inactive_file {5 * GIB}"
+    files = {top + names[0]: limit or no_limit, top + names[1]: 7 * GIB, f"{top}stat": stat}
+    assert memory_limit(tree(tmp_path, cgroup, files)) == expected
 
 
 def test_the_least_memory_of_a_group_and_the_groups_above_counts(tmp_path: Path) -> None:
@@ -75,9 +69,6 @@ def test_the_least_memory_of_a_group_and_the_groups_above_counts(tmp_path: Path)
     for group, limit, used in (("", 4 * GIB, 1 * GIB), ("pod/", 8 * GIB, 6 * GIB)):
         files |= {f"sys/fs/cgroup/{group}memory.max": limit, f"sys/fs/cgroup/{group}memory.current": used}
     assert memory_limit(tree(tmp_path, "0::/pod\n", files)) == MemoryLimit(total=4 * GIB, free=2 * GIB)
-
-
-def test_the_groups_of_a_process_from_the_innermost_up(tmp_path: Path) -> None:
     tree(tmp_path, V1, {})
     top = tmp_path / "sys/fs/cgroup"
     assert groups("memory", tmp_path) == [top / "memory/docker/a", top / "memory/docker", top / "memory", top]

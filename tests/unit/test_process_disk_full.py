@@ -22,18 +22,20 @@ from safetensors.torch import load_file
 from actors.weights.adapter import AdapterSender
 from rlhf.engine.snapshots import Snapshots
 from rlhf.errors import StorageFull
+from rlhf.models.files import export
 from rlhf.models.files.export import appearing
 from rlhf.process import disk_full
 from rlhf.process.disk_full import PAUSE, Shortage, when_there_is_room
 from rlhf.process.stopping import StopRequest, run_async, run_stoppable
 from rlhf.tracking.run_folder.atomic import append_line, read_lines, write_aside, write_atomic
 from rlhf.tracking.run_folder.timeline import Timeline
-from rlhf.types import Examples, TokenValues
+from rlhf.types import TokenValues
 from rlhf.workers.offline.reference_cache import read_columns, write_columns
 from tests.disks import mounted
 
 ROW = {"step": 2, "text": "x" * 300_000}
 VALUES = torch.arange(75_000.0)
+STATE = {"weights": VALUES}
 PATH = Path("/somewhere/else")
 
 
@@ -84,9 +86,8 @@ def test_a_write_goes_on_when_there_is_room_and_is_reported_once(caplog: pytest.
 
 def test_after_the_limit_the_error_names_the_key_and_no_later_write_waits() -> None:
     PAUSE.limit_s = 0.1
-    with pytest.raises(
-        StorageFull, match=r"No room came within 0 s \(cluster.room_timeout_s\). Make room, and continue"
-    ):
+    given_up = r"No room came within 0 s \(cluster.room_timeout_s\). Make room, and continue"
+    with pytest.raises(StorageFull, match=given_up):
         when_there_is_room(PATH, Write(*[full()] * 1000))
     with pytest.raises(StorageFull, match=r"could not be written: No space left on device.*--resume auto"):
         when_there_is_room(PATH, Write(full()))
@@ -148,9 +149,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def keep(folder: Path) -> None:
-    state = {"weights": VALUES}
-    snapshots = Snapshots(folder / "slots", state, deadline_s=30.0)
-    snapshots.take(1, state, {})
+    snapshots = Snapshots(folder / "slots", STATE, deadline_s=30.0)
+    snapshots.take(1, STATE, {})
     snapshots.close()
 
 
@@ -161,36 +161,25 @@ def kept(folder: Path) -> bool:
 
 
 def publish(folder: Path) -> None:
-    sender = AdapterSender(folder / "adapter", {}, base="tiny", rank=0)
-    sender.publish(iter([("weights", VALUES)]), 1)
+    AdapterSender(folder / "adapter", {}, base="tiny", rank=0).publish(iter([("weights", VALUES)]), 1)
 
 
-EXAMPLES: Any = SimpleNamespace(
-    sequence_ids=torch.zeros(1), lengths=torch.tensor([75_000]), token_ids=torch.zeros(75_000, dtype=torch.int64)
-)
+IDS, LENGTHS = torch.zeros(1), torch.tensor([75_000])
+EXAMPLES: Any = SimpleNamespace(sequence_ids=IDS, lengths=LENGTHS, token_ids=torch.zeros(75_000, dtype=torch.int64))
 
 
 def write_reference(folder: Path) -> None:
-    write_columns(
-        folder / "c", TokenValues(sequence_ids=EXAMPLES.sequence_ids, lengths=EXAMPLES.lengths, values=VALUES)
-    )
+    write_columns(folder / "c", TokenValues(sequence_ids=IDS, lengths=LENGTHS, values=VALUES))
 
 
 def reads_reference(folder: Path) -> bool:
-    examples: Examples = EXAMPLES
-    columns = read_columns(folder / "c", examples)
+    columns = read_columns(folder / "c", EXAMPLES)
     return columns is not None and torch.equal(columns.values, VALUES)
 
 
-def export(folder: Path) -> None:
-    from rlhf.models.files import export as module
-
+def write_model(folder: Path) -> None:
     with appearing(folder / "final") as aside:
-        module._write_shards(aside, [("weights", VALUES)], shard_bytes=2**30)
-
-
-def save_with_torch(folder: Path) -> None:
-    write_aside(folder / "a.pt", lambda aside: torch.save(VALUES, aside))
+        export._write_shards(aside, [("weights", VALUES)], shard_bytes=2**30)
 
 
 @pytest.mark.parametrize(
@@ -201,8 +190,11 @@ def save_with_torch(folder: Path) -> None:
         (keep, kept),
         (publish, lambda f: torch.equal(load_file(f / "adapter/adapter_model.safetensors")["weights"], VALUES)),
         (write_reference, reads_reference),
-        (export, lambda f: torch.equal(load_file(f / "final/model.safetensors")["weights"], VALUES)),
-        (save_with_torch, lambda f: torch.equal(torch.load(f / "a.pt"), VALUES)),
+        (write_model, lambda f: torch.equal(load_file(f / "final/model.safetensors")["weights"], VALUES)),
+        (
+            lambda f: write_aside(f / "a.pt", lambda aside: torch.save(VALUES, aside)),
+            lambda f: torch.equal(torch.load(f / "a.pt"), VALUES),
+        ),
     ],
     ids=["line", "text", "snapshot", "adapter", "reference", "model", "tensors of torch"],
 )
@@ -237,8 +229,7 @@ def test_the_timeline_goes_on_after_a_full_disk(small_disk: Path, caplog: pytest
     path, ballast = small_disk / "timeline.json", small_disk / "ballast"
     timeline = Timeline(path)
     timeline.record("first", "policy", start_s=1.0, end_s=2.0)
-    room_left = os.statvfs(small_disk).f_bavail * 4096
-    ballast.write_bytes(bytes(room_left))
+    ballast.write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096))
     for number in range(100):  # the last page of the file has some room
         timeline.record("lost", "critic", start_s=number, end_s=number + 0.5)
     ballast.unlink()
@@ -249,5 +240,5 @@ def test_the_timeline_goes_on_after_a_full_disk(small_disk: Path, caplog: pytest
     assert (names[0], names[-1]) == ("first", "last")
     assert len(names) < 102
     assert [event["args"]["name"] for event in events if event["name"] == "process_name"] == ["policy", "critic"]
-    assert caplog.text.count("its events are lost meanwhile") == 1
-    assert caplog.text.count("goes on, without") == 1
+    for message in ("its events are lost meanwhile", "goes on, without"):
+        assert caplog.text.count(message) == 1

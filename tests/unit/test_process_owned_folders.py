@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,25 +25,6 @@ with temporary_folder() as folder:
     print(folder, flush=True)
     time.sleep(60)
 """
-
-
-def test_the_folder_of_a_killed_process_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen([sys.executable, "-c", HOLDER], stdout=subprocess.PIPE, text=True, env=environment) as holder:
-        assert holder.stdout is not None
-        theirs = Path(holder.stdout.readline().strip())
-        with temporary_folder() as folder:
-            assert list(folder.iterdir()) == []
-            assert (theirs / "file").exists()
-        assert not folder.parent.exists()
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-    assert (theirs / "file").exists()
-    with temporary_folder():
-        assert not theirs.parent.exists()
-
-
 ENGINE = """
 import tempfile, time
 from rlhf.process.owned_folders import keep_temporary_files_apart
@@ -53,20 +34,41 @@ time.sleep(60)
 """
 
 
-def test_the_temporary_files_of_a_killed_engine_are_removed_by_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def temp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen([sys.executable, "-c", ENGINE], stdout=subprocess.PIPE, text=True, env=environment) as engine:
-        assert engine.stdout is not None
-        theirs = Path(engine.stdout.readline().strip())
-        monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return tmp_path
+
+
+@contextmanager
+def killed_after(program: str) -> Iterator[Path]:
+    """Yield the path that a process prints. The process is killed after the block."""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield Path(process.stdout.readline().strip())
+        process.kill()
+
+
+@pytest.mark.usefixtures("temp")
+def test_the_folder_of_a_killed_process_is_removed_by_the_next() -> None:
+    with killed_after(HOLDER) as theirs:
+        with temporary_folder() as folder:
+            assert list(folder.iterdir()) == []
+            assert (theirs / "file").exists()
+        assert not folder.parent.exists()
+    assert (theirs / "file").exists()
+    with temporary_folder():
+        assert not theirs.parent.exists()
+
+
+def test_the_temporary_files_of_a_killed_engine_are_removed_by_the_next(
+    temp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with killed_after(ENGINE) as theirs:
         keep_temporary_files_apart().remove()
         assert theirs.is_dir()
-        engine.send_signal(signal.SIGKILL)
-        engine.wait()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(temp))
     own = keep_temporary_files_apart()
     assert not theirs.parent.exists()
     assert Path(tempfile.mkdtemp()).parent == Path(os.environ["TMPDIR"]) == own.path

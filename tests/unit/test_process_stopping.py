@@ -73,17 +73,10 @@ def test_inner_work_belongs_to_the_outer_one() -> None:
 
 
 def test_work_with_an_event_loop_runs_inside_of_a_running_one() -> None:
-    async def cell_of_a_notebook() -> int:
-        return run_stoppable(lambda _: run_async(asyncio.sleep(0.0, 3)))
+    async def cell_of_a_notebook() -> tuple[int, int]:
+        return run_stoppable(lambda _: run_async(asyncio.sleep(0.0, 3))), run_async(asyncio.sleep(0.0, 4))
 
-    assert asyncio.run(cell_of_a_notebook()) == 3
-
-
-def test_a_coroutine_runs_inside_of_a_running_loop_without_more() -> None:
-    async def cell_of_a_notebook() -> int:
-        return run_async(asyncio.sleep(0.0, 3))
-
-    assert asyncio.run(cell_of_a_notebook()) == 3
+    assert asyncio.run(cell_of_a_notebook()) == (3, 4)
 
 
 def test_a_runner_that_is_used_again_has_the_request_of_its_present_work() -> None:
@@ -95,26 +88,17 @@ def test_a_runner_that_is_used_again_has_the_request_of_its_present_work() -> No
             assert run_stoppable(lambda request: run_async(request_of_work(), runner) is request)
 
 
-def test_ctrl_c_is_heard_inside_of_a_running_event_loop() -> None:
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+@pytest.mark.parametrize("in_notebook", [False, True])
+def test_a_loop_hears_a_signal_and_ends_by_itself(number: signal.Signals, in_notebook: bool) -> None:
+    work = loop_that_is_sent(number, result=Preempted("a checkpoint of step 3 is written"))
+
     async def cell_of_a_notebook() -> None:
-        run_stoppable(loop_that_is_sent(signal.SIGINT, result=Preempted("a checkpoint of step 3 is written")))
+        run_stoppable(work)
 
-    with pytest.raises(KeyboardInterrupt, match="step 3"):
-        asyncio.run(cell_of_a_notebook())
-
-
-@pytest.mark.parametrize(
-    ("number", "kind"),
-    [
-        (signal.SIGINT, KeyboardInterrupt),
-        (signal.SIGTERM, Preempted),
-        (signal.SIGHUP, Preempted),
-        (signal.SIGUSR1, Preempted),
-    ],
-)
-def test_a_loop_hears_a_signal_and_ends_by_itself(number: int, kind: type[BaseException]) -> None:
+    kind = KeyboardInterrupt if number == signal.SIGINT else Preempted
     with pytest.raises(kind, match=r"^a checkpoint of step 3 is written$"):
-        run_stoppable(loop_that_is_sent(number, result=Preempted("a checkpoint of step 3 is written")))
+        asyncio.run(cell_of_a_notebook()) if in_notebook else run_stoppable(work)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
@@ -155,32 +139,24 @@ def test_a_signal_that_is_sent_twice_at_once_is_one(monkeypatch: pytest.MonkeyPa
         run_stoppable(loop_that_is_sent(signal.SIGTERM, signal.SIGTERM, result=KeyboardInterrupt()))
 
 
-def test_handlers_that_a_library_replaces_in_c_are_set_again() -> None:
+def test_handlers_and_alarms_of_a_library_are_replaced() -> None:
+    """Ray sets a handler in C, and an alarm that would abort the process."""
+
     def work(request: StopRequest) -> bool:
         request.ends_by_itself = True
         ignore = ctypes.c_void_p(1)  # SIG_IGN, set from this thread as Ray sets its handler
         ctypes.CDLL(None).signal(int(signal.SIGTERM), ignore)
         send(signal.SIGTERM)
         assert request.signal is None
+        signal.alarm(1000)
         request.handlers_lost.set()
         give_up = time.monotonic() + 5.0
         while request.signal is None and time.monotonic() < give_up:
             send(signal.SIGTERM)
             time.sleep(0.005)
-        return request.signal is signal.SIGTERM
+        return request.signal is signal.SIGTERM and signal.alarm(0) == 0
 
     assert run_stoppable(work)
-
-
-def test_a_signal_cancels_the_alarm_with_which_ray_aborts_the_process() -> None:
-    def work(request: StopRequest) -> int:
-        request.ends_by_itself = True
-        signal.alarm(1000)
-        send(signal.SIGTERM)
-        until(lambda: request.signal is not None)
-        return signal.alarm(0)
-
-    assert run_stoppable(work) == 0
 
 
 @pytest.mark.parametrize(("first", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Preempted)])
@@ -268,21 +244,22 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
     assert run_stoppable(work)
 
 
+SCRIPT = """
+import concurrent.futures, threading
+from rlhf import cli, commands
+from rlhf.process.stopping import start_thread
+def run(args):
+    hang = threading.Event().wait
+    start_thread(lambda: concurrent.futures.ThreadPoolExecutor().submit(hang).result(), 'hangs')
+    return 75
+commands.COMMANDS['doctor'].run = run
+cli.sys.argv = ['rlhf', 'doctor']
+raise SystemExit(cli.main())
+"""
+
+
 def test_a_process_does_not_wait_for_a_call_that_never_returns() -> None:
-    script = (
-        "import threading\n"
-        "from rlhf import cli, commands\n"
-        "from rlhf.process.stopping import start_thread\n"
-        "def run(args):\n"
-        "    import concurrent.futures\n"
-        "    hang = threading.Event().wait\n"
-        "    start_thread(lambda: concurrent.futures.ThreadPoolExecutor().submit(hang).result(), 'hangs')\n"
-        "    return 75\n"
-        "commands.COMMANDS['doctor'].run = run\n"
-        "cli.sys.argv = ['rlhf', 'doctor']\n"
-        "raise SystemExit(cli.main())\n"
-    )
-    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 75
+    assert subprocess.run([sys.executable, "-c", SCRIPT], timeout=120).returncode == 75
 
 
 def test_the_time_before_a_loop_begins_does_not_count_as_silence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,11 +21,10 @@ def test_a_sealed_file_in_memory_is_constant() -> None:
                 change()
         assert os.pread(file.fileno(), 100, 0) == b"content"
         assert not os.get_inheritable(file.fileno())
-
-
-def test_a_file_in_memory_takes_no_seals_by_default() -> None:
     with open(memfd("test"), "r+b") as file, pytest.raises(PermissionError):
-        seal(file.fileno())
+        seal(file.fileno())  # by default there are no seals
+    with pytest.raises(OSError, match="memfd_create: Invalid argument"):
+        memfd(250 * "x")
 
 
 def test_a_descriptor_of_a_process_tells_its_end_and_takes_signals() -> None:
@@ -40,8 +39,3 @@ def test_a_descriptor_of_a_process_tells_its_end_and_takes_signals() -> None:
     with pytest.raises(ProcessLookupError):
         pidfd_send_signal(descriptor, signal.SIGKILL)
     os.close(descriptor)
-
-
-def test_a_failed_call_is_named() -> None:
-    with pytest.raises(OSError, match="memfd_create: Invalid argument"):
-        memfd(250 * "x")
