@@ -36,8 +36,6 @@ ANSWERS_WITHIN_S = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActorLocation:
-    """The node and process of an actor."""
-
     who: str  # for example `policy rank 1`
     node: str  # Ray's id
     address: str

@@ -135,7 +135,6 @@ def _log_messages(data: Mapping[str, Any], ignore_prefix: bool) -> None:
 
 
 def _start_local(config: ClusterConfig) -> None:
-    """Start a Ray that ends with this process and accepts no other process."""
     memory_gib = total_memory() / 2**30
     if config.object_store_gib > memory_gib:
         raise UserError(

@@ -41,8 +41,6 @@ def folders_of_user() -> Path:
 
 
 class MemoryFolder(OwnedFolder):
-    """The folder of a run on this node."""
-
     def __init__(self, path: Path) -> None:
         """Make the folder, or take over the folder of a dead process of this run. UserError: it cannot be made."""
         try:
@@ -118,7 +116,6 @@ class MemoryFolders:
         return frozenset(place.node for place in locations().values()) - unfit
 
     def copies_of(self, rank: str) -> CopyPlace | None:
-        """Return where the copies of a rank's snapshots are. None: there are none."""
         return self._places.get(rank)
 
     async def places(self, nodes: Mapping[str, str], failures: Mapping[str, str]) -> dict[str, CopyPlace | None]:
@@ -164,7 +161,6 @@ class MemoryFolders:
                     raise RunError(f"neither the snapshot of {rank} nor a copy of it can be read: {reason}")
 
     async def _choose(self, rank: str, candidates: Collection[str]) -> None:
-        """Give a rank a place on a node among the candidates."""
         before = self._holders.pop(rank, None)
         self._places.pop(rank, None)
         if before in self._processes:

@@ -67,7 +67,6 @@ class Nodes:
             self.others[node] = remote.options(num_cpus=0, max_restarts=0, scheduling_strategy=strategy).remote()
 
     async def _asked(self, node: str) -> dict[str, Reduction]:
-        """Return a node's metrics, empty until the answer is there."""
         address, is_late = self.addresses[node], node in self._late
         answer = self._late.pop(node) if is_late else self.others[node].take.remote()
         limit_s = LATE_ANSWER_WITHIN_S if is_late else ANSWER_WITHIN_S
@@ -86,7 +85,6 @@ class Nodes:
 
 
 def _addresses() -> dict[str, str]:
-    """Return the addresses of all live nodes, in the form for metrics."""
     return {node["NodeID"]: node["NodeManagerAddress"].replace(":", "-") for node in ray.nodes() if node["Alive"]}
 
 

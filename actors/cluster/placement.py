@@ -44,8 +44,6 @@ class NoRoom(RunError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """A reserved placement group with slots."""
-
     group: PlacementGroup
     plan: PlacementPlan
     seats: Seats | None = None  # of engines that join and leave; None: all workers are in the group
@@ -66,7 +64,6 @@ class Placement:
         }
 
     def nodes_of(self, role: Role) -> list[str]:
-        """Return the node of each worker of a role."""
         nodes: Mapping[int, str] = placement_group_table(self.group)["bundles_to_node_id"]
         return [nodes[place.bundle] for place in self.plan.slots[role]]
 
@@ -75,7 +72,6 @@ class Placement:
         return [addresses[node] for node in self.nodes_of(role)]
 
     def describe(self) -> str:
-        """Return the node addresses of each role's workers, in rank order."""
         return "; ".join(f"{role} on {', '.join(self.addresses_of(role))}" for role in self.plan.slots)
 
     def nodes(self) -> set[str]:
@@ -148,7 +144,6 @@ class Seats:
             remove_placement_group(placed.group)
 
     def groups(self) -> list[PlacementGroup]:
-        """Return all placement groups, also groups that Ray has not placed yet."""
         return [*(placed.group for placed in self._placed.values()), *self._asked]
 
     def nodes(self) -> dict[int, str]:
@@ -257,7 +252,6 @@ def _remove(groups: Sequence[PlacementGroup]) -> None:
 
 
 def _threads(nodes: Sequence[str], configured: int | Literal["auto"]) -> list[int]:
-    """Return the compute threads of workers on the given nodes. auto: a node's cores, divided by its workers."""
     cores = {node["NodeID"]: int(node["Resources"].get("CPU", 1)) for node in ray.nodes()}
     return [max(1, cores.get(n, 1) // nodes.count(n)) if configured == "auto" else configured for n in nodes]
 

@@ -94,13 +94,11 @@ class Processes:
         self.ended = False
 
     async def wait_until_started(self, *, deadline_s: float) -> None:
-        """Wait until all actors are created, and remember the processes on this host."""
         refs = [ask_location(handle) for handle in self.handles]
         locations = await wait_all(refs, role=self.role, stage="start", deadline_s=deadline_s, limit=START_LIMIT)
         self._remember(dict(enumerate(locations)))
 
     async def wait_until_created(self, rank: int, *, deadline_s: float) -> None:
-        """Wait until one worker is created, and remember the worker's process."""
         ref = ask_location(self.handles[rank])
         limits: dict[str, Any] = {"stage": "start", "deadline_s": deadline_s, "limit": START_LIMIT}
         location = await wait_one(ref, role=self.role, rank=rank, **limits)

@@ -45,8 +45,9 @@ async def refuse_small_shared_memory(config: Config, placement: Placement) -> No
     nodes = placement.nodes()
     needed = snapshots_by_node(sizes, {role: placement.nodes_of(role) for role in sizes}, nodes)
     rooms = await _rooms(needed, limit_s=config.cluster.start_timeout_s)
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()} if len(nodes) > 1 else {}
     for node, room in rooms.items():
-        judge(room, needed[node], where=SHARED_MEMORY if len(nodes) == 1 else f"{SHARED_MEMORY} of {_address(node)}")
+        judge(room, needed[node], where=f"{SHARED_MEMORY} of {addresses[node]}" if addresses else SHARED_MEMORY)
 
 
 def judge(room: SharedMemoryRoom, snapshots: SnapshotBytes, *, where: str) -> None:
@@ -60,7 +61,6 @@ def judge(room: SharedMemoryRoom, snapshots: SnapshotBytes, *, where: str) -> No
 
 
 async def _rooms(nodes: Collection[str], *, limit_s: float) -> dict[str, SharedMemoryRoom]:
-    """Return the size of /dev/shm of each node."""
     if OWN_RAY.daemons:
         return dict.fromkeys(nodes, shared_memory_here())
     answers = [asyncio.wrap_future(on_node(node, shared_memory_here).future()) for node in nodes]
@@ -68,7 +68,3 @@ async def _rooms(nodes: Collection[str], *, limit_s: float) -> dict[str, SharedM
         return dict(zip(nodes, await asyncio.wait_for(asyncio.gather(*answers), limit_s), strict=True))
     except (RayError, TimeoutError) as error:
         raise RunError(f"start: a node did not say how large its {SHARED_MEMORY} is: {error}") from error
-
-
-def _address(node: str) -> str:
-    return next(str(entry["NodeManagerAddress"]) for entry in ray.nodes() if entry["NodeID"] == node)

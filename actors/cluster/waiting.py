@@ -51,8 +51,6 @@ MOST_TOLD = 600  # characters of a cause in a message
 
 
 class Waits:
-    """Whether this process waits for something within a limit."""
-
     def __init__(self) -> None:
         self._count = 0
         self._ended_at = 0.0  # the last wait

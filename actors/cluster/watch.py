@@ -42,8 +42,6 @@ LONGEST_STACK = 20_000  # characters
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hang:
-    """The reason for giving up a process, and the stack."""
-
     reason: str
     stack: str
 

@@ -48,7 +48,6 @@ def check_shared_memory(snapshots: SnapshotBytes | None = None) -> CheckResult:
 
 
 def version_of(package: str) -> str | None:
-    """Return the version of a package. None: not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -65,7 +64,6 @@ def show(
     where: str = "node",
     nodes: set[str] | None = None,  # all nodes of a cluster; None: the table has no column of nodes
 ) -> None:
-    """Print all results as a table, and the conclusion."""
     from rich.console import Console  # a node of a cluster needs no table
     from rich.table import Table
     from rich.text import Text

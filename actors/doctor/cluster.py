@@ -177,7 +177,6 @@ def _room(stages: Sequence[Stage], alive: Sequence[Mapping[str, Any]]) -> Iterat
 
 @contextmanager
 def _probes(alive: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Start an actor on each node, and yield all actors by the node's address."""
     probes = {}
     for node in alive:
         there = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
@@ -212,7 +211,6 @@ def _shared_folder(stages: Sequence[Stage]) -> Iterator[Path | None]:
 
 
 def _shares(shared: Path, node: str) -> CheckResult:
-    """Check whether the node's copy of the driver's file is visible here."""
     where, written = shared.parents[1], shared.with_name(node)
     if written.exists() and written.read_bytes() == shared.read_bytes():
         return check("run.dir", f"{where}: shared, and can be written")

@@ -62,7 +62,8 @@ def run_results(folder: Path) -> Iterator[CheckResult]:
         return
     steps = [row["step"] for row in rows]
     last = max(steps, default=0)
-    yield _result("steps", f"{_span(steps)} in metrics.jsonl", holes(steps, last, "metrics.jsonl has no row"))
+    span = f"{min(steps)} to {last}" if steps else "none"
+    yield _result("steps", f"{span} in metrics.jsonl", holes(steps, last, "metrics.jsonl has no row"))
     is_online = bool(lines) or any("rollouts/response_tokens/mean" in row for row in rows)
     if is_online:
         yield _ledger(lines, rows)
@@ -190,10 +191,6 @@ def _result(what: str, found: str, contradictions: Sequence[str]) -> CheckResult
     more = len(contradictions) - MOST_NAMED
     named = [*contradictions[:MOST_NAMED], *([f"and {more} more"] if more > 0 else [])]
     return CheckResult(what, "bad", found, "\n".join(named))
-
-
-def _span(steps: Sequence[int]) -> str:
-    return f"{min(steps)} to {max(steps)}" if steps else "none"
 
 
 def _name(prompt: tuple[int, int]) -> str:

@@ -67,10 +67,8 @@ class Decoding:
         _check("seed", self.seed, "0 to 4294967295", 0 <= self.seed < 2**32)
         _check("stop", self.stop, "strings that are not empty", all(self.stop))
         if self.samples > 1 and self.temperature == 0.0:
-            raise UserError(
-                f"samples: is {self.samples}, but greedy responses to one prompt are all equal; "
-                "give a temperature above 0"
-            )
+            equal = "greedy responses to one prompt are all equal"
+            raise UserError(f"samples: is {self.samples}, but {equal}; give a temperature above 0")
         if self.system_prompt is not None and not self.apply_chat_template:
             raise UserError("system_prompt: has no effect without the chat template, which puts it before the prompts")
 

@@ -7,16 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf.evaluation import statistics
 from rlhf.evaluation.passing import PassRule, judges
-from rlhf.evaluation.statistics import (
-    Estimate,
-    maj_at_k,
-    mean_estimate,
-    pass_at_k,
-    powers_of_two,
-    ratio_estimate,
-    win_chance,
-)
 from rlhf.evaluation.voting import AnswerForm, answer_form
 
 if TYPE_CHECKING:
@@ -90,12 +82,10 @@ class Marking:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetReport:
-    """Metrics of one evaluation set."""
-
     name: str
     num_rows: int  # rows with results
     num_failed: int  # prompts without a score
-    metrics: Mapping[str, Estimate]
+    metrics: Mapping[str, statistics.Estimate]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,11 +112,11 @@ class Evaluation:
         """
         logged = {}
         for report in self.sets:
-            for name, estimate in report.metrics.items():
-                logged[f"eval/{report.name}/{name.removeprefix('rewards/')}"] = estimate.value
+            values = {name.removeprefix("rewards/"): estimate.value for name, estimate in report.metrics.items()}
             score = report.metrics.get("score")
             if score is not None and score.low is not None and score.high is not None:
-                logged |= {f"eval/{report.name}/score_low": score.low, f"eval/{report.name}/score_high": score.high}
+                values |= {"score_low": score.low, "score_high": score.high}
+            logged |= {f"eval/{report.name}/{name}": value for name, value in values.items()}
         return logged
 
     def to_table(self) -> Table:
@@ -142,14 +132,10 @@ class Evaluation:
             table.add_column(heading, justify=justify)  # type: ignore[arg-type]
         for report in self.sets:
             for index, (name, estimate) in enumerate(report.metrics.items()):
-                interval = (
-                    ""
-                    if estimate.low is None or estimate.high is None
-                    else f"{estimate.low:.4g} to {estimate.high:.4g}"
-                )
-                table.add_row(
-                    f"{report.name} ({report.num_rows})" if index == 0 else "", name, f"{estimate.value:.4g}", interval
-                )
+                low, high = estimate.low, estimate.high
+                interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
+                heading = f"{report.name} ({report.num_rows})" if index == 0 else ""
+                table.add_row(heading, name, f"{estimate.value:.4g}", interval)
             table.add_section()
         return table
 
@@ -174,26 +160,24 @@ def prompt_reports(
         parts[f"{name}.{source}"] = [prompt_id for prompt_id in prompt_ids if sources[prompt_id] == source]
     reports = []
     for part, ids in parts.items():
-        selected_ids = set(ids)
-        selected = [result for result in results if result.prompt_id in selected_ids]
+        wanted = set(ids)
+        selected = [result for result in results if result.prompt_id in wanted]
         if selected:
-            metrics = prompt_metrics(selected, against, marking, seed=seed)
-            reports.append(
-                SetReport(name=part, num_rows=len(selected), num_failed=len(ids) - len(selected), metrics=metrics)
-            )
+            metrics, failed = prompt_metrics(selected, against, marking, seed=seed), len(ids) - len(selected)
+            reports.append(SetReport(name=part, num_rows=len(selected), num_failed=failed, metrics=metrics))
     return reports
 
 
 def prompt_metrics(
     results: Sequence[PromptScores], against: Sequence[PromptScores] | None, marking: Marking, *, seed: int
-) -> dict[str, Estimate]:
+) -> dict[str, statistics.Estimate]:
     """Return the metrics of a set of prompts. Each metric is a number per prompt, averaged over prompts.
 
     against: another model's results, compared on the shared prompts. Without shared prompts there is no win rate.
     """
 
-    def over_prompts(values: Sequence[float]) -> Estimate:
-        return mean_estimate(values, seed=seed)
+    def over_prompts(values: Sequence[float]) -> statistics.Estimate:
+        return statistics.mean_estimate(values, seed=seed)
 
     metrics = {"score": over_prompts([_mean(result.scores) for result in results])} if results[0].scores else {}
     for name in dict.fromkeys(name for result in results for name in result.by_name):
@@ -203,21 +187,14 @@ def prompt_metrics(
     if marking.passing is not None:
         passed = [marking.passing.passed(result.scores, result.by_name) for result in results]
         for k in marking.ks:
-            metrics[f"pass@{k}"] = over_prompts([pass_at_k(marks, k=k) for marks in passed])
-        voting = [
-            (result.answers, marks) for result, marks in zip(results, passed, strict=True) if result.answers is not None
-        ]
-        for k in marking.ks if voting else ():
-            if k == 1:
-                continue  # the majority of one response is that response: pass@1
-            metrics[f"maj@{k}"] = over_prompts([maj_at_k(answers, marks, k=k) for answers, marks in voting])
+            metrics[f"pass@{k}"] = over_prompts([statistics.pass_at_k(marks, k=k) for marks in passed])
+        both = zip(results, passed, strict=True)
+        voting = [(result.answers, marks) for result, marks in both if result.answers is not None]
+        for k in [k for k in marking.ks if k > 1] if voting else ():  # the majority of one response is pass@1
+            metrics[f"maj@{k}"] = over_prompts([statistics.maj_at_k(answers, marks, k=k) for answers, marks in voting])
     other_scores = {result.prompt_id: result.scores for result in against or ()}
-    wins = [
-        win_chance(result.scores, other_scores[result.prompt_id])
-        for result in results
-        if result.prompt_id in other_scores
-    ]
-    if wins:
+    shared = [result for result in results if result.prompt_id in other_scores]
+    if wins := [statistics.win_chance(result.scores, other_scores[result.prompt_id]) for result in shared]:
         metrics["win_rate"] = over_prompts(wins)
     metrics["truncated"] = over_prompts([_mean(result.truncated) for result in results])
     metrics["response_tokens"] = over_prompts([_mean(result.response_tokens) for result in results])
@@ -229,7 +206,7 @@ def marking_of(marks: Marks, rewards: Sequence[RewardSpec], *, samples: int) -> 
 
     Scores of reward models have no default threshold. ValueError for a k outside 1 to the number of samples.
     """
-    ks = powers_of_two(samples) if marks.ks is None else tuple(sorted(set(marks.ks)))
+    ks = statistics.powers_of_two(samples) if marks.ks is None else tuple(sorted(set(marks.ks)))
     for k in ks:
         if not 1 <= k <= samples:
             raise ValueError(f"is {k}, expected 1 to the number of samples, {samples}")
@@ -245,17 +222,17 @@ def marking_of(marks: Marks, rewards: Sequence[RewardSpec], *, samples: int) -> 
     )
 
 
-def example_metrics(results: Sequence[ExampleResult], *, seed: int) -> dict[str, Estimate]:
+def example_metrics(results: Sequence[ExampleResult], *, seed: int) -> dict[str, statistics.Estimate]:
     """Return the metrics of a set of examples, as means over all tokens under the loss mask.
 
     The loss is in nats; perplexity = exp(loss).
     """
     tokens = [float(result.num_tokens) for result in results]
-    loss = ratio_estimate([-result.logprob for result in results], tokens, seed=seed)
+    loss = statistics.ratio_estimate([-result.logprob for result in results], tokens, seed=seed)
     return {
         "loss": loss,
-        "perplexity": Estimate(value=math.exp(loss.value), low=_exp(loss.low), high=_exp(loss.high)),
-        "token_accuracy": ratio_estimate([float(result.num_top1) for result in results], tokens, seed=seed),
+        "perplexity": statistics.Estimate(value=math.exp(loss.value), low=_exp(loss.low), high=_exp(loss.high)),
+        "token_accuracy": statistics.ratio_estimate([float(result.num_top1) for result in results], tokens, seed=seed),
     }
 
 
@@ -277,17 +254,11 @@ def prompt_rows(model: str, name: str, results: Sequence[PromptResult], marking:
             "answer": None if result.answers is None else result.answers[sample],
             "truncated": result.truncated[sample],
             "response_tokens": result.response_tokens[sample],
-            **({} if result.transcripts is None else _as_sampled(result.transcripts[sample])),
+            **({} if result.transcripts is None else asdict(result.transcripts[sample])),  # response, turns, tokens
         }
         for result, marks in zip(results, passed, strict=True)
         for sample, response in enumerate(result.responses)
     ]
-
-
-def _as_sampled(conversation: Transcript) -> dict[str, Any]:
-    """Return the turns and tokens of a conversation in the form of a run's samples."""
-    turns = [asdict(turn) for turn in conversation.turns]
-    return {"turns": turns, "tokens": asdict(conversation.tokens)}
 
 
 def example_rows(model: str, name: str, results: Sequence[ExampleResult]) -> list[dict[str, Any]]:

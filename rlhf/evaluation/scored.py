@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowError:
-    """One failure of a reward on a row."""
-
     reward: str
     kind: str
     message: str
@@ -33,13 +31,10 @@ class ScoredRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredFile:
-    """All rows, in the order of the file."""
-
     rows: tuple[ScoredRow, ...]
 
     @property
     def num_unscored(self) -> int:
-        """Number of rows without a score."""
         return sum(row.score is None for row in self.rows)
 
     @property
@@ -48,7 +43,6 @@ class ScoredFile:
         return [(row.place, error) for row in self.rows for error in row.errors]
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Return one dictionary per row."""
         return [asdict(row) for row in self.rows]
 
     def to_table(self) -> Table:

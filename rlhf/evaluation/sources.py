@@ -15,29 +15,23 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_.-]+")
 def source_names(prompts: Sequence[Prompt], column: str, *, key: str, data: str) -> dict[int, str]:
     """Return the column's value by prompt id, in the characters of a metric name: `a b/c` becomes `a_b_c`.
 
-    key: the setting with the column's name; data: the name of the set. Both appear in messages. UserError if a row
-    lacks the column, if a value is neither string nor number, if there are too many values, or if two values have the
-    same name.
+    key, data: the names of setting and set in messages. UserError: a row lacks the column, a value is neither string
+    nor number, two values have the same name, or there are too many values.
     """
     names: dict[int, str] = {}
     value_of: dict[str, object] = {}
     for prompt in prompts:
         value = prompt.columns.get(column)
         if not isinstance(value, str | int | float) or not str(value):
-            actual = (
-                f"has {value!r} there" if column in prompt.columns else f"has {', '.join(prompt.columns) or 'none'}"
-            )
-            raise UserError(
-                f"{key}: row {prompt.prompt_id} of {data} needs a string or a number in column `{column}`; it {actual}"
-            )
+            there = f"{value!r} there" if column in prompt.columns else ", ".join(prompt.columns) or "none"
+            wanted = f"row {prompt.prompt_id} of {data} needs a string or a number in column `{column}`"
+            raise UserError(f"{key}: {wanted}; it has {there}")
         name = _NOT_IN_A_NAME.sub("_", str(value))
         other = value_of.setdefault(name, value)
         if other != value:
             raise UserError(f"{key}: {other!r} and {value!r} in column `{column}` of {data} have one name, `{name}`")
         names[prompt.prompt_id] = name
     if len(value_of) > MOST_SOURCES:
-        raise UserError(
-            f"{key}: column `{column}` of {data} has {len(value_of)} different values, more than {MOST_SOURCES}: "
-            "name a column with the source of each row"
-        )
+        many = f"column `{column}` of {data} has {len(value_of)} different values, more than {MOST_SOURCES}"
+        raise UserError(f"{key}: {many}: name a column with the source of each row")
     return names

@@ -20,8 +20,6 @@ _NUMBERS_AT_ONCE = 4_000_000  # bounds the memory of a bootstrap
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A number with its bootstrap interval."""
-
     value: float
     low: float | None  # None: a single prompt gives no interval
     high: float | None
@@ -55,14 +53,10 @@ def maj_at_k(answers: Sequence[str | None], passed: Sequence[bool], *, k: int) -
     votes = Counter(answer for answer in answers if answer is not None)
     right = Counter(answer for answer, good in zip(answers, passed, strict=True) if good and answer is not None)
     silent = n - votes.total()
-    won = sum(
-        (
-            Fraction(count, votes[answer])
-            * _choices_won(votes[answer], [votes[other] for other in votes if other != answer], silent, k)
-            for answer, count in right.items()
-        ),
-        Fraction(0),
-    )
+    won = Fraction(0)
+    for answer, count in right.items():
+        others = [votes[other] for other in votes if other != answer]
+        won += Fraction(count, votes[answer]) * _choices_won(votes[answer], others, silent, k)
     return float(won / comb(n, k))
 
 
@@ -123,8 +117,6 @@ def _choices_won(count: int, others: Sequence[int], silent: int, k: int) -> Frac
                 for more in range(min(other, votes, left - drawn) + 1):
                     longer[drawn + more, ties + (more == votes)] += number * comb(other, more)
             choices = dict(longer)
-        shared = sum(
-            (Fraction(number, 1 + ties) for (drawn, ties), number in choices.items() if drawn == left), Fraction(0)
-        )
-        won += comb(count, votes) * shared
+        shared = [Fraction(number, 1 + ties) for (drawn, ties), number in choices.items() if drawn == left]
+        won += comb(count, votes) * sum(shared, Fraction(0))
     return won

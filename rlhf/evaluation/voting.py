@@ -11,11 +11,7 @@ from rlhf.rewards.functions.matching import EXTRACTORS
 AnswerForm = Literal["last_number", "answer_tag", "boxed", "whole"]
 ANSWER_FORMS: tuple[AnswerForm, ...] = get_args(AnswerForm)
 
-_FORM_OF_REWARD: Mapping[str, AnswerForm] = {
-    "exact_match": "whole",
-    "last_number": "last_number",
-    "math_answer": "boxed",
-}
+_FORM_OF_REWARD: dict[str, AnswerForm] = {"exact_match": "whole", "last_number": "last_number", "math_answer": "boxed"}
 
 
 def answer_of(response: str, form: AnswerForm) -> str | None:

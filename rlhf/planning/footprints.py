@@ -6,35 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.config.derive import (
-    ROLE_USES,
-    derive,
-    has_value_head,
-    restarts_gangs,
-    sequences_per_row,
-    shares_engines_gpus,
-    ships_adapter,
-    trained_sections,
-    weight_sync,
-)
+from rlhf.config import derive
 from rlhf.config.schema.cluster import TrainedResources
 from rlhf.config.schema.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfig
 from rlhf.config.schema.root import Config
 from rlhf.objectives.costs import multiplies_bfloat16_fast
-from rlhf.planning.memory import (
-    GIB,
-    Footprint,
-    Measured,
-    Term,
-    Training,
-    checkpoint_bytes,
-    engine_terms,
-    forward_terms,
-    kv_bytes_per_token,
-    snapshot_term,
-    training_terms,
-    with_process,
-)
+from rlhf.planning import memory
 from rlhf.planning.shapes import Shape, find_shape
 from rlhf.role_table import ROLES, Role
 
@@ -54,11 +31,11 @@ class Sizes:
         return find_shape(model, shapes=self.shapes, made=self.made or {})
 
 
-def footprints(config: Config, sizes: Sizes) -> list[Footprint]:
+def footprints(config: Config, sizes: Sizes) -> list[memory.Footprint]:
     """Return the footprint of each role with workers, in placement order. UserError: a model's sizes are unknown."""
     result = []
-    for role in derive(config).needs:
-        model, kind = ROLE_USES[role].model(config), ROLES[role].kind
+    for role in derive.derive(config).needs:
+        model, kind = derive.ROLE_USES[role].model(config), ROLES[role].kind
         if kind == "engines":
             result.append(_engine(config, sizes))
         elif isinstance(model, PolicyConfig | CriticConfig):
@@ -72,8 +49,8 @@ def tokens_of_microbatch(config: Config, role: TrainedResources) -> tuple[int, b
     """Return the tokens of a full micro-batch on a rank, and whether an optimizer step may have several such."""
     budget = config.train.max_tokens_per_microbatch
     rows = -(-config.train.sequences_per_update // role.data_parallel_ranks)
-    per_row = 2 if config.algorithm.kind == "sampled_pairs" else sequences_per_row(config)
-    most = rows * per_row * derive(config).longest_sequence
+    per_row = 2 if config.algorithm.kind == "sampled_pairs" else derive.sequences_per_row(config)
+    most = rows * per_row * derive.derive(config).longest_sequence
     return min(budget, most) // role.sequence_parallel, most > budget
 
 
@@ -81,16 +58,15 @@ def _itemsize(model: ModelConfig) -> int:
     return 4 if model.dtype == "float32" else 2
 
 
-def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config, sizes: Sizes) -> Training:
-    """Return the training settings of one rank of the policy or the critic."""
+def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config, sizes: Sizes) -> memory.Training:
     shape, role = sizes.of(model.model), getattr(config.cluster.roles, role_name)
-    scalar = has_value_head(config, role_name)
+    scalar = derive.has_value_head(config, role_name)
     whole = shape.scalar_parameters if scalar else shape.parameters
     lora = model.lora
     trained = whole if lora is None else _adapted(shape, lora) + (shape.hidden if scalar else 0)
     tokens, accumulates = tokens_of_microbatch(config, role)
     on_gpu = config.cluster.device == "cuda"
-    return Training(
+    return memory.Training(
         trained=trained,
         frozen=0 if lora is None else whole,
         frozen_bytes=0.0 if lora is None else _base_bytes(shape, model, whole),
@@ -119,8 +95,8 @@ def _adapted(shape: Shape, lora: LoraConfig) -> int:
 
 def checkpoint_sizes(config: Config, sizes: Sizes) -> Mapping[Role, float]:
     return {
-        role: checkpoint_bytes(sizes.of(model.model), training(role, model, config, sizes))
-        for role, model in trained_sections(config).items()
+        role: memory.checkpoint_bytes(sizes.of(model.model), training(role, model, config, sizes))
+        for role, model in derive.trained_sections(config).items()
     }
 
 
@@ -130,37 +106,39 @@ def _base_bytes(shape: Shape, model: PolicyConfig | CriticConfig, whole: int) ->
     return layers * (0.5 + 4 / 64) + (whole - layers) * _itemsize(model)
 
 
-def _trained(name: Role, model: PolicyConfig | CriticConfig, config: Config, sizes: Sizes) -> Footprint:
+def _trained(name: Role, model: PolicyConfig | CriticConfig, config: Config, sizes: Sizes) -> memory.Footprint:
     shape, how = sizes.of(model.model), training(name, model, config, sizes)
-    terms = training_terms(shape, how)
+    terms = memory.training_terms(shape, how)
     if name == "policy" and config.algorithm.is_online:
         terms.append(_published(config, shape, how))
-    if name in shares_engines_gpus(config):
+    if name in derive.shares_engines_gpus(config):
         terms.append(_put_aside(terms))
-    if restarts_gangs(config):
-        terms.append(snapshot_term(shape, how))
-    process = with_process(terms, process=Measured.TRAINER_BYTES, on_gpu=how.on_gpu, ranks=how.ranks)
-    return Footprint(role=name, workers=how.ranks, terms=process, on_gpu=how.on_gpu)
+    if derive.restarts_gangs(config):
+        terms.append(memory.snapshot_term(shape, how))
+    process = memory.with_process(terms, process=memory.Measured.TRAINER_BYTES, on_gpu=how.on_gpu, ranks=how.ranks)
+    return memory.Footprint(role=name, workers=how.ranks, terms=process, on_gpu=how.on_gpu)
 
 
-def _put_aside(terms: Sequence[Term]) -> Term:
+def _put_aside(terms: Sequence[memory.Term]) -> memory.Term:
     """Return the host memory of a role offloaded while an engine uses the GPU."""
     nbytes = sum(term.nbytes for term in terms if term.place == "device" and term.phase == "always")
-    return Term("put aside", nbytes, "what the GPU holds between steps, while an engine has the GPU", "host")
+    return memory.Term("put aside", nbytes, "what the GPU holds between steps, while an engine has the GPU", "host")
 
 
-def _published(config: Config, shape: Shape, how: Training) -> Term:
-    """Return the first rank's memory for weights in transfer to the engines."""
-    if ships_adapter(config):
+def _published(config: Config, shape: Shape, how: memory.Training) -> memory.Term:
+    if derive.ships_adapter(config):
         how_sent = "the adapter, copied to be written to the run folder"
-        return Term("weight sync", how.trained * how.itemsize, how_sent, "host", first_only=True)
-    size, method = shape.parameters * how.itemsize, weight_sync(config.cluster, one_host=not config.cluster.address)
+        return memory.Term("weight sync", how.trained * how.itemsize, how_sent, "host", first_only=True)
+    size, method = (
+        shape.parameters * how.itemsize,
+        derive.weight_sync(config.cluster, one_host=not config.cluster.address),
+    )
     if method.method == "shm":
-        return Term("weight sync", size, "all weights in shared memory", "shared")
+        return memory.Term("weight sync", size, "all weights in shared memory", "shared")
     if method.method == "ipc":
-        return Term("weight sync", size, "all weights side by side on the GPU", phase="sync")
+        return memory.Term("weight sync", size, "all weights side by side on the GPU", phase="sync")
     bucket, how_sent = max(BUCKET_BYTES, shape.embedding * how.itemsize), "the largest weight, or a bucket of 64 MiB"
-    return Term("weight sync", bucket, how_sent, phase="sync", first_only=True)
+    return memory.Term("weight sync", bucket, how_sent, phase="sync", first_only=True)
 
 
 def cache_tokens(config: Config, sizes: Sizes) -> float | None:
@@ -170,7 +148,7 @@ def cache_tokens(config: Config, sizes: Sizes) -> float | None:
     if cache is None:
         return None
     shape = sizes.of(policy.model)
-    return cache * _cache_parts(config, shape) / kv_bytes_per_token(shape, itemsize=_itemsize(policy))
+    return cache * _cache_parts(config, shape) / memory.kv_bytes_per_token(shape, itemsize=_itemsize(policy))
 
 
 def _cache_parts(config: Config, shape: Shape) -> int:
@@ -179,50 +157,52 @@ def _cache_parts(config: Config, shape: Shape) -> int:
     return min(parallel, shape.kv_heads) if config.cluster.device == "cuda" else 1
 
 
-def _engine(config: Config, sizes: Sizes) -> Footprint:
+def _engine(config: Config, sizes: Sizes) -> memory.Footprint:
     """Return the footprint of an engine, or of a GPU of an engine with tensor parallelism."""
     policy, role = config.policy, config.cluster.roles.rollout
     shape, size = sizes.of(policy.model), _itemsize(policy)
     on_gpu = config.cluster.device == "cuda"
-    terms = engine_terms(
+    terms = memory.engine_terms(
         shape, itemsize=size, tensor_parallel=role.tensor_parallel, max_num_seqs=role.max_num_seqs, on_gpu=on_gpu
     )
-    each = kv_bytes_per_token(shape, itemsize=size) / _cache_parts(config, shape)
+    each = memory.kv_bytes_per_token(shape, itemsize=size) / _cache_parts(config, shape)
     if not on_gpu:
-        cache: float | None = role.kv_cache_gib * GIB
+        cache: float | None = role.kv_cache_gib * memory.GIB
     elif sizes.gpu_memory_gib is None:
         cache = None
     else:
-        cache = role.gpu_memory_utilization * sizes.gpu_memory_gib * GIB - sum(term.nbytes for term in terms)
+        cache = role.gpu_memory_utilization * sizes.gpu_memory_gib * memory.GIB - sum(term.nbytes for term in terms)
     if cache is not None:
-        longest = derive(config).longest_sequence
+        longest = derive.derive(config).longest_sequence
         fits = max(cache, 0.0) / each
         how = f"{each / 1024:,.0f} KiB a token: {fits:,.0f} tokens, {fits / longest:,.1f} sequences of {longest:,}"
-        terms.append(Term("KV cache", max(cache, 0.0), how, phase="step", in_heap=False))
-    if not on_gpu and not ships_adapter(config) and config.cluster.address is None:
-        terms.append(Term("weight sync", shape.parameters * size, "the policy's file, mapped", "shared"))
-    process = with_process(terms, process=Measured.ENGINE_BYTES, on_gpu=on_gpu)
-    return Footprint(role="rollout", workers=role.workers * role.tensor_parallel, terms=process, on_gpu=on_gpu)
+        terms.append(memory.Term("KV cache", max(cache, 0.0), how, phase="step", in_heap=False))
+    if not on_gpu and not derive.ships_adapter(config) and config.cluster.address is None:
+        terms.append(memory.Term("weight sync", shape.parameters * size, "the policy's file, mapped", "shared"))
+    process = memory.with_process(terms, process=memory.Measured.ENGINE_BYTES, on_gpu=on_gpu)
+    return memory.Footprint(role="rollout", workers=role.workers * role.tensor_parallel, terms=process, on_gpu=on_gpu)
 
 
-def _forward(name: Role, model: ModelConfig | None, config: Config, sizes: Sizes) -> Footprint:
+def _forward(name: Role, model: ModelConfig | None, config: Config, sizes: Sizes) -> memory.Footprint:
     """Return the footprint of a worker with a frozen model, or with reward functions only if `model` is None."""
     on_gpu = config.cluster.device == "cuda" and model is not None
     is_scoring = ROLES[name].kind == "scoring"
-    base = Measured.REWARD_BYTES if is_scoring else Measured.FORWARD_BYTES
-    terms: list[Term] = []
+    base = memory.Measured.REWARD_BYTES if is_scoring else memory.Measured.FORWARD_BYTES
+    terms: list[memory.Term] = []
     if model is not None:
-        terms = forward_terms(
+        terms = memory.forward_terms(
             sizes.of(model.model),
             itemsize=_itemsize(model),
             tokens=config.train.max_tokens_per_microbatch if sizes.tokens is None else sizes.tokens,
             scalar=is_scoring,
             widens=not on_gpu and model.dtype == "bfloat16" and not multiplies_bfloat16_fast(),
         )
-    if name in shares_engines_gpus(config):
+    if name in derive.shares_engines_gpus(config):
         terms.append(_put_aside(terms))
     if is_scoring:
-        vocab, each = sizes.of(config.policy.model).vocab, Measured.TOKENIZER_BYTES
-        terms.append(Term("tokenizer", vocab * each, f"measured: {vocab:,} * {each} bytes", "host"))
+        vocab, each = sizes.of(config.policy.model).vocab, memory.Measured.TOKENIZER_BYTES
+        terms.append(memory.Term("tokenizer", vocab * each, f"measured: {vocab:,} * {each} bytes", "host"))
     workers = getattr(config.cluster.roles, name).workers
-    return Footprint(role=name, workers=workers, terms=with_process(terms, process=base, on_gpu=on_gpu), on_gpu=on_gpu)
+    return memory.Footprint(
+        role=name, workers=workers, terms=memory.with_process(terms, process=base, on_gpu=on_gpu), on_gpu=on_gpu
+    )

@@ -28,8 +28,6 @@ _UNCACHED = "and the cache of the model hub does not hold it"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Missing:
-    """Something needed by a run and missing on this machine."""
-
     sentence: str
     hub_name: str | None = None  # the model or data set that may be on the hub; None: nothing downloads it
 
@@ -92,7 +90,6 @@ def _data(stage: Stage) -> Iterator[Missing]:
 
 
 def absent_data(sources: Mapping[str, DataSource]) -> Iterator[Missing]:
-    """Yield each data set missing on this machine."""
     for key, source in sources.items():
         name = source.partition(":")[0] if isinstance(source, str) else ""  # without the split
         if not isinstance(source, str) or os.path.exists(source):

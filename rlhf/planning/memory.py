@@ -106,8 +106,6 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """Describe how one rank of a trained role trains."""
-
     trained: int  # parameters
     frozen: int
     frozen_bytes: float  # of the base: in its dtype, or 4 bits per weight and a scale per 64

@@ -49,7 +49,6 @@ def _reads_quickly(source: DataSource) -> bool:
 
 
 def _mean_characters(source: DataSource, config: Config) -> float:
-    """Return the mean number of characters per sequence over the first rows."""
     given: Source = source if isinstance(source, str) else TaskSource(**source.model_dump())
     if isinstance(given, TaskSource):
         given = replace(given, size=min(given.size, ROWS_MEASURED))

@@ -12,7 +12,6 @@ from rlhf.planning.system import Schedule
 
 
 def schedule_of(config: Config) -> Schedule:
-    """Return the schedule of a run with rollouts."""
     rollouts = config.rollouts
     assert rollouts is not None
     return Schedule(

@@ -109,7 +109,6 @@ class Shape:
 
     @property
     def matrix_parameters(self) -> int:
-        """Return the number of parameters in the linear layers of all blocks."""
         return sum(rows * columns for rows, columns in self._linear_layers)
 
     def factored(self, *, lora_rank: int | None, scalar: bool) -> int:
@@ -164,7 +163,6 @@ def shape_of(config: Mapping[str, Any], source: str) -> Shape:
 
 
 def _mixture(family: str, config: Mapping[str, Any], source: str) -> dict[str, int]:
-    """Return the sizes of a mixture's experts."""
     experts, width = num_experts(config), config.get("moe_intermediate_size") or config["intermediate_size"]
     chosen = config.get("num_experts_per_tok")
     if not experts or not isinstance(chosen, int):

@@ -17,8 +17,6 @@ from rlhf.tracking.run_folder.environment import num_cpus
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Describe the machine to divide among the trials: cores and GPUs."""
-
     cores: int
     cpus: int  # at most the cores: a container may have a quota of their time
     gpus: int
@@ -34,8 +32,6 @@ def divided_machine(*, gpus: int) -> Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Division:
-    """Hold how many trials run at once."""
-
     count: int
     room: int  # trials that fit at once
     gpus: int  # of each

@@ -98,7 +98,6 @@ class _Simulation:
         engine.busy_s += seconds
 
     def issue(self) -> None:
-        """Request all batches allowed by the schedule."""
         size, last = self.system.prompts_per_step, self.version + self.schedule.max_staleness
         while self.issued // size <= last:
             if not self.schedule.in_flight and self.unanswered:
@@ -228,7 +227,6 @@ class _Simulation:
         self.proceed()
 
     def renew(self) -> None:
-        """Request too old groups again."""
         for group in [g for g, version in self.started.items() if self.version - version > self.schedule.max_staleness]:
             self.attempts[group] += 1
             self.ready.pop(group, None)

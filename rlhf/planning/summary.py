@@ -7,22 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from rlhf.algorithms.online_config import FollowedReferenceConfig
-from rlhf.config.derive import (
-    ROLE_USES,
-    Derived,
-    critic_optimizer_steps,
-    derive,
-    eval_sets,
-    leaves_out,
-    merged_because,
-    needs_reference_logprobs,
-    policy_optimizer_steps,
-    prompts_at_once,
-    reference_model,
-    train_sets,
-    trained_per_prompt,
-    weight_sync,
-)
+from rlhf.config import derive
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.nodes import Node
 from rlhf.config.placement_plan import PlacementPlan, assign_nodes, plan_placement
@@ -70,7 +55,7 @@ def stage_text(stage: Stage, nodes: Sequence[Mapping[str, float]] | None) -> str
         role_rows = _role_rows(roles, stage.cluster, placement, models)
         tables = [list(_evaluation_facts(config)), role_rows, _bundles(placement, nodes)]
     else:
-        kind, placement, derived = stage.algorithm.name, plan_placement(stage), derive(stage)
+        kind, placement, derived = stage.algorithm.name, plan_placement(stage), derive.derive(stage)
         tables = [list(_facts(stage, derived)), _roles(stage, derived, placement), _bundles(placement, nodes)]
     return "\n\n".join([f"{stage.run.name}: {kind} -> {run_folder(stage)}", *map(format_table, tables)])
 
@@ -105,7 +90,7 @@ def _evaluation_facts(config: EvaluateConfig) -> Iterator[list[str]]:
     yield ["rewards", ", ".join(config.rewards)]
 
 
-def _facts(config: Config, derived: Derived) -> Iterator[list[str]]:
+def _facts(config: Config, derived: derive.Derived) -> Iterator[list[str]]:
     train, rollouts = config.train, config.rollouts
     updates = "1 optimizer step" if derived.updates_per_step == 1 else f"{derived.updates_per_step} optimizer steps"
     if rollouts is None:
@@ -123,30 +108,32 @@ def _facts(config: Config, derived: Derived) -> Iterator[list[str]]:
     yield ["whole run", _whole_run(config)]
     yield ["learning rate", _learning_rate(config)]
     yield ["training data", _mixture(config)]
-    if sets := eval_sets(config):
+    if sets := derive.eval_sets(config):
         first = "before training, " if config.eval.at_start else ""
         yield ["evaluation", f"{first}every {config.eval.every} steps and at the end: {_named(sets)}"]
-    if needs_reference_logprobs(config):
+    if derive.needs_reference_logprobs(config):
         where = config.run.dir / "reference_logprobs"
         yield ["reference", f"the policy before training: computed once, then taken from {where}"]
     if rollouts is not None:
         yield _teacher(config) if config.algorithm.has_teacher else ["reference", _reference(config, derived)]
         yield ["weight sync", _sync(config)]
-    transport = weight_sync(config.cluster, one_host=config.cluster.address is None).method
+    transport = derive.weight_sync(config.cluster, one_host=config.cluster.address is None).method
     yield from (["restarts", sentence] for sentence in void_restarts(config, transport))
     kept = f"the newest {train.keep_checkpoints} and the best kept"
     yield ["checkpoints", f"every {train.checkpoint_every} steps; {kept}"]
 
 
-def _rollout_facts(config: Config, rollouts: RolloutsConfig, derived: Derived, updates: str) -> Iterator[list[str]]:
+def _rollout_facts(
+    config: Config, rollouts: RolloutsConfig, derived: derive.Derived, updates: str
+) -> Iterator[list[str]]:
     prompts, samples, environment = rollouts.prompts_per_step, rollouts.samples_per_prompt, rollouts.environment
     text = f"{prompts} prompts * {samples} samples = {derived.sequences_per_step}"
     if config.algorithm.wants_greedy:
         text += f", and {prompts} greedy ones"
-    if leaves_out(config):
-        text += f", of which at most {trained_per_prompt(config, rollouts)} a prompt are trained on"
+    if derive.leaves_out(config):
+        text += f", of which at most {derive.trained_per_prompt(config, rollouts)} a prompt are trained on"
     if rollouts.oversample > 1.0:
-        text += f", the first of {prompts_at_once(prompts, rollouts)} prompts to be answered"
+        text += f", the first of {derive.prompts_at_once(prompts, rollouts)} prompts to be answered"
     if rollouts.carry_over:
         text += ", while the others are continued in the next step"
     if rollouts.dynamic_sampling is not None:
@@ -173,8 +160,8 @@ def _whole_run(config: Config) -> str:
     train = config.train
     if train.steps is None:
         return f"{train.epochs:g} epochs: how many steps that is follows from data.train, which is not here"
-    text = f"{train.steps} steps: {policy_optimizer_steps(config)} optimizer steps of the policy"
-    return f"{text}, {critic_optimizer_steps(config)} of the critic" if config.algorithm.has_critic else text
+    text = f"{train.steps} steps: {derive.policy_optimizer_steps(config)} optimizer steps of the policy"
+    return f"{text}, {derive.critic_optimizer_steps(config)} of the critic" if config.algorithm.has_critic else text
 
 
 def _learning_rate(config: Config) -> str:
@@ -191,13 +178,13 @@ def _learning_rate(config: Config) -> str:
     return text + (f" after {train.warmup_steps} optimizer steps of warm-up" if train.warmup_steps else "")
 
 
-def _reference(config: Config, derived: Derived) -> str:
+def _reference(config: Config, derived: derive.Derived) -> str:
     if derived.reference == "none":
         return "none: algorithm.kl.coef is 0"
     if derived.reference == "workers":
         every = config.algorithm.reference_every if isinstance(config.algorithm, FollowedReferenceConfig) else None
         renewed = "" if every is None else f"; after every {every} steps the policy as it is then, from the run folder"
-        return f"{reference_model(config).model} in workers of its own{renewed}"
+        return f"{derive.reference_model(config).model} in workers of its own{renewed}"
     adapter = "its LoRA adapter off" if config.policy.adapter is None else "policy.adapter as it is now"
     return f"the policy with {adapter}: no second model"
 
@@ -209,20 +196,20 @@ def _teacher(config: Config) -> list[str]:
 
 def _sync(config: Config) -> str:
     one_host, lora = config.cluster.address is None, config.policy.lora
-    choice, other = (weight_sync(config.cluster, one_host=at_once) for at_once in (one_host, not one_host))
+    choice, other = (derive.weight_sync(config.cluster, one_host=at_once) for at_once in (one_host, not one_host))
     text = f"{choice.method}: {choice.why}"
     if not one_host and other != choice and not config.cluster.roles.rollout.is_elastic:
         text += f"; {other.method} if they are placed on one"
     if lora is None:
         return text
-    alone, why = "the adapter alone, as a folder", merged_because(lora)
+    alone, why = "the adapter alone, as a folder", derive.merged_because(lora)
     if config.policy.adapter is not None:
         return f"{alone}, unless it is of a kind that vLLM does not take; then merged, by {text}"
     return alone if why is None else f"all weights, the adapter merged ({why}), by {text}"
 
 
-def _roles(config: Config, derived: Derived, placement: PlacementPlan) -> list[list[str]]:
-    models = {role: ROLE_USES[role].model(config) for role in derived.needs}
+def _roles(config: Config, derived: derive.Derived, placement: PlacementPlan) -> list[list[str]]:
+    models = {role: derive.ROLE_USES[role].model(config) for role in derived.needs}
     without = "functions" if config.rewards else "none"
     names = {role: without if model is None else model.model for role, model in models.items()}
     return _role_rows(derived.needs, config.cluster, placement, names)
@@ -268,7 +255,7 @@ def _named(sets: Mapping[str, DataSource]) -> str:
 
 
 def _mixture(config: Config) -> str:
-    sets = train_sets(config).values()
+    sets = derive.train_sets(config).values()
     total = sum(weighted.weight for weighted in sets)
     shares = [f"{weighted.weight / total:.1%} " if len(sets) > 1 else "" for weighted in sets]
     return ", ".join(share + _source(weighted.source) for share, weighted in zip(shares, sets, strict=True))
@@ -289,6 +276,5 @@ def _number(value: float) -> str:
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Format rows of cells as aligned columns."""
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
     return "\n".join("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in rows)

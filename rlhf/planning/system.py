@@ -33,8 +33,6 @@ class RecordedGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class System:
-    """Describe the simulated system in seconds and tokens."""
-
     lengths: Lengths
     recorded: tuple[RecordedGroup, ...] = ()  # the groups in their order, in place of drawn ones
     prompts_per_step: int

@@ -12,16 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rlhf.config.derive import (
-    derive,
-    needs_reference_logprobs,
-    reference_model,
-    sequences_per_row,
-    ships_adapter,
-    trained_sections,
-    uses_reference,
-    weight_sync,
-)
+from rlhf.config import derive
 from rlhf.config.nodes import Node
 from rlhf.config.schema.model import CriticConfig, PolicyConfig
 from rlhf.config.schema.root import Config
@@ -53,15 +44,15 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
 
     Roles on separate devices work in parallel; only their extra time counts.
     """
-    derived, online = derive(config), config.algorithm.is_online
+    derived, online = derive.derive(config), config.algorithm.is_online
     if config.rollouts is None:
         mean = lengths.mean
-        tokens = config.train.sequences_per_update * sequences_per_row(config) * mean
+        tokens = config.train.sequences_per_update * derive.sequences_per_row(config) * mean
     else:
         mean = config.data.max_prompt_tokens + lengths.average()
         tokens = derived.sequences_per_step * mean
     own_critic = config.algorithm.has_critic and config.cluster.roles.critic.colocate_with is None
-    critics = {role: model for role, model in trained_sections(config).items() if not ROLES[role].hosts}
+    critics = {role: model for role, model in derive.trained_sections(config).items() if not ROLES[role].hosts}
     updates = derived.updates_per_step
     measured: Counter[Role] = Counter()  # micro-batches without a gradient
 
@@ -83,17 +74,17 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
         return [update, *moves_in_update(role, config, sizes, nodes, work, prefix=name.removesuffix("update"))]
 
     experience: list[Stage] = []
-    if online and (updates > 1 or uses_reference(config)):
+    if online and (updates > 1 or derive.uses_reference(config)):
         experience.append(stage("old logprobs", "policy", config.policy))
     if derived.reference == "workers":
-        experience.append(stage("reference", "reference", reference_model(config)))
+        experience.append(stage("reference", "reference", derive.reference_model(config)))
     elif derived.reference == "adapter off":
         experience.append(stage("reference", "policy", config.policy))
     for role, model in critics.items():
         values = stage("values", role, model)
         in_parallel = own_critic and derived.reference == "workers"
         experience.append(_meanwhile([values], experience[-1:]) if in_parallel else values)
-    if needs_reference_logprobs(config):
+    if derive.needs_reference_logprobs(config):
         experience.append(Stage("reference", 0.0, "computed once, before the first step"))
     learning = updating("policy", config.policy, "update")
     for role, model in critics.items():
@@ -105,7 +96,6 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
 
 
 def _microbatches(config: Config, role: Role, tokens: float) -> int:
-    """Return the micro-batches of a rank for `tokens` tokens of all ranks."""
     ranks = getattr(config.cluster.roles, role).data_parallel_ranks if role in TRAINED_ROLES else 1
     return max(1, math.ceil(tokens / (ranks * config.train.max_tokens_per_microbatch)))
 
@@ -119,14 +109,13 @@ def _meanwhile(stages: Sequence[Stage], others: Sequence[Stage]) -> Stage:
 
 
 def sync_stage(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> Stage:
-    """Return the transfer of the policy's weights to the engines."""
     shape = sizes.of(config.policy.model)
     size = 4 if config.policy.dtype == "float32" else 2
     speed = rates(config, nodes, role="policy")
-    if ships_adapter(config) and config.policy.lora is not None:
+    if derive.ships_adapter(config) and config.policy.lora is not None:
         nbytes, payload = shape.lora_parameters(config.policy.lora.rank) * size, "the adapter"
     else:
-        payload = weight_sync(config.cluster, one_host=config.cluster.address is None).method
+        payload = derive.weight_sync(config.cluster, one_host=config.cluster.address is None).method
         nbytes = shape.parameters * size
     how = f"2 * {nbytes / 2**30:,.3g} GiB ({payload}, published and sent) / {speed.link / 1e9:g} GB/s + 0.2 s"
     return Stage("weight sync", 2 * nbytes / speed.link + 0.2, how)
@@ -155,7 +144,7 @@ def system_of(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, length
         max_num_seqs=_at_once(config, sizes, prompt + average),
         base_s=shape.parameters * size / bandwidth + speed.step_s,
         each_s=mean * kv_bytes_per_token(shape, itemsize=size) / bandwidth + operations / arithmetic,
-        train_tokens_per_s=derive(config).sequences_per_step * (prompt + average) / seconds,
+        train_tokens_per_s=derive.derive(config).sequences_per_step * (prompt + average) / seconds,
         streamed_share=1.0 - late_s / seconds,  # experience and the first minibatch
         sync_s=sync_s,
         load_s=sync_s / 2,  # the engines go on while the weights are published

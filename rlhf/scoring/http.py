@@ -103,16 +103,14 @@ class RewardServer:
         self.waiting += 1
         try:
             async with asyncio.timeout(LONGEST_S):
-                return web.json_response(_as_json(await self._scores(group)))
+                loop = asyncio.get_running_loop()
+                outcomes = await loop.run_in_executor(self.asking, self.scorer.ask, group)
+                scores = await loop.run_in_executor(self.scoring, self.scorer.score, group, outcomes)
+                return web.json_response(_as_json(scores))
         except TimeoutError:
             return _error(503, f"not done within {LONGEST_S:g} s")
         finally:
             self.waiting -= 1
-
-    async def _scores(self, group: Group) -> GroupScores:
-        loop, scorer = asyncio.get_running_loop(), self.scorer
-        outcomes = await loop.run_in_executor(self.asking, scorer.ask, group)
-        return await loop.run_in_executor(self.scoring, scorer.score, group, outcomes)
 
     def _refuse_unfit(self, group: Group) -> None:
         """Raise ValueError for columns the rewards cannot score."""
@@ -129,8 +127,7 @@ class RewardServer:
                 wanted = spec.function.signature.required
             elif spec.remote is not None and spec.remote.judge is not None:
                 wanted = spec.remote.judge.columns
-            absent = [name for name in wanted if name not in names]
-            if absent:
+            if absent := [name for name in wanted if name not in names]:
                 there = ", ".join(names) or "none"
                 raise ValueError(f"{spec.name} needs columns {', '.join(absent)}; there are: {there}")
 
@@ -150,23 +147,20 @@ def parse_request(text: str) -> Group:
     if isinstance(request, tuple):
         raise ValueError("; ".join(f"{'.'.join(problem.key)}: {problem.text}" for problem in request))
     truncated = request.truncated if request.truncated is not None else (False,) * len(request.responses)
-    if len(truncated) != len(request.responses):
-        raise ValueError(f"truncated: has {len(truncated)} values, expected one for each response")
-    if request.results is not None and len(request.results) != len(request.responses):
-        raise ValueError(f"results: has {len(request.results)} values, expected one for each response")
+    for name, values in (("truncated", truncated), ("results", request.results)):
+        if values is not None and len(values) != len(request.responses):
+            raise ValueError(f"{name}: has {len(values)} values, expected one for each response")
     prompt = Prompt(prompt_id=0, token_ids=(), text=request.prompt, columns=request.columns)
     return Group(prompt=prompt, responses=request.responses, truncated=truncated, results=tuple(request.results or ()))
 
 
 def _as_json(scores: GroupScores) -> dict[str, Any]:
-    if scores.errors:
-        return {
-            "errors": [
-                {"sample": error.sample, "kind": error.kind, "message": f"{error.reward}: {error.message}"}
-                for error in scores.errors
-            ]
-        }
-    return {"scores": list(scores.scores), "rewards": {name: list(values) for name, values in scores.by_name.items()}}
+    errors = [{"sample": e.sample, "kind": e.kind, "message": f"{e.reward}: {e.message}"} for e in scores.errors]
+    return (
+        {"errors": errors}
+        if errors
+        else {"scores": list(scores.scores), "rewards": {name: list(values) for name, values in scores.by_name.items()}}
+    )
 
 
 def _error(status: int, text: str) -> web.Response:
@@ -181,10 +175,9 @@ def serve_scores(
     token = serving_token(host, token_env)
     with Scorer(scoring) as scorer:
         server = RewardServer(scorer, scoring, token)
+        application = server.application()
         try:
-            serve_until_interrupted(
-                server.application(), host=host, port=port, ready=lambda address: ready(f"{address}/score")
-            )
+            serve_until_interrupted(application, host=host, port=port, ready=lambda at: ready(f"{at}/score"))
         finally:
             server.asking.shutdown(wait=False, cancel_futures=True)
             server.scoring.shutdown(wait=False, cancel_futures=True)

@@ -55,16 +55,13 @@ def score_file(scoring: Scoring, file: Path) -> ScoredFile:
 
 
 def _row(row: Row, group: int, sample: int, scores: GroupScores) -> ScoredRow:
+    failed = [error for error in (*scores.errors, *scores.scored_errors) if error.sample == sample]
     return ScoredRow(
         place=row.place,
         group=group,
         score=scores.scores[sample] if scores.scores else None,
         scores={name: values[sample] for name, values in scores.by_name.items()},
-        errors=tuple(
-            RowError(reward=error.reward, kind=error.kind, message=error.message)
-            for error in (*scores.errors, *scores.scored_errors)
-            if error.sample == sample
-        ),
+        errors=tuple(RowError(reward=error.reward, kind=error.kind, message=error.message) for error in failed),
     )
 
 
@@ -118,11 +115,8 @@ def _has_result(row: Row) -> bool:
 
 def _problem(row: Row) -> str | None:
     """Return why a row is not a prompt with a response, or None."""
-    for name, kind, word in (
-        ("prompt", str, "a string"),
-        ("response", str, "a string"),
-        ("truncated", bool, "a boolean"),
-    ):
+    wanted = {"prompt": (str, "a string"), "response": (str, "a string"), "truncated": (bool, "a boolean")}
+    for name, (kind, word) in wanted.items():
         if not isinstance(row.columns.get(name, False if name == "truncated" else None), kind):
             shown_value = shown(row.columns[name]) if name in row.columns else "missing"
             return f"{row.place}: column `{name}` is {shown_value}, expected {word}"
@@ -155,14 +149,11 @@ class _DataOfRun:
         if split not in self.sets:
             scoring = self.scoring
             if split != "train" and split not in scoring.eval_sets:
-                sets = ", ".join(scoring.eval_sets) or "none"
-                raise UserError(
-                    f"{row.place}: belongs to the set {split}, but the evaluation sets of {scoring.name} are {sets}"
-                )
+                sets = f"the evaluation sets of {scoring.name} are {', '.join(scoring.eval_sets) or 'none'}"
+                raise UserError(f"{row.place}: belongs to the set {split}, but {sets}")
             sources = scoring.train_sets if split == "train" else [scoring.eval_sets[split]]
-            self.sets[split] = [
-                row for source in sources for row in read_rows(source_of(source), columns=scoring.columns)
-            ]
+            files = [read_rows(source_of(source), columns=scoring.columns) for source in sources]
+            self.sets[split] = [row for rows in files for row in rows]
         return self.sets[split]
 
 
@@ -173,19 +164,16 @@ def _groups(lines: Sequence[Line]) -> list[FileGroup]:
         places.setdefault(line.group, []).append(place)
     groups = []
     for members in places.values():
-        first = lines[members[0]]
-        member_columns = [lines[place].row.columns for place in members]
+        first, columns = lines[members[0]], [lines[place].row.columns for place in members]
+        has_results = all(_has_result(lines[place].row) for place in members)
+        text = columns[0]["prompt"]
         groups.append(
             FileGroup(
-                prompt=Prompt(
-                    prompt_id=first.row.line, token_ids=(), text=first.row.columns["prompt"], columns=first.columns
-                ),
+                prompt=Prompt(prompt_id=first.row.line, token_ids=(), text=text, columns=first.columns),
                 rows=tuple(members),
-                responses=tuple(columns["response"] for columns in member_columns),
-                truncated=tuple(columns.get("truncated", False) for columns in member_columns),
-                results=tuple(columns[RESULT_COLUMN] for columns in member_columns)
-                if all(_has_result(lines[place].row) for place in members)
-                else (),
+                responses=tuple(of_row["response"] for of_row in columns),
+                truncated=tuple(of_row.get("truncated", False) for of_row in columns),
+                results=tuple(of_row[RESULT_COLUMN] for of_row in columns) if has_results else (),
             )
         )
     return groups

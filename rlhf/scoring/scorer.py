@@ -1,7 +1,6 @@
 """Score with the rewards of a configuration, or a single function, in this process and without a run or Ray.
 
-`rlhf reward` and `rlhf serve-reward` score through this module. Both have only text, so a reward model's tokens are
-made here. In a run the model reads the sampled tokens.
+`rlhf reward` and `rlhf serve-reward` have only text, so a reward model's tokens are made here.
 """
 
 from __future__ import annotations
@@ -131,20 +130,12 @@ class Scorer:
         if held is not None:
             with prefix_errors("reward.model"):
                 refuse_without_head(held.config.model, trust_remote_code=held.config.trust_remote_code)
-            self.tokenizer = load_tokenizer(
-                held.tokenizer, trust_remote_code=held.trust_remote_code, template=held.template
-            )
+            options: dict[str, Any] = {"trust_remote_code": held.trust_remote_code, "template": held.template}
+            self.tokenizer = load_tokenizer(held.tokenizer, **options)
             self.apply_chat_template = held.apply_chat_template
             self.turn_end = turn_end(self.tokenizer)
-            place = RankContext(
-                rank=0,
-                world_size=1,
-                local_rank=0,
-                local_world_size=1,
-                device=held.device,
-                threads=torch.get_num_threads(),
-                deadline_s=0.0,
-            )
+            alone = {"rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1}
+            place = RankContext(**alone, device=held.device, threads=torch.get_num_threads(), deadline_s=0.0)
             self.model = RewardModel(held.config, place, max_tokens_per_microbatch=held.max_tokens_per_microbatch)
         self.specs = scoring.specs
         self.rewards = RewardSet(
@@ -181,14 +172,9 @@ class Scorer:
                     model_steps[spec.name] = self.model.step_rewards(flat, lengths, ends)
                 else:
                     model_scores[spec.name] = self.model.scores(flat, lengths, ends)
+        of_model: dict[str, Any] = {"model_scores": model_scores, "model_steps": model_steps}
         return self.rewards.score(
-            prompt,
-            responses,
-            truncated=truncated,
-            model_scores=model_scores,
-            asked=asked,
-            model_steps=model_steps,
-            results=group.results,
+            prompt, responses, truncated=truncated, asked=asked, results=group.results, **of_model
         )
 
     def _tokens(
@@ -204,10 +190,8 @@ class Scorer:
         eos = self.tokenizer.eos_token_id
         last = self.turn_end if is_chat and self.turn_end is not None else eos
         end = [] if last is None else [last]
-        sequences = [
-            [*prompt_ids, *response_ids, *([] if is_truncated else end)]
-            for response_ids, is_truncated in zip(encoded, truncated, strict=True)
-        ]
+        both = zip(encoded, truncated, strict=True)
+        sequences = [[*prompt_ids, *ids, *([] if is_truncated else end)] for ids, is_truncated in both]
         flat = torch.tensor([token for sequence in sequences for token in sequence])
         lengths = torch.tensor([len(sequence) for sequence in sequences])
         if steps is None:
