@@ -355,7 +355,7 @@ MUTATIONS = (
         "actors/run/engine_pool.py",
         "            await self.engines.start(deadline_s=limit_s)\n",
         "            groups.append(self.engines)\n",
-        "unit/test_actors_run_engine_pool.py",
+        "unit/test_actors_run_run_record.py",
     ),
     _mutation(
         "a sweep stops the better trials early",

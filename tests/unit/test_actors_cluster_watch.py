@@ -1,4 +1,4 @@
-"""Processes answer heartbeats, hang, or die. tests/integration/test_hangs.py uses real workers."""
+"""Processes answer heartbeats, hang, or die with all children. tests/integration/test_hangs.py uses real workers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -21,7 +22,8 @@ from ray.exceptions import RayActorError
 
 from actors.cluster import actor_locations, waiting, watch
 from actors.cluster.actor_locations import ActorLocation
-from actors.cluster.heartbeat import Beat, Child, OomKills, own_oom_kills
+from actors.cluster.heartbeat import Beat, Child, OomKills, own_children, own_oom_kills
+from actors.cluster.processes import Processes, kill_children
 from actors.cluster.waiting import explain
 from actors.cluster.watch import hang_of, stack_at, watching
 from rlhf.errors import WorkerLost
@@ -261,3 +263,42 @@ def test_a_dump_that_is_refused_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: refused)
     assert "py-spy could not read process 4711 (Error: Permission denied)" in watch.dump_stack(4711)
     assert sent == [(4711, signal.SIGUSR2)]
+
+
+# A worker whose child is blocked: it ignores SIGTERM, and never reads the pipe that ends with the worker.
+BLOCKED = """
+import subprocess, sys, time
+child = "import signal, time; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+started = subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+started.stdout.readline()
+print(started.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_blocked_child_of_a_killed_worker_is_gone_before_a_successor_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = subprocess.Popen([sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE, text=True)
+    assert worker.stdout is not None
+    child = psutil.Process(int(worker.stdout.readline()))
+    try:
+        handle: Any = object()
+        processes = Processes("rollout", [handle])
+        processes.here, processes.actors = {0: psutil.Process(worker.pid)}, {0: "actor"}
+        (known,) = [found for found in own_children() if found.pid == child.pid]
+        monkeypatch.setitem(watch._CHILDREN, "actor", (known,))
+        monkeypatch.setattr(ray, "kill", lambda handle: worker.kill())
+        asyncio.run(processes.end_one(0))
+        assert not psutil.pid_exists(worker.pid)
+        assert known.process() is None
+    finally:
+        worker.kill()
+        child.kill()
+
+
+def test_another_process_with_the_id_of_a_child_is_left_alone() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as other:
+        began = time.monotonic()
+        assert kill_children([Child(pid=other.pid, began=1.0)])
+        assert time.monotonic() - began < 5.0
+        assert other.poll() is None
+        other.kill()

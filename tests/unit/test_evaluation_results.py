@@ -1,4 +1,4 @@
-"""Metrics of a set, worked out by hand, and the forms of the result."""
+"""Metrics of a set by hand, the forms of the result, and which responses pass."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from rlhf.errors import UserError
 from rlhf.evaluation.comparison import before_after
-from rlhf.evaluation.passing import PassRule
+from rlhf.evaluation.passing import PassRule, judges
 from rlhf.evaluation.results import (
     Evaluation,
     ExampleResult,
@@ -27,13 +28,14 @@ from rlhf.evaluation.results import (
     prompt_reports,
     prompt_rows,
 )
+from rlhf.evaluation.sources import MOST_SOURCES, source_names
 from rlhf.evaluation.statistics import Estimate
 from rlhf.evaluation.voting import AnswerForm, answer_form, answer_of
 from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.rollouts.records.texts import transcripts
 from rlhf.tracking.metrics.declarations import declared
 from rlhf.tracking.run_folder.folder import evaluation_path
-from rlhf.types import Rollouts
+from rlhf.types import Prompt, Rollouts
 
 
 def result(prompt_id: int, responses: tuple[str, ...], scores: tuple[float, ...]) -> PromptResult:
@@ -231,3 +233,68 @@ def test_conversations_are_written_turn_by_turn_and_token_by_token() -> None:
     assert (tokens["texts"], tokens["sampled"]) == (tuple("4 up 6"), (True, False, False, False, False, True))
     assert tokens["rollout_logprobs"] == (-0.5, None, None, None, None, -0.25)
     assert "turns" not in prompt_rows("m", "s", RESULTS, MARKING)[0]
+
+
+RIGHT_OR_CODE = PassRule(judges={"right": None, "code": "runs"}, pass_score=None)
+
+
+def test_a_penalty_below_a_right_answer_does_not_fail_it() -> None:
+    # right 1 and a length penalty of -0.4 * 0.1: the score is 0.96, and the response passes.
+    names = judges([("brief", "length_penalty", 0.1), ("right", "rewards.py:right", 1.0)])
+    rule = PassRule(judges=dict.fromkeys(names), pass_score=None)
+    values = {"right": (1.0, 0.0, 0.5), "brief": (-0.4, 0.0, -1.0)}
+    assert rule.passed((0.96, 0.0, 0.4), values) == [True, False, False]
+    assert str(rule) == "a value of at least 1 of right"
+
+
+@pytest.mark.parametrize(
+    ("rewards", "names"),
+    [
+        ([("form", "format_regex", 0.2), ("right", "math_answer", 1.0)], ["right", "form"]),
+        ([("right", "math_answer", 0.5), ("form", "format_regex", 0.5)], ["right", "form"]),  # as written
+        ([("taste", None, 1.0), ("brief", "overlong", 1.0), ("right", "math_answer", 0.0)], []),
+        ([("wrong", "rewards.py:wrong", -1.0), ("shaped", "cosine_length", 1.0)], []),
+    ],
+)
+def test_the_function_of_the_largest_weight_judges(
+    rewards: list[tuple[str, str | None, float]], names: list[str]
+) -> None:
+    assert judges(rewards) == names
+
+
+def test_rows_of_several_kinds_are_judged_by_the_function_that_scores_them() -> None:
+    assert RIGHT_OR_CODE.passed((2.0, 0.0), {"right": (1.0, None)}) == [True, False]
+    gated = {"code": (1.0, 1.0, 1.0), "runs": (1.0, 0.0, None)}
+    assert RIGHT_OR_CODE.passed((1.0, 0.0, 0.0), gated) == [True, False, False]
+    assert str(RIGHT_OR_CODE) == "a value of at least 1 of right, or of code where right has no opinion"
+    threshold = PassRule(judges={"right": None}, pass_score=0.9)
+    assert threshold.passed((0.96, 0.5), {"right": (0.0, 1.0)}) == [True, False]
+    assert str(threshold) == "a score of at least 0.9"
+
+
+def prompts(*values: Any) -> list[Prompt]:
+    return [Prompt(prompt_id=i, token_ids=(1,), text="", columns={"task": value}) for i, value in enumerate(values)]
+
+
+def names(*values: Any) -> dict[int, str]:
+    return source_names(prompts(*values), "task", key="eval.by", data="data.eval.heldout")
+
+
+def test_values_become_names_that_a_metric_can_hold() -> None:
+    assert names("gym/gcd", "a b", 3, "gym/gcd") == {0: "gym_gcd", 1: "a_b", 2: "3", 3: "gym_gcd"}
+
+
+@pytest.mark.parametrize(
+    ("values", "column", "message"),
+    [
+        (("gcd", None), "task", "eval.by: row 1 of data.eval.heldout needs a string or a number"),
+        (("gcd", ""), "task", "eval.by: row 1 of data.eval.heldout needs a string or a number"),
+        (("gcd", ["gcd"]), "task", "eval.by: row 1 of data.eval.heldout needs a string or a number"),
+        (("gcd",), "source", "column `source`; it has task"),
+        (("a/b", "a b"), "task", "'a/b' and 'a b' .* one name, `a_b`"),
+        (tuple(range(MOST_SOURCES + 1)), "task", f"{MOST_SOURCES + 1} different values"),
+    ],
+)
+def test_a_column_that_names_no_sources_is_refused(values: tuple[Any, ...], column: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        source_names(prompts(*values), column, key="eval.by", data="data.eval.heldout")

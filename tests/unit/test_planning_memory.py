@@ -17,57 +17,22 @@ from rlhf.planning.memory import GIB, Footprint, activation_bytes, head_bytes, k
 from rlhf.planning.shapes import _MIXTURE_TABLE, _TABLE, TINY, Shape, find_shape, shape_of
 from tests.fixtures.sources import ROOT
 
-# As the models' pages on the hub count them.
-PUBLISHED = {
-    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
-    "HuggingFaceTB/SmolLM2-360M-Instruct": 361_821_120,
-    "HuggingFaceTB/SmolLM2-1.7B-Instruct": 1_711_376_384,
-    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
-    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
-    "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
-    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
-    "Qwen/Qwen2.5-14B-Instruct": 14_770_033_664,
-    "Qwen/Qwen2.5-32B-Instruct": 32_763_876_352,
-    "Qwen/Qwen2.5-72B-Instruct": 72_706_203_648,
-    "Qwen/Qwen3-0.6B": 596_049_920,
-    "Qwen/Qwen3-1.7B": 1_720_574_976,
-    "Qwen/Qwen3-4B": 4_022_468_096,
-    "Qwen/Qwen3-4B-Instruct-2507": 4_022_468_096,
-    "Qwen/Qwen3-8B": 8_190_735_360,
-    "Qwen/Qwen3-14B": 14_768_307_200,
-    "Qwen/Qwen3-32B": 32_762_123_264,
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7_615_616_512,
-    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
-    "meta-llama/Llama-2-13b-hf": 13_015_864_320,
-    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
-    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
-    "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
-    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
-    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
-    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
-    "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
-    "mistralai/Mistral-Nemo-Instruct-2407": 12_247_782_400,
-    "mistralai/Mistral-Small-24B-Instruct-2501": 23_572_403_200,
-}
-
+# As the models' pages on the hub count them, in the order of the table.
+PUBLISHED = (
+    *(134_515_008, 361_821_120, 1_711_376_384, 494_032_768, 1_543_714_304, 3_085_938_688),
+    *(7_615_616_512, 14_770_033_664, 32_763_876_352, 72_706_203_648, 596_049_920, 1_720_574_976),
+    *(4_022_468_096, 4_022_468_096, 8_190_735_360, 14_768_307_200, 32_762_123_264, 1_777_088_000),
+    *(7_615_616_512, 6_738_415_616, 13_015_864_320, 68_976_648_192, 8_030_261_248, 70_553_706_496),
+    *(1_235_814_400, 3_212_749_824, 70_553_706_496, 7_248_023_552, 12_247_782_400, 23_572_403_200),
+)
 # All parameters, and those that a token passes in billions, as the models' pages state them. GLM's totals are rounded.
-PUBLISHED_MIXTURES = {
-    "Qwen/Qwen3-30B-A3B": (30_532_122_624, 3.3),
-    "Qwen/Qwen3-30B-A3B-Instruct-2507": (30_532_122_624, 3.3),
-    "Qwen/Qwen3-Coder-30B-A3B-Instruct": (30_532_122_624, 3.3),
-    "Qwen/Qwen3-235B-A22B": (235_093_634_560, 22),
-    "Qwen/Qwen3-235B-A22B-Instruct-2507": (235_093_634_560, 22),
-    "Qwen/Qwen3-Coder-480B-A35B-Instruct": (480_154_875_392, 35),
-    "mistralai/Mixtral-8x7B-Instruct-v0.1": (46_702_792_704, 12.9),
-    "mistralai/Mixtral-8x22B-Instruct-v0.1": (140_630_071_296, 39),
-    "zai-org/GLM-4.5-Air": (106e9, 12),
-    "zai-org/GLM-4.5": (355e9, 32),
-    "zai-org/GLM-4.6": (355e9, 32),
-    "openai/gpt-oss-20b": (20_914_757_184, 3.6),
-    "openai/gpt-oss-120b": (116_829_156_672, 5.1),
-}
-
+PUBLISHED_MIXTURES: tuple[tuple[float, float], ...] = (
+    *((30_532_122_624, 3.3),) * 3,  # Qwen3-30B-A3B
+    *((235_093_634_560, 22),) * 2,  # Qwen3-235B-A22B
+    *((480_154_875_392, 35), (46_702_792_704, 12.9), (140_630_071_296, 39)),  # Qwen3-Coder, Mixtral
+    *((106e9, 12), (355e9, 32), (355e9, 32)),  # GLM
+    *((20_914_757_184, 3.6), (116_829_156_672, 5.1)),  # gpt-oss
+)
 
 COUNT = 7_615_616_512  # of Qwen2.5-7B
 # Rank 8 on each block of Qwen2.5-7B (H 3584, F 18944, queries 3584, keys 512), in + out of each layer:
@@ -99,9 +64,8 @@ def term(footprint: Footprint, name: str) -> float:
 
 
 def test_the_tables_have_the_published_sizes() -> None:
-    assert {model: shape(model).parameters for model in _TABLE} == PUBLISHED
-    assert _MIXTURE_TABLE.keys() == PUBLISHED_MIXTURES.keys()
-    for model, (total, active) in PUBLISHED_MIXTURES.items():
+    assert {model: shape(model).parameters for model in _TABLE} == dict(zip(_TABLE, PUBLISHED, strict=True))
+    for model, (total, active) in zip(_MIXTURE_TABLE, PUBLISHED_MIXTURES, strict=True):
         rounding = 0.01 if isinstance(total, float) else 0.0
         assert shape(model).parameters == pytest.approx(total, rel=rounding, abs=0), model
         assert shape(model).active_parameters / 1e9 == pytest.approx(active, rel=0.09), model  # one of two embeddings

@@ -1,4 +1,4 @@
-"""A simulation with the measured rates of a run gives the times of the run."""
+"""The benchmarks read the right metrics of a run. A simulation with measured rates gives the times of the run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.asynchronous import measured_system, recorded_groups
+from benchmarks.online import read_ours
 from rlhf.config.files.load import load
 from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
@@ -90,3 +91,15 @@ def test_runs_that_cannot_be_measured(tmp_path: Path) -> None:
         measured_system(run(), [], part, after=0)
     with pytest.raises(UserError, match="with one engine that decodes a whole batch at once"):
         measured_system(run(["cluster.roles.rollout.max_num_seqs=8"]), [], part, after=0)
+
+
+def test_waits_and_fractions_are_no_stages(tmp_path: Path) -> None:
+    times = {"time/rollouts_s": 3.0, "time/update_s": 1.0, "time/step_s": 4.5, "time/weight_sync_s": 0.5}
+    waits = {"time/trainer_waits_s": 3.0, "time/engines_idle/fraction": 0.4, "time/recovery_s": 9.0}
+    counts = {"rollouts/tokens/total": 100, "rollouts/response_tokens/mean": 20.0}
+    rows = [{"step": step, "time_s": 5.0 * step, **times, **waits, **counts} for step in (1, 2, 3)]
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = read_ours(tmp_path, steps=2, peak_gib=1.0)
+    assert result.stages == {"rollouts": pytest.approx(3.0), "update": pytest.approx(1.0), "weight_sync": 0.5}
+    assert (result.seconds, result.tokens) == (10.0, 200)
