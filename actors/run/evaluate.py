@@ -9,7 +9,7 @@ import asyncio
 import json
 import logging
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -169,9 +169,10 @@ async def _answers(
         await reward.start(deadline_s=cluster.start_timeout_s)
 
         async def judge(name: str, group: CompletedGroup, _: int) -> tuple[ScoredGroup, ResponseTexts]:
-            read: Callable[[CompletedGroup], Awaitable[ResponseTexts]]
-            read = reward.texts if candidate.environment is None else reward.transcripts
-            scores, responses = await asyncio.gather(reward.score(group), read(group))
+            async def read() -> ResponseTexts:
+                return await (reward.texts(group) if candidate.environment is None else reward.transcripts(group))
+
+            scores, responses = await asyncio.gather(reward.score(group), read())
             scored = ScoredGroup(group=group, scores=scores)
             note(candidate.model.name, name, scored)
             return scored, responses

@@ -156,10 +156,11 @@ async def _run_stage(stage: StageInputs, request: StopRequest, start: Start) -> 
         for row in inputs.unusable if step is None else ():
             unusable = ErrorRecord(step=0, stage="data", kind="unusable", message=row.reason, source=row.place)
             record.tracker.log_error(unusable)
-        is_online = isinstance(inputs, OnlineInputs)
-        running = _online(stage, inputs, record) if is_online else _offline(stage, inputs, record)
+        running = (
+            partial(_online, inputs=inputs) if isinstance(inputs, OnlineInputs) else partial(_offline, inputs=inputs)
+        )
         with listed_in(record.folder.processes):
-            async with running as (controller, placement):
+            async with running(stage, record=record) as (controller, placement):
                 await _carry_out(controller, request, step=step, until=start.until, nodes=placement.nodes)
 
 

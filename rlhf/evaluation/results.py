@@ -110,7 +110,7 @@ class Evaluation:
 
         A reward appears under the reward's name. The score's interval is included.
         """
-        logged = {}
+        logged: dict[str, float] = {}
         for report in self.sets:
             values = {name.removeprefix("rewards/"): estimate.value for name, estimate in report.metrics.items()}
             score = report.metrics.get("score")

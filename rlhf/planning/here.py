@@ -121,8 +121,10 @@ def _code(stage: Stage, folder: Path) -> Iterator[Missing]:
         if colon and not any(os.path.isfile(base / os.path.expanduser(file)) for base in (folder, Path.cwd())):
             yield Missing(sentence=f"{key}: there is no file {file}")
         elif name and not colon:
-            kind, built_ins = ("reward", REWARDS) if key.endswith(".function") else ("environment", ENVIRONMENTS)
-            find_code(kind, name, built_ins=built_ins, key=key)
+            if key.endswith(".function"):
+                find_code("reward", name, built_ins=REWARDS, key=key)
+            else:
+                find_code("environment", name, built_ins=ENVIRONMENTS, key=key)
 
 
 def _is_path(name: str) -> bool:

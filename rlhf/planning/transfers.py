@@ -111,9 +111,8 @@ def staging(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> Stage
     if not pinned + unpinned:
         return None
     speed = rates(config, nodes, role=next(iter(staged)))  # the rates of a GPU are those of every role
-    slow = f"{_gib(unpinned)} not pinned / {speed.unpinned / 1e9:g} GB/s"
-    text = f"{_gib(pinned)} / {speed.pcie / 1e9:g} GB/s + {slow}, both ways"
-    return Stage("staging", pinned / speed.pcie + unpinned / speed.unpinned, text, 1.0)
+    text = f"{_gib(pinned)} / {speed.pcie / 1e9:g} GB/s + {_gib(unpinned)} not pinned / {speed.unpinned / 1e9:g} GB/s"
+    return Stage("staging", pinned / speed.pcie + unpinned / speed.unpinned, f"{text}, both ways", 1.0)
 
 
 def gpus_per_host(config: Config, nodes: Sequence[Node] | None) -> int:
