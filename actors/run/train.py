@@ -157,10 +157,10 @@ async def _run_stage(stage: StageInputs, request: StopRequest, start: Start) -> 
             unusable = ErrorRecord(step=0, stage="data", kind="unusable", message=row.reason, source=row.place)
             record.tracker.log_error(unusable)
         running = (
-            partial(_online, inputs=inputs) if isinstance(inputs, OnlineInputs) else partial(_offline, inputs=inputs)
+            _online(stage, inputs, record) if isinstance(inputs, OnlineInputs) else _offline(stage, inputs, record)
         )
         with listed_in(record.folder.processes):
-            async with running(stage, record=record) as (controller, placement):
+            async with running as (controller, placement):
                 await _carry_out(controller, request, step=step, until=start.until, nodes=placement.nodes)
 
 

@@ -49,19 +49,81 @@ def fact(text: str, name: str) -> str:
     return line.strip().removeprefix(name).strip()
 
 
-def test_the_facts(tmp_path: Path) -> None:
-    text = plan(tmp_path)
+WARMED = "after a warm-up of 10% of the optimizer steps"
+WARM = ("train.warmup_steps=0", "train.warmup_ratio=0.1")
+MANY = "64 prompts * 4 samples = 256, the first of 81 prompts to be answered"
+ADAPTER, SHM = "the adapter alone, as a folder", "shm: policy and engines are on one CPU host"
+SEVERAL = "gloo: policy and engines are on several CPU hosts"
+SEATS = (*ELASTIC[1:], *IN_FLIGHT, "cluster.roles.rollout.engines={min: 2, max: 8}")
+EPOCHS = "train.steps=null"
+FACTS: dict[tuple[str, ...], dict[str, str]] = {
+    (): {
+        "responses a step": "64 prompts * 4 samples = 256",
+        "updates a step": "256 / 128 sequences = 2, 2 passes: 4 optimizer steps",
+        "longest sequence": "1000 prompt + 24 new = 1024 tokens",
+        "micro-batch": "at most 8,192 tokens on 2 ranks; a step at most 262,144",  # 256 * 1024
+        "whole run": "10 steps: 32 optimizer steps of the policy, 40 of the critic",  # (10 - 2) * 4
+        "learning rate": "1e-06, linear to 1e-07 after 3 optimizer steps of warm-up",
+        "training data": "9 rows of running_totals",
+        "evaluation": "before training, every 10 steps and at the end: hard (x.jsonl)",
+        "weight sync": SHM,
+        "rollout": "1 2 0.5 0 auto some/model",
+        "policy": "2 0-1 0.333 0 auto some/model",
+        "all": "3 0",
+    },
+    ("train.lr_schedule=wsd", *WARM): {
+        "learning rate": f"1e-06, constant, then linear in the last 10% of the optimizer steps to 1e-07 {WARMED}"
+    },
+    ("train.lr_schedule=cosine_with_restarts", *WARM): {
+        "learning rate": f"1e-06, cosine with restarts, 2 times to 1e-07 {WARMED}"
+    },
+    # ceil(60 * 9 / 64) steps of prompts, and (9 - 2) * 4 of the policy
+    (EPOCHS, "train.epochs=60"): {"whole run": "9 steps: 28 optimizer steps of the policy, 36 of the critic"},
+    (EPOCHS, "train.epochs=2", "data.train=absent.jsonl"): {
+        "whole run": "2 epochs: how many steps that is follows from data.train, which is not here"
+    },
+    ("rollouts.oversample=1.26", "rollouts.dynamic_sampling={max_filtered_fraction: 2, max_mean: 1}"): {
+        "responses a step": f"{MANY}, in place of at most 128 prompts that are filtered"
+    },
+    ("rollouts.oversample=1.26", "rollouts.carry_over=true", "algorithm.correction=none"): {
+        "responses a step": f"{MANY}, while the others are continued in the next step"
+    },
+    ("data.train={a: {source: x.jsonl, weight: 3}, b: {source: {task: running_totals, size: 9}}}",): {
+        "training data": "75.0% x.jsonl, 25.0% 9 rows of running_totals"
+    },
+    ("policy.lora={}",): {"weight sync": ADAPTER},
+    ("policy.lora.dora=true",): {"weight sync": f"all weights, the adapter merged (vLLM takes no DoRA), by {SHM}"},
+    ("policy.lora={}", "policy.adapter=a", "reference=null"): {
+        "weight sync": f"{ADAPTER}, unless it is of a kind that vLLM does not take; then merged, by {SHM}",
+        "reference": "the policy with policy.adapter as it is now: no second model",
+    },
+    ("cluster.address=auto",): {"weight sync": f"{SEVERAL}; shm if they are placed on one"},
+    (*SEATS, "cluster.address=10.0.0.1:6379"): {"weight sync": SEVERAL, "rollout": "2-8 2-3 1 0 auto some/model"},
+    ("cluster.roles.policy.workers=8", "cluster.roles.critic.workers=8"): {
+        "0": "1 0 policy, critic, reference",
+        "1-7": "1 0 policy, critic",  # equal bundles share a line
+    },
+}
+
+
+@pytest.mark.parametrize("overrides", FACTS, ids=" ".join)
+def test_the_facts(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    text = plan(tmp_path, *overrides)
     assert text.startswith("demo: ppo -> runs/demo\n")
-    assert fact(text, "responses a step") == "64 prompts * 4 samples = 256"
-    assert fact(text, "updates a step") == "256 / 128 sequences = 2, 2 passes: 4 optimizer steps"
-    assert fact(text, "longest sequence") == "1000 prompt + 24 new = 1024 tokens"
-    assert fact(text, "micro-batch") == "at most 8,192 tokens on 2 ranks; a step at most 262,144"  # 256 * 1024
-    assert fact(text, "whole run") == "10 steps: 32 optimizer steps of the policy, 40 of the critic"  # (10 - 2) * 4
-    assert fact(text, "learning rate") == "1e-06, linear to 1e-07 after 3 optimizer steps of warm-up"
-    assert fact(text, "training data") == "9 rows of running_totals"
-    assert fact(text, "evaluation") == "before training, every 10 steps and at the end: hard (x.jsonl)"
-    assert "  reference         some/model in workers of its own\n" in text
-    assert fact(text, "weight sync") == "shm: policy and engines are on one CPU host"
+    facts = {name: " ".join(fact(text, name).split()) for name in FACTS[overrides]}
+    assert facts == FACTS[overrides]
+
+
+def test_what_is_said_beside_the_facts(tmp_path: Path) -> None:
+    assert "  reference         some/model in workers of its own\n" in plan(tmp_path)
+    text = plan(tmp_path, cluster="1*cpu=2+cpu=8")
+    assert [fact(text, bundle).rpartition("  ")[2] for bundle in ("1", "2")] == ["node 0", "node 1"]
+    rows = "train.epochs 60 of 9 rows: 9 steps, if no row is left out"
+    assert rows in plan(tmp_path, EPOCHS, "train.epochs=60")
+    grpo = [*ON_GPUS, "policy.model=Qwen/Qwen2.5-0.5B-Instruct", "algorithm={name: grpo}"]
+    total = 494_032_768 * 24 / 2**30  # parameters of 12 bytes, twice
+    assert f"snapshots of all ranks: {total:.2f} GiB of /dev/shm" in plan(tmp_path, *grpo)
+    assert "snapshots of all ranks" not in plan(tmp_path, *grpo, "cluster.restarts.gang=0")
 
 
 def test_limits_of_restarts_without_effect_are_named(tmp_path: Path) -> None:
@@ -81,97 +143,22 @@ def test_limits_of_restarts_without_effect_are_named(tmp_path: Path) -> None:
         assert all(f"cluster.restarts.{text}" in line for line, text in zip(lines, named, strict=True))
 
 
-def test_the_snapshots_of_all_ranks_are_summed_if_the_nodes_are_unknown(tmp_path: Path) -> None:
-    grpo = [*ON_GPUS, "policy.model=Qwen/Qwen2.5-0.5B-Instruct", "algorithm={name: grpo}"]
-    total = 494_032_768 * 24 / 2**30  # parameters of 12 bytes, twice
-    assert f"snapshots of all ranks: {total:.2f} GiB of /dev/shm" in plan(tmp_path, *grpo)
-    assert "snapshots of all ranks" not in plan(tmp_path, *grpo, "cluster.restarts.gang=0")
-
-
-def test_epochs_are_steps_if_the_data_is_on_this_machine(tmp_path: Path) -> None:
-    text = plan(tmp_path, "train.steps=null", "train.epochs=60")
-    assert "train.epochs 60 of 9 rows: 9 steps, if no row is left out" in text  # ceil(60 * 9 / 64)
-    assert fact(text, "whole run") == "9 steps: 28 optimizer steps of the policy, 36 of the critic"  # (9 - 2) * 4
-    text = plan(tmp_path, "train.steps=null", "train.epochs=2", "data.train=absent.jsonl")
-    assert fact(text, "whole run").startswith("2 epochs: how many steps that is follows from data.train")
-
-
-def test_schedules_of_the_learning_rate(tmp_path: Path) -> None:
-    for schedule, shown in {
-        "wsd": "1e-06, constant, then linear in the last 10% of the optimizer steps to 1e-07",
-        "cosine_with_restarts": "1e-06, cosine with restarts, 2 times to 1e-07",
-    }.items():
-        text = plan(tmp_path, f"train.lr_schedule={schedule}", "train.warmup_steps=0", "train.warmup_ratio=0.1")
-        assert fact(text, "learning rate") == f"{shown} after a warm-up of 10% of the optimizer steps"
-
-
-def test_prompts_that_are_asked_besides(tmp_path: Path) -> None:
-    first = "64 prompts * 4 samples = 256, the first of 81 prompts to be answered, "
-    dynamic = "rollouts.dynamic_sampling={max_filtered_fraction: 2, max_mean: 1}"
-    text = plan(tmp_path, "rollouts.oversample=1.26", dynamic)
-    assert fact(text, "responses a step") == f"{first}in place of at most 128 prompts that are filtered"
-    text = plan(tmp_path, "rollouts.oversample=1.26", "rollouts.carry_over=true", "algorithm.correction=none")
-    assert fact(text, "responses a step") == f"{first}while the others are continued in the next step"
-
-
-def test_mixed_data_and_what_becomes_of_long_examples(tmp_path: Path) -> None:
-    text = plan(tmp_path, "data.train={a: {source: x.jsonl, weight: 3}, b: {source: {task: running_totals, size: 9}}}")
-    assert fact(text, "training data") == "75.0% x.jsonl, 25.0% 9 rows of running_totals"
-    path = tmp_path / "sft.yaml"
+def test_runs_on_fixed_data_with_and_without_a_teacher(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
     path.write_text(
-        "run: {name: demo}\npolicy: {model: a/b}\nalgorithm: {name: sft}\n"
-        "data: {train: x.jsonl, max_sequence_tokens: 4000, too_long: cut}\n"
+        "run: {name: demo}\npolicy: {model: some/model}\nalgorithm: {name: sft}\ndata: {train: x.jsonl}\n"
         "train: {steps: 10, lr: 1e-6, sequences_per_update: 8}\n"
     )
-    text = render_plan(load(path))
+    text = render_plan(load(path, ["data.max_sequence_tokens=4000", "data.too_long=cut"]))
     assert fact(text, "micro-batch") == "at most 8,192 tokens; a sequence of more than 4,000 loses its end"
-
-
-def test_what_of_an_adapter_travels(tmp_path: Path) -> None:
-    transport = "shm: policy and engines are on one CPU host"
-    adapter = "the adapter alone, as a folder"
-    for overrides, sync in (
-        (["policy.lora={}"], adapter),
-        (["policy.lora.dora=true"], f"all weights, the adapter merged (vLLM takes no DoRA), by {transport}"),
-        (["policy.lora={}", "policy.adapter=a"], f"{adapter}, unless it is of a kind"),
+    taught = ["algorithm.name=distillation", "teacher.model=large/model"]
+    alone = [*taught, "cluster.device=cuda", "cluster.roles.teacher={workers: 2, colocate_with: null}"]
+    for overrides, teacher, total in (
+        (taught, "1 0 0.5 0 auto large/model", "1 0"),
+        (alone, "2 1-2 1 1 - large/model", "3 3"),
     ):
-        assert fact(plan(tmp_path, *overrides), "weight sync").startswith(sync)
-    text = plan(tmp_path, "policy.lora={}", "policy.adapter=a", "reference=null")
-    assert "the policy with policy.adapter as it is now: no second model" in text
-
-
-def test_a_teacher_beside_its_student_or_on_its_own(tmp_path: Path) -> None:
-    path = tmp_path / "distil.yaml"
-    path.write_text(
-        "run: {name: demo}\npolicy: {model: some/model}\nteacher: {model: large/model}\n"
-        "algorithm: {name: distillation}\ndata: {train: a.jsonl}\n"
-        "train: {steps: 10, lr: 1e-6, sequences_per_update: 8}\n"
-    )
-    text = render_plan(load(path))
-    assert fact(text, "teacher").split() == ["1", "0", "0.5", "0", "auto", "large/model"]
-    assert fact(text, "all").split() == ["1", "0"]
-    roles = "cluster.roles.teacher={workers: 2, colocate_with: null}"
-    text = render_plan(load(path, ["cluster.device=cuda", roles]))
-    assert fact(text, "teacher").split() == ["2", "1-2", "1", "1", "-", "large/model"]
-    assert fact(text, "all").split() == ["3", "3"]
-
-
-def test_roles_bundles_and_transport_follow_the_placement(tmp_path: Path) -> None:
-    text = plan(tmp_path)
-    assert fact(text, "rollout").split() == ["1", "2", "0.5", "0", "auto", "some/model"]
-    assert fact(text, "policy").split() == ["2", "0-1", "0.333", "0", "auto", "some/model"]
-    assert fact(text, "all").split() == ["3", "0"]
-    several = "gloo: policy and engines are on several CPU hosts"
-    sync = fact(plan(tmp_path, "cluster.address=auto"), "weight sync")
-    assert sync == f"{several}; shm if they are placed on one"
-    elastic = [*ELASTIC[1:], *IN_FLIGHT, "cluster.roles.rollout.engines={min: 2, max: 8}"]
-    assert fact(plan(tmp_path, *elastic), "rollout").startswith("2-8 ")
-    assert fact(plan(tmp_path, *elastic, "cluster.address=10.0.0.1:6379"), "weight sync") == several
-    text = plan(tmp_path, "cluster.roles.policy.workers=8", "cluster.roles.critic.workers=8")
-    assert fact(text, "0").split() == ["1", "0", "policy,", "critic,", "reference"]
-    assert fact(text, "1-7").split() == ["1", "0", "policy,", "critic"]  # equal bundles share a line
-    text = plan(tmp_path, cluster="1*cpu=2+cpu=8")
-    assert [fact(text, bundle).rpartition("  ")[2] for bundle in ("1", "2")] == ["node 0", "node 1"]
+        text = render_plan(load(path, overrides))
+        assert [fact(text, name).split() for name in ("teacher", "all")] == [teacher.split(), total.split()]
 
 
 def test_more_than_the_cluster_has(tmp_path: Path) -> None:
