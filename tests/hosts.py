@@ -47,10 +47,7 @@ class Host:
     def start(
         self, command: Sequence[str | Path], env: Mapping[str, str] = {}, **options: Any
     ) -> subprocess.Popen[str]:
-        """Run a command on the host, in a new process group.
-
-        The environment is this process's, without the interface chosen by a gang of this process.
-        """
+        """Run a command on the host, in a new process group, without the interface chosen by a gang of this process."""
         here = {name: value for name, value in os.environ.items() if name not in INTERFACE_VARIABLES}
         place = self.disk.parent / MOUNTED
         with_disk = ["sh", "-c", 'mount --bind "$1" "$2" && shift 2 && exec "$@"', "sh", str(self.disk), str(place)]
@@ -75,16 +72,15 @@ class Host:
         return said
 
     def pids(self) -> list[int]:
-        """Return the processes of the host."""
-        return [int(word) for word in _output("ip", "netns", "pids", self.name).split()]
+        return _pids(self.name)
 
     def kill(self) -> None:
         """End all processes of the host at once, like a power failure."""
         _kill_all(self.name)
 
-    def cut(self) -> None:
-        """Cut the host's link: its processes run on, alone."""
-        _output("ip", "link", "set", self.link, "down")
+    def cut(self, *, is_cut: bool = True) -> None:
+        """Cut the host's link, or restore it. The processes of the host run on, alone."""
+        _output("ip", "link", "set", self.link, "down" if is_cut else "up")
 
     def add_interface(self, name: str, address: str) -> None:
         """Add an interface without a link. From now on the host's name stands for the interface's address."""
@@ -95,23 +91,15 @@ class Host:
             _output(*inside, "link", "set", end, "up")
         _give_names(self.name, address, [])
 
-    def mend(self) -> None:
-        """Restore the host's link."""
-        _output("ip", "link", "set", self.link, "up")
-
 
 @contextmanager
 def several_hosts(count: int) -> Iterator[list[Host]]:
-    """Yield hosts 10.77.0.1 to .count, called host0, host1, ... After the block the hosts and their processes are gone.
-
-    Skips the test on a machine without namespaces.
-    """
+    """Yield hosts 10.77.0.1 to .count, called host0, host1, ..., gone after the block. Skips without namespaces."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("SEVERAL HOSTS NOT TESTED: needs root and iproute2 (apt-get install iproute2)")
     _remove_left_behind()
-    me = os.getpid()
+    me, bridge = os.getpid(), f"rlbr{os.getpid()}"
     names = [f"rlhf-{me}-{i}" for i in range(count)]
-    bridge = f"rlbr{me}"
     disks = Path(f"/tmp/rl{me}")  # short: the paths of Ray's sockets lie below it
     with ExitStack() as after:
         tried = subprocess.run(["ip", "netns", "add", names[0]], capture_output=True, text=True)
@@ -125,29 +113,26 @@ def several_hosts(count: int) -> Iterator[list[Host]]:
         for folder in (MOUNTED, *map(str, range(count))):
             (disks / folder).mkdir(parents=True)
         addresses = [f"{NETWORK}.{i + 1}" for i in range(count)]
-        for i, (name, address) in enumerate(zip(names, addresses, strict=True)):
-            _connect(name, address, bridge, _link(me, i))
-            _give_names(name, address, addresses)
-        yield [
-            Host(name, address, _link(me, i), disks / str(i))
-            for i, (name, address) in enumerate(zip(names, addresses, strict=True))
-        ]
+        hosts = [Host(names[i], addresses[i], _link(me, i), disks / str(i)) for i in range(count)]
+        for host in hosts:
+            _connect(host.name, host.address, bridge, host.link)
+            _give_names(host.name, host.address, addresses)
+        yield hosts
 
 
 def start_ray(
     hosts: Sequence[Host],
     *,
     cpus: Sequence[float],
-    head_options: Sequence[str] = ("--include-dashboard=false",),
     labels: Sequence[str] = (),
     env: Mapping[str, str] = {},
 ) -> str:
-    """Start a Ray with the head on the first host and a node on each further host. Return the address.
-
-    cpus, labels: of each node; a label is such as pool=gpu.
-    """
+    """Start a Ray with the head on the first host. Return the address. cpus, labels (as pool=gpu): of each node."""
     address = f"{hosts[0].address}:{GCS_PORT}"
-    where = [["--head", f"--port={GCS_PORT}", *head_options], *([f"--address={address}"] for _ in hosts[1:])]
+    where = [
+        ["--head", f"--port={GCS_PORT}", "--include-dashboard=false"],
+        *([f"--address={address}"] for _ in hosts[1:]),
+    ]
     said = [[f"--labels={label}"] for label in labels] or [[] for _ in hosts]
     options = [[*place, f"--num-cpus={n:g}", *label] for place, n, label in zip(where, cpus, said, strict=True)]
     start_node(hosts[0], *options[0], env=env)
@@ -174,9 +159,7 @@ def _connect(name: str, address: str, bridge: str, link: str) -> None:
 
 
 def _give_names(name: str, address: str, addresses: Sequence[str]) -> None:
-    """Write the files that `ip netns exec` puts over /etc/hosts and /etc/resolv.conf, so that no name leaves the
-    machine.
-    """
+    """Write the files that `ip netns exec` puts over /etc/hosts and /etc/resolv.conf: no name leaves the machine."""
     folder = Path("/etc/netns", name)
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["127.0.0.1 localhost", f"{address} {socket.gethostname()}"]
@@ -185,13 +168,11 @@ def _give_names(name: str, address: str, addresses: Sequence[str]) -> None:
     (folder / "resolv.conf").write_text("", encoding="utf-8")
 
 
-def _link(owner: int, index: int) -> str:
-    """The outer end of a host's cable."""
+def _link(owner: int, index: int) -> str:  # the outer end of a host's cable
     return f"rl{owner}v{index}"
 
 
 def _remove(owner: int) -> None:
-    """Remove everything made by a process."""
     names = [name for name in _namespaces() if name.startswith(f"rlhf-{owner}-")]
     for name in names:
         _kill_all(name)
@@ -203,8 +184,7 @@ def _remove(owner: int) -> None:
     shutil.rmtree(f"/tmp/rl{owner}", ignore_errors=True)
 
 
-def _remove_left_behind() -> None:
-    """Remove everything left by killed test runs."""
+def _remove_left_behind() -> None:  # by killed test runs
     owners = {int(match[1]) for match in map(re.compile(r"rlhf-(\d+)-\d+").fullmatch, _namespaces()) if match}
     for owner in owners:
         if not Path("/proc", str(owner)).exists():
@@ -213,12 +193,16 @@ def _remove_left_behind() -> None:
 
 def _kill_all(name: str) -> None:
     until = time.monotonic() + GONE_WITHIN_S
-    while pids := [int(word) for word in _output("ip", "netns", "pids", name).split()]:
+    while pids := _pids(name):
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         assert time.monotonic() < until, f"processes {pids} of {name} do not end"
         time.sleep(0.05)
+
+
+def _pids(name: str) -> list[int]:
+    return [int(word) for word in _output("ip", "netns", "pids", name).split()]
 
 
 def _namespaces() -> list[str]:
@@ -234,28 +218,19 @@ def _output(*command: str) -> str:
 POOLS = {"policy": "train", "rollout": "serve"}
 
 
+_ROLES = {
+    **{"policy": {"workers": 2, **ONE_THREAD}, "critic": {"workers": 2, "threads": 1}, "rollout": ONE_THREAD},
+    **{"reference": {"threads": 1}, "reward": {"threads": 1}},
+}
 THREE_BUNDLES: Mapping[str, Any] = {
     "algorithm": {"name": "ppo"},
     "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
     "train": {"steps": 3, "checkpoint_every": 3},
     "eval": {"every": 3, "at_start": False},
-    "cluster": {
-        "object_store_gib": None,
-        "roles": {
-            "policy": {"workers": 2, **ONE_THREAD},
-            "critic": {"workers": 2, "threads": 1},
-            "reference": {"threads": 1},
-            "rollout": ONE_THREAD,
-            "reward": {"threads": 1},
-        },
-    },
+    "cluster": {"object_store_gib": None, "roles": _ROLES},
 }
 
 
 # What docs/multinode.md says to start the head with.
-QUICK_HEALTH = {
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-}
+_WAITS = {f"RAY_health_check_{wait}_ms": "1000" for wait in ("initial_delay", "period", "timeout")}
+QUICK_HEALTH = {**_WAITS, "RAY_health_check_failure_threshold": "3"}

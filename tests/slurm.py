@@ -1,5 +1,4 @@
-"""Start a Slurm of three nodes on several hosts (tests/hosts.py): munge, a controller and three daemons, without
-systemd.
+"""Start a Slurm on several hosts (tests/hosts.py): munge, a controller and a daemon each, without systemd.
 
 All files and the key are in a single folder. The processes end with the hosts, and munge's by pid.
 """
@@ -75,10 +74,7 @@ class Slurm:
 
 @contextmanager
 def slurm(hosts: Sequence[Host]) -> Iterator[Slurm]:
-    """Run Slurm for the length of the block. Skips the test without an installed Slurm.
-
-    The files are removed with the hosts. The folder's path is short, since sockets of job steps lie below.
-    """
+    """Run Slurm for the length of the block. Skips without Slurm. Sockets of job steps need the short folder."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         pytest.skip(f"SLURM NOT TESTED: {', '.join(missing)} missing (apt-get install slurmctld slurmd munge)")
@@ -95,8 +91,8 @@ def slurm(hosts: Sequence[Host]) -> Iterator[Slurm]:
     (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n", encoding="utf-8")
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
-    files = [f"--{name}={folder}/munge.{name.partition('-')[0]}" for name in ("socket", "key-file", "log-file")]
-    files += [f"--{name}={folder}/munge.{name.partition('-')[0]}" for name in ("pid-file", "seed-file")]
+    names = ("socket", "key-file", "log-file", "pid-file", "seed-file")
+    files = [f"--{name}={folder}/munge.{name.partition('-')[0]}" for name in names]
     munge = subprocess.Popen(["munged", "--force", "--foreground", *files], stderr=subprocess.DEVNULL)
     try:
         conf = ["-D", "-f", folder / "slurm.conf"]

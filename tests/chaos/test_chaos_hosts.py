@@ -202,7 +202,7 @@ def test_training_goes_on_while_hosts_of_engines_are_lost_come_back_and_join(tmp
             wait_for(2)
             lost.cut()
             wait_for(1)
-            lost.mend()
+            lost.cut(is_cut=False)
             lost.kill()
             join(lost, address)
             wait_for(2)

@@ -58,7 +58,7 @@ def test_lost_hosts_are_named_and_replaced(ray_local: None, tmp_path: Path) -> N
         _, said = done.communicate(timeout=240.0)
         assert done.returncode == 0, said
         before = contents(run)
-        first.mend()
+        first.cut(is_cut=False)
         time.sleep(3.0)
         assert contents(run) == before
     assert main(["train", str(config), "--quiet", "run.name=one", f"train.steps={steps}"]) == 0
