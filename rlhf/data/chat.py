@@ -99,7 +99,6 @@ def _tool_calls(row: Row, where: str, calls: object) -> list[Message]:
 
 
 def _json(text: str) -> Any:
-    """Return the parsed JSON value, or None if the text cannot be parsed."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):  # invalid JSON, or beyond Python's limits of digits and depth
@@ -107,15 +106,12 @@ def _json(text: str) -> Any:
 
 
 def read_tools(row: Row) -> list[Message] | None:
-    """Return the tools of column `tools`, as objects or as JSON text of the list (Parquet).
-
-    Return None if the row has no tools. UserError for an invalid value.
-    """
+    """Return the tools of column `tools`, a list or its JSON text (Parquet), or None. UserError if invalid."""
     value = row.columns.get("tools")
     tools = _json(value) if isinstance(value, str) else value
     if value is None or tools == []:
         return None
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) and _name(tool) for tool in tools):
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) and tool_name(tool) for tool in tools):
         raise UserError(
             f"{row.place}: column `tools` is {value!r:.80}, expected a list of objects "
             '{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}.'
@@ -123,21 +119,16 @@ def read_tools(row: Row) -> list[Message] | None:
     return tools
 
 
-def _name(tool: Message) -> str:
+def tool_name(tool: Message) -> str:
     """Return the name of a tool or of a tool call, or an empty string if there is no name."""
     function = tool.get("function", tool)
     name = function.get("name") if isinstance(function, Mapping) else None
     return name if isinstance(name, str) else ""
 
 
-def names(tools: Sequence[Message]) -> list[str]:
-    """Return the names of tools or of tool calls, in order."""
-    return [_name(tool) for tool in tools]
-
-
 def refuse_unmentioned_tools(tools: Sequence[Message] | None, text: str, tokenizer: Any, place: str) -> None:
     """Raise UserError if the rendered text before an assistant's turn lacks the name of a tool."""
-    missing = [name for name in names(tools or ()) if name not in text]
+    missing = [name for name in map(tool_name, tools or ()) if name not in text]
     if missing:
         raise UserError(
             f"{place}: the chat template of {tokenizer.name_or_path} does not tell the model of tool `{missing[0]}`. "
@@ -153,7 +144,6 @@ def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -
 
 
 def require_template(tokenizer: Any, place: str) -> None:
-    """Raise UserError if the tokenizer has no chat template."""
     if tokenizer.chat_template is None:
         raise UserError(
             f"{place}: the tokenizer of {tokenizer.name_or_path} has no chat template. Use a chat model, or string "
@@ -171,26 +161,19 @@ def render(
 ) -> str:
     """Return the conversation as text, special tokens written out. UserError if the template refuses."""
     shown = [{name: value for name, value in message.items() if name != "train"} for message in messages]
+    how = {"tools": tools, "tokenize": False, "add_generation_prompt": add_generation_prompt}
+    template = f"{place}: the chat template of {tokenizer.name_or_path}"
     try:
-        text = tokenizer.apply_chat_template(
-            shown, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return str(tokenizer.apply_chat_template(shown, **how))
     except TemplateSyntaxError as error:
-        raise UserError(
-            f"{place}: the chat template of {tokenizer.name_or_path} is no Jinja, line {error.lineno}: {error.message}."
-        ) from error
+        raise UserError(f"{template} is no Jinja, line {error.lineno}: {error.message}.") from error
     except (TemplateError, TypeError, ValueError) as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise UserError(
-            f"{place}: the chat template of {tokenizer.name_or_path} refuses the roles {roles}: {error}."
-        ) from error
-    return str(text)
+        raise UserError(f"{template} refuses the roles {roles}: {error}.") from error
 
 
 def raw_prompt(text: str, *, place: str, system_prompt: str | None, beginning: str) -> str:
-    """Return a text for the model without a template, prefixed with `beginning`. UserError if a system prompt would be
-    lost.
-    """
+    """Return a text without a template, prefixed with `beginning`. UserError if a system prompt would be lost."""
     if system_prompt is not None:
         raise UserError(
             f"{place}: data.system_prompt has no effect on a string that no chat template is applied to. Remove it, "
@@ -202,10 +185,9 @@ def raw_prompt(text: str, *, place: str, system_prompt: str | None, beginning: s
 def text_after_turn(
     messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool, place: str
 ) -> str | None:
-    """Return the template's text after an assistant's turn followed by `messages`.
+    """Return the template's text after an assistant's turn followed by `messages`. UserError if the template refuses.
 
-    Return None if the template does not write the turn exactly once and unchanged. UserError if the template refuses
-    the conversation.
+    None: the template does not write the turn exactly once and unchanged.
     """
     conversation = [_USER, {"role": ASSISTANT, "content": _SENTINEL}, *messages]
     text = render(conversation, tokenizer, add_generation_prompt=add_generation_prompt, place=place)

@@ -77,10 +77,7 @@ def calculator(split: str, size: int, seed: int, args: Mapping[str, Any]) -> lis
             if _split_of(first + second + third) == split:
                 break
         expression, answer = f"{first} * {second} + {third}", str(first * second + third)
-        messages = [
-            {"role": "system", "content": _INSTRUCTIONS},
-            {"role": "user", "content": f"What is {expression}?"},
-        ]
+        messages = [{"role": "system", "content": _INSTRUCTIONS}, {"role": "user", "content": f"What is {expression}?"}]
         if split == "sft":
             messages += [
                 {"role": "assistant", "content": _CALL.format(expression)},
@@ -97,8 +94,7 @@ def _split_of(total: int) -> str:
 
 
 def _whole_numbers(task: str, args: Mapping[str, Any], **defaults: int) -> list[int]:
-    """Return the task's args in the order of the defaults. UserError for an unknown arg and for a value that is no
-    whole number."""
+    """Return the args in the order of the defaults. UserError for an unknown arg or a value that is not whole."""
     unknown = [name for name in args if name not in defaults]
     if unknown:
         raise UserError(f"Task {task} takes the args {', '.join(defaults)}; found {', '.join(unknown)}.")

@@ -9,12 +9,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rlhf.data.chat import read_messages
 from rlhf.data.segments import Segment, Tokens, Writer, answer_text, encode_segments
 from rlhf.data.sources import Row
-from rlhf.data.stream import Stream
 from rlhf.data.usable import LoadedRows, NotUsable, Unusable, refuse_too_many
 from rlhf.deferred import torch
 from rlhf.errors import UserError
@@ -32,9 +31,7 @@ class Reading:
     system_prompt: str | None
     apply_chat_template: bool
     max_tokens: int  # prompts: data.max_prompt_tokens; offline sequences: data.max_sequence_tokens
-    too_long: TooLong = (
-        "error"  # cut removes the beginning of a prompt for rollouts, and the end of an offline completion
-    )
+    too_long: TooLong = "error"  # cut: remove the beginning of a prompt for rollouts, or the end of a completion
     max_unusable_fraction: float = 0.0  # maximum share of skipped rows in a data set
     max_new_tokens: int | None = None  # largest limit that a row may give its responses; None: any
     tasks: bool = False  # string prompts are the tasks of an agent, unchanged
@@ -50,21 +47,15 @@ class Example:
 
     @property
     def non_token_bytes(self) -> bytes:
-        """Return the loss mask as bytes, for the fingerprint of the data."""
         return bytes(self.loss_mask)
 
     @property
     def longest(self) -> int:
-        """Return the number of tokens of the sequence."""
         return len(self.token_ids)
 
     @property
     def num_targets(self) -> int:
-        """Return the number of learned tokens."""
         return sum(self.loss_mask)
-
-
-ExampleSource: TypeAlias = Stream[Example]
 
 
 def load_examples(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, first_id: int = 0) -> LoadedRows[Example]:
@@ -77,38 +68,31 @@ def load_examples(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, firs
     token. Without the chat template, the completion or output and the end-of-sequence token are learned. In `text`
     every token except the first is learned. UserError names the invalid row.
     """
-    writer = Writer(tokenizer, system_prompt=reading.system_prompt, apply_chat_template=reading.apply_chat_template)
 
     def build(index: int, row: Row, sequences: Sequence[Sequence[Tokens]]) -> Example:
         return fit(mark(first_id + index, sequences[0], place=row.place), reading, place=row.place)
 
-    return load_sequences(
-        rows,
-        tokenizer,
-        write=lambda row: [_segments(row, writer)],
-        build=build,
-        max_unusable_fraction=reading.max_unusable_fraction,
-    )
+    return load_sequences(rows, tokenizer, reading, lambda row, writer: [_segments(row, writer)], build)
 
 
 def load_sequences(
     rows: Sequence[Row],
     tokenizer: Any,
-    *,
-    write: Callable[[Row], Sequence[Sequence[Segment]]],
+    reading: Reading,
+    write: Callable[[Row, Writer], Sequence[Sequence[Segment]]],
     build: Callable[[int, Row, Sequence[Sequence[Tokens]]], T],
-    max_unusable_fraction: float,
 ) -> LoadedRows[T]:
     """Return the result of `build` for each row, numbered from 0, and the rows left out.
 
     `write` splits a row into sequences for tokenisation and `build`. Both may raise NotUsable to leave a row out.
     UserError for too many rows left out.
     """
+    writer = Writer(tokenizer, system_prompt=reading.system_prompt, apply_chat_template=reading.apply_chat_template)
     unusable: dict[int, Unusable] = {}
     written: dict[int, Sequence[Sequence[Segment]]] = {}
     for index, row in enumerate(rows):
         try:
-            written[index] = write(row)
+            written[index] = write(row, writer)
         except NotUsable as fault:
             unusable[index] = fault.unusable
     encoded = encode_segments(list(itertools.chain.from_iterable(written.values())), tokenizer)
@@ -120,7 +104,7 @@ def load_sequences(
         except NotUsable as fault:
             unusable[index] = fault.unusable
     left_out = tuple(unusable[index] for index in sorted(unusable))
-    refuse_too_many(left_out, num_rows=len(rows), max_unusable_fraction=max_unusable_fraction)
+    refuse_too_many(left_out, num_rows=len(rows), max_unusable_fraction=reading.max_unusable_fraction)
     return LoadedRows(items=tuple(items), unusable=left_out)
 
 
@@ -190,10 +174,9 @@ def _segments(row: Row, writer: Writer) -> list[Segment]:
         return writer.text(row, answer_text(row, "text"))
     if "prompt" in columns or "completion" in columns:
         return writer.answer(row, "completion")  # the error names the missing column
-    present = ", ".join(f"`{name}`" for name in columns) or "nothing"
     hint = row.renamed_away("messages", "prompt", "completion", "instruction", "output", "text")
     raise UserError(
-        f"{row.place}: found {present}, expected the columns `messages`, or `prompt` and `completion`, or "
+        f"{row.place}: found {row.present}, expected the columns `messages`, or `prompt` and `completion`, or "
         f"`instruction` and `output`, or `text`. "
         f"{hint or 'If yours have other names, set data.columns: {completion: ITS_NAME}.'}"
     )
@@ -205,6 +188,5 @@ def _alpaca_prompt(row: Row, writer: Writer) -> str:
     input_text = "" if row.columns.get("input") in (None, "") else row.text("input")
     if writer.apply_chat_template:
         return f"{instruction}\n\n{input_text}" if input_text else instruction
-    parts = {"Instruction": instruction, "Input": input_text, "Response": ""}
-    shown = [f"### {name}:\n{text}" for name, text in parts.items() if text or name == "Response"]
-    return "\n\n".join(shown)
+    shown_input = f"### Input:\n{input_text}\n\n" if input_text else ""
+    return f"### Instruction:\n{instruction}\n\n{shown_input}### Response:\n"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark, num_prompt_tokens
-from rlhf.data.segments import Tokens, Writer
+from rlhf.data.segments import Tokens
 from rlhf.data.sources import Row
 from rlhf.data.usable import LoadedRows
 from rlhf.deferred import torch
@@ -28,22 +28,18 @@ class Labelled:
 
     @property
     def non_token_bytes(self) -> bytes:
-        """Return the loss mask and the label as bytes, for the fingerprint of the data."""
         return self.example.non_token_bytes + bytes([self.label])
 
     @property
     def longest(self) -> int:
-        """Return the number of tokens of the sequence."""
-        return len(self.token_ids)
+        return self.example.longest
 
     @property
     def num_targets(self) -> int:
-        """Return the number of learned tokens of the answer."""
         return self.example.num_targets
 
     @property
     def prompt_tokens(self) -> int:
-        """Return the number of tokens before the first learned token."""
         return num_prompt_tokens(self.example)
 
 
@@ -53,20 +49,13 @@ def load_labelled(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, firs
     The columns are `prompt` and `completion`, both strings or both lists of messages, and `label`. A label is true or
     false, written as a word in CSV. UserError for an invalid label.
     """
-    writer = Writer(tokenizer, system_prompt=reading.system_prompt, apply_chat_template=reading.apply_chat_template)
 
     def build(index: int, row: Row, sequences: Sequence[Sequence[Tokens]]) -> Labelled:
         label = row.truth("label")
         example = fit(mark(first_id + index, sequences[0], place=row.place), reading, place=row.place)
         return Labelled(example_id=example.example_id, example=example, label=label)
 
-    return load_sequences(
-        rows,
-        tokenizer,
-        write=lambda row: [writer.answer(row, "completion")],
-        build=build,
-        max_unusable_fraction=reading.max_unusable_fraction,
-    )
+    return load_sequences(rows, tokenizer, reading, lambda row, writer: [writer.answer(row, "completion")], build)
 
 
 def collate_labelled(labelled: Sequence[Labelled], *, mismatched: bool) -> Pairs:

@@ -57,9 +57,8 @@ def balance(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
     if any(not cost >= 0.0 for cost in costs):
         raise ValueError("costs must be numbers from 0")
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [
-        (0.0, 0, rank) for rank in range(num_ranks)
-    ]  # (cost, number of indices, rank): on equal cost the emptier rank comes first
+    # (cost, number of indices, rank): on equal cost the emptier rank comes first
+    loads = [(0.0, 0, rank) for rank in range(num_ranks)]
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         load, count, rank = loads[0]
         ranks[rank].append(index)

@@ -41,24 +41,20 @@ class PreferencePair:
 
     @property
     def examples(self) -> tuple[Example, ...]:
-        """Return the chosen, the rejected and any gold example."""
         return (self.chosen, self.rejected) if self.gold is None else (self.chosen, self.rejected, self.gold)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Return the tokens of all examples joined, for the fingerprint of the data."""
         return tuple(itertools.chain.from_iterable(example.token_ids for example in self.examples))
 
     @property
     def non_token_bytes(self) -> bytes:
-        """Return the lengths, the loss masks and the margin as bytes, for the fingerprint of the data."""
         masks = b"".join(example.non_token_bytes for example in self.examples)
         lengths = (len(example.token_ids) for example in self.examples[:-1])
         return masks + repr((*lengths, self.margin)).encode()
 
     @property
     def longest(self) -> int:
-        """Return the number of tokens of the longest sequence."""
         return max(example.longest for example in self.examples)
 
     @property
@@ -79,7 +75,6 @@ def load_pairs(
     The token limit holds for each sequence. A row is left out if the chosen and rejected answers are equal (also once
     truncated), or if an answer is empty or too long.
     """
-    writer = Writer(tokenizer, system_prompt=reading.system_prompt, apply_chat_template=reading.apply_chat_template)
     columns = ("chosen", "rejected", GOLD) if with_gold else ("chosen", "rejected")
 
     def build(index: int, row: Row, sequences: Sequence[Sequence[Tokens]]) -> PreferencePair:
@@ -101,13 +96,7 @@ def load_pairs(
             margin=None if row.columns.get("margin") is None else row.number("margin"),
         )
 
-    return load_sequences(
-        rows,
-        tokenizer,
-        write=lambda row: _segments(row, writer, columns),
-        build=build,
-        max_unusable_fraction=reading.max_unusable_fraction,
-    )
+    return load_sequences(rows, tokenizer, reading, lambda row, writer: _segments(row, writer, columns), build)
 
 
 def collate_pairs(pairs: Sequence[PreferencePair]) -> Pairs:
@@ -135,27 +124,17 @@ def _segments(row: Row, writer: Writer, columns: Sequence[str]) -> list[list[Seg
             )
     answers = [read_messages(row, column=column, system_prompt=writer.system_prompt) for column in columns]
     chosen, rejected = answers[:2]
-    first = len(
-        [
-            message
-            for message, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
-        ]
-    )
+    first = len([*itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))])
     if first == len(chosen) == len(rejected):
         raise NotUsable(row.place, "chosen and rejected are equal")
     for column, messages in zip(columns, answers, strict=True):
+        common = f"the {first} messages with which chosen and rejected both begin"
         if messages[:first] != chosen[:first]:
-            raise NotUsable(
-                row.place,
-                f"column `{column}` does not begin with the {first} messages with which chosen and rejected both begin",
-            )
+            raise NotUsable(row.place, f"column `{column}` does not begin with {common}")
         if first == len(messages) or messages[first]["role"] != ASSISTANT:
-            next_message = "nothing" if first == len(messages) else f"a message of the {messages[first]['role']}"
-            raise NotUsable(
-                row.place,
-                f"{next_message} follows in column `{column}` on the {first} messages with which chosen and rejected "
-                "both begin, where the assistant's answer is expected",
-            )
+            what = "nothing" if first == len(messages) else f"a message of the {messages[first]['role']}"
+            problem = f"{what} follows in column `{column}` on {common}, where the assistant's answer is expected"
+            raise NotUsable(row.place, problem)
     return [writer.conversation(row, messages, first=first) for messages in answers]
 
 

@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from rlhf.data.chat import (
     ASSISTANT,
@@ -26,7 +26,6 @@ from rlhf.data.chat import (
 )
 from rlhf.data.examples import Reading
 from rlhf.data.sources import Row
-from rlhf.data.stream import Stream
 from rlhf.data.tokenization import encode, encode_raw, raw_beginning
 from rlhf.data.usable import LoadedRows, NotUsable, Unusable, refuse_too_many
 from rlhf.errors import UserError
@@ -34,18 +33,12 @@ from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 from rlhf.types import Prompt
 
 logger = logging.getLogger(__name__)
-PromptSource: TypeAlias = Stream[Prompt]
 
 _GIVEN_TO_REWARDS = ("response", "prompts", "responses")  # argument names set by the reward call
 
 
 def load_prompts(
-    rows: Sequence[Row],
-    tokenizer: Any,
-    reading: Reading,
-    *,
-    first_id: int = 0,
-    tools: Sequence[Message] | None = None,
+    rows: Sequence[Row], tokenizer: Any, reading: Reading, *, first_id: int = 0, tools: Sequence[Message] | None = None
 ) -> LoadedRows[Prompt]:
     """Return one prompt per row, from column `messages` or `prompt`. `prompt_id` counts the rows from `first_id`.
 
@@ -59,7 +52,14 @@ def load_prompts(
     drafts = [_draft(row, tokenizer, reading, tools=read_tools(row) or tools) for row in rows]
     chat = iter(encode([draft.text for draft in drafts if draft.messages is not None], tokenizer))
     raw = iter(encode_raw([draft.text for draft in drafts if draft.messages is None], tokenizer))
-    end = _turn_end(tokenizer) if any(draft.messages is not None for draft in drafts) else None
+    has_chat = any(draft.messages is not None for draft in drafts)
+    end = turn_end(tokenizer) if has_chat else None
+    if has_chat and end is None:
+        logger.warning(
+            "the chat template of %s ends an assistant's turn with no special token: responses end with the model's "
+            "end-of-sequence token alone",
+            tokenizer.name_or_path,
+        )
     prompts: list[Prompt] = []
     unusable: list[Unusable] = []
     for number, draft in enumerate(drafts, start=first_id):
@@ -108,7 +108,7 @@ def _draft(row: Row, tokenizer: Any, reading: Reading, *, tools: Sequence[Messag
     messages = _messages(row, reading)
     if messages is None:
         text = row.text("prompt", alternative="messages")
-        beginning = "" if reading.tasks else raw_beginning(tokenizer)
+        beginning = _beginning(tokenizer, reading)
         text = raw_prompt(text, place=row.place, system_prompt=reading.system_prompt, beginning=beginning)
     else:
         require_template(tokenizer, row.place)
@@ -117,15 +117,8 @@ def _draft(row: Row, tokenizer: Any, reading: Reading, *, tools: Sequence[Messag
     return _Draft(row=row, text=text, messages=messages, tools=tools)
 
 
-def _turn_end(tokenizer: Any) -> int | None:
-    end = turn_end(tokenizer)
-    if end is None:
-        logger.warning(
-            "the chat template of %s ends an assistant's turn with no special token: responses end with the model's "
-            "end-of-sequence token alone",
-            tokenizer.name_or_path,
-        )
-    return end
+def _beginning(tokenizer: Any, reading: Reading) -> str:
+    return "" if reading.tasks else raw_beginning(tokenizer)
 
 
 def _fit(draft: _Draft, token_ids: list[int], tokenizer: Any, reading: Reading) -> tuple[str, list[int]]:
@@ -139,7 +132,7 @@ def _fit(draft: _Draft, token_ids: list[int], tokenizer: Any, reading: Reading) 
     if reading.too_long == "skip":
         raise NotUsable(place, problem)
     if draft.messages is None:
-        beginning = "" if reading.tasks else raw_beginning(tokenizer)
+        beginning = _beginning(tokenizer, reading)
         first = token_ids[:1] if beginning else []
         kept = token_ids[len(token_ids) - limit + len(first) :]
         return beginning + str(tokenizer.decode(kept, skip_special_tokens=False)), [*first, *kept]
@@ -153,8 +146,7 @@ def _fit(draft: _Draft, token_ids: list[int], tokenizer: Any, reading: Reading) 
 
 
 def _without_oldest(messages: Sequence[Message]) -> Sequence[Message]:
-    """Return a conversation without the oldest user's turn and the answers to that turn. Return an empty list if there
-    is no later user's turn."""
+    """Return a conversation without the oldest user's turn and its answers, or an empty list without a later turn."""
     users = [index for index, message in enumerate(messages) if message["role"] == "user"]
     if len(users) < 2:
         return []
@@ -162,12 +154,10 @@ def _without_oldest(messages: Sequence[Message]) -> Sequence[Message]:
 
 
 def _temperature(row: Row) -> float | None:
-    """Return the value of column `temperature`, or None if null or missing."""
     value = row.columns.get("temperature")
     if value is None:
         return None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and MIN_TEMPERATURE <= value <= MAX_TEMPERATURE):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not MIN_TEMPERATURE <= value <= MAX_TEMPERATURE:
         raise UserError(
             f"{row.place}: column `temperature` is {value!r}, expected the number from {MIN_TEMPERATURE:g} to "
             f"{MAX_TEMPERATURE:g} at which the prompt is answered in training. If it means something else, give the "
@@ -177,7 +167,6 @@ def _temperature(row: Row) -> float | None:
 
 
 def _max_new_tokens(row: Row, reading: Reading) -> int | None:
-    """Return the value of column `max_new_tokens`, or None if null or missing."""
     value, most = row.columns.get("max_new_tokens"), reading.max_new_tokens
     if value is None:
         return None
@@ -216,9 +205,6 @@ def _messages(row: Row, reading: Reading) -> list[Message] | None:
 
 
 def rollout_seed(run_seed: int, epoch: int, prompt_id: int, sample_index: int) -> int:
-    """Return the sampling seed of a response, from 1 to 2**31 - 1.
-
-    The seed of a sample does not depend on scheduling.
-    """
+    """Return the sampling seed of a response, from 1 to 2**31 - 1. The seed does not depend on scheduling."""
     key = f"{run_seed}/{epoch}/{prompt_id}/{sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) % (2**31 - 1) + 1

@@ -10,19 +10,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 from rlhf.data.chat import (
     ASSISTANT,
     Message,
-    names,
     raw_prompt,
     read_messages,
     read_tools,
     refuse_unmentioned_tools,
     render,
     require_template,
+    tool_name,
     with_system_prompt,
 )
 from rlhf.data.sources import Row
@@ -117,19 +117,17 @@ class Writer:
         if not turns:
             raise NotUsable(row.place, "the conversation has no assistant's turn to be learnt")
         if turns[0] == 0:
-            raise NotUsable(
-                row.place, "the conversation begins with an assistant's turn, which is learnt after a prompt"
-            )
-        befores = [self._render(row, messages[:i], tools, add_generation_prompt=True) for i in turns]
-        afters = [self._render(row, messages[: i + 1], tools, add_generation_prompt=False) for i in turns]
+            raise NotUsable(row.place, "the conversation begins with an assistant's turn, learnt only after a prompt")
+        rendered = partial(render, tokenizer=self.tokenizer, place=row.place, tools=tools)
+        befores = [rendered(messages[:i], add_generation_prompt=True) for i in turns]
+        afters = [rendered(messages[: i + 1], add_generation_prompt=False) for i in turns]
         segments: list[Segment] = []
         done = 0  # number of characters already in segments
         laters = zip([*befores[1:], afters[-1]], [*turns[1:], turns[-1]], strict=True)
         for index, before, after, (later, following) in zip(turns, befores, afters, laters, strict=True):
             end = self._end_of_turn(row, index, before, after, later, following)
             turn = after[len(before) : end]
-            missing_part = _missing_part(messages[index], turn)
-            if missing_part:
+            if missing_part := _missing_part(messages[index], turn):
                 raise self._refusal(row, f"leaves out {missing_part} of message {index + 1}, which is to be learnt")
             segments += [Segment(before[done:], False), Segment(turn, True)]
             done = end
@@ -139,8 +137,7 @@ class Writer:
     def _end_of_turn(self, row: Row, index: int, before: str, after: str, later: str, following: int) -> int:
         """Return the end of the turn's last special token still in place when the next learned turn follows.
 
-        `before` and `after` are the texts without and with the turn. `later` is the text before turn `following`, or
-        `after`.
+        `before` and `after` are the texts without and with the turn. `later` is the text before turn `following`.
         """
         if not after.startswith(before):
             raise self._refusal(
@@ -151,13 +148,9 @@ class Writer:
             )
         ends = [match.end() for match in self._special.finditer(after, len(before))]
         if not ends or after[ends[-1] :].strip():
-            raise self._refusal(
-                row,
-                "ends the assistant's turn with no special token, so when to stop cannot be learnt. Use another "
-                "template",
-            )
-        kept = _common_length(after, later)
-        end = max((end for end in ends if end <= kept), default=0)
+            problem = "ends the assistant's turn with no special token, so when to stop cannot be learnt"
+            raise self._refusal(row, f"{problem}. Use another template")
+        end = max((end for end in ends if later.startswith(after[:end])), default=0)
         if not end or self._special.sub("", after[end:]).strip():
             raise self._refusal(
                 row,
@@ -166,13 +159,6 @@ class Writer:
                 "last turn alone: `train: false` in the assistant's earlier messages",
             )
         return end
-
-    def _render(
-        self, row: Row, messages: Sequence[Message], tools: Sequence[Message] | None, *, add_generation_prompt: bool
-    ) -> str:
-        return render(
-            messages, self.tokenizer, add_generation_prompt=add_generation_prompt, place=row.place, tools=tools
-        )
 
     def _refusal(self, row: Row, problem: str) -> UserError:
         return UserError(f"{row.place}: the chat template of {self.tokenizer.name_or_path} {problem}.")
@@ -190,22 +176,14 @@ def answer_text(row: Row, column: str) -> str:
     return row.text(column)
 
 
-def _common_length(first: str, second: str) -> int:
-    if second.startswith(first):
-        return len(first)
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
 def _missing_part(message: Message, turn: str) -> str:
-    """Return the part of an assistant's message missing from the rendered turn, ignoring white space, or an empty
-    string.
-    """
+    """Return the part of a message missing from the rendered turn, ignoring white space, or an empty string."""
     written = "".join(turn.split())
     for field in ("content", "reasoning_content"):
         if "".join((message.get(field) or "").split()) not in written:
             return f"`{field}`"
-    return next((f"the call of `{name}`" for name in names(message.get("tool_calls", ())) if name not in turn), "")
+    calls = map(tool_name, message.get("tool_calls", ()))
+    return next((f"the call of `{name}`" for name in calls if name not in turn), "")
 
 
 def encode_segments(sequences: Sequence[Sequence[Segment]], tokenizer: Any) -> Iterator[tuple[Tokens, ...]]:
@@ -219,7 +197,7 @@ def encode_segments(sequences: Sequence[Sequence[Segment]], tokenizer: Any) -> I
     pairs = []
     for segments in sequences:
         before = ""
-        for segment, following in pairwise(segments):
+        for segment, following in itertools.pairwise(segments):
             before += segment.text
             pairs.append((before, following.text))
     later = iter(Continuation(tokenizer).encode(pairs))

@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +44,18 @@ class Row:
     def text(self, column: str, *, alternative: str = "") -> str:
         """Return the column's text. UserError for a missing, blank or non-string value."""
         value = self.value(column, alternative=alternative)
-        if not isinstance(value, str):
-            hint = ""
+        if not isinstance(value, str) or not value.strip():
+            hint = " that is not empty" if isinstance(value, str) else ""
             if isinstance(value, list) and value and isinstance(value[0], Mapping):
                 hint = "; for chat messages set data.columns: {messages: " + column + "}"
             raise UserError(f"{self.place}: column `{column}` is {shown(value)}, expected a string{hint}.")
-        if not value.strip():
-            raise UserError(f"{self.place}: column `{column}` is {shown(value)}, expected a string that is not empty.")
         refuse_half_characters(value, f"{self.place}: column `{column}`")
         return value
 
     def truth(self, column: str) -> bool:
         """Return a boolean column, also from `true` or `false` in any case, as in CSV. UserError otherwise."""
         value = self.value(column)
-        words = {"true": True, "false": False}
-        parsed = words.get(value.strip().lower()) if isinstance(value, str) else value
+        parsed = {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else value
         if not isinstance(parsed, bool):
             raise UserError(f"{self.place}: column `{column}` is {shown(value)}, expected true or false.")
         return parsed
@@ -78,21 +75,23 @@ class Row:
         return parsed
 
     def value(self, column: str, *, alternative: str = "") -> Any:
-        """Return the column's value unchecked. UserError for a missing column; the message also names the
-        `alternative`."""
+        """Return the column's value unchecked. UserError for a missing column; the message names the `alternative`."""
         if column not in self.columns:
             also = f" (or `{alternative}`)" if alternative else ""
-            present = ", ".join(f"`{name}`" for name in self.columns) or "nothing"
             hint = self.renamed_away(column, alternative)
             raise UserError(
-                f"{self.place}: column `{column}`{also} is missing; found {present}. "
+                f"{self.place}: column `{column}`{also} is missing; found {self.present}. "
                 + (hint or f"If it has another name, set data.columns: {{{column}: ITS_NAME}}.")
             )
         return self.columns[column]
 
+    @property
+    def present(self) -> str:
+        """Return the names of all columns, for error messages."""
+        return ", ".join(f"`{name}`" for name in self.columns) or "nothing"
+
     def renamed_away(self, *columns: str) -> str:
-        """Return a sentence about a column renamed by data.columns. Return an empty string without such a column among
-        `columns`."""
+        """Return a sentence about the first column renamed by data.columns, or an empty string."""
         names = ((column, self.renamed[column]) for column in columns if column in self.renamed)
         return next((f"data.columns has renamed `{original}` to `{current}`." for original, current in names), "")
 
@@ -106,14 +105,13 @@ def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> li
 
     UserError: an unreadable source, a missing renamed column, no rows, or a dataset too large for this machine.
     """
-    name = source.name if isinstance(source, TaskSource) else source
     loaded: Iterable[Row]
     if isinstance(source, TaskSource):
+        name = source.name
         loaded = (Row(file=name, line=i, columns=row) for i, row in enumerate(make_rows(source), start=1))
-    elif source.endswith(FILE_SUFFIXES):
-        loaded = _read_file(Path(source))
     else:
-        loaded = _read_dataset(source)
+        name = source
+        loaded = _read_file(Path(source)) if source.endswith(FILE_SUFFIXES) else _read_dataset(source)
     rows = list(within_memory(loaded, name))
     if not rows:
         raise UserError(f"{name} has no rows.")
@@ -133,17 +131,15 @@ def refuse_half_characters(text: str, place: str) -> None:
 
 
 def _rename(row: Row, columns: Mapping[str, str], renamed: Mapping[str, str]) -> Row:
-    moved = {current: row.value(original) for current, original in columns.items() if original in row.columns}
-    if len(moved) < len(columns):
-        current, original = next((o, t) for o, t in columns.items() if t not in row.columns)
-        present = ", ".join(f"`{name}`" for name in row.columns) or "nothing"
-        raise UserError(
-            f"{row.place}: data.columns.{current} names `{original}`, which is missing; found {present}. "
-            "Name one of these."
-        )
-    removed = {*columns.values(), *columns}
-    kept = {name: value for name, value in row.columns.items() if name not in removed}
-    return Row(file=row.file, line=row.line, columns=kept | moved, renamed=renamed)
+    for current, original in columns.items():
+        if original not in row.columns:
+            raise UserError(
+                f"{row.place}: data.columns.{current} names `{original}`, which is missing; found {row.present}. "
+                "Name one of these."
+            )
+    moved = {current: row.columns[original] for current, original in columns.items()}
+    kept = {name: value for name, value in row.columns.items() if name not in {*columns.values(), *columns}}
+    return replace(row, columns=kept | moved, renamed=renamed)
 
 
 def _read_file(path: Path) -> Iterator[Row]:
@@ -187,9 +183,7 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _items(text: str, path: Path) -> Iterator[Any]:
-    """Yield the items of a JSON list. UserError if the text is not a list; JSON errors are the same as from
-    `json.loads`.
-    """
+    """Yield the items of a JSON list. UserError if the text is no list. JSON errors are those of `json.loads`."""
     at = _skip_space(text, 0)
     if not text.startswith("[", at):
         value = _JSON.decode(text)
@@ -200,8 +194,7 @@ def _items(text: str, path: Path) -> Iterator[Any]:
         item, at = _JSON.raw_decode(text, at)
         yield item
         at = _skip_space(text, at)
-        more = text.startswith(",", at)
-        if more:
+        if more := text.startswith(",", at):
             at = _skip_space(text, at + 1)
         elif not text.startswith("]", at):
             raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
@@ -216,7 +209,6 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object of keys and values. _DuplicateKey if two keys are equal."""
     result = {sys.intern(key): value for key, value in pairs}  # all rows of a file share the same key strings
     if len(result) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -224,8 +216,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-class _DuplicateKey(ValueError):
-    """Raised for a JSON object with a duplicate key."""
+class _DuplicateKey(ValueError): ...
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=_unique_keys)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.data.chat import ASSISTANT, read_messages
-from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark
+from rlhf.data.examples import Reading, fit, load_sequences, mark
 from rlhf.data.segments import Segment, Tokens, Writer
 from rlhf.data.sources import Row, refuse_half_characters, shown
 from rlhf.data.usable import LoadedRows, NotUsable
@@ -28,17 +28,14 @@ class StepLabelled:
 
     @property
     def non_token_bytes(self) -> bytes:
-        """Return the step ends and their labels as bytes, for the fingerprint of the data."""
         return repr((self.step_ends, self.labels)).encode()
 
     @property
     def longest(self) -> int:
-        """Return the number of tokens of the sequence."""
         return len(self.token_ids)
 
     @property
     def num_targets(self) -> int:
-        """Return the number of steps, since a label is learned at each step's end."""
         return len(self.step_ends)
 
 
@@ -51,7 +48,6 @@ def load_step_labelled(
     for each step). A step ends with the last token of the separator. A missing separator is added. The last step ends
     with the end token of the answer. Truncation removes whole steps from the end of a long answer.
     """
-    writer = Writer(tokenizer, system_prompt=reading.system_prompt, apply_chat_template=reading.apply_chat_template)
 
     def build(index: int, row: Row, sequences: Sequence[Sequence[Tokens]]) -> StepLabelled:
         labels = _labels(row)
@@ -63,43 +59,20 @@ def load_step_labelled(
             example_id=example.example_id, token_ids=token_ids, step_ends=kept, labels=tuple(labels[: len(kept)])
         )
 
-    return load_sequences(
-        rows,
-        tokenizer,
-        write=lambda row: [_segments(row, writer, step_separator)],
-        build=build,
-        max_unusable_fraction=reading.max_unusable_fraction,
-    )
+    return load_sequences(rows, tokenizer, reading, lambda row, writer: [_segments(row, writer, step_separator)], build)
 
 
 def collate_steps(items: Sequence[StepLabelled]) -> LabelledSteps:
     """Return flat columns of several answers: answer i is sequence i."""
-    examples = collate(
-        [
-            Example(
-                example_id=item.example_id,
-                token_ids=item.token_ids,
-                loss_mask=_mask(len(item.token_ids), item.step_ends),
-            )
-            for item in items
-        ]
-    )
-    right = [
-        _mask(len(item.token_ids), [end for end, label in zip(item.step_ends, item.labels, strict=True) if label])
-        for item in items
-    ]
+    steps = [dict(zip(item.step_ends, item.labels, strict=True)) for item in items]
+    labels = [ends.get(place) for item, ends in zip(items, steps, strict=True) for place in range(item.longest)]
     return LabelledSteps(
-        sequence_ids=examples.sequence_ids,
-        lengths=examples.lengths,
-        token_ids=examples.token_ids,
-        loss_mask=examples.loss_mask,
-        step_labels=torch.tensor([label for mask in right for label in mask], dtype=torch.bool),
+        sequence_ids=torch.arange(len(items)),
+        lengths=torch.tensor([item.longest for item in items], dtype=torch.int64),
+        token_ids=torch.tensor([token for item in items for token in item.token_ids], dtype=torch.int64),
+        loss_mask=torch.tensor([label is not None for label in labels], dtype=torch.bool),
+        step_labels=torch.tensor([bool(label) for label in labels], dtype=torch.bool),
     )
-
-
-def _mask(length: int, places: Sequence[int]) -> tuple[bool, ...]:
-    true = set(places)
-    return tuple(i in true for i in range(length))
 
 
 def _steps(row: Row) -> list[str]:
@@ -146,9 +119,5 @@ def _segments(row: Row, writer: Writer, separator: str) -> list[Segment]:
     start = answer_segment.find(text)
     if start < 0:
         raise UserError(f"{row.place}: the chat template changes the white space of the steps, so their ends are lost.")
-    borders = [
-        0,
-        *(start + length for length in itertools.accumulate(len(step) for step in steps[:-1])),
-        len(answer_segment),
-    ]
+    borders = [0, *(start + end for end in itertools.accumulate(map(len, steps[:-1]))), len(answer_segment)]
     return [*segments[:-1], *(Segment(answer_segment[begin:end], True) for begin, end in itertools.pairwise(borders))]

@@ -27,7 +27,6 @@ class Tokenized(Protocol):
     @property
     def non_token_bytes(self) -> bytes:
         """Return the item's training data other than tokens, as bytes: masks, labels, margins."""
-        ...
 
 
 T = TypeVar("T", bound=Tokenized)
@@ -131,8 +130,7 @@ def given_rows(state: Mapping[str, Any]) -> list[tuple[int, int]]:
     shares = [MixtureShare(**share) for share in state["shares"]]
     skipped = unpack_rows(state["skipped_rows"])
     order = StreamOrder(shares, seed=state["seed"], shuffle=state["shuffle"], skipped_rows=skipped)
-    places = (order.next() for _ in range(state["given"]))
-    return [(epoch, order.rows[place]) for epoch, place in places]
+    return [(epoch, order.rows[place]) for epoch, place in (order.next() for _ in range(state["given"]))]
 
 
 class Stream(Generic[T]):
@@ -153,18 +151,15 @@ class Stream(Generic[T]):
             raise ValueError(f"shares of {[share.size for share in shares]} items do not make {len(items)}")
         self._items = items
         self._fingerprint = _fingerprint(items, seed, shuffle, shares, skipped_rows)
-        whole = MixtureShare(name="", weight=1.0, size=len(items))
-        sets = shares if len(shares) > 1 else (whole,)
+        sets = shares if len(shares) > 1 else (MixtureShare(name="", weight=1.0, size=len(items)),)
         self.order = StreamOrder(sets, seed=seed, shuffle=shuffle, skipped_rows=skipped_rows)
 
     def __len__(self) -> int:
-        """Return the number of items of an epoch, for several sets of all together."""
         return len(self._items)
 
     def next(self, count: int) -> tuple[tuple[int, T], ...]:
         """Return the next `count` items, each with its set's epoch. Continue into later epochs as needed."""
-        places = (self.order.next() for _ in range(count))
-        return tuple((epoch, self._items[place]) for epoch, place in places)
+        return tuple((epoch, self._items[place]) for epoch, place in (self.order.next() for _ in range(count)))
 
     def at(self, row: int) -> T:
         """Return the item of a row of the data, independent of the order."""
@@ -190,11 +185,7 @@ class Stream(Generic[T]):
 
 
 def _fingerprint(
-    items: Sequence[Tokenized],
-    seed: int,
-    shuffle: bool,
-    shares: Sequence[MixtureShare],
-    skipped_rows: Sequence[int],
+    items: Sequence[Tokenized], seed: int, shuffle: bool, shares: Sequence[MixtureShare], skipped_rows: Sequence[int]
 ) -> str:
     mixed = "".join(f"/{share}" for share in shares) if len(shares) > 1 else ""
     skipped = f"/{list(skipped_rows)}" if skipped_rows else ""

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rlhf.data.environment_tasks import ENVIRONMENT_TASKS
@@ -67,17 +67,10 @@ def make_rows(source: TaskSource) -> list[Columns]:
             f"Raise size to {len(names)} or more."
         )
     shares = [source.size // len(names) + (i < source.size % len(names)) for i in range(len(names))]
+    args = [source.args if len(names) == 1 else source.args.get(name, {}) for name in names]
     rows_by_task = [
-        _maker(name)(
-            TaskSource(
-                task=name,
-                split=source.split,
-                size=share,
-                seed=source.seed,
-                args=source.args if len(names) == 1 else source.args.get(name, {}),
-            )
-        )
-        for name, share in zip(names, shares, strict=True)
+        _maker(name)(replace(source, task=name, size=share, args=task_args))
+        for name, share, task_args in zip(names, shares, args, strict=True)
     ]
     return [row for turn in itertools.zip_longest(*rows_by_task) for row in turn if row is not None]
 
@@ -100,15 +93,8 @@ def _environment_rows(source: TaskSource) -> list[Columns]:
     return [row | {"task": source.task} for row in rows]
 
 
-# Running totals of four digits. 6,561 questions: 2,500 for SFT, 3,000 for RL, 512 held out.
-_RUNNING_TOTALS_SPLITS: dict[Split, slice] = {
-    "sft": slice(0, 2500),
-    "pairs": slice(0, 2500),
-    "labelled": slice(0, 2500),
-    "steps": slice(0, 2500),
-    "train": slice(2500, 5500),
-    "eval": slice(5500, 6012),
-}
+# Running totals of four digits. 6,561 questions: 2,500 with responses, 3,000 for RL, 512 held out.
+_WITH_RESPONSES, _PROMPTS = slice(0, 2500), {"train": slice(2500, 5500), "eval": slice(5500, 6012)}
 
 
 def _running_totals(source: TaskSource) -> list[Columns]:
@@ -116,7 +102,7 @@ def _running_totals(source: TaskSource) -> list[Columns]:
         raise UserError(f"Task {RUNNING_TOTALS} takes no args; found {', '.join(source.args)}.")
     questions = list(itertools.product(range(1, 10), repeat=4))
     random.Random(RUNNING_TOTALS).shuffle(questions)
-    questions = questions[_RUNNING_TOTALS_SPLITS[source.split]]
+    questions = questions[_PROMPTS.get(source.split, _WITH_RESPONSES)]
     if source.size > len(questions):
         raise UserError(f"{source.name} has {len(questions)} rows; size: {source.size} asks for more.")
     random.Random(f"{source.seed}/{source.split}").shuffle(questions)
@@ -130,10 +116,7 @@ def _running_totals(source: TaskSource) -> list[Columns]:
         elif source.split == "steps":
             right = row["answer"].split(",")
             steps = _wrong_totals(digits, careless=index % 4 < 2).split(",") if index % 2 else right
-            row |= {
-                "completions": steps,
-                "labels": [step == right_step for step, right_step in zip(steps, right, strict=True)],
-            }
+            row |= {"completions": steps, "labels": [a == b for a, b in zip(steps, right, strict=True)]}
         rows.append(row | {"task": RUNNING_TOTALS})
     return rows
 
@@ -145,10 +128,7 @@ def _responses(split: Split, right: Any, wrong: Any, index: int) -> Columns:
 
 
 def _wrong_totals(digits: tuple[int, ...], *, careless: bool) -> str:
-    """Return totals without carrying, or otherwise right totals with a small error in a single total.
-
-    The second form is used if `careless` is false or the totals without carrying are right.
-    """
+    """Return totals without carrying if `careless` and wrong, or else totals with a small error in a single one."""
     right, wrong = running_totals(digits), careless_totals(digits)
     if careless and wrong != right:
         return wrong
@@ -201,16 +181,9 @@ def _reasoning_gym(source: TaskSource) -> list[Columns]:
             break
         if entry["question"] in shown or _split_of(entry["question"]) != wanted:
             continue
-        turns = _turns(entry)
-        rows.append(
-            {
-                "messages": messages + (turns if source.split == "sft" else turns[:1]),
-                "task": source.task,
-                "question": entry["question"],
-                "answer": entry["answer"],
-                "metadata": entry["metadata"],
-            }
-        )
+        turns = _turns(entry) if source.split == "sft" else _turns(entry)[:1]
+        columns = {name: entry[name] for name in ("question", "answer", "metadata")}
+        rows.append({"messages": messages + turns, "task": source.task, **columns})
     if len(rows) < source.size:
         raise UserError(
             f"{source.name} has about {len(rows)} distinct questions with these args; size: {source.size} asks for "

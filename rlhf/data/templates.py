@@ -30,9 +30,7 @@ class ChatTemplate:
             tokenizer.chat_template = self.text
         template, defaults = tokenizer.chat_template, self._defaults()
         if isinstance(template, Mapping):  # templates by name, such as one for conversations with tools
-            tokenizer.chat_template = {
-                name: _prepend(defaults, template_text) for name, template_text in template.items()
-            }
+            tokenizer.chat_template = {name: _prepend(defaults, text) for name, text in template.items()}
         elif template is not None:
             tokenizer.chat_template = _prepend(defaults, template)
 
@@ -45,10 +43,6 @@ class ChatTemplate:
 
         `key` is the section named in messages.
         """
-        self._check(tokenizer, key=key)
-        self.apply(tokenizer)
-
-    def _check(self, tokenizer: Any, *, key: str) -> None:
         template = tokenizer.chat_template if self.text is None else self.text
         if self.kwargs and template is None:
             raise UserError(
@@ -67,6 +61,7 @@ class ChatTemplate:
                     f"{key}.chat_template_kwargs.{name}: has no effect: the chat template of {tokenizer.name_or_path} "
                     f"does not read {name}. Remove it, or correct its name."
                 )
+        self.apply(tokenizer)
 
     def _defaults(self) -> str:
         """Return the Jinja text for the default values of the variables."""

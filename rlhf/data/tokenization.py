@@ -33,14 +33,11 @@ def encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 def encode_raw(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Return the token ids of texts not written by a template.
 
-    The ids begin with the beginning-of-sequence token, if the tokenizer uses this token. A text already beginning with
-    the token gets no second token.
+    The ids begin with one beginning-of-sequence token, if the tokenizer uses this token, also if the text has it.
     """
     bos = raw_beginning(tokenizer)
-    if not bos:
-        return encode(texts, tokenizer)
     encoded = encode([text.removeprefix(bos) for text in texts], tokenizer)
-    return [[tokenizer.bos_token_id, *ids] for ids in encoded]
+    return [[tokenizer.bos_token_id, *ids] for ids in encoded] if bos else encoded
 
 
 def raw_beginning(tokenizer: Any) -> str:
@@ -70,15 +67,12 @@ class Continuation:
         self._marks_beginning = after_anchor[-len(alone) :] != alone
 
     def encode(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """Return the token ids of each pair's second text after the first. UserError if the tokenizer always joins the
-        two."""
+        """Return the ids of each pair's second text after the first. UserError if the tokenizer joins the two."""
         contexts = [self._context(before) for before, _ in pairs]
         continued: dict[int, list[int]] = {}
         for anchor in _ANCHORS:
             missing = [index for index in range(len(pairs)) if index not in continued]
-            if not missing:
-                break
-            heads = [anchor if contexts[index] is None else str(contexts[index]) for index in missing]
+            heads = [anchor if (context := contexts[index]) is None else context for index in missing]
             distinct = list(dict.fromkeys(heads))
             head_ids = dict(zip(distinct, encode(distinct, self.tokenizer), strict=True))
             whole = encode([head + pairs[index][1] for head, index in zip(heads, missing, strict=True)], self.tokenizer)
@@ -95,16 +89,12 @@ class Continuation:
         return [continued[index] for index in range(len(pairs))]
 
     def _context(self, before: str) -> str | None:
-        """Return the context the tokenizer must see before a continuation.
+        """Return the context of a continuation: the special token at the end of the text before, or an empty string.
 
-        The context is the special token at the end of the text before, or an empty string. None stands for any ordinary
-        text.
+        None stands for any ordinary text.
         """
         tail = before[-_TAIL:]
-        last = None
-        for match in self._special.finditer(tail):
-            last = match
-        if last is not None:
+        for last in [*self._special.finditer(tail)][-1:]:
             rest = tail[last.end() :]
             if not rest or (rest.isspace() and last.group() in self._swallows_space):
                 return tail[last.start() :]

@@ -12,14 +12,10 @@ from rlhf.data.tokenization import Continuation, special_tokens
 
 
 class TurnEnds:
-    """Knows the template's token for the end of a turn, and the model's tokens for the end of a turn.
+    """Knows the tokens for the end of a turn: `of_template`, if any, and the model's further ends, `of_model`.
 
     A template may write space before the end. A model may have several ends, such as Llama 3.1's `<|eom_id|>` beside
     `<|eot_id|>`. Invariant: no second end follows a turn that ended by itself.
-
-    Args:
-        of_template: the special token at the end of a turn in the template, if any.
-        of_model: the model's end tokens, besides the end tokens of the template and the tokenizer.
     """
 
     def __init__(self, tokenizer: Any, of_template: Collection[int], of_model: Collection[int] = ()) -> None:
@@ -30,17 +26,12 @@ class TurnEnds:
         self._continuation = Continuation(tokenizer)
 
     def tokens_behind(self, sampled: Sequence[int], text: str, *, added: str = "") -> list[int]:
-        """Return the tokens of the template's text behind a turn, without an end already in the turn.
+        """Return the tokens of the template's text behind the tokens of a turn, without an end already in the turn.
 
-        UserError if the tokenizer joins the text with any text before it.
-
-        Args:
-            sampled: the tokens of the turn.
-            added: text between the turn and the template's text, as a part of the turn.
+        `added` is a further part of the turn. UserError if the tokenizer joins the text with any text before it.
         """
         last, stripped = sampled[-1], text.lstrip()
-        first = self._special.match(stripped)
-        if first is not None and not added:
+        if not added and (first := self._special.match(stripped)):
             token = self.tokenizer.convert_tokens_to_ids(first.group())
             if token == last or (token in self._of_template and last in self._of_model):
                 text = stripped[first.end() :]

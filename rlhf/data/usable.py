@@ -47,10 +47,10 @@ def refuse_too_many(unusable: Sequence[Unusable], *, num_rows: int, max_unusable
     if not unusable or (len(unusable) <= allowed and len(unusable) < num_rows):
         return
     named = "\n".join(f"{row.place}: {row.reason}." for row in unusable[:_SHOWN])
-    more = f"\nand {len(unusable) - _SHOWN} more." if len(unusable) > _SHOWN else ""
+    named += f"\nand {len(unusable) - _SHOWN} more." if len(unusable) > _SHOWN else ""
     if len(unusable) == num_rows:
-        raise UserError(f"{named}{more}\nNone of the {num_rows} rows can be used. Repair them.")
+        raise UserError(f"{named}\nNone of the {num_rows} rows can be used. Repair them.")
     raise UserError(
-        f"{named}{more}\n{len(unusable)} of {num_rows} rows cannot be used, and data.max_unusable_fraction: "
+        f"{named}\n{len(unusable)} of {num_rows} rows cannot be used, and data.max_unusable_fraction: "
         f"{max_unusable_fraction:g} lets {allowed} be left out. Repair them, or raise it."
     )

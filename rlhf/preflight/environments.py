@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf.agents.sessions import AgentSpec
 from rlhf.config.schema.rollouts import EnvironmentConfig
-from rlhf.data.chat import names, read_tools
+from rlhf.data.chat import read_tools, tool_name
 from rlhf.data.sources import Row
 from rlhf.data.templates import ChatTemplate
 from rlhf.errors import UserError, prefix_errors
@@ -40,7 +40,7 @@ class LoadedEnvironment:
 
     def check_rows(self, rows: Sequence[Row], data: str) -> None:
         """Raise UserError if a row lacks a column needed by `reset`, or offers a tool unknown to the environment."""
-        tool_names, name = names(self.tools), self.spec.source.name
+        tool_names, name = [*map(tool_name, self.tools)], self.spec.source.name
         mapping = "data.columns" if self.spec.key == KEY else "evaluate.columns"
         for row in rows:
             missing = [column for column in self.description.required if column not in row.columns]
@@ -49,7 +49,7 @@ class LoadedEnvironment:
                     f"{self.spec.key}.name: `{name}.reset` needs the column `{missing[0]}`, which {row.place} of "
                     f"{data} lacks. Add it to the data, or map it from another one with {mapping}."
                 )
-            foreign = [tool for tool in names(read_tools(row) or ()) if tool not in tool_names]
+            foreign = [tool for tool in map(tool_name, read_tools(row) or ()) if tool not in tool_names]
             if foreign:
                 raise UserError(
                     f"{row.place}: column `tools` offers `{foreign[0]}`, and {self.spec.key} `{name}` has "

@@ -45,10 +45,9 @@ def training_sum(by_name: Mapping[str, Values], shares: Mapping[str, RewardTerm]
 
     This is arXiv:2601.05242, GDPO, without the second normalisation over the batch: an algorithm does that.
     """
-    terms: dict[str, Values] = {}
-    for name, values in gated(by_name, shares).items():
-        terms[name] = _normalized(values) if shares[name].normalize == "group" else values
-    return _sum(terms, shares)
+    terms = gated(by_name, shares)
+    normalized = {name: _normalized(terms[name]) for name in terms if shares[name].normalize == "group"}
+    return _sum(terms | normalized, shares)
 
 
 def gated(by_name: Mapping[str, Values], shares: Mapping[str, RewardTerm]) -> dict[str, Values]:

@@ -30,7 +30,6 @@ class LoadedReward:
 
     @property
     def score_of_killed(self) -> float | None:
-        """Return the score of a response whose process hung or died, or None if the function defines no such score."""
         return score_of_killed(self.function, self.source.args)
 
     def select(self, columns: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +37,8 @@ class RewardSpec:
     remote: RemoteReward | None = None
     from_environment: bool = False
     gate: str | None = None  # name of another reward; its value is a factor
-    only: Mapping[str, Sequence[str | int | bool]] = field(
-        default_factory=dict
-    )  # column values of the scored rows; empty for all rows
+    # column values of the scored rows; empty for all rows
+    only: Mapping[str, Sequence[str | int | bool]] = field(default_factory=dict)
     truncated_score: float | None = None  # fixed score of truncated responses; None keeps the reward's score
     by_step: bool = False  # it returns a value for each step of a response
     on_error: ErrorRule = None  # rule for its failures
@@ -74,11 +74,10 @@ def fingerprint(specs: Sequence[RewardSpec], *, model: str) -> str:
     """
     digest = hashlib.blake2b(model.encode(), digest_size=16)
     for spec in specs:
-        source = spec.function.source if spec.function is not None else None
         service = (spec.remote.service.url, spec.remote.judge) if spec.remote is not None else None
         settings = (spec.name, spec.weight, service, spec.gate, dict(spec.only), spec.truncated_score)
         digest.update(repr((*settings, spec.from_environment, spec.by_step, spec.on_error)).encode())
-        digest.update(b"" if source is None else source.digest())
+        digest.update(b"" if spec.function is None else spec.function.source.digest())
     return digest.hexdigest()
 
 
@@ -111,13 +110,11 @@ class RewardSet:
         self._shares = {spec.name: RewardTerm(weight=spec.weight, gate=spec.gate) for spec in specs}
         functions = {spec.name: spec.function.source for spec in self.specs if spec.function is not None}
         self._places = {name: place for place, name in enumerate(functions)}
-        self._pool = (
-            RewardPool(list(functions.values()), timeout_s=timeout_s, processes=processes, memory_gib=memory_gib)
-            if functions
-            else None
-        )
+        self._pool = self._services = None
+        if functions:
+            sources = list(functions.values())
+            self._pool = RewardPool(sources, timeout_s=timeout_s, processes=processes, memory_gib=memory_gib)
         services = {spec.name: spec.remote for spec in self.specs if spec.remote is not None}
-        self._services = None
         if services:
             from rlhf.rewards.services.remote import RemoteRewards  # only imported if a run has services
 
@@ -131,10 +128,9 @@ class RewardSet:
 
     def close(self) -> None:
         """End the reward processes and the services' connections."""
-        if self._pool is not None:
-            self._pool.close()
-        if self._services is not None:
-            self._services.close()
+        for part in (self._pool, self._services):
+            if part is not None:
+                part.close()
 
     def greet(self) -> None:
         """Raise RunError if a service cannot be reached."""
@@ -216,11 +212,13 @@ class RewardSet:
         assert self._pool is not None
         columns = function.select({**prompt.columns, **({RESULT_COLUMN: None} if results else {})})
         of_responses = [{RESULT_COLUMN: result} for result in results if RESULT_COLUMN in columns]
+        if results:
+            columns.pop(RESULT_COLUMN, None)
         outcome = self._pool.score(
             self._places[spec.name],
             prompt.text,
             responses,
-            {name: value for name, value in columns.items() if not results or name != RESULT_COLUMN},
+            columns,
             own=of_responses,
             by_step=spec.by_step,
             goes_on=spec.score_of_failure("timeout") is not None,
@@ -246,9 +244,8 @@ def _model_outcome(
         for sample, score in enumerate(scores)
         if not math.isfinite(score)
     )
-    return GroupOutcome(
-        scores=tuple(float(score) if math.isfinite(score) else None for score in scores), failures=failures, steps=steps
-    )
+    finite = tuple(float(score) if math.isfinite(score) else None for score in scores)
+    return GroupOutcome(scores=finite, failures=failures, steps=steps)
 
 
 def _fixed_scores(spec: RewardSpec, outcome: GroupOutcome, truncated: Sequence[bool]) -> dict[int, float]:
@@ -293,17 +290,12 @@ def rules_of_specs(specs: Sequence[RewardSpec]) -> dict[str, ErrorRule]:
 
 def describe_errors(errors: Sequence[RewardError]) -> str:
     """Return a line for each reward and kind of failure, with the first message."""
-    first: dict[tuple[str, str], RewardError] = {}
-    count: dict[tuple[str, str], int] = {}
-    for error in errors:
-        key = (error.reward, error.kind)
-        first.setdefault(key, error)
-        count[key] = count.get(key, 0) + 1
+    count = Counter((error.reward, error.kind) for error in errors)
+    first = {(error.reward, error.kind): error for error in reversed(errors)}
     return "\n".join(
-        f"reward `{error.reward}` {_WORDS[error.kind]} on response {error.sample} to prompt {error.prompt_id}: "
-        + error.message
-        + (f" (and {count[key] - 1} more like it)" if count[key] > 1 else "")
-        for key, error in first.items()
+        f"reward `{first[key].reward}` {_WORDS[first[key].kind]} on response {first[key].sample} to prompt "
+        f"{first[key].prompt_id}: {first[key].message}{f' (and {number - 1} more like it)' if number > 1 else ''}"
+        for key, number in count.items()
     )
 
 
@@ -319,20 +311,12 @@ _WORDS = {
 
 
 def _as_error(reward: str, failure: Failure, prompt: Prompt) -> RewardError:
-    return RewardError(
-        reward=reward,
-        kind=failure.kind,
-        message=failure.message,
-        prompt_id=prompt.prompt_id,
-        sample=failure.sample,
-    )
+    return RewardError(reward=reward, prompt_id=prompt.prompt_id, **asdict(failure))
 
 
 def _at_tokens(
     steps: Sequence[Sequence[StepReward]], places: Sequence[Sequence[int]]
 ) -> tuple[tuple[StepReward, ...], ...]:
     """Return the steps with their ends converted from characters to positions of tokens."""
-    return tuple(
-        tuple(replace(step, end=place[step.end]) for step in response)
-        for response, place in zip(steps, places, strict=False)  # a group ended by a failure has fewer steps
-    )
+    pairs = zip(steps, places, strict=False)  # a group ended by a failure has fewer steps
+    return tuple(tuple(replace(step, end=place[step.end]) for step in response) for response, place in pairs)

@@ -62,6 +62,7 @@ def test_a_run_with_a_service_a_gate_and_rows_that_name_their_rewards(
     words = [sys.executable, "-m", "rlhf.cli", "serve-reward", f"{tmp_path}/served.py:digits"]
     with running([*words, "--port", port, "--token-env", "DIGITS_TOKEN"], log, OMP_NUM_THREADS="1") as process:
         wait_for_url(f"http://127.0.0.1:{port}/health", process, log, timeout_s=120)
+        digits = {"url": f"http://127.0.0.1:{port}/score", "token_env": "DIGITS_TOKEN", "normalize": "group"}
         config = write_config(
             tmp_path / "services.yaml",
             {
@@ -71,11 +72,7 @@ def test_a_run_with_a_service_a_gate_and_rows_that_name_their_rewards(
                 "rollouts": {"prompts_per_step": 4},
                 "train": {"steps": 2, "sequences_per_update": 8, "checkpoint_every": 1},
                 "rewards": {
-                    "digits": {
-                        "url": f"http://127.0.0.1:{port}/score",
-                        "token_env": "DIGITS_TOKEN",
-                        "normalize": "group",
-                    },
+                    "digits": digits,
                     "number": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}, "gate": "digits"},
                     "right": {"function": "last_number", "only": {"kind": ["sum"]}, "weight": 5.0},
                 },
@@ -89,10 +86,7 @@ def test_a_run_with_a_service_a_gate_and_rows_that_name_their_rewards(
         assert row["rewards/errors/total"] == 0
         assert row["rewards/digits/mean"] >= 0.0
         assert "eval/heldout/digits" in found[0]
-    samples = [
-        json.loads(line) for path in sorted((folder / "samples").iterdir()) for line in path.read_text().splitlines()
-    ]
-    for sample in samples:
+    for sample in (json.loads(line) for path in (folder / "samples").iterdir() for line in path.open()):
         told, is_sum = sample["scores"], data[sample["prompt_id"]]["kind"] == "sum"
         assert set(told) == {"digits", "number", *(["right"] if is_sum else [])}
         assert told["digits"] == sum(c.isdigit() for c in sample["response"])
@@ -105,12 +99,8 @@ def test_a_run_with_a_service_a_gate_and_rows_that_name_their_rewards(
 def check_judge(folder: Path, port: str, texts: Sequence[str]) -> Sequence[Any]:
     """Judge responses by the server at a port, freely and by choices. Return the verdicts of an unknown model."""
     request = {"temperature": 0.0, "max_tokens": 4, "structured_outputs": {"choice": ["yes", "no"]}}
-    judge = {
-        "model": "judge",
-        "prompt": "Is this answer to `{question}` right? {response}",
-        "choices": {"yes": 1.0, "no": -1.0},
-        "request": request,
-    }
+    prompt = "Is this answer to `{question}` right? {response}"
+    judge = {"model": "judge", "prompt": prompt, "choices": {"yes": 1.0, "no": -1.0}, "request": request}
     http = {"timeout_s": 60.0, "deadline_s": 120.0, "max_in_flight": 64}
     taste = {"url": f"http://127.0.0.1:{port}/v1", "token_env": "JUDGE_KEY", "judge": judge, "http": http}
     run = {"run": {"name": "judge", "dir": str(folder)}, "algorithm": {"name": "grpo"}, "rewards": {"taste": taste}}
@@ -183,9 +173,8 @@ def ask_as_openai(url: str, model: Path) -> None:
     told = chat(max_completion_tokens=12, temperature=0.0, logprobs=True)
     tokenizer = AutoTokenizer.from_pretrained(model)
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "ab"}], tokenize=False, add_generation_prompt=True
-    )
+    messages = [{"role": "user", "content": "ab"}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
     with torch.no_grad():
         whole = policy.generate(ids, max_new_tokens=12, do_sample=False)

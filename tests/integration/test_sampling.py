@@ -33,8 +33,8 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("algorithm", ["grpo", "online_dpo"])
-def test_logprobs_are_taken_at_each_prompts_own_temperature(tmp_path: Path, algorithm: str) -> None:
+@pytest.mark.parametrize("algorithm", [{"name": "grpo", "kl": {"coef": 0.1}}, {"name": "online_dpo"}], ids=str)
+def test_logprobs_are_taken_at_each_prompts_own_temperature(tmp_path: Path, algorithm: dict[str, Any]) -> None:
     """Sampler and trainer, and trainer and reference, agree although two prompts in a batch differ in temperature."""
     data = [{"prompt": f"{i}+{i}=", "temperature": (0.3, 1.0, None)[i % 3]} for i in range(10, 34)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
@@ -43,9 +43,7 @@ def test_logprobs_are_taken_at_each_prompts_own_temperature(tmp_path: Path, algo
         {
             **GRPO,
             "run": {"name": "warm", "dir": str(tmp_path)},
-            "algorithm": {"grpo": {"name": "grpo", "kl": {"coef": 0.1}}, "online_dpo": {"name": "online_dpo"}}[
-                algorithm
-            ],
+            "algorithm": algorithm,
             "data": {**GRPO["data"], "train": str(tmp_path / "prompts.jsonl")},
             "rollouts": {"temperature": 1.7},
             "train": {"steps": 2, "sequences_per_update": 8},

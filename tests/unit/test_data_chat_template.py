@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from rlhf.cli import main
 from rlhf.config.files.load import load
 from rlhf.data.chat import render
 from rlhf.data.templates import UNCHANGED, ChatTemplate
@@ -78,13 +77,9 @@ def test_a_variable_that_has_no_effect_is_refused(kwargs: dict[str, Any], why: s
     tokenizer.chat_template = THINKING
     with pytest.raises(UserError, match=why):
         ChatTemplate(kwargs=kwargs).apply_checked(tokenizer, key="data")
-
-
-def test_a_tokenizer_without_a_template_reads_no_variables() -> None:
-    tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="has no chat template that would read them"):
-        ChatTemplate(kwargs={"enable_thinking": False}).apply_checked(tokenizer, key="data")
+        ChatTemplate(kwargs=kwargs).apply_checked(tokenizer, key="data")
 
 
 CONFIG = """\
@@ -130,27 +125,18 @@ def test_a_later_stage_reads_its_prompts_by_the_template_of_an_earlier_one(confi
     assert texts == 2 * [["user:hi<|eos|>assistant:<think></think>"]]
 
 
-def test_a_run_refuses_a_variable_that_its_template_does_not_read(config: Path) -> None:
-    with pytest.raises(UserError, match=r"data.chat_template_kwargs.enable_thinkin: has no effect"):
-        load_inputs(load(config, ["data.chat_template_kwargs={enable_thinkin: false}"]))
-
-
 @pytest.mark.parametrize(
-    ("content", "why"),
+    ("content", "kwargs", "why"),
     [
-        (None, "data.chat_template: .*mine.jinja cannot be read"),
-        (" ", "data.chat_template: .*mine.jinja is empty"),
-        ("{% for m in messages %}", "is no Jinja, line 1: Unexpected end of template"),
+        (None, "{}", "data.chat_template: .*mine.jinja cannot be read"),
+        (" ", "{}", "data.chat_template: .*mine.jinja is empty"),
+        ("{% for m in messages %}", "{}", "is no Jinja, line 1: Unexpected end of template"),
+        (THINKING, "{enable_thinkin: false}", "data.chat_template_kwargs.enable_thinkin: has no effect"),
     ],
 )
-def test_a_file_that_is_no_template_is_refused(
-    config: Path, capsys: pytest.CaptureFixture[str], content: str | None, why: str
-) -> None:
+def test_what_is_no_template_of_a_run_is_refused(config: Path, content: str | None, kwargs: str, why: str) -> None:
     (config.parent / "mine.jinja").unlink()
     if content is not None:
         (config.parent / "mine.jinja").write_text(content)
-    overrides = ["data.chat_template_kwargs={}"]
-    assert main(["train", str(config), *overrides]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("rlhf: error: ")
     with pytest.raises(UserError, match=why):
-        load_inputs(load(config, overrides))
+        load_inputs(load(config, [f"data.chat_template_kwargs={kwargs}"]))

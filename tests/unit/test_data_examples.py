@@ -30,13 +30,10 @@ def load(tokenizer: Any, *rows: dict[str, Any], **more: Any) -> tuple[Example, .
     return read_all(tokenizer, *rows, **({"apply_chat_template": True} | more)).items
 
 
-def test_a_raw_completion_and_its_end_are_learnt(tokenizer: Any) -> None:
-    (example,) = load(tokenizer, {"prompt": "8+3=", "completion": "11"}, apply_chat_template=False)
+def test_a_raw_completion_and_its_end_are_learnt_and_strings_become_two_turns_with_a_template(tokenizer: Any) -> None:
+    (example,) = read_all(tokenizer, {"prompt": "8+3=", "completion": "11"}).items
     assert example.token_ids == (*b"8+3=", *b"11", 257)
     assert example.loss_mask == (False,) * 4 + (True,) * 3
-
-
-def test_strings_become_two_turns_with_a_template(tokenizer: Any) -> None:
     (example,) = load(tokenizer, {"prompt": "hi", "completion": "yes"}, system_prompt="s")
     assert learnt(tokenizer, example) == "<|system|>s<|eos|><|user|>hi<|eos|><|assistant|>[yes<|eos|>]"
 
@@ -47,10 +44,8 @@ def test_every_assistants_turn_is_learnt_to_its_end_token_and_no_further(tokeniz
     turn = "<|reserved_0|>user\nhi<|eos|>\n<|reserved_0|>assistant\n[yes<|eos|>]"
     assert learnt(tokenizer, example) == turn + "\n" + turn  # the last line end teaches nothing and is left out
 
-
-def test_what_comes_after_the_last_answer_is_left_out(tokenizer: Any) -> None:
     long, short = load(tokenizer, {"messages": [USER, YES, USER]}, {"messages": [USER, YES]})
-    assert long.token_ids == short.token_ids
+    assert long.token_ids == short.token_ids  # what comes after the last answer is left out
 
 
 @pytest.mark.parametrize("apply_chat_template", [True, False])
@@ -75,32 +70,21 @@ def test_a_tokenizer_that_marks_the_beginning_of_a_text_does_not_mark_later_piec
     assert example.loss_mask == (False,) * 3 + (True,) * 4
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
+def test_a_template_that_rewrites_earlier_turns_or_ends_none_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{%- for m in messages -%}<|{{ m.role }}|>{{- m.content if loop.last or m.role == 'user' else '...' -}}<|eos|>"
         "{%- endfor -%}{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
     )
     (single,) = load(tokenizer, {"messages": [USER, YES]})
     assert learnt(tokenizer, single) == "<|user|>hi<|eos|><|assistant|>[yes<|eos|>]"
-    with pytest.raises(
-        UserError, match=r"d.jsonl:1: .*writes message 2 or those before it differently once message 4 follows"
-    ):
+    with pytest.raises(UserError, match=r"d.jsonl:1: .*writes message 2 or those before it differently once message 4"):
         load(tokenizer, {"messages": [USER, YES, USER, YES]})
-
-
-def test_a_template_without_an_end_of_turn_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{%- for m in messages -%}{{- m.role + ': ' + m.content + '\n' -}}{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{- 'assistant: ' -}}{%- endif -%}"
     )
     with pytest.raises(UserError, match="with no special token, so when to stop"):
         load(tokenizer, {"messages": [USER, YES]})
-
-
-def test_an_example_over_the_budget_is_named(tokenizer: Any) -> None:
-    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "bc"}]  # 3 and 4 tokens with the end
-    with pytest.raises(UserError, match=r"d.jsonl:2: the example has 4 tokens, more than data.max_sequence_tokens"):
-        load(tokenizer, *rows, apply_chat_template=False, max_tokens=3)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +114,7 @@ def test_every_token_of_a_text_is_learnt_but_the_first(tokenizer: Any) -> None:
     assert (marked.token_ids, marked.loss_mask) == ((261, 97, 98, 257), (False, True, True, True))
 
 
-def test_alpacas_columns_with_and_without_a_template(tokenizer: Any) -> None:
+def test_alpacas_columns_with_and_without_a_template_and_a_completion_in_messages(tokenizer: Any) -> None:
     row = {"instruction": "add", "input": "1 2", "output": "3", "text": "another form, which comes after"}
     plain, bare = load(tokenizer, row, row | {"input": ""})
     assert learnt(tokenizer, plain) == "<|user|>add\n\n1 2<|eos|><|assistant|>[3<|eos|>]"
@@ -139,22 +123,21 @@ def test_alpacas_columns_with_and_without_a_template(tokenizer: Any) -> None:
     assert learnt(tokenizer, raw) == "### Instruction:\nadd\n\n### Input:\n1 2\n\n### Response:\n[3<|eos|>]"
     assert learnt(tokenizer, short) == "### Instruction:\nadd\n\n### Response:\n[3<|eos|>]"
 
-
-def test_of_a_prompt_and_a_completion_in_messages_the_completions_turns_are_learnt(tokenizer: Any) -> None:
     (example,) = read_all(tokenizer, {"prompt": [USER, YES, USER], "completion": [YES, USER, YES]}).items
     asked = "<|user|>hi<|eos|><|assistant|>"
     assert learnt(tokenizer, example) == f"{asked}yes<|eos|>{asked}[yes<|eos|>]{asked}[yes<|eos|>]"
 
 
 def test_a_long_completion_is_cut_at_its_end_and_the_prompt_never(tokenizer: Any) -> None:
+    short = {"prompt": "a", "completion": "b"}  # 3 tokens with the end
+    with pytest.raises(UserError, match=r"d.jsonl:2: the example has 4 tokens, more than data.max_sequence_tokens"):
+        read_all(tokenizer, short, short | {"completion": "bc"}, max_tokens=3)
     rows = [{"prompt": "abc", "completion": "defg"}, {"prompt": "abcde", "completion": "f"}]
     loaded = read_all(tokenizer, *rows, max_tokens=5, too_long="cut", max_unusable_fraction=0.5)
     (example,) = loaded.items
     assert (example.token_ids, example.loss_mask) == ((*b"abcde",), (False,) * 3 + (True,) * 2)
     assert [row.place for row in loaded.unusable] == ["d.jsonl:2"]
-    assert loaded.unusable[0].reason.startswith(
-        "the prompt of 5 tokens leaves the completion none of data.max_sequence"
-    )
+    assert loaded.unusable[0].reason.startswith("the prompt of 5 tokens leaves the completion none of data.max_seq")
     # The 9 tokens of the first turn fit, and one of what follows, which teaches nothing alone.
     (chat,) = read_all(tokenizer, {"messages": [USER, YES] * 2}, max_tokens=10, too_long="cut").items
     assert learnt(tokenizer, chat) == "<|user|>hi<|eos|><|assistant|>[yes<|eos|>]"
@@ -170,17 +153,12 @@ def test_ids_count_through_what_is_left(tokenizer: Any) -> None:
     assert [row.place for row in loaded.unusable] == ["d.jsonl:1", "d.jsonl:3"]
 
 
-@pytest.mark.parametrize(("fraction", "refused"), [(0.0, True), (0.24, True), (0.25, False), (0.99, False)])
-def test_a_quarter_of_the_rows_may_be_left_out_if_that_is_the_limit(
-    tokenizer: Any, fraction: float, refused: bool
-) -> None:
+def test_a_quarter_of_the_rows_may_be_left_out_if_that_is_the_limit(tokenizer: Any) -> None:
     rows = [EMPTY, GOOD, GOOD, GOOD]
-    if refused:
-        with pytest.raises(
-            UserError, match=r"1 of 4 rows cannot be used, and data.max_unusable_fraction: .* lets 0 be"
-        ):
+    for fraction in (0.0, 0.24):
+        with pytest.raises(UserError, match=r"1 of 4 rows cannot be used, and data.max_unusable_fraction: .* lets 0"):
             read_all(tokenizer, *rows, max_unusable_fraction=fraction)
-    else:
+    for fraction in (0.25, 0.99):
         assert len(read_all(tokenizer, *rows, max_unusable_fraction=fraction).items) == 3
 
 
@@ -194,21 +172,15 @@ def test_the_first_few_rows_are_named_and_the_others_counted(tokenizer: Any) -> 
         "and 2 more.",
         "5 of 6 rows cannot be used, and data.max_unusable_fraction: 0 lets 0 be left out. Repair them, or raise it.",
     ]
-
-
-def test_no_row_left_is_an_error_whatever_the_limit(tokenizer: Any) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"empty\.\nNone of the 2 rows can be used\. Repair them\.$"):
         read_all(tokenizer, EMPTY, EMPTY, max_unusable_fraction=0.99)
-    assert str(caught.value).endswith("empty.\nNone of the 2 rows can be used. Repair them.")
 
 
 def test_faults_of_structure_are_never_left_out(tokenizer: Any) -> None:
     with pytest.raises(UserError, match=r"d.jsonl:2: column `completion` is null, expected a string"):
         read_all(tokenizer, GOOD, GOOD | {"completion": None}, max_unusable_fraction=0.99)
-    with pytest.raises(
-        UserError, match=r"d.jsonl:1: found `question`, expected the columns `messages`, or `prompt` and"
-    ):
-        read_all(tokenizer, {"question": "a"}, max_unusable_fraction=0.99)
+    with pytest.raises(UserError, match=r"d.jsonl:1: found `q`, expected the columns `messages`, or `prompt` and"):
+        read_all(tokenizer, {"q": "a"}, max_unusable_fraction=0.99)
     renamed = Row(file="d.jsonl", line=1, columns={"mesages": []}, renamed={"messages": "mesages"})
     with pytest.raises(UserError, match=r"or `text`\. data.columns has renamed `messages` to `mesages`\.$"):
         load_examples([renamed], tokenizer, reading(apply_chat_template=True))
@@ -217,9 +189,7 @@ def test_faults_of_structure_are_never_left_out(tokenizer: Any) -> None:
 
 
 def test_collate_lays_examples_end_to_end(tokenizer: Any) -> None:
-    examples = load(
-        tokenizer, {"prompt": "a", "completion": "b"}, {"prompt": "cd", "completion": "e"}, apply_chat_template=False
-    )
+    examples = read_all(tokenizer, GOOD, {"prompt": "cd", "completion": "e"}).items
     batch = pickle.loads(pickle.dumps(collate(examples)))
     assert batch.sequence_ids.tolist() == [0, 1]
     assert batch.lengths.tolist() == [3, 4]

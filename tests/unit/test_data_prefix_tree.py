@@ -8,18 +8,13 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.data.prefix_tree import SharedPrefix, common_length, shared_with_earlier
+from rlhf.data.prefix_tree import SharedPrefix, shared_with_earlier
 
 
 def test_a_prefix_belongs_to_the_first_sequence_that_has_all_of_it() -> None:
     sequences = [[1, 2, 3], [1, 2, 4, 5], [1, 2, 4, 6], [7], [1, 2]]
     found = shared_with_earlier((np.array(one), len(one)) for one in sequences)
     assert found == [None, SharedPrefix(0, 2), SharedPrefix(1, 3), None, SharedPrefix(0, 2)]
-
-
-def test_no_more_tokens_are_shared_than_allowed() -> None:
-    found = shared_with_earlier((np.array([1, 2, 3]), most) for most in (3, 2, 0))
-    assert found == [None, SharedPrefix(0, 2), None]
 
 
 @given(st.lists(st.tuples(st.lists(st.integers(0, 1), max_size=7), st.integers(0, 7)), max_size=12))
@@ -31,9 +26,3 @@ def test_shared_prefixes_are_the_longest_of_all_pairs(rows: list[tuple[list[int]
         common = [len(list(takewhile(lambda pair: pair[0] == pair[1], one))) for one in pairs]
         longest = max(common, default=0)
         assert prefix == (SharedPrefix(common.index(longest), longest) if longest else None)
-
-
-def test_equal_tokens_are_counted_up_to_the_shorter_end() -> None:
-    assert common_length(np.array([1, 2, 3]), np.array([1, 2])) == 2
-    assert common_length(np.array([1, 2, 3]), np.array([1, 5, 3])) == 1
-    assert common_length(np.array([], np.int64), np.array([1])) == 0

@@ -33,19 +33,22 @@ def load(tokenizer: Any, *rows: dict[str, Any], **more: Any) -> tuple[Prompt, ..
     return load_all(tokenizer, *rows, **more).items
 
 
-def load_all(
-    tokenizer: Any, *rows: dict[str, Any], first_id: int = 0, tools: Any = None, **more: Any
-) -> LoadedRows[Prompt]:
+def load_all(tokenizer: Any, *rows: dict[str, Any], first_id: int = 0, **more: Any) -> LoadedRows[Prompt]:
     how = reading(**({"apply_chat_template": True, "max_tokens": 64} | more))
-    return load_prompts(as_rows(*rows), tokenizer, how, first_id=first_id, tools=tools)
+    return load_prompts(as_rows(*rows), tokenizer, how, first_id=first_id)
 
 
-def test_a_string_prompt_becomes_a_users_turn(tokenizer: Any) -> None:
+def test_a_string_becomes_a_users_turn_or_goes_as_it_is_and_messages_use_the_template(tokenizer: Any) -> None:
     first, second = load(tokenizer, {"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"})
     assert first.text == "<|user|>a<|eos|><|assistant|>"
     assert first.token_ids == (259, 97, 257, 260)
     assert (first.prompt_id, second.prompt_id) == (0, 1)
     assert second.columns == {"answer": "2"}
+    (raw,) = load(tokenizer, {"prompt": "8+3="}, apply_chat_template=False)
+    assert (raw.text, raw.token_ids) == ("8+3=", tuple(b"8+3="))
+    (chat,) = load(tokenizer, {"messages": [USER, YES, USER]}, apply_chat_template=False, system_prompt="s")
+    assert chat.text == "<|system|>s<|eos|><|user|>hi<|eos|><|assistant|>yes<|eos|><|user|>hi<|eos|><|assistant|>"
+    assert [(p.is_chat, p.turn_end) for p in (first, chat, raw)] == [(True, 257), (True, 257), (False, None)]
 
 
 def test_a_prompt_may_have_a_temperature_of_its_own(tokenizer: Any) -> None:
@@ -67,16 +70,6 @@ def test_a_prompt_may_have_a_length_limit_of_its_own(tokenizer: Any) -> None:
         message = rf"d.jsonl:1: column `max_new_tokens` is {wrong!r}, expected the whole number from 1 to .*, 8, that"
         with pytest.raises(UserError, match=message):
             load(tokenizer, {"prompt": "a", "max_new_tokens": wrong}, max_new_tokens=8)
-
-
-def test_a_raw_prompt_goes_as_it_is(tokenizer: Any) -> None:
-    (prompt,) = load(tokenizer, {"prompt": "8+3="}, apply_chat_template=False)
-    assert (prompt.text, prompt.token_ids) == ("8+3=", tuple(b"8+3="))
-
-
-def test_messages_use_the_template_and_the_system_prompt_comes_first(tokenizer: Any) -> None:
-    (prompt,) = load(tokenizer, {"messages": [USER, YES, USER]}, apply_chat_template=False, system_prompt="s")
-    assert prompt.text == "<|system|>s<|eos|><|user|>hi<|eos|><|assistant|>yes<|eos|><|user|>hi<|eos|><|assistant|>"
 
 
 def test_tools_are_told_as_in_the_prompt_of_an_example(tokenizer: Any) -> None:
@@ -101,12 +94,6 @@ def test_the_first_token_is_never_doubled_and_no_last_one_is_added(bos_tokenizer
     assert chat.token_ids == (261, 259, 97, 257, 260)
     raw, written = load(bos_tokenizer, {"prompt": "a"}, {"prompt": "<|reserved_0|>a"}, apply_chat_template=False)
     assert raw.token_ids == written.token_ids == (261, 97)
-
-
-def test_a_prompt_over_the_limit_is_named_with_its_length(tokenizer: Any) -> None:
-    load(tokenizer, {"prompt": "abcd"}, apply_chat_template=False, max_tokens=4)
-    with pytest.raises(UserError, match=r"d.jsonl:2: the prompt has 5 tokens, more than data.max_prompt_tokens: 4"):
-        load(tokenizer, {"prompt": "abcd"}, {"prompt": "abcde"}, apply_chat_template=False, max_tokens=4)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +138,10 @@ def test_rollout_seeds_are_pinned_positive_and_their_own() -> None:
     assert all(0 < seed < 2**31 for seed in seeds)
 
 
-def test_prompts_that_are_too_long_are_left_out(tokenizer: Any) -> None:
+def test_prompts_that_are_too_long_are_named_or_left_out(tokenizer: Any) -> None:
     rows = [{"prompt": "abc"}, {"prompt": "abcd"}, {"prompt": "ab"}]
+    with pytest.raises(UserError, match=r"d.jsonl:2: the prompt has 4 tokens, more than data.max_prompt_tokens: 3"):
+        load(tokenizer, *rows, apply_chat_template=False, max_tokens=3)
     options = {"apply_chat_template": False, "max_tokens": 3, "too_long": "skip"}
     loaded = load_all(tokenizer, *rows, **options, max_unusable_fraction=0.4, first_id=5)
     assert [(prompt.prompt_id, prompt.text) for prompt in loaded.items] == [(5, "abc"), (7, "ab")]  # the row
@@ -186,10 +175,3 @@ def test_a_conversation_loses_its_oldest_turns(tokenizer: Any) -> None:
         load(tokenizer, row, system_prompt="s", max_tokens=7, too_long="cut")
     loaded = load_all(tokenizer, row, {"prompt": "a"}, max_tokens=4, too_long="cut", max_unusable_fraction=0.5)
     assert [prompt.text for prompt in loaded.items] == ["<|user|>a<|eos|><|assistant|>"]
-
-
-def test_a_chat_prompt_knows_the_token_that_ends_its_response(tokenizer: Any) -> None:
-    (chat,) = load(tokenizer, {"messages": [USER]})
-    (raw,) = load(tokenizer, {"prompt": "hi"}, apply_chat_template=False)
-    assert (chat.is_chat, chat.turn_end) == (True, 257)
-    assert (raw.is_chat, raw.turn_end) == (False, None)

@@ -72,11 +72,7 @@ def test_a_split_is_named_behind_the_folder(saved: dict[str, str]) -> None:
 def test_a_byte_order_mark_and_blank_lines_do_no_harm(tmp_path: Path) -> None:
     source = save(tmp_path / "d.jsonl", b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}')
     assert [(r.line, r.columns) for r in read_rows(source)] == [(1, {"prompt": "a"}), (3, {"prompt": "b"})]
-
-
-def test_a_task_is_a_source_too() -> None:
-    rows = read_rows(TaskSource(task="running_totals", split="eval", size=2))
-    assert rows[1].place == "running_totals[eval]:2"
+    assert read_rows(TaskSource(task="running_totals", split="eval", size=2))[1].place == "running_totals[eval]:2"
 
 
 @pytest.mark.parametrize(
@@ -127,16 +123,14 @@ def test_json_that_cannot_be_held_is_named(tmp_path: Path, name: str, text: str,
 def test_a_list_is_read_as_json_reads_it(tmp_path: Path, text: str) -> None:
     source = save(tmp_path / "d.json", text)
     try:
-        expected = json.loads(text)
+        expected, message = json.loads(text), "has no rows"
     except json.JSONDecodeError as error:
-        with pytest.raises(UserError, match=f"d.json:{error.lineno}: not JSON at column {error.colno}: {error.msg}"):
-            read_rows(source)
-    else:
-        if expected:
-            assert [r.columns for r in read_rows(source)] == expected
-        else:
-            with pytest.raises(UserError, match="has no rows"):
-                read_rows(source)
+        expected, message = [], f"d.json:{error.lineno}: not JSON at column {error.colno}: {error.msg}"
+    if expected:
+        assert [r.columns for r in read_rows(source)] == expected
+        return
+    with pytest.raises(UserError, match=message):
+        read_rows(source)
 
 
 @pytest.mark.parametrize(
@@ -156,14 +150,11 @@ def test_a_parquet_value_that_python_cannot_hold_is_named(tmp_path: Path, values
         read_rows(str(tmp_path / "d.parquet"))
 
 
-def test_a_datasets_value_that_python_cannot_hold_is_named(tmp_path: Path) -> None:
+def test_a_datasets_value_that_python_cannot_hold_and_a_column_twice_are_named(tmp_path: Path) -> None:
     values = pyarrow.table({"a": pyarrow.array([2**62], pyarrow.timestamp("us"))})
     datasets.Dataset(datasets.table.InMemoryTable(values)).save_to_disk(tmp_path / "plain")
     with pytest.raises(UserError, match=r"plain cannot be loaded \(OverflowError: date value out of range\)\.$"):
         read_rows(str(tmp_path / "plain"))
-
-
-def test_a_parquet_file_with_a_column_twice_is_refused(tmp_path: Path) -> None:
     table = pyarrow.Table.from_arrays([pyarrow.array([1])] * 2, names=["a", "a"])
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
     with pytest.raises(UserError, match=r"d.parquet: two columns have the same name in a, a\."):
@@ -211,9 +202,7 @@ def test_an_unreachable_dataset_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         raise ConnectionError(f"Couldn't reach\n{name} on the Hub")
 
     monkeypatch.setattr(sys.modules["datasets"], "load_dataset", refuse)
-    with pytest.raises(
-        UserError, match=r"Dataset some/name cannot be loaded \(ConnectionError: Couldn't reach some/name"
-    ):
+    with pytest.raises(UserError, match=r"Dataset some/name cannot be loaded \(ConnectionError: Couldn't reach some/"):
         read_rows("some/name:train")
 
 
@@ -225,20 +214,12 @@ def test_columns_are_renamed_and_the_old_name_is_gone(tmp_path: Path) -> None:
     assert swapped.columns == {"question": "q", "prompt": "a", "answer": "old"}
     with pytest.raises(UserError, match=r"d.jsonl:1: data.columns.prompt names `frage`.*found `question`, `prompt`"):
         read_rows(source, columns={"prompt": "frage"})
-
-
-def test_a_column_that_was_renamed_away_is_told(tmp_path: Path) -> None:
     (found,) = read_rows(jsonl(tmp_path / "d.jsonl", {"prompt": "a"}), columns={"promt": "prompt"})
     for column, alternative in (("prompt", ""), ("messages", "prompt")):
         with pytest.raises(UserError, match=r"found `promt`\. data.columns has renamed `prompt` to `promt`\.$"):
             found.text(column, alternative=alternative)
-
-
-def test_a_missing_column_is_an_error_with_the_columns_found() -> None:
-    with pytest.raises(
-        UserError, match=r"f.jsonl:3: column `prompt` \(or `messages`\) is missing; found `question`, `a`"
-    ):
-        row(question="q", a=1).text("prompt", alternative="messages")
+    with pytest.raises(UserError, match=r"f.jsonl:3: column `prompt` \(or `messages`\) is missing; found `q`, `a`"):
+        row(q="q", a=1).text("prompt", alternative="messages")
 
 
 @pytest.mark.parametrize(

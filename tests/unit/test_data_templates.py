@@ -120,9 +120,7 @@ def test_chatml_learns_each_turn_to_its_end_token() -> None:
 
 def test_a_turn_with_train_false_is_context_alone() -> None:
     told = learnt(CHATML, USER, YES | {"train": False}, USER, NO | {"train": True})
-    assert told.endswith(
-        "assistant\nyes<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[no<|im_end|>]"
-    )
+    assert told.endswith("nt\nyes<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[no<|im_end|>]")
     assert told.count("[") == 1
     # A last turn that is not learnt is left out: it would teach nothing.
     assert learnt(CHATML, USER, YES, USER, NO | {"train": False}) == learnt(CHATML, USER, YES)
@@ -179,9 +177,8 @@ def test_reasoning_is_learnt_and_a_history_without_it_is_refused_or_left_to_the_
 
 def test_a_turn_that_ends_otherwise_in_the_history_is_refused_but_where_it_is_last() -> None:
     template = HARMONY.replace("loop.last", "loop.last and m.role == 'assistant'")
-    assert (
-        learnt(template, USER, YES) == "<|start|>user<|message|>hi<|end|><|start|>assistant[<|message|>yes<|return|>]"
-    )
+    told = learnt(template, USER, YES)
+    assert told == "<|start|>user<|message|>hi<|end|><|start|>assistant[<|message|>yes<|return|>]"
     with pytest.raises(UserError, match=r"d.jsonl:1: .*writes message 2 or those before it differently once message 4"):
         learnt(template, USER, YES, USER, NO)
 
@@ -192,12 +189,7 @@ def test_a_turn_that_ends_otherwise_in_the_history_is_refused_but_where_it_is_la
         (LLAMA, [USER, CALL | {"tool_calls": CALL["tool_calls"] * 2}], None, "refuses the roles user, assistant: one"),
         (CHATML, [USER, CALL | {"content": "ok"}], None, "leaves out the call of `weather` of message 2"),
         (CHATML, [USER, YES], [TOOL], "does not tell the model of tool `weather`"),
-        (
-            R1.replace("opened", "''"),
-            [USER, {"role": "assistant", "content": "<think>a</think>b"}],
-            None,
-            "leaves out `con",
-        ),
+        (R1.replace("opened", "''"), [USER, YES | {"content": "<think>a</think>b"}], None, "leaves out `content` of"),
         (R1.replace("opened", "'<think>'"), [USER, YES], None, "does not begin message 2 as it asks the assistant to"),
         (QWEN, [USER, YES | {"reasoning_content": "hm"}], None, "leaves out `reasoning_content` of message 2"),
     ],
@@ -214,11 +206,7 @@ def test_a_template_that_loses_something_is_refused(
     [
         ([USER, YES | {"train": 1}], None, "`train` of message 2 of column `messages` is 1, expected true or false"),
         ([USER | {"train": True}, YES], None, "message 1 .* its role is user: only the assistant is learnt"),
-        (
-            [USER, CALL | {"tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}],
-            None,
-            "`tool_calls` of message 2",
-        ),
+        ([USER, CALL | {"tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}], None, "`tool_calls` of mess"),
         ([USER, CALL | {"tool_calls": "f"}], None, "`tool_calls` of message 2 of column `messages` is 'f', expected a"),
         ([USER, {"role": "assistant", "content": None}], None, "message 2 of column `messages` is .*`tool_calls` in"),
         ([USER, {"role": "assistant", "content": " "}], None, "message 2 of column `messages`, the assistant's, is"),
@@ -228,7 +216,7 @@ def test_a_template_that_loses_something_is_refused(
         ([USER, YES], "[" * 9999, r"column `tools` is '\[\[.*, expected a list"),
         ([USER, YES], [{"type": "function"}], "column `tools` is .*, expected a list"),
         ([USER, YES | {"train": False}], None, "has no assistant's turn to be learnt"),
-        ([YES, USER, NO], None, "begins with an assistant's turn, which is learnt after a prompt"),
+        ([YES, USER, NO], None, "begins with an assistant's turn, learnt only after a prompt"),
     ],
 )
 def test_messages_that_are_none_are_named(messages: list[dict[str, Any]], tools: Any, message: str) -> None:

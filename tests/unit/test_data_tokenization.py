@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -39,15 +41,13 @@ def test_a_raw_prompt_has_the_ids_that_the_tokenizer_gives_it(tokenizer: Any, te
     assert example.token_ids[: len(prompt.token_ids)] == prompt.token_ids
 
 
-def test_a_raw_completion_has_the_ids_that_it_has_within_the_whole(tokenizer: Any) -> None:
+def test_a_raw_completion_and_text_have_the_ids_that_they_have_within_the_whole(tokenizer: Any) -> None:
     (example,) = load_examples([row(prompt="the question:", completion=" answer no")], tokenizer, READING).items
-    end = tokenizer.eos_token
-    assert list(example.token_ids) == tokenizer("the question: answer no" + end).input_ids
-
-
-def test_a_raw_text_has_the_ids_that_the_tokenizer_gives_it(tokenizer: Any) -> None:
+    assert list(example.token_ids) == tokenizer("the question: answer no" + tokenizer.eos_token).input_ids
     (example,) = load_examples([row(text="hi question")], tokenizer, READING).items
     assert list(example.token_ids) == [*tokenizer("hi question").input_ids, tokenizer.eos_token_id]
+    (prompt,) = load_prompts([row(prompt="hi {observation}")], tokenizer, READING).items
+    assert list(first_prompt(prompt, "question", tokenizer)) == tokenizer("hi question").input_ids
 
 
 @pytest.mark.parametrize("template", ["own", "zephyr"])
@@ -103,26 +103,11 @@ def test_what_follows_a_chat_turn_has_the_ids_that_it_has_within_the_whole(kind:
     assert [*prompt, *turn, end, *told] == whole
 
 
-def test_a_first_observation_leaves_the_beginning_of_a_raw_prompt(tokenizer: Any) -> None:
-    (prompt,) = load_prompts([row(prompt="hi {observation}")], tokenizer, READING).items
-    assert list(first_prompt(prompt, "question", tokenizer)) == tokenizer("hi question").input_ids
-
-
 def test_a_tokenizer_that_joins_every_text_is_refused() -> None:
-    class Joins:
-        def __init__(self) -> None:
-            self.name_or_path = "joins"
-            self.all_special_tokens: list[str] = []
-            self.added_tokens_decoder: dict[int, Any] = {}
-
-        def get_added_vocab(self) -> dict[str, int]:
-            return {}
-
-        def __call__(self, texts: list[str], **_: Any) -> Any:
-            return type("Encoded", (), {"input_ids": [[hash(text)] for text in texts]})
-
+    joins = MagicMock(all_special_tokens=[], added_tokens_decoder={}, get_added_vocab=dict, name_or_path="joins")
+    joins.side_effect = lambda texts, **_: SimpleNamespace(input_ids=[[hash(text)] for text in texts])
     with pytest.raises(UserError, match=r"tokenizer of joins has no tokens for 'yes' .* Use another model"):
-        Continuation(Joins()).encode([("hi", "yes")])
+        Continuation(joins).encode([("hi", "yes")])
 
 
 def test_many_texts_go_to_the_tokenizer_in_parts() -> None:
@@ -135,4 +120,3 @@ def test_many_texts_go_to_the_tokenizer_in_parts() -> None:
     texts = [str(i) for i in range(2500)]
     assert encode(texts, counting) == [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     assert max(sizes) <= 1000
-    assert encode([], counting) == []

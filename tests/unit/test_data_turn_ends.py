@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
 from rlhf.data.chat import turn_end
 from rlhf.data.turn_ends import TurnEnds
 from rlhf.models.files.tiny import byte_tokenizer
-from tests import sentencepiece_tokenizers as sentencepiece
+from tests.sentencepiece_tokenizers import SPACE, TOKENIZERS
 
-MAKERS = [
-    lambda: sentencepiece.llama(legacy=True),
-    lambda: sentencepiece.llama(legacy=False),
-    sentencepiece.prepend,
-    sentencepiece.swallowing,
-]
 ASK, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
 MORE = {"role": "user", "content": "more"}
 
 
 @pytest.mark.parametrize("added", ["", " no"])
-@pytest.mark.parametrize("make", MAKERS)
-def test_a_continued_turn_is_what_the_template_writes(make: Callable[[], Any], added: str) -> None:
+@pytest.mark.parametrize("kind", ["legacy", "first", "prepend", "swallowing"])
+def test_a_continued_turn_is_what_the_template_writes(kind: str, added: str) -> None:
     """The turn ended by itself, at a limit, or at a stop string with text of the client behind."""
-    tokenizer = make()
+    tokenizer = TOKENIZERS[kind]()
 
     def ids(messages: list[dict[str, str]], *, generates: bool = False) -> list[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generates)
@@ -40,7 +31,7 @@ def test_a_continued_turn_is_what_the_template_writes(make: Callable[[], Any], a
     text = tokenizer.apply_chat_template([ASK, ANSWER, MORE], tokenize=False, add_generation_prompt=True)
     tail = text.partition("answer")[2]
     cut = ended[:-1]
-    if tokenizer.convert_ids_to_tokens(cut[-1]) == sentencepiece.SPACE:
+    if tokenizer.convert_ids_to_tokens(cut[-1]) == SPACE:
         cut = cut[:-1]  # it belongs to the template's text before the end
     assert cut + ends.tokens_behind(cut, tail, added=added) == whole
     if not added:

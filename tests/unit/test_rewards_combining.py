@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rlhf.rewards.combining import GROUP_STD_EPS, RewardTerm, gated_steps, plain_sum, training_sum
+from rlhf.rewards.combining import RewardTerm, gated_steps, plain_sum, training_sum
 from rlhf.types import StepReward
 
 RIGHT_OR_SHORT = {"right": RewardTerm(weight=10.0), "short": RewardTerm(weight=0.5, gate="right")}
@@ -14,6 +14,8 @@ CIRCLE = {"a": RewardTerm(weight=1.0, gate="b"), "b": RewardTerm(weight=1.0, gat
 SAFE = {"safe": RewardTerm(weight=0.0), "good": RewardTerm(weight=1.0, gate="safe")}
 BY_KIND = {"maths": RewardTerm(weight=1.0), "code": RewardTerm(weight=5.0)}
 WATCHED = {"a": RewardTerm(weight=2.0), "b": RewardTerm(weight=1.0), "watched": RewardTerm(weight=0.0)}
+
+NORMALISED = {"big": RewardTerm(weight=1.0, normalize="group"), "small": RewardTerm(weight=2.0)}
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,7 @@ WATCHED = {"a": RewardTerm(weight=2.0), "b": RewardTerm(weight=1.0), "watched": 
         (BY_KIND, {"code": [2.0]}, [10.0]),  # a reward that does not apply adds nothing
         # a reward without an opinion adds nothing
         (WATCHED, {"a": [1.0, None, None], "b": [3.0, 4.0, None], "watched": [9.0] * 3}, [5.0, 4.0, None]),
+        (NORMALISED, {"big": [100.0, 300.0], "small": [0.0, 1.0]}, [100.0, 302.0]),  # normalised for training alone
     ],
 )
 def test_a_sum_of_weighted_and_gated_rewards(
@@ -34,46 +37,32 @@ def test_a_sum_of_weighted_and_gated_rewards(
     assert plain_sum(values, terms) == expected
 
 
-def test_a_gate_is_taken_as_it_is_in_training_too() -> None:
-    assert training_sum({"right": [1.0, 0.0, 0.5], "short": [4.0, 4.0, 2.0]}, RIGHT_OR_SHORT) == [12.0, 0.0, 5.5]
+BEHIND_GATE = {"right": RewardTerm(weight=0.0), "taste": RewardTerm(weight=1.0, gate="right", normalize="group")}
+R = math.sqrt(0.5)
 
 
-def test_normalised_within_the_group_for_training_alone() -> None:
-    values = {"big": [100.0, 300.0], "small": [0.0, 1.0]}
-    shares = {"big": RewardTerm(weight=1.0, normalize="group"), "small": RewardTerm(weight=2.0)}
-    # big: mean 200, unbiased std sqrt(2 * 100**2) = 141.42, so -+100 / 141.42 = -+0.7071; small: 2 * 0 and 2 * 1
-    assert training_sum(values, shares) == pytest.approx([-math.sqrt(0.5), 2.0 + math.sqrt(0.5)], abs=1e-7)
-    assert plain_sum(values, shares) == [100.0, 302.0]
-
-
-def test_a_gated_reward_is_normalised_behind_its_gate() -> None:
-    values = {"right": [1.0, 0.0], "taste": [5.0, 9.0]}
-    shares = {"right": RewardTerm(weight=0.0), "taste": RewardTerm(weight=1.0, gate="right", normalize="group")}
-    # 5 and 0: mean 2.5, std sqrt(2 * 2.5**2) = 3.5355
-    assert training_sum(values, shares) == pytest.approx([math.sqrt(0.5), -math.sqrt(0.5)], abs=1e-6)
-
-
-def test_equal_values_normalise_to_nothing() -> None:
-    assert training_sum({"a": [0.1, 0.1, 0.1]}, {"a": RewardTerm(weight=1.0, normalize="group")}) == pytest.approx(
-        [0.0] * 3, abs=1e-15 / GROUP_STD_EPS
-    )
+@pytest.mark.parametrize(
+    ("terms", "values", "expected"),
+    [
+        (RIGHT_OR_SHORT, {"right": [1.0, 0.0, 0.5], "short": [4.0, 4.0, 2.0]}, [12.0, 0.0, 5.5]),  # plain gates
+        # big: mean 200, unbiased std sqrt(2 * 100**2) = 141.42, so -+100 / 141.42 = -+0.7071; small: 2 * 0 and 2 * 1
+        (NORMALISED, {"big": [100.0, 300.0], "small": [0.0, 1.0]}, [-R, 2.0 + R]),
+        # big: mean and deviation of the responses with a value, 100 and 300
+        (NORMALISED, {"big": [100.0, None, 300.0], "small": [0.0, 1.0, 0.0]}, [-R, 2.0, R]),
+        (NORMALISED, {"big": [7.0, None, None], "small": [0.0] * 3}, [0.0] * 3),
+        (NORMALISED, {"big": [0.1] * 3}, [0.0] * 3),  # equal values normalise to nothing
+        (BEHIND_GATE, {"right": [1.0, 0.0], "taste": [5.0, 9.0]}, [R, -R]),  # 5 and 0: mean 2.5, std 3.5355
+    ],
+)
+def test_a_sum_for_training_is_normalised_behind_its_gates(
+    terms: dict[str, RewardTerm], values: dict[str, list[float | None]], expected: list[float]
+) -> None:
+    assert training_sum(values, terms) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_reward_whose_gate_has_no_opinion_is_left_out() -> None:
-    shares = {
-        "gate": RewardTerm(weight=0.0),
-        "good": RewardTerm(weight=1.0, gate="gate"),
-        "short": RewardTerm(weight=0.5),
-    }
-    values = {"gate": [1.0, None], "good": [3.0, 3.0], "short": [1.0, 1.0]}
+    shares = SAFE | {"short": RewardTerm(weight=0.5)}
+    values = {"safe": [1.0, None], "good": [3.0, 3.0], "short": [1.0, 1.0]}
     assert plain_sum(values, shares) == [3.5, 0.5]
-    steps = {"good": [[StepReward(end=1, value=3.0)], [StepReward(end=1, value=3.0)]]}
+    steps = {"good": [[StepReward(end=1, value=3.0)]] * 2}
     assert gated_steps(steps, values, shares) == {"good": [[3.0], []]}
-
-
-def test_a_group_is_normalised_over_the_responses_that_have_a_value() -> None:
-    shares = {"big": RewardTerm(weight=1.0, normalize="group"), "small": RewardTerm(weight=2.0)}
-    # big: mean and deviation of 100 and 300 alone
-    values = {"big": [100.0, None, 300.0], "small": [0.0, 1.0, 0.0]}
-    assert training_sum(values, shares) == pytest.approx([-math.sqrt(0.5), 2.0, math.sqrt(0.5)], abs=1e-7)
-    assert training_sum({"big": [7.0, None, None], "small": [0.0] * 3}, shares) == pytest.approx([0.0] * 3, abs=1e-7)

@@ -36,20 +36,18 @@ def share() -> CodeTests:
     return CodeTests(score="share", test_s=3.0, limit_s=6.0)
 
 
-@pytest.fixture(scope="module")
-def all_tests() -> CodeTests:
-    return CodeTests(test_s=3.0, limit_s=6.0)
-
-
 def test_the_last_block_of_python_is_the_program() -> None:
-    assert last_code_block("```python\na\n```\n```py\nb\n```\n```\noutput\n```") == "b\n"
-    assert last_code_block("```\na\n```\ntext\n  ```\n  b\n  ```") == "  b\n"
-    assert last_code_block("```Python title\na\n```") == "a\n"
-    assert last_code_block("```python\na\n```\n```python\ncut off") == "a\n"
-    assert last_code_block("```python\ncut\n```python\na\n```\nend") == "a\n"
-    assert last_code_block("```python\n```") == ""
-    assert last_code_block("no block") is None
-    assert last_code_block("``` a ```") is None
+    for response, program in {
+        "```python\na\n```\n```py\nb\n```\n```\noutput\n```": "b\n",
+        "```\na\n```\ntext\n  ```\n  b\n  ```": "  b\n",
+        "```Python title\na\n```": "a\n",
+        "```python\na\n```\n```python\ncut off": "a\n",
+        "```python\ncut\n```python\na\n```\nend": "a\n",
+        "```python\n```": "",
+        "no block": None,
+        "``` a ```": None,
+    }.items():
+        assert last_code_block(response) == program
 
 
 METHOD = "class Solution:\n    def add(self, a, b):\n        return a + b"
@@ -98,21 +96,12 @@ def test_the_score_is_the_share_of_passed_tests(
     assert share("p", block(program), **columns) == pytest.approx(expected)
 
 
-def test_all_or_nothing(all_tests: CodeTests) -> None:
-    assert all_tests("p", block(SUM_SCRIPT), tests=PRINTED) == 1.0
-    assert all_tests("p", block("print(3)"), tests=PRINTED) == 0.0
-    assert all_tests("p", "no program", tests=PRINTED) == 0.0
-
-
-def test_the_whole_response() -> None:
-    whole = CodeTests(extract="whole")
+def test_all_or_nothing_and_the_whole_response() -> None:
+    all_tests, whole = CodeTests(test_s=3.0, limit_s=6.0), CodeTests(extract="whole")
+    for program, expected in ((block(SUM_SCRIPT), 1.0), (block("print(3)"), 0.0), ("no program", 0.0)):
+        assert all_tests("p", program, tests=PRINTED) == expected
     assert whole("p", SUM_SCRIPT, tests=PRINTED) == 1.0
     assert whole("p", block(SUM_SCRIPT), tests=PRINTED) == 0.0
-
-
-def test_arguments_of_a_call_may_contain_unicode_line_ends() -> None:
-    lines = read_tests({"fn_name": "f", "inputs": ['"a\u2028b\x85"\r\n\n2\n'], "outputs": ["3"]})
-    assert lines == Cases(function="f", returned=((["a\u2028b\x85", 2], 3),))
 
 
 CHEATS = (
@@ -124,6 +113,8 @@ CHEATS = (
     "import json\njson.dumps = lambda _: 'true'",
     "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'true\\n' * 9)\n    except OSError: pass",
     "import sys\nsys.settrace(lambda *_: None)\nAssertionError = ValueError",
+    # a value that equals everything is only text here
+    "class Any(int):\n def __eq__(self, other): return True\nclass Solution:\n def add(self, a, b): return Any(0)",
 )
 
 
@@ -131,11 +122,6 @@ CHEATS = (
 def test_leaving_or_meddling_passes_nothing(share: CodeTests, program: str) -> None:
     assert share("p", block(program), tests=["assert add(1, 2) == 3", "assert False"]) == 0.0
     assert share("p", block(program), test_code="assert add(1, 2) == 3") == 0.0
-    assert share("p", block(program), tests={"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]}) == 0.0
-
-
-def test_a_value_that_equals_everything_is_only_text_here(share: CodeTests) -> None:
-    program = "class Any(int):\n    def __eq__(self, other): return True\ndef add(a, b): return Any(0)"
     assert share("p", block(program), tests={"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]}) == 0.0
 
 
@@ -147,29 +133,14 @@ def test_a_hang_counts_as_wrong_within_the_limit() -> None:
     assert bounded("p", block(hangs), tests=["assert add(0, 1)", "add(1, 1)"]) == 0.5
 
 
-@pytest.mark.parametrize(
-    ("printed", "expected", "same"),
-    [
-        ("3\n", "3", True),
-        ("  3  \n\n", "3\n", True),
-        ("1.0 2", "1 2.00", True),
-        ("1e3", "1000", True),
-        ("1 2", "12", False),
-        ("1\n2", "1 2", False),
-        ("Yes", "YES", False),
-        ("0.1", "0.2", False),
-        ("nan", "nan", True),
-        ("inf", "1", False),
-        ("9" * 500, "9" * 499 + "8", False),
-        ("", "", True),
-        ("", "1", False),
-    ],
-)
-def test_same_output(printed: str, expected: str, same: bool) -> None:
-    assert same_output(printed, expected) is same
+SAME = (("3\n", "3"), ("  3  \n\n", "3\n"), ("1.0 2", "1 2.00"), ("1e3", "1000"), ("nan", "nan"), ("", ""))
+DIFFERENT = (("1 2", "12"), ("1\n2", "1 2"), ("Yes", "YES"), ("0.1", "0.2"), ("inf", "1"), ("", "1"))
+UNALIKE = (*DIFFERENT, ("9" * 500, "9" * 499 + "8"), ("1 2\n3", "1\n2 3"))
 
 
-def test_tolerance() -> None:
+def test_same_output() -> None:
+    assert [pair for pair in SAME if not same_output(*pair)] == []
+    assert [pair for pair in UNALIKE if same_output(*pair)] == []
     assert not same_output("0.3333333", "0.3333334")
     assert same_output("x 0.3333333", "x 0.3333334", tolerance=1e-6)
     assert same_value([{"a": 0.1 + 0.2}], [{"a": 0.3}], tolerance=1e-9)
@@ -216,7 +187,9 @@ def test_test_code_that_tests_nothing_is_an_error(code: str, message: str) -> No
         read_test_code(code, None)
 
 
-def test_read_test_code() -> None:
+def test_tests_are_read() -> None:
+    lines = read_tests({"fn_name": "f", "inputs": ['"a\u2028b\x85"\r\n\n2\n'], "outputs": ["3"]})
+    assert lines == Cases(function="f", returned=((["a\u2028b\x85", 2], 3),))
     assert read_test_code("assert f()", None) == Cases(statements=("assert f()",))
     assert read_test_code("def test_a(): pass\nX = 1", None).test_functions == ("test_a",)
     assert read_test_code(f"def test_a(): pass\n{GUARD}test_a()", None).test_functions == ("test_a",)
@@ -224,13 +197,10 @@ def test_read_test_code() -> None:
     assert read_test_code(run, None).statements == (run,)
 
 
-def test_a_row_needs_tests(share: CodeTests) -> None:
+def test_a_row_needs_tests_and_their_packages(share: CodeTests) -> None:
     for columns in ({}, {"tests": PRINTED, "test_code": "assert 1"}):
         with pytest.raises(ValueError, match="exactly one of the columns `tests` and `test_code`"):
             share("p", block(ADD), **columns)
-
-
-def test_tests_that_need_a_missing_package_are_an_error(share: CodeTests) -> None:
     with pytest.raises(ValueError, match=r"import no_such_package, which .* lacks.*args\.python"):
         share("p", block(ADD), tests=["import no_such_package.part as n\nassert add(1, 2) == 3"])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from rlhf.rewards.functions.length_shaping import cosine, length_penalty, overlong, repetition_penalty, target_length
@@ -13,34 +15,21 @@ def words(count: int) -> str:
     return " ".join(f"w{i}" for i in range(count))
 
 
-@pytest.mark.parametrize(("count", "penalty"), [(0, 0.0), (5, -0.25), (20, -1.0), (40, -1.0)])
-def test_length_penalty(count: int, penalty: float) -> None:
-    assert length_penalty("p", words(count), limit=20) == penalty
-
-
-def test_characters() -> None:
-    assert length_penalty("p", " ab cd ", limit=10, unit="characters") == -0.5  # white space at the ends apart
+@pytest.mark.parametrize(
+    ("reward", "args", "scores"),
+    [
+        (length_penalty, {"limit": 20}, {0: 0.0, 5: -0.25, 20: -1.0, 40: -1.0}),
+        (target_length, {"target": 10}, {10: 0.0, 8: -0.2, 15: -0.5, 0: -1.0, 90: -1.0}),
+        (overlong, {"limit": 100, "buffer": 20}, {0: 0.0, 80: 0.0, 85: -0.25, 99: -0.95, 100: -1.0, 300: -1.0}),
+    ],
+)
+def test_lengths(reward: Callable[..., float], args: dict[str, float], scores: dict[int, float]) -> None:
+    assert {count: reward("p", words(count), **args) for count in scores} == pytest.approx(scores)
+    with pytest.raises(ValueError, match="must be positive"):
+        reward("p", "a", **{name: 0 for name in args})
     with pytest.raises(ValueError, match="unit is 'tokens'"):
-        length_penalty("p", "a", limit=10, unit="tokens")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(("count", "score"), [(10, 0.0), (8, -0.2), (15, -0.5), (0, -1.0), (90, -1.0)])
-def test_target_length(count: int, score: float) -> None:
-    assert target_length("p", words(count), target=10) == pytest.approx(score)
-
-
-@pytest.mark.parametrize(("count", "score"), [(0, 0.0), (80, 0.0), (85, -0.25), (99, -0.95), (100, -1.0), (300, -1.0)])
-def test_overlong(count: int, score: float) -> None:
-    assert overlong("p", words(count), limit=100, buffer=20) == pytest.approx(score)
-
-
-def test_degenerate_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match="buffer"):
-        overlong("p", "a", limit=10, buffer=11)
-    with pytest.raises(ValueError, match="limit must be positive"):
-        length_penalty("p", "a", limit=0)
-    with pytest.raises(ValueError, match="target must be positive"):
-        target_length("p", "a", target=0)
+        reward("p", "a", **args, unit="tokens")
+    assert length_penalty("p", " ab cd ", limit=10, unit="characters") == -0.5  # white space at the ends apart
 
 
 @pytest.mark.parametrize(
@@ -59,14 +48,10 @@ def test_repetition_penalty(response: str, ngram: int, penalty: float) -> None:
     assert repetition_penalty("p", response, ngram=ngram, max_penalty=0.5) == pytest.approx(penalty / 2)
 
 
-def test_cosine() -> None:
+def test_cosine_length() -> None:
     assert cosine(0, 10, 2.0, 1.0) == 2.0
     assert cosine(10, 10, 2.0, 1.0) == pytest.approx(1.0)
-    assert cosine(5, 10, 2.0, 1.0) == pytest.approx(1.5)
     assert cosine(10 / 3, 10, 2.0, 1.0) == pytest.approx(1.75)  # cos 60 degrees is a half: 1 + 0.5 * 1.5
-
-
-def test_cosine_length() -> None:
     reward = CosineLength(limit=10, verifier="last_number")
     assert reward("p", "3", answer=3) == pytest.approx(cosine(1, 10, 2.0, 1.0))
     assert reward("p", "4", answer=3) == pytest.approx(cosine(1, 10, -10.0, 0.0))

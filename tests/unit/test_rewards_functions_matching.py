@@ -55,14 +55,11 @@ from rlhf.rewards.processes.pool import RewardPool
         ("see no.5", 5, 1.0),
         ("3e5f", 5, 1.0),  # no exponent: a letter follows
         ("1e" + "9" * 5000, 1, 0.0),
+        (str(2**60 + 1), 2**60, 0.0),  # exact beyond floats
     ],
 )
 def test_last_number(response: str, answer: object, score: float) -> None:
     assert last_number("p", response, answer) == score
-
-
-def test_last_number_is_exact_beyond_floats() -> None:
-    assert last_number("p", str(2**60 + 1), 2**60) == 0.0
 
 
 def test_an_answer_that_cannot_be_read_is_an_error_and_not_a_wrong_response() -> None:
@@ -70,6 +67,9 @@ def test_an_answer_that_cannot_be_read_is_an_error_and_not_a_wrong_response() ->
         last_number("p", "3", "three")
     with pytest.raises(ValueError, match="empty"):
         contains("p", "anything", " ")
+    for answer in ("Paris", 2, ""):
+        with pytest.raises(ValueError, match="not the letter of a choice"):
+            multiple_choice("p", "A", answer)
 
 
 def test_string_rules() -> None:
@@ -106,12 +106,6 @@ def test_multiple_choice(response: str, answer: str, score: float) -> None:
     assert multiple_choice("p", response, answer) == score
 
 
-def test_multiple_choice_needs_a_letter() -> None:
-    for answer in ("Paris", 2, ""):
-        with pytest.raises(ValueError, match="not the letter of a choice"):
-            multiple_choice("p", "A", answer)
-
-
 def test_regex_match() -> None:
     pattern = r"SQL: (.*?);"
     assert regex_match("p", "SQL: select 1; SQL: select\n2;", pattern, "select\n2") == 1.0
@@ -119,7 +113,7 @@ def test_regex_match() -> None:
     assert regex_match("p", "none", pattern, "select 2") == 0.0
     assert regex_match("p", "it is 17 or 18", "[0-9]+", 18) == 1.0
     assert regex_match("p", "x", "(a)|x", "x") == 0.0  # the group took no part in the match
-    with pytest.raises(ValueError, match="limit_s is 0"):
+    with pytest.raises(ValueError, match="limit_s must be positive, got 0"):
         regex_match("p", "x", "x", "x", limit_s=0)
 
 
@@ -136,38 +130,27 @@ def test_json_schema() -> None:
     assert fixed("p", "[" * 100_000) == 0.0
     assert JsonSchema()("p", '{"age": 3}', schema=SCHEMA) == 1.0
     assert JsonSchema()("p", "[]", schema='{"type": "object"}') == 0.0
+    tenths = JsonSchema(schema={"multipleOf": 0.1, "properties": {"age": {"type": "integer"}}})
+    for text in ("9" * 5000, '{"age": ' + "9" * 5000 + "}", "1e999", "-1e999", "NaN", "[Infinity]"):
+        assert tenths("p", text) == 0.0  # a number that cannot be read
 
 
-@pytest.mark.parametrize("text", ["9" * 5000, '{"age": ' + "9" * 5000 + "}", "1e999", "-1e999", "NaN", "[Infinity]"])
-def test_json_schema_finds_a_number_that_it_cannot_read_wrong(text: str) -> None:
-    schema = {"multipleOf": 0.1, "properties": {"age": {"type": "integer"}}}
-    assert JsonSchema(schema=schema)("p", text) == 0.0
-
-
-def test_json_schema_finds_a_response_wrong_that_takes_longer_than_its_limit() -> None:
+def test_a_response_that_takes_longer_than_the_limit_is_wrong() -> None:
     unhashable = "[" + ",".join(f'{{"a": {i}}}' for i in range(100_000)) + "]"
-    schema = {"uniqueItems": True}
-    assert JsonSchema(schema=schema, limit_s=0.2)("p", unhashable) == 0.0
-    assert JsonSchema(schema=schema)("p", '[{"a": 1}, {"a": 2}]') == 1.0
-
-
-def test_a_pattern_that_backtracks_without_end_finds_the_response_wrong() -> None:
+    assert JsonSchema(schema={"uniqueItems": True}, limit_s=0.2)("p", unhashable) == 0.0
+    assert JsonSchema(schema={"uniqueItems": True})("p", '[{"a": 1}, {"a": 2}]') == 1.0
     assert FormatRegex(pattern="(a|a)+b", limit_s=0.2)("p", "a" * 100) == 0.0
     assert FormatRegex(pattern="(a|a)+b", limit_s=0.2)("p", "aaab") == 1.0
     assert regex_match("p", "a" * 100, "(a|a)+b", "a", limit_s=0.2) == 0.0
 
 
-def test_json_schema_that_is_wrong_or_missing_is_an_error() -> None:
+def test_json_schema_that_is_wrong_or_missing_is_an_error_and_nothing_is_fetched() -> None:
     with pytest.raises(ValueError, match=r"args\.schema, or a column"):
         JsonSchema()("p", "{}")
     with pytest.raises(jsonschema.SchemaError):
         JsonSchema(schema={"type": "no such type"})
-
-
-def test_json_schema_fetches_nothing() -> None:
-    remote = JsonSchema(schema={"$ref": "http://127.0.0.1:1/schema.json"})
     with pytest.raises(referencing.exceptions.Unresolvable):
-        remote("p", "{}")
+        JsonSchema(schema={"$ref": "http://127.0.0.1:1/schema.json"})("p", "{}")
 
 
 REPEATED = ("```python\n", "``` \n", "```" + " " * 60_000 + "`", "answer" + " " * 1000, "answer is ", "<answer>")
@@ -187,14 +170,12 @@ def test_a_response_that_repeats_itself_is_read_in_no_time(piece: str) -> None:
 
 
 def test_limits_of_their_own() -> None:
-    assert own_limit_s("math_answer", {}) == 5.0
-    assert own_limit_s("code_tests", {"limit_s": 3}) == 3.0
-    assert own_limit_s("exact_match", {}) is None
+    assert list(BUILT_INS) == sorted(BUILT_INS)
+    for name, limit_s in {"math_answer": 5.0, "code_tests": 3.0, "exact_match": None, "mine.py:reward": None}.items():
+        assert own_limit_s(name, {"limit_s": 3} if name != "math_answer" else {}) == limit_s
     assert own_limit_s("cosine_length", {"verifier_args": {"limit_s": 2}}) == 2.0
-    assert own_limit_s("cosine_length", {"verifier": "last_number"}) is None
-    assert own_limit_s("cosine_length", {"verifier": ["math_answer"]}) is None
-    assert own_limit_s("cosine_length", {"verifier_args": None}) is None
-    assert own_limit_s("mine.py:reward", {"limit_s": 99}) is None
+    for args in ({"verifier": "last_number"}, {"verifier": ["math_answer"]}, {"verifier_args": None}):
+        assert own_limit_s("cosine_length", args) is None
 
 
 @pytest.fixture(scope="module")
@@ -242,47 +223,27 @@ def test_math_answer(pool: RewardPool, answer: str, right: str, wrong: str) -> N
     assert pool.score(0, "p", [right, wrong], {"answer": answer}).scores == (1.0, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("answer", "number"),
-    [
-        ("1,234", "1234"),
-        ("1 000 000", "1000000"),
-        ("12 apples", "12"),
-        ("Rs 500", "500"),
-        ("is 5", "5"),
-        ("5 miles", "5"),
-        ("42 km/h", "42"),
-        ("9.8 m/s^2", "9.8"),
-        ("20 N", "20"),
-        ("50%", "50\\%"),
-        ("50\\%", "50\\%"),
-        ("1/2", "0.5"),
-        ("$5", "5"),
-        ("€12", "12"),
-        ("x = 5", "5"),
-        ("2 + 2 = 4", "4"),
-        ("(B) 12", "12"),
-        ("3 * 4 = 12, so 12 #### 12", "12"),
-        ("The answer is \\frac{1}{2}", "0.5"),
-        ("(C)", "C"),
-        ("no", "no"),
-        ("plain words", "plain words"),
-    ],
-)
-def test_math_answer_reads_numbers_within_text(pool: RewardPool, answer: str, number: str) -> None:
-    assert pool.score(0, "p", [f"\\boxed{{{number}}}", "\\boxed{77}"], {"answer": answer}).scores == (1.0, 0.0)
+NUMBERS_IN_TEXT = {
+    "1,234": "1234", "1 000 000": "1000000", "12 apples": "12", "Rs 500": "500", "is 5": "5", "5 miles": "5",
+    "42 km/h": "42", "9.8 m/s^2": "9.8", "20 N": "20", "50%": "50\\%", "50\\%": "50\\%", "1/2": "0.5", "$5": "5",
+    "€12": "12", "x = 5": "5", "2 + 2 = 4": "4", "(B) 12": "12", "3 * 4 = 12, so 12 #### 12": "12",
+    "The answer is \\frac{1}{2}": "0.5", "(C)": "C", "no": "no", "plain words": "plain words",
+}  # fmt: skip
 
 
-def test_math_answer_without_an_expression_in_the_answer_is_an_error(pool: RewardPool) -> None:
-    (failure,) = pool.score(0, "p", ["3"], {"answer": ""}).failures
-    assert failure.kind == "raised"
-    assert "finds no expression" in failure.message
+@pytest.mark.parametrize("answer", NUMBERS_IN_TEXT)
+def test_math_answer_reads_numbers_within_text(pool: RewardPool, answer: str) -> None:
+    responses = [f"\\boxed{{{NUMBERS_IN_TEXT[answer]}}}", "\\boxed{77}"]
+    assert pool.score(0, "p", responses, {"answer": answer}).scores == (1.0, 0.0)
 
 
 def test_math_answer_bounds_hostile_responses(pool: RewardPool) -> None:
     hostile = ["$9^{9^{9^9}}$", "$100000000!$", "$\\binom{1000000}{500000}$"]
     outcome = pool.score(0, "p", [*hostile, "$12$"], {"answer": "12"})
     assert outcome.scores == (0.0, 0.0, 0.0, 1.0)  # the limit of the pool would be an error
+    (failure,) = pool.score(0, "p", ["3"], {"answer": ""}).failures
+    assert failure.kind == "raised"
+    assert "finds no expression" in failure.message
 
 
 ENTRY = {"answer": "12", "metadata": {"source_dataset": "gcd", "numbers": [24, 36]}}
@@ -291,7 +252,3 @@ ENTRY = {"answer": "12", "metadata": {"source_dataset": "gcd", "numbers": [24, 3
 def test_reasoning_gym_scores_the_extracted_answer(pool: RewardPool) -> None:
     assert pool.score(1, "p", ["24 and 36: it is 12.", "24", "no number"], ENTRY).scores == (1.0, 0.0, 0.0)
     assert pool.score(2, "p", ["<answer> 12 </answer>", "12"], ENTRY).scores == (1.0, 0.0)
-
-
-def test_the_table_is_sorted() -> None:
-    assert list(BUILT_INS) == sorted(BUILT_INS)

@@ -31,34 +31,19 @@ def refusal(function: str, *, folder: Path = FILES, timeout_s: float = 60.0, **a
     return str(error.value)
 
 
-def test_signature_of_a_function() -> None:
-    assert load("simple.py:right").signature == Signature(
-        batched=False, required=("answer",), optional=("tolerance",), takes_all=True
-    )
-    assert load("simple.py:batched").signature.batched
-
-
-def test_args_are_not_columns() -> None:
-    reward = load("simple.py:right", tolerance=0.5)
-    assert reward.signature.optional == ()
-    assert reward.select({"answer": "a", "tolerance": 9, "other": 1}) == {"answer": "a", "other": 1}
-
-
-def test_only_named_columns_are_passed() -> None:
+def test_only_named_columns_are_passed_and_args_are_not_columns(tmp_path: Path) -> None:
     row = {"answer": "a", "start": 3, "prompt": "not this one"}
-    assert load("simple.py:length").select(row) == {}
-    assert load("simple.py:batched").select(row) == {"answer": "a"}
-    assert load("simple.py:right").select(row) == {"answer": "a", "start": 3}
-
-
-def test_the_first_folder_that_has_the_file(tmp_path: Path) -> None:
-    reward = load("simple.py:length", folders=(tmp_path, FILES))
-    assert reward.source.path == str(FILES.resolve() / "simple.py")
-
-
-def test_pickles() -> None:
-    reward = load("simple.py:Counting", start=4)
-    assert pickle.loads(pickle.dumps(reward)) == reward
+    right = load("simple.py:right")
+    assert right.signature == Signature(batched=False, required=("answer",), optional=("tolerance",), takes_all=True)
+    assert right.select(row) == {"answer": "a", "start": 3}
+    batched = load("simple.py:batched")
+    assert (batched.signature.batched, batched.select(row)) == (True, {"answer": "a"})
+    fixed = load("simple.py:right", tolerance=0.5)
+    assert fixed.signature.optional == ()
+    assert fixed.select({"answer": "a", "tolerance": 9, "other": 1}) == {"answer": "a", "other": 1}
+    length = load("simple.py:length", folders=(tmp_path, FILES))  # the first folder that has the file
+    assert (length.select(row), length.source.path) == ({}, str(FILES.resolve() / "simple.py"))
+    assert pickle.loads(pickle.dumps(fixed)) == fixed
 
 
 @pytest.mark.parametrize(
@@ -82,18 +67,13 @@ def test_pickles() -> None:
         ("overlong", {"limit": 10, "buffer": 11}, "at most limit"),
         ("repetition_penalty", {"ngram": 0}, "ngram must be 1 or more"),
         ("regex_match", {"pattern": "("}, "unterminated"),
-        ("regex_match", {"limit_s": 0}, "limit_s is 0"),
+        ("regex_match", {"limit_s": 0}, "limit_s must be positive, got 0"),
+        ("simple.py:lenght", {}, "defines no `lenght`"),
         ("cosine_length", {"limit": 9, "verifier": "regex_match", "verifier_args": {"pattern": "("}}, "unterminated"),
     ],
 )
 def test_a_name_or_an_argument_that_is_wrong_is_refused(function: str, args: dict[str, Any], message: str) -> None:
     assert message in refusal(function, **args)
-
-
-def test_missing_name_lists_what_there_is() -> None:
-    message = refusal("simple.py:lenght")
-    assert "defines no `lenght`" in message
-    assert "length" in message.split("it defines:")[1]
 
 
 @pytest.mark.parametrize(
@@ -112,17 +92,13 @@ def test_an_import_that_fails_ends_or_hangs_is_named(code: str, expected: tuple[
     assert all(part in message for part in expected)
 
 
-def test_args_that_leave_columns_open_are_accepted() -> None:
-    assert load("overlong", buffer=5).signature.required == ("limit",)
-    assert load("regex_match", pattern="[0-9]+").signature.required == ("answer",)
-
-
 def test_a_file_named_like_a_module_does_not_replace_it(tmp_path: Path) -> None:
     (tmp_path / "json.py").write_text("import json\n\ndef reward(prompt, response):\n    return json.loads(response)\n")
     assert load("json.py:reward", folders=(tmp_path,)).function == "json.py:reward"
 
 
 def test_check_columns() -> None:
+    assert load("overlong", buffer=5).signature.required == ("limit",)  # args may leave columns open
     reward = load("last_number")
     check_columns(reward, ["answer"], key="rewards.r", data="train.jsonl")
     with pytest.raises(UserError, match=r"needs the column `answer`, and train\.jsonl has text"):

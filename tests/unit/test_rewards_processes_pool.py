@@ -96,9 +96,10 @@ def test_what_is_no_finite_number(hostile: RewardPool, value: object, expected: 
     assert expected in failure.message
 
 
-@pytest.mark.parametrize(("value", "score"), [(True, 1.0), (3, 3.0), (-0.25, -0.25)])
-def test_what_is_one(hostile: RewardPool, value: object, score: float) -> None:
-    assert hostile.score(HOSTILE.index("returns"), "p", ["x"], {"value": value}).scores == (score,)
+def test_what_is_one_and_what_is_no_opinion(hostile: RewardPool) -> None:
+    for value, score in ((True, 1.0), (3, 3.0), (-0.25, -0.25), (None, None)):
+        outcome = hostile.score(HOSTILE.index("returns"), "p", ["a", "x", "b"], {"value": value})
+        assert (outcome.scores, outcome.failures) == ((1.0, score, 1.0), ())
 
 
 @pytest.mark.parametrize(
@@ -122,24 +123,14 @@ def test_a_group_that_goes_on_has_all_its_other_scores(hostile: RewardPool, name
     assert [(failure.sample, failure.kind) for failure in outcome.failures] == [(0, kind), (2, kind)]
 
 
-def test_none_is_no_opinion_and_no_failure(hostile: RewardPool) -> None:
-    outcome = hostile.score(HOSTILE.index("returns"), "p", ["a", "x", "b"], {"value": None})
-    assert (outcome.scores, outcome.failures) == ((1.0, None, 1.0), ())
-
-
-def test_output_goes_to_the_log(hostile: RewardPool, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="rlhf.rewards.processes.process"):
-        assert hostile.score(HOSTILE.index("noisy"), "p", ["größer \ud800 字"], {}).scores == (1.0,)
-    text = "\n".join(caplog.messages)
-    assert "seen: größer \\ud800 字" in text
-    assert "to stderr" in text
-    assert "straight to the file" in text
-
-
-def test_a_flood_of_output_neither_blocks_nor_fills_the_log(
+def test_output_goes_to_the_log_and_a_flood_does_not_fill_it(
     hostile: RewardPool, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="rlhf.rewards.processes.process"):
+        assert hostile.score(HOSTILE.index("noisy"), "p", ["größer \ud800 字"], {}).scores == (1.0,)
+        text = "\n".join(caplog.messages)
+        assert [part in text for part in ("seen: größer \\ud800 字", "to stderr", "straight to the file")] == [True] * 3
+        caplog.clear()
         assert hostile.score(HOSTILE.index("floods"), "p", ["a"], {}).scores == (1.0,)
     assert len(caplog.messages) == 21  # twenty lines and the one that says that there were more
 
@@ -149,14 +140,14 @@ def test_what_a_reward_started_dies_with_it(hostile: RewardPool) -> None:
         (child,) = hostile.score(HOSTILE.index(name), "p", ["a"], {}).scores
         assert psutil.pid_exists(int(child))
         assert failures_of(hostile, name)[0].kind == kind
-        deadline = time.monotonic() + 60.0
-        while psutil.pid_exists(int(child)) and psutil.Process(int(child)).status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < deadline, f"the reward's child {child} is still there 60 s after its parent"
-            time.sleep(0.02)
+        assert_gone(int(child))
 
 
-def test_processes_are_light(hostile: RewardPool) -> None:
-    assert hostile.score(HOSTILE.index("torch_is_loaded"), "p", ["a"], {}).scores == (0.0,)
+def assert_gone(pid: int) -> None:
+    deadline = time.monotonic() + 60.0
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, f"process {pid} is still there 60 s after its parent"
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -166,15 +157,14 @@ def simple() -> Iterator[RewardPool]:
         yield pool
 
 
-def test_order_is_kept(simple: RewardPool) -> None:
-    responses = ["x" * (i * 7 % 50) for i in range(300)]
-    assert simple.score(0, "p", responses, {}).scores == tuple(float(len(r)) for r in responses)
+MANY = ["x" * (i * 7 % 50) for i in range(300)]
 
 
 @pytest.mark.parametrize(
     ("reward", "responses", "columns", "scores"),
     [
         (0, [], {}, ()),
+        (0, MANY, {}, tuple(float(len(response)) for response in MANY)),  # in order
         (0, ["字" * 3_000_000] * 2, {}, (3e6, 3e6)),  # larger than any buffer
         # equal to the answer, plus the tolerance, plus one other column
         (1, ["é", "b"], {"answer": "é", "tolerance": 0.5, "z": 0}, (2.5, 1.5)),
@@ -189,12 +179,10 @@ def test_responses_and_columns_arrive(
     assert simple.score(reward, "p", responses, columns).scores == scores
 
 
-def test_a_class_is_constructed_once(simple: RewardPool) -> None:
+def test_a_class_is_constructed_once_and_processes_are_light_and_quick(simple: RewardPool, hostile: RewardPool) -> None:
     assert simple.score(5, "p", ["a", "b"], {}).scores == (1.0, 2.0)
     assert simple.score(5, "p", ["a"], {}).scores == (3.0,)
-
-
-def test_several_thousand_a_second(simple: RewardPool) -> None:
+    assert hostile.score(HOSTILE.index("torch_is_loaded"), "p", ["a"], {}).scores == (0.0,)
     simple.score(0, "p", ["a"], {})
     fastest = math.inf  # of 500 groups, which other work on the machine does not slow down
     for _ in range(500):
@@ -202,13 +190,6 @@ def test_several_thousand_a_second(simple: RewardPool) -> None:
         simple.score(0, "p", ["a"] * 8, {})
         fastest = min(fastest, time.monotonic() - began)
     assert fastest < 8 / 2000
-
-
-def test_a_process_killed_from_outside_costs_nothing() -> None:
-    with RewardPool([source("simple.py:length"), source("hostile.py:sleeps")], timeout_s=5.0) as pool:
-        for group in (["a", "bb"], ["ccc"]):
-            os.kill(pool.pids()[0], signal.SIGKILL)
-            assert pool.score(0, "p", group, {}).scores == tuple(float(len(r)) for r in group)
 
 
 @pytest.mark.parametrize(("killed", "is_replaced"), [((1,), True), ((2,), True), ((1, 3), True), ((2, 3), False)])
@@ -267,17 +248,18 @@ def test_a_process_killed_in_the_middle_of_a_call_is_tried_once_more(monkeypatch
 
 
 def test_each_response_may_lose_its_process_once(tmp_path: Path) -> None:
+    """Here the processes end by themselves, and one process is killed from outside."""
     (tmp_path / "once.py").write_text(
         "import os, pathlib\n"
         "def once(prompt, response):\n"
         "    seen = pathlib.Path(__file__).with_name(response)\n"
-        "    if not seen.exists():\n"
-        "        seen.touch()\n"
-        "        os._exit(3)\n"
+        "    if not seen.exists(): seen.touch(), os._exit(3)\n"
         "    return float(len(response))\n"
     )
     with RewardPool([CodeSource(path=str(tmp_path / "once.py"), name="once", args={})], timeout_s=60.0) as pool:
         assert pool.score(0, "p", ["a", "bb", "ccc"], {}).scores == (1.0, 2.0, 3.0)
+        os.kill(pool.pids()[0], signal.SIGKILL)
+        assert pool.score(0, "p", ["a"], {}).scores == (1.0,)
 
 
 def test_a_stopped_process_is_replaced() -> None:
@@ -312,7 +294,9 @@ def test_groups_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [outcome.scores for outcome in outcomes] == [(1.0,), (2.0,)]
 
 
-def test_closing_ends_a_group_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_ends_a_group_under_way_and_a_reward_that_cannot_be_loaded_ends_the_pool(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pool = RewardPool([source("hostile.py:sleeps")], timeout_s=60.0)
     send = RewardProcess.send
 
@@ -324,9 +308,6 @@ def test_closing_ends_a_group_under_way(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(RunError, match="closed"):
         pool.score(0, "p", ["x"], {})
     assert pool.pids() == []
-
-
-def test_a_reward_that_cannot_be_loaded_here() -> None:
     with pytest.raises(RunError, match="cannot load its rewards"):
         RewardPool([source("simple.py:absent")], timeout_s=1.0)
 
@@ -351,10 +332,7 @@ def test_processes_end_with_their_parent(name: str) -> None:
         pid = int(parent.stdout.readline())
         assert psutil.pid_exists(pid)
         parent.kill()
-    deadline = time.monotonic() + 30.0
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, f"reward process {pid} is still there 30 s after its parent"
-        time.sleep(0.02)
+    assert_gone(pid)
 
 
 def test_steps_of_functions_and_what_is_none() -> None:

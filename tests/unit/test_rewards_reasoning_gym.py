@@ -38,16 +38,12 @@ def test_gym_scorers_that_can_be_fooled() -> None:
     assert [gym_score(entry, text) for text in ("nan", "NaN + 1i", entry["answer"])] == [0.0, 0.0, 1.0]
     with pytest.raises(ValueError, match="game_of_life_halting gives full marks to nonsense"):
         gym_score(gym_entry("game_of_life_halting"), "True")
+    assert len(GYM_TASKS) + 1 == 106  # as the documentation says
 
 
 GYM_TASKS = sorted(set(reasoning_gym.factory.DATASETS) - {"composite"})
 # Entries without one right answer: the task checks what is proposed, and stores none.
 WITHOUT_ANSWER = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
-
-
-def test_there_are_as_many_gym_tasks_as_the_documentation_says() -> None:
-    assert len(GYM_TASKS) + 1 == 106
-    assert set(GYM_TASKS) >= WITHOUT_ANSWER
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,10 @@ import string
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -27,15 +28,11 @@ import pytest
 from rlhf.extensions import CodeSource
 from rlhf.rewards.processes.pool import RewardPool
 from rlhf.rewards.sandbox import confinement
-from rlhf.rewards.sandbox.run import MAX_THREADS, OUTPUT_BYTES, Finished, Rung, Sandbox, SandboxError
+from rlhf.rewards.sandbox.run import MAX_THREADS, OUTPUT_BYTES, Rung, Sandbox, SandboxError
 from tests.fixtures.rewards.hostile_programs import PROGRAMS
 
 LIMIT_S = 0.5
 NAME = f"sandbox-test-{os.getpid()}"
-
-
-def test_the_ladder_finds_a_rung() -> None:
-    assert Sandbox().rung in ("bubblewrap", "landlock")
 
 
 @pytest.fixture(scope="module", params=["landlock", "bubblewrap"])
@@ -142,7 +139,10 @@ def test_without_a_sandbox_they_succeed(name: str, host: Host) -> None:
     assert b"ESCAPED" in done.stdout, done.stderr
 
 
-def test_what_a_program_may_do(sandbox: Sandbox) -> None:
+def test_what_a_program_may_do(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python may be built for an older C library."""
+    for module, name in ((os, "memfd_create"), (fcntl, "F_ADD_SEALS"), (os, "pidfd_open")):
+        monkeypatch.delattr(module, name, raising=False)
     program = """
 import asyncio, collections, decimal, math, random, re, resource, sys, threading, time
 async def later():
@@ -162,12 +162,6 @@ exit(3)
     assert done.stdout.decode().split("\n") == ["5", "thread", "größer more", "True __main__ ['program']", ""]
     assert done.stderr == b"to stderr\n"
     assert done.code == 3
-
-
-def test_a_python_for_an_older_c_library(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((os, "memfd_create"), (fcntl, "F_ADD_SEALS"), (os, "pidfd_open")):
-        monkeypatch.delattr(module, name, raising=False)
-    assert sandbox.run("print(1)", wall_s=10.0).stdout == b"1\n"
 
 
 FLOOD = """
@@ -205,21 +199,12 @@ def test_how_programs_end(sandbox: Sandbox) -> None:
     assert (late.code, late.stdout) == (None, b"early\n")
 
 
-def test_sets_have_one_order(sandbox: Sandbox) -> None:
-    outputs = {sandbox.run("print(set('abcdefgh'))", wall_s=5.0).stdout for _ in range(4)}
-    assert len(outputs) == 1
-
-
-def test_several_threads_at_once(sandbox: Sandbox) -> None:
-    found: list[Finished] = []
-    threads = [
-        threading.Thread(target=lambda i=i: found.append(sandbox.run(f"print({i})", wall_s=10.0))) for i in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30.0)
-    assert sorted(int(done.stdout) for done in found) == list(range(8))
+def test_several_threads_at_once_and_one_order_of_sets(sandbox: Sandbox) -> None:
+    programs = [f"print({i})" for i in range(8)] + ["print(set('abcdefgh'))"] * 4
+    with ThreadPoolExecutor(8) as threads:
+        outputs = [done.stdout for done in threads.map(partial(sandbox.run, wall_s=10.0), programs)]
+    assert [int(output) for output in outputs[:8]] == [*range(8)]
+    assert len({*outputs[8:]}) == 1
 
 
 def test_a_program_ends_with_its_caller(sandbox: Sandbox) -> None:
@@ -243,6 +228,7 @@ def test_a_program_ends_with_its_caller(sandbox: Sandbox) -> None:
 def test_an_interpreter_with_its_packages() -> None:
     """Root runs an interpreter that only root may read, by Landlock and without capabilities."""
     made = Sandbox(python=sys.executable)
+    assert made.rung in ("bubblewrap", "landlock")
     done = made.run("import numpy, sys; print(numpy.ones(2).sum(), sys.prefix)", wall_s=20.0)
     assert done.stdout.decode() == f"2.0 {sys.prefix}\n"
     assert made.run("print(open('/etc/shadow').read())", wall_s=10.0).code == 1
@@ -260,15 +246,14 @@ def test_a_missing_sandbox_is_refused_and_says_what_to_install(monkeypatch: pyte
     unsafe = Sandbox(unsafe=True)
     assert unsafe.rung == "unsafe"
     assert unsafe.run("print(open('/etc/passwd').read()[:4])", wall_s=5.0).stdout == b"root\n"
-
-
-def test_an_interpreter_that_is_not_there() -> None:
     with pytest.raises(SandboxError, match="/nowhere/python"):
         Sandbox(python="/nowhere/python")
 
 
-def test_the_filter_knows_its_numbers() -> None:
+def test_the_filter_knows_its_numbers_and_no_call_that_changes_files_or_other_processes() -> None:
     """The numbers equal the machine's headers, if the machine has headers."""
+    calls = "fork vfork clone3 execve socket connect kill unlink chmod ptrace mount"
+    assert not confinement._CALLS.keys() & set(calls.split())
     header = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
     if not header.exists():
         pytest.skip("THE NUMBERS OF THE FILTER ARE NOT TESTED: no kernel headers (apt-get install linux-libc-dev)")
@@ -277,18 +262,7 @@ def test_the_filter_knows_its_numbers() -> None:
         assert defined[f"__NR_{name}"] == str(number), name
 
 
-def test_no_call_that_changes_files_or_other_processes_is_allowed() -> None:
-    calls = "fork vfork clone3 execve socket connect kill unlink chmod ptrace mount"
-    assert not confinement._CALLS.keys() & set(calls.split())
-
-
-def test_a_machine_whose_calls_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("platform.machine", lambda: "riscv64")
-    with pytest.raises(confinement.Unavailable, match="riscv64"):
-        confinement.seccomp_filter()
-
-
-def test_landlock_needs_a_kernel_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_of_unknown_calls_and_a_kernel_without_landlock_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Old:
         def syscall(self, *_: object) -> int:
             ctypes.set_errno(38)
@@ -297,9 +271,9 @@ def test_landlock_needs_a_kernel_that_has_it(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: Old())
     with pytest.raises(confinement.Unavailable, match="Function not implemented"):
         confinement.landlock_ruleset(["/usr"], [])
-
-
-PROGRAM = "```python\n{}\n```"
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    with pytest.raises(confinement.Unavailable, match="riscv64"):
+        confinement.seccomp_filter()
 
 
 def test_in_a_reward_process() -> None:
@@ -308,7 +282,7 @@ def test_in_a_reward_process() -> None:
     with RewardPool([CodeSource(path=None, name="code_tests", args=args)], timeout_s=20.0, memory_gib=2.0) as pool:
         programs = ["print(int(input()) + 1)", "print(2)", "while True: pass", "import os\nwhile True: os.fork()"]
         columns = {"tests": [{"input": "1", "output": "2"}, {"input": "2", "output": "3"}]}
-        outcome = pool.score(0, "p", [PROGRAM.format(p) for p in programs], columns)
+        outcome = pool.score(0, "p", [f"```python\n{program}\n```" for program in programs], columns)
         assert outcome.scores == (1.0, 0.0, 0.0, 0.0)
         (pid,) = pool.pids()
         assert psutil.Process(pid).children(recursive=True) == []

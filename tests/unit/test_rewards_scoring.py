@@ -17,8 +17,13 @@ PROMPT = Prompt(prompt_id=7, token_ids=(1,), text="p", columns={"answer": "ab", 
 
 
 def spec(name: str, function: str | None, weight: float = 1.0) -> RewardSpec:
-    loaded = None if function is None else load_reward(function, args={}, folders=[FILES], key=name)
-    return RewardSpec(name=name, weight=weight, function=loaded)
+    none = RewardSpec(name=name, weight=weight, function=None)
+    return none if function is None else loaded(name, function, weight=weight)
+
+
+def loaded(name: str, function: str, args: dict[str, Any] | None = None, **settings: Any) -> RewardSpec:
+    code = load_reward(function, args=args or {}, folders=[FILES], key=name)
+    return RewardSpec(**{"name": name, "weight": 1.0, "function": code, **settings})
 
 
 def scored(specs: list[RewardSpec], responses: list[str], *, timeout_s: float = 5.0, **columns: Any) -> GroupScores:
@@ -34,10 +39,9 @@ def test_weighted_sum_by_hand() -> None:
     assert scores.scores == (10.5, -4.0)
     assert scores.by_name == {"length": (2.0, 4.0), "taste": (0.25, 3.0), "exact": (1.0, 0.0)}
     assert scores.errors == ()
-
-
-def test_a_group_may_take_the_time_of_repeating_all_its_calls_and_of_fresh_processes() -> None:
-    specs = [spec("length", "simple.py:length"), spec("taste", None), spec("exact", "exact_match")]
+    assert scored([spec("taste", None, 2.0)], ["a"], model_scores={"taste": [1.5]}).scores == (3.0,)
+    none = scored([], ["a", "b"], truncated=[False, True])
+    assert (none.scores, none.by_name, none.errors) == ((), {}, ())
     # 2 functions, each twice 8 calls of 5 s and a start of 120 s
     assert deadline_s(specs, 8, timeout_s=5.0) == 2 * 2 * (8 * 5.0 + 120.0)
 
@@ -47,20 +51,10 @@ def test_rewards_are_the_same_until_configuration_or_code_changes(tmp_path: Path
 
     def found(code: str = "return 1.0", weight: float = 1.0, model: str = "") -> str:
         file.write_text(f"def f(prompt, response):\n    {code}\n")
-        loaded = load_reward("mine.py:f", args={}, folders=[tmp_path], key="mine")
-        return fingerprint([RewardSpec(name="mine", weight=weight, function=loaded)], model=model)
+        return fingerprint([loaded("mine", f"{file}:f", weight=weight)], model=model)
 
     assert found() == found()
     assert len({found(), found("return 2.0"), found(weight=0.5), found(model="other")}) == 4
-
-
-def test_without_rewards_there_are_no_scores() -> None:
-    scores = scored([], ["a", "b"], truncated=[False, True])
-    assert (scores.scores, scores.by_name, scores.errors) == ((), {}, ())
-
-
-def test_a_model_alone_needs_no_process() -> None:
-    assert scored([spec("taste", None, 2.0)], ["a"], model_scores={"taste": [1.5]}).scores == (3.0,)
 
 
 def test_errors_of_functions_and_models_leave_no_scores() -> None:
@@ -74,17 +68,10 @@ def test_errors_of_functions_and_models_leave_no_scores() -> None:
     ]
 
 
-def test_model_scores_must_fit_the_group() -> None:
-    with (
-        RewardSet([spec("taste", None)], timeout_s=5.0) as rewards,
-        pytest.raises(ValueError, match="1 reward model scores for 2 responses"),
-    ):
-        rewards.score(PROMPT, ["a", "b"], truncated=[False, False], model_scores={"taste": [1.0]})
-
-
-def test_weights_that_overflow_are_an_error() -> None:
-    with RewardSet([spec("taste", None, 1e300)], timeout_s=5.0) as rewards:
-        (error,) = rewards.score(PROMPT, ["a"], truncated=[False], model_scores={"taste": [1e300]}).errors
+def test_model_scores_must_fit_the_group_and_weights_that_overflow_are_an_error() -> None:
+    with pytest.raises(ValueError, match="1 reward model scores for 2 responses"):
+        scored([spec("taste", None)], ["a", "b"], model_scores={"taste": [1.0]})
+    (error,) = scored([spec("taste", None, 1e300)], ["a"], model_scores={"taste": [1e300]}).errors
     assert error.kind == "not_a_number"
 
 
@@ -102,12 +89,8 @@ def test_describe_says_each_cause_once() -> None:
 
 def test_a_cut_response_gets_what_the_configuration_says() -> None:
     cut = RewardSpec(name="taste", weight=0.5, function=None, truncated_score=-2.0)
-    scores = scored(
-        [cut, spec("other", None)],
-        ["a", "b"],
-        truncated=[True, False],
-        model_scores={"taste": [3.0, 4.0], "other": [1.0, 1.0]},
-    )
+    model_scores = {"taste": [3.0, 4.0], "other": [1.0, 1.0]}
+    scores = scored([cut, spec("other", None)], ["a", "b"], truncated=[True, False], model_scores=model_scores)
     assert scores.by_name == {"taste": (-2.0, 4.0), "other": (1.0, 1.0)}
     assert scores.scores == (0.0, 3.0)  # 0.5 * -2 + 1 and 0.5 * 4 + 1
     assert fingerprint([cut], model="") != fingerprint([spec("taste", None, 0.5)], model="")
@@ -115,13 +98,7 @@ def test_a_cut_response_gets_what_the_configuration_says() -> None:
 
 def test_steps_stand_beside_their_sums_at_their_tokens() -> None:
     """`1x2` has the tokens 4 to 6 and an end at 7. The second response, `3`, was cut and is token 2 of its sequence."""
-    digits = RewardSpec(
-        name="digits",
-        weight=2.0,
-        function=load_reward("steps.py:digits", args={}, folders=[FILES], key="digits"),
-        by_step=True,
-        truncated_score=-1.0,
-    )
+    digits = loaded("digits", "steps.py:digits", weight=2.0, by_step=True, truncated_score=-1.0)
     sound = RewardSpec(name="sound", weight=1.0, function=None, by_step=True)
     told = [(StepReward(end=5, value=0.5), StepReward(end=7, value=0.25)), ()]
     with RewardSet([digits, sound, spec("taste", None)], timeout_s=5.0) as rewards:
@@ -145,14 +122,10 @@ def test_steps_stand_beside_their_sums_at_their_tokens() -> None:
     assert fingerprint([sound], model="") != fingerprint([plain], model="")
 
 
-def hostile(name: str, on_error: ErrorRule, *, weight: float = 1.0) -> RewardSpec:
-    loaded = load_reward(f"hostile.py:{name}", args={}, folders=[FILES], key=name)
-    return RewardSpec(name=name, weight=weight, function=loaded, on_error=on_error)
-
-
 @pytest.mark.parametrize(("name", "kind"), [("raises", "raised"), ("sleeps", "timeout"), ("dies", "died")])
 def test_a_failed_call_gets_the_score_of_its_rule_and_is_an_error_all_the_same(name: str, kind: str) -> None:
-    scores = scored([hostile(name, -0.5), spec("length", "simple.py:length")], ["a", "x", "bc"], timeout_s=0.8)
+    specs = [loaded(name, f"hostile.py:{name}", on_error=-0.5), spec("length", "simple.py:length")]
+    scores = scored(specs, ["a", "x", "bc"], timeout_s=0.8)
     assert scores.by_name == {name: (1.0, -0.5, 1.0), "length": (1.0, 1.0, 2.0)}
     assert scores.scores == (2.0, 0.5, 3.0)
     assert scores.errors == ()
@@ -161,41 +134,32 @@ def test_a_failed_call_gets_the_score_of_its_rule_and_is_an_error_all_the_same(n
 
 @pytest.mark.parametrize("on_error", [None, "fail", "drop"])
 def test_without_a_score_for_failures_the_group_has_no_scores(on_error: ErrorRule) -> None:
-    scores = scored([hostile("sleeps", on_error)], ["x", "a"], timeout_s=0.5)
+    scores = scored([loaded("sleeps", "hostile.py:sleeps", on_error=on_error)], ["x", "a"], timeout_s=0.5)
     assert (scores.scores, scores.scored_errors) == ((), ())
     assert [(error.kind, error.sample) for error in scores.errors] == [("timeout", 0)]
 
 
 def test_a_built_in_finds_a_response_wrong_that_ends_its_process() -> None:
     """The built-in limit is above the limit of the pool, like a hang in C."""
-    loaded = load_reward("format_regex", args={"pattern": "(a|a)+b", "limit_s": 60.0}, folders=[], key="form")
     for rule, expected in ((None, (1.0, 0.0, 0.0)), ("drop", ())):
-        form = RewardSpec(name="form", weight=1.0, function=loaded, on_error=rule)  # type: ignore[arg-type]
-        with RewardSet([form], timeout_s=0.8) as rewards:
-            scores = rewards.score(PROMPT, ["aab", "a" * 100, "c"], truncated=[False] * 3)
+        form = loaded("form", "format_regex", {"pattern": "(a|a)+b", "limit_s": 60.0}, on_error=rule)
+        scores = scored([form], ["aab", "a" * 100, "c"], timeout_s=0.8)
         assert scores.scores == expected
         assert [error.kind for error in (*scores.errors, *scores.scored_errors)] == ["timeout"]
 
 
 def test_a_reward_without_an_opinion_is_left_out_of_that_sum() -> None:
-    loaded = load_reward("hostile.py:returns", args={"value": None}, folders=[FILES], key="silent")
-    silent = RewardSpec(name="silent", weight=2.0, function=loaded)
+    silent = loaded("silent", "hostile.py:returns", {"value": None}, weight=2.0)
     scores = scored([silent, spec("length", "simple.py:length")], ["ab", "x"])
     assert scores.by_name == {"silent": (1.0, None), "length": (2.0, 1.0)}
     assert scores.scores == (4.0, 1.0)
-
-
-def test_a_response_on_which_no_reward_has_an_opinion_is_an_error() -> None:
-    loaded = load_reward("hostile.py:returns", args={"value": None}, folders=[FILES], key="silent")
-    silent = RewardSpec(name="silent", weight=2.0, function=loaded)
-    scores = scored([silent, spec("length", "simple.py:length", 0.0)], ["ab", "x"])
+    scores = scored([silent, spec("length", "simple.py:length", 0.0)], ["ab", "x"])  # none with a weight has an opinion
     assert scores.scores == ()
     assert [(error.reward, error.kind, error.sample) for error in scores.errors] == [("score", "no_opinion", 1)]
 
 
 def test_by_steps_a_scored_failure_is_one_step() -> None:
-    loaded = load_reward("steps.py:returns", args={"value": "no steps"}, folders=[FILES], key="steps")
-    steps = RewardSpec(name="steps", weight=1.0, function=loaded, by_step=True, on_error=-1.0)
+    steps = loaded("steps", "steps.py:returns", {"value": "no steps"}, by_step=True, on_error=-1.0)
     scores = scored([steps], ["ab"], places=[(3, 4, 5)])
     assert scores.scores == (-1.0,)
     assert scores.steps == {"steps": ((StepReward(end=5, value=-1.0),),)}
@@ -206,10 +170,6 @@ def test_a_function_gets_the_result_of_each_session(tmp_path: Path) -> None:
         "def one(prompt, response, result, answer):\n    return float(len(result['said'] + answer))\n"
         "def group(prompts, responses, result):\n    return [float(len(r['said'])) for r in result]\n"
     )
-    specs = [
-        RewardSpec(name=name, weight=1.0, function=load_reward(f"mine.py:{name}", args={}, folders=[tmp_path], key=""))
-        for name in ("one", "group")
-    ]
-    results = [{"said": "x"}, {"said": "xyz"}]
-    scores = scored(specs, ["", ""], results=results)
+    specs = [loaded(name, f"{tmp_path}/mine.py:{name}") for name in ("one", "group")]
+    scores = scored(specs, ["", ""], results=[{"said": "x"}, {"said": "xyz"}])
     assert scores.by_name == {"one": (3.0, 5.0), "group": (1.0, 3.0)}

@@ -26,40 +26,37 @@ def test_the_question() -> None:
         "seed": 3,
         "messages": [
             {"role": "system", "content": "Be fair."},
-            {
-                "role": "user",
-                "content": '{"q": p {response}} r a {"k": "ü"}',
-            },  # filled in once
+            {"role": "user", "content": '{"q": p {response}} r a {"k": "ü"}'},  # filled in once
         ],
     }
-
-
-def test_the_standard_question_needs_no_column() -> None:
-    spec = judge()
+    spec = judge()  # the standard question needs no column
     assert spec.columns == ()
     body = question(spec, "P", "R", {})
     assert (body["temperature"], body["max_tokens"]) == (0.0, 512)
     assert verdict(spec, says("It is fine, score: 3 at first. Score: 5.5")) == 0.5  # (5.5 - 1) / 9
 
 
-@pytest.mark.parametrize(
-    ("text", "worth"), [("Score: 10", 1.0), ("score 1", 0.0), ("**Score:** 4", 1 / 3), ("Score: 2\nScore: 7", 2 / 3)]
-)
-def test_the_last_number_on_the_scale(text: str, worth: float) -> None:
-    assert verdict(judge(), says(text)) == pytest.approx(worth)
+def test_the_last_number_on_the_scale() -> None:
+    worth = {"Score: 10": 1.0, "score 1": 0.0, "**Score:** 4": 1 / 3, "Score: 2\nScore: 7": 2 / 3}
+    assert {text: verdict(judge(), says(text)) for text in worth} == pytest.approx(worth)
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
+    ("answer", "why"),
     [
-        ("good", "no match of `pattern`: 'good'"),
-        ("Score: 11", "gives 11, which is not on the scale from 1 to 10"),
-        ("Score: -3", "gives -3"),
+        (says("good"), "no match of `pattern`: 'good'"),
+        (says("Score: 11"), "gives 11, which is not on the scale from 1 to 10"),
+        (says("Score: -3"), "gives -3"),
+        (says("Let me think", finish_reason="length"), "truncated at its limit of tokens"),
+        ({}, r"no choices\[0\].message.content"),
+        ({"choices": []}, r"no choices\[0\].message.content"),
+        (says(None), r"no choices\[0\].message.content"),
+        ({"choices": [{"text": "Score: 3"}]}, r"no choices\[0\].message.content"),
     ],
 )
-def test_an_answer_off_the_scale_is_no_low_score(text: str, why: str) -> None:
+def test_an_answer_off_the_scale_or_of_no_completion_is_no_low_score(answer: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
-        verdict(judge(), says(text))
+        verdict(judge(), answer)
 
 
 def test_choices_stand_alone_and_the_last_counts() -> None:
@@ -68,17 +65,6 @@ def test_choices_stand_alone_and_the_last_counts() -> None:
     assert verdict(spec, says("I say NOT SURE")) == 0.25
     with pytest.raises(ValueError, match="contains none of the choices YES, NO, NOT SURE: 'NOBODY KNOWS'"):
         verdict(spec, says("NOBODY KNOWS"))
-
-
-@pytest.mark.parametrize("answer", [{}, {"choices": []}, says(None), {"choices": [{"text": "Score: 3"}]}])
-def test_what_is_no_completion(answer: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"no choices\[0\].message.content"):
-        verdict(judge(), answer)
-
-
-def test_a_cut_answer_is_told() -> None:
-    with pytest.raises(ValueError, match="truncated at its limit of tokens"):
-        verdict(judge(), says("Let me think", finish_reason="length"))
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         name = re.match(r"# (\S+)\n", block)
         assert name is not None
         (folder / name[1]).write_text(block)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen([sys.executable, "serve.py", str(port)], cwd=folder)
     until = time.monotonic() + 30
@@ -101,20 +100,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     process.wait(10)
 
 
-def test_a_server_plays(server: str) -> None:
+def test_a_server_plays_or_fails(server: str) -> None:
     first, steps = play("http", {"url": server}, {"start": 1}, "3", "x")
     assert first == "10 are left. Take 1, 2 or 3."
     assert str(steps[0].observation).endswith(" are left.")
     assert steps[1] == Step(observation="Say 1, 2 or 3.", reward=-0.1, done=False)
-
-
-def test_a_server_that_fails_is_a_failure(server: str) -> None:
     with pytest.raises(EnvironmentFailure, match=r"reset: .*URLError"):
         play("http", {"url": "http://127.0.0.1:9"}, {})
     with pytest.raises(UserError, match="expected a URL that begins with http:// or https://"):
         play("http", {"url": "file:///etc/passwd"}, {})
-    with pytest.raises(UserError, match="NO_SUCH_TOKEN for the token is not set"):
-        play("http", {"url": server, "token_env": "NO_SUCH_TOKEN"}, {})
 
 
 @pytest.fixture
@@ -152,10 +146,7 @@ def test_an_environment_of_openenv_plays(openenv: str, monkeypatch: pytest.Monke
     args: dict[str, Any] = {"url": openenv, "action": ACTION, "observation": "said"}
     first, steps = play("openenv", args, {"start": 2, "answer": "x"}, "{a}", "b")
     assert first == "2 left"
-    assert steps == [
-        Step(observation="1 left", reward=0.5, done=False),
-        Step(observation="0 left", reward=0.5, done=True),
-    ]
+    assert steps == [Step(observation=f"{left} left", reward=0.5, done=not left) for left in (1, 0)]
     assert play("openenv", args, {}, seed=3)[0] == "3 left"
     del args["observation"]
     monkeypatch.setenv("ENV_TOKEN", "a-token")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 
 from rlhf.data.tasks import TaskSource, make_rows
-from rlhf.errors import UserError
 from rlhf.rollouts.environments.calculator import Calculator, evaluate_expression
 from rlhf.rollouts.environments.guess_number import GuessNumber
 
 
-def test_a_guess_is_answered_until_it_is_right() -> None:
+def test_a_guess_is_answered_until_it_is_right_and_a_secret_is_its_seeds() -> None:
     game = GuessNumber(low=1, high=10)
     game.reset(seed=3, secret=7)
     assert game.step("4") == ("higher", 0.0, False)
@@ -18,12 +17,8 @@ def test_a_guess_is_answered_until_it_is_right() -> None:
     assert game.step("11") == ("a number from 1 to 10", 0.0, False)
     assert game.step("none") == ("a number from 1 to 10", 0.0, False)
     assert game.step("7") == ("right", 1.0, True)
-
-
-def test_a_secret_is_its_seeds() -> None:
     secrets = []
     for seed in (1, 1, 2, 3, 4):
-        game = GuessNumber()
         game.reset(seed=seed)
         secrets.append(game.secret)
     assert secrets[0] == secrets[1]
@@ -42,33 +37,21 @@ def test_a_calculator_calculates_and_judges() -> None:
     assert tool.step("It is 1776.", []) == ("", 1.0, True)
     assert tool.step("It is 1775.", []) == ("", 0.0, True)
     assert tool.step("no number", []) == ("", 0.0, True)
-
-
-def test_a_calculator_reads_a_typographic_minus() -> None:
-    tool = Calculator()
     tool.reset(seed=0, answer="\N{MINUS SIGN}7")
     assert [tool.step(response, [])[1] for response in ("-7", "\N{MINUS SIGN}7.", "7")] == [1.0, 1.0, 0.0]
-
-
-def test_a_calculator_refuses_an_answer_without_a_number() -> None:
     with pytest.raises(ValueError, match="`answer` is 'seven', expected a number"):
-        Calculator().reset(seed=0, answer="seven")
+        tool.reset(seed=0, answer="seven")
 
 
-@pytest.mark.parametrize(
-    ("expression", "value"), [("3 * (4 + 5)", 27), ("-7 // 2", -4), ("2.5 / 5", 0.5), ("10 % 4 - 1", 1)]
-)
-def test_expressions(expression: str, value: float) -> None:
-    assert evaluate_expression(expression) == value
+NO_ARITHMETIC = ("__import__('os')", "2 ** 9999999", "a + 1", "'a' * 9", "[1]", "1 +", "(" * 500, "True + 1", "9" * 400)
 
 
-@pytest.mark.parametrize(
-    "expression",
-    ["__import__('os')", "2 ** 9999999", "a + 1", "'a' * 9", "[1]", "1 +", "(" * 500, "True + 1", "9" * 400, "1e999"],
-)
-def test_what_is_no_arithmetic_is_refused(expression: str) -> None:
-    with pytest.raises((ValueError, ArithmeticError)):
-        evaluate_expression(expression)
+def test_expressions() -> None:
+    for expression, value in {"3 * (4 + 5)": 27, "-7 // 2": -4, "2.5 / 5": 0.5, "10 % 4 - 1": 1}.items():
+        assert evaluate_expression(expression) == value
+    for expression in (*NO_ARITHMETIC, "1e999"):
+        with pytest.raises((ValueError, ArithmeticError)):
+            evaluate_expression(expression)
 
 
 def test_games_to_learn_from_follow_the_rules() -> None:
@@ -90,14 +73,10 @@ def test_calculations_to_learn_from_are_right() -> None:
         assert str(evaluate_expression(expression)) == result["content"] == answer["content"] == row["answer"]
 
 
-def test_splits_are_drawn_apart_and_args_are_checked() -> None:
+def test_splits_are_drawn_apart() -> None:
     few = {"max_value": 9}
     sft, train, held_out = (
         {row["messages"][1]["content"] for row in make_rows(TaskSource(task="calculator", split=s, size=900, args=few))}
         for s in ("sft", "train", "eval")
     )
     assert len(sft | train | held_out) == len(sft) + len(train) + len(held_out)
-    with pytest.raises(UserError, match="takes the args low, high; found top"):
-        make_rows(TaskSource(task="guessing_game", split="train", size=2, args={"top": 3}))
-    with pytest.raises(UserError, match="has the splits sft, train and eval"):
-        make_rows(TaskSource(task="guessing_game", split="pairs", size=2))

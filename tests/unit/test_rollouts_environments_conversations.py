@@ -20,13 +20,12 @@ from rlhf.errors import ChildLost, UserError
 from rlhf.extensions import CodeSource, find_code
 from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.rollouts.environments import host as module
-from rlhf.rollouts.environments.built_in import BUILT_INS
 from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec, turn_seed
-from rlhf.rollouts.environments.host import EnvironmentFailure, EnvironmentHost
+from rlhf.rollouts.environments.host import EnvironmentHost
 from rlhf.rollouts.environments.tool_calls import ToolCall
 from rlhf.rollouts.environments.tool_servers import ToolServer
 from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled
-from rlhf.types import GroupRequest, Prompt, Sampling
+from rlhf.types import FinishReason, GroupRequest, Prompt, Sampling
 from tests.packages import install
 
 T = TypeVar("T")
@@ -70,15 +69,11 @@ class Script:
     async def __call__(
         self, group_id: int, tokens: tuple[int, ...], seed: int, sampling: Sampling, stop: int | None
     ) -> Sampled:
-        said = [*self.says[len(self.asked) % len(self.says)].encode(), EOS][: sampling.max_new_tokens]
+        said = (*self.says[len(self.asked) % len(self.says)].encode(), EOS)[: sampling.max_new_tokens]
         self.asked.append((tokens, seed, sampling.max_new_tokens))
-        count = len(said)
-        return Sampled(
-            token_ids=tuple(said),
-            logprobs=(-1.0,) * count,
-            versions=(0,) * count,
-            finish_reason="stop" if said[-1] == EOS else "length",
-        )
+        logprobs, versions = (-1.0,) * len(said), (0,) * len(said)
+        end: FinishReason = "stop" if said[-1] == EOS else "length"
+        return Sampled(token_ids=said, logprobs=logprobs, versions=versions, finish_reason=end)
 
 
 def play(
@@ -111,14 +106,11 @@ def test_turns_alternate_until_the_environment_is_done() -> None:
     assert script.asked[1][0] == (*b"?3", EOS, *b"higher")  # each turn is drawn after all that was said
 
 
-def test_a_limit_of_turns_cuts_without_a_reward_for_the_end() -> None:
+def test_a_limit_of_turns_or_tokens_cuts_without_a_reward_for_the_end() -> None:
+    """Prompt 1, turn 2, observation 6: 9 tokens. Of 13 the next turn may have 4, and ends before 6 more."""
     (played,) = play(request(secret=7), Script("1"), spec(max_turns=2))
     assert said(played) == ["1<|eos|>", "higher", "1<|eos|>"]
     assert (played.rewards, played.finish_reason) == ((0.0, 0.0), "length")
-
-
-def test_a_limit_of_tokens_shortens_the_last_turn() -> None:
-    """Prompt 1, turn 2, observation 6: 9 tokens. Of 13 the next turn may have 4, and ends before 6 more."""
     script = Script("1", "1 is my guess")
     (played,) = play(request(secret=7), script, spec(max_tokens=13))
     assert [one[2] for one in script.asked] == [8, 4]
@@ -133,14 +125,7 @@ def test_a_cut_turn_goes_on_in_a_chat_behind_an_end_that_was_not_sampled() -> No
     assert played.finish_reason == "stop"
 
 
-def test_a_group_plays_one_game() -> None:
-    played = play(request(samples=4, text="{observation}"), Script("x"), spec(source=moody()))
-    begin = {one.prompt_token_ids for one in played}
-    assert len(begin) == 1
-    assert bytes(begin.pop()) == f"game {request().seeds[0]}".encode()
-
-
-def test_a_slow_environment_stalls_itself_alone() -> None:
+def test_a_group_plays_one_game_and_a_slow_environment_stalls_itself_alone() -> None:
     """Of two simultaneous groups, the group with an answering environment finishes first."""
     through: list[str] = []
 
@@ -151,6 +136,7 @@ def test_a_slow_environment_stalls_itself_alone() -> None:
         async def one(name: str, sleep_s: float) -> None:
             played = await conversations.play(request(samples=2, text="{observation}", sleep_s=sleep_s), SAMPLING)
             assert [(sum(group.rewards or ()), group.finish_reason) for group in played] == [(1.0, "stop")] * 2
+            assert {bytes(group.prompt_token_ids) for group in played} == {f"game {request().seeds[0]}".encode()}
             through.append(name)
 
         try:
@@ -172,26 +158,17 @@ def test_a_slow_environment_stalls_itself_alone() -> None:
         ("greedy", "died", "ran out of memory (rollouts.environment.memory_gib: 2)"),
         ("nan", "not_a_number", "step returned nan as reward"),
         ("bad_start", "raised", "reset: ValueError: no game today"),
+        ("half", "raised", "reset: UnicodeEncodeError"),
+        ("unlike", "raised", "may depend only on the seed and the columns"),
+        ("long", "raised", "which leaves no room for a response"),
     ],
 )
 def test_a_failure_is_that_conversations_error(mood: str, kind: str, message: str) -> None:
-    asked = request(text="{observation}", mood=mood)
-    (played,) = play(asked, Script("x"), spec(source=moody(), step_timeout_s=1.0))
-    assert played.error is not None
-    assert (played.error.kind, played.error.prompt_id, played.rewards) == (kind, 3, None)
-    assert message in played.error.message
-
-
-def test_beginnings_that_differ_are_an_error() -> None:
-    played = play(request(samples=2, text="{observation}", mood="unlike"), Script("x"), spec(source=moody()))
-    errors = [one.error for one in played if one.error is not None]
-    assert "may depend only on the seed and the columns" in errors[0].message
-
-
-def test_a_prompt_that_leaves_no_room_is_an_error() -> None:
-    (played,) = play(request(text="{observation}" + "x" * 50), Script("x"), spec(source=moody(), max_tokens=40))
-    assert played.error is not None
-    assert "which leaves no room for a response" in played.error.message
+    asked = request(samples=1 + (mood == "unlike"), text="{observation}" + "x" * 50 * (mood == "long"), mood=mood)
+    played = play(asked, Script("x"), spec(source=moody(), step_timeout_s=1.0, max_tokens=40))
+    error, rewards = next((one.error, one.rewards) for one in played if one.error is not None)
+    assert (error.kind, error.prompt_id, rewards) == (kind, 3, None)
+    assert message in error.message
 
 
 class Calls:
@@ -229,6 +206,11 @@ def in_host(source: CodeSource, work: Callable[[EnvironmentHost], Awaitable[T]],
     return asyncio.run(asyncio.wait_for(run(), 60.0))
 
 
+async def described(host: EnvironmentHost) -> tuple[str, ...]:
+    assert host.description is not None
+    return host.description.required
+
+
 def gone(pid: int) -> bool:
     """Whether a process has ended, or ends within a minute."""
     deadline = time.monotonic() + 60.0
@@ -243,16 +225,9 @@ QUICK = Path(__file__).parents[1] / "fixtures" / "tools" / "quick_server.py"
 
 
 def quick_server(*words: str, timeout_s: float = 20.0) -> ToolServer:
-    return ToolServer(
-        key="rollouts.environment.tools.mcp.0",
-        command=(sys.executable, str(QUICK), *words),
-        url=None,
-        env={},
-        headers={},
-        timeout_s=timeout_s,
-        only=None,
-        max_result_chars=80,
-    )
+    key, command = "rollouts.environment.tools.mcp.0", (sys.executable, str(QUICK), *words)
+    limits: dict[str, Any] = {"timeout_s": timeout_s, "only": None, "max_result_chars": 80}
+    return ToolServer(key=key, command=command, url=None, env={}, headers={}, **limits)
 
 
 def test_tools_of_a_server_are_called_in_a_process_of_the_conversation() -> None:
@@ -274,20 +249,13 @@ def test_tools_of_a_server_are_called_in_a_process_of_the_conversation() -> None
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
-@pytest.mark.parametrize(
-    ("call", "kind", "message"),
-    [
-        ('!wait {"text": "30"}', "timeout", "took longer to answer a call of the tool wait than rollouts.environment."),
-        ('!die {"text": ""}', "unavailable", "failed to answer a call of the tool die: Connection closed"),
-    ],
-)
-def test_a_server_that_fails_is_that_conversations_error(call: str, kind: str, message: str) -> None:
-    source = CodeSource(path=None, name="until_answer")
-    used = spec(source=source, step_timeout_s=20.0, servers=(quick_server(timeout_s=2.0),))
-    (played,) = play(request(), Script(call), used, parser=Calls(), sampling=Sampling(max_new_tokens=60))
+def test_a_server_that_fails_is_that_conversations_error() -> None:
+    used = spec(source=CodeSource(path=None, name="until_answer"), servers=(quick_server(timeout_s=2.0),))
+    script = Script('!die {"text": ""}')
+    (played,) = play(request(), script, used, parser=Calls(), sampling=Sampling(max_new_tokens=60))
     assert played.error is not None
-    assert played.error.kind == kind
-    assert message in played.error.message
+    assert played.error.kind == "unavailable"
+    assert "failed to answer a call of the tool die: Connection closed" in played.error.message
 
 
 def test_a_killed_conversation_leaves_no_server() -> None:
@@ -307,9 +275,8 @@ def test_the_limit_of_a_call_is_the_servers() -> None:
     """The call takes longer than a step of the environment may."""
     used = spec(source=CodeSource(path=None, name="until_answer"), servers=(quick_server(),))
     used = replace(used, step_timeout_s=1.0, max_turns=1, max_tokens=400)
-    (played,) = play(
-        request(), Script('!wait {"text": "1.5"}'), used, parser=Calls(), sampling=replace(SAMPLING, max_new_tokens=60)
-    )
+    script = Script('!wait {"text": "1.5"}')
+    (played,) = play(request(), script, used, parser=Calls(), sampling=Sampling(max_new_tokens=60))
     assert (played.error, played.rewards) == (None, (0.0,))
 
 
@@ -349,7 +316,7 @@ def test_a_conversation_ends_with_all_that_it_started() -> None:
 def test_nothing_outlives_the_process_that_plays() -> None:
     """The process is killed like an engine on a machine out of memory."""
     program = (
-        "import asyncio, sys, time\n"
+        "import asyncio\n"
         "from rlhf.extensions import CodeSource\n"
         "from rlhf.rollouts.environments.host import EnvironmentHost\n"
         "async def run():\n"
@@ -358,13 +325,11 @@ def test_nothing_outlives_the_process_that_plays() -> None:
         "    await host.start()\n"
         "    conversation = await host.open()\n"
         "    await conversation.reset(1, {'mood': 'parent'})\n"
-        "    await conversation.step('x')\n"
-        "    await conversation.step('x')\n"
-        "    sys.stdout.write('up\\n'); sys.stdout.flush()\n"
+        "    [await conversation.step('x') for _ in range(2)]\n"
+        "    print('up', flush=True)\n"
         "    await asyncio.sleep(60)\n"
         "asyncio.run(run())\n"
     )
-
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as player:
         assert player.stdout is not None
         assert player.stdout.readline() == "up\n"
@@ -413,6 +378,7 @@ def test_an_environments_own_process_that_hangs_is_waited_for_once(monkeypatch: 
             await host.open()
         assert lost.value.kind == "hung"
         monkeypatch.setattr(module, "FORK_TIMEOUT_S", 600.0)
+        monkeypatch.setattr(module, "STOP_WITHIN_S", 3.0)
         for call in (host.open(), conversation.end()):
             with pytest.raises(ChildLost):
                 await call
@@ -420,18 +386,18 @@ def test_an_environments_own_process_that_hangs_is_waited_for_once(monkeypatch: 
     in_host(moody(), work)
 
 
+RESET, STEP = "    def reset(self, seed): ...\n", "    def step(self, response): ...\n"
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("class E:\n    def step(self, response): ...", "has no method `reset`"),
-        ("class E:\n    def reset(self): ...\n    def step(self, response): ...", "must take `seed`"),
-        ("class E:\n    def reset(self, seed): ...\n    def step(self): ...", "must take `response`"),
-        ("class E:\n    async def reset(self, seed): ...\n    def step(self, response): ...", "is async"),
-        ("class E:\n    tools = [3]\n    def reset(self, seed): ...\n    def step(self, response): ...", "expected {"),
-        (
-            "class E:\n    def reset(self, seed): ...\n    def step(self, response, tool_calls): ...",
-            "takes `tool_calls` if, and only if",
-        ),
+        (f"class E:\n{STEP}", "has no method `reset`"),
+        (f"class E:\n    def reset(self): ...\n{STEP}", "must take `seed`"),
+        (f"class E:\n{RESET}    def step(self): ...", "must take `response`"),
+        (f"class E:\n    async def reset(self, seed): ...\n{STEP}", "is async"),
+        (f"class E:\n    tools = [3]\n{RESET}{STEP}", "expected {"),
+        (f"class E:\n{RESET}    def step(self, response, tool_calls): ...", "takes `tool_calls` if, and only if"),
         ("class E:\n    def __init__(self, size): ...", "missing a required argument: 'size'"),
         ("def E(): ...", "an environment is a class"),
         ("x = 1 / 0", "raised ZeroDivisionError"),
@@ -442,12 +408,8 @@ def test_an_environments_own_process_that_hangs_is_waited_for_once(monkeypatch: 
 def test_what_is_no_environment_is_said_before_a_run(tmp_path: Path, code: str, message: str) -> None:
     path = tmp_path / "mine.py"
     path.write_text(code)
-
-    async def nothing(host: EnvironmentHost) -> None:
-        return None
-
     with pytest.raises(UserError) as error:
-        in_host(CodeSource(path=str(path), name="E", args={}), nothing)
+        in_host(CodeSource(path=str(path), name="E", args={}), described)
     assert message in str(error.value)
 
 
@@ -464,58 +426,20 @@ def test_a_process_killed_while_it_loads_is_replaced_once(
             if len(pids) <= killed:
                 self.process.kill()
 
-    async def describe(host: EnvironmentHost) -> bool:
-        return host.description is not None
-
     monkeypatch.setattr(module, "ChildProcess", Killed)
     if is_replaced:
-        assert in_host(moody(), describe)
+        in_host(moody(), described)
     else:
         with pytest.raises(UserError, match="ended its process"):
-            in_host(moody(), describe)
+            in_host(moody(), described)
     assert len(pids) == 2
     assert all(gone(pid) for pid in pids)
-
-
-def test_half_a_character_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "mine.py"
-    code = "class E:\n    def reset(self, seed): return '\\ud800'\n    def step(self, response): return '', 0.0, True\n"
-    path.write_text(code)
-
-    async def work(host: EnvironmentHost) -> None:
-        conversation = await host.open()
-        try:
-            await conversation.reset(1, {})
-        finally:
-            await conversation.end()
-
-    with pytest.raises(EnvironmentFailure, match="reset: UnicodeEncodeError"):
-        in_host(CodeSource(path=str(path), name="E", args={}), work)
-
-
-def test_names_are_resolved_or_explained(tmp_path: Path) -> None:
-    def of(name: str) -> CodeSource:
-        return find_code("environment", name, built_ins=BUILT_INS, folders=(tmp_path,), key="rollouts.environment.name")
-
-    (tmp_path / "mine.py").write_text("")
-    assert of("mine.py:E") == CodeSource(path=str(tmp_path / "mine.py"), name="E", args={})
-    assert of("calculator") == CodeSource(path=None, name="calculator", args={})
-    with pytest.raises(UserError, match="did you mean `calculator`"):
-        of("calculater")
-    with pytest.raises(UserError, match="does not exist"):
-        of("yours.py:E")
 
 
 def test_an_environment_of_a_package_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "class E:\n    def reset(self, seed, goal): ...\n    def step(self, response): ...\n"
     install(tmp_path, monkeypatch, "shop", environments={"counter": "shop_code:E"}, code=code)
-    source = find_code("environment", "counter", key="rollouts.environment.name")
-
-    async def described(host: EnvironmentHost) -> tuple[str, ...]:
-        assert host.description is not None
-        return host.description.required
-
-    assert in_host(source, described) == ("goal",)
+    assert in_host(find_code("environment", "counter", key="rollouts.environment.name"), described) == ("goal",)
 
 
 def test_a_fingerprint_is_that_of_the_code_and_the_limits(tmp_path: Path) -> None:

@@ -6,19 +6,9 @@ import pytest
 
 from rlhf.rollouts.environments.tool_calls import ToolCall, read_calls
 
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "add",
-            "parameters": {
-                "type": "object",
-                "properties": {"a": {"type": "integer"}, "b": {"type": "number"}},
-                "required": ["a"],
-            },
-        },
-    }
-]
+PROPERTIES = {"a": {"type": "integer"}, "b": {"type": "number"}}
+PARAMETERS = {"type": "object", "properties": PROPERTIES, "required": ["a"]}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": PARAMETERS}}]
 
 
 def call(arguments: str, name: str = "add") -> ToolCall:
@@ -50,10 +40,6 @@ def test_what_does_not_fit_is_told(made: tuple[ToolCall, ...] | None, answer: st
     calls, problems = read_calls(made, TOOLS)
     assert calls == []
     assert answer in problems[0]
-
-
-def test_one_wrong_call_keeps_the_others_from_being_made() -> None:
-    calls, (first, second) = read_calls((call('{"a": 1}'), call("{}")), TOOLS)
+    calls, (first, *_) = read_calls((call('{"a": 1}'), *(made or ()), call("{}")), TOOLS)
     assert calls == []
-    assert "not called" in first
-    assert "lacks" in second
+    assert "not called" in first  # one wrong call keeps the others from being made

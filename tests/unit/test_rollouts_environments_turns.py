@@ -8,7 +8,7 @@ import pytest
 
 from rlhf.errors import UserError
 from rlhf.models.files.tiny import byte_tokenizer
-from rlhf.rollouts.environments.turns import ChatTurns, RawTurns, first_prompt, turn_text
+from rlhf.rollouts.environments.turns import ChatTurns, first_prompt, turn_text
 from rlhf.types import Prompt
 
 EOS = 257
@@ -74,24 +74,16 @@ def test_a_template_that_cannot_be_continued_is_refused(template: str, why: str)
 
 
 def test_a_template_without_tools_is_refused_for_tools_alone() -> None:
-    template = "{% if messages[-1].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}" + CHATML
-    ChatTurns(tokenizer(template), with_tools=False)
+    made = tokenizer("{% if messages[-1].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}" + CHATML)
+    ChatTurns(made, with_tools=False)
     with pytest.raises(UserError, match="no tools"):
-        ChatTurns(tokenizer(template), with_tools=True)
-
-
-def test_a_tokenizer_without_a_template_is_refused() -> None:
-    made = byte_tokenizer()
+        ChatTurns(made, with_tools=True)
     made.chat_template = None
     with pytest.raises(UserError, match="has no chat template"):
         ChatTurns(made, with_tools=False)
 
 
-def test_raw_turns_are_the_observation_as_it_is() -> None:
-    assert RawTurns(tokenizer()).after([52, EOS], "+4=") == tuple(b"+4=")
-
-
-def test_the_first_observation_has_one_place() -> None:
+def test_the_first_observation_has_one_place_and_a_turn_as_text_is_without_its_end() -> None:
     def prompt(text: str) -> Prompt:
         return Prompt(prompt_id=0, token_ids=tuple(ids(text)), text=text, columns={})
 
@@ -101,9 +93,6 @@ def test_the_first_observation_has_one_place() -> None:
         first_prompt(prompt("go"), "hi", tokenizer())
     with pytest.raises(ValueError, match="reset returned no observation"):
         first_prompt(prompt("{observation}"), "", tokenizer())
-
-
-def test_a_turn_as_text_is_without_its_end() -> None:
     said = [*b"ab", EOS]
     assert turn_text(said, tokenizer(), stop_token=EOS, skip_special_tokens=False) == "ab"
     assert turn_text(said[:2], tokenizer(), stop_token=EOS, skip_special_tokens=False) == "ab"

@@ -24,14 +24,10 @@ def request(group_id: int, *, token_ids: tuple[int, ...] = (1, 2), seed: int = 0
     return request_for(prompt, group_id=group_id, first_sequence_id=3 * group_id, samples=3, run_seed=seed)
 
 
-def test_a_later_request_for_the_prompt_gets_the_responses_so_far(tmp_path: Path) -> None:
+def test_only_a_request_for_the_prompt_gets_its_responses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_begun(tmp_path, request(3), SAMPLING, RESPONSES)
     assert list(begun_groups(tmp_path).values()) == [3]
     assert read_begun(tmp_path, replace(request(8), continues=3), SAMPLING) == RESPONSES
-
-
-def test_another_request_does_not_get_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_begun(tmp_path, request(3), SAMPLING, RESPONSES)
     for other in (request(8, seed=1), request(8, token_ids=(1, 3)), replace(request(8), temperature=0.5)):
         assert read_begun(tmp_path, replace(other, continues=3), SAMPLING) is None
     assert read_begun(tmp_path, replace(request(8), continues=3), replace(SAMPLING, top_p=0.5)) is None

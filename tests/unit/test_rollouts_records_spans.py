@@ -20,10 +20,8 @@ REQUEST = request_for(PROMPT, group_id=0, first_sequence_id=4, samples=2, run_se
 
 
 def sampled(*ids: int, version: int = 3) -> Sampled:
-    return Sampled(
-        token_ids=ids, logprobs=tuple(-0.5 * i for i in range(1, len(ids) + 1)), versions=(version,) * len(ids),
-        finish_reason="stop",
-    )  # fmt: skip
+    logprobs = tuple(-0.5 * i for i in range(1, len(ids) + 1))
+    return Sampled(token_ids=ids, logprobs=logprobs, versions=(version,) * len(ids), finish_reason="stop")
 
 
 TWO_TURNS = Played(
@@ -50,29 +48,24 @@ def test_columns_and_scalars_of_a_group() -> None:
     assert two.environment_rewards == (StepReward(end=3, value=0.5), StepReward(end=7, value=1.0))
     assert (two.environment_reward, two.finish_reason) == (1.5, "stop")
     assert (one.num_turns, one.num_environment_tokens, one.finish_reason) == (1, 0, "length")
-
-
-def test_a_failed_conversation_has_an_error_in_place_of_tokens() -> None:
-    error = RewardError(reward="environment", kind="died", message="m", prompt_id=7, sample=0)
-    failed = Played(prompt_token_ids=(63, 63), spans=(), finish_reason="length", error=error)
-    rollouts, (first, second) = assemble(REQUEST, [failed, ONE_TURN])
-    assert rollouts.lengths.tolist() == [2, 3]
-    assert first.environment_error == error
-    assert (first.environment_reward, first.num_response_tokens, first.num_turns) == (None, 0, 0)
-    assert second.environment_error is None
-
-
-def test_what_the_engine_returns_must_match() -> None:
-    with pytest.raises(RunError, match="2 tokens with 1 log-probabilities"):
-        Sampled(token_ids=(1, 2), logprobs=(0.0,), versions=(0, 0), finish_reason="stop")
-
-
-def test_spans_are_found_again_in_the_columns() -> None:
-    rollouts, _ = assemble(REQUEST, [TWO_TURNS, ONE_TURN])
     assert token_spans(rollouts) == [
         [(False, [63, 63]), (True, [65, 257]), (False, [33, 33, 33]), (True, [66])],
         [(False, [63, 63]), (True, [67])],
     ]
+
+
+ERROR = RewardError(reward="environment", kind="died", message="m", prompt_id=7, sample=0)
+FAILED = Played(prompt_token_ids=(63, 63), spans=(), finish_reason="length", error=ERROR)
+
+
+def test_a_failed_conversation_has_an_error_in_place_of_tokens_and_results_of_an_engine_must_match() -> None:
+    rollouts, (first, second) = assemble(REQUEST, [FAILED, ONE_TURN])
+    assert rollouts.lengths.tolist() == [2, 3]
+    assert first.environment_error == ERROR
+    assert (first.environment_reward, first.num_response_tokens, first.num_turns) == (None, 0, 0)
+    assert second.environment_error is None
+    with pytest.raises(RunError, match="2 tokens with 1 log-probabilities"):
+        Sampled(token_ids=(1, 2), logprobs=(0.0,), versions=(0, 0), finish_reason="stop")
 
 
 def test_rewards_read_the_policys_words_and_samples_show_all() -> None:
@@ -105,9 +98,7 @@ def test_recorded_experts_are_those_that_the_last_turn_has_read() -> None:
     assert isinstance(first, Sampled)
     assert isinstance(last, Sampled)
     played = replace(TWO_TURNS, spans=(routed(first, 3), told, routed(last, 7)))
-    error = RewardError(reward="environment", kind="died", message="m", prompt_id=7, sample=0)
-    failed = Played(prompt_token_ids=(63, 63), spans=(), finish_reason="length", error=error)
-    rollouts, _ = assemble(REQUEST, [played, failed])
+    rollouts, _ = assemble(REQUEST, [played, FAILED])
     assert isinstance(rollouts, RoutedRollouts)
     assert torch.equal(rollouts.experts[:7].flatten(), torch.arange(42, dtype=torch.int16))
     assert (rollouts.experts[7:] == -1).all()  # the last token, and a conversation that has failed

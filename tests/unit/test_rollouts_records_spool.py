@@ -17,14 +17,7 @@ from rlhf.rollouts.records.spool import (
     retain_sampled_by,
     write_group,
 )
-from rlhf.types import (
-    RewardError,
-    Rollouts,
-    RoutedRollouts,
-    Sampling,
-    SessionEnd,
-    StepReward,
-)
+from rlhf.types import RewardError, RolloutInfo, Rollouts, RoutedRollouts, Sampling, SessionEnd, StepReward
 from tests.fakes.groups import INFO, PROMPT, REQUEST, ROLLOUTS, SAMPLING
 
 
@@ -54,54 +47,31 @@ def test_a_damaged_group_is_drawn_again(
     assert read_group(tmp_path, REQUEST, SAMPLING, 0) is not None
 
 
-def test_a_group_whose_tokens_are_lost_is_drawn_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = group_path(tmp_path, 0, 0)
-    write_group(tmp_path, REQUEST, SAMPLING, 0, ROLLOUTS, (INFO,))
-    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
-    path.write_bytes(path.read_bytes()[:header].ljust(path.stat().st_size, b"\0"))
-    assert read_group(tmp_path, REQUEST, SAMPLING, 0) is None
-    assert str(path) in caplog.text
+END = SessionEnd(result='"4"', num_calls=2, broken=("edited history",), restricted={"tool_choice": 7})
+ERROR = RewardError(reward="environment", kind="timeout", message="no", prompt_id=0, sample=0)
+NO_TOKENS = replace(INFO, num_response_tokens=0)  # a grammar has restricted all tokens, and the user changes the agent
 
 
-def test_what_the_turns_earned_comes_back_as_it_was(tmp_path: Path) -> None:
-    info = replace(INFO, environment_rewards=(StepReward(end=1, value=0.5),))
-    write_group(tmp_path, REQUEST, SAMPLING, 0, ROLLOUTS, (info,))
-    found = read_group(tmp_path, REQUEST, SAMPLING, 0)
-    assert found is not None
-    assert repr(found[1]) == repr((info,))  # by which a ledger knows its scores
-    assert found[1][0].environment_reward == 0.5
-
-
-def test_a_session_comes_back_with_all_of_its_sequences(tmp_path: Path) -> None:
-    end = SessionEnd(result='"4"', num_calls=2, broken=("edited history",), restricted={"tool_choice": 7})
-    info = replace(INFO, session=end)
-    rollouts = Rollouts.joined([ROLLOUTS, ROLLOUTS])
-    write_group(tmp_path, REQUEST, SAMPLING, 0, rollouts, (info,))
+@pytest.mark.parametrize(
+    ("infos", "is_trained"),
+    [
+        ((replace(INFO, environment_rewards=(StepReward(end=1, value=0.5),)),), True),
+        ((replace(INFO, session=END),), True),
+        ((INFO, NO_TOKENS), True),
+        ((NO_TOKENS,), False),
+        ((replace(INFO, environment_error=ERROR),), False),
+    ],
+)
+def test_a_group_comes_back_whole_and_goes_if_it_cannot_be_trained(
+    tmp_path: Path, infos: tuple[RolloutInfo, ...], is_trained: bool
+) -> None:
+    write_group(tmp_path, REQUEST, SAMPLING, 0, Rollouts.joined([ROLLOUTS, ROLLOUTS]), infos)
     found = read_group(tmp_path, REQUEST, SAMPLING, 0)
     assert found is not None
     assert found[0].sequence_ids.tolist() == [0, 0]
-    assert found[1] == (info,)
-
-
-def test_a_conversation_whose_environment_failed_comes_back_whole_or_goes(tmp_path: Path) -> None:
-    error = RewardError(reward="environment", kind="timeout", message="no", prompt_id=0, sample=0)
-    info = replace(INFO, environment_error=error)
-    write_group(tmp_path, REQUEST, SAMPLING, 0, ROLLOUTS, (info,))
-    stored = read_group(tmp_path, REQUEST, SAMPLING, 0)
-    assert stored is not None
-    assert stored[1] == (info,)
+    assert repr(found[1]) == repr(infos)  # by which a ledger knows its scores
     drop_untrained(tmp_path)
-    assert read_group(tmp_path, REQUEST, SAMPLING, 0) is None
-
-
-def test_a_group_without_a_trained_token_goes(tmp_path: Path) -> None:
-    """A grammar has restricted all tokens of the group. The user changes the agent."""
-    write_group(tmp_path, REQUEST, SAMPLING, 0, ROLLOUTS, (INFO, replace(INFO, num_response_tokens=0)))
-    drop_untrained(tmp_path)
-    assert read_group(tmp_path, REQUEST, SAMPLING, 0) is not None
-    write_group(tmp_path, REQUEST, SAMPLING, 0, ROLLOUTS, (replace(INFO, num_response_tokens=0),))
-    drop_untrained(tmp_path)
-    assert read_group(tmp_path, REQUEST, SAMPLING, 0) is None
+    assert (read_group(tmp_path, REQUEST, SAMPLING, 0) is not None) == is_trained
 
 
 def test_a_group_answers_for_its_weights_alone(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ failed test. Never execute output of the sandbox for a comparison.
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import math
 import re
@@ -25,16 +26,8 @@ Extract = Literal["code_block", "whole"]
 
 _FENCE = re.compile(r"[ \t]*+```[ \t]*+(\w*+)[^`]*+")  # possessive, so a line without a fence takes linear time
 _PYTHON = {"py", "python", "python3"}
-_DEFINING = (
-    ast.FunctionDef,
-    ast.AsyncFunctionDef,
-    ast.ClassDef,
-    ast.Import,
-    ast.ImportFrom,
-    ast.Assign,
-    ast.AnnAssign,
-    ast.Pass,
-)
+_FUNCTION_OR_CLASS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_DEFINING = (*_FUNCTION_OR_CLASS, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.Pass)
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}(?:\.[0-9]{0,400})?|\.[0-9]{1,400})(?:[eE][+-]?[0-9]{1,3})?")
 
 
@@ -95,12 +88,9 @@ class CodeTests:
         program = last_code_block(response) if self._extract == "code_block" else response
         if program is None:
             return 0.0
-        passed, count = 0, len(read.printed or read.returned or read.test_functions or read.statements)
-        for success in self._results(program, read):
-            passed += success
-            if not success and self._score == "all":
-                return 0.0
-        return passed / count
+        results = self._results(program, read)
+        count = len(read.printed or read.returned or read.test_functions or read.statements)
+        return float(all(results)) if self._score == "all" else sum(results) / count
 
     def _results(self, program: str, tests: Cases) -> Iterator[bool]:
         """Yield whether each test passed, in order. Tests after an early end of the program are missing."""
@@ -160,8 +150,8 @@ class CodeTests:
 def last_code_block(response: str) -> str | None:
     """Return the last closed fenced block marked as Python, or else the last block, or None."""
     blocks = list(code_blocks(response))
-    marked = [code for language, code in blocks if language.lower() in _PYTHON]
-    return marked[-1] if marked else blocks[-1][1] if blocks else None
+    marked = [block for block in blocks if block[0].lower() in _PYTHON]
+    return next((code for _, code in reversed(marked or blocks)), None)
 
 
 def code_blocks(response: str) -> Iterator[tuple[str, str]]:
@@ -255,40 +245,31 @@ def same_output(printed: str, expected: str, *, tolerance: float = 0.0) -> bool:
 
     Numbers are compared as numbers.
     """
-    lines, wanted = ([line.strip() for line in text.rstrip().splitlines()] for text in (printed, expected))
-    if lines == wanted:
-        return True
-    return len(lines) == len(wanted) and all(
-        _same_line(line, want, tolerance) for line, want in zip(lines, wanted, strict=True)
+    lines, wanted = ([line.split() for line in text.rstrip().splitlines()] for text in (printed, expected))
+    return list(map(len, lines)) == list(map(len, wanted)) and all(
+        _same_word(*pair, tolerance) for pair in zip(itertools.chain(*lines), itertools.chain(*wanted), strict=True)
     )
 
 
 def same_value(value: object, expected: object, *, tolerance: float = 0.0) -> bool:
     """Compare two JSON values; numbers may differ by the tolerance, absolute or relative."""
-    if isinstance(value, list) and isinstance(expected, list):
-        return len(value) == len(expected) and all(
-            same_value(v, e, tolerance=tolerance) for v, e in zip(value, expected, strict=True)
-        )
     if isinstance(value, dict) and isinstance(expected, dict):
-        return value.keys() == expected.keys() and all(
-            same_value(v, expected[k], tolerance=tolerance) for k, v in value.items()
+        items = list(value.items())
+        return value.keys() == expected.keys() and same_value(
+            [item for _, item in items], [expected[key] for key, _ in items], tolerance=tolerance
         )
+    if isinstance(value, list) and isinstance(expected, list):
+        pairs = zip(value, expected, strict=False)
+        return len(value) == len(expected) and all(same_value(v, e, tolerance=tolerance) for v, e in pairs)
     if value == expected:
         return True
     both = isinstance(value, int | float) and isinstance(expected, int | float)
     return both and tolerance > 0 and _close(value, expected, tolerance)
 
 
-def _same_line(line: str, wanted: str, tolerance: float) -> bool:
-    words, wants = line.split(), wanted.split()
-    return len(words) == len(wants) and all(
-        word == want or _same_number(word, want, tolerance) for word, want in zip(words, wants, strict=True)
-    )
-
-
-def _same_number(word: str, wanted: str, tolerance: float) -> bool:
-    if not (_NUMBER.fullmatch(word) and _NUMBER.fullmatch(wanted)):
-        return False
+def _same_word(word: str, wanted: str, tolerance: float) -> bool:
+    if word == wanted or not (_NUMBER.fullmatch(word) and _NUMBER.fullmatch(wanted)):
+        return word == wanted
     first, second = Decimal(word), Decimal(wanted)
     return first == second or (tolerance > 0 and _close(first, second, tolerance))
 
@@ -333,10 +314,7 @@ def _imports(code: str) -> Iterator[str]:
 
 
 def _parsed(results: bytes, count: int) -> list[Any]:
-    """Return an answer for each test, or None if the answer is not JSON.
-
-    The program may write here too, so answers are only compared.
-    """
+    """Return an answer for each test, None if it is not JSON. The program may write here too: only compare answers."""
     answers: list[Any] = []
     for line in [*results.split(b"\n", count)[:count], *[b""] * count][:count]:
         try:

@@ -22,12 +22,12 @@ def length(response: str, unit: str) -> int:
 
 def length_penalty(prompt: str, response: str, limit: float, unit: Unit = "words") -> float:
     """Return a value from 0 for an empty response linearly down to -1 at the limit, and -1 beyond."""
-    return -min(length(response, unit) / _positive("limit", limit), 1.0)
+    return -min(length(response, unit) / positive("limit", limit), 1.0)
 
 
 def target_length(prompt: str, response: str, target: float, unit: Unit = "words") -> float:
     """Return minus the relative distance from the target, at least -1 (arXiv:2503.04697 with alpha = 1 / target)."""
-    return -min(abs(length(response, unit) - _positive("target", target)) / target, 1.0)
+    return -min(abs(length(response, unit) - positive("target", target)) / target, 1.0)
 
 
 def overlong(prompt: str, response: str, limit: float, buffer: float, unit: Unit = "words") -> float:
@@ -51,7 +51,8 @@ def cosine(length: float, limit: float, at_zero: float, at_limit: float) -> floa
     return at_limit + 0.5 * (at_zero - at_limit) * (1.0 + math.cos(math.pi * length / limit))
 
 
-def _positive(name: str, value: float) -> float:
+def positive(name: str, value: float) -> float:
+    """Return the value. ValueError if the value is not positive."""
     if not value > 0:
         raise ValueError(f"{name} must be positive, got {value!r}")
     return value

@@ -15,14 +15,16 @@ import logging
 import math
 import re
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from types import FrameType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 from rlhf.rewards.functions.code_tests import code_blocks
+from rlhf.rewards.functions.length_shaping import positive
 
+T = TypeVar("T")
 # A minus sign belongs to the number unless it follows a digit, a letter or a closing bracket ("10-3" ends in 3).
 # A comma is a thousands separator only before groups of three digits ("1,234"), so that "11,19,23" ends in 23.
 # A number may begin with its decimal point (".5"), but "v.5" and "1.2.3" end in 5 and 3. An exponent has at most three
@@ -99,11 +101,9 @@ def multiple_choice(prompt: str, response: str, answer: object) -> float:
 def regex_match(prompt: str, response: str, pattern: str, answer: object, limit_s: float = 5.0) -> float:
     """Compare the last match of the pattern with the answer: the first group, or the whole match without a group."""
     compiled = re.compile(pattern, re.DOTALL)
-    captured = None
-    with _limit(_positive(limit_s)) as search:
-        for match in compiled.finditer(response):
-            captured = match[compiled.groups and 1]
-    return float(search.in_time and captured is not None and captured.strip() == str(answer).strip())
+    last = _in_time(positive("limit_s", limit_s), lambda: deque(compiled.finditer(response), maxlen=1))
+    captured = last[0][compiled.groups and 1] if last else None
+    return float(captured is not None and captured.strip() == str(answer).strip())
 
 
 class JsonSchema:
@@ -118,7 +118,7 @@ class JsonSchema:
         import referencing
 
         self._library, self._registry = jsonschema, referencing.Registry()
-        self._limit_s = _positive(limit_s)
+        self._limit_s = positive("limit_s", limit_s)
         self._fixed = None if schema is None else self._validator(schema)
 
     def __call__(self, prompt: str, response: str, schema: object = None) -> float:
@@ -126,13 +126,15 @@ class JsonSchema:
             raise ValueError("there is no schema: give args.schema, or a column `schema`")
         validator = self._fixed or self._validator(json.loads(schema) if isinstance(schema, str) else schema)
         blocks = [content for _, content in code_blocks(response)]
-        allowed = False
-        with _limit(self._limit_s) as check:
+
+        def is_valid() -> bool:
             try:
-                allowed = validator.is_valid(_read_json(blocks[-1] if blocks else response))
+                value = json.loads(blocks[-1] if blocks else response, parse_constant=_refuse_constant)
+                return bool(validator.is_valid(value))
             except (ValueError, OverflowError, RecursionError):  # such as 5,000 digits, or 1e999 and `multipleOf`
-                allowed = False
-        return float(check.in_time and allowed)
+                return False
+
+        return float(_in_time(self._limit_s, is_valid) or False)
 
     def _validator(self, schema: Any) -> Any:
         kind = self._library.validators.validator_for(schema)
@@ -140,11 +142,8 @@ class JsonSchema:
         return kind(schema, registry=self._registry)
 
 
-def _read_json(text: str) -> Any:
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
 
 
 class FormatRegex:
@@ -152,13 +151,10 @@ class FormatRegex:
 
     def __init__(self, pattern: str, limit_s: float = 5.0) -> None:
         self._pattern = re.compile(pattern, re.DOTALL)
-        self._limit_s = _positive(limit_s)
+        self._limit_s = positive("limit_s", limit_s)
 
     def __call__(self, prompt: str, response: str) -> float:
-        matches = False
-        with _limit(self._limit_s) as match:
-            matches = self._pattern.fullmatch(response) is not None
-        return float(match.in_time and matches)
+        return float(_in_time(self._limit_s, lambda: self._pattern.fullmatch(response)) is not None)
 
 
 class MathAnswer:
@@ -171,17 +167,15 @@ class MathAnswer:
         import math_verify
 
         self._library = math_verify
-        self._limit_s = _positive(limit_s)
+        self._limit_s = positive("limit_s", limit_s)
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # it would warn about its disabled limits
 
     def __call__(self, prompt: str, response: str, answer: object) -> float:
         gold = self._parse_answer(str(answer).strip())
         if not gold:
             raise ValueError(f"math-verify finds no expression in the answer {answer!r}")
-        equal = False
-        with _limit(self._limit_s) as check:
-            equal = self._library.verify(gold, self._parse(response), timeout_seconds=None)
-        return float(check.in_time and equal)
+        equal = _in_time(self._limit_s, lambda: self._library.verify(gold, self._parse(response), timeout_seconds=None))
+        return float(bool(equal))
 
     def _parse_answer(self, answer: str) -> list[Any]:
         """Parse an answer as LaTeX, or as text with a number.
@@ -221,7 +215,7 @@ class ReasoningGym:
         if extract not in EXTRACTORS:
             raise ValueError(f"extract is {extract!r}; it must be one of {', '.join(EXTRACTORS)}")
         self._library = reasoning_gym
-        self._limit_s = _positive(limit_s)
+        self._limit_s = positive("limit_s", limit_s)
         self._extract = EXTRACTORS[extract]
         self._tasks: dict[str, tuple[Callable[..., float], bool]] = {}
 
@@ -236,18 +230,14 @@ class ReasoningGym:
         extracted = self._extract(response)
         if extracted is None or (believes_nan and "nan" in extracted.lower()):
             return 0.0
-        value = 0.0
-        with _limit(self._limit_s) as check:
-            value = _score(score, extracted, entry)
-        return value if check.in_time and math.isfinite(value) else 0.0
+        value = _in_time(self._limit_s, lambda: _score(score, extracted, entry))
+        return value if value is not None and math.isfinite(value) else 0.0
 
     def _examined(self, task: str, entry: Mapping[str, Any]) -> tuple[Callable[..., float], bool]:
         """Return the task's scorer, and whether the scorer accepts "nan" as the right answer."""
         score = self._library.get_score_answer_fn(task)
         if _score(score, "\N{REPLACEMENT CHARACTER}", entry) >= 1.0:
-            raise ValueError(
-                f"the scorer of reasoning-gym's task {task} gives full marks to nonsense: leave the task out"
-            )
+            raise ValueError(f"reasoning-gym's scorer of {task} gives full marks to nonsense: leave the task out")
         return score, _score(score, "nan", entry) >= 1.0
 
 
@@ -265,23 +255,11 @@ def _last_number(text: str) -> str | None:
     return format(Decimal(numbers[-1].replace(",", "")), "f") if numbers else None
 
 
-def _last_tagged(text: str) -> str | None:
-    tagged = _ANSWER_TAG.findall(text)
-    return tagged[-1].strip() if tagged else None
-
-
 EXTRACTORS: dict[str, Callable[[str], str | None]] = {
     "last_number": _last_number,
-    "answer_tag": _last_tagged,
+    "answer_tag": lambda text: next((tagged.strip() for tagged in reversed(_ANSWER_TAG.findall(text))), None),
     "whole": str.strip,
 }
-
-
-def _positive(limit_s: float) -> float:
-    if not limit_s > 0:
-        raise ValueError(f"limit_s is {limit_s}; it must be positive")
-    return limit_s
-
 
 _AGAIN_S = 0.5  # a destructor may have swallowed the first _TooSlow
 
@@ -290,32 +268,26 @@ class _TooSlow(BaseException):
     """Ends a check at the limit. The class is no Exception, because sympy and math-verify catch exceptions."""
 
 
-class _Check:
-    """Records whether the body of `_limit` finished in time."""
-
-    in_time = False
-
-
-@contextmanager
-def _limit(seconds: float) -> Iterator[_Check]:
-    """Leave the body after a number of seconds. Reward processes call rewards in the main thread, as signals require.
+def _in_time(seconds: float, check: Callable[[], T]) -> T | None:
+    """Return the result of a check, or None after a number of seconds. Signals require the main thread.
 
     This interrupts Python code and regular expressions, but not a C function. For a hanging C function the pool ends
     the process, and the response scores `score_of_killed`.
     """
-    check = _Check()
+    done = False
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if not check.in_time:
+        if not done:
             raise _TooSlow
 
     earlier = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
     try:
-        yield check
-        check.in_time = True
+        result = check()
+        done = True
+        return result
     except _TooSlow:
-        pass
+        return None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, earlier)

@@ -8,28 +8,10 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from rlhf.rewards.functions import length_shaping as shaping
+from rlhf.rewards.functions import matching
 from rlhf.rewards.functions.code_tests import CodeTests
-from rlhf.rewards.functions.length_shaping import (
-    Unit,
-    _positive,
-    cosine,
-    length,
-    length_penalty,
-    overlong,
-    repetition_penalty,
-    target_length,
-)
-from rlhf.rewards.functions.matching import (
-    FormatRegex,
-    JsonSchema,
-    MathAnswer,
-    ReasoningGym,
-    contains,
-    exact_match,
-    last_number,
-    multiple_choice,
-    regex_match,
-)
+from rlhf.rewards.functions.length_shaping import Unit
 
 
 class CosineLength:
@@ -53,8 +35,8 @@ class CosineLength:
         wrong_at_limit: float = 0.0,
         exceeded: float = -10.0,
     ) -> None:
-        length("", unit)
-        self._limit, self._unit, self._exceeded = _positive("limit", limit), unit, exceeded
+        shaping.length("", unit)
+        self._limit, self._unit, self._exceeded = shaping.positive("limit", limit), unit, exceeded
         self._right, self._wrong = (right_at_zero, right_at_limit), (wrong_at_zero, wrong_at_limit)
         self._verify, self._threshold = _built_in(verifier, verifier_args), threshold
         signature = inspect.signature(self._verify)
@@ -62,16 +44,14 @@ class CosineLength:
         self.__signature__ = signature.replace(parameters=parameters)  # it reads the columns of its verifier
 
     def __call__(self, prompt: str, response: str, **columns: Any) -> float:
-        measured = length(response, self._unit)
+        measured = shaping.length(response, self._unit)
         if measured >= self._limit:
             return self._exceeded
         right = self._verify(prompt=prompt, response=response, **columns) >= self._threshold
-        return cosine(measured, self._limit, *(self._right if right else self._wrong))
+        return shaping.cosine(measured, self._limit, *(self._right if right else self._wrong))
 
 
 def _built_in(name: str, args: Mapping[str, Any]) -> Callable[..., float]:
-    from rlhf.rewards.functions.table import BUILT_INS  # the table includes the rewards of this module
-
     target = BUILT_INS.get(name)
     if target is None or target is CosineLength:
         raise ValueError(f"verifier is {name!r}; it must be another built-in reward")
@@ -99,20 +79,20 @@ def check_args(function: Callable[..., float], args: Mapping[str, Any]) -> None:
 
 BUILT_INS: dict[str, Callable[..., Any]] = {
     "code_tests": CodeTests,
-    "contains": contains,
+    "contains": matching.contains,
     "cosine_length": CosineLength,
-    "exact_match": exact_match,
-    "format_regex": FormatRegex,
-    "json_schema": JsonSchema,
-    "last_number": last_number,
-    "length_penalty": length_penalty,
-    "math_answer": MathAnswer,
-    "multiple_choice": multiple_choice,
-    "overlong": overlong,
-    "reasoning_gym": ReasoningGym,
-    "regex_match": regex_match,
-    "repetition_penalty": repetition_penalty,
-    "target_length": target_length,
+    "exact_match": matching.exact_match,
+    "format_regex": matching.FormatRegex,
+    "json_schema": matching.JsonSchema,
+    "last_number": matching.last_number,
+    "length_penalty": shaping.length_penalty,
+    "math_answer": matching.MathAnswer,
+    "multiple_choice": matching.multiple_choice,
+    "overlong": shaping.overlong,
+    "reasoning_gym": matching.ReasoningGym,
+    "regex_match": matching.regex_match,
+    "repetition_penalty": shaping.repetition_penalty,
+    "target_length": shaping.target_length,
 }
 
 
@@ -130,10 +110,7 @@ def own_limit_s(function: str, args: Mapping[str, Any]) -> float | None:
 
 
 def score_of_killed(function: str, args: Mapping[str, Any]) -> float | None:
-    """Return the score of a built-in reward for a response whose process hung or died.
-
-    A built-in gives the score of a wrong response. All functions of users give None.
-    """
+    """Return a built-in's score of a wrong response, for one whose process hung or died. A user's function: None."""
     if function == "cosine_length":
         return float(args.get("wrong_at_zero", -10.0))
     return 0.0 if function in BUILT_INS else None

@@ -68,15 +68,13 @@ class RewardPool:
         self._slots = [_Slot() for _ in range(processes)]
         self._idle: queue.LifoQueue[_Slot] = queue.LifoQueue()
         with ExitStack() as after_failure:
-            for slot in self._slots:
-                after_failure.callback(slot.discard)
             for slot in self._slots:  # start all processes before waiting for the first
-                slot.hold(self._start())
+                after_failure.callback(slot.discard)
+                slot.process = self._start()
             for slot in self._slots:
                 _, self.signatures = self._load(slot, START_TIMEOUT_S)
+                self._idle.put(slot)
             after_failure.pop_all()
-        for slot in self._slots:
-            self._idle.put(slot)
 
     def __enter__(self) -> RewardPool:
         return self
@@ -86,13 +84,13 @@ class RewardPool:
 
     def pids(self) -> list[int]:
         """Return the process ids, for inspection."""
-        return [process.pid for process in [slot.process for slot in self._slots] if process is not None]
+        return [process.pid for slot in self._slots if (process := slot.process) is not None]
 
     def close(self) -> None:
         """End the processes. A group in progress in another thread gets a RunError."""
         self._closed = True
-        for process in [slot.process for slot in self._slots]:
-            if process is not None:
+        for slot in self._slots:
+            if (process := slot.process) is not None:
                 process.signal_end()
         for _ in self._slots:
             with suppress(queue.Empty):
@@ -115,8 +113,8 @@ class RewardPool:
         outside. A second death is a failure of the response.
 
         Args: `own` are further columns of each response, or empty. `by_step`: the reward returns steps with ends as
-        numbers of characters of the response. `goes_on` says to score the rest of the group in a fresh process after a
-        hang or a second death. Without it the invalid group ends there, since the rest may hang too.
+        numbers of characters. `goes_on`: score the rest of the group in a fresh process after a hang or a second death.
+        Without `goes_on` the invalid group ends there, since the rest may hang too.
         """
         pickled, pickled_own = pickle.dumps(dict(columns)), tuple(pickle.dumps(dict(row)) for row in own)
         replies: list[Reply] = []
@@ -198,10 +196,7 @@ class RewardPool:
     def _running(self, slot: _Slot, start_within_s: float) -> RewardProcess:
         if self._closed:
             raise RunError("the reward pool was closed while a group was being scored")
-        if slot.process is not None:
-            return slot.process
-        process, _ = self._load(slot, min(start_within_s, START_TIMEOUT_S))
-        return process
+        return slot.process or self._load(slot, min(start_within_s, START_TIMEOUT_S))[0]
 
     def _start(self) -> RewardProcess:
         return RewardProcess(self._sources, memory_gib=self._memory_gib)
@@ -210,7 +205,7 @@ class RewardPool:
         """Return a slot's process with all rewards loaded. A process that dies is replaced once, as in `score`."""
         ends, is_second = time.monotonic() + within_s, False
         while True:
-            process = slot.process or slot.hold(self._start())
+            slot.process = process = slot.process or self._start()
             try:
                 return process, process.load(max(ends - time.monotonic(), 0.1))
             except LoadError as error:
@@ -224,10 +219,6 @@ class RewardPool:
 class _Slot:
     def __init__(self) -> None:
         self.process: RewardProcess | None = None
-
-    def hold(self, process: RewardProcess) -> RewardProcess:
-        self.process = process
-        return process
 
     def discard(self) -> None:
         process, self.process = self.process, None

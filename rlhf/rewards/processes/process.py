@@ -18,20 +18,13 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+
+import psutil
 
 from rlhf.errors import RunError
 from rlhf.extensions import CodeSource, LoadError, describe_frames
-from rlhf.rewards.processes.program import (
-    BrokenFrame,
-    Hello,
-    Reply,
-    Request,
-    Signature,
-    receive_frame,
-    send_frame,
-)
+from rlhf.rewards.processes.program import BrokenFrame, Hello, Reply, Request, Signature, receive_frame, send_frame
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +32,7 @@ MAX_LOG_LINES = 20  # lines of a reward's output per request
 KILL_WAIT_S = 10.0
 MARK = "RLHF_REWARD_PROCESS"  # environment variable to identify child processes of a reward
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
+_INVALID_DATA = "it wrote invalid data to the connection for its answers"
 
 
 class ProcessTimeout(Exception):
@@ -135,13 +129,12 @@ class RewardProcess:
                     limit = f"; the limit is reward_policy.memory_gib: {self._memory_gib:g}"
                     raise LoadError(reply.payload + (limit if "MemoryError" in reply.payload else ""))
                 signatures.append(reply.payload)
-        except ProcessTimeout as error:
-            source = self._sources[len(signatures)]
-            place = self.where(source.path)
-            raise LoadError(f"loading `{source.name}` took over {timeout_s:g} s{place and ', at ' + place}") from error
-        except ProcessDied as error:
-            source = self._sources[len(signatures)]
-            raise LoadError(f"loading `{source.name}` ended its process: {error}") from error
+        except (ProcessTimeout, ProcessDied) as error:
+            source, end = self._sources[len(signatures)], f"ended its process: {error}"
+            if isinstance(error, ProcessTimeout):
+                place = self.where(source.path)
+                end = f"took over {timeout_s:g} s{place and ', at ' + place}"
+            raise LoadError(f"loading `{source.name}` {end}") from error
         return tuple(signatures)
 
     def send(self, message: Hello | Request, timeout_s: float) -> None:
@@ -165,10 +158,8 @@ class RewardProcess:
                 self._poll.unregister(self._child.output)
             if self._connection.fileno() in ready:
                 break
-            if left == 0.0 and self._process.poll() is not None:  # a child process still holds the connection
-                raise ProcessDied(self._how_it_died())
-            if left == 0.0:
-                raise ProcessTimeout
+            if left == 0.0:  # an ended process without an end of the connection: a child process still holds it
+                raise ProcessTimeout if self._process.poll() is None else ProcessDied(self._how_it_died())
         self._connection.settimeout(max(deadline - time.monotonic(), 0.1))
         try:
             message = receive_frame(self._connection)
@@ -177,9 +168,9 @@ class RewardProcess:
         except (EOFError, OSError) as error:
             raise ProcessDied(self._how_it_died()) from error
         except BrokenFrame as error:
-            raise ProcessDied(f"it wrote invalid data to the connection for its answers ({error})") from error
+            raise ProcessDied(f"{_INVALID_DATA} ({error})") from error
         if not isinstance(message, Reply):
-            raise ProcessDied(f"it wrote invalid data to the connection for its answers (a {type(message).__name__})")
+            raise ProcessDied(f"{_INVALID_DATA} (a {type(message).__name__})")
         return message
 
     def where(self, path: str | None) -> str:
@@ -196,9 +187,7 @@ class RewardProcess:
         return place_in(text, path)
 
     def signal_end(self) -> None:
-        """Send SIGKILL to the process and its children, from any thread. The user of the process must still call
-        `kill`.
-        """
+        """Send SIGKILL to the process and its children, from any thread. The owner must still call `kill`."""
         if self._process.returncode is None:  # a reaped id may belong to another process
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
@@ -216,17 +205,16 @@ class RewardProcess:
 
     def _kill_daemons(self) -> None:
         """Kill processes outside the process group, such as a daemon with its own session. Daemons inherit the mark."""
-        mark = f"{MARK}={self._mark}".encode()
         for _ in range(3):  # a killed daemon may have started another
-            daemons = [pid for pid in _other_processes(self.pid) if mark in _environment_of(pid)]
-            for pid in daemons:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
+            others = [process for process in psutil.process_iter(["environ"]) if process.pid != self.pid]
+            daemons = [process for process in others if (process.info["environ"] or {}).get(MARK) == self._mark]
+            for daemon in daemons:
+                with contextlib.suppress(psutil.Error):
+                    daemon.kill()
             if not daemons:
                 return
 
     def flush_log(self) -> None:
-        """Log the output written so far."""
         self._child.read_output()
 
     def _how_it_died(self) -> str:
@@ -237,20 +225,6 @@ class RewardProcess:
         end = self._child.describe_end(code, None)
         killed = "it was killed by SIGKILL"
         return end.replace(killed, f"{killed} (by another process, or by the kernel because memory ran out)", 1)
-
-
-def _other_processes(pid: int) -> Iterator[int]:
-    """Yield the ids of all processes except this process and `pid`."""
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) not in (os.getpid(), pid):
-            yield int(entry)
-
-
-def _environment_of(pid: int) -> list[bytes]:
-    """Return the initial environment of a process, or an empty list for an ended or foreign process."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return []
 
 
 def place_in(text: str, path: str | None) -> str:

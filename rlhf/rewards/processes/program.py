@@ -81,10 +81,7 @@ def send_frame(connection: socket.socket, message: object) -> None:
 
 
 def receive_frame(connection: socket.socket) -> Any:
-    """Read a message.
-
-    TimeoutError after the socket's timeout, EOFError or OSError if the peer is gone, BrokenFrame for invalid bytes.
-    """
+    """Read a message. TimeoutError, EOFError or OSError (the peer is gone), or BrokenFrame for invalid bytes."""
     (size,) = _HEADER.unpack(_receive_exactly(connection, _HEADER.size))
     if size > MAX_FRAME_BYTES:
         raise BrokenFrame(f"a message of {size} bytes")
@@ -112,7 +109,9 @@ class Reward:
         self._path = source.path
         target = _find(source)
         if inspect.isclass(target):
-            self._call = target = _construct(source, target)
+            self._call = target = construct(source, target)
+            if not callable(target):
+                raise LoadError(f"class `{source.name}` has no __call__(self, prompt, response)")
         else:
             self._call = _bind(source, target)
         self.signature = _read_signature(source, target)
@@ -120,55 +119,40 @@ class Reward:
     def score(self, request: Request) -> Iterator[Reply]:
         """Yield a reply for each response, in order, each as soon as possible."""
         if self.signature.batched:
-            yield from self._guard(self._score_group, request, request.responses)
+            yield from self._replies(request)
         else:
             for place, response in enumerate(request.responses):
-                alone = replace(request, responses=(response,), own=request.own[place : place + 1])
-                yield from self._guard(self._score_one, alone, (response,))
+                own = request.own[place : place + 1]
+                yield from self._replies(replace(request, responses=(response,), own=own))
 
-    def _score_one(self, request: Request, responses: tuple[str, ...]) -> list[Reply]:
-        (columns,) = _columns(request)
-        return [_answer(self._call(prompt=request.prompt, response=responses[0], **columns), responses[0], request)]
-
-    def _score_group(self, request: Request, responses: tuple[str, ...]) -> list[Reply]:
-        count = len(responses)
-        rows = _columns(request)
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
-        values = list(self._call(prompts=[request.prompt] * count, responses=list(responses), **columns))
-        if len(values) != count:
-            return [Reply(kind="not_a_number", payload=f"returned {len(values)} scores for {count} responses")] * count
-        return [_answer(value, response, request) for value, response in zip(values, responses, strict=True)]
-
-    def _guard(
-        self,
-        score: Callable[[Request, tuple[str, ...]], list[Reply]],
-        request: Request,
-        responses: tuple[str, ...],
-    ) -> list[Reply]:
-        """Call `score`; a failed call fails every response of the call."""
+    def _replies(self, request: Request) -> list[Reply]:
+        """Return the replies of a single call. A failed call fails every response of the call."""
+        count = len(request.responses)
         try:
-            return score(request, responses)
+            values = self._values(request)
+            if len(values) == count:
+                pairs = zip(values, request.responses, strict=True)
+                return [_as_steps(*pair) if request.by_step else _as_reply(pair[0]) for pair in pairs]
+            failure = Reply(kind="not_a_number", payload=f"returned {len(values)} scores for {count} responses")
         except MemoryError:
             failure = Reply(kind="died", payload="ran out of memory")
         except BaseException as error:  # noqa: BLE001  where a user's exception, sys.exit too, becomes a record
             failure = Reply(kind="raised", payload=summarize(error, self._path))
-        return [failure] * len(responses)
+        return [failure] * count
 
-
-def _columns(request: Request) -> list[dict[str, Any]]:
-    """Return the columns of each response, in separate objects."""
-    own = request.own or [pickle.dumps({})] * len(request.responses)
-    return [{**pickle.loads(request.columns), **pickle.loads(columns)} for columns in own]
-
-
-def _answer(value: object, response: str, request: Request) -> Reply:
-    return _as_steps(value, response) if request.by_step else _as_reply(value)
+    def _values(self, request: Request) -> list[Any]:
+        own = request.own or [pickle.dumps({})] * len(request.responses)
+        rows = [{**pickle.loads(request.columns), **pickle.loads(columns)} for columns in own]  # separate objects
+        if not self.signature.batched:
+            return [self._call(prompt=request.prompt, response=request.responses[0], **rows[0])]
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        return list(self._call(prompts=[request.prompt] * len(rows), responses=list(request.responses), **columns))
 
 
 def _as_steps(value: Any, response: str) -> Reply:
     """Check the steps returned for a response by a reward with `credit: step`."""
     if value is None:
-        return Reply(kind="value", payload=None)
+        return _as_reply(value)
     try:
         pairs = [(end, worth) for end, worth in value]
     except (TypeError, ValueError):
@@ -189,10 +173,8 @@ def _as_steps(value: Any, response: str) -> Reply:
 
 def _misfit(value: object, expected: str) -> Reply:
     text = repr(value)
-    shown = text if len(text) <= 80 else text[:77] + "..."
-    return Reply(
-        kind="not_a_number", payload=f"returned {shown} of type {type(value).__name__} where {expected} is expected"
-    )
+    shown = f"{text if len(text) <= 80 else text[:77] + '...'} of type {type(value).__name__}"
+    return Reply(kind="not_a_number", payload=f"returned {shown} where {expected} is expected")
 
 
 def _as_reply(value: object) -> Reply:
@@ -204,11 +186,8 @@ def _as_reply(value: object) -> Reply:
         number = float(value)
     except OverflowError:
         return Reply(kind="not_a_number", payload="returned an integer too large for a float")
-    return (
-        Reply(kind="value", payload=number)
-        if math.isfinite(number)
-        else Reply(kind="not_a_number", payload=f"returned {number}")
-    )
+    is_finite = math.isfinite(number)
+    return Reply(kind="value" if is_finite else "not_a_number", payload=number if is_finite else f"returned {number}")
 
 
 def _is_built_in(source: CodeSource) -> bool:
@@ -218,20 +197,11 @@ def _is_built_in(source: CodeSource) -> bool:
 def _find(source: CodeSource) -> Any:
     if _is_built_in(source):
         return importlib.import_module("rlhf.rewards.functions.table").BUILT_INS[source.name]
-    target = load_code(source, isolated=True)
+    target, place = load_code(source, isolated=True), source.path or source.entry
     if not callable(target):
-        raise LoadError(
-            f"`{source.name}` in {source.path or source.entry} is of type {type(target).__name__}, not a function or a "
-            "class"
-        )
+        kind = type(target).__name__
+        raise LoadError(f"`{source.name}` in {place} is of type {kind}, not a function or a class")
     return target
-
-
-def _construct(source: CodeSource, target: type) -> Callable[..., Any]:
-    instance = construct(source, target)
-    if not callable(instance):
-        raise LoadError(f"class `{source.name}` has no __call__(self, prompt, response)")
-    return instance  # type: ignore[no-any-return]
 
 
 def _bind(source: CodeSource, target: Callable[..., Any]) -> Callable[..., Any]:
@@ -265,18 +235,16 @@ def _read_signature(source: CodeSource, target: Callable[..., Any]) -> Signature
             f"{shown} must take `prompt, response` (called once per response) "
             "or `prompts, responses` (called once per group)"
         )
-    required: list[str] = []
-    optional: list[str] = []
-    takes_all = False
-    for name, parameter in parameters.items():
+    for parameter in parameters.values():
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
             raise LoadError(f"{shown}: arguments are passed by name, which `{parameter}` does not allow")
-        if parameter.kind is parameter.VAR_KEYWORD:
-            takes_all = True
-        elif name not in pairs[0] and name not in source.args:
-            (required if parameter.default is parameter.empty else optional).append(name)
+    given = {*pairs[0], *source.args}
+    columns = {n: p for n, p in parameters.items() if n not in given and p.kind is not p.VAR_KEYWORD}
     return Signature(
-        batched=pairs[0][0] == "prompts", required=tuple(required), optional=tuple(optional), takes_all=takes_all
+        batched=pairs[0][0] == "prompts",
+        required=tuple(name for name, p in columns.items() if p.default is p.empty),
+        optional=tuple(name for name, p in columns.items() if p.default is not p.empty),
+        takes_all=any(p.kind is p.VAR_KEYWORD for p in parameters.values()),
     )
 
 

@@ -102,8 +102,7 @@ def _when(number: int, argument: int, test: list[tuple[int, int, int, int]]) -> 
 
 
 def landlock_ruleset(readable: Iterable[str], writable: Iterable[str]) -> int:
-    """Return a file descriptor of a ruleset: everything beneath `readable` may be read, and files in `writable` also
-    written.
+    """Return a ruleset's file descriptor: all beneath `readable` may be read, and the files `writable` also written.
 
     Missing paths are left out. Unavailable if the kernel has no Landlock.
     """
@@ -117,9 +116,7 @@ def landlock_ruleset(readable: Iterable[str], writable: Iterable[str]) -> int:
         raise Unavailable(f"the Landlock ruleset could not be created ({os.strerror(ctypes.get_errno())})")
     rules = [(path, _READ_FILE | _READ_DIR) for path in readable]
     rules += [(path, _READ_FILE | _WRITE_FILE) for path in writable]
-    for path, rights in rules:
-        if not os.path.exists(path):
-            continue
+    for path, rights in [rule for rule in rules if os.path.exists(rule[0])]:
         parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
             allowed = rights if os.path.isdir(path) else rights & ~_READ_DIR

@@ -145,9 +145,8 @@ class Sandbox:
         `tests` are the test fields of a job for `rlhf.rewards.sandbox.program`. None runs a script.
         """
         wrapped = self.rung == "bubblewrap"
-        user: dict[str, Any] = {}
-        if wrapped and os.geteuid() == 0:
-            user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+        is_nobody = wrapped and os.geteuid() == 0
+        user: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if is_nobody else {}
         job = {"mark": None, **(tests or {}), "program": program, **self._restrictions(wall_s)}
         with ExitStack() as held:
             job_file, stdin_file = (held.enter_context(_memory(data)) for data in (marshal.dumps(job, 2), stdin))
@@ -172,12 +171,10 @@ class Sandbox:
             held.callback(_end, process, info)
             say_ready.close()
             say_info.close()
-            if not _is_ready(ready):
+            if not _readable(ready, START_LIMIT_S) or ready.read(1) != b"1":  # a process not confined closes the pipe
                 _end(process, info)
                 reason = _content(stderr).decode(errors="replace").strip()[-300:]
-                raise SandboxError(
-                    f"{self.rung} did not start the program: it ended with {process.returncode}: {reason}"
-                )
+                raise SandboxError(f"{self.rung} did not start the program, ended with {process.returncode}: {reason}")
             began = time.monotonic()
             in_time = self._wait(process, began + wall_s)
             seconds = time.monotonic() - began
@@ -196,9 +193,7 @@ class Sandbox:
             "output_bytes": OUTPUT_BYTES,
             "cpu_s": int(wall_s) + 1,
             "uid": secrets.choice(PROGRAM_USERS) if changes_user else None,
-            "threads": MAX_THREADS
-            if wrapped or changes_user
-            else None,  # otherwise all processes of the user would count
+            "threads": MAX_THREADS if wrapped or changes_user else None,  # else all the user's processes would count
             "parent": None if wrapped else os.getpid(),
             "filter": self._filter,
             "ruleset": self._ruleset,
@@ -271,11 +266,6 @@ def _content(file: io.FileIO) -> bytes:
 def _pipe(held: ExitStack) -> tuple[io.FileIO, io.FileIO]:
     read, write = os.pipe()
     return held.enter_context(io.FileIO(read, "r")), held.enter_context(io.FileIO(write, "w"))
-
-
-def _is_ready(ready: io.FileIO) -> bool:
-    """Return whether the process confines itself within the limit. Otherwise the process closes the pipe."""
-    return _readable(ready, START_LIMIT_S) and ready.read(1) == b"1"
 
 
 def _num_threads(pid: int) -> int:

@@ -48,7 +48,6 @@ class ServiceError(Exception):
     def __init__(self, kind: RewardErrorKind, message: str) -> None:
         super().__init__(message)
         self.kind = kind
-        self.message = message
 
 
 class _FailedAttempt(Exception):
@@ -56,8 +55,7 @@ class _FailedAttempt(Exception):
 
     def __init__(self, text: str, *, is_down: bool, pause_s: float = 0.0) -> None:
         super().__init__(text)
-        self.is_down = is_down
-        self.pause_s = pause_s  # pause requested by the service
+        self.is_down, self.pause_s = is_down, pause_s  # pause_s: requested by the service
 
 
 class Service:
@@ -88,8 +86,7 @@ class Service:
     async def post(self, body: Mapping[str, Any], path: str = "") -> dict[str, Any]:
         """Return the JSON object answered by the service.
 
-        The kind of a ServiceError is `unavailable` after all attempts without an answer before the deadline. The kind
-        is `refused` if a further attempt would not help.
+        ServiceError `unavailable`: no attempt was answered before the deadline. `refused`: no attempt would help.
         """
         attempts, last = 0, "another request tests whether it works again"
         async with self._free:
@@ -142,9 +139,7 @@ class Service:
     def _shown(self, text: str) -> str:
         """Return an answer on a single line, with the token masked."""
         line = " ".join(text.split())
-        if self.spec.token is not None:
-            line = line.replace(self.spec.token, "***")
-        return line[:MAX_SHOWN_CHARS] or "(empty)"
+        return (line.replace(self.spec.token, "***") if self.spec.token else line)[:MAX_SHOWN_CHARS] or "(empty)"
 
     def _url(self, path: str) -> str:
         parts = urlsplit(self.spec.url)
@@ -165,7 +160,6 @@ class Breaker:
 
     @property
     def is_open(self) -> bool:
-        """Return whether the service is considered down."""
         return self._failures >= TRIPS_AFTER
 
     @asynccontextmanager
@@ -207,7 +201,6 @@ class Breaker:
 
 
 def _status_error(status: int, text: str, *, pause_s: float = 0.0) -> Exception:
-    """Return the error of a status other than 200."""
     if status in _BUSY or status >= 500:
         return _FailedAttempt(text, is_down=status >= 500, pause_s=pause_s)
     return ServiceError("refused", text)

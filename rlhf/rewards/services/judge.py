@@ -14,6 +14,7 @@ from typing import Any
 
 PATH = "/chat/completions"
 _FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")
+_GIVEN = ("", "prompt", "response")  # not columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +32,7 @@ class JudgeSpec:
     @property
     def columns(self) -> tuple[str, ...]:
         """Return the columns of the row used in the question."""
-        names = dict.fromkeys(name for name in _FIELD.findall(self.prompt) if name)
-        return tuple(name for name in names if name not in ("prompt", "response"))
+        return tuple(name for name in dict.fromkeys(_FIELD.findall(self.prompt)) if name not in _GIVEN)
 
 
 def question(spec: JudgeSpec, prompt: str, response: str, columns: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,15 +45,13 @@ def question(spec: JudgeSpec, prompt: str, response: str, columns: Mapping[str, 
         value = values[match[1]]
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
-    messages = [{"role": "user", "content": _FIELD.sub(fill, spec.prompt)}]
-    if spec.system is not None:
-        messages.insert(0, {"role": "system", "content": spec.system})
+    system = [] if spec.system is None else [{"role": "system", "content": spec.system}]
+    messages = [*system, {"role": "user", "content": _FIELD.sub(fill, spec.prompt)}]
     return {**spec.request, "model": spec.model, "messages": messages}
 
 
 def verdict(spec: JudgeSpec, answer: Mapping[str, Any]) -> float:
-    """Return the number in a completion, scaled from 0 to 1, or the value of the chosen word. ValueError for an answer
-    without both."""
+    """Return a completion's number, scaled from 0 to 1, or its chosen word's value. ValueError without either."""
     match answer:
         case {"choices": [{"message": {"content": str(text)}, **rest}, *_]}:
             truncation = ", truncated at its limit of tokens," if rest.get("finish_reason") == "length" else ""
@@ -73,23 +71,17 @@ def verdict(spec: JudgeSpec, answer: Mapping[str, Any]) -> float:
     try:
         number = float(matches[-1])
     except ValueError:
-        raise ValueError(
-            f"`pattern` matches {_short(matches[-1])} in the judge's answer, which is not a number"
-        ) from None
+        shown = _short(matches[-1])
+        raise ValueError(f"`pattern` matches {shown} in the judge's answer, which is not a number") from None
     if not low <= number <= high:  # also refuses nan
         raise ValueError(f"the judge's answer gives {matches[-1]}, which is not on the scale from {low:g} to {high:g}")
     return (number - low) / (high - low)
 
 
 def _last_choice(text: str, words: Sequence[str]) -> str | None:
-    """Return the last choice in the text as a whole word. If several choices end at the same place, return the
-    longest.
-    """
-    ends: list[tuple[int, int, str]] = []
-    for word in words:
-        for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text):
-            ends.append((match.end(), len(word), word))
-    return max(ends)[2] if ends else None
+    """Return the last choice in the text as a whole word, the longest if several end at the same place."""
+    matches = ((word, match) for word in words for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text))
+    return max(((match.end(), len(word), word) for word, match in matches), default=(0, 0, None))[2]
 
 
 def _short(text: str) -> str:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 from rlhf.errors import RunError
 from rlhf.rewards.processes.pool import Failure, GroupOutcome
@@ -24,7 +24,6 @@ from rlhf.types import RESULT_COLUMN, Prompt, RewardErrorKind
 T = TypeVar("T")
 
 CLOSE_WITHIN_S = 10.0
-_KINDS: Mapping[str, RewardErrorKind] = {kind: kind for kind in get_args(RewardErrorKind)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,15 +75,12 @@ class RemoteRewards:
         """Return the outcomes of the named rewards for a group, requested concurrently."""
         limit_s = max(self._rewards[name].longest_s(len(responses), self._groups) for name in names)
 
-        async def ask_all() -> dict[str, GroupOutcome]:
-            calls = (self._ask_one(name, prompt, responses, truncated, results) for name in names)
-            outcomes = await asyncio.gather(*calls)
-            return dict(zip(names, outcomes, strict=True))
+        async def ask_all() -> list[GroupOutcome]:
+            return await asyncio.gather(*(self._ask_one(name, prompt, responses, truncated, results) for name in names))
 
-        return self._do(ask_all(), limit_s + CLOSE_WITHIN_S)
+        return dict(zip(names, self._do(ask_all(), limit_s + CLOSE_WITHIN_S), strict=True))
 
     def close(self) -> None:
-        """Cancel all requests, and end the thread."""
         if self._loop.is_closed():
             return
         self._do(self._close(), CLOSE_WITHIN_S)
@@ -135,7 +131,7 @@ class RemoteRewards:
         try:
             return read_scores(await service.post(body), len(responses))
         except ServiceError as error:
-            return _all_failed(error.kind, error.message, len(responses))
+            return _all_failed(error.kind, str(error), len(responses))
 
 
 async def _judged(
@@ -152,23 +148,22 @@ async def _judged(
         try:
             return verdict(judge, await service.post(body, PATH))
         except ServiceError as error:
-            return error.kind, error.message
+            return error.kind, str(error)
         except (ValueError, RecursionError) as error:
             return "not_a_number", str(error)
 
     texts = [json.dumps(body) for body in questions]
     distinct = dict(zip(texts, questions, strict=True))
     verdicts = dict(zip(distinct, await asyncio.gather(*map(ask_judge, distinct.values())), strict=True))
-    failures: list[Failure] = []
-    scores: list[float | None] = []
-    for sample, text in enumerate(texts):
-        match verdicts[text]:
-            case (kind, message):
-                failures.append(Failure(sample=sample, kind=kind, message=message))
-                scores.append(None)
-            case score:
-                scores.append(score)
-    return GroupOutcome(scores=tuple(scores), failures=tuple(failures))
+    answers = [verdicts[text] for text in texts]
+    return GroupOutcome(
+        scores=tuple(None if isinstance(answer, tuple) else answer for answer in answers),
+        failures=tuple(
+            Failure(sample=sample, kind=answer[0], message=answer[1])
+            for sample, answer in enumerate(answers)
+            if isinstance(answer, tuple)
+        ),
+    )
 
 
 def read_scores(answer: Mapping[str, Any], num_responses: int) -> GroupOutcome:
@@ -182,7 +177,8 @@ def read_scores(answer: Mapping[str, Any], num_responses: int) -> GroupOutcome:
         for error in errors if isinstance(errors, list) else [errors]:
             match error:
                 case {"sample": int(sample), "message": str(message), **rest} if 0 <= sample < num_responses:
-                    kind = _KINDS.get(str(rest.get("kind")), "raised")
+                    is_known = rest.get("kind") in get_args(RewardErrorKind)
+                    kind = cast("RewardErrorKind", rest["kind"]) if is_known else "raised"
                     failures[sample] = Failure(sample=sample, kind=kind, message=message[:500])
                 case _:
                     text = f"its answer has an error of unknown form: {_shown(error)}"

@@ -13,6 +13,7 @@ import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from rlhf.data.templates import UNCHANGED, ChatTemplate
@@ -40,7 +41,6 @@ class Environment(Protocol):
 
         All conversations of a group have the same seed and columns, and must begin with the same observation.
         """
-        ...
 
     def step(self, response: str) -> tuple[str | list[str], float, bool]:
         """Take a turn of the policy and return (observation, reward, done).
@@ -48,7 +48,6 @@ class Environment(Protocol):
         With tools, `step` also takes `tool_calls`, a list of `{name, arguments}`. The observation may then be a list
         with a result for each call.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +109,6 @@ class Conversations:
         return self.description
 
     async def stop(self) -> None:
-        """End the environment with all processes."""
         await self.host.stop()
 
     async def group(self, request: GroupRequest, sampling: Sampling) -> tuple[Rollouts, tuple[RolloutInfo, ...]]:
@@ -138,13 +136,8 @@ class Conversations:
                 played = replace(played, prompt_token_ids=await self._begin(conversation, game))
                 return await self._play_turns(conversation, game, sample, played)
             except EnvironmentFailure as failure:
-                error = RewardError(
-                    reward=ENVIRONMENT,
-                    kind=failure.kind,
-                    message=str(failure),
-                    prompt_id=game.request.prompt.prompt_id,
-                    sample=sample,
-                )
+                place = {"prompt_id": game.request.prompt.prompt_id, "sample": sample}
+                error = RewardError(reward=ENVIRONMENT, kind=failure.kind, message=str(failure), **place)
                 return replace(played, error=error)
             finally:
                 await conversation.end()
@@ -152,7 +145,8 @@ class Conversations:
     async def _begin(self, conversation: Conversation, game: _Game) -> tuple[int, ...]:
         """Reset the environment, and return the prompt's tokens, the same for the whole group."""
         prompt = game.request.prompt
-        observation = await conversation.reset(game.seed, self.description.select(prompt.columns))
+        seed = game.request.seeds[0]  # the same for all conversations of a group
+        observation = await conversation.reset(seed, self.description.select(prompt.columns))
         if game.observation is None:
             game.observation = observation
         if observation != game.observation:
@@ -198,15 +192,7 @@ class Conversations:
 
     async def _step(self, conversation: Conversation, sampled: Sampled, writer: TurnWriter) -> Step:
         """Return the environment's step, or the errors of invalid tool calls as the observation."""
-
-        def text(*, skip_special_tokens: bool) -> str:
-            return turn_text(
-                sampled.token_ids,
-                self.tokenizer,
-                stop_token=writer.stop_token,
-                skip_special_tokens=skip_special_tokens,
-            )
-
+        text = partial(turn_text, sampled.token_ids, self.tokenizer, stop_token=writer.stop_token)
         response = text(skip_special_tokens=True)
         if self.parser is None:
             return await conversation.step(response)
@@ -218,9 +204,8 @@ class Conversations:
     def _writer(self, prompt: Prompt) -> TurnWriter:
         chat, tools = prompt.is_chat, bool(self.description.tools)
         if chat not in self._writers:
-            self._writers[chat] = (
-                ChatTurns(self.tokenizer, with_tools=tools, ends=self.ends) if chat else RawTurns(self.tokenizer)
-            )
+            writer = ChatTurns(self.tokenizer, with_tools=tools, ends=self.ends) if chat else RawTurns(self.tokenizer)
+            self._writers[chat] = writer
         return self._writers[chat]
 
 
@@ -231,11 +216,6 @@ class _Game:
     request: GroupRequest
     sampling: Sampling
     observation: str | None = None
-
-    @property
-    def seed(self) -> int:
-        """Return the environment's seed, the same for all conversations of a group."""
-        return self.request.seeds[0]
 
 
 def turn_seed(seed: int, turn: int) -> int:

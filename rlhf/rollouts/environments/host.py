@@ -45,10 +45,7 @@ class Step:
 
 
 class EnvironmentFailure(Exception):
-    """Raised if a conversation's environment or an agent raises, hangs, dies or returns an invalid value.
-
-    The conversation has no reward.
-    """
+    """Raised if an environment or an agent raises, hangs, dies or returns an invalid value. There is no reward then."""
 
     def __init__(self, kind: RewardErrorKind, message: str) -> None:
         super().__init__(message[:MAX_MESSAGE_CHARS].encode(errors="backslashreplace").decode())
@@ -297,12 +294,9 @@ class Conversation:
         limits_s = self._description.server_limits_s
         more_s = sum(limits_s.get(call["name"], 0.0) for call in tool_calls or ())
         answer = await self.call("step", more_s=more_s, turn=turn)
-        observation = answer["observation"]
-        return Step(
-            observation=tuple(observation) if isinstance(observation, list) else observation,
-            reward=answer["reward"],
-            done=answer["done"],
-        )
+        seen = answer["observation"]
+        observation = tuple(seen) if isinstance(seen, list) else seen
+        return Step(observation=observation, reward=answer["reward"], done=answer["done"])
 
     async def end(self) -> None:
         """Call the environment's `close`, then end all processes."""
@@ -316,8 +310,11 @@ class Conversation:
         finally:
             self._writer.close()
             if not self._dead:
-                self._dead = True
-                await self._host.end(self.pid)
+                await self._kill()
+
+    async def _kill(self, *, is_closed: bool = False) -> str:
+        self._dead = True
+        return await self._host.end(self.pid, is_closed=is_closed)
 
     @property
     def _description(self) -> Description:
@@ -334,20 +331,16 @@ class Conversation:
                 await self._writer.drain()
                 (size,) = SIZE.unpack(await self._reader.readexactly(SIZE.size))
                 if size > MAX_REPLY_BYTES:
-                    self._dead = True
-                    await self._host.end(self.pid)
+                    await self._kill()
                     raise EnvironmentFailure("raised", f"{call} returned {size} bytes, more than {MAX_REPLY_BYTES}")
                 reply = _reply(await self._reader.readexactly(size))
         except TimeoutError as error:
             place = await self._host.where(self.pid)
-            self._dead = True
-            await self._host.end(self.pid)
-            raise EnvironmentFailure(
-                "timeout", f"{call} did not answer within {kind.key}.{kind.timeout}: {limit_s:g}{place}"
-            ) from error
+            await self._kill()
+            late = f"{call} did not answer within {kind.key}.{kind.timeout}: {limit_s:g}{place}"
+            raise EnvironmentFailure("timeout", late) from error
         except (asyncio.IncompleteReadError, OSError) as error:
-            self._dead = True
-            how = await self._host.end(self.pid, is_closed=True)
+            how = await self._kill(is_closed=True)
             raise EnvironmentFailure("died", f"in {call}, {how or 'it closed its connection'}") from error
         if "kind" in reply:
             limit = f" ({kind.key}.memory_gib: {self._host.memory_gib:g})" if reply["kind"] == "died" else ""

@@ -67,12 +67,10 @@ def load_environment(source: CodeSource) -> Any:
     if source.path is None and source.entry is None:
         environments = importlib.import_module("rlhf.rollouts.environments.built_in").BUILT_INS
         source = replace(source, entry=environments[source.name])
-    target = load_code(source, isolated=True)
+    target, place = load_code(source, isolated=True), source.path or source.entry
     if not inspect.isclass(target):
-        raise LoadError(
-            f"`{source.name}` in {source.path or source.entry} is of type {type(target).__name__}; an environment is a "
-            "class with `reset` and `step`"
-        )
+        found = f"is of type {type(target).__name__}; an environment is a class with `reset` and `step`"
+        raise LoadError(f"`{source.name}` in {place} {found}")
     return construct(source, target)
 
 
@@ -128,13 +126,8 @@ def _reset(environment: Any, seed: int, columns: Mapping[str, Any]) -> dict[str,
     observation = environment.reset(seed=seed, **columns)
     if not isinstance(observation, str | None):
         raise ProtocolViolation(f"reset returned {observation!r:.80}, expected a text or None")
-    return {"observation": _require_valid_text(observation or "")}
-
-
-def _require_valid_text(text: str) -> str:
-    """Return the text unchanged. UnicodeEncodeError for half a character."""
-    text.encode()
-    return text
+    (observation or "").encode()  # UnicodeEncodeError for half a character
+    return {"observation": observation or ""}
 
 
 def _step(environment: Any, **turn: Any) -> dict[str, Any]:
@@ -142,14 +135,10 @@ def _step(environment: Any, **turn: Any) -> dict[str, Any]:
     if not isinstance(returned, tuple) or len(returned) != 3:
         raise ProtocolViolation(f"step returned {returned!r:.80}, expected (observation, reward, done)")
     observation, reward, done = returned
-    calls = turn.get("tool_calls") or ()
-    results = observation if isinstance(observation, list) else []
-    if isinstance(observation, list) and (
-        len(results) != len(calls) or not all(isinstance(result, str) for result in results)
-    ):
-        raise ProtocolViolation(
-            f"step returned {observation!r:.80} for {len(calls)} tool calls, expected a text for each"
-        )
+    count = len(turn.get("tool_calls") or ())
+    results = observation if isinstance(observation, list) else [observation or ""]
+    if results is observation and (len(results) != count or not all(isinstance(result, str) for result in results)):
+        raise ProtocolViolation(f"step returned {observation!r:.80} for {count} tool calls, expected a text for each")
     if not isinstance(observation, str | list | None):
         raise ProtocolViolation(f"step returned the observation {observation!r:.80}, expected a text")
     if done not in (True, False):
@@ -158,8 +147,8 @@ def _step(environment: Any, **turn: Any) -> dict[str, Any]:
         raise ProtocolViolation("step returned no observation and is not done, so the policy has nothing to answer")
     if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
         return {"kind": "not_a_number", "message": f"step returned {reward!r:.80} as reward, expected a finite number"}
-    for text in results or [observation or ""]:
-        _require_valid_text(text)
+    for text in results:
+        text.encode()  # UnicodeEncodeError for half a character
     return {"observation": observation or "", "reward": float(reward), "done": bool(done)}
 
 
@@ -208,10 +197,10 @@ class HostedEnvironment:
                 "tools of servers, expected a list with a text for each"
             )
         own_results = iter(own["observation"])
-        results = []
-        for call in tool_calls:
-            is_servers = call["name"] in self.description.server_limits_s
-            results.append(self.toolbox.call(call["name"], call["arguments"]) if is_servers else next(own_results))
+        results = [
+            next(own_results) if call in own_calls else self.toolbox.call(call["name"], call["arguments"])
+            for call in tool_calls
+        ]
         return {**own, "observation": results}
 
 
@@ -242,9 +231,7 @@ def _with_servers(own: Description, servers: Sequence[ToolServer]) -> Descriptio
 def _answer(hosted: HostedCode, message: Mapping[str, Any], path: str | None) -> dict[str, Any]:
     try:
         return hosted.answer(**message)
-    except ProtocolViolation as error:
-        return {"kind": error.kind, "message": str(error)}
-    except ToolServerFailure as error:
+    except (ProtocolViolation, ToolServerFailure) as error:
         return {"kind": error.kind, "message": str(error)}
     except MemoryError:
         return {"kind": "died", "message": "ran out of memory"}

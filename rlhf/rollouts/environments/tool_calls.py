@@ -39,7 +39,6 @@ class ToolCall:
 class ToolCallParser(Protocol):
     def parse(self, text: str) -> tuple[ToolCall, ...] | None:
         """Return the calls, or None if the turn contains an unreadable call."""
-        ...
 
 
 def read_calls(

@@ -44,7 +44,6 @@ class ToolServer:
 
     @property
     def name(self) -> str:
-        """Return the server's name for messages."""
         return self.url or " ".join(self.command or ())
 
 
@@ -76,11 +75,8 @@ class Toolbox:
     @property
     def anthropic(self) -> list[Mapping[str, Any]]:
         """Return the tools for the parameter `tools` of Anthropic's protocol."""
-        functions = [tool["function"] for tool in self._tools]
-        return [
-            {"name": one["name"], "description": one["description"], "input_schema": one["parameters"]}
-            for one in functions
-        ]
+        tools = [tool["function"] for tool in self._tools]
+        return [{"name": x["name"], "description": x["description"], "input_schema": x["parameters"]} for x in tools]
 
     async def call(self, name: str, arguments: Mapping[str, Any] | str) -> str:
         """Return the text that the model reads after a call. `arguments` may be JSON text, as written by the model.
@@ -213,12 +209,8 @@ def _result_text(content: Sequence[Any], structured: Any) -> str:
         return json.dumps(structured, ensure_ascii=False)
     parts = []
     for block in content:
-        if block.type == "text":
-            parts.append(block.text)
-        elif block.type == "resource" and "text" in type(block.resource).model_fields:
-            parts.append(block.resource.text)
-        else:
-            parts.append(f"[{block.type} left out]")
+        holder = block.resource if block.type == "resource" else block
+        parts.append(holder.text if "text" in type(holder).model_fields else f"[{block.type} left out]")
     return "\n".join(parts) or "[no output]"
 
 

@@ -31,7 +31,6 @@ class TurnWriter(Protocol):
 
     def after(self, sampled: Sequence[int], observation: str | tuple[str, ...]) -> tuple[int, ...]:
         """Return the tokens after a sampled turn. Several observations are the results of tool calls."""
-        ...
 
 
 def first_prompt(prompt: Prompt, observation: str, tokenizer: Any) -> tuple[int, ...]:
@@ -41,9 +40,8 @@ def first_prompt(prompt: Prompt, observation: str, tokenizer: Any) -> tuple[int,
     """
     if PLACEHOLDER not in prompt.text:
         if observation:
-            raise ValueError(
-                f"reset returned {observation!r:.60}, but the prompt has no {PLACEHOLDER} to mark its place"
-            )
+            missing = f"the prompt has no {PLACEHOLDER} to mark its place"
+            raise ValueError(f"reset returned {observation!r:.60}, but {missing}")
         return prompt.token_ids
     if not observation:
         raise ValueError(f"reset returned no observation, but the prompt has {PLACEHOLDER}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,13 +42,7 @@ class Begun:
     def finished(self) -> Sampled:
         """Return the whole response."""
         assert self.finish_reason is not None, "an unfinished response is not trained on"
-        return Sampled(
-            token_ids=self.token_ids,
-            logprobs=self.logprobs,
-            versions=self.versions,
-            finish_reason=self.finish_reason,
-            experts=self.experts,
-        )
+        return Sampled(**{column.name: getattr(self, column.name) for column in fields(self)})
 
 
 def begun_groups(folder: Path) -> dict[Path, int]:
@@ -59,12 +53,9 @@ def begun_groups(folder: Path) -> dict[Path, int]:
 def write_begun(folder: Path, request: GroupRequest, sampling: Sampling, responses: Sequence[Begun]) -> None:
     """Write the responses to a cancelled request aside, then rename the file into place."""
     path = _path(folder, request.group_id)
-    columns = {
-        "lengths": torch.tensor([len(begun.token_ids) for begun in responses]),
-        "token_ids": torch.tensor([token for begun in responses for token in begun.token_ids], dtype=torch.int64),
-        "logprobs": torch.tensor([value for begun in responses for value in begun.logprobs], dtype=torch.float64),
-        "versions": torch.tensor([version for begun in responses for version in begun.versions], dtype=torch.int64),
-    }
+    columns = {"lengths": torch.tensor([len(begun.token_ids) for begun in responses])}
+    for name, dtype in (("token_ids", torch.int64), ("logprobs", torch.float64), ("versions", torch.int64)):
+        columns[name] = torch.tensor([value for begun in responses for value in getattr(begun, name)], dtype=dtype)
     reasons = json.dumps([begun.finish_reason for begun in responses])
     metadata = {**_identity(request, sampling), "finish_reasons": reasons}
     write_aside(path, lambda aside: safetensors_torch.save_file(columns, aside, metadata=metadata))
@@ -86,14 +77,10 @@ def read_begun(folder: Path, request: GroupRequest, sampling: Sampling) -> tuple
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         logger.warning("%s cannot be read (%s); its prompt is sampled from the start", path, error)
         return None
+    rows = ([tuple(column.tolist()) for column in row] for row in zip(*columns, strict=True))
     return tuple(
-        Begun(
-            token_ids=tuple(token_ids.tolist()),
-            logprobs=tuple(logprobs.tolist()),
-            versions=tuple(versions.tolist()),
-            finish_reason=reason,
-        )
-        for token_ids, logprobs, versions, reason in zip(*columns, reasons, strict=True)
+        Begun(token_ids=token_ids, logprobs=logprobs, versions=versions, finish_reason=reason)
+        for (token_ids, logprobs, versions), reason in zip(rows, reasons, strict=True)
     )
 
 

@@ -31,10 +31,7 @@ _SCORES = TypeAdapter(GroupScores)
 
 
 def is_from(group_id: int, start: int) -> bool:
-    """Return whether a group, or the group of a greedy response, comes from the prompts at or after group `start`.
-
-    Groups of evaluations have negative ids and never do.
-    """
+    """Return whether a group, or the group of a greedy response, is at or after `start`. Evaluations never are."""
     return group_id >= 0 and group_id % GREEDY_GROUPS >= start
 
 
@@ -56,10 +53,7 @@ def _sampling_json(sampling: Sampling) -> str:
 
 
 def scored_identity(request: GroupRequest, sampling: Sampling, infos: Sequence[RolloutInfo]) -> str:
-    """Return a digest of the inputs of a group's scores, except weights and rewards.
-
-    The digest includes the row and the sampled responses.
-    """
+    """Return a digest of the inputs of a group's scores, also row and responses, except weights and rewards."""
     prompt = request.prompt
     return _digest((request_identity(request, sampling), prompt.text, dict(prompt.columns), tuple(infos)))
 
@@ -105,12 +99,10 @@ class _Ledger(Generic[Key, Value]):
         self._read()
 
     @abstractmethod
-    def _is_from(self, row: dict[str, Any], start: int) -> bool:
-        """Return whether a line is about groups from `start` on."""
+    def _is_from(self, row: dict[str, Any], start: int) -> bool: ...
 
     @abstractmethod
-    def _record(self, row: dict[str, Any]) -> tuple[Key, Value]:
-        """Return the record of a line."""
+    def _record(self, row: dict[str, Any]) -> tuple[Key, Value]: ...
 
     def _read(self) -> None:
         """Read all valid lines and drop the rest, such as a line truncated by a kill."""
@@ -150,9 +142,8 @@ class FinishOrderLedger(_Ledger[str, tuple[frozenset[int], str]]):
     def get(self, race: str, *, weights: str | None) -> frozenset[int] | None:
         """Return the first finished groups, or None if the run was interrupted before they were known.
 
-        Args:
-            weights: required checksum of the sampling weights. A resumed run with changed settings makes different
-                weights of the same version. None: any weights of the version.
+        `weights` is the required checksum of the sampling weights: a resumed run with changed settings makes different
+        weights of the same version. None: any weights of the version.
         """
         group_ids, sampled_by = self.known.get(race, (None, weights))
         return group_ids if weights in (None, sampled_by) else None
@@ -163,7 +154,6 @@ class FinishOrderLedger(_Ledger[str, tuple[frozenset[int], str]]):
         append_line(self.path, line)
 
     def clear(self) -> None:
-        """Drop all records without a further use."""
         self.known = {}
         self.path.unlink(missing_ok=True)
 

@@ -49,8 +49,7 @@ class InsertedSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Played:
-    """A conversation: a prompt and spans, with a sampled span at the end. A conversation that failed before the first
-    turn has no spans."""
+    """A conversation: a prompt and spans, a sampled one at the end. One that failed before its first turn has none."""
 
     prompt_token_ids: tuple[int, ...]
     spans: tuple[Sampled | InsertedSpan, ...]
@@ -79,7 +78,9 @@ def assemble(request: GroupRequest, conversations: Sequence[Played]) -> tuple[Ro
         turns = [span for span in played.spans if isinstance(span, Sampled)]
         sampled_logprobs = torch.tensor([value for turn in turns for value in turn.logprobs])
         by_token = [version for turn in turns for version in turn.versions]
-        prompt, rewards = len(played.prompt_token_ids), played.rewards
+        prompt, rewards = len(played.prompt_token_ids), None
+        if played.rewards is not None:
+            rewards = tuple(StepReward(end=e, value=value) for e, value in zip(ends, played.rewards, strict=True))
         infos.append(
             RolloutInfo(
                 sequence_id=request.first_sequence_id + index,
@@ -91,9 +92,7 @@ def assemble(request: GroupRequest, conversations: Sequence[Played]) -> tuple[Ro
                 mean_logprob=float(sampled_logprobs.mean()) if turns else 0.0,
                 num_turns=len(turns),
                 num_environment_tokens=len(ids) - start - prompt - len(sampled_logprobs),
-                environment_rewards=None
-                if rewards is None
-                else tuple(StepReward(end=end, value=value) for end, value in zip(ends, rewards, strict=True)),
+                environment_rewards=rewards,
                 environment_error=played.error,
             )
         )
@@ -134,8 +133,7 @@ def token_spans(rollouts: Rollouts) -> list[list[tuple[bool, list[int]]]]:
     sizes = rollouts.sample_lengths.tolist()
     for ids, mask in zip(rollouts.token_ids.split(sizes), rollouts.response_mask.split(sizes), strict=True):
         borders = [0, *(torch.nonzero(mask[1:] != mask[:-1]).flatten() + 1).tolist(), len(ids)]
-        spans = [(bool(mask[a]), ids[a:b].tolist()) for a, b in pairwise(borders)]
-        result.append(spans)
+        result.append([(bool(mask[a]), ids[a:b].tolist()) for a, b in pairwise(borders)])
     return result
 
 

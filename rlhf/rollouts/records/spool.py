@@ -39,10 +39,7 @@ def stored_groups(folder: Path) -> dict[Path, int]:
 
 
 def drop_untrained(folder: Path) -> None:
-    """Delete the spooled groups with a failed environment or without a trained token.
-
-    A resumed run plays such groups again.
-    """
+    """Delete the groups with a failed environment or without a trained token. A resumed run plays them again."""
     for path in stored_groups(folder):
         with safe_open(path, framework="pt") as file:
             infos = json.loads((file.metadata() or {}).get("infos", "[]"))
@@ -52,10 +49,7 @@ def drop_untrained(folder: Path) -> None:
 
 
 def forget_after(folder: Path, version: int) -> int:
-    """Delete the spooled groups with a token newer than `version`, and return their number.
-
-    A run resumed from this version trains newer weights anew.
-    """
+    """Delete the groups with a token newer than `version`, whose weights are trained anew, and return their number."""
     newer = [path for path in stored_groups(folder) if _version(path) > version]
     for path in newer:
         path.unlink(missing_ok=True)
@@ -97,9 +91,8 @@ def write_group(
 ) -> None:
     """Write a finished group aside, then rename it into place. A missing folder no longer belongs to this run.
 
-    Args:
-        weights: checksum of the weights, "" if the weights changed within the group. A resumed run with changed
-            settings makes different weights of the same version.
+    `weights` is the checksum of the weights, or "" if the weights changed within the group. A resumed run with changed
+    settings makes different weights of the same version.
     """
     path = group_path(folder, request.group_id, version)
     columns = {field.name: getattr(rollouts, field.name).contiguous() for field in fields(rollouts)}

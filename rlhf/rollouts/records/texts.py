@@ -31,15 +31,11 @@ class Transcript:
 
 
 def response_texts(rollouts: Rollouts, tokenizer: Any, *, turn_end: int | None) -> list[str]:
-    """Return each sample's response as text, without the end tokens of turns.
-
-    The turns of a conversation's policy are joined by newlines.
-    """
+    """Return each sample's response as text, without end tokens, the policy's turns joined by newlines."""
     spans = [
         [without_turn_end(ids, turn_end) for sampled, ids in sequence if sampled] for sequence in token_spans(rollouts)
     ]
-    decoded: list[str] = tokenizer.batch_decode([ids for turns in spans for ids in turns], skip_special_tokens=True)
-    texts = iter(decoded)
+    texts = iter(tokenizer.batch_decode([ids for turns in spans for ids in turns], skip_special_tokens=True))
     return ["\n".join([next(texts) for _ in turns]) for turns in spans]
 
 
@@ -79,16 +75,10 @@ def transcripts(
     turn_end: int | None,
     signals: Sequence[TokenSignals] = (),
 ) -> list[Transcript]:
-    """Return the transcripts of the samples at `places` for the samples files.
-
-    A sample with `signals` also has training signals for each token.
-    """
+    """Return the transcripts of the samples at `places`, with the training signals of each token, if any."""
     texts, turns = response_texts(rollouts, tokenizer, turn_end=turn_end), turns_of(rollouts, tokenizer)
-    tokens = tokens_of(rollouts, places, signals, tokenizer)
-    return [
-        Transcript(response=texts[place], turns=turns[place], tokens=row)
-        for place, row in zip(places, tokens, strict=True)
-    ]
+    rows = zip(places, tokens_of(rollouts, places, signals, tokenizer), strict=True)
+    return [Transcript(response=texts[place], turns=turns[place], tokens=tokens) for place, tokens in rows]
 
 
 def step_ends(
@@ -121,9 +111,7 @@ def step_ends(
 
 
 def turns_of(rollouts: Rollouts, tokenizer: Any) -> list[tuple[SampleTurn, ...]]:
-    """Return the turns of each sample, special tokens written out: the prompt, then policy and environment
-    alternating.
-    """
+    """Return each sample's turns, special tokens written out: the prompt, then policy and environment alternating."""
     return [
         tuple(
             SampleTurn(
@@ -146,8 +134,7 @@ def token_texts(ids: Sequence[int], tokenizer: Any, *, skip_special_tokens: bool
     """
 
     def text(start: int, end: int) -> str:
-        decoded: str = tokenizer.decode(ids[start:end], skip_special_tokens=skip_special_tokens)
-        return decoded
+        return str(tokenizer.decode(ids[start:end], skip_special_tokens=skip_special_tokens))
 
     texts = []
     start, before = 0, ""  # start of a window of tokens, and its text before the current token

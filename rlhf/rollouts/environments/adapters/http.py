@@ -14,6 +14,15 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def checked_headers(url: str, token_env: str | None) -> dict[str, str]:
+    """Return the header with the bearer token, if any. ValueError for a URL not of HTTP, or an unset variable."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"url is {url!r}, expected a URL that begins with http:// or https://")
+    if token_env is not None and token_env not in os.environ:
+        raise ValueError(f"the environment variable {token_env} for the token is not set")
+    return {} if token_env is None else {"Authorization": f"Bearer {os.environ[token_env]}"}
+
+
 class HttpEnvironment:
     """Posts JSON to `url`/reset, /step and /close.
 
@@ -21,15 +30,9 @@ class HttpEnvironment:
     """
 
     def __init__(self, url: str, token_env: str | None = None, timeout_s: float = 60.0) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"url is {url!r}, expected a URL that begins with http:// or https://")
+        self.headers = {"Content-Type": "application/json", **checked_headers(url, token_env)}
         self.url = url.rstrip("/")
         self.timeout_s = timeout_s
-        self.headers = {"Content-Type": "application/json"}
-        if token_env is not None:
-            if token_env not in os.environ:
-                raise ValueError(f"the environment variable {token_env} for the token is not set")
-            self.headers["Authorization"] = f"Bearer {os.environ[token_env]}"
         self.session: str | None = None
 
     def reset(self, seed: int, **columns: Any) -> str | None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from rlhf.rollouts.environments.adapters.http import checked_headers
 
 if TYPE_CHECKING:
     from websockets.sync.client import ClientConnection
@@ -41,8 +42,7 @@ class OpenEnv:
             raise ImportError(
                 f"websockets is not installed ({error}); install the extra: pip install 'ray-rlhf[openenv]'"
             ) from error
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"url is {url!r}, expected a URL that begins with http:// or https://")
+        self.headers = checked_headers(url, token_env)
         if RESPONSE not in json.dumps(action):
             raise ValueError(f"action is {action!r:.100}, which has no {RESPONSE} as the place of the policy's turn")
         self.connect, self.closed = connect, ConnectionClosed
@@ -51,11 +51,6 @@ class OpenEnv:
         self.observation = observation
         self.timeout_s = timeout_s
         self.session: ClientConnection | None = None
-        self.headers: dict[str, str] = {}
-        if token_env is not None:
-            if token_env not in os.environ:
-                raise ValueError(f"the environment variable {token_env} for the token is not set")
-            self.headers["Authorization"] = f"Bearer {os.environ[token_env]}"
 
     def reset(self, seed: int, **columns: Any) -> str | None:
         """Open a session. The server passes the columns known to the environment to `reset`."""
@@ -81,17 +76,15 @@ class OpenEnv:
         answer = json.loads(self.session.recv(timeout=self.timeout_s))
         if answer["type"] != "observation":
             raise RuntimeError(f"{self.url} answered {kind} with {answer['type']}: {answer['data']!r:.400}")
-        data: dict[str, Any] = answer["data"]
-        return data
+        return answer["data"]  # type: ignore[no-any-return]
 
     def _observation_text(self, result: Mapping[str, Any]) -> str:
         """Return the text the policy reads of an answer."""
         observation = result["observation"]
         if self.observation is not None:
             if self.observation not in observation:
-                raise KeyError(
-                    f"the observation has {', '.join(observation) or 'no fields'}, but not {self.observation}"
-                )
+                fields = ", ".join(observation) or "no fields"
+                raise KeyError(f"the observation has {fields}, but not {self.observation}")
             observation = observation[self.observation]
         if not observation:
             return ""
