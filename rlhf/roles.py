@@ -159,9 +159,7 @@ class RolloutRole(MeasuredRole, Protocol):
     ) -> CompletedGroup | None:
         """Answer one request with the engines' current weights. None: the request was cancelled.
 
-        Args:
-            oldest: a stored group is used only if no token is older than this version.
-            urgent: before waiting requests (evaluations).
+        `oldest`: a stored group is used only if no token is older than this version. `urgent`: before waiting requests.
         """
 
     async def restored(self, group: CompletedGroup, sampling: Sampling) -> CompletedGroup:
@@ -182,19 +180,13 @@ class RolloutRole(MeasuredRole, Protocol):
         """Return the number of engines that answer."""
 
     async def cancel(self, requests: Sequence[GroupRequest]) -> None:
-        """Cancel requests of the running `generate` call.
-
-        The call no longer yields such requests, and ends without them. `answer` returns None for a cancelled request.
-        """
+        """Cancel requests. The running `generate` ends without cancelled requests, and `answer` returns None."""
 
     async def withdraw_weights(self) -> None:
         """Prepare for a publication. From now on, no engine may load the last publication, which is overwritten."""
 
     async def update_weights(self, manifest: WeightManifest) -> None:
-        """Load a published set of weights.
-
-        Raise RunError if the version or checksum differs from the manifest afterwards.
-        """
+        """Load a published set of weights. RunError: the version or checksum differs from the manifest afterwards."""
 
     async def prove(self, probe: PolicyProbe) -> float | None:
         """Return the largest difference between the log-probabilities of engines and policy. None: no engine works now.
@@ -258,11 +250,9 @@ class ReferenceRole(GpuGuest, Protocol):
         only: frozenset[int] | None = None,
         temperatures: Mapping[int, float] | None = None,
     ) -> list[RemoteColumns[TokenValues]]:
-        """Return a column for each group, in order.
+        """Return a column for each group, in order. `temperatures`: by sequence id, if the prompt sets a temperature.
 
-        Args:
-            only: the sequences to compute, at least one in each group; None computes all.
-            temperatures: by sequence id, for sequences with a temperature of the prompt.
+        `only`: the sequences to compute, at least one in each group; None computes all.
         """
 
 
@@ -272,9 +262,7 @@ class TeacherRole(MeasuredRole, Protocol):
     role: Role
 
     async def states(self, dataset: int, plan: MinibatchPlan) -> StatesByRank:
-        """Return the last hidden states at the positions predicting loss-mask tokens, for the planned rows of a data
-        set.
-        """
+        """Return the last hidden states that predict the loss-mask tokens of the planned rows of a data set."""
 
 
 class OnlineTeacherRole(GpuGuest, Protocol):
@@ -335,30 +323,18 @@ class PolicyRole(TrainedRole, Protocol):
     async def prepare(
         self, plan: BatchPlan, groups: Sequence[CompletedGroup], ref_logprobs: Sequence[RemoteColumns[TokenValues]]
     ) -> PrepareReport:
-        """Load a batch or a portion of it, and compute its metrics under the current weights.
-
-        Each rank receives only the rank's sequences.
-        """
+        """Load a batch or a portion into the ranks of its sequences, and compute metrics under the current weights."""
 
     async def set_advantages(
-        self,
-        plan: BatchPlan,
-        by_sequence: Mapping[int, float] | None,
-        values: Sequence[RemoteColumns[TokenValues]],
+        self, plan: BatchPlan, by_sequence: Mapping[int, float] | None, values: Sequence[RemoteColumns[TokenValues]]
     ) -> AdvantagesReport:
-        """Give every sampled token the advantage of the sequence, or if None an estimate from the critic's values.
-
-        The tokens come from the last `prepare`.
-        """
+        """Give the last prepared tokens the advantage of their sequence. None: estimate it from the critic's values."""
 
     async def accumulate(self, minibatch: int) -> None:
         """Compute the gradient of the part of a minibatch in the portions prepared so far (train.streamed)."""
 
     async def update(self, minibatch: int, states: StatesByRank = ()) -> Metrics:
-        """Make one optimizer step on a minibatch of the prepared batch.
-
-        `states`: the teacher's states, if a teacher is used.
-        """
+        """Make one optimizer step on a minibatch of the prepared batch. `states`: of the teacher, if any."""
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
         """Return the training signals of the tokens of these sequences in the prepared batch, by rank."""
@@ -401,11 +377,9 @@ class OfflineRole(TrainedRole, Protocol):
     async def update_on(
         self, plan: MinibatchPlan, states: StatesByRank = (), *, snapshot: int | None = None
     ) -> Metrics:
-        """Make one optimizer step on rows of the training set.
+        """Make one optimizer step on rows of the training set. `states`: of the teacher, if any.
 
-        Args:
-            states: the teacher's states, if a teacher is used.
-            snapshot: take the snapshot of this step at once. A call of `take_snapshot` must follow. None: no snapshot.
+        `snapshot`: take the snapshot of this step right afterwards. A call of `take_snapshot` must follow.
         """
 
     async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:

@@ -15,17 +15,7 @@ from actors.roles.group import SpawnOne, Stoppable, WorkerGroup, spawn
 from actors.roles.ranks import RANKS, StreamedPolicyRank
 from actors.roles.teacher import OnlineTeacherWorkers, TeacherWorkers
 from actors.roles.worker_pools import ReferenceWorkers, RewardWorkers
-from rlhf.config.derive import (
-    chat_template,
-    critic_model,
-    critic_optimizer_steps,
-    needs,
-    policy_optimizer_steps,
-    reference_is_adapter_off,
-    reference_model,
-    restarts_gangs,
-    uses_reward_model,
-)
+from rlhf.config import derive
 from rlhf.config.schema.root import Config
 from rlhf.controller.supervisor import Supervisor
 from rlhf.rewards.scoring import RewardSpec
@@ -67,32 +57,30 @@ class RunContext:
 
     def frozen(self, group: type[WorkerGroup], worker: type, model: Any) -> WorkerGroup:
         """Create the workers of a frozen role. Online, the workers score responses exactly as sampled."""
-        config = self.config
-        options: dict[str, Any] = {"max_tokens_per_microbatch": config.train.max_tokens_per_microbatch}
+        config, options = self.config, {"max_tokens_per_microbatch": self.config.train.max_tokens_per_microbatch}
         if config.rollouts is not None:
-            options["temperature"] = config.rollouts.temperature
-            options["samples_per_prompt"] = config.rollouts.samples_per_prompt
+            options |= config.rollouts.model_dump(include={"temperature", "samples_per_prompt"})
         spawned = self.spawn(group.role, worker, model, **options)
         return group(*spawned, deadline_s=config.cluster.call_timeout_s)
 
 
 def _policy(run: RunContext) -> PolicyGang | OfflineGang:
     config, algorithm = run.config, run.config.algorithm
-    options: dict[str, Any] = {"optimizer_steps": policy_optimizer_steps(config)}
+    options: dict[str, Any] = {"optimizer_steps": derive.policy_optimizer_steps(config)}
     if algorithm.is_online and not algorithm.has_teacher:
-        options["reference_is_adapter_off"] = reference_is_adapter_off(config)
+        options["reference_is_adapter_off"] = derive.reference_is_adapter_off(config)
     gang: type[PolicyGang | OfflineGang] = PolicyGang if algorithm.is_online else OfflineGang
     rank = StreamedPolicyRank if config.train.streamed else RANKS[algorithm.kind]
     return run.gang(gang, rank, config, **options)
 
 
 def _critic(run: RunContext) -> CriticGang:
-    config, steps = run.config, critic_optimizer_steps(run.config)
-    return run.gang(CriticGang, CriticWorker, config, critic_model(config), optimizer_steps=steps)
+    config, steps = run.config, derive.critic_optimizer_steps(run.config)
+    return run.gang(CriticGang, CriticWorker, config, derive.critic_model(config), optimizer_steps=steps)
 
 
 def _reference(run: RunContext) -> WorkerGroup:
-    return run.frozen(ReferenceWorkers, ReferenceWorker, reference_model(run.config))
+    return run.frozen(ReferenceWorkers, ReferenceWorker, derive.reference_model(run.config))
 
 
 def _teacher(run: RunContext) -> WorkerGroup:
@@ -108,8 +96,8 @@ def _reward(run: RunContext) -> RewardWorkers:
         tokenizer=config.policy.tokenizer_source,
         trust_remote_code=config.policy.trust_remote_code,
         tokenizer_class=run.tokenizer_class,
-        template=chat_template(config),
-        model=config.reward if uses_reward_model(config) else None,
+        template=derive.chat_template(config),
+        model=config.reward if derive.uses_reward_model(config) else None,
         timeout_s=policy.timeout_s,
         processes=policy.processes,
         memory_gib=policy.memory_gib,
@@ -134,18 +122,17 @@ def build_roles(run: RunContext, groups: list[Stoppable]) -> dict[Role, Any]:
     Each group is appended to `groups` at once, so that a failure of the next group still ends the group.
     """
     last: list[Stoppable] = []  # end after the ranks that write into them
-    if restarts_gangs(run.config):
+    if derive.restarts_gangs(run.config):
         folders = MemoryFolders(start_timeout_s=run.config.cluster.start_timeout_s)
         last.append(folders)
         run = replace(run, folders=folders)
     roles: dict[Role, Any] = {}
     try:
         for role, build in ROLE_BUILDERS.items():
-            if role not in needs(run.config):
-                continue
-            roles[role] = build(run)
-            roles[role].supervisor, roles[role].placement = run.supervisor, run.placement
-            groups.append(roles[role])
+            if role in derive.needs(run.config):
+                roles[role] = build(run)
+                roles[role].supervisor, roles[role].placement = run.supervisor, run.placement
+                groups.append(roles[role])
     finally:
         groups += last
     return roles

@@ -20,7 +20,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from actors.cluster.memory_folders import MemoryFolders
-from actors.cluster.waiting import CALL_LIMIT, START_LIMIT
+from actors.cluster.waiting import START_LIMIT
 from actors.roles.group import END_WITHIN_S, STOP_LIMIT, ModelGroup, SpawnOne
 from actors.weights import Meeting, Transport, WeightManifest
 from rlhf.errors import RESUMES, RunError
@@ -36,15 +36,7 @@ from rlhf.roles import (
     StatesByRank,
 )
 from rlhf.tracking.metrics.declarations import merge_metrics
-from rlhf.types import (
-    BatchPlan,
-    Examples,
-    MinibatchPlan,
-    Pairs,
-    TokenSignals,
-    TokenValues,
-    VocabularyHead,
-)
+from rlhf.types import BatchPlan, Examples, MinibatchPlan, Pairs, TokenSignals, TokenValues, VocabularyHead
 
 T = TypeVar("T")
 BROADCAST_LIMIT_S = 110.0  # of weights, so that a run notices within two minutes that a member is lost
@@ -103,10 +95,10 @@ class Gang(ModelGroup):
             self._copied_among = None
             nodes = self.placement.nodes_of(self.role)
             folders = await self.folders.open(nodes)
-            self._nodes = dict(zip(self._names(), nodes, strict=True))
+            self._nodes = {f"{self.role}-{rank}": node for rank, node in enumerate(nodes)}
             opened = [
                 handle.open_snapshots.remote(folder / name, self.folders.copies_of(name))
-                for handle, folder, name in zip(self.handles, folders, self._names(), strict=True)
+                for handle, folder, name in zip(self.handles, folders, self._nodes, strict=True)
             ]
             await self.all(opened, "start", deadline_s=deadline_s, limit=START_LIMIT)
 
@@ -124,16 +116,13 @@ class Gang(ModelGroup):
         if self.head is not None:
             await self.take_teacher(self.head)
 
-    def _names(self) -> list[str]:
-        return [f"{self.role}-{rank}" for rank in range(len(self.handles))]
-
     async def take_snapshot(self, step: int) -> None:
         if self.folders is not None and self.folders.nodes() != self._copied_among:
             await self._choose_places({})
         calls = self._snapshot_calls.pop(step, None) or self._send_snapshot(step)
         failures: list[str | None] = await self.all(calls, "snapshot")
         if any(failures):
-            await self._choose_places({name: why for name, why in zip(self._names(), failures, strict=True) if why})
+            await self._choose_places({name: why for name, why in zip(self._nodes, failures, strict=True) if why})
 
     def _send_snapshot(self, step: int) -> list[ObjectRef[Any]]:
         return [h.take_snapshot.remote(step) for h in self.handles]
@@ -162,13 +151,12 @@ class Gang(ModelGroup):
         folder.mkdir()
         await self.folders.write(self._nodes, step, folder)
 
-    async def _address(
-        self, stage: str, *, deadline_s: float | None = None, limit: str = CALL_LIMIT
-    ) -> tuple[str, int]:
+    async def _address(self, stage: str, **limits: Any) -> tuple[str, int]:
         """Return an address for meeting rank 0."""
-        refs = [self.handles[0].__ray_call__.remote(free_address, self.one_host)]
-        addresses: list[tuple[str, int]] = await self.all(refs, stage, deadline_s=deadline_s, limit=limit)
-        return addresses[0]
+        address: tuple[str, int] = await self.one(
+            self.handles[0].__ray_call__.remote(free_address, self.one_host), stage, **limits
+        )
+        return address
 
     async def take_teacher(self, head: Ref[VocabularyHead]) -> None:
         self.head = head
@@ -206,7 +194,7 @@ class Gang(ModelGroup):
     ) -> Metrics:
         """Call a method of each rank with any teacher's states of the rank's rows, and merge the metrics.
 
-        snapshot: the step of which the ranks take a snapshot at once afterwards. None: no snapshot.
+        `snapshot`: the step of which the ranks take a snapshot right afterwards.
         """
         refs = [
             method.remote(*args, *(states[rank // self.sequence_parallel] if states else ()))
@@ -237,6 +225,11 @@ class Gang(ModelGroup):
             self.end()
 
 
+def _by_sequence(plan: BatchPlan, columns: Sequence[tuple[Ref[T], Any]]) -> list[RemoteColumns[T]]:
+    """Return one column per data-parallel rank, with the rank's sequences of a plan."""
+    return [RemoteColumns(ref=column, sequence_ids=plan.sequences_of(rank)) for rank, (column, _) in enumerate(columns)]
+
+
 class PolicyGang(Gang):
     """The ranks of an online run's policy."""
 
@@ -261,8 +254,7 @@ class PolicyGang(Gang):
         self, transport: Transport, meeting: Meeting | None, adapter: Path | None, *, num_engines: int
     ) -> None:
         """Open the ranks' ends of the weight transport. A broadcast blocks here until all receivers have connected."""
-        refs = [h.open_weights.remote(transport, meeting, adapter, num_engines) for h in self.handles]
-        await self.all(refs, "weight sync")
+        await self.each(lambda h: h.open_weights.remote(transport, meeting, adapter, num_engines), "weight sync")
 
     async def prepare(
         self, plan: BatchPlan, groups: Sequence[CompletedGroup], ref_logprobs: Sequence[RemoteColumns[TokenValues]]
@@ -276,12 +268,8 @@ class PolicyGang(Gang):
         )
 
     async def set_advantages(
-        self,
-        plan: BatchPlan,
-        by_sequence: Mapping[int, float] | None,
-        values: Sequence[RemoteColumns[TokenValues]],
+        self, plan: BatchPlan, by_sequence: Mapping[int, float] | None, values: Sequence[RemoteColumns[TokenValues]]
     ) -> AdvantagesReport:
-        """Set the advantages of each rank's tokens. The returns stay references."""
         arguments = []
         for rank, own_values in enumerate(self._by_rank(plan, values)):
             received = plan.received_by(rank // self.sequence_parallel)
@@ -291,10 +279,7 @@ class PolicyGang(Gang):
         return AdvantagesReport(
             mean_advantages={i: value for _, (means, _) in columns for i, value in means.items()},
             metrics=merge_metrics(metrics for _, (_, metrics) in columns),
-            returns=tuple(
-                RemoteColumns(ref=returns, sequence_ids=plan.sequences_of(rank))
-                for rank, (returns, _) in enumerate(columns)
-            ),
+            returns=tuple(_by_sequence(plan, columns)),
         )
 
     async def accumulate(self, minibatch: int) -> None:
@@ -312,9 +297,7 @@ class PolicyGang(Gang):
         await self.all([h.empty_cache.remote() for h in self.handles], "weight sync")
 
     async def publish(self, version: int) -> WeightManifest:
-        manifests: list[WeightManifest] = await self.all(
-            [h.publish.remote(version) for h in self.handles], "weight sync"
-        )
+        manifests: list[WeightManifest] = await self.each(lambda h: h.publish.remote(version), "weight sync")
         return manifests[0]
 
     async def send(self, manifest: WeightManifest) -> None:
@@ -325,8 +308,7 @@ class PolicyGang(Gang):
 
     async def probe(self, token_ids: Sequence[int]) -> list[float]:
         """Compute the probe on all ranks, since the weights may be sharded."""
-        refs = [h.probe.remote(tuple(token_ids)) for h in self.handles]
-        results: list[list[float]] = await self.all(refs, "weight sync")
+        results: list[list[float]] = await self.each(lambda h: h.probe.remote(tuple(token_ids)), "weight sync")
         return results[0]
 
 
@@ -337,15 +319,11 @@ class CriticGang(Gang):
 
     async def values(self, plan: BatchPlan, groups: Sequence[CompletedGroup]) -> list[RemoteColumns[TokenValues]]:
         shares = self._shares(plan, [group.columns for group in groups])
-        columns = await self._columns([h.values for h in self.handles], shares, "values")
-        return [
-            RemoteColumns(ref=column, sequence_ids=plan.sequences_of(rank)) for rank, (column, _) in enumerate(columns)
-        ]
+        return _by_sequence(plan, await self._columns([h.values for h in self.handles], shares, "values"))
 
     async def prepare(self, plan: BatchPlan, returns: Sequence[RemoteColumns[TokenValues]]) -> None:
-        parts = self._by_rank(plan, returns)
-        refs = [handle.prepare.remote(*own) for handle, own in zip(self.handles, parts, strict=True)]
-        await self.all(refs, "advantages")
+        columns = zip(self.handles, self._by_rank(plan, returns), strict=True)
+        await self.all([handle.prepare.remote(*own) for handle, own in columns], "advantages")
 
     async def update(self, minibatch: int) -> Metrics:
         results = await self.all([h.update.remote(minibatch) for h in self.handles], "critic update")
@@ -395,7 +373,7 @@ class OfflineGang(Gang):
         self.references = {**self.references, dataset: path}
 
     async def read_reference(self, dataset: int, path: Path) -> bool:
-        found = all(await self.all([h.read_reference.remote(dataset, path) for h in self.handles], "reference"))
-        if found:
+        is_read = all(await self.each(lambda h: h.read_reference.remote(dataset, path), "reference"))
+        if is_read:
             self.references = {**self.references, dataset: path}
-        return found
+        return is_read

@@ -43,18 +43,14 @@ class Stoppable(Protocol):
     def end(self) -> None: ...
 
 
-class Placed(Protocol):
-    """An object holding cluster resources."""
-
-    def release(self) -> None:
-        """Release the resources to the cluster."""
-
-
 @asynccontextmanager
-async def ending(groups: Sequence[Stoppable], placement: Placed, *, heartbeat_timeout_s: float) -> AsyncIterator[None]:
+async def ending(
+    groups: Sequence[Stoppable], release: Callable[[], object], *, heartbeat_timeout_s: float
+) -> AsyncIterator[None]:
     """Stop the groups in order after the block, when all results are on disk. After a failure, end the groups at once.
 
-    During the block, a process without an answer to heartbeats for heartbeat_timeout_s is killed.
+    `release` then gives the resources back to the cluster. During the block, a process without an answer to heartbeats
+    for heartbeat_timeout_s is killed.
     """
     try:
         async with watching(heartbeat_timeout_s):
@@ -67,7 +63,7 @@ async def ending(groups: Sequence[Stoppable], placement: Placed, *, heartbeat_ti
                 logger.warning("%s It is killed instead.", reason)
     finally:
         with ExitStack() as ends:  # all of them, even if one fails
-            ends.callback(placement.release)
+            ends.callback(release)
             for group in reversed(groups):
                 ends.callback(group.end)
 
@@ -93,14 +89,12 @@ class WorkerGroup:
     def __init__(
         self, handles: Sequence[ActorHandle[Any]], spawn_one: SpawnOne | None = None, *, deadline_s: float
     ) -> None:
-        """Create a group of workers before their start.
-
-        `spawn_one`: creates the actor of a rank anew. None: no worker can be replaced.
-        """
+        """Create a group of workers before their start. `spawn_one` None: no worker can be replaced."""
         self.handles = list(handles)
         self._spawn_one = spawn_one
         self.deadline_s = deadline_s
         self.processes = Processes(self.role, self.handles)
+        self._rebuilds: dict[int, asyncio.Task[None]] = {}  # in progress or failed, by rank, of a pool
 
     async def all(
         self, refs: Sequence[ObjectRef[Any]], stage: str, *, deadline_s: float | None = None, limit: str = CALL_LIMIT
@@ -112,8 +106,11 @@ class WorkerGroup:
     async def each(self, send: Callable[[Any], ObjectRef[Any]], stage: str) -> list[Any]:
         return await self.all([send(handle) for handle in self.handles], stage)
 
-    async def one(self, ref: ObjectRef[T], stage: str, *, rank: int = 0) -> T:
-        result: T = await wait_one(ref, role=self.role, rank=rank, stage=stage, deadline_s=self.deadline_s)
+    async def one(
+        self, ref: ObjectRef[T], stage: str, *, rank: int = 0, deadline_s: float | None = None, limit: str = CALL_LIMIT
+    ) -> T:
+        limit_s = self.deadline_s if deadline_s is None else deadline_s
+        result: T = await wait_one(ref, role=self.role, rank=rank, stage=stage, deadline_s=limit_s, limit=limit)
         return result
 
     async def start(self, *, deadline_s: float) -> None:
@@ -136,8 +133,7 @@ class WorkerGroup:
         self.handles[rank] = self._spawn_one(rank)
         await self.processes.wait_until_created(rank, deadline_s=ends - time.monotonic())
         for ref in self._start_calls(self.handles[rank]):
-            limit_s = ends - time.monotonic()
-            await wait_one(ref, role=self.role, rank=rank, stage="start", deadline_s=limit_s, limit=START_LIMIT)
+            await self.one(ref, "start", rank=rank, deadline_s=ends - time.monotonic(), limit=START_LIMIT)
 
     def _start_calls(self, handle: ActorHandle[Any]) -> list[ObjectRef[Any]]:
         """Send the calls for loading a replaced worker, and return their references in order."""
@@ -151,6 +147,9 @@ class WorkerGroup:
 
     async def give_up_rebuilds(self) -> None:
         """End the rebuilds in progress. No rebuild continues after the return."""
+        for rebuild in self._rebuilds.values():
+            rebuild.cancel()
+        await asyncio.gather(*self._rebuilds.values(), return_exceptions=True)
 
     async def stop(self) -> None:
         """End the workers. Workers hold no state worth saving."""
@@ -158,6 +157,8 @@ class WorkerGroup:
 
     def end(self) -> None:
         """End the workers at once, with all processes started by workers."""
+        for rebuild in self._rebuilds.values():
+            rebuild.cancel()
         self.processes.end()
 
 
@@ -178,7 +179,6 @@ class WorkerPool(WorkerGroup):
         self, handles: Sequence[ActorHandle[Any]], spawn_one: SpawnOne | None = None, *, deadline_s: float
     ) -> None:
         super().__init__(handles, spawn_one, deadline_s=deadline_s)
-        self._rebuilds: dict[int, asyncio.Task[None]] = {}  # in progress or failed, by rank
         self.last_loss: dict[int, WorkerLost] = {}  # that the supervisor has counted, by rank
 
     async def start(self, *, deadline_s: float) -> None:
@@ -190,18 +190,15 @@ class WorkerPool(WorkerGroup):
         handle = self.handles[rank]
         try:
             await self.processes.wait_until_created(rank, deadline_s=deadline_s)
-            start = handle.start.remote()
-            await wait_one(start, role=self.role, rank=rank, stage="start", deadline_s=deadline_s, limit=START_LIMIT)
+            await self.one(handle.start.remote(), "start", rank=rank, deadline_s=deadline_s, limit=START_LIMIT)
         except WorkerLost as lost:
             await self.make_good(rank, handle, lost, work=ITS_START)
 
     async def until_answered(self, rank: int, call: Callable[[Any], Awaitable[T]], *, work: Hashable = None) -> T:
         """Return the result of a call to one worker. If the worker is lost, call the successor.
 
-        Args:
-            call: sends the call to the given handle, and waits for the result.
-            work: the worker's task. A worker lost twice in a row at the same task ends the run. None: more losses are
-                allowed.
+        `work`: the worker's task. A worker lost twice in a row at the same task ends the run. None: more losses are
+        allowed.
         """
         while True:
             handle = await self.working(rank)
@@ -267,17 +264,6 @@ class WorkerPool(WorkerGroup):
         if not rebuild.cancelled() and rebuild.exception() is None:  # a failure is kept for the calls that come later
             del self._rebuilds[rank]
 
-    async def give_up_rebuilds(self) -> None:
-        rebuilds = list(self._rebuilds.values())
-        for rebuild in rebuilds:
-            rebuild.cancel()
-        await asyncio.gather(*rebuilds, return_exceptions=True)
-
-    def end(self) -> None:
-        for rebuild in self._rebuilds.values():
-            rebuild.cancel()
-        super().end()
-
 
 async def all_results(calls: Sequence[Awaitable[T]]) -> list[T]:
     """Return the results of all calls, in order. The first failure cancels the rest."""
@@ -293,21 +279,18 @@ def _rank_contexts(cluster: ClusterConfig, placement: Placement, role: Role) -> 
     """Return the context of each rank of a role. On a GPU, a process sees only the assigned device."""
     nodes, threads = placement.nodes_of(role), placement.threads(role, getattr(cluster.roles, role).threads)
     cuda = cluster.device == "cuda" and placement.plan.slots[role][0].gpus > 0.0
-    contexts = []
-    for rank, node in enumerate(nodes):
-        on_node = nodes.count(node)
-        contexts.append(
-            RankContext(
-                rank=rank,
-                world_size=len(nodes),
-                local_rank=0 if cuda else nodes[:rank].count(node),
-                local_world_size=1 if cuda else on_node,
-                device="cuda" if cuda else "cpu",
-                threads=threads[rank],
-                deadline_s=cluster.call_timeout_s + cluster.room_timeout_s,  # its peers may wait for room
-            )
+    return [
+        RankContext(
+            rank=rank,
+            world_size=len(nodes),
+            local_rank=0 if cuda else nodes[:rank].count(node),
+            local_world_size=1 if cuda else nodes.count(node),
+            device="cuda" if cuda else "cpu",
+            threads=threads[rank],
+            deadline_s=cluster.call_timeout_s + cluster.room_timeout_s,  # its peers may wait for room
         )
-    return contexts
+        for rank, node in enumerate(nodes)
+    ]
 
 
 def worker_environment(context: RankContext) -> dict[str, str]:

@@ -39,11 +39,11 @@ class Publishes(TrainedWorker):
         Colocated engines share the GPUs of the first ranks, an engine each.
         """
         rank = self.place.rank
-        if adapter is not None:
+        if adapter is None:
+            self.sender = SENDERS[transport](rank=rank, meeting=meeting, beside_engine=rank < num_engines)
+        else:
             base = portable(self.model_config.model, home(self.config))
             self.sender = AdapterSender(adapter, adapter_config(self.engine.module), base=base, rank=rank)
-            return
-        self.sender = SENDERS[transport](rank=rank, meeting=meeting, beside_engine=rank < num_engines)
 
     def publish(self, version: int) -> WeightManifest | None:
         """Describe the weights of a version to the engines; None on all ranks but 0. Collective."""

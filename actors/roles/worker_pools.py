@@ -11,7 +11,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from actors.cluster.placement import Placement
-from actors.cluster.waiting import CALL_LIMIT, wait_one
+from actors.cluster.waiting import CALL_LIMIT
 from actors.roles.group import (
     END_WITHIN_S,
     STOP_LIMIT,
@@ -123,9 +123,10 @@ class RewardWorkers(WorkerPool):
         """Return a result for a group. After a loss of the worker, the call is made again. CallLost: a second loss."""
 
         async def attempt() -> T:
-            handle = await self.working(worker)
+            handle, limit = await self.working(worker), f"the limits of the rewards and {CALL_LIMIT}"
+            limit_s = longest + self.deadline_s
             try:
-                answer: T = await self._answer(worker, send(handle), stage=stage, longest=longest)
+                answer: T = await self.one(send(handle), stage, rank=worker, deadline_s=limit_s, limit=limit)
             except WorkerLost as lost:
                 await self.make_good(worker, handle, lost)
                 raise CallLost(self.last_loss[worker]) from lost
@@ -136,23 +137,14 @@ class RewardWorkers(WorkerPool):
 
         return await self.suspects[worker].call(attempt)
 
-    async def _answer(self, worker: int, ref: Any, *, stage: str, longest: float) -> Any:
-        """Wait for an answer up to `longest` seconds and cluster.call_timeout_s."""
-        limit = f"the limits of the rewards and {CALL_LIMIT}"
-        limit_s = longest + self.deadline_s
-        return await wait_one(ref, role=self.role, rank=worker, stage=stage, deadline_s=limit_s, limit=limit)
-
     async def texts(self, group: CompletedGroup) -> list[str]:
-        worker = self._worker_of(group)
-        return await self.ask(worker, lambda h: h.texts.remote(group.rollouts), "texts")
+        return await self.ask(self._worker_of(group), lambda h: h.texts.remote(group.rollouts), "texts")
 
     async def transcripts(self, group: CompletedGroup) -> list[Transcript]:
-        worker = self._worker_of(group)
-        return await self.ask(worker, lambda h: h.transcripts.remote(group.rollouts), "texts")
+        return await self.ask(self._worker_of(group), lambda h: h.transcripts.remote(group.rollouts), "texts")
 
     async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
-        worker = self._worker_of(group)
-        return await self.ask(worker, lambda h: h.answers.remote(group.rollouts, form), "eval")
+        return await self.ask(self._worker_of(group), lambda h: h.answers.remote(group.rollouts, form), "eval")
 
     async def write_samples(
         self, path: Path, selections: Sequence[SampleSelection], signals: Sequence[Ref[TokenSignals]] = ()

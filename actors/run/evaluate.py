@@ -140,7 +140,7 @@ async def _answers(
     roles = {RolloutEngines.role, RewardWorkers.role}
     placement = await reserve_roles(roles, cluster, with_reward_model=inputs.reward_model is not None)
     groups: list[Stoppable] = []
-    async with ending(groups, placement, heartbeat_timeout_s=cluster.heartbeat_timeout_s):
+    async with ending(groups, placement.release, heartbeat_timeout_s=cluster.heartbeat_timeout_s):
         engines = serve_engines(
             candidate.model,
             cluster,
@@ -214,7 +214,7 @@ async def _measured(candidate: Candidate, inputs: EvalInputs) -> dict[str, list[
         max_tokens_per_microbatch=inputs.max_tokens_per_microbatch,
     )
     workers = LikelihoodWorkers(*spawned, deadline_s=cluster.call_timeout_s)
-    async with ending([workers], placement, heartbeat_timeout_s=cluster.heartbeat_timeout_s):
+    async with ending([workers], placement.release, heartbeat_timeout_s=cluster.heartbeat_timeout_s):
         await workers.start(deadline_s=cluster.start_timeout_s)
         results = {}
         for name, examples in candidate.examples.items():

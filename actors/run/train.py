@@ -173,7 +173,7 @@ async def _offline(
     placement = await reserve(config)
     nodes = record.nodes = Nodes(placement)
     groups: list[Stoppable] = [nodes]
-    async with ending(groups, placement, heartbeat_timeout_s=config.cluster.heartbeat_timeout_s):
+    async with ending(groups, placement.release, heartbeat_timeout_s=config.cluster.heartbeat_timeout_s):
         await refuse_small_shared_memory(config, placement)
         supervisor = Supervisor(config.cluster.restarts, record, placement.plan.slots)
         length = inputs.longest_sequence
@@ -216,7 +216,7 @@ async def _online(
     )
     nodes = record.nodes = Nodes(lease.placement)
     groups: list[Stoppable] = [nodes]
-    async with ending(groups, lease, heartbeat_timeout_s=config.cluster.heartbeat_timeout_s):
+    async with ending(groups, lease.release, heartbeat_timeout_s=config.cluster.heartbeat_timeout_s):
         await refuse_small_shared_memory(config, lease.placement)
         supervisor = Supervisor(config.cluster.restarts, record, plan_placement(config).slots)
         context = RunContext(

@@ -95,7 +95,7 @@ def serving(model: ModelOnDisk, tokenizer: Any, cluster: ClusterConfig, *, max_m
     with connected(cluster), asyncio.Runner() as runner:
         placement = run_async(reserve_roles({RolloutEngines.role}, cluster, with_reward_model=False), runner)
         engines = serve_engines(model, cluster, placement, max_model_len=max_model_len, engine=ServingEngine)
-        with _entered(ending([engines], placement, heartbeat_timeout_s=cluster.heartbeat_timeout_s), runner):
+        with _entered(ending([engines], placement.release, heartbeat_timeout_s=cluster.heartbeat_timeout_s), runner):
             run_async(engines.start(deadline_s=cluster.start_timeout_s), runner)
             yield Served(engines, tokenizer, runner)
 

@@ -12,25 +12,30 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.config.derive import leaves_out, rows_per_step, updates_per_step
 from rlhf.config.schema.root import Config
-from rlhf.controller.batches import only, plan_batch, temperatures
+from rlhf.controller.batches import only, plan_batch
 from rlhf.controller.entropy_bonus import EntropyBonus
 from rlhf.controller.idle_correction import IdleCorrection
-from rlhf.controller.learning import OnlineRoles, ReferencedLearning, Signals
+from rlhf.controller.learning import Columns, OnlineRoles, ReferencedLearning, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.objectives.kl import adaptive_kl_coef
 from rlhf.objectives.selection import best, most_spread
-from rlhf.roles import PrepareReport, RemoteColumns, ScoredGroup, SequenceReport, TrainedRole
+from rlhf.roles import PrepareReport, ScoredGroup, SequenceReport, TrainedRole
 from rlhf.tracking.metrics.reductions import Last, Mean
-from rlhf.types import BatchPlan, RolloutInfo, StepReward, TokenValues
+from rlhf.types import BatchPlan, RolloutInfo, StepReward
 
 logger = logging.getLogger(__name__)
 KEPT_BY = {"spread": most_spread, "best": best}
+
+
+def _not_empty(groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
+    return [scored for scored in groups if scored.group.infos]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +57,7 @@ class AdvantageLearning(ReferencedLearning):
         self.algorithm = algorithm_of(config.algorithm, OnlineAlgorithm)
         self.kl_coef = self.algorithm.config.kl.coef
         self.entropy = EntropyBonus(self.algorithm.config.entropy)
+        self.leaves_out = leaves_out(config)
         self.reference_every = self.algorithm.config.reference_every
         self.num_minibatches = rows_per_step(config, self.rollouts) // config.train.sequences_per_update
         self.idle = IdleCorrection(self.algorithm.config, updates_per_step=updates_per_step(config))
@@ -59,7 +65,7 @@ class AdvantageLearning(ReferencedLearning):
     def arrived(self, scored: ScoredGroup) -> None:
         """Begin the reference log-probabilities of a group if the reference has hardware of its own."""
         if self.computes_by_group and (trained := self._not_masked(self._chosen([scored]))):
-            self.columns.begin(scored, self._reference_logprobs(trained))
+            self.columns.begin(scored, self.reference_logprobs(trained))
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
         """Run the stages of the module's docstring. If no response is chosen, the step makes no update."""
@@ -98,7 +104,7 @@ class AdvantageLearning(ReferencedLearning):
         record = self.record
         kept, steps = self.scores.by_step(self._kept(groups), self.algorithm.step_terms)
         trained = self._not_masked(kept)
-        if leaves_out(self.config):
+        if self.leaves_out:
             total, count = (sum(len(scored.group.infos) for scored in some) for some in (trained, groups))
             record.add({"advantages/kept/fraction": Mean(total=total, count=count)})
         plan = self.plan(trained, step, self.roles.policy, steps)
@@ -122,14 +128,12 @@ class AdvantageLearning(ReferencedLearning):
 
         The reported scores select the responses. Groups without a kept response are left out.
         """
-        keep = self.rollouts.keep_per_prompt
-        kept = []
+        keep, kept = self.rollouts.keep_per_prompt, []
         for scored, trained in zip(groups, self.scores.normalized(groups), strict=True):
             scores = scored.scores.scores
             places = self.algorithm.kept(scores) if keep is None else KEPT_BY[keep.by](scores, keep.count)
-            if places:
-                kept.append(only(trained, places))
-        return kept
+            kept.append(only(trained, places))
+        return _not_empty(kept)
 
     def _kept(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
         """Return the groups as chosen, and measure how many carry no signal."""
@@ -144,12 +148,8 @@ class AdvantageLearning(ReferencedLearning):
         """Return the groups reduced to unmasked responses. Groups without an unmasked response are left out."""
         if not self.algorithm.config.mask_truncated:
             return list(groups)
-        trained = []
-        for scored in groups:
-            places = [place for place, info in enumerate(scored.group.infos) if info.finish_reason != "length"]
-            if places:
-                trained.append(only(scored, places))
-        return trained
+        finished = [[i for i, info in enumerate(one.group.infos) if info.finish_reason != "length"] for one in groups]
+        return _not_empty([only(scored, places) for scored, places in zip(groups, finished, strict=True)])
 
     def plan(
         self,
@@ -177,25 +177,21 @@ class AdvantageLearning(ReferencedLearning):
     ) -> tuple[PrepareReport, Mapping[int, float]]:
         """Compute reference logprobs, values, old logprobs and advantages.
 
-        Args:
-            kept: the groups with scores to compare.
-            trained: the same groups without masked responses.
+        `kept` has the scores to compare, and `trained` the same groups without masked responses.
         """
-        roles, config = self.roles, self.algorithm.config
+        roles, config, critic = self.roles, self.algorithm.config, self.roles.critic
         groups = [scored.group for scored in trained]
-        critic = roles.critic
         placed = self.config.cluster.roles
         share_bundles = placed.reference.colocate_with == placed.critic.colocate_with == "policy"
         in_turn = asyncio.Semaphore(1 if share_bundles else 2)
 
-        async def logprobs() -> Sequence[RemoteColumns[TokenValues]]:
+        async def logprobs() -> Columns:
             async with in_turn:
-                columns = await self.columns.take(trained)
-                return await self._reference_logprobs(trained) if columns is None else columns
+                return await self.columns.take(trained, partial(self.reference_logprobs, trained))
 
         critic_plan = plan if critic is None else self.plan(trained, plan.step, critic, plan.steps)
 
-        async def old_values() -> Sequence[RemoteColumns[TokenValues]]:
+        async def old_values() -> Columns:
             async with in_turn:
                 return [] if critic is None else await critic.values(critic_plan, groups)
 
@@ -220,17 +216,6 @@ class AdvantageLearning(ReferencedLearning):
         self.record.add(advantages.metrics)
         return report, advantages.mean_advantages
 
-    async def _reference_logprobs(self, trained: Sequence[ScoredGroup]) -> list[RemoteColumns[TokenValues]]:
-        """Return a column of the reference for each group; none without a reference."""
-        if self.roles.reference is None:
-            return []
-        wanted = frozenset(info.sequence_id for scored in trained for info in scored.group.infos)
-        return await self.roles.reference.logprobs(
-            [scored.group for scored in trained],
-            only=wanted if leaves_out(self.config) else None,
-            temperatures=temperatures(trained),
-        )
-
     def _outcomes(self, groups: Sequence[ScoredGroup], scores: Mapping[int, float]) -> SequenceOutcomes:
         """Return the outcomes compared by the algorithm, after the length penalty.
 
@@ -246,18 +231,16 @@ class AdvantageLearning(ReferencedLearning):
 
     async def _update(self, minibatch: int, step: int) -> None:
         """Make one optimizer step of each trained role. Roles with separate hardware update concurrently."""
-        roles, config = self.roles, self.config
-        critic = roles.critic
-        warming = critic is not None and step <= self.algorithm.config.critic_only_steps
+        policy, critic = self.roles.policy, self.roles.critic
         if critic is None:
-            self.record.add(await roles.policy.update(minibatch))
-        elif warming:
+            self.record.add(await policy.update(minibatch))
+        elif step <= self.algorithm.config.critic_only_steps:
             self.record.add(await critic.update(minibatch))
-        elif config.cluster.roles.critic.colocate_with is not None:
-            self.record.add(await roles.policy.update(minibatch))
+        elif self.config.cluster.roles.critic.colocate_with is not None:
+            self.record.add(await policy.update(minibatch))
             self.record.add(await critic.update(minibatch))
         else:
-            for metrics in await asyncio.gather(roles.policy.update(minibatch), critic.update(minibatch)):
+            for metrics in await asyncio.gather(policy.update(minibatch), critic.update(minibatch)):
                 self.record.add(metrics)
 
     def _adapt_kl(self, reports: Sequence[SequenceReport], *, num_sequences: int) -> None:

@@ -38,28 +38,26 @@ def plan_batch(
     Within a minibatch, ranks get about equal work, and a rank may get no sequence. `drawn`: the minibatches of the
     groups. None: `draw_minibatches` draws them.
     """
-    infos = [info for scored in groups for info in scored.group.infos]
     scores = [score for scored in groups for score in scored.scores.scores]
     group_of = {info.sequence_id: index for index, scored in enumerate(groups) for info in scored.group.infos}
     if drawn is None:
         by_prompt = sorted((scored.group.infos for scored in groups), key=lambda group: group[0].sequence_id)
         drawn = draw_minibatches(by_prompt, step=step, seed=seed, num_minibatches=num_minibatches)
-    minibatches = []
-    for chosen in drawn:
-        minibatches.append(
-            MinibatchPlan(
-                sequences_by_rank=tuple(
-                    tuple(sorted(info.sequence_id for info in share))
-                    for share in share_out(chosen, group_of, num_ranks=num_ranks)
-                ),
-                num_tokens=sum(info.num_response_tokens for info in chosen),
-                num_sequences=len(chosen),
-            )
+    minibatches = [
+        MinibatchPlan(
+            sequences_by_rank=tuple(
+                tuple(sorted(info.sequence_id for info in share))
+                for share in share_out(chosen, group_of, num_ranks=num_ranks)
+            ),
+            num_tokens=sum(info.num_response_tokens for info in chosen),
+            num_sequences=len(chosen),
         )
+        for chosen in drawn
+    ]
     return BatchPlan(
         step=step,
         minibatches=tuple(minibatches),
-        scores=dict(zip((info.sequence_id for info in infos), scores, strict=True)) if scores else {},
+        scores=dict(zip(group_of, scores, strict=True)) if scores else {},
         kl_coef=kl_coef,
         temperatures=temperatures(groups),
         entropy_coef=entropy_coef,
@@ -90,7 +88,7 @@ def temperatures(groups: Sequence[ScoredGroup]) -> dict[int, float]:
 
 
 def plan_pairs(
-    pairs: Sequence[tuple[RolloutInfo, RolloutInfo]],
+    pairs: Sequence[Sequence[RolloutInfo]],
     *,
     step: int,
     seed: int,

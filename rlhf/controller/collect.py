@@ -10,6 +10,7 @@ Like the loop, this module sees only scalars, ids and references.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -41,9 +42,7 @@ EpochPrompt = tuple[int, Prompt]  # a prompt and its epoch
 
 
 def is_within(mean: float, rule: DynamicSampling) -> bool:
-    above = rule.min_mean is None or mean >= rule.min_mean
-    below = rule.max_mean is None or mean <= rule.max_mean
-    return above and below
+    return (rule.min_mean is None or mean >= rule.min_mean) and (rule.max_mean is None or mean <= rule.max_mean)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,22 +76,9 @@ class Collector:
     """Requests the run's prompts in order. The state is only consistent between two steps."""
 
     def __init__(
-        self,
-        config: Config,
-        prompts: Stream[Prompt],
-        scorer: RolloutScorer,
-        record: RunRecord,
-        sampling: Sampling,
-        *,
-        arrived: Callable[[ScoredGroup], None] | None = None,
-        outdated: Callable[[Sequence[ScoredGroup]], None] = lambda _: None,
+        self, config: Config, prompts: Stream[Prompt], scorer: RolloutScorer, record: RunRecord, sampling: Sampling
     ) -> None:
-        """Create a collector at the start of the run's prompts.
-
-        Args:
-            arrived: called with each kept group right after scoring.
-            outdated: called with kept groups that have become too old and are requested again.
-        """
+        """Create a collector at the start of the run's prompts."""
         assert config.rollouts is not None
         self.config = config
         self.rollouts = config.rollouts
@@ -100,8 +86,9 @@ class Collector:
         self.scorer = scorer
         self.record = record
         self.sampling = sampling
-        self.arrived = arrived
-        self.outdated = outdated
+        self.arrived: Callable[[ScoredGroup], None] | None = None  # called with each kept group right after scoring
+        # Called with kept groups that have become too old and are requested again.
+        self.outdated: Callable[[Sequence[ScoredGroup]], None] = lambda _: None
         weighs = config.algorithm.kind == "advantages"
         self.algorithm = algorithm_of(config.algorithm, OnlineAlgorithm) if weighs else None
         self.scores = TrainingScores(config.rewards)
@@ -116,10 +103,7 @@ class Collector:
         self.recent_drops: deque[tuple[int | None, bool]] = deque(maxlen=window)
 
     async def collect(self, step: int, *, version: int) -> Collected:
-        """Return the whole batch of a step, sampled by a single version of the weights.
-
-        Raise RunError if a bound is reached.
-        """
+        """Return the whole batch of a step, sampled by one version of the weights. RunError: a bound is reached."""
         batch = Outcomes()
         self.carried.num_restarted = 0
         count = self.rollouts.prompts_per_step
@@ -131,10 +115,7 @@ class Collector:
         return self.finish(batch, step)
 
     def sort(self, scored: ScoredGroup, batch: Outcomes, step: int) -> bool:
-        """Add a group to its batch by outcome, and return whether the group is kept.
-
-        Raise RunError if the group's failure ends the run.
-        """
+        """Add a group to its batch by outcome, and return whether the group is kept. RunError: its failure is fatal."""
         self.recent_drops.append((scored.group.request.group_id, bool(scored.scores.errors)))
         if scored.scores.errors:
             batch.dropped.append(_without_tokens(scored))
@@ -154,56 +135,47 @@ class Collector:
                 self.curriculum.measure(scored.group.request.prompt.prompt_id, _mean(scored))
         self.record.add(self._metrics(batch))
         tokens = sum(info.num_response_tokens for info in _infos(batch.kept + batch.left_out))
-        ended, self.skipped = self._ended(batch), []
+        ended = StepGroups(
+            max_staleness=self.rollouts.max_lag,
+            trained=_records(batch.kept),
+            filtered=_records(batch.filtered),
+            dropped=_records(batch.dropped),
+            asked_again=[GroupRecord.of(request) for request in batch.cancelled],
+            skipped=self.skipped,
+        )
+        self.skipped = []
         return Collected(groups=batch.kept, sampled_tokens=tokens, ended=ended)
 
     async def _round(self, batch: Outcomes, needed: int, step: int, version: int) -> list[ScoredGroup]:
         """Request prompts and return the answered groups in plan order."""
-        prompts = self.next(prompts_at_once(needed, self.rollouts))
-        requests = []
+        prompts, requests = self.next(prompts_at_once(needed, self.rollouts)), []
         for place, prompt in enumerate(prompts, batch.num_requested):
-            requests.append(self.request(prompt, group_id=self.next_group, place=place))
+            request = self.request(prompt, group_id=self.next_group, place=place)
+            requests.append(self.carried.continuing(request, version))
             self.next_group += 1
-        requests = [self.carried.continuing(request, version) for request in requests]
         batch.num_requested += len(requests)
+        scorer, sampling, report = self.scorer, self.sampling, self._report
         if len(requests) == needed:
-            groups = await self.scorer.score_all(
-                requests, self.sampling, step=step, version=version, report=self._report
-            )
+            groups = await scorer.score_all(requests, sampling, step=step, version=version, report=report)
         else:
-            groups = await self._first(prompts, requests, needed, step, version)
+            rule, is_enough = f"{needed} {self.rollouts.dynamic_sampling!r}", self._countdown(needed)
+            groups = await scorer.score_first_finished(
+                requests, sampling, is_enough, rule=rule, step=step, version=version, report=report
+            )
             answered = {scored.group.request.group_id for scored in groups}
-            batch.cancelled += [request for request in requests if request.group_id not in answered]
+            unfinished = [pair for pair in zip(prompts, requests, strict=True) if pair[1].group_id not in answered]
+            self.unfinished = [prompt for prompt, _ in unfinished] + self.unfinished
+            batch.cancelled += [request for _, request in unfinished]
             if self.rollouts.carry_over:
                 self.carried.update(requests, answered, version)
         if self.config.algorithm.wants_greedy:
-            groups = await self.scorer.add_greedy_baseline(groups, self.sampling, step=step, version=version)
+            groups = await scorer.add_greedy_baseline(groups, sampling, step=step, version=version)
         return groups
 
-    async def _first(
-        self, prompts: Sequence[EpochPrompt], requests: Sequence[GroupRequest], needed: int, step: int, version: int
-    ) -> list[ScoredGroup]:
-        """Return `needed` trainable groups and all groups finished earlier. Keep the unfinished prompts."""
-        rule, left = self.rollouts.dynamic_sampling, needed
-
-        def is_enough(scored: ScoredGroup) -> bool:
-            nonlocal left
-            left -= self._is_kept(scored)
-            return left == 0
-
-        groups = await self.scorer.score_first_finished(
-            requests,
-            self.sampling,
-            is_enough,
-            rule=f"{needed} {rule!r}",
-            step=step,
-            version=version,
-            report=self._report,
-        )
-        answered = {scored.group.request.group_id for scored in groups}
-        unfinished = [p for p, r in zip(prompts, requests, strict=True) if r.group_id not in answered]
-        self.unfinished = unfinished + self.unfinished
-        return groups
+    def _countdown(self, needed: int) -> Callable[[ScoredGroup], bool]:
+        """Return a function that returns True for the last needed group to be kept."""
+        left = itertools.count(needed - 1, -1)
+        return lambda scored: self._is_kept(scored) and next(left) == 0
 
     def _report(self, scored: ScoredGroup) -> None:
         if self.arrived is not None and self._is_kept(scored):
@@ -222,10 +194,7 @@ class Collector:
         return not self.scores.is_flat(scored, self.config, self.algorithm) and is_within(_mean(scored), rule)
 
     def next(self, count: int) -> list[EpochPrompt]:
-        """Return the next prompts: first the unfinished prompts, then the stream's.
-
-        The curriculum may skip some of the stream.
-        """
+        """Return the next prompts: first the unfinished prompts, then the stream's. The curriculum may skip some."""
         prompts, self.unfinished = self.unfinished[:count], self.unfinished[count:]
         while len(prompts) < count:
             ((epoch, prompt),) = self.prompts.next(1)
@@ -238,23 +207,15 @@ class Collector:
     def request(self, chosen: EpochPrompt, *, group_id: int, place: int) -> GroupRequest:
         """Return the request of a prompt. `place` differs for all groups of a batch."""
         epoch, prompt = chosen
-        samples = self.rollouts.samples_per_prompt
-        return request_for(
-            prompt,
-            group_id=group_id,
-            first_sequence_id=place * samples,
-            samples=samples,
-            run_seed=self.config.run.seed,
-            epoch=epoch,
-            temperature=prompt.temperature,
-        )
+        samples, seed = self.rollouts.samples_per_prompt, self.config.run.seed
+        ids = {"group_id": group_id, "first_sequence_id": place * samples}
+        return request_for(prompt, **ids, samples=samples, run_seed=seed, epoch=epoch, temperature=prompt.temperature)
 
     def _check_dropped(self, scored: ScoredGroup, step: int) -> None:
         """Raise RunError if the rule of the failure ends the run, or if too many groups were dropped."""
         policy, window = self.config.reward_policy, self.recent_drops.maxlen
         assert window is not None
-        rules = error_rules(self.config.rewards)
-        is_fatal = ends_run(scored.scores.errors, rules, policy.on_error)
+        is_fatal = ends_run(scored.scores.errors, error_rules(self.config.rewards), policy.on_error)
         count = sum(is_dropped for _, is_dropped in self.recent_drops)
         most = policy.max_dropped_fraction * window
         if not is_fatal and count <= most:
@@ -310,34 +271,22 @@ class Collector:
             f"were kept. The mean scores of the filtered are {min(means):g} to {max(means):g}. {fix}."
         )
 
-    def _ended(self, batch: Outcomes) -> StepGroups:
-        return StepGroups(
-            max_staleness=self.rollouts.max_lag,
-            trained=records(batch.kept),
-            filtered=records(batch.filtered),
-            dropped=records(batch.dropped),
-            asked_again=[GroupRecord.of(request) for request in batch.cancelled],
-            skipped=self.skipped,
-        )
-
     def _metrics(self, batch: Outcomes) -> Mapping[str, Reduction]:
         """Return the metrics of untrained groups. rlhf.controller.rollout_report has the metrics of the batch."""
-        tokens = sum(info.num_tokens for info in _infos(batch.left_out))
         metrics: dict[str, Reduction] = {
             "rollouts/dropped_groups/total": Sum(total=len(batch.dropped)),
-            "rollouts/tokens/total": Sum(total=tokens),
+            "rollouts/tokens/total": Sum(total=sum(info.num_tokens for info in _infos(batch.left_out))),
             "data/epoch": Last(value=float(self.prompts.state().epoch)),
         }
         if self.rollouts.dynamic_sampling is not None:
             middle = sum(map(_mean, batch.kept)) / len(batch.kept)
             means, answered = [_mean(scored) for scored in batch.filtered], len(batch.measured)
+            scores = [score for scored in batch.measured for score in scored.scores.scores]
             metrics |= {
                 "rollouts/filtered_groups/fraction": Mean(total=len(means), count=answered),
                 "rollouts/filtered_easy/fraction": Mean(total=sum(m > middle for m in means), count=answered),
                 "rollouts/filtered_hard/fraction": Mean(total=sum(m <= middle for m in means), count=answered),
-                "rewards/answered_score/mean": Mean.of(
-                    [score for scored in batch.measured for score in scored.scores.scores]
-                ),
+                "rewards/answered_score/mean": Mean.of(scores),
             }
         if self.rollouts.oversample > 1.0:
             answered = len(batch.kept) + len(batch.left_out)
@@ -381,7 +330,7 @@ class Collector:
             self.curriculum.restore(state["curriculum"])
 
 
-def records(groups: Sequence[ScoredGroup]) -> list[GroupRecord]:
+def _records(groups: Sequence[ScoredGroup]) -> list[GroupRecord]:
     return [GroupRecord.of(scored.group.request, scored.group.infos) for scored in groups]
 
 

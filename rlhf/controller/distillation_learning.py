@@ -7,8 +7,9 @@ batch plan -> minibatches -> teacher's states -> updates (over the whole vocabul
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from rlhf.algorithms.on_policy_distillation import OnPolicyDistillation
 from rlhf.config.derive import responses_per_step
 from rlhf.config.schema.root import Config
 from rlhf.controller.batches import plan_batch
-from rlhf.controller.learning import Learning, OnlineRoles, Signals
+from rlhf.controller.learning import Columns, Learning, OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.roles import CompletedGroup, ScoredGroup, StatesByRank
 from rlhf.types import BatchPlan
@@ -49,11 +50,14 @@ class DistillationLearning(Learning):
         answered = [scored.group for scored in groups]
         plan = self._plan(groups, step)
         with record.stage(self.teacher.role):
-            teacher_columns = [] if self.reads_states else await self.columns.take(groups)
-            if teacher_columns is None:
-                teacher_columns = await self.teacher.logprobs(answered, temperatures={})
+            teacher_columns: Columns = []
+            if not self.reads_states:
+                compute = partial(self.teacher.logprobs, answered, temperatures={})
+                teacher_columns = await self.columns.take(groups, compute)
             shown = answered[: -(-config.tracking.samples_per_step // self.rollouts.samples_per_prompt)]
-            means = await self._mean_logprobs([group.rollouts for group in shown]) if shown else {}
+            draws: Any = self.rollouts.model_dump(include={"temperature", "samples_per_prompt"})
+            rollouts = [group.rollouts for group in shown]
+            means = await self.teacher.mean_logprobs(rollouts, **draws) if shown else {}
         with record.stage("experience"):
             record.add((await policy.prepare(plan, answered, teacher_columns)).metrics)
         order = self.visits(len(plan.minibatches), step)
@@ -84,11 +88,6 @@ class DistillationLearning(Learning):
         )
         return replace(plan, scores=dict(zip(ids, added.tolist(), strict=True)))
 
-    async def _mean_logprobs(self, rollouts: Sequence[Any]) -> Mapping[int, float]:
-        return await self.teacher.mean_logprobs(
-            rollouts, temperature=self.rollouts.temperature, samples_per_prompt=self.rollouts.samples_per_prompt
-        )
-
     async def _update(self, minibatch: int, states: StatesByRank = ()) -> None:
         with self.record.stage("update"):
             self.record.add(await self.roles.policy.update(minibatch, states))
@@ -105,10 +104,8 @@ class DistillationLearning(Learning):
 
         states = await states_of(order[0])
         for minibatch, following in zip(order, [*order[1:], None], strict=True):
-            if following is None:
-                await self._update(minibatch, states)
-            elif self.is_ahead:
+            if self.is_ahead and following is not None:
                 _, states = await asyncio.gather(self._update(minibatch, states), states_of(following))
             else:
                 await self._update(minibatch, states)
-                states = await states_of(following)
+                states = () if following is None else await states_of(following)

@@ -25,16 +25,9 @@ class EntropyBonus:
 
     def adapt(self, entropy: float | None) -> None:
         """Adapt to a step's measured entropy; None if the step did not train the policy."""
-        if self.adaptive is None or entropy is None:
-            return
-        self.entropy = entropy
-        self.coef = adaptive_entropy_coef(
-            self.coef,
-            entropy=entropy,
-            target=self.adaptive.target,
-            step=self.adaptive.step,
-            max_coef=self.adaptive.max_coef,
-        )
+        if self.adaptive is not None and entropy is not None:
+            self.entropy = entropy
+            self.coef = adaptive_entropy_coef(self.coef, entropy=entropy, **self.adaptive.model_dump())
 
     def state(self) -> Mapping[str, float | None]:
         return {"coef": self.coef, "measured": self.entropy}

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rlhf.config.schema.rewards import error_rules
 from rlhf.config.schema.root import Config
@@ -40,8 +41,8 @@ async def score_held_out(
 ) -> dict[str, list[ScoredGroup]]:
     """Answer and score every set with the weights of a step. Returns the scored groups of each set.
 
-    Writes the values to the step's row, intervals to evals/, and responses to the samples. Raises RunError if a reward
-    with `on_error: fail` failed, or if a set has no score at all.
+    Writes values to the step's row, intervals to evals/, and responses to the samples. RunError: a reward with
+    `on_error: fail` failed, or a set has no score at all.
     """
     assert config.rollouts is not None
     settings, record = config.eval, scorer.record
@@ -57,14 +58,9 @@ async def score_held_out(
     group_ids = itertools.count(-1, -1)  # negative: not in the prompt stream
 
     async def score(name: str, prompts: Sequence[Prompt], sampling: Sampling, samples: int) -> list[ScoredGroup]:
+        shared: Any = {"samples": samples, "run_seed": config.run.seed}
         requests = [
-            request_for(
-                prompt,
-                group_id=next(group_ids),
-                first_sequence_id=index * samples,
-                samples=samples,
-                run_seed=config.run.seed,
-            )
+            request_for(prompt, group_id=next(group_ids), first_sequence_id=index * samples, **shared)
             for index, prompt in enumerate(prompts)
         ]
         groups = await scorer.score_all(requests, sampling, step=step, version=step, split=name)
@@ -79,8 +75,9 @@ async def score_held_out(
                 name, results, marking, sources=held_out.sources, prompt_ids=prompt_ids, seed=config.run.seed
             )
             if settings.greedy:
-                greedy = await score(name, held_out.prompts, replace(sampling, temperature=0.0), 1)
-                set_reports[0] = _with_greedy(set_reports[0], greedy, seed=config.run.seed)
+                groups_of_one = await score(name, held_out.prompts, replace(sampling, temperature=0.0), 1)
+                greedy = mean_estimate([scored.scores.scores[0] for scored in groups_of_one], seed=config.run.seed)
+                set_reports[0] = replace(set_reports[0], metrics={**set_reports[0].metrics, "greedy": greedy})
             reports += set_reports
             answered[name] = groups
             selections += group_samples(groups, Signals(), split=name, most=None)
@@ -121,25 +118,21 @@ async def compare_with_teacher(
     settings = config.eval
     with record.stage(teacher.role):
         for name, groups in answered.items():
-            teacher_logprobs = await teacher.mean_logprobs(
+            theirs = await teacher.mean_logprobs(
                 [scored.group.rollouts for scored in groups],
                 temperature=settings.temperature or 1.0,
                 samples_per_prompt=settings.samples_per_prompt,
             )
             infos = [info for scored in groups for info in scored.group.infos]
-            gaps = [
-                info.num_response_tokens * (info.mean_logprob - teacher_logprobs[info.sequence_id]) for info in infos
-            ]
+            gaps = [info.num_response_tokens * (info.mean_logprob - theirs[info.sequence_id]) for info in infos]
             count = sum(info.num_response_tokens for info in infos)
             record.add({f"eval/{name}/kl_teacher": Mean(total=sum(gaps), count=count)})
 
 
 async def _results(groups: Sequence[ScoredGroup], marking: Marking, reward: RewardRole) -> list[PromptScores]:
-    """Return the scores, with the extracted answers if the responses vote."""
-    form = marking.answers if marking.passing is not None else None
     votes: list[tuple[str | None, ...] | None] = [None] * len(groups)
-    if form is not None:
-        votes = list(await asyncio.gather(*(reward.answers(scored.group, form) for scored in groups)))
+    if marking.passing is not None and marking.answers is not None:
+        votes = list(await asyncio.gather(*(reward.answers(scored.group, marking.answers) for scored in groups)))
     return [
         PromptScores(
             prompt_id=scored.group.request.prompt.prompt_id,
@@ -151,8 +144,3 @@ async def _results(groups: Sequence[ScoredGroup], marking: Marking, reward: Rewa
         )
         for scored, response_answers in zip(groups, votes, strict=True)
     ]
-
-
-def _with_greedy(report: SetReport, groups: Sequence[ScoredGroup], *, seed: int) -> SetReport:
-    greedy = mean_estimate([scored.scores.scores[0] for scored in groups], seed=seed)
-    return replace(report, metrics={**report.metrics, "greedy": greedy})

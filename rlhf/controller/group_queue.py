@@ -98,10 +98,7 @@ class GroupQueue:
         self._failure: BaseException | None = None
 
     async def synced(self, version: int) -> None:
-        """Continue with the engines' new weights.
-
-        Forget the groups of the trained step. Request old groups again, and new groups.
-        """
+        """Continue with the new weights: forget the groups of the trained step, and request old groups and new ones."""
         self.version = version
         for group_id in self._taken:
             self._remove(group_id)
@@ -131,12 +128,10 @@ class GroupQueue:
         """Return whether a token of this version lags too much in the next training step. None: there is no token."""
         return version is not None and version < self.version - self.max_staleness
 
-    def _limit(self) -> int:
-        """Return the largest number of outstanding groups. The last steps need fewer groups."""
-        return min(self.max_staleness + 1, self.num_steps - self.version) * self.prompts_per_step
-
     def _admit(self) -> None:
-        while len(self._outstanding) < self._limit():
+        """Request groups up to the bound. The last steps need fewer groups."""
+        bound = min(self.max_staleness + 1, self.num_steps - self.version) * self.prompts_per_step
+        while len(self._outstanding) < bound:
             if self._waiting:
                 entry = self._waiting.popleft()
             else:
@@ -147,9 +142,8 @@ class GroupQueue:
             self._start(entry)
 
     def _free_place(self) -> int:
-        if self._free:
-            return heapq.heappop(self._free)
-        return len(self._outstanding) + len(self._waiting) + len(self._left_out)
+        largest = len(self._outstanding) + len(self._waiting) + len(self._left_out)
+        return heapq.heappop(self._free) if self._free else largest
 
     def _start(self, entry: _Outstanding) -> None:
         with self.record.apart(self._metrics):
@@ -268,10 +262,7 @@ class GroupQueue:
             raise self._failure
 
     async def stop(self) -> Sequence[GroupRequest]:
-        """Give up the unfinished groups, and return the requests, still in progress in the engines.
-
-        The next start requests finished and unfinished groups again.
-        """
+        """Give up the unfinished groups, and return the requests in progress. The next start requests all groups."""
         tasks = [entry.task for entry in self._outstanding.values() if entry.task is not None]
         for task in tasks:
             task.cancel()
@@ -289,34 +280,24 @@ class GroupQueue:
         self._load.add(0)
         return None if self._was_over else self._load.busy_s - self._busy_at_request
 
-    def _untrained(self) -> list[_Outstanding]:
-        """Return the groups not yet recorded as trained or left out."""
-        return sorted([*self._outstanding.values(), *self._waiting, *self._left_out], key=lambda e: e.group_id)
-
     def state(self) -> dict[str, Any]:
         """Return the position in the prompts and the outstanding groups, for a checkpoint.
 
         A run without updates in flight requests the prompts in `waiting`.
         """
-        untrained = self._untrained()
-        state = self.collector.state(untrained={entry.group_id for entry in untrained})
-        chosen = [(entry.chosen[0], entry.chosen[1].prompt_id) for entry in untrained]
-        outstanding = [(e.group_id, *prompt, e.place) for e, prompt in zip(untrained, chosen, strict=True)]
-        return state | {
-            "waiting": [*chosen, *state["waiting"]],
-            "ahead": [],
-            "settings": self.settings,
-            "outstanding": outstanding,
-        }
+        entries = {entry.group_id: entry for entry in [*self._outstanding.values(), *self._waiting, *self._left_out]}
+        outstanding = [(i, e.chosen[0], e.chosen[1].prompt_id, e.place) for i, e in sorted(entries.items())]
+        state = self.collector.state(untrained=entries)
+        waiting = [(epoch, prompt_id) for _, epoch, prompt_id, _ in outstanding] + state["waiting"]
+        return state | {"waiting": waiting, "ahead": [], "settings": self.settings, "outstanding": outstanding}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore the position in the prompts. The outstanding groups are requested again first."""
         self.collector.restore(state)
         outstanding = state.get("outstanding", [])
         del self.collector.unfinished[: len(outstanding)]
-        prompts = self.collector.prompts
         for group_id, epoch, prompt_id, place in outstanding:
-            chosen = (epoch, prompts.at(prompt_id))
+            chosen = (epoch, self.collector.prompts.at(prompt_id))
             self._waiting.append(_Outstanding(group_id=group_id, chosen=chosen, place=place))
         used = {entry.place for entry in self._waiting}
         self._free = [place for place in range(max(used, default=0)) if place not in used]

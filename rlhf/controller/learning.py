@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.config.schema.root import Config
-from rlhf.controller.batches import visits
+from rlhf.controller.batches import temperatures, visits
 from rlhf.controller.record import RunRecord
 from rlhf.controller.training_scores import TrainingScores
 from rlhf.roles import (
@@ -54,21 +54,24 @@ class Signals:
     teacher_logprobs: Mapping[int, float] = field(default_factory=dict)  # means over the sampled tokens
 
 
+Columns = list[RemoteColumns[TokenValues]]
+
+
 class ColumnsByGroup:
     """Columns of a frozen model with separate hardware, computed for each group while later groups are sampled."""
 
     def __init__(self) -> None:
-        self._computing: dict[int, asyncio.Task[list[RemoteColumns[TokenValues]]]] = {}
+        self._computing: dict[int, asyncio.Task[Columns]] = {}
 
-    def begin(self, scored: ScoredGroup, work: Coroutine[Any, Any, list[RemoteColumns[TokenValues]]]) -> None:
+    def begin(self, scored: ScoredGroup, work: Coroutine[Any, Any, Columns]) -> None:
         """Begin to compute the columns of a group, in place of earlier columns."""
         self._computing[scored.group.request.group_id] = asyncio.create_task(work)
 
-    async def take(self, groups: Sequence[ScoredGroup]) -> list[RemoteColumns[TokenValues]] | None:
-        """Return the columns of the groups, in order. None: a group was not begun."""
+    async def take(self, groups: Sequence[ScoredGroup], compute: Callable[[], Awaitable[Columns]]) -> Columns:
+        """Return the columns of the groups, in order. If a group was not begun, compute all columns now."""
         ids = [scored.group.request.group_id for scored in groups]
         if not self._computing.keys() >= set(ids):
-            return None
+            return await compute()
         computing = [self._computing[group_id] for group_id in ids]
         return [column for columns in await asyncio.gather(*computing) for column in columns]
 
@@ -133,18 +136,26 @@ class ReferencedLearning(Learning):
     checkpoint needs the folder.
     """
 
+    leaves_out: bool  # whether some responses of a group are not trained on
     reference_every: int | None  # steps between two renewals; None keeps the first reference
     reference_step: int = 0  # of the last renewal; 0: the model before training
 
     @property
     def computes_by_group(self) -> bool:
-        """Return whether the reference computes each finished group at once.
+        """Return whether the reference, on separate hardware, computes each finished group at once.
 
-        The reference needs separate hardware. A reference renewed while later batches are sampled would compute such
-        batches with the wrong step's weights.
+        A reference renewed while later batches are sampled would compute those with the wrong step's weights.
         """
         alone = self.roles.reference is not None and self.config.cluster.roles.reference.colocate_with is None
         return alone and (self.reference_every is None or self.rollouts.max_staleness == 0)
+
+    async def reference_logprobs(self, groups: Sequence[ScoredGroup]) -> Columns:
+        """Return a column of the reference for each group; none without a reference."""
+        if self.roles.reference is None:
+            return []
+        present = frozenset(info.sequence_id for scored in groups for info in scored.group.infos)
+        only, warmth = present if self.leaves_out else None, temperatures(groups)
+        return await self.roles.reference.logprobs([one.group for one in groups], only=only, temperatures=warmth)
 
     def renews_reference(self, step: int) -> bool:
         return self.reference_every is not None and step % self.reference_every == 0

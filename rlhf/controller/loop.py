@@ -38,10 +38,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def sparing_loaded_objects() -> Generator[None]:
-    """Exempt the objects loaded so far from garbage collections in the block.
-
-    A collection over the objects of all modules takes 0.3 s, and a large step causes several collections.
-    """
+    """Exempt the objects loaded so far from garbage collections in the block, which would take 0.3 s each."""
     gc.collect()
     gc.freeze()
     try:
@@ -70,12 +67,10 @@ class TrainingLoop(ABC):
         policy_fingerprint: str,
         supervisor: Supervisor,
     ) -> None:
-        """Create a loop before the first step.
+        """Create a loop before the first step. `roles`: None for a role that the run lacks.
 
         Args:
-            roles: all roles by name. None: the run has no such role.
             trained: the roles saved in a checkpoint, each in a folder of the role's name. The policy is the first.
-            eval_sets: names of the evaluation sets.
             eval_metric: metric of the first evaluation set for choosing the best step by default.
         """
         self.config = config
@@ -140,10 +135,9 @@ class TrainingLoop(ABC):
         return aside
 
     async def despite_losses(self, work: Callable[[], Awaitable[T]], *, oldest: int | None = None) -> T:
-        """Return the result of the work. After the loss of a trained rank, repeat the work.
+        """Return the result of the work. After the loss of a trained rank, repeat the work, and forget its metrics.
 
-        The metrics of an attempt ended by a loss are discarded. `oldest`: the oldest step with a state from which the
-        work can start. None: only the present state.
+        `oldest`: the oldest step with a state from which the work can start. None: only the present state.
         """
         oldest = self.trained_step if oldest is None else oldest
         while True:
@@ -172,9 +166,9 @@ class TrainingLoop(ABC):
                 lost = other
 
     async def restart_trained(self, oldest: int) -> None:
-        """Start all trained ranks again, and restore the newest snapshot common to all ranks.
+        """Start all trained ranks again, and restore the newest snapshot common to all ranks, or the newest checkpoint.
 
-        Without such a snapshot, load the newest checkpoint. The steps until `oldest` are trained again.
+        The steps until `oldest` are trained again.
         """
         roles = self.trained
         await _all_ended([role.restart() for role in roles.values()])
@@ -208,10 +202,7 @@ class TrainingLoop(ABC):
             await asyncio.gather(*(role.newest_snapshot() for role in self.trained.values()))
 
     async def run(self, *, until: int | None = None) -> bool:
-        """Train until the last step, or until step `until`, and write a checkpoint there.
-
-        Returns whether the run is over. Continues from `step` if a checkpoint has been restored.
-        """
+        """Train until the last step or step `until`, and write a checkpoint there. Return whether the run is over."""
         train, record = self.config.train, self.record
         end = train.num_steps if until is None else until
         record.begin_step(self.step)
@@ -250,10 +241,7 @@ class TrainingLoop(ABC):
             raise Preempted(f"a checkpoint of step {step} is written")
 
     async def _save_finished(self) -> None:
-        """Write a checkpoint of the last finished step from the ranks' snapshots, unless the checkpoint exists.
-
-        The cluster has no room for the run, so a rank may be lost for good.
-        """
+        """Write a missing checkpoint of the last finished step from snapshots, since a rank may be lost for good."""
         step = self.finished_state["step"]
         if not self.survives or self.checkpoint_step >= step:
             return
@@ -265,15 +253,16 @@ class TrainingLoop(ABC):
             await self.commit(step)
             logger.info("a checkpoint of step %d is written from the memory of the nodes", step)
 
-    async def _measure_memory(self) -> None:
-        for name, role in self.measured.items():
-            if role is not None:
-                self.record.memory(name, await role.memory())
-
     async def _measure(self) -> None:
         """Add the memory of the roles and nodes, and the throughput of the step."""
         record = self.record
-        await self.despite_losses(self._measure_memory)
+
+        async def measure_memory() -> None:
+            for name, role in self.measured.items():
+                if role is not None:
+                    record.memory(name, await role.memory())
+
+        await self.despite_losses(measure_memory)
         await record.system()
         row = record.row()
         tokens, mean_length = self.trained_tokens(row)
@@ -305,10 +294,7 @@ class TrainingLoop(ABC):
             await self.save_aside(self.state())
 
     async def save_aside(self, state: Mapping[str, Any], *, from_snapshots: bool = False) -> Path:
-        """Write a checkpoint, not valid yet, and return the folder.
-
-        `from_snapshots`: save the ranks' snapshots of the step instead of the present state.
-        """
+        """Write a checkpoint, not valid yet, of the present state or the ranks' snapshots, and return the folder."""
         aside = self.record.folder.begin_checkpoint(state["step"])
         for name, role in self.trained.items():
             await (role.save_snapshots(state["step"], aside / name) if from_snapshots else role.save(aside / name))
@@ -363,19 +349,16 @@ async def _whole(work: Awaitable[None]) -> None:
 
 
 def trained_models(config: Config) -> dict[str, Any]:
-    """Describe the weights of a checkpoint in configuration keys, for comparison by a resumed run.
+    """Describe a checkpoint's weights for a resumed run: each trained role's model, adapter shape, dtype and ranks.
 
-    The keys are each trained role's model, adapter shape, dtype, number of ranks and sharding.
+    The description has the form of a configuration.
     """
-    models = trained_sections(config)
-    roles = config.cluster.roles.model_dump(mode="json")
-    tree: dict[str, Any] = {
-        role: model.model_dump(mode="json", include={"model", "adapter", "dtype", "lora"})
+    models, keys = trained_sections(config), {"model", "adapter", "dtype", "lora"}
+    tree: dict[str, Any] = {  # dropout may change between runs, like the learning rate
+        role: model.model_dump(mode="json", include=keys, exclude={"lora": {"dropout"}})
         for role, model in models.items()
     }
-    for role in models:
-        if tree[role]["lora"] is not None:
-            del tree[role]["lora"]["dropout"]  # may change between runs, like the learning rate
-    ranks = {role: {key: roles[role][key] for key in ("workers", "zero_stage")} for role in models}
+    roles: Any = {role: {"workers", "zero_stage"} for role in models}
+    ranks = config.cluster.roles.model_dump(mode="json", include=roles)
     described: dict[str, Any] = portable(tree | {"cluster": {"roles": ranks}}, home(config))
     return described

@@ -1,7 +1,4 @@
-"""Tell a loop to end soon: the loop saves the finished work and returns by itself.
-
-The module knows neither the sender of the notice nor the time limit of the loop.
-"""
+"""Tell a loop to end soon: the loop saves the finished work and returns by itself."""
 
 from __future__ import annotations
 
@@ -26,10 +23,7 @@ class Notice:
         self._given.set()
 
     async def unless_given(self, work: Coroutine[Any, Any, T]) -> T | None:
-        """Return the result of the work, or None if the notice comes first.
-
-        The work is then cancelled, so the work must be resumable.
-        """
+        """Return the result of resumable work. None: the notice came first, and the work is cancelled."""
         done, notice = asyncio.ensure_future(work), asyncio.ensure_future(self._given.wait())
         try:
             await asyncio.wait({done, notice}, return_when=asyncio.FIRST_COMPLETED)

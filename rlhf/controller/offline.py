@@ -19,7 +19,7 @@ from rlhf.controller.loop import TrainingLoop
 from rlhf.controller.record import RunRecord
 from rlhf.controller.supervisor import Supervisor
 from rlhf.data.packing import balance
-from rlhf.data.stream import Cursor, Stream
+from rlhf.data.stream import Cursor, Stream, Tokenized
 from rlhf.roles import Metrics, OfflineRole, Ref, StatesByRank, TeacherRole
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import Last
@@ -30,17 +30,11 @@ logger = logging.getLogger(__name__)
 REFERENCE_MICROBATCHES = 64  # per rank in one call
 
 
-class DataRow(Protocol):
+class DataRow(Tokenized, Protocol):
     """The attributes of a data row read by the loop."""
 
     @property
     def example_id(self) -> int: ...
-
-    @property
-    def token_ids(self) -> Sequence[int]: ...
-
-    @property
-    def non_token_bytes(self) -> bytes: ...
 
     @property
     def num_targets(self) -> int:
@@ -104,7 +98,6 @@ class OfflineController(TrainingLoop):
         self.record.add({"data/epoch": Last(value=float(batch.epoch))})
 
     async def _update(self, batch: StepRows, step: int) -> None:
-        """Make the optimizer step, despite the loss of ranks."""
         learnt: list[Metrics] = []
 
         async def update() -> None:
@@ -120,7 +113,6 @@ class OfflineController(TrainingLoop):
             self.record.add(metrics)
 
     async def repeat(self, step: int) -> None:
-        """Make the last optimizer step again: the step's snapshot was not whole at a loss."""
         number, plan = self.last_update
         if step != number:
             await super().repeat(step)
@@ -139,7 +131,7 @@ class OfflineController(TrainingLoop):
             return await self.teacher.states(dataset, plan)
 
     async def provide_reference(self) -> None:
-        """Give the role the logprobs of the policy before training, from disk or computed once, for every data set.
+        """Give the role the logprobs of every data set by the policy before training, from disk or computed once.
 
         Must be called before `restore`.
         """
@@ -174,12 +166,9 @@ class OfflineController(TrainingLoop):
                 start, size = end, 0
 
     def _plan(self, rows: Sequence[DataRow]) -> MinibatchPlan:
-        """Distribute rows over the ranks by equal work."""
-        lengths = [len(row.token_ids) for row in rows]
+        shares = balance([len(row.token_ids) for row in rows], self.role.num_ranks)
         return MinibatchPlan(
-            sequences_by_rank=tuple(
-                tuple(rows[i].example_id for i in sorted(share)) for share in balance(lengths, self.role.num_ranks)
-            ),
+            sequences_by_rank=tuple(tuple(rows[i].example_id for i in sorted(share)) for share in shares),
             num_tokens=sum(row.num_targets for row in rows),
             num_sequences=len(rows),
         )

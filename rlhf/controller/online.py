@@ -47,7 +47,7 @@ from rlhf.evaluation.results import Marking
 from rlhf.role_table import GUESTS_OF_ENGINES, ROLE_OF_STAGE, ROLES, TRAINED_ROLES, Role
 from rlhf.roles import GpuGuest
 from rlhf.rollouts.records.spool import forget_after, retain_sampled_by
-from rlhf.tracking.metrics.reductions import Last, Sum
+from rlhf.tracking.metrics.reductions import Last, Reduction, Sum
 from rlhf.types import Prompt, Sampling
 
 T = TypeVar("T")
@@ -99,24 +99,15 @@ class OnlineController(TrainingLoop):
         self.learning = learner(config, roles, record)
         self.in_flight = self.rollouts.weight_updates == "in_flight"
         self.scorer = RolloutScorer(
-            roles.rollout,
-            roles.reward,
-            record,
-            rewards_fingerprint=rewards_fingerprint,
-            in_flight=self.in_flight,
+            roles.rollout, roles.reward, record, rewards_fingerprint=rewards_fingerprint, in_flight=self.in_flight
         )
-        arrived = self.learning.arrived if config.train.streamed or self.rollouts.max_staleness else None
+        collector = Collector(config, prompts, self.scorer, record, self.sampling)
+        collector.outdated = self.learning.columns.forget
+        if config.train.streamed or self.rollouts.max_staleness:
+            collector.arrived = self.learning.arrived
         queue = partial(GroupQueue, order=self.rollouts.batch_order) if self.in_flight else BatchQueue
         self.batches: RolloutQueue = queue(
-            Collector(
-                config,
-                prompts,
-                self.scorer,
-                record,
-                self.sampling,
-                arrived=arrived,
-                outdated=self.learning.columns.forget,
-            ),
+            collector,
             record,
             max_staleness=self.rollouts.max_staleness,
             num_steps=config.train.num_steps,
@@ -149,8 +140,7 @@ class OnlineController(TrainingLoop):
     async def train_step(self, step: int) -> None:
         """Take the batch of a step, learn from the batch, and sync the weights.
 
-        After the loss of a trained rank, `despite_losses` restores the ranks and repeats its work: the learning from a
-        part of the batch (train.streamed), or all of `_learn_and_sync`.
+        After a loss, `despite_losses` repeats the learning from a part of the batch, or all of `_learn_and_sync`.
         """
         began = time.perf_counter()
         attempt = self.attempt = StepAttempt(step, self.learning, self.scorer, self.sampling)
@@ -200,11 +190,12 @@ class OnlineController(TrainingLoop):
         record.add({"throughput/rollout_tokens_per_s": Last(value=collected.sampled_tokens / seconds)})
 
     def _measure_waits(self, attempt: StepAttempt, seconds: float) -> None:
-        self.record.add({"time/trainer_waits_s": Sum(total=attempt.waited_s)})
+        metrics: dict[str, Reduction] = {"time/trainer_waits_s": Sum(total=attempt.waited_s)}
         if self.batches.seconds is not None:
-            self.record.add({"time/engines_idle/fraction": Last(value=1.0 - self.batches.seconds / seconds)})
+            metrics["time/engines_idle/fraction"] = Last(value=1.0 - self.batches.seconds / seconds)
         if self.config.cluster.roles.rollout.is_elastic:
-            self.record.add({"rollouts/engines": Last(value=self.roles.rollout.num_working)})
+            metrics["rollouts/engines"] = Last(value=self.roles.rollout.num_working)
+        self.record.add(metrics)
 
     async def restart_trained(self, oldest: int) -> None:
         was_published, self.is_published = self.is_published, False
@@ -274,8 +265,8 @@ class OnlineController(TrainingLoop):
     async def _take_and_stream(self, attempt: StepAttempt, learning: StreamedAdvantageLearning) -> Batch:
         """Return the whole batch, after learning from the first groups."""
 
-        async def stream() -> None:
-            await self._with_weights(attempt.stream(learning), self._publish_again)
+        def stream() -> Awaitable[None]:
+            return self._with_weights(attempt.stream(learning), self._publish_again)
 
         streaming = asyncio.create_task(self.despite_losses(stream))
         taking = asyncio.create_task(self.batches.take(attempt.step))
@@ -366,7 +357,6 @@ class OnlineController(TrainingLoop):
         self.scorer.retain_from(first_untrained_group(state), begun=begun_requests(state))
 
     async def save_aside(self, state: Mapping[str, Any], *, from_snapshots: bool = False) -> Path:
-        """Write a checkpoint, not valid yet, with all begun or untrained responses."""
         aside = await super().save_aside(state, from_snapshots=from_snapshots)
         if (self.rollouts.max_staleness and not self.in_flight) or self.rollouts.carry_over:
             start, begun = first_untrained_group(state), begun_requests(state)

@@ -69,8 +69,7 @@ class RunRecord:
     def apart(self, parts: list[Metrics], *, is_shown: bool = False) -> Generator[None]:
         """Collect the metrics of the block, and of tasks created there, in the given list.
 
-        `is_shown`: whether the progress display shows the stages of the block. Stages of work for a later step are not
-        shown, because the display shows the current step.
+        `is_shown`: whether the display of the current step shows the stages of the block.
         """
         tokens = _APART.set(parts), _IS_SHOWN.set(is_shown)
         try:
@@ -107,10 +106,7 @@ class RunRecord:
         return results(merge_metrics(self.parts))
 
     def write_row(self, step: int, row: Mapping[str, float]) -> None:
-        """Log the step. Raise RunError for a non-finite loss, before anything of the step is stored.
-
-        Raise RunError too if a later start works in the folder.
-        """
+        """Log the step. RunError, before anything is stored: the loss is not finite, or a later start works here."""
         if self.folder.is_taken_over():
             raise RunError(
                 f"{self.folder.path}: a later start works in this folder, so this one ends after step {self.step}. "
@@ -127,8 +123,7 @@ class RunRecord:
 
     def amend(self, metrics: Metrics) -> None:
         """Add nonzero metrics to the last row, in metrics.jsonl alone: they cover the time after the row."""
-        added = {key: value for key, value in results(metrics).items() if value}
-        if added:
+        if added := {key: value for key, value in results(metrics).items() if value}:
             self.tracker.amend(added)
 
     @contextmanager
@@ -157,16 +152,14 @@ class RunRecord:
             yield
 
     async def prune(self, keep: int) -> None:
-        """Remove all but the newest checkpoints, and start the upload to the mirror.
+        """Remove all but the newest checkpoints, and start the upload to the mirror, after an upload in progress.
 
-        First waits for an upload in progress, since the upload reads the checkpoints. If the upload hangs, no
-        checkpoint is removed.
+        An upload reads the checkpoints: while it hangs, no checkpoint is removed.
         """
         if self.mirror is None:
             self.folder.prune(keep)
             return
-        problem = await asyncio.to_thread(self.mirror.settle)
-        if problem is not None:
+        if (problem := await asyncio.to_thread(self.mirror.settle)) is not None:
             logger.warning(
                 "the newest checkpoints are only on this machine; the next checkpoint tries again. %s", problem
             )
@@ -178,17 +171,15 @@ class RunRecord:
     async def commit_checkpoint(self, step: int) -> None:
         """Make the begun checkpoint valid, and notify the tracker's back ends.
 
-        A thread reads and syncs the files, so the event loop does not stand still. The checkpoint becomes valid in the
-        event loop, and therefore never after a cancellation of this call.
+        A thread syncs the files, but the checkpoint becomes valid in the event loop: never after a cancellation.
         """
         await asyncio.to_thread(self.folder.seal, self.folder.checkpoint(step), step=step)
         self.tracker.checkpoint(step, self.folder.commit_checkpoint(step))
 
     def failed(self, error: Exception) -> None:
-        """Write the run's fatal error to errors.jsonl, and the traceback to traceback.txt.
+        """Write the run's fatal error to errors.jsonl, and the traceback to traceback.txt. No write waits for room now.
 
-        Incomplete checkpoints are removed first, because such checkpoints may fill the disk. From now on no write waits
-        for room. Nothing is written if a later start works in the folder.
+        Incomplete checkpoints, which may fill the disk, are removed first. A later start in the folder is left alone.
         """
         PAUSE.give_up()
         if self.folder.is_taken_over():
@@ -210,13 +201,11 @@ class RunRecord:
         On a resumption from an older checkpoint, the best may be gone. Then the run starts without a best.
         """
         best.restore(state)
-        if best.step is None:
-            return
         if best.step in self.folder.checkpoint_steps():
             self.folder.mark_best(best.step)
-            return
-        logger.warning("the best checkpoint so far, of step %d, is gone: the next evaluation is the best", best.step)
-        best.value = best.step = None
+        elif best.step is not None:
+            logger.warning("the best checkpoint, of step %d, is gone: the next evaluation is the best", best.step)
+            best.value = best.step = None
 
     def read_state(self, step: int) -> dict[str, Any]:
         return read_state(self.folder.checkpoint(step))
@@ -258,24 +247,16 @@ class Best:
         )
 
     def improves(self, row: Mapping[str, float], step: int) -> bool:
-        """Return whether this step's row is the best so far, and remember the best step.
-
-        Raise UserError if the row lacks the metric.
-        """
+        """Return whether this step's row is the best so far, and remember it. UserError: the row lacks the metric."""
         if self.metric not in row:
             known = ", ".join(sorted(key for key in row if key.startswith("eval/")))
             raise UserError(
                 f"train.best_metric: {self.metric!r} is not a metric of the evaluation. The metrics are: {known}"
             )
-        value = row[self.metric]
-        if math.isnan(value):  # no values, or a diverged model
-            self.stale += 1
-            return False
-        gain = math.inf
-        if self.value is not None:
-            gain = self.value - value if self.lower_is_better else value - self.value
+        value, sign = row[self.metric], -1.0 if self.lower_is_better else 1.0
+        gain = math.inf if self.value is None else sign * (value - self.value)
         needed = 0.0 if self.stopping is None else self.stopping.min_delta
-        if not gain > needed:
+        if math.isnan(value) or not gain > needed:  # nan: no values, or a diverged model
             self.stale += 1
             return False
         self.value, self.step, self.stale = value, step, 0

@@ -23,10 +23,7 @@ class Batch:
 
 
 class RolloutQueue(Protocol):
-    """The requested and untrained rollouts.
-
-    In each step training calls `request`, `take`, `during`, `until_weights_may_change` and `synced`, in this order.
-    """
+    """The untrained rollouts. A step calls `request`, `take`, `during`, `until_weights_may_change`, then `synced`."""
 
     @property
     def seconds(self) -> float | None:

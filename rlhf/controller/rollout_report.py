@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from rlhf.roles import Metrics, SampleSelection, ScoredGroup
 from rlhf.tracking.metrics.histograms import LAG_EDGES, TOKEN_EDGES
 from rlhf.tracking.metrics.reductions import Histogram, Max, Mean, Reduction, Std, Sum
 from rlhf.tracking.run_folder.samples import SampleRecord, sample_columns, sample_value
-from rlhf.types import RESULT_COLUMN, RolloutInfo, StepReward
+from rlhf.types import RESULT_COLUMN, RolloutInfo
 
 T = TypeVar("T")
 
@@ -114,39 +115,31 @@ def restricted_tokens(infos: Iterable[RolloutInfo]) -> Counter[str]:
 def environment_failures(infos: Sequence[RolloutInfo]) -> dict[str, Reduction]:
     """Count the failures of environments or agents in one group, even a dropped one; empty for single turns."""
     kinds = [info.environment_error.kind for info in infos if info.environment_error is not None]
+    failed, late = Sum(total=float(len(kinds))), Sum(total=float(kinds.count("timeout")))
     if infos[0].session is not None:
-        return {
-            "agents/errors/total": Sum(total=float(len(kinds))),
-            "agents/timeouts/total": Sum(total=float(kinds.count("timeout"))),
-        }
+        return {"agents/errors/total": failed, "agents/timeouts/total": late}
     if not kinds and infos[0].environment_reward is None:
         return {}
-    return {
-        "rollouts/environment_errors/total": Sum(total=float(len(kinds))),
-        "rollouts/environment_timeouts/total": Sum(total=float(kinds.count("timeout"))),
-    }
-
-
-def _after_prompt(info: RolloutInfo, steps: Sequence[StepReward]) -> tuple[StepReward, ...]:
-    """Return the steps with ends counted from the prompt's end, as for a sample's tokens."""
-    return tuple(replace(step, end=step.end - info.num_prompt_tokens) for step in steps)
+    return {"rollouts/environment_errors/total": failed, "rollouts/environment_timeouts/total": late}
 
 
 def group_samples(
     groups: Sequence[ScoredGroup], signals: Signals, *, split: str, most: int | None
 ) -> list[SampleSelection]:
     """Return records of the first `most` responses (None: all), group by group, without their text."""
-    selections = []
-    left = most
+    selections: list[SampleSelection] = []
+    left = sys.maxsize if most is None else most
     for scored in groups:
-        if left == 0:
+        if not left:
             break
-        request, infos = scored.group.request, scored.group.infos
-        taken = infos if left is None else infos[:left]
-        left = None if left is None else left - len(taken)
-        records = []
+        request, taken, records = scored.group.request, scored.group.infos[:left], []
+        left -= len(taken)
         columns = sample_columns(request.prompt.columns)
         for sample, info in enumerate(taken):
+            steps = {  # their ends are counted from the prompt's end, as those of a sample's tokens
+                name: tuple(replace(step, end=step.end - info.num_prompt_tokens) for step in by_sample[sample])
+                for name, by_sample in scored.scores.steps.items()
+            }
             values = {f"columns.{name}": value for name, value in columns.items()}
             if info.session is not None and info.session.result is not None:
                 values[RESULT_COLUMN] = sample_value(json.loads(info.session.result))
@@ -161,7 +154,7 @@ def group_samples(
                     response="",
                     score=scored.scores.scores[sample] if scored.scores.scores else None,
                     scores={name: values[sample] for name, values in scored.scores.by_name.items()},
-                    steps={name: _after_prompt(info, steps[sample]) for name, steps in scored.scores.steps.items()},
+                    steps=steps,
                     advantage=signals.advantages.get(info.sequence_id),
                     preferred=signals.preferred.get(info.sequence_id),
                     truncated=info.finish_reason == "length",

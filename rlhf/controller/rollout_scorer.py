@@ -46,10 +46,7 @@ def request_for(
     epoch: int = 0,
     temperature: float | None = None,
 ) -> GroupRequest:
-    """Return a request for several samples of a prompt.
-
-    The seeds depend only on the run, the epoch, the prompt and the sample index.
-    """
+    """Return a request for samples of a prompt. A seed depends only on run, epoch, prompt and sample index."""
     return GroupRequest(
         group_id=group_id,
         prompt=prompt,
@@ -108,10 +105,9 @@ async def process_answers(
     requests: Sequence[GroupRequest],
     process: Callable[[CompletedGroup, int], Coroutine[Any, Any, T]],
 ) -> list[T]:
-    """Apply `process` to each answered request and return the results in the order of the requests.
+    """Apply `process` to each answered request, while later requests generate. Return the results in request order.
 
-    `process` starts while later requests still generate, and receives the group and the number of answered groups so
-    far.
+    `process` receives the group and the number of answered groups so far.
     """
     tasks: dict[int, asyncio.Task[T]] = {}
     try:
@@ -135,10 +131,7 @@ class RolloutScorer:
         rewards_fingerprint: str,
         in_flight: bool = False,
     ) -> None:
-        """Open the stores of a run's responses and scores.
-
-        `in_flight`: whether the engines answer training requests at the same time, so that no batch waits.
-        """
+        """Open the stores of a run. `in_flight`: the engines answer training requests at the same time."""
         self.rollout = rollout
         self.weights = 0, ""  # version and checksum of those that the engines have
         self.answers = partial(answers_in_flight, rollout) if in_flight else rollout.generate
@@ -158,15 +151,10 @@ class RolloutScorer:
         split: str = "train",
         report: Callable[[ScoredGroup], None] = lambda _: None,
     ) -> list[ScoredGroup]:
-        """Return the scored responses to all requests, in order.
+        """Return the scored responses to all requests, in order. Each group is scored while later groups generate.
 
-        Each group is scored while later groups still generate.
-
-        Args:
-            step: the step of the metrics row and the error lines.
-            version: the version of the sampling weights.
-            split: "train", or the evaluation set's name.
-            report: called with each group right after scoring.
+        `step` is of the metrics row, `version` of the sampling weights, and `split` is "train" or an evaluation set's
+        name. `report` is called with each group right after scoring.
         """
 
         async def score(group: CompletedGroup, num_done: int) -> ScoredGroup:
@@ -190,11 +178,8 @@ class RolloutScorer:
     ) -> list[ScoredGroup]:
         """Return the scored groups that finished first, in the order of the requests, and cancel the rest.
 
-        Args:
-            is_enough: returns True for the last needed group.
-            rule: names the criterion of `is_enough`. A resumed run with the same requests and rule gets the same
-                groups.
-            report: called with each returned group right after scoring.
+        `is_enough` returns True for the last needed group, and `rule` names its criterion. A resumed run with the same
+        requests and rule gets the same groups.
         """
         race = request_set_digest(requests, sampling, version=version, rule=rule)
         newest, checksum = self.weights
@@ -283,8 +268,8 @@ class RolloutScorer:
         """Add the responses that `save_to` wrote into a folder."""
         with tarfile.open(folder / ARCHIVE) as archive:
             for member in archive:
-                path = self.spool / Path(member.name).name
-                _extract(archive, member, path)
+                write = partial(_extract, archive, member)
+                write_aside(self.spool / Path(member.name).name, write, needed=member.size)
         self.score_ledger.restore_from(folder)
         self.finish_order.restore_from(folder)
 
@@ -296,20 +281,15 @@ class RolloutScorer:
         In flight, newer weights than the group's may sample the greedy response. A group without a scored greedy
         response carries that response's errors.
         """
+        plain: Any = {"temperature": None, "continues": None}
         requests = [
-            replace(
-                request,
-                group_id=request.group_id + GREEDY_GROUPS,
-                seeds=request.seeds[:1],
-                temperature=None,
-                continues=None,
-            )
+            replace(request, group_id=request.group_id + GREEDY_GROUPS, seeds=request.seeds[:1], **plain)
             for request in (scored.group.request for scored in groups if not scored.scores.errors)
         ]
         greedy_sampling = replace(sampling, temperature=0.0, top_p=1.0, top_k=None, min_p=0.0)
         answers = await self.score_all(requests, greedy_sampling, step=step, version=version) if requests else []
-        greedy = {scored.group.request.group_id - GREEDY_GROUPS: scored.scores for scored in answers}
-        return [_with_greedy(scored, greedy.get(scored.group.request.group_id)) for scored in groups]
+        scores = {scored.group.request.group_id - GREEDY_GROUPS: scored.scores for scored in answers}
+        return [_with_greedy(scored, scores.get(scored.group.request.group_id)) for scored in groups]
 
     async def score(
         self, group: CompletedGroup, sampling: Sampling, *, step: int, version: int, split: str = "train"
@@ -338,15 +318,10 @@ class RolloutScorer:
 
 
 def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
-    """Write a file of the archive aside, then rename it into place."""
-
-    def write(aside: Path) -> None:
-        stored = archive.extractfile(member)
-        assert stored is not None, "the archive has only files"
-        with stored, aside.open("wb") as file:
-            shutil.copyfileobj(stored, file)
-
-    write_aside(path, write, needed=member.size)
+    stored = archive.extractfile(member)
+    assert stored is not None, "the archive has only files"
+    with stored, path.open("wb") as file:
+        shutil.copyfileobj(stored, file)
 
 
 def _files(folder: Path, *, start: int, begun: Collection[int]) -> list[Path]:

@@ -75,10 +75,7 @@ class StreamedAdvantageLearning(AdvantageLearning):
         super().arrived(scored)
 
     async def stream(self, step: int) -> float:
-        """Learn from the portions of a batch until the batch is whole. Return the seconds of this work.
-
-        The last portion is left to `learn`, with the updates.
-        """
+        """Learn from all portions of a batch except the last, left to `learn`. Return the seconds of this work."""
         busy_s = 0.0
         first_visited = self.visits(self.num_minibatches, step)[0]
         while groups := await self.arrivals.take():
@@ -94,17 +91,13 @@ class StreamedAdvantageLearning(AdvantageLearning):
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
         if left := [scored for scored in groups if scored.group.request.group_id not in self._seen]:
             await self._add_portion(left, step)
-        portions = self.portions
-        self._forget_portions()
+        portions, self.portions, self._seen = self.portions, [], set()
         return await self.update_from(portions, step)
 
     def begin_again(self) -> None:
         """Forget the gradients of a begun step after the loss of ranks."""
-        self._forget_portions()
-        self.arrivals.rewind()
-
-    def _forget_portions(self) -> None:
         self.portions, self._seen = [], set()
+        self.arrivals.rewind()
 
     async def _add_portion(self, groups: Sequence[ScoredGroup], step: int) -> None:
         self.portions.append(await self.prepare(groups, step))
@@ -128,11 +121,7 @@ class StreamedAdvantageLearning(AdvantageLearning):
         """
         count, samples = trained_per_prompt(self.config, self.rollouts), self.rollouts.samples_per_prompt
         members = [[(place, i) for i in range(count)] for place in range(self.rollouts.prompts_per_step)]
-        infos = {
-            (scored.group.request.first_sequence_id // samples, i): info
-            for scored in groups
-            for i, info in enumerate(scored.group.infos)
-        }
+        infos = {scored.group.request.first_sequence_id // samples: scored.group.infos for scored in groups}
         seed, number = self.config.run.seed, self.num_minibatches
         drawn = draw_minibatches(members, step=step, seed=seed, num_minibatches=number)
-        return [[infos[member] for member in minibatch if member in infos] for minibatch in drawn]
+        return [[infos[place][i] for place, i in chosen if i < len(infos.get(place, ()))] for chosen in drawn]

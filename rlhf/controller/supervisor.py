@@ -31,10 +31,7 @@ class Supervisor:
     """The losses of a run."""
 
     def __init__(self, restarts: Restarts, record: RunRecord, roles: Iterable[Role]) -> None:
-        """Create a supervisor without any loss so far."""
-        self.restarts = restarts
-        self.record = record
-        self._roles = tuple(roles)
+        self.restarts, self.record, self._roles = restarts, record, tuple(roles)
         self._losses: dict[str, list[tuple[float, WorkerLost]]] = {}  # in the window, by what is counted together
         self._last_work: dict[tuple[Role, int], Hashable] = {}  # at the last loss, if nothing succeeded since
         self._out_of_memory: set[Role] = set()
@@ -42,15 +39,11 @@ class Supervisor:
         self._seconds = 0.0
 
     async def recover(self, lost: WorkerLost, rebuild: Callable[[], Awaitable[None]], *, work: Hashable = None) -> None:
-        """Start the lost worker again, and record the loss. Raise the loss itself if the run must end.
+        """Start the lost worker again by `rebuild`, and record the loss. Raise the loss itself if the run must end.
 
         Raise Preempted if no node takes the place of a lost node in time: on new nodes the run can continue. A
-        successor lost before its first work is started again in the same way.
-
-        Args:
-            rebuild: ends what is left of the worker, and starts a new worker in its place.
-            work: the worker's task. The run ends after a second loss at the same task without a call of `succeeded` in
-                between. None: unknown.
+        successor lost before its first work is started again in the same way. `work` is the worker's task, if known:
+        the run ends after a second loss at the same task without a call of `succeeded` in between.
         """
         while True:
             try:
@@ -63,12 +56,9 @@ class Supervisor:
     async def _recover_once(self, lost: WorkerLost, rebuild: Callable[[], Awaitable[None]], work: Hashable) -> None:
         role: Role = lost.role  # type: ignore[assignment]
         count = self._allow(role, lost, work)
-        unit = UNITS[ROLES[role].kind]
-        limit = getattr(self.restarts, unit)
-        step = self.record.step + 1
-        message = lost.reason
+        unit, source, message = UNITS[ROLES[role].kind], f"{role} {lost.rank}", lost.reason
+        limit, step = getattr(self.restarts, unit), self.record.step + 1
         logger.warning("%s It is started again (%d of at most %d, cluster.restarts.%s).", message, count, limit, unit)
-        source = f"{role} {lost.rank}"
         self.record.tracker.log_error(
             ErrorRecord(step=step, stage=lost.stage, kind=lost.kind, message=message, source=source, stack=lost.stack)
         )
@@ -100,15 +90,14 @@ class Supervisor:
 
     def continue_after(self, deaths: Sequence[DriverDeath]) -> None:
         """Record the deaths of earlier drivers, in the driver that continues the run."""
+        step, tracker = self.record.step + 1, self.record.tracker
         for death in deaths:
-            self.record.tracker.log_error(
-                ErrorRecord(
-                    step=self.record.step + 1, stage=DRIVER, kind=death.kind, message=death.message, source=DRIVER
-                )
+            tracker.log_error(
+                ErrorRecord(step=step, stage=DRIVER, kind=death.kind, message=death.message, source=DRIVER)
             )
         if deaths:
             now, died_at = time.time(), deaths[-1].at
-            self.record.tracker.alert("warning", f"{DRIVER} lost", deaths[-1].message)
+            tracker.alert("warning", f"{DRIVER} lost", deaths[-1].message)
             self.record.timeline.record("recovery", "controller", start_s=died_at, end_s=now)
             self._recovered["controller"] += len(deaths)
             self._seconds += now - died_at

@@ -42,10 +42,7 @@ class TrainingScores:
         return results
 
     def by_reward(self, groups: Sequence[ScoredGroup]) -> dict[str, list[float | None]]:
-        """Return each reward after gating, a value per response of all groups.
-
-        The value is 0 in a group outside of the reward's scope, and None if the reward has no opinion.
-        """
+        """Return each reward after gating, by response: 0 outside of the reward's scope, None without an opinion."""
         columns: dict[str, list[float | None]] = {name: [] for name in self.terms}
         for scored in groups:
             products = gated(scored.scores.by_name, self.terms)
@@ -100,9 +97,9 @@ class TrainingScores:
         )
 
     def is_flat(self, scored: ScoredGroup, config: Config, algorithm: OnlineAlgorithm | None) -> bool:
-        """Return whether a group carries no learning signal: all responses have equal steps and outcomes.
+        """Return whether a group carries no signal: its responses are compared, and have equal steps and outcomes.
 
-        A run without comparisons learns from any group. `algorithm` is None for learning without advantages.
+        `algorithm` is None for learning without advantages.
         """
         assert config.rollouts is not None
         if not config.algorithm.compares_responses:

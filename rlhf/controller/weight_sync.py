@@ -36,10 +36,9 @@ async def sync_weights(
     dtype: str,
     hand_over: Callable[[], Awaitable[None]],
 ) -> tuple[str, Metrics]:
-    """Send the policy's weights to the engines and verify the result.
+    """Send the policy's weights to the engines. RunError: the engines hold different weights afterwards.
 
-    Raise RunError if the engines hold different weights. Return the checksum of the weights, and the metrics of the
-    sync. `hand_over` is called when the policy no longer needs a shared GPU.
+    Return the checksum and the metrics. `hand_over` is called when the policy no longer needs a shared GPU.
     """
     began = time.perf_counter()
     await rollout.withdraw_weights()
@@ -107,10 +106,7 @@ async def _show_loss(policy: PolicyRole, error: RunError) -> None:
 
 
 def check_probe(ours: Sequence[float], theirs: Sequence[float], *, engine: int, version: int, dtype: str) -> float:
-    """Return the largest |difference| in nats.
-
-    Raise RunError if the mean exceeds numerical differences or is not finite.
-    """
+    """Return the largest |difference| in nats. RunError: the mean exceeds numerical differences or is not finite."""
     diffs = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
     mean = sum(diffs) / len(diffs)
     if not mean <= PROBE_TOLERANCE[dtype]:

@@ -26,98 +26,35 @@ from rlhf.errors import RunError
 from rlhf.roles import RemoteColumns
 from rlhf.tracking.metrics.reductions import Sum
 from rlhf.types import BatchPlan, MinibatchPlan, StepReward, TokenValues
-from tests.fakes.calls import method, ref
+from tests.fakes.calls import ref
 from tests.fakes.groups import completed_group, group_request
 
 PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=1.0)
 ENGINE = RolloutSpec(name="", model="org/name", dtype="float32", max_model_len=8, max_num_seqs=1, transport="shm")
 
 
-@pytest.mark.parametrize(
-    "environment", [lambda: worker_environment(PLACE), lambda: engine_environment(ENGINE)], ids=["worker", "engine"]
-)
-def test_all_processes_use_the_hub_as_the_driver_does_and_no_secret_is_logged(
-    monkeypatch: pytest.MonkeyPatch, environment: Callable[[], dict[str, str]]
-) -> None:
-    hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/shared/hf", "HF_HUB_CACHE": "/shared/hub", "HF_ENDPOINT": "http://hub"}
-    for name, value in {**hub, "HF_TOKEN": "not-to-be-seen"}.items():
-        monkeypatch.setenv(name, value)
-    assert hub.items() <= environment().items()
-    assert "not-to-be-seen" not in environment().values()
+class Rank:
+    """A rank that notes calls in a list of all ranks. `results` of its methods are None by default."""
 
-
-def answering(result: Any) -> Any:
-    """Return a remote method with one result for each call. None: there is no answer."""
-    return method(lambda *_: Future() if result is None else result)
-
-
-@pytest.mark.parametrize(
-    ("failure", "message"),
-    [
-        (RayTaskError("start", "", OSError("no space left")), "start: policy rank 1 failed: OSError: no space left"),
-        (None, r"start: policy rank 1 did not answer within 0 s \(cluster.start_timeout_s\)"),
-    ],
-    ids=["raises", "hangs"],
-)
-def test_a_rank_whose_start_fails_is_named(
-    monkeypatch: pytest.MonkeyPatch, failure: Exception | None, message: str
-) -> None:
-    async def wait_until_started(self: Processes, *, deadline_s: float) -> None: ...
-
-    monkeypatch.setattr(Processes, "wait_until_started", wait_until_started)
-    first = SimpleNamespace(__ray_call__=answering(("127.0.0.1", 1)), start=answering("fingerprint"))
-    second = SimpleNamespace(start=answering(failure))
-    gang = OfflineGang(cast("Any", [first, second]), deadline_s=60.0, one_host=True)
-    with pytest.raises(RunError, match=message):
-        asyncio.run(gang.start(deadline_s=0.2))
-
-
-@pytest.mark.parametrize(
-    ("call", "limit"),
-    [
-        (lambda gang: gang.take_teacher("head"), "start: .* within 0 s (cluster.call_timeout_s)"),
-        (lambda gang: gang.stop(), "stop: .* within 0 s (the limit of an orderly end)"),
-    ],
-    ids=["call", "stop"],
-)
-def test_a_late_rank_is_told_of_with_the_limit_that_it_had(
-    monkeypatch: pytest.MonkeyPatch, call: Callable[[OfflineGang], Any], limit: str
-) -> None:
-    monkeypatch.setattr(module, "END_WITHIN_S", 0.05)
-    rank = SimpleNamespace(take_teacher=answering(None), stop=answering(None))
-    gang = OfflineGang(cast("Any", [rank]), deadline_s=0.05, one_host=True)
-    with pytest.raises(RunError, match=limit.replace("(", r"\(").replace(")", r"\)")):
-        asyncio.run(call(gang))
-
-
-def test_the_metrics_of_ranks_that_share_microbatches_count_once() -> None:
-    """Ranks 0 and 1 share micro-batches of 3 tokens, ranks 2 and 3 micro-batches of 4."""
-    ranks = [SimpleNamespace(update=answering({"update/tokens/total": Sum(total=tokens)})) for tokens in (3, 3, 4, 4)]
-    gang = PolicyGang(cast("Any", ranks), deadline_s=5.0, one_host=True, sequence_parallel=2)
-    assert asyncio.run(gang.update(0)) == {"update/tokens/total": Sum(total=7)}
-
-
-class Started:
-    """A rank before or after the start. Calls go to a list shared by all ranks."""
-
-    def __init__(self, number: int, notes: list[str], newest: int | None = None, failure: str | None = None) -> None:
-        self.number, self.notes, self.newest, self.failure = number, notes, newest, failure
-        self.__ray_call__ = method(lambda *_: ("127.0.0.1", 1))
+    def __init__(self, number: int = 0, notes: list[str] | None = None, **results: Any) -> None:
+        self.number, self.notes, self.calls = number, [] if notes is None else notes, dict[str, tuple[Any, ...]]()
+        self.results = {"__ray_call__": ("127.0.0.1", 1), "start": "fingerprint", "update_on": {}, **results}
 
     def __getattr__(self, method: str) -> Any:
-        results = {
-            "newest_snapshot": self.newest,
-            "take_snapshot": self.failure,
-            "update_on": {},
-            "read_reference": True,
-            "start": "fingerprint",
-        }
-
         def call(*arguments: Any) -> Any:
-            self.notes.append(f"{method} {self.number} {' '.join(map(str, arguments))}".strip())
-            return ref(results.get(method))
+            self.calls[method] = arguments
+            if method != "__ray_call__":
+                self.notes.append(f"{method} {self.number} {' '.join(map(str, arguments))}".strip())
+            return ref(self.results.get(method))
 
-        return SimpleNamespace(remote=call)
+        def with_column(*arguments: Any) -> Any:
+            return f"column of {arguments[-1] if arguments else None}", call(*arguments)
+
+        return SimpleNamespace(remote=call, options=lambda num_returns: SimpleNamespace(remote=with_column))
+
+
+def gang_of(kind: Any, *ranks: Rank, spawn_one: Any = None, deadline_s: float = 60.0, **options: Any) -> Any:
+    return kind(list(ranks), spawn_one, deadline_s=deadline_s, one_host=True, **options)
 
 
 @pytest.fixture
@@ -133,6 +70,64 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(Processes, "wait_until_started", wait_until_started)
     monkeypatch.setattr(Processes, "end_one", end_one)
     return found
+
+
+@pytest.mark.parametrize(
+    "environment", [lambda: worker_environment(PLACE), lambda: engine_environment(ENGINE)], ids=["worker", "engine"]
+)
+def test_all_processes_use_the_hub_as_the_driver_does_and_no_secret_is_logged(
+    monkeypatch: pytest.MonkeyPatch, environment: Callable[[], dict[str, str]]
+) -> None:
+    hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/shared/hf", "HF_HUB_CACHE": "/shared/hub", "HF_ENDPOINT": "http://hub"}
+    for name, value in {**hub, "HF_TOKEN": "not-to-be-seen"}.items():
+        monkeypatch.setenv(name, value)
+    assert hub.items() <= environment().items()
+    assert "not-to-be-seen" not in environment().values()
+
+
+@pytest.mark.parametrize(
+    ("results", "call", "message"),
+    [
+        pytest.param(
+            {"start": RayTaskError("start", "", OSError("no space left"))},
+            lambda gang: gang.start(deadline_s=0.2),
+            "start: policy rank 1 failed: OSError: no space left",
+            id="start fails",
+        ),
+        pytest.param(
+            {"start": Future()},
+            lambda gang: gang.start(deadline_s=0.2),
+            r"start: policy rank 1 did not answer within 0 s \(cluster.start_timeout_s\)",
+            id="start hangs",
+        ),
+        pytest.param(
+            {"take_teacher": Future()},
+            lambda gang: gang.take_teacher("head"),
+            r"start: policy rank 1 .* within 0 s \(cluster.call_timeout_s\)",
+            id="call hangs",
+        ),
+        pytest.param(
+            {"stop": Future()},
+            lambda gang: gang.stop(),
+            r"stop: policy rank 1 .* within 0 s \(the limit of an orderly end\)",
+            id="stop hangs",
+        ),
+    ],
+)
+def test_a_rank_that_fails_or_is_late_is_named_with_the_limit_that_it_had(
+    monkeypatch: pytest.MonkeyPatch, notes: list[str], results: dict[str, Any], call: Callable[[Any], Any], message: str
+) -> None:
+    monkeypatch.setattr(module, "END_WITHIN_S", 0.05)
+    gang = gang_of(OfflineGang, Rank(0), Rank(1, **results), deadline_s=0.05)
+    with pytest.raises(RunError, match=message):
+        asyncio.run(call(gang))
+
+
+def test_the_metrics_of_ranks_that_share_microbatches_count_once() -> None:
+    """Ranks 0 and 1 share micro-batches of 3 tokens, ranks 2 and 3 micro-batches of 4."""
+    ranks = [Rank(update={"update/tokens/total": Sum(total=tokens)}) for tokens in (3, 3, 4, 4)]
+    gang = gang_of(PolicyGang, *ranks, sequence_parallel=2)
+    assert asyncio.run(gang.update(0)) == {"update/tokens/total": Sum(total=7)}
 
 
 class Folders:
@@ -160,45 +155,37 @@ class Folders:
 
 def with_folders(gang: Any, notes: list[str]) -> Folders:
     """Give a gang on the nodes a and b folders in their memory."""
-    gang.folders, gang.placement = Folders(notes), Placement()
-    return cast("Folders", gang.folders)
 
+    async def whole(*, limit_s: float) -> None: ...
 
-class Placement:
-    def nodes_of(self, role: str) -> list[str]:
-        return ["a", "b"]
-
-    async def wait_until_whole(self, *, limit_s: float) -> None: ...
+    gang.folders = folders = Folders(notes)
+    gang.placement = SimpleNamespace(nodes_of=lambda role: ["a", "b"], wait_until_whole=whole)
+    return folders
 
 
 async def test_new_ranks_take_the_places_of_the_old_and_get_what_those_had(notes: list[str]) -> None:
-    def spawn_one(rank: int) -> Any:
-        notes.append(f"spawn {rank + 2}")
-        return Started(rank + 2, notes)
+    def opened(first: int) -> list[str]:
+        places = zip((first, first + 1), "ab", (0, 1), strict=True)
+        return [f"open_snapshots {i} /dev/shm/{node}/policy-{n} copies of policy-{n}" for i, node, n in places]
 
-    ranks: Any = [Started(0, notes), Started(1, notes)]
-    gang = OfflineGang(ranks, spawn_one, deadline_s=60.0, one_host=True)
+    def spawn_one(rank: int) -> Rank:
+        notes.append(f"spawn {rank + 2}")
+        return Rank(rank + 2, notes, read_reference=True)
+
+    ranks = [Rank(number, notes, read_reference=True) for number in (0, 1)]
+    gang = gang_of(OfflineGang, *ranks, spawn_one=spawn_one)
     with_folders(gang, notes)
     await gang.start(deadline_s=60.0)
-    assert notes[2:] == [
-        "open_snapshots 0 /dev/shm/a/policy-0 copies of policy-0",
-        "open_snapshots 1 /dev/shm/b/policy-1 copies of policy-1",
-    ]
-    data: Any = ["rows"]
-    await gang.load_data(data)
-    head: Any = "head"
-    await gang.take_teacher(head)
+    assert notes[2:] == opened(0)
+    await gang.load_data(["rows"])
+    await gang.take_teacher("head")
     assert await gang.read_reference(0, Path("a"))
     await gang.store_reference(1, Path("b"), [])
     notes.clear()
     await gang.restart()
     assert notes == [
         *("end 0", "end 1", "spawn 2", "spawn 3"),
-        *("start 2 127.0.0.1 1", "start 3 127.0.0.1 1"),
-        *(
-            "open_snapshots 2 /dev/shm/a/policy-0 copies of policy-0",
-            "open_snapshots 3 /dev/shm/b/policy-1 copies of policy-1",
-        ),
+        *("start 2 127.0.0.1 1", "start 3 127.0.0.1 1", *opened(2)),
         *("take_teacher 2 head", "take_teacher 3 head"),
         *("load_data 2 rows", "load_data 3 rows"),
         *("read_reference 2 0 a", "read_reference 3 0 a"),
@@ -206,25 +193,19 @@ async def test_new_ranks_take_the_places_of_the_old_and_get_what_those_had(notes
     ]
 
 
-async def test_a_new_policy_is_connected_to_the_engines(notes: list[str]) -> None:
-    ranks: Any = [Started(0, notes)]
-    gang = PolicyGang(ranks, lambda rank: cast("Any", Started(1, notes)), deadline_s=60.0, one_host=True)
-    await gang.start(deadline_s=60.0)
-
+async def test_a_new_policy_is_connected_to_the_engines_and_waits_for_receivers_at_most_two_minutes(
+    notes: list[str],
+) -> None:
     async def reconnect() -> None:
         notes.append("reconnect")
 
+    gang = gang_of(PolicyGang, Rank(0, notes), spawn_one=lambda rank: Rank(1, notes), deadline_s=1800.0)
+    await gang.start(deadline_s=60.0)
     gang.reconnect = reconnect
     await gang.restart()
     assert notes[-2:] == ["start 1 127.0.0.1 1", "reconnect"]
-
-
-async def test_receivers_of_a_broadcast_are_waited_for_at_most_two_minutes(notes: list[str]) -> None:
-    ranks: Any = [Started(0, notes)]
-    gang = PolicyGang(ranks, deadline_s=1800.0, one_host=True)
-    await gang.start(deadline_s=300.0)
-    assert (await gang.meeting(num_receivers=2, timeout_s=1800.0)).timeout_s == 110.0
-    assert (await gang.meeting(num_receivers=2, timeout_s=60.0)).timeout_s == 60.0
+    meetings = [await gang.meeting(num_receivers=2, timeout_s=limit_s) for limit_s in (1800.0, 60.0)]
+    assert [meeting.timeout_s for meeting in meetings] == [110.0, 60.0]
 
 
 CHOSEN = ["send_snapshots_to 0 place of policy-0", "send_snapshots_to 1 place of policy-1"]
@@ -234,46 +215,41 @@ SNAPSHOTS = ["take_snapshot 0 1", "take_snapshot 1 1"]
 async def test_ranks_copy_to_other_nodes_which_are_chosen_again_when_nodes_change_or_a_copy_fails(
     notes: list[str], tmp_path: Path
 ) -> None:
-    nodes = "places {'policy-0': 'a', 'policy-1': 'b'}"
-    ranks: Any = [Started(0, notes), Started(1, notes)]
-    gang = OfflineGang(ranks, deadline_s=60.0, one_host=False)
+    nodes = "{'policy-0': 'a', 'policy-1': 'b'}"
+    ranks = [Rank(number, notes) for number in (0, 1)]
+    gang = gang_of(OfflineGang, *ranks)
     folders = with_folders(gang, notes)
+
+    async def said(call: Any) -> list[str]:
+        notes.clear()
+        await call
+        return list(notes)
+
     await gang.start(deadline_s=60.0)
-    notes.clear()
-    await gang.take_snapshot(1)
-    assert notes == [f"{nodes} {{}}", *CHOSEN, *SNAPSHOTS]
-    notes.clear()
-    await gang.take_snapshot(1)
-    assert notes == SNAPSHOTS
+    chosen = [f"places {nodes} {{}}", *CHOSEN]
+    assert await said(gang.take_snapshot(1)) == [*chosen, *SNAPSHOTS]
+    assert await said(gang.take_snapshot(1)) == SNAPSHOTS
     folders.of_run = frozenset("abc")
-    notes.clear()
-    await gang.take_snapshot(1)
-    assert notes == [f"{nodes} {{}}", *CHOSEN, *SNAPSHOTS]
-    ranks[1].failure = "no space left"
-    notes.clear()
-    await gang.take_snapshot(1)
-    assert notes == [*SNAPSHOTS, f"{nodes} {{'policy-1': 'no space left'}}", *CHOSEN]
-    notes.clear()
-    await gang.restore_snapshot(1)
-    assert notes == [f"{nodes} {{}}", *CHOSEN, "restore_snapshot 0 1", "restore_snapshot 1 1"]
-    notes.clear()
-    gang.placement = cast("Any", None)  # it has lost a node
-    await gang.save_snapshots(1, tmp_path / "policy")
-    assert notes == [f"write {{'policy-0': 'a', 'policy-1': 'b'}} 1 {tmp_path}/policy"]
+    assert await said(gang.take_snapshot(1)) == [*chosen, *SNAPSHOTS]
+    ranks[1].results["take_snapshot"] = "no space left"
+    failed = f"places {nodes} {{'policy-1': 'no space left'}}"
+    assert await said(gang.take_snapshot(1)) == [*SNAPSHOTS, failed, *CHOSEN]
+    assert await said(gang.restore_snapshot(1)) == [*chosen, "restore_snapshot 0 1", "restore_snapshot 1 1"]
+    gang.placement = None  # it has lost a node
+    assert await said(gang.save_snapshots(1, tmp_path / "policy")) == [f"write {nodes} 1 {tmp_path}/policy"]
 
 
 async def test_ranks_keep_their_state_right_after_the_step_without_another_call(notes: list[str]) -> None:
-    ranks: Any = [Started(0, notes), Started(1, notes)]
-    gang = OfflineGang(ranks, lambda rank: ranks[rank], deadline_s=60.0, one_host=True)
-    plan: Any = "rows"
-    await gang.update_on(plan, snapshot=4)
+    ranks = [Rank(number, notes) for number in (0, 1)]
+    gang = gang_of(OfflineGang, *ranks, spawn_one=lambda rank: ranks[rank])
+    await gang.update_on("rows", snapshot=4)
     sent = ["update_on 0 rows", "update_on 1 rows", "take_snapshot 0 4", "take_snapshot 1 4"]
     assert notes == sent
     await gang.take_snapshot(4)
     assert notes == sent
     await gang.take_snapshot(5)
     assert notes == [*sent, "take_snapshot 0 5", "take_snapshot 1 5"]
-    await gang.update_on(plan, snapshot=6)
+    await gang.update_on("rows", snapshot=6)
     await gang.start(deadline_s=60.0)
     await gang.restart()
     notes.clear()
@@ -283,52 +259,18 @@ async def test_ranks_keep_their_state_right_after_the_step_without_another_call(
 
 @pytest.mark.parametrize(("steps", "common"), [((3, 2), 2), ((3, None), None)])
 async def test_the_oldest_of_the_newest_states_is_common_to_all_ranks(
-    notes: list[str], steps: tuple[int | None, ...], common: int | None
+    steps: tuple[int | None, ...], common: int | None
 ) -> None:
-    ranks: Any = [Started(number, notes, newest) for number, newest in enumerate(steps)]
-    gang = CriticGang(ranks, deadline_s=60.0, one_host=True)
-    assert await gang.newest_snapshot() == common
-
-
-class Rank:
-    """A rank that records the arguments of calls."""
-
-    def __init__(self, **results: Any) -> None:
-        self.calls: dict[str, tuple[Any, ...]] = {}
-        for name, result in results.items():
-            setattr(self, name, SimpleNamespace(remote=self.noting(name, result), options=self.options(name, result)))
-
-    def noting(self, name: str, result: Any) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            self.calls[name] = args
-            return ref(result)
-
-        return call
-
-    def options(self, name: str, result: Any) -> Callable[..., Any]:
-        """Return a method that returns a column and, awaited, the result."""
-
-        def call(*args: Any) -> Any:
-            self.calls[name] = args
-            return f"column of {args[-1] if args else None}", ref(result)
-
-        return lambda num_returns: SimpleNamespace(remote=call)
-
-
-def group(index: int, *sequence_ids: int) -> Any:
-    request = group_request(index, samples=len(sequence_ids), first_sequence_id=sequence_ids[0])
-    return completed_group(request, f"group {index}")
+    assert await gang_of(CriticGang, *[Rank(newest_snapshot=step) for step in steps]).newest_snapshot() == common
 
 
 def plan_of(*minibatches: Sequence[tuple[int, ...]]) -> BatchPlan:
     """Return a plan of minibatches with the given sequences for each rank."""
-    ids = [i for shares in minibatches for share in shares for i in share]
+    plans = [MinibatchPlan(sequences_by_rank=tuple(one), num_tokens=9, num_sequences=3) for one in minibatches]
     return BatchPlan(
         step=1,
-        minibatches=tuple(
-            MinibatchPlan(sequences_by_rank=tuple(shares), num_tokens=9, num_sequences=3) for shares in minibatches
-        ),
-        scores={i: float(i) for i in ids},
+        minibatches=tuple(plans),
+        scores={i: float(i) for shares in minibatches for share in shares for i in share},
         kl_coef=0.0,
         temperatures={0: 0.5},
         steps={5: (StepReward(end=3, value=1.0),)},
@@ -336,26 +278,20 @@ def plan_of(*minibatches: Sequence[tuple[int, ...]]) -> BatchPlan:
 
 
 def column(name: str, *sequence_ids: int) -> RemoteColumns[TokenValues]:
-    ref: Any = name
-    return RemoteColumns(ref=ref, sequence_ids=sequence_ids)
+    return RemoteColumns(ref=cast("Any", name), sequence_ids=sequence_ids)
 
 
-GROUPS = [group(0, 0, 1), group(1, 2, 3), group(2, 4, 5)]
+GROUPS = [completed_group(group_request(index, samples=2), f"group {index}") for index in range(3)]
 PLAN = plan_of([(0, 1), (2,), ()], [(4,), (3, 5), ()])  # the third rank has no sequence, and runs sequence 0
 
 
-def test_a_rank_is_handed_only_columns_and_scores_of_its_own_sequences() -> None:
+async def test_a_rank_is_handed_only_columns_and_scores_of_its_own_sequences() -> None:
     ranks = [Rank(prepare=((), {}), set_advantages=({}, {}), token_signals=size) for size in (4, 0, 7)]
-    gang = PolicyGang(cast("Any", ranks), deadline_s=60.0, one_host=True)
-    references = [column(f"reference {i}", *one.columns.sequence_ids) for i, one in enumerate(GROUPS)]
+    gang = gang_of(PolicyGang, *ranks)
+    references = [column(f"reference {i}", *group.columns.sequence_ids) for i, group in enumerate(GROUPS)]
     values = [column("values of 5 and 0", 5, 0), column("values of 1 to 4", 1, 2, 3, 4)]
-
-    async def run() -> tuple[Any, Any]:
-        await gang.prepare(PLAN, GROUPS, references)
-        report = await gang.set_advantages(PLAN, {i: i / 2 for i in range(8)}, values)
-        return report, await gang.token_signals((0, 4))
-
-    report, signals = asyncio.run(run())
+    await gang.prepare(PLAN, GROUPS, references)
+    report = await gang.set_advantages(PLAN, {i: i / 2 for i in range(8)}, values)
     plans, parts = zip(*((call[0], call[1:]) for call in (rank.calls["prepare"] for rank in ranks)), strict=True)
     assert parts == (
         ("group 0", "group 2", "reference 0", "reference 2"),
@@ -372,43 +308,33 @@ def test_a_rank_is_handed_only_columns_and_scores_of_its_own_sequences() -> None
         ({0: 0.0}, "values of 5 and 0"),
     ]
     assert [returns.sequence_ids for returns in report.returns] == [(0, 1, 4), (2, 3, 5), ()]
-    assert signals == ["column of (0, 4)"] * 2  # the second rank has neither sequence
+    assert await gang.token_signals((0, 4)) == ["column of (0, 4)"] * 2  # the second rank has neither sequence
 
 
-def test_ranks_that_share_microbatches_are_handed_the_same_columns() -> None:
+async def test_ranks_that_share_microbatches_are_handed_the_same_columns() -> None:
     ranks = [Rank(prepare=((), {})) for _ in range(4)]
-    gang = PolicyGang(cast("Any", ranks), deadline_s=60.0, one_host=True, sequence_parallel=2)
-    asyncio.run(gang.prepare(plan_of([(0, 1), (2, 3)]), GROUPS, ()))
+    await gang_of(PolicyGang, *ranks, sequence_parallel=2).prepare(plan_of([(0, 1), (2, 3)]), GROUPS, ())
     assert [rank.calls["prepare"][1:] for rank in ranks] == [("group 0",)] * 2 + [("group 1",)] * 2
 
 
-def test_the_critic_is_handed_returns_by_its_own_plan() -> None:
-    ranks = [Rank(values=3, prepare=None) for _ in range(2)]
-    gang = CriticGang(cast("Any", ranks), deadline_s=60.0, one_host=True)
-    plan = plan_of([(0, 1), (2, 3)], [(4,), (5,)])
-
-    async def run() -> Any:
-        values = await gang.values(plan, GROUPS)
-        await gang.prepare(plan, [column("returns of 0 to 4", 0, 1, 2, 3, 4), column("returns of 5", 5)])
-        return values
-
-    values = asyncio.run(run())
+async def test_the_critic_is_handed_returns_by_its_own_plan() -> None:
+    ranks = [Rank(values=3) for _ in range(2)]
+    gang, plan = gang_of(CriticGang, *ranks), plan_of([(0, 1), (2, 3)], [(4,), (5,)])
+    values = await gang.values(plan, GROUPS)
+    await gang.prepare(plan, [column("returns of 0 to 4", 0, 1, 2, 3, 4), column("returns of 5", 5)])
     assert [rank.calls["values"][1:] for rank in ranks] == [("group 0", "group 2"), ("group 1", "group 2")]
     assert [one.sequence_ids for one in values] == [(0, 1, 4), (2, 3, 5)]
-    assert [rank.calls["prepare"] for rank in ranks] == [
-        ("returns of 0 to 4",),
-        ("returns of 0 to 4", "returns of 5"),
-    ]
+    returns = [("returns of 0 to 4",), ("returns of 0 to 4", "returns of 5")]
+    assert [rank.calls["prepare"] for rank in ranks] == returns
 
 
 def test_ranks_meet_at_a_port_that_is_free_and_that_no_connection_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     host, port = free_address(None, one_host=True)
     assert 20_000 <= port < 32_768
-    with socket.create_server((host, port)) as taken:
+    with socket.create_server((host, port)):
         monkeypatch.setattr(module, "PORTS", range(port, port + 1))
         with pytest.raises(RunError, match=f"No port from {port} to {port} is free on 127.0.0.1"):
             free_address(None, one_host=True)
-        assert taken.getsockname()[1] == port
 
 
 def test_ranks_can_meet_at_an_address_of_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,10 +131,10 @@ class Group:
 
 def test_every_group_ends_and_the_room_is_given_back_although_one_end_fails() -> None:
     ends: list[str] = []
-    placement = SimpleNamespace(release=lambda: ends.append("room"))
 
     async def run() -> None:
-        async with ending([Group("a", ends, fails=True), Group("b", ends)], placement, heartbeat_timeout_s=60.0):
+        groups = [Group("a", ends, fails=True), Group("b", ends)]
+        async with ending(groups, lambda: ends.append("room"), heartbeat_timeout_s=60.0):
             pass
 
     with pytest.raises(RuntimeError, match="Ray is gone"):
@@ -144,10 +144,9 @@ def test_every_group_ends_and_the_room_is_given_back_although_one_end_fails() ->
 
 def test_a_run_that_has_ended_does_not_say_that_it_can_be_resumed(caplog: pytest.LogCaptureFixture) -> None:
     late = WorkerLost("stop: policy rank 1 did not answer.", role="policy", rank=1, stage="stop", kind="hung")
-    placement = SimpleNamespace(release=lambda: None)
 
     async def run() -> None:
-        async with ending([Group("a", [], stops=late)], placement, heartbeat_timeout_s=60.0):
+        async with ending([Group("a", [], stops=late)], lambda: None, heartbeat_timeout_s=60.0):
             pass
 
     asyncio.run(run())

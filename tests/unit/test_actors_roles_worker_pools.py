@@ -27,9 +27,7 @@ from rlhf.errors import RunError, WorkerLost
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rewards.services.client import ServiceSpec
 from rlhf.rewards.services.remote import RemoteReward
-from rlhf.roles import CompletedGroup
 from rlhf.types import MinibatchPlan
-from rlhf.workers.frozen.reward import RewardSettings
 from tests.fakes.calls import method, ref, settle
 
 TASTE = RewardSpec(name="taste", weight=1.0, function=None)
@@ -47,9 +45,10 @@ STYLE = RewardSpec(
 class Handle:
     """A worker's handle with a fixed time for each group."""
 
-    def __init__(self, *, takes_s: float, asked_at_once: int = 1) -> None:
+    def __init__(self, *, takes_s: float = 0.0, asked_at_once: int = 1) -> None:
         thread, threads = ThreadPoolExecutor(1), ThreadPoolExecutor(16)
         self.asked, self.asking, self.most_asking = 0, 0, 0
+        self.given: list[Any] = []
         together, lock = threading.Barrier(asked_at_once), threading.Lock()
 
         def ask(*_: Any) -> dict[str, Any]:
@@ -63,8 +62,6 @@ class Handle:
                 self.asking -= 1
             return {"style": "told"}
 
-        self.given: list[Any] = []
-
         def score(prompt: Any, rollouts: Any, truncated: Any, asked: Any, environment: Any, results: Any) -> None:
             self.given.append(asked)
             time.sleep(takes_s)
@@ -74,18 +71,28 @@ class Handle:
         self.ask = method(partial(threads.submit, ask))
 
 
-async def score(handles: list[Handle], groups: int, *specs: RewardSpec, columns: Any = MappingProxyType({})) -> None:
-    """All groups at once, within a second and a half each."""
-    settings = SimpleNamespace(specs=(TASTE, *specs), processes=1, timeout_s=1.0)
-    workers = RewardWorkers(cast("Any", handles), settings=cast("RewardSettings", settings), deadline_s=1.5)
-    await workers.start(deadline_s=5.0)
-    waiting = [
-        SimpleNamespace(
-            request=SimpleNamespace(group_id=i, prompt=SimpleNamespace(columns=columns)), rollouts=None, infos=()
-        )
-        for i in range(groups)
-    ]
-    await asyncio.gather(*(workers.score(cast("CompletedGroup", group)) for group in waiting))
+def settings(*specs: RewardSpec, processes: int = 1) -> Any:
+    return SimpleNamespace(specs=specs, processes=processes, timeout_s=1.0)
+
+
+def group_of(group_id: int, columns: Any = MappingProxyType({}), samples: int = 2) -> Any:
+    """Return a group for scoring or for a column."""
+    prompt = SimpleNamespace(columns=columns, prompt_id=group_id)
+    info = SimpleNamespace(environment_error=None, finish_reason="stop", environment_rewards=None, session=None)
+    request = SimpleNamespace(group_id=group_id, prompt=prompt)
+    ids = SimpleNamespace(sequence_ids=(group_id,))
+    return SimpleNamespace(request=request, rollouts=f"group {group_id}", infos=(info,) * samples, columns=ids)
+
+
+def score(handles: list[Handle], groups: int, *specs: RewardSpec, columns: Any = MappingProxyType({})) -> None:
+    """Score all groups at once, within a second and a half each."""
+
+    async def score_all() -> None:
+        workers = RewardWorkers(cast("Any", handles), settings=settings(TASTE, *specs), deadline_s=1.5)
+        await workers.start(deadline_s=5.0)
+        await asyncio.gather(*(workers.score(group_of(i, columns, samples=0)) for i in range(groups)))
+
+    asyncio.run(score_all())
 
 
 @pytest.fixture(autouse=True)
@@ -97,25 +104,18 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Processes, "wait_until_created", wait_until_created)
 
 
-def test_waiting_for_a_worker_does_not_count() -> None:
-    asyncio.run(score([Handle(takes_s=0.4), Handle(takes_s=0.4)], groups=10))
-
-
-def test_work_that_takes_too_long_does() -> None:
+def test_work_that_takes_too_long_counts_and_waiting_for_a_worker_does_not() -> None:
+    score([Handle(takes_s=0.4), Handle(takes_s=0.4)], groups=10)
     with pytest.raises(RunError, match=r"reward rank 0 did not answer within 2 s \(the limits of the rewards and"):
-        asyncio.run(score([Handle(takes_s=3.0)], groups=1))
+        score([Handle(takes_s=3.0)], groups=1)
 
 
-def test_services_are_asked_about_many_groups_at_once() -> None:
-    handle = Handle(takes_s=0.0, asked_at_once=5)  # each call waits until five have come
-    asyncio.run(score([handle], 10, STYLE, columns={"kind": "a"}))
-    assert handle.most_asking == 5
-    assert handle.given == [{"style": "told"}] * 10
-
-
-def test_services_are_not_asked_about_rows_of_others() -> None:
-    handle = Handle(takes_s=0.0)
-    asyncio.run(score([handle], 2, STYLE, columns={"kind": "b"}))
+def test_services_are_asked_about_many_groups_at_once_and_not_about_rows_of_others() -> None:
+    handle = Handle(asked_at_once=5)  # each call waits until five have come
+    score([handle], 10, STYLE, columns={"kind": "a"})
+    assert (handle.most_asking, handle.given) == (5, [{"style": "told"}] * 10)
+    handle = Handle()
+    score([handle], 2, STYLE, columns={"kind": "b"})
     assert (handle.asked, handle.given) == (0, [{}, {}])
 
 
@@ -185,22 +185,12 @@ def replaced_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Processes, "end_one", end_one)
 
 
-def scored_group(group_id: int) -> Any:
-    prompt = SimpleNamespace(columns={}, prompt_id=group_id)
-    info = SimpleNamespace(environment_error=None, finish_reason="stop", environment_rewards=None, session=None)
-    return SimpleNamespace(
-        request=SimpleNamespace(group_id=group_id, prompt=prompt), rollouts=f"group {group_id}", infos=(info, info)
-    )
-
-
 @pytest.mark.usefixtures("replaced_at_once")
 @pytest.mark.parametrize("culprit", [0, 1, 2])
 async def test_the_group_that_ends_its_worker_is_found_and_the_others_are_scored(culprit: int) -> None:
     supervisor = Losses()
-    settings = SimpleNamespace(specs=(), processes=3, timeout_s=1.0)
-    workers = pool(RewardWorkers, Calls(), supervisor=supervisor, settings=settings)
-    groups = [scored_group(group_id) for group_id in range(4)]
-    tasks = [asyncio.create_task(workers.score(group)) for group in groups]
+    workers = pool(RewardWorkers, Calls(), supervisor=supervisor, settings=settings(processes=3))
+    tasks = [asyncio.create_task(workers.score(group_of(group_id))) for group_id in range(4)]
     in_work: list[set[int]] = []
     await settle()
     while not all(task.done() for task in tasks):
@@ -227,19 +217,13 @@ async def test_the_group_that_ends_its_worker_is_found_and_the_others_are_scored
 
 @pytest.mark.usefixtures("replaced_at_once")
 async def test_a_reward_worker_that_may_not_be_replaced_ends_the_work() -> None:
-    settings = SimpleNamespace(specs=(), processes=1, timeout_s=1.0)
     for supervisor in (None, Losses(None)):
-        workers = pool(RewardWorkers, worker := Calls(), supervisor=supervisor, settings=settings)
-        task = asyncio.create_task(workers.score(scored_group(0)))
+        workers = pool(RewardWorkers, worker := Calls(), supervisor=supervisor, settings=settings())
+        task = asyncio.create_task(workers.score(group_of(0)))
         await settle()
         worker.die()
         with pytest.raises(WorkerLost, match="rewards: reward rank 0 died"):
             await task
-
-
-def columns_group(group_id: int) -> Any:
-    columns = SimpleNamespace(sequence_ids=(group_id,))
-    return SimpleNamespace(request=SimpleNamespace(group_id=group_id), rollouts=f"group {group_id}", columns=columns)
 
 
 @pytest.mark.usefixtures("replaced_at_once")
@@ -248,7 +232,7 @@ async def test_a_lost_reference_worker_is_asked_again_with_the_model_that_it_had
     supervisor = Losses()
     workers = pool(ReferenceWorkers, first, second, supervisor=supervisor)
     await workers.become(Path("references/step_4"))
-    groups = [columns_group(group_id) for group_id in range(4)]
+    groups = [group_of(group_id) for group_id in range(4)]
     both = [asyncio.create_task(workers.logprobs([groups[0]])), asyncio.create_task(workers.logprobs(groups[2:]))]
     await settle()
     first.die()
@@ -284,7 +268,7 @@ async def test_a_lost_teacher_gets_its_data_again() -> None:
 @pytest.mark.usefixtures("replaced_at_once")
 async def test_a_call_names_its_work_for_a_worker_that_is_lost_twice() -> None:
     workers: WorkerPool = pool(ReferenceWorkers, worker := Calls(), supervisor=Losses((2, 3)))
-    task = asyncio.create_task(workers.logprobs([columns_group(2), columns_group(3)]))  # type: ignore[attr-defined]
+    task = asyncio.create_task(workers.logprobs([group_of(2), group_of(3)]))  # type: ignore[attr-defined]
     await settle()
     worker.die()
     with pytest.raises(WorkerLost, match="reference: reference rank 0 died"):
@@ -300,7 +284,7 @@ def real_supervisor(**limits: Any) -> tuple[Supervisor, list[str]]:
 
 
 @pytest.mark.usefixtures("replaced_at_once")
-async def test_a_worker_that_dies_at_its_first_start_is_started_again() -> None:
+async def test_a_worker_that_dies_at_its_first_start_is_started_again_once() -> None:
     supervisor, recorded = real_supervisor()
     workers = pool(ReferenceWorkers, Calls(dies_at_start=True), beside := Calls(), supervisor=supervisor)
     await workers.start(deadline_s=60.0)
@@ -308,28 +292,18 @@ async def test_a_worker_that_dies_at_its_first_start_is_started_again() -> None:
     assert workers.handles[1] is beside
     assert len(recorded) == 1
     assert "start: reference rank 0 died" in recorded[0]
-
-
-@pytest.mark.usefixtures("replaced_at_once")
-async def test_a_worker_whose_successor_dies_at_its_start_too_ends_the_run() -> None:
-    supervisor, recorded = real_supervisor()
-    workers = pool(ReferenceWorkers, Calls(dies_at_start=True), supervisor=supervisor)
-    workers._spawn_one = lambda _: Calls(dies_at_start=True)
-    with pytest.raises(WorkerLost, match="start: reference rank 0 died"):
-        await workers.start(deadline_s=60.0)
-    assert len(recorded) == 1
-
-
-async def test_a_worker_that_dies_at_its_start_without_a_supervisor_ends_the_work() -> None:
-    workers = pool(ReferenceWorkers, Calls(dies_at_start=True), supervisor=None)
-    with pytest.raises(WorkerLost, match="start: reference rank 0 died"):
-        await workers.start(deadline_s=60.0)
+    for supervisor, told in (real_supervisor(), (None, None)):
+        workers = pool(ReferenceWorkers, Calls(dies_at_start=True), supervisor=supervisor)
+        workers._spawn_one = lambda _: Calls(dies_at_start=True)
+        with pytest.raises(WorkerLost, match="start: reference rank 0 died"):
+            await workers.start(deadline_s=60.0)
+        assert told is None or len(told) == 1
 
 
 async def score_all(workers: Any, groups: list[int], loses: Callable[[int, int], bool]) -> list[Any]:
     """Score groups in order, three at once. `loses` decides whether a group ends a worker at an attempt, from 0."""
     attempts: Counter[int] = Counter()
-    tasks = [asyncio.create_task(workers.score(scored_group(group_id))) for group_id in groups]
+    tasks = [asyncio.create_task(workers.score(group_of(group_id))) for group_id in groups]
     await settle()
     while not all(task.done() for task in tasks):
         (worker,) = workers.handles
@@ -340,16 +314,14 @@ async def score_all(workers: Any, groups: list[int], loses: Callable[[int, int],
         elif present:
             worker.answer(f"group {present[0]}")
         await settle()
-    results = await asyncio.gather(*tasks, return_exceptions=True)
-    for failure in results:
-        if isinstance(failure, BaseException):
-            raise failure
-    return results
+    failures = [failure for task in tasks if (failure := task.exception()) is not None]
+    if failures:
+        raise failures[0]
+    return [task.result() for task in tasks]
 
 
 def reward_pool(supervisor: Supervisor) -> Any:
-    settings = SimpleNamespace(specs=(), processes=3, timeout_s=1.0)
-    return pool(RewardWorkers, Calls(), supervisor=supervisor, settings=settings)
+    return pool(RewardWorkers, Calls(), supervisor=supervisor, settings=settings(processes=3))
 
 
 @pytest.mark.usefixtures("replaced_at_once")
@@ -366,16 +338,9 @@ async def test_groups_that_end_their_worker_use_up_no_restarts(groups: Sequence[
 
 
 @pytest.mark.usefixtures("replaced_at_once")
-async def test_a_worker_that_is_lost_with_other_groups_each_time_uses_up_its_restarts() -> None:
+@pytest.mark.parametrize("loses", [lambda _, attempt: attempt == 0, lambda *_: True], ids=["other groups", "any group"])
+async def test_a_worker_that_is_lost_each_time_uses_up_its_restarts(loses: Callable[[int, int], bool]) -> None:
     supervisor, recorded = real_supervisor(worker=4)
     with pytest.raises(WorkerLost):
-        await score_all(reward_pool(supervisor), list(range(30)), lambda _, attempt: attempt == 0)
-    assert len(recorded) == 4
-
-
-@pytest.mark.usefixtures("replaced_at_once")
-async def test_a_worker_that_scores_no_group_uses_up_its_restarts() -> None:
-    supervisor, recorded = real_supervisor(worker=4)
-    with pytest.raises(WorkerLost):
-        await score_all(reward_pool(supervisor), list(range(30)), lambda *_: True)
+        await score_all(reward_pool(supervisor), list(range(30)), loses)
     assert len(recorded) == 4

@@ -10,7 +10,9 @@ from typing import Any, cast
 
 import pytest
 
+from rlhf.algorithms.online_config import EntropyConfig
 from rlhf.controller.advantage_learning import AdvantageLearning
+from rlhf.controller.entropy_bonus import EntropyBonus
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.rollout_report import rollout_metrics
 from rlhf.controller.streamed_learning import StreamedAdvantageLearning
@@ -19,7 +21,7 @@ from rlhf.errors import UserError
 from rlhf.roles import ScoredGroup
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.tracking.run_folder.folder import RunFolder
-from rlhf.types import GroupScores, StepReward
+from rlhf.types import BatchPlan, GroupScores, StepReward
 from tests.fakes.configs import online_config
 from tests.fakes.groups import scored_groups
 from tests.fakes.records import quiet_record
@@ -86,9 +88,19 @@ class Run:
         return asyncio.run(arrive())
 
     @property
-    def trained(self) -> list[list[int]]:
+    def plan(self) -> BatchPlan:
         assert self.policy.plan is not None
-        return [sorted(i for ids in one.sequences_by_rank for i in ids) for one in self.policy.plan.minibatches]
+        return self.policy.plan
+
+    @property
+    def trained(self) -> list[list[int]]:
+        """Return the sequences of each minibatch."""
+        return [sorted(i for ids in one.sequences_by_rank for i in ids) for one in self.plan.minibatches]
+
+    @property
+    def steps(self) -> dict[int, Any]:
+        """Return the values of each sequence's steps."""
+        return {i: pytest.approx([step.value for step in steps], abs=1e-5) for i, steps in self.plan.steps.items()}
 
 
 FIRST, SECOND, FLAT = (0.0, 3.0, 1.0, 2.0), (5.0, 0.0, 0.0, 0.0), (1.0, 1.0, 1.0, 1.0)
@@ -136,19 +148,6 @@ def test_raft_trains_on_the_best_that_are_good_enough(folder: RunFolder) -> None
     row = run.record.row()
     assert row["advantages/kept/fraction"] == 0.25
     assert row["advantages/zero_groups/fraction"] == pytest.approx(1 / 3)
-
-
-def test_without_a_good_response_the_policy_stays(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
-    adaptive = {"coef": 0.1, "adaptive": {"target": 1.0}}
-    run = Run(folder, {"name": "raft", "min_score": 9.0, "kl": adaptive}, per_update=3)
-    with caplog.at_level(logging.WARNING):
-        signals = run.learn(scored_groups(FIRST, SECOND, FLAT), step=7)
-    assert "step 7: no response reaches algorithm.min_score, so the policy is not updated" in caplog.text
-    assert (run.policy.plan, run.policy.updates, signals.reports, signals.advantages) == (None, [], {}, {})
-    assert run.learning.state()["kl_coef"] == 0.1
-    row = run.record.row()
-    assert row["advantages/kept/fraction"] == 0.0
-    assert row["time/update_s"] > 0.0  # by which the throughput is divided
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
@@ -217,15 +216,30 @@ def test_the_entropy_bonus_follows_what_the_updates_measured(folder: RunFolder) 
     for entropy in (0.5, 0.7, 0.4):  # 0.01, up; 0.015, down and not given; 0.01
         run.policy.entropy = entropy
         run.learn(scored_groups(FIRST, SECOND, FLAT))
-        assert run.policy.plan is not None
-        in_force.append(run.policy.plan.entropy_coef)
+        in_force.append(run.plan.entropy_coef)
         assert run.record.row()["update/entropy_coef"] == in_force[-1]
     assert in_force == pytest.approx([0.01, 0.015, 0.0])
     other = Run(folder, {"name": "grpo", "entropy": bonus}, per_update=12)
     asyncio.run(other.learning.restore(run.learning.state(), 3))
     other.learn(scored_groups(FIRST, SECOND, FLAT))
-    assert other.policy.plan is not None
-    assert other.policy.plan.entropy_coef == pytest.approx(0.015)
+    assert other.plan.entropy_coef == pytest.approx(0.015)
+
+
+def test_the_entropy_coefficient_rests_above_the_target_and_has_bounds() -> None:
+    adaptive = {"target": 0.5, "step": 0.01, "max_coef": 0.025}
+    bonus = EntropyBonus(EntropyConfig.model_validate({"coef": 0.0, "adaptive": adaptive}))
+    in_force = []
+    for entropy in (0.4, None, 0.3, 0.2, 0.7, 0.45):  # None: a step without an update of the policy
+        bonus.adapt(entropy)
+        in_force.append(bonus.in_force)
+    # 0.01, 0.02, 0.025 at the bound; above the target it falls to 0.015 and is not given; then 0.025 again
+    assert in_force == pytest.approx([0.01, 0.01, 0.02, 0.025, 0.0, 0.025])
+    for _ in range(3):
+        bonus.adapt(0.6)
+    assert bonus.coef == 0.0
+    fixed = EntropyBonus(EntropyConfig(coef=0.1))
+    fixed.adapt(9.0)
+    assert fixed.in_force == 0.1
 
 
 BY_STEP = {
@@ -254,50 +268,30 @@ def test_steps_are_compared_with_all_steps_of_their_group(folder: RunFolder) -> 
     first = in_steps(first, (1.0, 0.0), (1.0, 1.0), (9.0,), (3.0,), parses=(1.0, 1.0, 0.0, 1.0))
     flat = in_steps(flat, (2.0,), (), (2.0, 2.0), (2.0,), parses=(1.0, 1.0, 1.0, 1.0))
     signals = run.learn([first, second, flat])
-    assert run.policy.plan is not None
-    steps = run.policy.plan.steps
-    unit = 0.5 / (6 / 5) ** 0.5
-    expected = {
-        0: (0.0, -unit),
-        1: (0.0, 0.0),
-        2: (-unit,),
-        3: (2 * unit,),
-        8: (0.0,),
-        9: (),
-        10: (0.0, 0.0),
-        11: (0.0,),
-    }
-    assert set(steps) == set(expected)
-    for sequence_id, values in expected.items():
-        assert [step.end for step in steps[sequence_id]] == [3 + n for n in range(len(values))]
-        assert [step.value for step in steps[sequence_id]] == pytest.approx(values, abs=1e-5)
-    assert [run.policy.plan.scores[i] for i in range(4)] == pytest.approx(FIRST)
+    unit, none = 0.5 / (6 / 5) ** 0.5, {8: [0.0], 9: [], 10: [0.0, 0.0], 11: [0.0]}
+    assert run.steps == {0: [0.0, -unit], 1: [0.0, 0.0], 2: [-unit], 3: [2 * unit], **none}
+    assert all([step.end for step in steps] == [3, 4][: len(steps)] for steps in run.plan.steps.values())
+    assert [run.plan.scores[i] for i in range(4)] == pytest.approx(FIRST)
     std = (5 / 3) ** 0.5
     assert [signals.advantages[i] for i in range(4)] == pytest.approx([(s - 1.5) / std for s in FIRST], rel=1e-5)
     assert [signals.advantages[i] for i in range(8, 12)] == pytest.approx([0.0] * 4, abs=1e-6)
     assert first.scores.scores[0] == 0.5  # what is reported has the steps
 
 
-def test_kept_responses_steps_are_compared_with_each_other(folder: RunFolder) -> None:
+def test_kept_responses_steps_are_compared_with_each_other_and_rewards_to_come_get_them_as_they_are(
+    folder: RunFolder,
+) -> None:
     """Of the scores 0.5, 4, 1, 3.5 the best two are kept, with the steps 1, 1 | 3: mean 5/3."""
-    algorithm, keep = {"name": "dr_grpo"}, {"count": 2, "by": "best"}
-    run = Run(folder, algorithm, per_update=2, rewards=BY_STEP, keep_per_prompt=keep)
-    first = in_steps(scored_groups(FIRST)[0], (1.0, 0.0), (1.0, 1.0), (9.0,), (3.0,), parses=(1.0, 1.0, 0.0, 1.0))
-    run.learn([first])
-    assert run.policy.plan is not None
-    found = {i: [step.value for step in steps] for i, steps in run.policy.plan.steps.items()}
-    assert found == {1: pytest.approx([-1 / 3, -1 / 3]), 3: pytest.approx([2 / 3])}
-
-
-def test_rewards_to_come_get_the_steps_as_they_are(folder: RunFolder) -> None:
+    given: Any = ((1.0, 0.0), (1.0, 1.0), (9.0,), (3.0,))
+    keep = {"count": 2, "by": "best"}
+    run = Run(folder, {"name": "dr_grpo"}, per_update=2, rewards=BY_STEP, keep_per_prompt=keep)
+    run.learn([in_steps(scored_groups(FIRST)[0], *given, parses=(1.0, 1.0, 0.0, 1.0))])
+    assert run.steps == {1: [-1 / 3, -1 / 3], 3: [2 / 3]}
     run = Run(folder, {"name": "reinforce", "kl": {"coef": 0.0}}, per_update=12, rewards=BY_STEP)
-    first = in_steps(scored_groups(FIRST)[0], (1.0, 0.0), (1.0, 1.0), (9.0,), (3.0,), parses=(1.0, 2.0, 0.0, 1.0))
-    run.learn([first])
-    assert run.policy.plan is not None
-    found = {i: [step.value for step in steps] for i, steps in run.policy.plan.steps.items()}
-    assert found == {0: [0.5, 0.0], 1: [1.0, 1.0], 2: [0.0], 3: [1.5]}
+    run.learn([in_steps(scored_groups(FIRST)[0], *given, parses=(1.0, 2.0, 0.0, 1.0))])
+    assert run.steps == {0: [0.5, 0.0], 1: [1.0, 1.0], 2: [0.0], 3: [1.5]}
     assert run.policy.advantages is None
-    assert [run.policy.plan.scores[i] for i in range(4)] == pytest.approx(FIRST)
+    assert [run.plan.scores[i] for i in range(4)] == pytest.approx(FIRST)
 
 
 def test_a_group_is_flat_if_its_steps_are_too(folder: RunFolder) -> None:
@@ -331,40 +325,54 @@ def test_masked_responses_are_compared_and_not_trained_on(folder: RunFolder) -> 
     first, second, third = scored_groups(FIRST, SECOND, FIRST)
     signals = run.learn([cut(first, 1), second, cut(third, 0, 1, 2, 3)])
     assert sorted(i for one in run.trained for i in one) == [0, 2, 3, 4, 5, 6, 7]
-    assert run.policy.plan is not None
     # what the losses are divided by: 3 tokens of each trained response
-    assert sum(one.num_sequences for one in run.policy.plan.minibatches) == 7
-    assert sum(one.num_tokens for one in run.policy.plan.minibatches) == 7 * 3
+    assert sum(one.num_sequences for one in run.plan.minibatches) == 7
+    assert sum(one.num_tokens for one in run.plan.minibatches) == 7 * 3
     assert run.reference.only == {0, 2, 3, 4, 5, 6, 7}
     assert run.policy.rollouts == ["group 0", "group 1"]
     # the masked score of 3 is in the mean of 1.5
     assert [signals.advantages[i] for i in (0, 2, 3)] == [-1.5, -0.5, 0.5]
     assert signals.trained == {0, 2, 3, 4, 5, 6, 7}
     assert run.record.row()["advantages/kept/fraction"] == pytest.approx(7 / 12)
-
-
-def test_without_masking_cut_responses_are_trained_on(folder: RunFolder) -> None:
-    run = Run(folder, {"name": "dr_grpo"}, per_update=12)
+    run = Run(folder, {"name": "dr_grpo"}, per_update=12)  # without masking
     run.learn([cut(scored, 0, 1, 2, 3) for scored in scored_groups(FIRST, SECOND, FLAT)])
     assert run.trained == [list(range(12))]
 
 
-def test_where_all_responses_are_masked_the_policy_stays(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
-    run = Run(folder, {"name": "dr_grpo", "mask_truncated": True}, per_update=6)
-    with caplog.at_level(logging.WARNING):
-        signals = run.learn([cut(scored, 0, 1, 2, 3) for scored in scored_groups(FIRST, SECOND, FLAT)], step=3)
-    assert "step 3: every response was truncated (algorithm.mask_truncated), so nothing is updated" in caplog.text
-    assert (run.policy.updates, signals.trained, signals.advantages) == ([], frozenset(), {})
-
-
-def test_where_a_grammar_restricted_all_responses_nothing_is_learnt(
-    folder: RunFolder, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("algorithm", "change", "warning"),
+    [
+        (
+            {"name": "raft", "min_score": 9.0, "kl": {"coef": 0.1, "adaptive": {"target": 1.0}}},
+            lambda scored: scored,
+            "no response reaches algorithm.min_score, so the policy is not updated",
+        ),
+        (
+            {"name": "dr_grpo", "mask_truncated": True, "kl": {"coef": 0.1}},
+            lambda scored: cut(scored, 0, 1, 2, 3),
+            "every response was truncated (algorithm.mask_truncated), so nothing is updated",
+        ),
+        (  # the collector ends the run for a whole batch: here, the kept responses alone have no trained token
+            {"name": "dr_grpo", "kl": {"coef": 0.1}},
+            without_tokens,
+            "a grammar restricted all responses that are kept, so nothing is updated",
+        ),
+    ],
+    ids=["none good enough", "all masked", "all restricted"],
+)
+def test_without_a_response_to_train_on_the_policy_stays(
+    folder: RunFolder, caplog: pytest.LogCaptureFixture, algorithm: Any, change: Any, warning: str
 ) -> None:
-    """The collector ends the run for a whole batch. Here, the kept responses alone have no trained token."""
-    run = Run(folder, {"name": "dr_grpo"}, per_update=6)
+    run = Run(folder, algorithm, per_update=3)
     with caplog.at_level(logging.WARNING):
-        run.learn([without_tokens(scored) for scored in scored_groups(FIRST, SECOND, FLAT)], step=3)
-    assert "step 3: a grammar restricted all responses that are kept, so nothing is updated" in caplog.text
+        signals = run.learn([change(scored) for scored in scored_groups(FIRST, SECOND, FLAT)], step=7)
+    assert f"step 7: {warning}" in caplog.text
+    assert run.record.row()["time/update_s"] > 0.0  # by which the throughput is divided
+    if change is not without_tokens:
+        assert (run.policy.plan, run.policy.updates, signals.reports, signals.trained) == (None, [], {}, frozenset())
+        assert signals.advantages == {}
+        assert run.learning.state()["kl_coef"] == 0.1
+        assert run.record.row()["advantages/kept/fraction"] == 0.0
 
 
 NORMALIZED = {"right": {"function": "f", "normalize": "group"}}
@@ -444,10 +452,8 @@ def test_a_portion_without_a_trained_response_is_left_out(folder: RunFolder) -> 
 @pytest.mark.parametrize(
     ("keys", "asked"),
     [
-        pytest.param({}, [["group 2"], ["group 0"], ["group 1"]], id="each as it arrived"),
-        pytest.param(
-            {"reference_every": 2}, [["group 0", "group 1", "group 2"]], id="a renewed reference: in their step"
-        ),
+        ({}, [["group 2"], ["group 0"], ["group 1"]]),  # each as it arrived
+        ({"reference_every": 2}, [["group 0", "group 1", "group 2"]]),  # a renewed reference: in their step
     ],
 )
 def test_the_reference_computes_groups_of_later_batches_as_they_arrive(

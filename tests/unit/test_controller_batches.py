@@ -39,8 +39,15 @@ def members(found: BatchPlan) -> list[set[int]]:
     return [{i for share in m.sequences_by_rank for i in share} for m in found.minibatches]
 
 
-def test_every_sequence_is_trained_on_once() -> None:
-    assert sorted(i for minibatch in members(plan(2)) for i in minibatch) == list(range(8))
+def test_a_plan_trains_every_sequence_once_whatever_the_ranks() -> None:
+    lengths = dict(enumerate([1, 9, 4, 2, 7, 3, 8, 5]))
+    for found in (plan(1), plan(2), plan(4)):
+        assert members(found) == members(plan(1))
+        assert sorted(i for ids in members(found) for i in ids) == list(range(8))
+        assert found.scores == {i: float(length) for i, length in lengths.items()}
+        for minibatch, ids in zip(found.minibatches, members(found), strict=True):
+            assert (minibatch.num_tokens, minibatch.num_sequences) == (sum(lengths[i] for i in ids), 4)
+    assert {tuple(map(min, members(plan(1, step=step)))) for step in range(8)} == {(0, 4), (4, 0)}
 
 
 def test_a_plan_says_which_sequences_have_a_temperature_of_their_own() -> None:
@@ -49,11 +56,6 @@ def test_a_plan_says_which_sequences_have_a_temperature_of_their_own() -> None:
     second = replace(second, group=replace(second.group, request=replace(second.group.request, temperature=0.5)))
     found = plan_batch([first, second], step=1, seed=0, num_minibatches=1, num_ranks=1, kl_coef=0.0)
     assert found.temperatures == {2: 0.5, 3: 0.5}
-
-
-def test_what_makes_a_minibatch_does_not_depend_on_the_ranks() -> None:
-    assert members(plan(1)) == members(plan(2)) == members(plan(4))
-    assert {tuple(map(min, members(plan(1, step=step)))) for step in range(8)} == {(0, 4), (4, 0)}
 
 
 def dealt(
@@ -126,18 +128,6 @@ def test_no_rank_is_left_without_a_sequence() -> None:
     for ranks in (2, 3, 4):
         found = dealt([[5, 1], [1, 1]], prompt=1000, ranks=ranks)
         assert all(found.minibatches[0].sequences_by_rank)
-
-
-def test_counts_are_those_of_all_ranks() -> None:
-    lengths = dict(enumerate([1, 9, 4, 2, 7, 3, 8, 5]))
-    for found in (plan(1), plan(2)):
-        for minibatch, ids in zip(found.minibatches, members(found), strict=True):
-            assert minibatch.num_tokens == sum(lengths[i] for i in ids)
-            assert minibatch.num_sequences == 4
-
-
-def test_scores_are_found_by_sequence() -> None:
-    assert plan(2).scores == {0: 1.0, 1: 9.0, 2: 4.0, 3: 2.0, 4: 7.0, 5: 3.0, 6: 8.0, 7: 5.0}
 
 
 def test_every_epoch_visits_all_minibatches_in_an_order_of_its_own() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from rlhf.config.schema.rollouts import DynamicSampling
-from rlhf.config.schema.root import Config
 from rlhf.controller.collect import is_within
 from rlhf.errors import RunError
 from rlhf.roles import CompletedGroup
@@ -28,7 +27,7 @@ def test_bounds_of_the_mean_score() -> None:
     assert [is_within(mean, bounded) for mean in (0.2, 0.25, 0.5, 0.55)] == [False, True, True, False]
 
 
-def told(run: Run, scores: Sequence[float], **by_name: Sequence[float]) -> None:
+def told(run: Run, scores: Sequence[float], **by_name: Sequence[float]) -> Run:
     """Give prompts of odd ids the scores; responses to all other prompts differ."""
 
     async def score(group: CompletedGroup) -> GroupScores:
@@ -39,58 +38,47 @@ def told(run: Run, scores: Sequence[float], **by_name: Sequence[float]) -> None:
         return GroupScores(scores=varied, by_name=dict.fromkeys(by_name or ["r"], varied), errors=())
 
     run.score = score  # type: ignore[method-assign]
-    run.scorer.reward = run  # type: ignore[assignment]
+    return run
 
 
-THREE_REWARDS = {name: {"function": "f"} for name in "abc"}
+# Each of three rewards is compared by itself: two have the deviation 1/2, the third sqrt(1/3).
+DIFFER = {"a": (1.0, 0.0, 0.0, 0.0), "b": (0.0, 1.0, 0.0, 0.0), "c": (0.0, 0.0, 1.0, 1.0)}
+CANCEL_OUT = {"a": (1.0, 0.0, 0.0, 1.0), "b": (0.0, 1.0, 1.0, 0.0), "c": (0.0,) * 4}
 
 
-@pytest.mark.parametrize(("algorithm", "trained"), [("gdpo", [0, 1, 2, 3]), ("grpo", [0, 2, 4, 6])])
-def test_gdpo_learns_from_rewards_that_differ_where_their_sums_do_not(
-    tmp_path: Path, algorithm: str, trained: list[int]
+@pytest.mark.parametrize(
+    ("algorithm", "scores", "by_name", "learns"),
+    [
+        ("gdpo", (1.0,) * 4, DIFFER, True),
+        ("grpo", (1.0,) * 4, DIFFER, False),
+        ("gdpo", (1.0,) * 4, CANCEL_OUT, False),
+        ({"name": "pass_at_k", "k": 2}, (1.0, 1.0, 1.0, 0.0), {}, False),  # each set of two has a best response
+        ("grpo", (1.0, 1.0, 1.0, 0.0), {}, True),
+    ],
+)
+def test_a_group_teaches_where_the_algorithm_tells_its_responses_apart(
+    tmp_path: Path, algorithm: Any, scores: Sequence[float], by_name: dict[str, Any], learns: bool
 ) -> None:
-    """Each of three rewards is compared by itself: two have the deviation 1/2, the third sqrt(1/3)."""
-    run = Run(tmp_path, algorithm=algorithm, rewards=THREE_REWARDS, samples_per_prompt=4, dynamic_sampling={})
-    told(run, (1.0,) * 4, a=(1.0, 0.0, 0.0, 0.0), b=(0.0, 1.0, 0.0, 0.0), c=(0.0, 0.0, 1.0, 1.0))
-    assert run.trained() == trained
-
-
-def test_gdpo_learns_nothing_from_rewards_that_cancel_out_or_do_not_count(tmp_path: Path) -> None:
-    run = Run(tmp_path, algorithm="gdpo", rewards=THREE_REWARDS, samples_per_prompt=4, dynamic_sampling={})
-    told(run, (1.0,) * 4, a=(1.0, 0.0, 0.0, 1.0), b=(0.0, 1.0, 1.0, 0.0), c=(0.0,) * 4)
-    assert run.trained() == [0, 2, 4, 6]
-
-
-def test_pass_at_k_learns_nothing_where_each_set_of_k_has_a_best_response(tmp_path: Path) -> None:
-    keys: dict[str, Any] = {"samples_per_prompt": 4, "dynamic_sampling": {}}
-    run = Run(tmp_path / "k", algorithm={"name": "pass_at_k", "k": 2}, **keys)
-    told(run, (1.0, 1.0, 1.0, 0.0))
-    assert run.trained() == [0, 2, 4, 6]
-    run = Run(tmp_path / "grpo", algorithm="grpo", **keys)
-    told(run, (1.0, 1.0, 1.0, 0.0))
-    assert run.trained() == [0, 1, 2, 3]
+    rewards = {name: {"function": "f"} for name in by_name}
+    run = Run(tmp_path, algorithm=algorithm, rewards=rewards, samples_per_prompt=4, dynamic_sampling={})
+    assert told(run, scores, **by_name).trained() == ([0, 1, 2, 3] if learns else [0, 2, 4, 6])
 
 
 def test_what_compares_no_responses_is_filtered_by_the_mean_alone(tmp_path: Path) -> None:
     """A solved group has a gradient where a critic, or the whole batch, is the baseline."""
     for name in ("ppo", "reinforce", "remax"):
         run = Run(tmp_path / name, algorithm=name, dynamic_sampling={"max_mean": 0.9})
-        told(run, (0.5, 0.5))
-        assert run.trained() == [0, 1, 2, 3]
-        told(run, (1.0, 1.0))
-        assert run.trained(2) == [4, 6, 8, 10]
+        assert told(run, (0.5, 0.5)).trained() == [0, 1, 2, 3]
+        assert told(run, (1.0, 1.0)).trained(2) == [4, 6, 8, 10]
 
 
-def test_overlong_penalties_tell_responses_of_one_score_apart(tmp_path: Path) -> None:
+def test_lengths_tell_responses_apart_and_masked_responses_teach_nothing(tmp_path: Path) -> None:
     dapo = {"name": "dapo", "overlong": {"buffer": 2}}
-    run = Run(tmp_path, lambda _: SOLVED, algorithm=dapo, dynamic_sampling={}, max_new_tokens=4)
+    run = Run(tmp_path / "dapo", lambda _: SOLVED, algorithm=dapo, dynamic_sampling={}, max_new_tokens=4)
     run.engines.lengths = (2, 4)
     assert run.trained() == [0, 1, 2, 3]
-
-
-def test_a_group_of_masked_responses_teaches_nothing(tmp_path: Path) -> None:
     masks = {"name": "grpo", "mask_truncated": True}
-    run = Run(tmp_path, algorithm=masks, dynamic_sampling={})
+    run = Run(tmp_path / "masks", algorithm=masks, dynamic_sampling={})
     run.engines.cut = frozenset({1, 2})
     assert run.trained() == [0, 3, 4, 5]
 
@@ -111,12 +99,6 @@ def test_groups_that_teach_nothing_are_replaced_until_the_batch_is_whole(tmp_pat
     second = run.collect(2).groups
     assert [one.group.request.prompt.prompt_id for one in second] == [8, 9, 10, 11]
     assert [one.group.infos[0].sequence_id for one in second] == [0, 2, 4, 6]
-
-
-def test_without_dynamic_sampling_all_groups_are_kept(tmp_path: Path) -> None:
-    run = Run(tmp_path, lambda _: SOLVED)
-    assert run.trained() == [0, 1, 2, 3]
-    assert "rollouts/filtered_groups/fraction" not in run.row
 
 
 def test_too_many_filtered_groups_end_the_run(tmp_path: Path) -> None:
@@ -157,20 +139,23 @@ def test_the_share_of_filtered_groups_is_of_the_steps_prompts(tmp_path: Path) ->
         Run(tmp_path / "above", by_prompt(failed=[0, 1, 4]), **bounded).collect()
 
 
-def test_a_failed_reward_ends_the_run_or_has_its_group_replaced(tmp_path: Path) -> None:
-    broken = by_prompt(broken=[1])
-    with pytest.raises(RunError, match=r"on_error is fail, for the reward or in reward_policy\. Set it to drop"):
-        Run(tmp_path / "fail", broken).collect()
-    run = Run(tmp_path / "drop", broken, reward_policy={"on_error": "drop"})
+@pytest.mark.parametrize(
+    ("of_reward", "of_run", "drops"),
+    [(None, "fail", False), (None, "drop", True), ("drop", "fail", True), ("fail", "drop", False)],
+)
+def test_a_failed_reward_ends_the_run_or_has_its_group_replaced(
+    tmp_path: Path, of_reward: str | None, of_run: str, drops: bool
+) -> None:
+    """The rule of a reward goes before that of the run."""
+    reward = {} if of_reward is None else {"on_error": of_reward}
+    run = Run(tmp_path, by_prompt(broken=[1]), reward=reward, reward_policy={"on_error": of_run})
+    if not drops:
+        with pytest.raises(RunError, match=r"on_error is fail, for the reward or in reward_policy\. Set it to drop"):
+            run.collect()
+        return
     assert run.trained() == [0, 2, 3, 4]
     assert (run.row["rollouts/dropped_groups/total"], run.row["rollouts/tokens/total"]) == (1, 10)
-
-
-def test_the_rule_of_a_reward_goes_before_that_of_the_run(tmp_path: Path) -> None:
-    broken = by_prompt(broken=[1])
-    assert Run(tmp_path / "drop", broken, reward={"on_error": "drop"}).trained() == [0, 2, 3, 4]
-    with pytest.raises(RunError, match="on_error is fail"):
-        Run(tmp_path / "fail", broken, reward={"on_error": "fail"}, reward_policy={"on_error": "drop"}).collect()
+    assert "rollouts/filtered_groups/fraction" not in run.row
 
 
 def test_failed_calls_are_counted_by_name_and_written_down_also_where_they_got_a_score(tmp_path: Path) -> None:
@@ -267,16 +252,24 @@ def test_no_prompt_is_lost_and_none_is_trained_on_twice(tmp_path: Path) -> None:
 
 def test_a_resumed_run_makes_the_batch_that_was_written_down(tmp_path: Path) -> None:
     """The run was killed during training on a batch made by chance; afterwards different groups would be first."""
+    made, anew = [0, 2, 4, 5], [1, 3, 4, 5]
+
+    def start(**keys: Any) -> Run:
+        return Run(tmp_path, order=slowest(0, 2), oversample=1.5, **keys)
+
     first = Run(tmp_path, order=slowest(1, 3), oversample=1.5)
-    assert first.trained() == [0, 2, 4, 5]
-    again = Run(tmp_path, order=slowest(0, 2), oversample=1.5)
-    assert again.trained() == [0, 2, 4, 5]
+    assert first.trained() == made
+    again = start()
+    assert again.trained() == made
     assert again.row == first.row
     assert again.collector.state() == first.collector.state()
-    other_rule = Run(tmp_path, order=slowest(0, 2), oversample=1.5, dynamic_sampling={})
-    assert other_rule.trained() == [1, 3, 4, 5]
+    assert start(dynamic_sampling={}).trained() == anew
+    path = tmp_path / "firsts.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])  # a kill has cut the line of the other rule
+    assert start().trained() == made
+    assert start(dynamic_sampling={}).trained() == anew
     first.scorer.retain_from(first.collector.next_group)
-    assert Run(tmp_path, order=slowest(0, 2), oversample=1.5).trained() == [1, 3, 4, 5]
+    assert start().trained() == anew
 
 
 def test_a_race_of_weights_that_are_trained_anew_is_run_again(tmp_path: Path) -> None:
@@ -288,14 +281,6 @@ def test_a_race_of_weights_that_are_trained_anew_is_run_again(tmp_path: Path) ->
         again = Run(tmp_path, order=slowest(0, 2), oversample=1.5)
         again.scorer.weights = 0, checksum
         assert again.trained() == trained
-
-
-def test_a_line_that_a_kill_has_cut_is_passed_over(tmp_path: Path) -> None:
-    assert Run(tmp_path, order=slowest(1, 3), oversample=1.5).trained() == [0, 2, 4, 5]
-    path = tmp_path / "firsts.jsonl"
-    path.write_bytes(path.read_bytes()[:-9])
-    assert Run(tmp_path, order=slowest(0, 2), oversample=1.5).trained() == [1, 3, 4, 5]
-    assert len(path.read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -395,24 +380,24 @@ def test_prompts_that_were_too_easy_or_too_hard_are_passed_over(tmp_path: Path) 
     assert run.row["data/within_band/fraction"] == 5 / 8
 
 
-def test_groups_of_one_score_teach_by_their_steps(tmp_path: Path) -> None:
+def test_groups_of_one_score_teach_by_their_steps_also_those_that_were_written_down(tmp_path: Path) -> None:
     """All groups score 1 by two steps; the steps of odd prompts are worth the same."""
-    run = Run(tmp_path / "run", dynamic_sampling=DynamicSampling(max_filtered_fraction=3.0), prompts=12)
-    credited = {"r": {"function": "f.py:g", "credit": "step"}}
-    run.collector.config = Config.model_validate({**run.collector.config.model_dump(), "rewards": credited})
+
+    def start() -> Run:
+        credited = {"r": {"function": "f.py:g", "credit": "step"}}
+        return Run(tmp_path, rewards=credited, dynamic_sampling={"max_filtered_fraction": 3.0})
 
     async def score(group: CompletedGroup) -> GroupScores:
         first = 0.5 if group.request.prompt.prompt_id % 2 else 0.25
         steps = (StepReward(end=2, value=first), StepReward(end=3, value=1.0 - first))
         return GroupScores(scores=(1.0, 1.0), by_name={"r": (1.0, 1.0)}, errors=(), steps={"r": (steps, steps)})
 
+    run = start()
     run.score = score  # type: ignore[method-assign]
-    run.scorer.reward = run  # type: ignore[assignment]
     assert run.trained() == [0, 2, 4, 6]
-    again = Run(tmp_path / "run", dynamic_sampling=DynamicSampling(max_filtered_fraction=3.0), prompts=12)
-    again.collector.config = run.collector.config
+    again = start()
     again.score = None  # type: ignore[assignment, method-assign]
-    found = again.collect().groups  # by what was written down
+    found = again.collect().groups
     assert [scored.group.request.prompt.prompt_id for scored in found] == [0, 2, 4, 6]
     assert found[0].scores.steps["r"][1] == (StepReward(end=2, value=0.25), StepReward(end=3, value=0.75))
 

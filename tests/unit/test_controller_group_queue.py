@@ -14,7 +14,6 @@ from rlhf.controller.batch_queue import BatchQueue
 from rlhf.controller.carried import first_untrained_group
 from rlhf.controller.learning import ColumnsByGroup
 from rlhf.controller.online import OnlineController
-from rlhf.data.stream import given_rows
 from rlhf.errors import RunError
 from rlhf.roles import RemoteColumns, ScoredGroup
 from rlhf.rollouts.records.spool import group_path, stored_groups
@@ -27,38 +26,30 @@ from tests.fakes.in_flight import InFlight, Record
 PROMPTS = 4  # of a step
 
 
-async def test_no_more_groups_are_outstanding_than_the_bound_allows(tmp_path: Path) -> None:
-    run = InFlight(tmp_path, max_staleness=2)
+async def test_no_more_groups_are_outstanding_than_the_bound_allows_and_the_last_steps_train(tmp_path: Path) -> None:
+    run = InFlight(tmp_path, max_staleness=2, num_steps=4)
+    run.queue._taken_at -= 1000.0  # the roles have started meanwhile
     await run.begin()
     assert run.engines.asked == list(range(3 * PROMPTS))
-    await run.step(1)
+    assert results(merge_metrics((await run.step(1)).metrics))["time/rollouts_s"] < 1000.0
     assert run.engines.asked == list(range(4 * PROMPTS))
-
-
-async def test_the_last_steps_request_only_what_is_trained(tmp_path: Path) -> None:
-    run = InFlight(tmp_path, max_staleness=4, num_steps=2)
-    await run.begin()
-    for step in (1, 2):
+    for step in (2, 3, 4):
         await run.step(step)
-    assert run.engines.asked == run.trained == list(range(2 * PROMPTS))
+    assert run.engines.asked == run.trained == list(range(4 * PROMPTS))
     assert run.queue.seconds is None, "nothing was left to request"
 
 
-async def test_the_order_of_prompts_waits_for_a_slow_response(tmp_path: Path) -> None:
-    run = InFlight(tmp_path, max_staleness=1)
+async def test_the_order_of_prompts_waits_for_a_slow_response_and_that_of_completion_does_not(tmp_path: Path) -> None:
+    run = InFlight(tmp_path / "prompt", max_staleness=1)
     run.engines.slow = {1}
     await run.begin()
-    run.queue.request(1)
-    waiting = asyncio.create_task(run.queue.take(1))
+    waiting = asyncio.create_task(run.step(1))
     await settle()
     assert not waiting.done()
     run.engines.finish(1)
-    groups = (await waiting).collected.groups
-    assert [scored.group.request.prompt.prompt_id for scored in groups] == [0, 1, 2, 3]
-
-
-async def test_the_order_of_completion_does_not_wait(tmp_path: Path) -> None:
-    run = InFlight(tmp_path, max_staleness=1, batch_order="completion")
+    await waiting
+    assert run.trained == [0, 1, 2, 3]
+    run = InFlight(tmp_path / "completion", max_staleness=1, batch_order="completion")
     run.engines.slow = {1}
     await run.begin()
     await run.step(1)
@@ -104,6 +95,9 @@ async def test_the_columns_of_a_group_that_is_requested_again_are_forgotten(tmp_
     async def none() -> list[RemoteColumns[TokenValues]]:
         return []
 
+    async def anew() -> Any:
+        return ["anew"]
+
     def arrived(scored: ScoredGroup) -> None:
         kept[scored.group.request.group_id] = scored
         columns.begin(scored, none())
@@ -112,18 +106,11 @@ async def test_the_columns_of_a_group_that_is_requested_again_are_forgotten(tmp_
     await run.begin()
     run.queue.prompts_per_step = 2  # the window shrinks, as after a resume with another bound
     await run.step(1)
-    assert await columns.take([kept[4]]) == []
+    assert await columns.take([kept[4]], anew) == []
     broken.add(4)
     await run.step(2)
     assert run.engines.asked.count(4) == 2
-    assert await columns.take([kept[4]]) is None
-
-
-async def test_the_first_rollouts_are_timed_from_their_start(tmp_path: Path) -> None:
-    run = InFlight(tmp_path)
-    run.queue._taken_at -= 1000.0  # the roles have started meanwhile
-    await run.begin()
-    assert results(merge_metrics((await run.step(1)).metrics))["time/rollouts_s"] < 1000.0
+    assert await columns.take([kept[4]], anew) == ["anew"]
 
 
 async def test_responses_without_a_token_have_no_lag(tmp_path: Path) -> None:
@@ -217,55 +204,13 @@ async def test_a_resumed_run_counts_each_dropped_group_once(tmp_path: Path) -> N
     assert resumed.trained == [4, 5, 6, 7, 13, 14, 15, 16]
 
 
-async def test_each_checkpoint_accounts_for_every_prompt(tmp_path: Path) -> None:
-    """A group filtered after the last batch is outstanding, because no step has recorded the group's end."""
-    scores = by_prompt(solved=[1, 8, 18], failed=[2, 24], broken=[5, 28])
-    curriculum = {"outside": 0.001}
-    run = InFlight(
-        tmp_path,
-        max_staleness=2,
-        batch_order="completion",
-        dynamic_sampling={},
-        scores=scores,
-        curriculum=curriculum,
-    )
-    run.engines.slow = {4}
-    ended: list[tuple[int, int]] = []
-    await run.begin()
-    for step in range(1, 7):
-        if step == 3:
-            run.engines.finish(4)
-            await settle()
-        groups = (await run.step(step)).collected.ended
-        kept = [*groups.trained, *groups.filtered, *groups.dropped]
-        ended += [(record.epoch, record.prompt_id) for record in kept] + list(groups.skipped)
-        state = json.loads(json.dumps(run.queue.state()))
-        held = [tuple(prompt) for prompt in state["waiting"] + state["skipped"]]
-        assert sorted([*ended, *held]) == sorted(given_rows(state["stream"]))
-        assert len(state["outstanding"]) == len(state["waiting"])
-
-
-async def test_sequence_ids_differ_within_every_batch(tmp_path: Path) -> None:
-    run = InFlight(tmp_path, max_staleness=2, batch_order="completion", scores=by_prompt(broken=[3, 9, 11]))
-    run.engines.slow = {1, 7}
-    await run.begin()
-    for step in range(1, 6):
-        groups = (await run.step(step)).collected.groups
-        ids = [info.sequence_id for scored in groups for info in scored.group.infos]
-        assert len(set(ids)) == len(ids)
-        assert max(ids) < 2 * (3 * PROMPTS + 3), "places are used again"
-
-
-async def test_the_failure_of_a_group_ends_the_wait(tmp_path: Path) -> None:
+async def test_the_failure_of_a_group_ends_the_wait_and_cancels_the_training_meanwhile(tmp_path: Path) -> None:
     run = InFlight(tmp_path)
     run.engines.error = RunError("rollout engine 0 died")
     await run.begin()
     with pytest.raises(RunError, match="engine 0 died"):
         await run.step(1)
     await run.queue.stop()
-
-
-async def test_the_failure_of_a_group_cancels_the_training_meanwhile(tmp_path: Path) -> None:
     run = InFlight(tmp_path)
     run.engines.slow = {0}
     await run.begin()
@@ -281,31 +226,20 @@ async def test_the_failure_of_a_group_cancels_the_training_meanwhile(tmp_path: P
     assert waiting.cancelled()
 
 
-async def test_a_stopped_queue_continues_with_its_groups(tmp_path: Path) -> None:
+async def test_a_stopped_queue_requests_its_groups_again_and_waits_for_finished_ones_too(tmp_path: Path) -> None:
+    """Otherwise a second answer comes when the group is trained already, and may count as dropped."""
     run = InFlight(tmp_path)
     run.engines.slow = {2}
     await run.begin()
-    await settle()
     assert [request.group_id for request in await run.queue.stop()] == [2], "only this one is still in the engines"
-    run.engines.slow = set()
-    await run.begin()
-    await run.step(1)
-    assert run.trained == [0, 1, 2, 3]
-
-
-async def test_a_stopped_queue_waits_for_a_finished_group_that_it_requests_again(tmp_path: Path) -> None:
-    """Otherwise the second answer comes when the group is trained already, and may count as dropped."""
-    run = InFlight(tmp_path)
-    await run.begin()
-    await run.queue.stop()
     run.engines.slow = {1}
     await run.begin()
-    run.queue.request(1)
-    waiting = asyncio.create_task(run.queue.take(1))
+    waiting = asyncio.create_task(run.step(1))
     await settle()
     assert not waiting.done()
     run.engines.finish(1)
-    assert len((await waiting).collected.groups) == PROMPTS
+    await waiting
+    assert run.trained == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("state", "used"), [({"outstanding": []}, [2, 3]), ({}, [])])

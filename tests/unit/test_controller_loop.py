@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,11 +15,14 @@ import pytest
 from rlhf.controller.loop import TrainingLoop, sparing_loaded_objects
 from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import NodeNotReplaced, Preempted, RunError, WorkerLost
-from rlhf.types import MemoryReport
+from tests.fakes.calls import settle
 from tests.fakes.configs import offline_config
 from tests.fakes.roles import FakeTrained
 
 RECOVERIES = "recovery/policy/total"
+
+
+async def nothing(*_: Any) -> None: ...
 
 
 class Record:
@@ -35,33 +38,21 @@ class Record:
         )
         self.tracker: Any = SimpleNamespace(log_error=lambda error: None, alert=lambda *_: None)
         self.timeline: Any = SimpleNamespace(span=lambda *_: nullcontext())
+        self.apart, self.stage, self.memory = lambda *_, **__: nullcontext(), nullcontext, lambda *_: None
+        self.system = self.prune = nothing
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.recovered = 0.0  # in the current step
         self.recoveries: dict[int, float] = {}  # in the rows
+        self.row = lambda: self.metrics
 
     def begin_step(self, step: int) -> None:
         self.recovered = 0.0
         self.metrics = {"time/update_s": 1.0, "time/step_s": 1.0}
 
-    @contextmanager
-    def apart(self, parts: list[Any], *, is_shown: bool = False) -> Iterator[None]:
-        yield
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        yield
-
     def add(self, metrics: Mapping[str, Any]) -> None:
         if RECOVERIES in metrics:
             self.recovered += metrics[RECOVERIES].result()
-
-    def memory(self, role: str, report: MemoryReport) -> None: ...
-
-    async def system(self) -> None: ...
-
-    def row(self) -> dict[str, float]:
-        return self.metrics
 
     def write_row(self, step: int, row: Mapping[str, float]) -> None:
         self.calls.append(f"row {step}")
@@ -82,8 +73,6 @@ class Record:
 
     def restore_best(self, best: Any, state: Mapping[str, Any]) -> None:
         best.restore(state)
-
-    async def prune(self, keep: int) -> None: ...
 
 
 class Loop(TrainingLoop):
@@ -170,21 +159,10 @@ def test_a_notice_makes_the_current_step_the_last() -> None:
     with pytest.raises(Preempted, match="a checkpoint of step 1 is written"):
         asyncio.run(loop.run())
     assert calls == ["train 1", *saved(1)]
-
-
-def test_a_notice_in_the_last_step_changes_nothing() -> None:
-    loop, calls = loop_of([1.0], steps=1)
+    loop, calls = loop_of([1.0], steps=1)  # the last step anyway
     loop.notice.give()
     assert asyncio.run(loop.run())
     assert calls == ["train 1", "evaluate 1", *saved(1), "best 1"]
-
-
-def test_an_early_stop_exports_the_best_weights() -> None:
-    loop, calls = loop_of([1.0, 2.0], early_stopping={"patience": 1})
-    assert asyncio.run(loop.run())
-    assert loop.step == 4
-    asyncio.run(loop.export())
-    assert calls[-2:] == ["load step_2/policy", "export aside_final"]
 
 
 def broken(losses: list[str], **settings: Any) -> tuple[Loop, list[str]]:
@@ -215,9 +193,10 @@ def test_work_is_done_again_from_the_kept_state_when_a_rank_is_lost(lost: str, e
     assert (loop.step, loop.trained_step) == (2, 2)
 
 
-def test_an_export_is_written_again_from_its_begin() -> None:
+def test_an_early_stop_exports_the_best_weights_also_after_a_loss() -> None:
     loop, calls = loop_of([1.0, 2.0], gang=9, early_stopping={"patience": 1})
-    asyncio.run(loop.run())
+    assert asyncio.run(loop.run())
+    assert loop.step == 4
     calls.clear()
     loop.policy.losses = ["export aside_final"]
     asyncio.run(loop.export())
@@ -237,18 +216,8 @@ def test_the_checkpoint_stands_in_for_a_state_that_is_lost_too() -> None:
     loop.policy.losses = ["train 2"]
     loop.policy.newest_snapshot = nothing  # type: ignore[method-assign]
     assert asyncio.run(loop.run())
-    assert calls[calls.index("restart") :] == [
-        "restart",
-        "load step_1/policy",
-        *STEP_2,
-        "evaluate 2",
-        *saved(2),
-        "best 2",
-    ]
-
-
-async def nothing() -> None:
-    return None
+    again = ["restart", "load step_1/policy", *STEP_2, "evaluate 2", *saved(2), "best 2"]
+    assert calls[calls.index("restart") :] == again
 
 
 def test_a_run_ends_if_the_state_is_lost_or_no_gang_may_be_restarted_or_a_step_loses_it_twice() -> None:
@@ -266,30 +235,31 @@ def test_a_run_ends_if_the_state_is_lost_or_no_gang_may_be_restarted_or_a_step_l
         broken(["train 2", "train 2"])
 
 
-def test_a_rank_of_another_trained_role_may_be_lost_during_a_restart() -> None:
+def with_critic(*losses: str) -> tuple[Loop, FakeTrained, list[str]]:
+    """Return a loop with two trained roles and two steps, whose policy has the given losses."""
     loop, calls = loop_of([1.0], gang=9, steps=2)
     critic = FakeTrained(calls)
+    critic.lost_role = "critic"
     loop.trained = {**loop.trained, "critic": cast(Any, critic)}
     loop.supervisor = Supervisor(loop.config.cluster.restarts, loop.record, ("policy", "critic"))
-    loop.policy.losses = ["train 2"]
+    loop.policy.losses = list(losses)
+    return loop, critic, calls
+
+
+def test_a_rank_of_another_trained_role_may_be_lost_during_a_restart() -> None:
+    loop, critic, calls = with_critic("train 2")
     critic.losses = ["restore 1"]
-    critic.lost_role = "critic"
     assert asyncio.run(loop.run())
     assert calls.count("restore 1") == 3  # of the policy twice, of the critic once
 
 
 async def test_restarts_of_a_role_do_not_overlap_when_a_rank_of_another_role_is_lost_in_its_own() -> None:
-    loop, calls = loop_of([1.0], gang=9, steps=2)
-    critic = FakeTrained(calls)
-    loop.trained = {**loop.trained, "critic": cast(Any, critic)}
-    loop.supervisor = Supervisor(loop.config.cluster.restarts, loop.record, ("policy", "critic"))
-    loop.policy.losses = ["train 2", "restart"]
+    loop, critic, calls = with_critic("train 2", "restart")
     restarting: list[int] = []
 
     async def restart() -> None:
         restarting.append(1)
-        for _ in range(20):
-            await asyncio.sleep(0)
+        await settle(20)
         calls.append(f"critic restarted beside {len(restarting) - 1} others")
         restarting.pop()
 
@@ -357,12 +327,9 @@ def without_a_node(*losses: str) -> list[str]:
     return calls
 
 
-def test_a_run_without_a_node_saves_what_its_ranks_have_kept() -> None:
-    assert without_a_node() == [*STEP_1, "save kept 1", "commit 1"]
-
-
-def test_a_run_without_a_node_keeps_its_last_checkpoint_if_nothing_can_be_saved(
+def test_a_run_without_a_node_saves_what_its_ranks_have_kept_if_it_can_be_saved(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    assert without_a_node() == [*STEP_1, "save kept 1", "commit 1"]
     assert without_a_node("save kept 1") == STEP_1
     assert "the state after step 1 could not be saved: save kept 1: lost" in caplog.text

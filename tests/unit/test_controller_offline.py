@@ -1,10 +1,9 @@
-"""rlhf/controller/offline.py evaluates in parts, and repeats steps after a loss."""
+"""rlhf/controller/offline.py evaluates in parts, repeats steps after a loss, and asks a teacher in time."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,73 +11,33 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.schema.cluster import Restarts
 from rlhf.controller.offline import OfflineController
 from rlhf.controller.record import RunRecord
 from rlhf.controller.supervisor import Supervisor
+from rlhf.data.examples import Example
 from rlhf.data.stream import Stream
 from rlhf.errors import WorkerLost
-from rlhf.tracking.display.progress_live import open_progress
 from rlhf.tracking.metrics.reductions import Sum
 from rlhf.tracking.run_folder.folder import RunFolder
-from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.types import MinibatchPlan
 from tests.fakes.configs import offline_config
+from tests.fakes.records import quiet_record
 
 
-@dataclass(frozen=True)
-class SomeRow:
-    example_id: int
-    token_ids: tuple[int, ...]
-    num_targets: int
-    non_token_bytes: bytes = b""
-
-
-class Role:
-    """Two ranks that record calls."""
-
-    num_ranks = 2
-
-    def __init__(self) -> None:
-        self.plans: list[MinibatchPlan] = []
-
-    async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: tuple[()]) -> dict[str, Any]:
-        self.plans.append(plan)
-        return {}
-
-
-def test_pieces_of_an_evaluation_are_divided_by_the_counts_of_the_whole_set() -> None:
-    rows = [SomeRow(example_id=i, token_ids=(0,) * (i + 1), num_targets=i) for i in range(7)]
-    role: Any = Role()
-    train: Any = SimpleNamespace(sequences_per_update=3, best_metric=None, early_stopping=None)
-    record: Any = SimpleNamespace(stage=lambda *_, **__: nullcontext(), add=lambda _: None)
-    controller = OfflineController(
-        SimpleNamespace(train=train, cluster=SimpleNamespace(restarts=Restarts(gang=0))),  # type: ignore[arg-type]
-        role,
-        record,
-        train_set=rows,
-        rows=Stream(rows, seed=0, shuffle=True),
-        eval_sets={"heldout": rows},
-        policy_fingerprint="",
-        supervisor=Supervisor(Restarts(), record, ()),
-    )
-    asyncio.run(controller.evaluate(1))
-    shares = [[set(ids) for ids in plan.sequences_by_rank] for plan in role.plans]
-    assert [set.union(*ranks) for ranks in shares] == [{0, 1, 2}, {3, 4, 5}, {6}]
-    assert set() in shares[-1]  # one row for two ranks
-    assert {(plan.num_tokens, plan.num_sequences) for plan in role.plans} == {(0 + 1 + 2 + 3 + 4 + 5 + 6, 7)}
+def rows(count: int) -> list[Example]:
+    """Return rows of 1, 2, ... tokens, all but the first in the loss mask."""
+    return [Example(example_id=i, token_ids=(0,) * (i + 1), loss_mask=(False, *[True] * i)) for i in range(count)]
 
 
 class Ranks:
-    """A policy with the list of trained plans as the state. The policy is lost in a call of `lost`."""
+    """A policy with the list of trained plans as the state. The policy is lost in the call `lost`. Updates are slow."""
 
-    num_ranks = 1
-
-    def __init__(self, lost: str, *, is_whole: bool) -> None:
+    def __init__(self, *, lost: str = "none", is_whole: bool = True, num_ranks: int = 1) -> None:
+        self.lost, self.is_whole, self.num_ranks = lost, is_whole, num_ranks
         self.state: list[MinibatchPlan] = []
         self.snapshots: dict[int, list[MinibatchPlan]] = {}
-        self.lost, self.is_whole = lost, is_whole
         self.calls: list[str] = []
+        self.evaluated: list[MinibatchPlan] = []
 
     def note(self, call: str) -> None:
         self.calls.append(call)
@@ -87,10 +46,17 @@ class Ranks:
                 del self.snapshots[max(self.snapshots)]
             raise WorkerLost("lost", role="policy", rank=0, stage="update", kind="died")
 
-    async def update_on(self, plan: MinibatchPlan, states: tuple[()], *, snapshot: int | None = None) -> dict[str, Any]:
+    async def update_on(self, plan: MinibatchPlan, states: Any, *, snapshot: int | None = None) -> dict[str, Any]:
         self.state = [*self.state, plan]
-        self.note(f"update {len(self.state)}")
+        self.note(f"update {len(self.state)} by {states}" if states else f"update {len(self.state)}")
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        self.calls += ["updated"] if states else []
         return {"update/tokens/total": Sum(total=plan.num_tokens)}
+
+    async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: Any) -> dict[str, Any]:
+        self.evaluated.append(plan)
+        return {}
 
     async def take_snapshot(self, step: int) -> None:
         self.snapshots[step] = self.state
@@ -106,42 +72,103 @@ class Ranks:
         self.state = self.snapshots[step]
 
 
+@pytest.fixture
+def record(tmp_path: Path) -> Iterator[RunRecord]:
+    tracker = SimpleNamespace(log_error=lambda _: None, alert=lambda *_: None)
+    with RunFolder.open(tmp_path, "demo", resume=False) as folder:
+        yield quiet_record(folder, tracker)
+
+
+def controller_of(ranks: Ranks, record: RunRecord, data: list[Example], **options: Any) -> OfflineController:
+    """Return the loop of a run. `cluster` and further sections change the configuration."""
+    eval_sets, teacher = options.pop("eval_sets", {}), options.pop("teacher_role", None)
+    config, stream = offline_config(**options), Stream(data, seed=0, shuffle=False)
+    supervisor, role = Supervisor(config.cluster.restarts, record, ("policy",)), dict[str, Any](role=ranks)
+    data_sets: Any = {"train_set": data, "rows": stream, "eval_sets": eval_sets}
+    return OfflineController(
+        config, **role, record=record, **data_sets, policy_fingerprint="", supervisor=supervisor, teacher=teacher
+    )
+
+
+async def test_parts_of_an_evaluation_are_divided_by_the_counts_of_the_whole_set(record: RunRecord) -> None:
+    ranks, data = Ranks(num_ranks=2), rows(7)
+    controller = controller_of(ranks, record, data, eval_sets={"heldout": data}, train={"sequences_per_update": 3})
+    await controller.evaluate(1)
+    shares = [[set(ids) for ids in plan.sequences_by_rank] for plan in ranks.evaluated]
+    assert [set.union(*by_rank) for by_rank in shares] == [{0, 1, 2}, {3, 4, 5}, {6}]
+    assert set() in shares[-1]  # one row for two ranks
+    assert {(plan.num_tokens, plan.num_sequences) for plan in ranks.evaluated} == {(0 + 1 + 2 + 3 + 4 + 5 + 6, 7)}
+
+
 @pytest.mark.parametrize("is_whole", [True, False], ids=["whole", "half a copy"])
 @pytest.mark.parametrize("lost", ["none", "update 1", "update 3", "snapshot 2"])
-def test_a_step_is_made_again_after_a_loss_also_the_one_before_it(lost: str, is_whole: bool, tmp_path: Path) -> None:
-    rows = [SomeRow(example_id=i, token_ids=(0,) * (i + 1), num_targets=i) for i in range(7)]
-    config = offline_config()
-    ranks, unused = Ranks(lost, is_whole=is_whole), SimpleNamespace(log_error=lambda _: None, alert=lambda *_: None)
-    with RunFolder.open(tmp_path, "demo", resume=False) as folder:
-        record = RunRecord(
-            folder=folder,
-            tracker=unused,  # type: ignore[arg-type]
-            timeline=Timeline(folder.timeline),
-            progress=open_progress(3, mode="quiet"),
-        )
-        controller = OfflineController(
-            config,
-            ranks,  # type: ignore[arg-type]
-            record,
-            train_set=rows,
-            rows=Stream(rows, seed=0, shuffle=False),
-            eval_sets={},
-            policy_fingerprint="",
-            supervisor=Supervisor(Restarts(), record, ("policy",)),
-        )
-
-        async def three_steps() -> list[float]:
-            await controller.despite_losses(partial(controller.take_snapshot, 0))
-            tokens = []
-            for step in range(1, 4):
-                record.begin_step(step)
-                await controller.train_step(step)
-                tokens.append(record.row()["update/tokens/total"])
-            return tokens
-
-        assert asyncio.run(three_steps()) == [1.0, 5.0, 9.0]
+async def test_a_step_is_made_again_after_a_loss_also_the_one_before_it(
+    record: RunRecord, lost: str, is_whole: bool
+) -> None:
+    ranks = Ranks(lost=lost, is_whole=is_whole)
+    controller = controller_of(ranks, record, rows(7))
+    await controller.despite_losses(partial(controller.take_snapshot, 0))
+    for step, tokens in ((1, 1.0), (2, 5.0), (3, 9.0)):
+        record.begin_step(step)
+        await controller.train_step(step)
+        assert record.row()["update/tokens/total"] == tokens
     assert [plan.num_tokens for plan in ranks.state] == [1, 5, 9]
     again = {("update 3", False): ["update 2", "snapshot 2", "update 3"], ("update 3", True): ["update 3"]}
     if (lost, is_whole) in again:
         place = ranks.calls.index(lost) + 1
         assert ranks.calls[place:] == [*again[lost, is_whole], "snapshot 3"]
+
+
+class Teacher:
+    """A teacher whose states name the rows. Requests are recorded."""
+
+    role = "teacher"
+
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+
+    async def states(self, dataset: int, plan: MinibatchPlan) -> str:
+        self.calls.append(f"teach {plan.sequences_by_rank[0]}")
+        return str(plan.sequences_by_rank[0])
+
+
+@pytest.mark.parametrize(
+    ("colocate_with", "expected"),
+    [
+        (
+            "policy",
+            [
+                *("teach (0, 1)", "update 1 by (0, 1)", "updated"),
+                *("teach (2, 3)", "update 2 by (2, 3)", "updated"),
+                *("teach (4, 0)", "update 3 by (4, 0)", "updated"),
+            ],
+        ),
+        (
+            None,  # a step ahead
+            [
+                *("teach (0, 1)", "update 1 by (0, 1)", "teach (2, 3)", "updated"),
+                *("update 2 by (2, 3)", "teach (4, 0)", "updated"),
+                *("update 3 by (4, 0)", "updated"),
+            ],
+        ),
+    ],
+)
+async def test_a_teacher_beside_the_student_waits_and_another_is_a_step_ahead(
+    record: RunRecord, colocate_with: str | None, expected: list[str]
+) -> None:
+    ranks = Ranks()
+    controller = controller_of(
+        ranks,
+        record,
+        rows(5),
+        teacher_role=Teacher(ranks.calls),
+        teacher={"model": "n"},
+        algorithm={"name": "distillation"},
+        cluster={"roles": {"teacher": {"colocate_with": colocate_with}}, "restarts": {"gang": 0}},
+    )
+    for step in range(1, 4):
+        await controller.train_step(step)
+        cursor = controller.state()["cursor"]
+        assert 5 * cursor["epoch"] + cursor["position"] == 2 * step, "behind the rows of the step"
+    assert ranks.calls == expected
+    assert [plan.sequences_by_rank for plan in ranks.state] == [((0, 1),), ((2, 3),), ((4, 0),)]
