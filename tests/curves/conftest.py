@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.curves.in_process import join_alone, leave_alone
+from rlhf.engine.distributed import leave_distributed
+from tests.curves.in_process import join_alone
 
 
 @pytest.fixture(scope="package")
@@ -14,4 +15,4 @@ def alone() -> Iterator[None]:
     """Make this process a gang of one."""
     join_alone()
     yield
-    leave_alone()
+    leave_distributed()

@@ -18,14 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.run.run_record import recording
-from rlhf.config.derive import (
-    critic_model,
-    critic_optimizer_steps,
-    needs,
-    policy_optimizer_steps,
-    reference_is_adapter_off,
-    reference_model,
-)
+from rlhf.config import derive
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.schema.root import Config
 from rlhf.controller.learning import OnlineRoles
@@ -33,7 +26,7 @@ from rlhf.controller.online import OnlineController
 from rlhf.controller.supervisor import Supervisor
 from rlhf.controller.weight_sync import check_probe
 from rlhf.data.stream import Stream
-from rlhf.engine.distributed import RankContext, init_distributed, leave_distributed
+from rlhf.engine.distributed import RankContext, init_distributed
 from rlhf.evaluation.voting import AnswerForm
 from rlhf.models.files.loading import load_tokenizer
 from rlhf.preflight.inputs import StageInputs, load_inputs
@@ -52,19 +45,25 @@ from rlhf.roles import (
 from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec
 from rlhf.rollouts.records.spans import Played, Sampled, assemble
 from rlhf.tracking.metrics.declarations import merge_metrics
-from rlhf.types import BatchPlan, GroupRequest, GroupScores, RolloutInfo, Sampling, TokenValues
+from rlhf.types import BatchPlan, GroupRequest, GroupScores, Sampling, TokenValues
 from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
 from rlhf.workers.frozen.teacher import OnlineTeacherWorker
 from rlhf.workers.online.critic import CriticWorker
 from rlhf.workers.online.pairs import OnlinePreferenceWorker
 from rlhf.workers.online.policy import PolicyWorker
+from rlhf.workers.online.streamed import StreamedPolicyWorker
 from rlhf.workers.online.student import StudentWorker
 from rlhf.workers.trained import TrainedWorker
 from tests.fakes.roles import FakeEngines, FakeManifest, FakePolicy, FakeReference, FakeRewards, FakeTrained
 from tests.integration.rank_gang import free_port
 
 PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=120.0)
+WORKERS: Any = {
+    "advantages": PolicyWorker,
+    "sampled_pairs": OnlinePreferenceWorker,
+    "sampled_distillation": StudentWorker,
+}
 
 
 def join_alone() -> None:
@@ -72,53 +71,36 @@ def join_alone() -> None:
     init_distributed(PLACE, "127.0.0.1", free_port())
 
 
-def leave_alone() -> None:
-    """End the gang."""
-    leave_distributed()
+def awaited(call: Callable[..., Any]) -> Any:
+    """Return a role's method that calls a worker's."""
+
+    async def method(*arguments: Any) -> Any:
+        return call(*arguments)
+
+    return method
 
 
 class Trained(FakeTrained):
     """The common part of the policy and the critic."""
 
-    def __init__(self, worker: TrainedWorker) -> None:
+    def __init__(self, worker: Any) -> None:
         super().__init__()
-        self.ranks = 1
-        self.trained = worker
+        self.ranks, self.worker = 1, worker
         self.memory_folder = tempfile.TemporaryDirectory(dir="/dev/shm")
+        for name in ("take_snapshot", "newest_snapshot", "restore_snapshot", "save", "load", "export"):
+            setattr(self, name, awaited(getattr(worker, name)))
         self.build()
 
     def build(self) -> None:
-        self.trained.build()
-        self.trained.open_snapshots(Path(self.memory_folder.name))
+        self.worker.build()
+        self.worker.open_snapshots(Path(self.memory_folder.name))
 
     async def restart(self) -> None:
         self.build()
 
-    async def take_snapshot(self, step: int) -> None:
-        self.trained.take_snapshot(step)
-
-    async def newest_snapshot(self) -> int | None:
-        return self.trained.newest_snapshot()
-
-    async def restore_snapshot(self, step: int) -> None:
-        self.trained.restore_snapshot(step)
-
-    async def save(self, folder: Path) -> None:
-        self.trained.save(folder)
-
-    async def load(self, folder: Path) -> None:
-        self.trained.load(folder)
-
-    async def export(self, folder: Path) -> None:
-        self.trained.export(folder)
-
 
 class Policy(Trained, FakePolicy):
     """The policy role."""
-
-    def __init__(self, worker: PolicyWorker | OnlinePreferenceWorker | StudentWorker) -> None:
-        super().__init__(worker)
-        self.worker: Any = worker
 
     async def prepare(
         self, plan: BatchPlan, groups: Sequence[CompletedGroup], ref_logprobs: Sequence[RemoteColumns[TokenValues]]
@@ -128,14 +110,14 @@ class Policy(Trained, FakePolicy):
         return PrepareReport(sequences=sequences, metrics=metrics)
 
     async def set_advantages(
-        self,
-        plan: BatchPlan,
-        by_sequence: Mapping[int, float] | None,
-        values: Sequence[RemoteColumns[TokenValues]],
+        self, plan: BatchPlan, by_sequence: Mapping[int, float] | None, values: Sequence[RemoteColumns[TokenValues]]
     ) -> AdvantagesReport:
         returns, (means, metrics) = self.worker.set_advantages(by_sequence, *(column.ref for column in values))
         column = RemoteColumns(ref=returns, sequence_ids=plan.sequences_of(0))
         return AdvantagesReport(mean_advantages=means, metrics=metrics, returns=(column,))
+
+    async def accumulate(self, minibatch: int) -> None:
+        self.worker.accumulate(minibatch)
 
     async def update(self, minibatch: int, states: Sequence[Any] = ()) -> Metrics:
         return merge_metrics([self.worker.update(minibatch, *states)])
@@ -144,16 +126,11 @@ class Policy(Trained, FakePolicy):
         return [self.worker.token_signals(sequences)[0]]
 
     async def probe(self, token_ids: Sequence[int]) -> list[float]:
-        found: list[float] = self.worker.probe(token_ids)
-        return found
+        return list(self.worker.probe(token_ids))
 
 
 class Critic(Trained):
     """The critic role."""
-
-    def __init__(self, worker: CriticWorker) -> None:
-        super().__init__(worker)
-        self.worker = worker
 
     async def values(self, plan: BatchPlan, groups: Sequence[CompletedGroup]) -> list[RemoteColumns[TokenValues]]:
         rollouts: list[Any] = [group.rollouts for group in groups]
@@ -277,7 +254,8 @@ class Engine(FakeEngines):
                 Played(prompt_token_ids=prompt, spans=(turn,), finish_reason=turn.finish_reason)
                 for turn in islice(turns, len(request.seeds))
             ]
-            yield completed(request, *assemble(request, answers))
+            rollouts, infos = assemble(request, answers)
+            yield CompletedGroup(request=request, rollouts=rollouts, infos=infos)
 
     async def answer(
         self, request: GroupRequest, sampling: Sampling, *, oldest: int, urgent: bool = False
@@ -318,10 +296,6 @@ class Engine(FakeEngines):
         ]
 
 
-def completed(request: GroupRequest, rollouts: Any, infos: tuple[RolloutInfo, ...]) -> CompletedGroup:
-    return CompletedGroup(request=request, rollouts=rollouts, infos=infos)
-
-
 class Conversing(Engine):
     """The rollout role of a run with an environment: turns requested at about the same time are a single batch."""
 
@@ -338,8 +312,8 @@ class Conversing(Engine):
             await self.conversations.start()
             self.is_started = True
         played = [self.conversations.group(one, one.drawn_by(sampling)) for one in requests]
-        for request, group in zip(requests, await asyncio.gather(*played), strict=True):
-            yield completed(request, *group)
+        for request, (rollouts, infos) in zip(requests, await asyncio.gather(*played), strict=True):
+            yield CompletedGroup(request=request, rollouts=rollouts, infos=infos)
 
     async def _draw(
         self, group_id: int, tokens: tuple[int, ...], seed: int, sampling: Sampling, stop: int | None
@@ -358,14 +332,19 @@ class Conversing(Engine):
         await self.conversations.stop()
 
 
-async def run(loaded: LoadedConfig, *, watch: Callable[[OnlineRoles], OnlineRoles] = lambda roles: roles) -> Path:
+async def run(
+    loaded: LoadedConfig,
+    *,
+    watch: Callable[[OnlineRoles], OnlineRoles] = lambda roles: roles,
+    resume: bool = False,
+) -> Path:
     """Run without Ray and return the folder. The process must have joined a gang of one. watch: wraps the roles."""
     (stage,) = await asyncio.to_thread(load_inputs, loaded)  # it has event loops of its own
     assert isinstance(stage, StageInputs)
     inputs = stage.inputs
     assert isinstance(inputs, OnlineInputs)
-    with recording(stage.written, resume=False) as (record, _):
-        roles, settings = _roles(stage.config, inputs)
+    with recording(stage.written, resume=resume) as (record, step):
+        roles, reward = _roles(stage.config, inputs)
         controller = OnlineController(
             stage.config,
             watch(roles),
@@ -379,10 +358,12 @@ async def run(loaded: LoadedConfig, *, watch: Callable[[OnlineRoles], OnlineRole
             supervisor=Supervisor(stage.config.cluster.restarts, record, ("policy", "critic")),
         )
         try:
+            if step is not None:
+                await controller.restore(step)
             await controller.run()
             await controller.export()
         finally:
-            settings.stop()
+            reward.stop()
             rollout: Any = roles.rollout
             if isinstance(rollout, Conversing):
                 await rollout.stop()
@@ -391,51 +372,34 @@ async def run(loaded: LoadedConfig, *, watch: Callable[[OnlineRoles], OnlineRole
 
 def _roles(config: Config, inputs: OnlineInputs) -> tuple[OnlineRoles, RewardWorker]:
     assert config.rollouts is not None
-    wanted = needs(config)
-    kind: Any = OnlinePreferenceWorker if config.algorithm.kind == "sampled_pairs" else PolicyWorker
-    own: dict[str, Any] = {"reference_is_adapter_off": reference_is_adapter_off(config)}
-    if config.algorithm.kind == "sampled_distillation":
-        kind, own = StudentWorker, {}
-    worker = kind(config, PLACE, optimizer_steps=policy_optimizer_steps(config), **own)
-    policy = Policy(worker)
-    sequences: dict[str, Any] = {
-        "temperature": config.rollouts.temperature,
-        "samples_per_prompt": config.rollouts.samples_per_prompt,
-        "max_tokens_per_microbatch": config.train.max_tokens_per_microbatch,
-    }
-    critic = None
-    if "critic" in wanted:
-        critic = Critic(
-            CriticWorker(config, critic_model(config), PLACE, optimizer_steps=critic_optimizer_steps(config))
-        )
-    reference = None
-    if "reference" in wanted:
-        reference = Reference(ReferenceWorker(reference_model(config), PLACE, **sequences))
-    teacher = None
-    if config.teacher is not None:
-        teacher = Teacher(OnlineTeacherWorker(config.teacher, PLACE, **sequences))
-    policy_of = config.reward_policy
-    reward = RewardWorker(
-        RewardSettings(
-            specs=inputs.rewards,
-            tokenizer=config.policy.model,
-            trust_remote_code=False,
-            model=None,
-            timeout_s=policy_of.timeout_s,
-            processes=1,
-            memory_gib=policy_of.memory_gib,
-            max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
-        ),
-        PLACE,
+    kind = config.algorithm.kind
+    own = (
+        {} if kind == "sampled_distillation" else {"reference_is_adapter_off": derive.reference_is_adapter_off(config)}
     )
-    roles: Any = {
-        "policy": policy,
-        "rollout": Engine(config.policy.model, worker)
-        if inputs.environment is None
-        else Conversing(config.policy.model, worker, inputs.environment),
-        "reward": Reward(reward),
-        "reference": reference,
-        "teacher": teacher,
-        "critic": critic,
-    }
+    rank = StreamedPolicyWorker if config.train.streamed else WORKERS[kind]
+    worker: Any = rank(config, PLACE, optimizer_steps=derive.policy_optimizer_steps(config), **own)
+    tokens = config.train.max_tokens_per_microbatch
+    sequences: Any = config.rollouts.model_dump(include={"temperature", "samples_per_prompt"})
+    sequences["max_tokens_per_microbatch"] = tokens
+    settings = RewardSettings(
+        specs=inputs.rewards,
+        tokenizer=config.policy.model,
+        trust_remote_code=False,
+        model=None,
+        timeout_s=config.reward_policy.timeout_s,
+        processes=1,
+        memory_gib=config.reward_policy.memory_gib,
+        max_tokens_per_microbatch=tokens,
+    )
+    reward, engine = RewardWorker(settings, PLACE), Engine(config.policy.model, worker)
+    if inputs.environment is not None:
+        engine = Conversing(config.policy.model, worker, inputs.environment)
+    roles: Any = {"policy": Policy(worker), "rollout": engine, "reward": Reward(reward)}
+    if "critic" in derive.needs(config):
+        model, steps = derive.critic_model(config), derive.critic_optimizer_steps(config)
+        roles["critic"] = Critic(CriticWorker(config, model, PLACE, optimizer_steps=steps))
+    if "reference" in derive.needs(config):
+        roles["reference"] = Reference(ReferenceWorker(derive.reference_model(config), PLACE, **sequences))
+    if config.teacher is not None:
+        roles["teacher"] = Teacher(OnlineTeacherWorker(config.teacher, PLACE, **sequences))
     return OnlineRoles(**roles), reward
