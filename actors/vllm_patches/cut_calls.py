@@ -47,10 +47,7 @@ def parsed_as_stream(
 def ending_as_sampled(
     answer: Callable[..., Awaitable[Any]], cut: Callable[[], Collection[int]]
 ) -> Callable[..., Awaitable[Any]]:
-    """Return vLLM's method for a whole chat answer, with `length` as the end of each truncated response.
-
-    For an answer with a call, vLLM names `tool_calls`.
-    """
+    """Return vLLM's method for a whole chat answer, with `length` as the end of each truncated response."""
 
     async def ended(*args: Any, **options: Any) -> Any:
         response = await answer(*args, **options)

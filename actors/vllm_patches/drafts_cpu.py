@@ -1,9 +1,7 @@
 """Give each drafted token the sampling parameters of the request, in speculative decoding on a CPU.
 
-vLLM verifies all drafted tokens of a step together, and therefore repeats a request's temperature, top-p and top-k for
-each draft. vLLM's kernel for CPUs writes the repeated values to a copy and drops the copy. Drafts would then be
-accepted and reported by temperatures from uninitialised memory, and the log-probabilities would be wrong by any amount.
-The kernel's truncation to top-k fails in a step without a draft.
+vLLM's kernel for CPUs writes the repeated values to a copy and drops the copy. Drafts would then be accepted and
+reported by temperatures from uninitialised memory. The kernel's truncation to top-k fails in a step without a draft.
 """
 
 from __future__ import annotations

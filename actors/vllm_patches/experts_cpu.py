@@ -3,8 +3,8 @@
 On GPUs vLLM's second model runner returns the experts itself. A table has a row for each place in the cache of keys and
 values, so tokens of a shared prefix are both computed and recorded once.
 
-A request that loses the place in the cache, as after an update of the weights, computes all tokens again. The choices
-of a token's first computation are kept, as on GPUs, since these choices belong to the sampling weights.
+A request that loses the place in the cache, as after an update of the weights, computes all tokens again. A token's
+first choices are kept, as on GPUs, since these choices belong to the sampling weights.
 """
 
 from __future__ import annotations

@@ -30,11 +30,8 @@ def continue_generators() -> None:
 
 
 def skip_draws(generator: torch.Generator, count: int, *, vocabulary: int) -> None:
-    """Advance a request's generator by the draws of `count` tokens.
-
-    On a CPU vLLM draws an integer for each token, and on a GPU a number for each entry of the vocabulary.
-    """
-    if generator.device.type == "cpu":
+    """Advance a request's generator by the draws of `count` tokens."""
+    if generator.device.type == "cpu":  # an integer for each token; on a GPU a number for each entry of the vocabulary
         torch.randint(0, 2**31, (count,), generator=generator, dtype=torch.long)
         return
     start = generator.get_offset()

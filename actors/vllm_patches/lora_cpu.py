@@ -24,7 +24,6 @@ class SharedAdapterWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         self._fused: dict[int, tuple[int, Tensor, Tensor]] = {}  # by layer: version of its matrices, and the two
 
     def update_metadata(self, mapping: Any, *args: Any, **options: Any) -> None:
-        """Note whether the requests of the next step carry the adapter."""
         super().update_metadata(mapping, *args, **options)
         self.is_applied = any(mapping.index_mapping)
 
@@ -38,7 +37,6 @@ class SharedAdapterWrapper(PunicaWrapperCPU):  # type: ignore[misc]
         output_slices: Sequence[int],
         **options: Any,
     ) -> None:
-        """Add the adapter's output to the layer's output `y`."""
         if self.is_applied:
             lora_a, lora_b = self._matrices(lora_a_stacked, lora_b_stacked, output_slices)
             y.view(-1, y.shape[-1]).addmm_(x @ lora_a, lora_b, alpha=scale)
@@ -46,13 +44,10 @@ class SharedAdapterWrapper(PunicaWrapperCPU):  # type: ignore[misc]
     def _matrices(
         self, lora_a_stacked: Sequence[Tensor], lora_b_stacked: Sequence[Tensor], output_slices: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Return a layer's matrices, transposed: for fused weights side by side, and as the blocks of a diagonal.
-
-        The matrices are recomputed after vLLM has written to vLLM's matrices, as in loading an adapter.
-        """
+        """Return a layer's matrices of the loaded adapter, transposed: side by side, and as blocks of a diagonal."""
         version = sum(matrix._version for matrix in (*lora_a_stacked, *lora_b_stacked))
         key = lora_a_stacked[0].data_ptr()
-        if key not in self._fused or self._fused[key][0] != version:
+        if self._fused.get(key, (None,))[0] != version:
             lora_a = torch.cat([matrix[0, 0] for matrix in lora_a_stacked])
             lora_b = torch.block_diag(*[m[0, 0, :size] for m, size in zip(lora_b_stacked, output_slices, strict=True)])
             self._fused[key] = (version, lora_a.T.contiguous(), lora_b.T.contiguous())

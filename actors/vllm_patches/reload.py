@@ -17,10 +17,7 @@ def num_constants(layer: torch.nn.Module) -> int:
 
 
 def copied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the layers with weights that vLLM copies without loaders, unnoticed by the reload.
-
-    Such layers are gpt-oss's experts and attention sinks. A sync allocates all such layers a second time.
-    """
+    """Return the layers, gpt-oss's experts and sinks, with weights that vLLM copies unnoticed by the reload."""
     if type(model).__name__ != "GptOssForCausalLM":
         return []
     return [module for module in model.modules() if isinstance(module, RoutedExperts) or hasattr(module, "sinks")]
@@ -44,11 +41,7 @@ def name_loaders(model: torch.nn.Module) -> None:
 
 
 def forget_expert_kernels(model: torch.nn.Module) -> None:
-    """Make the next load build the expert kernels of a CPU again.
-
-    vLLM packs the experts' weights for these kernels only while building the kernels. An old kernel would read the
-    unpacked weights of the sync as packed.
-    """
+    """Make the next load build the expert kernels of a CPU again: vLLM packs the experts' weights only then."""
     for module in model.modules():
         if isinstance(module, RoutedExperts):
             module.quant_method.moe_kernel = None

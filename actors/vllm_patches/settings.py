@@ -16,19 +16,13 @@ def model_settings(config: Any) -> dict[str, Any]:
 
 
 def generation_settings(config: Any) -> dict[str, Any]:
-    """Return the changes of a model's generation config.
-
-    vLLM turns off Llama 4's scale of queries at late positions unless the engine takes more than 32,768 tokens.
-    """
+    """Return the changes of a generation config: below 32,769 tokens vLLM turns off Llama 4's scale of queries."""
     key = "attn_temperature_tuning"
     return {key: bool(getattr(config, key))} if hasattr(config, key) else {}
 
 
 def heads_stand_apart(config: Any) -> bool:
-    """Return whether queries reach vLLM's rotary embedding with a dimension for the heads, as in DeepSeek's attention.
-
-    LFM2 does so too. vLLM's operation for CPUs rotates such queries wrongly, and torch's operation does not.
-    """
+    """Return whether queries reach vLLM's rotary embedding with a dimension for the heads, wrong on CPUs."""
     return has_mla(config) or config.model_type in ("lfm2", "lfm2_moe")
 
 

@@ -67,10 +67,7 @@ def note_unread_weights() -> None:
 
 
 def unread_weights(model: Any) -> frozenset[str]:
-    """Return the names of a loaded model's unread weights.
-
-    Empty for a class of transformers: vLLM loads such a class strictly, and prevents a second creation.
-    """
+    """Return the names of a loaded model's unread weights. vLLM loads classes of transformers strictly: none."""
     if type(model).__module__.startswith(TRANSFORMERS):
         return frozenset()
     names: frozenset[str] = getattr(model, "unread_weights", frozenset())  # other loaders note nothing

@@ -1,8 +1,6 @@
-"""The transport of a LoRA adapter: a small folder, written by the policy and loaded by the engines over the previous
-one.
+"""The transport of a LoRA adapter: a small folder in the run folder, written by the policy and loaded by the engines.
 
-The folder is in the run folder and visible to all hosts. The base model's weights never travel, because engines and
-policy load the same model folder at the start.
+The base model's weights never travel, because engines and policy load the same model folder at the start.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from actors.weights.manifest import WeightManifest
+from actors.weights.manifest import WeightManifest, dtype_name
 from actors.weights.staging import WeightSender
 from rlhf.errors import RunError, StorageFull
 from rlhf.tracking.run_folder.atomic import write_aside, write_atomic
@@ -28,11 +26,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's f
 
 
 class AdapterSender(WeightSender):
-    """The policy's end, for writing the folder.
-
-    `config` is peft's, as in adapter_config.json. `base` names the adapted model. A new adapter is the same for all
-    models of a shape, and the checksum must still distinguish the models.
-    """
+    """The policy's end. `config` is peft's. `base` names the adapted model, to enter the checksum of the adapter."""
 
     transport = "adapter"
 
@@ -46,10 +40,8 @@ class AdapterSender(WeightSender):
 
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest | None:
         """Write the adapter. Returns None on all ranks but 0."""
-        tensors = {
-            name: weight.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-            for name, weight in named_weights
-        }
+        whole = torch.contiguous_format
+        tensors = {name: w.detach().to("cpu").clone(memory_format=whole) for name, w in named_weights}
         if self.folder is None:
             return None
         path = self.folder / WEIGHTS
@@ -63,7 +55,7 @@ class AdapterSender(WeightSender):
             version=version,
             checksum=file_checksum(path),
             names=tuple(tensors),
-            dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()),
+            dtypes=tuple(map(dtype_name, tensors.values())),
             shapes=tuple(tuple(tensor.shape) for tensor in tensors.values()),
             offsets=(),
             nbytes=path.stat().st_size,

@@ -1,8 +1,8 @@
 """Weights by broadcast, from the policy's first rank to every worker of every engine, in buckets.
 
-The transports gloo (between CPU hosts) and nccl (between GPUs) differ only in the process group and the device. The
-group is separate from the trainer's and from vLLM's own, and every operation of the group has a deadline. The weights
-are gathered twice, for the checksum and for the broadcast, so that no copy of all weights is held.
+The transports gloo (between CPU hosts) and nccl (between GPUs) differ only in the process group and the device. Every
+operation has a deadline. The weights are gathered twice, for the checksum and for the broadcast, so that no copy of all
+weights is held.
 """
 
 from __future__ import annotations
@@ -30,45 +30,39 @@ WATCHDOG_LATER_S = 60.0  # NCCL's watchdog would kill the process, so its limit 
 
 
 def open_group(method: Method, meeting: Meeting, rank: int) -> Any:
-    """Connect a process group for the weights. The call blocks until all members have come.
-
-    RunError: a member does not come within timeout_s.
-    """
-    group = _new_group(method, meeting, rank)
+    """Connect a process group for the weights. RunError: a member does not come within timeout_s."""
+    limit, size = timedelta(seconds=meeting.timeout_s), meeting.num_receivers + 1
+    meet_through(meeting.address)
+    try:
+        store = PrefixStore(
+            "weights", TCPStore(meeting.address, meeting.port, size, is_master=rank == 0, timeout=limit)
+        )
+        group: Any
+        if method == "gloo":
+            group = dist.ProcessGroupGloo(store, rank, size, limit)
+        else:
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = limit + timedelta(seconds=WATCHDOG_LATER_S)
+            group = dist.ProcessGroupNCCL(store, rank, size, options)
+    except (RuntimeError, dist.DistError) as error:
+        raise RunError(
+            f"weight sync: rank {rank} of {size} did not meet all others at {meeting.address}:{meeting.port} "
+            f"within {meeting.timeout_s:.0f} s: {error}"
+        ) from error
     first = torch.zeros(1, dtype=torch.uint8, device=group_device(method))  # NCCL connects at its first use
     broadcast(group, first, limit_s=meeting.timeout_s)
     return group
 
 
 def group_device(method: Method) -> torch.device:
-    """Return the tensor device for a process group."""
     return torch.device("cpu") if method == "gloo" else torch.device("cuda", torch.cuda.current_device())
-
-
-def _new_group(method: Method, meeting: Meeting, rank: int) -> Any:
-    limit = timedelta(seconds=meeting.timeout_s)
-    size = meeting.num_receivers + 1
-    meet_through(meeting.address)
-    try:
-        store = TCPStore(meeting.address, meeting.port, size, is_master=rank == 0, timeout=limit)
-        if method == "gloo":
-            return dist.ProcessGroupGloo(PrefixStore("weights", store), rank, size, limit)
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = limit + timedelta(seconds=WATCHDOG_LATER_S)
-        return dist.ProcessGroupNCCL(PrefixStore("weights", store), rank, size, options)
-    except (RuntimeError, dist.DistError) as error:
-        raise RunError(
-            f"weight sync: rank {rank} of {size} did not meet all others at {meeting.address}:{meeting.port} "
-            f"within {meeting.timeout_s:.0f} s: {error}"
-        ) from error
 
 
 def broadcast(group: Any, tensor: Tensor, *, limit_s: float) -> None:
     """Send a tensor from rank 0 to all ranks, and wait for the end. RunError at the limit or if a peer is gone.
 
-    NCCL notices no dead peer on the same host, and NCCL's `wait` only orders streams. This function therefore polls the
-    broadcast. At the limit the group is aborted. Otherwise the kernel would occupy the GPU, and NCCL's watchdog would
-    end the process.
+    NCCL notices no dead peer on the same host, and NCCL's `wait` only orders streams, so the broadcast is polled. At
+    the limit the group is aborted, before NCCL's watchdog would end the process.
     """
     options = dist.BroadcastOptions()
     options.rootRank = 0
@@ -106,7 +100,6 @@ class BroadcastSender(WeightSender):
         self.group = open_group(self.transport, self.meeting, 0) if self.rank == 0 else None
 
     def fields(self) -> Mapping[str, Any]:
-        """Return the size of a bucket."""
         return {"bucket_bytes": BUCKET_BYTES}
 
     def send(self, manifest: WeightManifest, named_weights: Iterator[tuple[str, Tensor]]) -> None:
@@ -118,7 +111,7 @@ class BroadcastSender(WeightSender):
             broadcast(self.group, bucket, limit_s=self.meeting.timeout_s)
 
     def settle(self) -> None:
-        """Free the bucket's memory, because training needs the memory on a GPU."""
+        """Free the bucket's memory for training."""
         if self.memory is not None:
             self.memory = Scratch(self.memory.flat.device)
 

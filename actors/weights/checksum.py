@@ -1,7 +1,6 @@
 """The checksum of published weights, taken in place: xxh3-64 on a CPU, a weighted sum of 64-bit words on a GPU.
 
-Both ends of a transport hold the weights in the same kind of memory, so both take the same kind of sum. A GPU would
-have to send every byte to the host for xxh3.
+Both ends of a transport hold the weights in the same kind of memory, so both take the same kind of sum.
 """
 
 from __future__ import annotations
@@ -42,8 +41,7 @@ class Checksum:
 def weighted_sum(words: Int64[Tensor, " words"], *, first: int) -> Int64[Tensor, ""]:
     """Return the sum of word * weight modulo 2^64. Each place in the whole run has a different odd weight.
 
-    An odd weight has an inverse, so a change of one word always changes the sum. The weights differ, so swapped words
-    change the sum too.
+    An odd weight has an inverse, so a change of one word changes the sum, and so do swapped words.
     """
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     for begin in range(0, len(words), CHUNK_WORDS):

@@ -1,8 +1,7 @@
 """Weights between processes with shared GPUs: an engine's worker opens the trainer's memory by CUDA handles.
 
-Every rank next to an engine copies all weights to the shared GPU. The memory is freed after the engines' loading,
-because training needs the memory. CUDA frees the memory only after a receiver has opened and closed the handles, so a
-rank without an engine must not offer memory.
+Every rank next to an engine copies all weights to the shared GPU, and frees the memory after the engines' loading. CUDA
+frees the memory only after a receiver has opened and closed the handles, so a rank without an engine offers no memory.
 """
 
 from __future__ import annotations
@@ -46,7 +45,6 @@ class IpcSender(WeightSender):
         torch.cuda.ipc_collect()
 
     def close(self) -> None:
-        """Free the copied weights on this GPU."""
         self.settle()
 
 

@@ -1,8 +1,7 @@
 """The description of published weights: names, layout, version and checksum.
 
-The trainer writes and engines read the description. All transports use the same layout: one flat run of bytes in the
-order of the trainer's names, each tensor at a 64-byte boundary. The checksum covers the whole run. This module moves no
-bytes.
+All transports use the same layout: one flat run of bytes in the order of the trainer's names, each tensor at a 64-byte
+boundary. The checksum covers the whole run.
 """
 
 from __future__ import annotations
@@ -40,6 +39,10 @@ class WeightManifest:
         for i in range(first, len(self.names) if last is None else last):
             begin = self.offsets[i] - self.offsets[first]
             yield self.names[i], tensor_view(flat, begin, getattr(torch, self.dtypes[i]), self.shapes[i])
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def aligned(nbytes: int) -> int:

@@ -1,8 +1,8 @@
 """Weights in shared memory without a name: trainer and engines on one host, no copy in between.
 
-The trainer's first rank creates a memfd, and the engines open it through the process's entry in /proc. Nothing appears
-in /dev/shm, other users cannot open the memory, and the kernel frees the memory when the processes end, even by a kill.
-Every sync writes in place, so both sides keep the mapping and the pages.
+The trainer's first rank creates a memfd, and the engines open it through the process's entry in /proc. Other users
+cannot open the memory, and the kernel frees the memory when the processes end, even by a kill. Every sync writes in
+place, so both sides keep the mapping and the pages.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ class ShmSender(WeightSender):
         self.memory = SharedMemory() if self.rank == 0 else None
 
     def fields(self) -> Mapping[str, Any]:
-        """Return the path of the memory."""
         assert self.memory is not None
         return {"path": str(self.memory.path)}
 

@@ -1,7 +1,7 @@
 """The policy's end of every transport: weights as one flat run of bytes, with the checksum of the run.
 
-The sender runs in the policy's process. Iterating the weights may be a collective, so every rank iterates, and only
-rank 0 stores the weights. The sender must never write to memory in use by an engine.
+Iterating the weights may be a collective, so every rank iterates, and only rank 0 stores the weights. The sender must
+never write to memory in use by an engine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from actors.weights.checksum import Checksum
-from actors.weights.manifest import WeightManifest, aligned, buckets, tensor_view
+from actors.weights.manifest import WeightManifest, aligned, buckets, dtype_name, tensor_view
 
 
 class FlatMemory(Protocol):
@@ -23,7 +23,6 @@ class FlatMemory(Protocol):
 
     def region(self, begin: int, end: int) -> UInt8[Tensor, " bytes"]:
         """Return the memory for the bytes from `begin` to `end` of the run."""
-        ...
 
 
 class Scratch:
@@ -53,12 +52,7 @@ class Meeting:
 class WeightSender:
     """The policy's end of a transport, with an object on every rank. In a sync: publish, send, settle.
 
-    Iterating the weights may be a collective: in `publish` all ranks iterate, in `send` all or no rank, depending on
-    the transport. Most transports stage the weights in the memory of rank 0, and the engines read them without `send`.
-
-    Args:
-        meeting: the meeting point of a broadcast's receivers.
-        beside_engine: an engine shares this rank's GPU.
+    In `publish` all ranks iterate the weights, in `send` all or no rank. beside_engine: an engine shares the GPU.
     """
 
     transport: ClassVar[str]
@@ -76,13 +70,7 @@ class WeightSender:
         if self.memory is None:
             iterate(named_weights)
             return None
-        return stage(
-            named_weights,
-            self.memory,
-            version=version,
-            transport=self.transport,
-            fields=self.fields(),
-        )
+        return stage(named_weights, self.memory, version=version, transport=self.transport, fields=self.fields())
 
     def fields(self) -> Mapping[str, Any]:
         """Return the manifest's values for this transport's receiver alone."""
@@ -112,14 +100,8 @@ def stage(
     transport: str,
     fields: Mapping[str, Any],
 ) -> WeightManifest:
-    """Copy the weights into `memory`, and describe the weights.
-
-    Each tensor is hashed right after the copy, while still in the cache.
-    """
-    names: list[str] = []
-    dtypes: list[str] = []
-    shapes: list[tuple[int, ...]] = []
-    offsets: list[int] = []
+    """Copy the weights into `memory`, and describe the weights. Each is hashed while still in the cache."""
+    staged: list[tuple[str, str, tuple[int, ...], int]] = []
     checksum = Checksum()
     end = 0
     for name, weight in named_weights:
@@ -127,17 +109,14 @@ def stage(
         region = memory.region(begin, end)
         _write(region, weight)
         checksum.add(region)
-        names.append(name)
-        dtypes.append(str(weight.dtype).removeprefix("torch."))
-        shapes.append(tuple(weight.shape))
-        offsets.append(begin)
+        staged.append((name, dtype_name(weight), tuple(weight.shape), begin))
     return WeightManifest(
         version=version,
         checksum=checksum.hexdigest(),
-        names=tuple(names),
-        dtypes=tuple(dtypes),
-        shapes=tuple(shapes),
-        offsets=tuple(offsets),
+        names=tuple(name for name, *_ in staged),
+        dtypes=tuple(dtype for _, dtype, *_ in staged),
+        shapes=tuple(shape for *_, shape, _ in staged),
+        offsets=tuple(offset for *_, offset in staged),
         nbytes=end,
         transport=transport,
         fields=fields,

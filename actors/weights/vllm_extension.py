@@ -1,8 +1,7 @@
 """The `worker_extension_cls` of vLLM: vLLM's workers import this module before loading a model.
 
-The module registers the weight transports and the LoRA products for CPUs, continues the random numbers of carried
-responses, records weights that vLLM does not read, and corrects some of vLLM's models, vLLM's loader of experts, and on
-CPUs speculative decoding and routers. vLLM mixes the class into the worker class: `self` is the worker.
+The module registers the weight transports and applies the repairs of actors.vllm_patches. vLLM mixes the class into the
+worker class: `self` is the worker.
 """
 
 from __future__ import annotations

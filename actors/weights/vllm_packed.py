@@ -1,8 +1,8 @@
 """Loads weights into a CPU engine in one pass: each matrix is packed directly from the received memory.
 
-vLLM's general reload allocates every layer again, copies the weights in, packs the weights, and copies once more. Here
-q, k, v are adjacent in the flat run, as are gate and up, so the fused matrix is a view of the run. Only plain decoders
-on one CPU worker are loaded so. Loading that does more than rename and fuse must never come here.
+vLLM's general reload copies the weights twice. Here q, k, v are adjacent in the flat run, as are gate and up, so the
+fused matrix is a view of the run. Only plain decoders on one CPU worker are loaded so, never models whose loading does
+more than rename and fuse.
 """
 
 from __future__ import annotations
@@ -22,36 +22,28 @@ PLAIN_DECODERS = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForC
 
 def loads_packed(model: nn.Module, *, device: torch.device, num_workers: int) -> bool:
     """Return whether `load_packed` knows this model."""
-    return (
-        device.type == "cpu"
-        and num_workers == 1
-        and type(model).__name__ in PLAIN_DECODERS
-        and all(
-            isinstance(m.quant_method, UnquantizedLinearMethod) for m in model.modules() if isinstance(m, LinearBase)
-        )
-    )
+    if device.type != "cpu" or num_workers != 1 or type(model).__name__ not in PLAIN_DECODERS:
+        return False
+    methods = [module.quant_method for module in model.modules() if isinstance(module, LinearBase)]
+    return all(isinstance(method, UnquantizedLinearMethod) for method in methods)
 
 
 def load_packed(model: Any, weights: Mapping[str, Tensor]) -> None:
-    """Load all weights, by Hugging Face name. RunError if some are missing, unknown or of another shape.
-
-    The head is left to `repack_heads`.
-    """
+    """Load all weights but a tied head, by Hugging Face name. RunError for missing, unknown or misshapen weights."""
     parts_of: Mapping[str, Sequence[str]] = model.packed_modules_mapping
     unused = dict(weights)
     for name, parameter in model.named_parameters():
-        prefix, leaf, kind = _split(name)
-        sources = [f"{prefix}{part}.{kind}" for part in parts_of.get(leaf, (leaf,))]
+        module_name, _, kind = name.rpartition(".")
+        prefix, dot, leaf = module_name.rpartition(".")  # such as model.layers.0.mlp and gate_up_proj
+        sources = [f"{prefix}{dot}{part}.{kind}" for part in parts_of.get(leaf, (leaf,))]
         missing = [source for source in sources if source not in unused]
         if missing:
             raise RunError(f"weight sync: the engine's {name} wants {missing[0]}, which the policy did not publish")
         weight = joined([unused.pop(source) for source in sources])
-        module = model.get_submodule(name.rpartition(".")[0])
+        module = model.get_submodule(module_name)
         if isinstance(module, LinearBase) and kind == "weight":
             _pack(module, parameter, weight)
-        elif isinstance(
-            module, VocabParallelEmbedding
-        ):  # the engine pads its vocabulary; the head is of this class too
+        elif isinstance(module, VocabParallelEmbedding):  # or the head; the engine pads its vocabulary
             parameter.data[: len(weight)].copy_(weight)
         else:
             parameter.data.copy_(weight)
@@ -71,16 +63,8 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
-def _split(name: str) -> tuple[str, str, str]:
-    """Split a name into ("model.layers.0.mlp.", "gate_up_proj", "weight")."""
-    module, _, kind = name.rpartition(".")
-    prefix, dot, leaf = module.rpartition(".")
-    return prefix + dot, leaf, kind
-
-
 def _pack(module: Any, parameter: nn.Parameter, weight: Tensor) -> None:
-    """Create the layer's packed weight. The parameter stays in place: empty, or (for kernels without packing) a
-    copy."""
+    """Create the layer's packed weight. The parameter stays: empty, or (for kernels without packing) a copy."""
     if weight.shape != (module.output_size, module.input_size):
         raise RunError(
             f"weight sync: {module.prefix} has the shape {(module.output_size, module.input_size)} in the engine and "

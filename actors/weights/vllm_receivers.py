@@ -43,31 +43,27 @@ class ShmEngine(ReloadEngine):
         self.checksum = checksum.hexdigest()
 
     def shutdown(self) -> None:
-        """Unmap the trainer's shared memory."""
         self.mapped, self.flat = ("", 0, 0), torch.empty(0, dtype=torch.uint8)
 
 
 class GlooEngine(ReloadEngine):
-    """Receives bucket after bucket. A bucket is freed when the bucket's layers are loaded."""
+    """Receives and loads bucket after bucket."""
 
     method: ClassVar[Method] = "gloo"
     group: Any = None
     limit_s: float  # of a broadcast
 
     def init_transfer_engine(self, init_info: MeetingInfo) -> None:
-        """Meet the sender. Blocks until all receivers have come."""
         assert init_info.meeting is not None
         self.limit_s = init_info.meeting.timeout_s
         self.group = open_group(self.method, init_info.meeting, init_info.first_rank + self.parallel_config.rank)
 
     def receive(self, manifest: WeightManifest) -> None:
-        """Load the weights in the order of arrival and take their checksum."""
         checksum = Checksum()
         self.load(self._received(manifest, checksum))
         self.checksum = checksum.hexdigest()
 
     def shutdown(self) -> None:
-        """Leave the process group of the weights."""
         self.group = None
 
     def _received(self, manifest: WeightManifest, checksum: Checksum) -> Iterator[tuple[str, Tensor]]:
@@ -101,15 +97,10 @@ class IpcEngine(ReloadEngine):
                 f"weight sync: no policy rank shares GPU {gpu} with this engine's worker; they are on "
                 f"{sorted(handles)}. The ipc transport needs cluster.roles.rollout.colocate_with: policy."
             )
-        parts = []
-        for handle in handles[gpu]:
-            arguments = list(handle)
-            arguments[_DEVICE_ARGUMENT] = self.device.index
-            parts.append(rebuild_cuda_tensor(*arguments))
-        self.load(
-            (name, tensor_view(part, 0, getattr(torch, dtype), shape))
-            for name, dtype, shape, part in zip(manifest.names, manifest.dtypes, manifest.shapes, parts, strict=True)
-        )
+        at = _DEVICE_ARGUMENT
+        parts = [rebuild_cuda_tensor(*given[:at], self.device.index, *given[at + 1 :]) for given in handles[gpu]]
+        rows = zip(manifest.names, manifest.dtypes, manifest.shapes, parts, strict=True)
+        self.load((name, tensor_view(part, 0, getattr(torch, dtype), shape)) for name, dtype, shape, part in rows)
         checksum = Checksum()
         for part in parts:
             checksum.add(part)

@@ -1,8 +1,8 @@
 """Loads published weights into a running vLLM model: the common part of all receiving ends.
 
-vLLM packs weights for its kernels after loading, so new weights cannot be copied into the parameters. Plain decoders on
-a CPU are packed again in one pass. For all other models vLLM's `initialize_layerwise_reload` puts each layer back
-into the loadable form, and the layer is packed again once all weights of the layer have arrived.
+vLLM packs weights for its kernels after loading. Plain decoders on a CPU are packed again in one pass. For all other
+models vLLM's `initialize_layerwise_reload` puts each layer back into the loadable form, and the layer is packed again
+once all weights of the layer have arrived.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Read the tensor files of a checkpoint without running code from them.
 
-A pickle can call any function during loading. The loader here accepts tensors, plain values and three of DeepSpeed's
-classes, all plain data. Import this module after `init_distributed`, like DeepSpeed.
+The loader accepts tensors, plain values and three of DeepSpeed's classes, all plain data. Import this module after
+`init_distributed`, like DeepSpeed.
 """
 
 from __future__ import annotations
@@ -27,19 +27,14 @@ class DataOnlyCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
     """Writes checkpoint files as DeepSpeed does, without frozen weights. Refuses to run code when reading files."""
 
     def __init__(self, config: Any, *, frozen: frozenset[str]) -> None:
-        """Set the names of the frozen weights, which are not written, since the model's folder has them."""
         super().__init__(config)
         self._frozen = frozen
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """Write a file without frozen weights, and wait until it is on the disk. Wait for room on a full disk.
-
-        The scales and other extras of 4-bit weights are left out too.
-        """
+        """Write a file without frozen weights or the extras of 4-bit weights. Wait for room on a full disk."""
         if "module" in state_dict:
-            weights = state_dict["module"]
-            kept = {name: weight for name, weight in weights.items() if not self.is_frozen(name)}
-            state_dict = {**state_dict, "module": kept}
+            trained = {name: weight for name, weight in state_dict["module"].items() if not self.is_frozen(name)}
+            state_dict = {**state_dict, "module": trained}
         save = super().save
 
         def write(aside: Path) -> None:
@@ -63,9 +58,9 @@ class DataOnlyCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
 
 
 def load_data(path: Path, *, map_location: Any = None, mapped: bool = False) -> Any:
-    """Return the content of a file written by `torch.save`.
+    """Return the content of a file of `torch.save`. UserError for a damaged file, or for anything but data.
 
-    Raise UserError for a damaged file or a file with more than data. mapped: the tensors stay on the disk until use.
+    mapped: the tensors stay on the disk until use.
     """
     try:
         with torch.serialization.safe_globals(_HARMLESS):
@@ -83,5 +78,4 @@ def load_data(path: Path, *, map_location: Any = None, mapped: bool = False) -> 
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines() or [""]
-    return lines[0][:200].rstrip(".")
+    return str(error).partition("\n")[0][:200].rstrip(".")

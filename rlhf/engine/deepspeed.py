@@ -2,15 +2,15 @@
 
 Each rank has one instance, made after `init_distributed`. DeepSpeed averages gradients over ranks; here losses are
 shares of a sum, so `backward` undoes the average. Ranks sharing micro-batches (sequence_parallel) evaluate the same
-loss. Each such rank computes the part of the gradient flowing through the rank's tokens. Nothing here knows an
-algorithm. No op is compiled at run time: the optimizers come from rlhf.engine.optimizers, not from DeepSpeed.
+loss, each for the part of the gradient flowing through the rank's tokens. No op is compiled at run time: the optimizers
+come from rlhf.engine.optimizers, not from DeepSpeed.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -20,13 +20,7 @@ from torch import Tensor, nn
 
 from rlhf.engine.distributed import set_deadline
 from rlhf.engine.engine_record import EngineRecord
-from rlhf.engine.frozen_weights import (
-    INITIAL_COPIES,
-    digest_of_base,
-    digest_over_ranks,
-    load_initial_copies,
-    save_initial_copies,
-)
+from rlhf.engine.frozen_weights import digest_of_base, digest_over_ranks, load_initial_copies, save_initial_copies
 from rlhf.engine.gathering import whole_numel, whole_weights
 from rlhf.engine.optimizers import make_optimizer
 from rlhf.engine.parameter_groups import parameter_groups
@@ -89,17 +83,10 @@ class DeepSpeedEngine:
         self._steps = 0
         self._nonfinite_losses = 0
         self._dropouts = [m for m in module.modules() if isinstance(m, nn.Dropout) and m.p > 0.0]  # for adapters
-        for dropout in self._dropouts:
-            dropout.train()
         self._sequence_parallel = sequence_parallel
         self._sequence_group = make_group(sequence_parallel)
         self._clips_itself = zero_stage == 0 and dtype == torch.float32  # DeepSpeed then reports no norm
-        groups = parameter_groups(
-            module,
-            lora_plus_ratio=optimizer.lora_plus_ratio,
-            weight_decay=optimizer.weight_decay,
-            splits_matrices=optimizer.name == "muon",
-        )
+        groups = parameter_groups(module, optimizer)
         parameters = [p for group in groups for p in group.parameters]
         names = {p: name for name, p in module.named_parameters()}
         self._groups = [{names[p]: whole_numel(p) for p in group.parameters} for group in groups]
@@ -117,10 +104,9 @@ class DeepSpeedEngine:
         self._snapshots: Snapshots | None = None
         from rlhf.engine.checkpoint_files import DataOnlyCheckpointEngine  # imports DeepSpeed
 
-        self._frozen = frozenset(
-            name for name, p in self._engine.module.named_parameters(remove_duplicate=False) if not p.requires_grad
-        )
-        self._engine.checkpoint_engine = DataOnlyCheckpointEngine(self._engine._config, frozen=self._frozen)
+        parameters_by_name = self._engine.module.named_parameters(remove_duplicate=False)
+        frozen = frozenset(name for name, p in parameters_by_name if not p.requires_grad)
+        self._engine.checkpoint_engine = DataOnlyCheckpointEngine(self._engine._config, frozen=frozen)
         copy_scripts = self._engine._copy_recovery_script
         self._engine._copy_recovery_script = lambda path: when_there_is_room(Path(path), lambda: copy_scripts(path))
         self._frozen_digest: str | None = None
@@ -128,17 +114,17 @@ class DeepSpeedEngine:
 
     def _deepspeed_config(self, offload: Offload, *, num_parameters: int) -> dict[str, Any]:
         on_gpu = self.device.type == "cuda"
+        bucket = min(num_parameters, BUCKET_ELEMENTS)  # DeepSpeed allocates the whole size
         zero: dict[str, Any] = {
             "stage": self._zero_stage,
             "overlap_comm": on_gpu,
-            "reduce_bucket_size": min(num_parameters, BUCKET_ELEMENTS),  # DeepSpeed allocates the whole size
-            "allgather_bucket_size": min(num_parameters, BUCKET_ELEMENTS),
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
             "sub_group_size": SUB_GROUP_ELEMENTS,
         }
-        if on_gpu and "optimizer" in offload:
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-        if on_gpu and "parameters" in offload:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+        for part, key in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
+            if on_gpu and part in offload:
+                zero[key] = {"device": "cpu", "pin_memory": True}
         clip = self._settings.grad_clip
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
@@ -165,20 +151,15 @@ class DeepSpeedEngine:
 
         Adapters drop out only where a gradient is taken. Measurements of the model always see one distribution.
         """
-        measures = bool(self._dropouts) and not torch.is_grad_enabled()
-        with rows_shared_by(self._sequence_group), self._without_dropout() if measures else nullcontext():
-            result: T = self._engine(function, *args, **kwargs)
-        return result
-
-    @contextmanager
-    def _without_dropout(self) -> Iterator[None]:
         for dropout in self._dropouts:
-            dropout.eval()
+            dropout.train(torch.is_grad_enabled())
         try:
-            yield
+            with rows_shared_by(self._sequence_group):
+                result: T = self._engine(function, *args, **kwargs)
         finally:
             for dropout in self._dropouts:
-                dropout.train()
+                dropout.train()  # for layers that are recomputed
+        return result
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._nonfinite_losses += int(not torch.isfinite(loss.detach()))
@@ -212,8 +193,7 @@ class DeepSpeedEngine:
         """Divide the gradient of the step in the block, before the norm is taken and clipped."""
         optimizer = self._engine.optimizer
         if hasattr(optimizer, "loss_scale") and self._zero_stage > 0:
-            # The optimizer divides the gradient by it. It stays 1 during backward passes.
-            optimizer.loss_scale = divisor
+            optimizer.loss_scale = divisor  # by which the optimizer divides the gradient; 1 during backward passes
             try:
                 yield
             finally:
@@ -251,14 +231,13 @@ class DeepSpeedEngine:
     def save(self, folder: Path) -> None:
         """Write the trained weights, the optimizer, the step and every random state. Collective.
 
-        Of frozen weights only a digest is written, since the model's folder has the weights. Frozen copies of an
-        adapter's initial state are written, since no second place has the copies.
+        Of frozen weights only a digest and the copies of an adapter's initial state are written.
         """
         # Without its parent the folder is no longer this run's, so parents are not made.
         make_folder(folder, exist_ok=True)
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
         save_random_state(folder / f"random_{dist.get_rank():05d}.pt")
-        save_initial_copies(self.module, folder / INITIAL_COPIES)
+        save_initial_copies(self.module, folder)
         record = self._record()
         if dist.get_rank() == 0:
             record.write(folder)
@@ -287,7 +266,7 @@ class DeepSpeedEngine:
                     str(folder), tag=TAG, load_lr_scheduler_states=False, custom_load_fn=self._load_trained
                 )
         if not has_snapshots:
-            load_initial_copies(self.module, folder / INITIAL_COPIES)
+            load_initial_copies(self.module, folder)
         self._steps = saved.steps_of(own)
         if dist.get_rank() < saved.ranks:  # the random state of another rank stays as at the start of a run
             load_random_state(folder / f"random_{dist.get_rank():05d}.pt")
@@ -306,9 +285,7 @@ class DeepSpeedEngine:
     @contextmanager
     def _own_settings(self) -> Iterator[None]:
         """Keep the optimizer's settings, such as betas and weight decay, which DeepSpeed replaces by saved ones."""
-        own = [
-            {key: value for key, value in group.items() if key != "params"} for group in self._optimizer.param_groups
-        ]
+        own = [{key: group[key] for key in group if key != "params"} for group in self._optimizer.param_groups]
         yield
         for group, settings in zip(self._optimizer.param_groups, own, strict=True):
             group.update(settings)
@@ -369,8 +346,7 @@ class DeepSpeedEngine:
 
     @property
     def _opened_snapshots(self) -> Snapshots:
-        if self._snapshots is None:
-            raise RunError("This rank takes no snapshots: open_snapshots was not called.")
+        assert self._snapshots is not None, "open_snapshots was called before"
         return self._snapshots
 
     def _finish_snapshot(self) -> None:
@@ -393,37 +369,14 @@ class DeepSpeedEngine:
         from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 
         self._finish_snapshot()
-        host = torch.device("cpu")
-        if self._zero_stage == 3:  # DeepSpeed moves only the states of its Adam
-            self._engine.offload_states(include=[State.lp_params, State.lp_grads, State.contiguous_grad_buffer])
-            self._move_adam(host)
-        else:
-            self._engine.offload_states()
-            self._move_frozen(host)
+        moved = [State.lp_params, State.lp_grads, State.contiguous_grad_buffer]  # of any optimizer
+        self._engine.offload_states(include=moved if self._zero_stage == 3 else None)
+        self._state.move_rest(torch.device("cpu"), with_optimizer="optimizer" not in self._offload)
 
     def move_to_device(self) -> None:
         self._finish_snapshot()
         self._engine.reload_states()
-        if self._zero_stage == 3:
-            self._move_adam(self.device)
-        else:
-            self._move_frozen(self.device)
-
-    def _move_adam(self, device: torch.device) -> None:
-        """Move the master weights and moments of this rank's share, unless offloaded to the host."""
-        if "optimizer" in self._offload:
-            return
-        for flat in self._engine.optimizer.fp32_partitioned_groups_flat:
-            flat.data = flat.data.to(device)
-        for state in self._optimizer.state.values():
-            for key, value in state.items():
-                state[key] = value.to(device) if torch.is_tensor(value) else value
-
-    def _move_frozen(self, device: torch.device) -> None:
-        """Move weights without a gradient (LoRA's base). DeepSpeed does not move such weights."""
-        for parameter in self.module.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(device)
+        self._state.move_rest(self.device, with_optimizer="optimizer" not in self._offload)
 
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers."""

@@ -1,7 +1,6 @@
 """Recognise errors after which a process cannot use its GPU any more.
 
-Every later call to CUDA fails too, so only a new process can go on. Running out of memory does not count: the process
-could go on, and a successor would need as much.
+Running out of memory does not count: the process could go on, and a successor would need as much.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Process groups of a gang of ranks: gloo on CPU, nccl on GPU, and a deadline for every collective.
-
-Each rank calls this before anything else of the engine. Libraries such as DeepSpeed make groups later without a
-deadline, so `set_deadline` is called again when all groups exist.
-"""
+"""Process groups of a gang of ranks: gloo on CPU, nccl on GPU, and a deadline for every collective."""
 
 from __future__ import annotations
 
@@ -41,9 +37,8 @@ class RankContext:
 def meet_through(address: str) -> None:
     """Make gloo and nccl use the interface of this host with a route to `address`.
 
-    By default gloo takes the interface of the host's name, and nccl the first interfaces that are up. Neither interface
-    may be reachable from the rest of the hosts. Variables set in the environment are kept. Raise RunError if there is
-    no route to the address.
+    By default gloo takes the interface of the host's name, and nccl the first that are up, which may be unreachable.
+    Variables set in the environment are kept. Raise RunError if there is no route to the address.
     """
     try:
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -51,18 +46,14 @@ def meet_through(address: str) -> None:
             local_address = probe.getsockname()[0]
     except OSError as error:
         raise RunError(f"No interface of this host leads to {address}, where its group meets: {error}") from error
-    interfaces = [
-        name for name, ends in psutil.net_if_addrs().items() if any(end.address == local_address for end in ends)
-    ]
-    for variable in INTERFACE_VARIABLES if interfaces else ():
-        os.environ.setdefault(variable, interfaces[0])
+    for interface, ends in psutil.net_if_addrs().items():
+        if any(end.address == local_address for end in ends):
+            for variable in INTERFACE_VARIABLES:
+                os.environ.setdefault(variable, interface)
 
 
 def init_distributed(place: RankContext, master_addr: str, master_port: int) -> None:
-    """Join the gang. Raise RunError if a rank has not joined within the deadline.
-
-    The environment is set for DeepSpeed. On a CPU DeepSpeed must be imported after this call, not before.
-    """
+    """Join the gang. Raise RunError if a rank has not joined within the deadline. DeepSpeed is imported afterwards."""
     meet_through(master_addr)
     os.environ.update(
         RANK=str(place.rank),

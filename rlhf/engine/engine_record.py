@@ -43,45 +43,32 @@ class EngineRecord(BaseModel):
             raise UserError(f"{folder} is not a whole snapshot of a training engine: {error}") from error
         except ValidationError as error:
             problem = error.errors()[0]
-            key = ".".join(map(str, problem["loc"]))
-            raise UserError(
-                f"{folder / _NAME} does not hold the state of a training engine: {key}: {problem['msg']}."
-            ) from error
+            reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+            raise UserError(f"{folder / _NAME} does not hold the state of a training engine: {reason}.") from error
 
     def write(self, folder: Path) -> None:
         write_atomic(folder / _NAME, self.model_dump_json(indent=1))
 
     def steps_of(self, own: EngineRecord) -> int:
-        """Return the optimizer steps that the engine of the record `own` would have made in as many training steps.
-
-        The learning rate continues from this number, so the rate follows the training steps of the run.
-        """
-        if self.updates_per_step == own.updates_per_step:
-            return self.steps
+        """Return the optimizer steps that the engine of the record `own` would have made in as many training steps."""
         return round(self.steps * own.updates_per_step / self.updates_per_step)
 
     def refuse_other(self, own: EngineRecord, *, folder: Path) -> None:
         """Raise UserError if the checkpoint in the folder is of another model than the engine with the record `own`."""
-        differing = [
-            f"{key} {there} there, {here} here"
-            for key, there, here in (("model", self.model, own.model), ("dtype", self.dtype, own.dtype))
-            if there != here
-        ]
-        if differing:
-            raise UserError(f"The snapshot {folder} cannot be continued by this run: {'; '.join(differing)}.")
+        pairs = (("model", self.model, own.model), ("dtype", self.dtype, own.dtype))
+        if differing := "; ".join(f"{key} {there} there, {here} here" for key, there, here in pairs if there != here):
+            raise UserError(f"The snapshot {folder} cannot be continued by this run: {differing}.")
 
     def refuse_other_decay(self, own: EngineRecord, *, folder: Path) -> None:
         """Raise UserError if weight decay was switched on or off since. The switch regroups the trained weights."""
-        if self.groups == own.groups:
-            return
-        there, here = "at 0", "above 0"
-        if len(self.groups) > len(own.groups):  # decay needs more groups
-            there, here = here, there
-        raise UserError(
-            f"{folder} was written with train.weight_decay {there}, and it is {here} now. This puts the trained "
-            "weights in other groups, and the state in this checkpoint cannot be regrouped. Keep train.weight_decay "
-            f"{there}."
-        )
+        decayed = len(self.groups) > len(own.groups)  # decay needs more groups
+        there, here = ("above 0", "at 0") if decayed else ("at 0", "above 0")
+        if self.groups != own.groups:
+            raise UserError(
+                f"{folder} was written with train.weight_decay {there}, and it is {here} now. This puts the trained "
+                "weights in other groups, and the state in this checkpoint cannot be regrouped. Keep "
+                f"train.weight_decay {there}."
+            )
 
     def refuse_other_base(self, frozen_weights: str, *, folder: Path) -> None:
         """Raise UserError if the frozen weights have another checksum than when the checkpoint was written."""

@@ -1,7 +1,4 @@
-"""Arithmetic of a training pass, and the speed of a large matrix product, for throughput/mfu.
-
-Called once at the start of a run. The estimate covers the mathematics: recomputation is no work.
-"""
+"""Arithmetic of a training pass without recomputation, and the speed of a large product, for throughput/mfu."""
 
 from __future__ import annotations
 
@@ -12,8 +9,6 @@ import torch
 import transformers
 
 from rlhf.models.files.folder_check import num_experts
-
-_SIDE = 4096  # rows of the square matrices, far larger than every cache
 
 
 def flops_per_token(config: Any, sequence_length: float) -> float:
@@ -37,8 +32,8 @@ def flops_per_token(config: Any, sequence_length: float) -> float:
     return 6.0 * weights + 6.0 * int(config.num_hidden_layers) * heads * head_size * sequence_length
 
 
-def measure_peak_flops(dtype: torch.dtype, device: torch.device, *, repeats: int = 3, side: int = _SIDE) -> float:
-    """Measure floating-point operations per second on this device, as the best of some large matrix products."""
+def measure_peak_flops(dtype: torch.dtype, device: torch.device, *, repeats: int = 3, side: int = 4096) -> float:
+    """Measure floating-point operations per second, as the best of some products of matrices larger than any cache."""
     generator = torch.Generator(device).manual_seed(0)  # a run draws the same numbers with and without a measurement
     left, right = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
     best = float("inf")

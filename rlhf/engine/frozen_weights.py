@@ -1,7 +1,7 @@
 """Frozen weights of an adapted model in checkpoints: a checksum of the base, and whole copies of the initial adapter.
 
-The base comes from the model's folder again, so a checkpoint need not hold the base. No folder has the copies: on a
-different machine the initial SVD of PiSSA gives other bits.
+The base comes from the model's folder again. No folder has the copies: on a different machine the initial SVD of PiSSA
+gives other bits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rlhf.models.files.loading import whole
 from rlhf.models.files.weights import initial_copies, is_initial_copy
 from rlhf.tracking.run_folder.atomic import write_aside
 
-INITIAL_COPIES = "initial.safetensors"  # file of a checkpoint
+_COPIES = "initial.safetensors"  # file of a checkpoint
 
 
 def digest_of_base(module: nn.Module) -> int:
@@ -64,29 +64,27 @@ def _shortened(digest: xxhash.xxh3_64) -> int:
     return digest.intdigest() >> 16  # so that a sum over ranks does not overflow
 
 
-def save_initial_copies(module: nn.Module, path: Path) -> None:
-    """Write the frozen copies of the initial adapter. Without copies no file is written. Collective."""
+def save_initial_copies(module: nn.Module, folder: Path) -> None:
+    """Write the frozen copies of the initial adapter into a checkpoint, if there are any. Collective."""
     copies = initial_copies(module)
     with whole(list(copies.values())):
         if copies and dist.get_rank() == 0:
             content = {name: p.detach().cpu().contiguous() for name, p in copies.items()}
-            write_aside(path, lambda aside: save_file(content, aside))
+            write_aside(folder / _COPIES, lambda aside: save_file(content, aside))
 
 
-def load_initial_copies(module: nn.Module, path: Path) -> None:
+def load_initial_copies(module: nn.Module, folder: Path) -> None:
     """Restore the copies. Raise UserError if the file is damaged, or of another adapter. Collective."""
-    copies = initial_copies(module)
+    copies, path = initial_copies(module), folder / _COPIES
     if not copies:
         return
     try:
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} cannot be read: {error}. The file holds the initial weights of the adapter."
-        ) from error
+        message = f"{path} cannot be read: {error}. The file holds the initial weights of the adapter."
+        raise UserError(message) from error
     with whole(list(copies.values())), torch.no_grad():
-        shapes = {name: parameter.shape for name, parameter in copies.items()}
-        if {name: tensor.shape for name, tensor in saved.items()} != shapes:
+        if {name: copy.shape for name, copy in saved.items()} != {name: copy.shape for name, copy in copies.items()}:
             raise UserError(f"{path} holds the initial weights of another adapter.")
         for name, parameter in copies.items():
             parameter.copy_(saved[name])

@@ -1,7 +1,6 @@
 """Memory at run time: peaks for the metrics, and advice when memory runs out.
 
-The module wraps a worker's work with a model, and frees nothing and retries nothing. A failed allocation ends the run
-with a message naming the stage and the keys that reduce memory.
+A failed allocation ends the run with a message naming the stage and the keys that reduce memory. Nothing is retried.
 """
 
 from __future__ import annotations
@@ -23,9 +22,8 @@ _OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "_STATUS_ALLOC_FAILED"
 def peak_memory() -> MemoryReport:
     """Return the largest resident set and, on a GPU, the most memory held by the allocator."""
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB  # Linux counts in KiB
-    return MemoryReport(
-        rss_gib=rss, gpu_gib=torch.cuda.max_memory_reserved() / _GIB if torch.cuda.is_available() else None
-    )
+    gpu = torch.cuda.max_memory_reserved() / _GIB if torch.cuda.is_available() else None
+    return MemoryReport(rss_gib=rss, gpu_gib=gpu)
 
 
 @contextmanager
@@ -38,16 +36,12 @@ def explains_out_of_memory(*, role: Role, stage: str, rank: int, tokens: int | N
             raise
         batch = "" if tokens is None else f" with a micro-batch of {tokens} tokens"
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise RunError(
-            f"Out of memory: {role} rank {rank} during {stage}{batch} ({reason}). {advice_on_memory(role)}"
-        ) from error
+        where = f"{role} rank {rank} during {stage}{batch}"
+        raise RunError(f"Out of memory: {where} ({reason}). {advice_on_memory(role)}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocation failed in Python, on a GPU, or in torch on a CPU.
-
-    CUDA, cuBLAS and torch's allocator for a CPU are recognised by their messages.
-    """
+    """Return whether an allocation failed in Python, on a GPU, or in torch on a CPU, partly by the message."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
@@ -55,8 +49,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def advice_on_memory(role: Role) -> str:
     """Return a sentence with the keys for less memory of a role."""
-    at = f"cluster.roles.{role}"
-    kind = ROLES[role].kind
+    at, kind = f"cluster.roles.{role}", ROLES[role].kind
     if kind == "engines":
         keys = (
             f"a lower {at}.max_num_seqs, a lower {at}.kv_cache_gib (on a CPU) or {at}.gpu_memory_utilization, a higher "

@@ -1,7 +1,6 @@
 """The optimizers by name, behind PyTorch's common interface. The engine builds an optimizer before sharding anything.
 
-The learning rate has the meaning of AdamW's in all optimizers. Muon's update is scaled to the size of AdamW's, and
-Adafactor takes the rate unchanged.
+Muon's update is scaled to the size of AdamW's, and Adafactor takes the rate unchanged.
 """
 
 from __future__ import annotations
@@ -64,9 +63,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], *, adam: dict[str, Any]) -> None:
         super().__init__(groups, defaults={})
         matrices, others = self._of(is_matrix=True), self._of(is_matrix=False)
-        self._muon = (
-            torch.optim.Muon(matrices, lr=0.0, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw") if matrices else None
-        )
+        muon: dict[str, Any] = {"lr": 0.0, "momentum": MOMENTUM, "adjust_lr_fn": "match_rms_adamw"}
+        self._muon = torch.optim.Muon(matrices, **muon) if matrices else None
         self._adamw = torch.optim.AdamW(others, fused=True, **adam) if others else None
 
     def _of(self, *, is_matrix: bool) -> list[dict[str, Any]]:

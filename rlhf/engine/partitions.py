@@ -2,7 +2,7 @@
 
 The optimizer of a rank updates several float32 tensors, the masters. At stage 0 the masters are the parameters
 themselves. At stages 1 and 2 the parameters of a group are joined, and each rank has an equal part of the whole. At
-stage 3 each parameter is divided equally, and the parts of a group are joined. Nothing here holds a tensor.
+stage 3 each parameter is divided equally, and the parts of a group are joined.
 """
 
 from __future__ import annotations
@@ -83,9 +83,8 @@ def _of_joined_groups(group: Mapping[str, int], master: int, rank: int, ranks: i
     for name, numel in group.items():
         begin, end = max(first, at), min(first + size, at + numel)
         if begin < end:
-            pieces.append(
-                Piece(parameter=name, start=begin - at, numel=end - begin, master=master, offset=begin - first)
-            )
+            start, offset = begin - at, begin - first
+            pieces.append(Piece(parameter=name, start=start, numel=end - begin, master=master, offset=offset))
         at += numel
     yield size, pieces
 

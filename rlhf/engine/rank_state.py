@@ -1,8 +1,8 @@
 """The state of a rank in DeepSpeed: everything that a checkpoint restores, as tensors to copy and replace.
 
 The state consists of the trained weights in float32 (at stage 0 the weights themselves), the optimizer's states, and
-the frozen copies of an adapter's initial state. At stages 1 to 3 each rank has a share. The weights in the model's type
-follow from the float32 weights. Schedule, clipping and loss scale follow from the settings and the number of steps.
+the frozen copies of an adapter's initial state. At stages 1 to 3 each rank has a share. The rest follows from the
+float32 weights, the settings and the number of steps.
 """
 
 from __future__ import annotations
@@ -53,12 +53,8 @@ class RankState:
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors themselves, not copies, under the same names in each process."""
         masters = {f"master {i}": master for i, master in enumerate(self.masters())}
-        states = {
-            f"{name} {key}": value
-            for name, state in self.states().items()
-            for key, value in state.items()
-            if torch.is_tensor(value)
-        }
+        values = {f"{name} {key}": value for name, state in self.states().items() for key, value in state.items()}
+        states = {name: value for name, value in values.items() if torch.is_tensor(value)}
         copies = {name: getattr(p, "ds_tensor", p) for name, p in initial_copies(self._engine.module.module).items()}
         return {name: tensor.detach() for name, tensor in {**masters, **states, **copies}.items()}
 
@@ -79,6 +75,18 @@ class RankState:
             setattr(self._engine, name, count)
         self._spread_masters()
         restore_random_state(values["random"])
+
+    def move_rest(self, device: torch.device, *, with_optimizer: bool) -> None:
+        """Move what DeepSpeed does not move: at stage 3 the masters and their states, otherwise the frozen weights."""
+        if self._zero_stage == 3 and with_optimizer:
+            for master in self.masters():
+                master.data = master.data.to(device)
+            for state in self._optimizer.state.values():
+                state |= {key: value.to(device) for key, value in state.items() if torch.is_tensor(value)}
+        elif self._zero_stage < 3:  # LoRA's base
+            for parameter in self._engine.module.module.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(device)
 
     def _spread_masters(self) -> None:
         """Set the weights of the passes from the float32 weights, as after an optimizer step."""

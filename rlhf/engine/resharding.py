@@ -1,8 +1,8 @@
 """Continue a checkpoint with a different number of ranks or a different ZeRO stage.
 
-Each rank reads the rank's elements from the files of the ranks that wrote the checkpoint, and copies the elements
-unchanged. The files are mapped into memory, so a rank never holds more than the rank's state. DeepSpeed's universal
-checkpoints would need a conversion on the disk, do not know stage 0, and run code when read.
+Each rank copies the rank's elements unchanged from the files of the ranks that wrote the checkpoint. The files are
+mapped into memory, so a rank never holds more than the rank's state. DeepSpeed's universal checkpoints would need a
+conversion on the disk, do not know stage 0, and run code when read.
 """
 
 from __future__ import annotations
@@ -49,12 +49,10 @@ class Overlap:
 def take_over(state: RankState, folder: Path, *, saved: EngineRecord, own: EngineRecord) -> None:
     """Replace this rank's state by the rank's part of a checkpoint. Collective.
 
-    folder: of DeepSpeed's files or of snapshots. Raise UserError for files that do not fit this engine's ranks and
-    stage.
+    folder: of DeepSpeed's files or of snapshots. Raise UserError for files that do not fit this engine.
     """
     refuse_other_weights(saved, own, folder)
-    written = saved.sharding if saved.zero_stage else Sharding(ranks=1, zero_stage=0)  # by rank 0, for all ranks
-    there, here = (partitions_of(record.groups, part) for record, part in ((saved, written), (own, own.sharding)))
+    there, here = written_partitions(saved), partitions_of(own.groups, own.sharding)
     partition = here[dist.get_rank()]
     if tuple(master.numel() for master in state.masters()) != partition.sizes:
         raise RunError("DeepSpeed divides the trained weights in another way than this program expects.")
@@ -77,12 +75,18 @@ def take_over(state: RankState, folder: Path, *, saved: EngineRecord, own: Engin
     state.restore(values)
 
 
+def written_partitions(saved: EngineRecord) -> list[Partition]:
+    """Return the elements in the files of each rank. At stage 0 rank 0 writes, for all ranks."""
+    written = saved.sharding if saved.zero_stage else Sharding(ranks=1, zero_stage=0)
+    return partitions_of(saved.groups, written)
+
+
 @contextmanager
 def explains_damage(folder: Path, saved: EngineRecord) -> Iterator[None]:
     """Raise UserError if the block finds unexpected content in the files of the ranks."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{folder} does not hold the state of {saved.sharding}: {type(error).__name__}: {error}. Restore the "
             "folder from a copy, or resume from an earlier checkpoint."
@@ -142,14 +146,12 @@ def _copy_states(state: RankState, file: RankFile) -> dict[str, dict[str, Any]]:
     """Copy the optimizer's states of masters with the same elements. Return all values except tensors."""
     numbers: dict[str, dict[str, Any]] = {}
     for (name, own), saved in zip(state.states().items(), file.states, strict=True):
-        if {key: value.shape for key, value in own.items() if torch.is_tensor(value)} != {
-            key: value.shape for key, value in saved.items() if torch.is_tensor(value)
-        }:
+        ours, theirs = ({key: x for key, x in s.items() if torch.is_tensor(x)} for s in (own, saved))
+        if {key: x.shape for key, x in ours.items()} != {key: x.shape for key, x in theirs.items()}:
             raise ValueError(f"the optimizer's {name} has other tensors")
-        numbers[name] = {key: value for key, value in saved.items() if not torch.is_tensor(value)}
-        for key, value in saved.items():
-            if torch.is_tensor(value):
-                own[key].copy_(value)
+        numbers[name] = {key: value for key, value in saved.items() if key not in theirs}
+        for key, value in theirs.items():
+            ours[key].copy_(value)
     return numbers
 
 

@@ -1,7 +1,7 @@
 """Loading for ZeRO-3: a rank never holds more than a share of the weights and one whole module.
 
-This module wraps the loading of a model, so the engine receives sharded parameters. Rank 0 alone reads the weights'
-files, module by module, and sends the remaining ranks their shares. Below stage 3 every rank loads everything.
+Rank 0 alone reads the weights' files, module by module, and sends the remaining ranks their shares. Below stage 3 every
+rank loads everything.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _FLOAT32_BUFFERS = ["inv_freq", "e_score_correction_bias"]
 
 @contextmanager
 def shards_as_it_loads(*, zero_stage: int, dtype: torch.dtype, offload_parameters: bool = False) -> Iterator[None]:
-    """Shard the parameters of models built by transformers inside, from the start, if zero_stage is 3.
+    """Shard the parameters of models built by transformers inside, if zero_stage is 3. Collective.
 
-    Collective, after init_distributed: all ranks load the same model. offload_parameters: shares go to host memory.
+    offload_parameters: shares go to host memory.
     """
     if zero_stage != 3:
         yield

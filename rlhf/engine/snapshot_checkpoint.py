@@ -1,7 +1,7 @@
 """A checkpoint made of the snapshots of ranks that have stopped and cannot be started again.
 
-The checkpoint holds the files of rlhf.engine.snapshots from shared memory, a pair for each rank. As in every
-checkpoint, further files hold the record of the engine and the random states.
+The checkpoint holds the files of rlhf.engine.snapshots, a pair for each rank, beside the usual record of the engine and
+the random states.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ SNAPSHOTS = "snapshots"  # folder of a checkpoint
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSnapshot:
-    """The state of a rank in such a checkpoint. The tensors stay on the disk until use."""
+    """The state of a rank. The tensors stay on the disk until use."""
 
     tensors: Mapping[str, Tensor]
     values: Mapping[str, Any]
 
     @property
     def masters(self) -> list[Tensor]:
-        """Return the tensors updated by the optimizer."""
         return [self.tensors[f"master {index}"] for index in range(len(self.values["states"]))]
 
     @property
     def states(self) -> list[dict[str, Any]]:
         """Return the optimizer's state of each master."""
-        states = []
-        for name, numbers in self.values["states"].items():
-            own = {key.removeprefix(f"{name} "): t for key, t in self.tensors.items() if key.startswith(f"{name} ")}
-            states.append({**numbers, **own})
-        return states
+        states = {name: dict(numbers) for name, numbers in self.values["states"].items()}
+        for name, tensor in self.tensors.items():
+            owner, _, key = name.rpartition(" ")
+            if owner in states:
+                states[owner][key] = tensor
+        return list(states.values())
 
 
 def write_snapshot(source: Path, step: int, checkpoint: Path, rank: int) -> None:
@@ -57,7 +57,6 @@ def write_snapshot(source: Path, step: int, checkpoint: Path, rank: int) -> None
 
 
 def is_of_snapshots(checkpoint: Path) -> bool:
-    """Return whether a checkpoint was made of snapshots."""
     return (checkpoint / SNAPSHOTS).is_dir()
 
 

@@ -1,8 +1,7 @@
 """Copies of a rank's snapshots on another node, so that the loss of the rank's node is survived too.
 
 A holder is a process on another node. The holder stores copies in that node's shared memory, as the files of
-rlhf.engine.snapshots. The bytes go over TCP from the memory of one node into the memory of the second node, so no
-process holds the bytes. A copy is described, and so valid, after its last byte has come.
+rlhf.engine.snapshots. A copy is described, and so valid, after its last byte has come.
 """
 
 from __future__ import annotations
@@ -144,18 +143,17 @@ class _Copies:
         return self.folder / f"{step}.pt"
 
 
-class _Server(socketserver.ThreadingTCPServer):
-    daemon_threads = True
-    request_queue_size = 64
+def _server(host: str, answer: Callable[[socket.socket], None]) -> socketserver.ThreadingTCPServer:
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+        request_queue_size = 64
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
-
-def _server(host: str, answer: Callable[[socket.socket], None]) -> _Server:
     class Answer(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             answer(self.request)
 
-    _Server.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return _Server((host, 0), Answer)
+    return Server((host, 0), Answer)
 
 
 @contextmanager
@@ -178,7 +176,7 @@ def _send_content(connection: socket.socket, folder: Path, slot: int) -> None:
 
 
 def _receive_content(connection: socket.socket, folder: Path, head: Mapping[str, Any], description: bytes) -> None:
-    """Write a snapshot into a folder without a description of the slot."""
+    """Write a snapshot into a folder, the description at the end."""
     path, part, left = _slot(folder, head["slot"]), bytearray(_PART_BYTES), head["size"]
     path.touch(mode=0o600)
     with path.open("r+b") as content:

@@ -2,9 +2,8 @@
 
 Snapshots outlive the process, and the successor on the host restores a snapshot. A folder in /dev/shm has two slots:
 while one slot is written, the second is whole. The file that describes a slot is named after the step. The file gets
-this name last, and is removed before the slot is written again. The state is copied in a thread during the passes of
-the next step. If the rank has a place on another node for copies (rlhf.engine.snapshot_copies), the same thread then
-sends the snapshot there.
+this name last, and is removed before the slot is written again. A thread copies the state during the passes of the next
+step, and then sends the snapshot to any place on another node (rlhf.engine.snapshot_copies).
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,15 +35,13 @@ class Snapshots:
     """The two slots of one rank. All states in the slots have tensors of the same names, types and shapes."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, Tensor], *, deadline_s: float) -> None:
-        """Reserve the memory of both slots. Raise UserError if there is too little.
-
-        A predecessor's snapshots in the folder stay until the first call of `take`.
-        """
+        """Reserve the memory of both slots. A predecessor's snapshots stay until the first call of `take`."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder, self._deadline_s = folder, deadline_s
         self._layout = _layout(tensors)
         paths = [folder / f"slot_{slot}" for slot in range(2)]
-        size = _reserve(paths, sum(map(_padded, tensors.values())))
+        size = sum(map(_padded, tensors.values()))
+        _reserve(paths, size)
         self._slots = [torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8) for path in paths]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
         self._copying: Future[Path] | None = None
@@ -59,17 +57,12 @@ class Snapshots:
         return max((int(path.stem) for path in self._folder.glob("*.pt")), default=None)
 
     def take(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Begin to copy a state and return at once. The tensors must not change before `wait` has returned.
-
-        values: plain data and small tensors of the state. Such values are written unchanged.
-        """
+        """Begin to copy a state and return at once. The tensors must not change before `wait` has returned."""
         self.wait()
         self.wait_until_sent()
         if _layout(tensors) != self._layout:
             raise RunError("The state of this rank no longer has the tensors that its snapshots were made for.")
-        for path in self._folder.glob("*.pt"):
-            if path != self._last:
-                path.unlink()
+        self._forget_all_but(self._last)
         slot = 1 - self._last_slot
         content = {"slot": slot, "layout": self._layout, "values": values}
         self._copying = self._thread.submit(self._copy, step, list(tensors.values()), content, _ready(tensors))
@@ -106,10 +99,7 @@ class Snapshots:
             raise RunError(f"The snapshot in {self._folder} was not copied within {self._deadline_s:g} s.") from error
 
     def restore(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Copy the state of a step into the tensors, and return the state's values.
-
-        Forget the snapshots of all other steps.
-        """
+        """Copy the state of a step into the tensors, and return the state's values. Forget all other steps."""
         self.wait()
         path = self._folder / f"{step}.pt"
         if not path.exists():
@@ -120,9 +110,7 @@ class Snapshots:
         saved = tensors_in(self._slots[content["slot"]], self._layout)
         for name, tensor in tensors.items():
             tensor.copy_(saved[name])
-        for other in self._folder.glob("*.pt"):
-            if other != path:
-                other.unlink()
+        self._forget_all_but(path)
         self._last, self._last_slot = path, content["slot"]
         self._send(step, self._last_slot)  # which also replaces copies of later steps
         values: dict[str, Any] = content["values"]
@@ -132,6 +120,11 @@ class Snapshots:
         """End the thread. The files stay."""
         self.wait()
         self._thread.shutdown()
+
+    def _forget_all_but(self, kept: Path | None) -> None:
+        for path in self._folder.glob("*.pt"):
+            if path != kept:
+                path.unlink()
 
     def _send(self, step: int, slot: int) -> None:
         """Begin to send a snapshot to the place of the copy, once the snapshot is whole."""
@@ -145,22 +138,17 @@ class Snapshots:
             for place, tensor in places:  # numpy copies on this thread alone, torch would wake its compute threads
                 np.copyto(place.numpy(), tensor.contiguous().view(-1).view(torch.uint8).numpy())
         else:
-            stream = torch.cuda.Stream()
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream := torch.cuda.Stream()):
                 stream.wait_event(ready)
                 for place, tensor in places:
                     place.copy_(tensor.contiguous().view(-1).view(torch.uint8), non_blocking=True)
             stream.synchronize()
         path = self._folder / f"{step}.pt"
         unnamed = path.with_suffix(".part")
-        description = io.BytesIO()
-        torch.save(content, description)
-        when_there_is_room(
-            path,
-            lambda: unnamed.write_bytes(description.getbuffer()),  # torch does not say that there is no space left
-            undo=lambda: unnamed.unlink(missing_ok=True),
-            needed=description.getbuffer().nbytes,
-        )
+        torch.save(content, description := io.BytesIO())  # on the disk, torch would not say that no space is left
+        written = description.getvalue()
+        undo = partial(unnamed.unlink, missing_ok=True)
+        when_there_is_room(path, lambda: unnamed.write_bytes(written), undo=undo, needed=len(written))
         return unnamed.rename(path)
 
 
@@ -180,7 +168,6 @@ def tensors_in(slot: Tensor, layout: Layout) -> dict[str, Tensor]:
 
 
 def _places(slot: Tensor, layout: Layout) -> Iterator[Tensor]:
-    """Yield the bytes of each tensor in a slot."""
     begin = 0
     for _, dtype, shape in layout:
         tensor = torch.empty(shape, dtype=dtype, device="meta")
@@ -205,10 +192,10 @@ def _ready(tensors: Mapping[str, Tensor]) -> torch.cuda.Event | None:
     return event
 
 
-def _reserve(paths: list[Path], size: int) -> int:
-    """Reserve memory for each file now, since a write without memory would kill the process. Return the size.
+def _reserve(paths: list[Path], size: int) -> None:
+    """Reserve memory for each file now, since a write without memory would kill the process.
 
-    An existing slot may hold a predecessor's snapshot, so no failure removes the slot.
+    Raise UserError if there is too little. No failure removes existing slots, such as a predecessor's.
     """
     folder, needed = paths[0].parent, len(paths) * size
     made = [path for path in paths if not path.exists()]
@@ -234,4 +221,3 @@ def _reserve(paths: list[Path], size: int) -> int:
             f"two snapshots of its state, and {free / _GIB:.2f} GiB are free ({cause.strerror}). Make /dev/shm larger "
             "(docker run --shm-size), or use cluster.restarts.gang=0: then the run ends when a rank is lost."
         ) from error
-    return size

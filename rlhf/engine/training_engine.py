@@ -1,8 +1,7 @@
 """The interface of a training engine: forward, backward, step, weights, snapshot.
 
-The interface allows further backends. Workers hold one engine and never ask for the type. Losses are this rank's share
-of a sum over the whole optimizer step (all ranks, all micro-batches). Losses are normalised beforehand by global counts
-or, where a count is only known at the end, by the divisor of the step. An engine must never average losses again.
+Losses are this rank's share of a sum over the whole optimizer step (all ranks, all micro-batches), normalised before by
+global counts or, where a count is only known at the end, by the divisor of the step. An engine never averages losses.
 """
 
 from __future__ import annotations
@@ -60,14 +59,10 @@ class ScheduleSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """Report of one optimizer step.
+    """Report of one optimizer step."""
 
-    grad_norm is the norm of the whole gradient before clipping. lr is the rate of the step; with LoRA+ the B matrices
-    have a different rate.
-    """
-
-    grad_norm: float
-    lr: float
+    grad_norm: float  # of the whole gradient before clipping
+    lr: float  # with LoRA+ the B matrices have a different rate
 
 
 class TrainingEngine(Protocol):
@@ -81,10 +76,7 @@ class TrainingEngine(Protocol):
     def device(self) -> torch.device: ...
 
     def forward(self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call function(module, ...): a forward pass, with or without gradients.
-
-        Collective where weights are sharded.
-        """
+        """Call function(module, ...): a forward pass. Collective where weights are sharded."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of this rank's share of the step's loss. last: the step's last micro-batch. Collective."""
@@ -102,19 +94,13 @@ class TrainingEngine(Protocol):
         """Return the largest value of any rank, such as the number of micro-batches to run. Collective."""
 
     def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Yield whole weights under the names of the model's files, parameters in dtype and buffers unchanged.
-
-        Each tensor is valid until the next. Collective.
-        """
+        """Yield whole weights by their names in files, only parameters in dtype, each until the next. Collective."""
 
     def named_adapter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights of the LoRA adapter alone, under peft's names. Collective."""
 
     def save(self, folder: Path) -> None:
-        """Write everything needed for an exact continuation. Collective.
-
-        The caller renames the folder once all ranks are done.
-        """
+        """Write everything needed for an exact continuation. Collective."""
 
     def load(self, folder: Path) -> None:
         """Continue from the state at `save`: exactly, if number of ranks and sharding are the same. Collective.
@@ -123,10 +109,9 @@ class TrainingEngine(Protocol):
         """
 
     def open_snapshots(self, folder: Path, copies: CopyPlace | None = None) -> None:
-        """Reserve shared memory for two snapshots of this rank's state, or open a predecessor's.
+        """Reserve shared memory for two snapshots, or open a predecessor's. UserError if there is too little memory.
 
-        Raise UserError if there is too little memory. `copies`: the place of copies sent by a predecessor on another
-        node. None: no such copies.
+        `copies`: the place of copies sent by a predecessor on another node. None: no such copies.
         """
 
     def send_snapshots_to(self, place: CopyPlace | None) -> None:
@@ -136,8 +121,7 @@ class TrainingEngine(Protocol):
         """Begin to copy the state after training step `step`, without waiting for the copy. Collective.
 
         Return why the previous snapshot has no copy on another node. None: a whole copy, or no place for copies. The
-        copy is complete before the state changes. The snapshot before the last is overwritten, once all ranks have the
-        last snapshot. So all ranks have at least one step in common.
+        snapshot before the last is overwritten once all ranks have the last, so all ranks have a step in common.
         """
 
     def newest_snapshot(self) -> int | None:

@@ -1,7 +1,4 @@
-"""Resolve a user's model: a hub name, a model folder, a LoRA adapter's folder, or the folder of a finished run.
-
-Reads small JSON files and headers of weights; loads no weights.
-"""
+"""Resolve a user's model without loading weights: a hub name, or the folder of a model, a LoRA adapter, a run."""
 
 from __future__ import annotations
 
@@ -88,13 +85,9 @@ def refuse_unservable(model: ModelOnDisk) -> None:
     """Raise UserError for an adapter that engines cannot load: DoRA, stacked experts, or modules trained whole."""
     if model.adapter is None:
         return
-    path = Path(model.adapter, ADAPTER_CONFIG)
-    config = read_adapter_settings(Path(model.adapter))
-    unsupported = [key for key in ("use_dora", "modules_to_save", "target_parameters") if config.get(key)]
-    if unsupported:
-        raise UserError(
-            f"{path}: has {', '.join(unsupported)}, which engines cannot serve. Merge the adapter into its base."
-        )
+    path, config = Path(model.adapter, ADAPTER_CONFIG), read_adapter_settings(Path(model.adapter))
+    if keys := ", ".join(key for key in ("use_dora", "modules_to_save", "target_parameters") if config.get(key)):
+        raise UserError(f"{path}: has {keys}, which engines cannot serve. Merge the adapter into its base.")
 
 
 def _of_run(path: Path) -> Path | None:
@@ -105,9 +98,8 @@ def _of_run(path: Path) -> Path | None:
         return path
     if (path / "final").is_dir():
         return path / "final"
-    stages = [f"{path.name}/{inner.parent.name}" for inner in sorted(path.glob("*/final"))]
-    if stages:
-        raise UserError(f"{path} is a pipeline of several runs; name one of them: {', '.join(stages)}.")
+    if stages := ", ".join(f"{path.name}/{inner.parent.name}" for inner in sorted(path.glob("*/final"))):
+        raise UserError(f"{path} is a pipeline of several runs; name one of them: {stages}.")
     raise UserError(
         f"{path} is a run without final/: it has not ended. `rlhf export` writes one of its checkpoints as a model."
     )

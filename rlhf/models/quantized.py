@@ -1,7 +1,6 @@
 """A frozen base of 4-bit weights under an adapter (QLoRA, arXiv:2305.14314), by bitsandbytes through transformers.
 
-Linear layers but the head are stored as nf4 with quantised scales and multiplied in the model's dtype. bitsandbytes is
-an optional dependency. Its presence is checked before anything starts, and it is imported only to quantise.
+Linear layers but the head are stored as nf4 with quantised scales and multiplied in the model's dtype.
 """
 
 from __future__ import annotations
@@ -45,21 +44,13 @@ def refuse_unquantizable(key: str, architecture: Any, *, device: Literal["cpu", 
 def quantization_options(
     quantize: Quantize | None, *, dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, Any]:
-    """Return the options of from_pretrained for quantising weights on the device during reading. None: no options.
-
-    dtype: of the products, and of all weights without quantisation.
-    """
+    """Return the options of from_pretrained for quantising weights on the device. dtype: of the products."""
     if quantize is None:
         return {}
-    return {
-        "quantization_config": transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantize,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        ),
-        "device_map": {"": device},
-    }
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=quantize, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -68,11 +59,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def keep_storage(model: nn.Module) -> None:
-    """Keep the layers of 4-bit weights in training mode, without any random numbers.
-
-    In evaluation mode on a CPU bitsandbytes reorders the stored weights at the first pass, and `dequantized` would
-    then read wrong values.
-    """
+    """Keep the layers of 4-bit weights in training mode: otherwise bitsandbytes would reorder the weights on a CPU."""
     for module in model.modules():
         if hasattr(getattr(module, "weight", None), "quant_state"):
             module.training = True

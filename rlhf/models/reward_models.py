@@ -32,10 +32,7 @@ def load_reward_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool 
 
 
 def refuse_without_head(path: str, *, trust_remote_code: bool = False) -> None:
-    """Raise UserError if a model has no reward head.
-
-    Reads the config alone; for an adapter also headers and the base's config.
-    """
+    """Raise UserError if a model has no reward head. Reads the config; for an adapter also headers and the base's."""
     if is_adapter(Path(path)):
         from rlhf.models.adapters.folder import refuse_no_reward_adapter  # with peft, which takes seconds
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -60,11 +60,9 @@ def untested_model(config: Mapping[str, Any]) -> str | None:
 
 
 def support_table() -> str:
-    lines = [_line(_TITLES), _line(["---"] * len(_TITLES))]
-    for row in sorted(support_by_type().values(), key=lambda row: row.model_type):
-        name, *cells = (str(getattr(row, field.name)) for field in fields(Support))
-        lines.append(_line([f"`{name}`", *cells]))
-    return "".join(lines)
+    rows = sorted(map(astuple, support_by_type().values()))
+    lines = [_TITLES, ["---"] * len(_TITLES), *([f"`{kind}`", *cells] for kind, *cells in rows)]
+    return "".join(map(_line, lines))
 
 
 def _line(cells: Sequence[str]) -> str:

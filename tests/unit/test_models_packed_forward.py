@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,10 +22,9 @@ from rlhf.models.packed.forward import (
     policy_logprobs,
     policy_logprobs_and_collisions,
     policy_logprobs_only,
-    sampled_distillation_loss,
     supervised_loss,
 )
-from rlhf.objectives.distillation import forward_kl, reverse_kl
+from rlhf.objectives.distillation import forward_kl, reverse_kl, sampled_divergence_sum, weighted_divergence_sum
 from rlhf.types import VocabularyHead
 from tests.fixtures.packed_models import CONFIGS, SIZES, VOCABULARY, make
 
@@ -178,7 +178,8 @@ def test_the_divergence_of_whole_logits_over_the_rows_that_both_heads_have(
     token_ids, mask = some_tokens()
     states = learnt_states(other, token_ids, LENGTHS, mask=mask)
     assert len(states) == int(mask.sum())
-    settings: dict[str, Any] = {"divergence": reverse_kl, "temperature": 0.7, "token_weight": 0.2, "sft_coef": 0.3}
+    divergence_sum = partial(weighted_divergence_sum, reverse_kl, sft_coef=0.3)
+    settings: dict[str, Any] = {"divergence_sum": divergence_sum, "temperature": 0.7, "token_weight": 0.2}
     loss, *got = distillation_loss(
         model, token_ids, LENGTHS, mask=mask, teacher=states, head=head_of(other), **settings
     )
@@ -214,10 +215,11 @@ def test_responses_that_share_their_prompt_learn_as_with_a_copy_each() -> None:
     for token_ids, lengths, branches in (copies, shared):
         mask = torch.tensor([False] * 3 + [True] * 4 + [False] * (len(token_ids) - 9) + [True] * 2)
         states = learnt_states(other, token_ids, lengths, mask=mask, branches=branches)
-        settings: dict[str, Any] = {"divergence": reverse_kl, "temperature": 0.7, "token_weight": 0.2}
+        divergence_sum = partial(sampled_divergence_sum, reverse_kl)
+        settings: dict[str, Any] = {"divergence_sum": divergence_sum, "temperature": 0.7, "token_weight": 0.2}
         teacher = {"teacher": states, "head": head_of(other)}
         row = {"mask": mask, "branches": branches}
-        loss, *columns = sampled_distillation_loss(model, token_ids, lengths, **row, **teacher, **settings)
+        loss, *columns = distillation_loss(model, token_ids, lengths, **row, **teacher, **settings)
         model.zero_grad(set_to_none=True)
         loss.backward()
         gradients = {n: p.grad for n, p in model.named_parameters()}
@@ -230,7 +232,8 @@ def test_responses_that_share_their_prompt_learn_as_with_a_copy_each() -> None:
 
 def test_a_student_without_learnt_tokens_has_zero_gradients_everywhere() -> None:
     model = make("llama")
-    settings: dict[str, Any] = {"divergence": forward_kl, "temperature": 1.0, "token_weight": 1.0, "sft_coef": 0.0}
+    divergence_sum = partial(weighted_divergence_sum, forward_kl)
+    settings: dict[str, Any] = {"divergence_sum": divergence_sum, "temperature": 1.0, "token_weight": 1.0}
     token, length, mask = torch.tensor([3]), torch.tensor([1]), torch.tensor([False])
     teacher = {"teacher": torch.zeros(0, 32), "head": head_of(model)}
     loss, *_ = distillation_loss(model, token, length, mask=mask, **teacher, **settings)

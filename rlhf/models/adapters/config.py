@@ -20,8 +20,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.]+")
 def load_adapter_config(folder: Path) -> peft.PeftConfig:
     """Return peft's config of an adapter folder. Raise UserError for a damaged folder.
 
-    peft reads a text in `target_modules` as a regular expression. The text is replaced by the module names among the
-    weights.
+    A regular expression in `target_modules` is replaced by the module names among the weights.
     """
     settings = read_adapter_settings(folder)
     path = folder / CONFIG
@@ -47,11 +46,15 @@ def adapted_modules(folder: Path) -> set[str]:
     return {match[1] for match in matches if match}
 
 
+def refuse_no_weights(folder: Path) -> None:
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder} has no {WEIGHTS}: only safetensors are loaded. Save the adapter as that.")
+
+
 def read_adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of an adapter's weights from the file's header. Raise UserError for a damaged file."""
+    refuse_no_weights(folder)
     path = folder / WEIGHTS
-    if not path.is_file():
-        raise UserError(f"{folder} has no {WEIGHTS}: only safetensors are loaded. Save the adapter as that.")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

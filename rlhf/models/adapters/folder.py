@@ -1,7 +1,6 @@
 """Trained adapters on disk, in peft's format: read, check against a base model, continue training, merge.
 
-Adapters come from `export_adapter` or from any trainer. Nothing here is sharded: a worker loads an adapter before the
-engine takes the model.
+Nothing here is sharded: a worker loads an adapter before the engine takes the model.
 """
 
 from __future__ import annotations
@@ -13,13 +12,12 @@ from typing import Any
 
 import peft
 import torch
-import transformers
 from safetensors.torch import load_file
 from torch import nn
 
 from rlhf.errors import UserError
-from rlhf.models.adapters.config import CONFIG, WEIGHTS, load_adapter_config, read_adapter_shapes
-from rlhf.models.adapters.lora import inject, keep_initial, with_merged_adapter
+from rlhf.models.adapters.config import CONFIG, WEIGHTS, load_adapter_config, read_adapter_shapes, refuse_no_weights
+from rlhf.models.adapters.lora import inject, keep_initial, model_of, with_merged_adapter
 from rlhf.models.adapters.settings import base_of
 from rlhf.models.files.folder_check import refuse_broken_weights
 from rlhf.models.files.loading import (
@@ -61,14 +59,10 @@ _LEAVES_BASE_ALONE = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # ini
 
 
 def read_adapter_config(folder: Path) -> peft.LoraConfig:
-    """Return the config of an adapter folder.
-
-    Raise UserError for a missing config, or a kind of adapter that cannot be trained here.
-    """
+    """Return the config of an adapter folder. Raise UserError for an adapter that cannot be trained here."""
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is no adapter folder: it has no {CONFIG}. Name a folder that peft has saved.")
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder} has no {WEIGHTS}: only safetensors are loaded. Save the adapter as that.")
+    refuse_no_weights(folder)
     config = load_adapter_config(folder)
     if type(config) is not peft.LoraConfig:
         raise UserError(f"{folder} is a {config.peft_type} adapter; only LoRA and its kin are supported.")
@@ -130,12 +124,8 @@ def refuse_misfit_adapter(folder: Path, base: str, *, scalar: bool = False, trus
                 f"the adapter {folder} was trained on {trained_on}, a model of another architecture than {base}. "
                 f"Name {trained_on} as the model, or an adapter of {base}."
             )
-    kind = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM
-    if scalar:
-        architecture.num_labels = 1
     with torch.device("meta"):
-        model = kind.from_config(architecture, trust_remote_code=trust_remote_code)
-        model = _injected(model, folder, config)
+        model = _injected(model_of(architecture, scalar=scalar, trust_remote_code=trust_remote_code), folder, config)
     _refuse_other_shapes(folder, base, read_adapter_shapes(folder), _places(model), scalar=scalar)
 
 
@@ -144,11 +134,9 @@ def refuse_incomplete(folder: Path, base: str, *, trust_remote_code: bool = Fals
     config = load_adapter_config(folder)
     config.inference_mode = False  # in inference mode peft freezes the parameters listed by `_places`
     shapes = read_adapter_shapes(folder)
+    architecture = load_model_config(base, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(
-            load_model_config(base, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
-        )
-        model = _injected(model, folder, config)
+        model = _injected(model_of(architecture, trust_remote_code=trust_remote_code), folder, config)
     if missing := sorted(set(_places(model)) - set(shapes)):
         raise UserError(
             f"The adapter {folder} lacks {len(missing)} of its weights, which would be random: {missing[0]} and so on. "
@@ -157,10 +145,7 @@ def refuse_incomplete(folder: Path, base: str, *, trust_remote_code: bool = Fals
 
 
 def refuse_no_reward_adapter(folder: Path, *, trust_remote_code: bool = False) -> None:
-    """Raise UserError if an adapter does not belong to a model with one score, or does not fit the base.
-
-    Reads headers alone.
-    """
+    """Raise UserError if an adapter is not of a model with one score, or does not fit the base. Reads headers alone."""
     config = read_adapter_config(folder)
     if config.task_type != peft.TaskType.SEQ_CLS:
         raise no_reward_head(str(folder), f"LoRA adapter with task_type {config.task_type}")
@@ -185,7 +170,18 @@ def load_trainable_adapter(model: Any, folder: Path, *, dropout: float = 0.0) ->
     config = read_adapter_config(folder)
     config.lora_dropout = dropout
     config.base_model_name_or_path, config.revision = split_revision(model.config._name_or_path)
-    model = _filled(model, folder, config)
+    is_scalar = hasattr(model, "score")
+    model = _injected(model, folder, config)
+    tensors = load_file(folder / WEIGHTS)
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise UserError(f"The adapter {folder} holds NaN or infinite values in {name}. Get it again.")
+    places = _places(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    _refuse_other_shapes(folder, model.config._name_or_path, shapes, places, scalar=is_scalar)
+    with torch.no_grad():
+        for name in places.keys() & tensors.keys():
+            places[name].copy_(tensors[name])
     keep_initial(model, config)
     return model
 
@@ -200,27 +196,10 @@ def load_folded(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = F
     return model
 
 
-def _filled(model: Any, folder: Path, config: peft.LoraConfig) -> Any:
-    is_scalar = hasattr(model, "score")
-    model = _injected(model, folder, config)
-    tensors = load_file(folder / WEIGHTS)
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise UserError(f"The adapter {folder} holds NaN or infinite values in {name}. Get it again.")
-    places = _places(model)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    _refuse_other_shapes(folder, model.config._name_or_path, shapes, places, scalar=is_scalar)
-    with torch.no_grad():
-        for name, parameter in places.items():
-            if name in tensors:
-                parameter.copy_(tensors[name])
-    return model
-
-
 def _injected(model: Any, folder: Path, config: peft.LoraConfig) -> Any:
     """Return the model with an untrained adapter of the folder's shape."""
-    names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
     if hasattr(model, "score"):
+        names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
         config.modules_to_save = [name for name in config.modules_to_save or () if name in names] or None
         config.task_type = peft.TaskType.SEQ_CLS
     try:
@@ -231,20 +210,11 @@ def _injected(model: Any, folder: Path, config: peft.LoraConfig) -> Any:
 
 def _places(model: Any) -> dict[str, nn.Parameter]:
     """Map the names in an adapter file to the model's parameters."""
-    return {
-        saved_name(name): parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad
-    }
+    return {saved_name(name): p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
 
 
 def _refuse_other_shapes(
-    folder: Path,
-    base: str,
-    shapes: Mapping[str, tuple[int, ...]],
-    places: Mapping[str, nn.Parameter],
-    *,
-    scalar: bool,
+    folder: Path, base: str, shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, nn.Parameter], *, scalar: bool
 ) -> None:
     wanted = {name: tuple(parameter.shape) for name, parameter in places.items()}
     low_rank = {name for name in wanted if ".lora_" in name}

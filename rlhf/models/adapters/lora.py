@@ -1,9 +1,8 @@
 """Low-rank adapters through peft, injected into the model. The model's class and calls stay the same.
 
-LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353) and PiSSA (arXiv:2404.02948). Workers add a
-new adapter after loading, or continue a trained one. The frozen weights never change here, not even where peft would
-change weights: PiSSA is the unchanged W, plus the trained adapter, minus a frozen copy of the initial adapter. The
-initial model is therefore available exactly, and shipped or saved adapters always fit the original base.
+LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353) and PiSSA (arXiv:2404.02948). The frozen
+weights never change, not even where peft would change weights: PiSSA is W, plus the trained adapter, minus a frozen
+copy of the initial adapter. The initial model is therefore exact, and saved adapters fit the original base.
 """
 
 from __future__ import annotations
@@ -80,9 +79,7 @@ def add_lora(
 
 
 def inject(model: Any, config: peft.LoraConfig) -> Any:
-    """Return the model with a new adapter of the config's shape.
-
-    model.peft_config then holds the config for the adapter's folder.
+    """Return the model with a new adapter of the config's shape. model.peft_config is then the adapter folder's.
 
     Raise UserError if the head is adapted: log-probabilities read the head's weight directly, without an adapter.
     """
@@ -102,24 +99,29 @@ def refuse_unfit(architecture: Any, *, scalar: bool, trust_remote_code: bool = F
 
     scalar: the model gets a head of one value, as a critic or a reward model.
     """
-    kind = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM
-    architecture = copy.deepcopy(architecture)
-    if scalar:
-        architecture.num_labels = 1
     init = adapter.pop("init", "default")
     with torch.device("meta"):
-        model = add_lora(kind.from_config(architecture, trust_remote_code=trust_remote_code), **adapter)
+        model = add_lora(model_of(architecture, scalar=scalar, trust_remote_code=trust_remote_code), **adapter)
     if init == "pissa":
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
                 _refuse_few_components(layer, rank=adapter["rank"])
 
 
+def model_of(architecture: Any, *, scalar: bool = False, trust_remote_code: bool) -> Any:
+    """Return a model of the config, with random weights. scalar: with a head of one value."""
+    kind = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM
+    architecture = copy.deepcopy(architecture)
+    if scalar:
+        architecture.num_labels = 1
+    return kind.from_config(architecture, trust_remote_code=trust_remote_code)
+
+
 def _refuse_few_components(layer: Any, *, rank: int) -> None:
-    if rank > min(layer.in_features, layer.out_features):
+    if rank > (most := min(layer.in_features, layer.out_features)):
         raise UserError(
-            f"lora.rank: is {rank}, but a {layer.out_features} x {layer.in_features} weight has only "
-            f"{min(layer.in_features, layer.out_features)} principal components for init pissa; lower it"
+            f"lora.rank: is {rank}, but a {layer.out_features} x {layer.in_features} weight has only {most} principal "
+            "components for init pissa; lower it"
         )
 
 
@@ -169,9 +171,9 @@ def with_adapter(model: Any, folder: str) -> Any:
 
 
 def with_merged_adapter(model: Any, folder: str) -> Any:
-    """Return the model with a folder's adapter merged into the weights, and with the modules trained whole.
+    """Return the model with a folder's adapter merged in the weights' dtype, and with the modules trained whole.
 
-    The sums are in the dtype of the weights. Raise UserError if the adapter does not fit.
+    Raise UserError if the adapter does not fit.
     """
     return _adapted(model, folder).merge_and_unload(safe_merge=True)
 
@@ -213,9 +215,8 @@ def _adapted(model: Any, folder: str) -> Any:
     try:
         return peft.PeftModel.from_pretrained(model, folder, config=load_adapter_config(Path(folder)))
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"the adapter in {folder} cannot be put on its base model: {' '.join(str(error).split())}"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"the adapter in {folder} cannot be put on its base model: {reason}") from error
 
 
 def _adapted_parts(model: nn.Module) -> list[Any]:
@@ -278,9 +279,8 @@ def _refuse_unknown_names(model: Any, config: peft.LoraConfig) -> None:
     ):
         if missing := sorted(name for name in wanted if not any(map(fits, by_name.get(name, ())))):
             raise UserError(f"lora.{key}: the model has no {kind} named {', '.join(missing)}.")
-    stacks = {
-        name.rpartition(".")[2] for name, p in model.named_parameters() if len(getattr(p, "ds_shape", p.shape)) == 3
-    }
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}
+    stacks = {name.rpartition(".")[2] for name, shape in shapes.items() if len(shape) == 3}
     if missing := sorted(set(config.target_parameters or ()) - stacks):
         known = f"they are {', '.join(sorted(stacks))}" if stacks else "it has none"
         raise UserError(
@@ -289,7 +289,5 @@ def _refuse_unknown_names(model: Any, config: peft.LoraConfig) -> None:
     if both := sorted(set(config.target_modules) & set(config.modules_to_save or ())):
         raise UserError(f"lora.modules_to_save: {', '.join(both)} cannot be adapted and trained whole; name it once.")
     depth = model.config.get_text_config().num_hidden_layers
-    if unknown_layers := [n for n in config.layers_to_transform or () if n >= depth]:
-        raise UserError(
-            f"lora.layers: the model has layers 0 to {depth - 1}, not {', '.join(map(str, unknown_layers))}."
-        )
+    if unknown_layers := [str(n) for n in config.layers_to_transform or () if n >= depth]:
+        raise UserError(f"lora.layers: the model has layers 0 to {depth - 1}, not {', '.join(unknown_layers)}.")

@@ -24,10 +24,7 @@ def base_of(folder: Path) -> tuple[str, int]:
 
 
 def read_adapter_settings(folder: Path) -> dict[str, Any]:
-    """Return the values in an adapter folder's adapter_config.json.
-
-    Raise UserError if the file is damaged, or if a LoRA rank is not a positive integer.
-    """
+    """Return the values in adapter_config.json. UserError for a damaged file, or a rank that is no positive integer."""
     path = folder / ADAPTER_CONFIG
     settings = read_json_object(path)
     if not isinstance(settings.get("peft_type"), str):

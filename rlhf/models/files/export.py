@@ -42,13 +42,9 @@ def export_model(
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a folder for from_pretrained: safetensors (several files above shard_bytes), configs and tokenizer.
+    """Write a folder for from_pretrained: safetensors (several files above shard_bytes), configs, tokenizer, any code.
 
-    The folder of a model with custom code gets the files of this code too.
-
-    dtype: of the weights, written into the config.
-
-    A tied head is left out, as transformers expects. An existing folder is replaced.
+    A tied head is left out, as transformers expects. An existing folder is replaced. dtype: of the weights.
     """
     config = copy.deepcopy(model.config)
     config.dtype = dtype
@@ -62,20 +58,22 @@ def export_model(
 
 def export_adapter(folder: Path, named_weights: Iterable[tuple[str, Tensor]], model: Any, tokenizer: Any) -> None:
     """Write an adapter folder for peft and vLLM. `named_weights` have the names used by peft's files."""
-    config = copy.deepcopy(model.peft_config[ADAPTER])
-    config.inference_mode = True
     with appearing(folder) as partial:
         weights = {name: _owned(weight) for name, weight in named_weights}
         _save(weights, partial / "adapter_model.safetensors")
-        when_there_is_room(partial, lambda: _save_settings(partial, config, tokenizer))
+        when_there_is_room(partial, lambda: _save_settings(partial, _peft_config(model), tokenizer))
+
+
+def _peft_config(model: Any) -> Any:
+    config = copy.deepcopy(model.peft_config[ADAPTER])
+    config.inference_mode = True
+    return config
 
 
 def adapter_config(model: Any) -> dict[str, Any]:
     """Return the adapter_config.json of a model's adapter, as plain values."""
-    config = copy.deepcopy(model.peft_config[ADAPTER])
-    config.inference_mode = True
     with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
+        _peft_config(model).save_pretrained(folder)
         values: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     return values
 
@@ -83,9 +81,8 @@ def adapter_config(model: Any) -> dict[str, Any]:
 def name_padding(config: Any, tokenizer: Any) -> None:
     """Give a model with a scalar head, and the tokenizer, a padding token different from the end of sequence.
 
-    transformers scores a sequence at the last token before padding. If the end of sequence is also the padding token,
-    as usual for tokenizers without one, this is the token before the trained token. Without a suitable token the config
-    names no padding token: transformers then scores single sequences, and refuses batches.
+    transformers scores a sequence at the last token before padding, which would otherwise be the token before the end.
+    Without a suitable token the config names none: transformers then scores single sequences, and refuses batches.
     """
     if not has_score_head(config):
         return
@@ -108,9 +105,9 @@ def name_padding(config: Any, tokenizer: Any) -> None:
 
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, and rename it to the final folder at the end.
+    """Yield a temporary folder, renamed to the final folder at the end, and removed after a failure.
 
-    After a failure, the temporary folder is removed. Files get this process's usual mode, not the owner's alone.
+    Files get this process's usual mode, not the owner's alone.
     """
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
@@ -139,35 +136,33 @@ def _share(folder: Path) -> None:
 
 
 def _write_shards(folder: Path, named_weights: Iterable[tuple[str, Tensor]], *, shard_bytes: int) -> None:
-    names: list[list[str]] = []
+    shards: list[list[str]] = []  # the names of the weights in each file
     shard: dict[str, Tensor] = {}
     total = size = 0
 
     def close_shard() -> None:
-        _save(shard, folder / f"shard-{len(names)}")
-        names.append(list(shard))
+        _save(shard, folder / f"shard-{len(shards)}")
+        shards.append(list(shard))
         shard.clear()
 
     for name, weight in named_weights:
-        nbytes = weight.numel() * weight.element_size()
-        if shard and size + nbytes > shard_bytes:
+        if shard and size + weight.nbytes > shard_bytes:
             close_shard()
             size = 0
         shard[name] = _owned(weight)
-        size += nbytes
-        total += nbytes
+        size += weight.nbytes
+        total += weight.nbytes
     close_shard()
-    if len(names) == 1:
+    if len(shards) == 1:
         (folder / "shard-0").rename(folder / "model.safetensors")
         return
     file_of: dict[str, str] = {}
-    for index, in_shard in enumerate(names):
-        file = f"model-{index + 1:05d}-of-{len(names):05d}.safetensors"
+    for index, names in enumerate(shards):
+        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{index}").rename(folder / file)
-        file_of.update(dict.fromkeys(in_shard, file))
+        file_of.update(dict.fromkeys(names, file))
     table = {"metadata": {"total_size": total}, "weight_map": file_of}
-    index_file = folder / "model.safetensors.index.json"
-    write_atomic(index_file, json.dumps(table, indent=2))
+    write_atomic(folder / "model.safetensors.index.json", json.dumps(table, indent=2))
 
 
 def _save(weights: dict[str, Tensor], path: Path) -> None:
@@ -177,7 +172,6 @@ def _save(weights: dict[str, Tensor], path: Path) -> None:
 
 
 def _save_model_settings(folder: Path, model: Any, config: Any, tokenizer: Any) -> None:
-    """Write all files of a model except the weights."""
     if model.is_remote_code():
         custom_object_save(model, folder, config=config)  # copies the class's file, and names it in the config
     _save_settings(folder, config, tokenizer)
@@ -186,7 +180,6 @@ def _save_model_settings(folder: Path, model: Any, config: Any, tokenizer: Any) 
 
 
 def _save_settings(folder: Path, *settings: Any) -> None:
-    """Write the files of a config or a tokenizer."""
     for part in settings:
         part.save_pretrained(folder)
 

@@ -14,18 +14,16 @@ from safetensors import SafetensorError, safe_open
 
 from rlhf.errors import UserError
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # each model has one of these names; 0: dense
 # Largest sizes of any known model, with room. Building a larger config.json would take hours or all memory.
 _MOST = {
+    **dict.fromkeys(_EXPERTS, 10**4),
     "hidden_size": 10**6,
     "num_attention_heads": 10**4,
-    "num_experts": 10**4,
     "num_hidden_layers": 10**3,
     "num_key_value_heads": 10**4,
-    "num_local_experts": 10**4,
-    "n_routed_experts": 10**4,
     "vocab_size": 10**7,
 }
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # each model has one of these names; 0: dense
 _SMALL_FILES = {"config.json": 2**22, "chat_template.jinja": 2**20, "tokenizer_config.json": 2**26}  # most bytes
 
 

@@ -1,7 +1,4 @@
-"""Test once whether the Hugging Face hub answers. The hub's libraries would retry for minutes, for every file.
-
-Called before anything is loaded by name. The test downloads nothing.
-"""
+"""Test once whether the Hugging Face hub answers. The hub's libraries would retry for minutes, for every file."""
 
 from __future__ import annotations
 
@@ -35,13 +32,10 @@ def why_silent() -> str:
         return "HF_HUB_OFFLINE is set"
     try:
         urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=ANSWER_WITHIN_S).close()
-    except HTTPError:
-        return ""  # an HTTP error is an answer
     except OSError as error:
         reason = error.reason if isinstance(error, URLError) else error
-        if isinstance(reason, ssl.SSLError):
-            return ""  # a TLS error is an answer, and the libraries may trust other certificates
-        return str(reason)
+        if not isinstance(error, HTTPError) and not isinstance(reason, ssl.SSLError):
+            return str(reason)  # HTTP errors and TLS errors are answers, and the libraries may trust other certificates
     return ""
 
 

@@ -12,19 +12,11 @@ from typing import Any
 
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    PrefixChange,
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-)
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
 
 def missing_settings(config: Any) -> dict[str, Any]:
-    """Return the settings missing in this config that vLLM and other programs need in the model's config.json.
-
-    Models on the hub have such settings. transformers neither reads nor writes the settings.
-    """
+    """Return the settings missing in this config that vLLM needs, and that transformers neither reads nor writes."""
     settings: Mapping[str, Any] = {}
     if config.model_type == "deepseek_v3":  # else vLLM gives the routers no bias of choice, and scores by a softmax
         settings = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
@@ -56,11 +48,8 @@ class HubNames:
     def __init__(self, model: Any) -> None:
         conversions = getattr(model, "_weight_conversions", None)  # those used by from_pretrained
         if conversions is None:
-            conversions = [
-                conversion
-                for conversion in get_model_conversion_mapping(model, add_legacy=False)
-                if not isinstance(conversion, PrefixChange)
-            ]
+            mapping = get_model_conversion_mapping(model, add_legacy=False)
+            conversions = [conversion for conversion in mapping if not isinstance(conversion, PrefixChange)]
         reversed_ones = [conversion.reverse_transform() for conversion in reversed(conversions)]
         self._model = model
         self._renamings = [one for one in reversed_ones if isinstance(one, WeightRenaming)]

@@ -1,7 +1,7 @@
 """Load models and tokenizers from a hub name or a local folder: safetensors only, no remote code unless allowed.
 
-Workers start with this module. Nothing here moves a model to a device, wraps a model for training, or shards weights.
-Inside `rlhf.engine.sharded_loading` transformers shards the weights during loading.
+Nothing here moves a model to a device or wraps a model for training. Inside `rlhf.engine.sharded_loading` transformers
+shards the weights during loading.
 """
 
 from __future__ import annotations
@@ -51,10 +51,8 @@ def load_tokenizer(
 ) -> Any:
     """Return the tokenizer of a hub name or folder, with the changes to the chat template.
 
-    The end of sequence becomes the padding token of a tokenizer without a padding token.
-
-    Args:
-        kind: the tokenizer's class. None: AutoTokenizer finds the class, with an import of a second.
+    The end of sequence becomes the padding token of a tokenizer without a padding token. kind: the tokenizer's class.
+    None: AutoTokenizer finds the class, with an import of a second.
     """
     load = (transformers.AutoTokenizer if kind is None else kind).from_pretrained
     tokenizer = _load(path, load, trust_remote_code=trust_remote_code)
@@ -111,10 +109,9 @@ def load_causal_lm(
     quantize: Quantize | None = None,
     device: torch.device | str = "cpu",
 ) -> Any:
-    """Return a causal language model in evaluation mode with dropout off, and weights in dtype.
+    """Return a causal language model in evaluation mode with dropout off, and weights in dtype, on the host.
 
-    quantize: the linear layers except the head are frozen in 4 bits, on `device`. Without `quantize` the model stays on
-    the host.
+    quantize: the linear layers except the head are frozen in 4 bits, on `device`.
     """
     options = quantization_options(quantize, dtype=dtype, device=device)
     model = _with_all_weights(path, scalar=False, dtype=dtype, trust_remote_code=trust_remote_code, **options)
@@ -153,10 +150,7 @@ def no_reward_head(path: str, what: str) -> UserError:
 
 
 def refuse_no_language_model(path: str, *, trust_remote_code: bool = False) -> None:
-    """Raise UserError for a model without a language-model head, since the model would get a random head.
-
-    Reads the config alone.
-    """
+    """Raise UserError for a model without a language-model head, which would be random. Reads the config alone."""
     config = load_model_config(path, trust_remote_code=trust_remote_code)
     if not _is_causal_lm(config):
         classes = ", ".join(config.architectures or []) or f"model of type {config.model_type}"
@@ -182,19 +176,13 @@ def whole(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
 
 
 def architecture_fingerprint(config: Any) -> str:
-    """Return a fingerprint, equal for models with interchangeable weights.
-
-    A checkpoint with another fingerprint is of another model.
-    """
+    """Return a fingerprint, equal for models with interchangeable weights."""
     kept = {key: value for key, value in config.to_dict().items() if key not in _NOT_ARCHITECTURE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def load_scalar_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool = False, **options: Any) -> Any:
-    """Return a model with a linear head of one value, in evaluation mode.
-
-    A head missing in the checkpoint is random.
-    """
+    """Return a model with a linear head of one value, in evaluation mode. A missing head becomes random."""
     model = _with_all_weights(path, scalar=True, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     if not isinstance(model.score, torch.nn.Linear):
         raise UserError(f"{path} is a {type(model).__name__}, whose head is not one linear layer: not supported")
@@ -202,10 +190,7 @@ def load_scalar_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool 
 
 
 def _with_all_weights(path: str, *, scalar: bool, trust_remote_code: bool, **options: Any) -> Any:
-    """Load a model through transformers.
-
-    Raise UserError if a weight is missing or has another shape, except for a new scalar head.
-    """
+    """Load a model. Raise UserError if a weight is missing or has another shape, except for a new scalar head."""
     config = load_model_config(path, trust_remote_code=trust_remote_code)
     auto = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM
     made_new = {"score.weight"} if scalar and not has_score_head(config) else set()
@@ -261,10 +246,7 @@ def has_score_head(config: Any) -> bool:
 
 
 def _is_causal_lm(config: Any) -> bool:
-    """Return whether the config describes a causal language model.
-
-    The class in the config decides, from transformers or from the model's code. Without a class the model type decides.
-    """
+    """Return whether a config is a causal language model's, by the class in the config, otherwise by the type."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS  # takes a second
 
     if not config.architectures:
@@ -275,10 +257,7 @@ def _is_causal_lm(config: Any) -> bool:
 
 
 def _prepared(model: Any, *, gradient_checkpointing: bool) -> Any:
-    """Set evaluation mode, and switch off dropout and the key-value cache.
-
-    A policy with dropout would be a different distribution in every pass, with noise as ratios.
-    """
+    """Set evaluation mode without dropout, with which a policy would be a different distribution in every pass."""
     from rlhf.models.linear import widen_linear_layers  # torch, which the checks of a model's folder need not import
 
     model.eval()
@@ -329,33 +308,22 @@ def _load(path: str, load: Callable[..., T], **options: Any) -> T:
         refuse_strange_folder(Path(path))
     try:
         return load(name, **options)
-    except OSError as error:
+    except (ImportError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        if Path(path).is_dir():
-            raise UserError(_no_model(path) or f"The model folder {path} cannot be loaded: {reason}") from error
-        raise UserError(
-            f"The model {path} is neither a folder here nor could it be obtained from the hub ({reason}) "
-            "Check the name, the network and HF_HUB_OFFLINE, or download it once and name its folder."
-        ) from error
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(_no_model(path) or f"The model {path} cannot be loaded: {reason}") from error
-    except ImportError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"The model {path} needs a package that is not here: {reason}") from error
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        RecursionError,
-        StrictDataclassError,
-        TypeError,
-    ) as error:
+        if isinstance(error, ImportError):
+            message = f"The model {path} needs a package that is not here: {reason}"
+        elif not isinstance(error, OSError) or Path(path).is_dir():
+            message = _no_model(path) or f"The model {path} cannot be loaded: {reason}"
+        else:
+            message = (
+                f"The model {path} is neither a folder here nor could it be obtained from the hub ({reason}) "
+                "Check the name, the network and HF_HUB_OFFLINE, or download it once and name its folder."
+            )
+        raise UserError(message) from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError) as error:
         raise UserError(_damaged(path, error)) from error
     except Exception as error:
-        if type(error) is not Exception:  # tokenizers raises plain Exception
+        if type(error) is not Exception and not isinstance(error, StrictDataclassError):  # tokenizers raises the first
             raise
         raise UserError(_damaged(path, error)) from error
 

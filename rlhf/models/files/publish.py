@@ -25,10 +25,7 @@ _REPLACED = (
 
 
 def refuse_unpublishable(name: str, *, key: str) -> None:
-    """Raise UserError if nothing can be uploaded from here, without asking the hub.
-
-    key: the setting's name in messages.
-    """
+    """Raise UserError if nothing can be uploaded from here, without asking the hub. key: of the setting."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise UserError(
             f"{key}: is {name}, but HF_HUB_OFFLINE is set, so nothing is uploaded. Unset it, or remove {key}."
@@ -40,19 +37,12 @@ def refuse_unpublishable(name: str, *, key: str) -> None:
 
 
 def push_folder(folder: Path, name: str) -> None:
-    """Upload a model folder to the repository NAME, in place of an existing model.
-
-    If the hub refuses, raise RunError with the command to repeat.
-    """
+    """Upload a model folder to a repository, in place of an existing model. RunError with the command to repeat."""
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(name, private=True, exist_ok=True)
-        api.upload_folder(
-            repo_id=name,
-            folder_path=folder,
-            commit_message="Upload the trained model",
-            delete_patterns=list(_REPLACED),
-        )
+        message = "Upload the trained model"
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message=message, delete_patterns=list(_REPLACED))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())
         deleted = " ".join(f"--delete '{pattern}'" for pattern in _REPLACED)

@@ -9,8 +9,9 @@ import os
 import resource
 import signal
 import time
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from rlhf.errors import UserError
 
@@ -18,14 +19,12 @@ LIMIT_S = 10.0
 _MORE_BYTES = 2**30  # on top of the process's memory at the start
 _TRIAL = [{"role": "user", "content": "1 + 1 = ?"}]
 _OUT_OF_MEMORY = 3
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 def refuse_runaway_template(tokenizer: Any, *, limit_s: float = LIMIT_S) -> None:
-    """Raise UserError if the chat template does not render one short message within limits of time and memory.
+    """Raise UserError if a forked process cannot render one short message within limits of time and memory.
 
-    A forked process renders the message. An error raised by the template is ignored here, and comes again with the
-    first rendered row.
+    An error raised by the template is ignored here, and comes again with the first rendered row.
     """
     if tokenizer.chat_template is None:
         return
@@ -45,8 +44,7 @@ def _render_and_exit(tokenizer: Any, limit_s: float) -> None:
     try:
         seconds = int(limit_s) + 1
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * _PAGE_BYTES + _MORE_BYTES
+        most = psutil.Process().memory_info().vms + _MORE_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         tokenizer.apply_chat_template(_TRIAL, tokenize=False)
     except MemoryError:

@@ -1,7 +1,6 @@
 """The quickstart's model: a Llama of some 400 thousand parameters with a byte-level tokenizer, generated locally.
 
-A run starts with this model in place of a downloaded model. The result is an ordinary Hugging Face folder and loads
-like a real model. The model must never depend on a network or on the global random state.
+The result is an ordinary Hugging Face folder. The model must never depend on a network or on the global random state.
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ _RECIPE = "tiny_llama.json"  # name of the file with the folder's arguments, so 
 def build_tiny_llama(folder: Path, *, seed: int, tied: bool = False) -> Path:
     """Make the model folder, or reuse a folder made from the same seed. Return `folder`. The weights are float32.
 
-    The weights depend on `seed` and `tied` alone. The folder appears complete or not at all, also when several
-    processes make the folder at once. Raise UserError if `folder` exists and holds anything else.
+    The folder appears complete or not at all, also when several processes make the folder at once. Raise UserError if
+    `folder` exists and holds anything else.
     """
     recipe = json.dumps({"seed": seed, "tied": tied})
     if not folder.exists():
@@ -94,10 +93,7 @@ class DescribedConfig(SimpleNamespace):
 
 
 def describe_tiny_llama(folder: Path) -> Path:
-    """Write the tiny model without weights, for the checks before a run. Return `folder`.
-
-    Neither torch nor transformers' Llama is imported, since both imports take seconds.
-    """
+    """Write the tiny model without weights, for checks before a run without imports of seconds. Return `folder`."""
     byte_tokenizer().save_pretrained(folder)
     config = json.dumps({**_SHAPE, "architectures": ["LlamaForCausalLM"]})
     for name in ("config.json", _DESCRIPTION):
@@ -112,10 +108,7 @@ def described_config(folder: Path) -> DescribedConfig | None:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with 256 bytes as ids 0-255, then the special tokens.
-
-    The rest of the vocabulary is reserved, so every id decodes.
-    """
+    """Return a tokenizer with 256 bytes as ids 0-255, the special tokens, and reserved tokens, so every id decodes."""
     specials = [PAD, EOS, SYSTEM, USER, ASSISTANT]
     reserved = [f"<|reserved_{i}|>" for i in range(VOCAB_SIZE - 256 - len(specials))]
     backend = Tokenizer(BPE(vocab={letter: byte for byte, letter in enumerate(_byte_letters())}, merges=[]))

@@ -1,13 +1,12 @@
 """A model's weights for other programs: under the Hugging Face names, whole, adapters merged or separate.
 
-Weight sync and export read the weights through the engine. The engine gathers the parameters of each weight. Nothing
-here knows how parameters are sharded.
+The engine gathers the parameters of each weight. Nothing here knows how parameters are sharded.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -51,10 +50,7 @@ class WeightSource:
 def lora_merged(
     weight: Float[Tensor, "o i"], lora_a: Float[Tensor, "r i"], lora_b: Float[Tensor, "o r"], *, scaling: float
 ) -> Float[Tensor, "o i"]:
-    """Return W + scaling * B A (arXiv:2106.09685, section 4.1).
-
-    The update is rounded to the weight's dtype before the sum, as in peft.
-    """
+    """Return W + scaling * B A (arXiv:2106.09685, section 4.1), the update rounded to W's dtype before, as in peft."""
     return weight + _update(lora_a, lora_b, scaling).to(weight.dtype)
 
 
@@ -84,10 +80,7 @@ def dora_merged(
     *,
     scaling: float,
 ) -> Float[Tensor, "o i"]:
-    """Return m * V / ||V|| with V = W + scaling * B A and norms over each output's row, as in peft.
-
-    arXiv:2402.09353, eq. 5.
-    """
+    """Return m * V / ||V|| with V = W + scaling * B A and norms over each output's row (arXiv:2402.09353, eq. 5)."""
     direction = weight + _update(lora_a, lora_b, scaling)
     norm: Tensor = torch.linalg.norm(direction, dim=1).to(direction.dtype)
     return ((magnitude / norm)[:, None] * direction).to(weight.dtype)
@@ -103,8 +96,7 @@ def pissa_merged(
     scaling: float,
 ) -> Float[Tensor, "o i"]:
     """Return W + scaling * (B A - B0 A0): W with the change of the principal part in training (arXiv:2404.02948)."""
-    rows, columns = pissa_rows(lora_a, initial_a), pissa_columns(lora_b, initial_b)
-    return lora_merged(weight, rows, columns, scaling=scaling)
+    return lora_merged(weight, pissa_rows(lora_a, initial_a), pissa_columns(lora_b, initial_b), scaling=scaling)
 
 
 def pissa_rows(lora_a: Float[Tensor, "r i"], initial_a: Float[Tensor, "r i"]) -> Float[Tensor, "two_r i"]:
@@ -139,23 +131,22 @@ def weight_sources(model: nn.Module) -> list[WeightSource]:
 
     Buffers in the model's files are weights too, such as the bias of DeepSeek's routers.
     """
-    layers = dict(_lora_layers(model))
+    layers, whole = _adapted_modules(model)
     stacks = {id(layer.get_param()): layer for layer in layers.values() if is_stack(layer)}
     hub_names = HubNames(model)
-    replaced = tuple(f"{name}.original_module." for name, _ in _whole_modules(model))
+    replaced = tuple(f"{name}.original_module." for name in whole)
     sources = []
     for name, parameter in model.named_parameters():
         if ".lora_" in name or is_initial_copy(name) or name.startswith(replaced):
             continue
         owner, _, part = name.partition(".base_layer.")
         layer = stacks.get(id(parameter)) or (layers[owner] if part == "weight" else None)
-        if layer is not None:
-            sources.append(WeightSource(_plain(name), (parameter, *_parts_of(layer)), _merge_of(layer), hub_names))
-        else:
-            sources.append(WeightSource(_plain(name), (parameter,), hub_names=hub_names))
-    for name, buffer in _saved_buffers(model):
-        if not name.startswith(replaced):
-            sources.append(WeightSource(_plain(name), (), partial(_itself, buffer), hub_names))
+        parts, merge = ((), _itself) if layer is None else (_parts_of(layer), _merge_of(layer))
+        sources.append(WeightSource(_plain(name), (parameter, *parts), merge, hub_names))
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set and not name.startswith(replaced):
+                sources.append(WeightSource(_plain(name), (), partial(_itself, buffer), hub_names))
     return sources
 
 
@@ -177,7 +168,7 @@ def adapter_sources(model: nn.Module) -> list[WeightSource]:
     The trained weights are the adapter, the modules trained whole, and any scalar head. A PiSSA adapter comes as a
     plain adapter of twice the rank, for the unchanged base. Raise ValueError if the model has no adapter.
     """
-    layers = dict(_lora_layers(model))
+    layers, _ = _adapted_modules(model)
     if not layers:
         raise ValueError("the model has no LoRA adapter")
     sources = []
@@ -188,10 +179,9 @@ def adapter_sources(model: nn.Module) -> list[WeightSource]:
         layer = layers.get(owner) if part else None
         if layer is None or not is_pissa(layer):
             sources.append(WeightSource(saved_name(name), (parameter,)))
-        elif part.startswith("A."):
-            sources.append(WeightSource(saved_name(name), (parameter, layer.lora_A[INITIAL].weight), pissa_rows))
         else:
-            sources.append(WeightSource(saved_name(name), (parameter, layer.lora_B[INITIAL].weight), pissa_columns))
+            initial, join = (layer.lora_A, pissa_rows) if part.startswith("A.") else (layer.lora_B, pissa_columns)
+            sources.append(WeightSource(saved_name(name), (parameter, initial[INITIAL].weight), join))
     return sources
 
 
@@ -211,28 +201,16 @@ def is_pissa(layer: Any) -> bool:
     return bool(layer.scaling.get(INITIAL, 0.0) < 0.0)
 
 
-def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the buffers in the model's files."""
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(prefix, recurse=False):
-            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
-                yield name, buffer
-
-
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _adapted_modules(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
+    """Return the layers with adapters by name, and the names of the modules trained whole."""
     if not hasattr(model, "peft_config"):
-        return iter(())
+        return {}, []
     from peft.tuners.lora import LoraLayer  # the import takes seconds
-
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
-
-
-def _whole_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    if not hasattr(model, "peft_config"):
-        return iter(())
     from peft.utils.other import ModulesToSaveWrapper
 
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper))
+    modules = dict(model.named_modules())
+    layers = {name: module for name, module in modules.items() if isinstance(module, LoraLayer)}
+    return layers, [name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)]
 
 
 def _parts_of(layer: Any) -> tuple[nn.Parameter, ...]:

@@ -75,8 +75,7 @@ def packed_attention(
     """Compute causal attention inside each sequence, with the signature of transformers' attention functions.
 
     With borders (on a GPU) a single kernel call is enough, if the kernel supports the model's attention. Otherwise
-    neighbours of equal length share a call. Grouped heads, sliding windows, chunks (Llama 4), capped logits (Gemma 2)
-    and learnt sinks (gpt-oss) are handled. Raise NotImplementedError for position biases or custom masks; such models
+    neighbours of equal length share a call. Raise NotImplementedError for position biases or custom masks; such models
     compute sequences one by one.
     """
     if position_bias is not None:
@@ -87,6 +86,7 @@ def packed_attention(
         if branches is not None or borders is not None:
             raise NotImplementedError(f"{type(module).__name__} has chunked attention")
         sequence_lengths = [min(chunk, n - start) for n in sequence_lengths for start in range(0, n, chunk)]
+    settings: dict[str, Any] = {"window": sliding_window, "scale": scaling, "softcap": softcap, "sinks": s_aux}
     if borders is not None:
         why = obstacle(query, dropout=dropout)
         if why is None:
@@ -94,16 +94,12 @@ def packed_attention(
                 return varlen_attention(query, key, value, borders, window=sliding_window, scale=scaling), None
             from rlhf.models.packed.flex import flexible_attention  # with PyTorch's compiler, which takes seconds
 
-            result = flexible_attention(
-                query, key, value, borders, window=sliding_window, scale=scaling, softcap=softcap, sinks=s_aux
-            )
-            return result, None
+            return flexible_attention(query, key, value, borders, **settings), None
         _say_slow(why)
     dtype = query.dtype
     if widens_products(query):
         query, key, value = query.float(), key.float(), value.float()
-    settings: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout": dropout}
-    attend = partial(_attention, window=sliding_window, **settings)
+    attend = partial(_attention, dropout=dropout, **settings)
     if branches is None:
         parts = _by_sequence(query, key, value, sequence_lengths, attend)
     else:
@@ -124,12 +120,7 @@ def _by_sequence(
 
 
 def _by_branch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Sequence[int],
-    branches: Branches,
-    attend: Callable[..., Tensor],
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], branches: Branches, attend: Callable[..., Tensor]
 ) -> Iterator[Float[Tensor, "n Q D"]]:
     """Run each sequence against itself and, for a branch, the shared parts of the trunks."""
     queries, keys, values = (x.split(list(lengths), 2) for x in (query, key, value))  # one backward for all parts
@@ -172,9 +163,8 @@ def _attention(
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.masked_fill(~allowed, -torch.inf)
     if sinks is not None:
-        nothing = sinks.float()[None, :, None, None].expand(*logits.shape[:3], 1)
-        return torch.cat([logits, nothing], -1).softmax(-1)[..., :-1].to(v.dtype) @ v
-    return logits.softmax(-1).to(v.dtype) @ v
+        logits = torch.cat([logits, sinks.float()[None, :, None, None].expand(*logits.shape[:3], 1)], -1)
+    return logits.softmax(-1)[..., :seen].to(v.dtype) @ v
 
 
 def _chunk_size(module: Any) -> int | None:

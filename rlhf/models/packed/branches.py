@@ -62,14 +62,10 @@ def trunks(lengths: Sequence[int], branches: Branches | None) -> list[tuple[tupl
     """
     result: list[tuple[tuple[int, int], ...]] = []
     for branch in branches or [None] * len(lengths):
-        if branch is None:
-            result.append(())
-            continue
-        count = _num_held(branch, branches)
-        if not 0 < count <= lengths[branch.of]:
-            held = lengths[branch.of]
+        count = 0 if branch is None else _num_held(branch, branches)
+        if branch is not None and not 0 < count <= (held := lengths[branch.of]):
             raise ValueError(f"{branch} does not end in the {held} tokens which the row holds of its trunk")
-        result.append((*result[branch.of], (branch.of, count)))
+        result.append(() if branch is None else (*result[branch.of], (branch.of, count)))
     return result
 
 

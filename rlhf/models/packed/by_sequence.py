@@ -1,8 +1,7 @@
 """Run layers that mix tokens without attention one sequence at a time, inside a packed row.
 
-Short convolutions, linear attention and state-space models take the whole input as one sequence. Here each sequence of
-a row passes such a layer separately, and the layers around still see the row. A branch passes the layer together with
-the shared tokens of the trunks, where the branch's state begins.
+Short convolutions, linear attention and state-space models take the whole input as one sequence. The layers around
+still see the row. A branch passes such a layer together with the shared tokens of the trunks.
 """
 
 from __future__ import annotations
@@ -52,18 +51,17 @@ def _by_sequence(forward: Callable[..., Any], in_one_call: bool, *args: Any, **k
         return forward(*args, **kwargs)
     before = trunks(row.lengths, row.branches)
     sizes = [length + sum(count for _, count in trunk) for length, trunk in zip(row.lengths, before, strict=True)]
-    positional, *named = (_cut(value, row.lengths, before) for value in (args, *kwargs.values()))
+    cut = _cut((args, tuple(kwargs.values())), row.lengths, before)
     if in_one_call:
-        given = {name: _filled_up(values, sizes) for name, values in zip(kwargs, named, strict=True)}
+        positional, named = _filled_up(cut, sizes)
         with computing(None):
-            batch = forward(*_filled_up(positional, sizes), **given)
+            batch = forward(*positional, **dict(zip(kwargs, named, strict=True)))
         results = [_taken(batch, index, size) for index, size in enumerate(sizes)]
     else:
         results = []
-        for index, size in enumerate(sizes):
-            given = {name: values[index] for name, values in zip(kwargs, named, strict=True)}
+        for (positional, named), size in zip(cut, sizes, strict=True):
             with computing(PackedRow(lengths=[size])):
-                results.append(forward(*positional[index], **given))
+                results.append(forward(*positional, **dict(zip(kwargs, named, strict=True))))
     return _joined(results, row.lengths)
 
 

@@ -1,7 +1,6 @@
 """Attention of a packed row on a GPU with capped logits or sinks: all sequences in one call of flex attention.
 
-PyTorch's flash attention of variable lengths has neither. Flex attention is compiled for the GPU at the first call. The
-mask is computed once for all layers with the same window.
+PyTorch's flash attention of variable lengths has neither. Layers with the same window share a mask.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ def flexible_attention(
     sinks: Float[Tensor, " Q"] | None,
 ) -> Float[Tensor, "1 N Q D"]:
     """Compute causal attention inside each sequence. The arguments are as in `packed_attention`."""
-
     if window not in at.masks:
         at.masks[window] = _mask(at, window=window, device=query.device)
     attend = _compiled() if query.is_cuda else flex_attention

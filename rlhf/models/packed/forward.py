@@ -1,8 +1,7 @@
 """The packed forward pass: B sequences in one row of N tokens, without padding, each seeing only itself.
 
-Every worker with a model calls this pass. Attention runs sequence by sequence (rlhf.models.packed.attention); the
-layers between see one row of N tokens. Positions restart at every sequence. Models unfit for packing compute the
-sequences of the row singly (rlhf.models.packed.row_layout). The equations are in rlhf.objectives.
+Attention runs sequence by sequence (rlhf.models.packed.attention); the layers between see one row of N tokens. Models
+unfit for packing compute the sequences of the row singly (rlhf.models.packed.row_layout).
 """
 
 from __future__ import annotations
@@ -22,12 +21,7 @@ from rlhf.models.packed.rope import refuse_beyond_trained_length
 from rlhf.models.packed.row_layout import RowLayout, row_layout, rows_of
 from rlhf.models.packed.sequence_parallel import current_group, filled_up, own_part, summed
 from rlhf.models.packed.varlen import borders
-from rlhf.objectives.distillation import (
-    Divergence,
-    TeacherStates,
-    sampled_divergence_sum,
-    weighted_divergence_sum,
-)
+from rlhf.objectives.distillation import TeacherStates
 from rlhf.objectives.logprobs import (
     chunked_logprobs,
     chunked_logprobs_and_collisions,
@@ -47,8 +41,8 @@ def hidden_states(
 ) -> Float[Tensor, "N H"]:
     """Return the last hidden state (after the final norm) of every token in a row of adjacent sequences.
 
-    In a row shared by ranks only the tokens of this rank's `own_part` are returned. noise_alpha: the scale of
-    `embedding_noise`; None: no noise.
+    In a row shared by ranks only the tokens of this rank's `own_part` are returned. noise_alpha: NEFTune's
+    scale of noise on the embeddings; None: no noise.
     """
     body = body_of(model)
     layout = row_layout(model)
@@ -102,10 +96,9 @@ def row_states(
     noise_alpha: float | None = None,
     places: Int[Tensor, " N"] | None = None,
 ) -> Float[Tensor, "N H"]:
-    """Return the last hidden states of one packed row.
+    """Return the last hidden states of one packed row, or of this rank's `own_part` of the row.
 
-    In a row shared by ranks, return this rank's `own_part`. places: each token's position in the sequence. None: the
-    positions follow from lengths and tree.
+    places: each token's position in the sequence. None: the positions follow from lengths and tree.
     """
     _set_attention(body, ATTENTION)
     if places is None:
@@ -127,24 +120,17 @@ def row_states(
 def _inputs(
     body: Any, token_ids: Int[Tensor, "1 n"], lengths: Sequence[int], local: slice, noise_alpha: float | None
 ) -> dict[str, Tensor]:
-    """Return the model's inputs for a row: the token ids, or embeddings with noise."""
+    """Return the model's inputs for a row: the token ids, or embeddings with NEFTune's noise (arXiv:2310.05914, eq. 1).
+
+    The noise is uniform in +- noise_alpha / sqrt(L H), with L the length of the token's sequence.
+    """
     if noise_alpha is None:
         return {"input_ids": token_ids}
     embedded = body.get_input_embeddings()(token_ids)
     sizes = torch.tensor(lengths, device=embedded.device)
     of_tokens = sizes.repeat_interleave(sizes)[local]
-    return {"inputs_embeds": embedded + embedding_noise(embedded, of_tokens, alpha=noise_alpha)}
-
-
-def embedding_noise(
-    embedded: Float[Tensor, "1 N H"], lengths: Int[Tensor, " N"], *, alpha: float
-) -> Float[Tensor, "1 N H"]:
-    """Draw noise, uniform in +- alpha / sqrt(L H), with L the length of the token's sequence.
-
-    NEFTune, arXiv:2310.05914, eq. 1.
-    """
-    bound = alpha / (lengths * embedded.shape[-1]).to(embedded.dtype).sqrt()
-    return torch.empty_like(embedded).uniform_(-1.0, 1.0) * bound[None, :, None]
+    bound = noise_alpha / (of_tokens * embedded.shape[-1]).to(embedded.dtype).sqrt()
+    return {"inputs_embeds": embedded + torch.empty_like(embedded).uniform_(-1.0, 1.0) * bound[None, :, None]}
 
 
 def policy_logprobs(
@@ -177,11 +163,7 @@ def policy_logprobs_only(
     temperature: float | Float[Tensor, " N"] = 1.0,
 ) -> Float[Tensor, " N"]:
     """Return the logprobs of `policy_logprobs` without computing the entropy, for references."""
-
-    def of_rows(*rows: Any, **settings: Any) -> tuple[Tensor, ...]:
-        return (chunked_logprobs_only(*rows, **settings),)
-
-    (logprobs,) = _columns(of_rows, model, token_ids, lengths, mask, branches, temperature)
+    (logprobs,) = _columns(chunked_logprobs_only, model, token_ids, lengths, mask, branches, temperature)
     return logprobs
 
 
@@ -198,13 +180,13 @@ def policy_logprobs_and_collisions(
 
     A collision is the log-probability of equal tokens in two draws at the position, without gradient.
     """
-    of_rows = chunked_logprobs_and_collisions
-    logprobs, collisions = _columns(of_rows, model, token_ids, lengths, mask, branches, temperature)
+    columns = _columns(chunked_logprobs_and_collisions, model, token_ids, lengths, mask, branches, temperature)
+    logprobs, collisions = columns
     return logprobs, collisions
 
 
 def _columns(
-    of_rows: Callable[..., tuple[Tensor, ...]],
+    of_rows: Callable[..., Tensor | tuple[Tensor, ...]],
     model: nn.Module,
     token_ids: Tensor,
     lengths: Tensor,
@@ -217,6 +199,7 @@ def _columns(
     hidden = hidden_states(model, token_ids, lengths, branches).index_select(0, before)
     at = temperature[chosen] if isinstance(temperature, Tensor) else temperature
     columns = of_rows(hidden, lm_head_weight(model), token_ids[chosen], temperature=at, **lm_head_settings(model))
+    columns = (columns,) if isinstance(columns, Tensor) else columns
     return tuple(_spread(values, chosen, len(token_ids)) for values in columns)
 
 
@@ -232,8 +215,8 @@ def supervised_loss(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Bool[Tensor, " N"]]:
     """Return (sum of -token_weight * logprob over the tokens in mask, logprobs without gradient, top-1 hits).
 
-    The columns are 0 and False outside mask. The head is applied once, not twice as by `policy_logprobs`.
-    by_probability: each term times the token's probability, held constant (DFT). noise_alpha: NEFTune's alpha.
+    The columns are 0 and False outside mask. by_probability: each term times the token's probability, held constant
+    (DFT). noise_alpha: NEFTune's alpha.
     """
     chosen, before = _masked_positions(mask, lengths)
     hidden = hidden_states(model, token_ids, lengths, noise_alpha=noise_alpha).index_select(0, before)
@@ -269,90 +252,29 @@ def distillation_loss(
     lengths: Int[Tensor, " B"],
     *,
     mask: Bool[Tensor, " N"],
-    teacher: Float[Tensor, "n K"],
-    head: VocabularyHead,
-    divergence: Divergence,
-    temperature: float,
-    token_weight: float,
-    sft_coef: float,
-) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Bool[Tensor, " N"]]:
-    """Return (weighted loss over the tokens in mask, divergences, logprobs, top-1 hits).
-
-    The loss is the sum of token_weight * (divergence - sft_coef * logprob). The columns have no gradient and are 0
-    outside mask; the logprobs are at temperature 1. `teacher` holds the teacher's `learnt_states` of the same row, and
-    `head` the teacher's vocabulary head. If a head has extra rows without tokens, both distributions use the common
-    rows.
-    """
-    of_rows = partial(weighted_divergence_sum, divergence, sft_coef=sft_coef)
-    loss, *columns = _distillation_columns(
-        of_rows,
-        model,
-        token_ids,
-        lengths,
-        mask=mask,
-        teacher=teacher,
-        head=head,
-        temperature=temperature,
-        token_weight=token_weight,
-    )
-    divergences, logprobs, is_top1 = columns
-    return loss, divergences, logprobs, is_top1.bool()
-
-
-def sampled_distillation_loss(
-    model: nn.Module,
-    token_ids: Int[Tensor, " N"],
-    lengths: Int[Tensor, " B"],
-    *,
-    mask: Bool[Tensor, " N"],
-    branches: Branches | None,
-    teacher: Float[Tensor, "n K"],
-    head: VocabularyHead,
-    divergence: Divergence,
-    temperature: float,
-    token_weight: float,
-) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """Return (token_weight * sum of divergences, student logprobs, teacher logprobs, student entropies).
-
-    The columns cover the tokens in mask, without gradient and 0 elsewhere. The function works as `distillation_loss`,
-    for tokens sampled at this temperature. Responses may share a prompt.
-    """
-    loss, *columns = _distillation_columns(
-        partial(sampled_divergence_sum, divergence),
-        model,
-        token_ids,
-        lengths,
-        mask=mask,
-        branches=branches,
-        teacher=teacher,
-        head=head,
-        temperature=temperature,
-        token_weight=token_weight,
-    )
-    logprobs, teacher_logprobs, entropies = columns
-    return loss, logprobs, teacher_logprobs, entropies
-
-
-def _distillation_columns(
-    of_rows: Callable[..., tuple[Tensor, ...]],
-    model: nn.Module,
-    token_ids: Tensor,
-    lengths: Tensor,
-    *,
-    mask: Tensor,
     branches: Branches | None = None,
-    teacher: Tensor,
+    teacher: Float[Tensor, "n K"],
     head: VocabularyHead,
+    divergence_sum: Callable[..., tuple[Tensor, ...]],
     temperature: float,
     token_weight: float,
 ) -> tuple[Tensor, ...]:
-    """Apply a function of rlhf.objectives.distillation to the tokens in mask. Return the loss and whole columns."""
+    """Apply a divergence sum of rlhf.objectives.distillation to the tokens in mask: return the loss and whole columns.
+
+    The columns have no gradient and are 0 outside mask. `teacher` holds the teacher's `learnt_states` of the same row,
+    and `head` the teacher's vocabulary head. If a head has extra rows without tokens, both distributions use the
+    common rows.
+    """
     chosen, before = _masked_positions(mask, lengths, branches)
     hidden = hidden_states(model, token_ids, lengths, branches).index_select(0, before)
     weight, settings = lm_head_weight(model), lm_head_settings(model)
-    shared = partial(_first, count=min(len(weight), len(head.weight)))
+    count = min(len(weight), len(head.weight))
+
+    def shared(rows: Tensor) -> Tensor:
+        return rows if len(rows) == count else rows[:count]  # a slice would have a gradient of the same size
+
     places = mask.cumsum(0)[chosen] - 1  # positions among all tokens in mask; this rank may hold only some of them
-    loss, *columns = of_rows(
+    loss, *columns = divergence_sum(
         hidden,
         shared(weight),
         token_ids[chosen],
@@ -368,14 +290,6 @@ def _distillation_columns(
         **settings | {"bias": settings["bias"] if settings["bias"] is None else shared(settings["bias"])},
     )
     return summed(loss), *(_spread(column.float(), chosen, len(token_ids)) for column in columns)
-
-
-def _first(rows: Tensor, *, count: int) -> Tensor:
-    """Return the first `count` rows.
-
-    If all are kept, the tensor itself: a slice would have a gradient of the same size.
-    """
-    return rows if len(rows) == count else rows[:count]
 
 
 def lm_head_weight(model: Any) -> Float[Tensor, "V H"]:

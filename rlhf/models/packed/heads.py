@@ -1,7 +1,6 @@
 """Scalar heads over packed sequences: one value a token for the critic, one score a sequence for the reward model.
 
-Both are transformers' sequence-classification models with one label. The `score` layer is applied here, at the needed
-tokens only. Nothing here computes a loss.
+Both are transformers' sequence-classification models with one label. The `score` layer is applied here.
 """
 
 from __future__ import annotations
@@ -24,15 +23,16 @@ def token_values(
 
     The first token of a sequence gets 0.
     """
-    hidden = hidden_states(model, token_ids, lengths, branches)
-    scalars = whole_row(model.score(hidden)[:, 0].float(), len(token_ids))
+    scalars = token_scores(model, token_ids, lengths, branches)
     before = predecessors(lengths, branches)
     return torch.where(before >= 0, scalars[before.clamp(min=0)], 0.0)
 
 
-def token_scores(model: Any, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"]) -> Float[Tensor, " N"]:
+def token_scores(
+    model: Any, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], branches: Branches | None = None
+) -> Float[Tensor, " N"]:
     """Return the head's output at every token, in float32. The output judges the sequence up to this token."""
-    hidden = hidden_states(model, token_ids, lengths)
+    hidden = hidden_states(model, token_ids, lengths, branches)
     return whole_row(model.score(hidden)[:, 0].float(), len(token_ids))
 
 
@@ -40,6 +40,4 @@ def sequence_scores(
     model: Any, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], branches: Branches | None = None
 ) -> Float[Tensor, " B"]:
     """Return the score of each sequence, in float32: the head's output at the last token, as in transformers."""
-    hidden = hidden_states(model, token_ids, lengths, branches)
-    scores = whole_row(model.score(hidden)[:, 0].float(), len(token_ids))
-    return scores[lengths.cumsum(0) - 1]
+    return token_scores(model, token_ids, lengths, branches)[lengths.cumsum(0) - 1]

@@ -1,8 +1,7 @@
 """Fix the frequencies of rotary embeddings (RoPE) that depend on the longest sequence of a forward pass.
 
-With `longrope` and `dynamic`, transformers chooses the frequencies of a whole row by the largest position. A short
-sequence would then get different frequencies beside a long sequence than alone. vLLM chooses once, by max_model_len.
-Workers therefore choose once too, by the longest sequence of the run, before a model computes anything.
+With `longrope` and `dynamic`, transformers chooses the frequencies of a whole row by the largest position. vLLM chooses
+once, by max_model_len. Workers therefore choose once too, by the longest sequence of the run.
 """
 
 from __future__ import annotations
@@ -37,23 +36,16 @@ def fix_frequencies(model: Any, longest: int) -> None:
         setattr(parent, name, type(embedding)(config).to(device))
         if longest > trained:
             _log.warning(
-                "%s: every sequence has the long factors of its RoPE, because a sequence may have %d tokens, more than "
-                "its original_max_position_embeddings (%d). vLLM serves it so with a max_model_len above %d.",
-                type(model).__name__,
-                longest,
-                trained,
-                trained,
+                f"{type(model).__name__}: every sequence has the long factors of its RoPE, because a sequence may have "
+                f"{longest} tokens, more than its original_max_position_embeddings ({trained}). vLLM serves it so with "
+                f"a max_model_len above {trained}."
             )
 
 
 def trained_length(model: nn.Module) -> int | None:
     """Return the most tokens before `dynamic` embeddings change the frequencies. None: no embedding is dynamic."""
-    lengths = [
-        embedding.original_max_seq_len
-        for _, _, embedding in _embeddings(model)
-        if any("dynamic" in kind for kind in _types(embedding).values())
-    ]
-    return min(lengths, default=None)
+    embeddings = [part for *_, part in _embeddings(model) if any("dynamic" in kind for kind in _types(part).values())]
+    return min((part.original_max_seq_len for part in embeddings), default=None)
 
 
 def refuse_beyond_trained_length(model: Any, limit: int | None, longest: int) -> None:

@@ -30,16 +30,7 @@ _MOST_TOKENS = 256  # tokens from the start of the vocabulary; special tokens mo
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 # Errors raised by a model's code if it cannot take a packed row.
-_MODEL_ERRORS = (
-    AssertionError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+_MODEL_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 _log = logging.getLogger(__name__)
 
@@ -48,9 +39,8 @@ _log = logging.getLogger(__name__)
 def check_rows(model: Any, device: torch.device) -> RowLayout:
     """Find the layout with correct results for a model's sequences, and use this layout from now on.
 
-    Raise UserError if even single sequences differ from the model's own forward pass, or if ranks share rows of a
-    model unfit for packing. Ranks with shards of the weights or shared rows call this together: all run the same
-    passes.
+    Raise UserError if the model's own pass fails or is random, or if ranks share rows of a model unfit for packing.
+    Ranks with shards of the weights or shared rows call this together.
     """
     known = rows_of(model)
     own_attention = body_of(model).config._attn_implementation if known is None else known.own_attention
@@ -85,9 +75,9 @@ def _own_states(model: Any, tokens: Sequence[Tensor]) -> list[Tensor]:
     """Return the hidden states of each sequence. Raise UserError if the model fails."""
     try:
         own_states = [own_hidden_states(model, ids) for ids in tokens]
-    except torch.OutOfMemoryError:
-        raise
     except _MODEL_ERRORS as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise UserError(
             f"The forward pass of the model {model.config._name_or_path} fails in {model.dtype} "
             f"({type(error).__name__}: {' '.join(str(error).split())}). Use another model or dtype."
@@ -109,38 +99,31 @@ def _measured(
     model: Any, tokens: Sequence[Tensor], own_states: Sequence[Tensor], layout: RowLayout, reason: str
 ) -> tuple[RowLayout, str]:
     """Return the layout with the model's own hidden states, at most the expected one, and the reason."""
-    lengths = [len(ids) for ids in tokens]
-    failure = _failure(_tolerance(model), own_states, lambda: _states(model, tokens, lengths, None))
-    if failure is not None:
+    tolerance = _tolerance(model)
+    if failure := _failure(tolerance, own_states, lambda: _states(model, tokens, None)):
         return RowLayout.ONE_BY_ONE, f"its packed pass {failure}"
-    failure = _failure(_tolerance(model), own_states, lambda: _states_beside_last_position(model, tokens))
-    if failure is not None:
+    if failure := _failure(tolerance, own_states, lambda: _states_beside_last_position(model, tokens)):
         return RowLayout.ONE_BY_ONE, f"its packed pass beside a token at the last position {failure}"
     if layout is RowLayout.PACKED:
         return layout, reason
-    first, second, *rest = tokens
-    branched = [first, second[PROMPT:], *rest]
-    branches = [None, Branch(of=0, length=PROMPT), *[None] * len(rest)]
-    failure = _failure(
-        _tolerance(model),
-        [own_states[0], own_states[1][PROMPT:], *own_states[2:]],
-        lambda: _states(model, branched, [len(ids) for ids in branched], branches),
-    )
-    if failure is not None:
+    branched = [part[PROMPT:] if index == 1 else part for index, part in enumerate(tokens)]
+    branches = [Branch(of=0, length=PROMPT) if index == 1 else None for index in range(len(tokens))]
+    branched_states = [own_states[0], own_states[1][PROMPT:], *own_states[2:]]
+    if failure := _failure(tolerance, branched_states, lambda: _states(model, branched, branches)):
         return RowLayout.PACKED, f"its pass over a shared prompt {failure}"
     return layout, reason
 
 
-def _failure(tolerance: float, own_states: Sequence[Tensor], compute: Callable[[], Tensor]) -> str | None:
-    """Describe how a pass fails to give the model's own hidden states. None: no failure."""
+def _failure(tolerance: float, own_states: Sequence[Tensor], compute: Callable[[], Tensor]) -> str:
+    """Describe how a pass fails to give the model's own hidden states. Empty: no failure."""
     try:
         states = compute()
-    except torch.OutOfMemoryError:
-        raise
     except _MODEL_ERRORS as failure:
+        if isinstance(failure, torch.OutOfMemoryError):
+            raise
         return f"fails ({type(failure).__name__}: {' '.join(str(failure).split())})"
     error = _error(states, torch.cat(list(own_states)))
-    return None if error <= tolerance else f"differs from its own forward pass by {error:.1%} of a hidden state"
+    return "" if error <= tolerance else f"differs from its own forward pass by {error:.1%} of a hidden state"
 
 
 def _error(states: Float[Tensor, "n H"], expected: Float[Tensor, "n H"]) -> float:
@@ -149,13 +132,11 @@ def _error(states: Float[Tensor, "n H"], expected: Float[Tensor, "n H"]) -> floa
     return float(((states.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-12)).max())
 
 
-def _states(
-    model: Any, tokens: Sequence[Tensor], lengths: Sequence[int], branches: Branches | None
-) -> Float[Tensor, "N H"]:
+def _states(model: Any, tokens: Sequence[Tensor], branches: Branches | None) -> Float[Tensor, "N H"]:
     """Return the hidden states of a packed row, on every rank sharing it."""
     row = torch.cat(list(tokens))
-    states = hidden_states(model, row, torch.tensor(lengths, device=row.device), branches)
-    return whole_row(states, len(row))
+    lengths = torch.tensor([*map(len, tokens)], device=row.device)
+    return whole_row(hidden_states(model, row, lengths, branches), len(row))
 
 
 def _states_beside_last_position(model: Any, tokens: Sequence[Tensor]) -> Float[Tensor, "N H"]:

@@ -1,9 +1,7 @@
 """How a model computes the sequences of a micro-batch: in one packed row, or singly.
 
-A packed row is right for models with transformers' attention functions. Layers that mix tokens without attention (short
-convolutions, linear attention, state-space models) compute the sequences of a row singly
-(rlhf.models.packed.by_sequence). Biases by position and sparse attention are right for single sequences only.
-`rlhf.models.packed.row_check` measures the right layout for a loaded model; this module holds the answer.
+A packed row is right for models with transformers' attention functions. Biases by position and sparse attention are
+right for single sequences only. `rlhf.models.packed.row_check` measures the right layout for a loaded model.
 """
 
 from __future__ import annotations
@@ -14,8 +12,6 @@ from enum import IntEnum
 from typing import Any
 
 from rlhf.errors import UserError
-
-_ATTRIBUTE = "rlhf_rows"  # attribute of a loaded model
 
 
 class RowLayout(IntEnum):
@@ -37,13 +33,12 @@ class Rows:
 
 def set_rows(model: Any, rows: Rows) -> None:
     """Compute the model's sequences in this layout from now on."""
-    setattr(model, _ATTRIBUTE, rows)
+    model.rlhf_rows = rows
 
 
 def rows_of(model: Any) -> Rows | None:
     """Return the value stored by `set_rows`. None: the model was not checked."""
-    rows: Rows | None = vars(model).get(_ATTRIBUTE)
-    return rows
+    return vars(model).get("rlhf_rows")
 
 
 def row_layout(model: Any) -> RowLayout:
@@ -110,8 +105,7 @@ def expected_layout(config: Mapping[str, Any]) -> tuple[RowLayout, str]:
 
     Unknown kinds of models are expected to share prompts; the check of the loaded model decides.
     """
-    text: Mapping[str, Any] = config.get("text_config") or config
-    kind, layers = text.get("model_type", ""), set(text.get("layer_types") or ())
+    text, kind, layers = _parts_of(config)
     if other_layers := sorted(layers - _ATTENTION_LAYERS - _MIXING_LAYERS):
         return RowLayout.ONE_BY_ONE, f"{kind} has layers of type {', '.join(other_layers)}"
     if kind in _ONE_BY_ONE:
@@ -123,10 +117,15 @@ def expected_layout(config: Mapping[str, Any]) -> tuple[RowLayout, str]:
     return RowLayout.SHARED_PROMPTS, f"{kind} has attention layers alone"
 
 
+def _parts_of(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, set[str]]:
+    """Return the values of the language model in a config.json, its type, and its types of layers."""
+    text: Mapping[str, Any] = config.get("text_config") or config
+    return text, text.get("model_type", ""), set(text.get("layer_types") or ())
+
+
 def keeps_states(config: Mapping[str, Any]) -> bool:
     """Return whether a model's layers keep a state beside keys and values, from the values of config.json."""
-    text: Mapping[str, Any] = config.get("text_config") or config
-    kind, layers = text.get("model_type", ""), set(text.get("layer_types") or ())
+    _, kind, layers = _parts_of(config)
     return bool(layers & {"linear_attention", "conv", "hybrid"}) or (kind in _HYBRID - {"llama4_text"} and not layers)
 
 
@@ -140,8 +139,7 @@ def refuse_uneven_heads(config: Any, size: int) -> None:
 def refuse_unpackable(config: Mapping[str, Any], sequence_parallel: int) -> None:
     """Raise UserError if ranks are to share rows of a model unfit for packing."""
     layout, reason = expected_layout(config)
-    text: Mapping[str, Any] = config.get("text_config") or config
-    kind, layers = text.get("model_type", ""), set(text.get("layer_types") or ())
+    _, kind, layers = _parts_of(config)
     if layers - _ATTENTION_LAYERS or (kind in _HYBRID and not layers):
         layout, reason = RowLayout.ONE_BY_ONE, f"{kind} {_MIXES}"
     elif kind in _SINKS:

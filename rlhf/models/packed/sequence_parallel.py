@@ -1,9 +1,8 @@
 """One packed row spread over the ranks of a group: Ulysses sequence parallelism (arXiv:2309.14509) by DeepSpeed.
 
-The row is split into equal parts, one per rank. Attention alone needs whole sequences: around it, DeepSpeed's
-all-to-all turns "my part of the row, all heads" into "the whole row, my share of the heads", and back. Columns leaving
-a forward pass are whole and equal on all ranks of the group, so each rank evaluates the same loss. A rank's gradient is
-the contribution of the rank's part of the row, and the ranks' sum is the gradient. Without a group nothing changes.
+The row is split into equal parts, one per rank. Around attention, DeepSpeed's all-to-all turns "my part of the row, all
+heads" into "the whole row, my share of the heads", and back. Columns leaving a forward pass are whole and equal on all
+ranks of the group, so each rank evaluates the same loss. The ranks' sum is the gradient.
 """
 
 from __future__ import annotations
@@ -38,10 +37,7 @@ _current: ContextVar[SequenceGroup | None] = ContextVar("sequence_group", defaul
 
 
 def make_group(size: int) -> SequenceGroup | None:
-    """Return this rank's group of `size` neighbours; None for 1.
-
-    Collective over all ranks. size divides the number of ranks.
-    """
+    """Return this rank's group of `size` neighbours; None for 1. size divides the number of ranks. Collective."""
     if size == 1:
         return None
     handle, _ = dist.new_subgroups(size)

@@ -1,7 +1,6 @@
 """Record the choices of a mixture's routers in a forward pass over a packed row.
 
-Each layer of experts has a router, which scores the experts for every token and chooses the best. The record reads both
-from the routers' outputs. Models without routers give an empty record.
+The record reads scores and choices from the routers' outputs. Models without routers give an empty record.
 """
 
 from __future__ import annotations
@@ -66,7 +65,11 @@ class RoutingRecord:
 
     def balance_loss(self) -> Float[Tensor, ""]:
         """Return the sum of the sequences' balance losses, mean over layers. A sequence includes the prompt."""
-        members = self._members()
+        starts = [0, *itertools.accumulate(self._lengths)]
+        members = torch.zeros(len(self._lengths), starts[-1])  # 1 where a token of the row belongs to the sequence
+        for index, trunk in enumerate(trunks(self._lengths, self._branches)):
+            for sequence, count in (*trunk, (index, self._lengths[index])):
+                members[index, starts[sequence] : starts[sequence] + count] = 1.0
         return torch.stack([balance_loss(*sums).sum() for sums in self._sums(members)]).mean()
 
     def _add(self, router: nn.Module, inputs: Any, outputs: Any) -> None:
@@ -86,20 +89,13 @@ class RoutingRecord:
         widest = max(scores, key=lambda value: value.shape[-1])
         self._outputs.setdefault(router, []).append((widest, chosen[0]))
 
-    def _members(self) -> Float[Tensor, "B N"]:
-        """Return the table of sequences and tokens: 1 where a token of the row belongs to the sequence."""
-        starts = [0, *itertools.accumulate(self._lengths)]
-        members = torch.zeros(len(self._lengths), starts[-1])
-        for index, trunk in enumerate(trunks(self._lengths, self._branches)):
-            for sequence, count in (*trunk, (index, self._lengths[index])):
-                members[index, starts[sequence] : starts[sequence] + count] = 1.0
-        return members
-
     def _sums(self, members: Float[Tensor, "B N"]) -> Iterator[tuple[Float[Tensor, "B E"], Float[Tensor, "B E"]]]:
         """Yield by layer each sequence's choices and summed scores of every expert."""
         for router, parts in self._outputs.items():
             logits, chosen = (torch.cat(values) for values in zip(*parts, strict=True))
-            scores = _normalised(router, logits)
+            scores = scores_of(router, logits)
+            if _has_sigmoids(router):
+                scores = scores / scores.sum(-1, keepdim=True)
             choices = torch.zeros_like(scores).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=scores.dtype))
             with rows_shared_by(self._group):
                 local = own_part(members.shape[1] + (-members.shape[1] % self._group.size if self._group else 0))
@@ -110,14 +106,7 @@ class RoutingRecord:
 
 def scores_of(router: nn.Module, logits: Float[Tensor, "n E"]) -> Float[Tensor, "n E"]:
     """Return a router's scores of all experts: the softmax, or the sigmoids of most routers with a bias of choice."""
-    wide = logits.float()
-    return wide.sigmoid() if _has_sigmoids(router) else wide.softmax(-1)
-
-
-def _normalised(router: nn.Module, logits: Float[Tensor, "n E"]) -> Float[Tensor, "n E"]:
-    """Return scores with the sum 1 over the experts."""
-    scores = scores_of(router, logits)
-    return scores / scores.sum(-1, keepdim=True) if _has_sigmoids(router) else scores
+    return logits.float().sigmoid() if _has_sigmoids(router) else logits.float().softmax(-1)
 
 
 def _has_sigmoids(router: nn.Module) -> bool:

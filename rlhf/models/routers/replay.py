@@ -45,9 +45,8 @@ class RouterReplay:
                 "replay needs packed rows. Remove it."
             )
         for router in routers:
-            layer = re.search(r"\.(\d+)\.", names[router])
-            assert layer is not None, "a router stands in a numbered layer"
-            router.register_forward_hook(partial(self._replace, int(layer[1])))
+            (layer, *_) = re.findall(r"\.(\d+)\.", names[router])
+            router.register_forward_hook(partial(self._replace, int(layer)))
         body_of(model).register_forward_pre_hook(self._begin)
         self._next: Tensor | None = None  # of the next forward pass
         self._experts: Tensor | None = None  # of the last one, whose layers may be recomputed in its backward pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from rlhf.algorithms.distillation import Distillation
 from rlhf.config.schema.root import Config
 from rlhf.engine.distributed import RankContext
 from rlhf.models.packed.forward import distillation_loss
+from rlhf.objectives.distillation import weighted_divergence_sum
 from rlhf.roles import Metrics
 from rlhf.tracking.metrics.reductions import Mean
 from rlhf.types import Examples, LearntStates, VocabularyHead
@@ -55,10 +57,9 @@ class DistillationWorker(ExamplesWorker[Examples]):
             mask=mask.to(self.device),
             teacher=shared[places].to(self.device),
             head=self.teacher,
-            divergence=self.algorithm.divergence,
+            divergence_sum=partial(weighted_divergence_sum, self.algorithm.divergence, sft_coef=config.sft_coef),
             temperature=config.temperature,
             token_weight=1.0 / num_tokens,
-            sft_coef=config.sft_coef,
         )
 
         def measure() -> Metrics:

@@ -6,6 +6,7 @@ The columns for the samples file are measured before training, in the first upda
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -16,8 +17,8 @@ from rlhf.algorithms.microbatch import PolicyMicrobatch
 from rlhf.algorithms.on_policy_distillation import OnPolicyDistillation
 from rlhf.config.schema.root import Config
 from rlhf.engine.distributed import RankContext
-from rlhf.models.packed.forward import policy_logprobs, policy_logprobs_only, sampled_distillation_loss
-from rlhf.objectives.distillation import teacher_advantages
+from rlhf.models.packed.forward import distillation_loss, policy_logprobs, policy_logprobs_only
+from rlhf.objectives.distillation import sampled_divergence_sum, teacher_advantages
 from rlhf.objectives.masking import masked_sum, moments, sequence_counts, to_tokens
 from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics.reductions import Mean, Reduction, Sum
@@ -132,12 +133,12 @@ class StudentWorker(OnlineWorker):
         """
         _, _, mask = self.columns(self.share, microbatch)
         loss, logprobs, teacher_logprobs, entropy = self.forward(
-            sampled_distillation_loss,
+            distillation_loss,
             self.share,
             microbatch,
             teacher=hidden[self._places(microbatch, plan)].to(self.device),
             head=self.teacher,
-            divergence=self.algorithm.divergence,
+            divergence_sum=partial(sampled_divergence_sum, self.algorithm.divergence),
             temperature=self.rollouts_config.temperature,
             token_weight=1.0 / plan.num_tokens,
         )
