@@ -97,8 +97,11 @@ class IpcEngine(ReloadEngine):
                 f"weight sync: no policy rank shares GPU {gpu} with this engine's worker; they are on "
                 f"{sorted(handles)}. The ipc transport needs cluster.roles.rollout.colocate_with: policy."
             )
-        at = _DEVICE_ARGUMENT
-        parts = [rebuild_cuda_tensor(*given[:at], self.device.index, *given[at + 1 :]) for given in handles[gpu]]
+        parts = []
+        for handle in handles[gpu]:
+            arguments = list(handle)
+            arguments[_DEVICE_ARGUMENT] = self.device.index
+            parts.append(rebuild_cuda_tensor(*arguments))
         rows = zip(manifest.names, manifest.dtypes, manifest.shapes, parts, strict=True)
         self.load((name, tensor_view(part, 0, getattr(torch, dtype), shape)) for name, dtype, shape, part in rows)
         checksum = Checksum()

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.optim.adamw import AdamW8bit
 from torch import Tensor
 from transformers import LlamaForCausalLM
+from transformers.optimization import Adafactor
 
 from rlhf.engine.deepspeed import DeepSpeedEngine, Offload
 from rlhf.engine.schedule import lr_factor
@@ -17,14 +19,8 @@ from rlhf.models.packed.forward import policy_logprobs
 from tests.integration.rank_gang import engine_of, small_config
 
 OPTIMIZER = OptimizerSettings(lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, grad_clip=0.5)
-
-
 SCHEDULE = ScheduleSettings(kind="linear", warmup_steps=2, total_steps=5)
-
-
 LENGTHS = (5, 2, 7, 4)
-
-
 STEPS = 3
 
 
@@ -55,14 +51,8 @@ def make_engine(
     schedule: ScheduleSettings = SCHEDULE,
     **options: Any,
 ) -> DeepSpeedEngine:
-    return engine_of(
-        tiny_model(dtype, **options),
-        stage=stage,
-        dtype=dtype,
-        optimizer=optimizer,
-        schedule=schedule,
-        offload=offload,
-    )
+    settings: dict[str, Any] = {"optimizer": optimizer, "schedule": schedule, "offload": offload}
+    return engine_of(tiny_model(dtype, **options), stage=stage, dtype=dtype, **settings)
 
 
 def train(engine: DeepSpeedEngine, rank: int, world_size: int, *, steps: range, num_microbatches: int) -> list[float]:
@@ -113,17 +103,36 @@ def interrupt_and_resume(
     return unbroken, resumed, norms, norms_again, same_draw
 
 
-def plain_training() -> dict[str, Tensor]:
+def plain_optimizers(name: str, model: Any) -> list[torch.optim.Optimizer]:
+    """Return the libraries' own optimizers, each on the right weights."""
+    named = dict(model.named_parameters())
+    matrices = [p for p in named.values() if p.dim() == 2]
+    vectors = {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0}
+    groups = [{"params": matrices, "weight_decay": OPTIMIZER.weight_decay}, vectors]
+    adam: dict[str, Any] = {"lr": OPTIMIZER.lr, "betas": OPTIMIZER.betas}
+    if name == "adafactor":
+        return [Adafactor(groups, lr=OPTIMIZER.lr, scale_parameter=False, relative_step=False)]
+    if name == "adamw_8bit":
+        return [AdamW8bit(groups, **adam)]
+    if name == "adamw":
+        return [torch.optim.AdamW(groups, **adam)]
+    blocks = [p for key, p in named.items() if p.dim() == 2 and ".layers." in key]
+    outside = [p for p in matrices if not any(p is block for block in blocks)]
+    muon: dict[str, Any] = {"weight_decay": OPTIMIZER.weight_decay, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+    others = [{"params": outside, "weight_decay": OPTIMIZER.weight_decay}, vectors]
+    return [torch.optim.Muon(blocks, lr=OPTIMIZER.lr, **muon), torch.optim.AdamW(others, **adam)]
+
+
+def plain_training(name: str = "adamw") -> dict[str, Tensor]:
+    """Return the weights after training by plain torch on whole batches."""
     model = tiny_model()
-    decaying = [p for p in model.parameters() if p.dim() == 2]
-    norms = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decaying, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.99))
+    optimizers = plain_optimizers(name, model)
     for step in range(1, STEPS + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = 0.01 * lr_factor(SCHEDULE, step)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss_of(model, batch(step)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = OPTIMIZER.lr * lr_factor(SCHEDULE, step)
+            optimizer.step()
+    return {key: p.detach().clone() for key, p in model.named_parameters()}

@@ -1,5 +1,4 @@
-"""Shared parts for tests of workers on gangs of ranks: a configuration, groups of responses, and comparisons of
-metrics."""
+"""A configuration, groups of responses, and comparisons of metrics for tests of workers on gangs of ranks."""
 
 from __future__ import annotations
 

@@ -14,34 +14,30 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-from rlhf.engine.deepspeed import DeepSpeedEngine
 from rlhf.engine.sharded_loading import shards_as_it_loads
-from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings
+from rlhf.engine.training_engine import OptimizerSettings
 from rlhf.models.adapters.lora import add_lora
 from rlhf.models.files.loading import load_causal_lm, load_critic
 from rlhf.models.packed.forward import policy_logprobs
 from rlhf.models.packed.heads import token_values
 from rlhf.models.reward_models import load_reward_model
-from tests.integration.rank_gang import CPU, DEADLINE_S, Gang, small_config
+from tests.integration.engine_training import weights_of
+from tests.integration.rank_gang import Gang, engine_of, small_config
 
-WORLD = 2
 LENGTHS = torch.tensor([5, 3])
 LOADERS = {"tied": load_causal_lm, "untied": load_causal_lm, "lora": load_causal_lm, "critic": load_critic}
-
-
-def config(*, tied: bool) -> LlamaConfig:
-    return small_config(vocab_size=41, tie_word_embeddings=tied)  # odd: halves are padded
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(3)
-    LlamaForCausalLM(config(tied=True)).save_pretrained(folder / "tied")
-    LlamaForCausalLM(config(tied=False)).save_pretrained(folder / "untied", max_shard_size="20KB")  # several files
-    LlamaForSequenceClassification(config(tied=False)).save_pretrained(folder / "reward")
+    tied, untied = (small_config(vocab_size=41, tie_word_embeddings=is_tied) for is_tied in (True, False))  # odd
+    LlamaForCausalLM(tied).save_pretrained(folder / "tied")
+    LlamaForCausalLM(untied).save_pretrained(folder / "untied", max_shard_size="20KB")  # several files
+    LlamaForSequenceClassification(untied).save_pretrained(folder / "reward")
     return folder
 
 
@@ -74,17 +70,9 @@ def train(
     if kind == "lora":
         torch.manual_seed(rank)  # the same at every stage
         module = add_lora(module, rank=4, alpha=8.0, dropout=0.0)
-    engine = DeepSpeedEngine(
-        module,
-        optimizer=OptimizerSettings(lr=0.01, eps=1e-3),
-        schedule=ScheduleSettings(kind="constant", warmup_steps=0, total_steps=1),
-        zero_stage=stage,  # type: ignore[arg-type]
-        dtype=dtype,
-        device=CPU,
-        deadline_s=DEADLINE_S,
-    )
+    engine = engine_of(module, stage=stage, dtype=dtype, optimizer=OptimizerSettings(lr=0.01, eps=1e-3))
     named = engine.named_adapter_weights if kind == "lora" else engine.named_weights
-    before = {name: weight.clone() for name, weight in engine.named_weights(dtype)}
+    before = weights_of(engine, dtype)
     engine.backward(engine.forward(loss_of, rank, kind), last=True)
     norm = engine.step().grad_norm
     after = {name: weight.clone() for name, weight in named(dtype)}
@@ -114,9 +102,6 @@ def test_a_rank_loads_its_share_and_trains_as_with_the_whole(
         assert all(torch.equal(buffers[name], theirs[3][name]) for name in theirs[3])
         assert {b.dtype for b in buffers.values()} == {b.dtype for b in theirs[3].values()}
         assert after.keys() == theirs[4].keys()
-        if dtype == torch.float32:
-            torch.testing.assert_close(after, theirs[4], rtol=1e-4, atol=1e-6)
-            assert norm == pytest.approx(theirs[5], rel=1e-4)
-        else:
-            torch.testing.assert_close(after, theirs[4], rtol=0.0, atol=0.0)
-            assert norm == theirs[5]
+        rtol, atol = (1e-4, 1e-6) if dtype == torch.float32 else (0.0, 0.0)
+        torch.testing.assert_close(after, theirs[4], rtol=rtol, atol=atol)
+        assert norm == pytest.approx(theirs[5], rel=rtol, abs=0.0)

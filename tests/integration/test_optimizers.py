@@ -8,69 +8,27 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.optim.adamw import AdamW8bit
 from torch import Tensor
-from transformers.optimization import Adafactor
 
-from rlhf.engine.schedule import lr_factor
 from tests.integration.engine_training import (
     OPTIMIZER,
-    SCHEDULE,
     STEPS,
     batch,
     interrupt_and_resume,
     loss_of,
     make_engine,
+    plain_training,
     tiny_model,
     train,
     weights_of,
 )
 from tests.integration.rank_gang import Gang
 
-LR, DECAY = OPTIMIZER.lr, OPTIMIZER.weight_decay
 ALLOWED = [("muon", 0), ("adafactor", 0), *(("adamw_8bit", stage) for stage in range(4))]
 
 
-def settings_of(name: str) -> Any:
-    return replace(OPTIMIZER, name=name)
-
-
-def plain_optimizers(name: str, model: Any) -> list[torch.optim.Optimizer]:
-    """Return the libraries' own optimizers, each on the right weights."""
-    named = dict(model.named_parameters())
-    matrices = [p for p in named.values() if p.dim() == 2]
-    vectors = [p for p in named.values() if p.dim() < 2]
-    blocks = [p for key, p in named.items() if p.dim() == 2 and ".layers." in key]
-    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    adam: dict[str, Any] = {"lr": LR, "betas": OPTIMIZER.betas}
-    if name == "adafactor":
-        return [Adafactor(groups, lr=LR, scale_parameter=False, relative_step=False)]
-    if name == "adamw_8bit":
-        return [AdamW8bit(groups, **adam)]
-    if name == "adamw":
-        return [torch.optim.AdamW(groups, **adam)]
-    outside = [p for p in matrices if not any(p is block for block in blocks)]
-    others = [{"params": outside, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    muon = torch.optim.Muon(blocks, lr=LR, weight_decay=DECAY, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(others, **adam)]
-
-
-def plain_training(name: str) -> dict[str, Tensor]:
-    model = tiny_model()
-    optimizers = plain_optimizers(name, model)
-    for step in range(1, STEPS + 1):
-        model.zero_grad()
-        loss_of(model, batch(step)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = LR * lr_factor(SCHEDULE, step)
-            optimizer.step()
-    return {key: p.detach().clone() for key, p in model.named_parameters()}
-
-
 def trained_weights(rank: int, world_size: int, *, name: str, stage: int) -> tuple[dict[str, Tensor], set[torch.dtype]]:
-    engine: Any = make_engine(stage, optimizer=settings_of(name))
+    engine: Any = make_engine(stage, optimizer=replace(OPTIMIZER, name=name))
     train(engine, rank, world_size, steps=range(1, STEPS + 1), num_microbatches=2)
     states = [value for state in engine._optimizer.state.values() for value in state.values()]
     dtypes = {value.dtype for value in states if torch.is_tensor(value)}
@@ -100,23 +58,25 @@ def relative_distance(weights: dict[str, Tensor], expected: dict[str, Tensor]) -
     return float(apart.norm() / moved.norm())
 
 
-@pytest.mark.parametrize(("name", "stage"), [("muon", 0), ("adafactor", 0), ("adamw_8bit", 0)])
-def test_equals_the_plain_optimizer_on_the_whole_batch(gang: Gang, name: str, stage: int) -> None:
-    expected = plain_training(name)
-    for weights, _ in gang.run(trained_weights, name=name, stage=stage):
-        if name == "muon":
-            # Its products are in bfloat16: gradients that differ by 1e-6 of their size end 0.023 apart, measured.
-            assert relative_distance(weights, expected) < 0.05
+@pytest.mark.parametrize(
+    ("name", "stage", "plain", "most"),
+    [
+        ("muon", 0, "muon", 0.05),  # products in bfloat16: gradients 1e-6 of their size apart end 0.023 apart, measured
+        ("adafactor", 0, "adafactor", 0.0),
+        ("adamw_8bit", 0, "adamw_8bit", 0.0),
+        *(("adamw_8bit", stage, "adamw", 0.2) for stage in (1, 2, 3)),  # 0.10 measured; the states have 8 bits
+    ],
+)
+def test_equals_the_plain_optimizer_on_the_whole_batch(
+    gang: Gang, name: str, stage: int, plain: str, most: float
+) -> None:
+    expected = plain_training(plain)
+    for weights, dtypes in gang.run(trained_weights, name=name, stage=stage):
+        assert stage == 0 or torch.uint8 in dtypes  # small weights have states of float32
+        if most:
+            assert relative_distance(weights, expected) < most
         else:
             torch.testing.assert_close(weights, expected, rtol=1e-4, atol=2e-6)
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_sharded_8_bit_states_train_as_whole_ones_nearly(gang: Gang, stage: int) -> None:
-    expected = plain_training("adamw")
-    for weights, dtypes in gang.run(trained_weights, name="adamw_8bit", stage=stage):
-        assert torch.uint8 in dtypes
-        assert relative_distance(weights, expected) < 0.2  # 0.10 measured; the states have 8 bits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

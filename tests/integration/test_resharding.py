@@ -7,15 +7,15 @@ orders.
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from rlhf.engine.consolidation import load_trained_weights
 from rlhf.engine.partitions import Sharding
@@ -24,7 +24,7 @@ from rlhf.errors import UserError
 from rlhf.models.files.weights import initial_copies, weight_sources
 from tests.integration import test_engine_adapters as adapters
 from tests.integration.engine_training import OPTIMIZER, batch, distance, loss_of, make_engine, tiny_model, weights_of
-from tests.integration.rank_gang import Gangs, small_config
+from tests.integration.rank_gang import Gangs
 
 pytestmark = pytest.mark.slow
 
@@ -105,27 +105,17 @@ def named(value: Any) -> str:
     return f"{value.ranks}rank_stage{value.zero_stage}" if isinstance(value, Sharding) else str(value)
 
 
-@pytest.mark.parametrize(("dtype", "there"), PAIRS, ids=named)
+@pytest.mark.parametrize(
+    ("dtype", "there", "snapshot"),
+    [(*pair, False) for pair in PAIRS] + [(*pair, True) for pair in PAIRS if pair[1].ranks < 4],
+    ids=named,
+)
 def test_other_ranks_and_stages_continue_the_run(
-    gangs: Gangs, dtype: torch.dtype, there: Sharding, tmp_path: Path
+    gangs: Gangs, dtype: torch.dtype, there: Sharding, snapshot: bool, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"dtype": dtype, "folder": tmp_path / "saved", "name": "adamw"}
-    assert_continued(gangs, gangs[there.ranks].run(train_and_save, stage=there.zero_stage, **options), there, options)
-
-
-@pytest.mark.parametrize(("dtype", "there"), [pair for pair in PAIRS if pair[1].ranks < 4], ids=named)
-def test_other_ranks_and_stages_continue_from_snapshots(
-    gangs: Gangs, dtype: torch.dtype, there: Sharding, tmp_path: Path
-) -> None:
-    options: dict[str, Any] = {"dtype": dtype, "folder": tmp_path / "saved", "name": "adamw"}
-    unbroken = gangs[there.ranks].run(train_and_save, stage=there.zero_stage, snapshot=True, **options)
-    assert_continued(gangs, unbroken, there, options)
-
-
-def assert_continued(gangs: Gangs, unbroken: Sequence[Any], there: Sharding, options: dict[str, Any]) -> None:
-    """Continue a checkpoint with each stage and other ranks, and compare the result with the unbroken run."""
+    unbroken = gangs[there.ranks].run(train_and_save, stage=there.zero_stage, snapshot=snapshot, **options)
     (saved, losses, weights), *_ = unbroken
-    dtype = options["dtype"]
     assert_consolidated(tiny_model(dtype), saved, options["folder"], dtype=dtype)
     for ranks in FROM_TO[there.ranks]:
         for stage in range(4):
@@ -199,7 +189,7 @@ def adapter_saved(
         save_snapshots(engine, rank, 1, folder)
     else:
         engine.save(folder)
-    weights = {name: weight.clone() for name, weight in engine.named_weights(torch.float32)}
+    weights = weights_of(engine)
     engine.close()
     return weights
 
@@ -209,12 +199,10 @@ def adapter_continued(
 ) -> Any:
     engine = adapters.started(model, kind, stage)
     if changed:
-        base = engine.module.model.layers[1].mlp.up_proj.base_layer.weight
-        with adapters.whole([base]), torch.no_grad():
-            base[0, 0] += 1e-3
+        adapters.change_base(engine)
     try:
         engine.load(folder)
-        weights = {name: weight.clone() for name, weight in engine.named_weights(torch.float32)}
+        weights = weights_of(engine)
         adapters.updated(engine, rank % 2, 2)
         return weights
     except UserError as error:
@@ -223,15 +211,13 @@ def adapter_continued(
         engine.close()
 
 
-ADAPTERS = [("lora", 2, 3), ("lora", 3, 0), ("dora with embedding", 2, 3), ("pissa", 3, 2), ("4 bits", 1, 2)]
+ADAPTERS = [("lora", 2, 3), ("lora", 3, 0), ("dora with embedding", 2, 3), ("4 bits", 1, 2)]
+ADAPTERS += [("pissa", 3, 2), ("pissa", 2, 3)]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    LlamaForCausalLM(small_config(hidden_size=64, intermediate_size=128)).save_pretrained(path)
-    return path
+    return adapters.build_base(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize("ranks", [(1, 2), (2, 1), (4, 2)], ids=str)
@@ -247,6 +233,10 @@ def test_adapters(
     if kind == "lora":
         for message in gangs[ranks[1]].run(adapter_continued, stage=here, changed=True, **options):
             assert "was trained on other frozen weights" in message
+    if kind == "pissa" and there >= 2:
+        options["folder"] = tmp_path / "of snapshots"
+        saved, *_ = gangs[ranks[0]].run(adapter_saved, stage=there, snapshot=True, **options)
+        assert_consolidated(other_adapter(base, "pissa"), saved, options["folder"], dtype=torch.float32)
 
 
 def other_adapter(base: Path, kind: str) -> Any:
@@ -258,58 +248,51 @@ def other_adapter(base: Path, kind: str) -> Any:
     return module
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_an_adapter_kept_in_memory_becomes_whole(gangs: Gangs, base: Path, stage: int, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"model": base, "kind": "pissa", "folder": tmp_path / "saved", "stage": stage}
-    saved, *_ = gangs[2].run(adapter_saved, snapshot=True, **options)
-    assert_consolidated(other_adapter(base, "pissa"), saved, tmp_path / "saved", dtype=torch.float32)
+OPTIMIZER_STATES = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+DAMAGES: dict[str, tuple[Callable[[Path, dict[str, Any]], Any], str]] = {  # of a file of a rank, or of the record
+    "missing": (lambda file, record: file.unlink(), f"{OPTIMIZER_STATES} cannot be read"),
+    "truncated": (lambda file, record: os.truncate(file, 1000), f"{OPTIMIZER_STATES} cannot be read"),
+    "of another rank": (
+        lambda file, record: shutil.copy(file.with_name("mp_rank_00_model_states.pt"), file),
+        "does not hold the state of 2 ranks at ZeRO stage 2: KeyError",
+    ),
+    "float16": (
+        lambda file, record: record.update(dtype="float16"),
+        "cannot be continued by this run: dtype float16 there, float32 here",
+    ),
+    "another model": (
+        lambda file, record: record["groups"][0].popitem(),
+        "is of another model: 1 trained weights are missing or have another size",
+    ),
+    "another size": (
+        lambda file, record: record["groups"][1].update({next(iter(record["groups"][1])): 5}),
+        "is of another model: 1 trained weights are missing or have another size",
+    ),
+    "another optimizer": (
+        lambda file, record: record.update(optimizer="muon"),
+        "has the states of train.optimizer muon, not of adamw",
+    ),
+    "no groups": (
+        lambda file, record: record.pop("groups"),
+        "engine.json does not hold the state of a training engine: groups: Field required",
+    ),
+    "no stage": (
+        lambda file, record: record.update(zero_stage=4),
+        "engine.json does not hold the state of a training engine: zero_stage: Input should be",
+    ),
+}
 
 
-def damaged(folder: Path, how: str) -> None:
-    file = folder / "deepspeed" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    record = json.loads((folder / "engine.json").read_text())
-    match how:
-        case "missing":
-            file.unlink()
-        case "truncated":
-            file.write_bytes(file.read_bytes()[:-1000])
-        case "of another rank":
-            shutil.copy(folder / "deepspeed" / "mp_rank_00_model_states.pt", file)
-        case "float16":
-            record["dtype"] = "float16"
-        case "another model":
-            record["groups"][0].popitem()
-        case "another size":
-            record["groups"][1] |= {next(iter(record["groups"][1])): 5}
-        case "another optimizer":
-            record["optimizer"] = "muon"
-        case "no groups":
-            del record["groups"]
-        case "no stage":
-            record["zero_stage"] = 4
-    (folder / "engine.json").write_text(json.dumps(record))
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("missing", "zero_pp_rank_1_mp_rank_00_optim_states.pt cannot be read"),
-        ("truncated", "zero_pp_rank_1_mp_rank_00_optim_states.pt cannot be read"),
-        ("of another rank", "does not hold the state of 2 ranks at ZeRO stage 2: KeyError"),
-        ("float16", "cannot be continued by this run: dtype float16 there, float32 here"),
-        ("another model", "is of another model: 1 trained weights are missing or have another size"),
-        ("another size", "is of another model: 1 trained weights are missing or have another size"),
-        ("another optimizer", "has the states of train.optimizer muon, not of adamw"),
-        ("no groups", "engine.json does not hold the state of a training engine: groups: Field required"),
-        ("no stage", "engine.json does not hold the state of a training engine: zero_stage: Input should be"),
-    ],
-)
-def test_what_cannot_be_continued(gangs: Gangs, how: str, message: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"dtype": torch.float32, "folder": tmp_path / "saved", "name": "adamw"}
-    gangs[2].run(train_and_save, stage=2, **options)
-    damaged(tmp_path / "saved", how)
-    (said,) = gangs[1].run(continued, stage=2, **options)
-    assert message in said
+def test_what_cannot_be_continued(gangs: Gangs, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"dtype": torch.float32, "name": "adamw", "stage": 2}
+    gangs[2].run(train_and_save, folder=tmp_path / "saved", **options)
+    for how, (damage, message) in DAMAGES.items():
+        folder = shutil.copytree(tmp_path / "saved", tmp_path / how)
+        record = json.loads((folder / "engine.json").read_text())
+        damage(folder / "deepspeed" / OPTIMIZER_STATES, record)
+        (folder / "engine.json").write_text(json.dumps(record))
+        (said,) = gangs[1].run(continued, folder=folder, **options)
+        assert message in said, how
 
 
 def test_an_adapter_of_another_rank(gangs: Gangs, base: Path, tmp_path: Path) -> None:

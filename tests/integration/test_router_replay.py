@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.models.routers.recording import routers_of
 from rlhf.models.routers.replay import RouterReplay
 from rlhf.types import RoutedRollouts, Sampling
+from tests.fixtures.models import moved
 from tests.integration.engine_helpers import call, engine, request, spec, sync
 from tests.integration.recipes import rows, train, write_config
 from tests.tiny_learners import build_tiny_mixture
@@ -23,25 +25,19 @@ from tests.tiny_learners import build_tiny_mixture
 pytestmark = pytest.mark.slow
 
 
-def noisy(folder: Path, dtype: torch.dtype) -> Any:
-    """Return the model of a folder with weights large enough for clear decisions of routers and head."""
-    model = load_causal_lm(str(folder), dtype=dtype)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_((0.1 * torch.randn(parameter.shape, generator=generator)).to(dtype))
-    return model
+def drawn(folder: Path, dtype: str) -> tuple[Any, list[RoutedRollouts]]:
+    """Return a model, and groups sampled by an engine with the model's weights, the second with a prompt in the cache.
 
-
-def drawn(folder: Path, model: Any, dtype: str) -> list[RoutedRollouts]:
-    """Return groups sampled by an engine with the model's weights, the second with a prompt in the cache."""
+    The weights are large enough for clear decisions of routers and head.
+    """
+    model = moved(load_causal_lm(str(folder), dtype=getattr(torch, dtype)).requires_grad_(True), by=0.1)
     sender = ShmSender(rank=0)
     with engine(spec(folder, dtype=dtype, records_experts=True)) as handle:
         sync(handle, sender.publish((w for source in weight_sources(model) for w in source.published()), 1))
-        asked = [request(3, samples=16, prompt_tokens=40), request(3, samples=16, prompt_tokens=40)]
-        groups = [call(handle.generate.remote(one, Sampling(max_new_tokens=40)))[0] for one in asked]
+        asked = request(3, samples=16, prompt_tokens=40)
+        groups = [call(handle.generate.remote(asked, Sampling(max_new_tokens=40)))[0] for _ in range(2)]
     sender.close()
-    return groups
+    return model, groups
 
 
 def by_trainer(model: Any, rollouts: RoutedRollouts, replay: RouterReplay | None) -> Tensor:
@@ -52,19 +48,14 @@ def by_trainer(model: Any, rollouts: RoutedRollouts, replay: RouterReplay | None
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[0] = False
         lengths = torch.tensor([len(ids)])
-        with torch.no_grad():
-            if replay is None:
-                found.append(policy_logprobs_only(model, ids, lengths, mask=mask))
-            else:
-                with replay.of(experts):
-                    found.append(policy_logprobs_only(model, ids, lengths, mask=mask))
+        with torch.no_grad(), nullcontext() if replay is None else replay.of(experts):
+            found.append(policy_logprobs_only(model, ids, lengths, mask=mask))
     return torch.cat(found)[rollouts.response_mask]
 
 
 def test_recorded_experts_are_those_of_the_trainer_in_float32(tmp_path: Path, ray_local: None) -> None:
-    folder = build_tiny_mixture(tmp_path / "model")
-    model = noisy(folder, torch.float32)
-    for rollouts in drawn(folder, model, "float32"):
+    model, groups = drawn(build_tiny_mixture(tmp_path / "model"), "float32")
+    for rollouts in groups:
         assert isinstance(rollouts, RoutedRollouts)
         ends = rollouts.lengths.cumsum(0) - 1
         assert (rollouts.experts[ends] == -1).all()
@@ -86,9 +77,7 @@ def test_recorded_experts_are_those_of_the_trainer_in_float32(tmp_path: Path, ra
 
 
 def test_replay_halves_the_difference_in_bfloat16(tmp_path: Path, ray_local: None) -> None:
-    folder = build_tiny_mixture(tmp_path / "model")
-    model = noisy(folder, torch.bfloat16)
-    groups = drawn(folder, model, "bfloat16")
+    model, groups = drawn(build_tiny_mixture(tmp_path / "model"), "bfloat16")
     sampler = torch.cat([rollouts.rollout_logprobs[rollouts.response_mask] for rollouts in groups])
     own, replay = torch.cat([by_trainer(model, rollouts, None) for rollouts in groups]), RouterReplay(model)
     replayed = torch.cat([by_trainer(model, rollouts, replay) for rollouts in groups])

@@ -26,6 +26,8 @@ SIZES = {
     "head_dim": 32,
     "max_position_embeddings": 2048,
 }
+DEEPSEEK = {"moe_intermediate_size": 64, "first_k_dense_replace": 1, "num_key_value_heads": 4, "head_dim": 64}
+DEEPSEEK |= {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}
 EIGHT = {"num_experts": 8, "moe_intermediate_size": 48, "norm_topk_prob": True}
 # A step in a random direction. With 0.3, attention without norms of its queries is so sharp that float32 alone is up to
 # 4e-4 nats from float64 (gpt-oss, in 1 sample of 32; Mixtral 1.5e-4). With this one it is 2e-6.
@@ -35,19 +37,7 @@ MIXTURES = {
     "whole_blocks": ("qwen3_moe", EIGHT | {"moe_intermediate_size": 64}),
     "mixtral": ("mixtral", {}),
     "glm4_moe": ("glm4_moe", {"moe_intermediate_size": 64, "first_k_dense_replace": 1}),
-    "deepseek_v3": (
-        "deepseek_v3",
-        {
-            "moe_intermediate_size": 64,
-            "first_k_dense_replace": 1,
-            "num_key_value_heads": 4,
-            "head_dim": 64,
-            "qk_nope_head_dim": 128,
-            "qk_rope_head_dim": 64,
-            "v_head_dim": 128,
-            "kv_lora_rank": 512,
-        },
-    ),
+    "deepseek_v3": ("deepseek_v3", DEEPSEEK),
     "gpt_oss": ("gpt_oss", {"intermediate_size": 64}),
 }
 

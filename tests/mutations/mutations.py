@@ -369,6 +369,6 @@ MUTATIONS = (
         "actors/vllm_patches/drafts_cpu.py",
         "torch.where(values == replace_from, torch.full_like(values, replace_to), values)",
         "values",
-        "unit/test_actors_vllm_patches_drafts_cpu.py",
+        "unit/test_actors_vllm_patches_repairs.py",
     ),
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,8 +22,7 @@ from rlhf.models.files.loading import split_revision
 from rlhf.preflight.inputs import StageInputs, load_inputs
 from rlhf.preflight.models import with_sources
 from tests.fakes.runs import loaded, ppo, refusal
-
-TEMPLATE = "{% for m in messages %}<|user|>#{{ m.content }}<|eos|>{% endfor %}<|assistant|>"
+from tests.fixtures.models import change_json
 
 
 def local(run: Any, folder: Path) -> Any:
@@ -31,14 +30,13 @@ def local(run: Any, folder: Path) -> Any:
     return with_sources(config, folder)
 
 
-@pytest.fixture(scope="module")
-def other_template(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder of a tokenizer alone."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.chat_template = TEMPLATE
+def policy_with_tokenizer(model: Path, folder: Path, *, template: str | None = None, added: int = 0) -> dict[str, str]:
+    """Write a changed tokenizer of a model. Return the section of a policy with this tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    tokenizer.add_tokens([f"<new{i}>" for i in range(added)])
     tokenizer.save_pretrained(folder)
-    return str(folder)
+    return {"model": str(model), "dtype": "float32", "tokenizer": str(folder)}
 
 
 def test_a_name_may_have_a_revision_and_a_folder_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,15 +58,8 @@ def test_every_model_is_loaded_at_its_revision(tmp_path: Path) -> None:
         "rewards": {"taste": {"role": "reward"}},
     }
     config = local(ppo(tmp_path, tmp_path, **sections), tmp_path)
-    assert (config.policy.model, config.critic.model, config.reward.model) == (
-        "org/policy@v1",
-        "org/critic@v2",
-        "org/reward@v3",
-    )
-    assert config.policy.tokenizer_source == "org/policy@v1"
-
-
-def test_a_reference_and_a_critic_begin_at_the_policys_revision(tmp_path: Path) -> None:
+    models = [config.policy.model, config.policy.tokenizer_source, config.critic.model, config.reward.model]
+    assert models == ["org/policy@v1", "org/policy@v1", "org/critic@v2", "org/reward@v3"]
     run = ppo(tmp_path, tmp_path, policy={"model": "org/policy", "revision": "v1"})
     for config in (*run.runs.values(), local(run, tmp_path)):
         assert reference_model(config).source == critic_model(config).source == "org/policy@v1"
@@ -86,8 +77,7 @@ def test_a_revision_is_what_the_hubs_cache_holds_of_it(tiny_model: Path, tmp_pat
     for sha, name, length in (("a" * 40, "main", 64), ("b" * 40, "v2", 128)):
         folder = repository / "snapshots" / sha
         shutil.copytree(tiny_model, folder)
-        config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": length}
-        (folder / "config.json").write_text(json.dumps(config))
+        change_json(folder / "config.json", max_position_embeddings=length)
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / name).write_text(sha)
     code = (
@@ -102,14 +92,13 @@ def test_a_revision_is_what_the_hubs_cache_holds_of_it(tiny_model: Path, tmp_pat
     assert done.stdout.split() == ["64", "org/name", "128", "org/name@v2"], done.stderr
 
 
-def test_data_are_read_with_the_tokenizer_that_replaces_the_policys(
-    tiny_model: Path, tmp_path: Path, other_template: str
-) -> None:
-    policy = {"model": str(tiny_model), "dtype": "float32", "tokenizer": other_template}
+def test_data_are_read_with_the_tokenizer_that_replaces_the_policys(tiny_model: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}<|user|>#{{ m.content }}<|eos|>{% endfor %}<|assistant|>"
+    policy = policy_with_tokenizer(tiny_model, tmp_path / "tokenizer", template=template)
     data = {"train": {"task": "running_totals", "size": 8}, "max_prompt_tokens": 64, "apply_chat_template": True}
     (stage,) = load_inputs(ppo(tmp_path, tiny_model, policy=policy, data=data))
     assert isinstance(stage, StageInputs)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(other_template)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(policy["tokenizer"])
     prompt = stage.inputs.prompts[0]  # type: ignore[union-attr]
     assert tokenizer.decode(prompt.token_ids).startswith("<|user|>#")
 
@@ -124,19 +113,16 @@ def test_engines_get_the_tokenizer(tiny_model: Path, tmp_path: Path, monkeypatch
     assert (specs[0].model, specs[0].tokenizer) == ("org/name@v2", "org/words@v3")
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.add_tokens([f"<new{i}>" for i in range(8)])
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    policy = {"model": str(tiny_model), "dtype": "float32", "tokenizer": str(tmp_path / "tokenizer")}
-    message = refusal(ppo(tmp_path, tiny_model, policy=policy))
-    assert "policy.tokenizer: " in message
-    assert "has token ids up to 327, but the embedding of" in message
-
-
-def test_a_chat_template_that_uses_up_memory_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.chat_template = "{{ 'a' * 10**11 }}"
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    policy = {"model": str(tiny_model), "dtype": "float32", "tokenizer": str(tmp_path / "tokenizer")}
-    assert "does not render a message of a few words" in refusal(ppo(tmp_path, tiny_model, policy=policy))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"added": 8}, r"policy\.tokenizer: .*has token ids up to 327, but the embedding of"),
+        ({"template": "{{ 'a' * 10**11 }}"}, "does not render a message of a few words"),
+    ],
+    ids=["more tokens than the model has rows", "a chat template that uses up memory"],
+)
+def test_an_unsuitable_tokenizer_is_refused(
+    tiny_model: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    policy = policy_with_tokenizer(tiny_model, tmp_path / "tokenizer", **changes)
+    assert re.search(message, refusal(ppo(tmp_path, tiny_model, policy=policy)))

@@ -34,6 +34,13 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 ROWS = re.findall(r"^(\w+) {2,}\S.*? {2,}(\S.*)$", actors.vllm_patches.__doc__ or "", flags=re.MULTILINE)[1:]
 TABLE = [(module, test) for module, tests in ROWS for test in tests.split(", ")]
 BIAS = torch.tensor([0.0, 0.0, 0.0, 9.0])
+VLLM = Path(inspect.getfile(DefaultModelLoader)).parents[2]
+
+
+def class_in(path: str, name: str) -> ast.ClassDef:
+    body = ast.parse((VLLM / path).read_text(encoding="utf-8")).body
+    (found,) = [node for node in body if isinstance(node, ast.ClassDef) and node.name == name]
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -60,14 +67,9 @@ def test_drafts() -> None:
 
 def test_first_runner() -> None:
     """The second runner draws by seed and position, and returns the experts."""
-    source = Path(inspect.getfile(DefaultModelLoader)).parents[2] / "v1" / "worker"
-    (runner,) = [
-        node
-        for node in ast.parse((source / "cpu_model_runner.py").read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ClassDef) and node.name == "CPUModelRunner"
-    ]
+    runner = class_in("v1/worker/cpu_model_runner.py", "CPUModelRunner")
     assert [ast.unparse(base) for base in runner.bases] == ["GPUModelRunner"]
-    first = (source / "gpu_model_runner.py").read_text(encoding="utf-8")
+    first = (VLLM / "v1/worker/gpu_model_runner.py").read_text(encoding="utf-8")
     assert "class GPUModelRunner" in first
     assert "routed_experts" not in first
 
@@ -91,9 +93,8 @@ def test_adapter() -> None:
     wrapper.update_metadata(mapping, [1], 1, 10)
     lora_a, lora_b = torch.ones(1, 1, rank, width), torch.ones(1, 1, width, rank)
     with Largest() as largest:
-        wrapper.add_lora_linear(
-            torch.zeros(tokens, width), torch.ones(tokens, width), (lora_a,), (lora_b,), 1.0, (width,)
-        )
+        y, x = torch.zeros(tokens, width), torch.ones(tokens, width)
+        wrapper.add_lora_linear(y, x, (lora_a,), (lora_b,), 1.0, (width,))
     assert largest.values >= tokens * rank * width
 
 
@@ -119,12 +120,7 @@ def test_gemma_3n() -> None:
 
 
 def test_a_x_k1() -> None:
-    path = Path(inspect.getfile(DefaultModelLoader)).parents[1] / "models" / "AXK1.py"
-    (layer,) = [
-        node
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ClassDef) and node.name == "AXK1DecoderLayer"
-    ]
+    layer = class_in("model_executor/models/AXK1.py", "AXK1DecoderLayer")
     (build,) = [node for node in layer.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
     always = [ast.unparse(node.targets[0]) for node in build.body if isinstance(node, ast.Assign)]
     assert "self.post_mlp_layernorm" in always

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -36,15 +38,10 @@ def weights(shift: float = 0.0) -> Iterator[tuple[str, Tensor]]:
     yield "c", torch.tensor(3.0 + shift)
 
 
-def mixed_weights() -> Iterator[tuple[str, Tensor]]:
-    """A buffer stays in float32 beside the weights in bfloat16."""
-    for name, weight in weights():
-        yield name, weight if name == "a" else weight.bfloat16()
-
-
 def test_layout_is_aligned_and_contiguous_and_the_checksum_is_of_the_whole_run() -> None:
     memory = SharedMemory()
-    manifest = stage(mixed_weights(), memory, version=4, transport="x", fields={})
+    mixed = [(name, weight if name == "a" else weight.bfloat16()) for name, weight in weights()]  # a float32 buffer
+    manifest = stage(iter(mixed), memory, version=4, transport="x", fields={})
     # 28, 24 and 2 bytes, each filled up to 64
     assert manifest.dtypes == ("float32", "bfloat16", "bfloat16")
     assert manifest.offsets == (0, 64, 128)
@@ -52,7 +49,7 @@ def test_layout_is_aligned_and_contiguous_and_the_checksum_is_of_the_whole_run()
     assert manifest.shapes == ((7,), (4, 3), ())
     flat = memory.region(0, manifest.nbytes)
     assert manifest.checksum == xxhash.xxh3_64(flat.numpy().tobytes()).hexdigest()
-    for (name, seen), (expected_name, expected) in zip(manifest.views(flat), mixed_weights(), strict=True):
+    for (name, seen), (expected_name, expected) in zip(manifest.views(flat), mixed, strict=True):
         assert name == expected_name
         assert seen.dtype == expected.dtype
         assert torch.equal(seen, expected)
@@ -99,48 +96,43 @@ def test_buckets_hold_whole_tensors_and_make_up_the_run() -> None:
     assert buckets([0], 64, limit=1) == [(0, 1, 0, 64)]
 
 
-def test_shared_memory_is_written_in_place() -> None:
+def test_shared_memory_is_written_in_place_and_has_no_name() -> None:
+    """The kernel frees the memory after any end of the process, and other users cannot open the memory."""
     sender = ShmSender(rank=0)
     first, second = sender.publish(weights(), 1), sender.publish(weights(1.0), 2)
     assert first is not None
     assert second is not None
     assert first.fields == second.fields
     flat = torch.from_file(second.fields["path"], size=second.nbytes, dtype=torch.uint8)
-    seen = dict(second.views(flat))
-    assert torch.equal(seen["a"], torch.arange(7.0) + 1.0)
+    assert torch.equal(dict(second.views(flat))["a"], torch.arange(7.0) + 1.0)
+    found = os.stat(second.fields["path"])
+    assert found.st_nlink == 0
+    assert stat.S_ISREG(found.st_mode)
     sender.close()
     sender.close()
     assert not Path(second.fields["path"]).exists()
 
 
-def test_shared_memory_has_no_name_that_could_outlive_the_process_or_belong_to_another_user() -> None:
-    """The kernel frees the memory after any end of the process, so nothing has to be removed."""
-    sender = ShmSender(rank=0)
-    manifest = sender.publish(weights(), 1)
-    assert manifest is not None
-    found = os.stat(manifest.fields["path"])
-    assert found.st_nlink == 0
-    assert stat.S_ISREG(found.st_mode)
-    sender.close()
-
-
-def test_other_ranks_take_part_in_the_gathering_and_publish_nothing() -> None:
+@pytest.mark.parametrize("transport", ["shm", "ipc"])
+def test_other_ranks_take_part_in_the_gathering_and_publish_nothing(transport: Transport) -> None:
+    """A rank without an engine offers no GPU memory."""
     taken = []
 
     def gathered() -> Iterator[tuple[str, Tensor]]:
-        for name, weight in weights():
+        for name, weight in weights():  # gathering a weight may be a collective, so all are asked for
             taken.append(name)
             yield name, weight
 
-    assert ShmSender(rank=1).publish(gathered(), 1) is None
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert SENDERS[transport](rank=1, beside_engine=False).publish(gathered(), 1) is None
+    finally:
+        torch.distributed.destroy_process_group()
     assert taken == ["a", "b", "c"]
 
 
 def test_memory_that_the_host_has_not_is_a_run_error_with_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(descriptor: int, offset: int, length: int) -> None:
-        raise OSError(12, "Cannot allocate memory")
-
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=OSError(12, "Cannot allocate memory")))
     sender = ShmSender(rank=0)
     with pytest.raises(RunError, match=r"has no 0\.06 GiB of memory.*Cannot allocate memory"):  # 64 MiB
         sender.publish(weights(), 1)
@@ -183,27 +175,13 @@ def test_a_broadcast_ends_at_its_limit_although_its_peer_is_connected(unused_por
     assert time.monotonic() - began < 10.0
 
 
-class EndlessWork:
-    """A broadcast by a group that ignores death, complete when the group is aborted, as with nccl."""
-
-    def __init__(self) -> None:
-        self.aborts = 0
-
-    def broadcast(self, tensors: list[Tensor], options: Any) -> EndlessWork:
-        return self
-
-    def is_completed(self) -> bool:
-        return False
-
-    def abort(self) -> None:
-        self.aborts += 1
-
-
 def test_the_group_of_a_broadcast_without_end_is_aborted() -> None:
-    group = EndlessWork()
+    """A group that ignores death, as with nccl."""
+    group = Mock()
+    group.broadcast.return_value.is_completed.return_value = False
     with pytest.raises(RunError, match="was not complete"):
         broadcast(group, torch.empty(8, dtype=torch.uint8), limit_s=0.01)
-    assert group.aborts == 1
+    group.abort.assert_called_once_with()
 
 
 def test_every_transport_has_both_ends_under_one_name() -> None:
@@ -218,50 +196,23 @@ def test_missing_receivers_are_named_at_the_deadline(unused_port: int) -> None:
         SENDERS["gloo"](rank=0, meeting=meeting)
 
 
-def test_adapter_folder_holds_peft_files(tmp_path: Path) -> None:
-    sender = AdapterSender(tmp_path / "adapter", {"r": 8}, base="tiny", rank=0)
-    manifest = sender.publish(weights(), 3)
-    assert manifest is not None
-    folder = Path(manifest.fields["folder"])
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert torch.equal(load_file(folder / "adapter_model.safetensors")["a"], torch.arange(7.0))
-    sender.close()
-    assert not folder.exists()
-
-
-def test_the_same_adapter_of_another_model_has_another_checksum(tmp_path: Path) -> None:
+def test_an_adapter_folder_holds_peft_files_with_a_checksum_of_the_model_too(tmp_path: Path) -> None:
     """After the base model of a run was replaced, rollouts of the old model are not used."""
-    first, again, other = (
-        AdapterSender(tmp_path / str(place), {}, base=base, rank=0).publish(weights(), 0)
-        for place, base in enumerate(("a", "a", "b"))
-    )
+    senders = [AdapterSender(tmp_path / str(i), {"r": 8}, base=base, rank=0) for i, base in enumerate("aab")]
+    first, again, other = (sender.publish(weights(), 0) for sender in senders)
     assert first is not None
     assert again is not None
     assert other is not None
     assert first.checksum == again.checksum != other.checksum
-
-
-def test_a_rank_without_an_engine_offers_no_gpu_memory() -> None:
-    taken: list[str] = []
-
-    def gathered() -> Iterator[tuple[str, Tensor]]:
-        for name, weight in weights():  # gathering a weight may be a collective, so all are asked for
-            taken.append(name)
-            yield name, weight
-
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        sender = SENDERS["ipc"](rank=1, meeting=None, beside_engine=False)
-        assert sender.publish(gathered(), 1) is None
-    finally:
-        torch.distributed.destroy_process_group()
-    assert taken == ["a", "b", "c"]
+    folder = Path(first.fields["folder"])
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert torch.equal(load_file(folder / "adapter_model.safetensors")["a"], torch.arange(7.0))
+    senders[0].close()
+    assert not folder.exists()
 
 
 @pytest.fixture
 def unused_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,9 +1,8 @@
-"""An engine's weights are synced, and loaders get names for vLLM's reload, on models without vLLM's layers."""
+"""An engine's weights are synced, on models without vLLM's layers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 pytest.importorskip("vllm")
 
-from actors.vllm_patches.reload import name_loaders, num_constants
 from actors.weights.vllm_reload import ReloadEngine
 from rlhf.errors import RunError
 
@@ -44,22 +42,6 @@ def test_a_layer_of_two_names_is_loaded_by_one_of_them() -> None:
     engine.load(iter({"gate.weight": None, "norm.weight": None}.items()))
     with pytest.raises(RunError, match=r"the engine's norm\.weight"):
         engine.load(iter({"gate.weight": None}.items()))
-
-
-def test_a_loader_that_is_a_partial_function_gets_its_name() -> None:
-    model = nn.Linear(2, 2)
-    model.weight.weight_loader = partial(print, end="")
-    name_loaders(model)
-    assert model.weight.weight_loader.__name__ == "print"
-
-
-def test_constants_of_a_layer_are_its_own_buffers_outside_of_files() -> None:
-    layer = nn.Sequential(nn.Linear(2, 2))
-    layer.register_buffer("scale", torch.ones(3), persistent=False)
-    layer.register_buffer("absent", None, persistent=False)
-    layer.register_buffer("bias", torch.ones(5))
-    layer[0].register_buffer("below", torch.ones(7), persistent=False)
-    assert num_constants(layer) == 3
 
 
 class Plain(nn.Module):

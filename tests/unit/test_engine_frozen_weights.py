@@ -35,31 +35,22 @@ def adapted(*, rank: int = 2, init: str = "pissa", seed: int = 0) -> Any:
     return add_lora(LlamaForCausalLM(config), rank=rank, alpha=4.0, dropout=0.0, init=init)  # type: ignore[arg-type]
 
 
-def test_the_copies_come_back_bit_for_bit(tmp_path: Path) -> None:
-    path, model, other = tmp_path / "initial.safetensors", adapted(), adapted(seed=1)
-    save_initial_copies(model, path)
-    load_initial_copies(other, path)
-    assert initial_copies(model)
-    assert all(torch.equal(initial_copies(other)[name], copy) for name, copy in initial_copies(model).items())
-
-
-def test_an_adapter_that_began_as_the_identity_has_no_copies(tmp_path: Path) -> None:
-    path, model = tmp_path / "initial.safetensors", adapted(init="default")
-    save_initial_copies(model, path)
-    assert not path.exists()
-    load_initial_copies(model, path)
-
-
-def test_a_missing_file_and_one_of_another_adapter_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "initial.safetensors"
+def test_the_copies_come_back_bit_for_bit_or_are_refused(tmp_path: Path) -> None:
+    path, model, other, identity = tmp_path / "initial.safetensors", adapted(), adapted(seed=1), adapted(init="default")
+    save_initial_copies(identity, tmp_path)
+    assert not path.exists()  # it has no copies
+    load_initial_copies(identity, tmp_path)
     with pytest.raises(UserError, match=rf"{path} cannot be read"):
-        load_initial_copies(adapted(), path)
+        load_initial_copies(other, tmp_path)
     path.write_bytes(b"not safetensors")
     with pytest.raises(UserError, match=rf"{path} cannot be read"):
-        load_initial_copies(adapted(), path)
-    save_initial_copies(adapted(rank=4), path)
+        load_initial_copies(other, tmp_path)
+    save_initial_copies(model, tmp_path)
+    load_initial_copies(other, tmp_path)
+    assert initial_copies(model)
+    assert all(torch.equal(initial_copies(other)[name], copy) for name, copy in initial_copies(model).items())
     with pytest.raises(UserError, match="holds the initial weights of another adapter"):
-        load_initial_copies(adapted(), path)
+        load_initial_copies(adapted(rank=4), tmp_path)
 
 
 def test_the_checksum_is_that_of_the_base_alone() -> None:

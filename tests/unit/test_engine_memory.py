@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, get_args
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,30 +22,16 @@ def allocate_too_much() -> None:
     torch.empty(2**55, dtype=torch.uint8)  # 32 PiB: torch's CPU allocator refuses at once
 
 
-def raise_cuda_error() -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-
-def raise_memory_error() -> None:
-    raise MemoryError
-
-
-@pytest.mark.parametrize("fail", [allocate_too_much, raise_cuda_error, raise_memory_error])
-def test_names_place_and_keys(fail: object) -> None:
+@pytest.mark.parametrize(
+    "fail", [allocate_too_much, Mock(side_effect=torch.OutOfMemoryError("CUDA")), Mock(side_effect=MemoryError)]
+)
+def test_names_place_and_keys(fail: Callable[[], None]) -> None:
+    message = r"critic rank 3 during update with a micro-batch of 4096 tokens .*max_tokens_per_microbatch, critic\."
     with (
-        pytest.raises(RunError) as caught,
+        pytest.raises(RunError, match=message),
         explains_out_of_memory(role="critic", stage="update", rank=3, tokens=4096),
     ):
-        fail()  # type: ignore[operator]
-    message = str(caught.value)
-    assert "critic rank 3 during update with a micro-batch of 4096 tokens" in message
-    for key in (
-        "train.max_tokens_per_microbatch",
-        "critic.gradient_checkpointing",
-        "cluster.roles.critic.zero_stage",
-        "cluster.roles.critic.offload",
-    ):
-        assert key in message
+        fail()
 
 
 @pytest.mark.parametrize("role", ["policy", "critic", "reference", "reward", "rollout"])
@@ -73,8 +61,4 @@ def test_other_errors_pass() -> None:
 
 
 def test_peak_is_of_this_process() -> None:
-    before = peak_memory().rss_gib
-    block = torch.ones(2**28, dtype=torch.uint8)  # a quarter of a GiB, touched
-    assert peak_memory().rss_gib >= before
     assert 0.1 < peak_memory().rss_gib < 64
-    del block

@@ -1,24 +1,29 @@
-"""The state of all ranks, divided anew for other ranks and another ZeRO stage, equals a division of the whole."""
+"""The state of all ranks, divided anew for other ranks and another ZeRO stage, equals a division of the whole.
+
+The record of an engine tells the place in the schedule, and a restored state spreads the float32 weights.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from rlhf.engine.engine_record import EngineRecord
 from rlhf.engine.partitions import Sharding, partitions_of
+from rlhf.engine.rank_state import RankState
 from rlhf.engine.resharding import RankFile, copy_elements, overlaps_of, take_over
 from rlhf.errors import UserError
 
 SIZES = [{"embedding": 30, "up": 12, "down": 7}, {"norm": 3, "bias": 1}]  # with and without weight decay
 REGROUPED = [{"norm": 3, "embedding": 30, "up": 12}, {"down": 7}, {"bias": 1}]
-SHARDINGS = [Sharding(ranks=ranks, zero_stage=stage) for stage in range(4) for ranks in (1, 2, 3, 4)]
+SHARDINGS = [Sharding(ranks=ranks, zero_stage=stage) for stage in range(4) for ranks in (1, 2, 3, 4, 7)]
 
 
 def values(key: str, name: str) -> Tensor:
@@ -59,11 +64,21 @@ def file_of(groups: list[dict[str, int]], sharding: Sharding, rank: int) -> Rank
 def empty_state(groups: list[dict[str, int]], sharding: Sharding, rank: int) -> Any:
     """Like RankState of a new engine."""
     file = file_of(groups, sharding, rank)
-    states = {
-        f"state {i}": {key: torch.zeros_like(value) for key, value in state.items()}
-        for i, state in enumerate(file.states)
-    }
-    return SimpleNamespace(masters=lambda: [torch.zeros_like(m) for m in file.masters], states=lambda: states)
+    empty = [{key: torch.zeros_like(value) for key, value in state.items()} for state in file.states]
+    states, masters = {f"state {i}": state for i, state in enumerate(empty)}, [*map(torch.zeros_like, file.masters)]
+    return SimpleNamespace(masters=lambda: masters, states=lambda: states)
+
+
+def test_at_stage_3_a_large_group_is_cut_into_masters() -> None:
+    groups = [{"a": 6, "b": 2, "c": 3}, {"d": 1}]
+    with mock.patch("rlhf.engine.partitions.SUB_GROUP_ELEMENTS", 4):
+        partitions = partitions_of(groups, Sharding(ranks=2, zero_stage=3))
+    assert [partition.sizes for partition in partitions] == [(4, 2, 1)] * 2
+    pieces = [[f"{p.parameter}[{p.start}:{p.end}]@{p.master}+{p.offset}" for p in part.pieces] for part in partitions]
+    assert pieces == [
+        ["a[0:3]@0+0", "b[0:1]@0+3", "c[0:2]@1+0", "d[0:1]@2+0"],
+        ["a[3:6]@0+0", "b[1:2]@0+3", "c[2:3]@1+0"],
+    ]
 
 
 @pytest.mark.parametrize("groups", [SIZES, REGROUPED], ids=["same groups", "other groups"])
@@ -73,7 +88,6 @@ def test_every_element_comes_to_its_new_place(there: Sharding, groups: list[dict
         for rank in range(here.ranks):
             expected, state = file_of(groups, here, rank), empty_state(groups, here, rank)
             masters = state.masters()
-            state.masters = lambda masters=masters: masters
             written = partitions_of(SIZES, there)[: None if there.zero_stage else 1]
             overlaps = overlaps_of(partitions_of(groups, here)[rank], written)
             copy_elements(state, overlaps, lambda other: file_of(SIZES, there, other), with_states=True)
@@ -84,19 +98,14 @@ def test_every_element_comes_to_its_new_place(there: Sharding, groups: list[dict
                 assert own["step"] == (7.0 if master.any() else 0.0)
 
 
-def test_masters_alone() -> None:
+def test_masters_alone_from_files_that_are_long_enough() -> None:
     there, here = Sharding(ranks=2, zero_stage=1), Sharding(ranks=2, zero_stage=2)
     state = empty_state(SIZES, here, 1)
-    masters = state.masters()
-    state.masters = lambda: masters
     overlaps = overlaps_of(partitions_of(SIZES, here)[1], partitions_of(SIZES, there))
     copy_elements(state, overlaps, lambda rank: file_of(SIZES, there, rank), with_states=False)
-    assert all(map(torch.equal, masters, divided("master", SIZES, here, 1)))
+    assert all(map(torch.equal, state.masters(), divided("master", SIZES, here, 1)))
     assert not any(value.any() for own in state.states().values() for value in own.values())
-
-
-def test_a_file_that_is_too_short_is_no_source() -> None:
-    there, here = Sharding(ranks=1, zero_stage=2), Sharding(ranks=2, zero_stage=2)
+    there = Sharding(ranks=1, zero_stage=2)
     short = RankFile(masters=[torch.zeros(48), torch.zeros(4)], states=[{}, {}])  # of 49 elements
     overlaps = overlaps_of(partitions_of(SIZES, here)[1], partitions_of(SIZES, there))
     with pytest.raises((RuntimeError, IndexError)):
@@ -131,7 +140,36 @@ def test_weight_decay_is_not_switched_where_states_belong_to_several_weights(
         take_over(state, tmp_path / "deepspeed", saved=saved, own=own)
 
 
-def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
-    record = record_of(SIZES)
+@pytest.mark.parametrize(
+    ("steps", "updates", "updates_now", "expected"),
+    [
+        (50, 1, 2, 100),
+        (100, 2, 1, 50),
+        (150, 3, 2, 100),
+        (149, 3, 3, 149),  # one update had no token to train on
+        (0, 4, 1, 0),
+    ],
+)
+def test_a_record_comes_back_with_the_steps_of_as_many_training_steps(
+    tmp_path: Path, steps: int, updates: int, updates_now: int, expected: int
+) -> None:
+    """A resume with twice the updates at half of the run so continues at half of the learning rate."""
+    record = record_of(SIZES, steps=steps, updates_per_step=updates)
     record.write(tmp_path)
     assert EngineRecord.read(tmp_path) == record
+    assert record.steps_of(record_of([], updates_per_step=updates_now)) == expected
+
+
+def test_bfloat16_weights_follow_the_float32_weights_that_were_restored() -> None:
+    """At stage 0 DeepSpeed cannot spread the float32 weights."""
+    module = nn.Linear(3, 2, bias=False, dtype=torch.bfloat16)
+    master = module.weight.detach().float().clone()
+    wrapped = SimpleNamespace(fp16_groups=[[module.weight]], fp32_groups=[[master]])
+    counters = {"global_steps": 0, "global_samples": 0, "skipped_steps": 0}
+    engine = SimpleNamespace(optimizer=wrapped, module=SimpleNamespace(module=module), **counters)
+    state = RankState(engine, torch.optim.AdamW([master], lr=0.0), zero_stage=0)
+    state.create()
+    values = state.values()
+    state.tensors()["master 0"].fill_(0.5)  # as a snapshot replaces it
+    state.restore(values)
+    assert torch.equal(module.weight, torch.full((2, 3), 0.5, dtype=torch.bfloat16))

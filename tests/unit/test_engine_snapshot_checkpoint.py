@@ -61,23 +61,17 @@ def test_each_rank_finds_its_state_again(tmp_path: Path) -> None:
         assert found.tensors.keys() == state(rank).keys()
         assert all(torch.equal(found.tensors[name], tensor) for name, tensor in state(rank).items())
         assert [float(master[0]) for master in found.masters] == [100.0 * rank + i for i in range(11)]
-        assert [(own["step"], float(own["exp_avg"][0]), len(own)) for own in found.states] == [
-            (i, float(i), 2) for i in range(11)
-        ]
+        states = [(own["step"], float(own["exp_avg"][0]), len(own)) for own in found.states]
+        assert states == [(i, float(i), 2) for i in range(11)]
         assert found.values["counters"] == values["counters"]
         restore_random_state(torch.load(checkpoint / f"random_{rank:05d}.pt", weights_only=True))
 
 
-def test_a_step_that_is_not_kept_cannot_be_written(tmp_path: Path) -> None:
+def test_a_step_that_is_not_kept_and_a_snapshot_that_is_cut_are_refused(tmp_path: Path) -> None:
     kept(tmp_path)
     (tmp_path / "policy").mkdir()
     with pytest.raises(OSError, match=r"1\.pt"):
         write_snapshot(tmp_path / "0", 1, tmp_path / "policy", 0)
-
-
-def test_a_snapshot_that_is_cut_is_refused(tmp_path: Path) -> None:
-    kept(tmp_path)
-    (tmp_path / "policy").mkdir()
     write_snapshot(tmp_path / "0", 3, tmp_path / "policy", 0)
     os.truncate(tmp_path / "policy" / "snapshots" / "00000.slot", 64)
     with pytest.raises(UserError, match=r"00000\.slot does not hold the state of a rank"):

@@ -19,6 +19,7 @@ from rlhf.process import disk_full
 from rlhf.process.disk_full import PAUSE
 
 DEADLINE_S = 60.0
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def state(step: int) -> dict[str, Tensor]:
@@ -43,12 +44,18 @@ def found(folder: Path, step: int) -> tuple[dict[str, Tensor], object]:
     return tensors, opened(folder).restore(step, tensors)["steps"]
 
 
-def test_a_successor_takes_back_either_of_the_last_two_steps(tmp_path: Path) -> None:
-    snapshots = opened(tmp_path)
-    assert snapshots.newest() is None
-    for step in (1, 2, 3):
+def taken(folder: Path, *steps: int) -> Snapshots:
+    """Take a snapshot of each step."""
+    snapshots = opened(folder)
+    for step in steps:
         snapshots.take(step, state(step), {"steps": step})
-    snapshots.close()
+    snapshots.wait()
+    return snapshots
+
+
+def test_a_successor_takes_back_either_of_the_last_two_steps(tmp_path: Path) -> None:
+    assert opened(tmp_path).newest() is None
+    taken(tmp_path, 1, 2, 3).close()
     assert opened(tmp_path).newest() == 3
     tensors, steps = found(tmp_path, 2)
     assert steps == 2
@@ -59,10 +66,7 @@ def test_a_successor_takes_back_either_of_the_last_two_steps(tmp_path: Path) -> 
 
 
 def test_half_a_copy_is_never_found(tmp_path: Path) -> None:
-    snapshots = opened(tmp_path)
-    for step in (1, 2):
-        snapshots.take(step, state(step), {"steps": step})
-    snapshots.wait()
+    snapshots = taken(tmp_path, 1, 2)
     reached, released = threading.Event(), threading.Event()
 
     def stuck(*_: object) -> None:
@@ -79,33 +83,22 @@ def test_half_a_copy_is_never_found(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, state(2)[name]) for name, tensor in tensors.items())
 
 
-def test_the_restored_step_is_not_overwritten_first(tmp_path: Path) -> None:
-    first = opened(tmp_path)
-    for step in (1, 2):
-        first.take(step, state(step), {"steps": step})
-    first.close()
+def test_the_restored_step_is_not_overwritten_first_and_other_steps_are_forgotten(tmp_path: Path) -> None:
+    taken(tmp_path, 1, 2).close()
     successor = opened(tmp_path)
     successor.restore(1, state(0))
     successor.take(2, state(22), {"steps": 2})
     successor.close()
     assert found(tmp_path, 1)[0]["count"] == 1
-
-
-def test_snapshots_besides_the_restored_step_are_forgotten(tmp_path: Path) -> None:
-    first = opened(tmp_path)
-    first.take(8, state(8), {})
-    first.close()
-    successor = opened(tmp_path)  # it continues from a checkpoint
-    successor.take(5, state(5), {})
-    successor.close()
+    taken(tmp_path, 8).close()
+    taken(tmp_path, 5).close()  # a successor that continues from a checkpoint
     assert opened(tmp_path).newest() == 5
 
 
 def test_other_tensors_are_refused(tmp_path: Path) -> None:
-    snapshots = opened(tmp_path)
+    snapshots = taken(tmp_path, 1)
     with pytest.raises(RunError, match="no longer has the tensors"):
-        snapshots.take(1, state(1) | {"bytes": torch.zeros(6)}, {})
-    snapshots.take(1, state(1), {})
+        snapshots.take(2, state(2) | {"bytes": torch.zeros(6)}, {})
     snapshots.close()
     other = state(0) | {"count": torch.tensor(0)}
     with pytest.raises(RunError, match="is of a rank with other tensors"):
@@ -113,9 +106,8 @@ def test_other_tensors_are_refused(tmp_path: Path) -> None:
 
 
 def test_too_little_memory_names_the_key(tmp_path: Path) -> None:
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with (
-        mock.patch("rlhf.engine.snapshots.os.posix_fallocate", side_effect=full),
+        mock.patch("rlhf.engine.snapshots.os.posix_fallocate", side_effect=FULL),
         pytest.raises(UserError, match=r"cluster\.restarts\.gang: .* are free \(No space left on device\)"),
     ):
         opened(tmp_path)
@@ -126,14 +118,12 @@ def test_a_wait_for_memory_keeps_a_copy_that_was_fetched(tmp_path: Path, monkeyp
     """A rank on another node may have fetched one of two snapshots before /dev/shm is too full for the second slot."""
     monkeypatch.setattr(disk_full, "LOOK_EVERY_S", 0.01)
     monkeypatch.setattr(disk_full, "AGAIN_AFTER_S", 0.05)
-    lost = opened(tmp_path / "lost")
-    lost.take(1, state(1), {"steps": 1})
-    lost.close()
+    taken(tmp_path / "lost", 1).close()
     fetched = tmp_path / "fetched"
     fetched.mkdir()
     for name in ("1.pt", "slot_0"):
         shutil.copyfile(tmp_path / "lost" / name, fetched / name)
-    answers = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), mock.DEFAULT, mock.DEFAULT]
+    answers = [FULL, mock.DEFAULT, mock.DEFAULT]
     reserve = mock.Mock(wraps=os.posix_fallocate, side_effect=answers)
     with mock.patch("rlhf.engine.snapshots.os.posix_fallocate", reserve), PAUSE.limited(DEADLINE_S):
         tensors, steps = found(fetched, 1)
@@ -141,17 +131,12 @@ def test_a_wait_for_memory_keeps_a_copy_that_was_fetched(tmp_path: Path, monkeyp
     assert all(torch.equal(tensor, state(1)[name]) for name, tensor in tensors.items())
 
 
-def test_a_failed_copy_is_an_error_of_the_next_step(tmp_path: Path) -> None:
-    snapshots = opened(tmp_path / "slots")
-    with mock.patch("pathlib.Path.rename", side_effect=OSError("the folder is gone")):
-        snapshots.take(1, state(1), {})
-        with pytest.raises(RunError, match="could not be completed: the folder is gone"):
-            snapshots.wait()
-
-
-def test_full_memory_at_the_end_of_a_copy_is_named(tmp_path: Path) -> None:
-    snapshots = opened(tmp_path)
-    (tmp_path / "1.part").symlink_to("/dev/full")
-    snapshots.take(1, state(1), {})
-    with pytest.raises(StorageFull, match=r"1\.pt could not be written: No space left on device"):
-        snapshots.wait()
+def test_a_failed_copy_and_full_memory_at_its_end_are_errors_of_the_next_step(tmp_path: Path) -> None:
+    with (
+        mock.patch("pathlib.Path.rename", side_effect=OSError("the folder is gone")),
+        pytest.raises(RunError, match="could not be completed: the folder is gone"),
+    ):
+        taken(tmp_path, 1)
+    (tmp_path / "2.part").symlink_to("/dev/full")
+    with pytest.raises(StorageFull, match=r"2\.pt could not be written: No space left on device"):
+        taken(tmp_path, 2)

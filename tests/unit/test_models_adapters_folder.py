@@ -87,14 +87,10 @@ def test_a_critic_takes_what_it_has_modules_for_from_the_policys_adapter(tiny_mo
     assert not critic.score.weight.any()
 
 
-def test_the_shape_of_a_folder(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_another_architecture_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     _, folder = made(tiny_model, tmp_path / "adapter", init="pissa", rslora=True, modules_to_save=["lm_head"])
     shape = read_adapter_shape(folder)
     assert (shape.rank, shape.rslora, shape.dora, shape.modules_to_save) == (8, True, False, ("lm_head",))
-
-
-def test_an_adapter_of_another_architecture_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    _, folder = made(tiny_model, tmp_path / "adapter")
     refuse_misfit_adapter(folder, str(tiny_model))
     wider = changed_copy(tiny_model, tmp_path / "wider", intermediate_size=512)
     with pytest.raises(UserError, match=r"was trained on .*, a model of another architecture than"):
@@ -142,23 +138,7 @@ def test_a_regular_expression_of_a_folder_is_not_run(tiny_model: Path, tmp_path:
     with_adapter(load_causal_lm(str(tiny_model), dtype=torch.float32), str(folder))
 
 
-def test_weights_of_an_adapter_that_are_not_finite_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    _, folder = made(tiny_model, tmp_path / "adapter")
-    weights = load_file(folder / "adapter_model.safetensors")
-    next(iter(weights.values()))[0] = float("nan")
-    save_file(weights, folder / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="holds NaN or infinite values in base_model"):
-        load_trainable_adapter(load_causal_lm(str(tiny_model), dtype=torch.float32), folder)
-
-
-def test_an_adapter_config_that_is_no_mapping(tiny_model: Path, tmp_path: Path) -> None:
-    _, folder = made(tiny_model, tmp_path / "adapter")
-    (folder / "adapter_config.json").write_text("[]")
-    with pytest.raises(UserError, match="holds a JSON list, expected an object"):
-        read_adapter_shape(folder)
-
-
-def test_a_folder_that_is_none_a_file_that_is_cut_and_one_that_lacks_a_weight(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_none_damaged_or_without_a_weight_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no adapter folder"):
         refuse_misfit_adapter(tiny_model, str(tiny_model))
     _, folder = made(tiny_model, tmp_path / "adapter")
@@ -168,12 +148,20 @@ def test_a_folder_that_is_none_a_file_that_is_cut_and_one_that_lacks_a_weight(ti
     save_file({key: value for key, value in whole.items() if key != name}, weights)
     with pytest.raises(UserError, match=r"q_proj\.lora_A\.weight: it is not in the file"):
         refuse_misfit_adapter(folder, str(tiny_model))
-    save_file({**whole, name.replace("q_proj", "r_proj"): torch.zeros(1)}, weights)
-    with pytest.raises(UserError, match=r"r_proj\.lora_A\.weight: the model has no such weight"):
-        load_trainable_adapter(load_causal_lm(str(tiny_model), dtype=torch.float32), folder)
+    for changes, message in (
+        ({name.replace("q_proj", "r_proj"): torch.zeros(1)}, r"r_proj\.lora_A\.weight: the model has no such weight"),
+        ({name: torch.full_like(whole[name], float("nan"))}, "holds NaN or infinite values in base_model"),
+    ):
+        save_file(whole | changes, weights)
+        with pytest.raises(UserError, match=message):
+            load_trainable_adapter(load_causal_lm(str(tiny_model), dtype=torch.float32), folder)
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UserError, match="is damaged or cut"):
         refuse_misfit_adapter(folder, str(tiny_model))
     weights.unlink()
     with pytest.raises(UserError, match="only safetensors are loaded"):
         refuse_misfit_adapter(folder, str(tiny_model))
+    weights.touch()
+    (folder / "adapter_config.json").write_text("[]")
+    with pytest.raises(UserError, match="holds a JSON list, expected an object"):
+        read_adapter_shape(folder)

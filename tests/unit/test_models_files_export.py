@@ -12,12 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 from rlhf.models.files.export import export_model, name_padding
 from rlhf.models.files.loading import load_causal_lm, load_critic, load_tokenizer
@@ -25,6 +20,8 @@ from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.models.files.weights import weight_sources
 from rlhf.models.packed.heads import sequence_scores
 from tests.fixtures.models import change_json, changed_copy
+
+LOADS = (load_critic, load_causal_lm)
 
 
 def streamed(model: Any) -> Iterator[tuple[str, Tensor]]:
@@ -64,14 +61,6 @@ def test_round_trip(tmp_path: Path, tied: bool, shard_bytes: int) -> None:
         assert set(index["weight_map"].values()) == set(files)
 
 
-def test_a_critic_comes_back_with_its_head(tiny_model: Path, tmp_path: Path) -> None:
-    critic = load_critic(str(tiny_model), dtype=torch.float32)
-    torch.nn.init.ones_(critic.score.weight)
-    tokenizer = load_tokenizer(str(tiny_model))
-    export_model(tmp_path / "critic", streamed(critic), critic, tokenizer, dtype=torch.float32)
-    assert same_weights(critic, load_critic(str(tmp_path / "critic"), dtype=torch.float32))
-
-
 def test_a_generation_config_that_transformers_does_not_save_is_kept(tiny_model: Path, tmp_path: Path) -> None:
     """Vicuna has a temperature without sampling. from_pretrained only warns."""
     model, tokenizer = load_causal_lm(str(tiny_model), dtype=torch.float32), load_tokenizer(str(tiny_model))
@@ -95,21 +84,16 @@ def test_a_model_with_its_own_code_loads_without_the_folder_it_came_from(tiny_mo
     assert same_weights(model, loaded)
 
 
-def test_files_have_the_mode_of_the_process(tiny_model: Path, tmp_path: Path) -> None:
+def test_files_have_the_mode_of_the_process_and_survive_a_failed_export(tiny_model: Path, tmp_path: Path) -> None:
     model, tokenizer = load_causal_lm(str(tiny_model), dtype=torch.float32), load_tokenizer(str(tiny_model))
-    before = os.umask(0o027)
+    umask = os.umask(0o027)
     try:
         export_model(tmp_path / "final", streamed(model), model, tokenizer, dtype=torch.float32)
     finally:
-        os.umask(before)
+        os.umask(umask)
     modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "final").iterdir()}
     assert set(modes.values()) == {"0o640"}, modes
     assert ".mode" not in modes
-
-
-def test_a_failure_leaves_the_old_folder_and_nothing_else(tiny_model: Path, tmp_path: Path) -> None:
-    model, tokenizer = load_causal_lm(str(tiny_model), dtype=torch.float32), load_tokenizer(str(tiny_model))
-    export_model(tmp_path / "final", streamed(model), model, tokenizer, dtype=torch.float32)
     before = (tmp_path / "final" / "model.safetensors").read_bytes()
 
     def broken() -> Iterator[tuple[str, Tensor]]:
@@ -123,18 +107,17 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(tiny_model: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("changes", "padding"),
+    "changes",
     [
-        ({}, "<|pad|>"),
-        ({"pad_token": None}, "<|pad|>"),  # as in Llama 3, another token of the vocabulary serves
-        ({"pad_token": "<|eos|>"}, "<|pad|>"),
-        ({"pad_token": "<|assistant|>"}, "<|pad|>"),  # of the chat template
+        {},
+        {"pad_token": None},  # as in Llama 3, another token of the vocabulary serves
+        {"pad_token": "<|eos|>"},
+        {"pad_token": "<|assistant|>"},  # of the chat template
     ],
     ids=str,
 )
-@pytest.mark.parametrize("side", ["left", "right"])
 def test_transformers_scores_a_padded_batch_as_it_was_trained(
-    tiny_model: Path, tmp_path: Path, changes: dict[str, str | None], padding: str, side: str
+    tiny_model: Path, tmp_path: Path, changes: dict[str, str | None]
 ) -> None:
     """Sequences of unequal lengths end in the end of sequence. The score is the head's value at that token."""
     changed_copy(tiny_model, tmp_path / "base", **({"pad_token_id": None} if changes else {}))
@@ -148,26 +131,22 @@ def test_transformers_scores_a_padded_batch_as_it_was_trained(
     with torch.no_grad():
         trained = sequence_scores(model, torch.cat(ids), torch.tensor([len(one) for one in ids]))
     export_model(tmp_path / "final", streamed(model), model, tokenizer, dtype=torch.float32)
-
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "final")
-    reader = AutoTokenizer.from_pretrained(tmp_path / "final", padding_side=side)
-    assert reader.pad_token == padding
-    assert loaded.config.pad_token_id == reader.pad_token_id != reader.eos_token_id
-    with torch.no_grad():
-        scores = loaded(**reader(texts, padding=True, return_tensors="pt")).logits[:, 0]
-    torch.testing.assert_close(scores, trained, rtol=1e-5, atol=1e-5)
+    assert same_weights(model, load_critic(str(tmp_path / "final"), dtype=torch.float32))
+    for side in ("left", "right"):
+        reader = AutoTokenizer.from_pretrained(tmp_path / "final", padding_side=side)
+        assert reader.pad_token == "<|pad|>"
+        assert loaded.config.pad_token_id == reader.pad_token_id != reader.eos_token_id
+        with torch.no_grad():
+            scores = loaded(**reader(texts, padding=True, return_tensors="pt")).logits[:, 0]
+        torch.testing.assert_close(scores, trained, rtol=1e-5, atol=1e-5)
 
 
-def test_without_a_token_to_pad_with_transformers_refuses_a_batch(tiny_model: Path, tmp_path: Path) -> None:
-    model, tokenizer = load_critic(str(tiny_model), dtype=torch.float32), load_tokenizer(str(tiny_model))
-    model.config.pad_token_id = None
-    model.config.vocab_size = 256  # leaves the special tokens out
-    name_padding(model.config, tokenizer)
-    assert model.config.pad_token_id is None
-
-
-def test_a_language_model_keeps_its_padding(tiny_model: Path) -> None:
-    model, tokenizer = load_causal_lm(str(tiny_model), dtype=torch.float32), load_tokenizer(str(tiny_model))
-    model.config.pad_token_id = None
-    name_padding(model.config, tokenizer)
-    assert model.config.pad_token_id is None
+def test_without_a_token_to_pad_with_transformers_refuses_a_batch(tiny_model: Path) -> None:
+    """A language model keeps its padding."""
+    tokenizer, models = load_tokenizer(str(tiny_model)), [load(str(tiny_model), dtype=torch.float32) for load in LOADS]
+    models[0].config.vocab_size = 256  # leaves the special tokens out
+    for model in models:
+        model.config.pad_token_id = None
+        name_padding(model.config, tokenizer)
+        assert model.config.pad_token_id is None

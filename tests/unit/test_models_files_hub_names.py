@@ -19,17 +19,18 @@ from rlhf.models.adapters.lora import adapter_disabled, add_lora
 from rlhf.models.files.export import export_model
 from rlhf.models.files.hub_names import missing_settings
 from rlhf.models.files.loading import load_causal_lm, load_critic, load_tokenizer
-from rlhf.models.files.tiny import VOCAB_SIZE, build_tiny_llama, byte_tokenizer
+from rlhf.models.files.tiny import VOCAB_SIZE, byte_tokenizer
 from rlhf.models.files.weights import adapter_sources, published_names, weight_sources
-from tests.fixtures.models import moved, save_adapter
-from tests.tiny_architectures import ALL, tiny_config, tiny_model
+from tests.fixtures.models import logits, moved, save_adapter
+from tests.tiny_architectures import ALL, tiny_config
+from tests.tiny_architectures import tiny_model as model_of
 
 MIXTURES = ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss"]
 
 
 def mixture(folder: Path, kind: str) -> str:
     """Write a model folder as transformers does. Biases of the routers differ from zero."""
-    model = tiny_model(kind, vocab_size=VOCAB_SIZE, max_position_embeddings=256)
+    model = model_of(kind, vocab_size=VOCAB_SIZE, max_position_embeddings=256)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
@@ -37,6 +38,17 @@ def mixture(folder: Path, kind: str) -> str:
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def exported(model: Any, folder: Path, source: str) -> str:
+    """Export the model's published weights with the tokenizer of `source`."""
+    weights = ((name, weight.clone()) for name, weight in published(model).items())
+    export_model(folder, weights, model, load_tokenizer(source), dtype=torch.float32)
+    return str(folder)
+
+
+def some_logits(model: Any) -> Tensor:
+    return logits(model, torch.randint(VOCAB_SIZE, (12,), generator=torch.Generator().manual_seed(0)))
 
 
 def published(model: Any) -> dict[str, Tensor]:
@@ -47,7 +59,7 @@ def published(model: Any) -> dict[str, Tensor]:
     "name", [name if name in MIXTURES else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 )
 def test_every_architecture_is_published_as_transformers_saves_it(name: str, tmp_path: Path) -> None:
-    model = tiny_model(name)
+    model = model_of(name)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     ours = published(model)
@@ -60,24 +72,16 @@ def test_every_architecture_is_published_as_transformers_saves_it(name: str, tmp
 def test_a_mixture_survives_loading_and_export(kind: str, tmp_path: Path) -> None:
     source = mixture(tmp_path / "source", kind)
     model = load_causal_lm(source, dtype=torch.float32)
-    weights = ((name, weight.clone()) for name, weight in published(model).items())
-    export_model(tmp_path / "final", weights, model, load_tokenizer(source), dtype=torch.float32)
-    assert (
-        load_file(tmp_path / "final" / "model.safetensors").keys()
-        == load_file(tmp_path / "source" / "model.safetensors").keys()
-    )
+    final = exported(model, tmp_path / "final", source)
+    files = [load_file(tmp_path / folder / "model.safetensors").keys() for folder in ("final", "source")]
+    assert files[0] == files[1]
     settings = json.loads((tmp_path / "final" / "config.json").read_text(encoding="utf-8"))
     assert settings.get("topk_method") == ("noaux_tc" if kind == "deepseek_v3" else None)  # vLLM needs it
-    loaded, report = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "final", dtype=torch.float32, output_loading_info=True
-    )
+    loaded, report = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    ids = torch.randint(VOCAB_SIZE, (1, 12), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
-    again = load_causal_lm(str(tmp_path / "final"), dtype=torch.float32)
-    assert published(again).keys() == published(model).keys()
+    assert torch.equal(some_logits(loaded.eval()), some_logits(model))
+    assert published(load_causal_lm(final, dtype=torch.float32)).keys() == published(model).keys()
 
 
 def test_settings_that_transformers_does_not_write_are_those_of_the_model() -> None:
@@ -104,13 +108,10 @@ def test_adapters_of_a_mixture_are_on_its_linear_layers_and_merge_into_the_files
     model = add_lora(load_causal_lm(source, dtype=torch.float32), rank=2, alpha=4.0, dropout=0.0)
     adapted = {name.split(".lora_")[0].rpartition(".")[2] for name in (s.name for s in adapter_sources(model))}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}  # experts are stacked parameters, not linear layers
-    moved(model, by=0.1)
-    weights = ((name, weight.clone()) for name, weight in published(model).items())
-    export_model(tmp_path / "merged", weights, model, load_tokenizer(source), dtype=torch.float32)
-    merged = load_causal_lm(str(tmp_path / "merged"), dtype=torch.float32)
-    ids = torch.randint(VOCAB_SIZE, (1, 12), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    merged = load_causal_lm(exported(moved(model, by=0.1), tmp_path / "merged", source), dtype=torch.float32)
+    torch.testing.assert_close(some_logits(merged), some_logits(model), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="no stacked experts named up_proj; they are down_proj, gate_up_proj"):
+        add_lora(merged, rank=2, alpha=4.0, dropout=0.0, target_parameters=["up_proj"])
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "gpt_oss"])  # the last one's stacks are transposed
@@ -119,48 +120,33 @@ def test_adapters_of_stacked_experts_merge_and_come_back(kind: str, tmp_path: Pa
     base = load_causal_lm(source, dtype=torch.float32)
     model = load_causal_lm(source, dtype=torch.float32)
     model = add_lora(model, rank=2, alpha=4.0, dropout=0.0, target_parameters=stacks)
-    ids = torch.randint(VOCAB_SIZE, (1, 12), generator=torch.Generator().manual_seed(0))
-    moved(model, by=0.1)
-    with torch.no_grad():
-        wanted = model(ids).logits
-        assert (wanted - base(ids).logits).abs().max() > 0.01
-        with adapter_disabled(model):
-            torch.testing.assert_close(model(ids).logits, base(ids).logits)
-    tokenizer = load_tokenizer(source)
-    weights = ((name, weight.clone()) for name, weight in published(model).items())
-    export_model(tmp_path / "merged", weights, model, tokenizer, dtype=torch.float32)
+    wanted = some_logits(moved(model, by=0.1))
+    assert (wanted - some_logits(base)).abs().max() > 0.01
+    with adapter_disabled(model):
+        torch.testing.assert_close(some_logits(model), some_logits(base))
     save_adapter(model, tmp_path / "adapter", source)
-    merged = load_causal_lm(str(tmp_path / "merged"), dtype=torch.float32)
+    merged = load_causal_lm(exported(model, tmp_path / "merged", source), dtype=torch.float32)
     continued = load_trainable_adapter(load_causal_lm(source, dtype=torch.float32), tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source), tmp_path / "adapter")
     for other in (merged, continued, theirs.eval()):
-        with torch.no_grad():
-            torch.testing.assert_close(other(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(some_logits(other), wanted, rtol=1e-4, atol=1e-5)
     trained = [name for name, parameter in continued.named_parameters() if parameter.requires_grad]
-    model(ids).logits.sum().backward()
+    model(torch.arange(12)[None]).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
     assert sum(".experts." in name for name in trained) == 2 * 2 * model.config.num_hidden_layers
-
-
-def test_stacks_that_a_model_lacks_are_refused(tmp_path: Path) -> None:
-    model = load_causal_lm(mixture(tmp_path, "qwen3_moe"), dtype=torch.float32)
-    with pytest.raises(UserError, match="no stacked experts named up_proj; they are down_proj, gate_up_proj"):
-        add_lora(model, rank=2, alpha=4.0, dropout=0.0, target_parameters=["up_proj"])
 
 
 def test_a_critic_of_a_mixture_comes_back_with_its_head(tmp_path: Path) -> None:
     source = mixture(tmp_path / "source", "qwen3_moe")
     critic = load_critic(source, dtype=torch.float32)
     torch.nn.init.ones_(critic.score.weight)
-    weights = ((name, weight.clone()) for name, weight in published(critic).items())
-    export_model(tmp_path / "critic", weights, critic, load_tokenizer(source), dtype=torch.float32)
-    loaded = load_critic(str(tmp_path / "critic"), dtype=torch.float32)
+    loaded = load_critic(exported(critic, tmp_path / "critic", source), dtype=torch.float32)
     theirs = dict(loaded.named_parameters())
     assert all(torch.equal(weight, theirs[name]) for name, weight in critic.named_parameters())
 
 
-def test_a_dense_model_is_published_without_copies(tmp_path: Path) -> None:
-    model = load_causal_lm(str(build_tiny_llama(tmp_path / "tiny", seed=0)), dtype=torch.float32)
+def test_a_dense_model_is_published_without_copies(tiny_model: Path) -> None:
+    model = load_causal_lm(str(tiny_model), dtype=torch.float32)
     parameters = dict(model.named_parameters())
     ours = published(model)
     assert ours.keys() == parameters.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -57,18 +58,16 @@ RANDOM = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "checkpointing"),
-    [(name, on) for name in RANDOM for on in (False, True) if (name, on) != ("gpt_neox_japanese", True)],  # has none
-)
-def test_no_pass_draws_random_numbers(name: str, checkpointing: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", RANDOM)
+def test_no_pass_draws_random_numbers(name: str, tmp_path: Path) -> None:
     model_of(name, **dict.fromkeys(RANDOM[name], 0.3)).save_pretrained(tmp_path)
-    model = load_causal_lm(str(tmp_path), dtype=torch.float32, gradient_checkpointing=checkpointing)
     tokens = torch.arange(3, 12)[None]
-    one, two = (model(tokens, use_cache=False).logits for _ in range(2))
-    assert torch.equal(one, two)
-    with torch.no_grad():
-        assert torch.equal(model.eval()(tokens, use_cache=False).logits, one)
+    for checkpointing in (False, True) if name != "gpt_neox_japanese" else (False,):
+        model = load_causal_lm(str(tmp_path), dtype=torch.float32, gradient_checkpointing=checkpointing)
+        one, two = (model(tokens, use_cache=False).logits for _ in range(2))
+        assert torch.equal(one, two)
+        with torch.no_grad():
+            assert torch.equal(model.eval()(tokens, use_cache=False).logits, one)
 
 
 def test_a_model_that_draws_random_numbers_all_the_same_is_refused(tmp_path: Path) -> None:
@@ -86,18 +85,12 @@ def test_checkpointing_of_a_model_that_has_none_is_refused(tmp_path: Path) -> No
         load_causal_lm(str(tmp_path), dtype=torch.float32, gradient_checkpointing=True)
 
 
-def test_a_new_critic_values_everything_at_zero(tiny_model: Path) -> None:
-    critic = load_critic(str(tiny_model), dtype=torch.float32)
-    assert critic.score.weight.shape == (1, critic.config.hidden_size)
-    assert not critic.score.weight.any()
-
-
-def test_a_reward_model_has_a_reward_head(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"it has no reward head") as error:
+def test_a_new_critic_values_everything_at_zero_and_a_reward_model_has_a_head(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"{tiny_model} .*it has no reward head"):
         load_reward_model(str(tiny_model), dtype=torch.float32)
-    assert str(tiny_model) in str(error.value)
     head = torch.full((1, load_model_config(str(tiny_model)).hidden_size), 0.5)
     model = load_critic(str(tiny_model), dtype=torch.float32)
+    assert torch.equal(model.score.weight, torch.zeros_like(head))
     model.score.weight.data.copy_(head)
     model.save_pretrained(tmp_path / "reward")
     assert torch.equal(load_reward_model(str(tmp_path / "reward"), dtype=torch.float32).score.weight, head)
@@ -166,23 +159,22 @@ def test_a_language_model_has_a_head_for_tokens(
     tiny_model: Path, tmp_path: Path, changes: dict[str, object], is_language_model: bool
 ) -> None:
     path = str(changed_copy(tiny_model, tmp_path / "m", **changes))
-    if is_language_model:
+    message = rf"{path} is a .*, not a causal language model: it has no head"
+    with nullcontext() if is_language_model else pytest.raises(UserError, match=message):
         refuse_no_language_model(path)
-        return
-    with pytest.raises(UserError, match=r"is a .*, not a causal language model: it has no head") as error:
-        refuse_no_language_model(path)
-    assert path in str(error.value)
 
 
-@pytest.mark.parametrize("path", ["./no/such/folder", "/no/such/folder", "a/b/c"])
-def test_a_missing_folder_is_named(path: str) -> None:
-    with pytest.raises(UserError, match="does not exist"):
-        load_causal_lm(path, dtype=torch.float32)
-
-
-def test_an_unreachable_hub_says_what_to_do() -> None:
-    with pytest.raises(UserError, match=r"no-owner/no-such-model .*HF_HUB_OFFLINE"):
-        load_tokenizer("no-owner/no-such-model")
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        *((path, "does not exist") for path in ("./no/such/folder", "/no/such/folder", "a/b/c")),
+        ("no-owner/no-such-model", r"no-owner/no-such-model .*HF_HUB_OFFLINE"),
+    ],
+)
+def test_a_missing_folder_or_hub_is_named(path: str, message: str) -> None:
+    for load in (load_tokenizer, partial(load_causal_lm, dtype=torch.float32)):
+        with pytest.raises(UserError, match=message):
+            load(path)
 
 
 @pytest.mark.parametrize(

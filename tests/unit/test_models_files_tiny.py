@@ -61,11 +61,8 @@ def test_the_seed_alone_decides_the_weights(tiny_model: Path, tmp_path: Path) ->
     other = load_file(build_tiny_llama(tmp_path / "other", seed=1) / "model.safetensors")
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
-
-
-def test_the_tied_variant_has_no_head_of_its_own(tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(build_tiny_llama(tmp_path / "tied", seed=0, tied=True))
-    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    tied = AutoModelForCausalLM.from_pretrained(build_tiny_llama(tmp_path / "tied", seed=0, tied=True))
+    assert tied.lm_head.weight.data_ptr() == tied.model.embed_tokens.weight.data_ptr()
 
 
 def test_an_existing_folder_is_kept_if_it_is_the_same_and_refused_if_not(tmp_path: Path) -> None:

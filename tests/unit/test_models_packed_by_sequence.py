@@ -15,6 +15,7 @@ from rlhf.models.packed.forward import hidden_states, policy_logprobs
 from rlhf.models.packed.packed_row import PackedRow, computing
 from rlhf.models.packed.row_check import check_rows
 from rlhf.models.packed.row_layout import RowLayout
+from tests.fixtures.models import gradient_of
 from tests.fixtures.packed_models import BRANCHES, LENGTHS, shared_and_copied
 from tests.tiny_architectures import tiny_model
 
@@ -27,38 +28,25 @@ def checked(kind: str) -> Any:
     return model
 
 
-def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.mark.parametrize("kind", HYBRIDS)
-def test_shared_prompts_equal_their_copies(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "is_sharded"),
+    [
+        *((kind, False) for kind in HYBRIDS),
+        *((kind, True) for kind in ("qwen3_5_text", "lfm2", "mamba", "minimax", "recurrent_gemma", "zamba2")),
+    ],
+)
+def test_shared_prompts_equal_their_copies(kind: str, is_sharded: bool) -> None:
+    """A sharded layer takes the sequences as a batch that is filled up."""
     (tokens, mask), (copied, copied_mask, lengths) = shared_and_copied()
-    model = checked(kind)
-    weights = torch.randn(int(mask.sum()))
-    found = policy_logprobs(model, tokens, LENGTHS, mask=mask, branches=BRANCHES)[0][mask]
-    expected = policy_logprobs(model, copied, lengths, mask=copied_mask)[0][copied_mask]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    ours, wanted = gradients(model, found @ weights), gradients(model, expected @ weights)
-    torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["qwen3_5_text", "lfm2", "mamba", "minimax", "recurrent_gemma", "zamba2"])
-def test_sharded_layers_take_a_batch_that_is_filled_up(kind: str) -> None:
-    (tokens, mask), (copied, copied_mask, lengths) = shared_and_copied()
-    model = tiny_model(kind)
-    for parameter in model.parameters():
+    model, plain = tiny_model(kind), checked(kind)
+    for parameter in model.parameters() if is_sharded else ():
         parameter.ds_id = 0  # as DeepSpeed marks a sharded one
     assert check_rows(model, torch.device("cpu")) is RowLayout.SHARED_PROMPTS
     weights = torch.randn(int(mask.sum()))
     found = policy_logprobs(model, tokens, LENGTHS, mask=mask, branches=BRANCHES)[0][mask]
-    plain = tiny_model(kind)
-    check_rows(plain, torch.device("cpu"))
     expected = policy_logprobs(plain, copied, lengths, mask=copied_mask)[0][copied_mask]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    ours, wanted = gradients(model, found @ weights), gradients(plain, expected @ weights)
+    ours, wanted = gradient_of(model, found @ weights), gradient_of(plain, expected @ weights)
     torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-4)
 
 
@@ -72,18 +60,14 @@ def test_recomputed_layers_see_the_same_sequences(kind: str) -> None:
         first = policy_logprobs(model, tokens, LENGTHS, mask=mask, branches=BRANCHES)[0]
         return first.sum() + policy_logprobs(model, copied, lengths, mask=copied_mask)[0].square().sum()
 
-    wanted = gradients(model, loss())
+    wanted = gradient_of(model, loss())
     enable_checkpointing(model)
-    torch.testing.assert_close(gradients(model, loss()), wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradient_of(model, loss()), wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_only_the_layers_that_mix_tokens_are_cut() -> None:
-    model = tiny_model("qwen3_5_text")
-    assert [type(mixer).__name__ for mixer in mixers_of(model)] == ["Qwen3_5GatedDeltaNet"]
+def test_a_layer_that_mixes_tokens_is_cut_once_and_only_inside_a_packed_row() -> None:
+    assert [type(mixer).__name__ for mixer in mixers_of(tiny_model("qwen3_5_text"))] == ["Qwen3_5GatedDeltaNet"]
     assert mixers_of(tiny_model("llama")) == ()
-
-
-def test_a_layer_is_cut_once_and_only_inside_a_packed_row() -> None:
     model = tiny_model("lfm2").eval()
     (mixer,) = mixers_of(model)
     states = torch.randn(1, 5, 32)
@@ -93,17 +77,9 @@ def test_a_layer_is_cut_once_and_only_inside_a_packed_row() -> None:
     separate_sequences(model)
     assert mixer.forward is forward
     assert torch.equal(mixer(states), whole)
+    apart = torch.cat([mixer(states[:, :2]), mixer(states[:, 2:])], 1)
     with computing(PackedRow(lengths=[2, 3])):
-        torch.testing.assert_close(
-            mixer(states), torch.cat([mixer_of(mixer, states[:, :2]), mixer_of(mixer, states[:, 2:])], 1)
-        )
-
-
-def mixer_of(mixer: Any, states: Tensor) -> Tensor:
-    """Compute the layer on a separate sequence."""
-    with computing(None):
-        result: Tensor = mixer(states)
-    return result
+        torch.testing.assert_close(mixer(states), apart)
 
 
 def test_attention_outside_a_row_is_an_error() -> None:

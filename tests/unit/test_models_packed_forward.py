@@ -12,10 +12,10 @@ import transformers
 from torch import Tensor
 
 from rlhf.models.files.loading import enable_checkpointing
+from rlhf.models.packed.attention import packed_attention
 from rlhf.models.packed.branches import Branch
 from rlhf.models.packed.forward import (
     distillation_loss,
-    hidden_states,
     learnt_states,
     lm_head_settings,
     lm_head_weight,
@@ -26,6 +26,7 @@ from rlhf.models.packed.forward import (
 )
 from rlhf.objectives.distillation import forward_kl, reverse_kl, sampled_divergence_sum, weighted_divergence_sum
 from rlhf.types import VocabularyHead
+from tests.fixtures.models import gradient_of
 from tests.fixtures.packed_models import CONFIGS, SIZES, VOCABULARY, make
 
 LENGTHS = torch.tensor([5, 1, 8])
@@ -57,13 +58,11 @@ def test_packed_equals_one_by_one(name: str) -> None:
     token_ids, mask = some_tokens()
     got = policy_logprobs(model, token_ids, LENGTHS, mask=mask, temperature=0.7, entropy_grad=True)
     weights = torch.randn(2, len(token_ids))
-    (got[0] @ weights[0] + got[1] @ weights[1]).backward()
-    gradients = {n: p.grad for n, p in model.named_parameters()}
-    model.zero_grad(set_to_none=True)
+    gradient = gradient_of(model, got[0] @ weights[0] + got[1] @ weights[1])
     expected = one_by_one(model, token_ids, mask, temperature=0.7)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
-    (expected[0] @ weights[0] + expected[1] @ weights[1]).backward()
-    torch.testing.assert_close(gradients, {n: p.grad for n, p in model.named_parameters()}, rtol=1e-4, atol=1e-5)
+    wanted = gradient_of(model, expected[0] @ weights[0] + expected[1] @ weights[1])
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("function", [policy_logprobs, policy_logprobs_and_collisions])
@@ -81,50 +80,6 @@ def test_tokens_may_have_a_temperature_each(function: Any) -> None:
             assert not torch.allclose(ours[~where], theirs[~where])
 
 
-def test_a_sequence_sees_nothing_of_its_neighbours() -> None:
-    model = make("llama")
-    token_ids, _ = some_tokens()
-    other = token_ids.clone()
-    other[:6] = (other[:6] + 1) % VOCABULARY  # the first two sequences
-    with torch.no_grad():
-        one, two = hidden_states(model, token_ids, LENGTHS), hidden_states(model, other, LENGTHS)
-    assert torch.equal(one[6:], two[6:])
-    assert not torch.equal(one[:6], two[:6])
-
-
-@pytest.mark.parametrize("lengths", [[14], [2, 2, 2, 2, 2, 2, 2], [3, 5, 3, 3]])
-def test_equal_and_unequal_lengths(lengths: list[int]) -> None:
-    model = make("llama")
-    token_ids, _ = some_tokens()
-    with torch.no_grad():
-        packed = hidden_states(model, token_ids, torch.tensor(lengths))
-        model.set_attn_implementation("sdpa")
-        alone = [model.base_model(ids[None]).last_hidden_state[0] for ids in token_ids.split(lengths)]
-    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-5, atol=1e-6)
-
-
-def test_gradient_checkpointing_changes_nothing() -> None:
-    model = make("llama")
-    token_ids, mask = some_tokens()
-    policy_logprobs_only(model, token_ids, LENGTHS, mask=mask).sum().backward()
-    plain = [p.grad for p in model.parameters()]
-    model.zero_grad(set_to_none=True)
-    enable_checkpointing(model)
-    policy_logprobs_only(model, token_ids, LENGTHS, mask=mask).sum().backward()
-    torch.testing.assert_close([p.grad for p in model.parameters()], plain)
-
-
-def test_the_three_kinds_of_logprobs_agree() -> None:
-    model = make("windows_in_some_layers")
-    token_ids, mask = some_tokens()
-    with torch.no_grad():
-        logprobs, _ = policy_logprobs(model, token_ids, LENGTHS, mask=mask)
-        _, supervised, is_top1 = supervised_loss(model, token_ids, LENGTHS, mask=mask, token_weight=1.0)
-        assert torch.equal(logprobs, policy_logprobs_only(model, token_ids, LENGTHS, mask=mask))
-    torch.testing.assert_close(logprobs, supervised)
-    assert not is_top1[~mask].any()
-
-
 @pytest.mark.parametrize("name", ["llama", "capped_attention"])
 def test_collisions_are_those_of_whole_logits(name: str) -> None:
     """The second model caps its logits."""
@@ -140,16 +95,21 @@ def test_collisions_are_those_of_whole_logits(name: str) -> None:
     torch.testing.assert_close(collisions, torch.where(mask, torch.cat(expected), 0.0), rtol=1e-4, atol=1e-5)
 
 
-def test_the_supervised_loss_is_the_weighted_sum_of_logprobs() -> None:
-    model = make("llama")
+@pytest.mark.parametrize("name", ["llama", "windows_in_some_layers"])
+def test_the_supervised_loss_is_the_weighted_sum_of_logprobs_with_and_without_checkpointing(name: str) -> None:
+    model = make(name)
     token_ids, mask = some_tokens()
-    (-0.25 * policy_logprobs_only(model, token_ids, LENGTHS, mask=mask).sum()).backward()
-    expected = [p.grad for p in model.parameters()]
-    model.zero_grad(set_to_none=True)
-    loss, logprobs, _ = supervised_loss(model, token_ids, LENGTHS, mask=mask, token_weight=0.25)
-    loss.backward()
-    torch.testing.assert_close([p.grad for p in model.parameters()], expected)
-    torch.testing.assert_close(loss, -0.25 * logprobs.sum())
+    expected = policy_logprobs_only(model, token_ids, LENGTHS, mask=mask)
+    assert torch.equal(policy_logprobs(model, token_ids, LENGTHS, mask=mask)[0], expected)
+    gradient = gradient_of(model, -0.25 * expected.sum())
+    for checkpointing in (False, True):
+        if checkpointing:
+            enable_checkpointing(model)
+        loss, logprobs, is_top1 = supervised_loss(model, token_ids, LENGTHS, mask=mask, token_weight=0.25)
+        torch.testing.assert_close(logprobs, expected)
+        torch.testing.assert_close(loss, -0.25 * logprobs.sum())
+        torch.testing.assert_close(gradient_of(model, loss), gradient)
+        assert not is_top1[~mask].any()
 
 
 def head_of(model: Any) -> VocabularyHead:
@@ -183,9 +143,7 @@ def test_the_divergence_of_whole_logits_over_the_rows_that_both_heads_have(
     loss, *got = distillation_loss(
         model, token_ids, LENGTHS, mask=mask, teacher=states, head=head_of(other), **settings
     )
-    loss.backward()
-    gradients = {n: p.grad for n, p in model.named_parameters()}
-    model.zero_grad(set_to_none=True)
+    gradient = gradient_of(model, loss)
 
     def logits(of: Any) -> Tensor:
         of.set_attn_implementation("eager")
@@ -201,8 +159,7 @@ def test_the_divergence_of_whole_logits_over_the_rows_that_both_heads_have(
     assert got[2].tolist() == (mask & (ours.argmax(-1) == token_ids)).tolist()
     whole = 0.2 * (expected.sum() - 0.3 * logprobs.sum())
     torch.testing.assert_close(loss, whole)
-    whole.backward()
-    torch.testing.assert_close(gradients, {n: p.grad for n, p in model.named_parameters()}, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient, gradient_of(model, whole), rtol=1e-4, atol=1e-5)
 
 
 def test_responses_that_share_their_prompt_learn_as_with_a_copy_each() -> None:
@@ -220,44 +177,29 @@ def test_responses_that_share_their_prompt_learn_as_with_a_copy_each() -> None:
         teacher = {"teacher": states, "head": head_of(other)}
         row = {"mask": mask, "branches": branches}
         loss, *columns = distillation_loss(model, token_ids, lengths, **row, **teacher, **settings)
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        gradients = {n: p.grad for n, p in model.named_parameters()}
-        found.append((loss.detach(), [column[mask] for column in columns], gradients))
+        found.append((loss.detach(), [column[mask] for column in columns], gradient_of(model, loss)))
         assert all(not column[~mask].any() for column in columns)
         logprobs, _ = policy_logprobs(model, token_ids, lengths, mask=mask, branches=branches, temperature=0.7)
         torch.testing.assert_close(columns[0], logprobs.detach())
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
-def test_a_student_without_learnt_tokens_has_zero_gradients_everywhere() -> None:
-    model = make("llama")
-    divergence_sum = partial(weighted_divergence_sum, forward_kl)
-    settings: dict[str, Any] = {"divergence_sum": divergence_sum, "temperature": 1.0, "token_weight": 1.0}
-    token, length, mask = torch.tensor([3]), torch.tensor([1]), torch.tensor([False])
-    teacher = {"teacher": torch.zeros(0, 32), "head": head_of(model)}
-    loss, *_ = distillation_loss(model, token, length, mask=mask, **teacher, **settings)
-    loss.backward()
-    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
-
-
-def test_a_microbatch_without_sampled_tokens_has_zero_gradients_everywhere() -> None:
+def test_a_microbatch_without_tokens_in_the_mask_has_zero_gradients_everywhere() -> None:
     """A rank without work runs such a microbatch while other ranks work: under ZeRO every parameter must take part."""
+    token, length, mask = torch.tensor([3]), torch.tensor([1]), torch.tensor([False])
     model = make("llama")
-    policy_logprobs(model, torch.tensor([3]), torch.tensor([1]), mask=torch.tensor([False]))[0].sum().backward()
-    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
-
-
-def test_the_first_token_has_no_logprob() -> None:
-    token_ids, mask = some_tokens()
-    mask[5] = True
-    with pytest.raises(ValueError, match="first token of a sequence"):
-        policy_logprobs(make("llama"), token_ids, LENGTHS, mask=mask)
+    settings: dict[str, Any] = {"temperature": 1.0, "token_weight": 1.0, "teacher": torch.zeros(0, 32)}
+    settings |= {"head": head_of(model), "divergence_sum": partial(weighted_divergence_sum, forward_kl)}
+    for loss in (
+        distillation_loss(model, token, length, mask=mask, **settings)[0],
+        policy_logprobs(model, token, length, mask=mask)[0].sum(),
+    ):
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 def test_position_biases_are_refused() -> None:
-    from rlhf.models.packed.attention import packed_attention
-
     x = torch.zeros(1, 1, 2, 4)
     with pytest.raises(NotImplementedError, match="a position bias"):
         packed_attention(torch.nn.Identity(), x, x, x, None, sequence_lengths=[2], position_bias=torch.zeros(1))

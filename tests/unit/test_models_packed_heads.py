@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from rlhf.models.packed.heads import sequence_scores, token_values
+from tests.fixtures.packed_models import SIZES
 
 LENGTHS = torch.tensor([3, 1, 6])
 TOKENS = torch.tensor([5, 1, 9, 4, 8, 8, 2, 7, 3, 6])
@@ -15,18 +16,7 @@ TOKENS = torch.tensor([5, 1, 9, 4, 8, 8, 2, 7, 3, 6])
 
 def scalar_model() -> Any:
     torch.manual_seed(0)
-    return LlamaForSequenceClassification(
-        LlamaConfig(
-            vocab_size=11,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_labels=1,
-            pad_token_id=0,
-        )
-    )
+    return LlamaForSequenceClassification(LlamaConfig(**SIZES | {"num_labels": 1, "pad_token_id": 0}))
 
 
 def test_scores_are_those_of_transformers() -> None:

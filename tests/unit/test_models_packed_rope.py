@@ -28,38 +28,30 @@ LONG = {
     "long_factor": [1.0, 2.0, 4.0, 8.0],
     "original_max_position_embeddings": TRAINED,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED}
 TYPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "factor": 4.0},
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED},
+    "yarn": YARN,
     "longrope": LONG,
-    "llama3": {
-        "rope_type": "llama3",
-        "factor": 4.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": TRAINED,
-    },
+    "llama3": YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5},
 }
 CASES = {
     **{name: ("llama", values) for name, values in TYPES.items()},
     "longrope of Phi-3": ("phi3", LONG),
     "longrope of Phi-3.5-MoE": ("phimoe", LONG | {"short_mscale": 1.1, "long_mscale": 1.4}),
-    "longrope by kind of layer": (
-        "gemma3_text",
-        {"full_attention": LONG, "sliding_attention": {"rope_type": "default"}},
-    ),
+    "longrope by layer": ("gemma3_text", {"full_attention": LONG, "sliding_attention": {"rope_type": "default"}}),
     "dynamic with alpha": ("hunyuan_v1_dense", {"rope_type": "dynamic", "factor": 1.0, "alpha": 50.0}),
 }
 
 
 def model_with(kind: str, rope: dict[str, Any]) -> Any:
-    config = copy.deepcopy(tiny_config(kind))
-    parts = [rope] if "rope_type" in rope else rope.values()
+    config = tiny_config(kind)
     config.rope_parameters = copy.deepcopy(rope)
-    for part in [config.rope_parameters] if "rope_type" in rope else config.rope_parameters.values():
+    parts = [config.rope_parameters] if "rope_type" in rope else [*config.rope_parameters.values()]
+    for part in parts:
         part["rope_theta"] = 100.0
     if any(part["rope_type"] == "longrope" for part in parts):
         config.original_max_position_embeddings = TRAINED
@@ -97,29 +89,20 @@ def test_every_type_of_transformers_is_among_the_cases() -> None:
 
 @pytest.mark.parametrize("longest", [TRAINED, 40])
 @pytest.mark.parametrize("name", CASES)
-def test_packed_sequences_are_those_of_each_alone(name: str, longest: int) -> None:
+def test_packed_sequences_are_those_of_each_alone_and_the_longest_that_of_transformers(name: str, longest: int) -> None:
     """The longest sequence of a run is within the original length, or beyond."""
-    model = model_with(*CASES[name])
+    kind, rope = CASES[name]
+    if kind == "phimoe" and longest > TRAINED:
+        rope = rope | {"short_factor": LONG["long_factor"]}  # transformers reads the short ones here too; vLLM does not
+    model, theirs = model_with(*CASES[name]), model_with(kind, rope)
+    before = model.config.to_dict()
     fix_frequencies(model, longest)
     assert check_rows(model, CPU) is RowLayout.SHARED_PROMPTS
     short, long = sequences(10, longest)
     alone = torch.cat([logprobs(model, short), logprobs(model, long)])
+    torch.testing.assert_close(alone[10:], own_logprobs(theirs, long), rtol=0.0, atol=1e-5)
     torch.testing.assert_close(logprobs(model, short, long), alone, rtol=0.0, atol=1e-5)
     torch.testing.assert_close(logprobs(model, short), alone[:10], rtol=0.0, atol=0.0)  # nothing is remembered
-
-
-@pytest.mark.parametrize("length", [TRAINED, 40])
-@pytest.mark.parametrize("name", CASES)
-def test_the_longest_sequence_has_the_frequencies_of_transformers(name: str, length: int) -> None:
-    kind, rope = CASES[name]
-    if kind == "phimoe" and length > TRAINED:
-        rope = rope | {"short_factor": LONG["long_factor"]}  # transformers reads the short ones here too; vLLM does not
-    model, theirs = model_with(*CASES[name]), model_with(kind, rope)
-    before = model.config.to_dict()
-    fix_frequencies(model, length)
-    check_rows(model, CPU)
-    (ids,) = sequences(length)
-    torch.testing.assert_close(logprobs(model, ids), own_logprobs(theirs, ids), rtol=0.0, atol=1e-5)
     assert model.config.to_dict() == before  # which is exported
 
 
@@ -161,17 +144,11 @@ def test_long_and_short_factors_are_those_of_the_engine(longest: int, monkeypatc
     pytest.importorskip("vllm")
     from vllm.model_executor.layers.rotary_embedding import phi3_long_rope_scaled_rope as engine
 
-    settings = SimpleNamespace(model_config=SimpleNamespace(max_model_len=longest))
-    monkeypatch.setattr(engine, "get_current_vllm_config", lambda: settings)
+    limits = SimpleNamespace(model_config=SimpleNamespace(max_model_len=longest))
+    monkeypatch.setattr(engine, "get_current_vllm_config", lambda: limits)
     shape = {"head_size": 8, "rotary_dim": 8, "max_position_embeddings": 64, "base": 100.0, "is_neox_style": True}
-    factors = {name: LONG[f"{name}_factor"] for name in ("short", "long")}
-    theirs = engine.Phi3LongRoPEScaledRotaryEmbedding(
-        **shape,
-        original_max_position_embeddings=TRAINED,
-        dtype=torch.float32,
-        short_factor=factors["short"],
-        long_factor=factors["long"],
-    )
+    settings = {name: value for name, value in LONG.items() if name != "rope_type"} | {"dtype": torch.float32}
+    theirs = engine.Phi3LongRoPEScaledRotaryEmbedding(**shape, **settings)
     model = model_with("phi3", LONG)
     fix_frequencies(model, longest)
     rotary = model.model.rotary_emb

@@ -67,12 +67,9 @@ def test_the_check_finds_the_layout_of_a_model_that_it_does_not_know(
     assert check_rows(tiny_model(name, std=0.02).eval(), CPU) is wanted_layout(name)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_the_layout_is_expected_from_the_config(name: str) -> None:
-    assert expected_layout(tiny_config(name).to_dict())[0] is wanted_layout(name)
-
-
-def test_types_with_a_state_are_known_from_the_config() -> None:
+def test_layouts_and_types_with_a_state_are_known_from_the_config() -> None:
+    expected = {name: expected_layout(tiny_config(name).to_dict())[0] for name in ALL}
+    assert expected == {name: wanted_layout(name) for name in ALL}
     known = {name for name in ALL if keeps_states(tiny_config(name).to_dict())}
     assert known >= {"falcon_h1", "jamba", "kimi_linear", "lfm2_moe", "mamba", "nemotron_h", "qwen3_next", "zamba2"}
     assert not known & {"gemma3_text", "gpt_oss", "llama", "llama4_text", "mixtral", "olmo3"}
@@ -108,29 +105,20 @@ def test_rows_that_are_not_packed_refuse_shared_prompts() -> None:
         hidden_states(model, torch.arange(9), torch.tensor([5, 4]), [None, Branch(of=0, length=2)])
 
 
-def test_a_scalar_head_is_checked_too() -> None:
+def test_a_scalar_head_is_checked_too_and_the_random_state_stays() -> None:
     config = tiny_config("qwen3_5_text", num_labels=1)
     model = transformers.AutoModelForSequenceClassification.from_config(config).train()
+    before = torch.get_rng_state()
     assert check_rows(model, CPU) is RowLayout.SHARED_PROMPTS
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_head_that_is_not_known_is_refused() -> None:
+def test_an_unknown_head_and_weights_that_are_not_finite_are_refused() -> None:
     model = tiny_model("llama")
     model.config.logit_scale = 0.5  # which Llama's own forward pass does not apply
     with pytest.raises(UserError, match="makes its logits in a way that is not known here"):
         check_rows(model, CPU)
-
-
-def test_weights_that_are_not_finite_are_refused() -> None:
-    model = tiny_model("llama")
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(UserError, match="not finite"):
         check_rows(model, CPU)
-
-
-def test_the_check_leaves_the_random_state_alone() -> None:
-    model = tiny_model("mixtral")
-    before = torch.get_rng_state()
-    check_rows(model, CPU)
-    assert torch.equal(torch.get_rng_state(), before)

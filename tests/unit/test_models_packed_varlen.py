@@ -22,23 +22,13 @@ LENGTHS, BRANCHES = LAYOUTS["branches"]
 
 
 def reference_kernel(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
+    q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, **settings: Any
 ) -> Tensor:
     """Compute what torch.nn.attention.varlen documents: the last query sees the last key (lower right)."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-    assert enable_gqa
+    assert settings["enable_gqa"]
     assert q.shape[-1] % 8 == 0
-    left, right = window_size
+    left, right = settings["window_size"]
     assert right == 0
     outs = []
     for b in range(len(cu_seq_q) - 1):
@@ -50,7 +40,7 @@ def reference_kernel(
         assert n <= m <= max_k
         distance = torch.arange(m - n, m)[:, None] - torch.arange(m)
         hidden = (distance < 0) | ((distance > left) if left >= 0 else torch.tensor(False))
-        logits = (qs @ ks.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf)
+        logits = (qs @ ks.transpose(1, 2) * settings["scale"]).masked_fill(hidden, -torch.inf)
         outs.append((logits.softmax(-1) @ vs).transpose(0, 1))
     return torch.cat(outs)
 
@@ -69,11 +59,8 @@ def test_branches_see_their_trunk_and_then_themselves() -> None:
     assert found.keys.tolist() == [0, 5, 11, 15, 21]  # 5, 3 + 3, 4, 4 + 2
     assert found.seen.tolist() == [*range(5), 0, 1, 2, 5, 6, 7, *range(8, 12), *range(8, 12), 12, 13]
     assert (found.longest_query, found.longest_key) == (5, 6)
-
-
-def test_without_branches_the_keys_are_the_row_itself() -> None:
     found = borders([5, 1, 8], None, device=CPU)
-    assert found.seen is None
+    assert found.seen is None  # the keys are the row itself
     assert found.keys.tolist() == found.queries.tolist() == [0, 5, 6, 14]
 
 
@@ -91,15 +78,8 @@ def test_values_and_gradients_are_those_of_the_cpus_attention(
     found = varlen_attention(*ours, at, window=window, scale=0.4)
     (found[0] * weights).sum().backward()
     theirs = heads(lengths, size=size)
-    expected, _ = packed_attention(
-        nn.Identity(),
-        *theirs,
-        None,
-        sequence_lengths=lengths,
-        branches=branches,
-        scaling=0.4,
-        sliding_window=window,
-    )
+    row: dict[str, Any] = {"sequence_lengths": lengths, "branches": branches}
+    expected, _ = packed_attention(nn.Identity(), *theirs, None, scaling=0.4, sliding_window=window, **row)
     (expected[0] * weights).sum().backward()
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close([x.grad for x in ours], [x.grad for x in theirs])
@@ -134,17 +114,13 @@ def test_the_real_kernel_takes_what_it_is_given(layout: str) -> None:
     assert [x.grad.shape for x in tensors if x.grad is not None] == [x.shape for x in tensors]
 
 
-@pytest.mark.parametrize(
-    ("size", "dtype", "settings", "why"),
-    [
-        (8, torch.float32, {}, "not float32"),
-        (512, torch.bfloat16, {}, "heads of up to 256, not 512"),
-        (8, torch.bfloat16, {"dropout": 0.1}, "no dropout"),
-    ],
-)
-def test_what_the_kernel_cannot_do_is_named(size: int, dtype: torch.dtype, settings: Any, why: str) -> None:
-    query = torch.empty(1, 4, 5, size, dtype=dtype)
-    assert why in str(obstacle(query, **{"dropout": 0.0, **settings}))
+def test_what_the_kernel_cannot_do_is_named() -> None:
+    for size, dtype, dropout, why in (
+        (8, torch.float32, 0.0, "not float32"),
+        (512, torch.bfloat16, 0.0, "heads of up to 256, not 512"),
+        (8, torch.bfloat16, 0.1, "no dropout"),
+    ):
+        assert why in str(obstacle(torch.empty(1, 4, 5, size, dtype=dtype), dropout=dropout))
 
 
 def test_then_attention_runs_sequence_by_sequence_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:

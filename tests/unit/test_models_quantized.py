@@ -23,14 +23,8 @@ from rlhf.models.quantized import dequantized, is_quantized, refuse_unquantizabl
 from tests.fixtures.models import logits, moved, save_model
 
 TOKENS = torch.arange(9)[None]
-CONFIG = LlamaConfig(
-    vocab_size=320,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
+SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+CONFIG = LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +37,16 @@ def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_refused_where_nothing_can_quantise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_or_uneven_rows_on_a_cpu_are_refused(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uneven = load_model_config(str(tiny_model))  # 96 wide
+    refuse_unquantizable("policy.lora.quantize", uneven, device="cuda")
+    with pytest.raises(UserError, match="linear layers 96 wide, and on a CPU bitsandbytes needs a multiple of 64"):
+        refuse_unquantizable("policy.lora.quantize", uneven, device="cpu")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"policy.lora.quantize: is nf4, but bitsandbytes.*ray-rlhf\[qlora\]"):
         refuse_unquantizable("policy.lora.quantize", CONFIG, device="cpu")
-
-
-def test_a_plain_parameter_is_itself() -> None:
-    parameter = torch.nn.Parameter(torch.ones(2))
-    assert dequantized(parameter) is parameter
 
 
 def test_the_layers_but_the_head_and_what_they_compute(base: Path) -> None:
@@ -66,6 +61,7 @@ def test_the_layers_but_the_head_and_what_they_compute(base: Path) -> None:
     assert architecture_fingerprint(model.config) == architecture_fingerprint(plain.config)
     for name, parameter in model.named_parameters():
         assert dequantized(parameter).shape == plain.get_parameter(name).shape
+        assert dequantized(plain.get_parameter(name)) is plain.get_parameter(name)
     weight = plain.model.layers[0].self_attn.q_proj.weight
     error = (dequantized(model.model.layers[0].self_attn.q_proj.weight) - weight).abs()
     assert 0 < error.max() < 0.16 * weight.abs().max()  # half the widest gap of nf4, 0.30 of a block's largest weight
@@ -90,13 +86,6 @@ def test_trained_off_and_merged(base: Path, tmp_path: Path, dtype: torch.dtype, 
         logits(merged, TOKENS).float(), after, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05
     )
     assert (after - before).abs().max() > 0.3
-
-
-def test_uneven_rows_are_refused_on_a_cpu(tiny_model: Path) -> None:
-    uneven = load_model_config(str(tiny_model))  # 96 wide
-    refuse_unquantizable("policy.lora.quantize", uneven, device="cuda")
-    with pytest.raises(UserError, match="linear layers 96 wide, and on a CPU bitsandbytes needs a multiple of 64"):
-        refuse_unquantizable("policy.lora.quantize", uneven, device="cpu")
 
 
 def test_a_critic_keeps_its_head_whole(base: Path) -> None:

@@ -11,7 +11,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from rlhf.errors import UserError
 from rlhf.models.files.loading import enable_checkpointing
-from rlhf.models.packed.branches import Branch
+from rlhf.models.packed.branches import Branch, predecessors
 from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.models.packed.row_check import check_rows
 from rlhf.models.routers.recording import RoutingRecord, routers_of, scores_of
@@ -34,10 +34,7 @@ def recorded(
     lengths = torch.tensor([len(ids) for ids in row])
     record = RoutingRecord(lengths, branches)
     mask = torch.ones(int(lengths.sum()), dtype=torch.bool)
-    starts = lengths.cumsum(0) - lengths
-    mask[
-        [start for start, branch in zip(starts.tolist(), branches or [None] * len(row), strict=True) if branch is None]
-    ] = False
+    mask[predecessors(lengths, branches) < 0] = False
     with record.of(routers_of(model), in_order=in_order):
         policy_logprobs_only(model, torch.cat(row), lengths, mask=mask, branches=branches)
     return record
@@ -71,15 +68,13 @@ def test_packing_and_shared_prompts_change_neither_loss_nor_gradient(kind: str) 
     check_rows(model, torch.device("cpu"))
     first, second, third = sequences()
     second = torch.cat([first[:4], second])
-    alone = [recorded(model, [ids]).balance_loss() for ids in (first, second, third)]
-    expected = torch.stack(alone).sum()
+    expected = torch.stack([recorded(model, [ids]).balance_loss() for ids in (first, second, third)]).sum()
     wanted = gradient_of(model, expected)
-    packed = recorded(model, [first, second, third]).balance_loss()
-    torch.testing.assert_close(packed, expected)
-    torch.testing.assert_close(gradient_of(model, packed), wanted, rtol=1e-3, atol=1e-6)
-    shared = recorded(model, [first, second[4:], third], [None, Branch(of=0, length=4), None]).balance_loss()
-    torch.testing.assert_close(shared, expected)
-    torch.testing.assert_close(gradient_of(model, shared), wanted, rtol=1e-3, atol=1e-6)
+    shared = ([first, second[4:], third], [None, Branch(of=0, length=4), None])
+    for row, branches in (([first, second, third], None), shared):
+        packed = recorded(model, row, branches).balance_loss()
+        torch.testing.assert_close(packed, expected)
+        torch.testing.assert_close(gradient_of(model, packed), wanted, rtol=1e-3, atol=1e-6)
 
 
 def test_recomputed_layers_give_the_same_gradient() -> None:
@@ -97,10 +92,6 @@ def test_loads_count_every_choice_once() -> None:
     tokens = sum(LENGTHS)
     assert [sum(layer) for layer in loads] == [tokens * model.config.num_experts_per_tok] * len(loads)
     assert all(len(layer) == model.config.num_experts for layer in loads)
-
-
-def test_a_dense_model_has_no_routers() -> None:
-    assert routers_of(tiny_model("llama")) == ()
 
 
 def test_a_router_without_choices_is_refused() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf.errors import UserError
 from rlhf.models.files.loading import enable_checkpointing
-from rlhf.models.packed.branches import Branch
+from rlhf.models.packed.branches import Branch, predecessors
 from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.models.packed.row_check import check_rows
 from rlhf.models.packed.row_layout import RowLayout, Rows, set_rows
@@ -25,9 +25,7 @@ IDS = torch.randint(VOCABULARY, (sum(LENGTHS),), generator=torch.Generator().man
 
 
 def packed(model: Any, ids: Tensor, lengths: list[int], branches: list[Branch | None] | None = None) -> Tensor:
-    starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
-    mask = torch.ones(len(ids), dtype=torch.bool)
-    mask[[s for s, b in zip(starts.tolist(), branches or [None] * len(lengths), strict=True) if b is None]] = False
+    mask = predecessors(torch.tensor(lengths), branches) >= 0
     return policy_logprobs_only(model, ids, torch.tensor(lengths), mask=mask, branches=branches)
 
 

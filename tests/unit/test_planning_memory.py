@@ -151,7 +151,7 @@ def test_states_are_as_large_as_the_optimizer_makes_them(
     model = load_causal_lm(str(build_tiny_llama(tmp_path / "tiny", seed=0)), dtype=torch.float32)
     if rank is not None:
         model = add_lora(model, rank=rank, alpha=8.0, dropout=0.0)
-    groups = parameter_groups(model, lora_plus_ratio=1.0, weight_decay=0.0, splits_matrices=optimizer == "muon")
+    groups = parameter_groups(model, OptimizerSettings(name=optimizer, lr=1.0))
     made = make_optimizer(groups, OptimizerSettings(name=optimizer, lr=1e-3))
     for parameter in (p for group in groups for p in group.parameters):
         parameter.grad = torch.ones_like(parameter)

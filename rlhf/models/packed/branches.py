@@ -63,7 +63,8 @@ def trunks(lengths: Sequence[int], branches: Branches | None) -> list[tuple[tupl
     result: list[tuple[tuple[int, int], ...]] = []
     for branch in branches or [None] * len(lengths):
         count = 0 if branch is None else _num_held(branch, branches)
-        if branch is not None and not 0 < count <= (held := lengths[branch.of]):
+        held = 0 if branch is None else lengths[branch.of]
+        if branch is not None and not 0 < count <= held:
             raise ValueError(f"{branch} does not end in the {held} tokens which the row holds of its trunk")
         result.append(() if branch is None else (*result[branch.of], (branch.of, count)))
     return result

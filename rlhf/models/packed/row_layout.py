@@ -38,7 +38,8 @@ def set_rows(model: Any, rows: Rows) -> None:
 
 def rows_of(model: Any) -> Rows | None:
     """Return the value stored by `set_rows`. None: the model was not checked."""
-    return vars(model).get("rlhf_rows")
+    rows: Rows | None = vars(model).get("rlhf_rows")
+    return rows
 
 
 def row_layout(model: Any) -> RowLayout:
