@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from subprocess import PIPE, STDOUT
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 
 from rlhf.cli import main
-from tests.hosts import ONE_THREAD, POOLS, THREE_BUNDLES, several_hosts, start_ray
+from tests.hosts import POOLS, THREE_BUNDLES, several_hosts, start_ray
 from tests.integration.recipes import ONLINE, merge, rlhf, rows, without_clocks, write_config
 
 pytestmark = pytest.mark.multinode
@@ -52,34 +51,6 @@ def test_three_hosts_train_as_one_does(ray_local: None, tmp_path: Path) -> None:
     assert len(found) == 3
     for there, here in zip(found, expected, strict=True):
         assert there == pytest.approx(here, rel=1e-5, abs=1e-5)
-
-
-IN_FLIGHT: Mapping[str, Any] = {
-    "algorithm": {"name": "grpo", "correction": {"preset": "token_tis"}},
-    "rewards": THREE_BUNDLES["rewards"],
-    "rollouts": {"max_staleness": 2, "weight_updates": "in_flight", "batch_order": "completion"},
-    "train": {"steps": 6, "checkpoint_every": 6},
-    "cluster": {"object_store_gib": None, "roles": {"policy": ONE_THREAD, "rollout": ONE_THREAD}},
-}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_two_hosts_train_in_flight(tmp_path: Path) -> None:
-    """The engine gets weights by gloo from the other host while answering requests."""
-    run = tmp_path / "flight"
-    values = merge(IN_FLIGHT, {"run": {"name": run.name, "dir": str(tmp_path)}})
-    config = write_config(tmp_path / "run.yaml", values, ONLINE)
-    with several_hosts(2) as hosts:
-        address = start_ray(hosts, cpus=[2, 2], labels=["pool=serve", "pool=train"])
-        pools = [f"cluster.roles.{role}.node_labels={{pool: {pool}}}" for role, pool in POOLS.items()]
-        command = [*rlhf(), "train", config, "--quiet", f"cluster.address={address}", *pools]
-        said = hosts[0].run(command, timeout_s=280.0)
-    assert "weights go by gloo" in said
-    found = rows(run)
-    assert [row["weight_sync/version"] for row in found[1:]] == [1, 2, 3, 4, 5, 6]
-    assert max(row["experience/policy_lag/max"] for row in found[1:]) == 2.0
-    assert main(["doctor", str(run)]) == 0
 
 
 JOIN = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from tests.integration.recipes import ONLINE, merge, rlhf, rows, start, train, w
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 FULL_FOR_S = 5.0
-WAITS, WENT_ON = "The run waits up to 30 min (cluster.room_timeout_s) for room", "the wait for room has ended"
+WAITS = "The run waits up to 30 min (cluster.room_timeout_s) for room"
 SFT: dict[str, Any] = {
     "policy": {"model": "tiny:llama", "dtype": "float32"},
     "algorithm": {"name": "sft"},
@@ -78,24 +77,6 @@ class Run:
             assert time.monotonic() < deadline, self.said()[-4000:]
             time.sleep(0.02)
 
-    def until_step(self, step: int, folder: Path) -> None:
-        metrics = folder / "metrics.jsonl"
-        self.until(lambda: metrics.exists() and len(metrics.read_bytes().splitlines()) > step)  # step 0 has a row
-
-    def wait_for_room(self, ballast: Path) -> None:
-        """Take all room repeatedly until the run waits. Free the room some seconds later, and see the run go on."""
-
-        def is_waiting() -> bool:
-            with ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
-                while True:
-                    file.write(bytes(4096))
-            return WAITS in self.said()
-
-        self.until(is_waiting)
-        time.sleep(FULL_FOR_S)
-        ballast.unlink()
-        self.until(lambda: WENT_ON in self.said())
-
     def end(self) -> None:
         assert self.process.wait(timeout=280) == 0, self.said()[-4000:]
 
@@ -107,16 +88,6 @@ def recorded(folder: Path) -> list[dict[str, Any]]:
     assert {error["stage"] for error in errors} == {"room"}
     assert spans.count("no_room") == len(errors)
     return errors
-
-
-def test_a_full_disk_between_two_steps(tmp_path: Path, disk: Path, unbroken: list[dict[str, Any]]) -> None:
-    run = Run(config(tmp_path, disk, "run", GRPO))
-    run.until_step(2, disk / "run")
-    run.wait_for_room(disk / "ballast")
-    run.end()
-    assert without_clocks(rows(disk / "run")) == unbroken
-    (error,) = recorded(disk / "run")
-    assert "could not be written: No space left on device (0.0 MiB are free" in error["message"]
 
 
 def test_a_full_disk_at_a_checkpoint(tmp_path: Path, disk: Path) -> None:

@@ -7,8 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -197,60 +196,37 @@ async def test_a_checkpoint_is_written_from_snapshots_and_for_lost_nodes_from_co
         await folders.write(ranks, 7, tmp_path)
 
 
-HOLDER = """
-import sys, time
-from rlhf.process.owned_folders import temporary_folder
+PROGRAM = """
+import tempfile, time
+from rlhf.process.owned_folders import keep_temporary_files_apart, temporary_folder
 with temporary_folder() as folder:
     (folder / "file").touch()
-    print(folder, flush=True)
+    kept = keep_temporary_files_apart()
+    print(folder, tempfile.mkdtemp(prefix="vllm_dist_"), flush=True)
     time.sleep(60)
 """
-ENGINE = """
-import tempfile, time
-from rlhf.process.owned_folders import keep_temporary_files_apart
-folder = keep_temporary_files_apart()
-print(tempfile.mkdtemp(prefix="vllm_dist_"), flush=True)
-time.sleep(60)
-"""
 
 
-@pytest.fixture
-def temp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def test_the_folders_of_a_killed_process_are_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    return tmp_path
-
-
-@contextmanager
-def killed_after(program: str) -> Iterator[Path]:
-    """Yield the path that a process prints. The process is killed after the block."""
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        yield Path(process.stdout.readline().strip())
-        process.kill()
-
-
-@pytest.mark.usefixtures("temp")
-def test_the_folder_of_a_killed_process_is_removed_by_the_next() -> None:
-    with killed_after(HOLDER) as theirs:
+        theirs, engines = map(Path, process.stdout.readline().split())
         with temporary_folder() as folder:
             assert list(folder.iterdir()) == []
-            assert (theirs / "file").exists()
         assert not folder.parent.exists()
-    assert (theirs / "file").exists()
+        keep_temporary_files_apart().remove()
+        assert (theirs / "file").exists()
+        assert engines.is_dir()
+        process.kill()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with temporary_folder():
         assert not theirs.parent.exists()
-
-
-def test_the_temporary_files_of_a_killed_engine_are_removed_by_the_next(
-    temp: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with killed_after(ENGINE) as theirs:
-        keep_temporary_files_apart().remove()
-        assert theirs.is_dir()
-    monkeypatch.setattr(tempfile, "tempdir", str(temp))
     own = keep_temporary_files_apart()
-    assert not theirs.parent.exists()
+    assert not engines.parent.exists()
     assert Path(tempfile.mkdtemp()).parent == Path(os.environ["TMPDIR"]) == own.path
     own.remove()
     assert not own.path.exists()

@@ -95,26 +95,6 @@ def checkpoint(folder: RunFolder, step: int = 1) -> None:
     folder.commit_checkpoint(step)
 
 
-@pytest.mark.parametrize(("has_checkpoint", "kind"), [(True, Preempted), (False, StorageFull)])
-def test_a_run_without_room_can_be_continued_if_it_has_a_checkpoint(
-    tmp_path: Path, opened: list[dict[str, Any]], has_checkpoint: bool, kind: type[Exception]
-) -> None:
-    stage = stages(tmp_path)[0]
-
-    def run() -> None:
-        with recording(stage, resume=False) as (record, _):
-            assert stage.cluster.room_timeout_s == PAUSE.limit_s
-            if has_checkpoint:
-                checkpoint(record.folder)
-            raise StorageFull("no room")
-
-    with pytest.raises(kind, match="no room"):
-        run()
-    assert PAUSE.limit_s == 0.0
-    (error,) = map(json.loads, (tmp_path / stage.run.name / "errors.jsonl").read_text().splitlines())
-    assert error["kind"] == "StorageFull"
-
-
 @pytest.mark.parametrize(("has_checkpoint", "code"), [(True, 75), (False, 1)])
 def test_a_full_object_store_ends_the_command_with_75_and_the_remedy_if_the_run_can_be_continued(
     tmp_path: Path,
@@ -125,15 +105,19 @@ def test_a_full_object_store_ends_the_command_with_75_and_the_remedy_if_the_run_
     code: int,
 ) -> None:
     def launch(loaded: LoadedConfig, _: Start) -> None:
-        with recording(next(iter(loaded.stages.values())), resume=False) as (record, _step):
+        with recording(stage := next(iter(loaded.stages.values())), resume=False) as (record, _step):
+            assert stage.cluster.room_timeout_s == PAUSE.limit_s
             if has_checkpoint:
                 checkpoint(record.folder)
             put("the data")
 
     monkeypatch.setattr("actors.run.train.launch", launch)
     monkeypatch.setattr("ray.put", Mock(side_effect=ObjectStoreFullError("no room for 8 MiB")))
-    stages(tmp_path)
+    folder = tmp_path / stages(tmp_path)[0].run.name
     assert main(["train", str(tmp_path / "p.yaml"), "--quiet"]) == code
+    assert PAUSE.limit_s == 0.0
+    (error,) = map(json.loads, (folder / "errors.jsonl").read_text().splitlines())
+    assert error["kind"] == "StorageFull"
     said = capsys.readouterr().err
     assert "Make room on this disk, or raise cluster.object_store_gib." in said
     assert ("\nrlhf: preempted: " in said) == has_checkpoint

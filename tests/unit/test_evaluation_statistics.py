@@ -20,31 +20,7 @@ from rlhf.evaluation.statistics import (
 )
 
 
-def test_pass_at_k_by_hand() -> None:
-    """2 of 5 pass. k = 1: 2/5. k = 2: 1 - C(3,2)/C(5,2) = 1 - 3/10. k = 4: C(3,4) = 0."""
-    for k, expected in ((1, 0.4), (2, 0.7), (4, 1.0)):
-        assert pass_at_k([True, False, True, False, False], k=k) == pytest.approx(expected)
-    assert pass_at_k([False] * 3, k=3) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("answers", "passes", "by_k"),
-    [
-        # k = 1: 2/4. k = 2, six pairs: aa wins; ab (twice) and ac (twice) tie, 1/2 each; bc loses: (1 + 2) / 6.
-        # k = 3, four triples: aab and aac win, abc (twice) a third each: (2 + 2/3) / 4.  k = 4: a wins.
-        (["a", "a", "b", "c"], [1, 1, 0, 0], {1: 0.5, 2: 0.5, 3: (2 + 2 / 3) / 4, 4: 1.0}),
-        # Without an answer there is no vote. Pairs: ab ties 1/2, a-None wins, b-None loses: 1.5 / 3. None alone loses.
-        (["a", "b", None], [1, 0, 0], {1: 1 / 3, 2: 0.5}),
-        ([None, None], [1, 0], {2: 0.0}),
-        (["a", "a", "b"], [1, 0, 0], {3: 0.5}),  # an answer of which half the samples pass counts half
-    ],
-)
-def test_maj_at_k_by_hand(answers: list[str | None], passes: list[bool], by_k: dict[int, float]) -> None:
-    for k, expected in by_k.items():
-        assert maj_at_k(answers, passes, k=k) == pytest.approx(expected)
-
-
-def test_both_are_means_over_all_choices() -> None:
+def test_pass_and_maj_at_k_are_means_over_all_choices() -> None:
     draw = random.Random(0)
     for _ in range(60):
         n = draw.randint(1, 7)

@@ -204,11 +204,6 @@ def test_terms_of_one_rank_by_hand(tmp_path: Path, overrides: list[str], terms: 
     assert {name: term(planned, name) for name in terms} == terms
 
 
-def test_a_run_without_restarts_takes_no_snapshots(tmp_path: Path) -> None:
-    with_snapshots, none = (policy(tmp_path, *keys) for keys in ([], ["cluster.restarts.gang=0"]))
-    assert with_snapshots.rss - none.rss == pytest.approx(2 * COUNT * 12)
-
-
 def test_the_cache_of_a_token_and_the_head_by_hand() -> None:
     assert kv_bytes_per_token(shape(), itemsize=2) == 2 * 80 * 8 * 128 * 2 == 320 * 1024
     # Llama-3.3: V 128,256, H 8192. 3 * 256 rows of float32 logits, 1024 rows of bfloat16 gradients, and the weight's

@@ -59,6 +59,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 def test_the_work_has_its_own_thread_and_its_result_and_errors_arrive() -> None:
     assert run_stoppable(lambda _: threading.current_thread() is not threading.main_thread())
+    assert run_stoppable(lambda outer: run_stoppable(lambda inner: inner is outer is current_request()))
     with pytest.raises(RunError, match="broken"):
         run_stoppable(lambda _: fail(RunError("broken")))
     assert current_request() is None
@@ -66,10 +67,6 @@ def test_the_work_has_its_own_thread_and_its_result_and_errors_arrive() -> None:
 
 def fail(error: BaseException) -> None:
     raise error
-
-
-def test_inner_work_belongs_to_the_outer_one() -> None:
-    assert run_stoppable(lambda outer: run_stoppable(lambda inner: inner is outer is current_request()))
 
 
 def test_work_with_an_event_loop_runs_inside_of_a_running_one() -> None:
@@ -275,17 +272,3 @@ def test_the_time_before_a_loop_begins_does_not_count_as_silence(monkeypatch: py
         return "trained"
 
     assert run_stoppable(work) == "trained"
-
-
-def test_a_loop_that_stands_still_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopping, "LOOK_EVERY_S", 0.01)
-    monkeypatch.setattr(stopping, "END_WITHIN_S", 0.1)
-    hangs = threading.Event()
-
-    def work(request: StopRequest) -> None:
-        request.beats_within_s = 0.1
-        hangs.wait(20.0)
-
-    with pytest.raises(RunError, match="in a call of Ray, whose daemons do not answer"):
-        run_stoppable(work)
-    hangs.set()
