@@ -49,12 +49,8 @@ def played(tiny_model: Path, ray_local: None, spool: Path) -> Iterator[tuple[Any
 
 def game(group_id: int, *, samples: int = 4, **columns: Any) -> GroupRequest:
     asked = engine_helpers.request(group_id, samples=samples)
-    return replace(asked, prompt=prompt(group_id, CHAT, columns=columns, is_chat=True))
-
-
-def prompt(prompt_id: int, text: str, **more: Any) -> Prompt:
-    ids = tuple(byte_tokenizer()(text, add_special_tokens=False).input_ids)
-    return Prompt(**{"prompt_id": prompt_id, "token_ids": ids, "text": text, "columns": {}, **more})
+    ids = tuple(byte_tokenizer()(CHAT, add_special_tokens=False).input_ids)
+    return replace(asked, prompt=Prompt(prompt_id=group_id, token_ids=ids, text=CHAT, columns=columns, is_chat=True))
 
 
 def test_sampled_tokens_are_trained_and_the_environments_are_not(played: Any) -> None:
@@ -96,17 +92,6 @@ def test_a_failure_is_an_error_and_never_a_reward(played: Any, spool: Path) -> N
         assert (info.environment_error.kind, info.environment_reward) == ("raised", None)
         assert "step: ValueError: out of order" in info.environment_error.message
     assert set(spool.iterdir()) == before
-
-
-def test_a_conversation_keeps_within_its_tokens(played: Any) -> None:
-    """A prompt of 129 and turns of at most 40: the second or third turn meets the limit of 200, and nothing follows."""
-    handle, model = played
-    asked = replace(game(12, samples=8), prompt=prompt(12, "x" * 100 + CHAT))
-    rollouts, infos = call(handle.generate.remote(asked, Sampling(max_new_tokens=40)))
-    assert max(info.num_tokens for info in infos) <= 200
-    assert any(info.finish_reason == "length" for info in infos)
-    assert all(spans[-1][0] for spans in token_spans(rollouts))
-    assert worst_difference(model, rollouts) < 1e-4
 
 
 def test_a_spooled_group_is_taken_up_with_its_reward(played: Any, spool: Path, tmp_path: Path) -> None:

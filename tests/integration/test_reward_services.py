@@ -193,12 +193,8 @@ def ask_as_openai(url: str, model: Path) -> None:
     cut = chat(n=3, seed=7, max_tokens=16, temperature=0.9, stop=[letter]).choices[0]
     assert cut.message.content == first.choices[0].message.content.partition(letter)[0]
     assert cut.finish_reason == "stop"
-    texts = client.completions.create(model="judge", prompt=["a", "b"], max_tokens=3, temperature=0.0)
-    assert [one.index for one in texts.choices] == [0, 1]
     stream = chat(stream=True, max_tokens=12, temperature=0.0)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == told.choices[0].message.content
-    with pytest.raises(openai.AuthenticationError):
-        openai.OpenAI(base_url=url, api_key="another", max_retries=0).models.list()
 
 
 @pytest.mark.slow

@@ -6,8 +6,7 @@ import pickle
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import processors
 
 from rlhf.data.examples import Example, collate, load_examples
 from rlhf.data.prompts import load_prompts
@@ -15,11 +14,6 @@ from rlhf.data.sources import Row
 from rlhf.data.usable import LoadedRows
 from rlhf.errors import UserError
 from tests.fixtures.rows import USER, YES, as_rows, learnt, reading
-
-CHATML = (
-    "{%- for m in messages -%}{{- '<|reserved_0|>' + m.role + '\n' + m.content + '<|eos|>' + '\n' -}}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|reserved_0|>assistant\n' -}}{%- endif -%}"
-)
 
 
 def read_all(tokenizer: Any, *rows: dict[str, Any], first_id: int = 0, **more: Any) -> LoadedRows[Example]:
@@ -34,18 +28,10 @@ def test_a_raw_completion_and_its_end_are_learnt_and_strings_become_two_turns_wi
     (example,) = read_all(tokenizer, {"prompt": "8+3=", "completion": "11"}).items
     assert example.token_ids == (*b"8+3=", *b"11", 257)
     assert example.loss_mask == (False,) * 4 + (True,) * 3
-    (example,) = load(tokenizer, {"prompt": "hi", "completion": "yes"}, system_prompt="s")
-    assert learnt(tokenizer, example) == "<|system|>s<|eos|><|user|>hi<|eos|><|assistant|>[yes<|eos|>]"
-
-
-def test_every_assistants_turn_is_learnt_to_its_end_token_and_no_further(tokenizer: Any) -> None:
-    tokenizer.chat_template = CHATML
-    (example,) = load(tokenizer, {"messages": [USER, YES, USER, YES]})
-    turn = "<|reserved_0|>user\nhi<|eos|>\n<|reserved_0|>assistant\n[yes<|eos|>]"
-    assert learnt(tokenizer, example) == turn + "\n" + turn  # the last line end teaches nothing and is left out
-
     long, short = load(tokenizer, {"messages": [USER, YES, USER]}, {"messages": [USER, YES]})
     assert long.token_ids == short.token_ids  # what comes after the last answer is left out
+    (example,) = load(tokenizer, {"prompt": "hi", "completion": "yes"}, system_prompt="s")
+    assert learnt(tokenizer, example) == "<|system|>s<|eos|><|user|>hi<|eos|><|assistant|>[yes<|eos|>]"
 
 
 @pytest.mark.parametrize("apply_chat_template", [True, False])
@@ -56,35 +42,6 @@ def test_the_prompt_is_tokenised_as_for_a_rollout(tokenizer: Any, apply_chat_tem
     (prompt,) = load_prompts(as_rows(row), tokenizer, how).items
     assert example.token_ids[: len(prompt.token_ids)] == prompt.token_ids
     assert example.loss_mask == tuple(i >= len(prompt.token_ids) for i in range(len(example.token_ids)))
-
-
-def test_a_tokenizer_that_marks_the_beginning_of_a_text_does_not_mark_later_pieces() -> None:
-    # SentencePiece's way: a text begins with an unwritten space. `ab` is [▁, a, b] at the beginning, [a, b] inside.
-    backend = Tokenizer(models.BPE(vocab={"▁": 0, "a": 1, "b": 2}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    backend.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
-    backend.add_special_tokens([AddedToken("</s>", special=True, normalized=False)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    (example,) = load(tokenizer, {"prompt": "ab", "completion": "b a"}, apply_chat_template=False)
-    assert example.token_ids == (0, 1, 2, 2, 0, 1, 3)
-    assert example.loss_mask == (False,) * 3 + (True,) * 4
-
-
-def test_a_template_that_rewrites_earlier_turns_or_ends_none_is_refused(tokenizer: Any) -> None:
-    tokenizer.chat_template = (
-        "{%- for m in messages -%}<|{{ m.role }}|>{{- m.content if loop.last or m.role == 'user' else '...' -}}<|eos|>"
-        "{%- endfor -%}{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
-    )
-    (single,) = load(tokenizer, {"messages": [USER, YES]})
-    assert learnt(tokenizer, single) == "<|user|>hi<|eos|><|assistant|>[yes<|eos|>]"
-    with pytest.raises(UserError, match=r"d.jsonl:1: .*writes message 2 or those before it differently once message 4"):
-        load(tokenizer, {"messages": [USER, YES, USER, YES]})
-    tokenizer.chat_template = (
-        "{%- for m in messages -%}{{- m.role + ': ' + m.content + '\n' -}}{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{- 'assistant: ' -}}{%- endif -%}"
-    )
-    with pytest.raises(UserError, match="with no special token, so when to stop"):
-        load(tokenizer, {"messages": [USER, YES]})
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,7 @@ def test_a_turn_that_ends_otherwise_in_the_history_is_refused_but_where_it_is_la
         (LLAMA, [USER, CALL | {"tool_calls": CALL["tool_calls"] * 2}], None, "refuses the roles user, assistant: one"),
         (CHATML, [USER, CALL | {"content": "ok"}], None, "leaves out the call of `weather` of message 2"),
         (CHATML, [USER, YES], [TOOL], "does not tell the model of tool `weather`"),
+        (CHATML.replace("<|im_end|>", ""), [USER, YES], None, "ends the assistant's turn with no special token, so wh"),
         (R1.replace("opened", "''"), [USER, YES | {"content": "<think>a</think>b"}], None, "leaves out `content` of"),
         (R1.replace("opened", "'<think>'"), [USER, YES], None, "does not begin message 2 as it asks the assistant to"),
         (QWEN, [USER, YES | {"reasoning_content": "hm"}], None, "leaves out `reasoning_content` of message 2"),

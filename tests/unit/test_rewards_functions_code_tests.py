@@ -205,15 +205,12 @@ def test_a_row_needs_tests_and_their_packages(share: CodeTests) -> None:
         share("p", block(ADD), tests=["import no_such_package.part as n\nassert add(1, 2) == 3"])
 
 
-@pytest.mark.parametrize(
-    "args",
-    [{"score": "some"}, {"extract": "first"}, {"test_s": 0}, {"test_s": 9.0}, {"memory_mib": 1}, {"tolerance": -1}],
-)
-def test_arguments_are_checked(args: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=next(iter(args))):
-        CodeTests(**args)  # type: ignore[arg-type]
+WRONG = {"score": "some", "extract": "first", "test_s": 9.0, "limit_s": 0.0, "memory_mib": 1, "tolerance": -1}
 
 
-def test_a_machine_without_a_sandbox_is_refused_before_a_run_starts() -> None:
+def test_arguments_are_checked_and_a_machine_without_a_sandbox_is_refused_before_a_run_starts() -> None:
+    for name, value in WRONG.items():
+        with pytest.raises(ValueError, match=name):
+            CodeTests(**{name: value})  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"^rewards\.x: .*no sandbox .*apt-get install bubblewrap"):
         load_reward("code_tests", args={"python": "/nowhere/python"}, folders=[], key="rewards.x")

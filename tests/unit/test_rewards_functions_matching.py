@@ -23,43 +23,21 @@ from rlhf.rewards.functions.matching import (
 from rlhf.rewards.functions.table import BUILT_INS, own_limit_s
 from rlhf.rewards.processes.pool import RewardPool
 
+RIGHT_NUMBERS = (
+    ("11,19,23", "11,19,23"), ("11,19,23", 23), ("so it is 1,234.", "1234"), ("#### 42", "work ... #### 42"),
+    ("42.0", 42), ("0.1", 0.1), ("10-3", 3), ("x = -3", -3), ("x = \N{MINUS SIGN}3", -3), ("The answer is .5", 0.5),
+    ("-.5", -0.5), ("1.5e3", 1500), ("about 1e-3.", 0.001), ("2E+2", "200"), ("1,234.5", 1234.5),
+    ("1,234.5e1", 12345), ("version 1.2.3", 3), ("see no.5", 5), ("3e5f", 5),  # no exponent: a letter follows
+)  # fmt: skip
+WRONG_NUMBERS = (
+    ("11,19,24", 23), ("23, then 11", 23), ("3", -3), ("none", 3), ("", 0), ("The answer is .5", 5),
+    ("it is -.5.", 0.5), ("1.5e3", 3), ("1e" + "9" * 5000, 1), (str(2**60 + 1), 2**60),  # exact beyond floats
+)  # fmt: skip
 
-@pytest.mark.parametrize(
-    ("response", "answer", "score"),
-    [
-        ("11,19,23", "11,19,23", 1.0),
-        ("11,19,23", 23, 1.0),
-        ("11,19,24", 23, 0.0),
-        ("23, then 11", 23, 0.0),
-        ("so it is 1,234.", "1234", 1.0),
-        ("#### 42", "work ... #### 42", 1.0),
-        ("42.0", 42, 1.0),
-        ("0.1", 0.1, 1.0),
-        ("10-3", 3, 1.0),
-        ("x = -3", -3, 1.0),
-        ("x = \N{MINUS SIGN}3", -3, 1.0),
-        ("3", -3, 0.0),
-        ("none", 3, 0.0),
-        ("", 0, 0.0),
-        ("The answer is .5", 0.5, 1.0),
-        ("The answer is .5", 5, 0.0),
-        ("-.5", -0.5, 1.0),
-        ("it is -.5.", 0.5, 0.0),
-        ("1.5e3", 1500, 1.0),
-        ("1.5e3", 3, 0.0),
-        ("about 1e-3.", 0.001, 1.0),
-        ("2E+2", "200", 1.0),
-        ("1,234.5", 1234.5, 1.0),
-        ("1,234.5e1", 12345, 1.0),
-        ("version 1.2.3", 3, 1.0),
-        ("see no.5", 5, 1.0),
-        ("3e5f", 5, 1.0),  # no exponent: a letter follows
-        ("1e" + "9" * 5000, 1, 0.0),
-        (str(2**60 + 1), 2**60, 0.0),  # exact beyond floats
-    ],
-)
-def test_last_number(response: str, answer: object, score: float) -> None:
-    assert last_number("p", response, answer) == score
+
+def test_last_number() -> None:
+    assert [pair for pair in RIGHT_NUMBERS if last_number("p", *pair) != 1.0] == []
+    assert [pair for pair in WRONG_NUMBERS if last_number("p", *pair) != 0.0] == []
 
 
 def test_an_answer_that_cannot_be_read_is_an_error_and_not_a_wrong_response() -> None:
@@ -82,28 +60,23 @@ def test_string_rules() -> None:
     assert tags("p", "<think>a</think><answer>3</answer> and more") == 0.0
 
 
-@pytest.mark.parametrize(
-    ("response", "answer", "score"),
-    [
-        ("The answer is C.", "C", 1.0),
-        ("The answer is C.", "D", 0.0),
-        ("C", "(c)", 1.0),
-        (" **(c)**. ", "C", 1.0),
-        ("so \\boxed{B}", "B", 1.0),
-        ("\\boxed{\\text{B}}", "B", 1.0),
-        ("<answer> d </answer>", "D", 1.0),
-        ("**Answer:** (D) because", "D", 1.0),
-        ("The answer is (a), since B is wrong", "A", 1.0),
-        ("First the answer is A. No, the answer is B.", "B", 1.0),
-        ("The correct answer is option B", "B", 1.0),
-        ("A dog", "A", 0.0),
-        ("The answer is a dog", "A", 0.0),
-        ("Answer: Both", "B", 0.0),
-        ("", "A", 0.0),
-    ],
+RIGHT_CHOICES = (
+    ("The answer is C.", "C"), ("C", "(c)"), (" **(c)**. ", "C"), ("so \\boxed{B}", "B"), ("\\boxed{\\text{B}}", "B"),
+    ("<answer> d </answer>", "D"), ("**Answer:** (D) because", "D"), ("The answer is (a), since B is wrong", "A"),
+    ("First the answer is A. No, the answer is B.", "B"), ("The correct answer is option B", "B"),
+)  # fmt: skip
+WRONG_CHOICES = (
+    ("The answer is C.", "D"),
+    ("A dog", "A"),
+    ("The answer is a dog", "A"),
+    ("Answer: Both", "B"),
+    ("", "A"),
 )
-def test_multiple_choice(response: str, answer: str, score: float) -> None:
-    assert multiple_choice("p", response, answer) == score
+
+
+def test_multiple_choice() -> None:
+    assert [pair for pair in RIGHT_CHOICES if multiple_choice("p", *pair) != 1.0] == []
+    assert [pair for pair in WRONG_CHOICES if multiple_choice("p", *pair) != 0.0] == []
 
 
 def test_regex_match() -> None:

@@ -218,35 +218,6 @@ def test_a_process_killed_while_it_loads_is_replaced_once(
     assert len(started) == len(killed) + (2 if is_replaced else 1)
 
 
-def test_a_process_killed_in_the_middle_of_a_call_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`sleeps` answers for `a` and sleeps for `x`: each process is killed in its sleep."""
-    killed: list[int] = []
-    send, receive = RewardProcess.send, RewardProcess.receive
-
-    def kill(process: RewardProcess) -> None:
-        killed.append(process.pid)
-        os.kill(process.pid, signal.SIGKILL)
-
-    def send_and_kill(process: RewardProcess, message: Hello | Request, timeout_s: float) -> None:
-        send(process, message, timeout_s)
-        if isinstance(message, Request) and message.responses == ("x",):
-            kill(process)
-
-    def receive_and_kill(process: RewardProcess, timeout_s: float) -> Reply:
-        reply = receive(process, timeout_s)
-        if reply.kind == "value":
-            kill(process)
-        return reply
-
-    monkeypatch.setattr(RewardProcess, "send", send_and_kill)
-    monkeypatch.setattr(RewardProcess, "receive", receive_and_kill)
-    with RewardPool([source("hostile.py:sleeps")], timeout_s=60.0) as pool:
-        (failure,) = pool.score(0, "p", ["a", "x"], {}).failures
-    assert (failure.sample, failure.kind) == (1, "died")
-    assert "SIGKILL" in failure.message
-    assert len(set(killed)) == 2
-
-
 def test_each_response_may_lose_its_process_once(tmp_path: Path) -> None:
     """Here the processes end by themselves, and one process is killed from outside."""
     (tmp_path / "once.py").write_text(

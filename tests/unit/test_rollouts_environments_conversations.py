@@ -17,7 +17,7 @@ import pytest
 
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.errors import ChildLost, UserError
-from rlhf.extensions import CodeSource, find_code
+from rlhf.extensions import CodeSource
 from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.rollouts.environments import host as module
 from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec, turn_seed
@@ -26,27 +26,17 @@ from rlhf.rollouts.environments.tool_calls import ToolCall
 from rlhf.rollouts.environments.tool_servers import ToolServer
 from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled
 from rlhf.types import FinishReason, GroupRequest, Prompt, Sampling
-from tests.packages import install
 
 T = TypeVar("T")
 MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"
-EOS = 257
-SAMPLING = Sampling(max_new_tokens=8)
+EOS, UNTIL_ANSWER = 257, CodeSource(path=None, name="until_answer")
 
 
 def spec(**changes: Any) -> EnvironmentSpec:
-    values: dict[str, Any] = {
-        "source": CodeSource(path=None, name="guess_number", args={"low": 1, "high": 9}),
-        "max_turns": 4,
-        "max_tokens": 100,
-        "step_timeout_s": 5.0,
-        "memory_gib": 2.0,
-        "processes": 8,
-        "tool_parser": "hermes",
-        "tokenizer": "",
-        "trust_remote_code": False,
-    }
-    return EnvironmentSpec(**(values | changes))
+    source = CodeSource(path=None, name="guess_number", args={"low": 1, "high": 9})
+    limits = {"max_turns": 4, "max_tokens": 100, "step_timeout_s": 5.0, "memory_gib": 2.0, "processes": 8}
+    how = {"source": source, "tool_parser": "hermes", "tokenizer": "", "trust_remote_code": False}
+    return EnvironmentSpec(**{**limits, **how, **changes})  # type: ignore[arg-type]
 
 
 def moody(**args: Any) -> CodeSource:
@@ -76,15 +66,22 @@ class Script:
         return Sampled(token_ids=said, logprobs=logprobs, versions=versions, finish_reason=end)
 
 
-def play(
-    asked: GroupRequest, draw: Any, used: EnvironmentSpec | None = None, *, parser: Any = None, sampling: Any = SAMPLING
-) -> list[Played]:
+class Calls:
+    """Reads `!NAME ARGUMENTS` as a call, and `|` between calls; `!` alone is malformed."""
+
+    def parse(self, text: str) -> tuple[ToolCall, ...] | None:
+        parts = [part[1:].partition(" ") for part in text.split("|")] if text.startswith("!") else []
+        calls = tuple(ToolCall(name=name, arguments=arguments) for name, _, arguments in parts)
+        return calls if all(call.arguments for call in calls) else None
+
+
+def play(asked: GroupRequest, draw: Any, used: EnvironmentSpec | None = None, *, tokens: int = 8) -> list[Played]:
     async def run() -> list[Played]:
         conversations = Conversations(used or spec(), byte_tokenizer(), draw)
-        conversations.parser = parser
-        await conversations.start()
+        description = await conversations.start()
+        conversations.parser = Calls() if description.tools else None
         try:
-            return await conversations.play(asked, sampling)
+            return await conversations.play(asked, Sampling(max_new_tokens=tokens))
         finally:
             await conversations.stop()
 
@@ -134,7 +131,8 @@ def test_a_group_plays_one_game_and_a_slow_environment_stalls_itself_alone() -> 
         await conversations.start()
 
         async def one(name: str, sleep_s: float) -> None:
-            played = await conversations.play(request(samples=2, text="{observation}", sleep_s=sleep_s), SAMPLING)
+            asked = request(samples=2, text="{observation}", sleep_s=sleep_s)
+            played = await conversations.play(asked, Sampling(max_new_tokens=8))
             assert [(sum(group.rewards or ()), group.finish_reason) for group in played] == [(1.0, "stop")] * 2
             assert {bytes(group.prompt_token_ids) for group in played} == {f"game {request().seeds[0]}".encode()}
             through.append(name)
@@ -171,26 +169,12 @@ def test_a_failure_is_that_conversations_error(mood: str, kind: str, message: st
     assert message in error.message
 
 
-class Calls:
-    """Reads `!NAME ARGUMENTS` as a call; `!` alone is malformed."""
-
-    def parse(self, text: str) -> tuple[ToolCall, ...] | None:
-        if not text.startswith("!"):
-            return ()
-        name, _, arguments = text[1:].partition(" ")
-        return (ToolCall(name=name, arguments=arguments),) if arguments else None
-
-
 def test_tools_are_called_and_wrong_calls_are_told() -> None:
     script = Script("!", "!multiply {}", '!calculate {"expression": "6*7"}', "42")
     used = spec(source=CodeSource(path=None, name="calculator", args={}), max_tokens=400)
-    sampling = Sampling(max_new_tokens=60)
-    (played,) = play(request(answer="42"), script, used, parser=Calls(), sampling=sampling)
-    assert said(played)[1::2] == [
-        "error: the tool call could not be read",
-        "error: there is no tool 'multiply'; there is calculate",
-        "42",
-    ]
+    (played,) = play(request(answer="42"), script, used, tokens=60)
+    wrong = ["error: the tool call could not be read", "error: there is no tool 'multiply'; there is calculate"]
+    assert said(played)[1::2] == [*wrong, "42"]
     assert (played.rewards, played.finish_reason) == ((0.0, 0.0, 0.0, 1.0), "stop")
 
 
@@ -206,9 +190,8 @@ def in_host(source: CodeSource, work: Callable[[EnvironmentHost], Awaitable[T]],
     return asyncio.run(asyncio.wait_for(run(), 60.0))
 
 
-async def described(host: EnvironmentHost) -> tuple[str, ...]:
+async def described(host: EnvironmentHost) -> None:
     assert host.description is not None
-    return host.description.required
 
 
 def gone(pid: int) -> bool:
@@ -233,9 +216,8 @@ def quick_server(*words: str, timeout_s: float = 20.0) -> ToolServer:
 def test_tools_of_a_server_are_called_in_a_process_of_the_conversation() -> None:
     """Each of two conversations has a separate server with a separate memory."""
     script = Script("!echo {}", '!echo {"text": "a"}', '!echo {"text": "b"}', "done")
-    source = CodeSource(path=None, name="until_answer")
-    used = spec(source=source, max_tokens=600, servers=(quick_server(),), processes=1)
-    played = play(request(samples=2), script, used, parser=Calls(), sampling=Sampling(max_new_tokens=60))
+    used = spec(source=UNTIL_ANSWER, max_tokens=600, servers=(quick_server(),), processes=1)
+    played = play(request(samples=2), script, used, tokens=60)
     pids = set()
     for one in played:
         assert one.error is None
@@ -250,9 +232,9 @@ def test_tools_of_a_server_are_called_in_a_process_of_the_conversation() -> None
 
 
 def test_a_server_that_fails_is_that_conversations_error() -> None:
-    used = spec(source=CodeSource(path=None, name="until_answer"), servers=(quick_server(timeout_s=2.0),))
+    used = spec(source=UNTIL_ANSWER, servers=(quick_server(timeout_s=2.0),))
     script = Script('!die {"text": ""}')
-    (played,) = play(request(), script, used, parser=Calls(), sampling=Sampling(max_new_tokens=60))
+    (played,) = play(request(), script, used, tokens=60)
     assert played.error is not None
     assert played.error.kind == "unavailable"
     assert "failed to answer a call of the tool die: Connection closed" in played.error.message
@@ -263,7 +245,7 @@ def test_a_killed_conversation_leaves_no_server() -> None:
     script = Script('!echo {"text": "a"}', "x")
     used = spec(source=moody(), step_timeout_s=2.0, servers=(quick_server("--loud"),), max_turns=8, max_tokens=600)
     asked = request(text="{observation}", mood="hang")
-    (played,) = play(asked, script, used, parser=Calls(), sampling=replace(SAMPLING, max_new_tokens=60))
+    (played,) = play(asked, script, used, tokens=60)
     assert played.error is not None
     assert played.error.kind == "timeout"
     pids = re.findall(r"(\d+) a", byte_tokenizer().decode(script.asked[-1][0]))
@@ -273,23 +255,17 @@ def test_a_killed_conversation_leaves_no_server() -> None:
 
 def test_the_limit_of_a_call_is_the_servers() -> None:
     """The call takes longer than a step of the environment may."""
-    used = spec(source=CodeSource(path=None, name="until_answer"), servers=(quick_server(),))
-    used = replace(used, step_timeout_s=1.0, max_turns=1, max_tokens=400)
+    used = spec(source=UNTIL_ANSWER, servers=(quick_server(),), step_timeout_s=1.0, max_turns=1, max_tokens=400)
     script = Script('!wait {"text": "1.5"}')
-    (played,) = play(request(), script, used, parser=Calls(), sampling=Sampling(max_new_tokens=60))
+    (played,) = play(request(), script, used, tokens=60)
     assert (played.error, played.rewards) == (None, (0.0,))
 
 
 def test_an_environment_may_have_tools_besides_those_of_servers() -> None:
-    class BothCalls(Calls):
-        def parse(self, text: str) -> tuple[ToolCall, ...] | None:
-            return tuple(call for part in text.split("|") for call in super(BothCalls, self).parse(part) or ())
-
     calculator = CodeSource(path=None, name="calculator", args={})
     script = Script('!echo {"text": "a"}|!calculate {"expression": "6*7"}|!echo {"text": "b"}', "42")
     used = spec(source=calculator, max_tokens=600, servers=(quick_server(),))
-    sampling = Sampling(max_new_tokens=120)
-    (played,) = play(request(answer="42"), script, used, parser=BothCalls(), sampling=sampling)
+    (played,) = play(request(answer="42"), script, used, tokens=120)
     assert played.error is None
     first, result, second = said(played)[1].splitlines()
     assert (first.split()[1:], result, second.split()[1:]) == (["a"], "42", ["a", "b"])
@@ -434,12 +410,6 @@ def test_a_process_killed_while_it_loads_is_replaced_once(
             in_host(moody(), described)
     assert len(pids) == 2
     assert all(gone(pid) for pid in pids)
-
-
-def test_an_environment_of_a_package_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "class E:\n    def reset(self, seed, goal): ...\n    def step(self, response): ...\n"
-    install(tmp_path, monkeypatch, "shop", environments={"counter": "shop_code:E"}, code=code)
-    assert in_host(find_code("environment", "counter", key="rollouts.environment.name"), described) == ("goal",)
 
 
 def test_a_fingerprint_is_that_of_the_code_and_the_limits(tmp_path: Path) -> None:

@@ -30,32 +30,14 @@ def ids(text: str) -> list[int]:
 
 
 def test_a_turn_that_ended_is_followed_by_the_next_ones_beginning() -> None:
-    writer = ChatTurns(tokenizer(CHATML), with_tools=True)
+    writer = ChatTurns(tokenizer(CHATML), with_tools=True, ends=(262,))
     assert writer.stop_token == EOS
     told = "\n<|user|>user\nhigher<|eos|>\n<|user|>assistant\n"
     assert list(writer.after([52, EOS], "higher")) == ids(told)
+    assert list(writer.after([52, 262], "higher")) == ids(told)  # another end of the model
     assert list(writer.after([52, 53], "higher")) == [EOS, *ids(told)]  # cut: its end was not sampled
     results = "\n<|user|>tool\n1<|eos|>\n<|user|>tool\n2<|eos|>\n<|user|>assistant\n"
     assert list(writer.after([EOS], ("1", "2"))) == ids(results)
-
-
-def test_the_whole_is_what_the_template_would_have_written() -> None:
-    made = tokenizer(CHATML)
-    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    conversation += [{"role": "user", "content": "c"}]
-    prompt = made.apply_chat_template(conversation[:1], tokenize=False, add_generation_prompt=True)
-    whole = made.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    told = ChatTurns(made, with_tools=False).after([*ids("b"), EOS], "c")
-    assert [*ids(prompt), *ids("b"), EOS, *told] == ids(whole)
-
-
-def test_a_template_with_space_before_the_end_is_continued() -> None:
-    """Llama 2's template writes such space. A turn that ended by itself has no second end."""
-    writer = ChatTurns(tokenizer(CHATML.replace("'<|eos|>' + '\n'", "' <|eos|>'")), with_tools=False, ends=(262,))
-    told = "<|user|>user\nhigher <|eos|><|user|>assistant\n"
-    assert list(writer.after([52, EOS], "higher")) == ids(told)
-    assert list(writer.after([52, 262], "higher")) == ids(told)  # another end of the model
-    assert list(writer.after([52, 53], "higher")) == [32, EOS, *ids(told)]
 
 
 @pytest.mark.parametrize(

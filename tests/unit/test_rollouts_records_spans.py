@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -13,7 +13,6 @@ from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled, assemble, token_spans
 from rlhf.rollouts.records.texts import response_texts, turns_of
 from rlhf.types import Prompt, RewardError, RoutedRollouts, StepReward
-from rlhf.workers.microbatches import shared_prefixes, split_microbatches
 
 PROMPT = Prompt(prompt_id=7, token_ids=(63, 63), text="??", columns={})
 REQUEST = request_for(PROMPT, group_id=0, first_sequence_id=4, samples=2, run_seed=0)
@@ -72,22 +71,9 @@ def test_rewards_read_the_policys_words_and_samples_show_all() -> None:
     rollouts, _ = assemble(REQUEST, [TWO_TURNS, ONE_TURN])
     tokenizer = byte_tokenizer()
     assert response_texts(rollouts, tokenizer, turn_end=None) == ["A\nB", "C"]
-    shown = [(turn.role, turn.text, turn.tokens, turn.sampled) for turn in turns_of(rollouts, tokenizer)[0]]
-    assert shown == [
-        ("prompt", "??", 2, False),
-        ("policy", "A<|eos|>", 2, True),
-        ("environment", "!!!", 3, False),
-        ("policy", "B", 1, True),
-    ]
-
-
-def test_a_branch_leaves_out_the_prompt_and_keeps_what_was_told() -> None:
-    """2 prompt tokens once, then 6 and 1 of the two conversations: 9 of the 11."""
-    rollouts, _ = assemble(REQUEST, [TWO_TURNS, ONE_TURN])
-    prefixes = shared_prefixes(rollouts, samples_per_prompt=2)
-    assert prefixes.lengths == (2, 2)
-    (piece,) = split_microbatches(rollouts.lengths.tolist(), [0, 1], max_tokens=16, prefixes=prefixes)
-    assert piece.tokens.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 10]
+    prompt, first, told, second = [astuple(turn) for turn in turns_of(rollouts, tokenizer)[0]]
+    assert (prompt, told) == (("prompt", "??", 2, False), ("environment", "!!!", 3, False))
+    assert (first, second) == (("policy", "A<|eos|>", 2, True), ("policy", "B", 1, True))
 
 
 def test_recorded_experts_are_those_that_the_last_turn_has_read() -> None:
