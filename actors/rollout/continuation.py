@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,25 +70,10 @@ def response_of(output: Any, begun: Begun) -> Begun:
     )
 
 
-def not_begun(request: GroupRequest) -> tuple[Begun, ...]:
-    """Return a response without tokens for each sample of a request."""
-    return (Begun(),) * len(request.seeds)
-
-
 def continued_responses(begun: Sequence[Begun], outputs: Sequence[Any]) -> list[Begun]:
     """Return a group's responses so far. `outputs` holds vLLM's outputs of unfinished responses."""
     rest = iter(outputs)
     return [b if b.finish_reason is not None else response_of(next(rest), b) for b in begun]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Drawn:
-    """A group that an engine is answering or has answered."""
-
-    request: GroupRequest
-    sampling: Sampling
-    begun: tuple[Begun, ...]  # one for each seed
-    outputs: list[Future[Any]]  # of the responses that were not finished
 
 
 class CarriedGroups:
@@ -97,7 +81,7 @@ class CarriedGroups:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder  # None: cancelled groups are lost
-        self._drawn: dict[int, _Drawn] = {}
+        self._drawn: dict[int, tuple[GroupRequest, Sampling, tuple[Begun, ...], list[Future[Any]]]] = {}
 
     def forget(self) -> None:
         """Forget the last batch before the next batch starts."""
@@ -108,19 +92,19 @@ class CarriedGroups:
         begun = None
         if self.folder is not None and request.continues is not None:
             begun = await asyncio.to_thread(read_begun, self.folder, request, sampling)
-        return begun or not_begun(request)
+        return begun or (Begun(),) * len(request.seeds)
 
     def follow(
         self, request: GroupRequest, sampling: Sampling, begun: tuple[Begun, ...], outputs: list[Future[Any]]
     ) -> None:
-        """Remember a group with requests in the engine."""
+        """Remember a group with a begun response for each seed. `outputs` come from the engine for unfinished ones."""
         if self.folder is not None:
-            self._drawn[request.group_id] = _Drawn(request=request, sampling=sampling, begun=begun, outputs=outputs)
+            self._drawn[request.group_id] = request, sampling, begun, outputs
 
     async def write(self, group_ids: Sequence[int]) -> None:
         """Write the groups of cancelled requests, after the engine has interrupted the requests."""
-        if self.folder is None:
-            return
-        for drawn in [self._drawn[group_id] for group_id in group_ids if group_id in self._drawn]:
-            responses = continued_responses(drawn.begun, [output.result() for output in drawn.outputs])
-            await asyncio.to_thread(write_begun, self.folder, drawn.request, drawn.sampling, responses)
+        for group_id in group_ids:
+            if self.folder is not None and group_id in self._drawn:
+                request, sampling, begun, outputs = self._drawn[group_id]
+                responses = continued_responses(begun, [output.result() for output in outputs])
+                await asyncio.to_thread(write_begun, self.folder, request, sampling, responses)

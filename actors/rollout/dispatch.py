@@ -1,8 +1,7 @@
 """Choose the engine of each group by load, and let groups wait here while all engines are full.
 
 The load of an engine is its outstanding work in tokens: a group counts the prompt once and the expected tokens of the
-responses. An engine that becomes free takes waiting work, so a wrong expectation costs little. The controller's cost
-per group does not depend on the number of waiting groups. An engine gets groups between opening and closing.
+responses. An engine that becomes free takes waiting work, so a wrong expectation costs little.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from actors.cluster.waiting import running_s
 
@@ -63,23 +62,10 @@ class _Load:
     progress_at: float = 0.0  # when it last finished a group, or got its first one
     is_open: bool = True
 
-    def has_room(self, tokens: float, samples: int) -> bool:
-        """Return whether a group fits. An idle engine takes any group."""
+    def has_room(self, tokens: float, samples: int) -> bool:  # an idle engine takes any group
         capacity = self.capacity
         fits = self.tokens + tokens <= capacity.cache_tokens and self.samples + samples <= capacity.samples
         return self.is_open and (fits or self.samples == 0)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Queue:
-    """Groups in order of arrival. Dropped groups are skipped when their turn comes."""
-
-    groups: deque[_Waiting] = field(default_factory=deque)
-
-    def first(self) -> _Waiting | None:
-        while self.groups and self.groups[0].slot.done():
-            self.groups.popleft()
-        return self.groups[0] if self.groups else None
 
 
 class Dispatch:
@@ -87,7 +73,7 @@ class Dispatch:
 
     def __init__(self) -> None:
         self._loads: dict[int, _Load] = {}  # by engine
-        self._urgent, self._ordinary = _Queue(), _Queue()
+        self._queues = deque[_Waiting](), deque[_Waiting]()  # ordinary and urgent groups, in order of arrival
         self._waiting: dict[int, _Waiting] = {}  # by group id
         self._mean_length = float("inf")  # of recent responses; at first nothing is known
         self._num_lengths = 0
@@ -100,21 +86,18 @@ class Dispatch:
         """
         if self._failure is not None:
             raise self._failure
-        queue = self._urgent if urgent else self._ordinary
-        ahead = self._urgent.first() or (None if urgent else self._ordinary.first())
-        engine = self._emptiest(work) if ahead is None else None
+        engine = self._emptiest(work) if self._first(urgent=urgent) is None else None
         if engine is not None:
             return self._take(engine, work)
         waiting = _Waiting(work=work, slot=asyncio.get_running_loop().create_future())
-        queue.groups.append(waiting)
+        self._queues[urgent].append(waiting)
         self._waiting[group_id] = waiting
         try:
             return await waiting.slot
         except asyncio.CancelledError:
-            if waiting.slot.done() and not waiting.slot.cancelled() and waiting.slot.exception() is None:
-                slot = waiting.slot.result()
-                if slot is not None:
-                    self.leave(slot)
+            got = waiting.slot.done() and not waiting.slot.cancelled() and waiting.slot.exception() is None
+            if got and (slot := waiting.slot.result()) is not None:
+                self.leave(slot)
             raise
         finally:
             self._waiting.pop(group_id, None)
@@ -156,10 +139,19 @@ class Dispatch:
     def _fill(self, engine: int) -> None:
         """Start waiting groups in the room of an engine."""
         load = self._loads[engine]
-        while (waiting := self._urgent.first() or self._ordinary.first()) is not None:
+        while (waiting := self._first()) is not None:
             if not load.has_room(waiting.work.tokens(self._mean_length), waiting.work.samples):
                 return
             waiting.slot.set_result(self._take(engine, waiting.work))
+
+    def _first(self, *, urgent: bool = False) -> _Waiting | None:
+        """Return the first group that still waits, among urgent groups alone if `urgent`."""
+        for queue in self._queues[1:] if urgent else self._queues[::-1]:
+            while queue and queue[0].slot.done():
+                queue.popleft()
+            if queue:
+                return queue[0]
+        return None
 
     def drop(self, group_id: int) -> None:
         """End the wait of a group, if waiting."""

@@ -5,10 +5,9 @@
 
 Each rank up to the largest number has an engine, or waits for room with a request to Ray for a separate placement
 group. A new engine gets and proves weights like the successor of a lost engine. An engine leaves a draining node; the
-remaining engines take the unfinished groups. A lost engine is replaced if there is room. Without room within
-`cluster.start_timeout_s` the run goes on without the engine, and the rank waits for room again. If fewer engines than
-the smallest number are left, the run is preempted. An engine that cannot start is started again later, if the run can
-go on meanwhile.
+remaining engines take the unfinished groups. A lost engine is replaced if there is room within
+`cluster.start_timeout_s`; otherwise the rank waits for room again. If fewer engines than the smallest number are left,
+the run is preempted. An engine that cannot start is started again later, if the run can go on meanwhile.
 """
 
 from __future__ import annotations
@@ -106,12 +105,12 @@ class ElasticEngines(ReplaceableEngines):
 
     async def _join(self, rank: int) -> None:
         """Wait for room without a limit, and start an engine there. After a failed start, wait and try again."""
-        wait_s, has_joined = START_AGAIN_AFTER_S, False
-        while not has_joined:
+        wait_s = START_AGAIN_AFTER_S
+        while True:
             self._joining |= {rank}
             try:
                 await self._fill(rank)
-                has_joined = True
+                break
             except CannotStart as error:
                 text = "rollout engine %d cannot start: the run goes on with %d engines, and tries again in %.0f s: %s"
                 logger.warning(text, rank, self.num_working, wait_s, error)

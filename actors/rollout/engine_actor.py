@@ -2,10 +2,7 @@
 
 Prompts come in as token ids. Sampled token ids go out with log-probabilities and the version of the sampling weights.
 With an environment a response is a conversation, and only the turns of the environment are tokenised here. The worker
-never generates before a sync.
-
-A frozen engine answers with the weights of a model folder and refuses every sync. Training cannot use a frozen engine,
-since each rollout of a training run follows a sync.
+never generates before a sync. A frozen engine answers with the weights of a model folder and refuses every sync.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import psutil
 
-from actors.rollout.continuation import CarriedGroups, continued_responses, not_begun, response_of, rest_params
+from actors.rollout.continuation import CarriedGroups, continued_responses, response_of, rest_params
 from actors.rollout.dispatch import EngineCapacity
 from actors.rollout.engine_calls import EngineCalls
 from actors.rollout.engine_spool import EngineSpool, Group
@@ -57,7 +54,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineHealth:
-    """The state of an engine as seen from outside the engine's thread, available even while a step hangs."""
+    """The state of an engine, available even while a step hangs."""
 
     version: int | None  # None: not synced yet
     requests_in_flight: int
@@ -69,11 +66,9 @@ class EngineHealth:
 class Players(Protocol):
     """Answers a group of prompts by several turns of the model."""
 
-    async def group(self, request: GroupRequest, sampling: Sampling) -> Group:
-        """Return the columns and scalars of a group."""
+    async def group(self, request: GroupRequest, sampling: Sampling) -> Group: ...
 
-    async def stop(self) -> None:
-        """End all processes."""
+    async def stop(self) -> None: ...
 
 
 class RolloutWorker:
@@ -101,15 +96,18 @@ class RolloutWorker:
         self._added = await self.calls.run(added_tokens, "its tokenizer", self.spec.start_timeout_s)
         if self.spec.is_frozen:
             await self.weights.serve_own()
-        if self.spec.environment is not None:
-            self._players = await self.start_players(self.spec.environment)
+        if (environment := self.spec.environment) is not None:
+            try:
+                self._players = await self.start_players(environment)
+            except UserError as error:  # the driver could load it, so this machine differs from the driver's
+                raise RunError(f"{self.spec.name}: {environment.key}: {error}") from error
 
     async def renew(self, spool: Path) -> bool:
         """Prepare for another run, with `spool` for the run's groups.
 
         Return False and do nothing during requests in flight, since the new run would record their responses.
         """
-        if (await self.health()).requests_in_flight:
+        if self.loop.num_waiting:
             return False
         await self.calls.run(reset_caches, "the reset of its caches")
         self.spool = self._spool_in(spool)
@@ -146,11 +144,8 @@ class RolloutWorker:
 
         With a spool the group is on disk before the return, and a resumed run gets the spooled group. The engine still
         draws a spooled group, so that the rest of the batch is scheduled and rounded as before. A conversation is not
-        drawn again: turns are batched on arrival in any case, and the environment may cost money. Groups of an earlier
-        version come from the spool alone. RunError: the spool has no such group.
-
-        Args:
-            version: the version of the weights, by default the engine's.
+        drawn again: turns are batched on arrival in any case, and the environment may cost money. Groups of a version
+        before the engine's, the default, come from the spool alone. RunError: the spool has no such group.
         """
         try:
             current = self.weights.synced_version()
@@ -160,7 +155,7 @@ class RolloutWorker:
             begun = await self.carried.begun(request, sampling)
             submissions = self._submissions(request, sampling, begun) if draws else []
         except Exception as error:
-            await self.held.refuse(request.group_id, error)
+            self.held.refuse(request.group_id, error)
             raise
         try:
             if draws:
@@ -206,7 +201,7 @@ class RolloutWorker:
         if spooled is not None:
             return spooled
         if self._players is None:
-            begun = not_begun(request)
+            begun = (Begun(),) * len(request.seeds)
             samples = self.loop.submit(self._submissions(request, sampling, begun))
             group = assemble(request, await self._answers(request, begun, samples))
         else:
@@ -220,26 +215,21 @@ class RolloutWorker:
     async def _answers(
         self, request: GroupRequest, begun: Sequence[Begun], samples: Sequence[Future[Any]]
     ) -> list[Played]:
-        """Wait for the samples of a group in the engine, and append the samples to the begun responses.
-
-        Raise Aborted for an unfinished response.
-        """
+        """Append the samples of a group to the begun responses, or raise Aborted for an unfinished response."""
         outputs = await asyncio.gather(*[self.calls.wait(sample, f"group {request.group_id}") for sample in samples])
         responses = continued_responses(begun, outputs)
         if any(response.finish_reason is None for response in responses):
             raise Aborted(f"{self.spec.name}: interrupted")
-        return [single_turn(request, response.finished()) for response in responses]
+        turns, ids = [response.finished() for response in responses], request.prompt.token_ids
+        return [Played(prompt_token_ids=ids, spans=(turn,), finish_reason=turn.finish_reason) for turn in turns]
 
     async def start_players(self, spec: EnvironmentSpec | AgentSpec) -> Players:
-        """Load the environment into this process. An engine with a front also loads an agent."""
+        """Load the environment into this process. An engine with a front also loads an agent. UserError: it fails."""
         assert isinstance(spec, EnvironmentSpec), "an engine without a front has no agent"
         tokenizer = load_tokenizer(spec.tokenizer, trust_remote_code=spec.trust_remote_code, template=spec.template)
         ends = await self.calls.run(end_tokens, "its end tokens")
         conversations = Conversations(spec, tokenizer, self._draw, ends)
-        try:
-            description = await conversations.start()
-        except UserError as error:  # the driver could load it, so this machine differs from the driver's
-            raise RunError(f"{self.spec.name}: {spec.key}: {error}") from error
+        description = await conversations.start()
         if description.tools:
             conversations.parser = VllmToolCalls(spec.tool_parser, tokenizer, description.tools)
         return conversations
@@ -261,13 +251,8 @@ class RolloutWorker:
         self, group_id: int, token_ids: tuple[int, ...], seed: int, sampling: Sampling, turn_end: int | None
     ) -> Sampled:
         """Sample a turn of a conversation."""
-        submission = Submission(
-            request_id=self._next_id(_prefix(group_id)),
-            prompt_token_ids=token_ids,
-            params=sampling_params(sampling, seed, turn_end=turn_end, added=self._added),
-            lora=self.weights.lora,
-        )
-        (future,) = self.loop.submit([submission])
+        params = sampling_params(sampling, seed, turn_end=turn_end, added=self._added)
+        (future,) = self.loop.submit([self._submission(_prefix(group_id), token_ids, params)])
         output = await self.calls.within(asyncio.shield(asyncio.wrap_future(future)), "a turn of a conversation")
         return response_of(output, Begun()).finished()
 
@@ -277,8 +262,7 @@ class RolloutWorker:
         return await self.spool.read(request, sampling, newest=version, weights=weights)
 
     async def stored(self, request: GroupRequest, sampling: Sampling, infos: tuple[RolloutInfo, ...]) -> Group:
-        """Return the finished group with these scalars from the spool, among several possible answers to the
-        request."""
+        """Return the finished group with these scalars from the spool. The spool may have several answers."""
         newest = await self.weights.settled_version()
         group = await self.spool.read(request, sampling, oldest=0, newest=newest, infos=infos)
         if group is None:
@@ -302,10 +286,6 @@ class RolloutWorker:
         await self.held.release(num_groups)
 
     async def update_weights(self, manifest: WeightManifest, version: int) -> SyncReceipt:
-        """Load a published set of weights between two steps. Samples in flight continue with the new weights.
-
-        RunError: the checksum of the received weights is wrong, or the engine is frozen.
-        """
         return await self.weights.update(manifest, version)
 
     async def probe(self, token_ids: Sequence[int]) -> list[float]:
@@ -319,23 +299,14 @@ class RolloutWorker:
         params = SamplingParams(
             max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True
         )
-        submission = Submission(
-            request_id=self._next_id("probe-"),
-            prompt_token_ids=tuple(token_ids),
-            params=params,
-            lora=self.weights.lora,
-            is_first=True,
-        )
-        (future,) = self.loop.submit([submission])
+        (future,) = self.loop.submit([self._submission("probe-", tuple(token_ids), params, is_first=True)])
         output = await self.calls.wait(future, "the probe")
         return [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)]
 
     async def sleep(self, *, keep_weights: bool) -> None:
-        """Give the GPU to the trainer, if any."""
         await self.weights.sleep(keep_weights=keep_weights)
 
     async def wake(self, part: EnginePart) -> None:
-        """Take GPU memory back: first for the weights (a sync may fill it), then for the cache."""
         await self.weights.wake(part)
 
     async def gpu_peak_gib(self) -> float | None:
@@ -346,7 +317,6 @@ class RolloutWorker:
         return max(peaks)
 
     async def capacity(self) -> EngineCapacity:
-        """Return how much the engine holds at once."""
         tokens = await self.calls.run(kv_cache_tokens, "the size of its cache")
         environment = self.spec.environment
         samples = self.spec.max_num_seqs if environment is None else environment.processes
@@ -365,7 +335,6 @@ class RolloutWorker:
         return dropped
 
     async def health(self) -> EngineHealth:
-        """Return the engine's state without waiting for the engine."""
         return EngineHealth(
             version=self.weights.version,
             requests_in_flight=self.loop.num_waiting,
@@ -380,40 +349,31 @@ class RolloutWorker:
         if not await asyncio.to_thread(self.loop.stop, timeout_s=30.0):
             raise RunError(f"{self.spec.name}: a step did not end in 30 s, so the engine could not be shut down")
 
-    def _next_id(self, kind: str) -> str:
+    def _submission(self, kind: str, token_ids: tuple[int, ...], params: Any, **more: Any) -> Submission:
         self._serial += 1
-        return f"{kind}{self._serial}"
+        lora = self.weights.lora
+        return Submission(
+            request_id=f"{kind}{self._serial}", prompt_token_ids=token_ids, params=params, lora=lora, **more
+        )
 
     def _submissions(self, request: GroupRequest, sampling: Sampling, begun: Sequence[Begun]) -> list[Submission]:
         """Return the samples to draw: the rest of each unfinished response."""
-        length = len(request.prompt.token_ids) + sampling.max_new_tokens
-        if length > self.spec.max_model_len:
+        prompt, drawn_by = request.prompt, request.drawn_by(sampling)
+        if len(prompt.token_ids) + sampling.max_new_tokens > self.spec.max_model_len:
             raise RunError(
-                f"{self.spec.name}: prompt {request.prompt.prompt_id} has {len(request.prompt.token_ids)} tokens, with "
+                f"{self.spec.name}: prompt {prompt.prompt_id} has {len(prompt.token_ids)} tokens, with "
                 f"max_new_tokens {sampling.max_new_tokens} that is more than the engine's {self.spec.max_model_len}"
             )
-        return [
-            Submission(
-                request_id=self._next_id(_prefix(request.group_id)),
-                prompt_token_ids=request.prompt.token_ids,
-                params=rest_params(
-                    sampling_params(
-                        request.drawn_by(sampling), seed, turn_end=request.prompt.turn_end, added=self._added
-                    ),
-                    response,
-                ),
-                lora=self.weights.lora,
-                begun=response.token_ids,
-            )
-            for seed, response in zip(request.seeds, begun, strict=True)
-            if response.finish_reason is None
-        ]
+        submissions = []
+        for seed, response in zip(request.seeds, begun, strict=True):
+            if response.finish_reason is None:
+                params = sampling_params(drawn_by, seed, turn_end=prompt.turn_end, added=self._added)
+                params = rest_params(params, response)
+                kind = _prefix(request.group_id)
+                submissions.append(self._submission(kind, prompt.token_ids, params, begun=response.token_ids))
+        return submissions
 
 
 def _prefix(group_id: int) -> str:
     """Return the prefix of a group's request ids, distinct from every other group's."""
     return f"group{group_id}-"
-
-
-def single_turn(request: GroupRequest, sampled: Sampled) -> Played:
-    return Played(prompt_token_ids=request.prompt.token_ids, spans=(sampled,), finish_reason=sampled.finish_reason)

@@ -102,7 +102,7 @@ def serve_engines(
     environment: EnvironmentSpec | AgentSpec | None = None,
     engine: type[RolloutEngine] = RolloutEngine,
 ) -> RolloutEngines:
-    """Create frozen engines for a model on disk. The engines are not started and cannot be synced."""
+    """Create frozen engines for a model on disk, not started yet."""
     spec = RolloutSpec(
         model=model.base,
         tokenizer=model.tokenizer,
@@ -145,7 +145,6 @@ def _spawn(
             call_timeout_s=cluster.call_timeout_s,
         )
         options = places.options(RolloutEngines.role, rank, engine_environment(spec), concurrency=ASKED_AT_ONCE)
-        handle: ActorHandle[Any] = remote.options(**options).remote(spec)
-        return handle
+        return remote.options(**options).remote(spec)
 
     return [spawn_one(rank) for rank in range(role.workers)], spawn_one

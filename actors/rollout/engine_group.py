@@ -68,13 +68,12 @@ class RolloutEngines(ElasticEngines):
         None: all weights travel.
         """
         assert self.sync is not None, "frozen engines are not connected to a policy"
-        policy.reconnect = partial(self._connect, policy, adapter=adapter)
+        policy.reconnect = partial(self._connect, policy, self.sync, adapter=adapter)
         await policy.reconnect()
         self.grow()
 
-    async def _connect(self, policy: PolicyGang, *, adapter: Path | None) -> None:
-        assert self.sync is not None
-        method = self.sync.method
+    async def _connect(self, policy: PolicyGang, sync: WeightSync, *, adapter: Path | None) -> None:
+        method = sync.method
         self.gives_published = adapter is not None or SENDERS[method].stays
         self.is_replaceable = self.gives_published or SENDERS[method].meets
         self.opens_weights = adapter is None
@@ -82,7 +81,7 @@ class RolloutEngines(ElasticEngines):
             logger.info("the adapter goes through %s", adapter)
             await policy.open_weights(method, None, adapter, num_engines=len(self.handles))
             return
-        logger.info("weights go by %s: %s", method, self.sync.why)
+        logger.info("weights go by %s: %s", method, sync.why)
         if SENDERS[method].meets:
             self._meet, self._met = partial(self._meet_policy, policy, method), None
             await self.withdraw_weights()  # and meet: no engine leaves before weights are published
@@ -97,10 +96,8 @@ class RolloutEngines(ElasticEngines):
         members = self.reachable()
         meeting = await policy.meeting(num_receivers=len(members) * self.tensor_parallel, timeout_s=self.deadline_s)
 
-        def open_end(handle: ActorHandle[Any]) -> ObjectRef[Any]:
-            first_rank = 1 + [*members.values()].index(handle) * self.tensor_parallel
-            ref: ObjectRef[Any] = handle.open_weights.remote(meeting, first_rank)
-            return ref
+        def open_end(handle: ActorHandle[Any]) -> Any:
+            return handle.open_weights.remote(meeting, 1 + [*members.values()].index(handle) * self.tensor_parallel)
 
         await asyncio.gather(
             policy.open_weights(method, meeting, None, num_engines=len(self.handles)),
@@ -131,14 +128,11 @@ class RolloutEngines(ElasticEngines):
         self._cancelled.difference_update(request.group_id for request in requests)  # cancelled after their batch
         places = shares([self._work(request, sampling) for request in requests], len(self.handles))
         answered: asyncio.Queue[CompletedGroup | None] = asyncio.Queue()  # None: a share is answered, or failed
-        tasks = [
-            asyncio.create_task(
-                self._answer_share(engine, [requests[i] for i in own], sampling, version, answered.put_nowait)
-            )
-            for engine, own in enumerate(places)
-        ]
-        for task in tasks:
-            task.add_done_callback(lambda _: answered.put_nowait(None))
+        tasks = []
+        for engine, own in enumerate(places):
+            share = self._answer_share(engine, [requests[i] for i in own], sampling, version, answered.put_nowait)
+            tasks.append(asyncio.create_task(share))
+            tasks[-1].add_done_callback(lambda _: answered.put_nowait(None))
         unfinished = len(tasks)
         try:
             while unfinished:
@@ -191,7 +185,6 @@ class RolloutEngines(ElasticEngines):
                     self.begin_rebuild(engine, handle, lost)
 
     def _engine_for(self, own: int) -> int:
-        """Return the engine for the share of an engine."""
         if self.gives_published or own not in self._rebuilds:
             return own
         return next((engine for engine in range(len(self.handles)) if engine not in self._rebuilds), own)
@@ -201,13 +194,10 @@ class RolloutEngines(ElasticEngines):
     ) -> AsyncIterator[CompletedGroup]:
         """Give a share to an engine in one step, and yield each completed group at once."""
         await self.one(handle.hold.remote(), "rollouts", rank=engine)
-        columns: dict[int, Any] = {}
-        waits: dict[asyncio.Future[Any], GroupRequest | None] = {}  # None: the start of the share
+        waits: dict[asyncio.Future[Any], tuple[GroupRequest, Any] | None] = {}  # None: the start of the share
         for request in share:
-            columns[request.group_id], scalars = handle.generate.options(num_returns=2).remote(
-                request, sampling, version
-            )
-            waits[asyncio.wrap_future(scalars.future())] = request
+            columns, scalars = handle.generate.options(num_returns=2).remote(request, sampling, version)
+            waits[asyncio.wrap_future(scalars.future())] = request, columns
         waits[asyncio.wrap_future(handle.release.remote(len(share)).future())] = None
         finished: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
         for future in waits:
@@ -218,10 +208,10 @@ class RolloutEngines(ElasticEngines):
                     future = await within(finished.get(), self.deadline_s)
                 except TimeoutError as error:
                     raise await self._hung(engine) from error
-                answered = waits.pop(future)
+                group = waits.pop(future)
                 infos: tuple[RolloutInfo, ...] | None = await _result(future, engine)
-                if answered is not None and infos is not None:
-                    yield CompletedGroup(request=answered, rollouts=columns[answered.group_id], infos=infos)
+                if group is not None and infos is not None:
+                    yield CompletedGroup(request=group[0], rollouts=group[1], infos=infos)
         finally:
             for future in waits:
                 _silence(future)
@@ -290,7 +280,7 @@ class RolloutEngines(ElasticEngines):
             return replace(group, rollouts=rollouts)
 
     async def _answered(self, scalars: ObjectRef[Any], engine: int, dispatch: Dispatch) -> Any:
-        """Return the scalars of a group. WorkerLost if the engine finishes no group within the deadline."""
+        """Return the scalars of a group. WorkerLost: the engine finishes no group within the deadline."""
         future = asyncio.wrap_future(scalars.future())
         try:
             while not future.done():
@@ -313,12 +303,8 @@ class RolloutEngines(ElasticEngines):
         return self._dispatch
 
     def _work(self, request: GroupRequest, sampling: Sampling) -> GroupWork:
-        limit = request.drawn_by(sampling).max_new_tokens
-        return GroupWork(
-            prompt_tokens=len(request.prompt.token_ids),
-            samples=len(request.seeds),
-            limit=limit if self.conversation_tokens is None else self.conversation_tokens,
-        )
+        limit = self.conversation_tokens or request.drawn_by(sampling).max_new_tokens
+        return GroupWork(prompt_tokens=len(request.prompt.token_ids), samples=len(request.seeds), limit=limit)
 
     async def cancel(self, requests: Sequence[GroupRequest]) -> None:
         group_ids = [request.group_id for request in requests]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf.rollouts.records.spool import read_group, write_group
 from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling
@@ -37,29 +38,11 @@ class EngineSpool:
             weights: required checksum of the sampling weights. None: any weights of the versions.
             infos: required scalars of the group. None: any scalars.
         """
-        return await asyncio.to_thread(self._read, request, sampling, oldest, newest, weights, infos)
-
-    def _read(
-        self,
-        request: GroupRequest,
-        sampling: Sampling,
-        oldest: int | None,
-        newest: int,
-        weights: str | None,
-        infos: tuple[RolloutInfo, ...] | None,
-    ) -> Group | None:
         if self.folder is None:
             return None
+        marks: dict[str, Any] = {"oldest": oldest, "environment": self.environment, "weights": weights}
         for version in range(newest, (newest if oldest is None else oldest) - 1, -1):
-            group = read_group(
-                self.folder,
-                request,
-                sampling,
-                version,
-                oldest=oldest,
-                environment=self.environment,
-                weights=weights,
-            )
+            group = await asyncio.to_thread(read_group, self.folder, request, sampling, version, **marks)
             if group is not None and infos in (None, group[1]):
                 return group
         return None
@@ -68,18 +51,8 @@ class EngineSpool:
         self, request: GroupRequest, sampling: Sampling, version: int, group: Group, *, weights: str
     ) -> None:
         """Store a finished group under the version of the newest token, on disk before the return."""
-        rollouts, infos = group
-        failed = any(info.environment_error is not None for info in infos)
+        failed = any(info.environment_error is not None for info in group[1])
         if self.folder is None or (failed and not self.keeps_failures):
             return
-        await asyncio.to_thread(
-            write_group,
-            self.folder,
-            request,
-            sampling,
-            version,
-            rollouts,
-            infos,
-            environment=self.environment,
-            weights=weights,
-        )
+        marks: dict[str, Any] = {"environment": self.environment, "weights": weights}
+        await asyncio.to_thread(write_group, self.folder, request, sampling, version, *group, **marks)

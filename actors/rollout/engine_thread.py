@@ -5,7 +5,7 @@ batch after the same number of steps each time, so a batch depends on the reques
 third of the time. No other thread may touch the engine.
 
 With asynchronous scheduling, vLLM's default on GPUs, a step still runs when `step` returns. The step is finished before
-a weight update, a sleep, and every other call. A call then changes the grouping of requests in later steps.
+every call. A call then changes the grouping of requests in later steps.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from actors.rollout.continuation import output_so_far, restore_output
@@ -51,13 +52,8 @@ class EngineLoop:
     def __init__(
         self, build: Callable[[], Any], *, name: str, complete: Callable[[Any, Any], None] | None = None
     ) -> None:
-        """Remember how to build the engine.
-
-        Args:
-            complete: called with the engine and each output finished in the last step.
-        """
         self.name = name
-        self._complete = complete
+        self._complete = complete  # gets the engine and each output finished in the last step
         self.last_step = time.monotonic()
         self.is_paused = False  # no step begins; set in this thread, by a call that must be repeated first
         self.on_step: Callable[[Sequence[Any]], None] | None = None  # gets all outputs of a step, in this thread
@@ -65,20 +61,14 @@ class EngineLoop:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: dict[str, Future[Any]] = {}
         self._stopped = False
-        self._failure: RunError | None = None
+        self.failure: RunError | None = None  # raised by every call since the engine failed
         self._engine: Any = None
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     @property
     def num_waiting(self) -> int:
-        """Return the number of requests in the engine."""
         return len(self._waiting)
-
-    @property
-    def failure(self) -> RunError | None:
-        """Return the error raised by every call since the engine failed, or None."""
-        return self._failure
 
     def start(self) -> Future[None]:
         """Build the engine in the thread. The future raises UserError if vLLM refuses arguments of the user."""
@@ -90,8 +80,8 @@ class EngineLoop:
 
         def run(engine: Any) -> T:
             self._finish_steps()
-            if self._failure is not None:
-                raise self._failure
+            if self.failure is not None:
+                raise self.failure
             return work(engine)
 
         return self._enqueue(run)
@@ -101,15 +91,15 @@ class EngineLoop:
         future: Future[T] = Future()
 
         def run() -> None:
-            if self._failure is not None:
-                _fail([future], self._failure)
+            if self.failure is not None:
+                _fail([future], self.failure)
             elif future.set_running_or_notify_cancel():
                 try:
                     future.set_result(work(self._engine))
                 except BaseException as error:
                     if self._is_lost(error):
                         self._fail_by(error)
-                    future.set_exception(self._failure or error)
+                    future.set_exception(self.failure or error)
                     if not isinstance(error, Exception):
                         raise
 
@@ -170,10 +160,7 @@ class EngineLoop:
     def stop(self, *, timeout_s: float) -> bool:
         """End the thread and the engine. Return whether both ended in time."""
 
-        def shut_down() -> None:
-            self._stopped = True
-
-        self._commands.put(shut_down)
+        self._commands.put(partial(setattr, self, "_stopped", True))
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -182,9 +169,9 @@ class EngineLoop:
             self._engine = self._build()
         except BaseException as error:
             kind = ChildLost if has_lost_device(error) else RunError
-            self._failure = kind(f"{self.name} did not start: {_message(error)}")
-            self._failure.__cause__ = error
-            self._started.set_exception(error if isinstance(error, UserError) else self._failure)
+            self.failure = kind(f"{self.name} did not start: {_message(error)}")
+            self.failure.__cause__ = error
+            self._started.set_exception(error if isinstance(error, UserError) else self.failure)
             if not isinstance(error, Exception):
                 raise
         else:
@@ -198,7 +185,7 @@ class EngineLoop:
             self._engine.engine_core.shutdown()
 
     def _has_work(self) -> bool:
-        return self._failure is None and not self.is_paused and bool(self._engine.has_unfinished_requests())
+        return self.failure is None and not self.is_paused and bool(self._engine.has_unfinished_requests())
 
     def _take_commands(self) -> None:
         """Run all queued commands. Wait for a command if the engine has no work."""
@@ -210,11 +197,10 @@ class EngineLoop:
 
     def _finish_steps(self) -> None:
         """Finish the steps in flight, and begin none."""
-        if not has_step_in_flight(self._engine):
-            return
-        with no_new_steps(self._engine):
-            while self._failure is None and has_step_in_flight(self._engine):
-                self._step()
+        if has_step_in_flight(self._engine):
+            with no_new_steps(self._engine):
+                while self.failure is None and has_step_in_flight(self._engine):
+                    self._step()
 
     def _step(self) -> None:
         try:
@@ -241,14 +227,14 @@ class EngineLoop:
         """Let every waiting and every later call fail. With ChildLost the driver starts the engine again."""
         worker = "a worker process has died; " if has_lost_workers(self._engine) else ""  # vLLM only says: cancelled
         reason = f"{self.name} died with {len(self._waiting)} requests in flight: {worker}{_message(error)}"
-        self._failure = ChildLost(reason) if self._is_lost(error) else RunError(f"{reason}. {RESUMES}")
-        self._failure.__cause__ = error
-        _fail(list(self._waiting.values()), self._failure)
+        self.failure = ChildLost(reason) if self._is_lost(error) else RunError(f"{reason}. {RESUMES}")
+        self.failure.__cause__ = error
+        _fail(list(self._waiting.values()), self.failure)
         self._waiting.clear()
 
 
 def _message(error: BaseException) -> str:
-    """Return vLLM's message and, after an out-of-memory error, the settings to change."""
+    """Return vLLM's message and, after a lack of memory, the settings to change."""
     text = f"{type(error).__name__}: {error}"
     if is_out_of_memory(error):
         return f"{text} {advice_on_memory('rollout')}"

@@ -69,17 +69,15 @@ class EngineWeights:
         return self.synced_version()
 
     def refuse_frozen(self) -> None:
-        """Raise RunError if the engine is frozen."""
         if self.spec.is_frozen:
             raise RunError(
                 f"{self.spec.name} is frozen: it answers with the weights of {self.spec.model} and no others."
             )
 
     def refuse_asleep(self, *parts: EnginePart) -> None:
-        """Raise RunError if any of the parts sleeps."""
-        asleep = [part for part in parts if part in self._asleep]
-        if asleep:
-            raise RunError(f"{self.spec.name} is asleep: its {asleep[0]} must be woken first.")
+        for part in parts:
+            if part in self._asleep:
+                raise RunError(f"{self.spec.name} is asleep: its {part} must be woken first.")
 
     async def update(self, manifest: WeightManifest, version: int) -> SyncReceipt:
         """Load a published set of weights between two steps. Samples in flight continue with the new weights.
@@ -90,10 +88,8 @@ class EngineWeights:
         self.refuse_frozen()
         self.refuse_asleep("weights")
         if manifest.version != version:
-            raise RunError(
-                f"{self.spec.name}: version {version} was requested, but the manifest describes version "
-                f"{manifest.version}"
-            )
+            which = f"version {version} was requested, but the manifest describes version {manifest.version}"
+            raise RunError(f"{self.spec.name}: {which}")
         async with self._updating:
             self._is_settled.clear()
             receipt = await self._load(manifest)
@@ -102,6 +98,7 @@ class EngineWeights:
 
     async def _load(self, manifest: WeightManifest) -> SyncReceipt:
         self.version = None  # in any case: no sample from half-loaded weights
+        place = f"{self.spec.name}: weight sync to version {manifest.version}"
         is_adapter, keeps = manifest.transport == "adapter", self.spec.kv_after_update == "keep"
         load = load_adapter if is_adapter else load_weights
 
@@ -115,14 +112,13 @@ class EngineWeights:
         wrong = [(rank, checksum) for rank, checksum in enumerate(loaded.checksums) if checksum != manifest.checksum]
         if wrong:
             raise RunError(
-                f"{self.spec.name}: weight sync to version {manifest.version}: worker {wrong[0][0]} read bytes with "
-                f"checksum {wrong[0][1]}, the policy wrote {manifest.checksum} for version {manifest.version}. The "
-                "weights were damaged in transit."
+                f"{place}: worker {wrong[0][0]} read bytes with checksum {wrong[0][1]}, the policy wrote "
+                f"{manifest.checksum} for version {manifest.version}. The weights were damaged in transit."
             )
         if loaded.reusable_blocks:
             raise RunError(
-                f"{self.spec.name}: weight sync to version {manifest.version}: {loaded.reusable_blocks} blocks of keys "
-                "and values that earlier weights computed are still cached for requests that start now"
+                f"{place}: {loaded.reusable_blocks} blocks of keys and values that earlier weights computed are still "
+                "cached for requests that start now"
             )
         self.lora = adapter_request(manifest) if is_adapter else None
         self.version, self.checksum = loaded.version, loaded.checksums[0]
@@ -132,15 +128,13 @@ class EngineWeights:
         """Give the GPU to the trainer: free the cache, and the weights unless keep_weights moves them to host memory.
 
         The next sync brings freed weights again. With LoRA the base weights always stay in host memory, since no sync
-        brings base weights. On a CPU this does nothing.
+        brings base weights.
         """
-        if self.spec.device == "cpu":
-            return
-        keeps = keep_weights or self.spec.lora_rank is not None
-        if not keeps:
-            self.version = None
-        self._asleep = {"weights", "cache"}
-        await self.calls.run(lambda engine: engine.sleep(level=1 if keeps else 2), "its sleep")
+        if self.spec.device == "cuda":
+            keeps = keep_weights or self.spec.lora_rank is not None
+            self.version = self.version if keeps else None
+            self._asleep = {"weights", "cache"}
+            await self.calls.run(lambda engine: engine.sleep(level=1 if keeps else 2), "its sleep")
 
     async def wake(self, part: EnginePart) -> None:
         """Take GPU memory back: first for the weights (a sync may fill it), then for the cache."""

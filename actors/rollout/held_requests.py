@@ -7,7 +7,6 @@ log-probability.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -24,7 +23,7 @@ class HeldRequests:
         self.loop = calls.loop
         self._held: list[tuple[int, list[Submission], asyncio.Future[list[Future[Any]]]]] | None = None
         self._refused: list[RunError] = []  # of the groups that were refused since `hold`
-        self._arrived = asyncio.Condition()
+        self._arrived = asyncio.Event()
 
     def hold(self) -> None:
         """Hold back all later requests."""
@@ -36,50 +35,37 @@ class HeldRequests:
             return self.loop.submit(submissions)
         started: asyncio.Future[list[Future[Any]]] = asyncio.get_running_loop().create_future()
         self._held.append((group_id, submissions, started))
-        async with self._arrived:
-            self._arrived.notify_all()
+        self._arrived.set()
         return await self.calls.within(started, f"the release of group {group_id}")
 
-    async def refuse(self, group_id: int, error: Exception) -> None:
-        """Tell `release` that a group never arrives, if requests are held."""
-        if self._held is None:
-            return
+    def refuse(self, group_id: int, error: Exception) -> None:
+        """Tell `release` that a group never arrives."""
         self._refused.append(RunError(f"{self.loop.name}: group {group_id}: {error}"))
-        async with self._arrived:
-            self._arrived.notify_all()
+        self._arrived.set()
 
     async def release(self, num_groups: int) -> None:
         """Wait until `num_groups` groups have arrived since `hold`, then start all in one step, by group id and sample.
 
         RunError if a group was refused or did not arrive. All arrived groups then get the same error.
         """
-        held, refused = self._held, self._refused
+        held, refused, limit_s = self._held, self._refused, self.calls.deadline_s
         if held is None:
             raise RunError(f"{self.loop.name}: release without hold")
-        async with self._arrived:
-            try:
-                await asyncio.wait_for(
-                    self._arrived.wait_for(lambda: len(held) + len(refused) >= num_groups),
-                    self.calls.deadline_s,
-                )
-            except TimeoutError:
-                refused.append(
-                    RunError(
-                        f"{self.loop.name}: only {len(held)} of {num_groups} groups arrived within "
-                        f"{self.calls.deadline_s:.0f} s"
-                    )
-                )
+        try:
+            async with asyncio.timeout(limit_s):
+                while len(held) + len(refused) < num_groups:
+                    self._arrived.clear()
+                    await self._arrived.wait()
+        except TimeoutError:
+            few = f"{self.loop.name}: only {len(held)} of {num_groups} groups arrived within {limit_s:.0f} s"
+            refused.append(RunError(few))
         self._held = None
         if refused:
-            _fail_all([started for _, _, started in held], refused[0])
+            for _, _, started in held:
+                if not started.done():  # otherwise its `admit` has given up
+                    started.set_exception(refused[0])
             raise refused[0]
         held.sort(key=lambda entry: entry[0])
         futures = iter(self.loop.submit([sample for _, samples, _ in held for sample in samples]))
         for _, samples, started in held:
             started.set_result([next(futures) for _ in samples])
-
-
-def _fail_all(waiters: Sequence[asyncio.Future[Any]], error: RunError) -> None:
-    for waiter in waiters:
-        if not waiter.done():  # otherwise its `admit` has given up
-            waiter.set_exception(error)

@@ -1,7 +1,4 @@
-"""`rlhf play`: an environment of a configuration, played by hand in the policy's place, without a model or Ray.
-
-The conversation equals a rollout's: the shown text is the policy's input, token for token.
-"""
+"""`rlhf play`: an environment of a configuration, played by hand in the policy's place, without a model or Ray."""
 
 from __future__ import annotations
 
@@ -27,32 +24,31 @@ class Left(Exception):
 
 
 def play_conversation(loaded: LoadedConfig, turns: Iterable[str], show: Callable[[str], None], *, row: int) -> Played:
-    """Play one conversation. `turns` stand for the policy's turns; `show` gets the policy's input before each turn.
+    """Play one conversation. `turns` stand for the policy's turns; `show` gets the policy's input, token for token.
 
     row: the prompt's place among the training data, from 1. UserError if the configuration has no environment or the
     data no such row. RunError if the environment failed. Left if the turns end before the conversation does.
     """
     logs.configure("WARNING")
-    stages = [stage for stage in load_inputs(loaded) if isinstance(stage, StageInputs)]
-    playing = [(stage, stage.inputs) for stage in stages if isinstance(stage.inputs, OnlineInputs)]
-    playable = next((one for one in reversed(playing) if isinstance(one[1].environment, EnvironmentSpec)), None)
-    if playable is None:
+    stages = [(stage, stage.inputs) for stage in load_inputs(loaded) if isinstance(stage, StageInputs)]
+    online = [(stage, inputs) for stage, inputs in stages if isinstance(inputs, OnlineInputs)]
+    playable = [(*pair, spec) for pair in online if isinstance(spec := pair[1].environment, EnvironmentSpec)]
+    if not playable:
         raise UserError(f"{loaded.source}: has no rollouts.environment to play. Name one.")
-    stage, inputs = playable
+    stage, inputs, environment = playable[-1]
     prompt = next((prompt for prompt in inputs.prompts if prompt.prompt_id == row - 1), None)
     if prompt is None:
         last = inputs.prompts[-1].prompt_id + 1
         why = "which was skipped" if 1 <= row < last else f"and the training data has the rows 1 to {last}"
         raise UserError(f"--row: is {row}, {why}")
-    return run_async(_play(stage, inputs, prompt, iter(turns), show))
+    return run_async(_play(stage, environment, prompt, iter(turns), show))
 
 
 async def _play(
-    stage: StageInputs, inputs: OnlineInputs, prompt: Prompt, turns: Iterable[str], show: Callable[[str], None]
+    stage: StageInputs, environment: EnvironmentSpec, prompt: Prompt, turns: Iterable[str], show: Callable[[str], None]
 ) -> Played:
     rollouts, tokenizer = stage.config.rollouts, stage.tokenizer
     assert rollouts is not None
-    assert isinstance(inputs.environment, EnvironmentSpec)
     continuation, lines = Continuation(tokenizer), iter(turns)
     shown = 0  # tokens
 
@@ -68,11 +64,11 @@ async def _play(
         shown = len(tokens) + len(ids)
         return Sampled(token_ids=tuple(ids), logprobs=(0.0,) * len(ids), versions=(0,) * len(ids), finish_reason="stop")
 
-    conversations = Conversations(inputs.environment, tokenizer, draw)
+    conversations = Conversations(environment, tokenizer, draw)
     description = await conversations.start()
     try:
         if description.tools:
-            conversations.parser = VllmToolCalls(inputs.environment.tool_parser, tokenizer, description.tools)
+            conversations.parser = VllmToolCalls(environment.tool_parser, tokenizer, description.tools)
         seed = stage.config.run.seed
         request = request_for(prompt, group_id=0, first_sequence_id=0, samples=1, run_seed=seed)
         (played,) = await conversations.play(
@@ -81,5 +77,5 @@ async def _play(
     finally:
         await conversations.stop()
     if played.error is not None:
-        raise RunError(f"{inputs.environment.key}: {played.error.kind}: {played.error.message}")
+        raise RunError(f"{environment.key}: {played.error.kind}: {played.error.message}")
     return played

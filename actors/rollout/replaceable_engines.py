@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
@@ -31,7 +30,7 @@ from rlhf.errors import RESUMES, RunError, WorkerLost
 from rlhf.roles import PolicyProbe
 from rlhf.types import MemoryReport
 
-Call = Callable[[ActorHandle[Any]], ObjectRef[Any]]
+Call = Callable[[ActorHandle[Any]], Any]  # returns the reference to a result
 MOST_MISSES = 3  # of published weights by one engine: more mean that its node cannot see them
 
 
@@ -84,8 +83,7 @@ class ReplaceableEngines(WorkerPool):
         super()._rebuilt(rank, rebuild)
         if self._dispatch is None or rebuild.cancelled():
             return
-        failure = rebuild.exception()
-        if failure is None:
+        if (failure := rebuild.exception()) is None:
             self._dispatch.open(rank, self._capacities[rank])
         else:
             self._dispatch.fail(failure)
@@ -134,9 +132,7 @@ class ReplaceableEngines(WorkerPool):
             try:
                 await within(self._is_published.wait(), self.deadline_s)
             except TimeoutError as error:
-                raise RunError(
-                    f"no weights were published for it in {self.deadline_s:.0f} s (cluster.call_timeout_s)"
-                ) from error
+                raise RunError(f"no weights were published for it in {self.deadline_s:.0f} s ({CALL_LIMIT})") from error
             async with self._loading:
                 if self._published is None:
                     continue
@@ -146,8 +142,9 @@ class ReplaceableEngines(WorkerPool):
                         handle.update_weights.remote(manifest, manifest.version), "weight sync", rank=rank
                     )
                 except RunError as error:
-                    misses += 1
-                    if not _is_missing(error) or misses == MOST_MISSES:
+                    misses, cause = misses + 1, error.__cause__
+                    is_missing = isinstance(cause, RayTaskError) and isinstance(cause.cause, FileNotFoundError)
+                    if not is_missing or misses == MOST_MISSES:
                         raise
                     self._withdraw()  # the policy's process has died with its memory, and its successor publishes again
                     self._are_missing.set()
@@ -159,11 +156,8 @@ class ReplaceableEngines(WorkerPool):
 
     def reachable(self) -> dict[int, ActorHandle[Any]]:
         """Return working engines, and successors waiting for a broadcast, by rank."""
-        return {
-            rank: handle
-            for rank, handle in enumerate(self.handles)
-            if rank not in self._rebuilds or rank in self._unsynced
-        }
+        rebuilt = self._rebuilds.keys() - self._unsynced.keys()
+        return {rank: handle for rank, handle in enumerate(self.handles) if rank not in rebuilt}
 
     async def present(
         self,
@@ -191,23 +185,20 @@ class ReplaceableEngines(WorkerPool):
         The remaining members and the policy would wait for the lost member, and with nccl notice nothing. A successor
         in the place of a lost member is no member.
         """
+        working = self.reachable()
         for rank, handle in members.items():
-            is_rebuilt = rank in self._rebuilds and rank not in self._unsynced
-            if is_rebuilt or self.handles[rank] is not handle:
+            if working.get(rank) is not handle:
                 raise self.last_loss[rank]
-        calls: list[Awaitable[Any]] = [
-            self.one(call(handle), "weight sync", rank=rank) for rank, handle in members.items()
-        ]
+        calls: list[Awaitable[Any]] = [self.one(call(at), "weight sync", rank=rank) for rank, at in members.items()]
         results = await all_results(calls)
         return dict(zip(members, results, strict=True))
 
     async def _result_if_works(self, rank: int, call: Call, wait: Callable[..., Awaitable[Any]]) -> tuple[Any, ...]:
-        rebuilding = self._rebuilds.get(rank)
+        rebuilding, handle = self._rebuilds.get(rank), self.handles[rank]
         if rebuilding is not None and rank not in self._unsynced:
             if rebuilding.done() and not rebuilding.cancelled():
                 rebuilding.result()
             return ()
-        handle = self.handles[rank]
         try:
             return (await wait(call(handle), rank=rank),)
         except WorkerLost as lost:
@@ -232,12 +223,9 @@ class ReplaceableEngines(WorkerPool):
 
     def offer_weights(self, manifest: WeightManifest) -> None:
         if self._probe is not None and self._probe.version == manifest.version:
-            self._publish(manifest, self._probe)
-
-    def _publish(self, manifest: WeightManifest, probe: PolicyProbe) -> None:
-        self._published = manifest, probe
-        self._is_published.set()
-        self._are_missing.clear()
+            self._published = manifest, self._probe
+            self._is_published.set()
+            self._are_missing.clear()
 
     def _withdraw(self) -> None:
         self._published = None
@@ -251,14 +239,11 @@ class ReplaceableEngines(WorkerPool):
         """
         self._manifest = manifest
 
-        def update(handle: ActorHandle[Any]) -> ObjectRef[Any]:
-            ref: ObjectRef[Any] = handle.update_weights.remote(manifest, manifest.version)
-            return ref
+        def update(handle: ActorHandle[Any]) -> Any:
+            return handle.update_weights.remote(manifest, manifest.version)
 
-        if self._met is None:
-            receipts = await self.present(update, "weight sync")
-        else:
-            receipts = await self.together(self._met, update)
+        met = self._met
+        receipts = await (self.present(update, "weight sync") if met is None else self.together(met, update))
         for engine, receipt in receipts.items():
             check_receipt(receipt, manifest, engine=engine)
         self._received = [self.handles[engine] for engine in receipts]
@@ -277,11 +262,10 @@ class ReplaceableEngines(WorkerPool):
         """
         assert self._manifest is not None
         self._probe = probe
-        self._publish(self._manifest, probe)
+        self.offer_weights(self._manifest)
 
-        def ask(handle: ActorHandle[Any]) -> ObjectRef[Any]:
-            ref: ObjectRef[Any] = handle.probe.remote(probe.token_ids)
-            return ref
+        def ask(handle: ActorHandle[Any]) -> Any:
+            return handle.probe.remote(probe.token_ids)
 
         if not self.is_elastic and self._dispatch is None and (self.gives_published or not self.is_replaceable):
             found = dict(enumerate(await self.each(ask, "weight sync")))
@@ -306,16 +290,9 @@ class ReplaceableEngines(WorkerPool):
 
 
 def check_receipt(receipt: SyncReceipt, manifest: WeightManifest, *, engine: int) -> None:
-    """Raise RunError unless an engine has the version and the bytes of a manifest."""
     if (receipt.version, receipt.checksum) != (manifest.version, manifest.checksum):
         raise RunError(
             f"weight sync: rollout engine {engine} has version {receipt.version} with checksum "
             f"{receipt.checksum}; the policy published version {manifest.version} with {manifest.checksum}. "
             "The run stops before it samples from weights that are not the policy's."
         )
-
-
-def _is_missing(error: RunError) -> bool:
-    """Return whether an engine did not find the published weights."""
-    cause = error.__cause__
-    return isinstance(cause, RayTaskError) and isinstance(cause.cause, FileNotFoundError)

@@ -67,8 +67,7 @@ class RolloutSpec:
 
     @property
     def is_frozen(self) -> bool:
-        """Return whether the engine answers with the weights of a model folder, as version 0, and refuses all other
-        weights."""
+        """Return whether the engine serves the weights of the model folder as version 0, and refuses all others."""
         return self.transport is None
 
 
@@ -99,10 +98,7 @@ def build_engine(spec: RolloutSpec) -> Any:
     from vllm.config import WeightTransferConfig
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from rlhf.models.files.loading import (  # transformers: the driver need not wait for it
-        load_model_config,
-        split_revision,
-    )
+    from rlhf.models.files.loading import load_model_config, split_revision  # transformers: slow for the driver
     from rlhf.models.packed.row_layout import keeps_states
 
     gc.freeze()  # vLLM collects garbage five times. Visiting the objects of all modules takes half of the build.
@@ -167,7 +163,7 @@ def lacks_cache(error: BaseException) -> bool:
 
 
 def _refusal(given: Mapping[str, Any], error: Exception) -> str:
-    """Return the message about arguments refused by vLLM: the arguments in vLLM's message, or else all."""
+    """Return the message about arguments refused by vLLM: those in vLLM's message, or else all."""
     reason = " ".join(str(error).split())
     named = [name for name in given if name in reason] or list(given)
     values = ", ".join(f"cluster.roles.rollout.engine_args.{name} is {given[name]}" for name in named)
@@ -209,10 +205,8 @@ def end_tokens(engine: Any) -> frozenset[int]:
 
 
 def kv_cache_tokens(engine: Any) -> int:
-    """Return the number of tokens in the engine's cache of keys and values."""
     cache = engine.vllm_config.cache_config
-    tokens: int = cache.num_gpu_blocks * cache.block_size
-    return tokens
+    return int(cache.num_gpu_blocks * cache.block_size)
 
 
 def sampling_params(sampling: Sampling, seed: int, *, turn_end: int | None, added: Mapping[str, int]) -> Any:
@@ -226,9 +220,7 @@ def sampling_params(sampling: Sampling, seed: int, *, turn_end: int | None, adde
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    ends = {*sampling.stop_token_ids, *(added[text] for text in sampling.stop if text in added)}
-    if turn_end is not None:
-        ends.add(turn_end)
+    ends = {*sampling.stop_token_ids, *(added[text] for text in sampling.stop if text in added), turn_end} - {None}
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -290,8 +282,7 @@ def load_adapter(engine: Any, manifest: WeightManifest, *, keep_cache: bool) -> 
 def adapter_request(manifest: WeightManifest, *, load_inplace: bool = False) -> Any:
     """Return vLLM's name for the policy's adapter.
 
-    load_inplace: load the adapter again although an adapter of this name is loaded. Never set load_inplace in the
-    requests of samples: vLLM would load the adapter from its folder in every step of the engine.
+    load_inplace: load the adapter again. In the requests of samples, vLLM would load the folder in every step.
     """
     from vllm.lora.request import LoRARequest
 

@@ -13,7 +13,6 @@ from actors.serving.front import FrontSpec
 from rlhf.agents.hosted import MODEL
 from rlhf.agents.sessions import AgentSessions, AgentSpec
 from rlhf.data.chat import turn_end
-from rlhf.errors import RunError, UserError
 from rlhf.models.files.loading import load_tokenizer
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.serving import is_loopback
@@ -37,13 +36,9 @@ class AgentEngine(ServingEngine):
         address = await self.open_front(front, str(ray.util.get_node_ip_address()) if is_local else "")
         assert self.front is not None
         sessions = AgentSessions(spec, self.front.sessions, address)
-        try:
-            await sessions.start()
-        except UserError as error:  # the driver could load it, so this machine differs from the driver's
-            raise RunError(f"{self.spec.name}: {spec.key}: {error}") from error
+        await sessions.start()
         return sessions
 
 
 def engine_for(environment: EnvironmentSpec | AgentSpec | None) -> type[RolloutEngine]:
-    """Return the class of the engines of a run."""
     return AgentEngine if isinstance(environment, AgentSpec) else RolloutEngine

@@ -72,7 +72,6 @@ class ServedCall:
     cut: dict[int, Tokens] = field(default_factory=dict)  # responses in one part that a limit of tokens cut off
 
     def was_cut(self, ids: Sequence[int]) -> bool:
-        """Return whether a limit of tokens cut off a response."""
         return any(np.array_equal(cut, ids) for cut in self.cut.values())
 
     def hear(self, ids: Tokens, content: str | None, calls: Sequence[tuple[str, str]]) -> None:
@@ -108,11 +107,11 @@ class CapturedSession:
         self.exceeded: str | None = None
         self.is_over = asyncio.Event()
         self.calls: list[Call] = []  # in the order of their ends
-        self._requests: set[OpenRequest] = set()
+        self.requests: set[OpenRequest] = set()
         self._num_requests = 0
         self._began = time.monotonic()
         self._num_started = 0
-        self._num_draws = 0
+        self._serial = itertools.count()  # of the draws
         self._in_flight = 0
         self._turns: dict[bytes, list[int]] = {}  # calls by the key of the conversation that ends with their response
         self._stopped: dict[bytes, dict[int, str]] = {}  # by the key before it, calls with text and stop string
@@ -129,15 +128,15 @@ class CapturedSession:
         if self._num_requests > self.limits.max_requests:
             self._exceed("max_calls")
             raise RefusedCall(f"the session may send {self.limits.max_requests} requests", status=429)
-        if len(self._requests) == MAX_OPEN_REQUESTS:
+        if len(self.requests) == MAX_OPEN_REQUESTS:
             raise RefusedCall(f"{MAX_OPEN_REQUESTS} requests of the session are open already", status=429)
         try:
             async with asyncio.timeout(None) as until:
-                self._requests.add(request := OpenRequest(self, until))
+                self.requests.add(request := OpenRequest(self, until))
                 try:
                     yield request
                 finally:
-                    self._requests.remove(request)
+                    self.requests.remove(request)
         except TimeoutError as error:
             if until.expired():
                 raise RefusedCall("the session has ended", code="invalid_api_key", status=401) from error
@@ -146,12 +145,8 @@ class CapturedSession:
     def refuse_large_requests(self) -> None:
         """Raise RefusedCall if the bodies of the open requests are too large together."""
         most = self.limits.max_request_bytes
-        if sum(request.num_bytes for request in self._requests) > most:
+        if sum(request.num_bytes for request in self.requests) > most:
             raise RefusedCall(f"the open requests of the session have more than {most} bytes", status=429)
-
-    def end(self) -> None:
-        for request in self._requests:
-            request.until.reschedule(asyncio.get_running_loop().time())
 
     def _exceed(self, limit: str) -> None:
         self.exceeded = limit
@@ -176,9 +171,7 @@ class CapturedSession:
             self._in_flight -= num_responses
 
     def next_seed(self) -> int:
-        """Return the sampling seed of the next draw."""
-        self._num_draws += 1
-        return turn_seed(self.limits.seed, self._num_draws - 1)
+        return turn_seed(self.limits.seed, next(self._serial))
 
     def most_tokens(self, call: ServedCall, num_prompt_tokens: int) -> int:
         """Return the limit of a response. RefusedCall: the prompt alone exceeds the session's limit."""
@@ -193,8 +186,7 @@ class CapturedSession:
         return RefusedCall(f"{prompt}. With its response it may have {self.limits.max_tokens} tokens (max_tokens)")
 
     def look_up(self, call: ServedCall, messages: Sequence[Message], tools: Any) -> KnownTurn | None:
-        """Return the last turn of the session in a conversation, and record in `call` whether the turn's prefix
-        broke."""
+        """Return the session's last turn in a conversation, and record in `call` whether the turn's prefix broke."""
         tools_key = key = _key(b"", tools)
         known, last, looks_own = None, None, False
         for start, end in _turns(messages):
@@ -237,10 +229,8 @@ class CapturedSession:
         """Return the call, among calls with equal visible text, with the reasoning that the client repeats.
 
         Otherwise, as for a client that drops reasoning, return a call that continues the previous known turn, or the
-        newest call. Among calls with equal visible text, the shortest response with the reasoning has nothing else.
+        newest call. The shortest response with the reasoning has nothing else.
         """
-        if len(indices) == 1:
-            return indices[0]
         whole = np.array([] if known is None else self.tokens(known), dtype=np.int32)
 
         def fit(index: int) -> tuple[bool, int, bool, int]:
@@ -251,7 +241,6 @@ class CapturedSession:
         return max(indices, key=fit)
 
     def tokens(self, known: KnownTurn) -> list[int]:
-        """Return all tokens up to the end of a known turn."""
         call = self.calls[known.call]
         return [*call.prompt_ids.tolist(), *call.response_ids.tolist()]
 
@@ -308,14 +297,17 @@ class CapturedSessions:
         Return the answered calls in the order of their ends.
         """
         session = self._open.pop(key)
-        session.end()
+        for request in session.requests:
+            request.until.reschedule(asyncio.get_running_loop().time())
         self._abort(session.name)
         calls, session.calls = session.calls, []
         return calls
 
-    def find(self, key: str) -> CapturedSession | None:
-        """Return the open session with a key."""
-        return self._open.get(key)
+    def find(self, key: str) -> CapturedSession:
+        """Return the open session with a key, or raise RefusedCall."""
+        if key not in self._open:
+            raise RefusedCall("no open session has this key", code="invalid_api_key", status=401)
+        return self._open[key]
 
 
 def turn_key(before: bytes, content: str | None, calls: Sequence[tuple[str, Any]]) -> bytes:
@@ -349,13 +341,13 @@ def _said(messages: Sequence[Message]) -> tuple[str, list[tuple[str, Any]]]:
 
 
 def _reasoning(messages: Sequence[Message]) -> str:
-    """Return the reasoning repeated in assistant messages, under either name. Empty: the client dropped it."""
+    """Return the reasoning repeated in assistant messages. Empty: the client dropped it."""
     texts = (message.get("reasoning") or message.get("reasoning_content") for message in messages)
     return next((text.strip() for text in texts if isinstance(text, str)), "")
 
 
 def _text(content: Any) -> str:
-    if content is None or isinstance(content, str):
+    if isinstance(content, str | None):
         return content or ""
     parts = [part.get("text", part) if isinstance(part, Mapping) else part for part in content]
     return "\n".join(part if isinstance(part, str) else json.dumps(part, default=str) for part in parts)

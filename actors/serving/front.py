@@ -21,7 +21,7 @@ from actors.serving.captured_sessions import CURRENT_CALL, CapturedSessions
 from actors.serving.front_engine import EngineParts, FrontEngine
 from actors.serving.gateway import Gateway
 from actors.serving.parsers import parsers_of, refuse_stubs
-from actors.serving.refusals import ANTHROPIC_PATH
+from actors.serving.refusals import ANTHROPIC_PATH, DRAWING
 from rlhf.errors import RunError
 from rlhf.serving import CLOSE_EVERY_S, IDLE_CONNECTION_S
 
@@ -42,7 +42,7 @@ class FrontSpec:
     turn_ends: tuple[int, ...] = ()  # tokens that end a turn of a conversation, besides the model's end token
     tool_parser: str | None = None  # vLLM's name; None: chosen by the model
     reasoning_parser: str | None = None  # the same
-    own_key: str | None = None  # of calls that are answered as the client asks, and not captured; None: there are none
+    own_key: str | None = None  # of calls that are answered as the client asks, and not captured; None: no such calls
 
 
 class Front:
@@ -105,7 +105,7 @@ class Front:
 
 
 def bounded_protocol() -> type[asyncio.Protocol]:
-    """Return uvicorn's protocol with a limit on the bytes between two requests: of a head, or behind a refused body."""
+    """Return uvicorn's protocol with a limit on the bytes of a head, or behind a refused body."""
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
     class Bounded(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
@@ -150,7 +150,6 @@ async def close_idle(connections: Collection[Any]) -> None:
 
 
 def engine_parts(engine: Any) -> EngineParts:
-    """Return the parts of vLLM's engine for a front."""
     return EngineParts(
         vllm_config=engine.vllm_config,
         renderer=engine.renderer,
@@ -190,9 +189,9 @@ async def build_front(engine: FrontEngine, sessions: CapturedSessions, spec: Fro
         attach(app)
     init_exception_handler(app)
     return Gateway(
-        app,
-        sessions,
-        request_fields(),
+        app=app,
+        sessions=sessions,
+        fields=request_fields(),
         own_key=spec.own_key,
         name=spec.name,
         has_tool_parser=tool_parser is not None,
@@ -265,13 +264,8 @@ def request_fields() -> Mapping[str, frozenset[str]]:
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-    forms = {
-        "/v1/chat/completions": ChatCompletionRequest,
-        "/v1/completions": CompletionRequest,
-        "/v1/responses": ResponsesRequest,
-        ANTHROPIC_PATH: AnthropicMessagesRequest,
-        f"{ANTHROPIC_PATH}/count_tokens": AnthropicCountTokensRequest,
-    }
+    drawing = (ChatCompletionRequest, CompletionRequest, ResponsesRequest, AnthropicMessagesRequest)
+    forms = {**dict(zip(DRAWING, drawing, strict=True)), f"{ANTHROPIC_PATH}/count_tokens": AnthropicCountTokensRequest}
     return {
         path: frozenset(name for key, value in form.model_fields.items() for name in (key, value.alias or key))
         for path, form in forms.items()

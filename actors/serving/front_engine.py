@@ -31,9 +31,7 @@ class StepLoop(Protocol):
     """The request-answering part of an EngineLoop."""
 
     on_step: Callable[[Sequence[Any]], None] | None
-
-    @property
-    def failure(self) -> RunError | None: ...
+    failure: RunError | None
 
     def submit(self, submissions: Sequence[Submission]) -> list[Future[Any]]: ...
 
@@ -59,6 +57,12 @@ class _Response:
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
     end: Any = None  # vLLM's last output of it
+
+    def follow(self, part: Any) -> None:
+        self.ids += part.token_ids
+        self.logprobs += [part.logprobs.logprobs[start] for start in part.logprobs.start_indices]
+        self.text += part.text
+        self.end = part
 
 
 class FrontEngine:
@@ -92,7 +96,6 @@ class FrontEngine:
 
     @property
     def dead_error(self) -> Exception:
-        """Return vLLM's error for a dead engine."""
         from vllm.exceptions import VLLMServerError
 
         error: Exception = VLLMServerError(str(self.loop.failure))
@@ -116,18 +119,15 @@ class FrontEngine:
             call.cut |= {part.index: np.array(part.token_ids, dtype=np.int32) for part in cut}
             if call.session is not None:
                 for part in output.outputs:
-                    self._follow(responses.setdefault(part.index, _Response()), part)
+                    responses.setdefault(part.index, _Response()).follow(part)
                 if output.finished:
-                    self._capture(call.session, call, given, params, responses)
+                    _capture(call.session, call, given, params, responses)
             yield output
 
     def _sample_as_the_run(
         self, session: CapturedSession, call: ServedCall, num_prompt_tokens: int, params: Any
     ) -> None:
-        """Replace the client's settings that change probabilities.
-
-        The client still chooses length, stop strings and structure.
-        """
+        """Replace the client's settings that change probabilities, but not length, stop strings and structure."""
         sampling = session.sampling
         params.temperature, params.top_p = sampling.temperature, sampling.top_p
         params.top_k, params.min_p = sampling.top_k or 0, sampling.min_p
@@ -147,41 +147,6 @@ class FrontEngine:
             ends.update(self.ends)
         params.stop_token_ids = [*dict.fromkeys([*(params.stop_token_ids or ()), *ends])]
         params.all_stop_token_ids.update(ends)
-
-    @staticmethod
-    def _follow(response: _Response, part: Any) -> None:
-        response.ids += part.token_ids
-        response.logprobs += [part.logprobs.logprobs[start] for start in part.logprobs.start_indices]
-        response.text += part.text
-        response.end = part
-
-    @staticmethod
-    def _capture(
-        session: CapturedSession,
-        call: ServedCall,
-        given: Sequence[int],
-        params: Any,
-        responses: Mapping[int, _Response],
-    ) -> None:
-        prompt_ids = np.array(given, dtype=np.int32)
-        for _, response in sorted(responses.items()):
-            if not response.ids:
-                continue  # dropped before its first token
-            end = response.end
-            versions: Tokens = np.zeros(len(response.ids), dtype=np.int32)
-            for span in end.weight_versions or ():
-                versions[span.start : span.end] = int(span.version)
-            draw = Draw(
-                prompt_ids=prompt_ids,
-                response_ids=np.array(response.ids, dtype=np.int32),
-                logprobs=np.array(response.logprobs, dtype=np.float32),
-                versions=versions,
-                restriction=None if params.structured_outputs is None else call.restriction or "structured_outputs",
-                finish_reason=end.finish_reason,
-                stop=end.stop_reason if isinstance(end.stop_reason, str) else "",
-                text=response.text,
-            )
-            session.capture(call, draw)
 
     async def _draw(self, name: str, prompt: Any, params: Any) -> AsyncIterator[Any]:
         queue = self._waiting[name] = asyncio.Queue()
@@ -215,6 +180,29 @@ class FrontEngine:
 
     def _give(self, outputs: Sequence[Any]) -> None:
         for output in outputs:
-            queue = self._waiting.get(output.request_id)
-            if queue is not None:
+            if (queue := self._waiting.get(output.request_id)) is not None:
                 queue.put_nowait(output)
+
+
+def _capture(
+    session: CapturedSession, call: ServedCall, given: Sequence[int], params: Any, responses: Mapping[int, _Response]
+) -> None:
+    prompt_ids = np.array(given, dtype=np.int32)
+    for _, response in sorted(responses.items()):
+        if not response.ids:
+            continue  # dropped before its first token
+        end = response.end
+        versions: Tokens = np.zeros(len(response.ids), dtype=np.int32)
+        for span in end.weight_versions or ():
+            versions[span.start : span.end] = int(span.version)
+        draw = Draw(
+            prompt_ids=prompt_ids,
+            response_ids=np.array(response.ids, dtype=np.int32),
+            logprobs=np.array(response.logprobs, dtype=np.float32),
+            versions=versions,
+            restriction=None if params.structured_outputs is None else call.restriction or "structured_outputs",
+            finish_reason=end.finish_reason,
+            stop=end.stop_reason if isinstance(end.stop_reason, str) else "",
+            text=response.text,
+        )
+        session.capture(call, draw)

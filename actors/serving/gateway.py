@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 from actors.serving.captured_sessions import CURRENT_CALL, CapturedSession, CapturedSessions, OpenRequest, ServedCall
@@ -26,44 +27,22 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
+@dataclass(slots=True, eq=False, kw_only=True)
 class Gateway:
-    """Lets calls of open sessions through, and without capture also calls with the server's own key.
+    """Lets calls of open sessions through, and without capture also calls with the server's own key."""
 
-    Args:
-        app: vLLM's ASGI application.
-        fields: the fields of vLLM's requests, by path.
-        own_key: the key of calls with the client's settings. None: no such calls.
-        name: the only model of calls with `own_key`. Sessions may name any model.
-        check_item: raises ValueError for an invalid item of the field `input`.
-    """
-
-    def __init__(
-        self,
-        app: Callable[[Scope, Receive, Send], Awaitable[None]],
-        sessions: CapturedSessions,
-        fields: Mapping[str, Collection[str]],
-        *,
-        own_key: str | None,
-        name: str,
-        has_tool_parser: bool,
-        check_item: Callable[[Any], object],
-    ) -> None:
-        self.app = app
-        self.sessions = sessions
-        self.fields = fields
-        self.own_key = own_key
-        self.name = name
-        self.has_tool_parser = has_tool_parser
-        self.check_item = check_item
-        self._serial = 0
-        self._num_held = 0
+    app: Callable[[Scope, Receive, Send], Awaitable[None]]  # vLLM's ASGI application
+    sessions: CapturedSessions
+    fields: Mapping[str, Collection[str]]  # of vLLM's requests, by path
+    own_key: str | None  # of calls with the client's settings; None: no such calls
+    name: str  # the only model of calls with `own_key`; sessions may name any model
+    has_tool_parser: bool
+    check_item: Callable[[Any], object]  # raises ValueError for an invalid item of the field `input`
+    _serial: int = field(default=0, init=False)
+    _num_held: int = field(default=0, init=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request.
-
-        A refusal is sent after a pause, to slow a client that repeats refused requests. A call with the server's own
-        key is refused at once.
-        """
+        """Answer a request. A refusal is sent after a pause, except to the server's own key, to slow repeated calls."""
         path, key = scope["path"], _header_key(scope)
         if path.startswith("/s/"):
             key, _, rest = path[len("/s/") :].partition("/")
@@ -71,7 +50,7 @@ class Gateway:
         answer = _Answer(send, path)
         is_own = self.own_key is not None and is_same_secret(key, self.own_key)
         try:
-            async with nullcontext() if is_own else self._session(key).request() as request:
+            async with nullcontext() if is_own else self.sessions.find(key).request() as request:
                 refuse_route(scope["method"], path)
                 await self._serve({**scope, "path": path, "raw_path": path.encode()}, request, receive, answer)
         except RefusedCall as error:
@@ -95,19 +74,10 @@ class Gateway:
             CURRENT_CALL.set(call)
             await self.app(scope, _replay(body, receive), send)
 
-    def _session(self, key: str) -> CapturedSession:
-        session = self.sessions.find(key)
-        if session is None:
-            raise RefusedCall("no open session has this key", code="invalid_api_key", status=401)
-        return session
-
     def _call(
         self, asked: Mapping[str, Any], session: CapturedSession | None, path: str
     ) -> AbstractContextManager[ServedCall]:
         num_responses = _num_responses(asked)
-        if num_responses > MAX_RESPONSES:
-            why = f"the request asks for {num_responses} responses, more than {MAX_RESPONSES}"
-            raise RefusedCall(why, param="n")
         if session is not None and path in DRAWING:
             return session.call(num_responses)
         self._serial += 1
@@ -131,7 +101,6 @@ class Gateway:
 
 
 def _header_key(scope: Scope) -> str:
-    """Return the API key in the headers of a request, or an empty string."""
     headers: dict[bytes, str] = {name: value.decode("latin-1") for name, value in scope["headers"]}
     scheme, _, key = headers.get(b"authorization", "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else headers.get(b"x-api-key", "")
@@ -203,7 +172,7 @@ def _parsed(body: bytes, limits: SessionLimits | None) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise RefusedCall("the body is not a JSON object")
     if limits is not None:
-        _refuse_costly(parsed, limits.max_items)
+        _refuse_costly(parsed, limits.max_requests)
     return parsed
 
 
@@ -227,15 +196,16 @@ def _refuse_costly(asked: Mapping[str, Any], most: int) -> None:
 def _num_responses(body: Mapping[str, Any]) -> int:
     """Return the number of responses that a request asks for. A number that vLLM will refuse counts as 1.
 
-    RefusedCall: `n` is no whole number. vLLM might read it as one, such as "2".
+    RefusedCall: too many, or `n` is no whole number. vLLM might read it as one, such as "2".
     """
     n, prompt = body.get("n"), body.get("prompt")
     if n is not None and type(n) is not int:
         raise RefusedCall(f"`n` is {n!r:.60}, expected a whole number", param="n")
-    num_prompts = 1
-    if isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt):
-        num_prompts = len(prompt)
-    return max(1, n or 1) * num_prompts
+    prompts = prompt if isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt) else [prompt]
+    number = max(1, n or 1) * len(prompts)
+    if number > MAX_RESPONSES:
+        raise RefusedCall(f"the request asks for {number} responses, more than {MAX_RESPONSES}", param="n")
+    return number
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -99,17 +100,13 @@ def chat(
 def _rows(source: Sequence[str] | Path, columns: Mapping[str, str]) -> list[Row]:
     """Return the rows without columns for rewards."""
     if isinstance(source, Path):
-        rows = read_rows(str(source), columns=columns)
-        return [
-            Row(
-                file=row.file,
-                line=row.line,
-                columns={k: v for k, v in row.columns.items() if k in _READ}
-                if row.columns.keys() & {"prompt", "messages"}
-                else row.columns,
-            )
-            for row in rows
-        ]
+
+        def read(row: Row) -> Row:
+            if not row.columns.keys() & {"prompt", "messages"}:
+                return row
+            return replace(row, columns={name: value for name, value in row.columns.items() if name in _READ})
+
+        return [read(row) for row in read_rows(str(source), columns=columns)]
     if not source:
         raise UserError("there are no prompts")
     return [Row(file="prompt", line=i, columns={"prompt": text}) for i, text in enumerate(source, start=1)]

@@ -29,7 +29,7 @@ from actors.cluster.connect import OWN_RAY
 from actors.serving.front import FrontSpec
 from actors.serving.offline import serving
 from actors.serving.refusals import THERE_IS, RefusedCall
-from actors.serving.router import Asked, NoEngine, RequestRouter
+from actors.serving.router import NoEngine, RequestRouter
 from rlhf.agents.limits import MAX_REQUEST_BYTES
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.data.chat import turn_end
@@ -66,12 +66,11 @@ class ModelServer:
         self.is_ending = False
 
     def application(self) -> web.Application:
-        """Build the aiohttp application with all routes."""
         app = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[self._guard])
         app.router.add_get("/health", self._health)
         app.router.add_route("*", "/{path:.*}", self._pass_on)
         app.on_shutdown.append(self._end)
-        app.on_cleanup.append(self._close)
+        app.on_cleanup.append(lambda _: self.engines.close())
         return app
 
     async def _end(self, application: web.Application) -> None:
@@ -81,9 +80,6 @@ class ModelServer:
         for limit in self.limits:
             if not limit.expired():
                 limit.reschedule(min(limit.when() or last, last))
-
-    async def _close(self, application: web.Application) -> None:
-        await self.engines.close()
 
     @web.middleware
     async def _guard(
@@ -108,16 +104,14 @@ class ModelServer:
 
     def _check_access(self, request: web.Request) -> None:
         if self.spec.token is None:
-            why = stranger(request)
-            if why is not None:
+            if (why := stranger(request)) is not None:
                 raise RefusedCall(why, status=403)
         elif request.path != "/health" and not gives_token(request, self.spec.token):
             why = "give the token as the API key of the client: `Authorization: Bearer TOKEN` or `x-api-key: TOKEN`"
             raise RefusedCall(why, code="invalid_api_key", status=401)
 
     async def _health(self, request: web.Request) -> web.Response:
-        why = await self.engines.trouble()
-        if why is not None:
+        if (why := await self.engines.trouble()) is not None:
             raise RefusedCall(why, status=503)
         return web.json_response({"status": "ok"})
 
@@ -127,13 +121,12 @@ class ModelServer:
             raise RefusedCall(f"{MAX_WAITING} requests are waiting already", status=429)
         body = await _read(request)
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": request.headers.get("Content-Type", "")}
-        asked = Asked(method=request.method, path=request.path, headers=headers, body=body)
         response: web.StreamResponse | None = None
         try:
             async with asyncio.timeout(LAST_S if self.is_ending else self.spec.deadline_s) as limit:
                 self.limits.add(limit)
                 try:
-                    async with self.engines.ask(asked) as answer:
+                    async with self.engines.ask(request.method, request.path, headers=headers, body=body) as answer:
                         content = {"Content-Type": answer.headers.get("Content-Type", "application/json")}
                         if answer.content_type != "text/event-stream":
                             return web.Response(status=answer.status, body=await answer.read(), headers=content)

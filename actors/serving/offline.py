@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
-from typing import Any, TypeVar
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -33,16 +34,14 @@ from rlhf.roles import CompletedGroup
 from rlhf.rollouts.records.texts import response_texts
 from rlhf.types import GroupRequest, Prompt, Rollouts, Sampling
 
-T = TypeVar("T")
 
-
+@dataclass(frozen=True, slots=True)
 class Served:
     """Started engines with the tokenizer of their model."""
 
-    def __init__(self, engines: RolloutEngines, tokenizer: Any, runner: asyncio.Runner) -> None:
-        self.engines = engines
-        self.tokenizer = tokenizer
-        self.runner = runner
+    engines: RolloutEngines
+    tokenizer: Any
+    runner: asyncio.Runner
 
     def answer(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Generation]:
         """Return all responses to each prompt, in order."""
@@ -92,21 +91,14 @@ def load_servable(name: str, *, trust_remote_code: bool, template: ChatTemplate 
 @contextmanager
 def serving(model: ModelOnDisk, tokenizer: Any, cluster: ClusterConfig, *, max_model_len: int) -> Iterator[Served]:
     """Yield engines with the model, for the length of the block."""
-    with connected(cluster), asyncio.Runner() as runner:
+    with connected(cluster), asyncio.Runner() as runner, ExitStack() as stack:
         placement = run_async(reserve_roles({RolloutEngines.role}, cluster, with_reward_model=False), runner)
         engines = serve_engines(model, cluster, placement, max_model_len=max_model_len, engine=ServingEngine)
-        with _entered(ending([engines], placement.release, heartbeat_timeout_s=cluster.heartbeat_timeout_s), runner):
-            run_async(engines.start(deadline_s=cluster.start_timeout_s), runner)
-            yield Served(engines, tokenizer, runner)
-
-
-@contextmanager
-def _entered(context: AbstractAsyncContextManager[T], runner: asyncio.Runner) -> Iterator[T]:
-    """Enter an asynchronous context around synchronous code."""
-    value = runner.run(context.__aenter__())
-    with ExitStack() as stack:
+        context = ending([engines], placement.release, heartbeat_timeout_s=cluster.heartbeat_timeout_s)
+        runner.run(context.__aenter__())
         stack.push(lambda *failure: runner.run(context.__aexit__(*failure)))
-        yield value
+        run_async(engines.start(deadline_s=cluster.start_timeout_s), runner)
+        yield Served(engines, tokenizer, runner)
 
 
 def requests_of(prompts: Sequence[Prompt], decoding: Decoding) -> tuple[list[GroupRequest], Sampling]:

@@ -32,19 +32,10 @@ _NOT_HERE: Mapping[str, str] = {
     "prompt_logprobs": "the server returns log-probabilities of responses",
 }
 # Fields that clients send and that change no answer.
-_NO_EFFECT = frozenset(
-    {
-        "cache_control",
-        "metadata",
-        "prediction",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "user",
-    }
-)
+_NO_EFFECT = {
+    *("cache_control", "metadata", "prediction", "prompt_cache_key", "prompt_cache_retention"),
+    *("safety_identifier", "service_tier", "store", "user"),
+}
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_KINDS = {**_KINDS, 413: "request_too_large", 504: "timeout_error"}
 
@@ -98,16 +89,14 @@ def refuse_unsupported(body: Mapping[str, Any], known: Collection[str], *, has_t
     if not isinstance(structure := body.get("structured_outputs"), dict | None):
         message = f"`structured_outputs` is {structure!r:.60}, expected an object"
         raise RefusedCall(message, param="structured_outputs")
-    tools = body.get("tools")
+    tools, choice = body.get("tools"), body.get("tool_choice")
     for index, tool in enumerate(tools if isinstance(tools, list) else ()):
         kind = tool.get("type", "function") if isinstance(tool, dict) else None
         if kind not in ("function", "custom"):
             raise RefusedCall(f"`tools[{index}].type` is {kind!r:.60}: the server runs no tools", param="tools")
-        form = _form_of_arguments(tool)
-        if form != "object":
+        if (form := _form_of_arguments(tool)) != "object":
             why = "the arguments of a call are an object"
             raise RefusedCall(f"the schema of `tools[{index}]` has the type {form!r:.60}: {why}", param="tools")
-    choice = body.get("tool_choice")
     if isinstance(choice, dict):  # as Anthropic writes it
         choice = choice.get("type")
     if tools and not has_tool_parser and choice != "none":

@@ -7,9 +7,9 @@ depends on the requests in flight at the same time. A dead engine gets no more r
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, TCPConnector
@@ -29,16 +29,6 @@ class NoEngine(RunError):
     """Raised when all engines are dead."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """A request in the form for an engine's front."""
-
-    method: str
-    path: str
-    headers: Mapping[str, str]
-    body: bytes
-
-
 class RequestRouter:
     """Started engines with the base URLs of all fronts. Use on one event loop, as an asynchronous context."""
 
@@ -54,7 +44,9 @@ class RequestRouter:
             await self._client.close()
 
     @asynccontextmanager
-    async def ask(self, asked: Asked) -> AsyncIterator[ClientResponse]:
+    async def ask(
+        self, method: str, path: str, *, headers: Mapping[str, str], body: bytes
+    ) -> AsyncIterator[ClientResponse]:
         """Yield an engine's answer, possibly before the end of the body.
 
         If the first engine dies, another engine answers. NoEngine: all engines are dead. RunError: an engine lives but
@@ -67,7 +59,8 @@ class RequestRouter:
             engine = self._least_busy()
             self.in_flight[engine] += 1
             try:
-                answer = await self._answer(self._client, engine, asked)
+                send = partial(self._client.request, method, self.urls[engine] + path, headers=headers, data=body)
+                answer = await self._answer(engine, send)
                 if answer is None:
                     continue
                 try:
@@ -78,13 +71,11 @@ class RequestRouter:
             finally:
                 self.in_flight[engine] -= 1
 
-    async def _answer(self, client: ClientSession, engine: int, asked: Asked) -> ClientResponse | None:
+    async def _answer(self, engine: int, send: Callable[[], Awaitable[ClientResponse]]) -> ClientResponse | None:
         """Return an engine's answer. None: the engine is dead."""
-        failure: ClientError | None = None
+        answer, failure = None, None
         try:
-            answer = await client.request(
-                asked.method, self.urls[engine] + asked.path, headers=asked.headers, data=asked.body
-            )
+            answer = await send()
             if answer.content_type != "text/event-stream":
                 await answer.read()
             if answer.status < 500:
@@ -94,10 +85,10 @@ class RequestRouter:
         why = await self._death(engine)
         if why is None and failure is None:
             return answer
-        if failure is None:
-            answer.close()
         if why is None:
             raise RunError(f"rollout engine {engine} does not answer: {failure}") from failure
+        if answer is not None:
+            answer.close()
         logger.error("%s", why)
         self.dead[engine] = why
         return None
@@ -123,10 +114,7 @@ class RequestRouter:
                 handle.health.remote(), role="rollout", rank=engine, stage="serve", deadline_s=LOOKS_WITHIN_S
             )
         except RunError as error:
-            return _of_a_server(error) if isinstance(error.__cause__, RayActorError) else None
-        return None if health.failure is None else _of_a_server(health.failure)
-
-
-def _of_a_server(error: object) -> str:
-    """Return an engine's error without advice about resuming a run, for a server."""
-    return str(error).replace(f" {RESUMES}", "")
+            failure = str(error) if isinstance(error.__cause__, RayActorError) else None
+        else:
+            failure = health.failure
+        return None if failure is None else failure.replace(f" {RESUMES}", "")  # a server resumes no run

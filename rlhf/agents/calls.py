@@ -1,7 +1,4 @@
-"""Define the record of an agent's session: all calls of the model, token by token, and the result.
-
-The engine that answers a call writes the record. Training reads the recorded tokens and never text.
-"""
+"""Define the record of an agent's session. Training reads the recorded tokens and never text."""
 
 from __future__ import annotations
 
@@ -46,9 +43,9 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentFiles:
-    """The result of an agent in files: the contents by path."""
+    """The result of an agent in files."""
 
-    contents: Mapping[str, str]
+    contents: Mapping[str, str]  # by path
 
 
 AgentResult = str | Mapping[str, Any] | AgentFiles  # text, a JSON object, or files

@@ -1,8 +1,7 @@
 """Run an agent in the agent's process: a user's function, or a user's program.
 
-The process of `rlhf.rollouts.environments.process` loads the agent once, and forks a copy for each session. Each copy
-works in a separate folder. This module uses only the standard library: never import torch or NumPy here, directly or
-through another module.
+The process of `rlhf.rollouts.environments.process` loads the agent once, and forks a copy for each session, in a
+separate folder. Never import torch or NumPy here, directly or through another module.
 """
 
 from __future__ import annotations
@@ -51,6 +50,10 @@ PREPARED_WITHIN_S = 30.0
 START_THREADS = 64  # of the sandbox's trial
 NICENESS = 10
 CLIENTS = ("openai", "anthropic")  # packages with a client
+NO_TOOLS = Description(required=(), optional=(), takes_all=False, tools=(), has_close=False)
+
+# Loading the certificates for HTTPS takes 7 ms, so all copies of a process share them.
+_certificates = cache(ssl.create_default_context)
 
 
 class AgentClient:
@@ -69,23 +72,22 @@ class AgentClient:
 
         The client repeats no call and waits for an answer as long as the session lasts.
         """
-        return self._client(_package("openai"), "AsyncOpenAI", self.base_url)
+        return self._client("openai", "AsyncOpenAI", self.base_url)
 
     @cached_property
     def anthropic(self) -> Any:
         """Return an `AsyncAnthropic` for this session. ImportError: the package `anthropic` is not installed."""
-        return self._client(_package("anthropic"), "AsyncAnthropic", self.anthropic_base_url)
+        return self._client("anthropic", "AsyncAnthropic", self.anthropic_base_url)
 
-    def _client(self, package: Any, name: str, base_url: str) -> Any:
+    def _client(self, name: str, client: str, base_url: str) -> Any:
+        try:
+            package = importlib.import_module(name)
+        except ImportError as error:
+            message = f"client.{name} needs the package `{name}`; install it with `pip install {name}`"
+            raise ImportError(message) from error
         http = package.DefaultAsyncHttpxClient(verify=_certificates(), trust_env=False)  # the engine needs no proxy
         settings = {"api_key": self.api_key, "max_retries": 0, "timeout": None, "http_client": http}
-        return getattr(package, name)(base_url=base_url, **settings)
-
-
-@cache
-def _certificates() -> ssl.SSLContext:
-    """Return the certificates for HTTPS. Loading takes 7 ms, so all copies of a process share the certificates."""
-    return ssl.create_default_context()
+        return getattr(package, client)(base_url=base_url, **settings)
 
 
 def access_variables(address: str, api_key: str) -> dict[str, str]:
@@ -103,17 +105,10 @@ def access_variables(address: str, api_key: str) -> dict[str, str]:
     }
 
 
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"client.{name} needs the package `{name}`; install it with `pip install {name}`") from error
-
-
 class HostedFunction:
     """An async function `solve(task, client)` of a user's file, in the agent's process."""
 
-    description = Description(required=(), optional=(), takes_all=False, tools=(), has_close=False)
+    description = NO_TOOLS
 
     def __init__(self, source: CodeSource, servers: Sequence[ToolServer]) -> None:
         self.servers = servers
@@ -177,7 +172,7 @@ async def _first_calls(names: Sequence[str]) -> None:
 class HostedCommand:
     """A program, started for each session in the session's process group."""
 
-    description = Description(required=(), optional=(), takes_all=False, tools=(), has_close=False)
+    description = NO_TOOLS
 
     def __init__(self, source: CodeSource, servers: Sequence[ToolServer]) -> None:
         assert not servers, "only a function gets the tools of servers"
@@ -196,11 +191,10 @@ class HostedCommand:
         begin_session(message["disk_bytes"])
         os.chdir(folder)
         Path(TASK_FILE).write_text(json.dumps(message["task"]), encoding="utf-8")
-        environment = dict(os.environ)
-        relay: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        environment, relay = dict(os.environ), contextlib.ExitStack()
         if self.is_confined:
             front = urlsplit(address)
-            relay = forwarding(SOCKET, front.hostname or "", front.port or 80)
+            relay.enter_context(forwarding(SOCKET, front.hostname or "", front.port or 80))
             command = _confined(command, folder, max_threads=message["max_threads"])
             environment = _environment_inside(folder)
             address = f"http://127.0.0.1:{PORT}"
@@ -289,7 +283,7 @@ def _output_of(process: subprocess.Popen[bytes], *, within_s: float) -> tuple[by
     while (left := until - time.monotonic()) > 0 and (events := poll.poll(1000 * left)):
         ready = texts.keys() & {fd for fd, _ in events}
         if not ready:
-            break  # it has ended, and its pipes are empty
+            return texts[output], texts[errors], False  # it has ended, and its pipes are empty
         for fd in ready:
             if not (chunk := os.read(fd, 1 << 16)):
                 poll.unregister(fd)
@@ -299,10 +293,7 @@ def _output_of(process: subprocess.Popen[bytes], *, within_s: float) -> tuple[by
                 texts[fd] = texts[fd][-MAX_ERROR_BYTES:]
         if len(texts[output]) > MAX_RESULT_BYTES:
             raise ProtocolViolation(f"the program wrote more than {MAX_RESULT_BYTES} bytes to its standard output")
-    else:
-        return texts[output], texts[errors], True
-    os.close(ended)
-    return texts[output], texts[errors], False
+    return texts[output], texts[errors], True
 
 
 def result_of_text(text: str) -> str | Mapping[str, Any]:

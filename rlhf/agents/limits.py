@@ -31,13 +31,8 @@ class SessionLimits:
         return _PARTS_OF_REQUEST + self.max_tokens
 
     @property
-    def max_items(self) -> int:
-        """Return the limit of a list in a request, such as of messages."""
-        return 1000 + _REQUESTS_OF_CALL * self.max_calls
-
-    @property
     def max_requests(self) -> int:
-        """Return the limit of the requests of the whole session, of any kind."""
+        """Return the limit of the requests of the whole session, and of a list in a request, such as of messages."""
         return 1000 + _REQUESTS_OF_CALL * self.max_calls
 
 

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import aiohttp
 
@@ -45,24 +45,8 @@ class AgentTask:
     seed: int
 
 
-class AgentRunner(Protocol):
-    """Runs sessions of an agent, many at once."""
-
-    async def start(self) -> None:
-        """Load the agent. UserError for an invalid agent."""
-
-    def begin_group(self) -> None:
-        """Allow the agent to log some lines of output again."""
-
-    async def solve(self, task: AgentTask) -> AgentResult:
-        """Run a session to the end. EnvironmentFailure: the agent failed. ChildLost: the agent's process is lost."""
-
-    async def stop(self) -> None:
-        """End the agent with all sessions."""
-
-
 class HostedRunner:
-    """Runs a function or a program. Each session has a separate process group and folder."""
+    """Runs a function or a program, many sessions at once. Each has a separate process group and folder."""
 
     def __init__(
         self,
@@ -103,24 +87,22 @@ class HostedRunner:
         self.host.new_log_budget()
 
     async def solve(self, task: AgentTask) -> AgentResult:
-        """Run a session, and remove all leftovers."""
+        """Run a session to the end, and remove all leftovers.
+
+        EnvironmentFailure: the agent failed. ChildLost: the agent's process is lost.
+        """
         assert self._folder is not None, "the agent has not been started"
         folder = Path(await asyncio.to_thread(tempfile.mkdtemp, dir=self._folder.path))
         try:
-            return await self._solve(task, folder)
-        finally:
-            await asyncio.to_thread(remove_tree, folder)
-
-    async def _solve(self, task: AgentTask, folder: Path) -> AgentResult:
-        (folder / RESULT_FOLDER).mkdir()
-        reply = await self._answer(task, folder)
-        files = await asyncio.to_thread(result_files, folder / RESULT_FOLDER)
-        if files:
-            return AgentFiles(contents=files)
-        try:
+            (folder / RESULT_FOLDER).mkdir()
+            reply = await self._answer(task, folder)
+            if files := await asyncio.to_thread(result_files, folder / RESULT_FOLDER):
+                return AgentFiles(contents=files)
             result: AgentResult | None = checked_result(reply.get("result"))
         except ProtocolViolation as error:  # the agent's process checks it too, but the agent may have changed it
             raise EnvironmentFailure("raised", str(error)) from error
+        finally:
+            await asyncio.to_thread(remove_tree, folder)
         if result is None:
             raise EnvironmentFailure("raised", f"the agent returned nothing and left no files in {RESULT_FOLDER}/")
         return result
@@ -139,8 +121,8 @@ class HostedRunner:
                         task=dict(task.task),
                         address=task.address,
                         api_key=task.api_key,
-                        folder=str(folder),
                         seed=task.seed,
+                        folder=str(folder),
                         max_threads=self.limits.max_threads,
                         disk_bytes=int(self.limits.disk_gib * GIB),
                     )
@@ -212,7 +194,6 @@ class ServiceRunner:
         self._http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limits)
 
     async def stop(self) -> None:
-        """Close all connections."""
         if self._http is not None:
             await self._http.close()
 
@@ -230,7 +211,7 @@ class ServiceRunner:
         }
         try:
             async with self._http.post(self.url, json=body, allow_redirects=False) as response:
-                answer = await response.content.read(MAX_RESULT_BYTES + 1)
+                answer = b""
                 while len(answer) <= MAX_RESULT_BYTES and (more := await response.content.read(MAX_RESULT_BYTES)):
                     answer += more
         except TimeoutError as error:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from rlhf.agents.calls import AgentResult, AgentRun, Call
 from rlhf.agents.limits import ProcessLimits, SessionLimits
-from rlhf.agents.runners import KEY, AgentRunner, AgentTask, HostedRunner, ServiceRunner, result_json
+from rlhf.agents.runners import KEY, AgentTask, HostedRunner, ServiceRunner, result_json
 from rlhf.agents.trees import assemble_sessions
 from rlhf.data.templates import UNCHANGED, ChatTemplate
 from rlhf.extensions import CodeSource
@@ -54,7 +54,7 @@ class AgentSpec:
         settings = repr((self.program, self.columns, self.max_calls, self.max_tokens, self.template, *self.servers))
         return hashlib.blake2b(self.source.digest() + settings.encode(), digest_size=16).hexdigest()
 
-    def runner(self) -> AgentRunner:
+    def runner(self) -> HostedRunner | ServiceRunner:
         if self.program is None:
             return ServiceRunner(self.source.args["url"], timeout_s=self.timeout_s, key=self.key)
         return HostedRunner(
@@ -70,13 +70,8 @@ class AgentSpec:
 class SessionState(Protocol):
     """A session at the front while the agent runs."""
 
-    @property
-    def exceeded(self) -> str | None:
-        """Return the key of the limit exceeded by the agent's calls."""
-
-    @property
-    def is_over(self) -> asyncio.Event:
-        """Return the event set after a limit has been exceeded."""
+    exceeded: str | None  # the key of the limit exceeded by the agent's calls
+    is_over: asyncio.Event  # set after a limit has been exceeded
 
 
 class AgentFront(Protocol):

@@ -9,7 +9,7 @@ same tokens. Nothing depends on the order of the calls, and nothing is tokenised
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from rlhf.agents.calls import AgentRun, Call
 from rlhf.data.prefix_tree import TokenIds, common_length, shared_with_earlier
 from rlhf.deferred import torch
-from rlhf.types import FinishReason, GroupRequest, RolloutInfo, Rollouts
+from rlhf.types import GroupRequest, RolloutInfo, Rollouts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +35,8 @@ class TrainingSequence:
 
 def training_sequences(calls: Sequence[Call]) -> list[TrainingSequence]:
     """Return the sequences of a session, starting with the most calls. Calls without a response give no sequence."""
-    whole = {
-        i: np.concatenate([call.prompt_ids, call.response_ids])
-        for i, call in enumerate(calls)
-        if len(call.response_ids)
-    }
+    answered = [(i, call) for i, call in enumerate(calls) if len(call.response_ids)]
+    whole = {i: np.concatenate([call.prompt_ids, call.response_ids]) for i, call in answered}
     order = sorted(whole, key=lambda i: _sort_key(calls[i], whole[i]))
     parents = _parents([calls[i] for i in order], [whole[i] for i in order])
     sizes = [1] * len(order)  # calls at and below each call
@@ -50,13 +47,10 @@ def training_sequences(calls: Sequence[Call]) -> list[TrainingSequence]:
             sizes[parent] += sizes[place]
             if parent not in next_calls or sizes[place] >= sizes[next_calls[parent]]:
                 next_calls[parent] = place
-    chains = []
-    for place, parent in enumerate(parents):
-        if parent is None or next_calls[parent] != place:
-            chain = [place]
-            while chain[-1] in next_calls:
-                chain.append(next_calls[chain[-1]])
-            chains.append(chain)
+    chains = [[place] for place, parent in enumerate(parents) if parent is None or next_calls[parent] != place]
+    for chain in chains:
+        while chain[-1] in next_calls:
+            chain.append(next_calls[chain[-1]])
     chains.sort(key=lambda chain: -len(chain))  # chains of one length stay in the order of their tokens
     return [_sequence(calls, [order[place] for place in chain], whole[order[chain[-1]]]) for chain in chains]
 
@@ -85,7 +79,6 @@ def _parents(calls: Sequence[Call], wholes: Sequence[TokenIds]) -> list[int | No
 
 
 def _sequence(calls: Sequence[Call], chain: Sequence[int], token_ids: npt.NDArray[np.int32]) -> TrainingSequence:
-    """Return the training sequence of a chain of calls. Each call continues the call before."""
     trained = np.zeros(len(token_ids), np.bool_)
     logprobs = np.zeros(len(token_ids), np.float32)
     versions = np.full(len(token_ids), -1, np.int32)
@@ -112,7 +105,7 @@ def assemble_sessions(request: GroupRequest, sessions: Sequence[AgentRun]) -> tu
     A session is a sample with one RolloutInfo, and all sequences have the sample's id. A session without a trained
     token has a single sequence, the prompt.
     """
-    by_sample = [list(_sequences(session, request)) for session in sessions]
+    by_sample = [_sequences(session, request) for session in sessions]
     ids = [request.first_sequence_id + index for index in range(len(sessions))]
     flat = [sequence for sequences in by_sample for sequence in sequences]
     rollouts = Rollouts(
@@ -123,17 +116,13 @@ def assemble_sessions(request: GroupRequest, sessions: Sequence[AgentRun]) -> tu
         rollout_logprobs=torch.from_numpy(np.concatenate([sequence.logprobs for sequence in flat])),
         versions=torch.from_numpy(np.concatenate([sequence.versions for sequence in flat])).long(),
     )
-    infos = (_info(*each) for each in zip(ids, sessions, by_sample, strict=True))
-    return rollouts, tuple(infos)
+    return rollouts, tuple(map(_info, ids, sessions, by_sample))
 
 
-def _sequences(session: AgentRun, request: GroupRequest) -> Iterator[TrainingSequence]:
-    sequences = [sequence for sequence in training_sequences(session.calls) if sequence.trained.any()]
-    if sequences:
-        yield from sequences
-        return
+def _sequences(session: AgentRun, request: GroupRequest) -> list[TrainingSequence]:
     prompt = session.calls[0].prompt_ids if session.calls else np.array(request.prompt.token_ids, np.int32)
-    yield _sequence((), (), prompt)
+    trained = [sequence for sequence in training_sequences(session.calls) if sequence.trained.any()]
+    return trained or [_sequence((), (), prompt)]
 
 
 def _info(sample_id: int, session: AgentRun, sequences: Sequence[TrainingSequence]) -> RolloutInfo:
@@ -143,20 +132,15 @@ def _info(sample_id: int, session: AgentRun, sequences: Sequence[TrainingSequenc
     shared = shared_with_earlier((sequence.token_ids, int(sequence.trained.argmax())) for sequence in sequences)
     num_tokens = sum(len(sequence.token_ids) for sequence in sequences) - sum(one.length for one in shared if one)
     num_prompt_tokens = int(first.argmax()) if first.any() else len(first)
+    last = max(session.calls, key=lambda call: call.ended_s, default=None)
     return RolloutInfo(
         sequence_id=sample_id,
         num_prompt_tokens=num_prompt_tokens,
         num_response_tokens=len(logprobs),
-        finish_reason=_finish_reason(session),
+        finish_reason="length" if last is not None and last.finish_reason == "length" else "stop",
         min_version=int(versions.min()) if len(versions) else -1,
         max_version=int(versions.max()) if len(versions) else -1,
         mean_logprob=float(logprobs.mean(dtype=np.float64)) if len(logprobs) else 0.0,
         num_turns=len(session.calls),
         num_environment_tokens=num_tokens - num_prompt_tokens - len(logprobs),
     )
-
-
-def _finish_reason(session: AgentRun) -> FinishReason:
-    """Return "length" if a limit truncated the last finished call."""
-    last = max(session.calls, key=lambda call: call.ended_s, default=None)
-    return "length" if last is not None and last.finish_reason == "length" else "stop"

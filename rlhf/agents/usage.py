@@ -37,8 +37,8 @@ def tree_of(leader: int, *, most: int) -> tuple[list[int], int]:
 def memory_of(pids: Iterable[int], *, limit: int) -> int:
     """Return the memory of processes in bytes. Below the limit, shared memory counts for each process."""
     pids = list(pids)
-    counted = sum(_resident(pid) for pid in pids)
-    return counted if counted <= limit else sum(_proportional(pid) for pid in pids)
+    counted = sum(map(_resident, pids))
+    return counted if counted <= limit else sum(map(_proportional, pids))
 
 
 def _resident(pid: int) -> int:

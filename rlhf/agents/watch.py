@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.agents.limits import ProcessLimits
@@ -23,23 +24,20 @@ LOOKING_SHARE = 0.05  # largest part of a core's time for each of the two kinds 
 GIB = 2**30
 
 
+@dataclass(slots=True, eq=False)
 class WatchedProcess:
-    """A running session. `exceeded` names the limit that ended the session."""
+    """A running session."""
 
-    def __init__(self, leader: int, folder: Path) -> None:
-        self.leader = leader
-        self.folder = folder
-        self.exceeded: str | None = None
-        self._process = pidfd_open(leader)
+    leader: int
+    folder: Path
+    pidfd: int  # of the leader
+    exceeded: str | None = None  # the limit that ended the session
 
     def end(self, exceeded: str) -> None:
         """Kill the leader. The host then kills all processes below."""
         self.exceeded = exceeded
         with contextlib.suppress(ProcessLookupError):
-            pidfd_send_signal(self._process, signal.SIGKILL)
-
-    def close(self) -> None:
-        os.close(self._process)
+            pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
 
 class ProcessWatch:
@@ -72,22 +70,28 @@ class ProcessWatch:
         for task in self._looking:
             if task.done():
                 task.result()  # raises why nobody looks
-        session = WatchedProcess(leader, folder)
+        session = WatchedProcess(leader, folder, pidfd_open(leader))
         self._sessions.add(session)
         try:
             yield session
         finally:
             self._sessions.remove(session)
-            session.close()
+            os.close(session.pidfd)
 
     async def _look(self, over: Callable[[WatchedProcess], str | None]) -> None:
         """Measure all sessions repeatedly, and end sessions over a limit."""
+
+        def measured(sessions: Sequence[WatchedProcess]) -> tuple[list[str | None], float]:
+            began = time.thread_time()
+            return [over(session) for session in sessions], time.thread_time() - began
+
         while True:
-            found, seconds = await asyncio.to_thread(_measured, over, tuple(self._sessions))
-            for session, exceeded in found.items():
-                if session in self._sessions:
+            sessions = tuple(self._sessions)
+            results, cpu_s = await asyncio.to_thread(measured, sessions)
+            for session, exceeded in zip(sessions, results, strict=True):
+                if exceeded is not None and session in self._sessions:
                     session.end(exceeded)
-            await asyncio.sleep(max(LOOK_EVERY_S, seconds / LOOKING_SHARE))
+            await asyncio.sleep(max(LOOK_EVERY_S, cpu_s / LOOKING_SHARE))
 
     def _over_processes(self, session: WatchedProcess) -> str | None:
         pids, threads = tree_of(session.leader, most=self.limits.max_threads)
@@ -103,12 +107,3 @@ class ProcessWatch:
         if disk_of(session.folder, pids, without=self._host, limit=limit) > limit:
             return f"the session's files took more than {self.key}.disk_gib: {self.limits.disk_gib:g}"
         return None
-
-
-def _measured(
-    over: Callable[[WatchedProcess], str | None], sessions: Sequence[WatchedProcess]
-) -> tuple[dict[WatchedProcess, str], float]:
-    """Return the exceeded limit of each session over a limit, and the CPU seconds of the measurement."""
-    began = time.thread_time()
-    found = {session: exceeded for session in sessions if (exceeded := over(session)) is not None}
-    return found, time.thread_time() - began

@@ -49,8 +49,9 @@ def test_a_refused_group_fails_the_others_whenever_they_arrive(late: bool) -> No
     steps: list[list[str]] = []
     held = entrance(steps)
     held.hold()
-    calls = [held.refuse(1, ValueError("no such token")), held.admit(2, ["a"]), held.release(2)]
-    results = outcomes(*([calls[0], calls[2], calls[1]] if late else calls))
+    held.refuse(1, ValueError("no such token"))
+    calls = [held.admit(2, ["a"]), held.release(2)]
+    results = outcomes(*(calls[::-1] if late else calls))
     errors = [str(result) for result in results if isinstance(result, RunError)]
     assert errors == ["engine: group 1: no such token"] * 2
     assert steps == []

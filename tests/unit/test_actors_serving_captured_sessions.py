@@ -22,16 +22,14 @@ def open_session(**limits: Any) -> CapturedSession:
 
 
 def draw(prompt: list[int], response: list[int], *, text: str = "yes", stop: str = "", restriction: Any = None) -> Draw:
-    return Draw(
-        prompt_ids=np.array(prompt, dtype=np.int32),
-        response_ids=np.array(response, dtype=np.int32),
-        logprobs=np.full(len(response), -1.0, dtype=np.float32),
-        versions=np.full(len(response), 3, dtype=np.int32),
-        restriction=restriction,
-        finish_reason="stop",
-        stop=stop,
-        text=text,
-    )
+    prompt_ids, response_ids = np.array(prompt, dtype=np.int32), np.array(response, dtype=np.int32)
+    logprobs, versions = np.full(len(response), -1.0, dtype=np.float32), np.full(len(response), 3, dtype=np.int32)
+    columns: Any = {"prompt_ids": prompt_ids, "response_ids": response_ids, "logprobs": logprobs, "versions": versions}
+    return Draw(**columns, restriction=restriction, finish_reason="stop", stop=stop, text=text)
+
+
+def assistant(content: Any = None, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
 
 
 def answer(session: CapturedSession, messages: list[Any], drawn: Draw, tools: Any = None) -> ServedCall:
@@ -52,60 +50,61 @@ def look_up(session: CapturedSession, messages: list[Any], tools: Any = None) ->
 def test_an_own_turn_is_known_by_its_text(content: Any) -> None:
     session = open_session()
     answer(session, [SYSTEM, ASK], draw([1, 2], [3, 4], text=" yes "))
-    said = {"role": "assistant", "content": content, "reasoning_content": "anything"}
     with session.call() as call:
-        known = session.look_up(call, [SYSTEM, ASK, said, ASK], None)
+        known = session.look_up(call, [SYSTEM, ASK, assistant(content, reasoning_content="anything"), ASK], None)
     assert known is not None
     assert (known.start, known.end, known.added) == (2, 3, "")
     assert session.tokens(known) == [1, 2, 3, 4]
     assert call.broke is None
 
 
-def test_calls_are_known_without_their_ids_and_however_their_arguments_are_written() -> None:
+@pytest.mark.parametrize(
+    ("text", "arguments", "messages"),
+    [
+        ("", '{"a": 1, "b": 2}', [("", '{"b":2,"a":1}')]),  # written otherwise
+        (None, '{"a": 1, "b": 2}', [(None, {"a": 1, "b": 2})]),  # as an object
+        ("wait", "{}", [("wait", None), (None, "{}")]),  # text and call in two messages
+    ],
+)
+def test_calls_are_known_without_their_ids_and_however_they_are_written(
+    text: str | None, arguments: str, messages: list[Any]
+) -> None:
     session = open_session()
     call = answer(session, [ASK], draw([1], [2, 3], text="<tool_call>...</tool_call>"), tools=["t"])
-    session.hear(call, 0, "", [("add", '{"a": 1, "b": 2}')])
-    function = {"name": "add", "arguments": '{"b":2,"a":1}'}
-    said = {"role": "assistant", "content": None, "tool_calls": [{"id": "another", "function": function}]}
-    result = {"role": "tool", "tool_call_id": "another", "content": "3"}
-    assert look_up(session, [ASK, said, result], ["t"]) == (0, None)
-    as_object = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1, "b": 2}}}]}
-    assert look_up(session, [ASK, as_object, result], ["t"]) == (0, None)
-
-
-def test_text_and_calls_in_two_messages_are_one_turn() -> None:
-    session = open_session()
-    call = answer(session, [ASK], draw([1], [2, 3]))
-    session.hear(call, 0, "wait", [("add", "{}")])
-    parts = [
-        {"role": "assistant", "content": "wait"},
-        {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]},
+    session.hear(call, 0, text, [("add", arguments)])
+    said = [
+        assistant(text)
+        if given is None
+        else assistant(text, tool_calls=[{"id": "x", "function": {"name": "add", "arguments": given}}])
+        for text, given in messages
     ]
-    assert look_up(session, [ASK, *parts, {"role": "tool", "content": "3"}]) == (0, None)
+    assert look_up(session, [ASK, *said, {"role": "tool", "tool_call_id": "x", "content": "3"}], ["t"]) == (0, None)
 
 
-def test_why_a_prefix_broke() -> None:
-    session = open_session(max_calls=20)
-    said = {"role": "assistant", "content": "yes"}
+@pytest.mark.parametrize(
+    ("messages", "tools", "expected"),
+    [
+        ([SYSTEM, ASK], None, (None, None)),  # a retry, or a conversation that begins
+        ([SYSTEM, {"role": "user", "content": "few"}, assistant("shot"), ASK], None, (None, None)),
+        ([SYSTEM, ASK, assistant("no"), ASK], None, (None, "edited history")),
+        ([SYSTEM, {"role": "user", "content": "ha"}, assistant("yes"), ASK], None, (None, "edited history")),
+        ([{"role": "system", "content": "T"}, ASK, assistant("yes"), ASK], None, (None, "other system prompt")),
+        ([SYSTEM, ASK, assistant("yes"), ASK], ["tool"], (None, "other tools")),
+        # The turn is still a prefix, and text that the session did not sample follows.
+        ([SYSTEM, ASK, assistant("yes"), ASK, assistant("not sampled"), ASK], None, (0, "edited history")),
+    ],
+)
+def test_why_a_prefix_broke(messages: list[Any], tools: Any, expected: Any) -> None:
+    session = open_session()
     answer(session, [SYSTEM, ASK], draw([1, 2], [3, 4]))
-    assert look_up(session, [SYSTEM, ASK]) == (None, None)  # a retry, or a conversation that begins
-    shot = [{"role": "user", "content": "few"}, {"role": "assistant", "content": "shot"}]
-    assert look_up(session, [SYSTEM, *shot, ASK]) == (None, None)
-    assert look_up(session, [SYSTEM, ASK, {"role": "assistant", "content": "no"}, ASK]) == (None, "edited history")
-    assert look_up(session, [SYSTEM, {"role": "user", "content": "ha"}, said, ASK]) == (None, "edited history")
-    other = {"role": "system", "content": "T"}
-    assert look_up(session, [other, ASK, said, ASK]) == (None, "other system prompt")
-    assert look_up(session, [SYSTEM, ASK, said, ASK], ["tool"]) == (None, "other tools")
-    foreign = {"role": "assistant", "content": "not sampled"}
-    # Its own turn is still a prefix, and text that the session did not sample follows.
-    assert look_up(session, [SYSTEM, ASK, said, ASK, foreign, ASK]) == (0, "edited history")
+    assert look_up(session, messages, tools) == expected
 
 
 def test_a_stop_string_and_what_the_client_wrote_behind_it_are_continued() -> None:
     session = open_session()
     answer(session, [ASK], draw([1], [2, 3], text="Thought", stop="\nObs:"))
     with session.call() as call:
-        known = session.look_up(call, [ASK, {"role": "assistant", "content": "Thought\nObs: 42"}, ASK], None)
+        known = session.look_up(call, [ASK, assistant("Thought\nObs: 42"), ASK], None)
     assert known is not None
     assert (known.call, known.added) == (0, " 42")
 
@@ -116,23 +115,21 @@ def test_of_two_answers_with_one_text_the_one_with_the_clients_reasoning_is_cont
         call = answer(session, [ASK], draw([1], [2, 10 + index, 3], text=f"<think>{thought}</think>yes"))
         session.hear(call, index, "yes", ())
 
-    def said(thought: str | None, name: str = "reasoning") -> dict[str, Any]:
-        return {"role": "assistant", "content": "yes"} | ({} if thought is None else {name: f"{thought}\n"})
-
     for index, thought in enumerate(("one", "one more", "two")):
-        assert look_up(session, [ASK, said(thought), ASK]) == (index, None)
-        assert look_up(session, [ASK, said(thought, "reasoning_content"), ASK]) == (index, None)
-    assert look_up(session, [ASK, said(None), ASK]) == (2, None)  # the newest: the client dropped the reasoning
+        for name in ("reasoning", "reasoning_content"):
+            assert look_up(session, [ASK, assistant("yes", **{name: f"{thought}\n"}), ASK]) == (index, None)
+    # The newest: the client dropped the reasoning.
+    assert look_up(session, [ASK, assistant("yes"), ASK]) == (2, None)
     # Both answers to the next question have one text and no reasoning. The client's first turn tells them apart.
     for first in ([1, 2, 10, 3], [1, 2, 12, 3]):
-        answer(session, [ASK, said(None), ASK], draw([*first, 4], [5], text="no"))
-    after = {"role": "assistant", "content": "no"}
-    assert look_up(session, [ASK, said("one"), ASK, after, ASK]) == (3, None)
-    assert look_up(session, [ASK, said("two"), ASK, after, ASK]) == (4, None)
+        answer(session, [ASK, assistant("yes"), ASK], draw([*first, 4], [5], text="no"))
+    for index, thought in ((3, "one"), (4, "two")):
+        begun = [ASK, assistant("yes", reasoning=thought), ASK]
+        assert look_up(session, [*begun, assistant("no"), ASK]) == (index, None)
 
 
-def test_captured_calls() -> None:
-    session = open_session()
+def test_captured_calls_and_their_seeds() -> None:
+    session, other = open_session(), open_session()
     first = answer(session, [ASK], draw([1, 2], [3, 4]))
     answer(session, [], draw([1, 2, 3, 4, 5], [6], restriction="tool_choice"))
     assert (session.calls[1].free.tolist(), session.calls[1].restriction) == ([False], "tool_choice")
@@ -140,6 +137,9 @@ def test_captured_calls() -> None:
     assert session.calls[0].versions.tolist() == [3, 3]
     assert 0.0 <= session.calls[0].ended_s <= session.calls[1].ended_s
     assert first.name == "session1-1-"
+    seeds = [session.next_seed() for _ in range(3)]
+    assert seeds == [other.next_seed() for _ in range(3)]
+    assert (len(set(seeds)), seeds[0]) == (3, 5)
 
 
 def test_limits() -> None:
@@ -164,14 +164,6 @@ def test_limits() -> None:
     assert (refused.value.status, session.exceeded) == (429, "max_calls")
 
 
-def test_each_draw_has_a_seed_of_its_own_and_the_same_again() -> None:
-    first, second = open_session(), open_session()
-    seeds = [first.next_seed() for _ in range(3)]
-    assert seeds == [second.next_seed() for _ in range(3)]
-    assert len(set(seeds)) == 3
-    assert seeds[0] == 5
-
-
 def test_a_closed_session_is_unknown_and_its_calls_are_dropped() -> None:
     dropped: list[str] = []
     sessions = CapturedSessions(dropped.append)
@@ -184,5 +176,6 @@ def test_a_closed_session_is_unknown_and_its_calls_are_dropped() -> None:
     (call,) = sessions.close("a")
     assert call.response_ids.tolist() == [2]
     assert dropped == [session.name]
-    assert sessions.find("a") is None
+    with pytest.raises(RefusedCall, match="no open session has this key"):
+        sessions.find("a")
     assert sessions.find("b") is other
