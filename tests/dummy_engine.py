@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -37,11 +38,9 @@ class DummyLoop:
         self.waiting: dict[str, Future[Any]] = {}
 
     def submit(self, submissions: Sequence[Submission]) -> list[Future[Any]]:
-        futures = []
-        for submission in submissions:
-            self.asked.append(submission)
-            future: Future[Any] = Future()
-            futures.append(future)
+        self.asked += submissions
+        futures: list[Future[Any]] = [Future() for _ in submissions]
+        for submission, future in zip(submissions, futures, strict=True):
             if self.hold:
                 self.waiting[submission.request_id] = future
             else:
@@ -61,44 +60,34 @@ class DummyLoop:
         from vllm.sampling_params import RequestOutputKind
 
         assert self.on_step is not None
-        params = submission.params
-        parts = []
+        params, parts = submission.params, []
+        streams = params.output_kind == RequestOutputKind.DELTA and params.n == 1
         for index in range(params.n):
             ids = self.says(submission.prompt_token_ids, params)[: params.max_tokens]
-            ends = bool(ids) and (ids[-1] in params.stop_token_ids or ids[-1] == self.tokenizer.eos_token_id)
+            ends = bool(ids) and ids[-1] in (*params.stop_token_ids, self.tokenizer.eos_token_id)
             text = self.tokenizer.decode(ids[:-1] if ends else ids, skip_special_tokens=True)
             stop = next((stop for stop in params.stop if stop in text), None)
-            parts.append((index, ids, text.partition(stop)[0] if stop else text, ends or stop is not None, stop))
-        streams = params.output_kind == RequestOutputKind.DELTA and params.n == 1
-        outputs = []
-        for index, ids, text, ends, stop in parts:
-            cuts = [*range(0, len(ids), self.chunk), len(ids)] if streams else [0, len(ids)]
-            shown = 0
-            for begin, end in itertools.pairwise(cuts):
+            text, shown = text.partition(stop)[0] if stop else text, 0
+            for begin, end in itertools.pairwise(
+                [*range(0, len(ids), self.chunk if streams else len(ids) or 1), len(ids)]
+            ):
                 is_last = end == len(ids)
-                until = (
-                    len(text)
-                    if is_last
-                    else min(len(text), len(self.tokenizer.decode(ids[:end], skip_special_tokens=True)))
-                )
+                until = len(text) if is_last else len(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
                 part = CompletionOutput(
                     index=index,
                     text=text[shown:until],
                     token_ids=ids[begin:end],
                     cumulative_logprob=None,
                     logprobs=_logprobs(ids[begin:end], begin, params),
-                    finish_reason=(self.end or ("stop" if ends else "length")) if is_last else None,
+                    finish_reason=(self.end or ("stop" if ends or stop else "length")) if is_last else None,
                     stop_reason=stop if is_last else None,
                     weight_versions=[WeightVersionSpan(str(self.version), 0, len(ids))] if is_last else None,
                 )
                 shown = until
-                outputs.append((part, is_last))
-        groups = [[part] for part, _ in outputs] if streams else [[part for part, _ in outputs]]
-        for place, group in enumerate(groups):
-            finished = place == len(groups) - 1
-            output = RequestOutput(
-                submission.request_id, None, list(submission.prompt_token_ids), None, group, finished
-            )
+                parts.append(part)
+        for step in [[part] for part in parts] if streams else [parts]:
+            prompt_ids = list(submission.prompt_token_ids)
+            output = RequestOutput(submission.request_id, None, prompt_ids, None, step, step[-1] is parts[-1])
             self.on_step([output])
         future.set_result(output)
 
@@ -117,8 +106,6 @@ def _logprobs(ids: Sequence[int], begin: int, params: Any) -> Any:
 
 def dummy_parts(model: Path, max_model_len: int = 1024) -> EngineParts:
     """Return the parts of an engine for a model folder, without loaded weights."""
-    import os
-
     lengths: dict[str, Any] = {"dtype": "float32", "max_model_len": max_model_len}
     os.environ |= engine_environment(RolloutSpec(model=str(model), transport=None, **lengths))
     from vllm import EngineArgs

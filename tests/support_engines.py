@@ -125,14 +125,11 @@ def measure(model_type: str, folder: Path, dtype: Dtype, *, frozen: bool = False
         own_logprobs(model, [*prompt, *tokens])[-len(tokens) :] - torch.tensor(logprobs)
         for prompt, tokens, logprobs in rows
     ]
-    worst = float(torch.cat(differences).abs().max())  # NaN if there is one
-    return f"{worst:.0e}"
+    return f"{float(torch.cat(differences).abs().max()):.0e}"  # NaN if there is one
 
 
 def _in_a_fork(source: str, dtype: Dtype, manifest: WeightManifest | None) -> str | list[Row]:
-    """Return the samples of an engine with the published weights or the folder's weights, or the reason for no
-    samples.
-    """
+    """Return the samples of an engine with the published or the folder's weights, or the reason for no samples."""
     context = get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(source, dtype, manifest, theirs))
@@ -150,10 +147,8 @@ def _in_a_fork(source: str, dtype: Dtype, manifest: WeightManifest | None) -> st
 def _answer(source: str, dtype: Dtype, manifest: WeightManifest | None, connection: Connection) -> None:
     try:
         transport: Transport | None = None if manifest is None else "shm"
-        spec = RolloutSpec(
-            model=source, dtype=dtype, max_model_len=128, max_num_seqs=8, transport=transport, kv_cache_gib=0.05
-        )
-        engine = build_engine(spec)
+        sizes: Any = {"max_model_len": 128, "max_num_seqs": 8, "kv_cache_gib": 0.05}
+        engine = build_engine(RolloutSpec(model=source, dtype=dtype, transport=transport, **sizes))
         if manifest is not None:
             load_weights(engine, manifest, keep_cache=False)
         connection.send(sampled(engine))
@@ -173,9 +168,8 @@ def sampled(engine: Any) -> list[Row]:
     """Prompts, and the engine's tokens and log-probabilities after each."""
     sampling = Sampling(max_new_tokens=12)
     for index, prompt in enumerate(PROMPTS):
-        engine.add_request(
-            str(index), {"prompt_token_ids": prompt}, sampling_params(sampling, index, turn_end=None, added={})
-        )
+        params = sampling_params(sampling, index, turn_end=None, added={})
+        engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
     found = {}
     while engine.has_unfinished_requests():
         for output in engine.step():

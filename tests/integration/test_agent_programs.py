@@ -18,12 +18,11 @@ import pytest
 
 from actors.serving.front import FrontSpec
 from actors.serving.front_engine import EngineParts
-from rlhf.agents.limits import ProcessLimits, SessionLimits
-from rlhf.agents.runners import AgentTask, HostedRunner
-from rlhf.agents.sessions import COMMAND
+from rlhf.agents.limits import SessionLimits
+from rlhf.agents.runners import AgentTask
 from rlhf.agents.trees import training_sequences
-from rlhf.extensions import CodeSource
 from rlhf.types import Sampling
+from tests.agent_programs import command
 from tests.dummy_engine import DummyLoop, dummy_parts, open_front
 from tests.integration.recipes import ONLINE, merge, rows, train, write_config
 
@@ -144,10 +143,8 @@ async def test_a_program_of_a_package_calls_its_tools(
     tokenizer, turns = parts.renderer.get_tokenizer(), list(program.turns)
     loop = DummyLoop(tokenizer, lambda prompt, params: tokenizer.encode(f"{turns.pop(0)}<|im_end|>"))
     front = await open_front(loop, parts, FrontSpec(name="policy", template=(PROGRAMS / "hermes.jinja").read_text()))
-    words = [str(pythons(program.package)), str(PROGRAMS / f"{program.name}.py")]
-    source = CodeSource(path=None, name="command", args={"command": words, "sandbox": program.sandbox})
-    limits = ProcessLimits(memory_gib=4.0, max_threads=512, disk_gib=1.0)
-    runner = HostedRunner(source, program=COMMAND, timeout_s=200.0, limits=limits, key="rollouts.agent")
+    words = str(pythons(program.package)), str(PROGRAMS / f"{program.name}.py")
+    runner = command(*words, timeout_s=200.0, sandbox=program.sandbox)
     await runner.start()
     try:
         session = SessionLimits(max_calls=8, max_tokens=4096, seed=1)

@@ -38,9 +38,18 @@ SEARCH: dict[str, Any] = {
 }
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
 def config(folder: Path, name: str, **changes: Any) -> Path:
     run = {"run": {"name": name, "dir": str(folder), "seed": 3}}
     return write_config(folder / f"{name}.yaml", {**changes, **run}, base=merge(ONLINE, SEARCH))
+
+
+def long_results(folder: Path) -> dict[str, Any]:
+    """Return rewards for the length of a result, in place of the example's reward."""
+    (folder / "long.py").write_text("def long(prompt, response, result):\n    return float(len(result))\n")
+    return {"found": None, "long": {"function": f"{folder}/long.py:long"}}
 
 
 def samples(run: Path, step: int) -> list[dict[str, Any]]:
@@ -48,8 +57,6 @@ def samples(run: Path, step: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_an_unmodified_client_is_trained(tmp_path: Path) -> None:
     train(config(tmp_path, "search"))
     for row in rows(tmp_path / "search")[1:]:
@@ -64,22 +71,17 @@ def test_an_unmodified_client_is_trained(tmp_path: Path) -> None:
         assert sum(turn["tokens"] for turn in turns if turn["sampled"]) == sample["response_tokens"]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_branches_of_a_session_are_trained(tmp_path: Path) -> None:
     agent = {"function": f"{EXAMPLES}/sub_agents.py:solve", "columns": None, "max_calls": 8, "max_tokens": 128}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{n};a;b"}) + "\n" for n in range(64)))
-    (tmp_path / "long.py").write_text("def long(prompt, response, result):\n    return float(len(result))\n")
     data = {"train": str(tmp_path / "rows.jsonl"), "eval": None}
-    rewards = {"found": None, "long": {"function": f"{tmp_path}/long.py:long"}}
+    rewards = long_results(tmp_path)
     train(config(tmp_path, "branches", data=data, eval=None, rollouts={"agent": agent}, rewards=rewards))
     for row in rows(tmp_path / "branches"):
         assert row["experience/rollout_logprob_diff/max"] < 1e-4
         assert row["agents/calls/mean"] == 4.0
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_an_update_comes_within_a_session(tmp_path: Path) -> None:
     """In flight, the weights change during open sessions. Each token is trained as sampled by its version."""
     agent = tmp_path / "resting.py"
@@ -94,19 +96,14 @@ def test_an_update_comes_within_a_session(tmp_path: Path) -> None:
         "        await asyncio.sleep(1.0)\n"
         "    return messages[-1]['content']\n"
     )
-    (tmp_path / "long.py").write_text("def long(prompt, response, result):\n    return float(len(result))\n")
     written = config(
         tmp_path,
         "in_flight",
         algorithm={"correction": {"preset": "token_tis"}},
         data={"eval": None},
         eval=None,
-        rollouts={
-            "agent": {"function": f"{agent}:solve"},
-            "max_staleness": 2,
-            "weight_updates": "in_flight",
-        },
-        rewards={"found": None, "long": {"function": f"{tmp_path}/long.py:long"}},
+        rollouts={"agent": {"function": f"{agent}:solve"}, "max_staleness": 2, "weight_updates": "in_flight"},
+        rewards=long_results(tmp_path),
         train={"steps": 4},
     )
     train(written)
@@ -115,8 +112,6 @@ def test_an_update_comes_within_a_session(tmp_path: Path) -> None:
     assert all(row["agents/broken_prefixes/fraction"] == 0.0 for row in rows(tmp_path / "in_flight"))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_killed_run_has_every_session_once(tmp_path: Path) -> None:
     """Sessions of groups finished before the kill are read from the store, and not run again."""
     ran = tmp_path / "ran"
@@ -161,8 +156,6 @@ def test_a_killed_run_has_every_session_once(tmp_path: Path) -> None:
     assert again <= sessions // 3 - 4 * len(finished), "sessions of stored groups ran again"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(500)
 def test_an_evaluation_runs_the_sessions_of_the_run(
     tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,17 +48,15 @@ GROWTH_MIB = 600.0
 async def test_hostile_agents_harm_only_their_sessions(tiny_model: Path) -> None:
     loop = DummyLoop(TOKENIZER, lambda prompt, params: [65, 66, TOKENIZER.eos_token_id])
     front = await open_front(loop, dummy_parts(tiny_model), FrontSpec(name="tiny", template=TEMPLATE))
+    limits: Any = {"max_calls": 10, "max_tokens": 512, "timeout_s": 20.0, "processes": 64}
     spec = AgentSpec(
         source=CodeSource(path=str(HOSTILE), name="solve"),
         program=FUNCTION,
         columns=("attack",),
-        max_calls=10,
-        max_tokens=512,
-        timeout_s=20.0,
         process_limits=ProcessLimits(memory_gib=2.0, max_threads=100, disk_gib=0.1),
-        processes=64,
         tokenizer="",
         trust_remote_code=False,
+        **limits,
     )
     sessions = AgentSessions(spec, front.sessions, front.base_url)
     await sessions.start()
@@ -67,8 +65,7 @@ async def test_hostile_agents_harm_only_their_sessions(tiny_model: Path) -> None
     assert runner._folder is not None
 
     async def group(attack: str, samples: int) -> list[RolloutInfo]:
-        ids = tuple(TOKENIZER("?", add_special_tokens=False).input_ids)
-        prompt = Prompt(prompt_id=3, token_ids=ids, text="?", columns={"attack": attack})
+        prompt = Prompt(prompt_id=3, token_ids=(63,), text="?", columns={"attack": attack})
         asked = request_for(prompt, group_id=0, first_sequence_id=0, samples=samples, run_seed=0)
         _, infos = await sessions.group(asked, Sampling(max_new_tokens=8))
         return list(infos)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from actors.weights.adapter import AdapterSender
 from actors.weights.shm import ShmSender
 from rlhf.errors import RunError
+from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.models.files.weights import adapter_sources
 from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Sampling
 from tests.integration.engine_helpers import (
@@ -34,6 +35,7 @@ from tests.integration.engine_helpers import (
 )
 
 Group = tuple[Rollouts, tuple[RolloutInfo, ...]]
+END = byte_tokenizer().eos_token_id
 
 
 @pytest.fixture(scope="module")
@@ -84,20 +86,6 @@ def test_rollouts_carry_what_was_sampled(synced: Any, model: Any) -> None:
         assert info.mean_logprob == pytest.approx(float(sequence["rollout_logprobs"][prompt:].mean()))
 
 
-def test_a_sampled_end_of_sequence_is_part_of_the_response(synced: Any, tiny_model: Path) -> None:
-    end = AutoTokenizer.from_pretrained(tiny_model).eos_token_id
-    groups = answer(synced, [request(i, samples=8) for i in range(8)], Sampling(max_new_tokens=64))
-    ended = 0
-    for rollouts, infos in groups.values():
-        for sequence, info in zip(sequences(rollouts), infos, strict=True):
-            response = sequence["token_ids"][sequence["response_mask"]].tolist()
-            assert (response[-1] == end) == (info.finish_reason == "stop")
-            assert end not in response[:-1]
-            assert info.finish_reason == "stop" or len(response) == 64
-            ended += info.finish_reason == "stop"
-    assert ended > 0
-
-
 def test_seeds_name_their_samples(synced: Any) -> None:
     """The same seed gives the same tokens in every batch; different seeds give different tokens."""
     alone = call(synced.generate.remote(request(5, samples=1), SAMPLING))[0]
@@ -119,48 +107,45 @@ def test_held_batches_are_bitwise_equal_whatever_the_order_of_arrival(synced: An
                 assert torch.equal(rollouts.rollout_logprobs, other[group_id][0].rollout_logprobs)
 
 
-def test_greedy_takes_the_likeliest_token(synced: Any, model: Any) -> None:
-    rollouts, _ = call(synced.generate.remote(request(6, samples=1), Sampling(max_new_tokens=12, temperature=0.0)))
-    (sequence,) = sequences(rollouts)
-    with torch.no_grad():
-        likeliest = model(sequence["token_ids"][None]).logits[0, :-1].argmax(-1)
-    mask = sequence["response_mask"][1:]
-    assert sequence["token_ids"][1:][mask].tolist() == likeliest[mask].tolist()
-
-
-def test_logprobs_are_of_the_distribution_that_was_sampled_from(synced: Any, model: Any) -> None:
-    rollouts, _ = call(synced.generate.remote(request(7), dataclasses.replace(SAMPLING, temperature=0.5)))
+@pytest.mark.parametrize(
+    "changes", [{"temperature": 0.0}, {"temperature": 0.5}, {"top_k": 2}, {"min_p": 0.5}, {"repetition_penalty": 1.5}]
+)
+def test_logprobs_are_of_the_distribution_that_was_sampled_from(
+    synced: Any, model: Any, changes: dict[str, Any]
+) -> None:
+    sampling = dataclasses.replace(SAMPLING, **changes)
+    rollouts, _ = call(synced.generate.remote(request(7), sampling))
     for sequence in sequences(rollouts):
-        expected = logprobs_of(model, sequence["token_ids"], temperature=0.5)
-        mask = sequence["response_mask"]
-        torch.testing.assert_close(sequence["rollout_logprobs"][mask], expected[mask], atol=1e-4, rtol=0)
-
-
-def test_top_k_samples_among_the_likeliest(synced: Any, model: Any) -> None:
-    rollouts, _ = call(synced.generate.remote(request(8), dataclasses.replace(SAMPLING, top_k=2)))
-    for sequence in sequences(rollouts):
+        ids, mask = sequence["token_ids"], sequence["response_mask"][1:]
         with torch.no_grad():
-            best = model(sequence["token_ids"][None]).logits[0, :-1].topk(2).indices
-        inside = (best == sequence["token_ids"][1:, None]).any(-1)
-        assert inside[sequence["response_mask"][1:]].all()
+            logits = model(ids[None]).logits[0, :-1].float()
+        if sampling.temperature == 0.0:
+            assert ids[1:][mask].tolist() == logits.argmax(-1)[mask].tolist()
+            continue
+        for place in range(len(logits) if sampling.repetition_penalty != 1.0 else 0):
+            seen = ids[: place + 1].unique()
+            at = logits[place, seen]
+            logits[place, seen] = torch.where(at > 0, at / 1.5, at * 1.5)
+        logits /= sampling.temperature
+        if sampling.min_p:
+            likeliest = logits.softmax(-1).max(-1, keepdim=True).values
+            logits = logits.masked_fill(logits.softmax(-1) < sampling.min_p * likeliest, -torch.inf)
+        if sampling.top_k is not None:
+            logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -torch.inf)
+        expected = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        torch.testing.assert_close(sequence["rollout_logprobs"][1:][mask], expected[mask], atol=1e-4, rtol=0)
 
 
 def test_stop_strings_end_the_response_and_stay_in_it(synced: Any, tiny_model: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    sampling = Sampling(max_new_tokens=200, stop=("e",))
-    rollouts, infos = call(synced.generate.remote(request(9, samples=8), sampling))
+    """The untrained model samples reserved tokens at random. `stop` names such tokens, also behind another token."""
+    tokenizer, reserved = AutoTokenizer.from_pretrained(tiny_model), list(range(261, 320))
+    rollouts, infos = call(synced.generate.remote(request(9, samples=8), Sampling(max_new_tokens=200, stop=("e",))))
     stopped = 0
     for sequence, info in zip(sequences(rollouts), infos, strict=True):
         text = tokenizer.decode(sequence["token_ids"][sequence["response_mask"]], skip_special_tokens=True)
         assert "e" not in text[:-1]
         stopped += text.endswith("e") and info.finish_reason == "stop"
     assert stopped > 0
-
-
-def test_a_stop_string_may_hold_special_tokens(synced: Any, tiny_model: Path) -> None:
-    """The untrained model samples reserved tokens at random. `stop` names such tokens, also behind another token."""
-    reserved = list(range(261, 320))
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     names = tokenizer.convert_ids_to_tokens(reserved)
     assert _ends_at(synced, request(50, samples=8), Sampling(max_new_tokens=200, stop=tuple(names)), reserved) > 0
     pairs = Sampling(max_new_tokens=200, stop=tuple(a + b for a in names for b in names))
@@ -169,43 +154,26 @@ def test_a_stop_string_may_hold_special_tokens(synced: Any, tiny_model: Path) ->
     assert any(set(two) <= set(reserved) for two in last)
 
 
-def test_a_token_by_its_id_ends_a_response_and_so_does_the_templates_end(synced: Any) -> None:
+def test_a_token_by_its_id_ends_a_response_and_so_do_the_models_and_the_templates_end(synced: Any) -> None:
     by_id = Sampling(max_new_tokens=200, stop_token_ids=(101, 102, 103))
     assert _ends_at(synced, request(51, samples=8), by_id, [101, 102, 103]) > 0
     asked = request(52, samples=8)
     chat = dataclasses.replace(asked, prompt=dataclasses.replace(asked.prompt, is_chat=True, turn_end=104))
     assert _ends_at(synced, chat, Sampling(max_new_tokens=200), [104]) > 0
+    assert _ends_at(synced, request(54, samples=64), Sampling(max_new_tokens=64), [END]) > 0
 
 
 def _ends_at(handle: Any, asked: GroupRequest, sampling: Sampling, ends: list[int]) -> int:
-    """Count the responses ended by a token of `ends`; no response has such a token before the last token."""
+    """Count the responses ended by a token of `ends`; no response has an end before its last token."""
     rollouts, infos = call(handle.generate.remote(asked, sampling))
     stopped = 0
     for sequence, info in zip(sequences(rollouts), infos, strict=True):
         ids = sequence["token_ids"][sequence["response_mask"]].tolist()
-        assert not set(ids[:-1]) & set(ends)
-        stopped += ids[-1] in ends and info.finish_reason == "stop"
+        assert not set(ids[:-1]) & {*ends, END}
+        assert (info.finish_reason == "stop") == (ids[-1] in {*ends, END})
+        assert info.finish_reason == "stop" or len(ids) == sampling.max_new_tokens
+        stopped += ids[-1] in ends
     return stopped
-
-
-@pytest.mark.parametrize("changes", [{"min_p": 0.5}, {"repetition_penalty": 1.5}])
-def test_logprobs_are_of_the_truncated_or_penalised_distribution(
-    synced: Any, model: Any, changes: dict[str, Any]
-) -> None:
-    rollouts, _ = call(synced.generate.remote(request(53), dataclasses.replace(SAMPLING, **changes)))
-    for sequence in sequences(rollouts):
-        ids, mask = sequence["token_ids"], sequence["response_mask"]
-        with torch.no_grad():
-            logits = model(ids[None]).logits[0, :-1].float()
-        if "min_p" in changes:
-            likeliest = logits.softmax(-1).max(-1, keepdim=True).values
-            logits = logits.masked_fill(logits.softmax(-1) < 0.5 * likeliest, -torch.inf)
-        for place in range(len(logits) if "repetition_penalty" in changes else 0):
-            seen = ids[: place + 1].unique()
-            at = logits[place, seen]
-            logits[place, seen] = torch.where(at > 0, at / 1.5, at * 1.5)
-        expected = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-        torch.testing.assert_close(sequence["rollout_logprobs"][1:][mask[1:]], expected[mask[1:]], atol=1e-4, rtol=0)
 
 
 def test_finished_groups_are_spooled_and_speak_for_their_request_alone(synced: Any, spool: Path) -> None:
@@ -223,15 +191,12 @@ def test_finished_groups_are_spooled_and_speak_for_their_request_alone(synced: A
     assert call(synced.read_spooled.remote(asked, dataclasses.replace(SAMPLING, temperature=0.5), 1)) is None
 
 
-def test_a_prompt_that_does_not_fit_is_named(synced: Any) -> None:
-    with pytest.raises(RunError, match=r"prompt 21 has 500 tokens, with max_new_tokens 24 that is more than .* 512"):
-        call(synced.generate.remote(request(21, prompt_tokens=500), SAMPLING))
-
-
 def test_cancelled_groups_leave_the_engine_to_the_others(synced: Any, spool: Path) -> None:
     long = dataclasses.replace(SAMPLING, max_new_tokens=480)
     call(synced.hold.remote())
     running = {group_id: synced.generate.remote(request(group_id), long) for group_id in (2, 22, 222)}
+    health = call(synced.health.remote())
+    assert (health.requests_in_flight, health.rss_gib > 0.1) == (0, True)  # held back: not in the engine yet
     call(synced.release.remote(3))
     while call(synced.health.remote()).requests_in_flight != 12:
         pass
@@ -251,7 +216,7 @@ def test_cancelled_groups_leave_the_engine_to_the_others(synced: Any, spool: Pat
     ("prompt", "sampling", "message"),
     [
         ((1, 2), dataclasses.replace(SAMPLING, temperature=3.0), r"temperature must be in \[0, 2\]"),
-        ((1, 2), dataclasses.replace(SAMPLING, max_new_tokens=600), "more than the engine's 512"),
+        ((1,) * 500, SAMPLING, "prompt 24 has 500 tokens, with max_new_tokens 24 that is more than the engine's 512"),
         ((1, 10**6), SAMPLING, "out of vocabulary"),
     ],
     ids=["temperature", "length", "token"],
@@ -271,16 +236,6 @@ def test_what_the_engine_refuses_ends_the_wait_at_once(
     call(synced.generate.remote(request(26), SAMPLING))
 
 
-def test_health_answers_while_groups_are_awaited(synced: Any) -> None:
-    call(synced.hold.remote())
-    waiting = synced.generate.remote(request(23), SAMPLING)
-    health = call(synced.health.remote())
-    assert health.requests_in_flight == 0  # held back: not in the engine yet
-    assert health.rss_gib > 0.1
-    call(synced.release.remote(1))
-    call(waiting)
-
-
 def test_an_adapter_is_loaded_over_the_one_before_also_for_running_samples(
     tiny_model: Path, ray_local: None, tmp_path: Path
 ) -> None:
@@ -296,9 +251,8 @@ def test_an_adapter_is_loaded_over_the_one_before_also_for_running_samples(
             with torch.no_grad():
                 for name, parameter in policy.named_parameters():
                     if "lora_" in name:
-                        parameter.copy_(
-                            0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(version))
-                        )
+                        generator = torch.Generator().manual_seed(version)
+                        parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
             weights = ((source.name, source.make()) for source in adapter_sources(policy))
             receipt = sync(handle, sender.publish(weights, version))
             assert receipt.version == version
@@ -329,19 +283,14 @@ def test_an_adapter_is_loaded_over_the_one_before_also_for_running_samples(
     sender.close()
 
 
-def test_a_dead_engine_names_itself_and_its_requests(tiny_model: Path, ray_local: None, model: Any) -> None:
-    """The step raises in the middle of a rollout; everything after says so too."""
+def test_a_dead_engine_names_itself_and_its_requests(synced: Any) -> None:
+    """The step raises in the middle of a rollout; everything after says so too. No later test can use the engine."""
 
     def broken(*args: Any, **kwargs: Any) -> None:
         raise ValueError("a broken kernel")
 
-    sender = ShmSender(rank=0)
-    with engine(spec(tiny_model)) as handle:
-        sync(handle, sender.publish(model.named_parameters(), 1))
-        call(handle.replace.remote("vllm.v1.worker.gpu_model_runner.GPUModelRunner", "execute_model", broken))
-        for _ in range(2):
-            with pytest.raises(RayTaskError) as caught:
-                call(handle.generate.remote(request(1), SAMPLING))
-            assert isinstance(caught.value.cause, RunError)
-            assert "rollout engine 0 died with 4 requests in flight: ValueError: a broken kernel" in str(caught.value)
-    sender.close()
+    call(synced.replace.remote("vllm.v1.worker.gpu_model_runner.GPUModelRunner", "execute_model", broken))
+    for _ in range(2):
+        with pytest.raises(RayTaskError, match="died with 4 requests in flight: ValueError: a broken kernel") as caught:
+            call(synced.generate.remote(request(1), SAMPLING))
+        assert isinstance(caught.value.cause, RunError)

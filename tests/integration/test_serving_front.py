@@ -58,16 +58,16 @@ SESSIONS, CALLS = 6, 4
 class CapturingEngine(ServingEngine):
     """An engine with sessions opened and closed by a test from outside the process."""
 
+    front: Any
+
     async def open_session(self, key: str, sampling: Sampling, limits: SessionLimits) -> None:
-        assert self.front is not None
         self.front.sessions.open(key, sampling, limits)
 
     async def close_session(self, key: str) -> list[Call]:
-        assert self.front is not None
-        return self.front.sessions.close(key)
+        calls: list[Call] = self.front.sessions.close(key)
+        return calls
 
     async def close_front(self) -> None:
-        assert self.front is not None
         await self.front.close()
 
 
@@ -96,22 +96,25 @@ async def test_the_clients_of_openai_and_anthropic(smollm2_engine: Any) -> None:
     async with fronted(smollm2_engine) as url:
         client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="own", max_retries=0)
         ask: dict[str, Any] = {"model": "smol", "messages": [{"role": "user", "content": "Say hello."}]}
-        whole = await client.chat.completions.create(**ask, max_tokens=12, temperature=0, logprobs=True, top_logprobs=3)
-        token = whole.choices[0].logprobs.content[0]
+
+        async def choices(**more: Any) -> Any:
+            values = {"max_tokens": 12, "temperature": 0} | ask | more
+            return (await client.chat.completions.create(**values)).choices
+
+        (whole,) = await choices(logprobs=True, top_logprobs=3)
+        token = whole.logprobs.content[0]
         assert len(token.top_logprobs) == 3
         assert token.logprob == max(one.logprob for one in token.top_logprobs)
         stream = await client.chat.completions.create(**ask, max_tokens=12, temperature=0, stream=True)
         text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
-        assert text == whole.choices[0].message.content
-        several = await client.chat.completions.create(**ask, max_tokens=12, n=3, seed=5)
-        assert len({choice.message.content for choice in several.choices}) == 3
+        assert text == whole.message.content
+        assert len({choice.message.content for choice in await choices(n=3, seed=5, temperature=1)}) == 3
         letter = text[len(text) // 2]
-        cut = await client.chat.completions.create(**ask, max_tokens=12, temperature=0, stop=[letter])
-        assert cut.choices[0].message.content == text.partition(letter)[0]
+        assert (await choices(stop=[letter]))[0].message.content == text.partition(letter)[0]
         schema = {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]}
         form: Any = {"type": "json_schema", "json_schema": {"name": "f", "schema": schema}}
-        told = await client.chat.completions.create(**ask, max_tokens=40, temperature=0, response_format=form)
-        assert told.choices[0].message.content.replace(" ", "").replace("\n", "").startswith('{"a":1')
+        (told,) = await choices(max_tokens=40, response_format=form)
+        assert told.message.content.replace(" ", "").replace("\n", "").startswith('{"a":1')
         response = await client.responses.create(model="smol", input="Say hello.", max_output_tokens=12, temperature=0)
         assert response.output_text == text
         greedy = {"temperature": 0}  # no argument of the client's any more

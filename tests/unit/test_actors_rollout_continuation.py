@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -42,15 +41,15 @@ def output(token_ids: Sequence[int], logprobs: Sequence[float], version: int, fi
     return future
 
 
-def test_cancelled_groups_are_continued_by_another_engine_sample_by_sample(tmp_path: Path) -> None:
+async def test_cancelled_groups_are_continued_by_another_engine_sample_by_sample(tmp_path: Path) -> None:
     first, other = CarriedGroups(tmp_path), CarriedGroups(tmp_path)
-    nothing = asyncio.run(first.begun(REQUEST, SAMPLING))
+    nothing = await first.begun(REQUEST, SAMPLING)
     assert nothing == (Begun(),) * 3
     outputs = [output((7, 8), (-1.0, -2.0), 4, "abort"), output((9,), (-0.5,), 4, "stop"), output((), (), 4, "abort")]
     first.follow(REQUEST, SAMPLING, nothing, outputs)
-    asyncio.run(first.write([3, 99]))  # the group of another engine is not its own
+    await first.write([3, 99])  # the group of another engine is not its own
 
-    begun = asyncio.run(other.begun(LATER, SAMPLING))
+    begun = await other.begun(LATER, SAMPLING)
     assert [one.finish_reason for one in begun] == [None, "stop", None]
     rest = [output((7, 8, 6), (-3.0,), 5, "length"), output((), (), 5, "abort")]  # of the two unfinished ones
     other.follow(LATER, SAMPLING, begun, rest)
@@ -60,52 +59,42 @@ def test_cancelled_groups_are_continued_by_another_engine_sample_by_sample(tmp_p
         Begun(token_ids=(9,), logprobs=(-0.5,), versions=(4,), finish_reason="stop"),
         Begun(),
     ]
-    asyncio.run(other.write([8]))
-    assert asyncio.run(first.begun(replace(REQUEST, group_id=20, continues=8), SAMPLING)) == tuple(found)
+    await other.write([8])
+    assert await first.begun(replace(REQUEST, group_id=20, continues=8), SAMPLING) == tuple(found)
 
 
-def test_groups_of_the_last_batch_are_not_written(tmp_path: Path) -> None:
+async def test_groups_of_the_last_batch_are_not_written(tmp_path: Path) -> None:
     carried = CarriedGroups(tmp_path)
     carried.follow(REQUEST, SAMPLING, (Begun(),) * 3, [output((7,), (-1.0,), 4, "abort")] * 3)
     carried.forget()
-    asyncio.run(carried.write([3]))
+    await carried.write([3])
     assert not list(tmp_path.iterdir())
 
 
-def test_a_stored_group_with_tokens_of_an_earlier_step_is_found_again(tmp_path: Path) -> None:
-    spool = EngineSpool(folder=tmp_path, keeps_failures=False, environment="")
-    response = Begun(token_ids=(7, 8), logprobs=(-1.0, -2.0), versions=(4, 5), finish_reason="stop").finished()
-    played = Played(prompt_token_ids=(1, 2), spans=(response,), finish_reason="stop")
-    group = assemble(LATER, [played] * 3)
-
-    async def store_and_read() -> None:
-        await spool.write(LATER, SAMPLING, 5, group, weights="w")
-        assert await spool.read(replace(LATER, continues=None), SAMPLING, newest=5) is None
-        found = await spool.read(LATER, SAMPLING, newest=5, weights="w")
-        assert found is not None
-        assert found[1] == group[1]
-        assert await spool.read(LATER, SAMPLING, oldest=5, newest=5) is None
-
-    asyncio.run(store_and_read())
+def answered(logprob: float, *versions: int) -> Any:
+    span = Begun(token_ids=(7, 8), logprobs=(-1.0, logprob), versions=versions, finish_reason="stop").finished()
+    return assemble(LATER, [Played(prompt_token_ids=(1, 2), spans=(span,), finish_reason="stop")] * 3)
 
 
-def test_a_lost_group_comes_from_the_store_with_its_own_tokens(tmp_path: Path) -> None:
+async def test_a_stored_group_with_tokens_of_an_earlier_step_is_found_again(tmp_path: Path) -> None:
+    spool, group = EngineSpool(folder=tmp_path, keeps_failures=False, environment=""), answered(-2.0, 4, 5)
+    await spool.write(LATER, SAMPLING, 5, group, weights="w")
+    assert await spool.read(replace(LATER, continues=None), SAMPLING, newest=5) is None
+    found = await spool.read(LATER, SAMPLING, newest=5, weights="w")
+    assert found is not None
+    assert found[1] == group[1]
+    assert await spool.read(LATER, SAMPLING, oldest=5, newest=5) is None
+
+
+async def test_a_lost_group_comes_from_the_store_with_its_own_tokens(tmp_path: Path) -> None:
     """A lost engine may have stored an earlier answer to the request, and the next engine a later answer."""
     spool = EngineSpool(folder=tmp_path, keeps_failures=False, environment="")
-
-    def answer(logprob: float, version: int) -> Any:
-        span = Begun(token_ids=(7, 8), logprobs=(-1.0, logprob), versions=(4, version), finish_reason="stop").finished()
-        return assemble(LATER, [Played(prompt_token_ids=(1, 2), spans=(span,), finish_reason="stop")] * 3)
-
-    async def store_and_read() -> None:
-        groups = {version: answer(-float(version), version) for version in (5, 6)}
-        for version, group in groups.items():
-            await spool.write(LATER, SAMPLING, version, group, weights="")
-        for version, (rollouts, infos) in groups.items():
-            found = await spool.read(LATER, SAMPLING, oldest=0, newest=7, infos=infos)
-            assert found is not None
-            assert found[0].versions.equal(rollouts.versions), version
-        other = answer(-9.0, 6)[1]  # of the same lengths and versions
-        assert await spool.read(LATER, SAMPLING, oldest=0, newest=7, infos=other) is None
-
-    asyncio.run(store_and_read())
+    groups = {version: answered(-float(version), 4, version) for version in (5, 6)}
+    for version, group in groups.items():
+        await spool.write(LATER, SAMPLING, version, group, weights="")
+    for version, (rollouts, infos) in groups.items():
+        found = await spool.read(LATER, SAMPLING, oldest=0, newest=7, infos=infos)
+        assert found is not None
+        assert found[0].versions.equal(rollouts.versions), version
+    other = answered(-9.0, 4, 6)[1]  # of the same lengths and versions
+    assert await spool.read(LATER, SAMPLING, oldest=0, newest=7, infos=other) is None

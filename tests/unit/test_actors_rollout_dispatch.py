@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -21,20 +22,22 @@ def dispatch(engines: int, *, tokens: int = 1000, samples: int = 100) -> Dispatc
     return rules
 
 
-async def entered(rules: Dispatch, group_id: int, size: GroupWork) -> Slot:
-    slot = await asyncio.wait_for(rules.enter(group_id, size, urgent=False), 5.0)
+async def entered(rules: Dispatch, group_id: int, size: GroupWork | None = None) -> Slot:
+    slot = await asyncio.wait_for(rules.enter(group_id, size or work(), urgent=False), 5.0)
     assert slot is not None
     return slot
 
 
-def waiter(rules: Dispatch, group_id: int, *, urgent: bool = False) -> asyncio.Task[Slot | None]:
-    return asyncio.create_task(rules.enter(group_id, work(), urgent=urgent))
+async def waiter(rules: Dispatch, group_id: int, *, urgent: bool = False) -> asyncio.Task[Any]:
+    task = asyncio.create_task(rules.enter(group_id, work(), urgent=urgent))
+    await settle()
+    return task
 
 
 async def test_work_is_counted_in_tokens_and_not_in_groups() -> None:
     rules = dispatch(2)
     assert (await entered(rules, 0, work(prompt=500))).engine == 0
-    small = [await entered(rules, group_id, work()) for group_id in range(1, 10)]
+    small = [await entered(rules, group_id) for group_id in range(1, 10)]
     assert [slot.engine for slot in small] == [1] * 9
 
 
@@ -49,27 +52,22 @@ async def test_a_response_is_expected_to_be_as_long_as_the_recent_ones() -> None
 
 async def test_groups_wait_for_an_engine_with_room_in_order_and_urgent_ones_first() -> None:
     rules = dispatch(2, samples=2)
-    slots = [await entered(rules, group_id, work()) for group_id in (0, 1)]
-    late, later, urgent = waiter(rules, 2), waiter(rules, 3), waiter(rules, 4, urgent=True)
-    await settle()
+    slots = [await entered(rules, group_id) for group_id in (0, 1)]
+    late, later, urgent = await waiter(rules, 2), await waiter(rules, 3), await waiter(rules, 4, urgent=True)
     assert [late.done(), later.done(), urgent.done()] == [False, False, False]
     rules.leave(slots[1])
     await settle()
     assert [late.done(), later.done(), urgent.done()] == [False, False, True]
-    slot = urgent.result()
-    assert slot is not None
-    assert slot.engine == 1
+    assert urgent.result().engine == 1
     rules.leave(slots[0])
-    rules.leave(slot)
-    results = [await late, await later]
-    assert [slot.engine for slot in results if slot is not None] == [0, 1]
+    rules.leave(urgent.result())
+    assert [(await late).engine, (await later).engine] == [0, 1]
 
 
 async def test_the_cache_limits_an_engine_too_but_an_idle_one_takes_any_group() -> None:
     rules = dispatch(1, tokens=60)
     huge = await entered(rules, 0, work(prompt=500))
-    waiting = waiter(rules, 1)
-    await settle()
+    waiting = await waiter(rules, 1)
     assert not waiting.done()
     rules.leave(huge)
     assert await waiting == Slot(engine=0, tokens=50, samples=2)
@@ -77,25 +75,14 @@ async def test_the_cache_limits_an_engine_too_but_an_idle_one_takes_any_group() 
 
 async def test_a_dropped_group_does_not_hold_up_those_behind_it() -> None:
     rules = dispatch(1, samples=2)
-    slot = await entered(rules, 0, work())
-    dropped, given_up, behind = waiter(rules, 1), waiter(rules, 2), waiter(rules, 3)
-    await settle()
+    slot = await entered(rules, 0)
+    dropped, given_up, behind, last = [await waiter(rules, group_id) for group_id in (1, 2, 3, 4)]
     rules.drop(1)
     given_up.cancel()
     assert await dropped is None
-    rules.leave(slot)
-    assert (await behind) is not None
-
-
-async def test_room_given_to_a_waiter_that_gives_up_is_free_again() -> None:
-    rules = dispatch(1, samples=2)
-    slot = await entered(rules, 0, work())
-    given_up = waiter(rules, 1)
-    await settle()
-    rules.leave(slot)  # the waiter has the room now and does not know it yet
-    given_up.cancel()
-    await settle()
-    assert (await entered(rules, 2, work())).engine == 0
+    rules.leave(slot)  # `behind` has the room now, does not know it yet, and gives up
+    behind.cancel()
+    assert (await last).engine == 0
 
 
 def test_shares_of_a_batch_are_balanced_by_tokens() -> None:
@@ -109,11 +96,10 @@ async def test_an_engine_is_quiet_since_its_last_group_or_its_first(monkeypatch:
     now = 100.0
     monkeypatch.setattr("actors.rollout.dispatch.running_s", lambda: now)
     rules = dispatch(1)
-    first = await rules.enter(0, work(), urgent=False)
+    first = await entered(rules, 0)
     now = 110.0
-    await rules.enter(1, work(), urgent=False)  # no progress
+    await entered(rules, 1)  # no progress
     assert rules.quiet_s(0) == 10.0
-    assert first is not None
     rules.leave(first)
     now = 113.0
     assert rules.quiet_s(0) == 3.0
@@ -121,27 +107,26 @@ async def test_an_engine_is_quiet_since_its_last_group_or_its_first(monkeypatch:
 
 async def test_a_closed_engine_gets_no_group_until_it_is_open_again() -> None:
     rules = dispatch(2, samples=2)
-    lost, other = [await entered(rules, group_id, work()) for group_id in (0, 1)]
-    waiting = waiter(rules, 2)
-    await settle()
+    lost, other = [await entered(rules, group_id) for group_id in (0, 1)]
+    waiting = await waiter(rules, 2)
     rules.close(lost.engine)
     rules.leave(lost)
     await settle()
     assert not waiting.done(), "not even an idle engine takes a group while it is closed"
     rules.leave(other)
-    await settle()
     assert (await waiting) == other
-    behind = waiter(rules, 3)
-    await settle()
+    behind, joining = await waiter(rules, 3), await waiter(rules, 4)
     rules.open(lost.engine, EngineCapacity(cache_tokens=1000, samples=2))
     assert (await behind) == lost
+    rules.close(7)  # it has never been open, and joins
+    rules.open(7, EngineCapacity(cache_tokens=1000, samples=2))
+    assert (await joining).engine == 7
 
 
 async def test_an_engine_that_is_lost_for_good_fails_all_groups_that_wait() -> None:
     rules = dispatch(1, samples=2)
-    await entered(rules, 0, work())
-    waiting, given_up = waiter(rules, 1), waiter(rules, 2)
-    await settle()
+    await entered(rules, 0)
+    waiting, given_up = await waiter(rules, 1), await waiter(rules, 2)
     rules.fail(ValueError("no successor"))
     given_up.cancel()
     with pytest.raises(ValueError, match="no successor"):
@@ -150,15 +135,3 @@ async def test_an_engine_that_is_lost_for_good_fails_all_groups_that_wait() -> N
         await rules.enter(3, work(), urgent=True)
     with pytest.raises(asyncio.CancelledError):
         await given_up
-
-
-async def test_an_engine_that_joins_takes_groups_that_wait() -> None:
-    rules = dispatch(0)
-    waiting = waiter(rules, 0)
-    await settle()
-    assert not waiting.done()
-    rules.close(7)  # it has never been open
-    rules.open(7, EngineCapacity(cache_tokens=1000, samples=2))
-    slot = await waiting
-    assert slot is not None
-    assert slot.engine == 7

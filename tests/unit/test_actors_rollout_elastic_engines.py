@@ -107,15 +107,24 @@ async def ended(engines: Elastic) -> None:
     assert all(task.done() for task in engines._rebuilds.values())
 
 
+async def joined(*new: Engine) -> tuple[Elastic, Engine]:
+    """Return two elastic engines after the second has joined, and the first. `new`: the joining engines in order."""
+    engines = await elastic(first := Engine("first"), most=2, new=new)
+    engines.room.give()
+    await until(lambda: engines.num_working == 2)
+    return engines, first
+
+
 async def test_an_engine_joins_when_there_is_room_and_gets_groups_that_wait() -> None:
     first, second = Engine("first"), Engine("second")
     engines = await elastic(first, most=3, new=(second,))
+    await asyncio.wait_for(sync(engines, 2), DEADLINE_S)  # which waits for no engine that may never join
     tasks = [asked(engines, 0), asked(engines, 1)]
     await until(lambda: 0 in first.groups)
     assert engines.num_working == 1
     engines.room.give()
     await until(lambda: 1 in second.groups)
-    assert second.calls == ["open", "load 1", "probe", 1]
+    assert second.calls == ["open", "load 2", "probe", 1]
     assert engines.num_working == 2
     assert engines.room.limits == [None, None], "both ranks wait for room without a limit"
     first.finish(0)
@@ -124,31 +133,19 @@ async def test_an_engine_joins_when_there_is_room_and_gets_groups_that_wait() ->
     await ended(engines)
 
 
-async def test_a_sync_and_the_first_group_do_not_wait_for_engines_that_may_never_join() -> None:
-    first = Engine("first")
-    engines = await elastic(first, most=4)
-    await asyncio.wait_for(sync(engines, 2), DEADLINE_S)
-    task = asked(engines, 0)
-    await until(lambda: 0 in first.groups)
-    first.finish(0)
-    assert await asyncio.wait_for(task, DEADLINE_S) is not None
-    await ended(engines)
-
-
 async def test_an_engine_of_a_drained_node_leaves_and_its_groups_are_asked_elsewhere(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    going: dict[str, float | None] = {}
+    going: dict[str, float | None] | None = {}
 
     async def draining_nodes() -> dict[str, float | None]:
+        if going is None:
+            raise RuntimeError("no answer of the head")
         return going
 
     monkeypatch.setattr(elastic_engines, "LOOK_EVERY_S", 0.001)
     monkeypatch.setattr(elastic_engines, "draining_nodes", draining_nodes)
-    first, second, third = Engine("first"), Engine("second"), Engine("third")
-    engines = await elastic(first, most=2, new=(second, third))
-    engines.room.give()
-    await until(lambda: engines.num_working == 2)
+    engines, first = await joined(second := Engine("second"), third := Engine("third"))
     tasks = [asked(engines, 0), asked(engines, 1)]
     await until(lambda: first.groups and second.groups)
     first.finish(0)
@@ -163,30 +160,14 @@ async def test_an_engine_of_a_drained_node_leaves_and_its_groups_are_asked_elsew
     engines.room.give()
     await until(lambda: engines.num_working == 2)
     assert "probe" in third.calls
-    await ended(engines)
-
-
-async def test_a_failure_of_the_look_for_drained_nodes_is_told(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def draining_nodes() -> dict[str, float | None]:
-        raise RuntimeError("no answer of the head")
-
-    monkeypatch.setattr(elastic_engines, "LOOK_EVERY_S", 0.001)
-    monkeypatch.setattr(elastic_engines, "draining_nodes", draining_nodes)
-    engines = await elastic(Engine("first"), most=2)
-    await until(lambda: engines._watch is not None and engines._watch.done())
-    await asyncio.sleep(0)
-    assert "engines no longer leave nodes that are drained" in caplog.text
+    going = None
+    await until(lambda: "engines no longer leave nodes that are drained" in caplog.text)
     assert "no answer of the head" in caplog.text
     await ended(engines)
 
 
 async def test_a_lost_engine_without_room_is_gone_and_joins_again_when_there_is_room() -> None:
-    first, second, again = Engine("first"), Engine("second"), Engine("again")
-    engines = await elastic(first, most=2, new=(second, again))
-    engines.room.give()
-    await until(lambda: engines.num_working == 2)
+    engines, first = await joined(second := Engine("second"), again := Engine("again"))
     tasks = [asked(engines, 0), asked(engines, 1)]
     await until(lambda: first.groups and second.groups)
     second.die()
@@ -205,31 +186,24 @@ async def test_a_lost_engine_without_room_is_gone_and_joins_again_when_there_is_
 TOO_FEW = "placement: no room\n0 engines are left, fewer than cluster.roles.rollout.engines.min: 1"
 
 
-async def test_a_run_that_loses_an_engine_below_the_smallest_number_is_preempted() -> None:
-    first = Engine("first")
-    engines = await elastic(first, most=2)
+@pytest.mark.parametrize(("how", "before"), [("dies", "successor could not be started: "), ("leaves", "^")])
+async def test_a_run_with_fewer_engines_than_the_smallest_number_is_preempted(how: str, before: str) -> None:
+    engines = await elastic(first := Engine("first"), most=2)
     task = asked(engines, 0)
     await until(lambda: first.groups)
-    first.die()
-    with pytest.raises(Preempted, match=f"successor could not be started: {TOO_FEW}"):
+    if how == "dies":
+        first.die()
+    else:
+        engines._leave(0)
+    with pytest.raises(Preempted, match=f"{before}{TOO_FEW}"):
         await asyncio.wait_for(task, DEADLINE_S)
     await ended(engines)
 
 
-async def test_a_run_whose_engine_leaves_below_the_smallest_number_is_preempted() -> None:
-    first = Engine("first")
-    engines = await elastic(first, most=2)
-    engines._leave(0)
-    await until(lambda: engines._rebuilds[0].done())
-    with pytest.raises(Preempted, match=f"^{TOO_FEW}"):
-        await asyncio.wait_for(asked(engines, 0), DEADLINE_S)
-    await ended(engines)
-
-
 async def test_an_engine_that_is_lost_while_it_joins_is_started_again() -> None:
-    first, dead, second = Engine("first"), Engine("dead"), Engine("second")
+    dead, second = Engine("dead"), Engine("second")
     dead.is_dead = True
-    engines = await elastic(first, most=2, new=(dead, second))
+    engines = await elastic(Engine("first"), most=2, new=(dead, second))
     engines.room.give(2)
     await until(lambda: engines.num_working == 2)
     assert second.calls == ["open", "load 1", "probe"]
@@ -244,10 +218,8 @@ async def test_the_run_goes_on_without_an_engine_that_cannot_join_and_starts_it_
     error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(elastic_engines, "START_AGAIN_AFTER_S", 0.001)
-    first, failed, second = Engine("first"), [FailedStart(error) for _ in range(3)], Engine("second")
-    engines = await elastic(first, most=2, new=(*failed, second))
-    engines.room.give()
-    await until(lambda: engines.num_working == 2 or engines._rebuilds[1].done())
+    failed, second = [FailedStart(error) for _ in range(3)], Engine("second")
+    engines, _ = await joined(*failed, second)
     assert second.calls == ["open", "load 1", "probe"]
     warnings = [record.message for record in caplog.records if "cannot start" in record.message]
     assert len(warnings) == 3

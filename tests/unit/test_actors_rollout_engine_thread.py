@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +15,16 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from actors.rollout.engine_thread import Aborted, EngineLoop, Submission
 from rlhf.errors import ChildLost, RunError, UserError
+
+ASKED = Submission(request_id="a", prompt_token_ids=(1,), params=None, lora=None)
+
+
+@contextmanager
+def started(build: Callable[[], Any], **options: Any) -> Iterator[EngineLoop]:
+    loop = EngineLoop(build, name="rollout engine 0", **options)
+    loop.start().result(timeout=10.0)
+    yield loop
+    assert loop.stop(timeout_s=10.0)
 
 
 @pytest.mark.parametrize(("error", "expected"), [(UserError("wrong"), UserError), (ValueError("no"), RunError)])
@@ -55,32 +68,23 @@ class StreamingEngine:
 
 def test_the_outputs_of_every_step_are_passed_on_and_a_future_gets_the_last() -> None:
     completed: list[Any] = []
-    loop = EngineLoop(StreamingEngine, name="rollout engine 0", complete=lambda _, output: completed.append(output))
     passed_on: list[Any] = []
-    loop.on_step = passed_on.extend
-    loop.start().result(timeout=10.0)
-    (future,) = loop.submit([Submission(request_id="a", prompt_token_ids=(1,), params=None, lora=None)])
-    last = future.result(timeout=10.0)
-    assert loop.stop(timeout_s=10.0)
+    with started(StreamingEngine, complete=lambda _, output: completed.append(output)) as loop:
+        loop.on_step = passed_on.extend
+        (future,) = loop.submit([ASKED])
+        last = future.result(timeout=10.0)
     assert [output.finished for output in passed_on] == [False, False, True]
     assert completed == passed_on[2:] == [last]
 
 
 def test_no_step_begins_while_the_loop_is_paused() -> None:
-    loop = EngineLoop(StreamingEngine, name="rollout engine 0")
-    loop.start().result(timeout=10.0)
-
-    def pause(engine: Any, is_paused: bool) -> int:
-        loop.is_paused = is_paused
-        return int(engine.steps)
-
-    loop.call(lambda engine: pause(engine, True))
-    (future,) = loop.submit([Submission(request_id="a", prompt_token_ids=(1,), params=None, lora=None)])
-    for _ in range(3):
-        assert loop.call(lambda engine: engine.steps).result(timeout=10.0) == 0
-    loop.call(lambda engine: pause(engine, False))
-    assert future.result(timeout=10.0).finished
-    assert loop.stop(timeout_s=10.0)
+    with started(StreamingEngine) as loop:
+        loop.call(lambda engine: setattr(loop, "is_paused", True))
+        (future,) = loop.submit([ASKED])
+        for _ in range(3):
+            assert loop.call(lambda engine: engine.steps).result(timeout=10.0) == 0
+        loop.call(lambda engine: setattr(loop, "is_paused", False))
+        assert future.result(timeout=10.0).finished
 
 
 class DyingEngine(StreamingEngine):
@@ -119,22 +123,19 @@ def with_dead_worker() -> Any:
 def test_an_engine_without_its_gpu_or_a_worker_is_given_to_the_driver_as_lost(
     error: Exception, make_executor: Any, is_lost: bool, begins_with: str
 ) -> None:
-    loop = EngineLoop(lambda: DyingEngine(error, make_executor()), name="rollout engine 0")
-    loop.start().result(timeout=10.0)
-    if begins_with == "call":
-        failed: Future[Any] = loop.call(lambda engine: engine.collective_rpc("update_weights"))
-        with pytest.raises(ChildLost if is_lost else type(error)):
-            failed.result(timeout=10.0)
-        assert (loop.failure is None) != is_lost
-    (request,) = loop.submit([Submission(request_id="a", prompt_token_ids=(1,), params=None, lora=None)])
-    with pytest.raises(RunError) as failure:
-        request.result(timeout=10.0)
-    assert isinstance(failure.value, ChildLost) == is_lost
-    assert str(error) in str(failure.value)
-    assert ("--resume auto" in str(failure.value)) != is_lost  # the driver says it if the run ends
-    with pytest.raises(type(failure.value)):
-        loop.call(lambda engine: engine).result(timeout=10.0)
-    assert loop.stop(timeout_s=10.0)
+    with started(lambda: DyingEngine(error, make_executor())) as loop:
+        if begins_with == "call":
+            failed: Future[Any] = loop.call(lambda engine: engine.collective_rpc("update_weights"))
+            with pytest.raises(ChildLost if is_lost else type(error)):
+                failed.result(timeout=10.0)
+            assert (loop.failure is None) != is_lost
+        (request,) = loop.submit([ASKED])
+        with pytest.raises(RunError, match=re.escape(str(error))) as failure:
+            request.result(timeout=10.0)
+        assert isinstance(failure.value, ChildLost) == is_lost
+        assert ("--resume auto" in str(failure.value)) != is_lost  # the driver says it if the run ends
+        with pytest.raises(type(failure.value)):
+            loop.call(lambda engine: engine).result(timeout=10.0)
 
 
 class GivenUp(Future[Any]):
@@ -147,15 +148,13 @@ class GivenUp(Future[Any]):
 
 
 def test_an_abort_goes_on_when_the_waiter_of_a_request_gives_up_meanwhile() -> None:
-    loop = EngineLoop(StreamingEngine, name="rollout engine 0")
-    loop.start().result(timeout=10.0)
-    first, second = GivenUp(), Future[Any]()
-    loop._waiting |= {"group0-1": first, "group0-2": second}
-    assert loop.abort(["group0-"]).result(timeout=10.0) == 2
-    assert first.cancelled()
-    with pytest.raises(Aborted):
-        second.result(timeout=10.0)
-    assert loop.stop(timeout_s=10.0)
+    with started(StreamingEngine) as loop:
+        first, second = GivenUp(), Future[Any]()
+        loop._waiting |= {"group0-1": first, "group0-2": second}
+        assert loop.abort(["group0-"]).result(timeout=10.0) == 2
+        assert first.cancelled()
+        with pytest.raises(Aborted):
+            second.result(timeout=10.0)
 
 
 class OverlappingEngine(StreamingEngine):
@@ -185,56 +184,39 @@ class OverlappingEngine(StreamingEngine):
 
 
 def test_a_call_comes_when_no_step_is_in_flight_and_a_new_request_waits_for_none() -> None:
-    loop = EngineLoop(OverlappingEngine, name="rollout engine 0")
     passed_on: list[Any] = []
     seen: list[tuple[int, int]] = []
-    asked = Submission(request_id="a", prompt_token_ids=(1,), params=None, lora=None)
+    with started(OverlappingEngine) as loop:
 
-    def when_begun(outputs: Any) -> None:
-        passed_on.extend(outputs)
-        if len(passed_on) == 1:  # the second step is in flight
-            loop._enqueue(lambda engine: seen.append((len(engine.queue), len(passed_on))))
-            loop.call(lambda engine: seen.append((len(engine.queue), len(passed_on))))
+        def when_begun(outputs: Any) -> None:
+            passed_on.extend(outputs)
+            if len(passed_on) == 1:  # the second step is in flight
+                loop._enqueue(lambda engine: seen.append((len(engine.queue), len(passed_on))))
+                loop.call(lambda engine: seen.append((len(engine.queue), len(passed_on))))
 
-    loop.on_step = when_begun
-    loop.start().result(timeout=10.0)
-    (future,) = loop.submit([asked])
-    assert future.result(timeout=10.0).finished
-    assert seen == [(1, 1), (0, 2)]
-    assert not loop.call(lambda engine: engine.is_held).result(timeout=10.0)
-    assert loop.stop(timeout_s=10.0)
+        loop.on_step = when_begun
+        (future,) = loop.submit([ASKED])
+        assert future.result(timeout=10.0).finished
+        assert seen == [(1, 1), (0, 2)]
+        assert not loop.call(lambda engine: engine.is_held).result(timeout=10.0)
 
 
-def test_an_engine_that_fails_in_the_step_in_flight_fails_the_call() -> None:
-    loop = EngineLoop(OverlappingEngine, name="rollout engine 0")
-    loop.start().result(timeout=10.0)
+@pytest.mark.parametrize("error", ["ValueError: the device is lost", "RuntimeError: the event loop is closed"])
+def test_an_engine_that_fails_in_the_step_in_flight_or_with_its_outputs_fails_the_call(error: str) -> None:
     calls: list[Any] = []
+    with started(OverlappingEngine) as loop:
 
-    def break_and_call(outputs: Any) -> None:
-        loop._engine.fails = True
-        calls.append(loop.call(lambda engine: None))
+        def break_and_call(outputs: Any) -> None:
+            calls.append(loop.call(lambda engine: None))
+            loop._engine.fails = "device" in error
+            if not loop._engine.fails:
+                raise RuntimeError("the event loop is closed")
 
-    loop.on_step = break_and_call
-    (future,) = loop.submit([Submission(request_id="a", prompt_token_ids=(1,), params=None, lora=None)])
-    with pytest.raises(RunError, match="died with 1 requests in flight: ValueError: the device is lost"):
-        future.result(timeout=10.0)
-    with pytest.raises(RunError, match="the device is lost"):
-        calls[0].result(timeout=10.0)
-    assert loop.stop(timeout_s=10.0)
-
-
-def test_an_engine_whose_outputs_nobody_can_take_has_failed_and_is_not_held() -> None:
-    loop = EngineLoop(OverlappingEngine, name="rollout engine 0")
-    loop.start().result(timeout=10.0)
-
-    def lose(outputs: Any) -> None:
-        raise RuntimeError("the event loop is closed")
-
-    loop.on_step = lose
-    (future,) = loop.submit([Submission(request_id="a", prompt_token_ids=(1,), params=None, lora=None)])
-    with pytest.raises(RunError, match="died with 1 requests in flight: RuntimeError: the event loop is closed"):
-        future.result(timeout=10.0)
-    with pytest.raises(RunError, match="the event loop is closed"):
-        loop.call(lambda engine: None).result(timeout=10.0)
-    assert not loop._engine.is_held
-    assert loop.stop(timeout_s=10.0)
+        loop.on_step = break_and_call
+        (future,) = loop.submit([ASKED])
+        with pytest.raises(RunError, match=f"died with 1 requests in flight: {error}"):
+            future.result(timeout=10.0)
+        for call in (*calls, loop.call(lambda engine: None)):
+            with pytest.raises(RunError, match=error):
+                call.result(timeout=10.0)
+        assert not loop._engine.is_held

@@ -36,6 +36,22 @@ from tests.fakes.engine_handles import (
     until,
 )
 
+LOADED = ["open", "load 1", "probe"]  # the calls of a successor before its first group
+GONE = RayTaskError("update_weights", "", FileNotFoundError("/runs/adapter"))
+
+
+async def group_of(
+    first: int, successors: int, policy: Policy | None = None, *, samples: int = 2, deadline_s: float = DEADLINE_S
+) -> tuple[Any, ...]:
+    """Return synced engines, and then each engine and successor. `policy` gives the weights by broadcasts."""
+    engines = [Engine(name, samples=samples) for name in ("first", "other")[:first]]
+    later = tuple(Engine(f"successor {number}", samples=samples) for number in range(successors))
+    group = Engines(*engines, successors=later, deadline_s=deadline_s)
+    if policy is not None:
+        group.sync = WeightSync(method="gloo", why="")
+        await group.connect(cast(Any, policy), adapter=None)
+    return await synced(group), *engines, *later
+
 
 def generated(engines: Engines, *group_ids: int) -> asyncio.Task[list[CompletedGroup]]:
     async def groups() -> list[CompletedGroup]:
@@ -45,9 +61,25 @@ def generated(engines: Engines, *group_ids: int) -> asyncio.Task[list[CompletedG
     return asyncio.create_task(groups())
 
 
+async def finished(task: asyncio.Task[Any]) -> Any:
+    return await asyncio.wait_for(task, DEADLINE_S)
+
+
+async def find_dead(engines: Engines, engine: Engine) -> None:
+    """Let an engine die, and let a call find it dead."""
+    engine.is_dead = True
+    await engines.cancel([])
+
+
+async def update(engines: Engines, version: int) -> None:
+    await engines.withdraw_weights()
+    await engines.update_weights(manifest(version))
+
+
 async def test_a_successor_gets_the_whole_share_and_no_group_comes_twice() -> None:
-    first, other, successor = Engine("first"), Engine("other"), Engine("successor")
-    engines = await synced(Engines(first, other, successors=(successor,)))
+    engines, first, other, successor = await group_of(2, 1)
+    assert await engines.renew(Path("second_run"))  # whose folder is the successor's too
+    await synced(engines)
     task = generated(engines, 0, 1, 2, 3, 4)
     await until(lambda: len(first.groups) == 3 and len(other.groups) == 2)
     first.finish(2)
@@ -56,45 +88,28 @@ async def test_a_successor_gets_the_whole_share_and_no_group_comes_twice() -> No
     other.finish(1, 3)
     await until(lambda: len(successor.groups) == 3)
     successor.finish(0, 2, 4)
-    groups = await asyncio.wait_for(task, DEADLINE_S)
+    groups = await finished(task)
     assert sorted(group.request.group_id for group in groups) == [0, 1, 2, 3, 4]
     assert {group.request.group_id: group.rollouts for group in groups}[2] == "tokens from first"
     assert first.calls == ["hold", 0, 2, 4, "release 3"]
-    assert successor.calls == ["open", "load 1", "probe", *first.calls]
+    assert successor.calls == ["renew second_run", *LOADED, *first.calls]
     assert other.calls == ["hold", 1, 3, "release 2"]
     assert engines.replaced == [0]
 
 
-async def test_a_successor_of_a_reused_engine_keeps_its_groups_in_the_folder_of_the_present_run() -> None:
-    first, successor = Engine("first"), Engine("successor")
-    engines = await synced(Engines(first, successors=(successor,)))
-    assert await engines.renew(Path("second_run"))
-    await synced(engines)
-    task = generated(engines, 0)
-    await until(lambda: first.groups)
-    first.die()
-    await until(lambda: successor.groups)
-    successor.finish(0)
-    await asyncio.wait_for(task, DEADLINE_S)
-    assert successor.calls[:4] == ["renew second_run", "open", "load 1", "probe"]
-
-
 async def test_a_group_that_was_cancelled_after_its_batch_is_answered_in_another_batch_with_its_id() -> None:
-    engine = Engine("first")
-    engines = await synced(Engines(engine))
+    engines, engine = await group_of(1, 0)
     for _ in range(2):
         task = generated(engines, 0, 1)
         await until(lambda: len(engine.groups) == 2)
         engine.finish(0, 1)
-        groups = await asyncio.wait_for(task, DEADLINE_S)
-        assert sorted(group.request.group_id for group in groups) == [0, 1]
+        assert sorted(group.request.group_id for group in await finished(task)) == [0, 1]
         engine.groups.clear()
         await engines.cancel([request(0), request(1)])
 
 
 async def test_a_share_with_nothing_left_but_cancelled_groups_is_not_asked_again() -> None:
-    first, successor = Engine("first"), Engine("successor")
-    engines = await synced(Engines(first, successors=(successor,)))
+    engines, first, successor = await group_of(1, 1)
     engines.may_start.clear()
     task = generated(engines, 0, 1)
     await until(lambda: len(first.groups) == 2)
@@ -102,18 +117,17 @@ async def test_a_share_with_nothing_left_but_cancelled_groups_is_not_asked_again
     await asyncio.sleep(0.01)
     await engines.cancel([request(1)])
     first.die()
-    assert [group.request.group_id for group in await asyncio.wait_for(task, DEADLINE_S)] == [0]
+    assert [group.request.group_id for group in await finished(task)] == [0]
     again = generated(engines, 2)
     await asyncio.sleep(0.01)
     await engines.cancel([request(2)])  # while it waits for the successor
     engines.may_start.set()
-    assert await asyncio.wait_for(again, DEADLINE_S) == []
-    assert successor.calls == ["open", "load 1", "probe"]
+    assert await finished(again) == []
+    assert successor.calls == LOADED
 
 
 async def test_an_engine_lost_twice_at_the_same_batch_ends_the_run_unless_it_finished_a_group() -> None:
-    first, second, third = Engine("first"), Engine("second"), Engine("third")
-    engines = await synced(Engines(first, successors=(second, third)))
+    engines, first, second, third = await group_of(1, 2)
     task = generated(engines, 0, 1)
     await until(lambda: len(first.groups) == 2)
     first.die()
@@ -124,13 +138,12 @@ async def test_an_engine_lost_twice_at_the_same_batch_ends_the_run_unless_it_fin
     await until(lambda: len(third.groups) == 2)
     third.die()
     with pytest.raises(WorkerLost, match="rollouts: rollout rank 0 died"):
-        await asyncio.wait_for(task, DEADLINE_S)
+        await finished(task)
     assert engines.replaced == [0, 0]
 
 
 async def test_the_only_engine_lost_twice_at_the_same_groups_in_flight_ends_the_run() -> None:
-    first, second, third = Engine("first", samples=4), Engine("second", samples=4), Engine("third", samples=4)
-    engines = await synced(Engines(first, successors=(second, third)))
+    engines, first, second, third = await group_of(1, 2, samples=4)
     tasks = [asked(engines, 0), asked(engines, 1)]
     await until(lambda: len(first.groups) == 2)
     engines.may_start.clear()
@@ -138,31 +151,18 @@ async def test_the_only_engine_lost_twice_at_the_same_groups_in_flight_ends_the_
     await asyncio.sleep(0.01)
     await engines.cancel([request(1)])
     engines.may_start.set()
-    await until(lambda: second.groups)
-    second.die()
-    await until(lambda: third.groups)
-    third.die()
+    for engine in (second, third):
+        await until(lambda at=engine: at.groups)
+        assert list(engine.groups) == [0], "the other one is cancelled"
+        engine.die()
     with pytest.raises(WorkerLost):
-        await asyncio.wait_for(tasks[0], DEADLINE_S)
+        await finished(tasks[0])
     assert await tasks[1] is None
     assert engines.replaced == [0, 0], "other groups at the second loss, the same at the third"
 
 
-async def test_engines_outside_of_a_run_are_not_replaced() -> None:
-    engine = Engine("frozen")
-    engines = Engines(engine)
-    engines.supervisor = None
-    task = generated(engines, 0)
-    await until(lambda: engine.groups)
-    engine.die()
-    with pytest.raises(WorkerLost):
-        await asyncio.wait_for(task, DEADLINE_S)
-    assert engines.replaced == []
-
-
 async def test_requests_in_flight_go_to_another_engine_before_those_that_wait() -> None:
-    first, other, successor = Engine("first"), Engine("other"), Engine("successor")
-    engines = await synced(Engines(first, other, successors=(successor,)))
+    engines, first, other, successor = await group_of(2, 1)
     engines.may_start.clear()
     tasks = [asked(engines, group_id) for group_id in range(4)]
     await until(lambda: first.groups and other.groups)
@@ -174,89 +174,70 @@ async def test_requests_in_flight_go_to_another_engine_before_those_that_wait() 
     assert list(other.groups) == [1, 0]
     engines.may_start.set()
     await until(lambda: 2 in successor.groups)
-    assert successor.calls[:3] == ["open", "load 1", "probe"]
+    assert successor.calls[:3] == LOADED
     other.finish(0)
     await until(lambda: 3 in other.groups)
     other.finish(3)
     successor.finish(2)
-    groups = await asyncio.wait_for(asyncio.gather(*tasks), DEADLINE_S)
-    assert [group.request.group_id for group in groups if group is not None] == [0, 1, 2, 3]
+    groups = [await finished(task) for task in tasks]
+    assert [group.request.group_id for group in groups] == [0, 1, 2, 3]
     assert engines.replaced == [0]
 
 
 async def test_requests_of_the_only_engine_wait_for_its_successor_or_for_its_failure() -> None:
-    first, successor = Engine("first", samples=4), Engine("successor", samples=4)
-    engines = await synced(Engines(first, successors=(successor,)))
-    one, two = asked(engines, 0), asked(engines, 1)
+    engines, first, successor = await group_of(1, 1, samples=4)
+    tasks = [asked(engines, 0), asked(engines, 1)]
     await until(lambda: len(first.groups) == 2)
     first.die()
     await until(lambda: len(successor.groups) == 2)
     assert engines.replaced == [0], "both requests noticed the loss"
     successor.finish(0, 1)
-    assert await one is not None
-    assert await two is not None
-    three, four = asked(engines, 3), asked(engines, 4)
+    assert None not in [await task for task in tasks]
+    tasks = [asked(engines, 3), asked(engines, 4)]
     await until(lambda: {3, 4} <= successor.groups.keys())
     successor.die()
-    for task in (three, four, asked(engines, 5)):
+    for task in (*tasks, asked(engines, 5)):
         with pytest.raises(RunError, match=r"rank 0 died\..*successor could not be started: no room"):
-            await asyncio.wait_for(task, DEADLINE_S)
+            await finished(task)
     with pytest.raises(RunError, match="no room"):
         await engines.update_weights(manifest(2))
 
 
-async def test_an_engine_that_finishes_nothing_is_replaced() -> None:
-    for ask in (asked, generated):
-        stuck, successor = Engine("stuck"), Engine("successor")
-        engines = await synced(Engines(stuck, successors=(successor,), deadline_s=0.2))
-        task: asyncio.Task[Any] = ask(engines, 0)
-        await until(lambda at=successor: 0 in at.groups)
-        successor.finish(0)
-        assert await asyncio.wait_for(task, DEADLINE_S)
+@pytest.mark.parametrize("ask", [asked, generated])
+async def test_an_engine_that_finishes_nothing_is_replaced(ask: Any) -> None:
+    engines, _, successor = await group_of(1, 1, deadline_s=0.2)
+    task = ask(engines, 0)
+    await until(lambda: 0 in successor.groups)
+    successor.finish(0)
+    assert await finished(task)
 
 
-async def test_a_cancelled_request_of_a_lost_engine_is_not_asked_again() -> None:
-    first, successor = Engine("first"), Engine("successor")
-    engines = await synced(Engines(first, successors=(successor,)))
-    engines.may_start.clear()
+@pytest.mark.parametrize(
+    ("logprob", "checksum", "message"),
+    [
+        (-2.0, "sum 1", "weight sync to version 1: rollout engine 0 gives other log-probabilities"),
+        (-1.0, "other", "checksum other; the policy published version 1 with sum 1"),
+    ],
+)
+async def test_a_successor_with_other_weights_answers_nothing(logprob: float, checksum: str, message: str) -> None:
+    engines, first, _, wrong = await group_of(2, 1)
+    wrong.logprob = logprob
+    wrong.loads = lambda version: SyncReceipt(version=version, checksum=checksum)
     task = asked(engines, 0)
     await until(lambda: first.groups)
     first.die()
-    await asyncio.sleep(0.01)
-    await engines.cancel([request(0)])
-    assert await asyncio.wait_for(task, DEADLINE_S) is None
-    engines.may_start.set()
-    await until(lambda: "probe" in successor.calls)
-    assert not successor.groups
-
-
-async def test_a_successor_with_other_weights_answers_nothing() -> None:
-    wrong = Engine("wrong", logprob=-2.0)
-    engines = await synced(Engines(Engine("first"), Engine("other"), successors=(wrong,)))
-    task = asked(engines, 0)
-    await until(lambda: cast(Any, engines.handles[0]).groups)
-    cast(Any, engines.handles[0]).die()
     await until(lambda: engines.replaced)
-    with pytest.raises(RunError, match="weight sync to version 1: rollout engine 0 gives other log-probabilities"):
+    with pytest.raises(RunError, match=message):
         await engines.working(0)
     assert not wrong.groups
     task.cancel()
 
-    damaged = Engine("damaged")
-    damaged.loads = lambda version: SyncReceipt(version=version, checksum="other")
-    engines = await synced(Engines(Engine("first"), successors=(damaged,)))
-    cast(Any, engines.handles[0]).is_dead = True
-    with pytest.raises(RunError, match="checksum other; the policy published version 1 with sum 1"):
-        await asyncio.wait_for(asked(engines, 0), DEADLINE_S)
-
 
 async def test_a_successor_waits_for_a_publication_that_has_begun() -> None:
-    first, other, successor = Engine("first"), Engine("other"), Engine("successor")
-    engines = await synced(Engines(first, other, successors=(successor,)))
+    engines, first, other, successor = await group_of(2, 1)
     assert engines._dispatch is None
-    await engines.withdraw_weights()
     first.is_dead = True
-    await engines.update_weights(manifest(2))  # the loss of one does not keep the others from the new weights
+    await update(engines, 2)  # the loss of one does not keep the others from the new weights
     assert other.calls == ["load 2"]
     await until(lambda: successor.calls == ["open"])
     await asyncio.sleep(0.01)
@@ -266,8 +247,8 @@ async def test_a_successor_waits_for_a_publication_that_has_begun() -> None:
 
 
 async def test_a_sync_waits_until_a_successor_has_read_the_weights() -> None:
-    first, successor, loading = Engine("first"), Engine("successor"), Future[Any]()
-    engines = await synced(Engines(first, successors=(successor,)))
+    engines, first, successor = await group_of(1, 1)
+    loading = Future[Any]()
     successor.loads = lambda version: loading
     first.is_dead = True
     task = asked(engines, 0)
@@ -276,49 +257,30 @@ async def test_a_sync_waits_until_a_successor_has_read_the_weights() -> None:
     await asyncio.sleep(0.01)
     assert not withdrawn.done(), "the policy would overwrite what the successor reads"
     loading.set_result(SyncReceipt(version=1, checksum="sum 1"))
-    await asyncio.wait_for(withdrawn, DEADLINE_S)
+    await finished(withdrawn)
     task.cancel()
 
 
-async def test_a_successor_waits_for_the_policy_when_the_published_memory_is_gone() -> None:
-    first, successor = Engine("first"), Engine("successor")
-    engines = await synced(Engines(first, successors=(successor,)))
-    gone = RayTaskError("update_weights", "", FileNotFoundError("/proc/1/fd/2"))
-    successor.loads = lambda version: gone
-    first.is_dead = True
-    task = asked(engines, 0)
-    await until(lambda: "load 1" in successor.calls and engines._published is None)
-    successor.loads = lambda version: SyncReceipt(version=version, checksum=f"sum {version}")
-    await engines.withdraw_weights()
-    await engines.update_weights(manifest(1))
-    await engines.prove(policy_probe(1))
-    await until(lambda: 0 in successor.groups)
-    assert successor.calls == ["open", "load 1", "load 1", "probe", 0]
-    task.cancel()
-
-
-async def test_a_repeated_publication_reaches_a_successor_without_a_sync() -> None:
-    first, other, successor = Engine("first"), Engine("other"), Engine("successor")
-    engines = await synced(Engines(first, other, successors=(successor,)))
-    successor.loads = lambda version: RayTaskError("update_weights", "", FileNotFoundError("/proc/1/fd/2"))
+async def test_a_successor_waits_for_a_repeated_publication_when_the_published_memory_is_gone() -> None:
+    engines, first, other, successor = await group_of(2, 1)
+    loads, successor.loads = successor.loads, lambda version: GONE
     first.is_dead = True
     task = asked(engines, 0)
     await asyncio.wait_for(engines.weights_are_missing(), DEADLINE_S)
-    successor.loads = lambda version: SyncReceipt(version=version, checksum=f"sum {version}")
+    successor.loads = loads
     engines.offer_weights(manifest(2))
     await asyncio.sleep(0.01)
     assert successor.calls == ["open", "load 1"], "the last probe is of other weights"
     engines.offer_weights(manifest(1))
     await until(lambda: "probe" in successor.calls and not engines._rebuilds)
     assert successor.calls == ["open", "load 1", "load 1", "probe"]
-    assert "load 1" not in other.calls
+    assert "load 1" not in other.calls, "no sync"
     task.cancel()
 
 
 async def test_a_successor_that_never_finds_what_is_published_ends_the_run() -> None:
-    first, blind = Engine("first"), Engine("blind")
-    engines = await synced(Engines(first, successors=(blind,)))
-    blind.loads = lambda version: RayTaskError("update_weights", "", FileNotFoundError("/runs/adapter"))
+    engines, first, blind = await group_of(1, 1)
+    blind.loads = lambda version: GONE
     first.is_dead = True
 
     async def publish() -> None:
@@ -328,32 +290,34 @@ async def test_a_successor_that_never_finds_what_is_published_ends_the_run() -> 
 
     publishing = asyncio.create_task(publish())
     with pytest.raises(RunError, match=r"could not be started: weight sync: .* FileNotFoundError: /runs/adapter"):
-        await asyncio.wait_for(asked(engines, 0), 5.0)
+        await finished(asked(engines, 0))
     publishing.cancel()
     assert blind.calls == ["open", "load 1", "load 1", "load 1"]
 
 
-async def test_a_group_whose_tokens_are_lost_comes_from_the_store_by_any_engine_that_works() -> None:
-    first, other, successor = Engine("first"), Engine("other"), Engine("successor")
-    engines = await synced(Engines(first, other, successors=(successor,)))
-    other.store = {3: (SimpleNamespace(num_response_tokens=4),)}
-    first.is_dead = True
-    engines.may_start.clear()
+@pytest.mark.parametrize("found_by", ["other", "successor 0"])
+async def test_a_group_whose_tokens_are_lost_comes_from_the_store_by_any_engine_that_works(found_by: str) -> None:
+    """The other engine works, or is lost too and comes back before the first, which waits for room without a limit."""
+    engines, first, other, successor = await group_of(2, 1)
     infos: Any = (SimpleNamespace(num_response_tokens=4),)
-    tokens: Any = "lost"
-    lost = CompletedGroup(request=request(3), rollouts=tokens, infos=infos)
+    other.store = successor.store = {3: infos}
+    if found_by == "other":
+        first.is_dead = True
+        engines.may_start.clear()
+    else:
+        engines._rebuild(0, cast(Any, asyncio.Event().wait()))
+        await find_dead(engines, other)
+    lost = CompletedGroup(request=request(3), rollouts=cast(Any, "lost"), infos=infos)
     found = await asyncio.wait_for(engines.restored(lost, SAMPLING), DEADLINE_S)
-    assert (found.request, found.infos, found.rollouts) == (lost.request, lost.infos, "tokens from other")
+    assert (found.request, found.infos, found.rollouts) == (lost.request, lost.infos, f"tokens from {found_by}")
     await engines.give_up_rebuilds()
 
 
 async def test_memory_is_measured_at_whatever_moment_the_only_engine_comes_back() -> None:
     for moment in range(40):
-        first, successor = Engine("first"), Engine("successor")
-        engines = await synced(Engines(first, successors=(successor,)))
+        engines, first, _ = await group_of(1, 1)
         engines.may_start.clear()
-        first.is_dead = True
-        await engines.cancel([])  # a call that finds it dead
+        await find_dead(engines, first)
         engines.may_start.set()
         for _ in range(moment):
             await asyncio.sleep(0)
@@ -361,24 +325,8 @@ async def test_memory_is_measured_at_whatever_moment_the_only_engine_comes_back(
         assert report == MemoryReport(rss_gib=2.0, gpu_gib=None)
 
 
-async def test_lost_tokens_are_asked_from_the_first_engine_that_comes_back() -> None:
-    first, other, successor = Engine("first"), Engine("other"), Engine("successor")
-    engines = await synced(Engines(first, other))
-    infos: Any = (SimpleNamespace(num_response_tokens=4),)
-    successor.store = {3: infos}
-    engines._rebuild(0, cast(Any, asyncio.Event().wait()))  # it waits for room, without a limit
-    engines.successors = [successor]
-    other.is_dead = True
-    await engines.cancel([])
-    lost = CompletedGroup(request=request(3), rollouts=cast(Any, "lost"), infos=infos)
-    found = await asyncio.wait_for(engines.restored(lost, SAMPLING), 5.0)
-    assert found.rollouts == "tokens from successor"
-    await engines.give_up_rebuilds()
-
-
 async def test_nothing_of_a_rebuild_goes_on_after_the_end() -> None:
-    first, other = Engine("first"), Engine("other")
-    engines = await synced(Engines(first, other))
+    engines, first, other = await group_of(2, 0)
     engines.may_start.clear()
     ends: list[str] = []
 
@@ -389,13 +337,12 @@ async def test_nothing_of_a_rebuild_goes_on_after_the_end() -> None:
         finally:
             ends.append(" ".join(names))
 
-    assert engines.supervisor is not None
-    engines.supervisor.record.timeline = cast(Any, SimpleNamespace(span=span))
+    engines.supervisor.record.timeline = SimpleNamespace(span=span)
     task = asked(engines, 0)
     await until(lambda: first.groups)
     first.die()
     await until(lambda: engines.replaced)
-    engines.processes = cast(Any, SimpleNamespace(end=lambda: None))
+    engines.processes = SimpleNamespace(end=lambda: None)
     async with ending_rebuilds([engines]):
         pass
     assert ends == ["recovery rollout"], "the file of the timeline is closed after the end"
@@ -415,8 +362,7 @@ async def test_an_engine_that_does_not_end_is_told_of_with_the_limit_that_it_had
 
 
 async def test_in_flight_a_sync_does_not_wait_for_a_lost_engine() -> None:
-    first, other, successors = Engine("first"), Engine("other"), (Engine("one"), Engine("two"))
-    engines = await synced(Engines(first, other, successors=successors))
+    engines, first, other, *successors = await group_of(2, 2)
     engines.may_start.clear()
     task = asked(engines, 0)
     await until(lambda: first.groups)
@@ -424,8 +370,7 @@ async def test_in_flight_a_sync_does_not_wait_for_a_lost_engine() -> None:
     await until(lambda: 0 in other.groups)
     await synced(engines, 2)
     other.die()
-    await engines.withdraw_weights()
-    await engines.update_weights(manifest(3))
+    await update(engines, 3)
     assert await engines.prove(policy_probe(3)) is None, "no engine works"
     engines.may_start.set()
     await until(lambda: any(engine.groups for engine in successors))
@@ -433,16 +378,8 @@ async def test_in_flight_a_sync_does_not_wait_for_a_lost_engine() -> None:
     task.cancel()
 
 
-async def broadcasting(policy: Policy, *engines: Engine, successors: tuple[Engine, ...] = ()) -> Engines:
-    made = Engines(*engines, successors=successors)
-    made.sync = WeightSync(method="gloo", why="")
-    await made.connect(cast(Any, policy), adapter=None)
-    return await synced(made)
-
-
 async def test_a_successor_joins_the_next_broadcast_and_others_answer_its_share_until_then() -> None:
-    policy, first, other, successor = Policy(), Engine("first"), Engine("other"), Engine("successor")
-    engines = await broadcasting(policy, first, other, successors=(successor,))
+    engines, first, other, successor = await group_of(2, 1, policy := Policy())
     task = generated(engines, 0, 1, 2)
     await until(lambda: len(first.groups) == 2 and len(other.groups) == 1)
     first.die()
@@ -451,8 +388,7 @@ async def test_a_successor_joins_the_next_broadcast_and_others_answer_its_share_
     other.finish(1)
     await until(lambda: len(other.groups) == 3)
     other.finish(0, 2)
-    groups = await asyncio.wait_for(task, DEADLINE_S)
-    assert sorted(group.request.group_id for group in groups) == [0, 1, 2]
+    assert sorted(group.request.group_id for group in await finished(task)) == [0, 1, 2]
     assert other.calls == ["hold", 1, "release 1", "hold", 0, 2, "release 2"]
     assert policy.meetings == [2]
     assert not successor.groups
@@ -467,66 +403,39 @@ async def test_a_successor_joins_the_next_broadcast_and_others_answer_its_share_
 
 
 async def test_a_successor_waits_for_the_next_broadcast_as_long_as_the_run_works() -> None:
-    first, other, successor = Engine("first"), Engine("other"), Engine("successor")
-    engines = await broadcasting(Policy(), first, other, successors=(successor,))
-    first.is_dead = True
-    await engines.cancel([])  # a call that finds it dead
-    engines.deadline_s = 0.5
+    engines, first, _, _ = await group_of(2, 1, Policy())
+    await find_dead(engines, first)
+    engines.deadline_s = 0.3
     await until(lambda: engines._unsynced)
-    await within(asyncio.sleep(1.0), DEADLINE_S)  # a step is longer than the limit of a call
-    engines.deadline_s = DEADLINE_S
-    await synced(engines, 2)
-    await engines.working(0)
-
-
-async def test_a_successor_does_not_wait_for_a_broadcast_of_a_run_that_does_nothing() -> None:
-    first, other, successor = Engine("first"), Engine("other"), Engine("successor")
-    engines = await broadcasting(Policy(), first, other, successors=(successor,))
-    first.is_dead = True
-    await engines.cancel([])
-    engines.deadline_s = 0.5
+    await within(asyncio.sleep(0.6), DEADLINE_S)  # a step is longer than the limit of a call
+    assert engines._unsynced, "it still waits"
     with pytest.raises(RunError, match=r"for the next broadcast of weights.*\(cluster.call_timeout_s\)"):
         await asyncio.wait_for(engines.working(0), DEADLINE_S)
 
 
-async def test_new_ranks_of_the_policy_meet_the_engines_that_work() -> None:
-    policy, first, other = Policy(), Engine("first"), Engine("other")
-    engines = await broadcasting(policy, first, other, successors=(Engine("successor"),))
-    engines.may_start.clear()
-    first.is_dead = True  # and nobody has noticed: both were on the same node
-    await cast(Any, policy).reconnect()
-    assert policy.meetings == [2, 1]
-    await engines.give_up_rebuilds()
-
-
 async def test_a_proof_is_only_of_the_engine_that_gave_it() -> None:
-    first, other, successors = Engine("first"), Engine("other"), (Engine("one"), Engine("two"))
-    engines = await broadcasting(Policy(), first, other, successors=successors)
-    first.is_dead = True
-    await engines.cancel([])
+    engines, first, other, *successors = await group_of(2, 2, Policy())
+    await find_dead(engines, first)
     await until(lambda: engines._unsynced)
-    await engines.withdraw_weights()
-    await engines.update_weights(manifest(2))
+    await update(engines, 2)
     slow = Future[Any]()
     other.probes = lambda: slow
     proving = asyncio.create_task(engines.prove(policy_probe(2)))
     await until(lambda: "probe" in successors[0].calls)
     await asyncio.sleep(0.01)
-    successors[0].die()
-    await engines.cancel([])
+    await find_dead(engines, successors[0])
     await until(lambda: engines.handles[0] is successors[1] and engines._unsynced)
     slow.set_result([-1.0, -1.0])
-    await asyncio.wait_for(proving, DEADLINE_S)
+    await finished(proving)
     assert 0 in engines._rebuilds, "it has no weights"
     await engines.give_up_rebuilds()
 
 
-async def test_a_broadcast_goes_to_the_engines_that_work() -> None:
-    policy, first, other, successor = Policy(), Engine("first"), Engine("other"), Engine("successor")
-    engines = await broadcasting(policy, first, other, successors=(successor,))
+async def test_new_ranks_of_the_policy_and_a_broadcast_meet_the_engines_that_work() -> None:
+    engines, first, _, successor = await group_of(2, 1, policy := Policy())
     engines.may_start.clear()
-    first.is_dead = True  # and nobody has noticed
-    await synced(engines, 2)
+    first.is_dead = True  # and nobody has noticed: both were on the same node
+    await cast(Any, policy).reconnect()
     assert policy.meetings == [2, 1]
     engines.may_start.set()
     await until(lambda: engines._unsynced)
@@ -538,46 +447,31 @@ async def test_a_broadcast_goes_to_the_engines_that_work() -> None:
 
 async def test_a_loss_during_a_broadcast_is_raised_although_the_other_members_notice_nothing() -> None:
     """With nccl the policy and the remaining engines would wait for the lost engine without end."""
-    first, other = Engine("first"), Engine("other")
-    engines = await broadcasting(Policy(), first, other, successors=(Engine("successor"),))
+    engines, first, other, _ = await group_of(2, 1, Policy())
     dying, waiting = Future[Any](), Future[Any]()
     first.loads, other.loads = lambda version: dying, lambda version: waiting
-    await engines.withdraw_weights()
-    update = asyncio.create_task(engines.update_weights(manifest(2)))
+    updating = asyncio.create_task(update(engines, 2))
     await until(lambda: "load 2" in other.calls)
     dying.set_exception(ActorDiedError())
     with pytest.raises(WorkerLost, match="rollout rank 0"):
-        await asyncio.wait_for(update, DEADLINE_S)
+        await finished(updating)
 
 
 @pytest.mark.parametrize("has_successor", [False, True])
 async def test_an_engine_lost_before_its_call_in_a_broadcast_is_raised_too(has_successor: bool) -> None:
-    first, other = Engine("first"), Engine("other")
-    engines = await broadcasting(Policy(), first, other, successors=(Engine("successor"),))
+    engines, first, _, _ = await group_of(2, 1, Policy())
     if not has_successor:
         engines.may_start.clear()
     await engines.withdraw_weights()
-    member, first.is_dead = engines.handles[0], True
-    await engines.cancel([])  # a call that finds it dead
-    await until(lambda: (engines.handles[0] is not member) == has_successor)
+    await find_dead(engines, first)
+    await until(lambda: (engines.handles[0] is not first) == has_successor)
     with pytest.raises(WorkerLost, match="rollout rank 0"):
         await asyncio.wait_for(engines.update_weights(manifest(2)), DEADLINE_S)
     await engines.give_up_rebuilds()
 
 
-async def test_the_loss_of_the_last_engine_ends_a_run_with_broadcasts() -> None:
-    first = Engine("first")
-    engines = await broadcasting(Policy(), first, successors=(Engine("successor"),))
-    task = asked(engines, 0)
-    await until(lambda: first.groups)
-    first.die()
-    with pytest.raises(WorkerLost):
-        await asyncio.wait_for(task, DEADLINE_S)
-
-
-async def test_an_engine_that_lost_the_process_of_its_environment_is_replaced() -> None:
-    first, successor = Engine("first"), Engine("successor")
-    engines = await synced(Engines(first, successors=(successor,)))
+async def test_the_loss_of_an_environments_process_is_named_and_its_engine_replaced() -> None:
+    engines, first, successor = await group_of(1, 1)
     tasks = [asked(engines, 0), generated(engines, 1)]
     await until(lambda: len(first.groups) == 2)
     lost = ChildLost("the environment's process is gone", kind="hung")
@@ -585,30 +479,34 @@ async def test_an_engine_that_lost_the_process_of_its_environment_is_replaced() 
         first.groups[group_id].set_exception(RayTaskError("answer", "", pickle.loads(pickle.dumps(lost))))
     await until(lambda: len(successor.groups) == 2)
     successor.finish(0, 1)
-    answered, (of_batch,) = await asyncio.wait_for(asyncio.gather(*tasks), DEADLINE_S)
-    assert (answered.rollouts, of_batch.rollouts) == ("tokens from successor", "tokens from successor")
+    answered, (of_batch,) = [await finished(task) for task in tasks]
+    assert (answered.rollouts, of_batch.rollouts) == ("tokens from successor 0", "tokens from successor 0")
     assert engines.replaced == [0]
-
-
-async def test_the_loss_of_an_environment_says_what_was_lost() -> None:
-    lost = RayTaskError("answer", "", ChildLost("the environment's process did not fork within 60 s", kind="hung"))
-    error = await explain(lost, role="rollout", rank=1, stage="rollouts")
+    error = await explain(RayTaskError("answer", "", lost), role="rollout", rank=1, stage="rollouts")
     assert isinstance(error, WorkerLost)
     assert (error.role, error.rank, error.kind) == ("rollout", 1, "hung")
-    assert error.reason == (
-        "rollouts: rollout rank 1 cannot work any more: the environment's process did not fork within 60 s"
-    )
+    assert error.reason == "rollouts: rollout rank 1 cannot work any more: the environment's process is gone"
 
 
-@pytest.mark.parametrize(("is_synced", "reason"), [(False, "no weights have been sent"), (True, "it shares GPUs with")])
-async def test_an_engine_that_cannot_be_replaced_says_why(is_synced: bool, reason: str) -> None:
-    engines = Engines(Engine("first"), successors=(Engine("successor"),))
-    engines.is_replaceable = engines.gives_published = False
-    if is_synced:
-        await synced(engines)
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("not synced", r"rank 0 died\..*not started again, because no weights have been sent.*--resume auto"),
+        ("synced once", r"rank 0 died\..*not started again, because it shares GPUs with.*--resume auto"),
+        ("outside of a run", "rank 0 died"),
+        ("the last of a broadcast", "rank 0 died"),
+    ],
+)
+async def test_an_engine_that_cannot_be_replaced_says_why(case: str, message: str) -> None:
+    engines, first, _ = await group_of(1, 1, Policy() if "broadcast" in case else None)
+    if case == "outside of a run":
+        engines.supervisor = None
+    elif "broadcast" not in case:
+        engines.is_replaceable = engines.gives_published = False
+        engines._manifest = engines._manifest if case == "synced once" else None
     task = generated(engines, 0)
-    await until(lambda: cast(Any, engines.handles[0]).groups)
-    cast(Any, engines.handles[0]).die()
-    with pytest.raises(RunError, match=rf"rank 0 died\..*not started again, because {reason}.*--resume auto"):
-        await asyncio.wait_for(task, DEADLINE_S)
+    await until(lambda: first.groups)
+    first.die()
+    with pytest.raises(RunError, match=message):
+        await finished(task)
     assert engines.replaced == []

@@ -9,12 +9,7 @@ from typing import Any
 import pytest
 from transformers import PretrainedConfig
 
-from actors.rollout.vllm_engine import (
-    RolloutSpec,
-    _refuse_lost_weights,
-    engine_environment,
-    salt_waiting,
-)
+from actors.rollout.vllm_engine import RolloutSpec, _refuse_lost_weights, engine_environment, salt_waiting
 from actors.vllm_patches.settings import generation_settings, heads_stand_apart, model_settings
 from rlhf.errors import UserError
 from tests.tiny_architectures import tiny_model
@@ -28,31 +23,30 @@ def test_the_log_level_of_vllm_is_the_users(monkeypatch: pytest.MonkeyPatch) -> 
     assert engine_environment(spec)["VLLM_LOGGING_LEVEL"] == "INFO"
 
 
-def test_windows_of_cohere_are_those_of_the_trainer() -> None:
-    """vLLM sees one token more than transformers, which sees the token and the `sliding_window - 1` before."""
-    assert tiny_model("cohere2").config.sliding_window == 3
-    assert model_settings(tiny_model("cohere2").config) == {"sliding_window": 2}
-    assert model_settings(tiny_model("cohere2_moe").config) == {"sliding_window": 2}
-    assert model_settings(tiny_model("mistral").config) == {}
-
-
-def test_settings_of_models_on_the_hub_are_added_where_a_config_lacks_them() -> None:
-    config = tiny_model("lfm2").config
-    assert model_settings(config) == {"block_dim": 32, "conv_dim": 32}
-    config.conv_dim = 64
-    assert model_settings(config) == {"block_dim": 32}
-
-
-def test_llama_4_scales_its_queries_in_short_engines_too() -> None:
-    assert generation_settings(tiny_model("llama4_text").config) == {"attn_temperature_tuning": True}
-    assert generation_settings(tiny_model("llama").config) == {}
-
-
 @pytest.mark.parametrize(
-    ("kind", "apart"), [("lfm2", True), ("lfm2_moe", True), ("deepseek_v3", True), ("minicpm3", True), ("llama", False)]
+    ("kind", "settings", "generation", "apart"),
+    [
+        # vLLM sees one token more than transformers, which sees the token and the `sliding_window - 1`, 2, before.
+        ("cohere2", {"sliding_window": 2}, {}, False),
+        ("cohere2_moe", {"sliding_window": 2}, {}, False),
+        ("mistral", {}, {}, False),
+        ("lfm2", {"block_dim": 32, "conv_dim": 32}, {}, True),  # which configs on the hub have
+        ("lfm2_moe", {"block_dim": 32, "conv_dim": 32}, {}, True),
+        ("llama4_text", {}, {"attn_temperature_tuning": True}, False),  # in short engines too
+        ("deepseek_v3", {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}, {}, True),
+        ("minicpm3", {}, {}, True),
+    ],
 )
-def test_models_whoseheads_stand_apart_turn_them_by_torch(kind: str, apart: bool) -> None:
-    assert heads_stand_apart(tiny_model(kind).config) is apart
+def test_an_engine_changes_a_config_to_agree_with_the_trainer(
+    kind: str, settings: dict[str, Any], generation: dict[str, Any], apart: bool
+) -> None:
+    config = tiny_model(kind).config
+    assert model_settings(config) == settings
+    assert generation_settings(config) == generation
+    assert heads_stand_apart(config) is apart
+    if kind == "lfm2":
+        config.conv_dim = 64
+        assert model_settings(config) == {"block_dim": 32}
 
 
 def refuse_lost(*unread_by_worker: set[str], config: Any) -> None:
@@ -85,20 +79,17 @@ def test_a_preempted_request_whose_blocks_get_another_salt_sends_all_of_their_ha
     from vllm.v1.request import RequestStatus
 
     connector = AuxOutputSchedulerConnector()
+    counts = {"num_prompt_tokens": 8, "num_output_tokens": 1, "num_tokens": 9, "num_stale_output_tokens": 0}
     request: Any = SimpleNamespace(
         request_id="a",
         status=RequestStatus.RUNNING,
         cache_salt="1",
         block_hashes=[b"1-0", b"1-1"],
         sampling_params=SimpleNamespace(routed_experts_prompt_start=0),
-        num_prompt_tokens=8,
-        num_output_tokens=1,
-        num_tokens=9,
         spec_token_ids=[],
         drop_stale_output=False,
-        num_stale_output_tokens=0,
-        num_in_flight_tokens=0,
-        num_preemptions=0,
+        **counts,
+        **dict.fromkeys(("num_in_flight_tokens", "num_preemptions"), 0),
     )
     request.update_block_hashes = lambda: request.block_hashes.extend(
         f"{request.cache_salt}-{i}".encode() for i in range(2)

@@ -89,21 +89,26 @@ def open_session() -> CapturedSession:
     return CapturedSession(SAMPLING, SessionLimits(max_calls=5, max_tokens=99, seed=3), "session1-")
 
 
-async def read(engine: FrontEngine, params: Any, prompt: Any = PROMPT) -> list[Any]:
-    return [output async for output in engine.generate(prompt, params, "id")]
+async def reading(loop: Loop, params: Any, call: ServedCall | None = None, prompt: Any = PROMPT) -> asyncio.Task[Any]:
+    """Begin to read the answer to a call, by default a call with the server's own key."""
+
+    async def read() -> list[Any]:
+        CURRENT_CALL.set(call or ServedCall(None, "served1-"))
+        return [output async for output in engine_over(loop).generate(prompt, params, "id")]
+
+    task = asyncio.create_task(read())
+    await asyncio.sleep(0)
+    return task
 
 
 async def test_outputs_of_every_step_are_yielded_and_captured() -> None:
-    loop = Loop()
-    engine, session, params = engine_over(loop), open_session(), wishes()
+    loop, session, params = Loop(), open_session(), wishes()
     with session.call() as call:
         call.is_chat = True
-        CURRENT_CALL.set(call)
-        reading = asyncio.create_task(read(engine, params))
-        await asyncio.sleep(0)
+        task = await reading(loop, params, call)
         loop.give(part([65, 66]))
         loop.give(part([67], reason="stop", stop="C", spans=[(3, 0, 1), (4, 1, 3)]), finished=True)
-        assert len(await reading) == 2
+        assert len(await task) == 2
     (captured,) = session.calls
     assert captured.prompt_ids.tolist() == [1, 2]
     assert captured.response_ids.tolist() == [65, 66, 67]
@@ -121,57 +126,44 @@ async def test_outputs_of_every_step_are_yielded_and_captured() -> None:
 
 async def test_the_servers_own_calls_are_sampled_as_the_client_asks() -> None:
     loop, params = Loop(), wishes()
-    engine = engine_over(loop)
-    CURRENT_CALL.set(ServedCall(None, "served1-"))
     image = {"type": "multimodal", "prompt_token_ids": [1], "mm_kwargs": "pixels"}
-    reading = asyncio.create_task(read(engine, params, image))
-    await asyncio.sleep(0)
+    task = await reading(loop, params, prompt=image)
     loop.give(part([65]), finished=True)
-    await reading
+    await task
     assert (params.temperature, params.seed, params.max_tokens, params.logit_bias) == (0.1, 99, 1000, {1: 2.0})
     assert set(params.stop_token_ids) == {5, 7}
     assert loop.asked[0][0].media == {"type": "multimodal", "mm_kwargs": "pixels"}
 
 
 async def test_a_client_that_ignores_ends_goes_on_after_the_end_of_a_turn() -> None:
-    loop, params, call = Loop(), wishes(ignore_eos=True), ServedCall(None, "served1-")
-    call.is_chat = True
-    CURRENT_CALL.set(call)
-    reading = asyncio.create_task(read(engine_over(loop), params))
-    await asyncio.sleep(0)
+    loop, params = Loop(), wishes(ignore_eos=True)
+    task = await reading(loop, params, ServedCall(None, "served1-", is_chat=True))
     loop.give(part([65]), finished=True)
-    await reading
+    await task
     assert set(params.stop_token_ids) == {5, 7}
     assert params.all_stop_token_ids == {0, 7}
 
 
 async def test_responses_to_one_prompt_are_calls_of_their_own() -> None:
     loop, session = Loop(), open_session()
-    engine = engine_over(loop)
     with session.call(2) as call:
-        CURRENT_CALL.set(call)
-        reading = asyncio.create_task(read(engine, wishes(structured_outputs="a grammar")))
-        await asyncio.sleep(0)
+        task = await reading(loop, wishes(structured_outputs="a grammar"), call)
         loop.give(part([66], index=1, reason="stop"), part([65], reason="length"), finished=True)
-        await reading
+        await task
     assert [one.response_ids.tolist() for one in session.calls] == [[65], [66]]
     assert [one.free.tolist() for one in session.calls] == [[False], [False]]
 
 
 async def test_a_reader_that_goes_away_drops_its_request_and_a_failure_is_raised() -> None:
     loop = Loop()
-    engine = engine_over(loop)
-    CURRENT_CALL.set(ServedCall(None, "served1-"))
-    reading = asyncio.create_task(read(engine, wishes()))
-    await asyncio.sleep(0)
-    reading.cancel()
+    task = await reading(loop, wishes())
+    task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await reading
+        await task
     assert loop.aborted == [loop.asked[0][0].request_id]
-    reading = asyncio.create_task(read(engine, wishes()))
-    await asyncio.sleep(0)
+    task = await reading(loop, wishes())
     loop.asked[-1][1].set_exception(RunError("it died"))
     with pytest.raises(RunError, match="it died"):
-        await reading
+        await task
     assert loop.on_step is not None
     loop.on_step([])  # nothing waits

@@ -7,19 +7,17 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
-from aiohttp import ClientError, web
+from aiohttp import ClientError, ClientTimeout, web
 from aiohttp.test_utils import TestClient, TestServer
 from ray.exceptions import ActorDiedError
 
@@ -57,8 +55,7 @@ class Engine:
         body = await request.json() if request.can_read_body else None
         self.asked.append((request.method, request.path, body))
         self.keys.add(request.headers["Authorization"])
-        if self.state == "dies":
-            assert request.transport is not None
+        if self.state == "dies" and request.transport is not None:
             request.transport.abort()
         if self.state in ("broken", "fails"):
             return web.json_response({"error": {"message": "it choked"}}, status=500)
@@ -76,8 +73,7 @@ class Engine:
             await response.write(bytes(1 << 16))
         for number in range(3):
             await response.write(f"data: {number}\n\n".encode())
-            if body["stream"] == "breaks":
-                assert request.transport is not None
+            if body["stream"] == "breaks" and request.transport is not None:
                 await asyncio.sleep(0.05)
                 request.transport.abort()
             if body["stream"] == "hangs":
@@ -88,13 +84,8 @@ class Engine:
         if self.state == "dies":
             return ActorDiedError()
         failure = "engine died with 1 requests in flight: X. The run can be resumed with --resume auto."
-        return EngineHealth(
-            version=0,
-            requests_in_flight=0,
-            last_step_age_s=0.0,
-            rss_gib=1.0,
-            failure=failure if self.state == "broken" else None,
-        )
+        failure = failure if self.state == "broken" else None
+        return EngineHealth(version=0, requests_in_flight=0, last_step_age_s=0.0, rss_gib=1.0, failure=failure)
 
 
 @asynccontextmanager
@@ -111,8 +102,8 @@ async def serving(*engines: Engine, token: str | None = None, deadline_s: float 
         yield await stack.enter_async_context(client)
 
 
-async def ask(client: TestClient[Any, Any], path: str = "chat/completions", body: Any = CHAT) -> tuple[int, Any]:
-    answer = await client.post(f"/v1/{path}", json=body)
+async def ask(client: TestClient[Any, Any], path: str = "chat/completions") -> tuple[int, Any]:
+    answer = await client.post(f"/v1/{path}", json=CHAT)
     return answer.status, await answer.json()
 
 
@@ -122,6 +113,8 @@ async def test_requests_and_answers_are_passed_on_as_they_are() -> None:
         assert await ask(client) == (200, {"path": "/v1/chat/completions"})
         assert await ask(client, "teapot") == (418, {"path": "/v1/teapot"})
         assert (await (await client.get("/v1/models")).json()) == {"path": "/v1/models"}
+        answer = await client.post("/v1/chat/completions", data=b" " * (MAX_REQUEST_BYTES + 1))
+        assert (answer.status, (await answer.json())["error"]["param"]) == (413, None)  # and passed on to no engine
         answer = await client.post("/v1/messages", json=CHAT | {"stream": True})
         assert answer.headers["Content-Type"] == "text/event-stream"
         assert await answer.text() == "data: 0\n\ndata: 1\n\ndata: 2\n\n"
@@ -150,43 +143,28 @@ async def test_the_token() -> None:
         assert (await client.get("/v1/models")).status == 200
 
 
-async def test_a_body_that_is_too_long() -> None:
-    engine = Engine()
-    async with serving(engine) as client:
-        answer = await client.post("/v1/chat/completions", data=b" " * (MAX_REQUEST_BYTES + 1))
-        assert (answer.status, (await answer.json())["error"]["param"]) == (413, None)
-    assert not engine.asked
-
-
 async def test_a_request_ends_at_its_deadline_and_with_its_caller() -> None:
     engine = Engine(hold=asyncio.Event())
     async with serving(engine, deadline_s=0.2) as client:
         status, told = await ask(client)
-        assert status == 504
-        assert "not answered within 0.2 s (--deadline-s)" in told["error"]["message"]
+        assert (status, told["error"]["message"]) == (504, "not answered within 0.2 s (--deadline-s)")
         await until(lambda: engine.dropped == 1)
-    engine = Engine()
-    async with serving(engine, deadline_s=0.2) as client:  # once a stream has begun, it is told in the stream
+        engine.hold = None  # once a stream has begun, it is told in the stream
         text = await (await client.post("/v1/chat/completions", json=CHAT | {"stream": "hangs"})).text()
         begun, _, error = text.partition("event: error\ndata: ")
         assert begun == "data: 0\n\n"
         assert "not answered within" in json.loads(error)["error"]["message"]
+    async with serving(Engine(), deadline_s=0.2) as client:
+        answer = await client.post("/v1/chat/completions", json=CHAT | {"stream": "floods"})
+        server: Any = client.server.runner.server
+        assert len(server.connections) == 1
+        await until(lambda: not server.connections)  # the reader has stopped
+        answer.close()
     engine = Engine(hold=asyncio.Event())
     async with serving(engine) as client:
         with pytest.raises((ClientError, TimeoutError)):
-            async with asyncio.timeout(0.3):
-                await client.post("/v1/chat/completions", json=CHAT)
+            await client.post("/v1/chat/completions", json=CHAT, timeout=ClientTimeout(0.3))
         await until(lambda: engine.dropped == 1)
-
-
-async def test_a_reader_that_stops_is_left_at_the_deadline() -> None:
-    async with serving(Engine(), deadline_s=0.2) as client:
-        answer = await client.post("/v1/chat/completions", json=CHAT | {"stream": "floods"})
-        server = client.server.runner.server
-        assert server is not None
-        assert len(server.connections) == 1
-        await until(lambda: not server.connections)
-        answer.close()
 
 
 async def test_what_is_being_answered_when_it_ends_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,11 +202,10 @@ async def test_a_dead_engine_is_asked_no_more(state: Any) -> None:
         assert (await client.get("/health")).status == 200
     assert (len(dead.asked), len(alive.asked)) == (1, 3)
     async with serving(Engine(state)) as client:
-        for answer in [await client.post("/v1/chat/completions", json=CHAT) for _ in range(2)]:
-            assert answer.status == 503
-            message = (await answer.json())["error"]["message"]
-            assert "died" in message
-            assert "--resume" not in message
+        for _ in range(2):
+            status, told = await ask(client)
+            message = told["error"]["message"]
+            assert (status, "died" in message, "--resume" in message) == (503, True, False)
         assert (await client.get("/health")).status == 503
     async with serving(Engine(state)) as client:  # noticed by a look alone
         assert "died" in (await (await client.get("/health")).json())["error"]["message"]
@@ -247,57 +224,31 @@ async def test_an_engine_that_fails_on_a_request_and_lives_goes_on() -> None:
 # The command
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_server_says_what_ended_it_and_signals_are_heard_as_before(number: signal.Signals) -> None:
-    script = (
-        "import signal, sys\n"
-        "from aiohttp import web\n"
-        "from rlhf.serving import serve_until_interrupted\n"
-        "hear = lambda *_: None\n"
-        "signal.signal(signal.SIGTERM, hear)\n"
-        "say = lambda text: print(text, flush=True)\n"
-        "told = serve_until_interrupted(web.Application(), host='127.0.0.1', port=0, ready=say)\n"
-        "say((told.name, signal.getsignal(signal.SIGTERM) is hear))\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline().startswith("http://127.0.0.1:")
-            process.send_signal(number)
-            assert process.stdout.readline() == f"('{number.name}', True)\n"
-        finally:
-            process.kill()
-
-
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["MODEL", "--host", "0.0.0.0"], "Name an environment variable that holds a token: --token-env NAME"),
-        (["MODEL", "--token-env", "NO_SUCH_TOKEN"], "the environment variable NO_SUCH_TOKEN is not set"),
-        (["MODEL", "--port", "99999"], "--port 99999: the server cannot listen there"),
-        (["MODEL", "--engines", "0"], "--engines: is 0, expected 1 or more"),
-        (["MODEL", "--kv-cache-gib", "0"], "--kv-cache-gib: is 0, expected 1 or more"),
-        (["MODEL", "--kv-cache-gib", "2", "--device", "cuda"], "has no effect on a GPU"),
-        (["MODEL", "--tensor-parallel", "2"], "--tensor-parallel: distributes a model over GPUs"),
-        (["MODEL", "--max-length", "1"], "--max-length: is 1, expected 2 or more"),
-        (["MODEL", "--max-length", "4096"], "--max-length: is 4096, more than the 2048 tokens that"),
-        (["MODEL", "--deadline-s", "0"], "--deadline-s: is 0, expected more than 0"),
-        (["no/such/folder"], "no/such/folder"),
+        ("MODEL --host 0.0.0.0", "Name an environment variable that holds a token: --token-env NAME"),
+        ("MODEL --token-env NO_SUCH_TOKEN", "the environment variable NO_SUCH_TOKEN is not set"),
+        ("MODEL --port 99999", "--port 99999: the server cannot listen there"),
+        ("MODEL --engines 0", "--engines: is 0, expected 1 or more"),
+        ("MODEL --kv-cache-gib 0", "--kv-cache-gib: is 0, expected 1 or more"),
+        ("MODEL --kv-cache-gib 2 --device cuda", "has no effect on a GPU"),
+        ("MODEL --tensor-parallel 2", "--tensor-parallel: distributes a model over GPUs"),
+        ("MODEL --max-length 1", "--max-length: is 1, expected 2 or more"),
+        ("MODEL --max-length 4096", "--max-length: is 4096, more than the 2048 tokens that"),
+        ("MODEL --deadline-s 0", "--deadline-s: is 0, expected more than 0"),
+        ("no/such/folder", "no/such/folder"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_starts(
-    words: list[str], why: str, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    words: str, why: str, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def started(*_: Any, **__: Any) -> None:
-        raise AssertionError("it starts engines")
-
-    monkeypatch.setattr("actors.serving.http.serving", started)
-    given = [str(tiny_model) if word == "MODEL" else word for word in words]
+    monkeypatch.setattr("actors.serving.http.serving", None)  # no engine starts
     with socket.socket() as free:  # not the usual one, which somebody may serve on here
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    given += [] if "--port" in given else ["--port", str(port)]
-    assert main(["serve", *given]) == 2
+    given = words.replace("MODEL", str(tiny_model)).split()
+    assert main(["serve", "--port", str(port), *given]) == 2
     assert why in capsys.readouterr().err
 
 
@@ -313,48 +264,46 @@ def test_the_command_and_the_call_start_the_same_server(tiny_model: Path, monkey
     monkeypatch.setenv("T", "secret")
     assert main(["serve", str(tiny_model), "--port", "0"]) == 0
     rlhf.serve(str(tiny_model))
-    words = ["--name", "judge", "--engines", "2", "--kv-cache-gib", "5", "--max-length", "99"]
-    words += ["--tool-parser", "hermes", "--reasoning-parser", "qwen3"]
-    assert main(["serve", str(tiny_model), *words, "--token-env", "T", "--host", "::1", "--deadline-s", "3"]) == 0
+    words = "--name judge --engines 2 --kv-cache-gib 5 --max-length 99 --tool-parser hermes --reasoning-parser qwen3"
+    words += " --token-env T --host ::1 --deadline-s 3"
+    assert main(["serve", str(tiny_model), *words.split()]) == 0
     assert main(["serve", str(tiny_model), "--tensor-parallel", "4", "--device", "cuda"]) == 0
     assert calls[0] == calls[1]
     spec, device, rollout, timeout_s, host, port = calls[2]
-    assert spec == ServerSpec(
-        name="judge",
-        max_length=99,
-        deadline_s=3.0,
-        token="secret",
-        tool_parser="hermes",
-        reasoning_parser="qwen3",
-    )
+    parsers = {"tool_parser": "hermes", "reasoning_parser": "qwen3"}
+    assert spec == ServerSpec(name="judge", max_length=99, deadline_s=3.0, token="secret", **parsers)
     assert (device, rollout.engines, rollout.kv_cache_gib, timeout_s) == ("cpu", 2, 5, 63.0)
     assert (host, port) == ("::1", 8702)
     assert (calls[3][1], calls[3][2].tensor_parallel) == ("cuda", 4)
 
 
-def test_a_model_is_served_until_a_signal(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_model_is_served_until_a_signal(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """Ray's processes may get SIGTERM too, so a local Ray is killed then. Later signals are heard as before."""
     specs: list[FrontSpec] = []
-
-    @contextmanager
-    def started(*_: Any, **__: Any) -> Iterator[SimpleNamespace]:
-        def open_fronts(spec: FrontSpec) -> list[str]:
-            specs.append(spec)
-            return ["http://127.0.0.1:1"]
-
-        yield SimpleNamespace(engines=SimpleNamespace(handles=[Engine()]), open_fronts=open_fronts)
-
     told: list[str] = []
+
+    def open_fronts(spec: FrontSpec) -> list[str]:
+        specs.append(spec)
+        return ["http://127.0.0.1:1"]
 
     def ask(url: str) -> None:
         try:
             with urllib.request.urlopen(url.replace("/v1", "/health"), timeout=30) as answer:
                 told.append(json.load(answer)["status"])
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("actors.serving.http.serving", started)
+    served = SimpleNamespace(engines=SimpleNamespace(handles=[Engine()]), open_fronts=open_fronts)
+    monkeypatch.setattr("actors.serving.http.serving", lambda *_, **__: nullcontext(served))
+    own_ray = SimpleNamespace(daemons=[1], kill=lambda: told.append("killed"))
+    monkeypatch.setattr("actors.serving.http.OWN_RAY", own_ray)
+    before = signal.getsignal(number)
     rlhf.serve(str(tiny_model), name="tiny", ready=lambda url: threading.Thread(target=ask, args=[url]).start())
-    assert told == ["ok"]
+    assert signal.getsignal(number) is before
+    assert told == ["ok", "killed"][: 2 if number is signal.SIGTERM else 1]
     (spec,) = specs
     assert (spec.name, len(spec.own_key or "")) == ("tiny", 43)
     assert "<|assistant|>" in (spec.template or "")

@@ -13,13 +13,13 @@ import pytest
 from aiohttp import web
 
 from rlhf.agents.calls import AgentFiles, AgentResult
-from rlhf.agents.limits import ProcessLimits
 from rlhf.agents.runners import AgentTask, HostedRunner
 from rlhf.agents.sessions import FUNCTION
 from rlhf.config.files.load import load
 from rlhf.extensions import CodeSource, import_file
 from rlhf.preflight.tools import tool_servers
 from rlhf.rollouts.environments.tool_servers import ToolServer
+from tests.agent_programs import LIMITS
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "agents"
 Messages = Sequence[dict[str, Any]]
@@ -52,8 +52,7 @@ def run(
         await web.TCPSite(server, "127.0.0.1", 0).start()
         address = f"http://127.0.0.1:{server.addresses[0][1]}"
         source = CodeSource(path=str(EXAMPLES / f"{name}.py"), name="solve")
-        limits = ProcessLimits(memory_gib=4.0, max_threads=512, disk_gib=1.0)
-        options: dict[str, Any] = {"timeout_s": 60.0, "limits": limits, "servers": servers}
+        options: dict[str, Any] = {"timeout_s": 60.0, "limits": LIMITS, "servers": servers}
         runner = HostedRunner(source, program=FUNCTION, key="rollouts.agent", **options)
         await runner.start()
         try:

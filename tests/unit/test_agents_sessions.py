@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
-from rlhf.agents.calls import AgentRun, Call
-from rlhf.agents.limits import ProcessLimits, SessionLimits
+from rlhf.agents.calls import Call
+from rlhf.agents.limits import SessionLimits
 from rlhf.agents.sessions import FUNCTION, AgentSessions, AgentSpec, session_end, task_of
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.extensions import CodeSource
-from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.types import GroupRequest, Prompt, RolloutInfo, Rollouts, Sampling, SessionEnd
+from tests.agent_programs import LIMITS, MANY
+from tests.agent_sessions import call, session
 
-MANY = Path(__file__).parents[1] / "fixtures" / "agents" / "many.py"
 SAMPLING = Sampling(max_new_tokens=8)
 
 
@@ -30,7 +29,7 @@ def spec(**changes: Any) -> AgentSpec:
         "max_calls": 3,
         "max_tokens": 100,
         "timeout_s": 20.0,
-        "process_limits": ProcessLimits(memory_gib=4.0, max_threads=512, disk_gib=1.0),
+        "process_limits": LIMITS,
         "processes": 8,
         "tokenizer": "",
         "trust_remote_code": False,
@@ -39,32 +38,8 @@ def spec(**changes: Any) -> AgentSpec:
 
 
 def request(mood: str = "text", samples: int = 2, **columns: Any) -> GroupRequest:
-    ids = tuple(byte_tokenizer()("?", add_special_tokens=False).input_ids)
-    prompt = Prompt(prompt_id=3, token_ids=ids, text="?", columns={"mood": mood, "answer": "4", **columns})
+    prompt = Prompt(prompt_id=3, token_ids=(63,), text="?", columns={"mood": mood, "answer": "4", **columns})
     return request_for(prompt, group_id=0, first_sequence_id=10, samples=samples, run_seed=0)
-
-
-def call(prompt: list[int], response: list[int], *, broke: str | None = None) -> Call:
-    count = len(response)
-    return Call(
-        prompt_ids=np.array(prompt, np.int32),
-        response_ids=np.array(response, np.int32),
-        logprobs=np.full(count, -1.0, np.float32),
-        versions=np.full(count, 2, np.int32),
-        free=np.ones(count, np.bool_),
-        restriction=None,
-        finish_reason="stop",
-        ended_s=1.0,
-        broke=broke,
-    )
-
-
-class Opened:
-    def __init__(self, exceeded: str | None) -> None:
-        self.exceeded = exceeded
-        self.is_over = asyncio.Event()
-        if exceeded is not None:
-            self.is_over.set()
 
 
 class FakeFront:
@@ -77,19 +52,22 @@ class FakeFront:
         self.limits: list[SessionLimits] = []
         self.most_open = 0
 
-    def open(self, key: str, sampling: Sampling, limits: SessionLimits) -> Opened:
+    def open(self, key: str, sampling: Sampling, limits: SessionLimits) -> Any:
         assert sampling == SAMPLING
         self.open_keys.add(key)
         self.limits.append(limits)
         self.most_open = max(self.most_open, len(self.open_keys))
-        return Opened(self.exceeded)
+        is_over = asyncio.Event()
+        if self.exceeded is not None:
+            is_over.set()
+        return SimpleNamespace(exceeded=self.exceeded, is_over=is_over)
 
     def close(self, key: str) -> list[Call]:
         self.open_keys.remove(key)
         return list(self.calls)
 
 
-TWO_CALLS = (call([1, 2], [3, 4]), call([1, 2, 3, 4, 5], [6], broke="edited history"))
+TWO_CALLS = (call([1, 2], [3, 4]), replace(call([1, 2, 3, 4, 5], [6]), broke="edited history"))
 
 
 def group(
@@ -120,10 +98,8 @@ def test_a_session_becomes_a_sample_with_its_result() -> None:
 
 
 def test_sampled_tokens_under_a_grammar_are_counted_by_their_reason() -> None:
-    free = call([1], [2, 3])
-    forced = replace(free, free=np.zeros(2, np.bool_), restriction="tool_choice")
-    formed = replace(forced, restriction="response_format")
-    end = session_end(AgentRun(calls=[free, forced, formed, forced], result="done"))
+    free, forced = call([1], [2, 3]), call([1], [2, 3], fixed=(0, 1))
+    end = session_end(session(free, forced, replace(forced, restriction="response_format"), forced))
     assert end.restricted == {"tool_choice": 4, "response_format": 2}
 
 
@@ -139,8 +115,7 @@ def test_sampled_tokens_under_a_grammar_are_counted_by_their_reason() -> None:
 def test_a_failure_is_a_record_and_no_result(mood: str, front: FakeFront, kind: str, message: str) -> None:
     _, infos = group(request(mood), front)
     for sample, info in enumerate(infos):
-        error = info.environment_error
-        assert error is not None
+        error: Any = info.environment_error
         assert (error.reward, error.kind, error.prompt_id, error.sample) == ("agent", kind, 3, sample)
         assert message in error.message
         assert info.session is not None

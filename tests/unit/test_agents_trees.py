@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -33,46 +35,45 @@ def shown(calls: list[Call]) -> list[tuple[tuple[int, ...], list[int], list[int]
     ]
 
 
-def test_a_chat_is_one_sequence() -> None:
-    chat = [call([1, 2], [3]), call([1, 2, 3, 9], [4, 5]), call([1, 2, 3, 9, 4, 5, 8], [6])]
-    assert shown(chat) == [((0, 1, 2), [1, 2, 3, 9, 4, 5, 8, 6], [2, 4, 5, 7])]
-    assert training_sequences(chat)[0].ends == (3, 6, 8)
-
-
-def test_a_retry_is_a_branch_and_its_first_answer_is_trained_too() -> None:
-    calls = [call([1, 2], [3, 4]), call([1, 2], [3, 5]), call([1, 2, 3, 5, 9], [6])]
-    assert shown(calls) == [((1, 2), [1, 2, 3, 5, 9, 6], [2, 3, 5]), ((0,), [1, 2, 3, 4], [2, 3])]
+@pytest.mark.parametrize(
+    ("calls", "expected"),
+    [
+        pytest.param(
+            [call([1, 2], [3]), call([1, 2, 3, 9], [4, 5]), call([1, 2, 3, 9, 4, 5, 8], [6])],
+            [((0, 1, 2), [1, 2, 3, 9, 4, 5, 8, 6], [2, 4, 5, 7])],
+            id="a chat is one sequence",
+        ),
+        pytest.param(
+            [call([1, 2], [3, 4]), call([1, 2], [3, 5]), call([1, 2, 3, 5, 9], [6])],
+            [((1, 2), [1, 2, 3, 5, 9, 6], [2, 3, 5]), ((0,), [1, 2, 3, 4], [2, 3])],
+            id="a retry is a branch, and its first answer is trained too",
+        ),
+        pytest.param(
+            [call([1], [2]), call([1, 2, 7], [3]), call([1, 2, 8], [4]), call([1, 2, 8, 4, 9], [5])],
+            [((0, 2, 3), [1, 2, 8, 4, 9, 5], [1, 3, 5]), ((1,), [1, 2, 7, 3], [3])],
+            id="a call that several continue is trained in the longest of them",
+        ),
+        pytest.param(
+            [call([1, 2], [3]), call([7, 7], [4]), call([1, 5], [6])],
+            [((0,), [1, 2, 3], [2]), ((2,), [1, 5, 6], [2]), ((1,), [7, 7, 4], [2])],
+            id="sub-agents and shortened contexts are separate sequences",
+        ),
+        pytest.param(
+            [call([1], [2, 3]), call([1, 2, 9], [4])],
+            [((0,), [1, 2, 3], [1, 2]), ((1,), [1, 2, 9, 4], [3])],
+            id="a prompt that repeats half a response continues nothing",
+        ),
+        pytest.param([call([1], []), call([1], [2])], [((1,), [1, 2], [1])], id="no sequence without a response"),
+    ],
+)
+def test_the_calls_of_a_session_become_sequences(calls: list[Call], expected: Any) -> None:
+    assert shown(calls) == expected
 
 
 def test_equal_answers_of_two_retries_are_two_samples() -> None:
-    calls = [call([1], [3, 4], first=1), call([1], [3, 4], first=5)]
-    found = training_sequences(calls)
+    found = training_sequences([call([1], [3, 4], first=1), call([1], [3, 4], first=5)])
     assert [one.token_ids.tolist() for one in found] == [[1, 3, 4], [1, 3, 4]]
     assert sorted(-value for one in found for value in one.logprobs[one.trained].tolist()) == [1, 2, 5, 6]
-
-
-def test_a_call_that_several_continue_is_trained_in_the_longest_of_them() -> None:
-    start = call([1], [2])
-    search, read, answer = call([1, 2, 7], [3]), call([1, 2, 8], [4]), call([1, 2, 8, 4, 9], [5])
-    assert shown([start, search, read, answer]) == [
-        ((0, 2, 3), [1, 2, 8, 4, 9, 5], [1, 3, 5]),
-        ((1,), [1, 2, 7, 3], [3]),
-    ]
-
-
-def test_sub_agents_and_shortened_contexts_are_sequences_of_their_own() -> None:
-    calls = [call([1, 2], [3]), call([7, 7], [4]), call([1, 5], [6])]
-    assert sorted(shown(calls)) == [((0,), [1, 2, 3], [2]), ((1,), [7, 7, 4], [2]), ((2,), [1, 5, 6], [2])]
-
-
-def test_a_prompt_that_repeats_half_a_response_continues_nothing() -> None:
-    calls = [call([1], [2, 3]), call([1, 2, 9], [4])]
-    assert sorted(shown(calls)) == [((0,), [1, 2, 3], [1, 2]), ((1,), [1, 2, 9, 4], [3])]
-
-
-def test_calls_without_a_response_give_no_sequence() -> None:
-    assert training_sequences([call([1], [])]) == []
-    assert shown([call([1], []), call([1], [2])]) == [((1,), [1, 2], [1])]
 
 
 def test_tokens_that_a_grammar_restricted_are_context() -> None:
@@ -109,6 +110,8 @@ def test_a_session_is_one_sample_however_many_sequences_it_has() -> None:
     assert (branched.num_tokens, branched.mean_logprob) == (8, -2.5)
     assert (branched.min_version, branched.max_version) == (3, 5)
     assert (single.sequence_id, single.num_tokens, single.finish_reason) == (5, 3, "stop")
+    assert response_texts(rollouts, byte_tokenizer(), turn_end=None) == ["A\nBC\nD", "E"]  # as rewards read them
+    assert [len(spans) for spans in token_spans(rollouts)] == [6, 2]
 
 
 def test_a_session_without_a_sampled_token_has_its_prompt() -> None:
@@ -116,28 +119,14 @@ def test_a_session_without_a_sampled_token_has_its_prompt() -> None:
     assert rollouts.token_ids.tolist() == [63, 63, 1, 2, 3]
     assert not rollouts.response_mask.any()
     assert rollouts.sequence_ids.tolist() == [4, 5]
-    assert [(info.num_prompt_tokens, info.num_response_tokens, info.num_tokens) for info in (silent, unanswered)] == [
-        (2, 0, 2),
-        (3, 0, 3),
-    ]
-
-
-def test_rewards_read_one_response_per_session() -> None:
-    rollouts, _ = assemble_sessions(REQUEST, [BRANCHED, session(call([63, 63], [69]))])
-    assert response_texts(rollouts, byte_tokenizer(), turn_end=None) == ["A\nBC\nD", "E"]
-    assert [len(spans) for spans in token_spans(rollouts)] == [6, 2]
+    assert (silent.num_prompt_tokens, silent.num_response_tokens, silent.num_tokens) == (2, 0, 2)
+    assert (unanswered.num_prompt_tokens, unanswered.num_response_tokens, unanswered.num_tokens) == (3, 0, 3)
 
 
 def test_samples_say_where_the_branches_of_a_session_begin() -> None:
     """A chat, a branch after the first call, a retry of that call, and a sub-agent; positions count from the prompt."""
-    calls = [
-        call([63, 63], [65]),
-        call([63, 63, 65, 33], [66, 67]),
-        call([63, 63, 65, 35], [68]),
-        call([63, 63], [70]),
-        call([40, 41], [71]),
-    ]
-    rollouts, _ = assemble_sessions(REQUEST, [session(*calls), session(call([63, 63], [69]))])
+    more = call([63, 63], [70]), call([40, 41], [71])
+    rollouts, _ = assemble_sessions(REQUEST, [session(*BRANCHED.calls, *more), session(call([63, 63], [69]))])
     branched, single = tokens_of(rollouts, [0, 1], (), byte_tokenizer())
     assert branched.ids == (65, 33, 66, 67, 40, 41, 71, 63, 63, 65, 35, 68, 63, 63, 70)
     assert branched.sequences == (
