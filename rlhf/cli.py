@@ -100,7 +100,6 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
 
 
 def _how_to_continue(given: Sequence[str], args: argparse.Namespace) -> str:
-    """Return the command that continues an interrupted run."""
     if args.command not in ("train", "sweep", "quickstart"):
         return ""
     option = " --supervise" if is_supervised() else ""
@@ -122,7 +121,6 @@ def _known(error: BaseException) -> UserError | RunError | None:
 
 
 def _reader_is_gone() -> bool:
-    """Return whether the reader of our output has gone."""
     output = select.poll()
     output.register(1, 0)  # poll reports errors without a request
     return bool(output.poll(0))

@@ -67,16 +67,8 @@ def export_checkpoint(
     damage = find_damage(checkpoint, step=saved_step)
     if damage is not None:
         raise UserError(f"{damage} Restore the file from a copy, or name another step with --step.")
-    alone = Config.model_validate(
-        {
-            "run": config.run,
-            "policy": config.policy,
-            "algorithm": SFTConfig(name="sft"),  # same model and optimizer as a policy
-            "data": config.data,
-            "train": config.train,
-            "cluster": config.cluster,
-        }
-    )
+    shared = {name: getattr(config, name) for name in ("run", "policy", "data", "train", "cluster")}
+    alone = Config(**shared, algorithm=SFTConfig(name="sft"))  # same model and optimizer as a policy
     if config.algorithm.has_scalar_head:
         alone = alone.model_copy(update={"algorithm": config.algorithm})
     with temporary_folder() as aside:
@@ -102,7 +94,6 @@ def _checkpoint(run: Path, step: int | None) -> Path:
 
 
 def _refuse_code_of_run(resolved: Path) -> None:
-    """Raise UserError if a run's configuration, possibly from another person, names a file of code."""
     tree = read_tree(resolved).values
     stages = tree.get("stages")
     for section in (tree, *(stages.values() if isinstance(stages, dict) else ())):
@@ -115,7 +106,6 @@ def _refuse_code_of_run(resolved: Path) -> None:
 
 
 def _write(config: Config, checkpoint: Path, folder: Path, *, merged: bool) -> None:
-    """Load the policy of a checkpoint into this process, and write the policy."""
     policy, dtype = config.policy, torch_dtype(config.policy.dtype)
     load_model = load_critic if config.algorithm.has_scalar_head else load_causal_lm
     module = load_trained_model(policy, load_model, _device(config))

@@ -14,11 +14,11 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any, Literal
 
 from rlhf.errors import UserError
@@ -57,10 +57,7 @@ class CodeSource:
     package: str | None = None  # name and version of the package that offers the entry point
 
     def digest(self) -> bytes:
-        """Return a digest of the code and the arguments: of the text of a file, or of the version of a package.
-
-        The digest does not cover imported files, and does not change when the file is moved.
-        """
+        """Return a digest of the arguments and of a file's text or a package's version. It excludes imported files."""
         text = b"" if self.path is None else Path(self.path).read_bytes()
         settings = repr((self.name, self.args, self.entry, self.package)).encode()
         return hashlib.blake2b(settings + text, digest_size=16).digest()
@@ -89,19 +86,15 @@ def find_code(
     folders: Sequence[Path] = (),
     key: str = "",
 ) -> CodeSource:
-    """Locate code without importing it. A file is relative to the first of `folders` with the file.
-
-    UserError, beginning with the configuration's `key` if given: the name is unknown or ambiguous, or the file is
-    missing.
-    """
-    key = f"{key}: " if key else ""
+    """Locate code without importing it. A file is relative to the first of `folders` with the file. UserError,
+    beginning with the configuration's `key` if given: the name is unknown, ambiguous or a missing file."""
+    key, args = f"{key}: " if key else "", dict(args or {})
     path, colon, target = name.rpartition(":")
     if colon:
-        candidates = [(folder / os.path.expanduser(path)).resolve() for folder in folders]
-        for candidate in candidates:
-            if candidate.is_file():
-                return CodeSource(path=str(candidate), name=target, args=dict(args or {}))
-        tried = ", ".join(dict.fromkeys(map(str, candidates)))
+        candidates = [str((folder / os.path.expanduser(path)).resolve()) for folder in folders]
+        for candidate in filter(os.path.isfile, candidates):
+            return CodeSource(path=candidate, name=target, args=args)
+        tried = ", ".join(dict.fromkeys(candidates))
         raise UserError(f"{key}the file `{path}` of the {kind} does not exist (looked for {tried})")
     offers = _offers(kind, name, key)
     if name in built_ins:
@@ -110,12 +103,10 @@ def find_code(
                 f"{key}the package {_package(offers[0])} offers the {kind} `{name}`, which is a built-in {kind}. "
                 "Uninstall the package, or give its entry point another name."
             )
-        return CodeSource(path=None, name=name, args=dict(args or {}))
+        return CodeSource(path=None, name=name, args=args)
     if offers:
-        (offer,) = offers
-        return CodeSource(
-            path=None, name=name, args=dict(args or {}), entry=f"{offer.module}:{offer.attr}", package=_package(offer)
-        )
+        entry = f"{offers[0].module}:{offers[0].attr}"
+        return CodeSource(path=None, name=name, args=args, entry=entry, package=_package(offers[0]))
     if name.endswith(".py"):
         raise UserError(f"{key}`{name}` names a file, but no {kind} in it. Write `{name}:NAME`.")
     raise UserError(f"{key}there is no {kind} `{name}`{_known_names(kind, name, built_ins)}")
@@ -136,7 +127,6 @@ def _offers(kind: Kind, name: str, key: str) -> list[EntryPoint]:
 
 
 def _known_names(kind: Kind, name: str, built_ins: Collection[str]) -> str:
-    """Return the end of a message about an unknown name: the nearest name, and all known names."""
     installed = sorted(entry_points(group=f"rlhf.{kind}s").names - set(built_ins))
     near = difflib.get_close_matches(name, [*built_ins, *installed], n=1)
     hint = f"; did you mean `{near[0]}`?" if near else "."
@@ -151,10 +141,8 @@ def _package(offer: EntryPoint) -> str:
 
 
 def load_code(source: CodeSource, *, isolated: bool = False) -> Any:
-    """Import the file or the package, and return the named object. LoadError on failure.
-
-    `isolated`: this process runs nothing but such code.
-    """
+    """Import the file or the package, and return the named object, or raise LoadError. `isolated`: this process runs
+    nothing but such code."""
     if source.path is not None:
         offer, where, name, module = "", source.path, source.name, import_file(source.path, isolated=isolated)
     else:
@@ -216,11 +204,8 @@ def host_code() -> None:
 
 
 def refuse_start(call: str) -> None:
-    """Raise StartRefused for a call of the Python API from code named in a configuration.
-
-    A frame of `load_code`, or of a module made by `import_file`, reveals such code.
-    """
-    frames = list(_callers(sys._getframe(1)))
+    """Raise StartRefused for a call of the Python API from code named in a configuration, which the frames reveal."""
+    frames = [frame for frame, _ in traceback.walk_stack(sys._getframe(1))]
     is_imported = any(frame.f_code is load_code.__code__ for frame in frames)
     is_loaded = any(frame.f_globals.get("__name__", "").startswith(_FILE_MODULE) for frame in frames)
     if not (is_imported or is_loaded or _hosts_code):
@@ -238,13 +223,6 @@ def refuse_start(call: str) -> None:
     )
 
 
-def _callers(frame: FrameType | None) -> Iterator[FrameType]:
-    """Yield the frame and all callers, innermost first."""
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
 def construct(source: CodeSource, target: type) -> Any:
     """Return an instance of a class with the source's arguments. LoadError on failure."""
     try:
@@ -260,16 +238,10 @@ def construct(source: CodeSource, target: type) -> Any:
 
 
 def describe_frames(frames: Sequence[tuple[str, int, str]], path: str | None) -> str:
-    """Format the innermost of (file, line, function) frames, listed outermost first, and the innermost in the user's
-    file.
-    """
+    """Format the innermost of (file, line, function) frames, outermost first, and the innermost in the user's file."""
     shown = [frame for frame in frames if not frame[0].startswith(("<", *_CALLERS))]
-    if not shown:
-        return ""
-    places = shown[-1:]
     user_frames = [frame for frame in shown if frame[0] == path]
-    if user_frames and user_frames[-1] != places[0]:
-        places.append(user_frames[-1])
+    places = dict.fromkeys([*shown[-1:], *user_frames[-1:]])
     return ", called from ".join(f"{file}:{line} in {function}" for file, line, function in places)
 
 

@@ -34,7 +34,6 @@ class OnlyWith:
         self.gives_value = gives_value  # `other` then names what gives the value of the marked key
 
     def allows(self, value: object) -> bool:
-        """Return whether the marked key has an effect beside this value of the key `other`."""
         return value in self.values
 
 
@@ -42,5 +41,4 @@ class NotWith(OnlyWith):
     """Mark a key without an effect if the key `other` of the same section has a value among `values`."""
 
     def allows(self, value: object) -> bool:
-        """Return whether the marked key has an effect beside this value of the key `other`."""
         return value not in self.values

@@ -21,9 +21,9 @@ from actors.jobs.entrypoint import ENVIRONMENT
 from rlhf.config.files.base_file import read_tree
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.files.recipes import RECIPES
-from rlhf.config.files.yaml_tree import apply_overrides
 from rlhf.config.pipeline import model_places
 from rlhf.config.schema.stages import MergeStage
+from rlhf.config.yaml_tree import apply_overrides
 from rlhf.data.sources import FILE_SUFFIXES
 from rlhf.errors import UserError
 

@@ -266,10 +266,10 @@ def submit_job(
     env: Sequence[str],
     driver: DriverResources,
     supervise: bool,
-) -> tuple[Jobs, str]:
-    """Check a configuration, pack the current folder, and start or continue `rlhf train` there.
+) -> str:
+    """Check a configuration, pack the current folder, and start or continue `rlhf train` there. Return the job's id.
 
-    UserError, before any contact, for every mistake visible here. Returns the cluster's jobs and the id of this job.
+    UserError before any contact for every mistake visible on this machine.
     """
     loaded = load(config, overrides)
     for text in overrides:
@@ -286,8 +286,8 @@ def submit_job(
     with temporary_folder() as folder:
         archive = folder / "project.zip"
         project.pack(archive, env=values)
-        jobs, command = Jobs(address), f"exec {shlex.join(words)}"
-        return jobs, jobs.submit(loaded, archive, command, hidden=tuple(values.values()), driver=driver)
+        command, hidden = f"exec {shlex.join(words)}", tuple(values.values())
+        return Jobs(address).submit(loaded, archive, command, hidden=hidden, driver=driver)
 
 
 def _values(names: Sequence[str]) -> dict[str, str]:

@@ -12,10 +12,10 @@ import ray
 from actors.cluster.connect import OWN_RAY
 from actors.cluster.prometheus import PrometheusBackend
 from rlhf.config.files.dump import dump_masked_yaml, dump_yaml
-from rlhf.config.files.yaml_tree import from_yaml
 from rlhf.config.schema.cluster import Restarts
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, Stage
+from rlhf.config.yaml_tree import from_yaml
 from rlhf.controller.record import RunRecord
 from rlhf.errors import Preempted, RunError, StorageFull
 from rlhf.preflight.run_folder import kept_checkpoints, open_mirror

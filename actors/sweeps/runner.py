@@ -20,8 +20,8 @@ from actors.cluster.address import cluster_to_join
 from actors.sweeps.search import require_optuna, strategy_of
 from actors.sweeps.trial_process import END_WITHIN_S, MachineShare, TrialProcess, wait_for_all
 from rlhf.config.files.dump import dump_yaml
+from rlhf.config.files.sweep import Sweep
 from rlhf.config.schema.cluster import ClusterConfig
-from rlhf.config.schema.sweep import Sweep
 from rlhf.errors import Preempted, RunError, UserError
 from rlhf.planning.shares import divide, divided_machine, most_trials, room_in, trials_of
 from rlhf.process.disk_full import PAUSE

@@ -10,7 +10,8 @@ import logging
 from types import SimpleNamespace
 from typing import Any
 
-from rlhf.config.schema.sweep import AshaMethod, BayesianMethod, Parameter, Sweep
+from rlhf.config.files.sweep import Sweep
+from rlhf.config.schema.sweep import AshaMethod, BayesianMethod, Parameter
 from rlhf.errors import UserError
 from rlhf.sweeps.journal import Journal, Trial
 from rlhf.sweeps.space import Values, fitting

@@ -56,7 +56,6 @@ class Command:
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def run(self, args: argparse.Namespace) -> int:
-        """Run the command, and return the exit code."""
         if self.present is not None:
             return self.present(args) or 0
         self.call(args)
@@ -76,10 +75,7 @@ def add_parameters(
     exclusive: Sequence[str] = (),
     has_defaults: bool = True,
 ) -> None:
-    """Declare the parameters of a function or of a dataclass as arguments.
-
-    has_defaults: whether an omitted option has the parameter's default; otherwise the default is None.
-    """
+    """Declare the parameters of a function or a dataclass as arguments. Without `has_defaults` the default is None."""
     explanations = _explanations(SHARED) | _explanations(_docstring(function))
     group = container.add_mutually_exclusive_group() if exclusive else container
     for parameter in inspect.signature(function).parameters.values():
@@ -110,7 +106,6 @@ def _is_positional(parameter: inspect.Parameter) -> bool:
 
 
 def _keywords(parameter: inspect.Parameter, metavar: str | None, text: str) -> dict[str, Any]:
-    """Return the keywords of argparse for a parameter."""
     kind, default = parameter.annotation.removesuffix(" | None"), parameter.default
     keywords: dict[str, Any] = {} if metavar is None else {"metavar": metavar}
     if kind == "bool":

@@ -55,7 +55,6 @@ def _column(text: str) -> tuple[str, str]:
 
 
 def options_given(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields of a Decoding set by the options."""
     from rlhf.evaluation.decoding import Decoding
 
     values = {name: getattr(args, name) for name in inspect.signature(Decoding).parameters}
@@ -76,10 +75,7 @@ def refuse_options(given: Mapping[str, Any], configuration: str) -> None:
 
 
 def decoding_of(model: str, given: Mapping[str, Any]) -> Decoding:
-    """Return the decoding of a model. Omitted options come from the model's training run.
-
-    A line on stderr names the settings taken from a run.
-    """
+    """Return the decoding of a model. Settings of the model's run, named on stderr, replace omitted options."""
     from rlhf.evaluation.decoding import Decoding
 
     options = dict(given)
@@ -106,7 +102,6 @@ def _resolved(model: str) -> Path | None:
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """Return the fields of a Decoding set in a run's configuration."""
     from rlhf.config.files.base_file import read_tree
 
     tree = read_tree(file).values

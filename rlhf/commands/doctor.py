@@ -59,7 +59,6 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _present(args: argparse.Namespace) -> int:
-    """Run the checks and print the findings. Return 1 for a bad finding, else 0."""
     if args.run is not None and args.cluster is not None:
         raise UserError("--cluster: RUN and --cluster are two checks. Give one of them.")
     if args.cluster is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.commands.command import Command, add_parameters
 from rlhf.commands.decoding import add_decoding, decoding_of, options_given, refuse_options
@@ -69,9 +69,8 @@ def evaluate(
         }
         for option, (value, keys) in without_effect.items():
             if value:
-                raise UserError(
-                    f"{option} has no effect on the configuration {measured.source}. Set {keys} as key=value"
-                )
+                text = f"{option} has no effect on the configuration {measured.source}"
+                raise UserError(f"{text}. Set {keys} as key=value")
     folder = _results_folder(measured, out)
 
     from actors.run.evaluate import evaluate_inputs, refuse_unusable_results_folder
@@ -108,15 +107,9 @@ def _add(parser: argparse.ArgumentParser) -> None:
     from rlhf.evaluation.voting import ANSWER_FORMS
 
     parser.add_argument("--json", action="store_true", help="print eval.json instead of a table")
-    add_parameters(
-        parser.add_argument_group("grading"),
-        Marks,
-        {
-            "ks": {"flag": "--k", "type": _whole_numbers, "action": "store"},
-            "answers": {"flag": "--answer", "choices": ANSWER_FORMS},
-        },
-        has_defaults=False,
-    )
+    ks = {"flag": "--k", "type": _whole_numbers, "action": "store"}
+    changes: dict[str, Any] = {"ks": ks, "answers": {"flag": "--answer", "choices": ANSWER_FORMS}}
+    add_parameters(parser.add_argument_group("grading"), Marks, changes, has_defaults=False)
     add_decoding(parser)
 
 
@@ -150,6 +143,5 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"takes whole numbers, such as 1,8, got {text!r}") from None
 
 
-COMMAND = Command(
-    evaluate, _present, add=_add, changes={"rewards": {"flag": "--reward"}, "decoding": None, "marks": None}
-)
+CHANGES = {"rewards": {"flag": "--reward"}, "decoding": None, "marks": None}
+COMMAND = Command(evaluate, _present, add=_add, changes=CHANGES)

@@ -32,7 +32,6 @@ def generate(
     `model` is a hub name, a model folder, a LoRA adapter's folder, or a run's folder. Without `decoding` there is one
     greedy response, with the system prompt, chat template, columns and stops of the model's training run.
     """
-
     from actors.serving.generate import generate_responses
 
     decoding = decoding or decoding_of(str(model), {})

@@ -16,11 +16,8 @@ if TYPE_CHECKING:
 
 
 def load_merge(path: str | Path, overrides: Sequence[str] = ()) -> MergeRun:
-    """Load a YAML file with `merge.key=value` overrides, and return the checked merge.
-
-    UserError names every mistake.
-    """
-    from rlhf.config.schema.merge import load_merge_file
+    """Load a YAML file with `merge.key=value` overrides, and return the checked merge."""
+    from rlhf.config.files.load import load_merge_file
 
     refuse_other_than_file(path)
     return load_merge_file(path, overrides)

@@ -49,14 +49,9 @@ def _present(args: argparse.Namespace) -> None:
 
 
 def _check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
-    """Check the inputs as `rlhf train` does. Return a sentence about the checks, or the reason for none.
-
-    UserError: an input is invalid.
-    """
+    """Check the inputs as `rlhf train` does. Return a sentence about the checks, or the reason for none."""
     if cluster is not None:
-        return (
-            "  not checked, since --cluster describes other machines; without it, those of this machine are checked\n"
-        )
+        return "  not checked, since --cluster describes other machines; leave it out to check this machine's inputs\n"
     from rlhf.planning.here import missing_here
 
     with loaded.located():
@@ -85,7 +80,7 @@ def _loaded_run(config: AnyConfig, overrides: Sequence[str]) -> LoadedConfig:
     """Return the run, or of a sweep's file the run with the first values. UserError: any trial is invalid."""
     from rlhf.config.files.base_file import read_tree
     from rlhf.config.files.recipes import config_file
-    from rlhf.config.schema.sweep import load_sweep
+    from rlhf.config.files.sweep import load_sweep
     from rlhf.sweeps.space import known_trials
 
     if isinstance(config, str | Path) and "sweep" in read_tree(config_file(config)).values:

@@ -54,20 +54,17 @@ def quickstart(
 
 
 def show_improvement(folder: Path, *, is_recipe: bool) -> None:
-    """Print the evaluations before and after, samples, and the path of the plotted curves of a run folder.
-
-    RunError: the run `is_recipe`, without changed settings, and the held-out accuracy is not as expected.
-    """
+    """Print both evaluations, samples, and the path of the curves. RunError: the recipe misses its accuracy."""
     from rlhf.evaluation.comparison import before_after
     from rlhf.tracking.display.plots import plot_curves
     from rlhf.tracking.sinks.tracker import read_metrics
 
     rows = [row for row in read_metrics(folder) if row.get(ACCURACY) is not None]
-    if len(rows) < 2 and not is_recipe:
+    if len(rows) < 2:
+        if is_recipe:
+            raise RunError(f"quickstart: {folder / 'metrics.jsonl'} has no evaluation before and after training")
         write_stdout("the changed recipe has no evaluation before and after training\n")
         return
-    if len(rows) < 2:
-        raise RunError(f"quickstart: {folder / 'metrics.jsonl'} has no evaluation before and after training")
     print_table(before_after(folder))
     print_table(_samples(folder, rows[0]["step"], rows[-1]["step"]))
     write_stdout(f"plot: {plot_curves({folder.name: folder}, CURVES, output=folder / 'curves.png')}\n")
@@ -75,10 +72,9 @@ def show_improvement(folder: Path, *, is_recipe: bool) -> None:
     if not is_recipe:
         write_stdout(f"held-out accuracy {start:.2f} -> {end:.2f}, with other settings than the recipe's\n")
         return
-    if not BEFORE[0] <= start <= BEFORE[1]:
-        raise RunError(
-            f"quickstart: held-out accuracy after the warm start is {start:.2f}, expected {BEFORE[0]} to {BEFORE[1]}"
-        )
+    low, high = BEFORE
+    if not low <= start <= high:
+        raise RunError(f"quickstart: held-out accuracy after the warm start is {start:.2f}, expected {low} to {high}")
     if end < AFTER:
         raise RunError(f"quickstart: held-out accuracy after training is {end:.2f}, expected at least {AFTER}")
     write_stdout(f"held-out accuracy {start:.2f} -> {end:.2f}\n")

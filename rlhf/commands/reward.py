@@ -30,7 +30,7 @@ def reward(config: AnyConfig, file: str | Path, overrides: Sequence[str] = ()) -
 
 
 def _score(loaded: LoadedConfig, file: Path) -> tuple[ScoredFile, bool]:
-    """Score the responses in a file. Also return whether a failure would end a run."""
+    """Return the scores, and whether a failure would end a run."""
     from rlhf.rewards.failure_rule import ends_run
     from rlhf.rewards.scoring import rules_of_specs
     from rlhf.scoring.score_file import score_file

@@ -23,10 +23,7 @@ AnyConfig: TypeAlias = "str | Path | Mapping[str, Any] | Config | LoadedConfig"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
-    """Load a YAML file with `section.key=value` overrides, and return the checked configuration.
-
-    UserError names every mistake.
-    """
+    """Load a YAML file with `section.key=value` overrides. UserError names every mistake."""
     from rlhf.config.files.load import load
 
     refuse_other_than_file(path)
@@ -82,8 +79,6 @@ def starts_work(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def stoppable(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a call that starts work to run in `run_stoppable`."""
-
     @starts_work
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -100,7 +95,6 @@ def write_stdout(text: str) -> None:
 
 
 def print_table(table: Table | None) -> None:
-    """Print a table to stdout. None: nothing."""
     from rich.console import Console
 
     if table is not None:

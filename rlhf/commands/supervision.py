@@ -77,7 +77,6 @@ class DriverRestarts:
     """Decides whether a dead driver is started again, and holds the deaths for the successor to record."""
 
     def __init__(self) -> None:
-        """Create the decision of a run without a death."""
         self.deaths: list[DriverDeath] = []  # since the checkpoint; a resumed run removes the records after it
         self._report = DriverReport()  # the last one of a run that had begun
         self._times: deque[float] = deque()
@@ -199,11 +198,7 @@ def _reap(*, besides: int | None = None) -> None:
 
 
 def _end_descendants(others: Collection[psutil.Process]) -> None:
-    """End all processes of the dead driver on this machine, and wait until all are gone.
-
-    Args:
-        others: processes that ran before the first driver. Such processes and their descendants are spared.
-    """
+    """End all processes of the dead driver here, but not `others`, which ran before, and not their descendants."""
     for limit_s, is_patient in ((END_BY_THEMSELVES_S, True), (GONE_WITHIN_S, False)):
         give_up = time.monotonic() + limit_s
         while left := _descendants(others):

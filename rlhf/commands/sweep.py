@@ -32,7 +32,7 @@ def sweep(
         config (CONFIG): a YAML file with a sweep section.
         retry_failed: with --resume auto, repeat failed trials too.
     """
-    from rlhf.config.schema.sweep import load_sweep
+    from rlhf.config.files.sweep import load_sweep
 
     refuse_other_than_file(config)
     loaded = load_sweep(config, overrides)

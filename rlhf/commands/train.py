@@ -112,7 +112,6 @@ def _present(args: argparse.Namespace) -> int:
 
 
 def _driver_command(args: argparse.Namespace, *, again: bool = False) -> list[str]:
-    """Return the command of a supervised driver: the first driver, or a driver to continue the run."""
     resume = "auto" if again else f"step_{args.resume:06d}" if isinstance(args.resume, int) else args.resume
     flags = {
         "--overwrite": args.overwrite and not again,
@@ -126,7 +125,6 @@ def _driver_command(args: argparse.Namespace, *, again: bool = False) -> list[st
 
 
 def _resume(text: str) -> str | int:
-    """Parse the value of --resume: a word, or the step of a checkpoint."""
     match = re.fullmatch(r"(?:step_)?(\d{1,12})", text)
     if match is None and text not in ("auto", "never"):
         raise argparse.ArgumentTypeError(f"is {text!r}, expected auto, never, or a checkpoint such as step_000010")
@@ -134,7 +132,6 @@ def _resume(text: str) -> str | int:
 
 
 def _show_evaluations(loaded: LoadedConfig) -> None:
-    """Show the first and the last evaluation of each run with evaluations by responses."""
     from rlhf.config.schema.stages import run_folder
     from rlhf.evaluation.comparison import before_after
 

@@ -36,19 +36,14 @@ def needs_reference_logprobs(config: Config) -> bool:
     return config.algorithm.uses_reference and not config.algorithm.is_online
 
 
-def trained_per_prompt(config: Config, rollouts: RolloutsConfig) -> int:
-    """Return the largest number of a prompt's responses trained on by their advantages."""
+def trained_per_prompt(config: Config, rollouts: RolloutsConfig) -> tuple[int, str]:
+    """Return the largest number of a prompt's responses trained on by their advantages, and the key of the number."""
     limit, keep = config.algorithm.most_kept, rollouts.keep_per_prompt
     if limit is not None:
-        return limit
-    return rollouts.samples_per_prompt if keep is None else keep.count
-
-
-def trained_key(config: Config, rollouts: RolloutsConfig) -> str:
-    """Return the configuration key behind `trained_per_prompt`."""
-    if config.algorithm.most_kept is not None:
-        return "algorithm.keep"
-    return "rollouts.samples_per_prompt" if rollouts.keep_per_prompt is None else "rollouts.keep_per_prompt.count"
+        return limit, "algorithm.keep"
+    if keep is not None:
+        return keep.count, "rollouts.keep_per_prompt.count"
+    return rollouts.samples_per_prompt, "rollouts.samples_per_prompt"
 
 
 def leaves_out(config: Config) -> bool:
@@ -64,15 +59,12 @@ def uses_reference(config: Config) -> bool:
 
 
 def reference_is_adapter_off(config: Config) -> bool:
-    """Return whether the reference is the LoRA policy before training, so that no second model is loaded.
-
-    The reference is the policy without the adapter or, if training continues policy.adapter, with the original adapter.
-    """
+    """Return whether the LoRA policy before training is the reference, so that no second model is loaded."""
     policy = config.policy
     if not uses_reference(config) or policy.lora is None:
         return False
     starts_as_its_model = policy.adapter is None and policy.lora.quantize is None
-    return config.reference is None or (starts_as_its_model and config.reference == _as_reference(config))
+    return config.reference is None or (starts_as_its_model and config.reference == _policy_as_reference(config))
 
 
 def saved_rank(lora: LoraConfig) -> int:
@@ -106,10 +98,7 @@ def uses_reward_model(config: Config) -> bool:
 
 
 def shares_engines_gpus(config: Config) -> frozenset[Role]:
-    """Return the roles whose states leave the GPUs while an engine is awake: an empty set without shared GPUs.
-
-    A reward model stays, because the model scores responses while the engines still generate.
-    """
+    """Return the roles whose states leave the GPUs while engines are awake. A reward model stays, as it scores then."""
     roles, needed = config.cluster.roles, needs(config)
     if config.cluster.device == "cpu" or "rollout" not in needed or roles.rollout.colocate_with is None:
         return frozenset()
@@ -118,19 +107,19 @@ def shares_engines_gpus(config: Config) -> frozenset[Role]:
 
 
 def restarts_gangs(config: Config) -> bool:
-    """Return whether lost ranks of trained roles are started again, so that all ranks take snapshots.
-
-    Ranks that take turns with engines on shared GPUs are not.
-    """
+    """Return whether lost ranks of trained roles are started again. Ranks on the engines' GPUs take no snapshots."""
     return config.cluster.restarts.gang > 0 and not shares_engines_gpus(config)
 
 
 def reference_model(config: Config) -> ReferenceConfig:
-    return config.reference if config.reference is not None else _as_reference(config)
+    return config.reference or _policy_as_reference(config)
+
+
+def _policy_as_reference(config: Config) -> ReferenceConfig:
+    return ReferenceConfig(**{name: getattr(config.policy, name) for name in ReferenceConfig.model_fields})
 
 
 def how_to_need_reference(config: Config) -> str:
-    """Return what to change in a run without reference workers."""
     if reference_is_adapter_off(config):
         return "the policy with its adapter off is the reference; name another reference.model if you want a second one"
     is_online = isinstance(config.algorithm, OnlineConfig)
@@ -138,10 +127,9 @@ def how_to_need_reference(config: Config) -> str:
 
 
 def critic_model(config: Config) -> CriticConfig:
-    """Return the configuration of the critic's initial model."""
+    policy = config.policy
     if config.critic is not None:
         return config.critic
-    policy = config.policy
     values = {name: getattr(policy, name) for name in CriticConfig.model_fields}
     if policy.lora is not None:  # the critic does not train the policy's head and embedding
         values["lora"] = policy.lora.model_copy(update={"modules_to_save": ()})
@@ -181,18 +169,15 @@ ROLE_USES: Mapping[Role, RoleUse] = {
 
 
 def needs(config: Config) -> frozenset[Role]:
-    """Return the roles with workers in this run."""
     return frozenset(role for role, use in ROLE_USES.items() if use.is_needed(config))
 
 
 def models_of(config: Config) -> dict[Role, ModelConfig]:
-    """Return the models loaded by the run, by section."""
     models = {role: ROLE_USES[role].model(config) for role in MODEL_SECTIONS if role in needs(config)}
     return {role: model for role, model in models.items() if model is not None}
 
 
 def trained_sections(config: Config) -> dict[Role, PolicyConfig | CriticConfig]:
-    """Return the models trained by the run, by section."""
     return {role: model for role, model in models_of(config).items() if isinstance(model, PolicyConfig | CriticConfig)}
 
 
@@ -210,10 +195,7 @@ def train_sets(config: Config) -> Mapping[str, WeightedSource]:
 
 
 def chat_template(config: Config) -> ChatTemplate:
-    """Return the run's changes to the tokenizer's chat template.
-
-    The driver has replaced the template's file name by the text.
-    """
+    """Return the run's changes to the tokenizer's chat template. The driver has replaced the file name by the text."""
     return ChatTemplate(text=config.data.chat_template, kwargs=config.data.chat_template_kwargs)
 
 
@@ -247,15 +229,14 @@ EVAL_METRICS: Mapping[Kind, tuple[str, ...]] = {
 
 
 def eval_metrics(config: Config) -> tuple[str, ...]:
-    """Return the metrics of an evaluation on each set."""
-    if config.algorithm.is_online:
-        samples, settings = config.eval.samples_per_prompt, config.eval
-        ks = tuple(2**i for i in range(samples.bit_length())) if settings.k is None else settings.k
-        votes = [f"{mark}@{k}" for mark in ("pass", "maj") for k in ks if mark == "pass" or k > 1]
-        scored = ("score", "score_low", "score_high", *votes, *(("greedy",) if settings.greedy else ()))
-        teacher = ("kl_teacher",) if config.algorithm.kind == "sampled_distillation" else ()
-        return (*(scored if config.rewards else ()), *teacher, "truncated", "response_tokens", *config.rewards)
-    return EVAL_METRICS[config.algorithm.kind]
+    if not config.algorithm.is_online:
+        return EVAL_METRICS[config.algorithm.kind]
+    settings = config.eval
+    ks = settings.k or tuple(2**i for i in range(settings.samples_per_prompt.bit_length()))
+    votes = [f"{mark}@{k}" for mark in ("pass", "maj") for k in ks if mark == "pass" or k > 1]
+    scored = ("score", "score_low", "score_high", *votes, *(("greedy",) if settings.greedy else ()))
+    teacher = ("kl_teacher",) if config.algorithm.kind == "sampled_distillation" else ()
+    return (*(scored if config.rewards else ()), *teacher, "truncated", "response_tokens", *config.rewards)
 
 
 TRAITS_OF_KIND: Mapping[Kind, tuple[str, ...]] = {
@@ -291,7 +272,6 @@ def traits(config: Config) -> frozenset[str]:
 
 
 def responses_per_step(rollouts: RolloutsConfig) -> int:
-    """Return the number of responses sampled and scored in one step."""
     return rollouts.prompts_per_step * rollouts.samples_per_prompt
 
 
@@ -315,14 +295,7 @@ def prompts_asked(config: Config, rollouts: RolloutsConfig) -> int:
 def rows_per_step(config: Config, rollouts: RolloutsConfig) -> int:
     """Return the most rows trained on in one step: responses, or a pair per prompt."""
     return rollouts.prompts_per_step * (
-        1 if config.algorithm.kind == "sampled_pairs" else trained_per_prompt(config, rollouts)
-    )
-
-
-def _as_reference(config: Config) -> ReferenceConfig:
-    policy = config.policy
-    return ReferenceConfig(
-        model=policy.model, revision=policy.revision, dtype=policy.dtype, trust_remote_code=policy.trust_remote_code
+        1 if config.algorithm.kind == "sampled_pairs" else trained_per_prompt(config, rollouts)[0]
     )
 
 
@@ -340,7 +313,6 @@ def policy_optimizer_steps(config: Config) -> int:
 
 
 def critic_optimizer_steps(config: Config) -> int:
-    """Return the critic's optimizer steps in the whole run."""
     return config.train.num_steps * updates_per_step(config)
 
 
@@ -371,13 +343,12 @@ def weight_sync(cluster: ClusterConfig, *, one_host: bool) -> WeightSync:
     """Choose the weight transport. `one_host`: the policy's first rank and all engines are on one machine."""
     if cluster.weight_sync != "auto":
         return WeightSync(method=cluster.weight_sync, why="cluster.weight_sync sets it")
-    if cluster.device == "cuda":
-        if cluster.roles.rollout.colocate_with == "policy":
-            return WeightSync(method="ipc", why="policy and engines share GPUs")
-        return WeightSync(method="nccl", why="policy and engines have separate GPUs")
-    if one_host:
-        return WeightSync(method="shm", why="policy and engines are on one CPU host")
-    return WeightSync(method="gloo", why="policy and engines are on several CPU hosts")
+    if cluster.device == "cpu":
+        hosts = "one CPU host" if one_host else "several CPU hosts"
+        return WeightSync(method="shm" if one_host else "gloo", why=f"policy and engines are on {hosts}")
+    if cluster.roles.rollout.colocate_with == "policy":
+        return WeightSync(method="ipc", why="policy and engines share GPUs")
+    return WeightSync(method="nccl", why="policy and engines have separate GPUs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

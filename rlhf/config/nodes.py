@@ -50,7 +50,6 @@ class Node:
 
     @property
     def resources(self) -> dict[str, float]:
-        """Return the node's resources as Ray names them."""
         return {"CPU": self.cpus, "GPU": self.gpus}
 
     @property
@@ -67,7 +66,6 @@ class Node:
 
 
 def parse_cluster(text: str) -> list[Node]:
-    """Parse a description of nodes. Raise UserError for a malformed description."""
     nodes: list[Node] = []
     total = 0
     for part in text.replace(" ", "").split("+"):

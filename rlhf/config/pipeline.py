@@ -18,13 +18,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.files.yaml_tree import Key, Tree, copy, kind
-from rlhf.config.mistakes.explain import Problem, parse_as, refuse
+from rlhf.config.mistakes.explain import parse_as
 from rlhf.config.mistakes.suggestions import nearest
+from rlhf.config.problem import Problem, refuse
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.run import RunConfig
-from rlhf.config.schema.stages import KINDS, WHAT, MergeStage, Stage, kind_of, stage_problems, stage_unused
+from rlhf.config.schema.stages import KINDS, WHAT, MergeStage, Stage, kind_of
+from rlhf.config.validation.evaluation import evaluation_problems
+from rlhf.config.validation.merge import merge_problems
+from rlhf.config.validation.run import problems
+from rlhf.config.validation.unused_keys import unused_keys
+from rlhf.config.yaml_tree import Key, Tree, copy, kind, remove
 from rlhf.role_table import MODEL_SECTIONS, TRAINED_ROLES
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -62,14 +67,12 @@ class _Stage:
     dropped: dict[Key, str] = field(default_factory=dict)  # unusable shared keys, with reasons
 
     def shown(self, problem: Problem, shared: dict[str, Any]) -> Problem:
-        """Return the problem with its key as written in the file."""
         if problem.key[0] == "run" or (not _has(self.sections, problem.key) and _has(shared, problem.key)):
             return problem
-        return Problem(key=("stages", self.name, *problem.key), text=problem.text)
+        return Problem(("stages", self.name, *problem.key), problem.text)
 
     def why_dropped(self, leaf: Key) -> tuple[Key, str] | None:
-        """Return the shared key not usable in the stage, the leaf or an enclosing section, and the reason. None:
-        usable."""
+        """Return the unusable shared key at or around the leaf, and the reason. None: the stage can use the leaf."""
         return next(((key, why) for key, why in self.dropped.items() if leaf[: len(key)] == key), None)
 
     def uses(self, leaf: Key) -> bool:
@@ -109,24 +112,24 @@ def resolve_stages(tree: Tree) -> dict[str, Stage]:
 def _misplaced(tree: Tree) -> Iterator[Problem]:
     stages = tree.values["stages"]
     if not isinstance(stages, dict) or not stages:
-        yield Problem(key=("stages",), text=f"got {kind(stages)}, expected a mapping of stage names to their sections")
+        yield Problem(("stages",), f"got {kind(stages)}, expected a mapping of stage names to their sections")
         return
     run = tree.values.get("run")
     if isinstance(run, dict) and "/" in str(run.get("name")):
-        yield Problem(key=("run", "name"), text=f"got {kind(run['name'])}, expected a name without `/` for a pipeline")
+        yield Problem(("run", "name"), f"got {kind(run['name'])}, expected a name without `/` for a pipeline")
     for section in KINDS:
         if section in tree.values:
             text = f"belongs in each stage, not at the top: write stages.{next(iter(stages))}.{section}"
-            yield Problem(key=(section,), text=text)
+            yield Problem((section,), text)
     for name, sections in stages.items():
         if not _NAME.fullmatch(name):
             text = "is not a valid stage name: use letters, digits, `_` and `-`, and begin with a letter or digit"
-            yield Problem(key=("stages", name), text=text)
+            yield Problem(("stages", name), text)
         if sections is not None and not isinstance(sections, dict):
-            yield Problem(key=("stages", name), text=f"got {kind(sections)}, expected a mapping of sections")
+            yield Problem(("stages", name), f"got {kind(sections)}, expected a mapping of sections")
         elif sections is not None and "run" in sections:
             text = "belongs at the top, for all stages; a stage's run is named after the pipeline and the stage"
-            yield Problem(key=("stages", name, "run"), text=text)
+            yield Problem(("stages", name, "run"), text)
         else:
             yield from _not_of_its_kind(name, sections or {})
 
@@ -136,16 +139,14 @@ def _not_of_its_kind(name: str, sections: dict[str, Any]) -> Iterator[Problem]:
     root = kind_of(sections)
     (mark,) = (section for section in KINDS if KINDS[section] is root)
     if mark not in sections:
-        text = "needs one of the sections `algorithm` (to train), `merge` and `evaluate`"
-        yield Problem(key=("stages", name), text=text)
+        yield Problem(("stages", name), "needs one of the sections `algorithm` (to train), `merge` and `evaluate`")
     for section in sections:
         if section not in root.model_fields and (section in Config.model_fields or section in KINDS):
             text = f"cannot be combined with `{mark}`, which makes this stage {WHAT[root]}; split it into two stages"
-            yield Problem(key=("stages", name, section), text=text)
+            yield Problem(("stages", name, section), text)
 
 
 def _stage(name: str, sections: dict[str, Any], shared: dict[str, Any]) -> _Stage:
-    """Return the stage with the shared sections of its kind."""
     root = kind_of(sections)
     usable = {key: value for key, value in shared.items() if root is Config or key in root.model_fields}
     dropped: dict[Key, str] = {(key,): f"{WHAT[root]} has no such section" for key in shared.keys() - usable.keys()}
@@ -158,15 +159,22 @@ def _complete(stage: _Stage, earlier: list[_Stage], names: list[str]) -> Stage |
         config = parse_as(stage.root, stage.values)
         if isinstance(config, tuple):
             return config
-        useless = [problem for problem in stage_unused(config) if not _has(stage.sections, problem.key)]
+        unused = () if isinstance(config, MergeStage) else unused_keys(config)  # a merge has no shared section
+        useless = [problem for problem in unused if not _has(stage.sections, problem.key)]
         if not useless:
             break
         for problem in useless:
-            _remove(stage.values, problem.key)
+            remove(stage.values, problem.key)
             stage.dropped[problem.key] = problem.text.partition(": ")[2]  # without the prefix "has no effect here"
     wrong = tuple(_link_models(stage, config.run, earlier, names))
     linked = wrong or parse_as(stage.root, stage.values)
-    return linked if isinstance(linked, tuple) else (stage_problems(linked) or linked)
+    return linked if isinstance(linked, tuple) else (_problems(linked) or linked)
+
+
+def _problems(stage: Stage) -> tuple[Problem, ...]:
+    if isinstance(stage, MergeStage):
+        return merge_problems(stage.merge)
+    return problems(stage) if isinstance(stage, Config) else evaluation_problems(stage)
 
 
 def _link_models(stage: _Stage, run: RunConfig, earlier: list[_Stage], names: list[str]) -> Iterator[Problem]:
@@ -184,7 +192,7 @@ def _link_models(stage: _Stage, run: RunConfig, earlier: list[_Stage], names: li
             rule = f"stage {wanted} is an evaluation and makes no model"
         close = nearest(wanted, makers)
         known = f"did you mean stage:{close}?" if close else f"earlier stages: {', '.join(makers) or 'none'}"
-        yield Problem(key=key, text=f"got 'stage:{wanted}', but {rule}; {known}")
+        yield Problem(key, f"got 'stage:{wanted}', but {rule}; {known}")
 
 
 def model_places(values: Mapping[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
@@ -218,7 +226,7 @@ def _several_clusters(configs: dict[str, Stage]) -> Iterator[Problem]:
             if value != wanted:
                 differ = f"is {kind(value)} here and {kind(wanted)} in stage {first}"
                 text = f"{differ}: all stages run in one Ray; write cluster.{key} at the top"
-                yield Problem(key=("stages", name, "cluster", key), text=text)
+                yield Problem(("stages", name, "cluster", key), text)
 
 
 def _unused_by_all(shared: dict[str, Any], stages: list[_Stage]) -> Iterator[Problem]:
@@ -232,7 +240,7 @@ def _unused_by_all(shared: dict[str, Any], stages: list[_Stage]) -> Iterator[Pro
         if key not in named:
             named.add(key)
             overridden = f"has no effect: every stage sets its value; write stages.{trained[-1].name}.{'.'.join(leaf)}"
-            yield Problem(key=key, text=f"no stage can use it: {why}" if reasons else overridden)
+            yield Problem(key, f"no stage can use it: {why}" if reasons else overridden)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -249,12 +257,6 @@ def _has(values: Any, key: Key) -> bool:
             return False
         values = values[part]
     return True
-
-
-def _remove(values: dict[str, Any], key: Key) -> None:
-    for part in key[:-1]:
-        values = values[part]
-    del values[key[-1]]
 
 
 def _leaves(values: dict[str, Any], at: Key = ()) -> Iterator[Key]:

@@ -35,7 +35,6 @@ class PlacementPlan:
     labels: tuple[Mapping[str, str], ...]  # required node labels of each bundle
 
     def total(self, resource: str) -> float:
-        """Return the sum of a resource over all bundles."""
         return sum(bundle.get(resource, 0.0) for bundle in self.bundles)
 
     def shares_gpus(self, role: Role) -> bool:
@@ -43,17 +42,6 @@ class PlacementPlan:
         bundles = {slot.bundle for slot in self.slots.get(role, ()) if slot.gpus > 0.0}
         others = [slot for name, slots in self.slots.items() if name != role for slot in slots]
         return any(slot.bundle in bundles and slot.gpus > 0.0 for slot in others)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ResourceRequest:
-    """Describe the resources requested by one role."""
-
-    count: int
-    cpus: float
-    gpus: float
-    labels: Mapping[str, str]
-    host: Role | None
 
 
 def plan_placement(config: Config | EvaluationStage) -> PlacementPlan:
@@ -65,28 +53,28 @@ def plan_placement(config: Config | EvaluationStage) -> PlacementPlan:
 
 def plan_roles(roles: Collection[Role], cluster: ClusterConfig, *, with_reward_model: bool) -> PlacementPlan:
     """Return bundles and slots of the given roles. A role without its host gets separate bundles."""
-    requests = _requests(roles, cluster, with_reward_model=with_reward_model)
+    placed = [role for role in ROLE_ORDER if role in roles]  # each after its host
+    gpus = {role: _gpus(role, cluster, with_reward_model=with_reward_model) for role in placed}
     bundles: list[dict[str, float]] = []
     labels: list[Mapping[str, str]] = []
     places: dict[Role, list[int]] = {}
-    for role, request in requests.items():
-        if request.host is not None:
-            hosts = places[request.host]
-            places[role] = [hosts[i % len(hosts)] for i in range(request.count)]
+    for role in placed:
+        section = getattr(cluster.roles, role)
+        if section.colocate_with in placed:
+            hosts = places[section.colocate_with]
+            places[role] = [hosts[i % len(hosts)] for i in range(section.workers)]
             continue
-        places[role] = list(range(len(bundles), len(bundles) + request.count))
-        bundles += [
-            {"CPU": request.cpus, **({"GPU": request.gpus} if request.gpus else {})} for _ in range(request.count)
-        ]
-        labels += [request.labels] * request.count
+        places[role] = list(range(len(bundles), len(bundles) + section.workers))
+        bundles += [{"CPU": section.cpus} | ({"GPU": gpus[role]} if gpus[role] else {})] * section.workers
+        labels += [section.node_labels] * section.workers
     tenants = [[role for role, at in places.items() for place in at if place == b] for b in range(len(bundles))]
-    with_gpu = [sum(requests[role].gpus > 0.0 for role in roles) for roles in tenants]
+    with_gpu = [sum(gpus[role] > 0.0 for role in guests) for guests in tenants]
     slots: dict[Role, tuple[WorkerSlot, ...]] = {
         role: tuple(
             WorkerSlot(
                 bundle=b,
                 cpus=_share(bundles[b]["CPU"], len(tenants[b])),
-                gpus=_share(bundles[b].get("GPU", 0.0), with_gpu[b]) if requests[role].gpus else 0.0,
+                gpus=_share(bundles[b].get("GPU", 0.0), with_gpu[b]) if gpus[role] else 0.0,
             )
             for b in at
         )
@@ -101,10 +89,8 @@ def _share(amount: float, parts: int) -> float:
 
 
 def plan_apart(config: Config) -> tuple[PlacementPlan, PlacementPlan | None]:
-    """Return the plan of the bundles reserved for the whole run, and the plan of an engine with the right to leave.
-
-    With a fixed number of engines, the first plan has the engines' bundles, and the second is None.
-    """
+    """Return the plan for the whole run, and the plan of an engine that may leave. With a fixed number of engines, the
+    first plan has the engines' bundles, and the second is None."""
     if not config.cluster.roles.rollout.is_elastic:
         return plan_placement(config), None
     engines, model = frozenset(roles_of("engines")), uses_reward_model(config)
@@ -124,15 +110,9 @@ def assign_nodes(
     labels: Sequence[Mapping[str, str]] | None = None,
     node_labels: Sequence[Mapping[str, str]] = (),
 ) -> list[int] | None:
-    """Return the node of each bundle, filled in order as by Ray's PACK strategy, or None if the bundles do not fit.
-
-    The search is first fit: the bundles with the fewest allowed nodes first, then by decreasing size. So None can be
-    wrong for bundles of several sizes in tight nodes.
-
-    Args:
-        labels: the required node labels of each bundle. None: every node is allowed.
-        node_labels: the labels of each node.
-    """
+    """Return the node of each bundle, filled in order as by Ray's PACK strategy, or None if the bundles do not fit. The
+    search is first fit: the bundles with the fewest allowed nodes first, then by decreasing size. So None can be wrong
+    for bundles of several sizes in tight nodes. `labels` are required of each bundle's node; None: no label."""
     free = [dict(node) for node in nodes]
     where = [0] * len(bundles)
     allowed = [
@@ -160,22 +140,9 @@ def copies(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, 
     return next((count for count in range(most, 0, -1) if assign_nodes([*bundles] * count, nodes) is not None), 0)
 
 
-def _requests(
-    needed: Collection[Role], cluster: ClusterConfig, *, with_reward_model: bool
-) -> dict[Role, _ResourceRequest]:
-    """Return the requests of all roles, each after its host."""
-    requests: dict[Role, _ResourceRequest] = {}
-    for role in ROLE_ORDER:
-        if role not in needed:
-            continue
-        section, kind = getattr(cluster.roles, role), ROLES[role].kind
-        gpus = 1.0 if cluster.device == "cuda" else 0.0
-        if kind == "engines":
-            gpus *= section.tensor_parallel
-        elif kind == "scoring" and not with_reward_model:
-            gpus = 0.0
-        host = section.colocate_with if section.colocate_with in needed else None
-        requests[role] = _ResourceRequest(
-            count=section.workers, cpus=section.cpus, gpus=gpus, labels=section.node_labels, host=host
-        )
-    return requests
+def _gpus(role: Role, cluster: ClusterConfig, *, with_reward_model: bool) -> float:
+    """Return the GPUs of each process of a role."""
+    kind = ROLES[role].kind
+    if cluster.device == "cpu" or (kind == "scoring" and not with_reward_model):
+        return 0.0
+    return float(cluster.roles.rollout.tensor_parallel) if kind == "engines" else 1.0

@@ -119,7 +119,7 @@ class StreamedAdvantageLearning(AdvantageLearning):
 
         The draw is known beforehand: each prompt of the batch has a group, and all groups have the same size.
         """
-        count, samples = trained_per_prompt(self.config, self.rollouts), self.rollouts.samples_per_prompt
+        (count, _), samples = trained_per_prompt(self.config, self.rollouts), self.rollouts.samples_per_prompt
         members = [[(place, i) for i in range(count)] for place in range(self.rollouts.prompts_per_step)]
         infos = {scored.group.request.first_sequence_id // samples: scored.group.infos for scored in groups}
         seed, number = self.config.run.seed, self.num_minibatches

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from rlhf.config.files.yaml_tree import to_yaml
-from rlhf.config.mistakes.explain import refuse
-from rlhf.config.schema.merge import MergeConfig, in_effect, merge_problems
+from rlhf.config.problem import refuse
+from rlhf.config.schema.merge import MergeConfig, in_effect
+from rlhf.config.validation.merge import merge_problems
+from rlhf.config.yaml_tree import to_yaml
 from rlhf.errors import RunError, UserError
 from rlhf.merging.adapters import check_combinable, combine_adapters, fold_adapter
 from rlhf.merging.sources import (

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf.config.files.load import LoadedConfig
+from rlhf.config.files.sweep import Sweep
 from rlhf.config.placement_plan import PlacementPlan, assign_nodes, copies, plan_placement
 from rlhf.config.schema.stages import MergeStage
-from rlhf.config.schema.sweep import GridMethod, Sweep
+from rlhf.config.schema.sweep import GridMethod
 from rlhf.sweeps.space import Values
 from rlhf.tracking.run_folder.environment import num_cpus
 

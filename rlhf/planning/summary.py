@@ -131,7 +131,7 @@ def _rollout_facts(
     if config.algorithm.wants_greedy:
         text += f", and {prompts} greedy ones"
     if derive.leaves_out(config):
-        text += f", of which at most {derive.trained_per_prompt(config, rollouts)} a prompt are trained on"
+        text += f", of which at most {derive.trained_per_prompt(config, rollouts)[0]} a prompt are trained on"
     if rollouts.oversample > 1.0:
         text += f", the first of {derive.prompts_at_once(prompts, rollouts)} prompts to be answered"
     if rollouts.carry_over:

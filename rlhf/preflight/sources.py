@@ -12,13 +12,13 @@ from typing import Any
 
 from rlhf.config.derive import eval_sets, max_sequence_tokens, uses_reward_model
 from rlhf.config.files.dump import dump_yaml
-from rlhf.config.files.yaml_tree import from_yaml
 from rlhf.config.schema.data import DataSource, PromptFormat
 from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
 from rlhf.config.schema.rewards import RewardConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import run_folder
 from rlhf.config.schema.train import Grading
+from rlhf.config.yaml_tree import from_yaml
 from rlhf.data.examples import Reading
 from rlhf.data.sources import Row, Source, shown
 from rlhf.data.tasks import TaskSource

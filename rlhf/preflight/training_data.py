@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from rlhf.agents.sessions import AgentSpec
 from rlhf.algorithms.algorithm import Kind
 from rlhf.config.derive import chat_template, eval_metrics, eval_sets, prompts_asked, train_sets, with_steps
-from rlhf.config.mistakes.explain import refuse
+from rlhf.config.problem import refuse
 from rlhf.config.schema.data import DataSource
 from rlhf.config.schema.root import Config
 from rlhf.config.validation.run import problems

@@ -14,8 +14,8 @@ from typing import Any, Literal, Self
 
 from rlhf.config.files.differences import differences
 from rlhf.config.files.dump import dump_yaml
-from rlhf.config.files.yaml_tree import from_yaml, to_yaml
-from rlhf.config.schema.sweep import Sweep
+from rlhf.config.files.sweep import Sweep
+from rlhf.config.yaml_tree import from_yaml, to_yaml
 from rlhf.errors import UserError
 from rlhf.sweeps.space import Values
 from rlhf.tracking.logs import redact

@@ -12,7 +12,7 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from rlhf.config.schema.sweep import Sweep
+from rlhf.config.files.sweep import Sweep
 from rlhf.sweeps.journal import Journal
 from rlhf.sweeps.trial_results import SweepResult, TrialResult, format_value, judged_folder
 from rlhf.tracking.display.plots import plain_axes, plot_curves

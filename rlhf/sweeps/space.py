@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from random import Random
 from typing import Any
 
-from rlhf.config.schema.sweep import AshaMethod, GridMethod, Parameter, RandomMethod, Sweep, ends
+from rlhf.config.files.sweep import Sweep, ends
+from rlhf.config.schema.sweep import AshaMethod, GridMethod, Parameter, RandomMethod
 from rlhf.errors import UserError
 
 MOST_TRIALS = 10_000

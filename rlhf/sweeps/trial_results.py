@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf.config.files.dump import dump_yaml
-from rlhf.config.files.yaml_tree import kind
-from rlhf.config.schema.sweep import Sweep
+from rlhf.config.files.sweep import Sweep
+from rlhf.config.yaml_tree import kind
 from rlhf.sweeps.journal import Journal, State, Trial
 from rlhf.sweeps.space import Values
 from rlhf.tracking.formatting import duration, number

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.files.differences import portable
-from rlhf.config.files.yaml_tree import from_yaml
+from rlhf.config.yaml_tree import from_yaml
 from rlhf.evaluation.comparison import comparison_rows, read_evaluations
 from rlhf.tracking.diagnosis.diagnose import Diagnosis
 from rlhf.tracking.diagnosis.findings import Finding

@@ -13,9 +13,8 @@ import pytest
 
 from rlhf.config.files.base_file import read_tree
 from rlhf.config.files.dump import dump_yaml
-from rlhf.config.files.load import load
-from rlhf.config.schema.merge import load_merge_file
-from rlhf.config.schema.sweep import load_sweep
+from rlhf.config.files.load import load, load_merge_file
+from rlhf.config.files.sweep import load_sweep
 from rlhf.planning.report import render_plan
 from rlhf.sweeps.space import known_trials
 

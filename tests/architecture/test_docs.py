@@ -16,11 +16,12 @@ from rlhf.algorithms import ALGORITHMS
 from rlhf.cli import parse_arguments
 from rlhf.config.files.base_file import read_tree
 from rlhf.config.files.recipes import RECIPES
+from rlhf.config.files.sweep import load_sweep
 from rlhf.config.mistakes.synonyms import table
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.merge import MergeFile
 from rlhf.config.schema.root import Config
-from rlhf.config.schema.sweep import SweepFile, load_sweep
+from rlhf.config.schema.sweep import SweepFile
 from rlhf.sweeps.space import known_trials
 from rlhf.tracking.metrics.declarations import METRICS, is_declared
 

@@ -7,9 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = {
-    "main": "the entry point of each program that is started by itself",
-}
+SHARED = {"main": "the entry point of each program that is started by itself"}
 
 
 def definitions() -> dict[str, list[str]]:

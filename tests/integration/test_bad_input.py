@@ -83,43 +83,34 @@ def with_data(text: str, **data: Any) -> dict[str, Any]:
     return {"data": {"train": "rows.jsonl", "eval": None, **data}, "eval": None}
 
 
+MEMORY = "the limit is reward_policy.memory_gib: 0.5"
+MINE = {"rewards": {"mine": {"function": "mine.py:reward"}}, "reward_policy": {"memory_gib": 0.5}}
+
+
 @pytest.mark.parametrize(
-    ("changes", "arguments", "words"),
+    ("changes", "code", "words"),
     [
-        ({"train": {"step": 1}}, [], ["run.yaml:", "train.step", "did you mean train.steps?"]),
-        ({"train": {"max_tokens_per_microbatch": 12}}, [], ["train.max_tokens_per_microbatch", "12", "16 + 8 = 24"]),
-        ({"policy": {"model": "./nowhere"}}, [], ["policy.model", "./nowhere", "does not exist"]),
-        ({"policy": {"model": "nobody/nothing"}}, [], ["policy.model", "nobody/nothing", "HF_HUB_OFFLINE"]),
-        ({"data": {"train": "nowhere.jsonl"}}, [], ["data.train", "nowhere.jsonl does not exist"]),
-        ({"run": {"dir": "/proc/nowhere"}}, [], ["run.dir", "/proc/nowhere/r", "Choose a folder"]),
+        ({"train": {"step": 1}}, None, ["run.yaml:", "train.step", "did you mean train.steps?"]),
+        ({"train": {"max_tokens_per_microbatch": 12}}, None, ["train.max_tokens_per_microbatch", "12", "16 + 8 = 24"]),
+        ({"policy": {"model": "./nowhere"}}, None, ["policy.model", "./nowhere", "does not exist"]),
+        ({"policy": {"model": "nobody/nothing"}}, None, ["policy.model", "nobody/nothing", "HF_HUB_OFFLINE"]),
+        ({"data": {"train": "nowhere.jsonl"}}, None, ["data.train", "nowhere.jsonl does not exist"]),
+        ({"run": {"dir": "/proc/nowhere"}}, None, ["run.dir", "/proc/nowhere/r", "Choose a folder"]),
+        (ROW + '{"question": "1+1="}\n', None, ["data.train: ", "rows.jsonl:2", "found `question`", "data.columns"]),
+        (ROW, "def reward(:\n", ["rewards.mine.function: ", "SyntaxError", "mine.py"]),
+        (ROW, "table = bytes(2**30)\n", ["rewards.mine.function: importing ", "MemoryError", MEMORY]),
     ],
 )
 def test_what_the_config_names_is_wrong(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: dict[str, Any], arguments: list[str], words: list[str]
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: Any, code: str | None, words: list[str]
 ) -> None:
-    said = refused(capsys, str(config(tmp_path, changes)), *arguments)
+    """`changes` is the text of the data, or keys."""
+    given = [with_data(changes) if isinstance(changes, str) else changes, {} if code is None else MINE]
+    (tmp_path / "mine.py").write_text(code or "")
+    said = refused(
+        capsys, str(config(tmp_path, *given, base=GRPO if code is None else {"algorithm": {"name": "grpo"}}))
+    )
     assert all(word in said for word in words), said
-
-
-def test_a_wrong_row_is_named_with_its_data_set(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    said = refused(capsys, str(config(tmp_path, with_data(ROW + '{"question": "1+1="}\n'))))
-    assert all(word in said for word in ("data.train: ", "rows.jsonl:2", "found `question`", "data.columns")), said
-
-
-def test_a_reward_that_is_no_code_is_named_with_its_key(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def reward(:\n", encoding="utf-8")
-    reward = {"rewards": {"mine": {"function": "mine.py:reward"}}}
-    said = refused(capsys, str(config(tmp_path, with_data(ROW), reward, base={"algorithm": {"name": "grpo"}})))
-    assert all(word in said for word in ("rewards.mine.function: ", "SyntaxError", "mine.py")), said
-
-
-def test_a_reward_that_needs_more_memory_than_it_may_have(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("table = bytes(2**30)\n", encoding="utf-8")
-    reward = {"rewards": {"mine": {"function": "mine.py:reward"}}, "reward_policy": {"memory_gib": 0.5}}
-    said = refused(capsys, str(config(tmp_path, with_data(ROW), reward, base={"algorithm": {"name": "grpo"}})))
-    assert "rewards.mine.function: importing " in said
-    assert "MemoryError" in said
-    assert "the limit is reward_policy.memory_gib: 0.5" in said
 
 
 def test_a_model_folder_that_cannot_be_used(
@@ -145,7 +136,7 @@ def test_a_model_folder_that_cannot_be_used(
     assert all(word in no_template for word in ("rows.jsonl:1", "has no chat template", "data.apply_chat_template"))
 
 
-def test_a_run_folder_that_is_in_use_finished_or_damaged(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_run_folder_that_is_in_use_or_damaged(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = str(config(tmp_path, {}))
     folder = tmp_path / "r"
     folder.mkdir()
@@ -180,16 +171,9 @@ def test_a_checkpoint_that_this_run_cannot_go_on_from(capsys: pytest.CaptureFixt
         model = architecture_fingerprint(load_model_config(local.policy.model))
         trained = trained_models(local)
         cursor = {"epoch": 0, "position": 1, "fingerprint": "of other data"}
+        state = {"step": 3, "policy": model, "algorithm": "grpo", "trained": trained, "cursor": cursor, "ahead": []}
         with RunFolder.open(tmp_path, "r", resume=True) as folder:
-            state = {
-                "step": 3,
-                "policy": model,
-                "algorithm": "grpo",
-                "trained": trained,
-                "cursor": cursor,
-                "ahead": [],
-                **changes,
-            }
+            state |= changes
             (folder.begin_checkpoint(3) / "controller.json").write_text(json.dumps(state), encoding="utf-8")
             folder.seal(folder.checkpoint(3), step=3)
             folder.commit_checkpoint(3)
@@ -223,9 +207,8 @@ def test_what_cannot_be_exported(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert "step_000002/weights has 4 bytes, and manifest.json says 11." in said
     assert "or name another step with --step" in said
     assert "r exists already" in said_of("r", "--step", "1")
-    assert "--merged: the run r has no policy.lora, so its model is whole already" in said_of(
-        "out", "--step", "1", "--merged"
-    )
+    said = said_of("out", "--step", "1", "--merged")
+    assert "--merged: the run r has no policy.lora, so its model is whole already" in said
     assert "/proc/nowhere/out cannot be made: No such file or directory" in said_of("/proc/nowhere/out", "--step", "1")
 
 
@@ -239,19 +222,15 @@ def test_more_shared_memory_than_there_is(
 
 @pytest.mark.timeout(120)
 def test_a_silent_hub_is_asked_once(tmp_path: Path) -> None:
+    run = str(config(tmp_path, {"policy": {"model": "nobody/nothing"}}))
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+        hub = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"}
         found = subprocess.run(
-            [sys.executable, "-m", "rlhf.cli", "train", str(config(tmp_path, {"policy": {"model": "nobody/nothing"}}))],
-            env={
-                **os.environ,
-                "HF_HUB_OFFLINE": "0",
-                "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
-                "HF_HOME": str(tmp_path),
-            },
+            [sys.executable, "-m", "rlhf.cli", "train", run],
+            env={**os.environ, **hub, "HF_HOME": str(tmp_path)},
             capture_output=True,
             text=True,
             timeout=110,  # most of it imports; the libraries' own retries take minutes
-            check=False,
         )
     assert found.returncode == 2, found.stderr
     assert "no hub answers at http://127.0.0.1" in found.stderr

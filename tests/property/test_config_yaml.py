@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlhf.config.files.base_file import read_tree
-from rlhf.config.files.yaml_tree import to_yaml
+from rlhf.config.yaml_tree import to_yaml
 
 TEXT = st.text(
     st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]) | st.sampled_from("\n\t:#'\"-"), max_size=12

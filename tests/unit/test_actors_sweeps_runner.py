@@ -13,7 +13,7 @@ import actors.sweeps.runner
 from actors.sweeps.runner import _wait_for_leftovers, run_sweep
 from actors.sweeps.trial_process import MachineShare
 from rlhf.commands.sweep import sweep
-from rlhf.config.schema.sweep import load_sweep
+from rlhf.config.files.sweep import load_sweep
 from rlhf.errors import Preempted, RunError, UserError
 from rlhf.sweeps.journal import Journal
 from rlhf.sweeps.space import known_trials

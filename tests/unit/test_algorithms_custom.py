@@ -16,8 +16,8 @@ from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.config.files.base_file import read_tree
 from rlhf.config.files.dump import dump_yaml
 from rlhf.config.files.load import from_mapping, load
+from rlhf.config.files.sweep import load_sweep
 from rlhf.config.schema.root import Config
-from rlhf.config.schema.sweep import load_sweep
 from rlhf.errors import RunError, UserError
 from rlhf.extensions import import_file
 from rlhf.preflight import models

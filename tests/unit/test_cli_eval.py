@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,7 @@ from actors.run.evaluate import refuse_unusable_results_folder
 from rlhf.cli import main
 from rlhf.commands.decoding import decoding_of
 from rlhf.config.files.load import from_mapping, load
-from rlhf.config.files.yaml_tree import from_yaml
-from rlhf.config.placement_plan import plan_roles
-from rlhf.config.schema.cluster import ClusterConfig
-from rlhf.errors import UserError
+from rlhf.config.yaml_tree import from_yaml
 from rlhf.evaluation.decoding import Decoding
 from rlhf.evaluation.passing import PassRule
 from rlhf.evaluation.results import Marking, Marks, marking_of
@@ -31,7 +29,9 @@ from rlhf.rewards.processes.program import Signature
 from rlhf.rewards.scoring import RewardSpec
 from tests.fixtures.models import changed_copy
 
+PLAIN: dict[str, Any] = {"model": None, "against": None, "marks": Marks()}
 HERMES = Path(__file__).parents[2] / "examples/agents/programs/hermes.jinja"
+TOOLS = '{"prompt": "1+1=", "answer": "2", "tools": [{"function": {"name": "weather"}}]}\n'
 RIGHT = PassRule(judges={"correct": None}, pass_score=None)
 CONFIG = """\
 run: {name: demo, seed: 7}
@@ -62,13 +62,6 @@ def config(tmp_path: Path, tiny_model: Path) -> str:
     return str(path)
 
 
-@pytest.fixture
-def tools(tmp_path: Path) -> str:
-    path = tmp_path / "tools.jsonl"
-    path.write_text('{"prompt": "1+1=", "answer": "2", "tools": [{"function": {"name": "weather"}}]}\n')
-    return str(path)
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -89,6 +82,8 @@ def tools(tmp_path: Path) -> str:
         ("generate MODEL --chat --samples 2", "have no effect with --chat"),
         ("generate MODEL --file PROMPTS", "prompts.jsonl:2: column `prompt` is the number 5, expected a string"),
         ("generate MODEL --file TOOLS --max-new-tokens 9000", "Name a template that writes tools as --chat-template, "),
+        ("generate BARE --prompt a", "has no chat template"),
+        ("generate BARE --chat", "has no chat template"),
         ("generate MODEL --prompt a --chat-template none.jinja", "chat_template: none.jinja cannot be read"),
         ("serve MODEL --chat-template none.jinja", "--chat-template: none.jinja cannot be read"),
         ("generate MODEL --file LIMITS --max-new-tokens 9000", "column `max_new_tokens` is 9001, expected the whole"),
@@ -117,22 +112,22 @@ def tools(tmp_path: Path) -> str:
     ],
 )
 def test_wrong_input_exits_with_2(
-    capsys: pytest.CaptureFixture[str],
-    tiny_model: Path,
-    config: str,
-    tools: str,
-    tmp_path: Path,
-    words: str,
-    message: str,
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, config: str, tmp_path: Path, words: str, message: str
 ) -> None:
-    tmp_path = Path(tools).parent
+    files = {
+        "TOOLS": TOOLS,
+        "PROMPTS": '{"prompt": "1+1=", "answer": "2", "response": "taken"}\n{"prompt": 5}\n',
+        "LIMITS": '{"prompt": "1+1=", "max_new_tokens": 9001}\n',
+    }
+    names = {"MODEL": str(tiny_model), "CONFIG": config}
+    names |= {name: str(tmp_path / f"{name.lower()}.jsonl") for name in files}
+    names |= {name: str(tmp_path / name.lower()) for name in ("TAKEN", "BARE")}
+    for name, text in files.items():
+        Path(names[name]).write_text(text)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "eval.json").write_text("{}")
-    prompts = '{"prompt": "1+1=", "answer": "2", "response": "taken"}\n{"prompt": 5}\n'
-    (tmp_path / "prompts.jsonl").write_text(prompts)
-    (tmp_path / "limits.jsonl").write_text('{"prompt": "1+1=", "max_new_tokens": 9001}\n')
-    names = {"MODEL": str(tiny_model), "CONFIG": config, "TAKEN": str(tmp_path / "taken"), "TOOLS": tools}
-    names |= {"PROMPTS": str(tmp_path / "prompts.jsonl"), "LIMITS": str(tmp_path / "limits.jsonl")}
+    if "BARE" in words:
+        shutil.copytree(tiny_model, tmp_path / "bare", ignore=shutil.ignore_patterns("*.jinja"))
     assert main([names.get(word, word) for word in words.split()]) == 2
     out, err = capsys.readouterr()
     assert (out, err[:13]) == ("", "rlhf: error: ")
@@ -140,22 +135,12 @@ def test_wrong_input_exits_with_2(
 
 
 def test_a_chat_template_that_writes_tools_takes_a_row_with_tools(
-    capsys: pytest.CaptureFixture[str], tiny_model: Path, tools: str
-) -> None:
-    words = ["--file", tools, "--max-new-tokens", "9000", "--chat-template", str(HERMES)]
-    assert main(["generate", str(tiny_model), *words]) == 2
-    assert "with 9000 new ones" in capsys.readouterr().err  # it is read, and refused for its length alone
-
-
-def test_a_model_without_a_template_says_which_option_helps(
     capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path
 ) -> None:
-    for file in tiny_model.iterdir():
-        if file.suffix != ".jinja":
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-    for words in (["--prompt", "a"], ["--chat"]):
-        assert main(["generate", str(tmp_path), *words]) == 2
-        assert "has no chat template" in capsys.readouterr().err
+    (tmp_path / "tools.jsonl").write_text(TOOLS)
+    words = ["--file", str(tmp_path / "tools.jsonl"), "--max-new-tokens", "9000", "--chat-template", str(HERMES)]
+    assert main(["generate", str(tiny_model), *words]) == 2
+    assert "with 9000 new ones" in capsys.readouterr().err  # it is read, and refused for its length alone
 
 
 def test_a_run_says_how_it_is_evaluated(config: str, tiny_model: Path) -> None:
@@ -174,14 +159,9 @@ def offline(tmp_path: Path, model: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("too_long", "num_examples", "num_left_out"), [("skip", 1, 2), ("cut", 2, 1)])
+@pytest.mark.parametrize(("too_long", "num_examples"), [("skip", 1), ("cut", 2)])
 def test_a_run_and_its_evaluation_read_the_same_examples(
-    tmp_path: Path,
-    tiny_model: Path,
-    caplog: pytest.LogCaptureFixture,
-    too_long: str,
-    num_examples: int,
-    num_left_out: int,
+    tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture, too_long: str, num_examples: int
 ) -> None:
     """The first row fits, the second row is empty, and the third row has 2 + 9 + 1 tokens."""
     rows = [{"prompt": "1+", "completion": text} for text in ("2", " ", "123456789")]
@@ -190,10 +170,10 @@ def test_a_run_and_its_evaluation_read_the_same_examples(
     loaded = load(path, settings)
     (stage,) = load_inputs(loaded)
     caplog.clear()
-    (candidate,) = inputs_of_run(loaded, model=None, against=None, marks=Marks()).candidates
+    (candidate,) = inputs_of_run(loaded, **PLAIN).candidates
     assert len(candidate.examples["heldout"]) == num_examples
     assert candidate.examples == stage.inputs.eval_sets  # type: ignore[union-attr]
-    assert f"data.eval.heldout: {num_left_out} of 3 rows cannot be used and are left out" in caplog.text
+    assert f"data.eval.heldout: {3 - num_examples} of 3 rows cannot be used and are left out" in caplog.text
 
 
 def test_a_model_without_room_for_an_example_is_refused(tmp_path: Path, tiny_model: Path) -> None:
@@ -201,7 +181,7 @@ def test_a_model_without_room_for_an_example_is_refused(tmp_path: Path, tiny_mod
     path = offline(tmp_path, short, {"prompt": "1+", "completion": " "}, {"prompt": "1+", "completion": "123456"})
     loaded = load(path, ["data.too_long=cut", "data.max_unusable_fraction=0.5"])
     with pytest.raises(rlhf.UserError, match=r"rows.jsonl:2: the example has 9 tokens, more than the 8 that"):
-        inputs_of_run(loaded, model=None, against=None, marks=Marks())
+        inputs_of_run(loaded, **PLAIN)
 
 
 SHORT = "rollouts.max_new_tokens=8 data.max_prompt_tokens=8"
@@ -234,32 +214,26 @@ def test_without_rewards_completions_are_measured(tiny_model: Path, tmp_path: Pa
     data = tmp_path / "examples.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n')
     nothing: dict[str, Any] = {"rewards": [], "reward_model": None, "against": None, "marks": Marks()}
-    decoding = Decoding(temperature=0.0, apply_chat_template=False)
-    model: dict[str, Any] = {"decoding": decoding, "device": "cpu", "trust_remote_code": False}
-    inputs = inputs_of_model(str(tiny_model), data=[str(data)], **model, **nothing)
+    nothing |= {"decoding": Decoding(temperature=0.0, apply_chat_template=False)}
+    inputs = inputs_of_model(str(tiny_model), data=[str(data)], device="cpu", trust_remote_code=False, **nothing)
     (candidate,) = inputs.candidates
     assert candidate.prompts == {}
     assert len(candidate.examples["examples"]) == 1
 
 
-def built_in(function: str) -> LoadedReward:
-    signature = Signature(batched=False, required=("answer",), optional=(), takes_all=False)
-    return LoadedReward(function=function, source=CodeSource(path=None, name=function, args={}), signature=signature)
-
-
 def test_only_functions_with_a_weight_have_a_mark() -> None:
+    signature = Signature(batched=False, required=("answer",), optional=(), takes_all=False)
+    source = CodeSource(path=None, name="last_number", args={})
+    function = LoadedReward(function="last_number", source=source, signature=signature)
     model = RewardSpec(name="taste", weight=1.0, function=None)
     assert marking_of(Marks(), [model], samples=4) == Marking(ks=(1, 2, 4), passing=None, answers=None)
-    watched = RewardSpec(name="right", weight=0.0, function=built_in("last_number"))
+    watched = RewardSpec(name="correct", weight=0.0, function=function)
     assert marking_of(Marks(), [model, watched], samples=4).passing is None
-    counted = RewardSpec(name="right", weight=1.0, function=built_in("last_number"))
-    rule = PassRule(judges={"right": None}, pass_score=None)
-    expected = Marking(ks=(1, 2, 4), passing=rule, answers="last_number")
+    counted = replace(watched, weight=1.0)
+    expected = Marking(ks=(1, 2, 4), passing=RIGHT, answers="last_number")
     assert marking_of(Marks(), [model, counted], samples=4) == expected
-    said = Marks(ks=(3, 1), pass_score=0.5, answers="whole")
-    assert marking_of(said, [model], samples=4) == Marking(
-        ks=(1, 3), passing=PassRule(judges={}, pass_score=0.5), answers="whole"
-    )
+    expected = Marking(ks=(1, 3), passing=PassRule(judges={}, pass_score=0.5), answers="whole")
+    assert marking_of(Marks(ks=(3, 1), pass_score=0.5, answers="whole"), [model], samples=4) == expected
 
 
 def test_a_frozen_engine_takes_no_weights(tiny_model: Path) -> None:
@@ -273,15 +247,6 @@ def test_a_frozen_engine_takes_no_weights(tiny_model: Path) -> None:
     for refused in (worker.update_weights(manifest, 1), worker.open_weights(None, 0)):
         with pytest.raises(rlhf.RunError, match="is frozen: it answers with the weights of"):
             asyncio.run(refused)
-
-
-def test_roles_without_their_host_have_places_of_their_own() -> None:
-    cluster = ClusterConfig()
-    both = plan_roles({"rollout", "reward"}, cluster, with_reward_model=False)
-    assert both.total("CPU") == 1.0
-    alone = plan_roles({"reward"}, cluster, with_reward_model=False)
-    assert [dict(bundle) for bundle in alone.bundles] == [{"CPU": 1.0}]
-    assert list(alone.slots) == ["reward"]
 
 
 STAGES = """\
@@ -308,14 +273,13 @@ stages:
 def test_a_pipeline_is_evaluated_as_its_last_stage_that_is_no_merge(tmp_path: Path, tiny_model: Path) -> None:
     path = tmp_path / "p.yaml"
     path.write_text(STAGES.replace("MODEL", str(tiny_model)))
-    inputs = inputs_of_run(load(path), model=None, against=None, marks=Marks())
+    inputs = inputs_of_run(load(path), **PLAIN)
     decoding = {"samples": 8, "temperature": 0.8, "max_new_tokens": 13, "stop": ("x",), "seed": 7}
     assert inputs.decoding == Decoding(**decoding, apply_chat_template=False)
     assert inputs.marking == Marking(ks=(1, 8), passing=RIGHT, answers="whole")
     assert [one.model.dtype for one in inputs.candidates] == ["bfloat16", "bfloat16"]
     assert [len(one.prompts["small"]) for one in inputs.candidates] == [4, 4]
-    said = inputs_of_run(load(path), model=None, against=None, marks=Marks(ks=(2,)))
-    assert said.marking.ks == (2,)
+    assert inputs_of_run(load(path), **{**PLAIN, "marks": Marks(ks=(2,))}).marking.ks == (2,)
     with pytest.raises(rlhf.UserError, match=r"evaluate\.model: The model folder \./none does not exist"):
         inputs_of_run(load(path), model="./none", against=None, marks=Marks())
     path.write_text(path.read_text().replace("      rewards: {correct: {function: last_number}}\n", ""))
@@ -332,9 +296,9 @@ def test_measuring_the_result_of_an_earlier_stage_is_noted(
     second = from_yaml(CONFIG.replace("MODEL", '"stage:first"'))
     del first["run"], second["run"]
     loaded = from_mapping({"run": {"name": "p", "dir": tmp_path}, "stages": {"first": first, "second": second}})
-    inputs_of_run(loaded, model=str(tiny_model), against=None, marks=Marks())
+    inputs_of_run(loaded, **{**PLAIN, "model": str(tiny_model)})
     assert "earlier stage" not in caplog.text
-    inputs = inputs_of_run(loaded, model=None, against=None, marks=Marks())
+    inputs = inputs_of_run(loaded, **PLAIN)
     assert inputs.candidates[0].model.name == str(result)
     assert f"--model {tmp_path / 'p' / 'second'} measures the model that stage p/second trains" in caplog.text
 
@@ -368,19 +332,16 @@ def test_a_runs_model_is_asked_as_its_run_asked_it(run_folder: Path, capsys: pyt
     assert capsys.readouterr().err == ""
 
 
-def test_settings_that_a_run_leaves_open_are_the_usual_ones(run_folder: Path) -> None:
-    for text in ("data: {columns: null, system_prompt: null}\nrollouts: null\n", "stages: {one: {}}\n"):
-        (run_folder / "config.resolved.yaml").write_text(text)
-        assert decoding_of(str(run_folder), {}) == Decoding()
-
-
-def test_options_win_over_the_settings_of_the_run(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_win_over_the_settings_of_the_run_which_may_be_the_usual_ones(run_folder: Path) -> None:
     given = {"system_prompt": "", "stop": ("x",), "columns": {"answer": "reply"}, "temperature": 0.5}
     assert decoding_of(str(run_folder), given) == Decoding(
         columns={"prompt": "question", "answer": "reply"}, stop=("x",), stop_token_ids=(7,), temperature=0.5
     )
     raw = decoding_of(str(run_folder), {"apply_chat_template": False})
     assert (raw.system_prompt, raw.apply_chat_template) == (None, False)
+    for text in ("data: {columns: null, system_prompt: null}\nrollouts: null\n", "stages: {one: {}}\n"):
+        (run_folder / "config.resolved.yaml").write_text(text)
+        assert decoding_of(str(run_folder), {}) == Decoding()
 
 
 def test_another_column_is_named_by_an_option(
@@ -389,10 +350,8 @@ def test_another_column_is_named_by_an_option(
     data = tmp_path / "questions.jsonl"
     data.write_text('{"question": "1+1=", "answer": "2"}\n')
     words = ["--reward", "last_number", "--out", str(tmp_path / "out")]
-    for command in (
-        ["eval", str(tiny_model), "--data", str(data), *words],
-        ["generate", str(tiny_model), "--file", str(data)],
-    ):
+    for name, option, more in (("eval", "--data", words), ("generate", "--file", [])):
+        command = [name, str(tiny_model), option, str(data), *more]
         assert main(command) == 2
         assert "`prompt` (or `messages`) is missing" in (said := capsys.readouterr().err)
         assert said.endswith("set --column prompt=ITS_NAME.\n")
@@ -406,6 +365,6 @@ def test_another_column_is_named_by_an_option(
 
 def test_results_are_replaced_only_where_that_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "eval.json").write_text("{}")
-    with pytest.raises(UserError, match="replace it with --overwrite"):
+    with pytest.raises(rlhf.UserError, match="replace it with --overwrite"):
         refuse_unusable_results_folder(tmp_path, overwrite=False)
     refuse_unusable_results_folder(tmp_path, overwrite=True)

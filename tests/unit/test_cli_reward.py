@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rlhf.config.files.load import load
 from rlhf.errors import UserError
 from rlhf.preflight.inputs import load_inputs
 from rlhf.scoring.http import MAX_BODY_BYTES, RewardServer
-from rlhf.scoring.scorer import Scorer, scoring_of_config, scoring_of_function
+from rlhf.scoring.scorer import Scorer, Scoring, scoring_of_config, scoring_of_function
 from rlhf.serving import serving_token
 
 CONFIG = """\
@@ -43,6 +44,9 @@ def length(prompt, response):
         raise ValueError("too loud")
     return len(response)
 """
+
+
+FOUND = "def found(prompt, response, result):\n    return float(result['found'])\n"
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -81,16 +85,14 @@ def test_samples_of_a_run_get_the_columns_of_its_data(config: str, tmp_path: Pat
         {"split": "heldout", "prompt_id": 0, "prompt": "<a>", "response": "xx", **sample},
     ]
     assert [one.score for one in rlhf.reward(config, write(tmp_path / "r.jsonl", rows)).rows] == [1.5, 2.0]
-    for wrong, why in (
-        ({"prompt_id": 2}, "train has 2 rows in"),
-        ({"split": "other"}, "evaluation sets of .* are heldout"),
-    ):
+    wrong_rows = {"train has 2 rows in": {"prompt_id": 2}, "evaluation sets of .* are heldout": {"split": "other"}}
+    for why, wrong in wrong_rows.items():
         with pytest.raises(UserError, match=rf"r.jsonl:1: .*{why}"):
             rlhf.reward(config, write(tmp_path / "r.jsonl", [rows[0] | wrong]))
 
 
 def test_samples_of_an_agent_are_scored_with_its_results(config: str, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def found(prompt, response, result):\n    return float(result['found'])\n")
+    (tmp_path / "mine.py").write_text(FOUND)
     of_run = {"split": "train", "prompt_id": 1, "group_id": 3, "response_tokens": 2, "prompt": "<b>", "response": "y"}
     rows = [{**of_run, "columns": {"answer": "x…"}, "shortened": {}, "result": {"found": n}} for n in (1, 0)]
     rewards = f"rewards={{found: {{function: '{tmp_path}/mine.py:found'}}}}"
@@ -109,16 +111,11 @@ def test_samples_get_the_columns_of_their_rows_although_the_run_skipped_others(c
     (stage,) = load_inputs(load(config, [*skips, sets]))
     read = {"train": stage.inputs.prompts, "heldout": stage.inputs.eval_sets["heldout"].prompts}
     samples: list[dict[str, Any]] = [
-        {
-            "split": split,
-            "prompt_id": prompt.prompt_id,
-            "prompt": prompt.text,
-            "response": prompt.columns["answer"],
-            "response_tokens": 2,
-        }
+        {"split": split, "prompt_id": p.prompt_id, "prompt": p.text, "response": p.columns["answer"]}
         for split, prompts in read.items()
-        for prompt in prompts
+        for p in prompts
     ]
+    samples = [sample | {"response_tokens": 2} for sample in samples]
     found = rlhf.reward(config, write(tmp_path / "r.jsonl", samples), [*skips, sets]).rows
     assert [one.scores["correct"] for one in found] == [1.0] * 6
 
@@ -146,12 +143,10 @@ def test_failures_are_told_by_line_and_the_policy_decides(
         ([{"prompt": "a", "response": "b"}], "rewards.correct.function: `exact_match` needs the column `answer`"),
     ],
 )
-def test_rows_that_cannot_be_scored(
-    config: str, tmp_path: Path, rows: list[dict[str, Any]], why: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(UserError, match=why):
+def test_rows_that_cannot_be_scored(config: str, tmp_path: Path, rows: list[dict[str, Any]], why: str) -> None:
+    with pytest.raises(UserError, match=why) as refused:
         rlhf.reward(config, write(tmp_path / "r.jsonl", rows))
-    assert main(["reward", config, "--file", str(tmp_path / "r.jsonl")]) == 2
+    assert str(refused.value).startswith(f"{config}:7: ") == ("rewards.correct" in why)  # with the reward's line
 
 
 def test_the_page_shows_what_is_printed(
@@ -176,22 +171,25 @@ def test_the_page_shows_what_is_printed(
     assert codes == [1, 2]
 
 
-def test_a_reward_model_scores_the_text(config: str, tmp_path: Path, tiny_model: Path, tokenizer: Any) -> None:
+def reward_model(tiny_model: Path, folder: Path) -> tuple[list[str], Callable[[list[int]], float]]:
+    """Return the overrides of a run with a new reward model, and the model's score of token ids."""
+    import torch
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
-    model.save_pretrained(tmp_path / "rm")
+    model.save_pretrained(folder / "rm")
+    overrides = [f"reward.model={folder}/rm", "reward.dtype=float32", "rewards={taste: {role: reward}}"]
+    return overrides, lambda ids: model.score(model.model(torch.tensor([ids])).last_hidden_state[0, -1]).item()
+
+
+def test_a_reward_model_scores_the_text(config: str, tmp_path: Path, tiny_model: Path, tokenizer: Any) -> None:
+    how, score = reward_model(tiny_model, tmp_path)
     tokenizer.save_pretrained(tmp_path / "rm")
     file = write(tmp_path / "r.jsonl", [row("a b", "cd"), row("a b", "c", truncated=True)])
-    how = [f"reward.model={tmp_path}/rm", "reward.dtype=float32", "rewards={taste: {role: reward}}"]
     found = rlhf.reward(config, file, how).rows
-    model.config.pad_token_id = tokenizer.eos_token_id
     for one, text, end in zip(found, ("a bcd", "a bc"), ([tokenizer.eos_token_id], []), strict=True):
-        import torch
-
-        ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids + end])
-        value = model.score(model.model(ids).last_hidden_state[0, -1]).item()
-        assert one.score == pytest.approx(value, rel=1e-5)
+        ids = tokenizer(text, add_special_tokens=False).input_ids + end
+        assert one.score == pytest.approx(score(ids), rel=1e-5)
     file = write(tmp_path / "r.jsonl", [row("a b", "xcd"), row("a b", "xc", truncated=True)])
     whole, cut = rlhf.reward(config, file, how).rows
     steps = "reward.steps={combine: product, separator: c}"  # `xc` and `d`
@@ -212,77 +210,71 @@ def test_a_reward_model_scores_the_text(config: str, tmp_path: Path, tiny_model:
     ],
 )
 def test_a_reward_model_scores_a_response_with_the_end_it_has_in_a_run(
-    config: str, tmp_path: Path, tiny_model: Path, overrides: list[str], columns: dict[str, Any], end: str
+    config: str,
+    tmp_path: Path,
+    tiny_model: Path,
+    tokenizer: Any,
+    overrides: list[str],
+    columns: dict[str, Any],
+    end: str,
 ) -> None:
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
-    model.save_pretrained(tmp_path / "rm")
-    (tmp_path / "turns.jinja").write_text(
-        "{% for message in messages %}<|user|>{{ message.content }}<|reserved_0|>{% endfor %}"
-    )
+    how, score = reward_model(tiny_model, tmp_path)
+    turns = "{% for message in messages %}<|user|>{{ message.content }}<|reserved_0|>{% endfor %}"
+    (tmp_path / "turns.jinja").write_text(turns)
     file = write(tmp_path / "r.jsonl", [row("<|user|>a", "b", **columns)])
-    how = [f"reward.model={tmp_path}/rm", "reward.dtype=float32", "rewards={taste: {role: reward}}"]
     (found,) = rlhf.reward(config, file, [*how, f"data.chat_template={tmp_path}/turns.jinja", *overrides]).rows
-    ids = AutoTokenizer.from_pretrained(tiny_model)(f"<|user|>ab{end}", add_special_tokens=False).input_ids
-    value = model.score(model.model(torch.tensor([ids])).last_hidden_state[0, -1]).item()
-    assert found.score == pytest.approx(value, rel=1e-5)
+    ids = tokenizer(f"<|user|>ab{end}", add_special_tokens=False).input_ids
+    assert found.score == pytest.approx(score(ids), rel=1e-5)
+
+
+@asynccontextmanager
+async def served(scoring: Scoring, token: str | None = None) -> AsyncIterator[TestClient]:
+    with Scorer(scoring) as scorer:
+        async with TestClient(TestServer(RewardServer(scorer, scoring, token).application())) as client:
+            yield client
 
 
 async def test_the_server(config: str) -> None:
-    scoring = scoring_of_config(load(config))
-    with Scorer(scoring) as scorer:
-        app = RewardServer(scorer, scoring, "s3cret-token").application()
-        async with TestClient(TestServer(app)) as client:
-            assert (await client.get("/health")).status == 200
-            assert (await client.post("/score", json={})).status == 401
-            client.session.headers["Authorization"] = "Bearer s3cret-token"
+    async with served(scoring_of_config(load(config)), "s3cret-token") as client:
+        assert (await client.get("/health")).status == 200
+        assert (await client.post("/score", json={})).status == 401
+        client.session.headers["Authorization"] = "Bearer s3cret-token"
 
-            async def ask(body: Any) -> tuple[int, Any]:
-                answer = await client.post("/score", json=body)
-                return answer.status, await answer.json()
+        async def ask(body: Any) -> tuple[int, Any]:
+            answer = await client.post("/score", json=body)
+            return answer.status, await answer.json()
 
-            good = {"prompt": "p", "responses": ["xx", "x"], "columns": {"answer": "xx"}, "truncated": [True, False]}
-            told = {"scores": [0.5, 0.0], "rewards": {"correct": [1.0, 0.0], "length": [-1.0, 1.0]}}
-            assert await ask(good) == (200, told)
-            (error,) = (await ask(good | {"responses": ["xx", "boom"]}))[1]["errors"]
-            assert (error["sample"], error["kind"]) == (1, "raised")
-            assert error["message"].startswith("length: ValueError: too loud")
-            for wrong in (
-                {"columns": {}},
-                {"responses": []},
-                {"responses": [1, 2]},
-                {"truncated": [True]},
-                {"results": [1]},
-                {"results": [1, json.loads("[" * 900 + "]" * 900)]},
-                {"prompt": None},
-                {"extra": 1},
-                {"columns": {"answer": json.loads("[" * 900 + "]" * 900)}},
-            ):
-                assert (await ask(good | wrong))[0] == 400, wrong
-            assert (await client.post("/score", data=b"{")).status == 400
-            assert (await client.post("/score", data=b" " * (MAX_BODY_BYTES + 1))).status == 413
-            assert (await client.get("/else")).status == 404
+        good = {"prompt": "p", "responses": ["xx", "x"], "columns": {"answer": "xx"}, "truncated": [True, False]}
+        told = {"scores": [0.5, 0.0], "rewards": {"correct": [1.0, 0.0], "length": [-1.0, 1.0]}}
+        assert await ask(good) == (200, told)
+        (error,) = (await ask(good | {"responses": ["xx", "boom"]}))[1]["errors"]
+        assert (error["sample"], error["kind"]) == (1, "raised")
+        assert error["message"].startswith("length: ValueError: too loud")
+        deep = json.loads("[" * 900 + "]" * 900)
+        for key, values in {
+            "columns": ({}, {"answer": deep}),
+            "responses": ([], [1, 2]),
+            "truncated": ([True],),
+            "results": ([1], [1, deep]),
+            "prompt": (None,),
+            "extra": (1,),
+        }.items():
+            for value in values:
+                assert (await ask(good | {key: value}))[0] == 400, (key, value)
+        assert (await client.post("/score", data=b"{")).status == 400
+        assert (await client.post("/score", data=b" " * (MAX_BODY_BYTES + 1))).status == 413
+        assert (await client.get("/else")).status == 404
 
 
 async def test_a_served_function_gets_the_result_of_an_agent(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def found(prompt, response, result):\n    return float(result['found'])\n")
-    scoring = scoring_of_function(f"{tmp_path / 'mine.py'}:found")
-    with Scorer(scoring) as scorer:
-        async with TestClient(TestServer(RewardServer(scorer, scoring, None).application())) as client:
-            body = {"prompt": "p", "responses": ["a", "b"]}
-            assert (await client.post("/score", json=body)).status == 400
-            answer = await client.post("/score", json={**body, "results": [{"found": 1}, {"found": 0}]})
-            assert (await answer.json())["scores"] == [1.0, 0.0]
-
-
-async def test_without_a_token_it_answers_to_its_own_name_alone() -> None:
-    scoring = scoring_of_function("last_number")
-    with Scorer(scoring) as scorer:
-        async with TestClient(TestServer(RewardServer(scorer, scoring, None).application())) as client:
-            assert (await client.get("/health")).status == 200
-            assert (await client.get("/health", headers={"Host": "elsewhere.org:8700"})).status == 403
+    (tmp_path / "mine.py").write_text(FOUND)
+    async with served(scoring_of_function(f"{tmp_path / 'mine.py'}:found")) as client:
+        body = {"prompt": "p", "responses": ["a", "b"]}
+        assert (await client.post("/score", json=body)).status == 400
+        answer = await client.post("/score", json={**body, "results": [{"found": 1}, {"found": 0}]})
+        assert (await answer.json())["scores"] == [1.0, 0.0]
+        # without a token, the server answers to its own name alone
+        assert (await client.get("/health", headers={"Host": "elsewhere.org:8700"})).status == 403
 
 
 def test_others_need_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,9 +289,7 @@ def test_others_need_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_serves_until_it_is_told_to_end() -> None:
     words = [sys.executable, "-m", "rlhf.cli", "serve-reward", "last_number", "--port", "0"]
-    with subprocess.Popen(
-        words, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    ) as process:
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         try:
             url = process.stdout.readline().removeprefix("serving ").strip()
             body = {"prompt": "", "responses": ["is 3", "is 4"], "columns": {"answer": "4"}}
@@ -336,12 +326,3 @@ def test_a_reward_that_cannot_be_loaded_is_named_by_its_line(
     error = capsys.readouterr().err
     assert f"{config}:8: rewards.length.function: " in error
     assert "defines no `width`" in error
-
-
-def test_a_column_that_a_reward_needs_is_named_with_the_line_of_the_reward(
-    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "r.jsonl"
-    file.write_text('{"prompt": "a", "response": "b"}\n')
-    assert main(["reward", config, "--file", str(file)]) == 2
-    assert f"{config}:" in capsys.readouterr().err.partition("rewards.correct.function: ")[0]

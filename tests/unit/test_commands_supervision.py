@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,18 +108,28 @@ def test_a_killed_driver_is_started_again_until_the_run_is_done(tmp_path: Path) 
     assert not psutil.pid_exists(int((tmp_path / "left").read_text()))
 
 
+DIES, BEGUN_DIES = {"end": KILLED}, {"row": 3, "end": KILLED}
+BEFORE = "The driver was killed by SIGKILL before its run began. It is started again"
+TWICE = "It is not started again: it died twice in a row at the same step in the same manner.\n"
+
+
 @pytest.mark.parametrize(
-    "end",
-    [{"end": 0}, {"end": 2}, {"end": 130}, {"row": 1, "end": 1, "final": True}, {"row": 1, "end": 75, "final": True}],
+    ("plan", "code", "words", "logged"),
+    [
+        *(([{"end": code}], code, "first", "") for code in (0, 2, 130)),
+        *(([{"row": 1, "end": code, "final": True}], code, "first", "") for code in (1, 75)),
+        ([DIES, {"row": 1, "end": KILLED}, {"row": 2, "end": 0}], 0, "first first again", BEFORE),
+        ([{"row": 2, "end": KILLED}, DIES, DIES], 128 + 9, "first again again", TWICE),
+        ([{"row": 2, "end": KILLED}, BEGUN_DIES, BEGUN_DIES], 128 + 9, "first again again", TWICE),
+    ],
 )
-def test_a_run_that_has_ended_is_not_started_again(tmp_path: Path, end: dict[str, Any]) -> None:
-    code, drivers, _ = carry_out(tmp_path, [end])
-    assert (code, len(drivers)) == (end["end"], 1)
-
-
-def test_a_python_for_an_older_c_library_supervises_too(tmp_path: Path) -> None:
-    code, _, log = carry_out(tmp_path, [{"end": 0}], before="import os; vars(os).pop('memfd_create', None); ")
-    assert code == 0, log
+def test_a_driver_is_started_again_unless_the_run_has_ended_or_nothing_changes(
+    tmp_path: Path, plan: list[dict[str, Any]], code: int, words: str, logged: str
+) -> None:
+    """The parent's Python is built for a C library without memfd_create."""
+    result, drivers, log = carry_out(tmp_path, plan, before="import os; vars(os).pop('memfd_create', None); ")
+    assert (result, [driver["word"] for driver in drivers]) == (code, words.split())
+    assert logged in log
 
 
 def test_what_ran_before_the_first_driver_lives_on(tmp_path: Path) -> None:
@@ -133,20 +142,6 @@ def test_what_ran_before_the_first_driver_lives_on(tmp_path: Path) -> None:
     assert (code, process.status() != psutil.STATUS_ZOMBIE) == (0, True)
     process.kill()
     assert not psutil.pid_exists(int((tmp_path / "left").read_text()))
-
-
-def test_a_run_that_has_not_begun_gets_its_first_command_again(tmp_path: Path) -> None:
-    code, drivers, log = carry_out(tmp_path, [{"end": KILLED}, {"row": 1, "end": KILLED}, {"row": 2, "end": 0}])
-    assert code == 0
-    assert [driver["word"] for driver in drivers] == ["first", "first", "again"]
-    assert "The driver was killed by SIGKILL before its run began. It is started again" in log
-
-
-@pytest.mark.parametrize("last", [{"end": KILLED}, {"row": 3, "end": KILLED}])
-def test_the_same_death_twice_in_a_row_ends_the_run(tmp_path: Path, last: dict[str, Any]) -> None:
-    code, drivers, log = carry_out(tmp_path, [{"row": 2, "end": KILLED}, last, last])
-    assert (code, len(drivers)) == (128 + 9, 3)
-    assert log.endswith("It is not started again: it died twice in a row at the same step in the same manner.\n")
 
 
 def test_too_many_deaths_in_the_window_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -229,20 +224,14 @@ def test_the_driver_ends_with_a_killed_parent(tmp_path: Path) -> None:
     assert not driver.is_running() or driver.status() == psutil.STATUS_ZOMBIE
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        [],
-        ["--overwrite", "--quiet", "--debug"],
-        ["--json", "--until", "3", "--resume", "step_000012"],
-        ["--resume", "auto"],
-    ],
-)
-def test_a_driver_gets_the_arguments_of_its_parent(options: list[str]) -> None:
-    words = ["train", "x.yaml", "train.steps=3", *options]
+OPTIONS = ["", "--overwrite --quiet --debug", "--json --until 3 --resume step_000012", "--resume auto"]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_driver_gets_the_arguments_of_its_parent(options: str) -> None:
+    words = ["train", "x.yaml", "train.steps=3", *options.split()]
     supervised = parse_arguments([*words, "--supervise"])
-    command: Callable[..., list[str]] = _driver_command
-    assert command(supervised)[:3] == [sys.executable, "-m", "rlhf.cli"]
-    assert vars(parse_arguments(command(supervised)[3:])) == vars(parse_arguments(words))
-    again = vars(parse_arguments(command(supervised, again=True)[3:]))
+    assert _driver_command(supervised)[:3] == [sys.executable, "-m", "rlhf.cli"]
+    assert vars(parse_arguments(_driver_command(supervised)[3:])) == vars(parse_arguments(words))
+    again = vars(parse_arguments(_driver_command(supervised, again=True)[3:]))
     assert again == vars(parse_arguments(words)) | {"resume": "auto", "overwrite": False}

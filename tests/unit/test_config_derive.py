@@ -22,18 +22,18 @@ from rlhf.config.derive import (
     weight_sync,
     with_steps,
 )
-from rlhf.config.placement_plan import assign_nodes, plan_apart, plan_placement
+from rlhf.config.placement_plan import assign_nodes, copies, plan_apart, plan_placement, plan_roles
+from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.root import Config
+from tests.fakes.configs import ONLINE
 
 
 def config(algorithm: dict[str, Any], **sections: Any) -> Config:
     tree: dict[str, Any] = {
-        "run": {"name": "demo"},
-        "policy": {"model": "m"},
+        **ONLINE,
         "algorithm": algorithm,
         "data": {"train": "x.jsonl", "max_prompt_tokens": 100},
         "rollouts": {"prompts_per_step": 6, "samples_per_prompt": 4, "max_new_tokens": 20},
-        "rewards": {"r": {"function": "f"}},
         "train": {"steps": 10, "lr": 1.0, "sequences_per_update": 8, "epochs_per_batch": 2},
     }
     return Config.model_validate(tree | sections)
@@ -41,6 +41,8 @@ def config(algorithm: dict[str, Any], **sections: Any) -> Config:
 
 PPO = {"name": "ppo", "kl": {"coef": 0.1}}
 GRPO = {"name": "grpo"}
+TRAIN = {"lr": 1.0, "sequences_per_update": 8}
+FIXED = {"rollouts": None, "rewards": {}}
 
 
 def test_the_batch_of_an_online_run() -> None:
@@ -53,19 +55,16 @@ def test_the_batch_of_an_online_run() -> None:
     assert critic_optimizer_steps(run) == 60  # 10 * 6
     assert derived.longest_sequence == 120  # 100 + 20
     assert derived.tokens_per_step == 2880  # 24 * 120
-
-
-def test_a_step_of_pairs_has_one_a_prompt() -> None:
-    train = {"steps": 10, "lr": 1.0, "sequences_per_update": 3, "epochs_per_batch": 2}
-    run = config({"name": "online_dpo"}, train=train)
+    cluster = {"roles": {"policy": {"workers": 8, "sequence_parallel": 4}}}
+    assert derive(config(GRPO, cluster=cluster)).data_parallel_ranks == 2
+    run = config({"name": "online_dpo"}, train={**TRAIN, "steps": 10, "sequences_per_update": 3, "epochs_per_batch": 2})
     derived = derive(run)
-    assert (derived.sequences_per_step, derived.rows_per_step) == (24, 6)  # 6 * 4 responses, 6 prompts
+    assert (derived.sequences_per_step, derived.rows_per_step) == (24, 6)  # 6 * 4 responses, 6 pairs, one per prompt
     assert (derived.updates_per_batch, derived.updates_per_step, policy_optimizer_steps(run)) == (2, 4, 40)
 
 
 def test_a_supervised_step_is_an_optimizer_step() -> None:
-    train = {"steps": 10, "lr": 1.0, "sequences_per_update": 8, "max_tokens_per_microbatch": 64}
-    run = config({"name": "sft"}, rollouts=None, rewards={}, train=train)
+    run = config({"name": "sft"}, **FIXED, train={**TRAIN, "steps": 10, "max_tokens_per_microbatch": 64})
     derived = derive(run)
     assert (derived.sequences_per_step, derived.updates_per_step, policy_optimizer_steps(run)) == (8, 1, 10)
     assert derived.longest_sequence == 64
@@ -75,33 +74,21 @@ def test_a_supervised_step_is_an_optimizer_step() -> None:
     ("epochs", "rows", "steps"),
     [(1.0, 16, 2), (1.0, 17, 3), (2.0, 17, 5), (0.5, 16, 1), (0.1, 3, 1), (3.0, 8, 3)],  # ceil(epochs * rows / 8)
 )
-def test_epochs_of_examples_are_steps(epochs: float, rows: int, steps: int) -> None:
-    train = {"epochs": epochs, "lr": 1.0, "sequences_per_update": 8, "max_tokens_per_microbatch": 64}
-    run = with_steps(config({"name": "sft"}, rollouts=None, rewards={}, train=train), rows)
+def test_epochs_are_steps(epochs: float, rows: int, steps: int) -> None:
+    run = with_steps(config({"name": "sft"}, **FIXED, train={**TRAIN, "epochs": epochs}), rows)
     assert (run.train.steps, run.train.epochs) == (steps, None)
-
-
-def test_epochs_of_prompts_are_steps() -> None:
-    train = {"epochs": 2.0, "lr": 1.0, "sequences_per_update": 8}
-    assert with_steps(config(GRPO, train=train), 100).train.steps == 34  # 200 prompts, 6 a step
+    assert with_steps(config(GRPO, train={**TRAIN, "epochs": 2.0}), 100).train.steps == 34  # 200 prompts, 6 a step
     assert with_steps(config(GRPO), 100).train.steps == 10  # given steps stay
 
 
 def test_a_warm_up_by_steps_or_by_a_share() -> None:
-    train = {"steps": 10, "lr": 1.0, "sequences_per_update": 8}
-    assert warmup_steps(config(GRPO, train={**train, "warmup_steps": 3}).train, 40) == 3
-    share = config(GRPO, train={**train, "warmup_ratio": 0.1}).train
+    assert warmup_steps(config(GRPO, train={**TRAIN, "warmup_steps": 3}).train, 40) == 3
+    share = config(GRPO, train={**TRAIN, "warmup_ratio": 0.1}).train
     assert [warmup_steps(share, total) for total in (1, 10, 11, 40)] == [1, 1, 2, 4]  # as transformers rounds
-
-
-def test_ranks_that_share_micro_batches_count_as_one() -> None:
-    cluster = {"roles": {"policy": {"workers": 8, "sequence_parallel": 4}}}
-    assert derive(config(GRPO, cluster=cluster)).data_parallel_ranks == 2
 
 
 LORA = {"policy": {"model": "m", "lora": {}}}
 ADAPTER = {"policy": {"model": "m", "lora": {}, "adapter": "a"}}
-FIXED = {"rollouts": None, "rewards": {}}
 TEACHER = {"rewards": {}, "teacher": {"model": "n"}}
 
 
@@ -162,10 +149,9 @@ def test_what_of_an_adapter_travels(lora: dict[str, Any], rank: int, why: str | 
 
 def test_a_single_evaluation_set_is_called_heldout() -> None:
     assert eval_sets(config(GRPO)) == {}
-    assert eval_sets(config(GRPO, data={"train": "x", "eval": "y"})) == {"heldout": "y"}
+    for source in ("y", {"task": "t", "size": 2}):
+        assert list(eval_sets(config(GRPO, data={"train": "x", "eval": source}))) == ["heldout"]
     assert eval_sets(config(GRPO, data={"train": "x", "eval": {"a": "y", "b": "z"}})) == {"a": "y", "b": "z"}
-    task = eval_sets(config(GRPO, data={"train": "x", "eval": {"task": "t", "size": 2}}))
-    assert list(task) == ["heldout"]
 
 
 @pytest.mark.parametrize(
@@ -185,13 +171,8 @@ def test_the_way_of_the_weights(cluster: dict[str, Any], one_host: bool, method:
 def test_the_defaults_fit_two_cores() -> None:
     placement = plan_placement(config(PPO))
     assert placement.bundles == ({"CPU": 1.0}, {"CPU": 1.0})
-    assert {role: [s.bundle for s in slots] for role, slots in placement.slots.items()} == {
-        "policy": [0],
-        "rollout": [1],
-        "critic": [0],
-        "reference": [0],
-        "reward": [1],
-    }
+    places = {role: [slot.bundle for slot in slots] for role, slots in placement.slots.items()}
+    assert places == {"policy": [0], "rollout": [1], "critic": [0], "reference": [0], "reward": [1]}
     assert [s.cpus for s in placement.slots["policy"]] == [0.3333]  # a third, rounded down to what Ray counts
     assert [s.cpus for s in placement.slots["reward"]] == [0.5]
 
@@ -213,15 +194,15 @@ def test_guests_share_the_gpus_of_their_hosts() -> None:
     assert [role for role in placement.slots if placement.shares_gpus(role)] == ["policy", "critic"]
 
 
-def test_a_bundle_asks_for_the_labels_of_the_role_that_it_is_made_for() -> None:
-    roles = {"policy": {"workers": 2}, "rollout": {"node_labels": {"pool": "serve"}}}
+def test_a_bundle_has_the_labels_of_its_role_and_guests_of_guests() -> None:
+    roles: dict[str, Any] = {"policy": {"workers": 2}, "rollout": {"node_labels": {"pool": "serve"}}}
     assert plan_placement(config(GRPO, cluster={"roles": roles})).labels == ({}, {}, {"pool": "serve"})
-
-
-def test_a_reward_beside_engines_that_sit_with_the_policy() -> None:
-    cluster = {"roles": {"policy": {"workers": 2}, "rollout": {"engines": 2, "colocate_with": "policy"}}}
-    placement = plan_placement(config(GRPO, cluster=cluster))
+    roles["rollout"] = {"engines": 2, "colocate_with": "policy"}
+    placement = plan_placement(config(GRPO, cluster={"roles": roles}))
     assert (len(placement.bundles), [s.bundle for s in placement.slots["reward"]]) == (2, [0])
+    assert plan_roles({"rollout", "reward"}, ClusterConfig(), with_reward_model=False).total("CPU") == 1.0
+    alone = plan_roles({"reward"}, ClusterConfig(), with_reward_model=False)  # without the host
+    assert (alone.bundles, list(alone.slots)) == (({"CPU": 1.0},), ["reward"])
 
 
 def test_an_engine_that_may_leave_is_placed_apart() -> None:
@@ -239,6 +220,14 @@ def test_an_engine_that_may_leave_is_placed_apart() -> None:
     assert plan_apart(fixed) == (plan_placement(fixed), None)
 
 
+def test_as_many_runs_fit_at_once_as_there_is_room_for() -> None:
+    one = [{"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0}]
+    assert copies(one, [{"CPU": 5.0, "GPU": 2.0}], most=9) == 2  # by GPUs
+    assert copies(one, [{"CPU": 5.0, "GPU": 4.0}], most=9) == 2  # by CPUs: 2 * 2 <= 5
+    assert copies(one, [{"CPU": 9.0, "GPU": 9.0}], most=3) == 3
+    assert copies(one, [{"CPU": 9.0}], most=3) == 0
+
+
 def test_bundles_fill_nodes_in_order_the_large_ones_first() -> None:
     small, large = {"CPU": 1.0}, {"CPU": 4.0, "GPU": 2.0}
     nodes = [{"CPU": 5.0, "GPU": 2.0}, {"CPU": 2.0}]
@@ -246,9 +235,6 @@ def test_bundles_fill_nodes_in_order_the_large_ones_first() -> None:
     assert assign_nodes([small, large, small, small], nodes) == [0, 0, 1, 1]
     assert assign_nodes([large, large], nodes) is None
     assert assign_nodes([{"CPU": 6.0}], nodes) is None  # 7 CPUs, but on no node 6
-
-
-def test_bundles_go_only_to_nodes_with_their_labels() -> None:
     bundles, nodes = [{"CPU": 4.0}, {"CPU": 2.0}], [{"CPU": 4.0}, {"CPU": 4.0}]
     serving = {"node_labels": [{"pool": "serve"}, {"pool": "train"}]}
     assert assign_nodes(bundles, nodes, labels=[{}, {"pool": "train"}], **serving) == [0, 1]

@@ -10,9 +10,8 @@ from rlhf.config.files.base_file import read_tree
 from rlhf.config.files.dump import dump_yaml
 from rlhf.config.files.load import from_mapping, load
 from rlhf.config.files.recipes import RECIPES
+from rlhf.config.files.sweep import load_sweep
 from rlhf.config.schema.root import Config
-from rlhf.config.schema.sweep import load_sweep
-from rlhf.errors import UserError
 from tests.fixtures.configs import file_error
 
 BASE = """\
@@ -55,13 +54,8 @@ def test_mappings_merge_and_other_values_replace(folder: Path) -> None:
     assert (run.run.name, run.run.seed, run.policy.model) == ("above", 3, "some/model")
     assert (run.rollouts.stop, run.rollouts.prompts_per_step) == (("c",), 8)
     assert (run.train.lr, run.train.steps) == (1e-5, 10)
-
-
-def test_the_resolved_file_repeats_the_run_without_its_base(folder: Path) -> None:
-    run = config(folder, "run: {name: above}\n")
     assert "\nbase:" not in dump_yaml(run)
-    resolved = write(folder / "elsewhere", dump_yaml(run))
-    assert load(resolved).runs == {"above": run}
+    assert load(write(folder / "elsewhere", dump_yaml(run))).runs == {"above": run}
 
 
 def test_null_sets_null_or_takes_back_what_the_base_gives(folder: Path) -> None:
@@ -89,13 +83,6 @@ def test_null_restores_the_default_name_of_a_section(folder: Path, name: str, in
     assert "got null" not in file_error(write(folder, "base: base.yaml\nalgorithm: {name: null}\n"))
 
 
-def test_another_algorithm_inherits_no_key_of_the_base_s(folder: Path) -> None:
-    run = config(folder, "algorithm: {name: dr_grpo}\n")
-    assert run.algorithm.model_dump(exclude_unset=True) == {"name": "dr_grpo"}
-    same = config(folder, "algorithm: {name: grpo, kl: {estimator: k2}}\n")
-    assert same.algorithm.model_dump(exclude_unset=True) == {"name": "grpo", "kl": {"coef": 0.1, "estimator": "k2"}}
-
-
 @pytest.mark.parametrize(
     ("text", "args"),
     [
@@ -110,16 +97,16 @@ def test_another_task_inherits_no_argument(folder: Path, text: str, args: dict[s
     assert train.args == args
 
 
-@pytest.mark.parametrize("text", ["rows.jsonl", "{some: {source: rows.jsonl}}"])
-def test_files_replace_a_task(folder: Path, text: str) -> None:
-    train = config(folder, f"data: {{train: {text}}}\n").data.train
-    assert isinstance(train, str | dict)
-
-
-def test_a_reward_of_another_kind_inherits_nothing(folder: Path) -> None:
-    run = config(folder, 'rewards: {correct: {url: "http://127.0.0.1:1/score"}, short: {weight: 0.1}}\n')
+def test_a_section_of_another_kind_inherits_nothing(folder: Path) -> None:
+    text = 'rewards: {correct: {url: "http://127.0.0.1:1/score"}, short: {weight: 0.1}}\nalgorithm: {name: dr_grpo}\n'
+    run = config(folder, text)
+    assert run.algorithm.model_dump(exclude_unset=True) == {"name": "dr_grpo"}
     assert (run.rewards["correct"].function, run.rewards["correct"].weight) == (None, 1.0)
     assert (run.rewards["short"].function, run.rewards["short"].weight) == (f"{folder}/rewards.py:short", 0.1)
+    same = config(folder, "algorithm: {name: grpo, kl: {estimator: k2}}\n")
+    assert same.algorithm.model_dump(exclude_unset=True) == {"name": "grpo", "kl": {"coef": 0.1, "estimator": "k2"}}
+    for train in ("rows.jsonl", "{some: {source: rows.jsonl}}"):  # in place of a task
+        assert isinstance(config(folder, f"data: {{train: {train}}}\n").data.train, str | dict)
 
 
 def test_code_beside_the_base_is_found_from_another_folder(folder: Path) -> None:
@@ -158,10 +145,7 @@ def test_a_circle_is_refused_with_its_chain(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (
-            "bas.yaml",
-            "bas.yaml is not a file in {folder}, and no recipe has this name; did you mean base",
-        ),
+        ("bas.yaml", "bas.yaml is not a file in {folder}, and no recipe has this name; did you mean base"),
         ("3", "got 3, expected the name of a file"),
         ("[base.yaml]", "got ['base.yaml'], expected the name of a file"),
         ("null", "got null, expected the name of a file"),
@@ -170,21 +154,16 @@ def test_a_circle_is_refused_with_its_chain(folder: Path) -> None:
 def test_an_unknown_base_is_refused(folder: Path, value: str, reason: str) -> None:
     path = write(folder, f"run: {{name: x}}\nbase: {value}\n")
     assert file_error(path).startswith(f"{path}:2: base: {reason.format(folder=folder)}")
+    assert "argument 'base=x.yaml': base: is a key of files only" in file_error(folder / "base.yaml", "base=x.yaml")
 
 
-def test_a_base_is_no_argument(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"argument 'base=x.yaml': base: is a key of files only"):
-        load(folder / "base.yaml", ["base=x.yaml"])
-
-
-def test_a_recipe_of_the_library_is_a_base_in_any_folder(tmp_path: Path) -> None:
-    (run,) = load(write(tmp_path, "base: dapo_smollm2.yaml\nrun: {name: mine}\n")).runs.values()
+def test_a_base_is_a_recipe_of_the_library_or_a_file_in_the_current_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run,) = load(write(folder, "base: dapo_smollm2.yaml\nrun: {name: mine}\n")).runs.values()
     assert (run.algorithm.name, run.run.name) == ("dapo", "mine")
     (recipe,) = load(RECIPES / "dapo_smollm2.yaml").runs.values()
     assert run == recipe.model_copy(update={"run": run.run})
-
-
-def test_a_mapping_has_a_base_in_the_current_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     (run,) = from_mapping({"base": "base.yaml", "run": {"name": "python"}}).runs.values()
     assert (run.run.name, run.run.seed) == ("python", 3)
@@ -204,20 +183,14 @@ def test_stages_merge_by_name_and_may_have_a_base(folder: Path) -> None:
     assert {name: stage.train.steps for name, stage in derived.runs.items()} == {"first": 5}
     place = derived.places[("stages", "first", "policy", "model")]
     assert place == f"{folder}/base.yaml:2 (base of {folder}/pipeline.yaml, where `null` drops a key)"
-
-
-def test_a_stage_takes_no_pipeline_as_its_base(folder: Path) -> None:
-    write(folder, "run: {name: two}\nstages: {first: {base: base.yaml}}\n", "pipeline.yaml")
     path = write(folder, "run: {name: three}\nstages:\n  first:\n    base: pipeline.yaml\n")
     assert file_error(path).startswith(f"{path}:4: stages.first.base: ")
     assert "has the section stages; a stage needs the file of a single run" in file_error(path)
 
 
 def test_the_run_of_a_sweep_has_a_base(folder: Path) -> None:
-    text = (
-        "sweep: {{name: s, config: {}, parameters: {{train.lr: {{values: [1e-5]}}}}, method: {{name: grid}}, "
-        "metric: rewards/score/mean}}"
-    )
+    text = "sweep: {{name: s, config: {}, method: {{name: grid}}, metric: rewards/score/mean, "
+    text += "parameters: {{train.lr: {{values: [1e-5]}}}}}}"
     write(folder, "base: base.yaml\nrun: {name: above}\n")
     named = load_sweep(write(folder, text.format("run.yaml"), "named.yaml"))
     inline = load_sweep(write(folder, text.format("{base: base.yaml, run: {name: above}}"), "inline.yaml"))

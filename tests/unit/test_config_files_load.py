@@ -8,9 +8,9 @@ import pytest
 
 from rlhf.algorithms import ALGORITHMS
 from rlhf.config.files.load import LoadedConfig, checked, load, run_folder
-from rlhf.config.files.yaml_tree import from_yaml
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.run import RunConfig
+from rlhf.config.yaml_tree import from_yaml
 from rlhf.errors import UserError
 from tests.fixtures.configs import file_error
 
@@ -40,11 +40,16 @@ def config(path: Path, *overrides: str) -> Config:
     return loaded
 
 
-def test_a_run_and_its_folder(file: Path) -> None:
+BOMB = "a0: &a0 [x, x, x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}, *a{i}]\n" for i in range(40))
+
+
+def test_a_run_and_its_folder(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(file)
     assert (loaded.name, loaded.is_pipeline, loaded.folder) == ("demo", False, Path("out/demo"))
     assert list(loaded.stages) == ["demo"]
     assert run_folder(loaded.stages["demo"]) == Path("out/demo")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert config(file, "run.dir=~/runs").run.dir == Path("/home/me/runs")
 
 
 @pytest.mark.parametrize(
@@ -70,10 +75,7 @@ def test_a_run_and_its_folder(file: Path) -> None:
         ("x: [1]]\n", ":1: not valid YAML: the `]` closes a bracket that was never opened."),
         ("run: {}\n<<: {b: 2}\n", ":2: <<: merge keys (`<<`) are not supported; write the keys out"),
         ("x: &a 1\ny: &a 1\n", ":2: not valid YAML: the anchor exists already."),
-        (
-            "a0: &a0 [x, x, x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}, *a{i}]\n" for i in range(40)),
-            "the text stands for more than 100,000 values",
-        ),
+        (BOMB, "the text stands for more than 100,000 values"),
         ("x: " + "[" * 101 + "]" * 101 + "\n", ":1: sections within sections go too deep, beyond 100"),
         ('x: "\\ud800"\n', "holds half of a character"),
         ("#" * (2**20 + 1), "is larger than 1 MiB, the limit of a configuration"),
@@ -94,9 +96,8 @@ def test_broken_files_name_their_line(file: Path, text: str, message: str) -> No
 
 def test_the_configuration_of_a_received_run_is_bounded_too() -> None:
     """`rlhf report` reads config.resolved.yaml of any folder by from_yaml."""
-    bomb = "a0: &a0 [x, x, x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}, *a{i}]\n" for i in range(40))
     with pytest.raises(UserError, match="the text stands for more than 100,000 values"):
-        from_yaml(bomb)
+        from_yaml(BOMB)
 
 
 def test_a_file_that_cannot_be_read(file: Path, tmp_path: Path) -> None:
@@ -120,11 +121,6 @@ def test_a_file_that_cannot_be_read(file: Path, tmp_path: Path) -> None:
 def test_an_unknown_key_names_its_nearest_relative(file: Path, key: str, meant: str) -> None:
     parent = key if key.count(".") == 0 else key.removesuffix(".steps").removesuffix(".engines")
     assert file_error(file, f"{key}=1") == f"argument '{key}=1': {parent}: unknown key; did you mean {meant}?"
-
-
-def test_an_unknown_key_of_the_file_names_its_line(file: Path) -> None:
-    file.write_text(BASE.replace("  model:", "  modle: x\n  model:"))
-    assert file_error(file) == f"{file}:3: policy.modle: unknown key; did you mean policy.model?"
 
 
 def test_a_key_unlike_any_other_lists_the_keys(file: Path) -> None:
@@ -179,34 +175,26 @@ def test_a_wrong_value_says_what_is_expected(file: Path, override: str, message:
     assert file_error(file, override).startswith(f"argument {override!r}: {message}")
 
 
-def test_a_message_stays_short(file: Path) -> None:
+def test_every_mistake_has_a_short_line_with_its_place(file: Path) -> None:
     assert len(file_error(file, "a" * 1_000_000 + "=1")) < 1000
     assert len(file_error(file, "train.lr=" + "a" * 1_000_000)) < 1000
     assert len(file_error(file, *(f"x{i}=1" for i in range(300))).splitlines()) == 100
-
-
-def test_every_mistake_has_a_line(file: Path) -> None:
     assert len(file_error(file, "train.lr=x", "train.step=2", "policy.dtype=int8").splitlines()) == 3
-    file.write_text(BASE.replace("data: {train: prompts.jsonl}\n", ""))
-    assert file_error(file) == f"{file}: data: is missing: expected a mapping"
+    message = "rewards.correct: give exactly one of `function`, `role`, `url` and `environment: true`"
+    assert file_error(file, "rewards.correct.role=reward") == f"{file}:7: {message}"
+    file.write_text(BASE.replace("  model:", "  modle: x\n  model:").replace("data: {train: prompts.jsonl}\n", ""))
+    assert file_error(file).splitlines() == [
+        f"{file}: data: is missing: expected a mapping",
+        f"{file}:3: policy.modle: unknown key; did you mean policy.model?",
+    ]
 
 
 def test_overrides_are_yaml_values(file: Path) -> None:
     more = ["tracking.wandb=off", "data.eval={a: x.jsonl}", "policy.lora.rank=8"]
     changed = config(file, "train.lr=3e-6", "rollouts.stop=['a', \"\\n\"]", *more)
-    assert changed.train.lr == 3e-6
-    assert changed.rollouts.stop == ("a", "\n")
-    assert changed.tracking.wandb == "off"
-    assert changed.data.eval == {"a": "x.jsonl"}
-    assert changed.policy.lora.rank == 8
-    whole_section = file_error(file, "policy={dtype: float32}")
-    assert whole_section.endswith("policy.model: is missing: expected a string")
-
-
-def test_a_folder_of_runs_at_home(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
-    assert config(file, "run.dir=~/runs").run.dir == Path("/home/me/runs")
-    assert config(file, "run.dir=runs").run.dir == Path("runs")
+    assert (changed.train.lr, changed.rollouts.stop, changed.tracking.wandb) == (3e-6, ("a", "\n"), "off")
+    assert (changed.data.eval, changed.policy.lora.rank) == ({"a": "x.jsonl"}, 8)
+    assert file_error(file, "policy={dtype: float32}").endswith("policy.model: is missing: expected a string")
 
 
 @pytest.mark.parametrize(
@@ -243,11 +231,6 @@ def test_a_config_made_in_python_is_checked_too(file: Path) -> None:
         checked(bad)
 
 
-def test_a_rule_of_a_section_names_its_line(file: Path) -> None:
-    message = f"{file}:7: rewards.correct: give exactly one of `function`, `role`, `url` and `environment: true`"
-    assert file_error(file, "rewards.correct.role=reward") == message
-
-
 def test_a_stage_s_section_makes_no_run(tmp_path: Path) -> None:
     path = tmp_path / "one.yaml"
     for section, fix in (("merge: {method: fold}", "use `rlhf merge"), ("evaluate: {model: x}", "with `rlhf eval`")):
@@ -270,13 +253,8 @@ def test_a_later_error_gets_the_place_of_its_key(file: Path, tmp_path: Path) -> 
     assert located(checked(config(file)), "policy.model: none") == "policy.model: none"
     pipeline = tmp_path / "pipeline.yaml"
     pipeline.write_text(
-        "run: {name: demo}\n"
-        "policy: {model: some/model}\n"
-        "train: {steps: 1, lr: 1.0, sequences_per_update: 1}\n"
-        "stages:\n"
-        "  a:\n"
-        "    algorithm: {name: sft}\n"
-        "    data: {train: a.jsonl}\n"
+        "run: {name: demo}\npolicy: {model: some/model}\ntrain: {steps: 1, lr: 1.0, sequences_per_update: 1}\nstages:\n"
+        "  a:\n    algorithm: {name: sft}\n    data: {train: a.jsonl}\n"
         "  b: {algorithm: {name: sft}, data: {train: b.jsonl}, policy: {model: stage:a}}\n"
     )
     loaded = load(pipeline)
@@ -286,18 +264,13 @@ def test_a_later_error_gets_the_place_of_its_key(file: Path, tmp_path: Path) -> 
     assert located(loaded, "stages.a: too small").startswith(f"{pipeline}:5: stages.a: too small")
 
 
-def test_a_reward_beside_the_file_keeps_its_place(file: Path) -> None:
+def test_code_beside_the_file_keeps_its_place(file: Path) -> None:
     """config.resolved.yaml stands in the run folder, and must name the same file."""
     (file.parent / "mine.py").write_text("")
     rewards = {"mine": "mine.py:score", "far": "elsewhere.py:score", "builtin": "last_number"}
     overrides = [f"rewards.{name}.function={function}" for name, function in rewards.items()]
-    config = load(file, overrides).stages["demo"]
-    assert config.rewards["mine"].function == f"{file.parent.resolve() / 'mine.py'}:score"
-    assert config.rewards["far"].function == "elsewhere.py:score"
-    assert config.rewards["builtin"].function == "last_number"
-
-
-def test_an_environment_beside_the_file_keeps_its_place(file: Path) -> None:
-    (file.parent / "mine.py").write_text("")
-    (config,) = load(file, ["rollouts.environment={name: 'mine.py:Game', max_tokens: 2000}"]).runs.values()
-    assert config.rollouts.environment.name == f"{file.parent.resolve() / 'mine.py'}:Game"
+    run = config(file, *overrides, "rollouts.environment={name: 'mine.py:Game', max_tokens: 2000}")
+    mine = file.parent.resolve() / "mine.py"
+    functions = {name: reward.function for name, reward in run.rewards.items() if name in rewards}
+    assert functions == {**rewards, "mine": f"{mine}:score"}
+    assert run.rollouts.environment.name == f"{mine}:Game"

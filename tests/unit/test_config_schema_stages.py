@@ -56,11 +56,6 @@ def test_a_section_says_what_a_stage_is(kinds: Path) -> None:
     assert (soup.run.name, judge.run.name) == ("demo/soup", "demo/judge")
     assert result_of(soup) == Path("out/demo/soup/final")
     assert result_of(judge) == Path("out/demo/judge/eval.json")
-
-
-def test_an_evaluation_gets_of_the_shared_cluster_what_it_uses(kinds: Path) -> None:
-    loaded = load(kinds)
-    judge = loaded.stages["judge"]
     assert judge.cluster.object_store_gib == 0.5
     assert judge.cluster.roles.rollout.threads == 1  # no training stage has engines
     assert judge.cluster.roles.policy.threads == "auto"

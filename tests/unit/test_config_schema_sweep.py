@@ -9,8 +9,7 @@ import pytest
 
 from rlhf.cli import main
 from rlhf.config.files.load import load
-from rlhf.config.placement_plan import copies
-from rlhf.config.schema.sweep import load_sweep
+from rlhf.config.files.sweep import load_sweep
 from rlhf.errors import UserError
 from rlhf.sweeps.space import known_trials
 from tests.fixtures.sweeps import RUN, write_sweep
@@ -43,20 +42,15 @@ def test_trials_that_are_told_to_wandb_are_one_group_of_it(tmp_path: Path) -> No
 
 
 def test_a_run_may_stand_in_the_sweep_itself(tmp_path: Path) -> None:
-    sweep = load_sweep(write_sweep(tmp_path, config=RUN))
-    assert sweep.base.runs["tiny"].train.lr == 1e-4
+    sweep = load_sweep(write_sweep(tmp_path, config=RUN, set={"data.system_prompt": "Be brief \U0001f600"}))
+    run = sweep.base.runs["tiny"]
+    assert (run.train.lr, run.data.system_prompt) == (1e-4, "Be brief \U0001f600")
 
 
 def test_in_a_pipeline_the_last_stage_that_has_the_metric_is_judged(tmp_path: Path) -> None:
-    stages = {
-        "first": {"algorithm": RUN["algorithm"], "data": RUN["data"], "train": RUN["train"], "policy": RUN["policy"]},
-        "second": {
-            "algorithm": RUN["algorithm"],
-            "data": {"train": RUN["data"]["train"]},
-            "train": RUN["train"],
-            "policy": {"model": "stage:first", "dtype": "float32"},
-        },
-    }
+    first = {section: RUN[section] for section in ("algorithm", "data", "train", "policy")}
+    second = {"data": {"train": RUN["data"]["train"]}, "policy": {"model": "stage:first", "dtype": "float32"}}
+    stages = {"first": first, "second": first | second}
     config = {"run": RUN["run"], "stages": stages}
     parameters = {"stages.first.train.lr": {"values": [1e-3, 1e-2]}}
     sweep = load_sweep(write_sweep(tmp_path, config=config, parameters=parameters))
@@ -81,15 +75,12 @@ def test_a_reward_of_the_run_is_a_metric_and_another_one_is_not(tmp_path: Path) 
     assert load_sweep(write_sweep(tmp_path, config=adapter, metric="experience/kl_ref/mean"))  # with its adapter off
 
 
-def test_a_section_of_the_command_line_does_not_drop_what_the_sweep_sets(tmp_path: Path) -> None:
+def test_the_command_line_contradicts_no_key_of_the_sweep(tmp_path: Path) -> None:
     file = write_sweep(tmp_path, set={"train.steps": 20})
     with pytest.raises(UserError, match=r"argument train: sweep\.set gives train\.steps, which it would remove"):
         load_sweep(file, ["train={steps: 3, lr: 1e-3}"])
-
-
-def test_an_emoji_is_a_value_like_any_other(tmp_path: Path) -> None:
-    sweep = load_sweep(write_sweep(tmp_path, config=RUN, set={"data.system_prompt": "Be brief \U0001f600"}))
-    assert sweep.base.runs["tiny"].data.system_prompt == "Be brief \U0001f600"
+    with pytest.raises(UserError, match=r"argument train.lr: the sweep varies it"):
+        load_sweep(file, ["train.lr=1.0"])
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -137,7 +128,7 @@ def test_what_is_wrong_is_said_with_its_key(tmp_path: Path, changes: dict[str, A
     ],
 )
 def test_every_end_of_a_range_is_checked_before_anything_starts(
-    tmp_path: Path, parameter: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, parameter: dict[str, Any], said: str
 ) -> None:
     file = write_sweep(tmp_path, parameters=parameter)
     with pytest.raises(UserError, match=said):
@@ -146,22 +137,9 @@ def test_every_end_of_a_range_is_checked_before_anything_starts(
     assert not (tmp_path / "rates").exists()
 
 
-def test_a_command_line_that_fixes_what_is_varied_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"argument train.lr: the sweep varies it"):
-        load_sweep(write_sweep(tmp_path), ["train.lr=1.0"])
-
-
 def test_runs_and_sweeps_are_not_taken_for_each_other(tmp_path: Path) -> None:
     file = write_sweep(tmp_path)
     with pytest.raises(UserError, match="use `rlhf sweep"):
         load(file)
     with pytest.raises(UserError, match="use `rlhf train"):
         load_sweep(tmp_path / "run.yaml")
-
-
-def test_as_many_run_at_once_as_there_is_room_for() -> None:
-    one = [{"CPU": 1.0, "GPU": 1.0}, {"CPU": 1.0}]
-    assert copies(one, [{"CPU": 5.0, "GPU": 2.0}], most=9) == 2  # by GPUs
-    assert copies(one, [{"CPU": 5.0, "GPU": 4.0}], most=9) == 2  # by CPUs: 2 * 2 <= 5
-    assert copies(one, [{"CPU": 9.0, "GPU": 9.0}], most=3) == 3
-    assert copies(one, [{"CPU": 9.0}], most=3) == 0

@@ -64,10 +64,9 @@ async def count_down(conversation: EpisodeSession, seed: int, columns: Mapping[s
 class Served:
     """A bridge in a separate thread."""
 
-    def __init__(self, **changes: Any) -> None:
-        settings = {"timeout_s": 0.5, "idle_s": 60.0, "most": 2, "token": None, **changes}
+    def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self.bridge = Bridge(count_down, **settings)
+        self.bridge = Bridge(count_down, timeout_s=0.5, idle_s=60.0, most=2, token=None)
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
         self.runner, port = self.wait(listen(self.bridge.app(), "127.0.0.1", 0))
@@ -127,18 +126,15 @@ def test_a_failure_is_an_answer_with_its_reason(served: Served, columns: dict[st
     assert not served.bridge.sessions
 
 
-def test_a_token_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    served = Served(token="secret")
-    try:
-        with pytest.raises(RuntimeError, match="answered 401"):
-            HttpEnvironment(served.url).reset(1)
-        monkeypatch.setenv("TURNS_TOKEN", "another")
-        with pytest.raises(RuntimeError, match="answered 401"):
-            HttpEnvironment(served.url, token_env="TURNS_TOKEN").reset(1)
-        monkeypatch.setenv("TURNS_TOKEN", "secret")
-        assert HttpEnvironment(served.url, token_env="TURNS_TOKEN").reset(1) == "1 left"
-    finally:
-        served.stop()
+def test_a_token_is_asked_for(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    served.bridge.token = "secret"
+    with pytest.raises(RuntimeError, match="answered 401"):
+        HttpEnvironment(served.url).reset(1)
+    monkeypatch.setenv("TURNS_TOKEN", "another")
+    with pytest.raises(RuntimeError, match="answered 401"):
+        HttpEnvironment(served.url, token_env="TURNS_TOKEN").reset(1)
+    monkeypatch.setenv("TURNS_TOKEN", "secret")
+    assert HttpEnvironment(served.url, token_env="TURNS_TOKEN").reset(1) == "1 left"
 
 
 def test_another_host_needs_a_token(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,10 +173,9 @@ class SumTask(vf.Task[SumData]):
 
 class Sums(vf.Taskset[SumTask, vf.TasksetConfig]):
     def load(self) -> list[SumTask]:
-        return [
-            SumTask(SumData(id=f"sum-{n}", prompt=f"{n} + {n}?", system_prompt="A number.", answer=str(2 * n)))
-            for n in range(4)
-        ]
+        rule = "A number."
+        data = (SumData(id=f"{n}", prompt=f"{n} + {n}?", system_prompt=rule, answer=f"{2 * n}") for n in range(4))
+        return [SumTask(row) for row in data]
 
 
 __all__ = ["Sums"]

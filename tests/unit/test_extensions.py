@@ -32,23 +32,18 @@ def test_an_entry_point_is_found_with_its_package(tmp_path: Path, monkeypatch: p
     assert load_code(source)() == 3
 
 
-def test_a_built_in_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_or_ambiguous_name_is_answered_with_all_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert find_code("reward", "contains", built_ins=["contains"], key="k").entry is None
-    install(tmp_path, monkeypatch, "shop", rewards={"contains": "shop_code:x"})
+    rewards = {"polite": "shop_code:x", "contains": "shop_code:x"}
+    install(tmp_path, monkeypatch, "shop", rewards=rewards, environments={"elsewhere": "shop_code:y"})
     assert "the package shop 1.0 offers the reward `contains`, which is a built-in reward" in refusal("contains")
-
-
-def test_two_packages_with_one_name_are_both_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(tmp_path, monkeypatch, "shop", rewards={"polite": "shop_code:x"})
-    install(tmp_path, monkeypatch, "market", rewards={"polite": "market_code:x"})
-    assert "the packages market 1.0 and shop 1.0 all offer the reward `polite`" in refusal("polite")
-
-
-def test_an_unknown_name_is_answered_with_all_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(tmp_path, monkeypatch, "shop", rewards={"polite": "shop_code:x"}, environments={"elsewhere": "shop_code:y"})
     message = refusal("polites")
     assert "there is no reward `polites`; did you mean `polite`? Built-in: contains. From packages: polite." in message
     assert "elsewhere" not in message
+    install(tmp_path, monkeypatch, "market", rewards={"polite": "market_code:x"})
+    assert "the packages market 1.0 and shop 1.0 all offer the reward `polite`" in refusal("polite")
 
 
 @pytest.mark.parametrize(
@@ -113,12 +108,17 @@ def test_a_file_that_failed_fails_again(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(LoadError, match=r"ZeroDivisionError: division by zero, at .*broken\.py:1"):
             load_code(source)
+    (tmp_path / "broken.py").write_text("from rlhf.extensions import import_file\nimport_file(__file__)\n")
+    with pytest.raises(
+        LoadError, match=r"broken.py loads a configuration that names .*broken.py itself. Put this call"
+    ):
+        load_code(source)
 
 
 UNGUARDED = "import rlhf\n\n\ndef f(prompt, response): return 1.0\n\n\nrlhf.plan('run.yaml')\n"
 
 
-def test_a_file_that_starts_work_when_it_is_imported_is_refused(tmp_path: Path) -> None:
+def test_code_that_starts_work_when_it_is_imported_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "script.py"
     path.write_text(UNGUARDED)
     words = rf'^{path}:7: rlhf.plan is called while the file is imported. .* `if __name__ == "__main__":`.$'
@@ -128,21 +128,9 @@ def test_a_file_that_starts_work_when_it_is_imported_is_refused(tmp_path: Path) 
         load_reward("script.py:f", args={}, folders=[tmp_path], key="rewards.r.function")
     path.write_text(UNGUARDED.replace("rlhf.plan", "if __name__ == '__main__': rlhf.plan"))
     load_reward("script.py:f", args={}, folders=[tmp_path], key="rewards.r.function")
-
-
-def test_a_package_that_starts_work_when_it_is_imported_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     install(tmp_path, monkeypatch, "shop", rewards={"polite": "shop_code:f"}, code=UNGUARDED)
     with pytest.raises(LoadError, match=rf"^{tmp_path}/shop_code.py:7: rlhf.plan is called while the file"):
         load_code(find_code("reward", "polite", key="k"))
-
-
-def test_a_file_that_loads_a_configuration_with_its_own_code_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "script.py"
-    path.write_text("from rlhf.extensions import import_file\nimport_file(__file__)\n")
-    with pytest.raises(LoadError, match=rf"{path} loads a configuration that names {path} itself. Put this call"):
-        load_code(CodeSource(path=str(path), name="f"))
 
 
 def test_loaded_code_starts_no_work(tmp_path: Path) -> None:
@@ -153,14 +141,12 @@ def test_loaded_code_starts_no_work(tmp_path: Path) -> None:
 
 
 def test_a_digest_covers_the_source_and_its_text(tmp_path: Path) -> None:
-    path = tmp_path / "mine.py"
-    path.write_text("a = 1\n")
+    path, moved = tmp_path / "mine.py", tmp_path / "moved.py"
     source = CodeSource(path=str(path), name="a")
+    for file in (path, moved):
+        file.write_text("a = 1\n")
     first = source.digest()
-    assert source.digest() == first
-    moved = tmp_path / "moved.py"
-    moved.write_text("a = 1\n")
-    assert CodeSource(path=str(moved), name="a").digest() == first
+    assert source.digest() == CodeSource(path=str(moved), name="a").digest() == first
     path.write_text("a = 2\n")
     assert source.digest() != first
     offer = {"path": None, "name": "a", "entry": "shop_code:a"}

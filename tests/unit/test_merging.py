@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import rlhf
 from rlhf.cli import main
-from rlhf.config.schema.merge import MergeConfig, MergeRun, load_merge_file
+from rlhf.config.files.load import load_merge_file
+from rlhf.config.schema.merge import MergeConfig, MergeRun
 from rlhf.merging import merge as merging
 from rlhf.merging.merge import merge_models
 from rlhf.merging.sources import find_source

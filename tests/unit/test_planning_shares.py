@@ -10,7 +10,7 @@ import yaml
 
 import actors.sweeps.runner
 from actors.sweeps.runner import run_sweep
-from rlhf.config.schema.sweep import Sweep, load_sweep
+from rlhf.config.files.sweep import Sweep, load_sweep
 from rlhf.errors import UserError
 from rlhf.planning.shares import Division, Machine, divide
 from rlhf.sweeps.space import known_trials

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from rlhf.config.files.load import load
-from rlhf.config.schema.sweep import Sweep, load_sweep
+from rlhf.config.files.sweep import Sweep, load_sweep
 from rlhf.errors import UserError
 from rlhf.sweeps.journal import Journal
 from rlhf.sweeps.plots import plot

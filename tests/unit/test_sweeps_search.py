@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from actors.sweeps.search import Asha, Bayesian, strategy_of
-from rlhf.config.schema.sweep import Sweep, load_sweep
+from rlhf.config.files.sweep import Sweep, load_sweep
 from rlhf.errors import UserError
 from rlhf.sweeps.journal import Journal
 from rlhf.sweeps.space import known_trials

@@ -20,11 +20,11 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from rlhf.config.files.recipes import RECIPES
-from rlhf.config.files.yaml_tree import Key, Tree, copy, kind, read_file
 from rlhf.config.mistakes.schema_keys import descend
 from rlhf.config.mistakes.suggestions import nearest
 from rlhf.config.schema.data import TaskConfig
 from rlhf.config.schema.root import Config
+from rlhf.config.yaml_tree import Key, Tree, copy, kind, read_file
 from rlhf.errors import UserError
 
 SECTIONS = "a config needs at least run, policy, algorithm, data and train"
@@ -35,21 +35,13 @@ _SELECTED_BY_NAME = ("algorithm", "environment", "method")
 
 
 def read_tree(path: Path, *, needs: str = SECTIONS) -> Tree:
-    """Read a file with all bases. Raise UserError for broken YAML, a missing base and a circle of bases.
-
-    needs: the sections missing from an empty file, for the message.
-    """
+    """Read a file with all bases. `needs`: the sections missing from an empty file, for the message."""
     return extend(read_file(path, needs=needs), path.resolve().parent, files=(path,))
 
 
 def extend(tree: Tree, folder: Path, *, files: tuple[Path, ...] = ()) -> Tree:
-    """Return the tree with each `base` replaced by the contents of the named file.
-
-    Args:
-        tree: the values of one file.
-        folder: the folder of this file.
-        files: this file, after the files that led to it. Each file is the base of the file before.
-    """
+    """Return the tree of a file in `folder` with each `base` replaced by the contents of the named file. files: this
+    file, after the files that led to it. Each file is the base of the file before."""
     stages = tree.values.get("stages")
     for name, stage in dict(stages).items() if isinstance(stages, dict) else ():
         if isinstance(stage, dict) and "base" in stage:
@@ -62,7 +54,6 @@ def extend(tree: Tree, folder: Path, *, files: tuple[Path, ...] = ()) -> Tree:
 
 
 def _over_base(tree: Tree, folder: Path, files: tuple[Path, ...], *, at: Key = ()) -> Tree:
-    """Return the file, or the file's stage `at`, merged over the base."""
     place = f"{tree.place(('base',))}: {'.'.join((*at, 'base'))}"
     path = _find(tree.values["base"], folder, place)
     chain = [file.resolve() for file in files]
@@ -160,7 +151,6 @@ def _drops(below: dict[str, Any], key: Key) -> bool:
 
 
 def _field(key: Key) -> tuple[list[Any], FieldInfo | None]:
-    """Return the types of a key, and the key's field."""
     nodes: list[Any] = [Config]
     field = None
     for part in key[2:] if key[0] == "stages" else key:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.files.dump import dump_yaml
-from rlhf.config.files.yaml_tree import from_yaml, kind
 from rlhf.config.schema.stages import Stage
+from rlhf.config.yaml_tree import from_yaml, kind
 from rlhf.tracking.logs import redact_config
 
 
@@ -22,7 +22,6 @@ def differences(there: Any, here: Any, key: tuple[str, ...] = ()) -> Iterator[st
 
 
 def home(stage: Stage) -> Path:
-    """Return the folder of the run, or of the pipeline around the stage."""
     return stage.run.dir / stage.run.name.partition("/")[0]
 
 

@@ -30,7 +30,6 @@ TEXT = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")  # with {pl
 
 
 def configuration_page() -> str:
-    """Return the whole page as Markdown."""
     page = _Page()
     document(EvaluationStage)
     keys = {
@@ -56,10 +55,7 @@ class _Page:
         return "".join(self.keys(name, field) for name, field in root.model_fields.items())
 
     def keys(self, path: str, field: FieldInfo, owner: str = "") -> str:
-        """Describe the new classes at and below a key.
-
-        owner: the algorithm or method whose section the key belongs to.
-        """
+        """Describe the new classes at and below a key. `owner`: the algorithm or method whose section has the key."""
         new = [(at, section) for at, section in _sections(path, field) if section not in self.titles]
         self.titles |= {section: _title(at, section, owner) for at, section in new}
         return "".join(self._section(at, section, field, _name(section, at) or owner) for at, section in new)
@@ -82,10 +78,8 @@ class _Page:
 
 
 def document(section: type[Section]) -> None:
-    """Describe each field by the string under the field, in the class or else in a base class.
-
-    pydantic's option for such strings would read all files of the schema again at the start of every command.
-    """
+    """Describe each field by the string under the field, in the class or else in a base class. pydantic's option for
+    such strings would read all files of the schema at the start of every command."""
     texts: dict[str, str] = {}
     for base in reversed(section.__mro__):
         if issubclass(base, Section):
@@ -123,7 +117,6 @@ def _title(path: str, section: type[Section], owner: str) -> str:
 
 
 def _contents(text: str) -> str:
-    """Return links to the headings, a line per section with the algorithms or methods."""
     lines: list[str] = []
     for level, title in re.findall(r"^(##+) (.+)$", text, re.MULTILINE):
         path, _, name = title.partition(" with ")

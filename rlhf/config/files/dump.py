@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlhf.config.derive import derive
 from rlhf.config.files.load import LoadedConfig
-from rlhf.config.files.yaml_tree import from_yaml, to_yaml
 from rlhf.config.pipeline import model_places
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.merge import in_effect
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, Stage, final_folder
-from rlhf.config.validation.unused_keys import inert_keys_of_evaluation, inert_keys_of_run
+from rlhf.config.validation.unused_keys import inert_keys
+from rlhf.config.yaml_tree import from_yaml, remove, to_yaml
 from rlhf.tracking.logs import redact_config
 
 
@@ -25,10 +24,7 @@ def dump_masked_yaml(config: Stage | LoadedConfig) -> str:
 
 
 def dump_yaml(config: Stage | LoadedConfig) -> str:
-    """Return one run or a whole pipeline as a file for `rlhf train`.
-
-    A merge or an evaluation becomes a pipeline of one stage.
-    """
+    """Return a run, or a pipeline of all given stages, as a file for `rlhf train`."""
     if isinstance(config, Config):
         return to_yaml(_tree(config))
     if isinstance(config, MergeStage | EvaluationStage):
@@ -54,19 +50,6 @@ def _tree(config: Stage) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     if isinstance(config, MergeStage):
         return tree | {"merge": in_effect(config.merge)}
-    if isinstance(config, Config):
-        inert_keys = inert_keys_of_run(config, derive(config))
-    else:
-        inert_keys = inert_keys_of_evaluation(config)
-    for inert in inert_keys:
-        _prune(tree, inert.key)
+    for inert in inert_keys(config):
+        remove(tree, inert.key)
     return tree
-
-
-def _prune(tree: dict[str, Any], key: tuple[str, ...]) -> None:
-    node: Any = tree
-    for part in key[:-1]:
-        node = node.get(part)
-        if not isinstance(node, dict):
-            return  # a section around it is missing or null
-    node.pop(key[-1], None)

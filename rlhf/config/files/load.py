@@ -15,13 +15,16 @@ from typing import Any
 
 from rlhf.config.files.base_file import extend, read_tree
 from rlhf.config.files.recipes import config_file
-from rlhf.config.files.yaml_tree import Key, Tree, apply_overrides
-from rlhf.config.mistakes.explain import parse, refuse
+from rlhf.config.mistakes.explain import parse, parse_as
 from rlhf.config.mistakes.suggestions import nearest
 from rlhf.config.pipeline import CODE, resolve_stages, texts_at
+from rlhf.config.problem import refuse
+from rlhf.config.schema.merge import MergeFile, MergeRun
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import Stage, run_folder
+from rlhf.config.validation.merge import merge_problems
 from rlhf.config.validation.run import problems
+from rlhf.config.yaml_tree import Key, Tree, apply_overrides
 from rlhf.errors import UserError
 from rlhf.extensions import find_code
 
@@ -64,7 +67,6 @@ class LoadedConfig:
 
     @property
     def runs(self) -> Mapping[str, Config]:
-        """Return the training stages by name."""
         return {name: stage for name, stage in self.stages.items() if isinstance(stage, Config)}
 
 
@@ -102,11 +104,8 @@ def resolve(tree: Tree, overrides: Sequence[str], folder: Path) -> LoadedConfig:
 
 
 def _locate_code(tree: Tree, folder: Path) -> None:
-    """Make the paths of code files absolute, because the resolved file is in another folder.
-
-    UserError: the file of an algorithm does not exist. The file of a reward or an environment may exist only on another
-    machine, because workers load such files later.
-    """
+    """Make the paths of code files absolute, because the resolved file is in another folder. UserError: the file of an
+    algorithm does not exist. Workers on other machines load all other code later."""
     folders = (folder, Path.cwd())
     stages = tree.values.get("stages")
     named = stages.items() if isinstance(stages, dict) else ()
@@ -123,10 +122,7 @@ def _locate_code(tree: Tree, folder: Path) -> None:
 
 
 def from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedConfig:
-    """Return the checked configuration of a mapping with the keys of a file.
-
-    Paths in the mapping, such as `base`, start at the current folder.
-    """
+    """Return the checked configuration of a mapping with the keys of a file. Paths start at the current folder."""
     plain = _plain(values, "config")
     assert isinstance(plain, dict)
     tree = Tree(source="config", values=plain, places=dict.fromkeys(_keys(plain), "config"))
@@ -134,7 +130,6 @@ def from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Lo
 
 
 def _keys(values: Mapping[str, Any]) -> Iterator[Key]:
-    """Yield the keys of a mapping and of all nested mappings."""
     for name, value in values.items():
         yield (name,)
         yield from ((name, *key) for key in (_keys(value) if isinstance(value, Mapping) else ()))
@@ -171,7 +166,6 @@ def _name_in_file(code: FunctionType | type, place: str) -> str:
 
 
 def checked(config: Config) -> LoadedConfig:
-    """Check a configuration made in Python."""
     refuse(problems(config), lambda key: "config")
     return _single(config, "config")
 
@@ -182,7 +176,6 @@ def _single(config: Config, source: str) -> LoadedConfig:
 
 
 def _refuse_unknown_stages(tree: Tree, overrides: Sequence[str]) -> None:
-    """Raise UserError for an argument with an unknown stage name."""
     stages = tree.values.get("stages")
     names = list(stages) if isinstance(stages, dict) else []
     for text in overrides:
@@ -194,3 +187,18 @@ def _refuse_unknown_stages(tree: Tree, overrides: Sequence[str]) -> None:
                 f"did you mean {close}?" if close else f"its stages: {', '.join(names) or 'none, it is a single run'}"
             )
             raise UserError(f"argument {text!r}: {tree.source} has no stage {name!r}; {known}")
+
+
+_OF_A_RUN = frozenset({"run", "policy", "algorithm", "train", "stages"})  # sections that a merge never has
+
+
+def load_merge_file(path: str | Path, overrides: Sequence[str] = ()) -> MergeRun:
+    """Load and check a YAML file with `merge.key=value` overrides. UserError has a line for each mistake."""
+    tree = read_tree(config_file(path), needs="a merge needs the section merge, with method, models and out")
+    if "merge" not in tree.values and not tree.values.keys().isdisjoint(_OF_A_RUN):
+        raise UserError(f"{tree.source}: is the configuration of a run, not of a merge; use `rlhf train {tree.source}`")
+    tree = apply_overrides(tree, overrides)
+    parsed = parse_as(MergeFile, tree.values)
+    refuse(parsed if isinstance(parsed, tuple) else merge_problems(parsed.merge), tree.place)
+    assert isinstance(parsed, MergeFile)
+    return parsed.merge

@@ -13,10 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def config_file(path: str | Path) -> Path:
-    """Return the path, or the recipe of this name if it is a bare name without a file in the current folder.
-
-    Raise UserError if there is neither a file nor a recipe of the name.
-    """
+    """Return the path, or for a bare name without a file in this folder the recipe of this name. UserError: neither."""
     path = Path(path)
     if path.parent != Path() or path.exists():
         return path

@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import re
 import types
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
@@ -19,10 +18,11 @@ from pydantic.fields import FieldInfo
 
 from rlhf.algorithms import ALGORITHMS
 from rlhf.algorithms.custom import custom_config_class
-from rlhf.config.files.yaml_tree import Key, kind
 from rlhf.config.mistakes.schema_keys import descend, is_section, tag
 from rlhf.config.mistakes.suggestions import choice, example, meant_value, unknown_key
+from rlhf.config.problem import Problem
 from rlhf.config.schema.root import Config
+from rlhf.config.yaml_tree import Key, kind
 from rlhf.errors import UserError
 from rlhf.extensions import is_offered
 from rlhf.sections import Section
@@ -45,52 +45,37 @@ MAX_PROBLEMS = 100  # per message
 _MEMBER = re.compile(r"(?:literal|dict|list|tuple|constrained-\w+|function-\w+)\[.*\]|constrained-\w+")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """Describe a mistake by its key and by a text with the value, the rule and the fix."""
-
-    key: Key
-    text: str
-
-
-def problem(dotted: str, text: str) -> Problem:
-    """Return the mistake at a dotted key."""
-    return Problem(key=tuple(dotted.split(".")), text=text)
-
-
 def parse(values: dict[str, Any]) -> Config | tuple[Problem, ...]:
-    """Return the tree as the configuration of a run, or all problems of the tree."""
     return parse_as(Config, values)
 
 
 def parse_as(root: type[S], values: dict[str, Any]) -> S | tuple[Problem, ...]:
-    """Parse the tree as typed values, or return every problem of its keys and types.
-
-    Nothing is converted: a number in quotes stays a string.
-    """
+    """Parse the tree as typed values without conversions, or return every problem of its keys and types."""
     try:
         form = _form_of(root, values)
     except UserError as error:
-        return (Problem(key=("algorithm", "name"), text=str(error)),)
+        return (Problem(("algorithm", "name"), str(error)),)
     try:
         parsed = form.model_validate_json(json.dumps(values), strict=True)
         return parsed if form is root else cast("S", root.model_construct(parsed.model_fields_set, **dict(parsed)))
     except ValidationError as error:
         problems: dict[Key, Problem] = {}
         missing: dict[Key, Problem] = {}
-        meant: set[str] = set()
         for item in error.errors(include_url=False)[:MAX_PROBLEMS]:
             if item["type"] == "extra_forbidden":
                 section, _, nodes = _follow(form, item["loc"])
-                suggestions = unknown_key(form, values, section, str(item["loc"][-1]), nodes)
-                meant.update(*(suggestion.meant for suggestion in suggestions))
-                item_problems = [Problem(key=suggestion.key, text=suggestion.text) for suggestion in suggestions]
+                found = unknown_key(form, values, section, str(item["loc"][-1]), nodes)
             else:
-                item_problems = [_wrong_value(form, item["loc"], item["type"], item["input"], item["msg"])]
-            for problem in item_problems:
+                found = [_wrong_value(form, item["loc"], item["type"], item["input"], item["msg"])]
+            for problem in found:
                 group = missing if item["type"] == "missing" else problems
                 group.setdefault(problem.key, problem)  # each member of a union reports the same key
-        absent = {key: problem for key, problem in missing.items() if not _is_meant(key, meant)}
+        meant = {name for problem in problems.values() for name in problem.meant}
+        absent = {  # an unknown key was not meant to be the missing key, or to stand below the missing key
+            key: problem
+            for key, problem in missing.items()
+            if not any(f"{name}.".startswith(f"{'.'.join(key)}.") for name in meant)
+        }
         return tuple((absent | problems).values())
 
 
@@ -104,33 +89,14 @@ def _form_of(root: type[S], values: dict[str, Any]) -> type[S]:
     return cast("type[S]", create_model(root.__name__, __base__=root, algorithm=(config_class, ...)))
 
 
-def refuse(problems: Sequence[Problem], place: Callable[[Key], str]) -> None:
-    """Raise UserError with a line for each problem, if there is any."""
-    if problems:
-        raise UserError("\n".join(f"{place(p.key)}: {_shown(p.key)}: {p.text}" for p in problems))
-
-
-def _shown(key: Key) -> str:
-    """Return the key on one line, with any characters."""
-    text = ".".join(key)
-    return text if text and text.isprintable() and len(text) <= 200 else kind(text)
-
-
 def expected(field: FieldInfo) -> str:
     """Describe the values of a field: `a number > 0`, `` `off`, `offline` or `online` ``, `a list of strings`."""
     return _describe(field.annotation, _bounds(field.metadata))
 
 
-def _is_meant(key: Key, meant: set[str]) -> bool:
-    """Return whether an unknown key was probably meant to be this key, or to stand below it."""
-    return any(f"{name}.".startswith(f"{'.'.join(key)}.") for name in meant)
-
-
 def _follow(root: type[Section], location: Sequence[int | str]) -> tuple[Key, FieldInfo | None, list[Any]]:
-    """Return the key for a location of pydantic, the key's field, and the possible types.
-
-    A location also names members of unions, and may end below the wrong key.
-    """
+    """Return the key for a location of pydantic, the key's field, and the possible types. A location also names members
+    of unions, and may end below the wrong key."""
     nodes: list[Any] = [root]
     key: Key = ()
     field: FieldInfo | None = None
@@ -158,7 +124,6 @@ def _follow(root: type[Section], location: Sequence[int | str]) -> tuple[Key, Fi
 def _wrong_value(
     root: type[Section], location: Sequence[int | str], error_type: str, given: Any, message: str
 ) -> Problem:
-    """Translate one of pydantic's errors about a value."""
     key, field, nodes = _follow(root, location)
     if error_type in ("union_tag_not_found", "union_tag_invalid"):
         expected_tags = choice([tag(node) or "" for node in nodes])
@@ -166,8 +131,8 @@ def _wrong_value(
             expected_tags += ", or your own as `path/file.py:CLASS`"
         key, name = (*key, "name"), given.get("name")
         if error_type == "union_tag_not_found" or field is None:
-            return Problem(key=key, text=f"is missing: expected {expected_tags}")
-        return Problem(key=key, text=_not_a_word(key, name, field, expected_tags))
+            return Problem(key, f"is missing: expected {expected_tags}")
+        return Problem(key, _not_a_word(key, name, field, expected_tags))
     wanted = expected(field) if field is not None else "a mapping of sections"
     if error_type == "missing" and isinstance(location[-1], int):
         text = f"got too few values, expected {wanted}"
@@ -183,7 +148,7 @@ def _wrong_value(
         text = f"got {kind(given)}, expected {wanted}"
     else:
         text = _not_a_word(key, given, field, wanted) + example(key[-1], given, field)
-    return Problem(key=key, text=text)
+    return Problem(key, text)
 
 
 def _not_a_word(key: Key, given: Any, field: FieldInfo, wanted: str) -> str:

@@ -11,12 +11,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from rlhf.config.files.yaml_tree import Key
+from rlhf.config.yaml_tree import Key
 from rlhf.sections import Section
 
 
 def is_section(annotation: object) -> bool:
-    """Return whether the annotation is a class of the schema."""
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
@@ -55,7 +54,6 @@ def descend(nodes: Sequence[Any], part: str) -> tuple[list[Any], FieldInfo | Non
 
 
 def alternatives(root: type[Section], section: Key) -> list[type[Section]]:
-    """Return every form of the section at a key."""
     nodes: list[Any] = [root]
     for part in section:
         nodes, _ = descend(nodes, part)
@@ -63,14 +61,8 @@ def alternatives(root: type[Section], section: Key) -> list[type[Section]]:
 
 
 def all_keys(root: type[Section], at: Key = (), *, values: Any = None) -> Iterator[Key]:
-    """Yield every key of the schema, with `*` for the names below a mapping.
-
-    Args:
-        root: where to start.
-        at: the key of `root`.
-        values: the tree of a configuration. If `name` selects one form of a section, such as one algorithm, keys of the
-            remaining forms are left out.
-    """
+    """Yield every key below `root`, whose own key is `at`, with `*` for the names below a mapping. `values` is the tree
+    of a configuration. The `name` of a section leaves out the keys of all further forms."""
     for name, field in root.model_fields.items():
         yield (*at, name)
         value = values.get(name) if isinstance(values, Mapping) else None

@@ -9,54 +9,37 @@ import difflib
 import types
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from rlhf.config.files.yaml_tree import Key
 from rlhf.config.mistakes.schema_keys import all_keys, alternatives, is_section, members, tag
 from rlhf.config.mistakes.synonyms import SYNONYMS, VALUES, Synonym
+from rlhf.config.problem import Problem
+from rlhf.config.yaml_tree import Key
 from rlhf.sections import Section
 
 
 def nearest(word: str, words: Sequence[str], *, cutoff: float = 0.6) -> str | None:
-    """Return the most similar word, or None."""
     close = difflib.get_close_matches(word[:100], words, n=1, cutoff=cutoff)
     return close[0] if close else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Suggestion:
-    """Describe an unknown key and the likely meaning."""
-
-    key: Key
-    text: str
-    meant: tuple[str, ...] = ()
-    """Keys that the user probably meant. A missing key among them needs no second message."""
-
-
 def unknown_key(
     root: type[Section], values: Mapping[str, Any], section: Key, word: str, nodes: Sequence[Any]
-) -> list[Suggestion]:
-    """Return suggestions for an unknown key. A section of another framework gives one suggestion for each setting.
-
-    Args:
-        root: the class of the whole configuration.
-        values: the whole tree.
-        section: the key of the section around `word`.
-        word: the unknown key.
-        nodes: the possible schema classes of the section.
-    """
+) -> list[Problem]:
+    """Return suggestions for an unknown key `word`, one for each setting below a section of another framework. `root`
+    is the class of the whole tree `values`. `nodes` are the possible classes of the section at key `section`."""
     known = frozenset(".".join(key) for key in all_keys(root, values=values))
     names = sorted({name for node in nodes if is_section(node) for name in node.model_fields})
     path, value = (*section, word), _value_at(values, (*section, word))
     if word == "<<":
-        return [Suggestion(key=path, text="merge keys (`<<`) are not supported; write the keys out")]
+        return [Problem(path, "merge keys (`<<`) are not supported; write the keys out")]
     if section == ("reward",) and "rewards" in known and isinstance(value, Mapping):
         text = f"rewards by name belong to `rewards`; `reward` is the reward model. Write `rewards.{word}`."
-        return [Suggestion(key=path, text=text, meant=("reward.model",))]
+        return [Problem(path, text, meant=("reward.model",))]
     synonym = _synonym(path, known)
     if synonym is not None:
         return [_of_synonym(path, synonym)]
@@ -82,18 +65,13 @@ def meant_value(key: Key, value: Any, field: FieldInfo) -> str | None:
 
 
 def example(key: str, value: Any, field: FieldInfo) -> str:
-    """Return an example of a section for the end of a message about a wrong scalar.
-
-    `kl: 0.01` becomes ", such as `kl: {coef: 0.01}`". The text is empty if the field takes scalars too.
-    """
+    """Return the end of a message about a wrong scalar: ", such as `kl: {coef: 0.01}`" for `kl: 0.01`. The text is
+    empty if the field takes scalars too."""
     nodes = [node for node in members(field.annotation) if node is not types.NoneType]
     named = [inner for node in nodes if get_origin(node) is dict for inner in members(get_args(node)[1])]
     sections = [node for node in (*nodes, *named) if is_section(node)]
-    if (
-        isinstance(value, Mapping)
-        or not sections
-        or any(not is_section(n) and get_origin(n) is not dict for n in nodes)
-    ):
+    takes_scalars = any(not is_section(node) and get_origin(node) is not dict for node in nodes)
+    if isinstance(value, Mapping) or not sections or takes_scalars:
         return ""
     if value is False and len(nodes) < len(list(members(field.annotation))):
         return f"; leave `{key}` out to turn it off"
@@ -105,12 +83,11 @@ def example(key: str, value: Any, field: FieldInfo) -> str:
 
 
 def choice(words: Sequence[str]) -> str:
-    """Return the words as `a`, `b` or `c`."""
     quoted = [f"`{word}`" for word in words]
     return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
 
 
-def _settings_below(path: Key, value: Any, known: frozenset[str]) -> Iterator[Suggestion]:
+def _settings_below(path: Key, value: Any, known: frozenset[str]) -> Iterator[Problem]:
     """Yield the settings below a key as known from TRL, verl and OpenRLHF."""
     for name, inner in value.items() if isinstance(value, Mapping) else ():
         inner_path = (*path, name)
@@ -120,39 +97,41 @@ def _settings_below(path: Key, value: Any, known: frozenset[str]) -> Iterator[Su
         elif isinstance(inner, Mapping):
             yield from _settings_below(inner_path, inner, known)
         else:
-            yield Suggestion(key=inner_path, text=_UNKNOWN)
+            yield Problem(inner_path, _UNKNOWN)
 
 
-def _of_synonym(path: Key, synonym: Synonym) -> Suggestion:
+def _of_synonym(path: Key, synonym: Synonym) -> Problem:
     keys = tuple(synonym.keys.replace("*", "NAME").split())
     meant = f"unknown key; did you mean {' or '.join(keys)}?" if keys else "unknown key, and no key sets this here."
-    return Suggestion(key=path, text=f"{meant} {synonym.note}".strip(), meant=keys)
+    return Problem(path, f"{meant} {synonym.note}".strip(), meant=keys)
 
 
 def _nearest_key(
     root: type[Section], values: Mapping[str, Any], section: Key, word: str, nodes: Sequence[Any], names: Sequence[str]
-) -> Suggestion:
+) -> Problem:
     path = (*section, word)
     others = [node for node in alternatives(root, section) if node not in nodes and word in node.model_fields]
     if others:  # a key of another form of this section, such as another algorithm's
         this_form, owners = (choice([tag(node) or "" for node in some]) for some in (nodes, others))
-        return Suggestion(key=path, text=f"is a key of {owners}; {this_form} has {', '.join(names)}")
-    elsewhere = [key for key in all_keys(root, values=values) if key[:-1] != section]
+        return Problem(path, f"is a key of {owners}; {this_form} has {', '.join(names)}")
+    everywhere = list(all_keys(root, values=values))
+    elsewhere = [key for key in everywhere if key[:-1] != section]
     elsewhere.sort(key=lambda key: (-_shared(key, section), len(key), -_likeness(key, section)))  # same section first
     by_name = {key[-1]: ".".join(key).replace("*", "NAME") for key in reversed(elsewhere)}
-    close = nearest(word, names, cutoff=0.8) or (None if word in by_name else nearest(word, names))
-    if close is not None:
+    if close := nearest(word, names, cutoff=0.8) or (None if word in by_name else nearest(word, names)):
         meant = ".".join((*section, close))
-        return Suggestion(key=path, text=f"unknown key; did you mean {meant}?", meant=(meant,))
-    if word not in by_name and len(word) > 4 and (misspelt := nearest(word, list(_WORDS), cutoff=0.85)) is not None:
-        synonym = _synonym((misspelt,), frozenset(".".join(key) for key in all_keys(root, values=values)))
-        if synonym is not None:
-            return _of_synonym(path, synonym)
-    close_elsewhere = word if word in by_name else nearest(word, list(by_name), cutoff=0.75)
-    if close_elsewhere is not None:
+    elif (
+        word not in by_name
+        and len(word) > 4
+        and (misspelt := nearest(word, list(_WORDS), cutoff=0.85))
+        and (synonym := _synonym((misspelt,), frozenset(map(".".join, everywhere))))
+    ):
+        return _of_synonym(path, synonym)
+    elif close_elsewhere := word if word in by_name else nearest(word, list(by_name), cutoff=0.75):
         meant = by_name[close_elsewhere]
-        return Suggestion(key=path, text=f"unknown key; did you mean {meant}?", meant=(meant,))
-    return Suggestion(key=path, text=f"unknown key; {'.'.join(section) or 'the file'} has {', '.join(names)}")
+    else:
+        return Problem(path, f"unknown key; {'.'.join(section) or 'the file'} has {', '.join(names)}")
+    return Problem(path, f"unknown key; did you mean {meant}?", meant=(meant,))
 
 
 def _synonym(path: Key, available: frozenset[str]) -> Synonym | None:
@@ -166,10 +145,8 @@ def _synonym(path: Key, available: frozenset[str]) -> Synonym | None:
 
 
 def _words() -> dict[str, tuple[Synonym, ...]]:
-    """Return the settings by name, first by whole names, then by the last parts of dotted names.
-
-    A single last part must contain `_`, because words such as `type` and `enable` are ambiguous.
-    """
+    """Return the settings by name, first by whole names, then by the last parts of dotted names. A single last part
+    must contain `_`, because words such as `type` and `enable` are ambiguous."""
     words: dict[str, tuple[Synonym, ...]] = {}
     whole = [(name, synonym) for synonym in SYNONYMS for name in synonym.names]
     parts = [
@@ -198,17 +175,12 @@ def _value_at(values: Any, key: Key) -> Any:
 
 
 def _shared(key: Key, section: Key) -> int:
-    """Return the length of the common prefix of two keys."""
-    count = 0
-    for first, second in zip(key, section, strict=False):
-        if first not in (second, "*"):
-            break
-        count += 1
-    return count
+    """Return the length of the common prefix."""
+    differ = (at for at, (part, other) in enumerate(zip(key, section, strict=False)) if part not in (other, "*"))
+    return next(differ, min(len(key), len(section)))
 
 
 def _likeness(key: Key, section: Key) -> float:
-    """Return how alike the names of the outermost sections are, from 0 to 1."""
     return difflib.SequenceMatcher(None, key[0], section[0]).ratio() if section else 0.0
 
 

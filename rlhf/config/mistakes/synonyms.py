@@ -33,7 +33,6 @@ class Synonym:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return every name except the keys of this schema."""
         return tuple(f"{self.trl} {self.verl} {self.openrlhf} {self.other}".split())
 
 
@@ -73,7 +72,6 @@ VALUES = {
 
 
 def table() -> str:
-    """Return the settings as a Markdown table."""
     lines = ["| here | TRL | verl | OpenRLHF | |", "|---|---|---|---|---|"]
     for synonym in SYNONYMS:
         keys = ", ".join(f"`{key.replace('*', 'NAME')}`" for key in synonym.keys.split()) or "none"

@@ -48,8 +48,7 @@ class TrainedResources(RoleResources):
 
     @property
     def data_parallel_ranks(self) -> int:
-        """Return the number of groups sharing the sequences of an optimizer step. A sequence-parallel group counts
-        once."""
+        """Return the number of groups of `sequence_parallel` ranks, which share the sequences of an optimizer step."""
         return self.workers // self.sequence_parallel
 
 
@@ -75,13 +74,12 @@ class ForwardResources(RoleResources):
 
     workers: int = Field(default=1, ge=1, le=65536)
     """Number of processes."""
+    colocate_with: Literal["policy", "rollout"] | None = "policy"
+    """Share the bundles and take turns with this role. null: use separate bundles."""
 
 
 class ReferenceResources(ForwardResources):
     """Workers of the reference model."""
-
-    colocate_with: Literal["policy", "rollout"] | None = "policy"
-    """Share the bundles and take turns with this role. null: use separate bundles."""
 
 
 class TeacherResources(ForwardResources):
@@ -96,7 +94,6 @@ class RewardResources(ForwardResources):
     """Workers for reward functions and the reward model."""
 
     colocate_with: Literal["policy", "rollout"] | None = "rollout"
-    """Share the bundles and take turns with this role. null: use separate bundles."""
 
 
 class EngineRange(Section):
@@ -139,7 +136,6 @@ class RolloutResources(RoleResources):
 
     @property
     def is_elastic(self) -> bool:
-        """Return whether engines join and leave during the run."""
         return isinstance(self.engines, EngineRange)
 
 

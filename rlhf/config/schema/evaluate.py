@@ -58,7 +58,6 @@ class EvaluateConfig(Grading, PromptFormat):
 
     @property
     def sets(self) -> Mapping[str, DataSource]:
-        """Return the held-out sets by name."""
         return self.data if isinstance(self.data, dict) else {"heldout": self.data}
 
 
@@ -76,7 +75,6 @@ class EvaluationStage(Section):
 
     @property
     def uses_reward_model(self) -> bool:
-        """Return whether a reward uses the model of `evaluate.reward`."""
         return any(reward.role == "reward" for reward in self.evaluate.rewards.values())
 
     @property

@@ -1,29 +1,19 @@
-"""Define, check and load the section of `rlhf merge`: models, a method, and the folder for the result.
+"""Define the section of `rlhf merge`: models, a method, and the folder for the result.
 
-MergeConfig has no `out` and can be a stage of a pipeline. rlhf.merging merges the models. Only the YAML file is opened.
+MergeConfig has no `out` and can be a stage of a pipeline. rlhf.merging merges the models.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rlhf.config.files.base_file import read_tree
-from rlhf.config.files.recipes import config_file
-from rlhf.config.files.yaml_tree import Key, apply_overrides, kind
-from rlhf.config.mistakes.explain import Problem, parse_as, refuse
-from rlhf.config.mistakes.suggestions import nearest
 from rlhf.config.schema.model import Dtype
-from rlhf.errors import UserError
 from rlhf.sections import Section
-
-AT: Key = ("merge",)
-OF_A_RUN = frozenset({"run", "policy", "algorithm", "train", "stages"})  # sections that a merge never has
 
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Method = Literal[
@@ -158,117 +148,16 @@ ADAPTER_METHODS = {
 METHODS = {"model": MODEL_METHODS, "adapter": ADAPTER_METHODS}
 
 
-def load_merge_file(path: str | Path, overrides: Sequence[str] = ()) -> MergeRun:
-    """Load and check a YAML file with `merge.key=value` overrides. UserError has a line for each mistake."""
-    tree = read_tree(config_file(path), needs="a merge needs the section merge, with method, models and out")
-    if "merge" not in tree.values and not tree.values.keys().isdisjoint(OF_A_RUN):
-        raise UserError(f"{tree.source}: is the configuration of a run, not of a merge; use `rlhf train {tree.source}`")
-    tree = apply_overrides(tree, overrides)
-    parsed = parse_as(MergeFile, tree.values)
-    refuse(parsed if isinstance(parsed, tuple) else merge_problems(parsed.merge), tree.place)
-    assert isinstance(parsed, MergeFile)
-    return parsed.merge
-
-
-def merge_problems(config: MergeConfig) -> tuple[Problem, ...]:
-    """Return all contradictions between keys."""
-    takes = METHODS[config.output].get(config.method)
-    if takes is None:
-        other = "model" if config.output == "adapter" else "adapter"
-        known = ", ".join(METHODS[config.output])
-        text = f"{config.method} makes no {config.output}; set merge.output to {other}, or take one of {known}"
-        return (Problem(key=(*AT, "method"), text=text),)
-    return (*_without_effect(config, takes), *_of_models(config, takes), *_of_methods(config, takes))
-
-
 def in_effect(config: MergeConfig) -> dict[str, Any]:
     """Return the section without keys unknown to the method. Loading the result repeats the merge."""
     takes = METHODS[config.output][config.method]
-    skipped = {*_inert(config, takes), *({"tokenizer"} if config.tokenizer is None else ())}
+    skipped = {*without_effect(config, takes), *({"tokenizer"} if config.tokenizer is None else ())}
     tree = {key: value for key, value in config.model_dump(mode="json").items() if key not in skipped}
     for name, values in tree["models"].items():
         tree["models"][name] = {key: value for key, value in values.items() if key in {"model", *takes.per_model}}
     return tree
 
 
-def _inert(config: MergeConfig, takes: Takes) -> set[str]:
+def without_effect(config: MergeConfig, takes: Takes) -> set[str]:
     optional = {"base", "t", "scale", "normalize", "slices", "rank", "seed"} - takes.keys
     return optional | ({"shard_gib"} if config.output == "adapter" else set())
-
-
-def _without_effect(config: MergeConfig, takes: Takes) -> Iterator[Problem]:
-    method = f"method {config.method}" + (" on adapters" if config.output == "adapter" else "")
-    for key in sorted(_inert(config, takes) & config.model_fields_set):
-        if getattr(config, key) not in (None, ()):  # these two values have no meaning
-            yield Problem(key=(*AT, key), text=f"has no effect here: {method} takes no {key}; remove it")
-    for name, model in config.models.items():
-        for key in sorted(model.model_fields_set - {"model"} - takes.per_model):
-            text = f"has no effect here: {method} takes no {key}; remove it"
-            yield Problem(key=(*AT, "models", name, key), text=text)
-
-
-def _of_models(config: MergeConfig, takes: Takes) -> Iterator[Problem]:
-    count = len(config.models)
-    if not takes.least <= count <= takes.most:
-        wanted = "one model" if takes.most == 1 else f"at least {takes.least} model{'s' * (takes.least > 1)}"
-        with_base = " in addition to merge.base" if "base" in takes.keys else ""
-        text = f"has {count}, but method {config.method} takes {wanted}{with_base}"
-        yield Problem(key=(*AT, "models"), text=text)
-    if "base" in takes.keys and config.base is None:
-        yield Problem(key=(*AT, "base"), text=f"is missing: method {config.method} needs it; name the common ancestor")
-    named = [*config.models, *(["base"] if config.base is not None else [])]
-    if config.tokenizer is not None and config.tokenizer not in named:
-        yield Problem(key=(*AT, "tokenizer"), text=_no_model(config.tokenizer, named))
-    if "base" in config.models:
-        yield Problem(key=(*AT, "models", "base"), text="is no valid name, since merge.base has it")
-
-
-def _of_methods(config: MergeConfig, takes: Takes) -> Iterator[Problem]:
-    if "scale" in takes.keys and config.scale == 0.0:
-        yield Problem(key=(*AT, "scale"), text="is 0, so the result is merge.base; give another factor")
-    if "weight" in takes.per_model and config.models and not any(model.weight for model in config.models.values()):
-        yield Problem(key=(*AT, "models"), text="every weight is 0, so nothing is merged; give a model another weight")
-    elif config.method == "linear" and config.output == "model" and config.normalize is not False:
-        total = math.fsum(model.weight for model in config.models.values())
-        if abs(total) < 1e-8:
-            text = "the weights add up to 0, and linear divides by the sum; change one, or set merge.normalize to false"
-            yield Problem(key=(*AT, "models"), text=text)
-    densities = {name: model.density for name, model in config.models.items()}
-    if config.method in RANDOM and densities and all(density == 1.0 for density in densities.values()):
-        text = f"every density is 1, so {config.method} drops nothing; set a density below 1, or take task_arithmetic"
-        yield Problem(key=(*AT, "models"), text=text)
-    if config.output == "adapter" and "density" in takes.per_model and len(set(densities.values())) > 1:
-        text = (
-            f"densities differ ({', '.join(f'{n}: {d:g}' for n, d in densities.items())}); adapters share one density"
-        )
-        yield Problem(key=(*AT, "models"), text=text)
-    if "epsilon" in takes.per_model:
-        for name, model in config.models.items():
-            low, high = model.density - model.epsilon, model.density + model.epsilon
-            if model.density < 1.0 and not (low > 0.0 and high < 1.0):
-                text = f"{model.density:g} -/+ epsilon {model.epsilon:g} leaves (0, 1); lower epsilon"
-                yield Problem(key=(*AT, "models", name, "density"), text=text)
-    if config.method == "passthrough":
-        yield from _of_slices(config)
-
-
-def _of_slices(config: MergeConfig) -> Iterator[Problem]:
-    if not config.slices:
-        text = "is missing: passthrough stacks layers; write [{model: NAME, layers: [0, 8]}, ...]"
-        yield Problem(key=(*AT, "slices"), text=text)
-        return
-    for part in config.slices:
-        first, end = part.layers
-        if part.model not in config.models:
-            yield Problem(key=(*AT, "slices"), text=_no_model(part.model, list(config.models)))
-        if first >= end:
-            text = f"layers {[first, end]} of {part.model} are empty: the second number is the layer after the last"
-            yield Problem(key=(*AT, "slices"), text=text)
-    for name in config.models:
-        if name not in {part.model for part in config.slices}:
-            yield Problem(key=(*AT, "models", name), text="has no effect here: no slice uses its layers; remove it")
-
-
-def _no_model(name: str, named: Sequence[str]) -> str:
-    close = nearest(name, named)
-    return f"got {kind(name)}; " + (f"did you mean {close}?" if close else f"the models are {', '.join(named)}")

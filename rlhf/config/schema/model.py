@@ -66,48 +66,40 @@ class ModelConfig(Section):
         return self.model_copy(update={"model": self.source, "revision": None})
 
 
-class PolicyConfig(ModelConfig):
-    """The trained language model."""
+class TrainedModelConfig(ModelConfig):
+    """The model of a trained role."""
 
-    tokenizer: str | None = Field(default=None, min_length=1)
-    """Name or folder of another tokenizer, for example with another chat template. Engines and rewards use this
-    tokenizer too, and final/ contains the files. null: the model's tokenizer."""
     lora: LoraConfig | None = None
-    """Train a low-rank adapter instead of all weights."""
+    """Train a low-rank adapter (and the head of a critic) instead of all weights."""
     adapter: str | None = Field(default=None, min_length=1)
     """Folder of a trained LoRA adapter of this model in peft's format, or `stage:NAME`. Training continues from this
     adapter, and needs `lora: {}` in the same section. Rank, alpha, layers and kind come from the folder, and the
-    reference is the model with this adapter."""
+    policy's reference is the model with this adapter."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. Recomputing saves memory and takes about a third more time."""
     router_balance_coef: float = Field(default=0.0, ge=0.0)
     """Weight of the loss that balances the load of the experts of a mixture, per sequence (DeepSeek-V3,
     arXiv:2412.19437, eq. 17). The mean over the sequences of an optimizer step is added to the loss. Values from 0.0001
     to 0.01 are usual. 0: no such loss."""
+
+
+class PolicyConfig(TrainedModelConfig):
+    """The trained language model."""
+
+    tokenizer: str | None = Field(default=None, min_length=1)
+    """Name or folder of another tokenizer, for example with another chat template. Engines and rewards use this
+    tokenizer too, and final/ contains the files. null: the model's tokenizer."""
     router_replay: Annotated[bool, OnlyIn("rollouts")] = False
     """Train with the experts that the sampler's routers chose for each token (R3, arXiv:2510.11370), as recorded in the
     rollouts. Meant for mixtures with a different rounding of sampler and trainer, as in bfloat16."""
 
     @property
     def tokenizer_source(self) -> str:
-        """Return the name or folder of the run's tokenizer."""
         return self.source if self.tokenizer is None else self.tokenizer
 
 
-class CriticConfig(ModelConfig):
+class CriticConfig(TrainedModelConfig):
     """The value model of PPO: a language model's body with a scalar head."""
-
-    lora: LoraConfig | None = None
-    """Train a low-rank adapter and the value head instead of all weights."""
-    adapter: str | None = Field(default=None, min_length=1)
-    """Folder of a trained LoRA adapter of this model, or `stage:NAME`. Training continues from this adapter, and needs
-    `lora: {}` in the same section."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass. Recomputing saves memory and takes about a third more time."""
-    router_balance_coef: float = Field(default=0.0, ge=0.0)
-    """Weight of the loss that balances the load of the experts of a mixture, per sequence (DeepSeek-V3,
-    arXiv:2412.19437, eq. 17). The mean over the sequences of an optimizer step is added to the loss. Values from 0.0001
-    to 0.01 are usual. 0: no such loss."""
 
 
 class ReferenceConfig(ModelConfig):

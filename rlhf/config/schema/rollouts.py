@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal, Self
-from urllib.parse import urlsplit
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, model_validator
 
-from rlhf.config.schema.tools import ToolsConfig
+from rlhf.config.schema.tools import PublicUrl, ToolsConfig
 from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
 from rlhf.sections import NotWith, OnlyIn, OnlyWith, Section
 
 UNTIL_ANSWER = "until_answer"  # the built-in environment that only ends conversations
 MAX_STALENESS = 16  # most versions by which the oldest token of a trained response may lag
+OF_A_PROCESS = OnlyWith("url", None, because="a service limits its own resources")
+ENDS_WITH_THE_STEP = "a conversation cannot be continued, since its processes end with the step"
 
 
 class EnvironmentConfig(Section):
@@ -54,7 +55,7 @@ class AgentConfig(Section):
     """`path/file.py:NAME` of an async function `NAME(task, client)`, run in a separate process for each session."""
     command: tuple[str, ...] | None = Field(default=None, min_length=1)
     """A program with its arguments, started for each session. The program gets the task as JSON on standard input."""
-    url: str | None = Field(default=None, pattern=r"^https?://[^/]+")
+    url: PublicUrl | None = None
     """A service that gets the task of each session and answers with the result."""
     columns: tuple[str, ...] = ()
     """Columns of a row for the agent, besides the prompt. A model may read everything that the agent gets: leave out
@@ -67,42 +68,26 @@ class AgentConfig(Section):
     prompt counts as failed."""
     timeout_s: float = Field(default=600.0, gt=0.0, le=1_000_000)
     """Time limit of a session, in seconds. A slower session counts as failed."""
-    memory_gib: Annotated[float, OnlyWith("url", None, because="a service limits its own memory")] = Field(
-        default=4.0, ge=0.25, le=65536
-    )
+    memory_gib: Annotated[float, OF_A_PROCESS] = Field(default=4.0, ge=0.25, le=65536)
     """Memory that all processes of a session together may take and each process may map, including libraries, in GiB.
     Exceeding the limit counts as a failure."""
-    max_threads: Annotated[int, OnlyWith("url", None, because="a service limits its own threads")] = Field(
-        default=512, ge=1, le=1_000_000
-    )
+    max_threads: Annotated[int, OF_A_PROCESS] = Field(default=512, ge=1, le=1_000_000)
     """Largest number of threads of all processes of a session, at least one thread per process. Exceeding the number
     counts as a failure."""
-    disk_gib: Annotated[float, OnlyWith("url", None, because="a service limits its own files")] = Field(
-        default=4.0, gt=0.0, le=1_000_000
-    )
+    disk_gib: Annotated[float, OF_A_PROCESS] = Field(default=4.0, gt=0.0, le=1_000_000)
     """Disk space of the files of a session, in GiB. Exceeding the limit counts as a failure."""
     sandbox: Annotated[bool, NotWith("command", None, because="only a program can be confined")] = False
     """Run the command in a sandbox. The command reads the system's libraries, the run's Python, and the files named in
     the command, with the packages of a named virtual environment. The command writes to the working folder alone, and
     reaches nothing but the model. A sandbox needs bubblewrap."""
-    tools: Annotated[ToolsConfig | None, NotWith("function", None, because="only a function gets `client.tools`")] = (
-        None
-    )
+    tools: Annotated[ToolsConfig | None, NotWith("function", None, because="only functions get `client.tools`")] = None
     """Servers with the tools that the function calls as `client.tools`."""
     concurrency: int = Field(default=256, ge=1, le=100_000)
     """Sessions open at once in an engine. Further sessions are queued."""
 
     @property
     def name(self) -> str:
-        """Return the agent's name for messages."""
         return self.function or self.url or " ".join(self.command or ())
-
-    @field_validator("url")
-    @classmethod
-    def _without_secret(cls, url: str | None) -> str | None:
-        if url is not None and "@" in urlsplit(url).netloc:
-            raise ValueError("`url` holds a secret, and the config is written to the run folder: leave out the user")
-        return url
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -139,9 +124,6 @@ class KeepPerPrompt(Section):
     by: Literal["spread", "best"] = "spread"
     """spread: keep the subset with the largest score variance, some highest and some lowest scores (arXiv:2504.13818).
     best: keep the highest scores."""
-
-
-ENDS_WITH_THE_STEP = "a conversation cannot be continued, since its processes end with the step"
 
 
 class RolloutsConfig(Section):

@@ -34,7 +34,6 @@ class RunConfig(Section):
 
     @property
     def repository(self) -> str | None:
-        """Return the hub repository for final/."""
         stage = self.name.partition("/")[2]
         return f"{self.push_to_hub}-{stage}" if self.push_to_hub is not None and stage else self.push_to_hub
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.derive import derive
-from rlhf.config.mistakes.explain import Problem
 from rlhf.config.schema.evaluate import EvaluationStage
-from rlhf.config.schema.merge import MergeConfig, merge_problems
+from rlhf.config.schema.merge import MergeConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.run import RunConfig
-from rlhf.config.validation.evaluation import evaluation_problems
-from rlhf.config.validation.run import problems
-from rlhf.config.validation.unused_keys import unused_in_evaluation, unused_in_run
 from rlhf.sections import Section
 
 
@@ -35,7 +30,6 @@ WHAT: Mapping[type[Stage], str] = {Config: "a training run", MergeStage: "a merg
 
 
 def run_folder(stage: Stage) -> Path:
-    """Return the folder of everything in a run."""
     return stage.run.dir / stage.run.name
 
 
@@ -50,20 +44,4 @@ def result_of(stage: Stage) -> Path:
 
 
 def kind_of(sections: Mapping[str, Any]) -> type[Stage]:
-    """Return the class of a stage with the given sections."""
     return next((root for section, root in KINDS.items() if section in sections), Config)
-
-
-def stage_problems(stage: Stage) -> tuple[Problem, ...]:
-    """Return all problems of a stage. Without problems, the stage can start."""
-    if isinstance(stage, MergeStage):
-        return merge_problems(stage.merge)
-    return problems(stage) if isinstance(stage, Config) else evaluation_problems(stage)
-
-
-def stage_unused(stage: Stage) -> Iterator[Problem]:
-    """Yield written keys without effect in a stage but of possible use in another. A merge has none to yield."""
-    if isinstance(stage, Config):
-        yield from unused_in_run(stage, derive(stage))
-    elif isinstance(stage, EvaluationStage):
-        yield from unused_in_evaluation(stage)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import re
-from typing import Self
+from typing import Annotated, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from rlhf.sections import Section
 
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")  # in the values of `env` and `headers`
+
+
+def _without_secret(url: str) -> str:
+    if "@" in urlsplit(url).netloc:
+        raise ValueError("`url` holds a secret, and the config is written to the run folder: leave out the user")
+    return url
+
+
+PublicUrl = Annotated[str, Field(pattern=r"^https?://[^/]+"), AfterValidator(_without_secret)]
 
 
 class McpServerConfig(Section):
@@ -21,7 +30,7 @@ class McpServerConfig(Section):
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of the program, besides PATH, HOME, USER, LOGNAME, SHELL and TERM. `${NAME}` stands for the
     variable NAME of the command that starts the run."""
-    url: str | None = Field(default=None, pattern=r"^https?://[^/]+")
+    url: PublicUrl | None = None
     """A server over streamable HTTP, shared by all conversations."""
     headers: dict[str, str] = Field(default_factory=dict)
     """HTTP headers of each request. `${NAME}` stands for a variable, as in `Authorization: "Bearer ${TOKEN}"`."""
@@ -32,13 +41,6 @@ class McpServerConfig(Section):
     counts as a failure; see reward_policy."""
     max_result_chars: int = Field(default=8000, ge=1, le=1_000_000)
     """Largest number of characters that the model reads of a result. A note replaces the rest."""
-
-    @field_validator("url")
-    @classmethod
-    def _without_secret(cls, url: str | None) -> str | None:
-        if url is not None and "@" in urlsplit(url).netloc:
-            raise ValueError("`url` holds a secret, and the config is written to the run folder: use `headers`")
-        return url
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlhf.config.mistakes.explain import Problem, problem
-from rlhf.config.schema.model import CriticConfig, LoraConfig, PolicyConfig
+from rlhf.config.problem import Problem, problem
+from rlhf.config.schema.model import LoraConfig, TrainedModelConfig
 from rlhf.config.schema.root import Config
 from rlhf.role_table import TRAINED_ROLES
 
@@ -13,7 +13,7 @@ from rlhf.role_table import TRAINED_ROLES
 def adapter_problems(config: Config) -> Iterator[Problem]:
     """Yield kinds of low-rank training that exclude each other."""
     for role in TRAINED_ROLES:
-        section: PolicyConfig | CriticConfig | None = getattr(config, role)
+        section: TrainedModelConfig | None = getattr(config, role)
         if section is None:
             continue
         lora, key = section.lora, f"{role}.lora"
@@ -36,7 +36,6 @@ def adapter_problems(config: Config) -> Iterator[Problem]:
 
 
 def _of_stacks(key: str, lora: LoraConfig) -> Iterator[Problem]:
-    """Yield the settings missing in peft for stacks of experts."""
     others = {"dropout": lora.dropout > 0.0, "layers": lora.layers is not None, "dora": lora.dora}
     given = [name for name, is_given in {**others, "init": lora.init != "default"}.items() if is_given]
     if lora.target_parameters and given:

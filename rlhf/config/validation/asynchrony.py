@@ -8,7 +8,7 @@ from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.config import derive
-from rlhf.config.mistakes.explain import Problem, problem
+from rlhf.config.problem import Problem, problem
 from rlhf.config.schema.rewards import drops
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
@@ -48,7 +48,6 @@ def asynchrony_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Pr
 
 
 def _correction(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """Yield the missing decision about responses of earlier weights."""
     key = f"max_staleness {rollouts.max_staleness}" if rollouts.max_staleness else "carry_over"
     if isinstance(config.algorithm, OnlineConfig) and "correction" not in config.algorithm.model_fields_set:
         text = (

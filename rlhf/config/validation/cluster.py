@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from functools import partial
 
 from rlhf.config.derive import Derived
-from rlhf.config.mistakes.explain import Problem, problem
+from rlhf.config.problem import Problem, problem
 from rlhf.config.schema.cluster import ClusterConfig, EngineRange, TrainedResources
 from rlhf.config.schema.root import Config
 from rlhf.config.validation.engine_args import engine_argument_problems
@@ -28,17 +29,14 @@ def cluster_problems(cluster: ClusterConfig, needed: Collection[Role], *, with_r
 
 def rank_problems(config: Config, facts: Derived) -> Iterator[Problem]:
     """Yield settings of trained roles that do not fit the batch, the optimizer, or engines on the same GPUs."""
-    train, rule = config.train, f"an engine takes turns with it on its GPU ({_ENGINES}.colocate_with)"
+    train, turns = config.train, f"an engine takes turns with it on its GPU ({_ENGINES}.colocate_with)"
     for role, model in facts.trained.items():
         section: TrainedResources = getattr(config.cluster.roles, role)
-        key, stage, offload = f"cluster.roles.{role}", section.zero_stage, f"cluster.roles.{role}.offload"
-        takes_turns = role in facts.shares_engines_gpus
+        key, stage, takes_turns = f"cluster.roles.{role}", section.zero_stage, role in facts.shares_engines_gpus
+        zero, offload = partial(problem, f"{key}.zero_stage"), partial(problem, f"{key}.offload")
         if section.workers % section.sequence_parallel:
-            text = (
-                f"is {section.sequence_parallel} and must divide {key}.workers = {section.workers}: that many ranks "
-                "share each micro-batch"
-            )
-            yield problem(f"{key}.sequence_parallel", text)
+            rule = f"must divide {key}.workers = {section.workers}: that many ranks share each micro-batch"
+            yield problem(f"{key}.sequence_parallel", f"is {section.sequence_parallel} and {rule}")
         elif train.sequences_per_update < section.data_parallel_ranks:
             text = (
                 f"is {train.sequences_per_update}, but {section.data_parallel_ranks} data-parallel ranks of {key} need "
@@ -50,41 +48,34 @@ def rank_problems(config: Config, facts: Derived) -> Iterator[Problem]:
                 f"is {stage}, but train.optimizer {train.optimizer} needs whole matrices, which DeepSpeed cuts up from "
                 "stage 1 on; set 0, or use adamw or adamw_8bit"
             )
-            yield problem(f"{key}.zero_stage", text)
+            yield zero(text)
         if "parameters" in section.offload and stage in (1, 2) and config.cluster.device == "cuda":
-            yield problem(offload, f"has `parameters`, which needs {key}.zero_stage 3, not {stage}")
+            yield offload(f"has `parameters`, which needs {key}.zero_stage 3, not {stage}")
         if model.lora is not None and model.lora.quantize is not None and stage == 3:
-            text = f"is 3, but DeepSpeed does not shard 4-bit weights ({role}.lora.quantize); set 2"
-            yield problem(f"{key}.zero_stage", text)
+            yield zero(f"is 3, but DeepSpeed does not shard 4-bit weights ({role}.lora.quantize); set 2")
         if takes_turns and stage < 2:
-            text = f"is {stage}, but {rule}, and DeepSpeed moves the states of stages 2 and 3 only; set 2"
-            yield problem(f"{key}.zero_stage", text)
+            yield zero(f"is {stage}, but {turns}, and DeepSpeed moves the states of stages 2 and 3 only; set 2")
         if takes_turns and stage == 3 and model.lora is not None:
-            text = f"is 3, but {rule}, and DeepSpeed does not move a LoRA model of that stage; set 2"
-            yield problem(f"{key}.zero_stage", text)
+            yield zero(f"is 3, but {turns}, and DeepSpeed does not move a LoRA model of that stage; set 2")
         if takes_turns and "parameters" in section.offload:
-            text = f"has `parameters`, but {rule}, and DeepSpeed does not move offloaded parameters; remove it"
-            yield problem(offload, text)
+            yield offload(f"has `parameters`, but {turns}, and DeepSpeed does not move offloaded parameters; remove it")
 
 
 def transport_problems(cluster: ClusterConfig) -> Iterator[Problem]:
     """Yield a weight transport incompatible with the device or the placement."""
     method, shared = cluster.weight_sync, cluster.roles.rollout.colocate_with == "policy"
-    text = None
+    wrong = partial(problem, "cluster.weight_sync")
     if method in ("shm", "gloo") and cluster.device == "cuda":
-        text = f"is {method}, which is for cluster.device cpu; use auto, nccl or ipc"
+        yield wrong(f"is {method}, which is for cluster.device cpu; use auto, nccl or ipc")
     elif method in ("nccl", "ipc") and cluster.device == "cpu":
-        text = f"is {method}, which needs cluster.device cuda; use auto, shm or gloo"
+        yield wrong(f"is {method}, which needs cluster.device cuda; use auto, shm or gloo")
     elif method == "ipc" and not shared:
-        text = f"is ipc, which needs engines on the policy's GPUs: set {_ENGINES}.colocate_with to policy"
+        yield wrong(f"is ipc, which needs engines on the policy's GPUs: set {_ENGINES}.colocate_with to policy")
     elif method == "nccl" and shared:
-        text = f"is nccl, which cannot join processes on one GPU: {_ENGINES}.colocate_with is policy; use ipc"
-    if text is not None:
-        yield problem("cluster.weight_sync", text)
+        yield wrong(f"is nccl, which cannot join processes on one GPU: {_ENGINES}.colocate_with is policy; use ipc")
 
 
 def _range_of_engines(cluster: ClusterConfig, engines: EngineRange, needed: Collection[Role]) -> Iterator[Problem]:
-    """Yield the problems of a range of engines, which join and leave during the run."""
     rollout = cluster.roles.rollout
     if engines.min > engines.max:
         yield problem(f"{_ENGINES}.engines.min", f"is {engines.min}, more than max, which is {engines.max}; lower min")
@@ -104,7 +95,6 @@ def _range_of_engines(cluster: ClusterConfig, engines: EngineRange, needed: Coll
 
 
 def _colocation(cluster: ClusterConfig, needed: Collection[Role], *, with_reward_model: bool) -> Iterator[Problem]:
-    """Yield invalid sharing of bundles by engines, the policy and other roles."""
     roles, engine = cluster.roles, cluster.roles.rollout
     is_guest = "policy" in needed and engine.colocate_with == "policy"  # a missing host has no colocated roles
     if is_guest and engine.workers > roles.policy.workers:

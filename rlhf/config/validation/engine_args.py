@@ -4,57 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from rlhf.config.mistakes.explain import Problem, problem
+from rlhf.config.problem import Problem, problem
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.rollouts import RolloutsConfig
 
 KEY = "cluster.roles.rollout.engine_args"
-_PLACED = "engines are placed by cluster.roles.rollout.engines and tensor_parallel"
-_LORA = "is set by policy.lora"
 _REPLICAS = "is set by cluster.roles.rollout.engines: each engine is a replica"
-_NO_REASON = "cannot be changed"
+_FIXED = "cannot be changed"
+_PLACED = f"{_FIXED}: engines are placed by cluster.roles.rollout.engines and tensor_parallel"
 
 # vLLM's names of the arguments that the project sets, and the key to use instead or the reason.
 OWNED: Mapping[str, str] = {
-    "data_parallel_address": _REPLICAS,
-    "data_parallel_backend": _REPLICAS,
-    "data_parallel_external_lb": _REPLICAS,
-    "data_parallel_hybrid_lb": _REPLICAS,
-    "data_parallel_multi_port_external_lb": _REPLICAS,
-    "data_parallel_rank": _REPLICAS,
-    "data_parallel_rpc_port": _REPLICAS,
-    "data_parallel_size": _REPLICAS,
-    "data_parallel_size_local": _REPLICAS,
-    "data_parallel_start_rank": _REPLICAS,
-    "device_ids": f"{_NO_REASON}: {_PLACED}",
-    "disable_log_stats": f"{_NO_REASON}: metrics come from the run, not from vLLM's log",
-    "distributed_executor_backend": f"{_NO_REASON}: {_PLACED}",
+    **dict.fromkeys(("data_parallel_address", "data_parallel_backend", "data_parallel_external_lb"), _REPLICAS),
+    **dict.fromkeys(("data_parallel_hybrid_lb", "data_parallel_multi_port_external_lb"), _REPLICAS),
+    **dict.fromkeys(("data_parallel_rank", "data_parallel_rpc_port", "data_parallel_size"), _REPLICAS),
+    **dict.fromkeys(("data_parallel_size_local", "data_parallel_start_rank"), _REPLICAS),
+    **dict.fromkeys(("device_ids", "distributed_executor_backend", "master_addr", "master_port"), _PLACED),
+    **dict.fromkeys(("nnodes", "node_rank"), _PLACED),
+    **dict.fromkeys(("enable_lora", "max_lora_rank", "max_loras"), "is set by policy.lora"),
+    "disable_log_stats": f"{_FIXED}: metrics come from the run, not from vLLM's log",
     "dtype": "is set by policy.dtype, or by the evaluated model",
-    "enable_lora": _LORA,
     "enable_return_routed_experts": "is set by policy.router_replay",
     "enable_sleep_mode": "is set by cluster.roles.rollout.colocate_with",
     "enforce_eager": "is set by cluster.roles.rollout.enforce_eager",
     "gpu_memory_utilization": "is set by cluster.roles.rollout.gpu_memory_utilization",
     "kv_cache_memory_bytes": "is set by cluster.roles.rollout.kv_cache_gib on a CPU, gpu_memory_utilization on a GPU",
-    "logprobs_mode": f"{_NO_REASON}: training needs the log-probabilities of the sampling distribution",
-    "master_addr": f"{_NO_REASON}: {_PLACED}",
-    "master_port": f"{_NO_REASON}: {_PLACED}",
-    "max_lora_rank": _LORA,
-    "max_loras": _LORA,
+    "logprobs_mode": f"{_FIXED}: training needs the log-probabilities of the sampling distribution",
     "max_model_len": "follows from data.max_prompt_tokens and rollouts.max_new_tokens",
     "max_num_seqs": "is set by cluster.roles.rollout.max_num_seqs",
     "model": "is set by policy.model",
-    "nnodes": f"{_NO_REASON}: {_PLACED}",
-    "node_rank": f"{_NO_REASON}: {_PLACED}",
     "pipeline_parallel_size": "is not supported; use cluster.roles.rollout.tensor_parallel",
     "revision": "is set by policy.revision",
     "seed": "is set by run.seed, and every response has its own seed",
     "tensor_parallel_size": "is set by cluster.roles.rollout.tensor_parallel",
-    "tokenizer": "is set by policy.tokenizer",
-    "tokenizer_revision": "is set by policy.tokenizer",
+    **dict.fromkeys(("tokenizer", "tokenizer_revision"), "is set by policy.tokenizer"),
     "trust_remote_code": "is set by policy.trust_remote_code",
-    "weight_transfer_config": "is set by cluster.weight_sync",
-    "worker_extension_cls": "is set by cluster.weight_sync",
+    **dict.fromkeys(("weight_transfer_config", "worker_extension_cls"), "is set by cluster.weight_sync"),
 }
 
 _DRAFTS = "speculative_config"

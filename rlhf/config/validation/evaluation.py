@@ -4,30 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlhf.config.mistakes.explain import Problem
+from rlhf.config.problem import Problem
 from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
 from rlhf.config.validation.cluster import cluster_problems
 from rlhf.config.validation.rewards import limit_problems, reward_problems, secret_problems
 from rlhf.config.validation.rollouts import late_sessions
-from rlhf.config.validation.unused_keys import unused_in_evaluation
+from rlhf.config.validation.unused_keys import unused_keys
 
 
 def evaluation_problems(stage: EvaluationStage) -> tuple[Problem, ...]:
-    """Return all problems of the stage. Without problems, the stage can start."""
-    agent = stage.evaluate.agent
+    config, at = stage.evaluate, ("evaluate",)
     return (
-        *unused_in_evaluation(stage),
-        *reward_problems(
-            stage.evaluate.rewards,
-            stage.evaluate.reward,
-            environment=stage.evaluate.environment,
-            agent=agent,
-            at=("evaluate",),
-        ),
-        *limit_problems(stage.evaluate.rewards, stage.evaluate.reward_policy, at=("evaluate",)),
+        *unused_keys(stage),
+        *reward_problems(config.rewards, config.reward, environment=config.environment, agent=config.agent, at=at),
+        *limit_problems(config.rewards, config.reward_policy, at=at),
         *secret_problems(stage.tracking.trackers, ("tracking", "trackers")),
-        *_problems(stage.evaluate),
-        *(late_sessions(agent, stage.cluster, "evaluate.agent") if agent is not None else ()),
+        *_problems(config),
+        *(late_sessions(config.agent, stage.cluster, "evaluate.agent") if config.agent is not None else ()),
         *cluster_problems(stage.cluster, stage.needs, with_reward_model=stage.uses_reward_model),
     )
 
@@ -35,12 +28,12 @@ def evaluation_problems(stage: EvaluationStage) -> tuple[Problem, ...]:
 def _problems(config: EvaluateConfig) -> Iterator[Problem]:
     samples = config.samples_per_prompt
     if config.data == {}:
-        yield Problem(key=("evaluate", "data"), text="is an empty mapping; name a held-out set")
+        yield Problem(("evaluate", "data"), "is an empty mapping; name a held-out set")
     new = config.max_new_tokens
     for name, player in (("environment", config.environment), ("agent", config.agent)):
         if player is not None and config.rewards and player.max_tokens <= new:
             text = f"is {player.max_tokens} and must hold a prompt and one turn of evaluate.max_new_tokens = {new}"
-            yield Problem(key=("evaluate", name, "max_tokens"), text=text)
+            yield Problem(("evaluate", name, "max_tokens"), text)
     if config.k is not None and max(config.k) > samples:
         text = f"has {max(config.k)}, but evaluate.samples_per_prompt is {samples}; raise it, or lower k"
-        yield Problem(key=("evaluate", "k"), text=text)
+        yield Problem(("evaluate", "k"), text)

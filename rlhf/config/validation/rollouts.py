@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rlhf.algorithms.algorithm import Responses
 from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.config import derive
-from rlhf.config.mistakes.explain import Problem, problem
+from rlhf.config.problem import Problem, problem
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.rollouts import AgentConfig, RolloutsConfig
 from rlhf.config.schema.root import Config
@@ -47,13 +47,11 @@ def group_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem
 
 
 def replay_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
-    """Yield keys in conflict with router replay."""
     if not config.policy.router_replay:
         return
     key, kind = "policy.router_replay", config.algorithm.kind
     if kind != "advantages":
-        text = f"is true, but algorithm {config.algorithm.name} does not train by advantages; set false"
-        yield problem(key, text)
+        yield problem(key, f"is true, but algorithm {config.algorithm.name} does not train by advantages; set false")
     if rollouts.carry_over:
         yield problem(key, "is true, but rollouts.carry_over keeps no experts of begun responses; set one to false")
     if rollouts.agent is not None:
@@ -98,10 +96,11 @@ def _kept(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
 def _responses(config: Config, rollouts: RolloutsConfig) -> Responses:
     single_turns = rollouts.environment is None and rollouts.agent is None
     by_step = (name for name, reward in config.rewards.items() if reward.credit == "step")
+    trained, trained_key = derive.trained_per_prompt(config, rollouts)
     return Responses(
         samples_per_prompt=rollouts.samples_per_prompt,
-        trained_per_prompt=derive.trained_per_prompt(config, rollouts),
-        trained_key=derive.trained_key(config, rollouts),
+        trained_per_prompt=trained,
+        trained_key=trained_key,
         max_tokens=rollouts.max_response_tokens,
         max_tokens_key="rollouts.max_new_tokens" if single_turns else "what a conversation samples",
         num_rewards=sum(reward.weight != 0.0 for reward in config.rewards.values()),

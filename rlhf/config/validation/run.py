@@ -5,15 +5,15 @@ Fields check ranges of single values. Keys without effect are in rlhf.config.val
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from rlhf.algorithms.online_config import FollowedReferenceConfig, OnlineConfig
 from rlhf.config import derive
 from rlhf.config.derive import Derived
-from rlhf.config.mistakes.explain import Problem, problem
-from rlhf.config.schema.model import CriticConfig, ModelConfig, PolicyConfig
+from rlhf.config.problem import Problem, problem
+from rlhf.config.schema.model import ModelConfig, TrainedModelConfig
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.validation.adapters import adapter_problems
@@ -34,18 +34,17 @@ from rlhf.config.validation.rollouts import (
     loss_problems,
     replay_problems,
 )
-from rlhf.config.validation.unused_keys import unused_in_run
+from rlhf.config.validation.unused_keys import unused_keys
 from rlhf.role_table import MODEL_SECTIONS, ROLES
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def problems(config: Config) -> tuple[Problem, ...]:
-    """Return all problems of one run's configuration. If there are none, the run can start."""
     facts, rollouts = derive.derive(config), config.rollouts
     player = (None, None) if rollouts is None else (rollouts.environment, rollouts.agent)
     return (
-        *unused_in_run(config, facts),
+        *unused_keys(config),
         *_presence(config, facts),
         *_models(config),
         *reward_problems(config.rewards, config.reward, environment=player[0], agent=player[1]),
@@ -99,12 +98,11 @@ def _models(config: Config) -> Iterator[Problem]:
             continue
         if section.model.startswith("stage:"):
             yield problem(f"{role}.model", f"{text.format(section.model)} or a model of the hub")
-        adapter = section.adapter if isinstance(section, PolicyConfig | CriticConfig) else None
+        adapter = section.adapter if isinstance(section, TrainedModelConfig) else None
         if adapter is not None and adapter.startswith("stage:"):
             yield problem(f"{role}.adapter", text.format(adapter))
-        if section.revision is not None and not (
-            _HUB_NAME.fullmatch(section.model) and not Path(section.model).exists()
-        ):
+        is_on_hub = _HUB_NAME.fullmatch(section.model) and not os.path.exists(section.model)
+        if section.revision is not None and not is_on_hub:
             why = f"is {section.revision}, but {role}.model is {section.model}, not a model of the hub; remove it"
             yield problem(f"{role}.revision", why)
 
@@ -122,13 +120,12 @@ def _of_rollouts(config: Config, rollouts: RolloutsConfig, facts: Derived) -> It
 
 
 def _batch(config: Config, rollouts: RolloutsConfig, facts: Derived) -> Iterator[Problem]:
-    """Yield problems in the arithmetic of a batch of rollouts."""
     algorithm, size, rows = config.algorithm, config.train.sequences_per_update, facts.rows_per_step
     if algorithm.kind == "sampled_pairs":
         counted, available = f"rollouts.prompts_per_step = {rows}", f"{rows} pairs, one per prompt"
     else:
-        product = f"{rollouts.prompts_per_step} * {derive.trained_per_prompt(config, rollouts)} = {rows}"
-        counted = f"rollouts.prompts_per_step * {derive.trained_key(config, rollouts)} = {product}"
+        trained, key = derive.trained_per_prompt(config, rollouts)
+        counted = f"rollouts.prompts_per_step * {key} = {rollouts.prompts_per_step} * {trained} = {rows}"
         available = f"{counted} responses"
     if size > rows:
         text = f"is {size}, but a step has only {available}; lower it, or sample more"
@@ -143,7 +140,6 @@ def _batch(config: Config, rollouts: RolloutsConfig, facts: Derived) -> Iterator
 
 
 def _algorithm(config: Config, facts: Derived) -> Iterator[Problem]:
-    """Yield contradictory keys of an algorithm with rollouts."""
     algorithm, rows = config.algorithm, facts.rows_per_step
     if isinstance(algorithm, OnlineConfig) and config.rollouts is not None:
         correction, adaptive = algorithm.correction, algorithm.kl.adaptive

@@ -9,28 +9,28 @@ from elsewhere, such as the rank of a loaded adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from pydantic import BaseModel
 
 from rlhf.algorithms.online_config import FollowedReferenceConfig, OnlineConfig
-from rlhf.config.derive import ROLE_USES, Derived
-from rlhf.config.files.yaml_tree import Key, kind
-from rlhf.config.mistakes.explain import Problem
+from rlhf.config.derive import ROLE_USES, Derived, derive
 from rlhf.config.mistakes.suggestions import choice
+from rlhf.config.problem import Problem
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.data import TaskConfig
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.rewards import RewardConfig, drops
-from rlhf.config.schema.rollouts import AgentConfig
 from rlhf.config.schema.root import Config
+from rlhf.config.yaml_tree import Key, kind
 from rlhf.evaluation.passing import judges
 from rlhf.role_table import ROLES, TRAINED_ROLES
 from rlhf.sections import NotWith, OnlyIn, OnlyWith, Section
 
 Missing = dict[str, tuple[str, str]]  # a part that the run lacks: the reason, and what to change
 _NO_JUDGE = "no reward function with a weight above 0 judges more than length and repetition,"
+_WRITTEN_BY_AGENT = ("an agent gets the prompt as it is in the data", "write it in the agent's code")
 MORE_UPDATES = "lower train.sequences_per_update or raise train.epochs_per_batch"
 
 
@@ -44,24 +44,15 @@ class Inert:
     is_given: bool = False  # something else gives the value, so that the default may differ from it
 
 
-def unused_in_run(config: Config, facts: Derived) -> Iterator[Problem]:
+def unused_keys(stage: Config | EvaluationStage) -> Iterator[Problem]:
     """Yield written keys without effect, each once."""
-    return _meant(config, inert_keys_of_run(config, facts))
-
-
-def unused_in_evaluation(stage: EvaluationStage) -> Iterator[Problem]:
-    """Yield written keys without effect, each once."""
-    return _meant(stage, inert_keys_of_evaluation(stage))
-
-
-def _meant(stage: Section, inert_keys: Iterable[Inert]) -> Iterator[Problem]:
     named: set[Key] = set()
     listed: set[Key] = set()
-    for inert in inert_keys:
+    for inert in inert_keys(stage):
         sections = {inert.key[:length] for length in range(len(inert.key))}
         if _is_meant(stage, inert) and inert.key not in named and not listed & sections:
             named.add(inert.key)
-            yield Problem(key=inert.key, text=f"has no effect here: {inert.why}; remove it, or {inert.fix}")
+            yield Problem(inert.key, f"has no effect here: {inert.why}; remove it, or {inert.fix}")
         listed.add(inert.key)
 
 
@@ -80,13 +71,14 @@ def _is_meant(config: Section, inert: Inert) -> bool:
     return not is_default or (inert.is_given and node is not None and node != {})
 
 
-def inert_keys_of_evaluation(stage: EvaluationStage) -> Iterator[Inert]:
-    """Yield all keys of an evaluation without effect, sections before single keys."""
-    return _marked(stage, _missing_device(stage.cluster) | _missing_in_evaluation(stage))
+def inert_keys(stage: Config | EvaluationStage) -> Iterator[Inert]:
+    """Yield all keys without effect, sections before single keys."""
+    if isinstance(stage, EvaluationStage):
+        return _marked(stage, _missing_device(stage.cluster) | _missing_in_evaluation(stage))
+    return _of_run(stage, derive(stage))
 
 
-def inert_keys_of_run(config: Config, facts: Derived) -> Iterator[Inert]:
-    """Yield all keys of a run without effect, sections before single keys."""
+def _of_run(config: Config, facts: Derived) -> Iterator[Inert]:
     yield from _marked(config, _missing_device(config.cluster) | _missing_in_run(config, facts))
     yield from _of_adapters(config, facts)
     for rule in config.algorithm.unused_keys():
@@ -111,7 +103,6 @@ def _missing_device(cluster: ClusterConfig) -> Missing:
 
 
 def _marked(section: Section, missing: Missing, at: Key = ()) -> Iterator[Inert]:
-    """Yield the keys marked as without effect."""
     for name, field in type(section).model_fields.items():
         key, value = (*at, name), getattr(section, name)
         for mark in field.metadata:
@@ -125,8 +116,7 @@ def _marked(section: Section, missing: Missing, at: Key = ()) -> Iterator[Inert]
                 because = f": {mark.because.format(value=value_text)}" if mark.because else ""
                 values = "another value" if isinstance(mark, NotWith) else choice([_plain(v) for v in mark.values])
                 fix = f"set {other} to {values}" if given is not None or mark.values != (None,) else f"set {other}"
-                why = f"{other} is {value_text}{because}"
-                yield Inert(key=key, why=why, fix=fix, is_given=mark.gives_value)
+                yield Inert(key=key, why=f"{other} is {value_text}{because}", fix=fix, is_given=mark.gives_value)
         children = {(*key, part): child for part, child in value.items()} if isinstance(value, dict) else {key: value}
         for below, child in children.items():
             if isinstance(child, Section):
@@ -134,7 +124,6 @@ def _marked(section: Section, missing: Missing, at: Key = ()) -> Iterator[Inert]
 
 
 def _plain(value: object) -> str:
-    """Return a value as written in a file."""
     if isinstance(value, str) or value == {}:
         return str(value)
     if isinstance(value, Section):
@@ -164,7 +153,8 @@ def _missing_in_run(config: Config, facts: Derived) -> Missing:
         missing[f"{role} role"] = (f"this run starts no {role} role", fix)
     if not config.rewards:
         missing["rewards"] = ("there are no rewards", "name one in rewards")
-    missing |= _missing_template(None if config.rollouts is None else config.rollouts.agent)
+    if config.rollouts is not None and config.rollouts.agent is not None:
+        missing["rendered prompts"] = _WRITTEN_BY_AGENT
     if not drops(config.rewards, config.reward_policy):
         why = "reward_policy.on_error is fail, and no reward's on_error is drop: nothing is dropped"
         missing["dropped groups"] = (why, "set reward_policy.on_error to drop")
@@ -194,19 +184,16 @@ def _missing_reference(config: Config, facts: Derived) -> Missing:
 
 
 def _missing_in_rollouts(config: Config) -> Missing:
-    """Return the reasons why groups are not filtered, or responses not chosen, by the settings of rollouts."""
     name, rollouts, missing = config.algorithm.name, config.rollouts, Missing()
     rule = None if rollouts is None else rollouts.dynamic_sampling
     bounded = rule is not None and (rule.min_mean, rule.max_mean) != (None, None)
     if not config.algorithm.compares_responses and not bounded:
         why = f"{name} learns from responses of equal scores too, and no bound of the mean score is set"
         missing["filtered groups"] = (why, "set its min_mean or max_mean")
-    if config.algorithm.kind == "sampled_pairs":
-        why = f"algorithm {name} trains on one pair of them"
-        missing["a choice of responses"] = (why, "choose an algorithm with advantages")
-    elif config.algorithm.kind == "sampled_distillation":
-        why = f"algorithm {name} learns from all of them"
-        missing["a choice of responses"] = (why, "choose an algorithm with advantages")
+    use = {"sampled_pairs": "trains on one pair", "sampled_distillation": "learns from all"}.get(config.algorithm.kind)
+    if use is not None:
+        fix = "choose an algorithm with advantages"
+        missing["a choice of responses"] = (f"algorithm {name} {use} of them", fix)
     elif config.algorithm.most_kept is not None:
         missing["a choice of responses"] = (f"algorithm {name} keeps the best by itself", "set algorithm.keep")
     return missing
@@ -240,7 +227,8 @@ def _missing_in_evaluation(stage: EvaluationStage) -> Missing:
     workers = "rollout and reward answer" if config.rewards else "completions are measured by policy workers"
     for role in ROLES.keys() - stage.needs:
         missing[f"{role} role"] = (f"this stage starts no {role} role: {workers}", "use it to train")
-    missing |= _missing_template(config.agent)
+    if config.agent is not None:
+        missing["rendered prompts"] = _WRITTEN_BY_AGENT
     if not config.rewards:
         why = "evaluate.rewards is empty, so completions are measured and no response is sampled"
         missing["responses"] = (why, "name a reward")
@@ -251,15 +239,7 @@ def _missing_in_evaluation(stage: EvaluationStage) -> Missing:
     return missing
 
 
-def _missing_template(agent: AgentConfig | None) -> Missing:
-    """Return whether the template of the data is missing: an agent writes the conversations by itself."""
-    if agent is None:
-        return {}
-    return {"rendered prompts": ("an agent gets the prompt as it is in the data", "write it in the agent's code")}
-
-
 def _missing_rewards(rewards: Mapping[str, RewardConfig]) -> Missing:
-    """Return the kinds of rewards missing in a run or an evaluation."""
     missing: Missing = {}
     models = [(name, reward) for name, reward in rewards.items() if reward.role == "reward"]
     if not models:
@@ -273,7 +253,6 @@ def _missing_rewards(rewards: Mapping[str, RewardConfig]) -> Missing:
 
 
 def _has_passing_scores(rewards: Mapping[str, RewardConfig], pass_score: float | None) -> bool:
-    """Return whether the score or value of a passing response is known."""
     return pass_score is not None or bool(judges((name, r.function, r.weight) for name, r in rewards.items()))
 
 

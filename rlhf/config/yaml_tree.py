@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from rlhf.config.files.yaml_errors import explain_yaml_error
+from rlhf.config.yaml_errors import explain_yaml_error
 from rlhf.errors import UserError
 
 Key = tuple[str, ...]
@@ -63,7 +63,6 @@ class Tree:
         return self.places.get(key, self.source)
 
     def section(self, at: Key) -> Tree:
-        """Return the mapping at a key as a tree."""
         values = self.values
         for part in at:
             values = values[part]
@@ -72,12 +71,8 @@ class Tree:
 
 
 def read_file(path: Path, *, needs: str) -> Tree:
-    """Read one file without the base.
-
-    UserError names the line of broken YAML, of a repeated key, or of a key of another type than string.
-
-    needs: the sections missing from an empty file, for the message.
-    """
+    """Read one file without the base, or raise UserError with the line to blame. needs: the sections missing from an
+    empty file, for the message."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_MIB * 2**20 + 1)
@@ -141,7 +136,6 @@ def to_yaml(values: dict[str, Any]) -> str:
 
 
 def from_yaml(text: str) -> Any:
-    """Parse text of `to_yaml` back into values."""
     return _parse(text, "the configuration", {}, ())
 
 
@@ -185,7 +179,6 @@ class _Converter:
         self.num_nodes = 0  # including aliases: a kilobyte of them can expand to billions of nodes
 
     def convert(self, node: yaml.Node, at: Key, parents: tuple[yaml.Node, ...]) -> Any:
-        """Return the value of a node at the key `at`, below `parents`."""
         self.num_nodes += 1
         if self.num_nodes > MAX_NODES:
             raise UserError(f"{self._place(node)}: the text stands for more than {MAX_NODES:,} values; shorten it")
@@ -229,10 +222,18 @@ class _Converter:
         return scalar
 
     def _place(self, node: yaml.Node) -> str:
-        """Return the file and line of a node; an argument has no lines."""
         return self.source if self.source.startswith("argument") else f"{self.source}:{node.start_mark.line + 1}"
 
 
 def copy(value: Any) -> Any:
-    """Copy the nested dicts for editing."""
     return {key: copy(child) for key, child in value.items()} if isinstance(value, dict) else value
+
+
+def remove(values: dict[str, Any], key: Key) -> None:
+    """Remove the key of nested dicts, if the key is there."""
+    node: Any = values
+    for part in key[:-1]:
+        node = node.get(part)
+        if not isinstance(node, dict):
+            return
+    node.pop(key[-1], None)

@@ -6,6 +6,19 @@ import re
 
 import yaml
 
+_NO_ANCHOR = "`*` starts a reference to an anchor, and there is no such anchor. Put the text in quotes."
+# The start of a problem, or the start or end of its context, and the explanation.
+_REASONS = {
+    "found undefined alias": _NO_ANCHOR,
+    "an alias": _NO_ANCHOR,
+    "found duplicate anchor": "the anchor exists already. Give each anchor a name that no other has.",
+    "an anchor": "`&` starts an anchor, which needs a name. Put the text in quotes.",
+    "found unknown escape": "a backslash in double quotes starts an escape such as `\\n`. Use single quotes, or two.",
+    "sequence entries": "a list starts on the next line, with `- ` before each entry, or is written `[a, b]`.",
+    "a block scalar": "a value that starts with `>` or `|` needs quotes.",
+    "but found another document": "the file holds a second document. Remove the line `---`.",
+}
+
 
 def explain_yaml_error(error: yaml.MarkedYAMLError, text: str) -> tuple[int | None, str]:
     """Return the number of the line to blame, from 1, and a text with the mistake and the correction."""
@@ -23,18 +36,12 @@ def explain_yaml_error(error: yaml.MarkedYAMLError, text: str) -> tuple[int | No
     if problem.startswith("mapping values are not allowed"):
         if ": " in before:
             return line, "there are two `: ` on the line. Put a value that contains `: ` in quotes."
-        return (
-            line,
-            "a key cannot stand here. The line above needs a `:` at its end, or both need the same indentation.",
-        )
+        return line, "a key cannot stand here. The line above needs a `:` at its end, or the indentation of this line."
     if problem.startswith("expected <block end>, but found"):
         if problem.endswith(("'}'", "']'")):
             return line, f"the `{problem[-2]}` closes a bracket that was never opened."
         if problem.endswith("'<scalar>'"):
-            return (
-                line,
-                "there is text after the end of the value. Put all of it in quotes, or correct its indentation.",
-            )
+            return line, "there is text after the end of the value. Put it in quotes, or correct its indentation."
         return line, f"the line is indented unlike its section{where}. All keys of a section start in the same column."
     if problem.startswith(("expected ',' or '}'", "expected ',' or ']'")):
         return line, f"the `{opening}`{where} is not closed, or a comma is missing before this place."
@@ -42,20 +49,9 @@ def explain_yaml_error(error: yaml.MarkedYAMLError, text: str) -> tuple[int | No
         return (opened.line + 1 if opened else line), "the quote that opens here is never closed."
     if problem.startswith("could not find expected ':'"):
         return (opened.line + 1 if opened else line), "the key has no `: ` behind it."
-    if problem.startswith("found undefined alias") or context.endswith("an alias"):
-        return line, "`*` starts a reference to an anchor, and there is no such anchor. Put the text in quotes."
-    if context.startswith("found duplicate anchor"):
-        return line, "the anchor exists already. Give each anchor a name that no other has."
-    if context.endswith("an anchor"):
-        return line, "`&` starts an anchor, which needs a name. Put the text in quotes."
-    if problem.startswith("found unknown escape character"):
-        return line, "a backslash in double quotes starts an escape such as `\\n`. Use single quotes, or double it."
-    if problem.startswith("sequence entries are not allowed"):
-        return line, "a list starts on the next line, with `- ` before each entry, or is written `[a, b]`."
     if problem.startswith("expected the node content"):
         return line, f"a value is missing before {problem[problem.rfind('found') + 6 :].replace(chr(39), '`')}."
-    if context.endswith("a block scalar"):
-        return line, "a value that starts with `>` or `|` needs quotes."
-    if problem.startswith("but found another document"):
-        return line, "the file holds a second document. Remove the line `---`."
+    for words, reason in _REASONS.items():
+        if problem.startswith(words) or context.startswith(words) or context.endswith(words):
+            return line, reason
     return line, f"{problem}."
