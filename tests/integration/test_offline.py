@@ -1,7 +1,6 @@
 """Real runs go from fixed data to rollouts: imitation, a reward model, and PPO on that model, as stages of one run.
 
-A pipeline killed in the second stage and resumed equals the unbroken pipeline. transformers can load the trained reward
-model too.
+A pipeline killed in the second stage and resumed equals the unbroken pipeline.
 """
 
 from __future__ import annotations
@@ -13,10 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.models.packed.heads import sequence_scores
-from rlhf.models.reward_models import load_reward_model
 from rlhf.tracking.metrics.declarations import expected_metrics
 from tests.integration.faults import kill_all, wait_for
 from tests.integration.offline_pipeline import PIPELINE
@@ -51,22 +47,6 @@ def test_every_stage_has_its_metrics_and_its_model(unbroken: Path) -> None:
     assert rows(unbroken / "ppo")[-1]["rewards/preference/mean"] == rows(unbroken / "ppo")[-1]["rewards/score/mean"]
     cached = list((unbroken.parent / "reference_logprobs").iterdir())
     assert len(cached) == 2  # training and evaluation set
-
-
-@pytest.mark.timeout(600)
-def test_the_reward_model_is_one_for_transformers(unbroken: Path) -> None:
-    folder = unbroken / "reward" / "final"
-    theirs = AutoModelForSequenceClassification.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = ["8+3+8+4=11,19,23", "2+1=3"]
-    ids = [torch.tensor(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]) for text in texts]
-    batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
-    with torch.no_grad():
-        scores = theirs(batch, attention_mask=(batch != tokenizer.pad_token_id).long()).logits[:, 0]
-        ours = sequence_scores(
-            load_reward_model(str(folder), dtype=torch.float32), torch.cat(ids), torch.tensor([len(i) for i in ids])
-        )
-    torch.testing.assert_close(ours, scores, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -13,10 +13,11 @@ from rlhf.data.examples import Reading, load_examples
 from rlhf.data.prompts import load_prompts
 from rlhf.data.sources import Row
 from rlhf.data.tokenization import Continuation, encode, encode_raw
+from rlhf.data.turn_ends import TurnEnds
 from rlhf.errors import UserError
 from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.rollouts.environments.turns import ChatTurns, RawTurns, first_prompt
-from tests.sentencepiece_tokenizers import TOKENIZERS, ZEPHYR
+from tests.sentencepiece_tokenizers import SPACE, TOKENIZERS, ZEPHYR
 
 ALL = {**TOKENIZERS, "bytes": byte_tokenizer}
 READING = Reading(system_prompt=None, apply_chat_template=False, max_tokens=4096)
@@ -120,3 +121,53 @@ def test_many_texts_go_to_the_tokenizer_in_parts() -> None:
     texts = [str(i) for i in range(2500)]
     assert encode(texts, counting) == [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     assert max(sizes) <= 1000
+
+
+ASK, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+MORE = {"role": "user", "content": "more"}
+
+
+@pytest.mark.parametrize("added", ["", " no"])
+@pytest.mark.parametrize("kind", ["legacy", "first", "prepend", "swallowing"])
+def test_a_continued_turn_is_what_the_template_writes(kind: str, added: str) -> None:
+    """The turn ended by itself, at a limit, or at a stop string with text of the client behind."""
+    tokenizer = TOKENIZERS[kind]()
+
+    def ids(messages: list[dict[str, str]], *, generates: bool = False) -> list[int]:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generates)
+        return tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[no-any-return]
+
+    end = turn_end(tokenizer)
+    ends = TurnEnds(tokenizer, (end,))
+    turn = ids([ASK, ANSWER])
+    ended = turn[: len(turn) - turn[::-1].index(end)]
+    whole = ids([ASK, {**ANSWER, "content": f"answer{added}"}, MORE], generates=True)
+    text = tokenizer.apply_chat_template([ASK, ANSWER, MORE], tokenize=False, add_generation_prompt=True)
+    tail = text.partition("answer")[2]
+    cut = ended[:-1]
+    if tokenizer.convert_ids_to_tokens(cut[-1]) == SPACE:
+        cut = cut[:-1]  # it belongs to the template's text before the end
+    assert cut + ends.tokens_behind(cut, tail, added=added) == whole
+    assert added or ended + ends.tokens_behind(ended, tail) == whole
+
+
+EOS, EOM, TEXT = 257, 262, ord("x")  # the template's end, another end of the model, and a token that ends nothing
+
+
+@pytest.mark.parametrize(
+    ("last", "text", "behind"),
+    [
+        (EOS, "<|eos|><|user|>hi", "<|user|>hi"),
+        (EOS, " \n<|eos|>\n<|user|>hi", "\n<|user|>hi"),
+        (EOM, "<|eos|><|user|>hi", "<|user|>hi"),
+        (TEXT, " <|eos|><|user|>hi", " <|eos|><|user|>hi"),  # cut by a limit
+        (EOS, "<|user|>hi", "<|user|>hi"),  # the next turn begins without an end of the last one
+        (258, "<|system|>hi", "hi"),  # the model's end begins the next turn, as with GLM
+        (259, "<|system|>hi", "<|system|>hi"),
+        (259, "<|eos|><|user|>hi", "<|eos|><|user|>hi"),  # a client's stop string, which ends no turn
+    ],
+)
+def test_a_turn_has_one_end(last: int, text: str, behind: str) -> None:
+    tokenizer = byte_tokenizer()
+    ends = TurnEnds(tokenizer, (EOS,), (EOM, 258))
+    assert tokenizer.decode(ends.tokens_behind([TEXT, last], text)) == behind

@@ -1,19 +1,23 @@
-"""The built-in rewards score alone, and the two slow built-in rewards score in a pool."""
+"""The built-in rewards score alone, and the two slow built-in rewards, on every gym task, in a pool."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jsonschema
 import pytest
+import reasoning_gym
 import referencing.exceptions
 
+from rlhf.data.tasks import TaskSource, make_rows
 from rlhf.extensions import CodeSource
 from rlhf.rewards.functions.matching import (
     EXTRACTORS,
     FormatRegex,
     JsonSchema,
+    ReasoningGym,
     contains,
     exact_match,
     last_number,
@@ -157,8 +161,9 @@ def pool() -> Iterator[RewardPool]:
         CodeSource(path=None, name="math_answer", args={"limit_s": 1.0}),
         CodeSource(path=None, name="reasoning_gym", args={}),
         CodeSource(path=None, name="reasoning_gym", args={"extract": "answer_tag"}),
+        CodeSource(path=None, name="reasoning_gym", args={"extract": "whole"}),
     ]
-    with RewardPool(sources, timeout_s=5.0) as pool:
+    with RewardPool(sources, timeout_s=20.0) as pool:
         yield pool
 
 
@@ -225,3 +230,51 @@ ENTRY = {"answer": "12", "metadata": {"source_dataset": "gcd", "numbers": [24, 3
 def test_reasoning_gym_scores_the_extracted_answer(pool: RewardPool) -> None:
     assert pool.score(1, "p", ["24 and 36: it is 12.", "24", "no number"], ENTRY).scores == (1.0, 0.0, 0.0)
     assert pool.score(2, "p", ["<answer> 12 </answer>", "12"], ENTRY).scores == (1.0, 0.0)
+
+
+def gym_entry(task: str, **args: object) -> dict[str, Any]:
+    return dict(reasoning_gym.create_dataset(task, seed=3, size=1, **args)[0])
+
+
+def gym_score(entry: dict[str, Any], response: str) -> float:
+    return ReasoningGym(extract="whole")("p", response, **entry)
+
+
+def test_a_gym_scorer_that_raises_gives_0_unless_the_entry_is_wrong() -> None:
+    entry = gym_entry("prime_factorization")
+    with pytest.raises(ValueError, match="invalid literal"):
+        reasoning_gym.get_score_answer_fn("prime_factorization")("junk", entry)
+    assert gym_score(entry, "junk") == 0.0
+    assert gym_score(entry, entry["answer"]) == 1.0
+    with pytest.raises(ValueError, match="invalid literal"):
+        gym_score(entry | {"answer": "wrong data"}, "junk")
+
+
+def test_gym_scorers_that_can_be_fooled() -> None:
+    entry = gym_entry("complex_arithmetic")
+    assert reasoning_gym.get_score_answer_fn("complex_arithmetic")("nan", entry) == 1.0
+    assert [gym_score(entry, text) for text in ("nan", "NaN + 1i", entry["answer"])] == [0.0, 0.0, 1.0]
+    with pytest.raises(ValueError, match="game_of_life_halting gives full marks to nonsense"):
+        gym_score(gym_entry("game_of_life_halting"), "True")
+    assert len(GYM_TASKS) + 1 == 106  # as the documentation says
+
+
+GYM_TASKS = sorted(set(reasoning_gym.factory.DATASETS) - {"composite"})
+# Entries without one right answer: the task checks what is proposed, and stores none.
+WITHOUT_ANSWER = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", sorted(set(GYM_TASKS) - {"game_of_life_halting"}))
+def test_every_gym_task_by_name(task: str, pool: RewardPool) -> None:
+    """A reward process scores rows as in a run: the stored answer gets 1, nonsense gets less, and nothing fails."""
+    shots = 1 if task in WITHOUT_ANSWER else 2
+    rows = make_rows(TaskSource(task=f"reasoning_gym/{task}", split="train", size=2, args={"shots": shots}))
+    nonsense = ["nonsense", "", "[]", "{}", "None", "nan", "1/0", "9" * 50, "a b\nc"]
+    for row in rows:
+        columns = {name: row[name] for name in ("answer", "metadata", "question")}
+        responses = nonsense if task in WITHOUT_ANSWER else [*nonsense, str(row["answer"])]
+        outcome = pool.score(3, "p", responses, columns)
+        assert outcome.failures == ()
+        assert all(score < 1.0 for score in outcome.scores[: len(nonsense)])
+        assert task in WITHOUT_ANSWER or outcome.scores[-1] == 1.0

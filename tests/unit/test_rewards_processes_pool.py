@@ -71,49 +71,30 @@ def failures_of(pool: RewardPool, name: str, **columns: object) -> tuple[Failure
         ("writes_rubbish", "died", ("wrote invalid data to the connection for its answers",)),
         ("writes_a_large_header", "died", ("wrote invalid data to the connection for its answers",)),
         ("eats_memory", "died", ("ran out of memory; the limit is reward_policy.memory_gib: 8",)),
+        ("batched_raises", "raised", ("no sense in x",)),
+        ("batched_short", "not_a_number", ("returned 1 scores for 3 responses",)),
+        ("batched_sleeps", "timeout", ("in sleeps",)),
     ],
 )
 def test_only_the_culprit_fails(hostile: RewardPool, name: str, kind: str, parts: tuple[str, ...]) -> None:
-    (failure,) = failures_of(hostile, name)
-    assert (failure.sample, failure.kind) == (1, kind)
-    for part in parts:
-        assert part in failure.message
+    """A batched call fails as a whole."""
+    failures = failures_of(hostile, name)
+    culprits = (0, 1, 2) if name.startswith("batched") else (1,)
+    assert [(failure.sample, failure.kind) for failure in failures] == [(sample, kind) for sample in culprits]
+    assert all(part in failure.message for part in parts for failure in failures)
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (float("nan"), "returned nan"),
-        (float("-inf"), "returned -inf"),
-        ("0.5", "returned '0.5' of type str"),
-        ([1.0], "of type list"),
-        (10**400, "too large"),
-    ],
-)
-def test_what_is_no_finite_number(hostile: RewardPool, value: object, expected: str) -> None:
-    (failure,) = failures_of(hostile, "returns", value=value)
-    assert (failure.sample, failure.kind) == (1, "not_a_number")
-    assert expected in failure.message
+NO_NUMBERS = ((float("nan"), "returned nan"), (float("-inf"), "returned -inf"), ("0.5", "returned '0.5' of type str"))
 
 
-def test_what_is_one_and_what_is_no_opinion(hostile: RewardPool) -> None:
+def test_what_is_a_number_and_what_is_no_opinion(hostile: RewardPool) -> None:
+    for value, expected in (*NO_NUMBERS, ([1.0], "of type list"), (10**400, "too large")):
+        (failure,) = failures_of(hostile, "returns", value=value)
+        assert (failure.sample, failure.kind) == (1, "not_a_number")
+        assert expected in failure.message
     for value, score in ((True, 1.0), (3, 3.0), (-0.25, -0.25), (None, None)):
         outcome = hostile.score(HOSTILE.index("returns"), "p", ["a", "x", "b"], {"value": value})
         assert (outcome.scores, outcome.failures) == ((1.0, score, 1.0), ())
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "part"),
-    [
-        ("batched_raises", "raised", "no sense in x"),
-        ("batched_short", "not_a_number", "returned 1 scores for 3 responses"),
-        ("batched_sleeps", "timeout", "in sleeps"),
-    ],
-)
-def test_a_batched_call_fails_as_a_whole(hostile: RewardPool, name: str, kind: str, part: str) -> None:
-    failures = failures_of(hostile, name)
-    assert [(f.sample, f.kind) for f in failures] == [(0, kind), (1, kind), (2, kind)]
-    assert all(part in f.message for f in failures)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sleeps", "timeout"), ("dies", "died"), ("raises", "raised")])

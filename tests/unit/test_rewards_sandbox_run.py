@@ -37,16 +37,12 @@ NAME = f"sandbox-test-{os.getpid()}"
 
 @pytest.fixture(scope="module", params=["landlock", "bubblewrap"])
 def sandbox(request: pytest.FixtureRequest) -> Sandbox:
-    return made_by(request.param)
-
-
-def made_by(rung: Rung) -> Sandbox:
     try:
-        return Sandbox(rungs=[rung], memory_mib=256)
+        return Sandbox(rungs=[request.param], memory_mib=256)
     except SandboxError as error:
-        if has(rung):
+        if has(request.param):
             raise
-        pytest.skip(f"THE RUNG {rung} IS NOT TESTED HERE: {error}")
+        pytest.skip(f"THE RUNG {request.param} IS NOT TESTED HERE: {error}")
 
 
 def has(rung: Rung) -> bool:
@@ -74,10 +70,13 @@ class Host:
             listener.setblocking(False)
             if listener.type == socket.SOCK_STREAM:
                 listener.listen()
-        self.limits = psutil.Process().rlimit(psutil.RLIMIT_NOFILE)
-        self.nice = os.getpriority(os.PRIO_PROCESS, 0)
-        self.modified = self.secret.stat().st_mtime_ns
+        self.before = self.state()
         self.children = set(psutil.Process().children())  # such as a Ray of other tests
+
+    def state(self) -> tuple[object, ...]:
+        files, status = [path.name for path in self.folder.iterdir()], self.secret.stat()
+        limits = psutil.Process().rlimit(psutil.RLIMIT_NOFILE), os.getpriority(os.PRIO_PROCESS, 0)
+        return files, self.secret.read_text(), status.st_mode, status.st_nlink, status.st_mtime_ns, *limits
 
     def program(self, name: str) -> str:
         return string.Template(PROGRAMS[name]).substitute(
@@ -86,17 +85,12 @@ class Host:
 
     def check(self) -> None:
         """Nothing has changed, nobody has called, nothing is left."""
-        status = self.secret.stat()
-        assert (self.secret.read_text(), status.st_mode & 0o777, status.st_nlink) == ("secret", 0o666, 1)
-        assert status.st_mtime_ns == self.modified
-        assert [p.name for p in self.folder.iterdir()] == ["secret"]
+        assert self.state() == self.before
         assert not Path("/dev/shm/escaped").exists()
         for listener in self.listeners:
             with pytest.raises(BlockingIOError):
                 listener.accept() if listener.type == socket.SOCK_STREAM else listener.recv(1)
         assert set(psutil.Process().children()) <= self.children
-        assert psutil.Process().rlimit(psutil.RLIMIT_NOFILE) == self.limits
-        assert os.getpriority(os.PRIO_PROCESS, 0) == self.nice
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,13 @@ def play(name: str, args: dict[str, Any], columns: dict[str, Any], *says: str, s
 
     async def run() -> Told:
         host = EnvironmentHost(CodeSource(path=None, name=name, args=args), step_timeout_s=30.0, memory_gib=8.0)
-        try:
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(host.stop)
             description = await host.start()
             conversation = await host.open()
-            try:
-                first = await conversation.reset(seed, description.select(columns))
-                return first, [await conversation.step(text) for text in says]
-            finally:
-                await conversation.end()
-        finally:
-            await host.stop()
+            stack.push_async_callback(conversation.end)
+            first = await conversation.reset(seed, description.select(columns))
+            return first, [await conversation.step(text) for text in says]
 
     return asyncio.run(asyncio.wait_for(run(), 120.0))
 
@@ -82,10 +80,8 @@ def test_what_is_not_installed_names_its_extra(name: str, args: dict[str, Any]) 
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The page's server with the page's environment."""
     folder = tmp_path_factory.mktemp("server")
-    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL):
-        name = re.match(r"# (\S+)\n", block)
-        assert name is not None
-        (folder / name[1]).write_text(block)
+    for name, block in re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL):
+        (folder / name).write_text(block)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen([sys.executable, "serve.py", str(port)], cwd=folder)

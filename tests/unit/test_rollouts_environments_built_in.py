@@ -1,4 +1,4 @@
-"""The built-in environments work, and so do the generated rows."""
+"""The built-in environments and the generated rows work, and an invalid tool call is answered with the mistake."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 from rlhf.data.tasks import TaskSource, make_rows
 from rlhf.rollouts.environments.calculator import Calculator, evaluate_expression
 from rlhf.rollouts.environments.guess_number import GuessNumber
+from rlhf.rollouts.environments.tool_calls import ToolCall, read_calls
 
 
 def test_a_guess_is_answered_until_it_is_right_and_a_secret_is_its_seeds() -> None:
@@ -80,3 +81,42 @@ def test_splits_are_drawn_apart() -> None:
         for s in ("sft", "train", "eval")
     )
     assert len(sft | train | held_out) == len(sft) + len(train) + len(held_out)
+
+
+PROPERTIES = {"a": {"type": "integer"}, "b": {"type": "number"}}
+PARAMETERS = {"type": "object", "properties": PROPERTIES, "required": ["a"]}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": PARAMETERS}}]
+
+
+def call(arguments: str, name: str = "add") -> ToolCall:
+    return ToolCall(name=name, arguments=arguments)
+
+
+def test_calls_that_fit_are_handed_on() -> None:
+    read = read_calls((call('{"a": 1, "b": 2.5}'), call('{"a": 2}')), TOOLS)
+    assert read == ([{"name": "add", "arguments": {"a": 1, "b": 2.5}}, {"name": "add", "arguments": {"a": 2}}], ())
+    assert read_calls((), TOOLS) == ([], ())
+    anything = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": True}}}}
+    assert read_calls((call('{"a": [1]}'),), [anything]) == ([{"name": "add", "arguments": {"a": [1]}}], ())
+
+
+@pytest.mark.parametrize(
+    ("made", "answer"),
+    [
+        (None, "could not be read"),
+        ((call("{}"),), "add lacks the argument a"),
+        ((call('{"a": 1, "c": 2}'),), "add has no argument c"),
+        ((call('{"a": "1"}'),), "the argument a of add must be of type integer"),
+        ((call('{"a": true}'),), "must be of type integer"),
+        ((call('"1"'),), "the arguments of add are no object"),
+        ((call('{"a": '),), "the arguments of add are no object"),
+        ((call("{}", name="sub"),), "there is no tool 'sub'; there is add"),
+    ],
+)
+def test_what_does_not_fit_is_told(made: tuple[ToolCall, ...] | None, answer: str) -> None:
+    calls, problems = read_calls(made, TOOLS)
+    assert calls == []
+    assert answer in problems[0]
+    calls, (first, *_) = read_calls((call('{"a": 1}'), *(made or ()), call("{}")), TOOLS)
+    assert calls == []
+    assert "not called" in first  # one wrong call keeps the others from being made
