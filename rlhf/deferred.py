@@ -1,6 +1,6 @@
 """Defer the import of slow modules, such as torch, until the first use of a name.
 
-A module loaded before the command needs torch takes torch from here. Annotations import torch for type checkers.
+A module loaded before the command needs torch takes torch, and the types in annotations of tensors, from here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["DeferredModule", "safetensors_torch", "torch", "transformers"]
+__all__ = ["Bool", "DeferredModule", "Float", "Int", "Tensor", "safetensors_torch", "torch", "transformers"]
 
 
 class DeferredModule(ModuleType):
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     import safetensors.torch as safetensors_torch
     import torch
     import transformers
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
 else:
+    Bool = Float = Int = Tensor = Any  # annotations are never evaluated
     safetensors_torch = DeferredModule("safetensors.torch")
     torch = DeferredModule("torch")
     transformers = DeferredModule("transformers")

@@ -29,25 +29,16 @@ class NodeNotReplaced(RunError):
 class WorkerLost(RunError):
     """A worker no longer works: the process died, or gave no answer and was given up.
 
-    A worker started in the same place can repeat the work (rlhf.controller.supervisor). If the loss still ends the run,
-    the message says that the run can be resumed.
+    A worker started in the same place can repeat the work. If the loss ends the run, the message says how to resume.
     """
 
     def __init__(
         self, reason: str, *, role: str, rank: int, stage: str, kind: LossKind, stack: str | None = None
     ) -> None:
-        """Create the error.
-
-        Args:
-            stack: of a hung worker.
-        """
+        """Create the error. `stack`: of a hung worker."""
         super().__init__(f"{reason} {RESUMES}")
-        self.reason = reason
-        self.role = role
-        self.rank = rank
-        self.stage = stage
-        self.kind = kind
-        self.stack = stack
+        self.reason, self.role, self.rank = reason, role, rank
+        self.stage, self.kind, self.stack = stage, kind, stack
 
 
 class ResultsLost(WorkerLost):

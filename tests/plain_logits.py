@@ -37,3 +37,8 @@ def dynamic_fine_tuning(logprobs: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"])
     """Return negative_logprob times the token's probability without gradient (DFT, arXiv:2508.05629)."""
     losses = negative_logprob(logprobs, mask)
     return losses * (-losses).detach().exp()
+
+
+def masked_mean(values: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]) -> Float[Tensor, ""]:
+    """Return the mean of the counted values."""
+    return values[mask].mean()

@@ -66,12 +66,9 @@ class RunContext:
 
 def _policy(run: RunContext) -> PolicyGang | OfflineGang:
     config, algorithm = run.config, run.config.algorithm
-    options: dict[str, Any] = {"optimizer_steps": derive.policy_optimizer_steps(config)}
-    if algorithm.is_online and not algorithm.has_teacher:
-        options["reference_is_adapter_off"] = derive.reference_is_adapter_off(config)
     gang: type[PolicyGang | OfflineGang] = PolicyGang if algorithm.is_online else OfflineGang
     rank = StreamedPolicyRank if config.train.streamed else RANKS[algorithm.kind]
-    return run.gang(gang, rank, config, **options)
+    return run.gang(gang, rank, config, optimizer_steps=derive.policy_optimizer_steps(config))
 
 
 def _critic(run: RunContext) -> CriticGang:

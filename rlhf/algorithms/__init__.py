@@ -1,7 +1,4 @@
-"""Define the algorithms, one file each. The table below is the only list of algorithms.
-
-Users name further algorithms in a configuration (rlhf.algorithms.custom).
-"""
+"""The table of the algorithms, one file each. Users name further algorithms (rlhf.algorithms.custom)."""
 
 from __future__ import annotations
 

@@ -45,6 +45,7 @@ class AlgorithmConfig(Section):
     needs_gold: ClassVar[bool] = False  # whether a row has a gold response in addition to its pair
     normalizes_rewards: ClassVar[bool] = False  # whether each reward is normalised within its group
     wants_greedy: ClassVar[bool] = False  # whether each prompt also gets a greedy response as a baseline
+    code_digest: ClassVar[str] = ""  # of the code, if the algorithm is not built in
     name: str
     """The algorithm."""
 
@@ -52,11 +53,6 @@ class AlgorithmConfig(Section):
     def short_name(self) -> str:
         """The name without a folder, the same on every machine."""
         return self.name
-
-    @property
-    def code_digest(self) -> str:
-        """A digest of the code, if the algorithm is not built in."""
-        return ""
 
     @property
     def is_online(self) -> bool:
@@ -120,18 +116,15 @@ class AlgorithmConfig(Section):
 
     def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
         """Yield contradictions with the rest of an online run: the key and the text of the message after the key."""
-        yield from ()
+        return iter(())
 
     def unused_keys(self) -> Iterator[UnusedKey]:
         """Yield keys without effect by rules beyond the marks of rlhf.sections."""
-        yield from ()
+        return iter(())
 
 
 class Algorithm:
-    """An algorithm: the mathematics that differs within a kind of algorithms.
-
-    The annotation of `config` names the class of the configuration section. All other facts follow from this class.
-    """
+    """The mathematics of an algorithm. The annotation of `config` names the class of the configuration section."""
 
     config: AlgorithmConfig
 

@@ -32,10 +32,9 @@ class CISPO(GroupRelative):
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
         config, mask = self.config, batch.response_mask
         ratio = policy_loss.importance_ratio(batch.logprobs.detach(), batch.old_logprobs, mask)
+        low, high = config.min_ratio, config.max_ratio
         return Surrogate(
-            per_token=weighted_loss.cispo(
-                ratio, batch.logprobs, batch.advantages, mask, min_ratio=config.min_ratio, max_ratio=config.max_ratio
-            ),
+            per_token=weighted_loss.cispo(ratio, batch.logprobs, batch.advantages, mask, min_ratio=low, max_ratio=high),
             ratio=ratio,
-            clipped=mask & ((ratio < config.min_ratio) | (ratio > config.max_ratio)),
+            clipped=mask & ((ratio < low) | (ratio > high)),
         )

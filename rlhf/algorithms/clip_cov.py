@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,11 +11,8 @@ from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.microbatch import PolicyMicrobatch, StepTokens, Surrogate
 from rlhf.algorithms.online import clipped
 from rlhf.algorithms.online_config import ClippedConfig, StepUse
+from rlhf.deferred import Bool, Tensor
 from rlhf.objectives import entropy
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool
-    from torch import Tensor
 
 
 class ClipCovConfig(ClippedConfig):
@@ -50,15 +47,9 @@ class ClipCov(GroupRelative):
 
     def selected(self, step: StepTokens) -> Bool[Tensor, " N"]:
         """Return True for the tokens without a gradient."""
-        everywhere = step.advantages.new_ones(len(step.advantages)).bool()
-        return entropy.drawn_covariance_tokens(
-            entropy.advantage_covariance(step.old_logprobs, step.advantages, everywhere),
-            everywhere,
-            step.order,
-            low=self.config.min_covariance,
-            high=self.config.max_covariance,
-            fraction=self.config.fraction,
-        )
+        config, covariance = self.config, entropy.advantage_covariance(step.old_logprobs, step.advantages)
+        low, high = config.min_covariance, config.max_covariance
+        return entropy.drawn_covariance_tokens(covariance, step.order, low=low, high=high, fraction=config.fraction)
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
         assert batch.selected is not None

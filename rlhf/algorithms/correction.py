@@ -1,8 +1,7 @@
 """Configure and compute the correction of tokens sampled by other kernels or older weights than the trained policy's.
 
 The correction is a factor for each token's policy loss. A rejected or masked token has factor 0 and still counts in the
-denominator of the step's loss: the number of such tokens may be known only during the step, and a denominator of local
-tokens would depend on micro-batches and ranks.
+denominator of the step's loss: a denominator of local tokens would depend on micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -10,17 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import AfterValidator, Field, model_validator
 
 from rlhf.algorithms.microbatch import Correction, PolicyMicrobatch, Surrogate
+from rlhf.deferred import Bool, Tensor
 from rlhf.objectives import corrections, policy_loss
 from rlhf.sections import NotWith, Section
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool
-    from torch import Tensor
 
 Bounds = tuple[float | None, float | None]
 Preset = Literal[
@@ -99,12 +95,7 @@ class RejectConfig(Section):
     @property
     def bounds(self) -> Mapping[str, Bounds]:
         """Return the bounds in effect, by key."""
-        values = {name: getattr(self, name) for name in type(self).model_fields}
-        return {
-            name: value if isinstance(value, tuple) else (None, value)
-            for name, value in values.items()
-            if value is not None
-        }
+        return {key: value if isinstance(value, tuple) else (None, value) for key, value in self if value is not None}
 
 
 class CorrectionConfig(Section):
@@ -176,10 +167,7 @@ _LEVELS: dict[str, corrections.Level] = {"geometric_mean": "sequence_mean", "seq
 
 
 def corrected(config: CorrectionConfig, batch: PolicyMicrobatch, surrogate: Surrogate) -> tuple[Surrogate, Correction]:
-    """Return the surrogate multiplied by the correction weights, and the correction.
-
-    In mode policy_gradient the surrogate is the plain policy gradient instead of the algorithm's own.
-    """
+    """Return the surrogate times the correction weights, and the correction. policy_gradient replaces the surrogate."""
     result = correction(config, batch)
     if config.mode == "policy_gradient":
         mask = batch.response_mask
@@ -230,12 +218,6 @@ def _kept(config: CorrectionConfig, batch: PolicyMicrobatch, gap: tuple[Tensor, 
             high=math.inf if high is None else high,
         )
     if config.off_policy_mask is not None:
-        keep = keep & corrections.on_policy_sequences(
-            batch.logprobs.detach(),
-            batch.rollout_logprobs,
-            batch.advantages,
-            mask,
-            lengths,
-            max_kl=config.off_policy_mask,
-        )
+        columns = (batch.logprobs, batch.rollout_logprobs, batch.advantages, mask, lengths)
+        keep = keep & corrections.on_policy_sequences(*columns, max_kl=config.off_policy_mask)
     return keep

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from rlhf.algorithms.pairs import PairAlgorithm, PairScores, PreferenceConfig
+from rlhf.deferred import Float, Tensor
 from rlhf.objectives import preference_loss as of
 from rlhf.sections import OnlyWith
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 
 class CPOConfig(PreferenceConfig):

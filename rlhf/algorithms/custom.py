@@ -1,7 +1,6 @@
 """Load algorithms of users: a class in a file, or a class offered by an installed package.
 
-The configuration of such an algorithm is pickled by the algorithm's name. Every process of a run, on any node, loads
-the code anew and compares the code with the driver's.
+Such a configuration is pickled by the algorithm's name. Every process of a run loads and compares the code.
 """
 
 from __future__ import annotations
@@ -67,10 +66,7 @@ def _restore(name: str, digest: str) -> Any:
 
 
 def custom_config_class(name: str, *, built_ins: Collection[str] = ()) -> type[AlgorithmConfig]:
-    """Load an algorithm, and return its configuration class with this name as the only value of the key `name`.
-
-    UserError: the class cannot be loaded, or is no algorithm.
-    """
+    """Load an algorithm, and return its configuration class with this name as the only value of the key `name`."""
     source = find_code("algorithm", name, built_ins=built_ins, folders=(Path(),))
     short_name = name
     if source.path is not None:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from rlhf.algorithms.algorithm import Responses
 from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.online_config import ClippedConfig, StepUse
+from rlhf.deferred import Float, Int, Tensor
 from rlhf.objectives import rewards
 from rlhf.sections import Section
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Tensor
 
 
 class OverlongConfig(Section):
@@ -42,8 +39,8 @@ class DAPOConfig(ClippedConfig):
         """Yield a buffer of the length penalty longer than a response."""
         most = responses.max_tokens
         if self.overlong is not None and self.overlong.buffer > most:
-            key = responses.max_tokens_key
-            text = f"is {self.overlong.buffer} and must be at most {key} = {most}, the end of the buffer; lower it"
+            limit = f"{responses.max_tokens_key} = {most}"
+            text = f"is {self.overlong.buffer} and must be at most {limit}, the end of the buffer; lower it"
             yield "algorithm.overlong.buffer", text
 
 
@@ -56,9 +53,7 @@ class DAPO(GroupRelative):
         self, scores: Float[Tensor, " B"], num_tokens: Int[Tensor, " B"], *, max_new_tokens: int
     ) -> Float[Tensor, " B"]:
         """Return the scores minus the overlong penalty."""
-        overlong = self.config.overlong
-        if overlong is None:
+        if (overlong := self.config.overlong) is None:
             return scores
-        return scores + overlong.factor * rewards.overlong_penalty(
-            num_tokens, max_tokens=max_new_tokens, buffer=overlong.buffer
-        )
+        penalty = rewards.overlong_penalty(num_tokens, max_tokens=max_new_tokens, buffer=overlong.buffer)
+        return scores + overlong.factor * penalty

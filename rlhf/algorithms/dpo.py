@@ -8,19 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from rlhf.algorithms.algorithm import UnusedKey
 from rlhf.algorithms.pairs import PairAlgorithm, PairScores, PreferenceConfig
+from rlhf.deferred import Float, Tensor
 from rlhf.objectives import divergences
 from rlhf.objectives import preference_loss as of
 from rlhf.sections import OnlyWith
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 DPOLoss = Literal[
     "sigmoid", "robust", "ipo", "hinge", "exo", "nca", "bco", "sppo", "aot", "aot_unpaired", "apo_zero", "apo_down",
@@ -70,9 +67,7 @@ class LogRatioConfig(PreferenceConfig):
             raise ValueError("`loss: exo` needs `label_smoothing` above 0; a usual value is 0.001")
         if self.wpo and COUPLED & names:
             coupled = ", ".join(sorted(COUPLED & names))
-            raise ValueError(
-                f"`wpo` weights single pairs, but `loss: {coupled}` depends on all pairs; use only one of them"
-            )
+            raise ValueError(f"`wpo` weights single pairs, but `loss: {coupled}` depends on all pairs; use only one")
         if self.divergence != "reverse_kl" and not names <= OF_MARGINS:
             others = ", ".join(sorted(names - OF_MARGINS))
             raise ValueError(f"`divergence` works only with loss {', '.join(sorted(OF_MARGINS))}, not with {others}")
@@ -80,8 +75,7 @@ class LogRatioConfig(PreferenceConfig):
 
     @property
     def uses_reference(self) -> bool:
-        """Return True: the losses are of log-ratios to the reference."""
-        return True
+        return True  # the losses are of log-ratios
 
     def unused_keys(self) -> Iterator[UnusedKey]:
         """Yield label_smoothing unless read by a loss."""
@@ -123,8 +117,9 @@ class LogRatioAlgorithm(PairAlgorithm):
         chosen, rejected = scores.chosen - scores.ref_chosen, scores.rejected - scores.ref_rejected
         if self.config.length_normalize:
             chosen, rejected = chosen / scores.chosen_tokens, rejected / scores.rejected_tokens
+        if self.config.divergence == "reverse_kl":
+            return chosen, rejected
         transforms: dict[str, Callable[[Tensor], Tensor]] = {
-            "reverse_kl": lambda log_ratios: log_ratios,
             "forward_kl": divergences.forward_kl_scores,
             "jensen_shannon": divergences.jensen_shannon_scores,
             "alpha": partial(divergences.alpha_divergence_scores, alpha=self.config.divergence_alpha),

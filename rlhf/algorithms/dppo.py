@@ -31,8 +31,8 @@ class DPPOConfig(OnlineConfig):
 class DPPO(GroupRelative):
     """The loss is CISPO's, over the tokens inside the trust region.
 
-    The paper's old policy is the sampler. Here the old policy is the trainer's policy at the start of the update,
-    unless correction.mode is bypass.
+    Deviation from the paper: the old policy is the trainer's policy at the start of the update, not the sampler, unless
+    correction.mode is bypass.
     """
 
     config: DPPOConfig

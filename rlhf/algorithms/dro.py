@@ -33,7 +33,5 @@ class DRO(GroupRelative):
     config: DROConfig
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
-        mask = batch.response_mask
-        return unclipped(
-            batch, weighted_loss.dro(batch.logprobs, batch.old_logprobs, batch.advantages, mask, beta=self.config.beta)
-        )
+        columns = (batch.logprobs, batch.old_logprobs, batch.advantages, batch.response_mask)
+        return unclipped(batch, weighted_loss.dro(*columns, beta=self.config.beta))

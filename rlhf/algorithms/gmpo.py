@@ -31,19 +31,12 @@ class GMPO(GroupRelative):
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
         config, mask, advantages = self.config, batch.response_mask, batch.advantages
-        ratio = sequence_ratios.geometric_mean_ratio(
-            batch.logprobs,
-            batch.old_logprobs,
-            advantages,
-            mask,
-            batch.lengths,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-        )
+        low, high = config.clip_low, config.clip_high
+        columns = (batch.logprobs, batch.old_logprobs, advantages, mask, batch.lengths)
+        ratio = sequence_ratios.geometric_mean_ratio(*columns, clip_low=low, clip_high=high)
         log_ratio = (batch.logprobs.detach() - batch.old_logprobs).where(mask, 0.0)
         return Surrogate(
             per_token=(-ratio * advantages).where(mask, 0.0),
             ratio=ratio.detach(),
-            clipped=((log_ratio > config.clip_high) & (advantages > 0))
-            | ((log_ratio < -config.clip_low) & (advantages < 0)),
+            clipped=((log_ratio > high) & (advantages > 0)) | ((log_ratio < -low) & (advantages < 0)),
         )

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from rlhf.algorithms.grpo import GROUP_STD_EPS
 from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes, plain_gradient
 from rlhf.algorithms.online_config import OnlineConfig
+from rlhf.deferred import Float, Tensor
 from rlhf.objectives import advantages
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 
 class GPGConfig(OnlineConfig):
@@ -24,8 +21,7 @@ class GPGConfig(OnlineConfig):
 
 
 class GPG(OnlineAlgorithm):
-    """Centred scores are multiplied by num_groups / num_groups_with_unequal_scores, which keeps flat groups from
-    diluting the gradient.
+    """Centred scores times num_groups / num_groups_with_unequal_scores: flat groups do not dilute the gradient.
 
     Deviation from the paper: the factor is computed over the step's whole batch, not over a minibatch.
     """

@@ -1,17 +1,13 @@
-"""GRPO (arXiv:2402.03300) takes advantages from a prompt's group of responses, with a clipped surrogate and no
-critic."""
+"""GRPO (arXiv:2402.03300) takes advantages from a prompt's group of responses, with a clipped surrogate, no critic."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.algorithms.online_config import ClippedConfig, StepUse
+from rlhf.deferred import Float, Tensor
 from rlhf.objectives import advantages
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 FLAT_BELOW = 1e-9  # an advantage that is 0 but for rounding, in float64
 GROUP_STD_EPS = 1e-6  # the published codes use 1e-4 (TRL), 1e-6 (verl), 1e-8 and 1e-9: it matters only near std 0

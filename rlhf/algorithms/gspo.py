@@ -27,17 +27,14 @@ class SequenceClip(GroupRelative):
     """Each token's ratio is the geometric mean of the response's token ratios.
 
     The loss is the paper's token form (eq. 14). The gradient equals the gradient of the sequence form (eq. 5) if all
-    tokens of a response share an advantage and a weight. Corrections, token selection or step credit give tokens
-    unequal weights. In the token form each weight then multiplies the gradient of a single token.
+    tokens of a response share an advantage and a weight: not under corrections, token selection or step credit.
     """
 
     config: SequenceClipConfig
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
-        ratio = sequence_ratios.sequence_token_ratio(
-            batch.logprobs, batch.old_logprobs, batch.response_mask, batch.lengths
-        )
-        return clipped(self.config, batch, ratio)
+        columns = (batch.logprobs, batch.old_logprobs, batch.response_mask, batch.lengths)
+        return clipped(self.config, batch, sequence_ratios.sequence_token_ratio(*columns))
 
 
 class GSPOConfig(SequenceClipConfig):

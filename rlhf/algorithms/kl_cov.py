@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,11 +10,8 @@ from rlhf.algorithms.grpo import GroupRelative
 from rlhf.algorithms.microbatch import PolicyMicrobatch, StepTokens, Surrogate
 from rlhf.algorithms.online import unclipped
 from rlhf.algorithms.online_config import OnlineConfig, StepUse
+from rlhf.deferred import Bool, Tensor
 from rlhf.objectives import entropy, kl, policy_loss
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool
-    from torch import Tensor
 
 
 class KLCovConfig(OnlineConfig):
@@ -41,9 +38,8 @@ class KLCov(GroupRelative):
 
     def selected(self, step: StepTokens) -> Bool[Tensor, " N"]:
         """Return True for the tokens with a penalty."""
-        everywhere = step.advantages.new_ones(len(step.advantages)).bool()
-        covariance = entropy.advantage_covariance(step.old_logprobs, step.advantages, everywhere)
-        return entropy.top_covariance_tokens(covariance, everywhere, fraction=self.config.fraction)
+        covariance = entropy.advantage_covariance(step.old_logprobs, step.advantages)
+        return entropy.top_covariance_tokens(covariance, fraction=self.config.fraction)
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
         assert batch.selected is not None

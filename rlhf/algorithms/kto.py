@@ -6,16 +6,13 @@ The reference is the policy before training. The reference's log-probabilities a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from rlhf.algorithms.algorithm import Algorithm, AlgorithmConfig, Kind
+from rlhf.deferred import Bool, Float, Tensor
 from rlhf.objectives import unpaired_loss
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
-    from torch import Tensor
 
 Comparison = Literal["divergence", "mean", "zero"]
 _COMPARED: Mapping[str, Comparison] = {"kto": "divergence", "bco": "mean", "apo_zero": "zero"}
@@ -39,8 +36,7 @@ class KTOConfig(AlgorithmConfig):
 
     @property
     def uses_reference(self) -> bool:
-        """Return True: rewards are log-ratios to the reference."""
-        return True
+        return True  # rewards are log-ratios
 
     @property
     def compares_with(self) -> Comparison:
@@ -49,7 +45,6 @@ class KTOConfig(AlgorithmConfig):
 
     @property
     def compares_with_divergence(self) -> bool:
-        """Whether a row also pairs the prompt with another row's response."""
         return self.compares_with == "divergence"
 
 
@@ -68,9 +63,8 @@ class KTO(Algorithm):
     ) -> Float[Tensor, " B"]:
         """Return one loss per response, weighted by the label."""
         config = self.config
-        weights = unpaired_loss.label_weights(
-            labels, desirable=config.desirable_weight, undesirable=config.undesirable_weight, dtype=log_ratios.dtype
-        )
+        good, bad = config.desirable_weight, config.undesirable_weight
+        weights = unpaired_loss.label_weights(labels, desirable=good, undesirable=bad, dtype=log_ratios.dtype)
         if config.loss == "kto":
             return weights * unpaired_loss.kto(log_ratios, labels, beta=config.beta, kl=compared)
         if config.loss == "bco":

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
-    from torch import Tensor
+from rlhf.deferred import Bool, Float, Int, Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

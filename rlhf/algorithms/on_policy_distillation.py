@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,12 +12,9 @@ from rlhf.algorithms.grpo import GROUP_STD_EPS
 from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.algorithms.online_config import ClippedConfig
+from rlhf.deferred import Float, Tensor
 from rlhf.objectives import advantages, distillation
 from rlhf.sections import OnlyWith
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 
 class OnPolicyDistillationConfig(AlgorithmConfig):
@@ -43,23 +40,19 @@ class OnPolicyDistillationConfig(AlgorithmConfig):
 
     @property
     def reads_teacher_states(self) -> bool:
-        """Whether the loss reads the teacher's distributions instead of its log-probabilities of sampled tokens."""
         return self.divergence != "sampled_reverse_kl"
 
     @property
     def trusts_sampler(self) -> bool:
-        """Whether there are importance ratios."""
-        return not self.reads_teacher_states
+        return not self.reads_teacher_states  # as there are importance ratios
 
     @property
     def needs_rewards(self) -> bool:
-        """Whether rewards are trained on, not only logged."""
         return self.reward_coef > 0.0
 
     @property
     def compares_responses(self) -> bool:
-        """Whether there are advantages from rewards."""
-        return self.needs_rewards
+        return self.needs_rewards  # by advantages
 
 
 class OnPolicyDistillation(Algorithm):

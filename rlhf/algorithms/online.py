@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
 
 from rlhf.algorithms.algorithm import Algorithm
 from rlhf.algorithms.correction import corrected
-from rlhf.algorithms.microbatch import (
-    LossTerms,
-    PolicyMicrobatch,
-    StepCounts,
-    StepTokens,
-    Surrogate,
-)
+from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts, StepTokens, Surrogate
 from rlhf.algorithms.online_config import ClippedConfig, OnlineConfig
+from rlhf.deferred import Bool, Float, Int, Tensor
 from rlhf.objectives import advantages, aggregation, kl, masking, policy_loss
 from rlhf.tracking.metrics.histograms import RATIO_EDGES
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +68,7 @@ class OnlineAlgorithm(Algorithm):
         return scores
 
     def is_flat(self, outcomes: SequenceOutcomes) -> bool:
-        """Whether all responses of a group get an advantage of 0 (default: if their scores are equal).
-
-        Called only if the algorithm compares responses.
-        """
+        """Whether all responses of a group get an advantage of 0 (default: if their scores are equal)."""
         return len(set(outcomes.scores.tolist())) == 1
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"] | None:
@@ -115,9 +102,9 @@ class OnlineAlgorithm(Algorithm):
 
     def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
         """Return the policy loss of each token, before correction, penalty and bonus (default: PPO's clipped loss)."""
-        if not isinstance(self.config, ClippedConfig):
-            raise TypeError(f"{type(self).__name__} must define `surrogate`, because its config is no ClippedConfig")
-        return clipped(self.config, batch)
+        if isinstance(self.config, ClippedConfig):
+            return clipped(self.config, batch)
+        raise TypeError(f"{type(self).__name__} must define `surrogate`, because its config is no ClippedConfig")
 
     def policy_loss(self, batch: PolicyMicrobatch, counts: StepCounts, *, kl_coef: float) -> LossTerms:
         """Return this micro-batch's share of the loss: `surrogate` with correction, KL penalty and entropy bonus.
@@ -159,10 +146,7 @@ class OnlineAlgorithm(Algorithm):
 
 
 def clipped(config: ClippedConfig, batch: PolicyMicrobatch, ratio: Float[Tensor, " N"] | None = None) -> Surrogate:
-    """Return PPO's clipped surrogate with the configured bounds.
-
-    ratio: replaces each token's importance ratio, if given.
-    """
+    """Return PPO's clipped surrogate with the configured bounds. `ratio` may replace each token's importance ratio."""
     mask, advantages = batch.response_mask, batch.advantages
     if ratio is None:
         ratio = policy_loss.importance_ratio(batch.logprobs, batch.old_logprobs, mask)

@@ -123,18 +123,15 @@ class OnlineConfig(FollowedReferenceConfig):
 
     @property
     def uses_reference(self) -> bool:
-        """Whether a penalty keeps the policy near the reference."""
         return self.kl.coef > 0.0
 
     @property
     def compares_responses(self) -> bool:
-        """Whether a response's advantage depends on the rest of the group (default: True)."""
         return True
 
     @property
     def trusts_sampler(self) -> bool:
-        """Return True: importance ratios compare with the policy before the update."""
-        return True
+        return True  # importance ratios compare with the policy before the update
 
     @field_validator("correction")
     @classmethod

@@ -17,8 +17,7 @@ class OnlineDPOConfig(LogRatioConfig, FollowedReferenceConfig):
 
     @property
     def compares_responses(self) -> bool:
-        """Return True: a pair is chosen among the responses to a prompt."""
-        return True
+        return True  # a pair is chosen among the responses to a prompt
 
 
 class OnlineDPO(LogRatioAlgorithm):

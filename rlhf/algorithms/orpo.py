@@ -1,19 +1,15 @@
-"""ORPO (arXiv:2403.07691) is supervised fine-tuning on the chosen response with an odds-ratio penalty on the
-rejected."""
+"""ORPO (arXiv:2403.07691) is supervised fine-tuning on the chosen response with a penalty on the odds ratio."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from rlhf.algorithms.algorithm import AlgorithmConfig, Kind
 from rlhf.algorithms.pairs import PairAlgorithm, PairScores
+from rlhf.deferred import Float, Tensor
 from rlhf.objectives import preference_loss
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 
 class ORPOConfig(AlgorithmConfig):

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
 from rlhf.algorithms.algorithm import Algorithm, AlgorithmConfig, Kind
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
+from rlhf.deferred import Float, Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +55,7 @@ class PairAlgorithm(Algorithm):
             self.sft_coef, self.wpo = config.sft_coef, config.wpo
 
     def pair(self, scores: Sequence[float]) -> tuple[int, int] | None:
-        """Return the best and the worst sampled response of a prompt, or None if all scores are equal.
-
-        Ties take the first.
-        """
+        """Return the best and the worst response of a prompt, of equals the first. None: all scores are equal."""
         best, worst = max(scores), min(scores)
         return None if best == worst else (scores.index(best), scores.index(worst))
 

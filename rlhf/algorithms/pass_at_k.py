@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -11,11 +11,8 @@ from rlhf.algorithms.algorithm import Responses
 from rlhf.algorithms.grpo import FLAT_BELOW, GROUP_STD_EPS, GroupRelative
 from rlhf.algorithms.online import SequenceOutcomes
 from rlhf.algorithms.online_config import ClippedConfig
+from rlhf.deferred import Float, Tensor
 from rlhf.objectives import advantages
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 
 class PassAtKConfig(ClippedConfig):
@@ -41,8 +38,7 @@ class PassAtKConfig(ClippedConfig):
 class PassAtK(GroupRelative):
     """Every token of a response has the response's advantage: the contribution to the best of k in the group.
 
-    Deviations from the papers: GRPO's deviations, and scores of any value instead of the binary scores of
-    arXiv:2508.10751.
+    Deviations from the papers: GRPO's, and scores of any value instead of the binary scores of arXiv:2508.10751.
     """
 
     config: PassAtKConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,11 +12,8 @@ from rlhf.algorithms.algorithm import Responses
 from rlhf.algorithms.microbatch import StepCounts, ValueLossTerms, ValueMicrobatch
 from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.algorithms.online_config import ClippedConfig, RewardKLConfig, StepUse
+from rlhf.deferred import Bool, Float, Int, Tensor
 from rlhf.objectives import advantages, aggregation, value_loss
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
-    from torch import Tensor
 
 
 class PPOConfig(ClippedConfig):
@@ -42,21 +39,17 @@ class PPOConfig(ClippedConfig):
 
     @property
     def compares_responses(self) -> bool:
-        """Return False: the critic is the baseline."""
-        return False
+        return False  # the critic is the baseline
 
     @property
     def critic_only_steps(self) -> int:
-        """The number of first steps for training the critic alone."""
         return self.critic_warmup_steps
 
     def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
         """Yield a warm-up of the critic as long as the run."""
-        steps = responses.num_steps
-        if steps is not None and self.critic_warmup_steps >= steps:
-            text = (
-                f"is {self.critic_warmup_steps} and must be below train.steps = {steps}, or the policy is never trained"
-            )
+        warmup, steps = self.critic_warmup_steps, responses.num_steps
+        if steps is not None and warmup >= steps:
+            text = f"is {warmup} and must be below train.steps = {steps}, or the policy is never trained"
             yield "algorithm.critic_warmup_steps", text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -11,11 +11,8 @@ from rlhf.algorithms.algorithm import Responses, UnusedKey
 from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
 from rlhf.algorithms.online import OnlineAlgorithm, unclipped
 from rlhf.algorithms.online_config import LossKLConfig, OnlineConfig
+from rlhf.deferred import Bool, Float, Int, Tensor
 from rlhf.objectives import selection, supervised
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
-    from torch import Tensor
 
 
 class RAFTConfig(OnlineConfig):
@@ -30,13 +27,11 @@ class RAFTConfig(OnlineConfig):
 
     @property
     def most_kept(self) -> int:
-        """The largest number of responses per prompt to train on."""
         return self.keep
 
     @property
     def trusts_sampler(self) -> bool:
-        """Return False: the loss has no importance ratio."""
-        return False
+        return False  # the loss has no importance ratio
 
     def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
         """Yield a number of selected responses that rejects no response, or exceeds the group."""

@@ -24,8 +24,7 @@ class ReinforceConfig(OnlineConfig):
 
     @property
     def compares_responses(self) -> bool:
-        """Return False: the baseline is the batch, not the group."""
-        return False
+        return False  # the baseline is the batch
 
 
 class Reinforce(OnlineAlgorithm):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from rlhf.algorithms.algorithm import Responses
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.algorithms.online_config import ClippedConfig, RewardKLConfig, StepUse
+from rlhf.deferred import Float, Tensor
 from rlhf.objectives import advantages
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 
 class ReinforcePlusPlusConfig(ClippedConfig):
@@ -26,7 +23,6 @@ class ReinforcePlusPlusConfig(ClippedConfig):
 
     @property
     def compares_responses(self) -> bool:
-        """Whether there is a group baseline."""
         return self.group_baseline
 
     def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
@@ -49,8 +45,6 @@ class ReinforcePlusPlus(OnlineAlgorithm):
 
     def sequence_advantages(self, outcomes: SequenceOutcomes) -> Float[Tensor, " B"] | None:
         """Return each score minus the group's mean, or None if advantages are per token."""
-        return (
-            advantages.group_centered(outcomes.scores, group_size=outcomes.group_size)
-            if self.config.group_baseline
-            else None
-        )
+        if not self.config.group_baseline:
+            return None
+        return advantages.group_centered(outcomes.scores, group_size=outcomes.group_size)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.algorithms.online_config import Aggregation, ClippedConfig, RewardKLConfig
+from rlhf.deferred import Float, Tensor
 from rlhf.objectives import advantages
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 
 class ReMaxConfig(ClippedConfig):
@@ -23,8 +20,7 @@ class ReMaxConfig(ClippedConfig):
 
     @property
     def compares_responses(self) -> bool:
-        """Return False: a response is compared only with the greedy response."""
-        return False
+        return False  # a response is compared only with the greedy response
 
 
 class ReMax(OnlineAlgorithm):

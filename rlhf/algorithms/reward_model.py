@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from rlhf.algorithms.algorithm import AlgorithmConfig, Kind
 from rlhf.algorithms.pairs import PairAlgorithm, PairScores
+from rlhf.deferred import Float, Tensor
 from rlhf.objectives import reward_model_loss
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 
 class RewardModelingConfig(AlgorithmConfig):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from rlhf.algorithms.pairs import PairAlgorithm, PairScores, PreferenceConfig
+from rlhf.deferred import Float, Tensor
 from rlhf.objectives import divergences, preference_loss
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 
 class MarginConfig(PreferenceConfig):
@@ -44,10 +41,8 @@ class RewardMargin(PairAlgorithm):
         raise NotImplementedError
 
     def losses(self, scores: PairScores) -> Float[Tensor, " B"]:
-        config = self.config
-        return preference_loss.simpo(
-            *self.scores(scores), beta=config.beta, gamma=config.gamma, label_smoothing=config.label_smoothing
-        )
+        beta, gamma, smoothing = self.config.beta, self.config.gamma, self.config.label_smoothing
+        return preference_loss.simpo(*self.scores(scores), beta=beta, gamma=gamma, label_smoothing=smoothing)
 
     def rewards(self, scores: PairScores) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         """Return beta times the results of `scores`."""

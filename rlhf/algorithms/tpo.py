@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from rlhf.algorithms.pairs import PairScores
 from rlhf.algorithms.simpo import MarginConfig, RewardMargin
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
+from rlhf.deferred import Float, Tensor
 
 
 class TPOConfig(MarginConfig):
@@ -31,8 +28,7 @@ class TPOConfig(MarginConfig):
 
 
 class TPO(RewardMargin):
-    """Rewards are summed log-probabilities, as in CPO. The supervised term uses the gold response, not the chosen
-    response."""
+    """Rewards are summed log-probabilities, as in CPO. The supervised term uses the gold response."""
 
     config: TPOConfig
 

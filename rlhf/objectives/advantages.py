@@ -102,8 +102,7 @@ def group_centered(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Ten
 def group_normalized(
     scores: Float[Tensor, " B"], *, group_size: int, eps: float, counted: Bool[Tensor, " B"] | None = None
 ) -> Float[Tensor, " B"]:
-    """Return each score minus the group's mean, divided by the group's std plus eps (GRPO, arXiv:2402.03300, section
-    4.1.2).
+    """Return each score minus the group's mean, divided by the group's std plus eps (GRPO, arXiv:2402.03300, 4.1.2).
 
     The std is unbiased. A group of equal scores gives zeros. eps is 1e-4 in TRL, 1e-6 in verl, 1e-9 in OpenRLHF. Scores
     are prompt-major; ValueError as in group_centered.
@@ -167,11 +166,9 @@ def group_best_margin(scores: Float[Tensor, " B"], *, group_size: int, k: int) -
     Sets without the response contribute 0. The contributions are the weights of an unbiased gradient of the expected
     best of k, with a leave-one-out baseline (arXiv:2505.15201). With k = group_size the best score gets the distance to
     the second best, and all other scores get 0 (pass@k, arXiv:2503.19595). Equal best scores have no margin. Scores
-    are prompt-major; ValueError as in group_centered, and unless 2 <= k <= group_size.
+    are prompt-major, and 2 <= k <= group_size; ValueError as in group_centered.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="group_best_margin")
-    if not 2 <= k <= group_size:
-        raise ValueError(f"group_best_margin needs 2 <= k <= group_size = {group_size}, got {k}")
     ascending, order = (scores_P_G - scores_P_G.amin(dim=1, keepdim=True)).sort(dim=1, stable=True)
     # number of sets with i best and j second best, divided by all sets: the others are chosen below j
     sets = [math.comb(j, k - 2) / math.comb(group_size, k) for j in range(group_size)]
@@ -186,11 +183,9 @@ def group_best_normalized(scores: Float[Tensor, " B"], *, group_size: int, k: in
 
     Pass@k training (arXiv:2508.10751, the analytic form) for scores of any value: exact over all sets of k of a group.
     The deviation is the population's. Where the deviation is at most eps, the sets do not differ and advantages are 0.
-    Scores are prompt-major; ValueError as in group_centered, and unless 1 <= k < group_size: one set has no baseline.
+    Scores are prompt-major, and 1 <= k < group_size: one set has no baseline. ValueError as in group_centered.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="group_best_normalized")
-    if not 1 <= k < group_size:
-        raise ValueError(f"group_best_normalized needs 1 <= k < group_size = {group_size}, got {k}")
     ascending, order = (scores_P_G - scores_P_G.amin(dim=1, keepdim=True)).sort(dim=1, stable=True)
 
     def column(counts: list[float]) -> Tensor:
@@ -207,25 +202,6 @@ def group_best_normalized(scores: Float[Tensor, " B"], *, group_size: int, k: in
     return torch.empty_like(advantages).scatter(1, order, advantages).flatten()
 
 
-def group_decoupled(
-    by_reward: Mapping[str, Float[Tensor, " B"]],
-    weights: Mapping[str, float],
-    *,
-    group_size: int,
-    eps: float,
-    counted: Mapping[str, Bool[Tensor, " B"]],
-) -> Float[Tensor, " B"]:
-    """Return the weighted sum of the rewards, each normalised in the group, normalised over the batch.
-
-    GDPO, arXiv:2601.05242. Both deviations are unbiased, plus eps. Rewards are prompt-major; ValueError as in
-    group_centered.
-
-    counted: by reward, True for responses with a value. A reward without an entry counts for all responses.
-    """
-    total = group_normalized_sum(by_reward, weights, group_size=group_size, eps=eps, counted=counted)
-    return (total - total.mean()) / (total.std() + eps)
-
-
 def group_normalized_sum(
     by_reward: Mapping[str, Float[Tensor, " B"]],
     weights: Mapping[str, float],
@@ -234,7 +210,12 @@ def group_normalized_sum(
     eps: float,
     counted: Mapping[str, Bool[Tensor, " B"]],
 ) -> Float[Tensor, " B"]:
-    """Return the weighted sum of the rewards, each normalised within the group: the first half of group_decoupled."""
+    """Return the weighted sum of the rewards, each normalised within the group (GDPO, arXiv:2601.05242).
+
+    GDPO then normalises the sum over the batch. Rewards are prompt-major; ValueError as in group_centered.
+
+    counted: by reward, True for responses with a value. A reward without an entry counts for all responses.
+    """
     normalized = [
         weights[name] * group_normalized(scores, group_size=group_size, eps=eps, counted=counted.get(name))
         for name, scores in by_reward.items()
@@ -276,8 +257,7 @@ def _grouped(scores: Float[Tensor, " B"], *, group_size: int, needed_by: str) ->
         raise ValueError(f"{needed_by} needs group_size >= 2, got {group_size}: a group of one has no baseline")
     if len(scores) % group_size:
         raise ValueError(f"{needed_by} needs whole groups: {len(scores)} scores are not a multiple of {group_size}")
-    if not bool(scores.isfinite().all()):
-        bad = scores.isfinite().logical_not().nonzero().flatten().tolist()
+    if bad := scores.isfinite().logical_not().nonzero().flatten().tolist():
         raise ValueError(
             f"{needed_by} needs finite scores: those at {bad[:8]} are not (first: {scores[bad[0]].item()})"
         )

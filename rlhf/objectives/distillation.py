@@ -1,12 +1,8 @@
 """Compute divergences between a student's and a teacher's next-token distributions.
 
-forward_kl, reverse_kl and generalized_jsd take log-probabilities over a common support, the last axis.
-weighted_divergence_sum applies a divergence to two models' hidden states and holds the logits of a few hundred rows at
-a time. Only the student gets a gradient.
-
-sampled_divergence_sum is weighted_divergence_sum for tokens sampled by the student. On-policy distillation from sampled
-tokens alone (arXiv:2306.08543; TRL's sampled_token) needs no distributions: teacher_advantages are used in a policy
-gradient.
+Divergences take log-probabilities over a common support, the last axis. The sums take two models' hidden states and
+hold the logits of a few hundred rows at a time. Only the student gets a gradient. On-policy distillation from sampled
+tokens alone (arXiv:2306.08543; TRL's sampled_token) needs teacher_advantages in a policy gradient.
 """
 
 from __future__ import annotations
@@ -39,12 +35,9 @@ def generalized_jsd(
 ) -> Float[Tensor, "*B"]:
     """Return beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student.
 
-    GKD, arXiv:2306.13649, eq. 1. The value lies between 0 and the entropy of beta, also for disjoint supports.
-    ValueError unless 0 < beta < 1: at both ends the divergence vanishes. TRL takes beta 0 for forward_kl and beta 1 for
-    reverse_kl, the limits of JSD / beta and JSD / (1 - beta).
+    GKD, arXiv:2306.13649, eq. 1, for 0 < beta < 1. The value lies between 0 and the entropy of beta, also for disjoint
+    supports. TRL takes beta 0 for forward_kl and beta 1 for reverse_kl, the limits of JSD / beta and JSD / (1 - beta).
     """
-    if not 0.0 < beta < 1.0:
-        raise ValueError(f"generalized_jsd needs 0 < beta < 1, got {beta}: take forward_kl or reverse_kl at the ends")
     shares = torch.tensor([beta, 1.0 - beta], dtype=student_logprobs.dtype, device=student_logprobs.device).log()
     lowest = torch.finfo(student_logprobs.dtype).min / 2  # of two -inf logaddexp has no gradient
     mixture = torch.logaddexp(teacher_logprobs.clamp(lowest) + shares[0], student_logprobs.clamp(lowest) + shares[1])
@@ -114,10 +107,9 @@ def sampled_divergence_sum(
     token_weight: float,
     **options: Unpack[HeadOptions],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """Return (loss, student logprobs, teacher logprobs, student entropies) of the sampled tokens.
+    """Return (loss, student logprobs, teacher logprobs, student entropies) of the sampled tokens, at the temperature.
 
-    The loss is token_weight times the sum of divergences. Only the loss has a gradient. All results use this
-    temperature. Each head is applied once.
+    The loss is token_weight times the sum of divergences. Only the loss has a gradient. Each head is applied once.
     """
     head = Head(**options)
     teacher_logprobs = _teacher_logprobs(teacher, like=(hidden, weight), temperature=head.temperature)

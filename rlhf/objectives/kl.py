@@ -23,10 +23,11 @@ from collections.abc import Callable, Mapping
 from jaxtyping import Float
 from torch import Tensor
 
+Estimator = Callable[[Tensor, Tensor], Tensor]  # of (logprobs, ref_logprobs)
+
 
 def kl_k1(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """Return the log-ratio: unbiased, of either sign. The gradient of 1 per token has mean zero, so use k1 in the
-    reward only."""
+    """Return the log-ratio: unbiased, of either sign. The gradient has mean zero, so use k1 in the reward only."""
     return logprobs - ref_logprobs
 
 
@@ -44,27 +45,22 @@ def kl_k3(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"]) -> F
     return log_ratio.expm1() - log_ratio
 
 
-def kl_k1_straight_through(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """Return k1 with the gradient of k2: an unbiased value, and on policy the gradient of the exact KL."""
-    return straight_through(kl_k1(logprobs, ref_logprobs), kl_k2(logprobs, ref_logprobs))
+def straight_through(estimator: Estimator) -> Estimator:
+    """Return the estimator with the gradient of k2, on policy the gradient of the exact KL."""
+
+    def estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+        gradient = kl_k2(logprobs, ref_logprobs)
+        return estimator(logprobs, ref_logprobs).detach() + (gradient - gradient.detach())
+
+    return estimate
 
 
-def kl_k3_straight_through(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """Return k3 with the gradient of k2: unbiased and never negative, and on policy the gradient of the exact KL."""
-    return straight_through(kl_k3(logprobs, ref_logprobs), kl_k2(logprobs, ref_logprobs))
-
-
-def straight_through(value: Float[Tensor, "*N"], gradient: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:
-    """Return the value of one estimate with the gradient of a second estimate."""
-    return value.detach() + (gradient - gradient.detach())
-
-
-ESTIMATORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {  # by their names in a configuration
+ESTIMATORS: Mapping[str, Estimator] = {  # by their names in a configuration
     "k1": kl_k1,
     "k2": kl_k2,
     "k3": kl_k3,
-    "k1_straight_through": kl_k1_straight_through,
-    "k3_straight_through": kl_k3_straight_through,
+    "k1_straight_through": straight_through(kl_k1),
+    "k3_straight_through": straight_through(kl_k3),
 }
 
 

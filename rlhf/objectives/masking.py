@@ -18,11 +18,6 @@ def masked_sum(values: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]) -> Float[T
     return torch.where(mask, values, 0.0).sum()
 
 
-def masked_mean(values: Float[Tensor, "*N"], mask: Bool[Tensor, "*N"]) -> Float[Tensor, ""]:
-    """Return the mean of the counted values; 0 if there are none, because a micro-batch may have none."""
-    return masked_sum(values, mask) / mask.sum().clamp(min=1)
-
-
 def bin_counts(values: Float[Tensor, " N"], mask: Bool[Tensor, " N"], *, edges: Sequence[float]) -> Float[Tensor, " K"]:
     """Return the number of counted values in each of the K bins between K + 1 edges.
 
@@ -96,11 +91,10 @@ def merge_moments(parts: Sequence[Moments]) -> Moments:
         if count == 0:
             continue
         delta = part.mean - total.mean
+        between = delta * delta * total.count * part.count / count
         total = Moments(
             count=count,
             mean=total.mean + delta * part.count / count,
-            squared_deviation=total.squared_deviation
-            + part.squared_deviation
-            + delta * delta * total.count * part.count / count,
+            squared_deviation=total.squared_deviation + part.squared_deviation + between,
         )
     return total

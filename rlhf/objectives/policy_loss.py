@@ -46,12 +46,7 @@ def dual_clipped_loss(
     clip_high: float,
     max_ratio: float,
 ) -> Float[Tensor, "*N"]:
-    """Return clipped_loss, at most max_ratio * |A| on a negative advantage (dual clip, arXiv:1912.09729).
-
-    ValueError unless max_ratio > 1: a cap of 1 or less would take the gradient from a token with ratio 1.
-    """
-    if max_ratio <= 1.0:
-        raise ValueError(f"dual_clipped_loss needs max_ratio > 1, got {max_ratio}")
+    """Return clipped_loss, at most max_ratio (above 1) times |A| on a negative advantage (arXiv:1912.09729)."""
     clipped = clipped_loss(ratio, advantages, mask, clip_low=clip_low, clip_high=clip_high)
     return torch.where(mask & (advantages < 0), torch.minimum(clipped, -max_ratio * advantages), clipped)
 

@@ -25,11 +25,10 @@ def token_rewards(
     arXiv:1909.08593, eq. 2. `kl` is a per-token estimate of KL(policy || reference), usually kl_k1. ValueError for a
     sequence without a sampled token: no token could carry the score.
     """
-    if bool((sequence_counts(response_mask, lengths) == 0).any()):
-        empty = (sequence_counts(response_mask, lengths) == 0).nonzero().flatten().tolist()
+    counts = sequence_counts(response_mask, lengths)
+    if empty := (counts == 0).nonzero().flatten().tolist():
         raise ValueError(f"token_rewards: sequences {empty[:8]} have no sampled token to carry their score")
-    sampled = response_mask.nonzero().flatten()
-    last = sampled[sequence_counts(response_mask, lengths).cumsum(0) - 1]
+    last = response_mask.nonzero().flatten()[counts.cumsum(0) - 1]
     penalties = torch.where(response_mask, -kl_coef * kl, 0.0)
     return penalties.index_add(0, last, scores.to(penalties.dtype))
 
@@ -41,19 +40,15 @@ def step_rewards(
 
     ValueError for a step with an unsampled last token: no token could be credited.
     """
-    if not bool(response_mask[ends].all()):
-        wrong = ends[~response_mask[ends]].tolist()
+    if wrong := ends[~response_mask[ends]].tolist():
         raise ValueError(f"step_rewards: steps end at {wrong[:8]}, where no token was sampled")
     return torch.zeros(len(response_mask)).index_add(0, ends, values.float())
 
 
 def overlong_penalty(num_tokens: Int[Tensor, " B"], *, max_tokens: int, buffer: int | float) -> Float[Tensor, " B"]:
-    """Return 0 up to max_tokens - buffer, then linearly down to -1 at max_tokens and beyond.
+    """Return 0 up to max_tokens - buffer, then linearly down to -1 at max_tokens and beyond (arXiv:2503.14476, eq. 13).
 
-    DAPO, arXiv:2503.14476, eq. 13. Add the penalty, times a factor, to the score. ValueError unless 0 < buffer <=
-    max_tokens.
+    Add the penalty, times a factor, to the score.
     """
-    if not 0 < buffer <= max_tokens:
-        raise ValueError(f"overlong_penalty needs 0 < buffer <= max_tokens, got {buffer} and {max_tokens}")
     excess = (num_tokens.double() - (max_tokens - buffer)).clamp(0.0, buffer)
     return -excess / buffer

@@ -1,10 +1,8 @@
 """Reduce a response's token columns to one number for a preference loss, and compute the weight of a pair.
 
-Preference losses take one number per response: a log-ratio log pi - log pi_ref, or a plain log-probability without a
-reference. The number comes from any column (`logprobs`, `ref_logprobs` or their difference): masking.sequence_sums adds
-up the counted tokens (DPO), and length_desensitized_total weighs the surplus of the longer response (LD-DPO). Losses of
-averages (SimPO, ORPO, IPO as run by the authors) divide the sum by masking.sequence_counts. Chosen and rejected
-responses are in one batch, in the caller's order.
+The number comes from any column (`logprobs`, `ref_logprobs` or their difference): masking.sequence_sums adds up the
+counted tokens (DPO), and length_desensitized_total weighs the surplus of the longer response (LD-DPO). Losses of
+averages (SimPO, ORPO, IPO as run by the authors) divide the sum by masking.sequence_counts.
 """
 
 from __future__ import annotations
@@ -27,11 +25,8 @@ def length_desensitized_total(
     """Return the sum of the first `shared` counted tokens plus alpha times the rest (LD-DPO, arXiv:2409.06411).
 
     `shared` is the smaller number of counted tokens of a pair, the same for both responses. alpha 1 is the plain sum,
-    alpha 0 ignores the surplus of the longer response. ValueError for an alpha outside [0, 1] and for a response
-    without a counted token.
+    alpha 0 ignores the surplus of the longer response. ValueError for a response without a counted token.
     """
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"length_desensitized_total needs alpha in [0, 1], got {alpha}")
     counts = _counts(mask, lengths, needed_by="length_desensitized_total")
     position = mask.cumsum(0) - to_tokens(counts.cumsum(0) - counts, lengths, num_tokens=len(mask))  # from 1
     surplus = position > to_tokens(shared, lengths, num_tokens=len(mask))
@@ -58,7 +53,6 @@ def on_policy_weights(
 
 def _counts(mask: Bool[Tensor, " N"], lengths: Int[Tensor, " B"], *, needed_by: str) -> Int[Tensor, " B"]:
     counts = sequence_counts(mask, lengths)
-    if bool((counts == 0).any()):
-        empty = (counts == 0).nonzero().flatten().tolist()
+    if empty := (counts == 0).nonzero().flatten().tolist():
         raise ValueError(f"{needed_by}: sequences {empty[:8]} have no token that counts, hence no log-probability")
     return counts

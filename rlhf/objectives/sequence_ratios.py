@@ -21,8 +21,7 @@ def sequence_ratio(
 ) -> Float[Tensor, " N"]:
     """Return the geometric mean of a sequence's token ratios, on each token (GSPO, arXiv:2507.18071, eq. 7).
 
-    The gradient of each copy reaches every token of the sequence. GSPO's loss uses `sequence_token_ratio`, of equal
-    value.
+    The gradient of each copy reaches every token of the sequence. GSPO's loss uses `sequence_token_ratio`.
     """
     log_ratio = sequence_means(logprobs - old_logprobs, mask, lengths)
     return torch.where(mask, to_tokens(log_ratio, lengths, num_tokens=len(mask)), 0.0).exp()

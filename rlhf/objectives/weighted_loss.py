@@ -91,8 +91,7 @@ def vespo_weights(
     power_negative: float,
     decay_negative: float,
 ) -> Float[Tensor, "*N"]:
-    """Return w^k * exp(decay * (1 - w)) for the sequence ratio w = exp(log_ratio): 1 at w = 1 (VESPO,
-    arXiv:2602.10693).
+    """Return w^k * exp(decay * (1 - w)) for the sequence ratio w = exp(log_ratio) (VESPO, arXiv:2602.10693).
 
     log_ratio is the sum over the sequence, clipped to [log 1e-8, 20]. Power k and decay depend on the advantage's sign;
     zero counts as positive. Use as `reinforce(logprobs, weights * advantages, mask)`.
@@ -112,8 +111,7 @@ def dro(
     *,
     beta: float,
 ) -> Float[Tensor, "*N"]:
-    """Return -(A * logprob - beta / 2 * log_ratio^2), regularised towards the sampling policy (DRO,
-    arXiv:2405.19107)."""
+    """Return -(A * logprob - beta / 2 * log_ratio^2), close to the sampling policy (DRO, arXiv:2405.19107)."""
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     return reinforce(logprobs, advantages, mask) + 0.5 * beta * log_ratio.square()
 

@@ -52,26 +52,14 @@ def shared_prefixes(rollouts: Rollouts, *, samples_per_prompt: int) -> SharedPre
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Temperatures:
-    """Sampling temperatures of a batch's tokens."""
-
-    common: float
-    by_token: Float[Tensor, " N"] | None  # None: every token uses the common temperature
-
-    @classmethod
-    def of(cls, rollouts: Rollouts, by_sequence: Mapping[int, float], *, common: float) -> Temperatures:
-        """Read the temperatures of a batch. `by_sequence` maps ids to temperatures different from `common`."""
-        if not by_sequence:
-            return cls(common=common, by_token=None)
-        per_sequence = torch.tensor([by_sequence.get(i, common) for i in rollouts.sequence_ids.tolist()])
-        return cls(
-            common=common, by_token=to_tokens(per_sequence, rollouts.lengths, num_tokens=len(rollouts.token_ids))
-        )
-
-    def at(self, microbatch: Microbatch, device: torch.device) -> float | Float[Tensor, " n"]:
-        """Return the temperature of a micro-batch's tokens, in the form for a forward pass."""
-        return self.common if self.by_token is None else self.by_token[microbatch.tokens].to(device)
+def temperatures_of(
+    rollouts: Rollouts, by_sequence: Mapping[int, float], *, common: float
+) -> float | Float[Tensor, " N"]:
+    """Return the sampling temperature of the tokens. `by_sequence` maps ids to temperatures different from `common`."""
+    if not by_sequence:
+        return common
+    per_sequence = torch.tensor([by_sequence.get(i, common) for i in rollouts.sequence_ids.tolist()])
+    return to_tokens(per_sequence, rollouts.lengths, num_tokens=len(rollouts.token_ids))
 
 
 def split_microbatches(
@@ -85,8 +73,7 @@ def split_microbatches(
     """Split the given rows of a batch into micro-batches of at most max_tokens tokens.
 
     `layout` is the model's. A model of layout ONE_BY_ONE gets one row per micro-batch, or a group of rows that must
-    stay together. A pass then needs the memory of one sequence, and ranks with shards of the weights run equally many
-    passes.
+    stay together, so a pass needs the memory of one sequence.
     """
     if prefixes is not None and layout < RowLayout.SHARED_PROMPTS:
         prefixes = prefixes.unshared()
@@ -157,10 +144,6 @@ def padded(microbatches: Sequence[Microbatch], count: int, *, sequences: int = 1
 
     An empty micro-batch holds a single token outside the loss mask, repeated as `sequences` sequences of length 1.
     """
-    empty = Microbatch(
-        rows=(),
-        lengths=torch.ones(sequences, dtype=torch.int64),
-        tokens=torch.zeros(sequences, dtype=torch.int64),
-        branches=None,
-    )
+    tokens = torch.zeros(sequences, dtype=torch.int64)
+    empty = Microbatch(rows=(), lengths=torch.ones_like(tokens), tokens=tokens, branches=None)
     return [*microbatches, *[empty] * (count - len(microbatches))]

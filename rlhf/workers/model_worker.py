@@ -19,7 +19,8 @@ T = TypeVar("T")
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 class ModelWorker:
@@ -46,6 +47,9 @@ class ModelWorker:
 
     def part(self, column: Tensor, microbatch: Microbatch) -> Tensor:
         return column[microbatch.tokens].to(self.device)
+
+    def temperature_at(self, temperatures: float | Tensor, microbatch: Microbatch) -> float | Tensor:
+        return self.part(temperatures, microbatch) if isinstance(temperatures, Tensor) else temperatures
 
     def memory(self) -> MemoryReport:
         return peak_memory()

@@ -10,9 +10,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from rlhf.algorithms import algorithm_of
+from rlhf.algorithms.algorithm import Algorithm
 from rlhf.config.derive import updates_per_step, warmup_steps
 from rlhf.config.schema.cluster import TrainedResources
 from rlhf.config.schema.model import CriticConfig, PolicyConfig
+from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
 from rlhf.engine.distributed import RankContext, init_distributed, leave_distributed
 from rlhf.engine.flops import flops_per_token, measure_peak_flops
@@ -43,22 +46,18 @@ class TrainedWorker(ModelWorker):
 
     step_metric: ClassVar[str] = "update/{}"  # names of the gradient norm and the learning rate
     load_model: ClassVar[Callable[..., Any]] = staticmethod(load_causal_lm)
+    family: ClassVar[type[Algorithm]]  # class of the algorithms known to the worker
 
     def __init__(
-        self,
-        config: Config,
-        place: RankContext,
-        *,
-        optimizer_steps: int,
-        model: CriticConfig | None = None,
-        lr: float | None = None,
+        self, config: Config, place: RankContext, *, optimizer_steps: int, model: CriticConfig | None = None
     ) -> None:
-        """Store the settings of the role. Without `model` and `lr`, the policy's values apply."""
+        """Store the settings of the role. Without `model`, the policy's section applies."""
         super().__init__(place)
         self.config = config
+        self.algorithm: Any = algorithm_of(config.algorithm, self.family)
         self.model_config: PolicyConfig | CriticConfig = config.policy if model is None else model
         self.resources: TrainedResources = getattr(config.cluster.roles, self.role)
-        self.lr = config.train.lr if lr is None else lr
+        self.lr = config.train.lr
         self.optimizer_steps = optimizer_steps
         self.data_rank = place.rank // self.resources.sequence_parallel  # index of this rank's share of a batch
         torch.manual_seed(config.run.seed + place.rank)
@@ -67,6 +66,12 @@ class TrainedWorker(ModelWorker):
     def contributes(self) -> bool:
         """Return whether this rank adds its share to a sum over ranks. Of ranks with the same share, the first does."""
         return self.place.rank % self.resources.sequence_parallel == 0
+
+    @property
+    def rollouts_config(self) -> RolloutsConfig:
+        """Return the section of an online run."""
+        assert self.config.rollouts is not None
+        return self.config.rollouts
 
     def start(self, master_addr: str, master_port: int) -> str:
         """Join the gang and load the model. Return the architecture's fingerprint."""
@@ -135,10 +140,8 @@ class TrainedWorker(ModelWorker):
 
         An empty micro-batch has `padding` sequences.
         """
-        budget = self.config.train.max_tokens_per_microbatch
-        microbatches = split_microbatches(
-            lengths.tolist(), rows, max_tokens=budget, prefixes=prefixes, layout=self.layout
-        )
+        budget, sizes = self.config.train.max_tokens_per_microbatch, lengths.tolist()
+        microbatches = split_microbatches(sizes, rows, max_tokens=budget, prefixes=prefixes, layout=self.layout)
         return tuple(padded(microbatches, self.engine.max_over_ranks(len(microbatches)), sequences=padding))
 
     def optimize(
@@ -158,7 +161,9 @@ class TrainedWorker(ModelWorker):
         """
         parts: list[Metrics] = []
         routers, balance_coef = routers_of(self.engine.module), self.model_config.router_balance_coef
-        num_sequences = self._step_sequences(microbatches) if balance_coef else 0
+        if balance_coef:  # the sequences of the step on all ranks
+            count = sum(len(microbatch.rows) for microbatch in microbatches) if self.contributes else 0
+            num_sequences = int(self.engine.all_reduce_sum(torch.tensor(count, device=self.device)))
         for index, microbatch in enumerate(microbatches):
             with self.explaining("update", microbatch):
                 routing = RoutingRecord(microbatch.lengths, microbatch.branches)
@@ -173,11 +178,6 @@ class TrainedWorker(ModelWorker):
                 if routers:
                     parts.append(self._routing_metrics(routing, balance, len(microbatch.rows)))
         return parts
-
-    def _step_sequences(self, microbatches: Sequence[Microbatch]) -> int:
-        """Count the sequences of an optimizer step on all ranks. Collective."""
-        count = sum(len(microbatch.rows) for microbatch in microbatches) if self.contributes else 0
-        return int(self.engine.all_reduce_sum(torch.tensor(count, device=self.device)))
 
     def _routing_metrics(self, routing: RoutingRecord, balance: Tensor | None, num_sequences: int) -> Metrics:
         loads = routing.loads()
@@ -195,10 +195,7 @@ class TrainedWorker(ModelWorker):
         return {norm: Mean.of([report.grad_norm]), rate: Last(value=report.lr)}
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """Return the log-probabilities of token_ids[1:] at temperature 1, under the weights as published.
-
-        Collective. Every weight sync is verified with this probe.
-        """
+        """Return the log-probabilities of token_ids[1:] at temperature 1, to verify a weight sync. Collective."""
         ids = torch.tensor(list(token_ids), device=self.device)
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[0] = False
@@ -238,14 +235,11 @@ class TrainedWorker(ModelWorker):
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder (an adapter folder for LoRA). Rank 0 writes, all ranks gather. Collective."""
         dtype = torch_dtype(self.model_config.dtype)
-        weights = self.weights(dtype)
+        weights, alone = self.weights(dtype), self.model_config.lora is not None
         if self.place.rank == 0:
-            adapter_alone = self.model_config.lora is not None
-            module = self.engine.module
-            write_model_folder(folder, weights, module, self.tokenizer, dtype=dtype, adapter_alone=adapter_alone)
-        else:
-            for _ in weights:
-                pass
+            write_model_folder(folder, weights, self.engine.module, self.tokenizer, dtype=dtype, adapter_alone=alone)
+        for _ in weights:  # on further ranks
+            pass
 
     def arithmetic(self) -> Arithmetic:
         """Return the model's FLOPs per token and the measured peak FLOPs of this rank."""

@@ -18,10 +18,7 @@ from rlhf.workers.model_worker import torch_dtype
 
 
 def load_trained_model(model: PolicyConfig | CriticConfig, load_model: Callable[..., Any], device: torch.device) -> Any:
-    """Load the model of a section, with any new or trained adapter.
-
-    device: for quantized weights. Unquantized weights stay on the host.
-    """
+    """Load the model of a section, with any new or trained adapter. `device` is for quantized weights alone."""
     lora = model.lora
     module = load_model(
         model.model,
@@ -43,11 +40,8 @@ def load_trained_model(model: PolicyConfig | CriticConfig, load_model: Callable[
 
 def load_policy_tokenizer(config: Config) -> Any:
     """Load the tokenizer of a run's policy, with the run's chat template."""
-    return load_tokenizer(
-        config.policy.tokenizer_source,
-        trust_remote_code=config.policy.trust_remote_code,
-        template=chat_template(config),
-    )
+    policy, template = config.policy, chat_template(config)
+    return load_tokenizer(policy.tokenizer_source, trust_remote_code=policy.trust_remote_code, template=template)
 
 
 def write_model_folder(

@@ -372,12 +372,8 @@ async def run(
 
 def _roles(config: Config, inputs: OnlineInputs) -> tuple[OnlineRoles, RewardWorker]:
     assert config.rollouts is not None
-    kind = config.algorithm.kind
-    own = (
-        {} if kind == "sampled_distillation" else {"reference_is_adapter_off": derive.reference_is_adapter_off(config)}
-    )
-    rank = StreamedPolicyWorker if config.train.streamed else WORKERS[kind]
-    worker: Any = rank(config, PLACE, optimizer_steps=derive.policy_optimizer_steps(config), **own)
+    rank = StreamedPolicyWorker if config.train.streamed else WORKERS[config.algorithm.kind]
+    worker: Any = rank(config, PLACE, optimizer_steps=derive.policy_optimizer_steps(config))
     tokens = config.train.max_tokens_per_microbatch
     sequences: Any = config.rollouts.model_dump(include={"temperature", "samples_per_prompt"})
     sequences["max_tokens_per_microbatch"] = tokens

@@ -74,7 +74,7 @@ def learn(
     config = config_of(algorithm, model, folder, workers=world_size, tokens=tokens, **options)
     assert config.rollouts is not None
     place = place_of(rank, world_size)
-    worker = OnlinePreferenceWorker(config, place, optimizer_steps=2, reference_is_adapter_off=reference is None)
+    worker = OnlinePreferenceWorker(config, place, optimizer_steps=2)
     worker.build()
     rollouts = [rollouts_of(group) for group in range(groups)]
     pairs = [pair_of(one) for one in rollouts]

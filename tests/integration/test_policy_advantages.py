@@ -40,7 +40,6 @@ def learn(
         config_of(algorithm, model, folder, workers=world_size),
         place,
         optimizer_steps=2,
-        reference_is_adapter_off=False,
     )
     worker.build()
     rollouts = [rollouts_of(group) for group in range(GROUPS)]
@@ -100,7 +99,7 @@ def credit(
 ) -> dict[int, list[float]]:
     """Run one rank: the advantages of the share's tokens, from scores (or advantages) and steps."""
     config = config_of(algorithm, model, folder, workers=world_size)
-    worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2, reference_is_adapter_off=False)
+    worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2)
     worker.build()
     rollouts = [rollouts_of(group) for group in range(GROUPS)]
     chosen = [i for share in shares for i in share]

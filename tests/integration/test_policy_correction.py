@@ -65,7 +65,7 @@ def learn(
     """Run one rank: metrics of the preparation and of two updates. agree: sampler and trainer agree."""
     algorithm = {"name": "grpo", "correction": correction}
     config = worker_config(algorithm, model, folder, workers=world_size, tokens=tokens)
-    worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2, reference_is_adapter_off=False)
+    worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2)
     worker.build()
     rollouts = [sampled(group) for group in range(GROUPS)]
     groups = [scored(one, group) for group, one in enumerate(rollouts)]

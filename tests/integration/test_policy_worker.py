@@ -68,7 +68,7 @@ def plan_of(config: Config, num_ranks: int) -> BatchPlan:
 def learn(rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, tokens: int) -> list[Any]:
     """Run one rank: metrics of the advantages, the mean of finished advantages, and metrics of two updates."""
     config = worker_config(algorithm, model, folder, workers=world_size, tokens=tokens)
-    worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2, reference_is_adapter_off=False)
+    worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2)
     worker.build()
     plan = plan_of(config, world_size)
     rollouts = [rollouts_of(group) for group in range(GROUPS)]
@@ -143,7 +143,7 @@ def learn_sessions(
 ) -> tuple[list[Any], list[int]]:
     """Run one rank: metrics of the experience, of the advantages and of two updates, and the samples' ids."""
     config = worker_config(algorithm, model, folder, workers=world_size, tokens=tokens)
-    worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2, reference_is_adapter_off=False)
+    worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2)
     worker.build()
     groups = [sessions_of(group) for group in range(GROUPS)]
     infos = {info.sequence_id: info for _, group in groups for info in group}
@@ -184,7 +184,7 @@ def signals(rank: int, world_size: int, *, algorithm: dict[str, Any], model: str
     config = config.model_copy(
         update={"train": config.train.model_copy(update={"sequences_per_update": GROUPS * SAMPLES})}
     )
-    worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=1, reference_is_adapter_off=False)
+    worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=1)
     worker.build()
     plan = plan_of(config, world_size)
     ids = range(GROUPS * SAMPLES)
@@ -272,7 +272,7 @@ def learn_streamed(
     cluster = {"roles": {"policy": resources}}
     config = worker_config(algorithm, model, folder, workers=world_size, tokens=40, train=train, cluster=cluster)
     kind = StreamedPolicyWorker if streamed else PolicyWorker
-    worker = kind(config, place_of(rank, world_size), optimizer_steps=8, reference_is_adapter_off=False)
+    worker = kind(config, place_of(rank, world_size), optimizer_steps=8)
     worker.build()
     num_ranks = world_size // resources.get("sequence_parallel", 1)
     plan = plan_of(config, num_ranks)

@@ -26,7 +26,7 @@ MUTATIONS = (
         "rlhf/objectives/policy_loss.py",
         "-torch.minimum(ratio * advantages, clipped_ratio * advantages)",
         "-torch.maximum(ratio * advantages, clipped_ratio * advantages)",
-        "unit/test_objectives_policy_loss.py",
+        "unit/test_algorithms.py parity/test_golden.py",
     ),
     _mutation(
         "the k3 estimate of the KL divergence has the wrong sign of its argument",
@@ -47,7 +47,7 @@ MUTATIONS = (
         "rlhf/objectives/aggregation.py",
         "        weight = 1.0 / num_tokens\n",
         "        weight = 1.0 / num_sequences\n",
-        "unit/test_objectives_aggregation.py",
+        "property/test_objectives_laws.py parity/test_golden.py",
     ),
     _mutation(
         "DPO prefers the rejected response",
@@ -178,7 +178,7 @@ MUTATIONS = (
     _mutation(
         "the reference ignores the temperature of the samples",
         "rlhf/workers/frozen/reference.py",
-        "                temperature=at.at(microbatch, self.device),\n",
+        "                temperature=self.temperature_at(temperatures, microbatch),\n",
         "",
         "unit/test_workers_frozen_reference.py",
     ),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlhf.algorithms.correction import PRESETS, CorrectionConfig, Preset, correction
 from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
+from rlhf.objectives import corrections
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.workers.online.update_metrics import correction_metrics, sampler_metrics, update_metrics
 from tests.fixtures.algorithms import made, sequences_of
@@ -130,34 +131,45 @@ def test_weights_and_rejections_are_those_of_the_formulas(name: str) -> None:
     assert acted > 0 or name == "bypass_clip"
 
 
-def loss(algorithm: str, settings: dict[str, Any], batch: PolicyMicrobatch) -> LossTerms:
+def test_far_ratios_are_truncated_or_dropped_and_have_no_gradient() -> None:
+    mask, old = torch.tensor([True]), torch.tensor([0.0], requires_grad=True)
+    ratio = corrections.token_ratio(old, torch.tensor([-1e4]), mask)
+    assert not ratio.requires_grad
+    assert corrections.truncated(ratio, mask, max_ratio=2.0) == 2.0
+    assert corrections.masked(ratio, mask, max_ratio=2.0) == 0.0
+    bounds = torch.tensor([0.1, 0.2, 0.3, 0.4])  # inclusive
+    kept = corrections.kept(bounds, torch.ones(4, dtype=torch.bool), low=0.2, high=0.3)
+    assert kept.tolist() == [False, True, True, False]
+
+
+def loss(algorithm: str, settings: dict[str, Any] | None, batch: PolicyMicrobatch) -> LossTerms:
     counts = StepCounts(num_tokens=20, num_sequences=5, max_new_tokens=9)
     return made(algorithm, correction=settings).policy_loss(batch, counts, kl_coef=0.0)
 
 
+def clipped(logprobs: Tensor, old: Tensor, batch: PolicyMicrobatch) -> Tensor:
+    """Return PPO's loss of each token, with GRPO's bounds."""
+    ratio, advantages = (logprobs - old).exp(), batch.advantages
+    terms = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    return torch.where(batch.response_mask, terms, 0.0)
+
+
 def test_a_rejected_token_counts_in_the_denominator() -> None:
     batch = batch_of()
-    whole = made("grpo").policy_loss(batch, StepCounts(num_tokens=20, num_sequences=5, max_new_tokens=9), kl_coef=0.0)
-    rejecting = loss("grpo", {"reject": {"token_ratio": [0.8, 1.25]}}, batch)
-    ratio = (batch.logprobs - batch.old_logprobs).exp()
-    advantages = batch.advantages
-    each = torch.where(batch.response_mask, -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages), 0.0)
+    each = clipped(batch.logprobs, batch.old_logprobs, batch)
     gap = (batch.old_logprobs - batch.rollout_logprobs).exp()
     kept = (gap >= 0.8) & (gap <= 1.25)
     assert 0 < int((batch.response_mask & ~kept).sum()) < int(batch.response_mask.sum())
-    torch.testing.assert_close(whole.loss, each.sum() / 20)
+    torch.testing.assert_close(loss("grpo", None, batch).loss, each.sum() / 20)
+    rejecting = loss("grpo", {"reject": {"token_ratio": [0.8, 1.25]}}, batch)
     torch.testing.assert_close(rejecting.loss, each[kept].sum() / 20)
 
 
 def test_in_bypass_mode_the_clip_acts_on_policy_and_sampler() -> None:
     batch = batch_of(bypass=True)
     terms = loss("grpo", {"mode": "bypass"}, batch)
-    ratio = (batch.logprobs - batch.rollout_logprobs).exp()
-    advantages, mask = batch.advantages, batch.response_mask
-    each = torch.where(mask, -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages), 0.0)
-    torch.testing.assert_close(terms.loss, each.sum() / 20)
-    clipped = mask & (((ratio > 1.2) & (advantages > 0)) | ((ratio < 0.8) & (advantages < 0)))
-    assert float(terms.clipped_tokens) == int(clipped.sum()) > 0
+    torch.testing.assert_close(terms.loss, clipped(batch.logprobs, batch.rollout_logprobs, batch).sum() / 20)
+    assert float(terms.clipped_tokens) > 0
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "cispo", "gspo", "ppo"])
@@ -169,11 +181,8 @@ def test_the_policy_gradient_form_is_weighted_reinforce_whatever_the_algorithm(a
     terms.loss.backward()
     weights = torch.from_numpy(by_numpy(CorrectionConfig.model_validate(settings), batch)["weights"])
     each = torch.where(batch.response_mask, -batch.advantages.double() * weights, 0.0)  # by logp
-    if algorithm == "gspo":
-        counts = torch.tensor([int(m.sum()) for m in batch.response_mask.split(LENGTHS)])
-        share = 1.0 / (counts * 5.0).repeat_interleave(batch.lengths)
-    else:
-        share = torch.full((sum(LENGTHS),), 1.0 / 20)
+    counts = torch.tensor([int(m.sum()) for m in batch.response_mask.split(LENGTHS)])
+    share = 1.0 / (counts * 5.0).repeat_interleave(batch.lengths) if algorithm == "gspo" else 1.0 / 20
     torch.testing.assert_close(logprobs.grad.double(), each * share, rtol=1e-5, atol=1e-7)
     assert float(terms.clipped_tokens) == 0.0
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -15,49 +13,33 @@ from rlhf.objectives.entropy import (
     top_covariance_tokens,
 )
 
-NOTHING = torch.zeros(2, dtype=torch.bool)
-
-
-def test_high_entropy_tokens() -> None:
-    entropy, mask = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 99.0]), torch.tensor([True] * 5 + [False])
-    # the 0.75 quantile of 1..5 is 4
-    assert high_entropy_tokens(entropy, mask, quantile=0.75).tolist() == [False, False, False, True, True, False]
-    assert not high_entropy_tokens(torch.ones(2), NOTHING, quantile=0.5).any()
-
 
 @pytest.mark.parametrize("quantile", [0.0, 0.1, 0.5, 0.8, 0.99, 1.0])
 def test_high_entropy_tokens_are_those_at_or_above_torch_s_quantile(quantile: float) -> None:
     entropy = torch.rand(173, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    expected = entropy >= entropy.quantile(quantile)
-    assert torch.equal(high_entropy_tokens(entropy, torch.ones(173, dtype=torch.bool), quantile=quantile), expected)
-
-
-def test_advantage_covariance() -> None:
-    # means over the mask: A 1, logprob -2
-    covariance = advantage_covariance(
-        torch.tensor([-1.0, -3.0, math.nan]), torch.tensor([3.0, -1.0, math.nan]), torch.tensor([True, True, False])
-    )
-    assert covariance.tolist() == [2.0, 2.0, 0.0]  # 2 * 1, -2 * -1
+    assert torch.equal(high_entropy_tokens(entropy, quantile=quantile), entropy >= entropy.quantile(quantile))
+    assert len(high_entropy_tokens(torch.zeros(0), quantile=quantile)) == 0
 
 
 def test_top_covariance_tokens() -> None:
-    covariance, mask = torch.tensor([0.1, 0.5, 9.0, 0.3, 0.2]), torch.tensor([True, True, False, True, True])
-    chosen = top_covariance_tokens(covariance, mask, fraction=0.5)  # 2 of the 4 that count
-    assert chosen.tolist() == [False, True, False, True, False]
-    assert top_covariance_tokens(covariance, mask, fraction=0.01).sum() == 1  # at least one
-    assert not top_covariance_tokens(torch.ones(2), NOTHING, fraction=0.5).any()
+    # means: A 1, logprob -2; products 2 * 1, -2 * -1
+    covariance = advantage_covariance(torch.tensor([-1.0, -3.0]), torch.tensor([3.0, -1.0]))
+    assert covariance.tolist() == [2.0, 2.0]
+    chosen = top_covariance_tokens(torch.tensor([0.1, 0.5, 0.3, 0.2]), fraction=0.5)
+    assert chosen.tolist() == [False, True, True, False]
+    assert top_covariance_tokens(covariance, fraction=0.01).sum() == 1  # at least one
+    assert len(top_covariance_tokens(torch.zeros(0), fraction=0.5)) == 0
 
 
-def test_drawn_covariance_tokens() -> None:
-    covariance = torch.tensor([0.5, 1.5, 9.0, 2.0, 3.0, 1.0])
-    mask, order = torch.tensor([True] * 4 + [False, True]), torch.tensor([0.0, 0.9, 0.1, 0.4, 0.2, 0.3])
-    bounds = {"low": 1.0, "high": 5.0}  # tokens 1 and 3: above 1, below 5, and counted
-    both = drawn_covariance_tokens(covariance, mask, order, **bounds, fraction=0.5)  # 2 of 5
-    assert both.nonzero().flatten().tolist() == [1, 3]
-    one = drawn_covariance_tokens(covariance, mask, order, **bounds, fraction=0.01)
-    assert one.nonzero().flatten().tolist() == [3]  # the first in order, and at least one
-    assert not drawn_covariance_tokens(covariance, mask, order, low=10.0, high=20.0, fraction=0.5).any()
-    assert not drawn_covariance_tokens(torch.ones(2), NOTHING, torch.ones(2), low=0.0, high=2.0, fraction=1.0).any()
+@pytest.mark.parametrize(
+    ("low", "fraction", "expected"),
+    [(1.0, 0.5, [1, 3]), (1.0, 0.01, [3]), (4.0, 0.5, [])],  # two of five; the first in order, and at least one
+)
+def test_drawn_covariance_tokens(low: float, fraction: float, expected: list[int]) -> None:
+    covariance, order = torch.tensor([0.5, 1.5, 9.0, 2.0, 1.0]), torch.tensor([0.0, 0.9, 0.1, 0.4, 0.3])
+    drawn = drawn_covariance_tokens(covariance, order, low=low, high=5.0, fraction=fraction)
+    assert drawn.nonzero().flatten().tolist() == expected
+    assert len(drawn_covariance_tokens(torch.zeros(0), torch.zeros(0), low=low, high=5.0, fraction=fraction)) == 0
 
 
 @pytest.mark.parametrize(

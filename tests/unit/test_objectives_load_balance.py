@@ -12,14 +12,5 @@ def test_by_hand() -> None:
     # 2 * (0.75 * 0.7 + 0.25 * 0.3) = 2 * 0.6 = 1.2
     loss = balance_loss(torch.tensor([[3.0, 1.0]]), torch.tensor([[2.8, 1.2]]))
     torch.testing.assert_close(loss, torch.tensor([1.2]))
-
-
-def test_an_even_load_costs_1_whatever_the_scores() -> None:
-    loss = balance_loss(torch.full((1, 4), 5.0), torch.tensor([[9.0, 1.0, 0.0, 0.0]]))
-    torch.testing.assert_close(loss, torch.ones(1))
-
-
-def test_the_gradient_lowers_the_score_of_the_busy_expert() -> None:
-    scores = torch.tensor([[2.0, 2.0]], requires_grad=True)
-    balance_loss(torch.tensor([[3.0, 1.0]]), scores).sum().backward()
-    assert scores.grad[0, 0] > scores.grad[0, 1] > 0.0
+    even = balance_loss(torch.full((1, 4), 5.0), torch.tensor([[9.0, 1.0, 0.0, 0.0]]))  # whatever the scores
+    torch.testing.assert_close(even, torch.ones(1))

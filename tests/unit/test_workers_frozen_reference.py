@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,19 +14,12 @@ from rlhf.config.schema.model import ReferenceConfig
 from rlhf.engine.distributed import RankContext
 from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.models.packed.row_layout import RowLayout, row_layout
-from rlhf.types import Rollouts, TokenValues
+from rlhf.types import TokenValues
 from rlhf.workers.frozen.reference import ReferenceWorker
+from tests.fixtures.workers import PLACE, rollouts_of
 from tests.tiny_architectures import tiny_model
 
-PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=1.0)
-ROLLOUTS = Rollouts(
-    sequence_ids=torch.tensor([0]),
-    lengths=torch.tensor([6]),
-    token_ids=torch.arange(6),
-    response_mask=torch.tensor([False] * 2 + [True] * 4),
-    rollout_logprobs=torch.zeros(6),
-    versions=torch.zeros(6, dtype=torch.long),
-)
+ROLLOUTS = rollouts_of((0, range(6), range(2, 6)))
 
 
 def worker_of(model: Path, place: RankContext = PLACE, *, temperature: float = 1.0) -> ReferenceWorker:
@@ -35,8 +29,8 @@ def worker_of(model: Path, place: RankContext = PLACE, *, temperature: float = 1
     return worker
 
 
-def logprobs_of(worker: ReferenceWorker) -> Tensor:
-    column, _ = worker.logprobs(None, {}, ROLLOUTS)
+def logprobs_of(worker: ReferenceWorker, temperatures: Mapping[int, float] = {}) -> Tensor:
+    column, _ = worker.logprobs(None, temperatures, ROLLOUTS)
     assert isinstance(column, TokenValues)
     return column.values
 
@@ -46,26 +40,18 @@ def test_logprobs_are_at_the_temperature_of_the_samples(tiny_model: Path) -> Non
     worker, tokens = worker_of(tiny_model, temperature=0.5), ROLLOUTS.token_ids
     logits = AutoModelForCausalLM.from_pretrained(tiny_model)(tokens[None]).logits[0, 1:5].detach()
     for own, temperature in (({}, 0.5), ({0: 2.0}, 2.0)):
-        column, _ = worker.logprobs(None, own, ROLLOUTS)
-        assert isinstance(column, TokenValues)
         expected = (logits / temperature).log_softmax(-1)[torch.arange(4), tokens[2:]]
-        torch.testing.assert_close(column.values[2:], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logprobs_of(worker, own)[2:], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_that_was_put_aside_says_the_same(tiny_model: Path) -> None:
+def test_a_model_that_was_put_aside_says_the_same_and_a_new_model_does_not(tiny_model: Path, tmp_path: Path) -> None:
+    other = build_tiny_llama(tmp_path / "other", seed=1)
     worker = worker_of(tiny_model)
     before = logprobs_of(worker)
     for _ in range(2):
         worker.move_to_host()
         worker.reload()
         assert torch.equal(logprobs_of(worker), before)
-
-
-def test_a_new_model_does_not_come_back_as_the_old_one(tiny_model: Path, tmp_path: Path) -> None:
-    other = build_tiny_llama(tmp_path / "other", seed=1)
-    worker = worker_of(tiny_model)
-    worker.move_to_host()
-    worker.reload()
     worker.become(str(other))
     worker.move_to_host()
     worker.reload()

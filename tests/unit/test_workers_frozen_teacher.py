@@ -9,41 +9,27 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf.config.schema.model import TeacherConfig
-from rlhf.engine.distributed import RankContext
-from rlhf.types import Examples, LearntStates, Rollouts
+from rlhf.types import LearntStates, Rollouts
 from rlhf.workers.frozen.teacher import OnlineTeacherWorker, TeacherWorker
+from tests.fixtures.workers import PLACE, random_examples, rollouts_of
 
-PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=60.0)
-LENGTHS = (5, 9, 3, 7)
-
-
-@pytest.fixture(scope="module")
-def examples() -> Examples:
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.rand(sum(LENGTHS), generator=generator) < 0.5
-    mask[[0, 5, 14, 17]] = False  # nothing predicts a first token
-    mask[15] = True
-    return Examples(
-        sequence_ids=torch.arange(4),
-        lengths=torch.tensor(LENGTHS),
-        token_ids=torch.randint(0, 256, (sum(LENGTHS),), generator=generator),
-        loss_mask=mask,
-    )
+EXAMPLES = random_examples()
 
 
-def worker(model: Path, examples: Examples, *, max_tokens: int, dtype: str = "float32") -> TeacherWorker:
+def worker(model: Path, *, max_tokens: int, dtype: str = "float32") -> TeacherWorker:
     config = TeacherConfig.model_validate({"model": str(model), "dtype": dtype})
     made = TeacherWorker(config, PLACE, max_tokens_per_microbatch=max_tokens)
     made.start()
-    made.load_data(examples, examples.take([2]))
+    made.load_data(EXAMPLES, EXAMPLES.take([2]))
     return made
 
 
 @pytest.mark.parametrize("max_tokens", [9, 64])
-def test_states_are_those_that_predict_the_learnt_tokens(tiny_model: Path, examples: Examples, max_tokens: int) -> None:
-    *columns, count = worker(tiny_model, examples, max_tokens=max_tokens).states(0, [(3, 0), (), (1, 3)])
+def test_states_are_those_that_predict_the_learnt_tokens(tiny_model: Path, max_tokens: int) -> None:
+    *columns, count = worker(tiny_model, max_tokens=max_tokens).states(0, [(3, 0), (), (1, 3)])
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-    ids, masks = examples.token_ids.split(LENGTHS), examples.loss_mask.split(LENGTHS)
+    lengths = EXAMPLES.lengths.tolist()
+    ids, masks = EXAMPLES.token_ids.split(lengths), EXAMPLES.loss_mask.split(lengths)
     for column, rows in zip(columns, [(3, 0), (), (1, 3)], strict=True):
         assert isinstance(column, LearntStates)
         assert column.sequence_ids.tolist() == list(rows)
@@ -55,8 +41,8 @@ def test_states_are_those_that_predict_the_learnt_tokens(tiny_model: Path, examp
     assert count == sum(len(column.hidden) for column in columns if isinstance(column, LearntStates))
 
 
-def test_states_and_head_have_the_models_dtype(tiny_model: Path, examples: Examples) -> None:
-    made = worker(tiny_model, examples, max_tokens=64, dtype="bfloat16")
+def test_states_and_head_have_the_models_dtype(tiny_model: Path) -> None:
+    made = worker(tiny_model, max_tokens=64, dtype="bfloat16")
     column, _ = made.states(1, [(0,)])
     head, size = made.head()
     assert isinstance(column, LearntStates)
@@ -68,24 +54,11 @@ def test_states_and_head_have_the_models_dtype(tiny_model: Path, examples: Examp
     assert not head.weight.requires_grad
 
 
-def rollouts_of(*groups: int) -> list[Rollouts]:
-    """Of each group a prompt of 3 tokens with two responses, of 4 tokens and of 2."""
-    found = []
-    for group in groups:
-        generator = torch.Generator().manual_seed(group)
-        prompt, long, short = (torch.randint(0, 256, (size,), generator=generator) for size in (3, 4, 2))
-        mask = torch.tensor([False] * 3 + [True] * 4 + [False] * 3 + [True] * 2)
-        found.append(
-            Rollouts(
-                sequence_ids=torch.tensor([2 * group, 2 * group + 1]),
-                lengths=torch.tensor([7, 5]),
-                token_ids=torch.cat([prompt, long, prompt, short]),
-                response_mask=mask,
-                rollout_logprobs=torch.where(mask, -1.0, 0.0),
-                versions=torch.where(mask, 0, -1),
-            )
-        )
-    return found
+def group_of(group: int) -> Rollouts:
+    """Return a prompt of 3 tokens with two responses, of 4 tokens and of 2."""
+    generator = torch.Generator().manual_seed(group)
+    prompt, long, short = (torch.randint(0, 256, (size,), generator=generator).tolist() for size in (3, 4, 2))
+    return rollouts_of((2 * group, prompt + long, range(3, 7)), (2 * group + 1, prompt + short, range(3, 5)))
 
 
 @pytest.mark.parametrize("max_tokens", [7, 64])
@@ -96,7 +69,7 @@ def test_of_sampled_responses_there_are_states_and_log_probabilities(tiny_model:
     )
     teacher.start()
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-    given = rollouts_of(0, 1)
+    given = [group_of(0), group_of(1)]
     *columns, count = teacher.states([(3, 0), (), (1,)], *given)
     told = [one for one in teacher.logprobs(None, {}, *given)[:-1] if not isinstance(one, int)]
     means = teacher.mean_logprobs(2.0, 2, *given)

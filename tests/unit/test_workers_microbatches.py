@@ -1,3 +1,5 @@
+"""Micro-batches hold each row once within the budget, and share the computation of common prefixes."""
+
 from __future__ import annotations
 
 import torch
@@ -5,20 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.models.packed.branches import Branch, trunks
-from rlhf.types import Rollouts
-from rlhf.workers.microbatches import SharedPrefixes, Temperatures, padded, shared_prefixes, split_microbatches
-
-
-def test_micro_batches_hold_whole_sequences_within_the_budget() -> None:
-    found = split_microbatches([3, 5, 2, 4], [0, 1, 2, 3], max_tokens=7)
-    assert sorted(row for microbatch in found for row in microbatch.rows) == [0, 1, 2, 3]
-    assert all(len(microbatch.tokens) <= 7 for microbatch in found)
-    tokens = {
-        row: t.tolist()
-        for microbatch in found
-        for row, t in zip(microbatch.rows, microbatch.tokens.split(microbatch.lengths.tolist()), strict=True)
-    }
-    assert tokens == {0: [0, 1, 2], 1: [3, 4, 5, 6, 7], 2: [8, 9], 3: [10, 11, 12, 13]}
+from rlhf.workers.microbatches import SharedPrefixes, padded, shared_prefixes, split_microbatches, temperatures_of
+from tests.fixtures.workers import rollouts_of
 
 
 def test_a_prompt_stands_once_in_a_micro_batch() -> None:
@@ -26,23 +16,11 @@ def test_a_prompt_stands_once_in_a_micro_batch() -> None:
     token_ids = torch.tensor([9, 8, 1, 2, 9, 8, 3, 4, 5, 9, 8, 6])
     prefixes = SharedPrefixes(token_ids=token_ids, keys=(7, 7, 8), lengths=(2, 2, 1))
     (microbatch,) = split_microbatches([4, 5, 3], [0, 1, 2], max_tokens=12, prefixes=prefixes)
-    where = dict(
-        zip(microbatch.rows, zip(microbatch.lengths.tolist(), microbatch.branches or (), strict=True), strict=True)
-    )
+    columns = (microbatch.rows, microbatch.lengths.tolist(), microbatch.branches or ())
+    where = {row: (length, branch) for row, length, branch in zip(*columns, strict=True)}
     trunk = microbatch.rows.index(0)
     assert where == {0: (4, None), 1: (3, Branch(of=trunk, length=2)), 2: (3, None)}
-    assert sorted(microbatch.tokens.tolist()) == [
-        0,
-        1,
-        2,
-        3,
-        6,
-        7,
-        8,
-        9,
-        10,
-        11,
-    ]  # 4 and 5 are row 1's copy of the prompt
+    assert sorted(microbatch.tokens.tolist()) == [0, 1, 2, 3, *range(6, 12)]  # 4 and 5 are row 1's copy of the prompt
 
 
 def test_a_family_over_the_budget_is_cut_with_its_prompt_in_each_part() -> None:
@@ -52,26 +30,10 @@ def test_a_family_over_the_budget_is_cut_with_its_prompt_in_each_part() -> None:
 
 
 def test_the_samples_of_a_group_share_what_stands_before_their_first_sampled_token() -> None:
-    rollouts = Rollouts(
-        sequence_ids=torch.tensor([4, 1, 5]),
-        lengths=torch.tensor([3, 2, 4]),
-        token_ids=torch.arange(9),
-        response_mask=torch.tensor([0, 0, 1, 0, 1, 0, 0, 1, 1], dtype=torch.bool),
-        rollout_logprobs=torch.zeros(9),
-        versions=torch.zeros(9, dtype=torch.int64),
-    )
+    rollouts = rollouts_of((4, range(3), [2]), (1, range(2), [1]), (5, range(4), [2, 3]))
     prefixes = shared_prefixes(rollouts, samples_per_prompt=2)
     assert (prefixes.keys, prefixes.lengths) == ((2, 0, 2), (2, 1, 2))
     assert prefixes.token_ids is rollouts.token_ids
-
-
-def test_unequal_prompts_of_a_group_are_not_shared() -> None:
-    # the second row differs from the first in its second token; the third differs in its first token
-    token_ids = torch.tensor([5, 6, 1, 5, 7, 2, 8, 6, 3])
-    prefixes = SharedPrefixes(token_ids=token_ids, keys=(0, 0, 0), lengths=(2, 2, 2))
-    (microbatch,) = split_microbatches([3, 3, 3], [0, 1, 2], max_tokens=9, prefixes=prefixes)
-    assert microbatch.branches == (None, Branch(of=0, length=1), None)
-    assert microbatch.lengths.tolist() == [3, 2, 3]
 
 
 def test_a_branch_may_continue_a_branch() -> None:
@@ -84,24 +46,11 @@ def test_a_branch_may_continue_a_branch() -> None:
 
 
 def test_tokens_have_the_temperature_of_their_prompt() -> None:
-    rollouts = Rollouts(
-        sequence_ids=torch.tensor([4, 1]),
-        lengths=torch.tensor([3, 2]),
-        token_ids=torch.arange(5),
-        response_mask=torch.tensor([0, 1, 1, 0, 1], dtype=torch.bool),
-        rollout_logprobs=torch.zeros(5),
-        versions=torch.zeros(5, dtype=torch.int64),
-    )
-    (microbatch,) = split_microbatches([3, 2], [1, 0], max_tokens=5)
-    device = torch.device("cpu")
-    assert Temperatures.of(rollouts, {}, common=0.75).at(microbatch, device) == 0.75
-    found = Temperatures.of(rollouts, {4: 0.5, 9: 2.0}, common=0.75)
-    assert found.by_token is not None
-    assert found.by_token.tolist() == [0.5, 0.5, 0.5, 0.75, 0.75]
-    at = found.at(microbatch, device)
-    assert isinstance(at, torch.Tensor)
-    assert at.tolist() == found.by_token[microbatch.tokens].tolist()
-    assert microbatch.tokens.tolist() != list(range(5)) or microbatch.rows == (0, 1)
+    rollouts = rollouts_of((4, range(3), [1, 2]), (1, range(2), [1]))
+    assert temperatures_of(rollouts, {}, common=0.75) == 0.75
+    found = temperatures_of(rollouts, {4: 0.5, 9: 2.0}, common=0.75)
+    assert isinstance(found, torch.Tensor)
+    assert found.tolist() == [0.5, 0.5, 0.5, 0.75, 0.75]
 
 
 def test_what_other_ranks_have_more_is_one_token_that_teaches_nothing() -> None:
@@ -124,18 +73,19 @@ def test_every_row_is_there_once_and_no_budget_is_exceeded(rows: list[tuple[int,
     token_ids = torch.tensor([token for _, ids, _ in rows for token in ids])
     own_from = tuple(min(first, len(ids) - 1) for _, ids, first in rows)
     prefixes = SharedPrefixes(token_ids=token_ids, keys=tuple(key for key, _, _ in rows), lengths=own_from)
-    found = split_microbatches(lengths, range(len(rows)), max_tokens=budget, prefixes=prefixes)
-    assert sorted(row for microbatch in found for row in microbatch.rows) == list(range(len(rows)))
     starts = [sum(lengths[:row]) for row in range(len(rows))]
-    seen = [t for microbatch in found for t in microbatch.tokens.tolist()]
-    assert len(seen) == len(set(seen))
-    for row, (start, first) in enumerate(zip(starts, own_from, strict=True)):
-        assert set(range(start + first, start + lengths[row])) <= set(seen)
-    for microbatch in found:
-        assert len(microbatch.tokens) <= budget
-        sizes = microbatch.lengths.tolist()
-        parts = token_ids[microbatch.tokens].split(sizes)
-        for row, trunk, part in zip(microbatch.rows, trunks(sizes, microbatch.branches), parts, strict=True):
-            whole = [token for sequence, count in trunk for token in parts[sequence][:count].tolist()] + part.tolist()
-            assert whole == rows[row][1]
-            assert all(rows[microbatch.rows[sequence]][0] == rows[row][0] for sequence, _ in trunk)
+    for shared in (prefixes, None):
+        found = split_microbatches(lengths, range(len(rows)), max_tokens=budget, prefixes=shared)
+        assert sorted(row for microbatch in found for row in microbatch.rows) == list(range(len(rows)))
+        seen = [t for microbatch in found for t in microbatch.tokens.tolist()]
+        assert len(seen) == len(set(seen))
+        for row, (start, first) in enumerate(zip(starts, own_from, strict=True)):
+            assert set(range(start + first, start + lengths[row])) <= set(seen)
+        for microbatch in found:
+            assert len(microbatch.tokens) <= budget
+            sizes = microbatch.lengths.tolist()
+            parts = token_ids[microbatch.tokens].split(sizes)
+            for row, trunk, part in zip(microbatch.rows, trunks(sizes, microbatch.branches), parts, strict=True):
+                whole = [token for i, count in trunk for token in parts[i][:count].tolist()] + part.tolist()
+                assert whole == rows[row][1]
+                assert all(rows[microbatch.rows[i]][0] == rows[row][0] for i, _ in trunk)

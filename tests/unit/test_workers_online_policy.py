@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from rlhf.agents.trees import assemble_sessions
 from rlhf.config.schema.root import Config
 from rlhf.controller.rollout_scorer import request_for
-from rlhf.engine.distributed import RankContext
 from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.models.packed.row_layout import row_layout
 from rlhf.tracking.metrics.declarations import merge_metrics, results
@@ -26,6 +24,7 @@ from rlhf.workers.online.policy import PolicyWorker
 from rlhf.workers.online.streamed import StreamedPolicyWorker
 from tests.agent_sessions import call, session
 from tests.fakes.configs import online_config
+from tests.fixtures.workers import PLACE, engine_of, gradient
 from tests.tiny_architectures import tiny_model
 
 PROMPT = Prompt(prompt_id=0, token_ids=(1, 2), text="", columns={})
@@ -42,19 +41,8 @@ class Worker(PolicyWorker):
     """A worker on one rank with the model as the engine."""
 
     def __init__(self, config: Config, model: Any) -> None:
-        place = RankContext(
-            rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=1.0
-        )
-        super().__init__(config, place, optimizer_steps=1, reference_is_adapter_off=False)
-        self.layout = row_layout(model)
-        self.engine: Any = SimpleNamespace(
-            module=model,
-            forward=lambda function, *args, **options: function(model, *args, **options),
-            backward=lambda loss, last: loss.backward(),
-            all_reduce_sum=lambda values: values,
-            max_over_ranks=lambda value: value,
-            step=lambda divisor: SimpleNamespace(grad_norm=1.0, lr=0.0),
-        )
+        super().__init__(config, PLACE, optimizer_steps=1)
+        self.layout, self.engine = row_layout(model), engine_of(model)
 
 
 class StreamedWorker(Worker, StreamedPolicyWorker):
@@ -78,10 +66,6 @@ def rollouts() -> Rollouts:
 def plan(**changes: Any) -> BatchPlan:
     whole = MinibatchPlan(sequences_by_rank=((0, 1),), num_tokens=10, num_sequences=2)
     return BatchPlan(step=1, minibatches=(whole,), scores={0: 2.0, 1: -1.0}, kl_coef=0.0, **changes)
-
-
-def gradient(model: Any) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("tokens", [100, 9])

@@ -116,6 +116,10 @@ def test_every_token_is_exchanged_once_in_the_order_of_the_ids() -> None:
     assert [at for _, at in found] == [[4, 5, 0], [4, 5, 0], [1, 2, 3], [1, 2, 3]]
 
 
+def spread(chosen: Tensor, mask: Tensor) -> Tensor:
+    return torch.zeros_like(mask).masked_scatter(mask, chosen)
+
+
 def test_high_entropy_is_that_of_the_whole_step() -> None:
     algorithm = GRPO(GRPOConfig(name="grpo", top_entropy_fraction=0.3))
     assert reads_whole_step(algorithm)
@@ -123,7 +127,7 @@ def test_high_entropy_is_that_of_the_whole_step() -> None:
         found = chosen(algorithm, by_rank, copies=copies)
         for minibatch in MINIBATCHES:
             whole = {name: torch.cat([sequence(i)[name] for i in minibatch]) for name in ("h", "mask")}
-            expected = high_entropy_tokens(whole["h"], whole["mask"], quantile=0.7)
+            expected = spread(high_entropy_tokens(whole["h"][whole["mask"]], quantile=0.7), whole["mask"])
             got = [found(i).high_entropy for i in minibatch]
             assert torch.equal(torch.cat([one for one in got if one is not None]), expected)
 
@@ -134,8 +138,8 @@ def test_covariance_is_that_of_the_whole_step() -> None:
         found = chosen(algorithm, by_rank, copies=copies)
         for minibatch in MINIBATCHES:
             whole = {name: torch.cat([sequence(i)[name] for i in minibatch]) for name in ("old", "a", "mask")}
-            covariance = advantage_covariance(whole["old"], whole["a"], whole["mask"])
-            expected = top_covariance_tokens(covariance, whole["mask"], fraction=0.3)
+            covariance = advantage_covariance(whole["old"][whole["mask"]], whole["a"][whole["mask"]])
+            expected = spread(top_covariance_tokens(covariance, fraction=0.3), whole["mask"])
             got = [found(i).selected for i in minibatch]
             assert torch.equal(torch.cat([one for one in got if one is not None]), expected)
 

@@ -14,6 +14,7 @@ from rlhf.models.packed.row_check import check_rows
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.workers.microbatches import Microbatch, padded, split_microbatches
 from rlhf.workers.trained import Measure, TrainedWorker
+from tests.fixtures.workers import PLACE, engine_of, gradient
 from tests.tiny_architectures import VOCABULARY, tiny_model
 
 CPU = torch.device("cpu")
@@ -27,14 +28,10 @@ class Worker(TrainedWorker):
 
     def __init__(self, model: Any, coefficient: float) -> None:
         self.model_config = PolicyConfig(model="none", router_balance_coef=coefficient)
-        self.place: Any = SimpleNamespace(rank=0, world_size=1)
+        self.place = PLACE
         self.resources: Any = SimpleNamespace(sequence_parallel=1)
         self.device = CPU
-        self.engine: Any = SimpleNamespace(
-            module=model,
-            backward=lambda loss, last: loss.backward(),
-            all_reduce_sum=lambda values: values,
-        )
+        self.engine = engine_of(model)
 
 
 def step(model: Any, coefficient: float, *, max_tokens: int, empty: int = 0) -> tuple[Tensor, dict[str, float]]:
@@ -51,8 +48,7 @@ def step(model: Any, coefficient: float, *, max_tokens: int, empty: int = 0) -> 
 
     filled = padded(microbatches, len(microbatches) + empty)
     parts = Worker(model, coefficient).accumulate_gradient(filled, compute, ends=True)
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    return gradient, results(merge_metrics(parts))
+    return gradient(model), results(merge_metrics(parts))
 
 
 def test_microbatches_change_neither_gradient_nor_metrics() -> None:

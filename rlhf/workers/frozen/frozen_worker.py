@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from rlhf.models.packed.rope import fix_frequencies
 from rlhf.models.packed.row_check import check_rows
 from rlhf.models.packed.row_layout import row_layout
 from rlhf.workers.microbatches import Microbatch, SharedPrefixes, split_microbatches
-from rlhf.workers.model_worker import ModelWorker
+from rlhf.workers.model_worker import ModelWorker, torch_dtype
 
 FrozenModel = ReferenceConfig | TeacherConfig | RewardModelConfig | ModelOnDisk
 
@@ -45,8 +44,7 @@ class FrozenWorker(ModelWorker):
     def load_module(self, model: str) -> Any:
         """Load a model with the configured dtype, and with any adapter."""
         config = self.model_config
-        dtype = getattr(torch, config.dtype)
-        module = load_causal_lm(model, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        module = load_causal_lm(model, dtype=torch_dtype(config.dtype), trust_remote_code=config.trust_remote_code)
         if not isinstance(config, ModelOnDisk) or config.adapter is None:
             return module
         from rlhf.models.adapters.lora import with_adapter  # with peft, which takes seconds
@@ -54,6 +52,5 @@ class FrozenWorker(ModelWorker):
         return with_adapter(module, config.adapter)
 
     def split(self, lengths: Int[Tensor, " B"], prefixes: SharedPrefixes | None = None) -> list[Microbatch]:
-        sizes, layout = lengths.tolist(), row_layout(self.model)
-        budget = self.max_tokens
-        return split_microbatches(sizes, range(len(sizes)), max_tokens=budget, prefixes=prefixes, layout=layout)
+        rows, layout = range(len(lengths)), row_layout(self.model)
+        return split_microbatches(lengths.tolist(), rows, max_tokens=self.max_tokens, prefixes=prefixes, layout=layout)

@@ -14,7 +14,7 @@ from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.role_table import Role
 from rlhf.types import Rollouts, TokenValues
 from rlhf.workers.frozen.frozen_worker import FrozenWorker
-from rlhf.workers.microbatches import Microbatch, Temperatures, shared_prefixes
+from rlhf.workers.microbatches import Microbatch, shared_prefixes, temperatures_of
 
 
 class ReferenceWorker(FrozenWorker):
@@ -63,11 +63,11 @@ class ReferenceWorker(FrozenWorker):
         All batches are packed together. `only`: ids of the wanted sequences; None: all. `temperatures`: by sequence id,
         for sequences not sampled at the common temperature.
         """
-        parts = given if only is None else [part.take(_places(part, only)) for part in given]
-        samples = self.samples_per_prompt
-        _, values = self.values_of(
-            parts, temperature=self.temperature, temperatures=temperatures, samples_per_prompt=samples
-        )
+        parts = [
+            part if only is None else part.take([at for at, i in enumerate(part.sequence_ids.tolist()) if i in only])
+            for part in given
+        ]
+        _, values = self.values_of(parts, self.temperature, temperatures, samples_per_prompt=self.samples_per_prompt)
         columns = [
             TokenValues(sequence_ids=part.sequence_ids, lengths=part.lengths, values=column.clone())
             for part, column in zip(parts, values.split([len(part.token_ids) for part in parts]), strict=True)
@@ -77,18 +77,15 @@ class ReferenceWorker(FrozenWorker):
     def values_of(
         self,
         parts: Sequence[Rollouts],
-        *,
         temperature: float,
-        temperatures: Mapping[int, float],
+        by_sequence: Mapping[int, float],
+        *,
         samples_per_prompt: int,
     ) -> tuple[Rollouts, Float[Tensor, " N"]]:
-        """Return all batches as one batch, and the log-probabilities of the sampled tokens.
-
-        `temperatures`: by sequence id, for sequences not sampled at the common temperature.
-        """
+        """Return all batches as one batch, and the log-probabilities of the sampled tokens."""
         rollouts = Rollouts.joined(parts)
         values = torch.zeros(len(rollouts.token_ids))
-        at = Temperatures.of(rollouts, temperatures, common=temperature)
+        temperatures = temperatures_of(rollouts, by_sequence, common=temperature)
 
         def forward(microbatch: Microbatch) -> Tensor:
             return policy_logprobs_only(
@@ -97,15 +94,10 @@ class ReferenceWorker(FrozenWorker):
                 microbatch.lengths.to(self.device),
                 mask=self.part(rollouts.response_mask, microbatch),
                 branches=microbatch.branches,
-                temperature=at.at(microbatch, self.device),
+                temperature=self.temperature_at(temperatures, microbatch),
             )
 
         prefixes = shared_prefixes(rollouts, samples_per_prompt=samples_per_prompt)
-        microbatches = self.split(rollouts.lengths, prefixes)
-        for microbatch, logprobs in self.passes("logprobs", microbatches, forward):
+        for microbatch, logprobs in self.passes("logprobs", self.split(rollouts.lengths, prefixes), forward):
             values[microbatch.tokens] = logprobs.float().cpu()
         return rollouts, values
-
-
-def _places(part: Rollouts, wanted: frozenset[int]) -> list[int]:
-    return [place for place, sequence_id in enumerate(part.sequence_ids.tolist()) if sequence_id in wanted]

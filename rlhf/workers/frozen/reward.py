@@ -61,10 +61,7 @@ class RewardWorker(ModelWorker):
         self.settings = settings
 
     def start(self, *, greets: bool = True) -> None:
-        """Start the reward processes and load the model, if any.
-
-        `greets`: fail if a service cannot be reached. A successor does not: a service may be down for a while.
-        """
+        """Start the reward processes and load the model, if any. `greets`: fail if a service cannot be reached."""
         settings = self.settings
         self.tokenizer = load_tokenizer(
             settings.tokenizer,
@@ -88,16 +85,9 @@ class RewardWorker(ModelWorker):
     def ask(
         self, prompt: Prompt, rollouts: Rollouts, truncated: Sequence[bool], results: Sequence[str] = ()
     ) -> dict[str, GroupOutcome]:
-        """Request the services' scores of one group's responses. Pass the returned scores to `score`.
-
-        `results` holds the results of an agent's sessions as JSON.
-        """
-        return self.rewards.ask(
-            self._as_read(prompt, rollouts),
-            self.texts(rollouts),
-            truncated=truncated,
-            results=list(map(json.loads, results)),
-        )
+        """Request the services' scores of one group's responses, for `score`. `results`: of an agent, as JSON."""
+        read, texts, ends = self._as_read(prompt, rollouts), self.texts(rollouts), list(map(json.loads, results))
+        return self.rewards.ask(read, texts, truncated=truncated, results=ends)
 
     def score(
         self,
@@ -115,16 +105,16 @@ class RewardWorker(ModelWorker):
         """
         specs = [spec for spec in self.settings.specs if spec.applies_to(prompt.columns)]
         given = [rewards for rewards in environment_rewards if rewards is not None]
-        scores = {
-            spec.name: [sum((s.value for s in rewards_of_response), 0.0) for rewards_of_response in given]
-            for spec in specs
-            if spec.from_environment
-        }
-        steps = {spec.name: given for spec in specs if spec.from_environment}
-        models = [spec.name for spec in specs if spec.is_model and not spec.by_step]
-        scores |= dict.fromkeys(models, self._model_scores(rollouts) if models else [])
-        models = [spec.name for spec in specs if spec.is_model and spec.by_step]
-        steps |= dict.fromkeys(models, self._model_steps(rollouts) if models else [])
+        environments = [spec.name for spec in specs if spec.from_environment]
+        scores = {name: [sum((step.value for step in steps), 0.0) for steps in given] for name in environments}
+        steps = dict.fromkeys(environments, given)
+        columns = (rollouts.token_ids, rollouts.lengths)
+        if models := [spec.name for spec in specs if spec.is_model and not spec.by_step]:
+            ends = None if self.model.steps is None else self._step_ends(rollouts)
+            scores |= dict.fromkeys(models, self.model.scores(*columns, ends))
+        if models := [spec.name for spec in specs if spec.is_model and spec.by_step]:
+            steps |= dict.fromkeys(models, self.model.step_rewards(*columns, self._step_ends(rollouts)))
+        by_step = any(spec.by_step for spec in specs)
         return self.rewards.score(
             self._as_read(prompt, rollouts),
             self.texts(rollouts),
@@ -132,18 +122,9 @@ class RewardWorker(ModelWorker):
             model_scores=scores,
             asked=asked,
             model_steps=steps,
-            places=character_ends(rollouts, self.tokenizer, turn_end=self.turn_end)
-            if any(spec.by_step for spec in specs)
-            else None,
+            places=character_ends(rollouts, self.tokenizer, turn_end=self.turn_end) if by_step else None,
             results=list(map(json.loads, results)),
         )
-
-    def _model_scores(self, rollouts: Rollouts) -> list[float]:
-        ends = None if self.model.steps is None else self._step_ends(rollouts)
-        return self.model.scores(rollouts.token_ids, rollouts.lengths, ends)
-
-    def _model_steps(self, rollouts: Rollouts) -> list[tuple[StepReward, ...]]:
-        return self.model.step_rewards(rollouts.token_ids, rollouts.lengths, self._step_ends(rollouts))
 
     def _step_ends(self, rollouts: Rollouts) -> Bool[Tensor, " N"]:
         assert self.model.steps is not None
@@ -181,9 +162,8 @@ class RewardWorker(ModelWorker):
             places = [record.sample for record in group]
             decoded = transcripts(columns, places, self.tokenizer, turn_end=self.turn_end, signals=signals)
             for record, transcript in zip(group, decoded, strict=True):
-                record = replace(
-                    _with_token_means(record, transcript.tokens), response=transcript.response, tokens=transcript.tokens
-                )
+                record = _with_token_means(record, transcript.tokens)
+                record = replace(record, response=transcript.response, tokens=transcript.tokens)
                 if record.turns is not None:
                     record = replace(record, prompt=transcript.turns[0].text, turns=transcript.turns)
                 whole.append(record)
@@ -194,10 +174,7 @@ class RewardWorker(ModelWorker):
 
 
 def _with_token_means(record: SampleRecord, tokens: SampleTokens) -> SampleRecord:
-    """Return the record with the mean log-probabilities of the tokens, unless already set by the controller.
-
-    A run with one update per batch measures log-probabilities in the update, after the controller has made the record.
-    """
+    """Return the record with the mean log-probabilities that were measured after the controller made the record."""
 
     def mean(known: float | None, column: Sequence[float | None] | None) -> float | None:
         values = [value for value in column or () if value is not None]

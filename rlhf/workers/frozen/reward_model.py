@@ -45,13 +45,11 @@ class RewardModel(FrozenWorker):
         """
         scores = [0.0] * len(lengths)
         function = sequence_scores if step_ends is None else token_scores
-        for microbatch, outputs in self._passes(function, token_ids, lengths):
-            values = outputs
+        for microbatch, values in self._passes(function, token_ids, lengths):
             if step_ends is not None:
                 assert self.steps is not None
-                values = combined_steps(
-                    outputs, step_ends[microbatch.tokens], microbatch.lengths, by=self.steps.combine
-                )
+                ends = step_ends[microbatch.tokens]
+                values = combined_steps(values, ends, microbatch.lengths, by=self.steps.combine)
             for row, value in zip(microbatch.rows, values.tolist(), strict=True):
                 scores[row] = value
         return scores
@@ -59,10 +57,7 @@ class RewardModel(FrozenWorker):
     def step_rewards(
         self, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], step_ends: Bool[Tensor, " N"]
     ) -> list[tuple[StepReward, ...]]:
-        """Return the probability of each step being right, for each sequence.
-
-        `step_ends` marks the last token of each step.
-        """
+        """Return each sequence's probabilities of the steps being right. `step_ends` marks a step's last token."""
         rewards: list[tuple[StepReward, ...]] = [()] * len(lengths)
         for microbatch, outputs in self._passes(token_scores, token_ids, lengths):
             sizes = microbatch.lengths.tolist()

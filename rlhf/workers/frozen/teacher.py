@@ -77,10 +77,7 @@ class TeacherWorker(_StatesWorker):
 
 
 class OnlineTeacherWorker(_StatesWorker, ReferenceWorker):
-    """The teacher in on-policy distillation. The teacher also computes the log-probabilities of the sampled tokens.
-
-    Responses share the computation of the prompt.
-    """
+    """The teacher in on-policy distillation. The teacher also computes the log-probabilities of the sampled tokens."""
 
     def states(self, shares: Sequence[Sequence[int]], *given: Rollouts) -> tuple[LearntStates | int, ...]:
         """Return a column for each share of the sequences and, last, the total number of states."""
@@ -97,8 +94,6 @@ class OnlineTeacherWorker(_StatesWorker, ReferenceWorker):
 
     def mean_logprobs(self, temperature: float, samples_per_prompt: int, *given: Rollouts) -> Mapping[int, float]:
         """Return the mean log-probability of each sequence's sampled tokens, by sequence id."""
-        rollouts, values = self.values_of(
-            given, temperature=temperature, temperatures={}, samples_per_prompt=samples_per_prompt
-        )
+        rollouts, values = self.values_of(given, temperature, {}, samples_per_prompt=samples_per_prompt)
         means = sequence_means(values, rollouts.response_mask, rollouts.sample_lengths)
         return dict(zip(rollouts.sample_ids, means.tolist(), strict=True))

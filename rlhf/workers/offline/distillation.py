@@ -9,10 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.distillation import Distillation
-from rlhf.config.schema.root import Config
-from rlhf.engine.distributed import RankContext
 from rlhf.models.packed.forward import distillation_loss
 from rlhf.objectives.distillation import weighted_divergence_sum
 from rlhf.roles import Metrics
@@ -26,9 +23,8 @@ from rlhf.workers.trained import Measure
 class DistillationWorker(ExamplesWorker[Examples]):
     """Divergence from the teacher at the tokens in the loss mask, averaged over the whole optimizer step."""
 
-    def __init__(self, config: Config, place: RankContext, *, optimizer_steps: int) -> None:
-        super().__init__(config, place, optimizer_steps=optimizer_steps)
-        self.algorithm = algorithm_of(config.algorithm, Distillation)
+    family = Distillation
+    algorithm: Distillation
 
     def take_teacher(self, head: VocabularyHead) -> None:
         """Keep the teacher's vocabulary head. Called once, before the first step."""

@@ -70,15 +70,11 @@ class OfflineWorker(TrainedWorker, ABC, Generic[B]):
     def loss(self, batch: B, microbatch: Microbatch, shared: Any) -> tuple[Float[Tensor, ""], Measure]:
         """Return a micro-batch's share of the loss, and a function for the metrics. Collective.
 
-        The names of the metrics end in /mean, as in an update. Without a gradient the function is called for an
-        evaluation.
+        The names of the metrics end in /mean. Without a gradient the function is called for an evaluation.
         """
 
     def update_on(self, plan: MinibatchPlan, *states: LearntStates) -> Metrics:
-        """Run an optimizer step on the plan's rows of the training set. Collective.
-
-        `states` are the teacher's hidden states, if the run has a teacher.
-        """
+        """Run an optimizer step on the plan's rows of the training set. `states`: a teacher's, if any. Collective."""
         batch = self.step_batch(0, plan)
         shared = self.shared(batch, states)
 

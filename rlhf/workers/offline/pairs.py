@@ -1,7 +1,7 @@
 """One rank of a model trained on pairs of responses: a policy with preferences, or a reward model.
 
-A pair is one row, with or without a gold response. The sequences of a pair are always in the same micro-batch and
-compute the shared prompt once. Losses are sums over pairs, divided by the pairs of the whole optimizer step.
+A pair is one row, with or without a gold response. The sequences of a pair are always in the same micro-batch. Losses
+are sums over pairs, divided by the pairs of the whole optimizer step.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.pairs import PairAlgorithm, PairScores
-from rlhf.config.schema.root import Config
-from rlhf.engine.distributed import RankContext
 from rlhf.models.files.loading import load_critic
 from rlhf.models.packed.forward import policy_logprobs_and_collisions
 from rlhf.models.packed.heads import sequence_scores
@@ -65,9 +62,8 @@ class _Slopes:
 class PairWorker(PairsWorker):
     """Turns rows into scores, and scores into losses."""
 
-    def __init__(self, config: Config, place: RankContext, *, optimizer_steps: int) -> None:
-        super().__init__(config, place, optimizer_steps=optimizer_steps)
-        self.algorithm = algorithm_of(config.algorithm, PairAlgorithm)
+    family = PairAlgorithm
+    algorithm: PairAlgorithm
 
     @abstractmethod
     def numbers(self, batch: PairsBatch, microbatch: Microbatch) -> Numbers:
@@ -112,10 +108,7 @@ class PairWorker(PairsWorker):
         }
 
     def _scores(self, batch: PairsBatch, microbatch: Microbatch) -> PairScores:
-        """Return a micro-batch's pairs as numbers.
-
-        An empty micro-batch has a pair of zeros, with a gradient of zeros.
-        """
+        """Return a micro-batch's pairs as numbers. An empty micro-batch has a pair of zeros, with a zero gradient."""
         numbers = self.numbers(batch, microbatch)
         mask = batch.examples.loss_mask[microbatch.tokens]
         counts = sequence_counts(mask, microbatch.lengths).to(self.device).float()
@@ -158,11 +151,9 @@ class PairWorker(PairsWorker):
         missing: dict[str, Any] = {name: None for name in names if getattr(scores, name) is None}  # same on all ranks
         whole = PairScores(**dict(zip(names, seen, strict=True)) | missing)
         with torch.enable_grad():
-            leaves = replace(
-                whole, chosen=whole.chosen.detach().requires_grad_(), rejected=whole.rejected.detach().requires_grad_()
-            )
-            losses = self.algorithm.losses(leaves)
-            chosen, rejected = torch.autograd.grad(losses.sum(), [leaves.chosen, leaves.rejected])
+            sides = [side.detach().requires_grad_() for side in (whole.chosen, whole.rejected)]
+            losses = self.algorithm.losses(replace(whole, chosen=sides[0], rejected=sides[1]))
+            chosen, rejected = torch.autograd.grad(losses.sum(), sides)
         return _Slopes(first=first, losses=losses.detach(), chosen=chosen, rejected=rejected)
 
 

@@ -49,10 +49,7 @@ class ReferencedPolicy(PairsWorker):
             write_columns(path, self.references[dataset])
 
     def read_reference(self, dataset: int, path: Path) -> bool:
-        """Read the columns cached by an earlier run.
-
-        Return False if the columns are damaged or disagree with the weights. Collective.
-        """
+        """Read the columns of an earlier run. False: they are damaged or disagree with the weights. Collective."""
         examples = self.sets[dataset].examples
         cached = read_columns(path, examples)
         lengths = examples.lengths.tolist()

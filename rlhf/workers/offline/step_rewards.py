@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlhf.algorithms.process_reward_model import ProcessRewardModel
 from rlhf.models.files.loading import load_critic
 from rlhf.models.packed.heads import token_scores
 from rlhf.objectives.reward_model_loss import step_cross_entropy
@@ -19,6 +20,7 @@ from rlhf.workers.trained import Measure
 class StepRewardWorker(ExamplesWorker[LabelledSteps]):
     """Cross-entropy of the steps' labels, averaged over the steps of the whole optimizer step."""
 
+    family = ProcessRewardModel
     load_model = staticmethod(load_critic)  # with a head of zeros, unless the checkpoint has one
 
     def loss(self, batch: OfflineBatch[LabelledSteps], microbatch: Microbatch, shared: None) -> tuple[Tensor, Measure]:

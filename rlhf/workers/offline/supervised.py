@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.sft import SFTConfig
+from rlhf.algorithms.sft import SFT
 from rlhf.models.packed.forward import supervised_loss
 from rlhf.roles import Metrics
 from rlhf.tracking.metrics.reductions import ExpMean, Mean
@@ -18,10 +18,12 @@ from rlhf.workers.trained import Measure
 class SupervisedWorker(ExamplesWorker[Examples]):
     """Cross-entropy on the tokens in the loss mask, averaged over the whole optimizer step."""
 
+    family = SFT
+    algorithm: SFT
+
     def loss(self, batch: OfflineBatch[Examples], microbatch: Microbatch, shared: None) -> tuple[Tensor, Measure]:
         """Return the cross-entropy, and the number of tokens with the largest probability."""
-        config, trains, num_tokens = self.config.algorithm, torch.is_grad_enabled(), batch.plan.num_tokens
-        assert isinstance(config, SFTConfig)
+        config, trains, num_tokens = self.algorithm.config, torch.is_grad_enabled(), batch.plan.num_tokens
         mask = batch.examples.loss_mask[microbatch.tokens]
         loss, logprobs, is_top1 = self.engine.forward(
             supervised_loss,

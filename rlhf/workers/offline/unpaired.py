@@ -1,8 +1,7 @@
 """One rank of a policy learning from single responses, each labelled desirable or undesirable.
 
-The second sequence of a row is the row's prompt with another row's response. A pass on this sequence runs without a
-gradient before the update and measures the divergence of the policy from the reference. Losses are sums over rows,
-divided by the rows of the whole step.
+The second sequence of a row is the row's prompt with another row's response, to measure the divergence of the policy
+from the reference before the update. Losses are sums over rows, divided by the rows of the whole step.
 """
 
 from __future__ import annotations
@@ -14,10 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.kto import KTO
-from rlhf.config.schema.root import Config
-from rlhf.engine.distributed import RankContext
 from rlhf.objectives.masking import sequence_sums
 from rlhf.objectives.unpaired_loss import mismatched_kl
 from rlhf.roles import Metrics
@@ -34,9 +30,8 @@ RESPONSE, MISMATCHED = (0,), (1,)  # sides of a row
 class UnpairedWorker(ReferencedPolicy):
     """Turns rows into log-ratios, and log-ratios into losses."""
 
-    def __init__(self, config: Config, place: RankContext, *, optimizer_steps: int) -> None:
-        super().__init__(config, place, optimizer_steps=optimizer_steps)
-        self.algorithm = algorithm_of(config.algorithm, KTO)
+    family = KTO
+    algorithm: KTO
 
     def step_batch(self, dataset: int, plan: MinibatchPlan) -> PairsBatch:
         return self.batch(dataset, plan, sides=RESPONSE)

@@ -15,10 +15,7 @@ from rlhf.types import Rollouts
 
 
 def with_branch_rewards(rewards: Float[Tensor, " N"], rollouts: Rollouts) -> Float[Tensor, " N"]:
-    """Add the rewards of each branch to the trunk's last sampled token before the branch.
-
-    The rewards to come of a shared token then cover all sequences of the sample that begin with the token.
-    """
+    """Add the rewards of each branch to the trunk's last sampled token before the branch."""
     result = rewards.clone()
     lengths = rollouts.lengths.tolist()
     starts = (rollouts.lengths.cumsum(0) - rollouts.lengths).tolist()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.microbatch import ValueMicrobatch
 from rlhf.algorithms.ppo import PPO
 from rlhf.config.schema.model import CriticConfig
@@ -16,10 +16,10 @@ from rlhf.engine.distributed import RankContext
 from rlhf.models.files.loading import load_critic
 from rlhf.models.packed.heads import token_values
 from rlhf.roles import Metrics
+from rlhf.tracking.metrics.reductions import Mean
 from rlhf.types import BatchPlan, Rollouts, TokenValues
 from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.online.online_worker import OnlineWorker
-from rlhf.workers.online.update_metrics import critic_metrics
 from rlhf.workers.trained import Measure
 
 
@@ -27,13 +27,14 @@ class CriticWorker(OnlineWorker):
     """The value model of an online run."""
 
     role = "critic"
+    family = PPO
+    algorithm: PPO
     step_metric = "update/critic_{}"
     load_model = staticmethod(load_critic)
 
     def __init__(self, config: Config, model: CriticConfig, place: RankContext, *, optimizer_steps: int) -> None:
-        self.algorithm = algorithm_of(config.algorithm, PPO)
-        lr = self.algorithm.config.critic_lr
-        super().__init__(config, place, optimizer_steps=optimizer_steps, model=model, lr=lr)
+        super().__init__(config, place, optimizer_steps=optimizer_steps, model=model)
+        self.lr = self.algorithm.config.critic_lr
 
     def values(self, plan: BatchPlan, *parts: Rollouts) -> tuple[TokenValues, int]:
         """Receive this rank's share of a batch and value the tokens. Return the column and the size. Collective."""
@@ -65,7 +66,11 @@ class CriticWorker(OnlineWorker):
             terms = self.algorithm.critic_loss(batch, counts)
 
             def measure() -> Metrics:
-                return critic_metrics(terms, sampled=int(mask.sum()), step_tokens=plan.num_tokens, clips=clips)
+                sampled = int(mask.sum())
+                loss, clipped = torch.stack([terms.loss.detach(), terms.clipped_tokens]).tolist()
+                metrics = {"update/value_loss/mean": Mean(total=loss * plan.num_tokens, count=sampled)}
+                fraction = {"update/value_clip_fraction/mean": Mean(total=clipped, count=sampled)}
+                return metrics | fraction if clips else metrics
 
             return terms.loss, measure
 

@@ -15,12 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf.algorithms.microbatch import StepCounts
-from rlhf.config.schema.model import CriticConfig
-from rlhf.config.schema.root import Config
-from rlhf.engine.distributed import RankContext
 from rlhf.objectives.masking import sequence_counts
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts, TokenValues
-from rlhf.workers.microbatches import Microbatch, Temperatures, shared_prefixes
+from rlhf.workers.microbatches import Microbatch, shared_prefixes, temperatures_of
 from rlhf.workers.trained import TrainedWorker
 
 
@@ -32,7 +29,7 @@ class Share:
     ids: tuple[int, ...]  # of samples; empty: the share holds another rank's sample, unsampled, for its forward passes
     rollouts: Rollouts
     microbatches: tuple[tuple[Microbatch, ...], ...]
-    temperatures: Temperatures
+    temperatures: float | Float[Tensor, " N"]
     sample_tokens: Int[Tensor, " B"]  # for each sequence the number of sampled tokens of its sample
 
     @property
@@ -55,27 +52,12 @@ class Share:
 class OnlineWorker(TrainedWorker):
     """One rank of a model trained on rollouts."""
 
-    def __init__(
-        self,
-        config: Config,
-        place: RankContext,
-        *,
-        optimizer_steps: int,
-        model: CriticConfig | None = None,
-        lr: float | None = None,
-    ) -> None:
-        assert config.rollouts is not None
-        super().__init__(config, place, optimizer_steps=optimizer_steps, model=model, lr=lr)
-        self.rollouts_config = config.rollouts
-
     def receive(
         self, plan: BatchPlan, parts: Sequence[Rollouts | TokenValues], temperatures: Mapping[int, float]
     ) -> tuple[Share, Float[Tensor, " N"] | None]:
-        """Return this rank's share of a plan's rollouts, and of the columns among the parts. Collective.
+        """Return this rank's share of a plan's rollouts, and of any columns of token values. Collective.
 
-        Args:
-            parts: the rollouts, and columns of token values. Without columns the second result is None.
-            temperatures: by sequence id, for sequences without the common temperature.
+        `temperatures`: by sequence id, for sequences without the common temperature.
         """
         ids = plan.sequences_of(self.data_rank)
         held = ids or plan.some_sequence()
@@ -97,7 +79,7 @@ class OnlineWorker(TrainedWorker):
             microbatches=tuple(
                 self.split(rollouts.lengths, [row for i in share for row in rows_of[i]], prefixes) for share in shares
             ),
-            temperatures=Temperatures.of(rollouts, temperatures, common=self.rollouts_config.temperature),
+            temperatures=temperatures_of(rollouts, temperatures, common=self.rollouts_config.temperature),
             sample_tokens=sampled[samples],
         )
         columns = [part for part in parts if isinstance(part, TokenValues)]
@@ -124,14 +106,11 @@ class OnlineWorker(TrainedWorker):
     def forward(self, function: Callable[..., Any], share: Share, microbatch: Microbatch, **options: Any) -> Any:
         """Run a function of models.packed.forward on a micro-batch, at the temperature of the samples. Collective."""
         token_ids, lengths, mask = self.columns(share, microbatch)
-        options = {"temperature": share.temperatures.at(microbatch, self.device)} | options
+        options = {"temperature": self.temperature_at(share.temperatures, microbatch)} | options
         return self.engine.forward(function, token_ids, lengths, mask=mask, branches=microbatch.branches, **options)
 
     def compute(self, stage: str, function: Callable[..., Any], share: Share) -> tuple[Float[Tensor, " N"], ...]:
-        """Run `function` (of models.packed.forward) over a share without a gradient. Return the columns. Collective.
-
-        The micro-batches are the same as in the updates, to give the same values.
-        """
+        """Run `function` over a share in the micro-batches of the updates, without a gradient. Collective."""
         results: tuple[Tensor, ...] = ()
         microbatches = [microbatch for minibatch in share.microbatches for microbatch in minibatch]
         for microbatch, values in self.passes(stage, microbatches, lambda one: self.forward(function, share, one)):

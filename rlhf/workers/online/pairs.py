@@ -1,7 +1,6 @@
 """One rank of an online preference policy. The step's pairs of the policy's own responses are the training set.
 
-Token columns arrive as arguments and stay here. Between `prepare` and the last `update` a rank holds the pairs of the
-rank's share of the batch, in the order of the plan.
+Between `prepare` and the last `update` a rank holds the pairs of the rank's share of the batch, in the plan's order.
 """
 
 from __future__ import annotations
@@ -13,14 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.config.schema.root import Config
-from rlhf.engine.distributed import RankContext
+from rlhf.config.derive import reference_is_adapter_off
 from rlhf.objectives.kl import kl_k3
 from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import Mean
 from rlhf.types import BatchPlan, Examples, MinibatchPlan, Pairs, Rollouts, SampledExamples, TokenSignals, TokenValues
-from rlhf.workers.microbatches import Microbatch, Temperatures, shared_prefixes
+from rlhf.workers.microbatches import Microbatch, shared_prefixes, temperatures_of
 from rlhf.workers.offline.offline_worker import PairsBatch
 from rlhf.workers.offline.pairs import PreferenceWorker
 from rlhf.workers.online.token_signals import signals_of, unknown
@@ -29,14 +27,6 @@ from rlhf.workers.online.update_metrics import sampler_metrics
 
 class OnlinePreferenceWorker(PreferenceWorker):
     """Receives a batch of rollouts, learns from the pairs as from a fixed data set, and publishes the weights."""
-
-    def __init__(
-        self, config: Config, place: RankContext, *, optimizer_steps: int, reference_is_adapter_off: bool
-    ) -> None:
-        super().__init__(config, place, optimizer_steps=optimizer_steps)
-        assert config.rollouts is not None
-        self.rollouts_config = config.rollouts
-        self.reference_is_adapter_off = reference_is_adapter_off
 
     def prepare(self, plan: BatchPlan, *parts: Rollouts | TokenValues) -> tuple[tuple[SequenceReport, ...], Metrics]:
         """Receive this rank's pairs of a batch. `parts`: the rollouts, then the reference's columns. Collective.
@@ -48,9 +38,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
         ids = sequence_ids or next(pairs)  # without pairs the rank passes tokens outside the loss mask
         rollouts = Rollouts.gather([part for part in parts if isinstance(part, Rollouts)], ids)
         prefixes = shared_prefixes(rollouts, samples_per_prompt=self.rollouts_config.samples_per_prompt)
-        common = self.rollouts_config.temperature
-        temperatures = Temperatures.of(rollouts, plan.temperatures, common=common).by_token
-        self.has_own_temperatures = temperatures is not None
+        self.temperatures = temperatures_of(rollouts, plan.temperatures, common=self.rollouts_config.temperature)
         examples = SampledExamples(
             sequence_ids=rollouts.sequence_ids,
             lengths=rollouts.lengths,
@@ -58,7 +46,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
             loss_mask=rollouts.response_mask,
             rollout_logprobs=rollouts.rollout_logprobs,
             versions=rollouts.versions,
-            temperatures=torch.full_like(rollouts.rollout_logprobs, common) if temperatures is None else temperatures,
+            temperatures=torch.zeros_like(rollouts.rollout_logprobs) + self.temperatures,
         )
         self.load_data(
             Pairs(
@@ -76,7 +64,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
         self.observed: list[Metrics] = []
         self.observes = True
         references = [part for part in parts if isinstance(part, TokenValues)]
-        if self.reference_is_adapter_off:
+        if reference_is_adapter_off(self.config):
             from rlhf.models.adapters.lora import adapter_disabled  # with peft, which takes seconds
 
             with adapter_disabled(self.engine.module):
@@ -105,9 +93,9 @@ class OnlinePreferenceWorker(PreferenceWorker):
         return signals, len(signals.old_logprobs)
 
     def temperature(self, examples: Examples, microbatch: Microbatch) -> float | Float[Tensor, " n"]:
-        if not self.has_own_temperatures or not isinstance(examples, SampledExamples):
+        if not isinstance(self.temperatures, Tensor) or not isinstance(examples, SampledExamples):
             return self.rollouts_config.temperature
-        return examples.temperatures[microbatch.tokens].to(self.device)
+        return self.part(examples.temperatures, microbatch)
 
     def observe(self, batch: PairsBatch, microbatch: Microbatch, logprobs: Float[Tensor, " n"]) -> None:
         """Record the gaps between sampler, trainer and reference, in the first update after sampling."""
@@ -126,10 +114,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
         self.observed.append(metrics)
 
     def _rows(self, plan: BatchPlan) -> list[MinibatchPlan]:
-        """Express the plan's minibatches as rows of this rank's pairs.
-
-        For all other ranks only the number of rows is read.
-        """
+        """Express the plan's minibatches as rows of this rank's pairs. Of further ranks only the counts are read."""
         plans, first = [], 0
         for minibatch in plan.minibatches:
             counts = [len(ids) // 2 for ids in minibatch.sequences_by_rank]

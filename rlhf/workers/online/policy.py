@@ -15,11 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 from rlhf.algorithms.online import OnlineAlgorithm, reference_kl
-from rlhf.config.schema.root import Config
-from rlhf.engine.distributed import RankContext
+from rlhf.config.derive import reference_is_adapter_off
 from rlhf.models.packed.forward import policy_logprobs, policy_logprobs_only
 from rlhf.models.routers.replay import RouterReplay
 from rlhf.objectives.advantages import reward_to_go, whiten
@@ -35,7 +33,7 @@ from rlhf.workers.online.normalisation import Normalisation
 from rlhf.workers.online.online_worker import OnlineWorker, Share
 from rlhf.workers.online.token_signals import Column, signals_of, unknown
 from rlhf.workers.online.update_metrics import (
-    advantage_histogram,
+    advantage_metrics,
     as_std,
     reference_metrics,
     sampler_metrics,
@@ -64,14 +62,9 @@ class PolicyWorker(OnlineWorker):
     """The trained language model of an online run."""
 
     role = "policy"
-
-    def __init__(
-        self, config: Config, place: RankContext, *, optimizer_steps: int, reference_is_adapter_off: bool
-    ) -> None:
-        super().__init__(config, place, optimizer_steps=optimizer_steps)
-        self.algorithm = algorithm_of(config.algorithm, OnlineAlgorithm)
-        self.reference_is_adapter_off = reference_is_adapter_off
-        self.replay: RouterReplay | None = None
+    family = OnlineAlgorithm
+    algorithm: OnlineAlgorithm
+    replay: RouterReplay | None = None
 
     def build(self) -> str:
         """Load the model, and replay the choices of the sampler's routers if the run does."""
@@ -97,7 +90,7 @@ class PolicyWorker(OnlineWorker):
         replace old log-probabilities, only a selection by entropy needs a pass.
         """
         share, ref_logprobs = self.receive(plan, parts, plan.temperatures)
-        if self.reference_is_adapter_off:
+        if reference_is_adapter_off(self.config):
             from rlhf.models.adapters.lora import adapter_disabled  # with peft, which takes seconds
 
             with adapter_disabled(self.engine.module):
@@ -126,11 +119,7 @@ class PolicyWorker(OnlineWorker):
     def set_advantages(
         self, by_sequence: Mapping[int, float] | None, *values: TokenValues
     ) -> tuple[TokenValues | None, tuple[Mapping[int, float], Metrics]]:
-        """Set the advantage of every sampled token. With a critic, also return the returns.
-
-        A single token has no variance, so a step with a single trained token centers the advantage without whitening.
-        Collective.
-        """
+        """Set the advantage of every sampled token. With a critic, also return the returns. Collective."""
         prepared = self.prepared
         share = prepared.share
         mask, lengths = share.rollouts.response_mask, share.rollouts.lengths
@@ -156,7 +145,7 @@ class PolicyWorker(OnlineWorker):
         local_moments = moments(advantages, mask)
         if self.algorithm.whitens:
             whole = self._moments_over_ranks(local_moments)
-            variance = 1.0 if whole.count < 2 else whole.variance
+            variance = 1.0 if whole.count < 2 else whole.variance  # a single token is only centred
             advantages = whiten(advantages, mask, mean=whole.mean, variance=variance)
         elif self.algorithm.centers:
             advantages = torch.where(mask, advantages - self._moments_over_ranks(local_moments).mean, 0.0)
@@ -167,9 +156,7 @@ class PolicyWorker(OnlineWorker):
             advantages = advantages.clamp(-bound, bound)
         prepared.advantages = advantages
         prepared.selections = self._select(prepared)
-        metrics["advantages/mean"] = Mean(total=local_moments.mean * local_moments.count, count=local_moments.count)
-        metrics["advantages/std"] = as_std(local_moments)
-        metrics["advantages/histogram"] = advantage_histogram(advantages, mask)
+        metrics |= advantage_metrics(local_moments, advantages, mask)
         means = sequence_means(advantages, mask, share.rollouts.sample_lengths).tolist() if share.ids else ()
         return returns, (dict(zip(share.ids, means, strict=True)), metrics)
 
@@ -221,11 +208,9 @@ class PolicyWorker(OnlineWorker):
         self, prepared: PreparedShare, terms: LossTerms, microbatch: Microbatch, step_tokens: int
     ) -> dict[str, Reduction]:
         sampled = int(prepared.share.rollouts.response_mask[microbatch.tokens].sum())
-        has_kl_loss = self.algorithm.config.kl.place == "loss" and prepared.ref_logprobs is not None
+        has_kl = self.algorithm.config.kl.place == "loss" and prepared.ref_logprobs is not None
         passed = len(microbatch.tokens)
-        metrics = update_metrics(
-            terms, sampled=sampled, passed=passed, step_tokens=step_tokens, has_kl_loss=has_kl_loss
-        )
+        metrics = update_metrics(terms, sampled=sampled, passed=passed, step_tokens=step_tokens, has_kl_loss=has_kl)
         selected = prepared.selections.selected
         if selected is not None:
             chosen = int(selected[microbatch.tokens].sum())
@@ -255,11 +240,7 @@ class PolicyWorker(OnlineWorker):
         return select_tokens(self.algorithm, share.plan, share.rollouts, columns, ranks, seed=self.config.run.seed)
 
     def _token_rewards(self, prepared: PreparedShare) -> Float[Tensor, " N"]:
-        """Return the reward of each token.
-
-        The reward is the score on each sequence's last sampled token, less the KL penalty if placed in the reward, plus
-        the step rewards.
-        """
+        """Return each sequence's score on the last sampled token, less a KL penalty, plus the step rewards."""
         share, config = prepared.share, self.algorithm.config
         rollouts, mask = share.rollouts, share.rollouts.response_mask
         penalty = torch.zeros(len(mask))
@@ -277,25 +258,19 @@ class PolicyWorker(OnlineWorker):
         if not share.ids:
             return torch.zeros(len(share.rollouts.token_ids))
         lengths = share.rollouts.sample_lengths
-        starts = (lengths.cumsum(0) - lengths).tolist()
-        placed_steps = [
-            (start, step) for i, start in zip(share.ids, starts, strict=True) for step in share.plan.steps.get(i, ())
-        ]
-        ends = torch.tensor([start + step.end for start, step in placed_steps], dtype=torch.int64)
-        values = torch.tensor([step.value for _, step in placed_steps])
+        starts, steps = (lengths.cumsum(0) - lengths).tolist(), [share.plan.steps.get(i, ()) for i in share.ids]
+        places = [start + step.end for start, of_sample in zip(starts, steps, strict=True) for step in of_sample]
+        ends = torch.tensor(places, dtype=torch.int64)
+        values = torch.tensor([step.value for of_sample in steps for step in of_sample])
         return with_branch_rewards(step_rewards(ends, values, share.rollouts.response_mask), share.rollouts)
 
     def _moments_over_ranks(self, local_moments: Moments) -> Moments:
         """Merge the moments of all ranks' values. Every rank gets the same result."""
-        table = torch.zeros(self.place.world_size, 3, dtype=torch.float64)
+        table, local = torch.zeros(self.place.world_size, 3, dtype=torch.float64), local_moments
         if self.contributes:
-            table[self.data_rank] = torch.tensor(
-                [local_moments.count, local_moments.mean, local_moments.squared_deviation], dtype=torch.float64
-            )
+            table[self.data_rank] = table.new_tensor([local.count, local.mean, local.squared_deviation])
         rows = self.engine.all_reduce_sum(table.to(self.device)).tolist()
-        return merge_moments(
-            [Moments(count=int(count), mean=mean, squared_deviation=spread) for count, mean, spread in rows]
-        )
+        return merge_moments([Moments(count=int(n), mean=mean, squared_deviation=total) for n, mean, total in rows])
 
     def _microbatch_loss(
         self, prepared: PreparedShare, microbatch: Microbatch, counts: StepCounts

@@ -58,10 +58,7 @@ class StreamedPolicyWorker(PolicyWorker):
         return Normalisation(counts=counts, mode=self.algorithm.config.aggregation, is_deferred=True)
 
     def _accumulate(self, minibatch: int, *, ends: bool) -> None:
-        """Run the passes of a minibatch over the portions missing in the sum. Collective.
-
-        ends: whether the optimizer step follows.
-        """
+        """Run a minibatch's passes over the portions missing in the sum. ends: the step follows. Collective."""
         normalisation = self._normalisation(minibatch, self.portions)
         left = [(portion, portion.share.microbatches[minibatch]) for portion in self.portions[self.num_accumulated :]]
         if ends and not (left and left[-1][1]):

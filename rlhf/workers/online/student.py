@@ -12,11 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.microbatch import PolicyMicrobatch
 from rlhf.algorithms.on_policy_distillation import OnPolicyDistillation
-from rlhf.config.schema.root import Config
-from rlhf.engine.distributed import RankContext
 from rlhf.models.packed.forward import distillation_loss, policy_logprobs, policy_logprobs_only
 from rlhf.objectives.distillation import sampled_divergence_sum, teacher_advantages
 from rlhf.objectives.masking import masked_sum, moments, sequence_counts, to_tokens
@@ -26,7 +23,7 @@ from rlhf.types import BatchPlan, LearntStates, MinibatchPlan, Rollouts, TokenSi
 from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.online.online_worker import OnlineWorker
 from rlhf.workers.online.token_signals import Column, unknown_signals
-from rlhf.workers.online.update_metrics import advantage_histogram, as_std, sampler_metrics, update_metrics
+from rlhf.workers.online.update_metrics import advantage_metrics, sampler_metrics, update_metrics
 from rlhf.workers.trained import Measure
 
 
@@ -34,10 +31,8 @@ class StudentWorker(OnlineWorker):
     """Receives a batch of rollouts, learns the teacher's predictions on the batch, and publishes the weights."""
 
     role = "policy"
-
-    def __init__(self, config: Config, place: RankContext, *, optimizer_steps: int) -> None:
-        super().__init__(config, place, optimizer_steps=optimizer_steps)
-        self.algorithm = algorithm_of(config.algorithm, OnPolicyDistillation)
+    family = OnPolicyDistillation
+    algorithm: OnPolicyDistillation
 
     def take_teacher(self, head: VocabularyHead) -> None:
         """Keep the teacher's vocabulary head. Called once before the first step, if the run uses hidden states."""
@@ -63,10 +58,7 @@ class StudentWorker(OnlineWorker):
         return (), {}
 
     def update(self, minibatch: int, *states: LearntStates) -> Metrics:
-        """Run an optimizer step on a minibatch of the prepared batch. Collective.
-
-        `states` are the teacher's hidden states, if used.
-        """
+        """Run an optimizer step on a minibatch of the batch. `states`: the teacher's, if used. Collective."""
         plan = self.share.plan.minibatches[minibatch]
         # later updates of a batch can measure the state before training only from stored log-probabilities
         self.observes = minibatch not in self.visited and (not self.visited or self.old_logprobs is not None)
@@ -109,17 +101,11 @@ class StudentWorker(OnlineWorker):
         terms = self.algorithm.sampled_loss(batch, self.counts(plan))
 
         def measure() -> Metrics:
-            sampled, passed = int(mask.sum()), len(microbatch.tokens)
-            metrics = update_metrics(
-                terms, sampled=sampled, passed=passed, step_tokens=plan.num_tokens, has_kl_loss=False
-            )
+            counts = {"sampled": int(mask.sum()), "passed": len(microbatch.tokens), "step_tokens": plan.num_tokens}
+            metrics = update_metrics(terms, **counts, has_kl_loss=False)
             if self.observes:
-                spread = moments(advantages, mask)
-                metrics |= self._observed(old, teacher_logprobs, microbatch) | {
-                    "advantages/mean": Mean(total=spread.mean * spread.count, count=spread.count),
-                    "advantages/std": as_std(spread),
-                    "advantages/histogram": advantage_histogram(advantages, mask),
-                }
+                metrics |= self._observed(old, teacher_logprobs, microbatch)
+                metrics |= advantage_metrics(moments(advantages, mask), advantages, mask)
             return metrics
 
         return terms.loss, measure
@@ -127,10 +113,7 @@ class StudentWorker(OnlineWorker):
     def _whole(
         self, microbatch: Microbatch, plan: MinibatchPlan, hidden: Float[Tensor, "n K"]
     ) -> tuple[Tensor, Measure]:
-        """Return a micro-batch's divergence over the whole vocabulary, and the metrics.
-
-        `hidden` holds the teacher's states of the minibatch.
-        """
+        """Return a micro-batch's divergence over the whole vocabulary, and the metrics. `hidden`: of the minibatch."""
         _, _, mask = self.columns(self.share, microbatch)
         loss, logprobs, teacher_logprobs, entropy = self.forward(
             distillation_loss,
@@ -182,10 +165,7 @@ class StudentWorker(OnlineWorker):
     def _observed(
         self, logprobs: Float[Tensor, " n"], teacher_logprobs: Float[Tensor, " n"], microbatch: Microbatch
     ) -> dict[str, Reduction]:
-        """Measure the gaps between student, sampler and teacher on the sampled tokens of a micro-batch.
-
-        `logprobs`: by the student, before training on the tokens.
-        """
+        """Measure the gaps between the student before training, sampler and teacher on a micro-batch's tokens."""
         _, lengths, mask = self.columns(self.share, microbatch)
         rollout_logprobs = self.part(self.share.rollouts.rollout_logprobs, microbatch)
         gap = masked_sum(logprobs - teacher_logprobs, mask)

@@ -21,16 +21,8 @@ def unknown(num_tokens: int) -> Float[Tensor, " N"]:
 
 def unknown_signals(batch: Ragged) -> TokenSignals:
     """Return signals of a batch before measurement, in separate columns."""
-    num_tokens = int(batch.lengths.sum())
-    old, ref, teacher, advantages = (unknown(num_tokens) for _ in range(4))
-    return TokenSignals(
-        sequence_ids=batch.sequence_ids,
-        lengths=batch.lengths,
-        old_logprobs=old,
-        ref_logprobs=ref,
-        teacher_logprobs=teacher,
-        advantages=advantages,
-    )
+    columns = {name: unknown(int(batch.lengths.sum())) for name in TokenSignals.columns()}
+    return TokenSignals(sequence_ids=batch.sequence_ids, lengths=batch.lengths, **columns)
 
 
 def signals_of(batch: Ragged, sequences: Sequence[int], **columns: Column) -> TokenSignals:

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf.algorithms.microbatch import Correction, LossTerms, ValueLossTerms
+from rlhf.algorithms.microbatch import Correction, LossTerms
 from rlhf.algorithms.online import reference_kl
 from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.objectives.kl import kl_k1, kl_k3
 from rlhf.objectives.masking import Moments, bin_counts, sequence_counts, sequence_means, sequence_sums
-from rlhf.roles import Metrics, SequenceReport
+from rlhf.roles import SequenceReport
 from rlhf.tracking.metrics.histograms import ADVANTAGE_EDGES, RATIO_EDGES
 from rlhf.tracking.metrics.reductions import EffectiveShare, Histogram, Max, Mean, Min, Reduction, Std, Sum
 from rlhf.types import Rollouts
@@ -116,17 +116,8 @@ def update_metrics(
     A loss term is this micro-batch's share of the step's loss. Times the step's tokens, the term becomes a total,
     counted in sampled tokens. Shares then merge to the loss of the step, and steps to the token-weighted mean.
     """
-    values = torch.stack(
-        [
-            terms.loss.detach(),
-            terms.surrogate,
-            terms.kl_loss,
-            terms.clipped_tokens,
-            terms.kl_old_sum,
-            terms.entropy_sum,
-            terms.ratio_max,
-        ]
-    )
+    losses = [terms.loss.detach(), terms.surrogate, terms.kl_loss]
+    values = torch.stack([*losses, terms.clipped_tokens, terms.kl_old_sum, terms.entropy_sum, terms.ratio_max])
     totals = torch.cat([values.double(), terms.ratio_counts]).tolist()  # synchronizes the device once
     loss, surrogate, kl_loss, clipped, kl_old, entropy, ratio_max, *ratio_counts = totals
     metrics: dict[str, Reduction] = {
@@ -148,18 +139,16 @@ def update_metrics(
     return metrics
 
 
-def critic_metrics(terms: ValueLossTerms, *, sampled: int, step_tokens: int, clips: bool) -> Metrics:
-    """Return the metrics of a critic micro-batch. Losses merge as in `update_metrics`."""
-    loss, clipped = torch.stack([terms.loss.detach(), terms.clipped_tokens]).tolist()
-    metrics: dict[str, Reduction] = {"update/value_loss/mean": Mean(total=loss * step_tokens, count=sampled)}
-    if clips:
-        metrics["update/value_clip_fraction/mean"] = Mean(total=clipped, count=sampled)
-    return metrics
-
-
-def advantage_histogram(advantages: Float[Tensor, " N"], mask: Bool[Tensor, " N"]) -> Histogram:
+def advantage_metrics(
+    spread: Moments, advantages: Float[Tensor, " N"], mask: Bool[Tensor, " N"]
+) -> dict[str, Reduction]:
+    """Return the metrics of sampled tokens' advantages, with their moments before any whitening."""
     counts = bin_counts(advantages, mask, edges=ADVANTAGE_EDGES)
-    return Histogram(edges=ADVANTAGE_EDGES, counts=tuple(counts.tolist()))
+    return {
+        "advantages/mean": Mean(total=spread.mean * spread.count, count=spread.count),
+        "advantages/std": as_std(spread),
+        "advantages/histogram": Histogram(edges=ADVANTAGE_EDGES, counts=tuple(counts.tolist())),
+    }
 
 
 def as_std(value: Moments) -> Std:

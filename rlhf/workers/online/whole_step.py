@@ -1,7 +1,7 @@
 """Token selection over a whole optimizer step, across ranks.
 
-Ranks exchange a number per column and sampled token. All ranks see the same columns in the order of sequence ids. The
-selection therefore depends neither on micro-batches nor on the number of ranks. Nothing here has a gradient.
+All ranks see the same columns of the sampled tokens, in the order of sequence ids. The selection therefore depends
+neither on micro-batches nor on the number of ranks. Nothing here has a gradient.
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def select_tokens(
 ) -> Selections:
     """Select tokens of each minibatch as the configuration says. Collective.
 
-    Args:
-        rollouts: the rank's sequences.
-        columns: their old log-probabilities, advantages and, for a selection by entropy, entropies.
+    `columns` of the rank's rollouts: old log-probabilities, advantages and, for a selection by entropy, entropies.
     """
     fraction = algorithm.config.top_entropy_fraction
     high = None if fraction is None else torch.zeros_like(rollouts.response_mask)
@@ -68,13 +66,11 @@ def select_tokens(
         places = torch.cat([torch.empty(0, dtype=torch.int64), *positions_by_id.values()])
         counts = {i: len(positions) for i, positions in positions_by_id.items()}
         whole, at = gathered(torch.stack(list(columns))[:, places], counts, minibatch, ranks)
-        everywhere = torch.ones(whole.shape[1], dtype=torch.bool)
         if high is not None and fraction is not None:
-            high[places] = high_entropy_tokens(whole[2], everywhere, quantile=1.0 - fraction)[at]
+            high[places] = high_entropy_tokens(whole[2], quantile=1.0 - fraction)[at]
         if selected is not None:
-            generator = torch.Generator().manual_seed(
-                random.Random(f"tokens {seed} {plan.step} {number}").getrandbits(63)
-            )
+            token_seed = random.Random(f"tokens {seed} {plan.step} {number}").getrandbits(63)
+            generator = torch.Generator().manual_seed(token_seed)
             order = torch.rand(whole.shape[1], generator=generator, dtype=torch.float64)
             tokens = StepTokens(old_logprobs=whole[0], advantages=whole[1], order=order)
             selected[places] = algorithm.selected(tokens)[at]
