@@ -5,17 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.objectives.masking import to_tokens
+from rlhf.objectives.masking import sequence_counts, sequence_means, to_tokens
 
 
 class Layout:
-    """Where the tokens of a padded batch stand in flat columns. Trailing padding is dropped or kept; holes stay."""
+    """Where the tokens of a padded batch stand in flat columns. Trailing padding is dropped; holes stay."""
 
-    def __init__(self, mask: Tensor, *, keep_padding: bool = False) -> None:
+    def __init__(self, mask: Tensor) -> None:
         self.width = mask.shape[1]
         columns = torch.arange(1, self.width + 1)
-        there = torch.ones_like(mask) if keep_padding else mask
-        self.lengths = torch.where(there, columns, 0).amax(1) if self.width else mask.sum(1)
+        self.lengths = torch.where(mask, columns, 0).amax(1)
         self._kept = columns <= self.lengths[:, None]
         self.mask = mask[self._kept]
 
@@ -23,6 +22,10 @@ class Layout:
     def full(cls, shape: torch.Size) -> Layout:
         """Return all positions, padding included, as sampled tokens: for sources without a mask."""
         return cls(torch.ones(shape, dtype=torch.bool))
+
+    @property
+    def counts(self) -> Tensor:
+        return sequence_counts(self.mask, self.lengths)
 
     def flat(self, padded: Tensor) -> Tensor:
         """[B, T] to [N]."""
@@ -51,3 +54,14 @@ def gradient(loss: Tensor, variable: Tensor) -> Tensor:
     """Return d loss / d variable, zeros without a dependence."""
     (found,) = torch.autograd.grad(loss, variable, retain_graph=True, allow_unused=True)
     return torch.zeros_like(variable) if found is None else found
+
+
+def clip_metrics(low: Tensor, high: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Return TRL's fractions of tokens whose gradient the clip stops, in float32, and their extremes by sequence."""
+    flags = {"low": low.float(), "high": high.float(), "region": (low | high).float()}
+    least, most = (sequence_means(flags[side], layout.mask, layout.lengths) for side in ("low", "high"))
+    return {
+        **{f"clip_ratio/{side}_mean": flag[layout.mask].mean() for side, flag in flags.items()},
+        "clip_ratio/low_min": least.min(),
+        "clip_ratio/high_max": most.max(),
+    }

@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from rlhf.objectives.aggregation import Aggregation, token_weights
-from rlhf.objectives.masking import masked_sum, sequence_counts
-from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
+from rlhf.objectives.masking import masked_sum
+from tests.parity.case import Adapter, Arguments, Outputs
 from tests.parity.layout import Layout, gradient
 
 EPS = 1e-8
@@ -25,7 +25,7 @@ VERL_MODES: dict[str, Aggregation] = {
 
 def shrunk(layout: Layout, dtype_like: Tensor) -> Tensor:
     """n / (n + 1e-8) of each token's sequence."""
-    counts = sequence_counts(layout.mask, layout.lengths).to(dtype_like.dtype)
+    counts = layout.counts.to(dtype_like.dtype)
     return layout.spread(counts / (counts + EPS))
 
 
@@ -38,101 +38,53 @@ def weighted(
     losses: Tensor,
     layout: Layout,
     mode: Aggregation,
-    *,
     num_tokens: float,
-    num_sequences: float,
-    max_new_tokens: float = 1.0,
+    num_sequences: float = 1.0,
+    horizon: float = 1.0,
 ) -> Tensor:
     """Loss of the terms [N] with our weights."""
-    weights = token_weights(
-        layout.mask,
-        layout.lengths,
-        mode=mode,
-        num_tokens=num_tokens,
-        num_sequences=num_sequences,
-        max_new_tokens=max_new_tokens,
-        dtype=losses.dtype,
-    )
-    return (losses * weights).sum()
+    counts = {"num_tokens": num_tokens, "num_sequences": num_sequences, "max_new_tokens": horizon}
+    return (losses * token_weights(layout.mask, layout.lengths, mode=mode, dtype=losses.dtype, **counts)).sum()
 
 
 def verl_aggregated(arguments: Arguments, losses: Tensor, layout: Layout, mode: str | None = None) -> Tensor:
     """Read verl's aggregation parameters; `mode` overrides the parameter, as in GSPO and SAPO."""
-    named = arguments.param("loss_agg_mode", "token-mean") if mode is None else mode
-    if mode is not None:
-        arguments.ignore("loss_agg_mode")
-    if named not in VERL_MODES:
-        raise Unsupported(f"loss_agg_mode {named!r}")
-    counts = sequence_counts(layout.mask, layout.lengths)
-    num_tokens, num_sequences, horizon, ranks = _step_counts(arguments)
-    if ranks > 1 and (num_tokens if named == "token-mean" else num_sequences) is None and named != "token-sum":
-        raise Unsupported("several ranks without the counts of the whole batch")
+    named = arguments.param("loss_agg_mode", "token-mean")
+    named = mode or named
+    names = ("batch_num_tokens", "global_batch_size", "loss_scale_factor", "dp_size")
+    num_tokens, num_sequences, horizon, ranks = map(arguments.optional, names)
     if named == "seq-mean-token-mean":
         losses = losses * shrunk(layout, losses)
-    by_token = named in ("token-mean", "token-sum")
-    loss = weighted(
-        losses,
-        layout,
-        VERL_MODES[named],
-        num_tokens=_or(num_tokens, float(layout.mask.sum())) if named == "token-mean" else 1.0,
-        num_sequences=1.0 if by_token else _or(num_sequences, float((counts > 0).sum())),
-        max_new_tokens=_or(horizon, layout.width),
-    )
-    return loss * ranks
+    tokens = 1.0 if named == "token-sum" else num_tokens or float(layout.mask.sum())
+    sequences = num_sequences or float((layout.counts > 0).sum())
+    return weighted(losses, layout, VERL_MODES[named], tokens, sequences, horizon or layout.width) * (ranks or 1.0)
 
 
-def _step_counts(arguments: Arguments) -> tuple[float | None, float | None, float | None, float]:
-    """Read verl's counts of the whole step: parameters of agg_loss, an object in the configuration of a loss."""
-    nested = arguments.param("global_batch_info", {})
-    names = ("batch_num_tokens", "global_batch_size", "loss_scale_factor", "dp_size")
-    if not isinstance(nested, dict) or not nested.keys() <= set(names):
-        raise Unsupported(f"global_batch_info {nested!r}")
-    num_tokens, num_sequences, horizon, ranks = (arguments.optional(name, nested.get(name)) for name in names)
-    return num_tokens, num_sequences, horizon, 1.0 if ranks is None else ranks
-
-
-def openrlhf_aggregated(arguments: Arguments, losses: Tensor, layout: Layout, per_token: bool | None = None) -> Tensor:
-    """Read OpenRLHF's aggregation parameters; `per_token` overrides the parameter, as in GSPO."""
-    token_level = arguments.flag("token_level_loss", True)
-    token_level = token_level if per_token is None else per_token
-    counts = sequence_counts(layout.mask, layout.lengths)
-    num_tokens = arguments.optional("batch_num_tokens")
-    num_sequences = arguments.optional("global_batch_size")
+def openrlhf_aggregated(arguments: Arguments, losses: Tensor, layout: Layout, *, by_sequence: bool = False) -> Tensor:
+    """Read OpenRLHF's aggregation parameters; `by_sequence` overrides the parameter, as in GSPO."""
+    by_sequence = not arguments.param("token_level_loss", True) or by_sequence
+    num_tokens, num_sequences = arguments.optional("batch_num_tokens"), arguments.optional("global_batch_size")
     ranks = arguments.number("dp_size", 1)
-    given = num_tokens if token_level else num_sequences
-    if not token_level:
+    if by_sequence:
         losses = losses * shrunk(layout, losses)
-    loss = weighted(
-        losses,
-        layout,
-        "token_mean" if token_level else "sequence_mean_token_mean",
-        num_tokens=_or(num_tokens, float(layout.mask.sum())) if token_level else 1.0,
-        num_sequences=1.0 if token_level else _or(num_sequences, float((counts > 0).sum())),
-    )
-    return loss if given is None else loss * ranks
+    mode: Aggregation = "sequence_mean_token_mean" if by_sequence else "token_mean"
+    tokens, sequences = num_tokens or float(layout.mask.sum()), num_sequences or float((layout.counts > 0).sum())
+    loss = weighted(losses, layout, mode, tokens, sequences)
+    return loss if (num_sequences if by_sequence else num_tokens) is None else loss * ranks
 
 
-def _or(given: float | None, default: float) -> float:
-    return default if given is None else given
+def reduction(aggregated: object, name: str) -> Adapter:
+    """Return the adapter of a library's reduction itself."""
 
+    def adapter(arguments: Arguments) -> Outputs:
+        layout, losses = Layout(arguments.mask("loss_mask")), arguments.variable(name)
+        loss = aggregated(arguments, layout.flat(losses), layout)  # type: ignore[operator]
+        return {"loss": loss, f"grad_{name}": gradient(loss, losses)}
 
-def verl_agg_loss(arguments: Arguments) -> Outputs:
-    """verl's reduction itself."""
-    layout = Layout(arguments.mask("loss_mask"))
-    losses = arguments.variable("loss_mat")
-    loss = verl_aggregated(arguments, layout.flat(losses), layout)
-    return {"loss": loss, "grad_loss_mat": gradient(loss, losses)}
-
-
-def openrlhf_aggregate_loss(arguments: Arguments) -> Outputs:
-    """OpenRLHF's reduction itself."""
-    layout = Layout(arguments.mask("loss_mask"))
-    losses = arguments.variable("loss")
-    loss = openrlhf_aggregated(arguments, layout.flat(losses), layout)
-    return {"loss": loss, "grad_loss": gradient(loss, losses)}
+    return adapter
 
 
 ADAPTERS: dict[tuple[str, str], Adapter] = {
-    ("verl", "agg_loss"): verl_agg_loss,
-    ("openrlhf", "aggregate_loss"): openrlhf_aggregate_loss,
+    ("verl", "agg_loss"): reduction(verl_aggregated, "loss_mat"),
+    ("openrlhf", "aggregate_loss"): reduction(openrlhf_aggregated, "loss"),
 }

@@ -6,7 +6,6 @@ verl's groups may differ in size and stand in any order: ours are called group b
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,63 +17,34 @@ from rlhf.objectives.advantages import (
     leave_one_out,
     length_weighted_centered,
     reward_to_go,
-    whiten,
 )
-from rlhf.objectives.masking import moments
 from rlhf.objectives.rewards import token_rewards
-from tests.parity.adapters.aggregation import EPS
-from tests.parity.adapters.token_advantages import verl_whiten, zeroing_gae, zeroing_returns
-from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
+from tests.parity.adapters.token_advantages import biased_whiten, verl_whiten, zeroing_gae, zeroing_returns
+from tests.parity.case import Adapter, Arguments, Outputs
 from tests.parity.layout import Layout
 
 
-class GroupEstimator(Protocol):
-    """Maps the scores of a group to advantages; `rows` are the group's places in the batch."""
+def by_group(arguments: Arguments, estimate: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """[B] advantages of verl's scores, the sums of the token rewards, masked or not.
 
-    def __call__(self, scores: Tensor, rows: Tensor) -> Tensor: ...
-
-
-def groups_of(arguments: Arguments) -> list[Tensor]:
-    """Return the rows of each group, in the order of the groups' first rows."""
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(arguments.raw("index")):
-        rows.setdefault(str(name), []).append(row)
-    return [torch.tensor(group) for group in rows.values()]
-
-
-def by_group(arguments: Arguments, estimate: GroupEstimator) -> Tensor:
-    """[B] advantages of verl's scores: the sum of the token rewards, masked or not."""
-    scores = arguments.tensor("token_level_rewards").sum(-1)
+    `estimate` maps the scores of a group and the group's places in the batch to advantages.
+    """
+    scores, places = arguments.tensor("token_level_rewards").sum(-1), [str(name) for name in arguments.raw("index")]
     advantages = torch.empty_like(scores)
-    for rows in groups_of(arguments):
+    for group in dict.fromkeys(places):
+        rows = torch.tensor([row for row, name in enumerate(places) if name == group])
         advantages[rows] = estimate(scores[rows], rows)
     return advantages
 
 
-def on_tokens(advantages: Tensor, mask: Tensor) -> Outputs:
+def on_tokens(advantages: Tensor, arguments: Arguments) -> Outputs:
     """Expand [B] to [B, T], zero where masked; verl returns the same as returns."""
-    tokens = torch.where(mask, advantages[:, None], 0.0)
+    tokens = torch.where(arguments.mask("response_mask"), advantages[:, None], 0.0)
     return {"advantages": tokens, "returns": tokens}
 
 
-def simple(function: Callable[..., Tensor]) -> Adapter:
-    """Return an estimator without parameters: epsilon is in the signature but not in the formula."""
-
-    def adapter(arguments: Arguments) -> Outputs:
-        arguments.ignore("epsilon")
-        mask = arguments.mask("response_mask")
-        return on_tokens(by_group(arguments, lambda scores, rows: function(scores, group_size=len(rows))), mask)
-
-    return adapter
-
-
-def verl_grpo(arguments: Arguments) -> Outputs:
-    """With or without the division by the std."""
-    return on_tokens(_grpo(arguments), arguments.mask("response_mask"))
-
-
 def _grpo(arguments: Arguments) -> Tensor:
-    eps, by_std = arguments.number("epsilon", 1e-6), arguments.flag("norm_adv_by_std_in_grpo", True)
+    eps, by_std = arguments.number("epsilon", 1e-6), arguments.param("norm_adv_by_std_in_grpo", True)
 
     def estimate(scores: Tensor, rows: Tensor) -> Tensor:
         if by_std:
@@ -84,54 +54,43 @@ def _grpo(arguments: Arguments) -> Tensor:
     return by_group(arguments, estimate)
 
 
+def verl_grpo(arguments: Arguments) -> Outputs:
+    return on_tokens(_grpo(arguments), arguments)
+
+
 def verl_gdpo(arguments: Arguments) -> Outputs:
     """Return verl's advantages for a single reward: GRPO, whitened over the tokens."""
     mask = arguments.mask("response_mask")
-    return _whitened(_grpo(arguments), mask)
-
-
-def verl_reinforce_plus_plus_baseline(arguments: Arguments) -> Outputs:
-    """Centred by group, whitened over the tokens."""
-    arguments.ignore("epsilon")
-    mask = arguments.mask("response_mask")
-    return _whitened(by_group(arguments, lambda scores, rows: group_centered(scores, group_size=len(rows))), mask)
-
-
-def _whitened(advantages: Tensor, mask: Tensor) -> Outputs:
-    tokens = torch.where(mask, verl_whiten(torch.where(mask, advantages[:, None], 0.0), mask), 0.0)
+    tokens = torch.where(mask, verl_whiten(torch.where(mask, _grpo(arguments)[:, None], 0.0), mask), 0.0)
     return {"advantages": tokens, "returns": tokens}
 
 
 def verl_passk(arguments: Arguments) -> Outputs:
-    """The best response's margin, over the group's std or not."""
-    eps, by_std = arguments.number("epsilon", 1e-6), arguments.flag("norm_adv_by_std_in_grpo", True)
+    """The best response's margin."""
+    arguments.ignore("epsilon", "norm_adv_by_std_in_grpo")  # not over the std
+    margins = by_group(arguments, lambda scores, rows: group_best_margin(scores, group_size=len(rows), k=len(rows)))
+    return on_tokens(margins, arguments)
 
-    def estimate(scores: Tensor, rows: Tensor) -> Tensor:
-        margin = group_best_margin(scores, group_size=len(rows), k=len(rows))
-        return margin / (scores.std() + eps) if by_std else margin
 
-    return on_tokens(by_group(arguments, estimate), arguments.mask("response_mask"))
+def verl_rloo(arguments: Arguments) -> Outputs:
+    return on_tokens(by_group(arguments, lambda scores, rows: leave_one_out(scores, group_size=len(rows))), arguments)
 
 
 def verl_opo(arguments: Arguments) -> Outputs:
-    """Centred by the mean weighted with the lengths."""
-    arguments.ignore("epsilon")
-    mask = arguments.mask("response_mask")
-    num_tokens = mask.sum(-1)
+    num_tokens = arguments.mask("response_mask").sum(-1)
 
     def estimate(scores: Tensor, rows: Tensor) -> Tensor:
         return length_weighted_centered(scores, num_tokens[rows], group_size=len(rows))
 
-    return on_tokens(by_group(arguments, estimate), mask)
+    return on_tokens(by_group(arguments, estimate), arguments)
 
 
 def verl_gpg(arguments: Arguments) -> Outputs:
-    """Return centred scores times the batch over the non-zero scores; verl overwrites the given alpha."""
-    arguments.ignore("epsilon", "alpha")
+    """Return centred scores times the batch over the non-zero scores."""
     scores = arguments.tensor("token_level_rewards").sum(-1)
-    scale = len(scores) / max(int(scores.count_nonzero()), 1) / arguments.number("f_norm", 1.0)
+    scale = len(scores) / max(int(scores.count_nonzero()), 1)
     centered = by_group(arguments, lambda scores, rows: group_centered(scores, group_size=len(rows)))
-    return on_tokens(scale * centered, arguments.mask("response_mask"))
+    return on_tokens(scale * centered, arguments)
 
 
 def verl_reinforce_plus_plus(arguments: Arguments) -> Outputs:
@@ -154,7 +113,6 @@ def verl_remax(arguments: Arguments) -> Outputs:
 GROUP_BASELINES: dict[str, Callable[..., Tensor]] = {
     "rloo": leave_one_out,
     "reinforce_baseline": group_centered,
-    "dr_grpo": group_centered,
     "group_norm": lambda scores, *, group_size: group_normalized(scores, group_size=group_size, eps=1e-9),
 }
 
@@ -162,32 +120,24 @@ GROUP_BASELINES: dict[str, Callable[..., Tensor]] = {
 def openrlhf_pipeline(arguments: Arguments) -> Outputs:
     """Group baseline, token rewards with the KL, returns or GAE, and whitening with the biased variance."""
     estimator = arguments.param("estimator")
-    if estimator not in (*GROUP_BASELINES, "gae", "reinforce"):
-        raise Unsupported(f"estimator {estimator!r}")
-    mask, scores = arguments.mask("action_mask"), arguments.tensor("rewards")
-    group_size = arguments.whole("n_samples_per_prompt")
-    gamma, lam = arguments.number("gamma"), arguments.number("lambd")
+    mask, scores, layout = (
+        arguments.mask("action_mask"),
+        arguments.tensor("rewards"),
+        Layout(arguments.mask("action_mask")),
+    )
+    gamma, lam, size = (arguments.number(name) for name in ("gamma", "lambd", "n_samples_per_prompt"))
     if estimator in GROUP_BASELINES:
-        gamma = 1.0
-        scores = GROUP_BASELINES[estimator](scores, group_size=group_size)
-    if clip := arguments.param("reward_clip_range", None):
-        scores = scores.clamp(*clip)
-    layout = Layout(mask)
-    coef = max(arguments.number("kl_coef"), 0.0)
-    there = layout.lengths > 0  # a fully masked row earns nothing: OpenRLHF masks the reward that it puts there
-    kl, lengths = layout.flat(arguments.tensor("kl")), layout.lengths[there]
-    flat = token_rewards(scores[there], kl, layout.mask, lengths, kl_coef=coef)
-    rewards = layout.padded(flat)
+        gamma, scores = 1.0, GROUP_BASELINES[estimator](scores, group_size=int(size))
+    scores, coef = scores.clamp(*arguments.param("reward_clip_range")), arguments.number("kl_coef")
+    flat = token_rewards(scores, layout.flat(arguments.tensor("kl")), layout.mask, layout.lengths, kl_coef=coef)
+    rewards, values = layout.padded(flat), arguments.tensor("values")
     if estimator == "gae":
-        advantages, returns = zeroing_gae(rewards, arguments.tensor("values"), mask, gamma=gamma, lam=lam)
+        advantages, returns = zeroing_gae(rewards, values, mask, gamma=gamma, lam=lam)
     else:
-        arguments.ignore("values")
         advantages = returns = zeroing_returns(rewards, mask, gamma=gamma)
-    without_std = arguments.flag("no_std_norm", False)
+    scale = not arguments.param("no_std_norm", False)
     if estimator in ("gae", "reinforce", "reinforce_baseline"):
-        found = moments(advantages, mask)
-        variance = 1.0 if without_std else max(found.squared_deviation / found.count, EPS)
-        advantages = whiten(advantages, torch.ones_like(mask), mean=found.mean, variance=variance, eps=0.0)
+        advantages = biased_whiten(advantages, mask, torch.ones_like(mask), scale=scale)
     return {"advantages": advantages, "returns": returns}
 
 
@@ -196,10 +146,8 @@ ADAPTERS: dict[tuple[str, str], Adapter] = {
     ("verl", "compute_grpo_vectorized_outcome_advantage"): verl_grpo,
     ("verl", "compute_gdpo_outcome_advantage"): verl_gdpo,
     ("verl", "compute_grpo_passk_outcome_advantage"): verl_passk,
-    ("verl", "compute_reinforce_plus_plus_baseline_outcome_advantage"): verl_reinforce_plus_plus_baseline,
     ("verl", "compute_reinforce_plus_plus_outcome_advantage"): verl_reinforce_plus_plus,
-    ("verl", "compute_rloo_outcome_advantage"): simple(leave_one_out),
-    ("verl", "compute_rloo_vectorized_outcome_advantage"): simple(leave_one_out),
+    ("verl", "compute_rloo_vectorized_outcome_advantage"): verl_rloo,
     ("verl", "compute_opo_outcome_advantage"): verl_opo,
     ("verl", "compute_gpg_outcome_advantage"): verl_gpg,
     ("verl", "compute_remax_outcome_advantage"): verl_remax,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from rlhf.objectives.kl import adaptive_kl_coef, kl_k1, kl_k2, kl_k3, straight_through
-from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
+from rlhf.objectives.kl import Estimator, adaptive_kl_coef, kl_k1, kl_k2, kl_k3, straight_through
+from tests.parity.case import Adapter, Arguments, Outputs
 from tests.parity.layout import gradient
 
 
@@ -18,16 +16,10 @@ def _verl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return kl_k3(torch.zeros_like(held), held).clamp(-10, 10)
 
 
-def _absolute(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    return kl_k1(logprobs, ref_logprobs).abs()
-
-
-VERL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "kl": kl_k1,
+VERL: dict[str, Estimator] = {
     "k1": kl_k1,
-    "abs": _absolute,
+    "abs": lambda logprobs, ref_logprobs: kl_k1(logprobs, ref_logprobs).abs(),
     "mse": kl_k2,
-    "k2": kl_k2,
     "low_var_kl": _verl_k3,
     "k3": _verl_k3,
 }
@@ -35,14 +27,9 @@ VERL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def verl_kl_penalty(arguments: Arguments) -> Outputs:
     """Return verl's KL penalty. A trailing + takes the value of an estimator and the gradient of k2."""
-    logprobs, ref_logprobs = arguments.variable("logprob"), arguments.tensor("ref_logprob")
-    name = arguments.param("kl_penalty")
-    base = name.removesuffix("+") if isinstance(name, str) else name
-    if base not in VERL:
-        raise Unsupported(f"kl_penalty {name!r}")
-    kl = VERL[base](logprobs, ref_logprobs)
-    if name != base:
-        kl = straight_through(kl, kl_k2(logprobs, ref_logprobs))
+    logprobs, name = arguments.variable("logprob"), arguments.param("kl_penalty")
+    estimator = VERL[name.removesuffix("+")]
+    kl = (straight_through(estimator) if name.endswith("+") else estimator)(logprobs, arguments.tensor("ref_logprob"))
     return {"kl": kl, "grad_logprob_of_sum": gradient(kl.sum(), logprobs)}
 
 
@@ -54,35 +41,24 @@ def verl_compute_rewards(arguments: Arguments) -> Outputs:
 
 def openrlhf_compute_approx_kl(arguments: Arguments) -> Outputs:
     """In float32, held in +-10."""
-    logprobs = arguments.variable("log_probs")
-    estimator = arguments.choice("kl_estimator", {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}, "k1")
-    kl = estimator(logprobs.float(), arguments.tensor("log_probs_base").float()).clamp(-10, 10)
-    return {"kl": kl, "grad_log_probs_of_sum": gradient(kl.sum(), logprobs)}
+    estimator = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}[arguments.param("kl_estimator", "k1")]
+    columns = (arguments.tensor(name).float() for name in ("log_probs", "log_probs_base"))
+    return {"kl": estimator(*columns).clamp(-10, 10)}
 
 
-def adaptive_coefficient(target: str) -> Adapter:
+def adaptive_coefficient(arguments: Arguments) -> Outputs:
     """The coefficient after each of several steps."""
-
-    def adapter(arguments: Arguments) -> Outputs:
-        coef, values = arguments.number("init_kl_coef"), []
-        for kl, count in zip(arguments.tensor("kls").tolist(), arguments.integers("n_steps").tolist(), strict=True):
-            coef = adaptive_kl_coef(
-                coef,
-                kl=kl,
-                target=arguments.number(target),
-                horizon=arguments.number("horizon"),
-                num_sequences=count,
-            )
-            values.append(coef)
-        return {"values": torch.tensor(values, dtype=torch.float64)}
-
-    return adapter
+    coef, values = arguments.number("init_kl_coef"), []
+    settings = {name: arguments.number(name) for name in ("target", "horizon")}
+    for kl, count in zip(arguments.tensor("kls").tolist(), arguments.integers("n_steps").tolist(), strict=True):
+        coef = adaptive_kl_coef(coef, kl=kl, num_sequences=count, **settings)
+        values.append(coef)
+    return {"values": torch.tensor(values, dtype=torch.float64)}
 
 
 ADAPTERS: dict[tuple[str, str], Adapter] = {
     ("verl", "kl_penalty"): verl_kl_penalty,
     ("verl", "compute_rewards"): verl_compute_rewards,
-    ("verl", "AdaptiveKLController.update"): adaptive_coefficient("target_kl"),
     ("openrlhf", "compute_approx_kl"): openrlhf_compute_approx_kl,
-    ("openrlhf", "AdaptiveKLController.update"): adaptive_coefficient("target"),
+    ("openrlhf", "AdaptiveKLController.update"): adaptive_coefficient,
 }

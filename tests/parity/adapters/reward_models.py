@@ -13,13 +13,11 @@ STUB_TOKENS = 3  # a sequence of the stored cases' stub model, which are not amo
 
 def trl_reward(arguments: Arguments) -> Outputs:
     """Return the loss of a pair's scores, with a margin and a centring term."""
-    chosen, rejected = arguments.tensor("rewards_chosen"), arguments.tensor("rewards_rejected")
-    scores = torch.cat([chosen, rejected]).requires_grad_()
+    scores = torch.cat([arguments.tensor("rewards_chosen"), arguments.tensor("rewards_rejected")]).requires_grad_()
     chosen, rejected = scores.chunk(2)
-    loss = bradley_terry(chosen, rejected, margin=arguments.maybe("margin")).mean()
-    coefficient = arguments.optional("center_rewards_coefficient")
-    if coefficient is not None:
-        loss = loss + coefficient * centering(chosen, rejected).mean()
+    margin, coefficient = arguments.maybe("margin"), arguments.optional("center_rewards_coefficient") or 0.0
+    loss = bradley_terry(chosen, rejected, margin=0.0 if margin is None else margin).mean()
+    loss = loss + coefficient * centering(chosen, rejected).mean()
     return {
         "loss": loss,
         "grad_rewards": gradient(loss, scores),
@@ -35,20 +33,13 @@ def trl_reward(arguments: Arguments) -> Outputs:
 def openrlhf_pairwise(arguments: Arguments) -> Outputs:
     """Return the loss with a margin, if the case has a margin."""
     chosen, rejected = arguments.variable("chosen_reward"), arguments.variable("reject_reward")
-    loss = bradley_terry(chosen, rejected, margin=arguments.maybe("margin")).mean()
-    return {"loss": loss, "grad_chosen": gradient(loss, chosen), "grad_reject": gradient(loss, rejected)}
-
-
-def openrlhf_logexp(arguments: Arguments) -> Outputs:
-    """Return the loss; the margin is ignored."""
-    arguments.ignore("margin")
-    chosen, rejected = arguments.variable("chosen_reward"), arguments.variable("reject_reward")
-    loss = bradley_terry(chosen, rejected).mean()
+    margin = arguments.maybe("margin")
+    loss = bradley_terry(chosen, rejected, margin=0.0 if margin is None else margin).mean()
     return {"loss": loss, "grad_chosen": gradient(loss, chosen), "grad_reject": gradient(loss, rejected)}
 
 
 ADAPTERS: dict[tuple[str, str], Adapter] = {
     ("trl", "RewardTrainer.compute_loss"): trl_reward,
     ("openrlhf", "PairWiseLoss.forward"): openrlhf_pairwise,
-    ("openrlhf", "LogExpLoss.forward"): openrlhf_logexp,
+    ("openrlhf", "LogExpLoss.forward"): openrlhf_pairwise,
 }

@@ -8,61 +8,45 @@ from rlhf.objectives.rewards import overlong_penalty, token_rewards
 from rlhf.objectives.supervised import negative_logprob
 from tests.parity.adapters.aggregation import openrlhf_aggregated
 from tests.parity.case import Adapter, Arguments, Outputs
-from tests.parity.layout import Layout, gradient
+from tests.parity.layout import Layout
 
 
 def openrlhf_reward(arguments: Arguments) -> Outputs:
     """Compute the score on the last sampled token minus the KL penalty of each token.
 
-    OpenRLHF charges the penalty to masked tokens too, and gives the score of a fully masked row to the last column. A
-    negative coefficient counts as 0.
+    OpenRLHF charges the penalty to masked tokens too. A negative coefficient counts as 0.
     """
-    kl, scores = arguments.tensor("kl"), arguments.tensor("r")
-    coef = max(arguments.number("kl_coef"), 0.0)
+    kl, scores, mask = arguments.tensor("kl"), arguments.tensor("r"), arguments.mask("action_mask")
+    coef, layout = max(arguments.number("kl_coef"), 0.0), Layout(mask)
     if clip := arguments.param("reward_clip_range", None):
         scores = scores.clamp(*clip)
-    mask = arguments.mask_or_all("action_mask", kl.shape)
-    carries = mask.clone()
-    carries[:, -1] |= ~mask.any(1)
-    layout = Layout(carries)
     scored = layout.padded(token_rewards(scores, layout.flat(kl), layout.mask, layout.lengths, kl_coef=coef))
-    rewards = torch.where(carries, scored, -coef * kl)
-    return {"reward": rewards, "rewards": rewards, "out": rewards}
+    return {"reward": torch.where(mask, scored, -coef * kl)}
 
 
 def openrlhf_overlong(arguments: Arguments) -> Outputs:
     """The penalty times a factor, added to the rewards."""
-    penalty = overlong_penalty(
-        arguments.integers("response_lengths"),
-        max_tokens=arguments.whole("max_new_tokens"),
-        buffer=arguments.number("overlong_buffer_len"),
-    )
-    factor = arguments.number("overlong_penalty_factor", 1.0)
-    return {"rewards": arguments.tensor("rewards") + factor * penalty}
+    lengths, factor = arguments.integers("response_lengths"), arguments.number("overlong_penalty_factor")
+    most, buffer = int(arguments.number("max_new_tokens")), arguments.number("overlong_buffer_len")
+    return {"rewards": arguments.tensor("rewards") + factor * overlong_penalty(lengths, max_tokens=most, buffer=buffer)}
 
 
 def openrlhf_stop_properly(arguments: Arguments) -> Outputs:
-    """A coefficient below zero is a value, any further coefficient a factor."""
-    scores, truncated = arguments.tensor("rewards"), arguments.mask("truncated")
-    coef = arguments.number("stop_properly_penalty_coef")
-    return {"rewards": torch.where(truncated, torch.full_like(scores, coef) if coef < 0 else scores * coef, scores)}
+    """A coefficient below zero is the score."""
+    scores, coef = arguments.tensor("rewards"), arguments.number("stop_properly_penalty_coef")
+    return {"rewards": torch.where(arguments.mask("truncated"), coef, scores)}
 
 
 def trl_soft_overlong(arguments: Arguments) -> Outputs:
-    """The penalty alone."""
-    penalty = overlong_penalty(
-        arguments.integers("completion_lengths"),
-        max_tokens=arguments.whole("max_completion_len"),
-        buffer=arguments.number("soft_punish_cache"),
-    )
-    return {"rewards": penalty}
+    most, buffer = int(arguments.number("max_completion_len")), arguments.number("soft_punish_cache")
+    return {"rewards": overlong_penalty(arguments.integers("completion_lengths"), max_tokens=most, buffer=buffer)}
 
 
 def openrlhf_sft_loss(arguments: Arguments) -> Outputs:
-    """Cross-entropy over the tokens or the sequences."""
-    layout, logprobs = Layout(arguments.mask("loss_mask")), arguments.variable("per_token_logps")
-    loss = openrlhf_aggregated(arguments, negative_logprob(layout.flat(logprobs), layout.mask), layout)
-    return {"loss": loss, "grad_per_token_logps": gradient(loss, logprobs)}
+    """Cross-entropy over the tokens."""
+    layout = Layout(arguments.mask("loss_mask"))
+    losses = negative_logprob(layout.flat(arguments.tensor("per_token_logps")), layout.mask)
+    return {"loss": openrlhf_aggregated(arguments, losses, layout)}
 
 
 ADAPTERS: dict[tuple[str, str], Adapter] = {

@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 
 from rlhf.objectives.advantages import gae, reward_to_go, whiten
-from rlhf.objectives.masking import moments
+from rlhf.objectives.masking import Moments, moments
 from tests.parity.adapters.aggregation import EPS
-from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
+from tests.parity.case import Adapter, Arguments, Outputs
 from tests.parity.layout import Layout, carried_back
 
 COUNT_ROUNDING = torch.finfo(torch.float32).eps
 """Relative error of n / (n - 1) where a library divides whole numbers, as TRL does: PyTorch returns a float32."""
+
+
+def all_moments(values: Tensor) -> Moments:
+    return moments(values, torch.ones_like(values, dtype=torch.bool))
 
 
 def verl_moments(values: Tensor, mask: Tensor) -> tuple[float, float]:
@@ -24,18 +28,22 @@ def verl_moments(values: Tensor, mask: Tensor) -> tuple[float, float]:
     return found.mean * shrink, found.variance * shrink
 
 
+def trl_moments(values: Tensor, mask: Tensor) -> tuple[float, float]:
+    found = moments(values, mask)
+    return found.mean, found.variance
+
+
 def verl_whiten(values: Tensor, mask: Tensor) -> Tensor:
     """verl whitens the masked positions too, by the moments of the unmasked positions."""
     mean, variance = verl_moments(values, mask)
     return whiten(values, torch.ones_like(mask), mean=mean, variance=variance)
 
 
-def skipping_gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Return our GAE on padded arrays; a masked position shows the carried value."""
-    layout = Layout(mask)
-    flat = gae(layout.flat(rewards), layout.flat(values), layout.mask, layout.lengths, gamma=gamma, lam=lam)
-    advantages = carried_back(layout.padded(flat[0]), mask)
-    return advantages, torch.where(mask, layout.padded(flat[1]), advantages + values)
+def biased_whiten(values: Tensor, mask: Tensor, shown: Tensor, *, scale: bool = True) -> Tensor:
+    """Return OpenRLHF's normalisation by the masked values, with the biased variance held above 1e-8."""
+    found = moments(values, mask)
+    variance = max(found.squared_deviation / found.count, EPS) if scale else 1.0
+    return whiten(values, shown, mean=found.mean, variance=variance, eps=0.0)
 
 
 def zeroing_gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -54,20 +62,20 @@ def zeroing_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
 
 
 def verl_gae(arguments: Arguments) -> Outputs:
-    """Advantages come whitened."""
-    mask = arguments.mask("response_mask")
-    rewards, values = arguments.tensor("token_level_rewards"), arguments.tensor("values")
-    advantages, returns = skipping_gae(
-        rewards, values, mask, gamma=arguments.number("gamma"), lam=arguments.number("lam")
-    )
+    """A masked position shows the carried value. Advantages come whitened."""
+    mask, gamma, lam = arguments.mask("response_mask"), arguments.number("gamma"), arguments.number("lam")
+    rewards, values, layout = arguments.tensor("token_level_rewards"), arguments.tensor("values"), Layout(mask)
+    flat = gae(layout.flat(rewards), layout.flat(values), layout.mask, layout.lengths, gamma=gamma, lam=lam)
+    advantages = carried_back(layout.padded(flat[0]), mask)
+    returns = torch.where(mask, layout.padded(flat[1]), advantages + values)
     return {"advantages_whitened": verl_whiten(advantages, mask), "returns": returns}
 
 
 def masked_whiten(of: Callable[[Tensor, Tensor], tuple[float, float]], *, rounding: float = 0.0) -> Adapter:
     """Return the adapter of a library's masked_whiten; `of` gives the mean and the unbiased variance.
 
-    `shift_mean` false adds the mean back: `noshift` is that result. Masked positions are whitened too. `rounding` is
-    the relative error of the library's result.
+    `shift_mean` false adds the mean back. Masked positions are whitened too. `rounding` is the relative error of the
+    library's result.
     """
 
     def adapter(arguments: Arguments) -> Outputs:
@@ -75,58 +83,34 @@ def masked_whiten(of: Callable[[Tensor, Tensor], tuple[float, float]], *, roundi
         mean, variance = of(values, mask)
         centered = whiten(values, torch.ones_like(mask), mean=mean, variance=variance)
         arguments.rounding = rounding * centered.abs().max().item()
-        shifted = centered + mean
-        result = centered if arguments.flag("shift_mean", True) else shifted
-        moments = {"masked_mean": mean, "masked_var": variance}
-        return {"whitened": result, "out": result, "noshift": shifted, "shift": centered, **moments}
+        result = centered if arguments.param("shift_mean", True) else centered + mean
+        return {"whitened": result, "noshift": centered + mean, "masked_mean": mean, "masked_var": variance}
 
     return adapter
 
 
-def trl_moments(values: Tensor, mask: Tensor) -> tuple[float, float]:
-    """Return TRL's masked mean and unbiased variance."""
-    result = moments(values, mask)
-    return result.mean, result.variance
-
-
 def openrlhf_gae(arguments: Arguments) -> Outputs:
-    """Not whitened."""
-    rewards, values = arguments.tensor("rewards"), arguments.tensor("values")
-    mask = arguments.mask_or_all("action_mask", rewards.shape)
+    rewards, values, mask = arguments.tensor("rewards"), arguments.tensor("values"), arguments.mask("action_mask")
     gamma, lam = arguments.number("gamma"), arguments.number("lambd")
     advantages, returns = zeroing_gae(rewards, values, mask, gamma=gamma, lam=lam)
     return {"advantages": advantages, "returns": returns}
 
 
 def openrlhf_cumulative_returns(arguments: Arguments) -> Outputs:
-    """Discounted rewards to go."""
-    rewards = arguments.tensor("rewards")
-    mask = arguments.mask_or_all("action_mask", rewards.shape)
+    rewards, mask = arguments.tensor("rewards"), arguments.mask("action_mask")
     return {"returns": zeroing_returns(rewards, mask, gamma=arguments.number("gamma"))}
 
 
 def openrlhf_masked_normalize(arguments: Arguments) -> Outputs:
-    """Normalise along a dimension, with the biased variance held above eps."""
-    values, mask = arguments.tensor("tensor"), arguments.mask("mask")
-    dim, eps = arguments.number("dim", 1), arguments.number("eps", 1e-8)
-    if values.ndim != 2 or dim not in (-2, -1, 0, 1):
-        raise Unsupported(f"dim {dim} of a tensor with {values.ndim} dimensions")
-    by_column = dim in (-2, 0)
-    if by_column:
-        values, mask = values.T, mask.T
-    rows = []
-    for row, kept in zip(values, mask, strict=True):
-        found = moments(row, kept)
-        variance = max(found.squared_deviation / found.count, eps) if found.count else eps
-        rows.append(whiten(row, kept, mean=found.mean, variance=variance, eps=0.0))
-    out = torch.stack(rows)
-    return {"out": out.T if by_column else out}
+    """Normalise each row."""
+    arguments.ignore("dim")
+    rows = zip(arguments.tensor("tensor"), arguments.mask("mask"), strict=True)
+    return {"out": torch.stack([biased_whiten(row, kept, kept) for row, kept in rows])}
 
 
 ADAPTERS: dict[tuple[str, str], Adapter] = {
     ("verl", "compute_gae_advantage_return"): verl_gae,
     ("verl", "masked_whiten"): masked_whiten(verl_moments),
-    ("trl", "masked_whiten"): masked_whiten(trl_moments, rounding=COUNT_ROUNDING),
     ("trl_snap", "masked_whiten"): masked_whiten(trl_moments, rounding=COUNT_ROUNDING),
     ("openrlhf", "RemoteExperienceMaker.get_advantages_and_returns"): openrlhf_gae,
     ("openrlhf", "RemoteExperienceMaker.get_cumulative_returns"): openrlhf_cumulative_returns,

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from rlhf.objectives import unpaired_loss
-from rlhf.objectives.masking import Moments, masked_mean, merge_moments, moments
-from tests.parity.adapters.preference_losses import sequence_total
-from tests.parity.case import Adapter, Arguments, Outputs, Unsupported
+from rlhf.objectives.masking import sequence_sums
+from tests.parity.case import Adapter, Arguments, Outputs
 from tests.parity.layout import Layout, gradient
 
 FIXED_RUNNING_MEAN = 0.37  # of BCO's cases that do not update it; they say so in their `how`, not in `params`
@@ -19,24 +18,18 @@ def trl_kto(arguments: Arguments) -> Outputs:
     variable, labels = arguments.variable("policy_per_token_logps"), arguments.mask("label")
     arguments.ignore("policy_logps", "completion_mask")  # the sums of the same columns; where they are not zero
     everything = Layout.full(variable.shape)
-    logprobs = sequence_total(everything.flat(variable), everything.mask, everything.lengths)
+    logprobs = sequence_sums(everything.flat(variable), everything.lengths)
     log_ratios = logprobs - arguments.tensor("ref_logps")
     beta, name = arguments.number("beta", 0.1), arguments.param("loss_type", "kto")
-    shares = {
-        "desirable": arguments.number("desirable_weight", 1.0),
-        "undesirable": arguments.number("undesirable_weight", 1.0),
-    }
+    shares = {kind: arguments.number(f"{kind}_weight", 1.0) for kind in ("desirable", "undesirable")}
     weights = unpaired_loss.label_weights(labels, **shares, dtype=log_ratios.dtype)
-    arguments.ignore("KL_policy_logps", "KL_ref_logps")
+    mismatched = arguments.tensor("KL_policy_logps") - arguments.tensor("KL_ref_logps")
     if name == "kto":
-        mismatched = arguments.tensor("KL_policy_logps") - arguments.tensor("KL_ref_logps")
         kl = unpaired_loss.mismatched_kl(mismatched.sum().item(), len(mismatched))
         losses = weights * unpaired_loss.kto(log_ratios, labels, beta=beta, kl=kl)
-    elif name == "apo_zero_unpaired":
-        kl = 0.0
-        losses = weights * unpaired_loss.apo_zero_unpaired(log_ratios, labels, beta=beta)
     else:
-        raise Unsupported(f"loss_type {name!r}")
+        assert name == "apo_zero_unpaired"
+        kl, losses = 0.0, weights * unpaired_loss.apo_zero_unpaired(log_ratios, labels, beta=beta)
     loss = losses.mean()
     outputs: dict[str, Tensor | float] = {
         "loss": loss,
@@ -46,12 +39,8 @@ def trl_kto(arguments: Arguments) -> Outputs:
     }
     rewards = beta * log_ratios
     for kind, rows in (("chosen", labels), ("rejected", ~labels)):
-        if bool(rows.any()):
-            outputs[f"rewards/{kind}"] = masked_mean(rewards, rows)
-            outputs[f"logps/{kind}"] = masked_mean(logprobs, rows)
-    if bool(labels.any()) and not bool(labels.all()):
-        outputs["rewards/margins"] = masked_mean(rewards, labels) - masked_mean(rewards, ~labels)
-    return outputs
+        outputs |= {f"rewards/{kind}": rewards[rows].mean(), f"logps/{kind}": logprobs[rows].mean()}
+    return outputs | {"rewards/margins": rewards[labels].mean() - rewards[~labels].mean()}
 
 
 def trl_bco(arguments: Arguments) -> Outputs:
@@ -59,23 +48,17 @@ def trl_bco(arguments: Arguments) -> Outputs:
     chosen, rejected = arguments.variable("chosen_logps"), arguments.variable("rejected_logps")
     ratios = chosen - arguments.tensor("ref_chosen_logps"), rejected - arguments.tensor("ref_rejected_logps")
     log_ratios, beta = torch.cat(ratios), arguments.number("beta", 0.1)
-    labels = torch.arange(len(log_ratios)) < len(chosen)
-    rewards = beta * log_ratios
-    if arguments.flag("do_train", True):
-        before = Moments(count=0, mean=0.0, squared_deviation=0.0)
-        mean = merge_moments([before, moments(rewards, torch.ones_like(labels))]).mean
-    else:
-        mean = FIXED_RUNNING_MEAN
+    labels, rewards = torch.arange(len(log_ratios)) < len(chosen), beta * log_ratios
+    mean = rewards.double().mean().item() if arguments.param("do_train", True) else FIXED_RUNNING_MEAN
     delta = float(torch.tensor(mean))
     losses = unpaired_loss.bco(log_ratios, labels, beta=beta, delta=delta)
-    loss = losses.mean()
     return {
         "losses": losses,
         "delta": delta,
         "chosen_rewards": rewards[labels],
         "rejected_rewards": rewards[~labels],
-        "grad_chosen": gradient(loss, chosen),
-        "grad_rejected": gradient(loss, rejected),
+        "grad_chosen": gradient(losses.mean(), chosen),
+        "grad_rejected": gradient(losses.mean(), rejected),
     }
 
 
@@ -83,8 +66,7 @@ def trl_a2po(arguments: Arguments) -> Outputs:
     """Return the regression of A*-PO's second stage, on given values."""
     policy = arguments.variable("policy_logps")
     learnt = arguments.number("beta2") * (policy - arguments.tensor("ref_logps"))
-    losses = (learnt - (arguments.tensor("rewards") - arguments.tensor("v_star"))).square()
-    loss = losses.mean()
+    loss = (learnt - (arguments.tensor("rewards") - arguments.tensor("v_star"))).square().mean()
     return {"loss": loss, "grad_policy_logps": gradient(loss, policy)}
 
 
