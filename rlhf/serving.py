@@ -85,10 +85,7 @@ def _names_this_machine(url: str) -> bool:
 
 
 async def read_text(request: web.Request) -> str:
-    """Return the body of a request as text.
-
-    ValueError for an encoding different from the request's, HTTPRequestTimeout for a body that arrives too late.
-    """
+    """Return the body of a request as text. ValueError: a wrong encoding. HTTPRequestTimeout: the body is too late."""
     try:
         async with asyncio.timeout(BODY_S):
             return await request.text()
@@ -124,22 +121,17 @@ def serve_until_interrupted(
 
     drops_abandoned: whether to cancel a request after its caller has gone.
     """
-    return run_stoppable(lambda request: run_async(_serve(application, host, port, ready, drops_abandoned, request)))
-
-
-async def _serve(
-    application: web.Application,
-    host: str,
-    port: int,
-    ready: Callable[[str], None],
-    drops_abandoned: bool,
-    request: StopRequest,
-) -> signal.Signals:
-    connections = Connections()
-    application.middlewares.insert(0, connections.middleware)
     runner = web.AppRunner(
         application, access_log=None, shutdown_timeout=END_WITHIN_S, handler_cancellation=drops_abandoned
     )
+    return run_stoppable(lambda request: run_async(_serve(runner, host, port, ready, request)))
+
+
+async def _serve(
+    runner: web.AppRunner, host: str, port: int, ready: Callable[[str], None], request: StopRequest
+) -> signal.Signals:
+    connections = Connections()
+    runner.app.middlewares.insert(0, connections.middleware)
     await runner.setup()
     closing = asyncio.create_task(connections.close_idle(runner))
     request.ends_by_itself = True

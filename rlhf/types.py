@@ -49,7 +49,6 @@ class Ragged:
 
     @classmethod
     def columns(cls) -> tuple[str, ...]:
-        """Return the names of the per-token fields."""
         return tuple(f.name for f in fields(cls) if f.name not in ("sequence_ids", "lengths"))
 
     @property
@@ -66,10 +65,7 @@ class Ragged:
 
     @classmethod
     def gather(cls, parts: Sequence[Self], sequence_ids: Sequence[int]) -> Self:
-        """Return all sequences of the named samples, in this order, from several batches.
-
-        KeyError names the missing samples.
-        """
+        """Return the named samples' sequences, in this order, from several parts. KeyError names missing samples."""
         where: dict[int, list[tuple[int, int, int]]] = {}
         for index, part in enumerate(parts):
             start = 0
@@ -170,7 +166,6 @@ class Pairs:
 
     @property
     def num_sides(self) -> int:
-        """Return the number of sequences per row."""
         return len(self.examples.lengths) // len(self.prompt_tokens)
 
 
@@ -195,8 +190,7 @@ class TokenSignals(Ragged):
 class LearntStates(Ragged):
     """A teacher's last hidden states, one for each token in the loss mask: the state predicting this token.
 
-    `lengths` counts loss-mask tokens only. The teacher computes the states in the teacher's dtype; the student's ranks
-    read the states.
+    `lengths` counts loss-mask tokens only. The states have the teacher's dtype.
     """
 
     hidden: Float[Tensor, "N H"]
@@ -212,7 +206,6 @@ class VocabularyHead:
     logit_scale: float
 
     def to(self, device: torch.device) -> Self:
-        """Return a copy of the head on the device."""
         bias = None if self.bias is None else self.bias.to(device)
         return replace(self, weight=self.weight.to(device), bias=bias)
 
@@ -246,10 +239,7 @@ class Prompt:
 
     @property
     def non_token_bytes(self) -> bytes:
-        """Return the bytes of the temperature and of the limit.
-
-        Reward columns are excluded, since a user may correct the columns before a resume.
-        """
+        """Return the bytes of temperature and limit. A user may correct the reward columns before a resume."""
         temperature = "" if self.temperature is None else str(self.temperature)
         return (temperature if self.max_new_tokens is None else f"{temperature}/{self.max_new_tokens}").encode()
 
@@ -267,10 +257,7 @@ class GroupRequest:
     continues: int | None = None  # id of a cancelled request for the prompt, whose responses are continued
 
     def drawn_by(self, sampling: Sampling) -> Sampling:
-        """Return the sampling parameters of this request, given the defaults.
-
-        A prompt's limit always holds. A request's temperature holds, in training.
-        """
+        """Return the defaults with the prompt's limit, and in training with the request's temperature."""
         if self.prompt.max_new_tokens is not None:
             sampling = replace(sampling, max_new_tokens=self.prompt.max_new_tokens)
         return sampling if self.temperature is None else replace(sampling, temperature=self.temperature)
@@ -316,7 +303,6 @@ class RolloutInfo:
 
     @property
     def environment_reward(self) -> float | None:
-        """Return the sum of the environment's rewards over the turns."""
         given = self.environment_rewards
         return None if given is None else sum((step.value for step in given), 0.0)
 
@@ -351,10 +337,7 @@ class GroupScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardError:
-    """A failed reward call: an error, a hang, no finite number, or no answer from the service.
-
-    A response without an opinion of any reward is also an error.
-    """
+    """A failed reward call (an error, a hang, no finite number, no answer), or a response without any opinion."""
 
     reward: str
     kind: RewardErrorKind
@@ -365,8 +348,7 @@ class RewardError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MinibatchPlan:
-    """One optimizer step, or one chunk of an evaluation: the sequences of each rank, and the counts dividing its
-    losses.
+    """One optimizer step, or chunk of an evaluation: each rank's sequences, and the counts that divide the losses.
 
     The counts cover the whole step, or the whole evaluation set.
     """

@@ -25,6 +25,8 @@ from rlhf.process.driver_parent import tell_parent
 from rlhf.process.stopping import current_request
 from rlhf.tracking.display.progress import Mode
 from rlhf.tracking.display.progress_live import open_progress
+from rlhf.tracking.run_folder.atomic import write_atomic
+from rlhf.tracking.run_folder.environment import record_environment
 from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.tracking.sinks.backends import TrackerBackend
@@ -49,8 +51,8 @@ def recording(
         RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder,
         _preempted_without_room(folder),
     ):
-        folder.write_config(dump_masked_yaml(stage))
-        folder.write_environment(seed=stage.run.seed)
+        write_atomic(folder.config, dump_masked_yaml(stage))
+        record_environment(folder.environment, seed=stage.run.seed)
         step = folder.latest_checkpoint() if resume else None
         keep, mirror = kept_checkpoints(stage), open_mirror(stage, folder)
         if mirror is not None:

@@ -27,7 +27,6 @@ from rlhf.planning.shares import divide, divided_machine, most_trials, room_in, 
 from rlhf.process.disk_full import PAUSE
 from rlhf.process.stopping import StopRequest, current_request
 from rlhf.sweeps.journal import Journal, Trial
-from rlhf.sweeps.plots import plot
 from rlhf.sweeps.space import Values, format_values, known_trials
 from rlhf.sweeps.strategy import Strategy
 from rlhf.sweeps.trial_results import SweepResult, collect, explain_failure, judged_folder, metric_values, write
@@ -70,9 +69,7 @@ class _Loop:
         """Run trials until no trial is left. After a stop request, return the trials in progress once ended."""
         self.request.ends_by_itself = True
         try:
-            while True:
-                if self.request.came is not None:
-                    return [running.trial for running in self.running]
+            while self.request.came is None:
                 self._fill()
                 if not self.running:
                     return None
@@ -83,6 +80,7 @@ class _Loop:
                     if code is not None:
                         self.running.remove(running)
                         self._end(running, code)
+            return [running.trial for running in self.running]
         finally:
             for running in self.running:
                 running.process.interrupt()
@@ -91,17 +89,14 @@ class _Loop:
 
     def _fill(self) -> None:
         most = self.sweep.config.max_failures
-        while len(self.running) < len(self.shares):
-            if most is not None and self.failures > most:
-                return
-            trial = self.strategy.next()
-            if trial is None:
+        while len(self.running) < len(self.shares) and (most is None or self.failures <= most):
+            if (trial := self.strategy.next()) is None:
                 return
             self._start(trial)
 
     def _start(self, trial: Trial) -> None:
-        journal = self.journal
-        file, log = journal.config_file(trial.number), journal.log_file(trial.number)
+        run = self.journal.run_folder(trial.number)
+        file, log = run.with_suffix(".yaml"), run.with_suffix(".log")
         try:
             config = self.sweep.trial(trial.parameters, trial.name)
         except UserError as error:  # a suggestion, since the trials known in advance are checked before the start
@@ -117,15 +112,14 @@ class _Loop:
         logger.info("%s begins: %s", trial.name, format_values(trial.parameters))
 
     def _read(self, running: _Running) -> None:
-        """Report new values in metrics.jsonl to the strategy."""
         folder = self._judged(running.trial)
         try:
             status = (folder / "metrics.jsonl").stat()
         except FileNotFoundError:
             return
-        if running.seen == (status.st_ino, status.st_size):
+        before, running.seen = running.seen, (status.st_ino, status.st_size)
+        if running.seen == before:
             return
-        running.seen = (status.st_ino, status.st_size)
         for step, value in metric_values(folder, self.sweep.metric):
             if step > running.reported_step and not running.stopped:
                 running.reported_step = step
@@ -139,7 +133,8 @@ class _Loop:
         if running.stopped and code != 0:
             self.journal.end(trial.number, "stopped")
         elif code not in (0, PREEMPTED):
-            output = self.journal.log_file(trial.number).read_bytes()[running.log_bytes :].decode(errors="replace")
+            log = self.journal.run_folder(trial.number).with_suffix(".log").read_bytes()
+            output = log[running.log_bytes :].decode(errors="replace")
             self._fail(trial, explain_failure(self._judged(trial), output, code))
         elif code == 0 and not values:
             self._fail(trial, f"no row of its metrics.jsonl has {self.sweep.metric}")
@@ -191,7 +186,6 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: 
             write(sweep, result)
         if ended is not None:
             raise Preempted(f"the trials in progress were ended: {_checkpoints(sweep, journal, ended) or 'none'}")
-        plot(sweep, journal, result)
         stopped = [trial for trial in journal.trials.values() if trial.state == "open"]
         cut_off = _checkpoints(sweep, journal, stopped)
     most = sweep.config.max_failures
@@ -245,13 +239,11 @@ def _wait_for_leftovers(journal: Journal, *, within_s: float) -> None:
 
 
 def _failures(result: SweepResult) -> str:
-    """Describe one failed trial as an example."""
     failed = [row for row in result.rows if row.state == "failed"]
     return f"{failed[-1].trial}: {failed[-1].error}" if failed else "no trial was run."
 
 
 def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[MachineShare]:
-    """Return the share of the machine for each simultaneous trial."""
     cluster = next(iter(sweep.base.runs.values())).cluster
     address = cluster_to_join(cluster.address)
     if address is not None:
@@ -269,10 +261,8 @@ def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[MachineShare]:
     _warn_of_more(count, division.room)
     each, each_gpus = len(cores) // count, division.gpus
     logger.info("%d trials at once, of %d cores each", count, each or len(cores))
-    return [
-        MachineShare(cores=cores[n * each : (n + 1) * each], gpus=tuple(gpus[n * each_gpus : (n + 1) * each_gpus]))
-        for n in range(count)
-    ]
+    parts = [(slice(n * each, (n + 1) * each), slice(n * each_gpus, (n + 1) * each_gpus)) for n in range(count)]
+    return [MachineShare(cores=cores[cpu], gpus=tuple(gpus[gpu])) for cpu, gpu in parts]
 
 
 def _warn_of_more(count: int, room: int) -> None:

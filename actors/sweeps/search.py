@@ -80,7 +80,6 @@ class Bayesian(Strategy):
         return self.journal.add(number, values)
 
     def ended(self, trial: Trial) -> None:
-        """Report the trial's last value, or the failure, to the searcher."""
         values = metric_values(judged_folder(self.sweep, self.journal.run_folder(trial.number)), self.sweep.metric)
         failed = trial.state == "failed" or not values
         if trial.number in self.suggested:
@@ -116,7 +115,6 @@ class Asha(Listed):
                 self.report(trial, step, value)
 
     def report(self, trial: Trial, step: int, value: float) -> bool:
-        """Return True for a trial among the worse trials at this step."""
         tune_trial: Any = SimpleNamespace(trial_id=str(trial.number))
         if trial.number not in self.added:
             self.added.add(trial.number)

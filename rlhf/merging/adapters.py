@@ -83,10 +83,7 @@ def combine_adapters(config: MergeConfig, sources: Sequence[MergeSource], folder
 
 
 def check_combinable(sources: Sequence[MergeSource], *, method: str, rank: int | None) -> None:
-    """Check that the sources are plain adapters of one base, with equal ranks for a method that adds factors.
-
-    Raise UserError with the names of two sources that do not fit together.
-    """
+    """Check for plain adapters of one base, of equal ranks if the method adds factors. UserError names two sources."""
     for source in sources:
         _check_plain(source, rank)
     first, *others = sources
@@ -123,7 +120,6 @@ def _check_plain(source: MergeSource, rank: int | None) -> None:
 
 
 def _ranks(source: MergeSource) -> str:
-    """Describe the rank of an adapter and the ranks of layers with a different rank."""
     assert source.adapter is not None
     settings = source.adapter.settings
     pattern = settings.get("rank_pattern") or {}
@@ -131,10 +127,7 @@ def _ranks(source: MergeSource) -> str:
 
 
 def _settings_to_combine(folder: Path) -> Any:
-    """Return peft's config of an adapter, with the full names of the layers.
-
-    The result of a combination gets the first adapter's choice of layers, possibly without other adapters' layers.
-    """
+    """Return peft's config with full names of the layers: a combination gets the first adapter's choice of layers."""
     settings: Any = load_adapter_config(folder)
     settings.target_modules = adapted_modules(folder)
     settings.layers_to_transform = settings.layers_pattern = None

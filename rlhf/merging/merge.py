@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from rlhf.merging.sources import (
     num_bytes,
     weight_shapes,
 )
-from rlhf.merging.whole import require_mergekit, run_mergekit, shard_bytes
+from rlhf.merging.whole import run_mergekit, shard_bytes
 from rlhf.models.files.export import appearing, name_padding
 from rlhf.models.files.loading import load_model_config
 
@@ -56,14 +57,20 @@ def merge_models(config: MergeConfig, out: Path, *, quiet: bool = False) -> None
 
 def require_tools(config: MergeConfig) -> None:
     """Raise UserError if the method needs mergekit and mergekit is not installed."""
-    if config.output == "model" and config.method != "fold":
-        require_mergekit(config.method)
+    if _uses_mergekit(config) and importlib.util.find_spec("mergekit") is None:
+        raise UserError(
+            f"merge.method: {config.method} needs mergekit, which is not installed: pip install 'ray-rlhf[merging]'"
+        )
+
+
+def _uses_mergekit(config: MergeConfig) -> bool:
+    return config.output == "model" and config.method != "fold"
 
 
 def checked_sources(config: MergeConfig, out: Path, *, key: str) -> list[MergeSource]:
     """Return the models in the order of the section, and the base, after checking that all fit together.
 
-    Raise UserError if a model is missing or does not fit. Name `key` in the error if the disk of `out` is too small.
+    UserError: a model is missing or does not fit, or the disk of `out` is too small; the error then names `key`.
     """
     sources = [find_source(f"merge.models.{name}", name, model.model) for name, model in config.models.items()]
     if config.base is not None:
@@ -89,10 +96,7 @@ def write_merge(config: MergeConfig, sources: Sequence[MergeSource], folder: Pat
 
 
 def check_fit(config: MergeConfig, sources: Sequence[MergeSource]) -> None:
-    """Check for one architecture and one vocabulary, or for adapters of one base.
-
-    Raise UserError with the names of two models that differ.
-    """
+    """Check for one architecture and one vocabulary, or for adapters of one base. UserError names two models."""
     if config.output == "adapter":
         check_combinable(sources, method=config.method, rank=config.rank)
     elif config.method == "passthrough":
@@ -116,9 +120,8 @@ def _needed_bytes(config: MergeConfig, sources: Sequence[MergeSource]) -> int:
     if config.method == "passthrough":
         layers = sum(end - first for first, end in (part.layers for part in config.slices))
         result = result * max(1, -(-layers // sources[0].config.num_hidden_layers))
-    if config.method == "fold":
-        return result
-    return result + sum(num_bytes(source.shapes, "float32") for source in sources if source.adapter is not None)
+    folded = [source for source in sources if source.adapter is not None and config.method != "fold"]
+    return result + sum(num_bytes(source.shapes, "float32") for source in folded)
 
 
 def _merge_whole(config: MergeConfig, sources: Sequence[MergeSource], folder: Path, scratch: Path, quiet: bool) -> None:
@@ -152,10 +155,9 @@ def _check_complete(donor: Path, folder: Path, config: Any) -> None:
     """Raise RunError if mergekit left out weights because of an unknown part of the architecture."""
     expected, merged = (weight_shapes("merge.out", place, config) for place in (donor, folder))
     if lost := sorted(expected.keys() - merged.keys()):
-        kind = ", ".join(config.architectures)
         raise RunError(
-            f"mergekit left out {len(lost)} weights of the {kind}, the first {lost[0]}: it does not know this "
-            "architecture well enough."
+            f"mergekit left out {len(lost)} weights of the {', '.join(config.architectures)}, the first {lost[0]}: it "
+            "does not know this architecture well enough."
         )
 
 
@@ -171,14 +173,11 @@ def _add_tokenizer(config: MergeConfig, sources: Sequence[MergeSource], folder: 
 
 
 def _donor(config: MergeConfig, sources: Sequence[MergeSource]) -> MergeSource:
-    """Return the source of the result's config and tokenizer."""
     return next((source for source in sources if source.name == config.tokenizer), sources[0])
 
 
 def _record(config: MergeConfig, out: Path) -> str:
     """Return the section in effect as YAML. `rlhf merge merge.yaml merge.out=ELSEWHERE` repeats the merge."""
-    names = ["ray-rlhf", "torch", "transformers", "peft"]
-    if config.output == "model" and config.method != "fold":
-        names.append("mergekit")
+    names = ["ray-rlhf", "torch", "transformers", "peft", *(["mergekit"] if _uses_mergekit(config) else [])]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     return f"# made by {versions}\n" + to_yaml({"merge": {**in_effect(config), "out": str(out)}})

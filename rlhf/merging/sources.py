@@ -139,10 +139,7 @@ def check_stackable(sources: Sequence[MergeSource]) -> None:
 
 
 def check_same_tokenizer(sources: Sequence[MergeSource], *, chosen: str | None) -> None:
-    """Check for one vocabulary, and for one chat template unless `chosen` names the template's source.
-
-    Raise UserError with the names of two models that differ.
-    """
+    """Check for one vocabulary, and one chat template unless `chosen` names its source. UserError names two models."""
     tokenizers = {source.key: source.tokenizer() for source in sources}
     first, *others = sources
     for other in others:
@@ -187,7 +184,6 @@ def check_space(out: Path, needed: int, *, key: str) -> None:
 
 
 def num_bytes(shapes: Shapes, dtype: str) -> int:
-    """Return the size of all weights in bytes."""
     return DTYPE_BYTES[dtype] * sum(math.prod(shape) for shape in shapes.values())
 
 
@@ -236,7 +232,6 @@ def _read_adapter(key: str, folder: Path) -> Adapter:
 
 
 def _read_shapes(key: str, folder: Path) -> Shapes:
-    """Return the names and shapes of the weights in a folder's safetensors files."""
     shapes: Shapes = {}
     for file in _weight_files(key, folder):
         try:

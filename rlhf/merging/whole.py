@@ -6,7 +6,6 @@ therefore holds one weight of each model and one file of the result.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,31 +13,16 @@ from typing import Any
 import torch
 
 from rlhf.config.schema.merge import MODEL_METHODS, RANDOM, MergeConfig
-from rlhf.errors import RunError, UserError
-
-PER_MODEL = ("weight", "density", "epsilon")
-
-
-def require_mergekit(method: str) -> None:
-    """Raise UserError if mergekit is not installed."""
-    if importlib.util.find_spec("mergekit") is None:
-        raise UserError(
-            f"merge.method: {method} needs mergekit, which is not installed: pip install 'ray-rlhf[merging]'"
-        )
+from rlhf.errors import RunError
 
 
 def mergekit_config(config: MergeConfig, folders: dict[str, Path]) -> dict[str, Any]:
-    """Translate the section to mergekit's configuration.
-
-    `folders` maps the name of each model, and `base`, to a folder with whole weights.
-    """
+    """Translate the section to mergekit's configuration. `folders`: the whole weights of each model and of `base`."""
     tree: dict[str, Any] = {"merge_method": config.method, "dtype": "float32", "out_dtype": config.dtype}
     models = {name: {"model": {"path": str(folder)}} for name, folder in folders.items()}
     if config.method == "passthrough":
-        tree["slices"] = [
-            {"sources": [{"model": models[part.model], "layer_range": list(part.layers)}]} for part in config.slices
-        ]
-        return tree
+        parts = [{"model": models[part.model], "layer_range": list(part.layers)} for part in config.slices]
+        return tree | {"slices": [{"sources": [part]} for part in parts]}
     if config.base is not None:
         tree["base_model"] = models["base"]
     tree["parameters"] = {} if config.normalize is None else {"normalize": config.normalize}
@@ -46,16 +30,12 @@ def mergekit_config(config: MergeConfig, folders: dict[str, Path]) -> dict[str, 
         tree["parameters"] = {"t": config.t}
     elif config.method != "linear":
         tree["parameters"]["lambda"] = config.scale
-    keys = [key for key in PER_MODEL if key in MODEL_METHODS[config.method].per_model]
-    tree["models"] = [
-        {"model": models[name], "parameters": {key: getattr(model, key) for key in keys}}
-        for name, model in config.models.items()
-    ]
-    return tree
+    keys = MODEL_METHODS[config.method].per_model
+    parameters = {name: {key: getattr(model, key) for key in keys} for name, model in config.models.items()}
+    return tree | {"models": [{"model": models[name], "parameters": of} for name, of in parameters.items()]}
 
 
 def shard_bytes(config: MergeConfig) -> int:
-    """Return the largest size of a weight file."""
     return int(config.shard_gib * 2**30)
 
 

@@ -26,10 +26,6 @@ State = Literal["open", "finished", "stopped", "failed"]
 MAY_CHANGE = ("concurrency", "max_failures")  # when a sweep resumes
 
 
-def trial_name(number: int) -> str:
-    return f"trial-{number:03d}"
-
-
 @dataclass(slots=True)
 class Trial:
     number: int
@@ -39,25 +35,21 @@ class Trial:
 
     @property
     def name(self) -> str:
-        return trial_name(self.number)
+        return f"trial-{self.number:03d}"
 
 
 class Journal(AbstractContextManager["Journal"]):
     """Own the sweep's folder and lock on behalf of the running process."""
 
     def __init__(self, folder: Path, lock: int) -> None:
-        """Hold an open folder. Call `open` instead to create or resume a sweep."""
-        self.folder = folder
+        self.folder, self._lock, self._path = folder, lock, folder / "trials.jsonl"
         self.trials: dict[int, Trial] = {}
-        self._lock = lock
-        self._path = folder / "trials.jsonl"
 
     @classmethod
     def open(cls, sweep: Sweep, *, resume: bool) -> Self:
         """Create the sweep's folder, or with `resume` restore the sweep, and lock the folder.
 
-        Raise UserError if another process runs there, a sweep exists already, or the settings differ from the earlier
-        settings.
+        UserError: another process runs there, a sweep exists already, or the settings differ from the earlier settings.
         """
         folder = sweep.folder
         try:
@@ -81,15 +73,8 @@ class Journal(AbstractContextManager["Journal"]):
         self.close()
 
     def run_folder(self, number: int) -> Path:
-        return self.folder / "trials" / trial_name(number)
-
-    def config_file(self, number: int) -> Path:
-        """Return the configuration file for starting a trial."""
-        return self.folder / "trials" / f"{trial_name(number)}.yaml"
-
-    def log_file(self, number: int) -> Path:
-        """Return the file with the output of a trial's process."""
-        return self.folder / "trials" / f"{trial_name(number)}.log"
+        """Return the run folder of a trial. Next to the folder, .yaml is the configuration and .log the output."""
+        return self.folder / "trials" / f"trial-{number:03d}"
 
     def add(self, number: int, parameters: Values) -> Trial:
         self._write({"event": "trial", "trial": number, "parameters": dict(parameters)})
@@ -97,17 +82,18 @@ class Journal(AbstractContextManager["Journal"]):
 
     def end(self, number: int, state: State, error: str | None = None) -> None:
         """Record how a trial ended. The state `open` reopens an ended trial."""
-        self._write(
-            {"event": "end", "trial": number, "state": state, "error": None if error is None else redact(error)}
-        )
+        text = None if error is None else redact(error)
+        self._write({"event": "end", "trial": number, "state": state, "error": text})
 
     def _take_up(self, sweep: Sweep, *, resume: bool) -> None:
         settings = self.folder / "sweep.resolved.yaml"
         current = _settings(sweep)
         if settings.exists():
             if not resume:
-                text = "already holds a sweep. Continue it with --resume auto, choose another sweep.name, or remove it"
-                raise UserError(f"sweep.name: {self.folder} {text}.")
+                raise UserError(
+                    f"sweep.name: {self.folder} already holds a sweep. Continue it with --resume auto, choose another "
+                    "sweep.name, or remove it."
+                )
             before = from_yaml(settings.read_text(encoding="utf-8"))
             if changed := list(differences(_fixed(before), _fixed(current))):
                 raise UserError(
@@ -125,11 +111,10 @@ class Journal(AbstractContextManager["Journal"]):
 
     def _apply(self, event: dict[str, Any]) -> None:
         number = event["trial"]
-        match event["event"]:
-            case "trial":
-                self.trials[number] = Trial(number, event["parameters"])
-            case "end":
-                self.trials[number].state, self.trials[number].error = event["state"], event["error"]
+        if event["event"] == "trial":
+            self.trials[number] = Trial(number, event["parameters"])
+        else:
+            self.trials[number].state, self.trials[number].error = event["state"], event["error"]
 
 
 def _settings(sweep: Sweep) -> dict[str, Any]:

@@ -22,10 +22,7 @@ Values = Mapping[str, Any]  # values by parameter
 
 
 def known_trials(sweep: Sweep) -> list[Values] | None:
-    """Return all trials in order, or None for trials that depend on results (bayesian).
-
-    Raise UserError if a trial, or an end of a range, gives an invalid run.
-    """
+    """Return all trials in order; None for bayesian, whose trials depend on results. UserError: an invalid trial."""
     config, method = sweep.config, sweep.config.method
     trials: list[Values] | None = None
     if isinstance(method, GridMethod):
@@ -56,13 +53,11 @@ def corners(parameters: Mapping[str, Parameter]) -> Iterator[Values]:
 
 
 def draw(parameters: Mapping[str, Parameter], *, seed: int, number: int) -> Values:
-    """Draw one random value for each parameter."""
     random = Random(f"{seed} {number}")
     return {key: drawn(parameter, random) for key, parameter in parameters.items()}
 
 
 def drawn(parameter: Parameter, random: Random) -> Any:
-    """Draw one random value of a parameter."""
     if (count := _count(parameter)) is not None:
         return _at(parameter, random.randrange(count))
     low, high = _range(parameter)
@@ -80,7 +75,6 @@ def fitting(parameter: Parameter, number: float) -> float | int:
 
 
 def format_values(values: Values) -> str:
-    """Return the parameters of a trial in one line."""
     return ", ".join(f"{k}={value:.4g}" if isinstance(value, float) else f"{k}={value}" for k, value in values.items())
 
 
@@ -95,7 +89,6 @@ def _count(parameter: Parameter) -> int | None:
 
 
 def _at(parameter: Parameter, place: int) -> Any:
-    """Return the value at a position of a countable parameter."""
     if parameter.values is not None:
         return parameter.values[place]
     return fitting(parameter, _range(parameter)[0] + place * (parameter.step or 1.0))

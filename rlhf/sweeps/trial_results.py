@@ -42,7 +42,6 @@ class TrialResult:
     error: str | None
 
     def flat(self) -> dict[str, Any]:
-        """Return a row with a column for each parameter."""
         row = {"trial": self.trial, "state": self.state, **self.parameters}
         numbers = {key: getattr(self, key) for key in ("value", "best_value", "best_step", "step", "time_s")}
         return {**row, **numbers, "error": self.error}
@@ -50,7 +49,7 @@ class TrialResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepResult:
-    """Hold the results of all trials in order, and the best trial."""
+    """The results of all trials in order, and the best trial."""
 
     folder: Path
     metric: str  # with its leading sign
@@ -75,38 +74,31 @@ class SweepResult:
     def to_table(self) -> Table:
         """Return the trials for a terminal of 80 columns or more. The best trials are marked in front of the name."""
         keys = list(self.rows[0].parameters) if self.rows else []
-        title = f"{self.folder.name}: {len(self.rows)} trials by {self.metric}"
         failures = [f"{row.trial} failed: {row.error}" for row in self.rows if row.error is not None]
-        caption = Text("\n".join(["* best, in a tie" if self.ties else "* best", *failures]))
-        table = Table(
-            title=title, title_justify="left", caption=caption, caption_justify="left", box=None, padding=(0, 1, 0, 0)
-        )
+        table = Table(title_justify="left", caption_justify="left", box=None, padding=(0, 1, 0, 0))
+        table.title = f"{self.folder.name}: {len(self.rows)} trials by {self.metric}"
+        table.caption = Text("\n".join(["* best, in a tie" if self.ties else "* best", *failures]))
         table.add_column("  trial", no_wrap=True)
         for heading in (*keys, self.metric.removeprefix("-"), "step", "time"):
-            table.add_column(
-                Text(re.sub(r"([./])", r"\1\n", heading)), justify="right", no_wrap=True, vertical="bottom"
-            )
+            name = Text(re.sub(r"([./])", r"\1\n", heading))
+            table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
         table.add_column("outcome", overflow="fold", vertical="bottom")
         for row in self.rows:
             is_best = row == self.best or row in self.ties
             numbers = ["-" if row.value is None else number(row.value), str(row.step), duration(row.time_s)]
-            values = [
-                number(value) if isinstance(value, float) else format_value(value) for value in row.parameters.values()
-            ]
+            values = map(_format_value, row.parameters.values())
             cells = [f"{'*' if is_best else ' '} {row.trial}", *values, *numbers, row.state]
             table.add_row(*map(Text, cells), style="bold" if is_best else None)
         return table
 
 
-def format_value(value: Any) -> str:
-    """Format a parameter's value for a table or an axis."""
+def _format_value(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:g}"
+        return number(value)
     return value if isinstance(value, str) else kind(value) if not isinstance(value, dict) else json.dumps(value)
 
 
 def collect(sweep: Sweep, journal: Journal) -> SweepResult:
-    """Read the results of all trials from their run folders."""
     rows = tuple(_row(sweep, journal, trial) for _, trial in sorted(journal.trials.items()))
     sign = -1.0 if sweep.lower_is_better else 1.0
     done = [row for row in rows if row.state == "finished" and row.value is not None]
@@ -124,14 +116,10 @@ def write(sweep: Sweep, result: SweepResult) -> None:
         writer.writeheader()
         writer.writerows(rows)
         write_atomic(result.folder / "results.csv", text.getvalue())
-    if result.best is not None:
-        write_atomic(result.folder / "best.yaml", _best_yaml(sweep, result, result.best))
-
-
-def _best_yaml(sweep: Sweep, result: SweepResult, best: TrialResult) -> str:
-    header = f"# {result.describe_best()}, of the sweep {sweep.folder}: "
-    header += f"{sweep.metric} was {best.value:g} at step {best.step}.\n"
-    return header + dump_yaml(sweep.best(best.parameters))
+    if (best := result.best) is not None:
+        header = f"# {result.describe_best()}, of the sweep {sweep.folder}: "
+        header += f"{sweep.metric} was {best.value:g} at step {best.step}.\n"
+        write_atomic(result.folder / "best.yaml", header + dump_yaml(sweep.best(best.parameters)))
 
 
 def judged_folder(sweep: Sweep, run: Path) -> Path:

@@ -48,8 +48,7 @@ def redact(text: str) -> str:
 def redact_config(value: Any, key: str = "") -> Any:
     """Return a copy of a config tree with secret values masked, for files and W&B.
 
-    Everything below a secret name is masked, except booleans, zeros, empty values, and names of environment variables
-    (`${NAME}`).
+    Everything below a secret name is masked, except booleans, zeros, empty values, and environment variables `${NAME}`.
     """
     if isinstance(value, Mapping):
         return {name: redact_config(item, _secret_key(key, str(name), item)) for name, item in value.items()}
@@ -83,9 +82,7 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        message = record.getMessage()
-        if record.exc_info:
-            message += "\n" + self.formatException(record.exc_info)
+        message = record.getMessage() + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
         who = self.who if self.step is None else f"{self.who} step={self.step}"
         line = f"{moment}.{int(record.msecs):03d}Z {record.levelname} {who} {record.name}: {message}"
         return printable(redact(line).replace("\n", "\\n"))

@@ -1,7 +1,6 @@
 """The README.md of a trained model: base model, training, and the last measurements of the run.
 
-The card is written into final/ and into exported folders, in the format of the Hugging Face hub, without paths of the
-machine or arguments of rewards.
+The card has the format of the Hugging Face hub, and no paths of the machine or arguments of rewards.
 """
 
 from __future__ import annotations
@@ -20,23 +19,15 @@ from rlhf.tracking.sinks.tracker import read_metrics
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _METRICS = (
-    "rewards/score/mean",
-    "experience/kl_ref/mean",
-    "update/entropy/mean",
-    "rollouts/response_tokens/mean",
-    "preference/accuracy/mean",
-    "preference/margin/mean",
-    "update/token_accuracy/mean",
-    "update/loss/mean",
+    *("rewards/score/mean", "experience/kl_ref/mean", "update/entropy/mean", "rollouts/response_tokens/mean"),
+    *("preference/accuracy/mean", "preference/margin/mean", "update/token_accuracy/mean", "update/loss/mean"),
 )
 
 
 def write_model_card(folder: Path, config: Config, *, run: Path, step: int | None, merged: bool = False) -> None:
     """Write README.md into a model folder of the run in folder `run`.
 
-    Args:
-        step: the step of the checkpoint. None: the end of the run.
-        merged: whether an adapter was added to the weights.
+    `step` is that of the checkpoint; None: the end of the run. `merged`: whether an adapter was added to the weights.
     """
     rows = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
     rows = [row for row in rows if step is None or row["step"] <= step]
@@ -50,16 +41,12 @@ def model_card(config: Config, rows: list[dict[str, Any]], *, merged: bool = Fal
     is_adapter = config.policy.lora is not None and not merged
     kind = "a reward model" if config.algorithm.has_scalar_head else "a language model"
     lines = [
-        "---",
-        yaml.safe_dump(_front_matter(config, is_adapter=is_adapter), sort_keys=False).rstrip(),
-        "---",
+        *("---", yaml.safe_dump(_front_matter(config, is_adapter=is_adapter), sort_keys=False).rstrip(), "---"),
         f"# {name}",
         "",
         f"This is {kind}, trained from `{base}` with `{config.algorithm.short_name}` by ray-rlhf."
         + (" The folder holds a LoRA adapter, which needs its base model." if is_adapter else ""),
-        "",
-        "## Training",
-        "",
+        *("", "## Training", ""),
         *_table(("setting", "value"), dict(_settings(config, rows))),
     ]
     if metrics := _last_values(rows):
@@ -69,7 +56,8 @@ def model_card(config: Config, rows: list[dict[str, Any]], *, merged: bool = Fal
 
 def _front_matter(config: Config, *, is_adapter: bool) -> dict[str, Any]:
     base = config.policy.source.partition("@")[0]
-    data = {name for name in map(_shown, _sources(config)) if _HUB_NAME.fullmatch(name)}
+    sources = [*(data.source for data in train_sets(config).values()), *eval_sets(config).values()]
+    data = {name for name in map(_shown, sources) if _HUB_NAME.fullmatch(name)}
     values: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers"}
     if _HUB_NAME.fullmatch(base) and not Path(base).exists():
         values["base_model"] = base
@@ -78,11 +66,6 @@ def _front_matter(config: Config, *, is_adapter: bool) -> dict[str, Any]:
     if data:
         values["datasets"] = sorted(data)
     return values
-
-
-def _sources(config: Config) -> Iterator[DataSource]:
-    yield from (data.source for data in train_sets(config).values())
-    yield from eval_sets(config).values()
 
 
 def _settings(config: Config, rows: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:

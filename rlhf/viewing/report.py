@@ -45,8 +45,6 @@ _LINK = re.compile(r'<(link|script)[^>]*"/static/([^"]+)".*>')
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """The paths of a written report and its findings."""
-
     html: Path
     pictures: tuple[Path, ...]  # one for each stage with curves
     findings: dict[str, list[Finding]]  # by run
@@ -66,7 +64,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Report:
     html = out or folders[0] / ("report.html" if len(folders) == 1 else "comparison.html")
     rows = {run.name: _rows(run.path) for run in runs}
     metrics = {run.name: MetricsSoFar(rows[run.name]) for run in runs}
-    answers = {"written": _now(), **_answers(runs, rows, metrics)}
+    written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    answers = {"written": written, **_answers(runs, rows, metrics)}
     try:
         write_atomic(html, page(answers))
         pictures = tuple(_pictures(runs, metrics, html))
@@ -82,23 +81,18 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
         raise UserError(f"{error}. Repair or remove that line, so that the report can show the rest.") from error
 
 
-def _now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-
-
 def _pictures(runs: Sequence[RunPlace], metrics: Mapping[str, MetricsSoFar], html: Path) -> list[Path]:
     """Write report.png, or for a pipeline report.STAGE.png of each stage with curves."""
     written = []
     stages = dict.fromkeys(run.stage for run in runs)
     for stage in stages:
-        members = [run for run in runs if run.stage == stage]
-        so_far = [metrics[run.name] for run in members]
+        paths = {run.name: run.path for run in runs if run.stage == stage}
+        so_far = [metrics[name] for name in paths]
         problems = [of.metrics[0] for one in so_far for of in one.findings() if of.severity != "notice"]
         keys = dict.fromkeys([*problems[:2], *(key for one in so_far for key in one.main())])
         shown = [key for key in keys if is_declared(key) and any(key in one.columns for one in so_far)][:_NUM_PANELS]
         if shown:
             end = f".{stage}.png" if len(stages) > 1 else ".png"
-            paths = {run.name: run.path for run in members}
             written.append(plot_curves(paths, shown, output=html.with_suffix(end)))
     return written
 
@@ -151,16 +145,13 @@ def _samples(run: RunPlace, rows: Sequence[Mapping[str, Any]]) -> dict[int, dict
     listings = {}
     for step in sorted({step for step, _ in chosen}):
         index, groups = indexes[step], [group for of, group in chosen if of == step]
-        places = [place for group in groups for place in _places(index, group)[:MOST_RESPONSES]]
+        of_group = [[place for place, row in enumerate(index.rows) if row["group"] == group] for group in groups]
+        places = [place for places in of_group for place in places[:MOST_RESPONSES]]
         lines = files.whole(samples_path(run.path, step), index.version, places)
         if lines is not None:  # the run has not written the step again
-            listings[step] = _limited(
-                {
-                    "rows": [index.rows[place] for place in places],
-                    "prompts": {group: asdict(index.prompts[group]) for group in groups},
-                    "whole": list(map(_response, lines.splitlines())),
-                }
-            )
+            prompts = {group: asdict(index.prompts[group]) for group in groups}
+            whole = list(map(_response, lines.splitlines()))
+            listings[step] = _limited({"rows": [index.rows[at] for at in places], "prompts": prompts, "whole": whole})
     return listings
 
 
@@ -169,10 +160,6 @@ def _response(line: bytes) -> dict[str, Any]:
     row: dict[str, Any] = json.loads(line)
     tokens = row.get("tokens") or {"ids": ()}
     return {**row, "cut": max(len(tokens["ids"]) - MOST_TOKENS, 0)}
-
-
-def _places(index: SampleIndex, group: str) -> list[int]:
-    return [place for place, row in enumerate(index.rows) if row["group"] == group]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,8 +190,7 @@ def _pairs(indexes: Mapping[int, SampleIndex]) -> Iterator[GroupPair]:
 
 
 def _pair(groups: Mapping[tuple[int, str], Sequence[float]]) -> GroupPair:
-    first, *_ = groups
-    last = list(groups)[-1]
+    (first, *_), (*_, last) = groups, groups
     scores = [groups[first], groups[last]]
     gain = fmean(scores[1]) - fmean(scores[0]) if all(scores) else 0.0
     return GroupPair(first=first, last=last, gain=gain)

@@ -21,8 +21,6 @@ _SAMPLES = re.compile(r"step_(\d{6,})\.jsonl")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlace:
-    """A run on the page."""
-
     name: str  # unique on the page
     path: Path
     stage: str  # "" unless the run is a stage of a pipeline
@@ -90,12 +88,11 @@ def stage_folders(folder: Path) -> list[Path]:
     """Return the runs in the folder of a pipeline, in order of their start. An empty list: no pipeline."""
     if is_run(folder) or not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if path.is_dir() and is_run(path)), key=_began)
 
+    def began(path: Path) -> tuple[float, str]:  # the environment is written at the start and again at a resume
+        return _written(path / "environment.json") or time.time(), path.name
 
-def _began(path: Path) -> tuple[float, str]:
-    """Return the sort key of a run's start. The environment is written at the start and again at a resume."""
-    return _written(path / "environment.json") or time.time(), path.name
+    return sorted((path for path in folder.iterdir() if path.is_dir() and is_run(path)), key=began)
 
 
 def _is_held(lock: Path) -> bool:

@@ -6,6 +6,7 @@ A file's index is made at the first request for the file, without reading tokens
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -55,11 +56,9 @@ class SampleFiles:
         """Return the index of a step's file. FileNotFoundError: the step has no file."""
         version = _version(path)
         with self._lock:
-            kept = self._kept.get(path)
-            if kept is not None and kept.version == version:
-                self._kept.move_to_end(path)
-                return kept
-        made = _read_index(path, version)
+            made = self._kept.get(path)
+        if made is None or made.version != version:
+            made = _read_index(path, version)
         with self._lock:
             self._kept[path] = made
             self._kept.move_to_end(path)
@@ -73,12 +72,8 @@ class SampleFiles:
         if index.version != version:
             return None
         with path.open("rb") as file:
-            lines = []
-            for row in rows:
-                begin, length = index.spans[row]
-                file.seek(begin)
-                lines.append(file.read(length))
-        return b"".join(lines)
+            spans = [index.spans[row] for row in rows]
+            return b"".join(os.pread(file.fileno(), length, begin) for begin, length in spans)
 
 
 def _version(path: Path) -> str:
@@ -134,7 +129,6 @@ def _previews(prompts: Mapping[str, str], columns: Mapping[str, Mapping[str, str
 
 
 def _differing_word(one: str, other: str) -> int:
-    """Return the place of the first different word in two texts."""
     differs = next((index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
     return one.rfind(" ", 0, differs) + 1
 
@@ -148,18 +142,15 @@ def _differing_columns(columns: Mapping[str, str], rows: Sequence[Mapping[str, s
 def _short(line: bytes) -> dict[str, Any] | None:
     """Return a line without the text. None: the line is truncated, or is no response."""
     head, separator, _ = line.rpartition(_TOKENS)
-    if not line.endswith(b"\n"):
-        return None
     try:
         row = json.loads(head + b"}" if separator else line)
     except (ValueError, RecursionError):  # a line nested too deep is not a run's response
         return None
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+    if not line.endswith(b"\n") or not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         return None
     short = {name: row[name] for name in _SHORT if row.get(name) is not None}
     split = str(row.get("split", row.get("set", "")))
     group = f"{split}:{row.get('group_id', row.get('prompt_id', ''))}"
-    tokens = row.get("response_tokens")
-    given = row.get("columns")
+    tokens, given = row.get("response_tokens"), row.get("columns")
     columns = {name: str(value)[:_COLUMN] for name, value in given.items()} if isinstance(given, dict) else {}
     return {**short, "split": split, "group": group, "tokens": tokens, "prompt": row["prompt"], "columns": columns}

@@ -19,7 +19,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from aiohttp import web
 
@@ -62,7 +61,6 @@ class RunViewer:
         self.summaries = Summaries()
 
     def application(self) -> web.Application:
-        """Build the aiohttp application with all routes."""
         app = web.Application(middlewares=[self._guard])
         get = app.router.add_get
         get("/", self._page)
@@ -92,35 +90,25 @@ class RunViewer:
             return None if why is None else _error(403, why)
         if request.path in _OPEN or request.path.startswith("/static/"):
             return None
-        cookie = request.cookies.get(_COOKIE, "")
-        if gives_token(request, self.token) or is_same_secret(cookie, self._pass()):
+        given = request.cookies.get(_COOKIE, "")
+        if gives_token(request, self.token) or is_same_secret(given, _cookie(self.token)):
             return None
         return _error(401, "log in with the token of this server")
-
-    def _pass(self) -> str:
-        """Return the cookie of a logged-in browser, derived from the token without revealing the token."""
-        assert self.token is not None
-        return hmac.digest(os.fsencode(self.token), b"rlhf view", "sha256").hex()
 
     async def _page(self, _: web.Request) -> web.StreamResponse:
         return web.FileResponse(STATIC / "index.html")
 
     async def _login(self, request: web.Request) -> web.Response:
-        if self.token is None:
-            return web.json_response({})
-        if not gives_token(request, self.token):
-            return _error(401, "the token is wrong")
         response = web.json_response({})
-        response.set_cookie(_COOKIE, self._pass(), httponly=True, samesite="Strict", path="/")
+        if self.token is not None:
+            if not gives_token(request, self.token):
+                return _error(401, "the token is wrong")
+            response.set_cookie(_COOKIE, _cookie(self.token), httponly=True, samesite="Strict", path="/")
         return response
 
     async def _runs(self, request: web.Request) -> web.Response:
-        places = await asyncio.to_thread(self.runs.by_name)
-        states = await asyncio.to_thread(lambda: [run.state() for run in places.values()])
-        answer: dict[str, Any] = {"runs": states}
-        if request.query.get("metrics"):
-            answer["metrics"] = DECLARED
-        return web.json_response(answer)
+        states = await asyncio.to_thread(lambda: [run.state() for run in self.runs.by_name().values()])
+        return web.json_response({"runs": states, **({"metrics": DECLARED} if request.query.get("metrics") else {})})
 
     async def _tail(self, name: str, request: web.Request, *, last: bool) -> web.Response:
         start, mark = _number(request, "from", default=0), _number(request, "mark", default=0)
@@ -144,13 +132,9 @@ class RunViewer:
             index = await asyncio.to_thread(self.samples.index, path)
         except OSError as error:
             raise web.HTTPNotFound(reason="no samples of this step") from error
-        answer = {
-            "version": index.version,
-            "rows": index.rows,
-            "prompts": {group: asdict(prompt) for group, prompt in index.prompts.items()},
-            "bad_lines": index.bad_lines,
-        }
-        return web.json_response(answer)
+        prompts = {group: asdict(prompt) for group, prompt in index.prompts.items()}
+        listing = {"version": index.version, "rows": index.rows, "prompts": prompts, "bad_lines": index.bad_lines}
+        return web.json_response(listing)
 
     async def _responses(self, request: web.Request) -> web.Response:
         path = samples_path(self._run(request).path, _number(request, "step"))
@@ -174,6 +158,11 @@ class RunViewer:
         if run is None:
             raise web.HTTPNotFound(reason="no such run")
         return run
+
+
+def _cookie(token: str) -> str:
+    """Return the cookie of a logged-in browser, derived from the token without revealing the token."""
+    return hmac.digest(os.fsencode(token), b"rlhf view", "sha256").hex()
 
 
 def _number(request: web.Request, name: str, *, default: int | None = None) -> int:

@@ -53,7 +53,6 @@ class Column:
     peak: float = -math.inf
 
     def add(self, value: float) -> None:
-        """Add the value of the next step."""
         if len(self.first) < _AVERAGED:
             self.first.append(value)
         self.last.append(value)
@@ -80,7 +79,6 @@ class MetricsSoFar:
                 self.columns.setdefault(key, Column()).add(value)
 
     def findings(self) -> list[Finding]:
-        """Return the problems so far, the worst first."""
         return self._diagnosis.findings()
 
     def recoveries(self) -> int:
@@ -101,7 +99,6 @@ class Summaries:
         self._lock = threading.Lock()
 
     def of(self, run: RunPlace) -> dict[str, Any]:
-        """Return the summary of a run now."""
         with self._lock:
             metrics, start, mark = self._read.get(run.path, (MetricsSoFar(), 0, 0))
             more = True
@@ -123,9 +120,11 @@ def summary_of(run: RunPlace, metrics: MetricsSoFar) -> dict[str, Any]:
     config, environment = _own_config(folder), read_object(folder / "environment.json") or {}
     path = folder / "errors.jsonl"
     errors = list(intact_rows(path.read_bytes().splitlines())) if path.exists() else []
+    memory = [(name, column) for name, column in sorted(metrics.columns.items()) if name.startswith("memory/")]
+    peaks = [[name, *map(number, (of.first[0], of.last[-1], of.peak))] for name, of in memory]
     tables = [
         *_numbers(folder, metrics.columns),
-        _table("Memory (GiB)", ["metric", "first", "last", "peak"], _memory(metrics.columns)),
+        _table("Memory (GiB)", ["metric", "first", "last", "peak"], peaks),
         _table("Errors", ["count", "kind", "steps", "most frequent message"], _kinds(errors)),
     ]
     return {
@@ -222,13 +221,6 @@ def _numbers(folder: Path, columns: Mapping[str, Column]) -> Iterator[dict[str, 
 
 def _change(name: str, before: float, after: float) -> list[str]:
     return [name, number(before), number(after), f"{after - before:+.3g}"]
-
-
-def _memory(columns: Mapping[str, Column]) -> Iterator[list[str]]:
-    """Yield the peak memory of each role's largest process, at the beginning and later."""
-    for name, column in sorted(columns.items()):
-        if name.startswith("memory/"):
-            yield [name, *map(number, (column.first[0], column.last[-1], column.peak))]
 
 
 def _kinds(errors: Iterable[Mapping[str, Any]]) -> Iterator[list[str]]:

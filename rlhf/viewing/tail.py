@@ -1,8 +1,7 @@
 """A growing JSON-lines file, read part by part.
 
-The module remembers nothing: each request states the end of the last part. A resumed run removes lines again. `mark` is
-a checksum of the bytes before a position. If `mark` differs from the reader's, a replaced file is read from the
-beginning.
+The module remembers nothing: each request states the end of the last part. A resumed run removes lines again. If the
+bytes before a position have another checksum (`mark`) than the reader's, the file is read from the beginning.
 """
 
 from __future__ import annotations
@@ -29,10 +28,7 @@ class FileChunk:
 
 
 def read_chunk(path: Path, start: int, mark: int, *, last: bool = False) -> FileChunk:
-    """Return the lines from `start` on, or an empty part for a missing file.
-
-    last: return only the end of a long file to a reader without a position.
-    """
+    """Return the lines from `start` on, none for a missing file. last: a new reader gets only the end of the file."""
     try:
         file = path.open("rb")
     except OSError:

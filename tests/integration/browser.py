@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import os
 import shutil
@@ -18,17 +17,9 @@ import aiohttp
 
 PROGRAMS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--hide-scrollbars",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-quic",
-    "--remote-debugging-port=0",
-    "--remote-allow-origins=*",
+    *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-quic"),
+    *("--remote-debugging-port=0", "--remote-allow-origins=*"),
 )
 DEADLINE_S = 60.0
 _KEY_CODES = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Home": 36, "End": 35, "Escape": 27}
@@ -124,11 +115,6 @@ class Page:
         )
         await self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
-    async def picture(self, path: Path) -> None:
-        """Write the visible page as a PNG file."""
-        told = await self.call("Page.captureScreenshot", format="png")
-        path.write_bytes(base64.b64decode(told["data"]))
-
 
 @asynccontextmanager
 async def browser() -> AsyncIterator[Page]:
@@ -136,14 +122,12 @@ async def browser() -> AsyncIterator[Page]:
     found = program()
     assert found is not None
     with tempfile.TemporaryDirectory() as folder:
+        command, silent = [found, *FLAGS, f"--user-data-dir={folder}", "about:blank"], asyncio.subprocess.DEVNULL
         process = await asyncio.create_subprocess_exec(
-            found,
-            *FLAGS,
-            f"--user-data-dir={folder}",
-            "about:blank",
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True,  # distributions start the browser from a script
+            *command,
+            stdout=silent,
+            stderr=silent,
+            start_new_session=True,  # distributions start it from a script
         )
         try:
             async with aiohttp.ClientSession() as session:

@@ -7,7 +7,9 @@ import random
 import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestServer
@@ -29,6 +31,7 @@ pytestmark = pytest.mark.skipif(program() is None, reason=f"NO BROWSER: none of 
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\u202e\x1b\u200b&amp;</pre>"
 PROMPTS, SAMPLES = 3, 2
+TIMEOUT: dict[str, Any] = {"stage": "rewards", "kind": "timeout", "source": "correct"}
 
 
 def record(prompt: int, number: int, *, step: int, split: str, draw: random.Random) -> SampleRecord:
@@ -40,16 +43,8 @@ def record(prompt: int, number: int, *, step: int, split: str, draw: random.Rand
     if prompt == 0 and number == 0:
         texts[1] = HOSTILE
     if prompt == 2:
-        texts = [
-            "I",
-            "<tool_call>",
-            '{"name": "find"}',
-            "</tool_call>",
-            "\n",
-            "<tool_response>4</tool",
-            "_response>",
-            "4",
-        ]
+        call = ["<tool_call>", '{"name": "find"}', "</tool_call>"]
+        texts = ["I", *call, "\n", "<tool_response>4</tool", "_response>", "4"]
     given = {1: (2, 3), 2: (4, 5, 6)}.get(prompt, ())
     sampled = tuple(place not in given for place in range(len(texts)))
 
@@ -59,47 +54,34 @@ def record(prompt: int, number: int, *, step: int, split: str, draw: random.Rand
     branch = SampleSequence(start=4, own=6, after=1)
     trained = split == "train"
     rollout = column(-2.0, 0.0)
-    tokens = sample_tokens(
+    of_session = prompt == number == 1
+    fields: dict[str, Any] = {
+        **{"split": split, "prompt_id": prompt, "sample": number, "response_tokens": len(texts) + prompt},
+        **{"scores": {"correct": float(number), "format": 0.5}, "truncated": number == 1},
+        **{"group_id": 100 * step + prompt if trained else prompt, "advantage": number - 0.5 if trained else None},
+        **{"columns": {"secret": "<img src=x>", "tries": 3}, "shortened": {"columns.secret": 5000}},
+        "prompt": f"<|user|>prompt {prompt} {HOSTILE if prompt == 0 else ''}<|assistant|>",
+        **({"broken": ("edited history",) * 2, "result": {"guess": 4}} if of_session else {}),
+    }
+    fields["tokens"] = sample_tokens(
         *texts,
         sampled=sampled,
         rollout_logprobs=rollout,
         old_logprobs=tuple(None if one is None else one + 0.25 for one in rollout) if trained else None,
         advantages=column(-1.0, 1.0) if trained else None,
-        sequences=(SampleSequence(start=0, own=0, after=None), branch) if prompt == number == 1 else None,
+        sequences=(SampleSequence(start=0, own=0, after=None), branch) if of_session else None,
     )
-    return sample_record(
-        "".join(texts),
-        score=float(number),
-        scores={"correct": float(number), "format": 0.5},
-        split=split,
-        group_id=100 * step + prompt if trained else prompt,
-        prompt_id=prompt,
-        sample=number,
-        prompt=f"<|user|>prompt {prompt} {HOSTILE if prompt == 0 else ''}<|assistant|>",
-        advantage=number - 0.5 if trained else None,
-        truncated=number == 1,
-        response_tokens=len(texts) + prompt,
-        broken=("edited history", "edited history") if prompt == number == 1 else None,
-        columns={"secret": "<img src=x>", "tries": 3},
-        shortened={"columns.secret": 5000},
-        result={"guess": 4} if prompt == number == 1 else None,
-        tokens=tokens,
-    )
+    return sample_record("".join(texts), score=float(number), **fields)
 
 
 def write_step(folder: Path, step: int) -> None:
-    draw = random.Random(step)
+    draw, pairs = random.Random(step), list(product(range(PROMPTS), range(SAMPLES)))
     for split in ("train", "heldout") if step % 2 == 0 else ("train",):
-        records = [
-            record(prompt, number, step=step, split=split, draw=draw)
-            for prompt in range(PROMPTS)
-            for number in range(SAMPLES)
-        ]
+        records = [record(prompt, number, step=step, split=split, draw=draw) for prompt, number in pairs]
         write_samples(samples_path(folder, step), records)
     row = {"step": step, "time_s": 2.0 * step, "rewards/score/mean": step / 10, "update/loss/mean": -step / 10}
     if step % 2 == 0:
-        row["eval/heldout/score"] = step / 20
-        row["recovery/rollout/total"] = 1.0
+        row |= {"eval/heldout/score": step / 20, "recovery/rollout/total": 1.0}
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -112,11 +94,8 @@ def runs(tmp_path: Path) -> list[Path]:
         folder.mkdir()
         for step in range(1, 5):
             write_step(folder, step)
-    error = {"step": 2, "stage": "rewards", "kind": "timeout", "message": f"10 s {HOSTILE}", "source": "correct"}
-    error["stack"] = f"reward (mine.py:7) {HOSTILE}"
-    (folders[0] / "errors.jsonl").write_text(
-        json.dumps({**error, "split": "train", "prompt_id": 2, "sample": None}) + "\n"
-    )
+    error = {**TIMEOUT, "step": 2, "message": f"10 s {HOSTILE}", "stack": f"reward (mine.py:7) {HOSTILE}"}
+    write_error(folders[0], ErrorRecord(**error, split="train", prompt_id=2))
     return folders
 
 
@@ -322,20 +301,8 @@ async def test_an_error_belongs_to_one_of_two_evaluated_models(tmp_path: Path) -
     samples_path(tmp_path, 0).parent.mkdir()
     write_lines(samples_path(tmp_path, 0), rows)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "time_s": 1.0}) + "\n")
-    write_error(
-        tmp_path,
-        ErrorRecord(
-            step=0,
-            stage="rewards",
-            kind="timeout",
-            message="10 s",
-            source="won",
-            split="games",
-            model="theirs",
-            prompt_id=2,
-            sample=0,
-        ),
-    )
+    error = ErrorRecord(**TIMEOUT, step=0, message="10 s", split="games", model="theirs", prompt_id=2, sample=0)
+    write_error(tmp_path, error)
     async with shown(tmp_path) as (page, url):
         await page.open(url + "#tab=samples&step=0&split=games")
         await page.until(f"{CARDS}.length === 2")

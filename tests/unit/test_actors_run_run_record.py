@@ -131,7 +131,7 @@ def test_a_resumed_run_without_room_for_its_start_can_be_continued(
     with RunFolder.open(stage.run.dir, stage.run.name, resume=False) as folder:
         if has_checkpoint:
             checkpoint(folder)
-    monkeypatch.setattr(RunFolder, "write_config", Mock(side_effect=StorageFull("no room")))
+    monkeypatch.setattr("actors.run.run_record.write_atomic", Mock(side_effect=StorageFull("no room")))
     with pytest.raises(kind, match="no room"), recording(stage, resume=True):
         pytest.fail("it began")
 
@@ -255,7 +255,7 @@ def test_a_checkpoint_that_did_not_get_away_is_told_and_tried_again(
         whole = record.mirror._put_checkpoint
         record.mirror._put_checkpoint = Mock(side_effect=PermissionError("expired"))
         checkpointed(record, 10)
-        record.mirror._thread.join()
+        record.mirror._call[1].join()
         record.mirror._put_checkpoint = whole
         checkpointed(record, 20)
     (error,) = map(json.loads, (tmp_path / "runs" / "demo" / "errors.jsonl").read_text().splitlines())

@@ -40,16 +40,19 @@ def test_trials_of_a_killed_sweep_that_still_end_are_waited_for(tmp_path: Path, 
         os.close(lock_folder(run, key="run.name"))
 
 
-def test_failures_of_a_sweep_that_goes_on_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def _no_trial_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     def started(*_: object, **__: object) -> None:
         raise AssertionError("a trial was started")
 
     monkeypatch.setattr(actors.sweeps.runner, "TrialProcess", started)
+
+
+@pytest.mark.usefixtures("_no_trial_starts")
+def test_failures_of_a_sweep_that_goes_on_count(tmp_path: Path) -> None:
     sweep = load_sweep(write_sweep(tmp_path, max_failures=0))
-    known = known_trials(sweep)
-    assert known is not None
     with Journal.open(sweep, resume=False) as journal:
-        journal.add(0, known[0])
+        journal.add(0, known_trials(sweep)[0])
         journal.end(0, "failed", "exit 1: no memory")
     with pytest.raises(RunError, match=r"more than sweep.max_failures = 0: trial-000: exit 1: no memory"):
         run_sweep(sweep, resume=True, quiet=True)
@@ -57,13 +60,9 @@ def test_failures_of_a_sweep_that_goes_on_count(tmp_path: Path, monkeypatch: pyt
         run_sweep(sweep, resume=True, retry_failed=True, quiet=True)
 
 
-def test_a_suggestion_that_is_no_valid_run_is_a_failed_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_no_trial_starts")
+def test_a_suggestion_that_is_no_valid_run_is_a_failed_trial(tmp_path: Path) -> None:
     """Only the ends of each parameter are checked before the start, and not all of their combinations."""
-
-    def started(*_: object, **__: object) -> None:
-        raise AssertionError("a trial was started")
-
-    monkeypatch.setattr(actors.sweeps.runner, "TrialProcess", started)
     parameters = {"train.steps": {"values": [9, 4]}, "train.warmup_steps": {"values": [0, 8]}}
     sweep = load_sweep(
         write_sweep(tmp_path, parameters=parameters, method={"name": "bayesian", "trials": 1}, max_failures=0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_adapter(folder / "lora_b", folder / "base", seed=2)
     make_adapter(folder / "lora_rank8", folder / "base", seed=3, rank=8)
     make_adapter(folder / "lora_of_a", folder / "a", seed=3)
+    make_reward_adapter(folder / "reward", folder / "base", seed=1)
+    (folder / "other").symlink_to(folder / "base")
     return folder
 
 
@@ -71,21 +75,17 @@ def test_the_result_is_a_model_folder(tmp_path: Path, models: Path, tied: str) -
 
 def test_the_record_repeats_the_merge(tmp_path: Path, models: Path) -> None:
     names = {"a": {"density": 0.5, "weight": 0.2}, "b": {}}
+    torch.manual_seed(3)
     out = merge(tmp_path / "first", models, names, method="dare_linear", base="base", seed=5)
+    drawn = torch.rand(2)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(2), drawn)  # the merge has left the random state alone
     text = (out / "merge.yaml").read_text()
     assert text.startswith("# made by ray-rlhf ")
     assert "mergekit 0.1.5" in text
     assert load_merge_file(out / "merge.yaml").models["a"].weight == 0.2
     again = rlhf.merge(out / "merge.yaml", [f"merge.out={tmp_path / 'second'}"], quiet=True)
     assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
-
-
-def test_random_methods_leave_the_random_state_alone(tmp_path: Path, models: Path) -> None:
-    torch.manual_seed(3)
-    expected = torch.rand(2)
-    torch.manual_seed(3)
-    merge(tmp_path / "out", models, {"a": {"density": 0.5}}, method="dare_linear", base="base")
-    assert torch.equal(torch.rand(2), expected)
 
 
 def test_a_changed_model_is_read_again(tmp_path: Path, models: Path) -> None:
@@ -96,20 +96,6 @@ def test_a_changed_model_is_read_again(tmp_path: Path, models: Path) -> None:
     AutoModelForCausalLM.from_pretrained(models / "b").save_pretrained(tmp_path / "a", max_shard_size="500KB")
     second = weights(merge(tmp_path / "two", tmp_path, ["a", "b"], method="linear"))
     assert not torch.equal(first["lm_head.weight"], second["lm_head.weight"])
-
-
-def test_reward_models(tmp_path: Path, models: Path) -> None:
-    """Averaging of reward models (arXiv:2401.12187): heads too."""
-    heads = []
-    for name in ("a", "b"):
-        model = AutoModelForSequenceClassification.from_pretrained(models / name, num_labels=1)
-        model.save_pretrained(tmp_path / name)
-        AutoTokenizer.from_pretrained(models / name).save_pretrained(tmp_path / name)
-        heads.append(model.score.weight)
-    merged = AutoModelForSequenceClassification.from_pretrained(
-        merge(tmp_path / "out", tmp_path, ["a", "b"], method="linear", dtype="float32")
-    )
-    torch.testing.assert_close(merged.score.weight, (heads[0] + heads[1]) / 2)
 
 
 def test_fold(tmp_path: Path, models: Path) -> None:
@@ -143,36 +129,19 @@ def test_fold_keeps_the_routing_biases_in_float32(tmp_path: Path, models: Path) 
     assert out["model.layers.1.self_attn.o_proj.weight"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("method", ["fold", "linear"])
-def test_a_reward_models_adapter_gives_a_model_that_scores_a_batch(tmp_path: Path, models: Path, method: str) -> None:
+def test_reward_models_and_their_adapters_give_models_that_score_a_batch(tmp_path: Path, models: Path) -> None:
+    """Averaging of reward models (arXiv:2401.12187): heads too."""
     base = changed_copy(models / "base", tmp_path / "base", pad_token_id=None)
-    names = ["one", "two"] if method == "linear" else ["one"]
-    heads = [
-        weights(make_reward_adapter(tmp_path / name, base, seed=seed))["base_model.model.score.weight"]
-        for seed, name in enumerate(names)
-    ]
-    out = merge(tmp_path / "out", tmp_path, names, method=method, dtype="float32")
-    model = AutoModelForSequenceClassification.from_pretrained(out)
-    torch.testing.assert_close(model.score.weight, sum(heads) / len(heads))
-    assert model(torch.arange(10).view(2, 5)).logits.shape == (2, 1)
-    assert AutoTokenizer.from_pretrained(out).pad_token_id == model.config.pad_token_id
-
-
-def test_a_reward_models_adapter_is_a_reward_model(
-    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    adapter = make_reward_adapter(tmp_path / "reward", models / "base", seed=1)
-    whole = merge(tmp_path / "whole", tmp_path, ["reward"], method="fold", dtype="float32")
-    out = merge(tmp_path / "out", tmp_path, ["reward", "whole"], method="linear", dtype="float32")
+    adapters = [make_reward_adapter(tmp_path / name, base, seed=seed) for seed, name in enumerate(("one", "two"))]
+    heads = [weights(adapter)["base_model.model.score.weight"] for adapter in adapters]
+    whole = merge(tmp_path / "whole", tmp_path, ["one"], method="fold", dtype="float32")
+    for other, head in (("two", sum(heads) / 2), ("whole", heads[0])):
+        out = merge(tmp_path / f"one and {other}", tmp_path, ["one", other], method="linear", dtype="float32")
+        model = AutoModelForSequenceClassification.from_pretrained(out)
+        torch.testing.assert_close(model.score.weight, head)
+        assert model(torch.arange(10).view(2, 5)).logits.shape == (2, 1)
+        assert AutoTokenizer.from_pretrained(out).pad_token_id == model.config.pad_token_id
     torch.testing.assert_close(weights(out), weights(whole))
-    capsys.readouterr()
-    for other in ("lora_a", "a"):
-        inputs = f"r: {{model: {adapter}}}, m: {{model: {models / other}}}"
-        (tmp_path / "m.yaml").write_text(f"merge: {{method: linear, models: {{{inputs}}}, out: {tmp_path / 'none'}}}\n")
-        assert main(["merge", str(tmp_path / "m.yaml")]) == 2
-        message = capsys.readouterr().err
-        assert message.startswith(f"rlhf: error: merge.models.r ({adapter}) and merge.models.m ({models / other}) do ")
-        assert "architecture is LlamaForSequenceClassification in the one and LlamaForCausalLM in the other" in message
 
 
 @pytest.mark.parametrize("method", ["cat", "svd"])
@@ -214,23 +183,6 @@ def test_adapters_of_layers_by_name_by_pattern_and_by_number(tmp_path: Path, mod
     assert weights(out).keys() == {weight for name in names for weight in weights(tmp_path / name)}
 
 
-def test_an_adapter_that_does_not_fit_its_base_is_named(tmp_path: Path, models: Path) -> None:
-    for name in ("one", "two"):
-        make_adapter(tmp_path / name, models / "base", seed=1)
-    file = tmp_path / "two" / "adapter_model.safetensors"
-    save_file({name: weight[:, :-1].contiguous() for name, weight in weights(tmp_path / "two").items()}, file)
-    with pytest.raises(rlhf.UserError, match=r"^merge\.models\.two: the adapter .*two cannot be put on its base model"):
-        merge(tmp_path / "out", tmp_path, ["one", "two"], method="cat", output="adapter")
-
-
-def test_adapters_of_stacked_experts_are_not_combined(tmp_path: Path, models: Path) -> None:
-    for name in ("one", "two"):
-        make_adapter(tmp_path / name, models / "base", seed=1)
-    change_json(tmp_path / "two" / "adapter_config.json", target_parameters=["gate_up_proj"])
-    with pytest.raises(rlhf.UserError, match=r"^merge\.models\.two: the adapter .* has target_parameters, and such"):
-        merge(tmp_path / "out", tmp_path, ["one", "two"], method="cat", output="adapter")
-
-
 def test_linear_combination_adds_factors(tmp_path: Path, models: Path) -> None:
     """A = sum sqrt(w s) A_i, B likewise, with w = 1 and s = alpha / rank = 2: sqrt(2) each."""
     out = merge(tmp_path / "out", models, ["lora_a", "lora_b"], method="linear", output="adapter", dtype="float32")
@@ -248,109 +200,6 @@ def test_other_combinations_of_adapters(tmp_path: Path, models: Path, method: st
     assert kept.any()
     again = update(merge(tmp_path / "again", models, names, method=method, output="adapter"))
     assert torch.equal(kept, again)
-
-
-@pytest.mark.parametrize(
-    ("names", "values", "message"),
-    [
-        (["a", "none"], {"method": "linear"}, r"merge\.models\.none: the folder .*none does not exist"),
-        (["a", "tied_b"], {"method": "linear"}, r"models\.a .*models\.tied_b .* tie_word_embeddings"),
-        (["a", "lora_a"], {"method": "fold"}, "takes one model"),
-        (["a"], {"method": "fold"}, r"merge\.models\.a: .* is not an adapter"),
-        (["base"], {"method": "slerp", "base": "base"}, r"merge\.base: is the same model as merge\.models\.base"),
-        (["a"], {"method": "cat", "output": "adapter"}, "is a whole model, and merge.output is adapter"),
-        (["lora_a", "lora_rank8"], {"method": "linear", "output": "adapter"}, "ranks 4 and 8, .* use cat or svd"),
-        (["lora_a", "lora_of_a"], {"method": "cat", "output": "adapter"}, "adapters of different bases"),
-        (["lora_a"], {"method": "svd", "output": "adapter", "rank": 97}, r"97 is more than 96"),
-        (["a"], {"method": "passthrough", "slices": [{"model": "a", "layers": [0, 4]}]}, r"it has 3 layers"),
-    ],
-)
-def test_refused(tmp_path: Path, models: Path, names: list[str], values: dict[str, Any], message: str) -> None:
-    if names == ["base"]:
-        names_given: Any = {"other": {}}
-        shutil.copytree(models / "base", tmp_path / "base")
-        (tmp_path / "other").symlink_to(tmp_path / "base")
-        models, message = tmp_path, message.replace(r"models\.base", r"models\.other")
-    else:
-        names_given = names
-    with pytest.raises(rlhf.UserError, match=message):
-        merge(tmp_path / "out", models, names_given, **values)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_below_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "file.py"
-    file.write_text("")
-    with pytest.raises(rlhf.UserError, match=r"^merge\.out: .*/y/z cannot be made, since .*/file\.py is a file"):
-        merge(file / "y" / "z", tmp_path / "none", ["a", "b"], method="linear")
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "message"),
-    [
-        ("adapter_config.json", "[]", "adapter_config.json holds a JSON list"),
-        ("adapter_config.json", '{"peft_type": "LORA", "r": "x"}', "the rank r is 'x', expected an integer >= 1"),
-        ("config.json", "{", "cannot be read as JSON"),
-        ("tokenizer.json", "{}", "a file of it is damaged"),
-    ],
-)
-def test_a_damaged_file_names_the_model(tmp_path: Path, models: Path, file: str, text: str, message: str) -> None:
-    shutil.copytree(models / "a", tmp_path / "a")
-    shutil.copytree(models / "b", tmp_path / "b")
-    (tmp_path / "b" / file).write_text(text)
-    with pytest.raises(rlhf.UserError, match=rf"^merge\.models\.b: .*{message}"):
-        merge(tmp_path / "out", tmp_path, ["a", "b"], method="linear")
-
-
-def broken(models: Path, folder: Path, change: str) -> None:
-    """Copy model a to `folder`/a, and a changed model b to `folder`/b."""
-    shutil.copytree(models / "a", folder / "a")
-    shutil.copytree(models / "b", folder / "b")
-    b = folder / "b"
-    if change == "vocabulary":
-        tokenizer = AutoTokenizer.from_pretrained(b)
-        tokenizer.add_tokens(["<new>"])
-        tokenizer.save_pretrained(b)
-    elif change == "template":
-        (b / "chat_template.jinja").write_text("{{ messages }}")
-    elif change == "size":
-        model = AutoModelForCausalLM.from_pretrained(b)
-        model.resize_token_embeddings(352)
-        model.save_pretrained(b)
-    elif change == "cut":
-        data = (b / "model.safetensors").read_bytes()
-        (b / "model.safetensors").write_bytes(data[: len(data) // 2])
-    elif change == "part":
-        AutoModelForCausalLM.from_pretrained(b).save_pretrained(b, max_shard_size="500KB")
-        (b / "model-00002-of-00004.safetensors").unlink()
-    elif change == "pickle":
-        (b / "model.safetensors").rename(b / "pytorch_model.bin")
-    elif change == "architecture":
-        change_json(b / "config.json", architectures=["MistralForCausalLM"])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("vocabulary", r"models\.a .* and merge\.models\.b .* different vocabularies of 320 and 321 tokens: '<new>'"),
-        ("template", r"merge\.models\.a and merge\.models\.b have different chat templates; set merge\.tokenizer"),
-        ("size", r"differ in size: lm_head\.weight is \[320, 96\] in the one and \[352, 96\] in the other"),
-        ("cut", r"merge\.models\.b: .*model\.safetensors cannot be read \(.*\); copy or download it again"),
-        ("part", r"merge\.models\.b: .* lacks model-00002-of-00004\.safetensors, which its index names"),
-        ("pickle", r"merge\.models\.b: .* has no safetensors file"),
-        ("architecture", "architecture is LlamaForCausalLM in the one and MistralForCausalLM in the other"),
-    ],
-)
-def test_models_that_do_not_fit(tmp_path: Path, models: Path, change: str, message: str) -> None:
-    broken(models, tmp_path, change)
-    with pytest.raises(rlhf.UserError, match=message):
-        merge(tmp_path / "out", tmp_path, ["a", "b"], method="linear")
-
-
-def test_the_named_tokenizer_wins(tmp_path: Path, models: Path) -> None:
-    broken(models, tmp_path, "template")
-    out = merge(tmp_path / "out", tmp_path, ["a", "b"], method="linear", tokenizer="b")
-    assert AutoTokenizer.from_pretrained(out).chat_template == "{{ messages }}"
 
 
 def test_the_base_of_an_adapter_is_downloaded_at_its_revision(
@@ -394,22 +243,115 @@ def test_a_failure_leaves_nothing(tmp_path: Path, models: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+KINDS = "architecture is LlamaForSequenceClassification in the one and LlamaForCausalLM in the other"
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "message"),
+    [
+        (["a", "none"], {"method": "linear"}, r"merge\.models\.none: the folder .*none does not exist"),
+        (["a", "tied_b"], {"method": "linear"}, r"models\.a .*models\.tied_b .* tie_word_embeddings"),
+        (["a", "lora_a"], {"method": "fold"}, "takes one model"),
+        (["a"], {"method": "fold"}, r"merge\.models\.a: .* is not an adapter"),
+        (["other"], {"method": "slerp", "base": "base"}, r"merge\.base: is the same model as merge\.models\.other"),
+        (["a"], {"method": "cat", "output": "adapter"}, "is a whole model, and merge.output is adapter"),
+        (["lora_a", "lora_rank8"], {"method": "linear", "output": "adapter"}, "ranks 4 and 8, .* use cat or svd"),
+        (["lora_a", "lora_of_a"], {"method": "cat", "output": "adapter"}, "adapters of different bases"),
+        (["lora_a"], {"method": "svd", "output": "adapter", "rank": 97}, r"97 is more than 96"),
+        (["a"], {"method": "passthrough", "slices": [{"model": "a", "layers": [0, 4]}]}, r"it has 3 layers"),
+        (["reward", "lora_a"], {"method": "linear"}, rf"models\.reward .*models\.lora_a .*{KINDS}"),
+        (["reward", "a"], {"method": "linear"}, rf"models\.reward .*models\.a .*{KINDS}"),
+    ],
+)
+def test_refused(tmp_path: Path, models: Path, names: list[str], values: dict[str, Any], message: str) -> None:
+    with pytest.raises(rlhf.UserError, match=message):
+        merge(tmp_path / "out", models, names, **values)
+    assert not (tmp_path / "out").exists()
+
+
+def add_token(model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(model)
+
+
+def add_rows(model: Path) -> None:
+    larger = AutoModelForCausalLM.from_pretrained(model)
+    larger.resize_token_embeddings(352)
+    larger.save_pretrained(model)
+
+
+def lose_part(model: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(model).save_pretrained(model, max_shard_size="500KB")
+    (model / "model-00002-of-00004.safetensors").unlink()
+
+
+def narrow(adapter: Path) -> None:
+    narrower = {name: weight[:, :-1].contiguous() for name, weight in weights(adapter).items()}
+    save_file(narrower, adapter / "adapter_model.safetensors")
+
+
+def written(file: str, text: str) -> Callable[[Path], object]:
+    return lambda model: (model / file).write_text(text)
+
+
+FILE = "model.safetensors"
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {  # of model b, or of an adapter; the message
+    "vocabulary": (add_token, r"different vocabularies of 320 and 321 tokens: '<new>'"),
+    "template": (written("chat_template.jinja", "{{ messages }}"), r"different chat templates; set merge\.tokenizer"),
+    "size": (add_rows, r"differ in size: lm_head\.weight is \[320, 96\] in the one and \[352, 96\] in the other"),
+    "cut": (lambda b: os.truncate(b / FILE, 1000), r"model\.safetensors cannot be read \(.*\); copy or download it"),
+    "part": (lose_part, r"lacks model-00002-of-00004\.safetensors, which its index names"),
+    "pickle": (lambda b: (b / FILE).rename(b / "pytorch_model.bin"), "has no safetensors file"),
+    "architecture": (
+        lambda b: change_json(b / "config.json", architectures=["MistralForCausalLM"]),
+        "architecture is LlamaForCausalLM in the one and MistralForCausalLM in the other",
+    ),
+    "adapter": (written("adapter_config.json", "[]"), "adapter_config.json holds a JSON list"),
+    "rank": (
+        written("adapter_config.json", '{"peft_type": "LORA", "r": "x"}'),
+        "the rank r is 'x', expected an integer >= 1",
+    ),
+    "config": (written("config.json", "{"), "cannot be read as JSON"),
+    "tokenizer": (written("tokenizer.json", "{}"), "a file of it is damaged"),
+    "adapter's shapes": (narrow, "the adapter .*b cannot be put on its base model"),
+    "stacked experts": (
+        lambda b: change_json(b / "adapter_config.json", target_parameters=["gate_up_proj"]),
+        "the adapter .* has target_parameters, and such",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_models_that_do_not_fit_or_are_damaged_are_named(tmp_path: Path, models: Path, change: str) -> None:
+    of_adapters = change in ("adapter's shapes", "stacked experts")
+    for name in ("a", "b"):
+        shutil.copytree(models / (f"lora_{name}" if of_adapters else name), tmp_path / name)
+    damage, message = CHANGES[change]
+    damage(tmp_path / "b")
+    values = {"method": "cat", "output": "adapter"} if of_adapters else {"method": "linear"}
+    with pytest.raises(rlhf.UserError, match=rf"merge\.models\.b\b.*{message}"):
+        merge(tmp_path / "out", tmp_path, ["a", "b"], **values)
+    if change == "template":
+        out = merge(tmp_path / "out", tmp_path, ["a", "b"], method="linear", tokenizer="b")
+        assert AutoTokenizer.from_pretrained(out).chat_template == "{{ messages }}"
+
+
+def test_the_command_and_the_python_call(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = tmp_path / "merge.yaml", tmp_path / "out"
-    inputs = f"a: {{model: {models / 'a'}}}, b: {{model: {models / 'b'}}}"
-    file.write_text(f"merge: {{method: linear, models: {{{inputs}}}, out: {out}}}\n")
+    inputs = {name: {"model": str(models / name)} for name in ("a", "b")}
+    file.write_text(json.dumps({"merge": {"method": "linear", "models": inputs, "out": str(out)}}))
     assert main(["merge", str(file), "merge.dtype=float32", "--quiet"]) == 0
     assert capsys.readouterr().out == f"done: {out}\n"
     assert weights(out)["lm_head.weight"].dtype == torch.float32
-    assert main(["merge", str(file)]) == 2
-    assert capsys.readouterr().err == f"rlhf: error: merge.out: {out} exists; remove it or name another folder.\n"
-    assert main(["merge", str(file), "merge.method=fold"]) == 2
-    assert "merge.models: has 2, but method fold takes one model" in capsys.readouterr().err
-
-
-def test_the_python_call(tmp_path: Path, models: Path) -> None:
-    inputs = {name: {"model": str(models / name)} for name in ("a", "b")}
-    run = MergeRun.model_validate({"method": "linear", "models": inputs, "out": tmp_path / "out"})
-    assert rlhf.merge(run, quiet=True) == tmp_path / "out"
+    below = file / "y" / "z"
+    for argument, message in (
+        ("merge.dtype=float32", f"merge.out: {out} exists; remove it or name another folder."),
+        (f"merge.out={below}", f"merge.out: {below} cannot be made, since {file} is a file; name another folder."),
+    ):
+        assert main(["merge", str(file), argument]) == 2
+        assert capsys.readouterr().err == f"rlhf: error: {message}\n"
+    run = MergeRun.model_validate({"method": "linear", "models": inputs, "out": tmp_path / "called"})
+    assert rlhf.merge(run, quiet=True) == tmp_path / "called"
     with pytest.raises(rlhf.UserError, match="overrides change a file"):
         rlhf.merge(run, ["merge.t=1"])

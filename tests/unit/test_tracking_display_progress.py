@@ -6,7 +6,6 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,17 +47,6 @@ def test_one_line_a_step_with_numbers_and_time_left(monkeypatch: pytest.MonkeyPa
     ]
 
 
-def test_batches_ahead_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, out = Clock(monkeypatch), io.StringIO()
-    display = open_progress(10, stream=out)
-    display.begin(3)
-    for count in (1, 2):
-        display.ahead(count)
-        clock.now += 60.0
-        display.stage("update")
-    assert out.getvalue().splitlines()[1:] == ["step 3/10: update  1 batch ahead", "step 3/10: update  2 batches ahead"]
-
-
 def test_a_long_step_speaks_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, out = Clock(monkeypatch), io.StringIO()
     display = open_progress(10, done_steps=4, run="soup/ppo", stream=out)
@@ -69,11 +57,17 @@ def test_a_long_step_speaks_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> No
             for done in range(8):
                 display.stage(name, done, 64)
                 clock.now += 10.0
+    for count in (1, 2):
+        display.ahead(count)
+        clock.now += 60.0
+        display.stage("update")
     assert out.getvalue().splitlines() == [
         "soup/ppo: 10 steps, of which 4 are done",
         "soup/ppo: starting 6/64",
         "before training: rollouts 4/64",
         "step 5/10: rollouts 2/64",
+        "step 5/10: update  1 batch ahead",
+        "step 5/10: update  2 batches ahead",
     ]
 
 
@@ -169,6 +163,18 @@ def test_json_lines_are_one_object_a_stage_step_and_finding(
     assert note == {"event": "note", "run": "demo", "text": "kept"}
 
 
+def test_quiet_shows_nothing_and_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [": 10 steps", "step 1/10", "x"]
+    for mode, display_type, shown in (("quiet", Progress, []), ("auto", LineProgress, lines)):
+        with open_progress(10, mode=mode) as display:
+            assert type(display) is display_type
+            display.stage("rollouts", 1, 2)
+            display.step(1, {})
+            display.note("x")
+        out, err = capsys.readouterr()
+        assert (out, err.splitlines()) == ("", shown)
+
+
 def test_the_last_sample_is_read_from_the_files_end(tmp_path: Path) -> None:
     assert last_sample(tmp_path, 1) is None
     written_sample(tmp_path, 1, "x" * (2 << 20))  # longer than what is read
@@ -177,40 +183,9 @@ def test_the_last_sample_is_read_from_the_files_end(tmp_path: Path) -> None:
     assert last_sample(tmp_path, 1)["response"] == "x"
 
 
-def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    out = Terminal()
-    with open_progress(10, mode="quiet", stream=out) as display:
-        assert type(display) is Progress
-        display.stage("rollouts", 1, 2)
-        display.step(1, {})
-        display.note("x")
-    assert (out.getvalue(), *capsys.readouterr()) == ("", "", "")
-
-
-def test_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    with open_progress(2) as display:
-        display.step(1, {})
-    out, err = capsys.readouterr()
-    assert (out, err.splitlines()[1][:8]) == ("", "step 1/2")
-
-
-@pytest.mark.parametrize(
-    ("write", "value", "text"),
-    [
-        (formatting.duration, 0.4, "0 s"),
-        (formatting.duration, 59.6, "1 min 00 s"),
-        (formatting.duration, 200, "3 min 20 s"),
-        (formatting.duration, 7500, "2 h 05 min"),
-        (formatting.duration, -1, "0 s"),
-        (formatting.number, 3.0, "3"),
-        (formatting.number, 0.12345, "0.123"),
-        (formatting.number, 1e-6, "1e-06"),
-        (formatting.number, float("nan"), "nan"),
-        (formatting.number, -2.5, "-2.5"),
-        (formatting.number, 15312.7, "15313"),
-        (formatting.number, 999.7, "1000"),
-        (formatting.number, 1e12, "1e+12"),
-    ],
-)
-def test_durations_and_numbers(write: Callable[[float], str], value: float, text: str) -> None:
-    assert write(value) == text
+def test_durations_and_numbers() -> None:
+    durations = {0.4: "0 s", 59.6: "1 min 00 s", 200: "3 min 20 s", 7500: "2 h 05 min", -1: "0 s"}
+    assert {value: formatting.duration(value) for value in durations} == durations
+    numbers = {3.0: "3", 0.12345: "0.123", 1e-6: "1e-06", -2.5: "-2.5", 15312.7: "15313", 999.7: "1000", 1e12: "1e+12"}
+    assert {value: formatting.number(value) for value in numbers} == numbers
+    assert formatting.number(float("nan")) == "nan"

@@ -28,6 +28,18 @@ def test_one_event_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ValueError: two" in line
 
 
+def test_no_secret_is_logged_and_no_terminal_obeys_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    monkeypatch.setenv("SHORT_TOKEN", "true")  # too short to be one: masking it would garble ordinary text
+    monkeypatch.setenv("MAX_TOKENS", "12345678")
+    logs.configure()
+    logging.getLogger("rlhf.x").info("got %s, true, 12345678, \x1b[2J and \x07", "0123456789abcdef")
+    line = capsys.readouterr().err  # outside of a step
+    assert line.endswith("Z INFO controller rlhf.x: got ***, true, 12345678, \\x1b[2J and \\x07\n")
+
+
 @pytest.mark.parametrize(
     ("text", "masked"),
     [
@@ -46,59 +58,26 @@ def test_what_looks_like_a_token_is_masked(text: str, masked: str) -> None:
     assert logs.redact(text) == masked
 
 
-def test_secrets_of_the_environment_are_masked_everywhere(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
-    monkeypatch.setenv("SHORT_TOKEN", "true")  # too short to be one: masking it would garble ordinary text
-    monkeypatch.setenv("MAX_TOKENS", "12345678")
-    logs.configure()
-    logging.getLogger("rlhf.x").info("got %s, true, 12345678", "0123456789abcdef")
-    assert capsys.readouterr().err.endswith("got ***, true, 12345678\n")
-
-
-def test_config_is_masked_by_key_and_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_is_masked_by_key_and_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "a-long-secret")
     monkeypatch.setenv("github_pat", "another-secret")
     config = {
         "request": {"headers": [{"X-Api-Key": "x"}], "passphrase": "x", "auth": "x", "author": "x another-secret"},
         "judge": {"api_key": "short", "auth_token": "x", "token_env": "JUDGE", "headers": ["a-long-secret", 1]},
-        "policy": {"eos_token": "</s>", "max_new_tokens": 8},
-        "password": "",
+        "args": {"password": 12345678, "credentials": {"user": "bob", "ports": [80], "tls": True}, "cookie": 0},
+        "env": {"github_token": "x", "SLACK_TOKEN": "x", "botToken": "x", "HF_TOKEN": "${HF_TOKEN}"},
+        "rewards": {"secret": {"function": "found", "weight": 2.0, "args": {"auth": {"user": "bob"}}}},
     }
     assert logs.redact_config(config) == {
         "request": {"headers": [{"X-Api-Key": "***"}], "passphrase": "***", "auth": "***", "author": "x ***"},
         "judge": {"api_key": "***", "auth_token": "***", "token_env": "JUDGE", "headers": ["***", 1]},
-        "policy": {"eos_token": "</s>", "max_new_tokens": 8},
-        "password": "",
-    }
-
-
-def test_everything_below_a_secret_name_is_masked() -> None:
-    config = {
-        "args": {"password": 12345678, "credentials": {"user": "bob", "ports": [80], "tls": True}, "cookie": 0},
-        "env": {"github_token": "x", "SLACK_TOKEN": "x", "botToken": "x", "HF_TOKEN": "${HF_TOKEN}"},
-        "rewards": {"secret": {"function": "found", "weight": 2.0, "args": {"auth": {"user": "bob"}}}},
-        "data": {"eval": {"password": {"task": "calculator"}}},
-    }
-    assert logs.redact_config(config) == {
         "args": {"password": "***", "credentials": {"user": "***", "ports": ["***"], "tls": True}, "cookie": 0},
         "env": {"github_token": "***", "SLACK_TOKEN": "***", "botToken": "***", "HF_TOKEN": "${HF_TOKEN}"},
         "rewards": {"secret": {"function": "found", "weight": 2.0, "args": {"auth": {"user": "***"}}}},
-        "data": {"eval": {"password": {"task": "calculator"}}},
     }
-
-
-def test_tokens_of_a_text_and_numbers_for_each_token_are_no_secrets() -> None:
     names = ["pad_token", "eos_token", "end_token", "stop-token", "cost_per_token", "max_tokens", "tokenizer"]
-    assert [name for name in names if logs.is_secret_name(name)] == []
-
-
-def test_a_line_outside_of_a_step_names_none_and_no_terminal_obeys_it(capsys: pytest.CaptureFixture[str]) -> None:
-    logs.configure()
-    logging.getLogger("rlhf.x").info("said \x1b[2J and \x07")
-    line = capsys.readouterr().err
-    assert "Z INFO controller rlhf.x: said \\x1b[2J and \\x07\n" in line
+    plain = {"data": {"eval": {"password": {"task": "calculator"}}}, "password": "", **dict.fromkeys(names, "x")}
+    assert logs.redact_config(plain) == plain
 
 
 def test_libraries_say_nothing_when_they_are_imported() -> None:

@@ -20,11 +20,8 @@ from rlhf.tracking.sinks.prometheus_names import PREFIX, STEP, Exported, exporte
 from tests.fixtures.sources import ROOT
 
 
-def test_every_panel_shows_declared_metrics() -> None:
-    assert {name for section in SECTIONS for panel in section.panels for name in panel.metrics} <= set(METRICS)
-
-
 def test_the_workspace_as_it_would_be_sent(tmp_path: Path) -> None:
+    assert {name for section in SECTIONS for panel in section.panels for name in panel.metrics} <= set(METRICS)
     file = tmp_path / "workspace.json"
     assert rlhf.dashboard(project="p", entity="team", out=file) == str(file)
     sent = json.loads(file.read_text())
@@ -33,8 +30,7 @@ def test_the_workspace_as_it_would_be_sent(tmp_path: Path) -> None:
     assert section["settings"]["xAxis"] == "step"
     assert section["settings"]["shouldAutoGeneratePanels"] is False
     banks = section["panelBankConfig"]["sections"]
-    titles = "Is it learning?, Is it stable?, Rollouts, Rewards and advantages, Speed, Memory and nodes, Weight sync"
-    assert [bank["name"] for bank in banks] == [*titles.split(", "), "Distributions", "Samples"]
+    assert [bank["name"] for bank in banks] == [*(of.title for of in SECTIONS), "Distributions", "Samples"]
     plotted: set[str] = set()
     for bank in banks:
         for panel in bank["panels"]:
@@ -54,22 +50,6 @@ def _filled(name: str) -> str:
     """A key of a declared metric."""
     known = name.replace("<stage>", "update").replace("<role>", "policy").replace("<lag>", "1")
     return known.replace("<", "").replace(">", "")
-
-
-def test_saving_without_credentials_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    import wandb
-
-    monkeypatch.setattr(wandb, "login", lambda *, prompt: prompt)
-    with pytest.raises(UserError, match=r"WANDB_API_KEY.*--out"):
-        rlhf.dashboard()
-
-
-def test_a_missing_package_or_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--out"):
-        rlhf.dashboard(out=tmp_path / "none" / "file.json")
-    monkeypatch.setattr(workspace, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"ray-rlhf\[dashboard\]"):
-        rlhf.dashboard(out=tmp_path / "file.json")
 
 
 def all_exported() -> list[Exported]:
@@ -112,3 +92,15 @@ def test_grafana_asks_for_exported_metrics_alone() -> None:
     assert variable in known
     places = [tuple(panel["gridPos"].values())[:2] for panel in written["panels"]]
     assert len(places) == len(set(places))
+
+
+def test_a_missing_package_folder_or_login_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import wandb
+
+    monkeypatch.setattr(wandb, "login", lambda *, prompt: prompt)
+    for out, message in ((None, r"WANDB_API_KEY.*--out"), (tmp_path / "none" / "file.json", "--out")):
+        with pytest.raises(UserError, match=message):
+            rlhf.dashboard(out=out)
+    monkeypatch.setattr(workspace, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"ray-rlhf\[dashboard\]"):
+        rlhf.dashboard(out=tmp_path / "file.json")

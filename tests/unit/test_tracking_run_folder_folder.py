@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -12,11 +13,10 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from rlhf.errors import RunError, UserError
+from rlhf.errors import StorageFull, UserError
 from rlhf.process.disk_full import when_there_is_room
+from rlhf.tracking.run_folder.environment import record_environment
 from rlhf.tracking.run_folder.folder import RunFolder, remove_run
 from rlhf.tracking.run_folder.manifest import Manifest
 from rlhf.tracking.run_folder.samples import samples_path
@@ -27,7 +27,6 @@ _HOLDER = """
 import sys, time
 from pathlib import Path
 from rlhf.tracking.run_folder.folder import RunFolder
-from rlhf.tracking.run_folder.samples import samples_path
 folder = RunFolder.open(Path(sys.argv[1]), "run", resume=True)
 print("held", flush=True)
 time.sleep(60)
@@ -64,57 +63,6 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -
     RunFolder.open(tmp_path, "run", resume=True).close()
 
 
-def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
-    with RunFolder.open(tmp_path, "run", resume=False) as folder:
-        Tracker(folder.path).log(1, {"update/lr": 1.0})
-    with pytest.raises(UserError, match=r"unfinished run \(last step 1\).*--resume auto.*run\.name"):
-        RunFolder.open(tmp_path, "run", resume=False)
-    with RunFolder.open(tmp_path, "run", resume=True) as folder:
-        (folder.begin_final() / "model.safetensors").write_text("x")
-        folder.commit_final()
-    with pytest.raises(UserError, match=r"holds a finished run: its result is in final/; choose another"):
-        RunFolder.open(tmp_path, "run", resume=False)
-    RunFolder.open(tmp_path, "run", resume=True).close()  # the refusal let go of the lock
-    with RunFolder.open(tmp_path, "evaluation", resume=False) as folder:
-        (folder.path / "eval.json").write_text("{}")
-    with pytest.raises(UserError, match=r"holds a finished run: its result is in eval\.json; choose another"):
-        RunFolder.open(tmp_path, "evaluation", resume=False)
-
-
-def test_a_start_that_did_nothing_is_cleared(tmp_path: Path) -> None:
-    with RunFolder.open(tmp_path, "run", resume=False) as folder:
-        folder.write_config("run: {}\n")
-        folder.errors.write_text('{"step": 1}\n')
-        (folder.spool / "group_0").write_text("rollouts of another seed")
-        for name in ("histograms.jsonl", "groups.jsonl"):
-            (folder.path / name).write_text('{"step": 1}\n')
-        (folder.path / "tensorboard").mkdir()
-    with RunFolder.open(tmp_path, "run", resume=False) as folder:
-        assert not folder.errors.exists()
-        assert list(folder.spool.iterdir()) == []
-        assert not {"histograms.jsonl", "groups.jsonl", "tensorboard"} & {path.name for path in folder.path.iterdir()}
-
-
-def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"run\.dir"):
-        RunFolder.open(tmp_path / "file", "run", resume=False)
-
-
-def test_checkpoints_appear_whole(folder: RunFolder) -> None:
-    assert folder.latest_checkpoint() is None
-    aside = folder.begin_checkpoint(10)
-    (aside / "half").write_text("x")
-    assert folder.latest_checkpoint() is None
-    assert not folder.checkpoint(10).exists()
-    folder.seal(folder.checkpoint(10), step=10)
-    folder.commit_checkpoint(10)
-    commit(folder, 20)
-    assert folder.latest_checkpoint() == 20
-    assert folder.checkpoint(20).name == "step_000020"
-    assert (folder.checkpoints / "latest").resolve() == folder.checkpoint(20).resolve()
-
-
 def test_a_damaged_checkpoint_is_refused_and_the_sound_one_before_it_is_named(folder: RunFolder) -> None:
     for step in (10, 20, 30, 40):
         commit(folder, step)
@@ -135,27 +83,6 @@ def test_a_damaged_checkpoint_is_refused_and_the_sound_one_before_it_is_named(fo
     (folder.checkpoint(10) / "added.bin").write_text("x")
     with pytest.raises(UserError, match=r"added.bin is not in manifest.json.*there is no undamaged checkpoint"):
         folder.refuse_damage(10)
-
-
-def test_a_run_from_another_checkpoint_takes_up_no_rollouts_after_the_last(folder: RunFolder) -> None:
-    for step in (10, 20):
-        commit(folder, step)
-    group = folder.spool / "group_00000090_v000019.safetensors"
-    for step, is_kept in ((20, True), (10, False), (10, True), (20, False)):
-        group.write_text("of the run since its last start")
-        folder.continue_from(step)
-        assert group.exists() == is_kept
-
-
-def test_the_first_checkpoint_of_another_machine_takes_up_no_rollouts(tmp_path: Path) -> None:
-    """The first machine ended without a checkpoint, and a second machine continued the run."""
-    with RunFolder.open(tmp_path, "run", resume=False) as folder:
-        (folder.spool / "group_00000042_v000009.safetensors").write_text("of this machine")
-        aside = folder.begin_checkpoint(10)
-        Manifest.of(aside, step=10).write(aside)
-        folder.adopt_checkpoint(10)
-        folder.continue_from(10)
-        assert list(folder.spool.iterdir()) == []
 
 
 def test_any_flipped_byte_of_a_checkpoint_is_found(folder: RunFolder) -> None:
@@ -189,139 +116,6 @@ def test_a_manifest_that_is_none_is_damage(folder: RunFolder, text: str) -> None
     assert folder.checkpoint_steps() == []
     with pytest.raises(UserError, match=r"manifest\.json is missing or damaged"):
         folder.refuse_damage(10)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000], ids=["empty", "cut", "list", "deep"])
-def test_a_damaged_environment_is_written_anew(
-    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    with RunFolder.open(tmp_path, "run", resume=False) as folder:
-        folder.environment.write_text(text)
-        folder.write_environment(seed=5)
-        assert "environment.json is damaged" in caplog.text
-        assert json.loads(folder.environment.read_text())["seed"] == 5
-
-
-METRICS_ROWS = ["not json", '{"time_s": 1.0}', '{"step": "1", "time_s": 1.0}', '{"step": 1}', "[" * 100_000]
-RECORDS = ['{"kind": "x"}', "null", "[" * 100_000, '{"step": 1.5}']
-
-
-@pytest.mark.parametrize(
-    ("name", "row"),
-    [
-        *(("metrics.jsonl", row) for row in METRICS_ROWS),
-        *((name, row) for name in ("errors.jsonl", "histograms.jsonl", "groups.jsonl") for row in RECORDS),
-    ],
-)
-def test_a_record_without_its_step_is_damage(tmp_path: Path, name: str, row: str) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / name).write_text(row + "\n")
-    for resume in (True, False, True) if name == "metrics.jsonl" else (True,):  # each refusal lets go of the lock
-        with pytest.raises(UserError, match=rf"run.name: .*{name}.*are damaged: restore the file"):
-            RunFolder.open(tmp_path, "run", resume=resume)
-
-
-@pytest.mark.parametrize("name", ["checkpoints", "samples", "evals", "references"])
-def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, name: str) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / name).write_text("")
-    for _ in range(2):  # the refusal lets go of the lock
-        with pytest.raises(UserError, match=rf"run.name: {tmp_path}/run/{name} is a file, and a run needs a folder"):
-            RunFolder.open(tmp_path, "run", resume=True)
-
-
-def failure_of(folder: Path, write: Callable[[Path], object]) -> str:
-    """Return a write's error as text. The error itself is dropped, since PyTorch's keeps the file open."""
-    try:
-        when_there_is_room(folder, lambda: write(folder))
-    except (RuntimeError, OSError, RunError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "written"
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    with mounted(tmp_path / "disk", mib=1) as folder:
-        yield folder
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda path: torch.save({"a": torch.zeros(2**20)}, path / "a.pt"),
-        lambda path: save_file({"a": torch.zeros(2**20)}, path / "a.safetensors"),
-        lambda path: (path / "a.json").write_bytes(bytes(2**21)),
-    ],
-    ids=["torch", "safetensors", "text"],
-)
-def test_a_full_disk_is_named_and_what_is_half_written_goes(small_disk: Path, write: Callable[[Path], object]) -> None:
-    with RunFolder.open(small_disk, "run", resume=False) as folder:
-        commit(folder, 1)
-        aside = folder.begin_checkpoint(2)
-        message = failure_of(aside, write)
-        assert message.startswith(f"StorageFull: {aside} could not be written: No space left on device (")
-        assert message.endswith(" MiB are free). Make room, and continue with --resume auto.")
-        folder.discard_begun()
-        (folder.path / "traceback.txt").write_bytes(bytes(2**19))  # there is room again
-        assert folder.latest_checkpoint() == 1
-        assert folder.spool.is_dir()
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 4608 vs 4500"),
-        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
-        OSError(errno.EACCES, "Permission denied"),
-    ],
-)
-def test_other_failures_are_not_taken_for_a_full_disk(tmp_path: Path, error: Exception) -> None:
-    def write(folder: Path) -> None:
-        raise error
-
-    assert failure_of(tmp_path / "not" / "there", write) == f"{type(error).__name__}: {error}"
-
-
-def test_a_full_disk_does_not_keep_a_folder_from_being_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("rlhf.tracking.run_folder.lock.os.pwrite", full)
-    with RunFolder.open(tmp_path, "run", resume=True), pytest.raises(UserError, match="in use by process unknown"):
-        RunFolder.open(tmp_path, "run", resume=True)
-
-
-def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "precious").write_text("text")
-    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(UserError, match=r"run.name: .*\.lock is a symbolic link, which is not followed. Remove it."):
-        RunFolder.open(tmp_path, "run", resume=False)
-    assert (tmp_path / "precious").read_text() == "text"
-
-
-def test_prune_keeps_the_newest_the_latest_and_the_best(folder: RunFolder) -> None:
-    for step in (1, 2, 3, 4, 5):
-        commit(folder, step)
-    folder.mark_best(2)
-    assert folder.prune(2) == [1, 3]
-    assert folder.checkpoint_steps() == [2, 4, 5]
-    folder.mark_best(4)
-    assert folder.best_checkpoint() == 4
-    assert folder.prune(1) == [2]
-    assert folder.checkpoint_steps() == [4, 5]
-    with pytest.raises(ValueError, match="keep >= 1"):
-        folder.prune(0)
-    with pytest.raises(ValueError, match="not complete"):
-        folder.mark_best(7)
-
-
-def test_prune_does_not_count_damaged_checkpoints(folder: RunFolder) -> None:
-    for step in (1, 2, 3):
-        commit(folder, step)
-    (folder.checkpoint(2) / "manifest.json").unlink()
-    assert folder.prune(2) == [2]
-    assert folder.checkpoint_steps() == [1, 3]
 
 
 def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:
@@ -390,23 +184,6 @@ def test_actors_of_a_start_before_find_nothing_to_write_to(tmp_path: Path) -> No
         assert (folder.spool / "group_0").read_text() == "rollouts"
 
 
-def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
-    (tmp_path / "run" / ".lock").mkdir(parents=True)
-    with pytest.raises(UserError, match=rf"run\.dir: {tmp_path}/run cannot be written: Is a directory"):
-        RunFolder.open(tmp_path, "run", resume=False)
-
-
-def test_environment(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    folder.write_environment(seed=5)
-    found = json.loads(folder.environment.read_text())
-    assert found["seed"] == 5
-    assert found["packages"]["torch"]
-    assert found["hardware"]["cores"] >= 1
-    assert not caplog.records
-    folder.write_environment(seed=6)
-    assert "changed environment: seed differ" in caplog.text
-
-
 def test_references_stay_while_a_checkpoint_needs_them(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, "run", resume=False) as folder:
         for step, keep in ((2, set()), (4, {2}), (6, {0, 4})):
@@ -420,7 +197,7 @@ def test_references_stay_while_a_checkpoint_needs_them(tmp_path: Path) -> None:
 
 def test_a_run_is_removed_and_nothing_else_of_its_folder(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, "run", resume=False) as folder:
-        folder.write_config("run: {name: run}\n")
+        folder.config.write_text("run: {name: run}\n")
         folder.begin_checkpoint(1)
         folder.seal(folder.checkpoint(1), step=1)
         folder.commit_checkpoint(1)
@@ -434,25 +211,170 @@ def test_a_run_is_removed_and_nothing_else_of_its_folder(tmp_path: Path) -> None
     RunFolder.open(tmp_path, "run", resume=False).close()
 
 
-def test_a_start_that_did_nothing_can_be_overwritten(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda run: run.parent.write_text(""), r"run\.dir: .*/run cannot be written: "),
+        (lambda run: (run / ".lock").mkdir(parents=True), r"run\.dir: .*/run cannot be written: Is a directory"),
+        *(
+            (lambda run, name=name: (run.mkdir(parents=True), (run / name).write_text("")), rf"{name} is a file, and a")
+            for name in ("checkpoints", "samples", "evals", "references")
+        ),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, prepare: Callable[[Path], object], message: str) -> None:
+    prepare(tmp_path / "runs" / "run")
+    for _ in range(2):  # the refusal lets go of the lock
+        with pytest.raises(UserError, match=message):
+            RunFolder.open(tmp_path / "runs", "run", resume=True)
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious").write_text("text")
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match=r"run.name: .*\.lock is a symbolic link, which is not followed. Remove it."):
+        RunFolder.open(tmp_path, "run", resume=False)
+    assert (tmp_path / "precious").read_text() == "text"
+
+
+def test_a_viewer_or_a_full_disk_keeps_no_run_from_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    RunFolder.open(tmp_path, "run", resume=False).close()
+    viewer = (tmp_path / "run" / ".lock").open("rb")  # `rlhf view` looks at this moment
+    fcntl.flock(viewer, fcntl.LOCK_SH)
+    monkeypatch.setattr("rlhf.tracking.run_folder.lock.time.sleep", lambda seconds: viewer.close())
+    monkeypatch.setattr("rlhf.tracking.run_folder.lock.os.pwrite", full)
+    with RunFolder.open(tmp_path, "run", resume=True), pytest.raises(UserError, match="in use by process unknown"):
+        RunFolder.open(tmp_path, "run", resume=True)
+
+
+def test_a_run_is_not_overwritten_and_a_start_that_did_nothing_is(tmp_path: Path) -> None:
+    def refused(name: str, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            RunFolder.open(tmp_path, name, resume=False)
+
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        folder.errors.write_text('{"step": 1}\n')
+        (folder.spool / "group_0").write_text("rollouts of another seed")
+        for name in ("histograms.jsonl", "groups.jsonl"):
+            (folder.path / name).write_text('{"step": 1}\n')
+        (folder.path / "tensorboard").mkdir()
+    with RunFolder.open(tmp_path, "run", resume=False) as folder:
+        assert list(folder.spool.iterdir()) == []
+        cleared = {"errors.jsonl", "histograms.jsonl", "groups.jsonl", "tensorboard"}
+        assert not cleared & {path.name for path in folder.path.iterdir()}
+        Tracker(folder.path).log(1, {"update/lr": 1.0})
+    refused("run", r"unfinished run \(last step 1\).*--resume auto.*run\.name")
+    with RunFolder.open(tmp_path, "run", resume=True) as folder:
+        (folder.begin_final() / "model.safetensors").write_text("x")
+        folder.commit_final()
+    refused("run", r"holds a finished run: its result is in final/; choose another")
+    RunFolder.open(tmp_path, "run", resume=True).close()  # the refusal let go of the lock
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "eval.json").write_text("{}")
+    refused("evaluation", r"holds a finished run: its result is in eval\.json; choose another")
+
+
+DEEP = "[" * 100_000
+ROWS = {
+    "metrics.jsonl": ["not json", '{"time_s": 1.0}', '{"step": "1", "time_s": 1.0}', '{"step": 1}', DEEP],
+    **{
+        f"{name}.jsonl": ['{"kind": "x"}', "null", DEEP, '{"step": 1.5}'] for name in ("errors", "histograms", "groups")
+    },
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_record_without_its_step_is_damage(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run").mkdir()
+    for row in ROWS[name]:
+        (tmp_path / "run" / name).write_text(row + "\n")
+        for resume in (True, False, True) if name == "metrics.jsonl" else (True,):  # each refusal lets go of the lock
+            with pytest.raises(UserError, match=rf"run.name: .*{name}.*are damaged: restore the file"):
+                RunFolder.open(tmp_path, "run", resume=resume)
+
+
+def test_an_environment_is_written_anew_and_changes_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "environment.json"
+    for text in ("", "{", "[]", DEEP):
+        path.write_text(text)
+        record_environment(path, seed=5)
+        assert "environment.json is damaged" in caplog.text
+        caplog.clear()
+    record_environment(path, seed=5)
+    assert not caplog.records
+    written = json.loads(path.read_text())
+    assert (written["seed"], bool(written["packages"]["torch"]), written["hardware"]["cores"] >= 1) == (5, True, True)
+    record_environment(path, seed=6)
+    assert "changed environment: seed differ" in caplog.text
+
+
+def test_checkpoints_appear_whole_and_old_ones_are_pruned(folder: RunFolder) -> None:
+    assert folder.latest_checkpoint() is None
+    (folder.begin_checkpoint(1) / "half").write_text("x")
+    assert folder.latest_checkpoint() is None
+    assert not folder.checkpoint(1).exists()
+    for step in (1, 2, 3, 4, 5):
+        commit(folder, step)
+    assert folder.latest_checkpoint() == 5
+    assert (folder.checkpoints / "latest").resolve() == folder.checkpoint(5).resolve()
+    folder.mark_best(2)
+    assert folder.prune(2) == [1, 3]
+    assert folder.checkpoint_steps() == [2, 4, 5]
+    folder.mark_best(4)
+    assert folder.best_checkpoint() == 4
+    assert folder.prune(1) == [2]
+    commit(folder, 6)
+    (folder.checkpoint(5) / "manifest.json").unlink()
+    assert folder.prune(2) == [5]  # a damaged one does not count
+    assert folder.checkpoint_steps() == [4, 6]
+
+
+def test_rollouts_after_another_checkpoint_than_the_last_are_removed(tmp_path: Path, folder: RunFolder) -> None:
+    for step in (10, 20):
+        commit(folder, step)
+    group = folder.spool / "group_00000090_v000019.safetensors"
+    for step, is_kept in ((20, True), (10, False), (10, True), (20, False)):
+        group.write_text("of the run since its last start")
+        folder.continue_from(step)
+        assert group.exists() == is_kept
+    with RunFolder.open(tmp_path, "other", resume=False) as other:  # continues the run of a second machine
+        (other.spool / group.name).write_text("of a first start without a checkpoint")
+        aside = other.begin_checkpoint(10)
+        Manifest.of(aside, step=10).write(aside)
+        other.adopt_checkpoint(10)
+        other.continue_from(10)
+        assert list(other.spool.iterdir()) == []
+
+
+def test_a_full_disk_is_named_and_what_is_half_written_goes(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", mib=1) as disk, RunFolder.open(disk, "run", resume=False) as folder:
+        commit(folder, 1)
+        aside = folder.begin_checkpoint(2)
+        with pytest.raises(StorageFull) as caught:
+            when_there_is_room(aside, lambda: (aside / "a.json").write_bytes(bytes(2**21)))
+        assert str(caught.value).startswith(f"{aside} could not be written: No space left on device (")
+        assert str(caught.value).endswith(" MiB are free). Make room, and continue with --resume auto.")
+        folder.discard_begun()
+        (folder.path / "traceback.txt").write_bytes(bytes(2**19))  # there is room again
+        assert folder.latest_checkpoint() == 1
+        assert folder.spool.is_dir()
+
+
+def test_only_runs_and_starts_that_did_nothing_are_removed(tmp_path: Path) -> None:
+    remove_run(tmp_path / "none")
     RunFolder.open(tmp_path, "run", resume=False).close()
     (tmp_path / "run" / "models" / "tiny-llama-3").mkdir(parents=True)
     remove_run(tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "models"]
-
-
-@pytest.mark.parametrize("name", ["notes.txt", "samples/mine.jsonl", "data.partial", "checkpoints", "models/mine"])
-def test_files_of_others_are_not_taken_for_those_of_a_start(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=r"--overwrite: .* is not a run folder"):
-        remove_run(tmp_path)
-    assert (tmp_path / name).read_text() == "mine"
-
-
-def test_a_folder_that_is_no_run_is_not_removed(tmp_path: Path) -> None:
-    remove_run(tmp_path / "none")
-    (tmp_path / "final").mkdir()
-    with pytest.raises(UserError, match=r"--overwrite: .* is not a run folder, because it has no config.resolved.yaml"):
-        remove_run(tmp_path)
-    assert (tmp_path / "final").is_dir()
+    names = ("notes.txt", "samples/mine.jsonl", "data.partial", "checkpoints", "models/mine", "final/model.safetensors")
+    for number, name in enumerate(names):
+        path = tmp_path / f"{number}" / name
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+        with pytest.raises(UserError, match=r"--overwrite: .* is not a run folder, because it has no config.resolved"):
+            remove_run(tmp_path / f"{number}")
+        assert path.read_text() == "mine"

@@ -12,7 +12,6 @@ from typing import Any
 
 import fsspec
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from rlhf.errors import RunError, UserError
@@ -47,10 +46,13 @@ def upload(mirror: Mirror, keep: int = 2) -> str | None:
     return mirror.settle()
 
 
-def finish(url: str, folder: RunFolder) -> None:
-    (folder.begin_final() / "model.safetensors").write_text("final")
-    folder.commit_final()
-    Mirror(url, folder, name="demo").finish(1, failed=False)
+def uploaded(url: str, parent: Path, *steps: int) -> Path:
+    """Write a run with checkpoints of the given steps, upload each, and return the folder."""
+    with RunFolder.open(parent, "demo", resume=False) as folder:
+        for step in steps:
+            commit(folder, step)
+            assert upload(Mirror(url, folder, name="demo")) is None
+        return folder.path
 
 
 def whole(mirror: Mirror) -> list[int]:
@@ -100,22 +102,11 @@ def test_a_run_goes_on_from_its_mirror_on_another_machine(tmp_path: Path, url: s
             assert folder.latest_checkpoint() == 40
 
 
-def test_a_finished_run_is_fetched_as_finished(tmp_path: Path, url: str) -> None:
-    with RunFolder.open(tmp_path / "a", "demo", resume=False) as folder:
-        commit(folder, 10)
-        finish(url, folder)
-    with fetched(url, tmp_path / "b") as other:
-        assert (other.final / "model.safetensors").read_text() == "final"
-
-
 def test_fetching_a_named_checkpoint_does_not_select_it(tmp_path: Path, url: str) -> None:
-    with RunFolder.open(tmp_path / "a", "demo", resume=False) as folder:
-        mirror = Mirror(url, folder, name="demo")
-        for step in (10, 20):
-            commit(folder, step)
-        assert upload(mirror) is None
-        shutil.rmtree(folder.checkpoint(10))
-        mirror.fetch(step=10)
+    run = uploaded(url, tmp_path, 10, 20)
+    shutil.rmtree(run / "checkpoints" / "step_000010")
+    with RunFolder.open(tmp_path, "demo", resume=True) as folder:
+        Mirror(url, folder, name="demo").fetch(step=10)
         assert folder.checkpoint_steps() == [10, 20]
         assert folder.latest_checkpoint() == 20
 
@@ -129,11 +120,7 @@ def flip(url: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["policy/model.bin", "controller.json"])
 def test_a_damaged_checkpoint_is_not_fetched(tmp_path: Path, url: str, name: str) -> None:
-    with RunFolder.open(tmp_path / "a", "demo", resume=False) as folder:
-        mirror = Mirror(url, folder, name="demo")
-        for step in (10, 20):
-            commit(folder, step)
-            assert upload(mirror) is None
+    uploaded(url, tmp_path / "a", 10, 20)
     flip(url, f"checkpoints/step_000020/{name}")
     with pytest.raises(UserError, match=rf"step_000020 is damaged.*{name} is damaged.*--resume step_000010,"):
         fetched(url, tmp_path / "b")
@@ -144,168 +131,6 @@ def test_a_damaged_checkpoint_is_not_fetched(tmp_path: Path, url: str, name: str
         mirror = Mirror(url, folder, name="demo")
         assert upload(mirror) is None
         assert whole(mirror) == [10]  # the later one is of a history that the run has left
-
-
-def test_a_damaged_checkpoint_here_is_replaced_by_a_sound_one_there(tmp_path: Path, url: str) -> None:
-    with RunFolder.open(tmp_path, "demo", resume=False) as folder:
-        commit(folder, 10)
-        assert upload(Mirror(url, folder, name="demo")) is None
-        (folder.checkpoint(10) / "policy" / "model.bin").write_text("weights of 11")
-        with pytest.raises(UserError, match="is damaged"):
-            folder.refuse_damage(10)
-    with fetched(url, tmp_path) as folder:
-        folder.refuse_damage(10)
-
-
-def test_a_damaged_result_is_not_fetched(tmp_path: Path, url: str) -> None:
-    with RunFolder.open(tmp_path / "a", "demo", resume=False) as folder:
-        commit(folder, 10)
-        finish(url, folder)
-    flip(url, "final/model.safetensors")
-    with pytest.raises(UserError, match=r"final/model\.safetensors is damaged: its checksum is not that of final"):
-        fetched(url, tmp_path / "b")
-
-
-def test_a_manifest_cannot_write_outside_the_folder(tmp_path: Path, url: str) -> None:
-    with RunFolder.open(tmp_path / "a", "demo", resume=False) as folder:
-        commit(folder, 10)
-        assert upload(Mirror(url, folder, name="demo")) is None
-    store, root = fsspec.core.url_to_fs(url)
-    path = f"{root}/demo/checkpoints/step_000010/manifest.json"
-    manifest = json.loads(store.cat_file(path))
-    manifest["files"] = {str(tmp_path / "outside"): manifest["files"]["controller.json"]}
-    store.pipe_file(path, json.dumps(manifest).encode())
-    with fetched(url, tmp_path / "b") as folder:
-        assert folder.latest_checkpoint() is None
-
-
-class Cut(MemoryFileSystem):
-    """A store that breaks off in the middle of a file after a number of writes, as after a kill."""
-
-    protocol = "cut"
-    cachable = False
-    left = 10**9
-
-    def put_file(self, lpath: str, rpath: str, **options: Any) -> None:
-        self._count(lambda: self.pipe_file(rpath, Path(lpath).read_bytes()[:3]))
-        super().put_file(lpath, rpath, **options)
-
-    def rm(self, path: str, **options: Any) -> None:
-        self._count(lambda: None)
-        super().rm(path, **options)
-
-    def mv(self, path1: str, path2: str, **options: Any) -> None:
-        self._count(lambda: None)
-        super().mv(path1, path2, **options)
-
-    def _count(self, half: Callable[[], None]) -> None:
-        if Cut.left == 0:
-            half()
-            raise PermissionError("killed")
-        Cut.left -= 1
-
-
-def test_wherever_an_upload_is_cut_what_is_fetched_is_whole(tmp_path: Path) -> None:
-    fsspec.register_implementation("cut", Cut, clobber=True)
-    found = []
-    for cut in range(40):
-        MemoryFileSystem.store.clear()
-        Cut.left = 10**9
-        with RunFolder.open(tmp_path / f"a{cut}", "demo", resume=False) as folder:
-            commit(folder, 10)
-            assert upload(Mirror("cut://runs", folder, name="demo"), keep=1) is None
-            commit(folder, 20)
-            folder.prune(1)
-            Cut.left = cut
-            problem = upload(Mirror("cut://runs", folder, name="demo"), keep=1)
-            Cut.left = 10**9
-        with fetched("cut://runs", tmp_path / f"b{cut}") as other:
-            step = other.latest_checkpoint()
-            assert step in (10, 20)
-            assert (other.checkpoint(step) / "policy" / "model.bin").read_text() == f"weights of {step}"
-            assert {10, step} <= {row["step"] for row in read_metrics(other.path)}  # the row is there with it
-            found.append(step)
-        if problem is None:
-            break
-        assert "killed" in problem
-        with RunFolder.open(tmp_path / f"a{cut}", "demo", resume=True) as folder:  # the next upload mends it
-            mirror = Mirror("cut://runs", folder, name="demo")
-            assert upload(mirror, keep=1) is None
-            assert whole(mirror) == [20]
-    assert problem is None
-    assert found == sorted(found)
-    assert {10, 20} == set(found)
-
-
-def test_the_same_checkpoint_written_anew_is_not_mixed_with_the_old_one(tmp_path: Path) -> None:
-    fsspec.register_implementation("cut", Cut, clobber=True)
-    Cut.left = 10**9
-    with RunFolder.open(tmp_path, "demo", resume=False) as folder:
-        mirror = Mirror("cut://runs", folder, name="demo")
-        commit(folder, 10)
-        assert upload(mirror) is None
-        Cut.left = 2  # the manifest goes, one file is replaced, the next is cut
-        with pytest.raises(PermissionError):
-            mirror._put_checkpoint(10)
-        Cut.left = 10**9
-        assert whole(mirror) == []
-
-
-class Flaky(LocalFileSystem):
-    """Fails twice, then works."""
-
-    protocol = "flaky"
-    cachable = False
-    failures = 0
-
-    def put_file(self, path1: str, path2: str, **options: Any) -> None:
-        if Flaky.failures > 0:
-            Flaky.failures -= 1
-            raise OSError("connection reset, key=AKIA and hf_abcdefghijklmnopqrstuv")
-        super().put_file(path1, path2, **options)
-
-
-def test_a_passing_failure_is_tried_again_and_a_lasting_one_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    fsspec.register_implementation("flaky", Flaky, clobber=True)
-    with RunFolder.open(tmp_path / "a", "demo", resume=False) as folder:
-        mirror = Mirror(f"flaky://{tmp_path}/there", folder, name="demo")
-        commit(folder, 10)
-        Flaky.failures = 2
-        assert upload(mirror) is None
-        assert "hf_abc" not in caplog.text
-        commit(folder, 20)
-        Flaky.failures = 1000
-        problem = upload(mirror)
-        assert "connection reset" in problem
-        assert "hf_abc" not in problem
-        mirror.finish(2, failed=True)  # a warning alone: the run has failed anyway
-        with pytest.raises(RunError, match=r"run\.mirror: .*connection reset.*--resume auto"):
-            mirror.finish(2, failed=False)
-        Flaky.failures = 0
-        mirror.finish(2, failed=False)
-        assert whole(mirror) == [10, 20]
-
-
-def test_a_store_that_hangs_is_given_up_and_nothing_is_removed(tmp_path: Path) -> None:
-    release = threading.Event()
-
-    class Hangs(MemoryFileSystem):
-        protocol = "hangs"
-        cachable = False
-
-        def put_file(self, lpath: str, rpath: str, **options: Any) -> None:
-            release.wait(30)
-
-    fsspec.register_implementation("hangs", Hangs, clobber=True)
-    with RunFolder.open(tmp_path, "demo", resume=False) as folder:
-        mirror = Mirror("hangs://runs", folder, name="demo", stalled_s=0.05)
-        commit(folder, 10)
-        assert "no answer" in upload(mirror)
-        assert not mirror.is_free()
-        release.set()
-        mirror.settle()
 
 
 def test_a_folder_that_goes_during_an_upload_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,33 +151,171 @@ def test_a_folder_that_goes_during_an_upload_is_passed_over(tmp_path: Path, monk
         assert whole(mirror) == [10]
 
 
-def test_a_store_that_does_not_say_what_it_has_is_named(tmp_path: Path) -> None:
-    release = threading.Event()
-
-    class Mute(MemoryFileSystem):
-        protocol = "mute"
-        cachable = False
-
-        def exists(self, path: str, **options: Any) -> bool:
-            if "locked" in path:
-                raise PermissionError("403, hf_abcdefghijklmnopqrstuv")
-            return release.wait(30)
-
-    fsspec.register_implementation("mute", Mute, clobber=True)
-    with RunFolder.open(tmp_path, "demo", resume=False) as folder:
-        with pytest.raises(RunError, match=r"run\.mirror: .*mute://locked/demo failed: PermissionError: 403, \*\*\*"):
-            Mirror("mute://locked", folder, name="demo").holds_run()
-        with pytest.raises(RunError, match=r"run\.mirror: .*mute://runs/demo: no answer for 0.05 s"):
-            Mirror("mute://runs", folder, name="demo", stalled_s=0.05).holds_run()
-        release.set()
+def test_a_damaged_checkpoint_here_is_replaced_by_a_sound_one_there(tmp_path: Path, url: str) -> None:
+    run = uploaded(url, tmp_path, 10)
+    (run / "checkpoints" / "step_000010" / "policy" / "model.bin").write_text("weights of 11")
+    with fetched(url, tmp_path) as folder:
+        folder.refuse_damage(10)
 
 
-def test_a_file_that_would_lie_outside_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with RunFolder.open(tmp_path, "demo", resume=False) as folder:
-        mirror = Mirror("memory://bucket", folder, name="demo")
+def test_a_finished_run_is_fetched_unless_its_model_is_damaged(tmp_path: Path, url: str) -> None:
+    with RunFolder.open(tmp_path / "a", "demo", resume=False) as folder:
+        commit(folder, 10)
+        (folder.begin_final() / "model.safetensors").write_text("final")
+        folder.commit_final()
+        Mirror(url, folder, name="demo").finish(1, failed=False)
+    with fetched(url, tmp_path / "b") as other:
+        assert (other.final / "model.safetensors").read_text() == "final"
+    flip(url, "final/model.safetensors")
+    with pytest.raises(UserError, match=r"final/model\.safetensors is damaged: its checksum is not that of final"):
+        fetched(url, tmp_path / "c")
+
+
+def test_no_file_of_a_mirror_lies_outside_of_the_folder(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded(url, tmp_path / "a", 10)
+    store, root = fsspec.core.url_to_fs(url)
+    path = f"{root}/demo/checkpoints/step_000010/manifest.json"
+    manifest = json.loads(store.cat_file(path))
+    manifest["files"] = {str(tmp_path / "outside"): manifest["files"]["controller.json"]}
+    store.pipe_file(path, json.dumps(manifest).encode())
+    with fetched(url, tmp_path / "b") as folder:
+        assert folder.latest_checkpoint() is None
+        mirror = Mirror(url, folder, name="demo")
         monkeypatch.setattr(mirror, "_listing", lambda: {"eval.json": 1, "../x": 1})
         with pytest.raises(RunError, match="outside the run's folder"):
             mirror.fetch()
+
+
+def sound(action: str, half: Callable[[], None]) -> None: ...
+
+
+class Faulty(MemoryFileSystem):
+    """A store in memory that calls `fault` before each change and each look for a file."""
+
+    protocol = "faulty"
+    cachable = False
+    fault: Callable[..., object] = sound
+
+    def put_file(self, lpath: str, rpath: str, **options: Any) -> None:
+        Faulty.fault("put", lambda: self.pipe_file(rpath, Path(lpath).read_bytes()[:3]))
+        super().put_file(lpath, rpath, **options)
+
+    def rm(self, path: str, **options: Any) -> None:
+        Faulty.fault("change", lambda: None)
+        super().rm(path, **options)
+
+    def mv(self, path1: str, path2: str, **options: Any) -> None:
+        Faulty.fault("change", lambda: None)
+        super().mv(path1, path2, **options)
+
+    def exists(self, path: str, **options: Any) -> bool:
+        Faulty.fault("look", lambda: None)
+        return super().exists(path, **options)
+
+
+fsspec.register_implementation("faulty", Faulty, clobber=True)
+STORE = "faulty://runs"
+
+
+def cut_after(changes: int) -> Callable[..., None]:
+    """Return a fault that breaks off in the middle of a file after a number of changes, as after a kill."""
+    left = iter(range(changes))
+
+    def cut(action: str, half: Callable[[], None]) -> None:
+        if action != "look" and next(left, None) is None:
+            half()
+            raise PermissionError("killed")
+
+    return cut
+
+
+def test_wherever_an_upload_is_cut_what_is_fetched_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for cut in range(40):
+        MemoryFileSystem.store.clear()
+        monkeypatch.setattr(Faulty, "fault", sound)
+        with RunFolder.open(tmp_path / f"a{cut}", "demo", resume=False) as folder:
+            commit(folder, 10)
+            assert upload(Mirror(STORE, folder, name="demo"), keep=1) is None
+            commit(folder, 20)
+            folder.prune(1)
+            monkeypatch.setattr(Faulty, "fault", cut_after(cut))
+            problem = upload(Mirror(STORE, folder, name="demo"), keep=1)
+            monkeypatch.setattr(Faulty, "fault", sound)
+        with fetched(STORE, tmp_path / f"b{cut}") as other:
+            step = other.latest_checkpoint()
+            assert step in (10, 20)
+            assert (other.checkpoint(step) / "policy" / "model.bin").read_text() == f"weights of {step}"
+            assert {10, step} <= {row["step"] for row in read_metrics(other.path)}  # the row is there with it
+            found.append(step)
+        if problem is None:
+            break
+        assert "killed" in problem
+        with RunFolder.open(tmp_path / f"a{cut}", "demo", resume=True) as folder:  # the next upload completes it
+            mirror = Mirror(STORE, folder, name="demo")
+            assert upload(mirror, keep=1) is None
+            assert whole(mirror) == [20]
+            # the same checkpoint written anew is never mixed with the old one: the manifest goes first
+            monkeypatch.setattr(Faulty, "fault", cut_after(2))
+            with pytest.raises(PermissionError):
+                mirror._put_checkpoint(20)
+            assert whole(mirror) == []
+    assert problem is None
+    assert found == sorted(found)
+    assert {10, 20} == set(found)
+
+
+def test_a_passing_failure_is_tried_again_and_a_lasting_one_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(times: int) -> None:
+        left = iter(range(times))
+
+        def reset(action: str, half: Callable[[], None]) -> None:
+            if action == "put" and next(left, None) is not None:
+                raise OSError("connection reset, key=AKIA and hf_abcdefghijklmnopqrstuv")
+
+        monkeypatch.setattr(Faulty, "fault", reset)
+
+    with RunFolder.open(tmp_path / "a", "demo", resume=False) as folder:
+        mirror = Mirror(STORE, folder, name="demo")
+        commit(folder, 10)
+        fails(2)
+        assert upload(mirror) is None
+        commit(folder, 20)
+        fails(1000)
+        problem = upload(mirror)
+        assert "connection reset" in problem
+        assert "hf_abc" not in caplog.text + problem
+        mirror.finish(2, failed=True)  # a warning alone: the run has failed anyway
+        with pytest.raises(RunError, match=r"run\.mirror: .*connection reset.*--resume auto"):
+            mirror.finish(2, failed=False)
+        fails(0)
+        mirror.finish(2, failed=False)
+        assert whole(mirror) == [10, 20]
+
+
+def test_a_store_that_hangs_or_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+
+    def refused(action: str, half: Callable[[], None]) -> None:
+        raise PermissionError("403, hf_abcdefghijklmnopqrstuv")
+
+    with RunFolder.open(tmp_path, "demo", resume=False) as folder:
+        monkeypatch.setattr(Faulty, "fault", refused)
+        with pytest.raises(RunError, match=r"run\.mirror: .*faulty://runs/demo failed: PermissionError: 403, \*\*\*"):
+            Mirror(STORE, folder, name="demo").holds_run()
+        monkeypatch.setattr(Faulty, "fault", lambda action, half: release.wait(30))
+        mirror = Mirror(STORE, folder, name="demo", stalled_s=0.05)
+        commit(folder, 10)
+        assert "no answer" in upload(mirror)
+        assert not mirror.is_free()
+        with pytest.raises(RunError, match=r"run\.mirror: .*faulty://runs/demo: no answer for 0.05 s"):
+            Mirror(STORE, folder, name="demo", stalled_s=0.05).holds_run()
+        release.set()
+        mirror.settle()
 
 
 @pytest.mark.parametrize(
@@ -363,13 +326,9 @@ def test_a_file_that_would_lie_outside_the_folder_is_refused(tmp_path: Path, mon
         ("nonsense://x", r"not a URL that fsspec knows.*s3://, gs://"),
     ],
 )
-def test_what_cannot_be_reached_is_refused_by_name(tmp_path: Path, url: str, message: str) -> None:
-    with RunFolder.open(tmp_path, "demo", resume=False) as folder, pytest.raises(UserError, match=message) as caught:
-        Mirror(url, folder, name="demo")
-    assert "verysecret" not in str(caught.value)
-
-
-def test_a_password_in_the_url_is_in_no_message(tmp_path: Path) -> None:
-    url = f"local://user:verysecret@{tmp_path}"
+def test_a_place_that_cannot_be_reached_is_refused_without_its_password(tmp_path: Path, url: str, message: str) -> None:
     with RunFolder.open(tmp_path, "demo", resume=False) as folder:
-        assert "verysecret" not in Mirror(url, folder, name="demo").place
+        with pytest.raises(UserError, match=message) as caught:
+            Mirror(url, folder, name="demo")
+        assert "verysecret" not in str(caught.value)
+        assert "verysecret" not in Mirror(f"local://user:verysecret@{tmp_path}", folder, name="demo").place

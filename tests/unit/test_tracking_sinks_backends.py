@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -11,19 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from wandb.proto.wandb_internal_pb2 import MetricRecord
 
-from rlhf.errors import UserError
+from rlhf.errors import RunError, UserError
 from rlhf.objectives.masking import bin_counts
-from rlhf.tracking.diagnosis.findings import Severity
 from rlhf.tracking.metrics.histograms import ADVANTAGE_EDGES, RATIO_EDGES, TOKEN_EDGES
 from rlhf.tracking.metrics.reductions import Histogram
 from rlhf.tracking.run_folder.atomic import read_lines
-from rlhf.tracking.sinks import backends, tensorboard_backend
+from rlhf.tracking.sinks import backends, tensorboard_backend, wandb_backend
 from rlhf.tracking.sinks.backends import Relay, TrackedStep, TrackerBackend
 from rlhf.tracking.sinks.tensorboard_backend import open_tensorboard
 from rlhf.tracking.sinks.tracker import Tracker
-from rlhf.tracking.sinks.wandb_backend import open_wandb, plain, tables
-from tests.fixtures.tracking import LENGTHS, exercise
+from rlhf.tracking.sinks.wandb_backend import open_wandb, tables
+from tests.fixtures.tracking import LENGTHS, Recorder, exercise
 from tests.fixtures.tracking import RESPONSE_TOKENS as KEY
 
 
@@ -40,16 +42,20 @@ def wandb_records(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 def test_wandb_has_all_that_a_step_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_TOKEN", "eleven-twelve")
+    monkeypatch.setattr(sys, "argv", ["rlhf", "train", "of-the-command-line"])
+    (tmp_path / "wandb_run_id").write_text("abc123\n")  # of an earlier start
     settings: dict[str, Any] = {"entity": "team", "job_type": "grpo", "group": "pipe", "tags": ["tiny"]}
-    config = {"train": {"lr": 0.1, "betas": [0.9, 0.95]}, "token": "not-to-be-seen"}
+    tree = {"a": [1, 2], "b": {"c": (0.5,), "d": None}, "e": [{"f": 1}, [2, 3]], "g": ()}
+    config = {"train": {"lr": 0.1, "betas": [0.9, 0.95]}, "token": "not-to-be-seen", "tree": tree}
     run = {"mode": "offline", "project": "p", "name": "pipe/grpo", "config": config, "checkpoints": True}
     exercise(tmp_path, open_wandb(tmp_path, **run, **settings))
     records = wandb_records(tmp_path)
     (run,) = records["run"]
-    told = (run["job_type"], run["run_group"], run["tags"], run["entity"])
-    assert told == ("grpo", "pipe", ["tiny"], "team")
+    told = (run["run_id"], run["job_type"], run["run_group"], run["tags"], run["entity"])
+    assert told == ("abc123", "grpo", "pipe", ["tiny"], "team")
     config = run["config"]["update"]
     assert config["train"] == {"lr": 0.1, "betas": "0.9, 0.95"}
+    assert config["tree"] == {"a": "1, 2", "b": {"c": "0.5", "d": None}, "e": {"0": {"f": 1}, "1": "2, 3"}, "g": ""}
     assert set(config["git"]) <= {"commit", "branch", "dirty"}
     assert run.get("git", {}) == ({"commit": config["git"]["commit"]} if config["git"] else {})  # no remote, no changes
 
@@ -68,14 +74,20 @@ def test_wandb_has_all_that_a_step_has(tmp_path: Path, monkeypatch: pytest.Monke
     staged = (tmp_path / "wandb" / "artifacts" / "staging").iterdir()
     texts = [path.read_bytes() for path in (*tmp_path.glob("wandb/offline-run-*/**/*"), *staged) if path.is_file()]
     assert any(b"***" in text and b"8+3=" in text for text in texts)  # the table, its secret masked
-    for secret in (b"not-to-be-seen", b"eleven-twelve"):
+    axis = MetricRecord(glob_name="*", step_metric="step").SerializeToString()
+    assert any(axis in text for text in texts)  # our step is the axis
+    for secret in (b"not-to-be-seen", b"eleven-twelve", b"of-the-command-line"):
         assert not any(secret in text for text in texts)
     assert not list(tmp_path.glob("wandb/**/*.patch"))  # no differences of the code
 
 
-def test_tensorboard_has_scalars_histograms_and_alerts(tmp_path: Path) -> None:
+def test_tensorboard_has_scalars_histograms_and_alerts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorboard_backend, "find_spec", lambda name: None)
+        with pytest.raises(UserError, match=r"tracking\.tensorboard.*ray-rlhf\[tensorboard\]"):
+            open_tensorboard(tmp_path, done_steps=None)
     exercise(tmp_path, open_tensorboard(tmp_path, done_steps=None))
     exercise_again = Tracker(tmp_path, backends=[open_tensorboard(tmp_path, done_steps=1)])
     exercise_again.truncate_after(1)
@@ -88,19 +100,8 @@ def test_tensorboard_has_scalars_histograms_and_alerts(tmp_path: Path) -> None:
     (one,) = found.Histograms(KEY)
     assert one.histogram_value.num == 3.0
     assert "update/loss/mean" not in found.Tags()["scalars"]
-
-
-def test_tensorboard_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorboard_backend, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"tracking\.tensorboard.*ray-rlhf\[tensorboard\]"):
-        open_tensorboard(tmp_path, done_steps=None)
-
-
-def test_an_alert_reaches_tensorboard_as_text(tmp_path: Path) -> None:
-    backend = open_tensorboard(tmp_path, done_steps=None)
-    backend.alert("failure", "kl_blow_up", "Step 4: KL is 20")
-    backend.close(failed=True)
-    assert b"KL is 20" in b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    texts = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert b"Step 2: entropy is 0.01" in texts
 
 
 class Stuck(TrackerBackend):
@@ -127,72 +128,6 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in dict.fromkeys(caplog.records)]
 
 
-def test_a_back_end_that_hangs_holds_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(backends, "MOST_WAITING", 3)
-    stuck = Stuck(raises=False)
-    relay = Relay(stuck, close_within_s=0.2)
-    for number in range(20):
-        step = TrackedStep(folder=tmp_path, step=number, metrics={}, histograms={})
-        relay.call("logging", lambda backend, step=step: backend.log(step))
-    relay.close(failed=False)
-    assert stuck.is_stuck  # neither call has waited for the back end
-    stuck.go_on.set()
-    assert [message.split(":")[0] for message in told(caplog)] == [
-        "stuck is 3 calls behind and misses some of them",
-        "stuck did not finish within 0 s, so it is abandoned",
-    ]
-
-
-def test_a_failure_on_the_way_is_one_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    stuck = Stuck(raises=True)
-    tracker = Tracker(tmp_path, backends=[stuck])
-    tracker.log(1, {"update/lr": 1.0})
-    tracker.log(2, {"update/lr": 1.0})
-    tracker.close()
-    assert stuck.calls == 1
-    (message,) = told(caplog)
-    assert message.startswith("stuck failed while logging: BrokenPipeError: service gone, token=***. The run continues")
-
-
-class Alerted(Stuck):
-    """Remembers alerts."""
-
-    def __init__(self) -> None:
-        super().__init__(raises=False)
-        self.alerts: list[tuple[str, str]] = []
-
-    def log(self, step: TrackedStep) -> None: ...
-
-    def alert(self, severity: Severity, title: str, text: str) -> None:
-        self.alerts.append((severity, title))
-
-
-def test_each_finding_is_told_once_and_not_again_after_a_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    first, second = Alerted(), Alerted()
-    tracker = Tracker(tmp_path, backends=[first])
-    for step in range(1, 16):
-        alike = {"rewards/score/std": 0.0, "rewards/score/mean": 1.0, "experience/kl_ref/mean": 0.01 * 3**step}
-        tracker.log(step, alike | {"update/entropy/mean": 1.0 if step < 8 else 0.001})
-    tracker.close()
-    kinds = [kind for _, kind in first.alerts]
-    assert {"kl_blow_up", "entropy_collapse", "rewards_alike"} <= set(kinds)
-    assert len(kinds) == len(set(kinds))
-    warned = told(caplog)
-    assert len(warned) == len(kinds)
-    resumed = Tracker(tmp_path, backends=[second])
-    resumed.truncate_after(15)
-    for step in range(16, 40):
-        resumed.log(step, {"rewards/score/std": 0.0, "rewards/score/mean": 1.0})
-    resumed.close()
-    assert "rewards_alike" not in [kind for _, kind in second.alerts]
-
-
 def test_histograms_are_cut_to_what_they_hold_and_taken_back(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path)
     for step in (1, 2):
@@ -216,16 +151,8 @@ def test_tensors_are_counted_as_numbers_are(edges: tuple[float, ...]) -> None:
     assert bin_counts(values, mask, edges=edges).tolist() == list(counted.counts)
     left, right = (Histogram.of(part.tolist(), edges=edges) for part in values[mask].split(200)[:2])
     assert left.merge(right).counts == Histogram.of(values[mask][:400].tolist(), edges=edges).counts
-
-
-def test_merging_other_edges_is_refused() -> None:
     with pytest.raises(ValueError, match="different edges"):
-        LENGTHS.merge(Histogram.of([1.0], edges=(0.0, 1.0, 2.0)))
-
-
-def test_config_values_are_plain() -> None:
-    tree = {"a": [1, 2], "b": {"c": (0.5,), "d": None}, "e": [{"f": 1}, [2, 3]], "g": ()}
-    assert plain(tree) == {"a": "1, 2", "b": {"c": "0.5", "d": None}, "e": {"0": {"f": 1}, "1": "2, 3"}, "g": ""}
+        left.merge(Histogram.of([1.0], edges=(0.0, 1.0, 2.0)))
 
 
 def test_tables_say_how_far_the_logprobs_are_apart() -> None:
@@ -250,3 +177,92 @@ def test_back_ends_are_imported_only_when_used() -> None:
     code = f"import sys, rlhf.tracking.display.plots, rlhf.tracking.sinks.{sinks}; "
     code += f"sys.exit(any(name in sys.modules for name in {libraries}))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_a_back_end_that_hangs_or_fails_holds_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backends, "MOST_WAITING", 3)
+    hangs, fails = Stuck(raises=False), Stuck(raises=True)
+    relay = Relay(hangs, close_within_s=0.2)
+    for number in range(20):
+        step = TrackedStep(folder=tmp_path, step=number, metrics={}, histograms={})
+        relay.call("logging", lambda backend, step=step: backend.log(step))
+    relay.close(failed=False)
+    assert hangs.is_stuck  # neither call has waited for the back end
+    hangs.go_on.set()
+    tracker = Tracker(tmp_path, backends=[fails])
+    tracker.log(1, {"update/lr": 1.0})
+    tracker.log(2, {"update/lr": 1.0})
+    tracker.close()
+    assert fails.calls == 1
+    assert [message.split(". The")[0] for message in told(caplog)] == [
+        "stuck is 3 calls behind and misses some of them",
+        "stuck did not finish within 0 s, so it is abandoned: metrics.jsonl has all values",
+        "stuck failed while logging: BrokenPipeError: service gone, token=***",
+    ]
+
+
+def test_each_finding_is_told_once_and_not_again_after_a_resume(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = Recorder(), Recorder()
+    tracker, found = Tracker(tmp_path, backends=[first]), []
+    for step in range(1, 16):
+        alike = {"rewards/score/std": 0.0, "rewards/score/mean": 1.0, "experience/kl_ref/mean": 0.01 * 3**step}
+        found += tracker.log(step, alike | {"update/entropy/mean": 1.0 if step < 8 else 0.001})
+    tracker.close()
+    assert {"kl_blow_up", "entropy_collapse", "rewards_alike"} <= set(first.alerts)
+    assert first.alerts == [one.kind for one in found]
+    assert len(first.alerts) == len(set(first.alerts)) == len(told(caplog))
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+    resumed = Tracker(tmp_path, backends=[second])
+    resumed.truncate_after(15)
+    for step in range(16, 40):
+        resumed.log(step, {"rewards/score/std": 0.0, "rewards/score/mean": 1.0})
+    resumed.close()
+    assert "rewards_alike" not in second.alerts
+
+
+def test_online_without_credentials_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.setattr(wandb, "login", lambda *, prompt: prompt)  # no credentials, and no question on a terminal
+    with pytest.raises(UserError, match="WANDB_API_KEY"):
+        open_wandb(tmp_path, mode="online", project="p", name="n", config={})
+
+
+@pytest.mark.parametrize("failure", ["hangs", "raises"])
+def test_a_start_that_fails_is_an_error_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
+    import wandb
+
+    go_on, returned = threading.Event(), threading.Event()
+
+    def init(**_: Any) -> None:
+        if failure == "raises":
+            raise wandb.errors.CommError("no route")
+        go_on.wait(60)
+        returned.set()
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(wandb_backend, "_MARGIN_S", 0.0)
+    with pytest.raises(RunError, match=r"W&B did not start \(offline\): (no route|waited).*tracking\.wandb=offline"):
+        open_wandb(tmp_path, mode="offline", project="p", name="n", config={}, timeout_s=0.5)
+    assert not returned.is_set()
+    go_on.set()
+
+
+def test_the_sweep_file_of_the_page_starts_a_run(tmp_path: Path) -> None:
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    page = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(method: bayes.*?)```", page, re.DOTALL)
+    *command, last = create_sweep_command(yaml.safe_load(text)["command"])
+    assert last == "${args_no_hyphens}"
+    words = create_sweep_command_args({"args": {"train.lr": {"value": 0.001}}})["args_no_hyphens"]
+    shown = tmp_path / "rlhf"
+    shown.write_text('#!/bin/sh\necho "$@"\n')
+    shown.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "WANDB_RUN_ID": "x7k2"}
+    said = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, check=True).stdout
+    assert said == "train configs/sft_smollm2.yaml tracking.wandb=online run.name=x7k2 train.lr=0.001\n"

@@ -52,14 +52,12 @@ class Diagnosis:
         self._findings: dict[str, Finding] = {}
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Add the next row of metrics.jsonl."""
         for finding in self._watch.now(row):
             before = self._findings.setdefault(finding.kind, finding)
             worst = finding if _rank(finding)[0] <= _rank(before)[0] else before
             self._findings[finding.kind] = replace(worst, first_step=before.first_step, last_step=finding.last_step)
 
     def findings(self) -> list[Finding]:
-        """Return the findings, the worst first."""
         return sorted(self._findings.values(), key=_rank)
 
 

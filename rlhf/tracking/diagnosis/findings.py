@@ -44,8 +44,6 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A value of a metric."""
-
     step: int
     value: float
 
@@ -61,7 +59,6 @@ class History:
         self._evals: dict[str, list[Point]] = {}
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Add the next row of metrics.jsonl."""
         self.step = row["step"]
         numbers = {key: value for key, value in row.items() if "/" in key}
         self.not_finite = tuple(key for key, value in numbers.items() if value is None or not math.isfinite(value))
@@ -79,11 +76,9 @@ class History:
             self._last[key].append(point)
 
     def metrics(self) -> Iterable[str]:
-        """Yield the names of the training metrics with a value."""
         return self._first
 
     def evals(self) -> Mapping[str, list[Point]]:
-        """Return every evaluation so far, by key."""
         return self._evals
 
     def first(self, key: str, count: int = HEAD) -> list[Point]:
@@ -156,5 +151,4 @@ class Symptom:
 
 
 def symptom(severity: Severity, *metrics: str, steps: int = 0, why: str, advice: str) -> Callable[[Sign], Symptom]:
-    """Make a symptom of the decorated function."""
     return lambda sign: Symptom(severity=severity, metrics=metrics, steps=steps, why=why, advice=advice, sign=sign)

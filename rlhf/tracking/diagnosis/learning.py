@@ -1,7 +1,6 @@
 """Symptoms of the policy's learning: divergence, entropy, clipping, gradients, mismatch between sampler and trainer.
 
-The thresholds are the same for all runs, and lie well outside the values of healthy runs. The tests hold rows of some
-healthy runs.
+The thresholds are the same for all runs, and lie well outside the values of healthy runs.
 """
 
 from __future__ import annotations

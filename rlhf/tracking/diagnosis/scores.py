@@ -276,8 +276,7 @@ def _fallen(points: list[Point]) -> tuple[Point, float] | None:
 def _noise(points: Sequence[Point], best: Point) -> float:
     """Return the standard deviation of a series around its trend, from second differences.
 
-    Second differences are 0 for a straight line. The difference at the best point is left out, because the trend turns
-    there.
+    Second differences are 0 for a straight line. The trend turns at the best point, whose difference is left out.
     """
     bends = [
         before.value - 2.0 * point.value + after.value

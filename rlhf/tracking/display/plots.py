@@ -15,8 +15,6 @@ from rlhf.tracking.formatting import number
 from rlhf.tracking.metrics.declarations import declared
 from rlhf.tracking.sinks.tracker import read_metrics
 
-_PANEL_INCHES = (4.6, 3.0)
-_COLUMNS = 2
 _MOST_NAMED = 12  # runs with a legend and values at the ends of evaluations; more labels cover the curves
 COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#65a30d")
 
@@ -35,9 +33,9 @@ def plot_curves(runs: Mapping[str, Path], metrics: Sequence[str], *, output: Pat
     if not panels:
         files = ", ".join(str(folder / "metrics.jsonl") for folder in runs.values())
         raise UserError(f"{files} has no value of {', '.join(metrics)}: nothing to plot.")
-    columns = min(_COLUMNS, len(panels))
+    columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * lines), layout="constrained")
+    figure = Figure(figsize=(4.6 * columns, 3.0 * lines), layout="constrained")  # inches
     for index, key in enumerate(panels, start=1):
         axes = figure.add_subplot(lines, columns, index)
         for color, (name, run) in zip(cycle(COLORS), rows.items(), strict=False):
@@ -69,11 +67,6 @@ def _draw(
         axes.margins(y=0.2)
     axes.set_xlabel("step", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    plain_axes(axes)
-
-
-def plain_axes(axes: Any) -> None:
-    """Give a plot small labels, a thin grid, and no frame above and at the right."""
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

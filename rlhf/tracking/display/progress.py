@@ -11,9 +11,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TextIO
+from typing import Any, Literal, TextIO
 
 from rlhf.tracking.diagnosis.findings import Finding
 from rlhf.tracking.formatting import duration, number
@@ -36,7 +37,7 @@ class StageTime:
     since: float | None = None  # when it was entered; None: another stage is running
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """The interface and the quiet display: keeps count and shows nothing."""
 
     def __init__(
@@ -48,13 +49,9 @@ class Progress:
         folder: Path | None = None,
         stream: TextIO | None = None,
     ) -> None:
-        self._total = total_steps
-        self._done = done_steps
+        self._total, self._done = total_steps, done_steps
         self._current: int | None = None  # the step in progress; 0: the evaluation before training
-        self._show = tuple(show)
-        self._run = run
-        self._folder = folder
-        self._stream = stream
+        self._show, self._run, self._folder, self._stream = tuple(show), run, folder, stream
         self._ends: deque[float] = deque(maxlen=_PACE_STEPS + 1)  # of steps; the first one includes the start
         self._stage = ""
         self._stages: dict[str, StageTime] = {}
@@ -70,14 +67,13 @@ class Progress:
 
     def stage(self, name: str, done: int = 0, total: int = 0) -> None:
         """Show the current stage and the progress (`rollouts 37/64`). A total of 0 means not counted."""
-        now, entered = time.monotonic(), name != self._stage
-        if entered:
-            self._leave(now)
+        if entered := name != self._stage:
+            self._leave()
             self._stage = name
         stage = self._stages.setdefault(name, StageTime())
         stage.done, stage.total = done, total
         if stage.since is None:
-            stage.since = now
+            stage.since = time.monotonic()
         self._shown(entered=entered)
 
     def ahead(self, batches: int) -> None:
@@ -86,7 +82,7 @@ class Progress:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record that a step is done. Step 0, the evaluation before training, does not count."""
-        self._leave(time.monotonic())
+        self._leave()
         if step > 0:
             self._done = step
             self._ends.append(time.monotonic())
@@ -102,9 +98,6 @@ class Progress:
     def close(self) -> None:
         """Restore the terminal."""
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
 
@@ -114,10 +107,10 @@ class Progress:
     def _stepped(self, step: int, metrics: Mapping[str, float]) -> None:
         """Update the display at the end of a step, while the stages are still known."""
 
-    def _leave(self, now: float) -> None:
+    def _leave(self) -> None:
         stage = self._stages.get(self._stage)
         if stage is not None and stage.since is not None:
-            stage.seconds += now - stage.since
+            stage.seconds += time.monotonic() - stage.since
             stage.since = None
 
     def _left_s(self) -> float | None:
@@ -128,8 +121,7 @@ class Progress:
 
     def _left(self) -> str:
         """Return `  left 3 min 20 s`, or nothing before the second step has ended."""
-        seconds = self._left_s()
-        return "" if seconds is None else f"  left {duration(seconds)}"
+        return "" if (seconds := self._left_s()) is None else f"  left {duration(seconds)}"
 
     def _waiting(self) -> str:
         """Return `  2 batches ahead`, or nothing if no batch waits for a later step."""
@@ -188,8 +180,7 @@ class JsonProgress(Progress):
             self._write("stage", step=self._current, stage=self._stage)
 
     def _stepped(self, step: int, metrics: Mapping[str, float]) -> None:
-        left = self._left_s()
-        sample = self._sample(step)
+        left, sample = self._left_s(), self._sample(step)
         self._write(
             "step",
             step=step,

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -41,7 +41,6 @@ def open_progress(
     Args:
         done_steps: the steps completed by earlier starts.
         show: the metrics to show, in this order, if present in a step.
-        run: the name of the run.
         folder: the run folder, for samples. None: show no samples.
         stream: where to write. None: stdout for JSON, stderr otherwise.
     """
@@ -80,12 +79,9 @@ class LiveProgress(Progress):
         self._last = self._sample(step) or self._last
 
     def _render(self) -> Group:
-        parts: list[RenderableType] = [self._bars()]
-        if self._rows:
-            parts.append(self._table())
-        if self._last is not None:
-            parts.append(_sample_text(self._last))
-        return Group(*parts)
+        table = [self._table()] if self._rows else []
+        sample = [] if self._last is None else [_sample_text(self._last)]
+        return Group(self._bars(), *table, *sample)
 
     def _bars(self) -> Table:
         bars = Table.grid(padding=(0, 1))
@@ -136,5 +132,4 @@ def _sample_text(row: Mapping[str, Any]) -> Text:
 
 
 def _printable_line(text: str) -> str:
-    """Return text on one line without control characters."""
     return "".join(mark if mark.isprintable() else " " for mark in text)

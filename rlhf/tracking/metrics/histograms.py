@@ -5,8 +5,7 @@
 `counts[i]` values lay from `edges[i]` up to `edges[i + 1]`, so there are n + 1 edges for n counts. The edges of a
 metric are the same in all steps and runs (see below). A row leaves out empty bins at both ends. The first and the last
 of all bins also count the values beyond the edges. A metric without values in a step has no key in the row, and a step
-without any histogram has no row. The driver writes the file, and a resumed run truncates it like metrics.jsonl. No
-single value is kept.
+without any histogram has no row. The driver writes the file, and a resumed run truncates it like metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -35,10 +34,8 @@ def trimmed(histogram: Histogram) -> dict[str, Any]:
     """Return the form of a histogram for the file, without empty bins at the ends."""
     filled = [index for index, count in enumerate(histogram.counts) if count]
     first, last = filled[0], filled[-1]
-    return {
-        "edges": list(histogram.edges[first : last + 2]),
-        "counts": [int(count) for count in histogram.counts[first : last + 1]],
-    }
+    counts = [int(count) for count in histogram.counts[first : last + 1]]
+    return {"edges": list(histogram.edges[first : last + 2]), "counts": counts}
 
 
 def append_histograms(folder: Path, step: int, distributions: Mapping[str, Histogram]) -> None:

@@ -173,7 +173,6 @@ class Std(Reduction):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
-        """Return the moments of the values."""
         if not values:
             return cls(count=0, mean=0.0, m2=0.0)
         mean = math.fsum(values) / len(values)
@@ -244,7 +243,6 @@ class Histogram(Reduction):
 
     @classmethod
     def of(cls, values: Sequence[float], *, edges: tuple[float, ...]) -> Self:
-        """Count the values between the edges."""
         last, counts = len(edges) - 2, [0.0] * (len(edges) - 1)
         for value in values:
             if not math.isnan(value):

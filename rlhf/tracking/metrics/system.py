@@ -46,7 +46,6 @@ class NodeSampler:
         return metrics
 
     def stop(self) -> None:
-        """Ask no GPU any more."""
         self._stopped.set()
 
     def _watch_gpus(self) -> None:

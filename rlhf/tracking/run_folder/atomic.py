@@ -19,9 +19,9 @@ from rlhf.process.disk_full import when_there_is_room
 _NO_CHARACTER = "backslashreplace"  # half a surrogate becomes \udcff, which JSON reads back
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames and new names inside the folder durable."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: str | Path) -> None:
+    """Make the content of a file, or the names in a folder, durable."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -31,25 +31,18 @@ def sync_folder(folder: Path) -> None:
 def sync_tree(folder: Path) -> None:
     """Make every file and name below the folder durable."""
 
-    def sync() -> None:
+    def sync_all() -> None:
         for path, _, names in os.walk(folder):
-            for name in names:
-                handle = os.open(os.path.join(path, name), os.O_RDONLY)
-                try:
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
-            sync_folder(Path(path))
+            for name in (*names, ""):
+                sync(os.path.join(path, name))
 
-    when_there_is_room(folder, sync, waits=False)  # a second sync would not tell of what the first has lost
+    when_there_is_room(folder, sync_all, waits=False)  # a second sync would not tell of what the first has lost
 
 
 def write_aside(path: Path, write: Callable[[Path], object], *, needed: int | None = None, waits: bool = True) -> None:
     """Let `write` make a file beside its place, and rename the file into its place: readers see a whole file or none.
 
-    Args:
-        needed: the size in bytes, if it is known.
-        waits: for room on a full disk. Otherwise StorageFull is raised at once.
+    `needed` is the known size in bytes. `waits`: for room on a full disk; otherwise StorageFull is raised at once.
     """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # two processes may write the same file
 
@@ -68,8 +61,7 @@ def make_folder(path: Path, *, parents: bool = False, exist_ok: bool = False) ->
 def write_atomic(path: Path, text: str, *, waits: bool = True) -> None:
     """Replace the file durably: a reader, and a run killed at any moment, sees the old text or the new.
 
-    Args:
-        waits: for room on a full disk. Otherwise StorageFull is raised at once.
+    `waits`: as in `write_aside`.
     """
     content = text.encode(errors=_NO_CHARACTER)
 
@@ -80,7 +72,7 @@ def write_atomic(path: Path, text: str, *, waits: bool = True) -> None:
             os.fsync(file.fileno())
 
     write_aside(path, write, needed=len(content), waits=waits)
-    when_there_is_room(path.parent, lambda: sync_folder(path.parent), waits=waits)
+    when_there_is_room(path.parent, lambda: sync(path.parent), waits=waits)
 
 
 def json_line(row: Mapping[str, Any]) -> str:
@@ -89,31 +81,28 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 
 def append_line(path: Path, row: Mapping[str, Any], *, is_synced: bool = True, waits: bool = True) -> None:
-    """Add a row whole or not at all.
+    """Add a row whole or not at all. `is_synced`: the row is on the disk afterwards, and not only in the kernel.
 
-    Args:
-        is_synced: wait until the row is on the disk, and not only in the kernel.
-        waits: for room on a full disk. Otherwise StorageFull is raised at once.
+    `waits`: as in `write_aside`.
     """
     line = json_line(row).encode(errors=_NO_CHARACTER)
 
     def write() -> None:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
-            _append(file, line, is_synced=is_synced)
+            append_whole(file, line, is_synced=is_synced)
         finally:
             os.close(file)
 
     when_there_is_room(path, write, needed=len(line), waits=waits)
 
 
-def _append(file: int, line: bytes, *, is_synced: bool) -> None:
-    """Write at the end of a file. After a failure the file ends at the old end."""
+def append_whole(file: int, text: bytes, *, is_synced: bool) -> None:
+    """Write to a file that is open for appending. After a failure the file ends at the old end."""
     end = os.fstat(file).st_size
     try:
-        written = 0
-        while written < len(line):
-            written += os.write(file, line[written:])
+        while text:
+            text = text[os.write(file, text) :]
         if is_synced:
             os.fsync(file)
     except BaseException:
@@ -147,9 +136,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
     """Rewrite a JSON-lines file with only the rows to keep, and no half line. Returns how many rows went."""
     rows = read_lines(path)
-    kept = [row for row in rows if keep(row)]
+    kept = list(filter(keep, rows))
     if path.exists():
-        write_atomic(path, "".join(map(json_line, kept)))
+        write_lines(path, kept)
     return len(rows) - len(kept)
 
 

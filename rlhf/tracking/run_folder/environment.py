@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,24 @@ _TIMEOUT_S = 10.0
 
 
 def record_environment(path: Path, *, seed: int) -> None:
-    """Write the environment of this start to a file. Warn of differences from the last start."""
-    now = _environment(seed)
+    """Write the environment of this start to a file. Warn of differences from the last start.
+
+    The environment is versions, git commit of the working folder, hardware and the run's seed. None: absent.
+    """
+    hardware = {
+        "cpu": _cpu_model(),
+        "cores": len(psutil.Process().cpu_affinity()),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": _gpus(),
+    }
+    now = {
+        "seed": seed,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git": git_state(),
+        "hardware": hardware,
+    }
     if path.exists():
         before = read_object(path)
         if before is None:
@@ -38,23 +53,6 @@ def record_environment(path: Path, *, seed: int) -> None:
         elif changed := [key for key in now if before.get(key) != now[key]]:
             logger.warning("resumed in a changed environment: %s differ from %s", ", ".join(changed), path)
     write_atomic(path, json.dumps(now, indent=2) + "\n")
-
-
-def _environment(seed: int) -> dict[str, Any]:
-    """Return versions, git commit of the working folder, hardware and the run's seed. None: absent."""
-    return {
-        "seed": seed,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "git": git_state(),
-        "hardware": {
-            "cpu": _cpu_model(),
-            "cores": len(psutil.Process().cpu_affinity()),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-            "gpus": _gpus(),
-        },
-    }
 
 
 def _version(package: str) -> str | None:
@@ -66,8 +64,6 @@ def _version(package: str) -> str | None:
 
 def output_of(*command: str, timeout_s: float = _TIMEOUT_S) -> str | None:
     """Return the standard output of a command. None: the command is missing, fails, or takes too long."""
-    if shutil.which(command[0]) is None:
-        return None
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=True)
     except (subprocess.SubprocessError, OSError):
@@ -77,8 +73,7 @@ def output_of(*command: str, timeout_s: float = _TIMEOUT_S) -> str | None:
 
 def git_state() -> dict[str, Any] | None:
     """Return commit, branch (None: detached) and whether there are changes. None: no repository."""
-    commit = output_of("git", "rev-parse", "HEAD")
-    if commit is None:
+    if (commit := output_of("git", "rev-parse", "HEAD")) is None:
         return None
     return {
         "commit": commit,
@@ -105,8 +100,7 @@ def num_cpus() -> int:
 
 def visible_gpus() -> list[str]:
     """Return the GPUs named by CUDA_VISIBLE_DEVICES, or else the numbers of all GPUs."""
-    limited = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if limited is not None:
+    if (limited := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name.strip() for name in limited.split(",") if name.strip()]
     return [str(index) for index in range(len(_gpus()))]
 

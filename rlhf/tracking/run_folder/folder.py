@@ -13,21 +13,19 @@ import re
 import secrets
 import shutil
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Self
 
 from rlhf.errors import RunError, UserError
 from rlhf.tracking.metrics.histograms import FILE as HISTOGRAMS
-from rlhf.tracking.run_folder.atomic import make_folder, read_lines, sync_folder, sync_tree, write_aside, write_atomic
-from rlhf.tracking.run_folder.environment import record_environment
+from rlhf.tracking.run_folder.atomic import make_folder, read_lines, sync, sync_tree, write_aside
 from rlhf.tracking.run_folder.group_ledger import FILE as GROUPS
 from rlhf.tracking.run_folder.lock import lock_folder
 from rlhf.tracking.run_folder.manifest import MANIFEST, Manifest, find_damage, is_complete
 from rlhf.tracking.sinks.tracker import read_metrics
 
 logger = logging.getLogger(__name__)
-
-
 _STEP = re.compile(r"step_(\d{6,})")
 _SCRATCH = ".own-"
 _LEFTOVERS = (".*.partial", ".*.removed")  # of a killed run
@@ -40,16 +38,14 @@ _PARTS = (  # of a run folder; the first one marks it as such, and is removed la
 
 
 def evaluation_path(folder: Path, step: int) -> Path:
-    """Return the path of a step's evaluation by responses."""
     return folder / "evals" / f"step_{step:06d}.json"
 
 
-class RunFolder:
+class RunFolder(AbstractContextManager["RunFolder"]):
     """<run.dir>/<run.name>/ of the running process. Invariant: `checkpoints/step_*` is only ever a complete checkpoint,
     and `latest` and `best` point at complete checkpoints."""
 
     def __init__(self, path: Path, lock: int) -> None:
-        """Store the path and the held lock. Callers use `open`."""
         self.path = path
         self.config = path / "config.resolved.yaml"
         self.environment = path / "environment.json"
@@ -121,19 +117,8 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def write_config(self, text: str) -> None:
-        """Write config.resolved.yaml. Secrets must be masked in the text."""
-        write_atomic(self.config, text)
-
-    def write_environment(self, *, seed: int) -> None:
-        """Write environment.json of this start. Warn of changes since the last start."""
-        record_environment(self.environment, seed=seed)
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:06d}"
@@ -147,10 +132,9 @@ class RunFolder:
 
         A checkpoint of the same step is replaced. Later checkpoints belong to an abandoned history and are removed.
         """
-        target = self.checkpoint(step)
-        self._appear_sealed(target)
+        target = self._appear_sealed(self.checkpoint(step))
         self._point("latest", step)
-        for later, path in self._step_folders():
+        for later, path in checkpoints_in(self.checkpoints):
             if later > step:
                 _remove(path)
         return target
@@ -166,12 +150,9 @@ class RunFolder:
 
     def adopt_checkpoint(self, step: int) -> Path:
         """Make a begun copy of a checkpoint, with its manifest, a checkpoint. RunError for a damaged copy."""
-        target = self.checkpoint(step)
-        damage = find_damage(self._aside(target), step=step)
-        if damage is not None:
+        if (damage := find_damage(self._aside(self.checkpoint(step)), step=step)) is not None:
             raise RunError(f"The copy of the checkpoint of step {step} is damaged: {damage}")
-        self._commit(target)
-        return target
+        return self._commit(self.checkpoint(step))
 
     def continue_from(self, step: int) -> None:
         """Let a resumed run continue from the checkpoint of this step.
@@ -179,7 +160,7 @@ class RunFolder:
         Later checkpoints stay until the run writes a new checkpoint. Finished rollouts after another checkpoint are
         removed: their versions had other weights.
         """
-        if self._pointed("latest") != step:
+        if pointed(self.checkpoints / "latest") != step:
             for path in self.spool.iterdir():
                 path.unlink()
         self._point("latest", step)
@@ -189,12 +170,9 @@ class RunFolder:
         return self._begin(self.final)
 
     def commit_final(self) -> Path:
-        """Make final/ appear as a whole."""
-        self._commit(self.final)
-        return self.final
+        return self._commit(self.final)
 
     def reference(self, step: int) -> Path:
-        """Return the folder of the reference model after a step."""
         return self.references / f"step_{step:06d}"
 
     def begin_reference(self, step: int) -> Path:
@@ -204,16 +182,14 @@ class RunFolder:
 
     def commit_reference(self, step: int, *, keep: Collection[int]) -> Path:
         """Rename the sealed reference into place, and remove all other references except the steps in `keep`."""
-        self._appear_sealed(self.reference(step))
-        for path in self.references.glob("step_*"):
-            if path not in {self.reference(kept) for kept in (step, *keep)}:
-                _remove(path)
-        return self.reference(step)
+        target = self._appear_sealed(self.reference(step))
+        for path in set(self.references.glob("step_*")) - {self.reference(kept) for kept in (step, *keep)}:
+            _remove(path)
+        return target
 
     def refuse_damaged_reference(self, step: int, *, checkpoint: int) -> None:
         """Raise UserError if the reference of a checkpoint is missing, or differs from the manifest."""
-        damage = find_damage(self.reference(step), step=step)
-        if damage is not None:
+        if (damage := find_damage(self.reference(step), step=step)) is not None:
             raise UserError(
                 f"--resume: the checkpoint of step {checkpoint} needs its reference {self.reference(step)}. {damage} "
                 "Restore the folder from a copy, or start again under another run.name."
@@ -221,58 +197,49 @@ class RunFolder:
 
     def mark_best(self, step: int) -> None:
         """Point `best` at a complete checkpoint, to stay until a better checkpoint comes."""
-        if step not in self.checkpoint_steps():
-            raise ValueError(f"checkpoint of step {step} is not complete, so it cannot be the best")
         self._point("best", step)
 
     def checkpoint_steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, rising. Sizes are checked, and checksums are not."""
-        return [step for step, path in self._step_folders() if is_complete(path, step)]
+        return [step for step, path in checkpoints_in(self.checkpoints) if is_complete(path, step)]
 
     def latest_checkpoint(self) -> int | None:
         """Return the step of the checkpoint to resume from, sound or damaged. None: there is no checkpoint.
 
         `latest` points at this checkpoint. If the checkpoint was removed, the newest takes its place.
         """
-        steps = [step for step, _ in self._step_folders()]
-        latest = self._pointed("latest")
+        steps = [step for step, _ in checkpoints_in(self.checkpoints)]
+        latest = pointed(self.checkpoints / "latest")
         return latest if latest in steps else max(steps, default=None)
 
     def refuse_damage(self, step: int) -> None:
         """Read the whole checkpoint of a step. UserError if a byte differs from the written byte."""
-        damage = find_damage(self.checkpoint(step), step=step)
-        if damage is None:
+        if (damage := find_damage(self.checkpoint(step), step=step)) is None:
             return
-        before = [other for other, path in self._step_folders() if other < step and not find_damage(path, step=other)]
+        earlier = [other for other in checkpoints_in(self.checkpoints) if other[0] < step]
+        before = [path.name for other, path in earlier if not find_damage(path, step=other)]
         instead = "start again under another run.name, because there is no undamaged checkpoint before this one"
         if before:
-            instead = f"continue from the checkpoint before this one with --resume {self.checkpoint(before[-1]).name}"
+            instead = f"continue from the checkpoint before this one with --resume {before[-1]}"
         raise UserError(f"--resume: {damage} Restore the file from a copy, or {instead}.")
 
     def best_checkpoint(self) -> int | None:
         """Return the step of `best`. None: no checkpoint was marked, or the marked one is damaged."""
-        step = self._pointed("best")
+        step = pointed(self.checkpoints / "best")
         return step if step in self.checkpoint_steps() else None
 
     def prune(self, keep: int) -> list[int]:
         """Remove all but the newest `keep` undamaged checkpoints, `latest` and `best`. Returns the steps removed."""
-        if keep < 1:
-            raise ValueError(f"prune needs keep >= 1, got {keep}: the latest checkpoint is never removed")
-        kept = {*self.checkpoint_steps()[-keep:], self._pointed("latest"), self._pointed("best")}
-        removed = {step: path for step, path in self._step_folders() if step not in kept}
+        links = (pointed(self.checkpoints / link) for link in ("latest", "best"))
+        kept = {*self.checkpoint_steps()[-keep:], *links}
+        removed = {step: path for step, path in checkpoints_in(self.checkpoints) if step not in kept}
         for path in removed.values():
             _remove(path)
         return list(removed)
 
-    def _step_folders(self) -> list[tuple[int, Path]]:
-        return checkpoints_in(self.checkpoints)
-
     def _point(self, link: str, step: int) -> None:
         write_aside(self.checkpoints / link, lambda aside: aside.symlink_to(self.checkpoint(step).name))
-        sync_folder(self.checkpoints)
-
-    def _pointed(self, link: str) -> int | None:
-        return pointed(self.checkpoints / link)
+        sync(self.checkpoints)
 
     def _aside(self, target: Path) -> Path:
         return self.scratch / f"{target.parent.name}-{target.name}"
@@ -290,22 +257,21 @@ class RunFolder:
             if path.is_dir() and not path.is_symlink() and path != self.spool:
                 _discard(path)
 
-    def _appear_sealed(self, target: Path) -> None:
+    def _appear_sealed(self, target: Path) -> Path:
         assert (self._aside(target) / MANIFEST).exists(), f"{target} has not been sealed"  # it is written last
-        self._appear(target)
+        return self._appear(target)
 
-    def _commit(self, target: Path) -> None:
+    def _commit(self, target: Path) -> Path:
         sync_tree(self._aside(target))
-        self._appear(target)
+        return self._appear(target)
 
-    def _appear(self, target: Path) -> None:
-        if target.exists():
-            old = _out_of_the_way(target)
-            self._aside(target).rename(target)
+    def _appear(self, target: Path) -> Path:
+        old = _out_of_the_way(target) if target.exists() else None
+        self._aside(target).rename(target)
+        if old is not None:
             _discard(old)
-        else:
-            self._aside(target).rename(target)
-        sync_folder(target.parent)
+        sync(target.parent)
+        return target
 
     def _take_over(self) -> None:
         """Rename the `scratch` folder of the last start, and keep only the spool.
@@ -313,22 +279,18 @@ class RunFolder:
         An actor that outlived the run made a `scratch` folder without a spool.
         """
         before = sorted(self.path.glob(f"{_SCRATCH}*"), key=lambda path: not (path / self.spool.name).is_dir())
-        for index, path in enumerate(before):
-            if index > 0:
-                _remove(path)
-                continue
+        for path in before[1:]:
+            _remove(path)
+        for path in before[:1]:
             path.rename(self.scratch)
-            for part in self.scratch.iterdir():
-                if part != self.spool:
-                    _delete(part)
+            for part in set(self.scratch.iterdir()) - {self.spool}:
+                _delete(part)
         self.scratch.mkdir(exist_ok=True)
 
     def _clear(self) -> None:
         """Remove the files of a start that ended before the first step. This run begins anew."""
-        files = (self.metrics, self.errors, self.timeline)
-        names = (HISTOGRAMS, GROUPS, "wandb_run_id", "tensorboard")
-        folders = (self.samples, self.evals, self.spool, self.references)
-        for path in (*files, *folders, *(self.path / name for name in names)):
+        names = (HISTOGRAMS, GROUPS, "wandb_run_id", "tensorboard", "samples", "evals", "references")
+        for path in (self.metrics, self.errors, self.timeline, self.spool, *(self.path / name for name in names)):
             _delete(path)
 
     def _sweep(self) -> None:
@@ -353,8 +315,7 @@ def pointed(link: Path) -> int | None:
 
 def refuse_other_run(path: Path) -> None:
     """Raise UserError if a folder holds a run already."""
-    state = _state(path)
-    if state is not None:
+    if (state := _state(path)) is not None:
         raise UserError(
             f"run.name: {path} already holds {state} choose another run.name, or replace the run with --overwrite."
         )
@@ -415,12 +376,11 @@ def _state(path: Path) -> str | None:
 
 
 def _delete(path: Path) -> None:
-    """Remove a folder, file or link, if present."""
     _remove(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder so that after a kill the folder is either whole or gone from the path."""
+    """Remove a folder; after a kill the folder is either whole or gone from the path."""
     _discard(_out_of_the_way(path))
 
 

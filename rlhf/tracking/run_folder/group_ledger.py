@@ -13,12 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from rlhf.tracking.run_folder.atomic import append_line, read_lines
-
-if TYPE_CHECKING:
-    from rlhf.types import GroupRequest, RolloutInfo
+from rlhf.types import GroupRequest, RolloutInfo, oldest_version
 
 FILE = "groups.jsonl"
 OUTCOMES = ("trained", "filtered", "dropped", "asked_again")
@@ -36,12 +34,11 @@ class GroupRecord:
 
     @classmethod
     def of(cls, request: GroupRequest, infos: Sequence[RolloutInfo] = ()) -> Self:
-        """Return the record of a request, and of any responses."""
         return cls(
             group_id=request.group_id,
             epoch=request.epoch,
             prompt_id=request.prompt.prompt_id,
-            oldest=min((info.min_version for info in infos if info.num_response_tokens), default=None),
+            oldest=oldest_version(infos),
             newest=max((info.max_version for info in infos if info.num_response_tokens), default=None),
         )
 
@@ -97,13 +94,8 @@ _SHARED = tuple(field.name for field in fields(GroupRecord) if field.name != "gr
 
 def _records(columns: Mapping[str, Any]) -> tuple[GroupRecord, ...]:
     ids = columns["group_id"]
-    if not ids:
-        return ()
-    rows = zip(*(_values(columns[name], len(ids)) for name in _SHARED), strict=True)
-    return tuple(
-        GroupRecord(group_id=group_id, **dict(zip(_SHARED, row, strict=True)))
-        for group_id, row in zip(ids, rows, strict=True)
-    )
+    rows = zip(ids, *(_values(columns[name], len(ids)) for name in _SHARED if ids), strict=True)
+    return tuple(GroupRecord(**dict(zip(("group_id", *_SHARED), row, strict=True))) for row in rows)
 
 
 def _column(values: Sequence[int | None]) -> int | list[int | None] | None:

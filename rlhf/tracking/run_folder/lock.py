@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,14 +24,19 @@ def lock_folder(path: Path, *, key: str) -> int:
         if error.errno != errno.ELOOP:
             raise
         raise UserError(f"{key}: {path / '.lock'} is a symbolic link, which is not followed. Remove it.") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.pread(lock, 64, 0).decode(errors="replace").strip() or "unknown"
-        os.close(lock)
-        raise UserError(
-            f"{key}: {path} is in use by process {holder}. Wait for it to end, or choose another {key}."
-        ) from error
+    for pauses_left in range(2, -1, -1):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if pauses_left:  # `rlhf view` holds a shared lock for microseconds
+                time.sleep(0.05)
+                continue
+            holder = os.pread(lock, 64, 0).decode(errors="replace").strip() or "unknown"
+            os.close(lock)
+            raise UserError(
+                f"{key}: {path} is in use by process {holder}. Wait for it to end, or choose another {key}."
+            ) from error
     with suppress(OSError):  # on a full disk; the process is only named in messages
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)

@@ -53,7 +53,7 @@ class Manifest(BaseModel):
             return cls(step=step, files=dict(zip(names, entries, strict=True)))
 
     @classmethod
-    def parse(cls, content: str | bytes) -> Manifest | None:
+    def parse(cls, content: bytes) -> Manifest | None:
         """Return the manifest in a file's content. None: the content is truncated, or is not a manifest."""
         try:
             return cls.model_validate_json(content)
@@ -73,18 +73,14 @@ class Manifest(BaseModel):
 
 
 def is_complete(folder: Path, step: int) -> bool:
-    """Return whether every file of the manifest is there in full size. Reads no file but the manifest."""
+    """Return whether every file of the manifest is there in full size. Only the manifest is read."""
     manifest = Manifest.read(folder)
     return manifest is not None and manifest.step == step and _missing(folder, manifest) is None
 
 
 def find_damage(folder: Path, *, step: int | None) -> str | None:
-    """Read every file of a folder, and return a sentence about the first difference from the manifest.
-
-    None: every byte is as written.
-    """
-    manifest = Manifest.read(folder)
-    if manifest is None:
+    """Read every file of a folder. Return a sentence about the first difference from the manifest, or None."""
+    if (manifest := Manifest.read(folder)) is None:
         return f"{folder / MANIFEST} is missing or damaged."
     if manifest.step != step:
         return f"{folder / MANIFEST} belongs to step {manifest.step}."

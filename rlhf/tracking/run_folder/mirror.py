@@ -16,13 +16,15 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.dirfs import DirFileSystem
 
 from rlhf.errors import RunError, UserError
+from rlhf.process.stopping import start_thread
 from rlhf.tracking.logs import redact
 from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.manifest import MANIFEST, Manifest, find_damage
@@ -38,17 +40,14 @@ _RESULT = "eval.json"  # of an evaluation: it marks the run as finished, so it g
 _FINAL = "final.json"  # in the mirror: the manifest of final/, which goes last
 _BEST = "checkpoints/best.json"
 _FLAT = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss"}  # no folders: a request for one may create the bucket
-_STEP = re.compile(r"step_(\d{6,})")
+_IN_STEP = re.compile(r"(checkpoints/step_(\d{6,})/)(.+)")
 
 
 class Mirror:
     """A run's folder elsewhere. Invariant: an incomplete checkpoint or final model never looks whole there."""
 
     def __init__(self, url: str, folder: RunFolder, *, name: str, stalled_s: float = STALLED_S) -> None:
-        """Open the file system of `run.mirror`.
-
-        url: `run.mirror`; name: the run's name. UserError: an unknown file system, or a missing package.
-        """
+        """Open the file system of the URL `run.mirror`. UserError: an unknown file system, or a missing package."""
         self.place = redact(f"{url.rstrip('/')}/{name}")  # for messages
         self._folder = folder
         store, root = _open_store(url)
@@ -58,9 +57,7 @@ class Mirror:
         self._folders: set[str] = set()  # known to exist in the mirror
         protocols = store.protocol
         self._has_folders = _FLAT.isdisjoint([protocols] if isinstance(protocols, str) else protocols)
-        self._thread: threading.Thread | None = None
-        self._result: Any = None
-        self._error: Exception | None = None
+        self._call: tuple[Future[Any], threading.Thread] | None = None  # in progress, or not yet settled
         self._moved = 0.0  # time of the last moved byte
         self._callback = fsspec.callbacks.Callback(hooks={"moved": self._note_move})
         self._abandoned = False
@@ -90,7 +87,7 @@ class Mirror:
         """Wait for the upload while data moves. Return the reason of a failure, once. None: no failure."""
         if (silent_s := self._wait(within_s)) is not None:
             return f"{self.place}: no answer for {silent_s:.0f} s; the upload is given up"
-        error, self._error = self._error, None
+        error = self._take_error()
         return None if error is None else f"{self.place}: {_text(error)}"
 
     def finish(self, keep: int, *, failed: bool) -> None:
@@ -111,44 +108,38 @@ class Mirror:
 
     def is_free(self) -> bool:
         """Return whether checkpoints may be removed, since no upload reads the folder."""
-        return self._thread is None or not self._thread.is_alive()
+        return self._call is None or not self._call[1].is_alive()
 
-    def _start(self, call: Callable[[], Any]) -> None:
-        """Make a call in a thread and record the result or the error."""
+    def _start(self, call: Callable[[], T]) -> Future[T]:
+        self._moved, self._abandoned = time.monotonic(), False
+        self._call = start_thread(call, "mirror")
+        return self._call[0]
 
-        def work() -> None:
-            try:
-                self._result = call()
-            except Exception as error:  # noqa: BLE001  (any error of the store's library: the caller reports it)
-                self._error = error
-
-        self._result, self._error, self._moved, self._abandoned = None, None, time.monotonic(), False
-        self._thread = threading.Thread(target=work, name="mirror", daemon=True)
-        self._thread.start()
+    def _take_error(self) -> BaseException | None:
+        """Return the error of the finished call, once."""
+        call, self._call = self._call, None
+        return None if call is None else call[0].exception()
 
     def _wait(self, within_s: float = float("inf")) -> float | None:
         """Wait for the thread while bytes move. Return the seconds without a moved byte if the thread is abandoned."""
         ends = time.monotonic() + within_s
-        while not self.is_free():
-            assert self._thread is not None
+        while self._call is not None and not self.is_free():
             now = time.monotonic()
             if now > ends or now - self._moved > self._stalled_s:
                 self._abandoned = True
                 return now - self._moved
-            self._thread.join(min(0.2, max(ends - now, 0.01)))
+            self._call[1].join(min(0.2, max(ends - now, 0.01)))
         return None
 
     def _guarded(self, call: Callable[[], T], action: str) -> T:
         """Return the result of a call, abandoned when no bytes move. RunError names the place."""
-        self._start(call)
+        future = self._start(call)
         if self._wait() is not None:
             raise RunError(f"run.mirror: {action} {self.place}: no answer for {self._stalled_s:g} s")
-        error, self._error = self._error, None
-        if isinstance(error, RunError | UserError):
-            raise error
-        if error is not None:
+        error = self._take_error()
+        if error is not None and not isinstance(error, RunError | UserError):
             raise RunError(f"run.mirror: {action} {self.place} failed: {_text(error)}") from error
-        return cast(T, self._result)
+        return future.result()
 
     def _upload(self, keep: int) -> None:
         """Upload all changes. The file that marks a part as complete goes last."""
@@ -159,8 +150,7 @@ class Mirror:
         for step in self._folder.checkpoint_steps():
             if step not in whole and latest is not None and step <= latest:
                 self._put_checkpoint(step)
-        best = self._folder.best_checkpoint()
-        if best is not None:
+        if (best := self._folder.best_checkpoint()) is not None:
             self._write(_BEST, {"step": best})
         if self._folder.final.exists() and self._manifest(_FINAL) is None:
             manifest = Manifest.of(self._folder.final, step=None)
@@ -194,8 +184,7 @@ class Mirror:
         path = self._folder.checkpoint(step)
         name = f"checkpoints/{path.name}"
         self._remove(f"{name}/{MANIFEST}")
-        manifest = Manifest.read(path)
-        if manifest is None:
+        if (manifest := Manifest.read(path)) is None:
             raise RunError(f"{path / MANIFEST} is damaged, so the checkpoint is not uploaded")
         self._put_all(path, name, manifest)
         self._put(path / MANIFEST, f"{name}/{MANIFEST}")
@@ -211,7 +200,7 @@ class Mirror:
         kept = {*whole[-keep:], *self._folder.checkpoint_steps(), self._best()}
         if latest is not None:
             kept = {step for step in kept if step is not None and step <= latest}
-        for step in {int(match[1]) for name in listing if (match := _in_step(name))} - kept:
+        for step in {int(match[2]) for match in map(_IN_STEP.fullmatch, listing) if match} - kept:
             name = f"checkpoints/step_{step:06d}"
             self._remove(f"{name}/{MANIFEST}")
             self._remove(name)
@@ -259,8 +248,7 @@ class Mirror:
     def _get_checkpoint(self, step: int, whole: list[int]) -> None:
         name = f"checkpoints/step_{step:06d}"
         aside = self._folder.begin_checkpoint(step)
-        manifest = self._manifest(f"{name}/{MANIFEST}")
-        if manifest is None:
+        if (manifest := self._manifest(f"{name}/{MANIFEST}")) is None:
             raise RunError(f"run.mirror: {self.place}/{name}/{MANIFEST} cannot be read")
         self._get_all(name, aside, manifest)
         manifest.write(aside)
@@ -277,13 +265,10 @@ class Mirror:
     def _whole_steps(self, listing: Mapping[str, int]) -> list[int]:
         """Return the steps of the mirror's whole checkpoints in rising order."""
         whole = []
-        for name in listing:
-            if (match := _in_step(name)) is None or not name.endswith(f"/{MANIFEST}"):
-                continue
-            manifest, folder = self._manifest(name), f"checkpoints/{match[0]}"
-            files = {} if manifest is None else manifest.files
-            if manifest is not None and all(listing.get(f"{folder}/{file}") == e.size for file, e in files.items()):
-                whole.append(int(match[1]))
+        for match in filter(None, map(_IN_STEP.fullmatch, listing)):
+            manifest = self._manifest(match[0]) if match[3] == MANIFEST else None
+            if manifest and all(listing.get(f"{match[1]}{name}") == of.size for name, of in manifest.files.items()):
+                whole.append(int(match[2]))
         return sorted(whole)
 
     def _best(self) -> int | None:
@@ -339,19 +324,17 @@ class Mirror:
 
     def _manifest(self, name: str) -> Manifest | None:
         """Return a manifest. None: absent or truncated."""
-        content = self._read(name)
-        return None if content is None else Manifest.parse(content)
+        return Manifest.parse(self._read(name))
 
-    def _read(self, name: str) -> bytes | None:
-        """Return a small file's content. None: the file is absent."""
+    def _read(self, name: str) -> bytes:
+        """Return a small file's content, empty for an absent file."""
         try:
             content: bytes = self._tried(lambda: self._store.cat_file(name))
         except FileNotFoundError:
-            return None
+            return b""
         return content
 
     def _remove(self, name: str) -> None:
-        """Remove a file, or a folder with all its content."""
         self._tried(lambda: self._store.exists(name) and self._store.rm(name, recursive=True))
 
     def _note_move(self, *_: object, **__: object) -> None:
@@ -391,11 +374,5 @@ def _open_store(url: str) -> tuple[Any, str]:
         ) from error
 
 
-def _in_step(name: str) -> re.Match[str] | None:
-    """Match the part step_NNNNNN of a name in checkpoints/."""
-    parts = name.split("/")
-    return _STEP.fullmatch(parts[1]) if len(parts) > 2 and parts[0] == "checkpoints" else None
-
-
-def _text(error: Exception) -> str:
+def _text(error: BaseException) -> str:
     return redact(f"{type(error).__name__}: {error}")

@@ -12,13 +12,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rlhf.tracking.logs import redact
 from rlhf.tracking.run_folder.atomic import read_lines, write_lines
-
-if TYPE_CHECKING:
-    from rlhf.types import StepReward
+from rlhf.types import StepReward
 
 MOST_CHARACTERS = 4096  # of a column of the data row, or of an agent's result
 _PROMPT_COLUMNS = ("prompt", "messages", "images")  # shown as the prompt itself
@@ -44,9 +42,7 @@ class SampleSequence:
 
     start: int  # position of its first token
     own: int  # position of its first token after those that it shares with an earlier sequence
-    # position of the last shared token in that earlier sequence. Negative: it belongs to the prompt. None: no token is
-    # shared
-    after: int | None
+    after: int | None  # position of the last shared token there, negative in the prompt. None: no token is shared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +116,6 @@ def sample_columns(columns: Mapping[str, Any]) -> dict[str, SampleValue]:
 
 
 def sample_value(value: Any) -> SampleValue:
-    """Return a value as samples show it."""
     try:
         plain = json.loads(json.dumps(value, default=str))
         shown = _redacted(plain)

@@ -1,5 +1,4 @@
-"""timeline.json: the work of each role over time, as a Chrome trace for Perfetto (ui.perfetto.dev) and
-chrome://tracing.
+"""timeline.json: the work of each role over time, as a Chrome trace for Perfetto (ui.perfetto.dev).
 
 Each role has one row group, with as many lanes as spans at once. Events are written as they end, so a killed run loses
 only the open spans. A resumed run continues the same file. The module measures nothing itself. While the file cannot be
@@ -10,16 +9,16 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rlhf.role_table import ROLES
+from rlhf.tracking.run_folder.atomic import append_whole
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +37,13 @@ class Timeline:
         self._pids: dict[str, int] = {}
         self._lanes: dict[tuple[str, str], list[deque[tuple[float, float]]]] = {}
         self._tids: dict[tuple[int, str], int] = {}
+        self._file = path.open("ab", buffering=0)
         end, known = _readable_end(path)
         for event in known:
             if event["name"] == "process_name":
                 self._pids[event["args"]["name"]] = event["pid"]
             elif event["name"] == "thread_name":
                 self._tids[event["pid"], event["args"]["name"]] = event["tid"]
-        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
-        self._end = end
         self._file.truncate(end)
         self._empty = end == 0
         self._lost = 0  # events since the last written one
@@ -75,10 +73,9 @@ class Timeline:
         with self._guard:
             pid = self._pid(role)
             tid = self._tid(pid, self._free_lane(role, lane, start_s, end_s))
-            ends = {"ts": _us(start_s), "dur": _us(end_s) - _us(start_s)}
-            self._write(
-                {"name": name, "ph": "X", **ends, "pid": pid, "tid": tid, **({"args": dict(args)} if args else {})}
-            )
+            start_us = round(start_s * 1e6)
+            event = {"name": name, "ph": "X", "ts": start_us, "dur": round(end_s * 1e6) - start_us}
+            self._write({**event, "pid": pid, "tid": tid, **({"args": dict(args)} if args else {})})
 
     def close(self) -> None:
         """End the array: the file is then strict JSON."""
@@ -110,14 +107,17 @@ class Timeline:
         return self._tids[pid, lane]
 
     def _free_lane(self, role: str, lane: str, start: float, end: float) -> str:
-        """Return the first copy of the lane in which the span overlaps no earlier span in part."""
+        """Add a span to the first copy of the lane in which the span overlaps no earlier span in part."""
         lanes = self._lanes.setdefault((role, lane), [])
-        for number, taken in enumerate(lanes):
-            if all(end <= s or e <= start or (start <= s and e <= end) or (s <= start and end <= e) for s, e in taken):
-                taken.append((start, end))
-                return _copy(lane, number)
-        lanes.append(deque([(start, end)], maxlen=_REMEMBERED))
-        return _copy(lane, len(lanes) - 1)
+        fits = (
+            all(end <= s or e <= start or start <= s <= e <= end or s <= start <= end <= e for s, e in taken)
+            for taken in (*lanes, ())
+        )
+        number = next(number for number, is_fitting in enumerate(fits) if is_fitting)
+        if number == len(lanes):
+            lanes.append(deque(maxlen=_REMEMBERED))
+        lanes[number].append((start, end))
+        return f"{lane} {number + 1}" if number else lane
 
     def _write(self, event: Mapping[str, Any]) -> bool:
         text = (b"[\n" if self._empty else b",\n") + json.dumps(event, allow_nan=False).encode()
@@ -128,12 +128,8 @@ class Timeline:
     def _put(self, text: bytes) -> bool:
         """Write at the end of the whole events, to the kernel, safe from the process's death. Return the success."""
         try:
-            written = 0
-            while written < len(text):
-                written += os.pwrite(self._file.fileno(), text[written:], self._end + written)
+            append_whole(self._file.fileno(), text, is_synced=False)
         except OSError as error:
-            with suppress(OSError):
-                self._file.truncate(self._end)
             if not self._lost:
                 logger.warning("%s could not be written, and its events are lost meanwhile: %s", self._file.name, error)
             self._lost += 1
@@ -141,32 +137,21 @@ class Timeline:
         if self._lost:
             logger.warning("%s goes on, without %d events", self._file.name, self._lost)
         self._lost = 0
-        self._end += len(text)
         return True
-
-
-def _copy(lane: str, number: int) -> str:
-    return f"{lane} {number + 1}" if number else lane
-
-
-def _us(seconds: float) -> int:
-    return round(seconds * 1e6)
 
 
 def _readable_end(path: Path) -> tuple[int, list[dict[str, Any]]]:
     """Return the position after the last whole event of an earlier trace, and the metadata events."""
-    end, names = 0, []
-    if path.exists():
-        position = 0
-        with path.open("rb") as file:
-            for line in file:
-                text = line.rstrip(b",\n")
-                whole = text.startswith(b"{") and text.endswith(b"}")
-                if whole and b'"ph": "M"' in text:
-                    names.append(json.loads(text))
-                if whole and (line.endswith(b"\n") or _is_json(text)):
-                    end = position + len(text)
-                position += len(line)
+    end, position, names = 0, 0, []
+    with path.open("rb") as file:
+        for line in file:
+            text = line.rstrip(b",\n")
+            whole = text.startswith(b"{") and text.endswith(b"}")
+            if whole and b'"ph": "M"' in text:
+                names.append(json.loads(text))
+            if whole and (line.endswith(b"\n") or _is_json(text)):
+                end = position + len(text)
+            position += len(line)
     return end, names
 
 

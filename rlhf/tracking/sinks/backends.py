@@ -67,11 +67,9 @@ class Relay:
     """A back end on a separate thread. After the first failure it gets no more calls, with one warning."""
 
     def __init__(self, backend: TrackerBackend, *, close_within_s: float = CLOSE_WITHIN_S) -> None:
-        self._backend = backend
-        self._close_within_s = close_within_s
+        self._backend, self._close_within_s = backend, close_within_s
         self._calls: queue.Queue[tuple[str, Callable[[TrackerBackend], None]] | None] = queue.Queue(MOST_WAITING)
-        self._broken = False
-        self._missed = False
+        self._broken = self._missed = False
         self._thread = threading.Thread(target=self._work, name=f"tracking {backend.name}", daemon=True)
         self._thread.start()
 
@@ -103,10 +101,6 @@ class Relay:
                 call[1](self._backend)
             except Exception as error:  # noqa: BLE001  (any failure ends the view alone)
                 self._broken = True
-                logger.warning(
-                    "%s failed while %s: %s: %s. The run continues without it: metrics.jsonl has all values.",
-                    self._backend.name,
-                    call[0],
-                    type(error).__name__,
-                    redact(str(error)).rstrip("."),
-                )
+                message = "%s failed while %s: %s: %s. The run continues without it: metrics.jsonl has all values."
+                text = redact(str(error)).rstrip(".")
+                logger.warning(message, self._backend.name, call[0], type(error).__name__, text)

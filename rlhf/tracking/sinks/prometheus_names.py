@@ -34,7 +34,6 @@ class Exported:
 
 
 def exported(metric: Metric) -> Exported:
-    """Return the Prometheus form of a declared metric."""
     is_counter = metric.name.endswith("/total")
     parts = [re.sub(r"<\w+>_?", "", part) for part in metric.name.removesuffix("/total").split("/")]
     return Exported(

@@ -1,7 +1,6 @@
 """TensorBoard as a tracker back end: event files in <run folder>/tensorboard, for `tensorboard --logdir runs`.
 
-TensorBoard shows scalars and histograms under the names of the metrics, and alerts as text, but no samples and no
-timeline.
+TensorBoard shows scalars, histograms, and alerts as text, but no samples and no timeline.
 """
 
 from __future__ import annotations
@@ -47,7 +46,6 @@ class TensorboardBackend(TrackerBackend):
         self._step = 0
 
     def log(self, step: TrackedStep) -> None:
-        """Write one point of each scalar and one distribution of each histogram."""
         self._step = step.step
         for key, value in step.metrics.items():
             if value is not None:
@@ -68,9 +66,7 @@ class TensorboardBackend(TrackerBackend):
             )
 
     def alert(self, severity: Severity, title: str, text: str) -> None:
-        """Write the alert as a text at the last step."""
         self._writer.add_text(f"alerts/{title}", f"**{severity}**: {text}", self._step)
 
     def close(self, *, failed: bool) -> None:
-        """Write the remaining events and close the file."""
         self._writer.close()

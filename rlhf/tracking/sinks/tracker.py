@@ -32,10 +32,7 @@ _FILES = ("metrics.jsonl", "errors.jsonl", histograms.FILE, group_ledger.FILE)  
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's metrics.jsonl in order of steps. An incomplete last line after a kill is left out.
-
-    ValueError: a line is not an object with a step.
-    """
+    """Return the rows of metrics.jsonl, without an incomplete last line. ValueError: a line has no step."""
     path = folder / "metrics.jsonl"
     rows = read_lines(path)
     for number, row in enumerate(rows, start=1):
@@ -60,12 +57,12 @@ class Tracker:
 
     def _continue(self) -> None:
         """Restore step, clock and reported findings from the rows."""
-        rows = read_metrics(self._folder)
         self._watch = Watch()
-        for row in rows:
-            self._watch.observe(row)
-        self._last_step: int = rows[-1]["step"] if rows else -1
-        self._start = time.monotonic() - (rows[-1]["time_s"] if rows else 0.0)
+        last: dict[str, Any] = {"step": -1, "time_s": 0.0}
+        for last in read_metrics(self._folder):
+            self._watch.observe(last)
+        self._last_step: int = last["step"]
+        self._start = time.monotonic() - last["time_s"]
 
     def log(
         self,
@@ -83,16 +80,14 @@ class Tracker:
         if step <= self._last_step:
             raise ValueError(f"step {step} was logged after step {self._last_step}, but steps must rise")
         values: dict[str, float | None] = {}
-        for key in sorted(metrics):
+        for key in (*metrics, *distributions):
             declared(key)
-            value = metrics[key]
+        for key, value in sorted(metrics.items()):
             if not isinstance(value, int | float):
                 raise TypeError(f"metric {key!r} is a {type(value).__name__}, expected a number")
             values[key] = value if math.isfinite(value) else None
             if not math.isfinite(value):
                 logger.warning("step %d: %s is %s, written as null", step, key, value)
-        for key in distributions:
-            declared(key)
         histograms.append_histograms(self._folder, step, distributions)
         if groups is not None:
             append_groups(self._folder, step, groups)
@@ -114,11 +109,9 @@ class Tracker:
         write_lines(self._path, [*rows, last | {key: (last.get(key) or 0.0) + added[key] for key in added}])
 
     def alert(self, severity: Severity, title: str, text: str) -> None:
-        """Send an alert to the back ends."""
         self._call("alerting", lambda backend: backend.alert(severity, title, redact(text)))
 
     def checkpoint(self, step: int, folder: Path) -> None:
-        """Announce a whole checkpoint to the back ends."""
         self._call("storing a checkpoint", lambda backend: backend.checkpoint(step, folder))
 
     def _call(self, action: str, method: Callable[[TrackerBackend], None]) -> None:

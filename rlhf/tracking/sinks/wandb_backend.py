@@ -117,20 +117,14 @@ class WandbBackend(TrackerBackend):
     name = "W&B"
 
     def __init__(self, run: wandb.Run, folder: Path, *, checkpoints: bool) -> None:
-        self._run = run
-        self._folder = folder
-        self._checkpoints = checkpoints
-
-    @property
-    def run_id(self) -> str:
-        return str(self._run.id)
+        self._run, self._folder, self._checkpoints = run, folder, checkpoints
 
     def log(self, step: TrackedStep) -> None:
         """Queue one row with histograms and tables of samples. W&B's background process writes or sends the row."""
         import wandb
 
-        row: dict[str, Any] = {"step": step.step}
-        row |= {key: value for key, value in step.metrics.items() if value is not None}
+        row: dict[str, Any] = {"step": step.step, **step.metrics}
+        row = {key: value for key, value in row.items() if value is not None}
         for key, histogram in step.histograms.items():
             form = trimmed(histogram)
             row[key] = wandb.Histogram(np_histogram=(form["counts"], form["edges"]))
@@ -139,7 +133,6 @@ class WandbBackend(TrackerBackend):
         self._run.log(row)
 
     def alert(self, severity: Severity, title: str, text: str) -> None:
-        """Send an alert; W&B notifies the subscribers."""
         self._run.alert(title=title[:63], text=text, level="ERROR" if severity == "failure" else "WARN")
 
     def checkpoint(self, step: int, folder: Path) -> None:
@@ -162,13 +155,12 @@ class WandbBackend(TrackerBackend):
         """Add a file or folder as an artifact of this run. Files due for removal or rewriting are copied."""
         import wandb
 
-        artifact = wandb.Artifact(f"{kind}-{self.run_id}", type=kind, metadata=dict(metadata or {}))
-        policy = "immutable" if kind == "model" else "mutable"
+        artifact = wandb.Artifact(f"{kind}-{self._run.id}", type=kind, metadata=dict(metadata or {}))
+        policy, top = "immutable" if kind == "model" else "mutable", path if path.is_dir() else path.parent
         try:
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
                 if file.is_file():
-                    name = str(file.relative_to(path)) if file != path else path.name
-                    artifact.add_file(str(file), name=name, policy=policy)
+                    artifact.add_file(str(file), name=str(file.relative_to(top)), policy=policy)
         except (FileNotFoundError, ValueError) as error:
             logger.warning("%s was removed before W&B read it, so W&B does not keep it (%s)", path, error)
             return
@@ -189,8 +181,7 @@ def plain(value: Any) -> Any:
 def tables(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[str], list[list[Any]]]]:
     """Return columns and rows of a table for each split of a step's samples, with at most MOST_ROWS rows.
 
-    Secrets are masked. An evaluation stage writes the name of a set in place of the split. An example measured without
-    a response is left out.
+    Secrets are masked. An evaluation stage writes a set in place of the split. Only examples with a response are shown.
     """
     by_split: dict[str, list[Mapping[str, Any]]] = {}
     for sample in samples:

@@ -1,5 +1,4 @@
-"""The W&B workspace of a project of runs: rlhf/tracking/metrics/panels.py as sections of line plots, histograms and
-tables.
+"""The W&B workspace of a project: rlhf/tracking/metrics/panels.py as line plots, then histograms and tables.
 
 Made by wandb-workspaces; only saving speaks to W&B. The module reads no run.
 """
@@ -25,8 +24,7 @@ ANSWER_WITHIN_S = 30
 
 
 def make_workspace(*, entity: str, project: str) -> Workspace:
-    """Return the workspace, not saved. UserError: the package is not installed."""
-    _need_package()
+    """Return the workspace, not saved."""
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
@@ -53,6 +51,11 @@ def publish(*, project: str, entity: str | None, out: Path | None) -> str:
 
     UserError: no credentials, or no package. RunError: W&B refused the workspace.
     """
+    if find_spec("wandb_workspaces") is None:
+        raise UserError(
+            "rlhf dashboard needs the package wandb-workspaces, which is not installed: "
+            "`pip install 'ray-rlhf[dashboard]'`."
+        )
     if out is not None:
         if not out.parent.is_dir():
             raise UserError(f"--out: the folder of {out} does not exist. Name a file in an existing folder.")
@@ -60,7 +63,6 @@ def publish(*, project: str, entity: str | None, out: Path | None) -> str:
         spec = workspace._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
         out.write_text(json.dumps(spec, indent=1) + "\n", encoding="utf-8")
         return str(out)
-    _need_package()
     import wandb
 
     if not wandb.login(prompt=False):
@@ -73,14 +75,6 @@ def publish(*, project: str, entity: str | None, out: Path | None) -> str:
         return str(make_workspace(entity=owner, project=project).save().url)
     except (wandb.errors.Error, ValueError, OSError) as error:
         raise RunError(f"dashboard: W&B refused the workspace: {redact(str(error))}") from error
-
-
-def _need_package() -> None:
-    if find_spec("wandb_workspaces") is None:
-        raise UserError(
-            "rlhf dashboard needs the package wandb-workspaces, which is not installed: "
-            "`pip install 'ray-rlhf[dashboard]'`."
-        )
 
 
 def _plot(reports: Any, panel: Panel) -> Any:
