@@ -257,7 +257,7 @@ MUTATIONS = (
         "rlhf/evaluation/statistics.py",
         "    return 1.0 - float(Fraction(comb(n - sum(passed), k), comb(n, k)))\n",
         "    return float(Fraction(comb(n - sum(passed), k), comb(n, k)))\n",
-        "unit/test_evaluation_statistics.py",
+        "unit/test_evaluation.py",
     ),
     _mutation(
         "a server without a token answers pages of other sites",

@@ -140,35 +140,30 @@ def test_equal_findings_stand_once() -> None:
     assert next(iter(together(found[:2], {"1", "2"})))[0] == "all 2"
 
 
-def test_the_paths_of_a_configuration_are_those_that_are_here(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "weights").write_bytes(b"12345")
-    (tmp_path / "mine.py").write_text("")
-    tree = {
-        "policy": {"model": f"{tmp_path}/model"},
-        "reward": {"model": "someone/on-the-hub"},
-        "rewards": {"mine": {"function": f"{tmp_path}/mine.py:reward"}, "known": {"function": "exact_match"}},
-        "data": {"train": [{"path": f"{tmp_path}/model"}, {"path": f"{tmp_path}/missing.jsonl"}]},
-    }
-    stage: Any = SimpleNamespace(model_dump=lambda **_: tree)
-    assert paths_of([stage]) == [f"{tmp_path}/model", f"{tmp_path}/mine.py"]
-    assert size_of(f"{tmp_path}/model") == "1 files of 5 bytes"
-    assert size_of(f"{tmp_path}/missing.jsonl") == ""
-
-
-def test_the_models_of_the_hub_are_those_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_paths_and_the_hub_models_of_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paths are those that are here, and the models of the hub are those without a folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "here").mkdir(parents=True)
+    (tmp_path / "models/here/weights").write_bytes(b"12345")
+    (tmp_path / "mine.py").write_text("")
     tree = {
         "policy": {"model": "some/model"},
         "critic": {"model": "models/here"},
         "reference": None,
         "reward": {"model": "stage:reward"},
-        "rewards": {"judged": {"judge": {"model": "of/a-service"}}},
+        "rewards": {
+            "mine": {"function": f"{tmp_path}/mine.py:reward"},
+            "known": {"function": "exact_match"},
+            "judged": {"judge": {"model": "of/a-service"}},
+        },
+        "data": {"train": [{"path": f"{tmp_path}/models"}, {"path": f"{tmp_path}/missing.jsonl"}]},
         "evaluate": {"model": "runs/a/final", "against": "another/one", "reward": {"model": "a/judge"}},
     }
     stage: Any = SimpleNamespace(model_dump=lambda **_: tree)
     assert hub_models([stage]) == ["some/model", "another/one", "a/judge"]
+    assert paths_of([stage]) == ["models/here", f"{tmp_path}/mine.py", f"{tmp_path}/models"]
+    assert size_of("models/here") == "1 files of 5 bytes"
+    assert size_of(f"{tmp_path}/missing.jsonl") == ""
 
 
 def test_a_model_is_cached_with_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,14 +213,6 @@ def test_room_counts_only_on_nodes_with_the_labels_of_the_role(
     )
     assert list(module._room([stage], [large, small]))[1].state == state
     assert list(module._room([stage], [{**large, "Labels": small["Labels"]}]))[1].state == "ok"
-
-
-def test_what_is_bad_on_a_node_is_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = [CheckResult("a", state, "x", node="n") for state in ("note", "bad")]  # type: ignore[arg-type]
-    for found, code in ((tuple(told), 1), (tuple(told[:1]), 0)):
-        monkeypatch.setattr("actors.doctor.cluster.check_cluster", lambda *_, found=found: found)
-        assert main(["doctor", "--cluster", "--address", "here:6379"]) == code
-        assert rlhf.cluster_doctor(address="here:6379") == found
 
 
 @pytest.fixture
@@ -342,14 +329,15 @@ def test_a_key_is_never_shown(monkeypatch: pytest.MonkeyPatch, versions: dict[st
     assert "s3cret" not in repr(finding)
 
 
-@pytest.mark.parametrize(("states", "code"), [(["ok", "note"], 0), (["ok", "bad"], 1)])
-def test_exit_code(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], states: list[str], code: int
+@pytest.mark.parametrize(("states", "code"), [(("ok", "note"), 0), (("ok", "bad"), 1)])
+def test_what_is_bad_is_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], states: tuple[Any, ...], code: int
 ) -> None:
-    findings = [doctor.CheckResult(what=f"thing {s}", state=s, found="x [y]", advice="do") for s in states]  # type: ignore[arg-type]
-    monkeypatch.setattr(doctor, "machine_results", lambda: iter(findings))
-    assert main(["doctor"]) == code
-    assert rlhf.doctor() == tuple(findings)
+    found = tuple(CheckResult(f"thing {state}", state, "x [y]", "do", node="n") for state in states)
+    monkeypatch.setattr(doctor, "machine_results", lambda: iter(found))
+    monkeypatch.setattr("actors.doctor.cluster.check_cluster", lambda *_: found)
+    assert main(["doctor", "--cluster", "--address", "here:6379"]) == main(["doctor"]) == code
+    assert rlhf.cluster_doctor(address="here:6379") == rlhf.doctor() == found
     out = capsys.readouterr().out
     assert "x [y]" in out
     assert ("training is not possible yet: see thing bad" in out) == (code == 1)

@@ -60,25 +60,23 @@ def test_a_policy_that_the_model_cannot_be_is_refused(tiny_model: Path, models: 
         "rollouts": {"prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 8},
         "rewards": {"right": {"function": "exact_match"}},
     }
-    of_score, encoder, labels = {"algorithm": {"name": "reward_model"}}, models / "encoder", models / "two_labels"
-    for policy, sections, message in (
-        (
-            {"lora": {"target_modules": ["q_prj"]}},
-            {},
-            "lora.target_modules: the model has no linear layers named q_prj",
-        ),
-        ({"lora": {"target_modules": ["lm_head"]}}, {}, "lora.target_modules: the head is not adapted"),
-        ({"lora": {"modules_to_save": ["score"]}}, {}, "lora.modules_to_save: the model has no modules named score"),
-        ({"lora": {"layers": [0, 99]}}, {}, "lora.layers: the model has layers 0 to"),
-        ({"lora": {"rank": 4096, "init": "pissa"}}, {}, "lora.rank: is 4096, but a"),
-        ({"router_balance_coef": 0.01}, {}, "router_balance_coef: is 0.01, but"),
-        ({"router_replay": True}, grpo, "router_replay: is true, but"),
-        ({"model": str(encoder)}, {}, f"model: The model {encoder} is a BertModel, not a causal language model"),
-        (
-            {"model": str(labels)},
-            of_score,
-            f"model: {labels} has a head of 2 labels, expected one label, or a language",
-        ),
+    encoder, labels = models / "encoder", models / "two_labels"
+    of_score = {"algorithm": {"name": "reward_model"}}
+    no_causal = f"model: The model {encoder} is a BertModel, not a causal language model"
+    two_labels = f"model: {labels} has a head of 2 labels, expected one label, or a language"
+    lora = {
+        "target_modules: the model has no linear layers named q_prj": {"target_modules": ["q_prj"]},
+        "target_modules: the head is not adapted": {"target_modules": ["lm_head"]},
+        "modules_to_save: the model has no modules named score": {"modules_to_save": ["score"]},
+        "layers: the model has layers 0 to": {"layers": [0, 99]},
+        "rank: is 4096, but a": {"rank": 4096, "init": "pissa"},
+    }
+    for message, policy, sections in (
+        *((f"lora.{message}", {"lora": keys}, {}) for message, keys in lora.items()),
+        ("router_balance_coef: is 0.01, but", {"router_balance_coef": 0.01}, {}),
+        ("router_replay: is true, but", {"router_replay": True}, grpo),
+        (no_causal, {"model": str(encoder)}, {}),
+        (two_labels, {"model": str(labels)}, of_score),
     ):
         run = loaded(tmp_path, policy={"model": str(tiny_model), "dtype": "float32", **policy}, **sections)
         assert refusal(run).startswith(f"policy.{message}")
@@ -223,35 +221,25 @@ def test_an_adapter_in_the_wrong_place_is_refused(tiny_model: Path, adapter: Pat
     lora: dict[str, Any] = {"lora": {}}
     other = changed_copy(tiny_model, tmp_path / "other", num_hidden_layers=1)
     kl = {"algorithm": {"name": "grpo", "kl": {"coef": 0.1}}, "rewards": {"right": {"function": "exact_match"}}}
-    for run, message in (
-        (
-            of_a_stage(lora, sft(tmp_path, Path("stage:a"))),
-            r"policy.model: .*/a/final will be an adapter, since its stage",
+    of_stage, judge = {"model": "stage:a"}, {"model": str(adapter)}
+    for message, run in {
+        r"policy.model: .*/a/final will be an adapter, since its stage": of_a_stage(
+            lora, sft(tmp_path, Path("stage:a"))
         ),
-        (
-            of_a_stage({}, sft(tmp_path, tiny_model, lora={}, adapter="stage:a")),
-            r"policy.adapter: .* will be a whole mod",
+        r"policy.adapter: .* will be a whole mod": of_a_stage({}, sft(tmp_path, tiny_model, **lora, adapter="stage:a")),
+        r"reference\.model: .* since its stage has lora; merge it into its base in a stage": of_a_stage(
+            lora, online(tiny_model, **kl, reference=of_stage)
         ),
-        (
-            of_a_stage(lora, online(tiny_model, **kl, reference={"model": "stage:a"})),
-            r"reference\.model: .* since its stage has lora; merge it into its base in a stage",
+        r"reward\.model: .* will be a language model, expected a reward model": of_a_stage(
+            lora, online(tiny_model, reward=of_stage)
         ),
-        (
-            of_a_stage(lora, online(tiny_model, reward={"model": "stage:a"})),
-            r"reward\.model: .* will be a language model, expected a reward model",
+        rf"^reward\.model: The reward model {adapter} is a LoRA adapter with task_type": alone(
+            online(tiny_model, reward=judge)
         ),
-        (
-            alone(online(tiny_model, reward={"model": str(adapter)})),
-            rf"^reward\.model: The reward model {adapter} is a LoRA adapter with task_type",
+        r"policy\.adapter: .* is no adapter folder": alone(sft(tmp_path, tiny_model, **lora, adapter=str(tiny_model))),
+        r"policy\.adapter: the adapter .* of another architecture than": alone(
+            sft(tmp_path, other, **lora, adapter=str(adapter))
         ),
-        (
-            alone(sft(tmp_path, tiny_model, lora={}, adapter=str(tiny_model))),
-            r"policy\.adapter: .* is no adapter folder",
-        ),
-        (
-            alone(sft(tmp_path, other, lora={}, adapter=str(adapter))),
-            r"policy\.adapter: the adapter .* of another architecture than",
-        ),
-    ):
+    }.items():
         with pytest.raises(UserError, match=message):
             load_inputs(run)

@@ -245,18 +245,14 @@ def shapes(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def large() -> str:
-    return rlhf.plan(LARGE, cluster=NODES)
-
-
 def cells(text: str, start: str) -> list[str]:
     """Return the columns of the first line with this beginning."""
     (line,) = [line for line in text.splitlines() if line.strip().startswith(start)][:1]
     return line.split()
 
 
-def test_the_large_recipe_term_by_term(large: str) -> None:
+def test_the_large_recipe_term_by_term_and_stage_by_stage() -> None:
+    large = rlhf.plan(LARGE, cluster=NODES)
     # 70,553,706,496 parameters and 414,187,520 of the adapter, in bfloat16 over 16 ranks: 8.26 GiB.
     assert "weights             8.26           70.97B * 2 bytes / 16" in large
     assert "80 KiB a token" in large  # 320 KiB over four GPUs
@@ -265,9 +261,6 @@ def test_the_large_recipe_term_by_term(large: str) -> None:
     assert "schedules; this run: in turns" in large
     assert all(f"\n  {name} " in large for name in ("pipelined, 2 ahead", "in flight, 2 ahead"))
     assert "streamed" not in large  # ppo whitens over the batch
-
-
-def test_cost_is_split_by_stage(large: str) -> None:
     table = large.split("time of a step")[1].split("schedules;")[0]
     rows = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()[2:] if line.strip()]
     stages, step = rows[: [row[0] for row in rows].index("step")], next(row for row in rows if row[0] == "step")
@@ -345,6 +338,8 @@ def test_a_model_that_is_not_here_is_named_and_the_rest_is_shown(tmp_path: Path)
     (shapes(tmp_path) / SMALL).rename(tmp_path / "some/model")
     text = rlhf.plan(LARGE, ["policy.model=some/model"], cluster=NODES, shapes=tmp_path)
     assert "144.3M * 2 bytes / 16" in text  # 134,515,008 and 9,768,960 of the adapter
+    with pytest.raises(UserError, match=r"--shapes nowhere: is not a folder"):
+        rlhf.plan(LARGE, shapes=Path("nowhere"))
 
 
 def test_training_and_decoding_time_by_hand() -> None:
@@ -362,11 +357,6 @@ def test_training_and_decoding_time_by_hand() -> None:
     read = context * 2 * 80 * 1024 * 2 / (4 * 3350e9 * 0.6)
     multiplied = (2 * weights + 4 * 80 * 8192 * context) / (4 * 989e12 * 0.45)
     assert system_of(config, Sizes(), parse_cluster(NODES), lengths).each_s == pytest.approx(read + multiplied)
-
-
-def test_a_folder_of_shapes_must_exist() -> None:
-    with pytest.raises(UserError, match=r"--shapes nowhere: is not a folder"):
-        rlhf.plan(LARGE, shapes=Path("nowhere"))
 
 
 def test_the_disk_that_checkpoints_take() -> None:
