@@ -1,11 +1,15 @@
-"""Agents as functions of `fixtures/agents/many.py` and as commands."""
+"""Agents as functions of files and as commands, and a server beside an agent."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from aiohttp import web
+
+from rlhf.agents.calls import AgentResult
 from rlhf.agents.limits import ProcessLimits
 from rlhf.agents.runners import AgentTask, HostedRunner
 from rlhf.agents.sessions import COMMAND, FUNCTION
@@ -21,9 +25,13 @@ def task(**columns: Any) -> AgentTask:
 
 
 def function(
-    name: str = "solve", timeout_s: float = 20.0, limits: ProcessLimits = LIMITS, servers: Sequence[ToolServer] = ()
+    name: str = "solve",
+    timeout_s: float = 20.0,
+    limits: ProcessLimits = LIMITS,
+    servers: Sequence[ToolServer] = (),
+    path: Path = MANY,
 ) -> HostedRunner:
-    source = CodeSource(path=str(MANY), name=name)
+    source = CodeSource(path=str(path), name=name)
     options: dict[str, Any] = {"timeout_s": timeout_s, "limits": limits, "servers": servers}
     return HostedRunner(source, program=FUNCTION, key="rollouts.agent", **options)
 
@@ -31,3 +39,27 @@ def function(
 def command(*words: str, timeout_s: float = 20.0, sandbox: bool = False) -> HostedRunner:
     source = CodeSource(path=None, name="command", args={"command": words, "sandbox": sandbox})
     return HostedRunner(source, program=COMMAND, timeout_s=timeout_s, limits=LIMITS, key="rollouts.agent")
+
+
+def solved_beside(
+    answer: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    session_of: Callable[[str], tuple[Any, AgentTask]],
+) -> AgentResult:
+    """Run a session beside a server. `session_of` gets the server's address, and returns a runner and a task."""
+
+    async def run() -> AgentResult:
+        application = web.Application()
+        application.router.add_route("*", "/{path:.*}", answer)
+        server = web.AppRunner(application)
+        await server.setup()
+        await web.TCPSite(server, "127.0.0.1", 0).start()
+        runner, asked = session_of(f"http://127.0.0.1:{server.addresses[0][1]}")
+        await runner.start()
+        try:
+            result: AgentResult = await runner.solve(asked)
+            return result
+        finally:
+            await runner.stop()
+            await server.cleanup()
+
+    return asyncio.run(asyncio.wait_for(run(), 60.0))

@@ -32,6 +32,7 @@ class DummyLoop:
         self.hold = False
         self.end: str | None = None  # finish reason of every response; None: by its last token
         self.version = 0
+        self.first_version: int | None = None  # of the first token of every response; None: the same
         self.on_step: Callable[[Sequence[Any]], None] | None = None
         self.failure: RunError | None = None
         self.asked: list[Submission] = []
@@ -41,7 +42,9 @@ class DummyLoop:
         self.asked += submissions
         futures: list[Future[Any]] = [Future() for _ in submissions]
         for submission, future in zip(submissions, futures, strict=True):
-            if self.hold:
+            if self.failure is not None:
+                future.set_exception(self.failure)
+            elif self.hold:
                 self.waiting[submission.request_id] = future
             else:
                 self._answer(submission, future)
@@ -68,6 +71,8 @@ class DummyLoop:
             text = self.tokenizer.decode(ids[:-1] if ends else ids, skip_special_tokens=True)
             stop = next((stop for stop in params.stop if stop in text), None)
             text, shown = text.partition(stop)[0] if stop else text, 0
+            first = self.version if self.first_version is None else self.first_version
+            spans = [WeightVersionSpan(str(first), 0, 1), WeightVersionSpan(str(self.version), 1, len(ids))]
             for begin, end in itertools.pairwise(
                 [*range(0, len(ids), self.chunk if streams else len(ids) or 1), len(ids)]
             ):
@@ -81,7 +86,7 @@ class DummyLoop:
                     logprobs=_logprobs(ids[begin:end], begin, params),
                     finish_reason=(self.end or ("stop" if ends or stop else "length")) if is_last else None,
                     stop_reason=stop if is_last else None,
-                    weight_versions=[WeightVersionSpan(str(self.version), 0, len(ids))] if is_last else None,
+                    weight_versions=spans if is_last else None,
                 )
                 shown = until
                 parts.append(part)

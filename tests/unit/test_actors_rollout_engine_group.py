@@ -23,49 +23,11 @@ from rlhf.rollouts.records.begun import Begun
 from rlhf.rollouts.records.spool import group_path, retain_sampled_by
 from tests.fakes.calls import ref
 from tests.fakes.engine_handles import DEADLINE_S, SAMPLING, Engine, manifest, request, until
+from tests.fakes.vllm_engine import FakeEngine
 
 SPEC = RolloutSpec(
     name="rollout engine 0", model="none", dtype="float32", max_model_len=8, max_num_seqs=4, transport="shm"
 )
-
-
-class FakeEngine:
-    """vLLM's engine: a request with "bad" in the id is refused, other requests finish in the second step after."""
-
-    def __init__(self) -> None:
-        self.running: dict[str, int] = {}
-        self.version = ""
-        core = SimpleNamespace(batch_queue=None)
-        self.engine_core = SimpleNamespace(engine_core=core, shutdown=lambda: None)
-        self.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=1, block_size=16))
-        self.get_tokenizer = lambda: SimpleNamespace(get_added_vocab=dict)
-
-    def add_request(self, request_id: str, prompt: Any, params: Any, *, lora_request: Any) -> None:
-        if "bad" in request_id:
-            raise ValueError(f"{request_id} is refused")
-        self.running[request_id] = 2
-
-    def abort_request(self, request_ids: list[str]) -> None:
-        for request_id in request_ids:
-            del self.running[request_id]
-
-    def has_unfinished_requests(self) -> bool:
-        return bool(self.running)
-
-    def step(self) -> list[Any]:
-        self.running = {name: left - 1 for name, left in self.running.items()}
-        done = [name for name, left in self.running.items() if left == 0]
-        self.running = {name: left for name, left in self.running.items() if left}
-        return [SimpleNamespace(request_id=name, finished=True) for name in done]
-
-    def set_weight_version(self, version: str) -> None:
-        self.version = version
-
-    def get_weight_version(self) -> str:
-        return self.version
-
-    def reset_prefix_cache(self, *, reset_running_requests: bool) -> bool:
-        return True
 
 
 def submission(name: str) -> Submission:

@@ -15,6 +15,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from actors.rollout.engine_thread import Aborted, EngineLoop, Submission
 from rlhf.errors import ChildLost, RunError, UserError
+from tests.fakes.vllm_engine import FakeEngine
 
 ASKED = Submission(request_id="a", prompt_token_ids=(1,), params=None, lora=None)
 
@@ -40,36 +41,10 @@ def test_only_arguments_that_vllm_refuses_are_the_users_mistake(error: Exception
     assert loop.stop(timeout_s=10.0)
 
 
-class StreamingEngine:
-    """An engine with a single request of three outputs, one in each step."""
-
-    def __init__(self) -> None:
-        self.left: list[Any] = []
-        self.steps = 0
-        core = SimpleNamespace(batch_queue=None, model_executor=None)
-        self.engine_core = SimpleNamespace(engine_core=core, shutdown=lambda: None)
-
-    def get_weight_version(self) -> str:
-        return "1"
-
-    def add_request(self, request_id: str, *_: Any, **__: Any) -> None:
-        self.left = [SimpleNamespace(request_id=request_id, finished=number == 2) for number in range(3)]
-
-    def has_unfinished_requests(self) -> bool:
-        return bool(self.left)
-
-    def abort_request(self, request_ids: list[str]) -> None:
-        self.left = []
-
-    def step(self) -> list[Any]:
-        self.steps += 1
-        return [self.left.pop(0)]
-
-
 def test_the_outputs_of_every_step_are_passed_on_and_a_future_gets_the_last() -> None:
     completed: list[Any] = []
     passed_on: list[Any] = []
-    with started(StreamingEngine, complete=lambda _, output: completed.append(output)) as loop:
+    with started(FakeEngine, complete=lambda _, output: completed.append(output)) as loop:
         loop.on_step = passed_on.extend
         (future,) = loop.submit([ASKED])
         last = future.result(timeout=10.0)
@@ -78,7 +53,7 @@ def test_the_outputs_of_every_step_are_passed_on_and_a_future_gets_the_last() ->
 
 
 def test_no_step_begins_while_the_loop_is_paused() -> None:
-    with started(StreamingEngine) as loop:
+    with started(FakeEngine) as loop:
         loop.call(lambda engine: setattr(loop, "is_paused", True))
         (future,) = loop.submit([ASKED])
         for _ in range(3):
@@ -87,7 +62,7 @@ def test_no_step_begins_while_the_loop_is_paused() -> None:
         assert future.result(timeout=10.0).finished
 
 
-class DyingEngine(StreamingEngine):
+class DyingEngine(FakeEngine):
     """An engine with errors in steps and calls. `executor`: runs the engine's model."""
 
     def __init__(self, error: Exception, executor: Any = None) -> None:
@@ -148,7 +123,7 @@ class GivenUp(Future[Any]):
 
 
 def test_an_abort_goes_on_when_the_waiter_of_a_request_gives_up_meanwhile() -> None:
-    with started(StreamingEngine) as loop:
+    with started(FakeEngine) as loop:
         first, second = GivenUp(), Future[Any]()
         loop._waiting |= {"group0-1": first, "group0-2": second}
         assert loop.abort(["group0-"]).result(timeout=10.0) == 2
@@ -157,15 +132,14 @@ def test_an_abort_goes_on_when_the_waiter_of_a_request_gives_up_meanwhile() -> N
             second.result(timeout=10.0)
 
 
-class OverlappingEngine(StreamingEngine):
+class OverlappingEngine(FakeEngine):
     """An engine that begins a step before returning the previous step's outputs, as vLLM's does on GPUs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.is_held = False
+        self.is_held = self.fails = False
         self.queue = self.engine_core.engine_core.batch_queue = []
         self.engine_core.engine_core.scheduler = SimpleNamespace(set_pause_state=self.hold, pause_state=0)
-        self.fails = False
 
     def hold(self, state: int) -> None:
         self.is_held = bool(state)
@@ -174,10 +148,11 @@ class OverlappingEngine(StreamingEngine):
         if self.fails:
             raise ValueError("the device is lost")
         if self.left and not self.is_held:
-            self.queue.append(self.left.pop(0))
+            self.queue.append(super().step())
             if len(self.queue) == 1:
                 return []
-        return [self.queue.pop(0)]
+        outputs: list[Any] = self.queue.pop(0)
+        return outputs
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.left or self.queue)

@@ -18,11 +18,13 @@ import xgrammar
 from aiohttp import ClientSession
 
 from actors.serving import front as serving_front
+from actors.serving.captured_sessions import CURRENT_CALL, ServedCall
 from actors.serving.front import Front, FrontSpec
-from actors.serving.front_engine import EngineParts
+from actors.serving.front_engine import EngineParts, FrontEngine
 from rlhf.agents.calls import Call
 from rlhf.agents.limits import SessionLimits
 from rlhf.agents.trees import training_sequences
+from rlhf.errors import RunError
 from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.types import Sampling
 from tests.dummy_engine import DummyLoop, dummy_parts, open_front
@@ -168,16 +170,18 @@ async def test_a_conversation_of_openai(parts: EngineParts) -> None:
 async def test_completions_and_what_is_sampled_unless_the_client_says_otherwise(parts: EngineParts) -> None:
     async with fronted(parts, "one", turn_ends=(7,)) as (_, loop, client, _):
         await chatted(client, stop=["<|user|>", "Q"])
+        await chatted(client, extra_body={"ignore_eos": True})
         told = await client.completions.create(model="tiny", prompt=["ab", "cd"], n=2, logprobs=1)
         assert [choice.text for choice in told.choices] == ["one"] * 4
         assert told.choices[0].logprobs.token_logprobs[0] == -0.5
-        chat, *texts = loop.asked
+        chat, endless, *texts = loop.asked
         assert {TOKENIZER.decode(asked.prompt_token_ids) for asked in texts} == {"ab", "cd"}
         text = texts[0].params
         assert (chat.params.temperature, text.temperature, text.max_tokens) == (1.0, 1.0, 16)
         user = TOKENIZER.convert_tokens_to_ids("<|user|>")
         assert set(chat.params.stop_token_ids) == {user, 7}  # a stop string that is a token ends by its id
-        assert set(text.stop_token_ids) == set()
+        assert {user, 7} <= set(chat.params.all_stop_token_ids)
+        assert set(text.stop_token_ids) == set(endless.params.stop_token_ids) == set()
         stream = await client.completions.create(model="tiny", prompt="ab", stream=True)
         assert "".join([chunk.choices[0].text async for chunk in stream]) == "one"
 
@@ -217,7 +221,7 @@ async def test_a_session_is_sampled_as_the_run_samples_and_captured(parts: Engin
             stop=["Q"],
         )
         assert told.choices[0].message.content == "yes"
-        loop.version = 5  # an update within the session
+        loop.first_version, loop.version = 4, 5  # an update within the second response
         await chatted(client, messages=[*HI, {"role": "assistant", "content": "yes"}, *HI], max_tokens=3)
         first, second = (submission.params for submission in loop.asked)
         assert (first.temperature, first.top_p, first.top_k, first.presence_penalty) == (0.7, 1.0, 9, 0.0)
@@ -229,7 +233,7 @@ async def test_a_session_is_sampled_as_the_run_samples_and_captured(parts: Engin
         assert calls[0].logprobs.tolist() == [-0.5, -1.5, -2.5, -3.5]
         assert (calls[0].free.tolist(), calls[0].finish_reason, calls[0].broke) == ([True] * 4, "stop", None)
         (whole,) = training_sequences(calls)
-        assert [version for version in whole.versions.tolist() if version >= 0] == [4] * 4 + [5] * 3
+        assert [version for version in whole.versions.tolist() if version >= 0] == [4] * 5 + [5] * 2
         with pytest.raises(openai.AuthenticationError):
             await chatted(client)
 
@@ -306,12 +310,12 @@ async def test_a_broken_prefix_is_said_and_tokens_under_a_grammar_are_marked(par
             await chatted(client)
             await chatted(client, messages=[*HI, {"role": "assistant", "content": said}, *HI])
         form: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema": PARAMETERS, "strict": True}}
-        await chatted(client, response_format=form)
+        await client.chat.completions.create(model="m", messages=HI, n=2, response_format=form)
         assert loop.asked[-1].params.structured_outputs.json is not None
-        *calls, formed = front.sessions.close("s")
+        *calls, formed, second = front.sessions.close("s")
         assert [call.broke for call in calls] == [None, None, None, "edited history"]
         assert [len(sequence.calls) for sequence in training_sequences(calls)] == [2, 1, 1]
-        assert (formed.free.any(), formed.restriction) == (False, "response_format")
+        assert [(one.free.any(), one.restriction) for one in (formed, second)] == [(False, "response_format")] * 2
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -440,6 +444,23 @@ async def test_a_closed_session_and_a_client_that_leaves_drop_their_calls(parts:
         with pytest.raises(openai.AuthenticationError, match="the session has ended"):
             await waiting
         await until(lambda: not loop.waiting)
+
+
+async def test_an_engine_gets_the_images_of_a_prompt_and_the_adapter_and_its_death_is_told(parts: EngineParts) -> None:
+    from vllm import SamplingParams
+
+    async with fronted(parts, "yes") as (_, loop, client, _):
+        loop.failure = RunError("rollout engine 0 died")
+        with pytest.raises(openai.InternalServerError):
+            await chatted(client)
+    loop = DummyLoop(TOKENIZER, saying("yes"))
+    engine = FrontEngine(loop, parts, ends=(), lora=lambda: "lora")
+    CURRENT_CALL.set(ServedCall(None, "served1-"))
+    image = {"type": "multimodal", "prompt_token_ids": [1], "mm_kwargs": "pixels", "cache_salt": "the client's"}
+    assert [output.finished async for output in engine.generate(image, SamplingParams(), "id")] == [True]
+    (asked,) = loop.asked
+    assert (asked.media, asked.lora) == ({"type": "multimodal", "mm_kwargs": "pixels"}, "lora")
+    loop.on_step([])  # nothing waits
 
 
 # Refusals

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,12 +13,11 @@ from aiohttp import web
 
 from rlhf.agents.calls import AgentFiles, AgentResult
 from rlhf.agents.runners import AgentTask, HostedRunner
-from rlhf.agents.sessions import FUNCTION
 from rlhf.config.files.load import load
-from rlhf.extensions import CodeSource, import_file
+from rlhf.extensions import import_file
 from rlhf.preflight.tools import tool_servers
 from rlhf.rollouts.environments.tool_servers import ToolServer
-from tests.agent_programs import LIMITS
+from tests.agent_programs import function, solved_beside
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "agents"
 Messages = Sequence[dict[str, Any]]
@@ -44,24 +42,11 @@ def run(
         body = {"id": "c", "object": "chat.completion", "created": 0, "model": "policy", "choices": [choice]}
         return web.json_response(body)
 
-    async def work() -> AgentResult:
-        application = web.Application()
-        application.router.add_post("/v1/chat/completions", answer)
-        server = web.AppRunner(application)
-        await server.setup()
-        await web.TCPSite(server, "127.0.0.1", 0).start()
-        address = f"http://127.0.0.1:{server.addresses[0][1]}"
-        source = CodeSource(path=str(EXAMPLES / f"{name}.py"), name="solve")
-        options: dict[str, Any] = {"timeout_s": 60.0, "limits": LIMITS, "servers": servers}
-        runner = HostedRunner(source, program=FUNCTION, key="rollouts.agent", **options)
-        await runner.start()
-        try:
-            return await runner.solve(AgentTask(task=task, address=address, api_key="sk-1", seed=1))
-        finally:
-            await runner.stop()
-            await server.cleanup()
+    def session_of(address: str) -> tuple[HostedRunner, AgentTask]:
+        runner = function(path=EXAMPLES / f"{name}.py", timeout_s=60.0, servers=servers)
+        return runner, AgentTask(task=task, address=address, api_key="sk-1", seed=1)
 
-    return asyncio.run(asyncio.wait_for(work(), 100.0)), asked
+    return solved_beside(answer, session_of), asked
 
 
 def stock_servers() -> tuple[ToolServer, ...]:

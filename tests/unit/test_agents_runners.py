@@ -25,13 +25,11 @@ from aiohttp import web
 from rlhf.agents.calls import AgentFiles, AgentResult
 from rlhf.agents.limits import ProcessLimits
 from rlhf.agents.runners import AgentTask, HostedRunner, ServiceRunner
-from rlhf.agents.sessions import FUNCTION
 from rlhf.errors import ChildLost, UserError
-from rlhf.extensions import CodeSource
 from rlhf.rollouts.environments.host import EnvironmentFailure
 from rlhf.rollouts.environments.process import _fork
 from rlhf.rollouts.environments.tool_servers import ToolServer
-from tests.agent_programs import LIMITS, command, function, task
+from tests.agent_programs import command, function, solved_beside, task
 
 T = TypeVar("T")
 QUICK = Path(__file__).parents[1] / "fixtures" / "tools" / "quick_server.py"
@@ -180,21 +178,15 @@ def test_a_machine_without_room_for_a_process_fails_the_session(monkeypatch: pyt
         assert _fork(None, theirs.detach(), mine, 0, None) == -errno.ENOENT  # type: ignore[arg-type]
 
 
-def written(path: Path, text: str) -> HostedRunner:
-    path.write_text(text)
-    source = CodeSource(path=str(path), name="solve")
-    return HostedRunner(source, program=FUNCTION, timeout_s=20.0, limits=LIMITS, key="rollouts.agent")
-
-
 def test_a_thread_of_the_code_does_not_hold_up_the_end(tmp_path: Path) -> None:
     lines = ["import threading, time", "threading.Thread(target=time.sleep, args=[600]).start()"]
-    busy = written(tmp_path / "busy.py", "\n".join([*lines, "async def solve(task, client):", "    return 'done'"]))
+    (tmp_path / "busy.py").write_text("\n".join([*lines, "async def solve(task, client):", "    return 'done'"]))
 
     async def use(runner: HostedRunner) -> Any:
         assert await runner.solve(task()) == "done"
         return runner.host._started.process
 
-    assert with_runner(busy, use).returncode == 0  # not killed
+    assert with_runner(function(path=tmp_path / "busy.py"), use).returncode == 0  # not killed
 
 
 ENGINE = """
@@ -382,30 +374,6 @@ def test_a_program_in_the_sandbox_has_the_packages_of_its_virtual_environment(tm
     assert solve(runner, task()) == "from a shell\ninstalled\n"
 
 
-Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-def ask(session_of: Callable[[str], tuple[Any, AgentTask]], answer: Answer) -> AgentResult:
-    """Run a session beside a server. `session_of` gets the server's address, and returns a runner and a task."""
-
-    async def run() -> AgentResult:
-        application = web.Application()
-        application.router.add_route("*", "/{path:.*}", answer)
-        server = web.AppRunner(application)
-        await server.setup()
-        await web.TCPSite(server, "127.0.0.1", 0).start()
-        runner, asked = session_of(f"http://127.0.0.1:{server.addresses[0][1]}")
-        await runner.start()
-        try:
-            result: AgentResult = await runner.solve(asked)
-            return result
-        finally:
-            await runner.stop()
-            await server.cleanup()
-
-    return asyncio.run(asyncio.wait_for(run(), 60.0))
-
-
 def test_a_program_in_the_sandbox_reaches_the_model_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLHF_TEST_SECRET", "token")
 
@@ -417,7 +385,7 @@ def test_a_program_in_the_sandbox_reaches_the_model_alone(tmp_path: Path, monkey
         runner = command(sys.executable, "-c", PRISONER, sandbox=True)
         return runner, AgentTask(task=about, address=address, api_key="", seed=1)
 
-    result = ask(prisoner, answer)
+    result = solved_beside(answer, prisoner)
     assert isinstance(result, AgentFiles)
     assert result.contents["made"] == "kept"
     assert json.loads(result.contents["seen"]) == {
@@ -442,11 +410,11 @@ def test_a_daemon_in_the_sandbox_ends_with_its_session() -> None:
     assert with_runner(command("sh", "-c", "setsid sleep 600 & echo four", sandbox=True), use) == "four\n"
 
 
-def serve(answer: Answer, timeout_s: float = 10.0) -> AgentResult:
+def serve(answer: Any, timeout_s: float = 10.0) -> AgentResult:
     def service(address: str) -> tuple[ServiceRunner, AgentTask]:
         return ServiceRunner(f"{address}/solve", timeout_s=timeout_s, key="rollouts.agent"), task(size=3)
 
-    return ask(service, answer)
+    return solved_beside(answer, service)
 
 
 def test_a_service_is_sent_the_task_and_answers_with_the_result() -> None:
@@ -498,12 +466,13 @@ async def solve(task, client):
 
 
 def test_what_a_call_imports_is_imported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "agent.py").write_text(AGENT)
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # the engine is reached without a proxy
 
     async def answer(request: web.Request) -> web.Response:
         return web.json_response({"choices": [{"message": {"role": "assistant", "content": "yes"}}]})
 
     def hosted(address: str) -> tuple[HostedRunner, AgentTask]:
-        return written(tmp_path / "agent.py", AGENT), replace(task(), address=address)
+        return function(path=tmp_path / "agent.py"), replace(task(), address=address)
 
-    assert ask(hosted, answer) == {"said": "yes", "imported": [], "threads": 1}
+    assert solved_beside(answer, hosted) == {"said": "yes", "imported": [], "threads": 1}
