@@ -103,11 +103,7 @@ class Dispatch:
             self._waiting.pop(group_id, None)
 
     def leave(self, slot: Slot, lengths: Iterable[int] = ()) -> None:
-        """Give the room of a group back, and start waiting groups there.
-
-        Args:
-            lengths: tokens of the group's responses.
-        """
+        """Give the room of a group back, and start waiting groups there. `lengths`: tokens of the group's responses."""
         for length in lengths:
             self._num_lengths = min(self._num_lengths + 1, RECENT_RESPONSES)
             previous = self._mean_length if self._num_lengths > 1 else float(length)
@@ -180,10 +176,7 @@ class Dispatch:
 
 
 def shares(works: Sequence[GroupWork], num_engines: int) -> list[list[int]]:
-    """Distribute groups over engines by their largest size, and return the places of each engine's groups.
-
-    Nothing here depends on time: the same groups always have the same engines.
-    """
+    """Return the places of each engine's groups, distributed by largest size. The same groups have the same engines."""
     result: list[list[int]] = [[] for _ in range(num_engines)]
     totals = [0.0] * num_engines
     for place, work in enumerate(works):

@@ -279,10 +279,7 @@ class RolloutWorker:
         self.carried.forget()
 
     async def release(self, num_groups: int) -> None:
-        """Wait until `num_groups` groups have arrived since `hold`, then start all groups in one step.
-
-        RunError as soon as a group is refused.
-        """
+        """Start all groups in one step, once `num_groups` have arrived since `hold`. RunError: a group is refused."""
         await self.held.release(num_groups)
 
     async def update_weights(self, manifest: WeightManifest, version: int) -> SyncReceipt:
@@ -323,10 +320,7 @@ class RolloutWorker:
         return EngineCapacity(cache_tokens=tokens, samples=samples)
 
     async def cancel(self, group_ids: Sequence[int]) -> int:
-        """Drop the unfinished samples of the groups, and return their number.
-
-        Groups for a later request to continue are on disk before the return.
-        """
+        """Drop and count the unfinished samples of groups. Groups to continue later are on disk before the return."""
         for work in [self._working[group_id] for group_id in group_ids if group_id in self._working]:
             work.cancel()
         prefixes = [_prefix(group_id) for group_id in group_ids]

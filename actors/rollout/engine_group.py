@@ -36,8 +36,6 @@ class RolloutEngines(ElasticEngines):
     of the same requests under the same weights is therefore always scheduled and rounded alike. `answer` distributes
     requests by the engines' outstanding work. After the loss of an engine, the successor answers the whole share again,
     and any engine the requests in flight.
-
-    conversation_tokens: most tokens of a conversation; None: a single turn answers a prompt.
     """
 
     role: Role = "rollout"
@@ -55,7 +53,7 @@ class RolloutEngines(ElasticEngines):
         super().__init__(handles, spawn_one, deadline_s=deadline_s)
         self.sync = sync
         self.tensor_parallel = tensor_parallel
-        self.conversation_tokens = conversation_tokens
+        self.conversation_tokens = conversation_tokens  # the most; None: a single turn answers a prompt
         self._meet: Callable[[], Awaitable[None]] | None = None  # prepares broadcasts; None: there are none
         self._cancelled: set[int] = set()  # groups that are not returned until they are requested again
         self._asking = asyncio.Lock()
@@ -64,8 +62,7 @@ class RolloutEngines(ElasticEngines):
     async def connect(self, policy: PolicyGang, *, adapter: Path | None) -> None:
         """Open both ends of the weight transport.
 
-        adapter: the folder for the transport of an adapter alone, visible to the policy and to engines on all hosts.
-        None: all weights travel.
+        adapter: the folder for an adapter alone, visible to the policy and to engines on all hosts. None: all weights.
         """
         assert self.sync is not None, "frozen engines are not connected to a policy"
         policy.reconnect = partial(self._connect, policy, self.sync, adapter=adapter)

@@ -107,8 +107,7 @@ class ReplaceableEngines(WorkerPool):
     async def _await_broadcast(self, rank: int) -> None:
         """Wait until a sync has given a successor the weights, and has proved the weights.
 
-        A step may take longer than any single call. So RunError is raised only if no worker was asked for anything
-        within the time limit of a call.
+        A step may take longer than any call. So RunError means that no worker was asked for anything within the limit.
         """
         synced = self._unsynced[rank] = asyncio.get_running_loop().create_future()
         began = time.monotonic()
@@ -168,12 +167,7 @@ class ReplaceableEngines(WorkerPool):
         deadline_s: float | None = None,
         limit: str = CALL_LIMIT,
     ) -> dict[int, Any]:
-        """Return the results of working engines, by rank. Successors waiting for a broadcast are called too.
-
-        Args:
-            among: call only these engines. None: all.
-            limit: names the source of the deadline.
-        """
+        """Return the results of working engines `among` these, by rank, and of successors waiting for a broadcast."""
         wait = partial(wait_one, role=self.role, stage=stage, deadline_s=deadline_s or self.deadline_s, limit=limit)
         ranks = [rank for rank, handle in enumerate(self.handles) if among is None or handle in among]
         results: list[Any] = await all_results([self._result_if_works(rank, call, wait) for rank in ranks])
@@ -234,8 +228,7 @@ class ReplaceableEngines(WorkerPool):
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Load a published set of weights. RunError unless the engines then have the published version and bytes.
 
-        Lost engines are left out: successors load the weights after `prove`. But the loss of a member of a broadcast is
-        raised.
+        Lost engines are left out: successors load the weights after `prove`. The loss of a broadcast's member raises.
         """
         self._manifest = manifest
 

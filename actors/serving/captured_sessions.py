@@ -292,10 +292,7 @@ class CapturedSessions:
         return session
 
     def close(self, key: str) -> list[Call]:
-        """Refuse further calls with this key and drop calls in flight.
-
-        Return the answered calls in the order of their ends.
-        """
+        """Refuse the key, drop its calls in flight, and return the answered calls in the order of their ends."""
         session = self._open.pop(key)
         for request in session.requests:
             request.until.reschedule(asyncio.get_running_loop().time())

@@ -14,10 +14,7 @@ class ServingEngine(RolloutEngine):
     front: Front | None = None
 
     async def open_front(self, spec: FrontSpec, caller: str) -> str:
-        """Start the front and return its base URL. Only this machine reaches the front, unless the caller is elsewhere.
-
-        caller: the address of the caller's machine.
-        """
+        """Start the front and return its base URL. Only this machine reaches the front, unless `caller` is another."""
         here = str(ray.util.get_node_ip_address())
         self.front = await Front.open(
             self.calls, spec, lora=lambda: self.weights.lora, host="127.0.0.1" if here == caller else here

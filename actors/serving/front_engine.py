@@ -66,12 +66,7 @@ class _Response:
 
 
 class FrontEngine:
-    """An EngineClient for vLLM's serving classes. The object belongs to the event loop of its creation.
-
-    Args:
-        ends: tokens that end a turn of a conversation, besides the model's end token.
-        lora: returns vLLM's name for the current adapter.
-    """
+    """An EngineClient for vLLM's serving classes. The object belongs to the event loop of its creation."""
 
     is_running, is_stopped = True, False
 
@@ -83,8 +78,8 @@ class FrontEngine:
         self.input_processor = parts.input_processor
         self.added = parts.added
         self.model_ends = parts.ends
-        self.ends = ends
-        self.lora = lora
+        self.ends = ends  # tokens that end a turn of a conversation, besides the model's end token
+        self.lora = lora  # returns vLLM's name for the current adapter
         self._events = asyncio.get_running_loop()
         self._waiting: dict[str, asyncio.Queue[Any]] = {}
         loop.on_step = self._on_step
@@ -140,8 +135,7 @@ class FrontEngine:
         params.max_tokens = min(params.max_tokens, session.most_tokens(call, num_prompt_tokens))
 
     def _set_ends(self, call: ServedCall, params: Any) -> None:
-        """Let the template's end of a turn end a response, unless ignored by the client. A stop string equal to a token
-        ends a response by id."""
+        """End a response at tokens of stop strings, and unless the client ignores ends at the template's end of a turn."""
         ends = {self.added[text] for text in params.stop if text in self.added}
         if call.is_chat and not params.ignore_eos:
             ends.update(self.ends)

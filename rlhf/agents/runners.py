@@ -137,8 +137,7 @@ class HostedRunner:
 def result_files(folder: Path) -> dict[str, str]:
     """Return the texts of the files below a folder by path.
 
-    EnvironmentFailure: files too large, or a file without text. Links are not followed, since links may leave the
-    folder.
+    EnvironmentFailure: files too large, a file without text, or a link, which may leave the folder.
     """
     try:
         if not stat.S_ISDIR(folder.lstat().st_mode):

@@ -19,10 +19,7 @@ _ENTRY_BYTES = 4096  # of a file or folder, whatever it holds
 
 
 def tree_of(leader: int, *, most: int) -> tuple[list[int], int]:
-    """Return the processes of a session, and the number of threads, counted up to `most` + 1.
-
-    The leader adopts all descendants, so all processes are below the leader.
-    """
+    """Return the processes of a session, which the leader adopts, and the number of threads, up to `most` + 1."""
     found, threads = [leader], 0
     for pid in found:  # grows meanwhile
         for task in _listed(f"/proc/{pid}/task"):

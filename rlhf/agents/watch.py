@@ -41,15 +41,11 @@ class WatchedProcess:
 
 
 class ProcessWatch:
-    """Watches sessions from `start` to `stop`.
-
-    Args:
-        key: the section of the limits in messages.
-    """
+    """Watches sessions from `start` to `stop`."""
 
     def __init__(self, limits: ProcessLimits, *, key: str) -> None:
         self.limits = limits
-        self.key = key
+        self.key = key  # the section of the limits in messages
         self._host = 0
         self._sessions: set[WatchedProcess] = set()
         self._looking: list[asyncio.Task[None]] = []
