@@ -37,10 +37,7 @@ REASONS = (
     *(RunError, RuntimeError, StrictDataclassError, TypeError, UserError, ValueError),
 )
 SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
+    **{"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32},
     "max_position_embeddings": 512,
 }
 MLA = {

@@ -135,7 +135,7 @@ class FrontEngine:
         params.max_tokens = min(params.max_tokens, session.most_tokens(call, num_prompt_tokens))
 
     def _set_ends(self, call: ServedCall, params: Any) -> None:
-        """End a response at tokens of stop strings, and unless the client ignores ends at the template's end of a turn."""
+        """Let stop strings' tokens end a response, and the template's end of a turn unless the client ignores ends."""
         ends = {self.added[text] for text in params.stop if text in self.added}
         if call.is_chat and not params.ignore_eos:
             ends.update(self.ends)

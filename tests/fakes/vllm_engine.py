@@ -11,6 +11,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.left: dict[str, int] = {}  # outputs, by request
+        self.added: list[tuple[int, str]] = []  # requests in order, with the number of steps before
         self.steps = 0
         self.version = "1"
         core = SimpleNamespace(batch_queue=None, model_executor=None)
@@ -21,6 +22,7 @@ class FakeEngine:
     def add_request(self, request_id: str, prompt: Any, params: Any, *, lora_request: Any) -> None:
         if "bad" in request_id:
             raise ValueError(f"{request_id} is refused")
+        self.added.append((self.steps, request_id))
         self.left[request_id] = 3
 
     def abort_request(self, request_ids: list[str]) -> None:

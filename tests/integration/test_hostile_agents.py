@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,27 +74,17 @@ async def test_hostile_agents_harm_only_their_sessions(tiny_model: Path) -> None
         for attack, end in ATTACKS.items():
             harmed = asyncio.create_task(group(attack, 2))
             beside = await group("none", 4)
-            for info in [*alone, *beside]:
-                assert info.environment_error is None, (attack, info.environment_error)
+            assert [info.environment_error for info in [*alone, *beside]] == [None] * 8, attack
             for info in await harmed:
                 error = info.environment_error
                 assert end is None or (error is not None and end in error.message), (attack, error)
-            growth = (psutil.Process().memory_info().rss - memory) / 2**20
-            sys.stdout.write(f"{attack}: {seconds(alone):.3f} s a call alone, {seconds(beside):.3f} s beside it, ")
-            sys.stdout.write(f"{growth:.0f} MiB more\n")
-            assert growth < GROWTH_MIB, attack
+            assert (psutil.Process().memory_info().rss - memory) / 2**20 < GROWTH_MIB, attack
             assert not psutil.Process(runner.host.pid).children(recursive=True), attack
             assert os.listdir(runner._folder.path) == [".lock"], attack
             assert not front.sessions._open, attack
     finally:
         await sessions.stop()
         await front.close()
-
-
-def seconds(infos: list[RolloutInfo]) -> float:
-    """Return the median time of a call."""
-    results: list[Any] = [json.loads(info.session.result) for info in infos if info.session and info.session.result]
-    return statistics.median(took for result in results for took in result["seconds"])
 
 
 @pytest.mark.timeout(400)

@@ -278,7 +278,7 @@ MUTATIONS = (
         "actors/rollout/engine_weights.py",
         "        if self.version is None:\n            raise RunError(",
         "        if self.version == -1:\n            raise RunError(",
-        "unit/test_actors_rollout_engine_weights.py",
+        "unit/test_actors_rollout_engine_group.py",
     ),
     _mutation(
         "two swapped words of the weights have one checksum",

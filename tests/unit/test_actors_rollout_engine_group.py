@@ -16,13 +16,13 @@ import pytest
 from actors.rollout.engine_actor import RolloutSpec, RolloutWorker
 from actors.rollout.engine_group import RolloutEngines
 from actors.rollout.engine_thread import Submission
+from actors.rollout.vllm_engine import LoadedWeights
 from rlhf.engine.distributed import INTERFACE_VARIABLES
 from rlhf.errors import RunError
-from rlhf.roles import CompletedGroup
 from rlhf.rollouts.records.begun import Begun
 from rlhf.rollouts.records.spool import group_path, retain_sampled_by
 from tests.fakes.calls import ref
-from tests.fakes.engine_handles import DEADLINE_S, SAMPLING, Engine, manifest, request, until
+from tests.fakes.engine_handles import DEADLINE_S, SAMPLING, Engine, asked, manifest, request, until
 from tests.fakes.vllm_engine import FakeEngine
 
 SPEC = RolloutSpec(
@@ -64,19 +64,45 @@ async def test_a_refused_request_starts_none_of_its_batch_and_the_engine_goes_on
     assert loop.submit([submission("good-2")])[0].result(DEADLINE_S).request_id == "good-2"
 
 
-async def test_a_refused_group_ends_the_release(worker: RolloutWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_held_groups_start_in_one_step_by_group_id(worker: RolloutWorker) -> None:
+    await worker.hold()
+    admitted = [worker.held.admit(group_id, [submission(f"{group_id}-{n}") for n in "ab"]) for group_id in (7, 3, 5)]
+    await asyncio.gather(*admitted, worker.release(3))
+    (last,) = await worker.held.admit(9, [submission("9-a")])
+    last.result(DEADLINE_S)
+    steps, names = zip(*worker.loop._engine.added, strict=True)
+    assert names == ("3-a", "3-b", "5-a", "5-b", "7-a", "7-b", "9-a")
+    assert len(set(steps[:6])) == 1
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_a_refused_group_ends_the_release(
+    worker: RolloutWorker, monkeypatch: pytest.MonkeyPatch, is_late: bool
+) -> None:
     def refuse(*arguments: Any, **options: Any) -> None:
         raise ValueError("temperature must be in [0, 2], got 3.0.")
 
     await worker.hold()
     good = asyncio.ensure_future(worker.generate(request(0), SAMPLING))
     await asyncio.sleep(0)
+    released = asyncio.ensure_future(worker.release(2)) if is_late else None
+    await asyncio.sleep(0)
     monkeypatch.setattr("actors.rollout.engine_actor.sampling_params", refuse)
     with pytest.raises(ValueError, match=r"got 3\.0"):
         await worker.generate(request(1), SAMPLING)
-    for waiting in (worker.release(2), good):
+    for waiting in (released or worker.release(2), good):
         with pytest.raises(RunError, match=r"rollout engine 0: group 1: temperature must be in \[0, 2\], got 3\.0"):
             await asyncio.wait_for(waiting, DEADLINE_S)
+    assert worker.loop._engine.added == []
+
+
+async def test_a_missing_group_ends_the_wait_at_the_deadline(worker: RolloutWorker) -> None:
+    await worker.hold()
+    good = asyncio.ensure_future(worker.generate(request(0), SAMPLING))
+    worker.held.calls.deadline_s = 0.05
+    for waiting in (worker.release(2), good):
+        with pytest.raises(RunError, match=r"^rollout engine 0: only 1 of 2 groups arrived within 0 s$"):
+            await waiting
 
 
 async def test_an_engine_on_another_host_knows_its_interface_before_it_is_built(
@@ -135,13 +161,32 @@ async def test_a_cancelled_group_is_dropped_at_every_moment(worker: RolloutWorke
     assert worker.loop.num_waiting == 0
 
 
-async def test_a_request_that_arrives_during_an_update_starts_after_it(worker: RolloutWorker) -> None:
-    worker.weights._is_settled.clear()
+async def test_a_request_waits_for_the_first_update_and_for_the_repetition_of_one_that_failed(
+    worker: RolloutWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_there = True
+
+    def load(engine: Any, manifest: Any, *, keep_cache: bool) -> LoadedWeights:
+        if not is_there:
+            raise FileNotFoundError("the policy's memory")
+        return LoadedWeights(checksums=(manifest.checksum,), version=manifest.version, reusable_blocks=0)
+
+    monkeypatch.setattr("actors.rollout.engine_weights.load_weights", load)
+    worker.weights.version = None
+    with pytest.raises(RunError, match="has not received the policy's weights yet"):
+        await worker.answer(request(0), SAMPLING, 4)
+    await worker.update_weights(manifest(4), 4)
+    assert (await worker.weights.settled_version(), worker.loop.is_paused) == (4, False)
+    is_there = False
+    with pytest.raises(FileNotFoundError):
+        await worker.update_weights(manifest(5), 5)
     answer = asyncio.ensure_future(worker.answer(request(0), SAMPLING, 4))
     await asyncio.sleep(0.01)
-    assert worker.loop.num_waiting == 0
-    worker.weights._is_settled.set()
+    assert (worker.loop.num_waiting, answer.done(), worker.loop.is_paused) == (0, False, True)
+    is_there = True
+    await worker.update_weights(manifest(5), 5)
     assert (await asyncio.wait_for(answer, DEADLINE_S))[1] is not None
+    assert (worker.weights.version, worker.loop.is_paused) == (5, False)
 
 
 class SleepingEngine(FakeEngine):
@@ -226,30 +271,8 @@ async def test_a_failed_generate_ends_the_wait_for_the_release() -> None:
     assert unheard == []
 
 
-def engines_of(*engines: Engine, deadline_s: float = DEADLINE_S) -> RolloutEngines:
+def engines_of(*engines: Engine, deadline_s: float = DEADLINE_S) -> Any:
     return RolloutEngines(cast(Any, engines), None, deadline_s=deadline_s)
-
-
-def asked(engines: RolloutEngines, group_id: int, *, urgent: bool = False) -> asyncio.Task[CompletedGroup | None]:
-    return asyncio.create_task(engines.answer(request(group_id), SAMPLING, oldest=0, urgent=urgent))
-
-
-async def test_a_group_waits_in_the_driver_until_an_engine_is_free() -> None:
-    first, second = Engine("first"), Engine("second")
-    engines = engines_of(first, second)
-    tasks = [asked(engines, group_id) for group_id in range(3)]
-    await until(lambda: first.groups and second.groups)
-    urgent = asked(engines, 3, urgent=True)
-    await asyncio.sleep(0.01)
-    assert (list(first.groups), list(second.groups)) == ([0], [1])
-    for done, following in ((1, 3), (3, 2)):
-        second.finish(done)
-        await until(lambda at=following: at in second.groups)
-    first.finish(0)
-    second.finish(2)
-    groups = [group for group in await asyncio.gather(*tasks, urgent) if group is not None]
-    assert [group.request.group_id for group in groups] == [0, 1, 2, 3]
-    assert [group.rollouts for group in groups] == ["tokens from first", *["tokens from second"] * 3]
 
 
 async def test_cancelled_groups_are_none_wherever_they_are() -> None:

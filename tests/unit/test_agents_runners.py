@@ -23,6 +23,7 @@ import pytest
 from aiohttp import web
 
 from rlhf.agents.calls import AgentFiles, AgentResult
+from rlhf.agents.hosted import access_variables
 from rlhf.agents.limits import ProcessLimits
 from rlhf.agents.runners import AgentTask, HostedRunner, ServiceRunner
 from rlhf.errors import ChildLost, UserError
@@ -83,44 +84,44 @@ def test_a_function_calls_the_tools_of_a_server() -> None:
     assert (kind, "failed to answer a call of the tool die" in message) == ("unavailable", True)
 
 
-@pytest.mark.parametrize(
-    ("mood", "kind", "message"),
-    [
-        ("nothing", "raised", "returned nothing and left no files in result/"),
-        ("number", "raised", "the result is 4, expected text, a JSON object, or files"),
-        ("huge", "raised", "the result has 100002 bytes as JSON, more than 65536"),
-        ("link", "raised", "result/secret is a link or no regular file"),
-        ("raise", "raised", "solve: ValueError: lost my way, at "),
-        ("exit", "died", "in solve, it exited with code 3"),
-        ("crash", "died", "in solve, it was killed by SIGSEGV"),
-        ("hang", "timeout", "solve did not answer within rollouts.agent.timeout_s: 1, at "),
-        ("await", "timeout", "solve did not answer within rollouts.agent.timeout_s: 1"),
-        ("greedy", "died", "ran out of memory (rollouts.agent.memory_gib: 4)"),
-    ],
-)
-def test_a_failure_is_reported_with_its_kind(mood: str, kind: str, message: str) -> None:
-    found = failure(function(timeout_s=1.0 if kind == "timeout" else 20.0), task(mood=mood))
-    assert found[0] == kind
-    assert message in found[1]
+FAILURES = {
+    "nothing": ("raised", "returned nothing and left no files in result/"),
+    "number": ("raised", "the result is 4, expected text, a JSON object, or files"),
+    "huge": ("raised", "the result has 100002 bytes as JSON, more than 65536"),
+    "link": ("raised", "result/secret is a link or no regular file"),
+    "raise": ("raised", "solve: ValueError: lost my way, at "),
+    "exit": ("died", "in solve, it exited with code 3"),
+    "crash": ("died", "in solve, it was killed by SIGSEGV"),
+    "greedy": ("died", "ran out of memory (rollouts.agent.memory_gib: 4)"),
+}
+
+
+def failures(runner: HostedRunner, *moods: str) -> list[Any]:
+    async def use(runner: HostedRunner) -> list[Any]:
+        return await asyncio.gather(*[runner.solve(task(mood=mood)) for mood in moods], return_exceptions=True)
+
+    return with_runner(runner, use)
+
+
+def test_a_failure_is_reported_with_its_kind() -> None:
+    for (kind, message), failure in zip(FAILURES.values(), failures(function(), *FAILURES), strict=True):
+        assert (failure.kind, message in str(failure)) == (kind, True), failure
 
 
 def test_sessions_that_hang_together_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked, runner = [], function(timeout_s=1.0)
+    look = runner.host._where
 
-    async def use(runner: HostedRunner) -> list[str]:
-        look = runner.host._where
+    async def where(pid: int) -> str:
+        asked.append(pid)
+        return await look(pid)
 
-        async def where(pid: int) -> str:
-            asked.append(pid)
-            return await look(pid)
-
-        monkeypatch.setattr(runner.host, "_where", where)
-        hanging = [runner.solve(task(mood="hang")) for _ in range(4)]
-        return [str(failure) for failure in await asyncio.gather(*hanging, return_exceptions=True)]
-
-    found = with_runner(function(timeout_s=1.0), use)
-    assert all("solve did not answer within rollouts.agent.timeout_s: 1" in message for message in found)
-    assert len(asked) < 4
+    monkeypatch.setattr(runner.host, "_where", where)
+    found = failures(runner, *["hang"] * 4, "await")
+    message = "solve did not answer within rollouts.agent.timeout_s: 1"
+    assert [(failure.kind, message in str(failure)) for failure in found] == [("timeout", True)] * 5
+    assert any(f"{message}, at " in str(failure) for failure in found)
+    assert len(asked) < 5
 
 
 ATTACKS = {
@@ -310,7 +311,8 @@ def test_a_command_reaches_the_engine_without_a_proxy(
     for other in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, hosts)
-    assert solve(command("sh", "-c", 'echo "$NO_PROXY $no_proxy"'), task()) == f"{direct} {direct}\n"
+    variables = access_variables("http://127.0.0.1:9", "sk-1")
+    assert (variables["NO_PROXY"], variables["no_proxy"]) == (direct, direct)
 
 
 @pytest.mark.parametrize(
@@ -336,8 +338,14 @@ def test_a_failing_command_is_reported(words: tuple[str, ...], kind: str, messag
     assert message in found[1]
 
 
-def test_a_command_ends_although_its_children_keep_its_output_open() -> None:
-    assert solve(command("sh", "-c", "sleep 600 & echo four"), task()) == "four\n"  # within the time limit
+@pytest.mark.parametrize("sandbox", [False, True])
+def test_the_children_of_a_command_may_keep_its_output_open_and_end_with_it(sandbox: bool) -> None:
+    async def use(runner: HostedRunner) -> AgentResult:
+        found = await runner.solve(task())
+        assert not psutil.Process(runner.host.pid).children(recursive=True)
+        return found
+
+    assert with_runner(command("sh", "-c", "setsid sleep 600 & echo four", sandbox=sandbox), use) == "four\n"
 
 
 PRISONER = """
@@ -399,15 +407,6 @@ def test_a_program_in_the_sandbox_reaches_the_model_alone(tmp_path: Path, monkey
         "net": "ConnectionRefusedError",
         "secret": None,
     }
-
-
-def test_a_daemon_in_the_sandbox_ends_with_its_session() -> None:
-    async def use(runner: HostedRunner) -> AgentResult:
-        found = await runner.solve(task())
-        assert not psutil.Process(runner.host.pid).children(recursive=True)
-        return found
-
-    assert with_runner(command("sh", "-c", "setsid sleep 600 & echo four", sandbox=True), use) == "four\n"
 
 
 def serve(answer: Any, timeout_s: float = 10.0) -> AgentResult:
