@@ -104,10 +104,7 @@ def engine(
     ray.cloudpickle.register_pickle_by_value(__import__(__name__))
     remote = ray.remote(worker)
     handle = remote.options(
-        num_cpus=1,
-        num_gpus=num_gpus,
-        max_concurrency=1000,
-        runtime_env={"env_vars": engine_environment(values)},
+        num_cpus=1, num_gpus=num_gpus, max_concurrency=1000, runtime_env={"env_vars": engine_environment(values)}
     ).remote(values)
     call(handle.start.remote())
     yield handle
@@ -172,14 +169,16 @@ def sync(handle: Any, manifest: WeightManifest | None) -> Any:
     return call(handle.update_weights.remote(manifest, manifest.version))
 
 
-def spanning(drawn: Rollouts, old: Any, new: Any, *, kept: bool) -> int:
-    """Check each token against the weights of the token's version, and return the number of responses with both
-    versions."""
+def spanning(drawn: Rollouts, old: Any, new: Any, *, kept: bool, version: int = 2) -> int:
+    """Check each token by the weights of its version. Return the number of responses with tokens of both versions.
+
+    version: of the new weights.
+    """
     changed = 0
     for sequence in sequences(drawn):
         tokens, told = sequence["token_ids"], sequence["rollout_logprobs"]
         begin = int(sequence["response_mask"].nonzero()[0].item())
-        is_new = sequence["versions"] == 2
+        is_new = sequence["versions"] == version
         first = int(is_new.int().argmax()) if is_new.any() else len(tokens)
         assert (continued(old, old, tokens[:first], begin) - told[begin:first]).abs().max() < 1e-3
         if first < len(tokens):

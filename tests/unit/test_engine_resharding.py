@@ -126,6 +126,18 @@ def record_of(groups: list[dict[str, int]], **changes: Any) -> EngineRecord:
     return EngineRecord(groups=groups, **values | changes)
 
 
+@pytest.mark.parametrize(("there", "here"), [((2, 2), (1, 2)), ((2, 2), (2, 3)), ((1, 0), (2, 2)), ((2, 3), (4, 3))])
+def test_states_of_several_weights_are_not_divided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: tuple[int, int], here: tuple[int, int]
+) -> None:
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    options = [{"ranks": ranks, "zero_stage": stage, "optimizer": "adamw_8bit"} for ranks, stage in (there, here)]
+    saved, own = (record_of(SIZES, **values) for values in options)
+    message = f"was written with {saved.sharding} and cannot be continued with {own.sharding}: adamw_8bit has states"
+    with pytest.raises(UserError, match=message):
+        take_over(empty_state(SIZES, own.sharding, 0), tmp_path / "deepspeed", saved=saved, own=own)
+
+
 @pytest.mark.parametrize(("before", "now"), [("at 0", "above 0"), ("above 0", "at 0")])
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "adafactor", "muon"])
 def test_weight_decay_is_not_switched_where_states_belong_to_several_weights(
