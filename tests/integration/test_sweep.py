@@ -189,22 +189,6 @@ def test_asha_stops_the_worse_trials_early(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_optuna_suggests_from_what_is_known(tmp_path: Path) -> None:
-    method = {"name": "bayesian", "trials": 3}
-    parameters = {
-        "train.lr": {"min": 1e-4, "max": 1e-2, "scale": "log"},
-        "train.sequences_per_update": {"values": [8, 16]},
-    }
-    file = sweep_file(tmp_path, "bayes", method=method, parameters=parameters)
-    found = rlhf.sweep(file, ["sweep.method.trials=2"], quiet=True)
-    assert [row.state for row in found.rows] == ["finished"] * 2
-    more = rlhf.sweep(file, resume=True, quiet=True)
-    assert more.rows[:2] == found.rows
-    assert len({row.parameters["train.lr"] for row in more.rows}) == 3
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_trials_share_what_the_reference_says(tmp_path: Path) -> None:
     """The trials also form one group of W&B, with the parameters in the config."""
     pairs = {"task": "running_totals", "split": "pairs", "size": 32}

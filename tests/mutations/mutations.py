@@ -250,7 +250,7 @@ MUTATIONS = (
         "rlhf/sweeps/space.py",
         "_range(parameter)[0] + place * (parameter.step or 1.0)",
         "_range(parameter)[0] + (place + 1) * (parameter.step or 1.0)",
-        "unit/test_sweeps_space.py",
+        "unit/test_sweeps.py",
     ),
     _mutation(
         "pass@k is the chance of a failure",
@@ -362,7 +362,7 @@ MUTATIONS = (
         "actors/sweeps/search.py",
         'mode="min" if sweep.lower_is_better else "max",\n            max_t',
         'mode="max" if sweep.lower_is_better else "min",\n            max_t',
-        "unit/test_sweeps_search.py",
+        "unit/test_sweeps.py",
     ),
     _mutation(
         "greedy requests divide the logits of their drafts by zero",

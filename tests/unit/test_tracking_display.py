@@ -1,21 +1,29 @@
-"""All displays of a run have the same interface."""
+"""The displays of a run, its curves as PNG, and log lines without secrets."""
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import math
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from rlhf.tracking import formatting
+from rlhf.errors import UserError
+from rlhf.tracking import formatting, logs
 from rlhf.tracking.diagnosis.findings import Finding
+from rlhf.tracking.display.plots import plot_curves
 from rlhf.tracking.display.progress import LineProgress, Progress
 from rlhf.tracking.display.progress_live import LiveProgress, open_progress
 from rlhf.tracking.run_folder.samples import last_sample, samples_path
+from rlhf.tracking.sinks.tracker import Tracker
 
 
 class Terminal(io.StringIO):
@@ -189,3 +197,106 @@ def test_durations_and_numbers() -> None:
     numbers = {3.0: "3", 0.12345: "0.123", 1e-6: "1e-06", -2.5: "-2.5", 15312.7: "15313", 999.7: "1000", 1e12: "1e+12"}
     assert {value: formatting.number(value) for value in numbers} == numbers
     assert formatting.number(float("nan")) == "nan"
+
+
+def test_each_metric_of_any_run_has_a_panel_with_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    metrics = {"a": {"rewards/score/mean": 0.5, "update/loss/mean": float("nan")}, "b": {"eval/held/score": 0.4}}
+    for name, values in metrics.items():
+        (tmp_path / name).mkdir()
+        tracker = Tracker(tmp_path / name)
+        for step in (1, 2, 3):
+            tracker.log(step, {key: value * step for key, value in values.items()})
+    keys = ["rewards/score/mean", "update/loss/mean", "eval/held/score"]
+    plot_curves({name: tmp_path / name for name in "ab"}, keys, output=tmp_path / "both.png")
+    panels = {axes.get_title(loc="left"): [list(line.get_ydata()) for line in axes.lines] for axes in drawn[0].axes}
+    evaluated = pytest.approx([0.4, 0.8, 1.2])
+    assert panels == {"rewards/score/mean": [[0.5, 1.0, 1.5], []], "eval/held/score": [[], evaluated]}
+    # the legend names a run that the first panel does not have
+    assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == ["a", "b"]
+
+
+def test_nothing_to_plot_is_said(tmp_path: Path) -> None:
+    runs, output = {"run": tmp_path}, tmp_path / "curves.png"
+    with pytest.raises(UserError, match="nothing to plot"):
+        plot_curves(runs, ["rewards/score/mean"], output=output)
+    Tracker(tmp_path).log(1, {"update/lr": 1.0})
+    with pytest.raises(KeyError, match="not declared"):
+        plot_curves(runs, ["update/speed"], output=output)
+    assert not output.exists()
+    assert plot_curves(runs, ["update/lr"], output=output).read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_event_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info", role="policy", rank=1)
+    logs.configure("info", role="policy", rank=1)  # replaces, so the line comes once
+    logs.set_step(12)
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        logging.getLogger("actors.roles.gang").exception("lost %d ranks", 2)
+    logging.getLogger("rlhf.x").debug("hidden")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ERROR policy/1 step=12 actors\.roles\.gang: lost 2 ranks\\n", line
+    )
+    assert "ValueError: two" in line
+
+
+def test_no_secret_is_logged_and_no_terminal_obeys_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    monkeypatch.setenv("SHORT_TOKEN", "true")  # too short to be one: masking it would garble ordinary text
+    monkeypatch.setenv("MAX_TOKENS", "12345678")
+    logs.configure()
+    logging.getLogger("rlhf.x").info("got %s, true, 12345678, \x1b[2J and \x07", "0123456789abcdef")
+    line = capsys.readouterr().err  # outside of a step
+    assert line.endswith("Z INFO controller rlhf.x: got ***, true, 12345678, \\x1b[2J and \\x07\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("key hf_abcdefghijklmnopqrst.", "key ***."),
+        ("Authorization: Bearer abc.def-123456", "Authorization: Bearer ***"),
+        ("redis://:pass@host/0 http://me:pw@host", "redis://***@host/0 http://***@host"),
+        ("sk-abcdefghijklmnop1234", "***"),
+        ("git clone with github_pat_11ABCDEFG0abcdef_hijkl", "git clone with ***"),
+        ("GET https://host/a?token=abc&n=1#top", "GET https://host/a?token=***&n=1#top"),
+        ("'https://host/?n=1&X-Api-Key=abc'", "'https://host/?n=1&X-Api-Key=***'"),
+        ("is monkey=1 a keyboard? tokens=3", "is monkey=1 a keyboard? tokens=3"),
+        ("nothing here: max_tokens 12, http://host:80/a@b", "nothing here: max_tokens 12, http://host:80/a@b"),
+    ],
+)
+def test_what_looks_like_a_token_is_masked(text: str, masked: str) -> None:
+    assert logs.redact(text) == masked
+
+
+def test_a_config_is_masked_by_key_and_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a-long-secret")
+    monkeypatch.setenv("github_pat", "another-secret")
+    config = {
+        "request": {"headers": [{"X-Api-Key": "x"}], "passphrase": "x", "auth": "x", "author": "x another-secret"},
+        "judge": {"api_key": "short", "auth_token": "x", "token_env": "JUDGE", "headers": ["a-long-secret", 1]},
+        "args": {"password": 12345678, "credentials": {"user": "bob", "ports": [80], "tls": True}, "cookie": 0},
+        "env": {"github_token": "x", "SLACK_TOKEN": "x", "botToken": "x", "HF_TOKEN": "${HF_TOKEN}"},
+        "rewards": {"secret": {"function": "found", "weight": 2.0, "args": {"auth": {"user": "bob"}}}},
+    }
+    assert logs.redact_config(config) == {
+        "request": {"headers": [{"X-Api-Key": "***"}], "passphrase": "***", "auth": "***", "author": "x ***"},
+        "judge": {"api_key": "***", "auth_token": "***", "token_env": "JUDGE", "headers": ["***", 1]},
+        "args": {"password": "***", "credentials": {"user": "***", "ports": ["***"], "tls": True}, "cookie": 0},
+        "env": {"github_token": "***", "SLACK_TOKEN": "***", "botToken": "***", "HF_TOKEN": "${HF_TOKEN}"},
+        "rewards": {"secret": {"function": "found", "weight": 2.0, "args": {"auth": {"user": "***"}}}},
+    }
+    names = ["pad_token", "eos_token", "end_token", "stop-token", "cost_per_token", "max_tokens", "tokenizer"]
+    plain = {"data": {"eval": {"password": {"task": "calculator"}}}, "password": "", **dict.fromkeys(names, "x")}
+    assert logs.redact_config(plain) == plain
+
+
+def test_libraries_say_nothing_when_they_are_imported() -> None:
+    says = "import rlhf, logging; logging.getLogger('bitsandbytes').warning('pip install kernels')"
+    done = subprocess.run([sys.executable, "-c", says], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
