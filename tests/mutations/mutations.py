@@ -96,7 +96,7 @@ MUTATIONS = (
         "rlhf/data/packing.py",
         "        place = bisect.bisect_left(free, (length, -1))\n",
         "        place = bisect.bisect_left(free, (length - 1, -1))\n",
-        "unit/test_data_packing.py property/test_packing_laws.py",
+        "unit/test_data_packing.py property/test_data_laws.py",
     ),
     _mutation(
         "a resumed stream repeats its last item",
@@ -131,7 +131,7 @@ MUTATIONS = (
         "rlhf/rewards/combining.py",
         "sum(weight * value for weight, value in opinions)",
         "sum(value for weight, value in opinions)",
-        "unit/test_rewards_combining.py",
+        "unit/test_rewards_scoring.py",
     ),
     _mutation(
         "a failed reward is a quiet zero",
