@@ -333,10 +333,7 @@ class Conversing(Engine):
 
 
 async def run(
-    loaded: LoadedConfig,
-    *,
-    watch: Callable[[OnlineRoles], OnlineRoles] = lambda roles: roles,
-    resume: bool = False,
+    loaded: LoadedConfig, *, watch: Callable[[OnlineRoles], OnlineRoles] = lambda roles: roles, resume: bool = False
 ) -> Path:
     """Run without Ray and return the folder. The process must have joined a gang of one. watch: wraps the roles."""
     (stage,) = await asyncio.to_thread(load_inputs, loaded)  # it has event loops of its own

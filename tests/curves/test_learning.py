@@ -24,6 +24,7 @@ from rlhf.config.files.base_file import read_tree
 from rlhf.config.files.load import load
 from rlhf.data.tasks import TaskSource, make_rows
 from rlhf.models.files.tiny import build_tiny_llama
+from rlhf.tracking.metrics.declarations import expected_metrics
 from rlhf.tracking.sinks.tracker import read_metrics
 from tests.curves.imitation import imitate
 from tests.curves.in_process import run
@@ -128,6 +129,13 @@ async def test_the_score_rises(
     config.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
     folder = await run(load(config, []))
     rows = list(read_metrics(folder))
+    if ALGORITHMS[recipe["algorithm"]["name"]].config_class().kind == "sampled_pairs":
+        parts = ["rewards", "preference", "groups", "reference", "eval"]
+        assert {name for name in expected_metrics(parts) if "<" not in name} - {"memory/reference_rss_gib"} <= set(
+            rows[-1]
+        )
+        pairs = [row["preference/pairs/total"] for row in rows[1:]]
+        assert pairs == [64 * (1 - row["advantages/zero_groups/fraction"]) for row in rows[1:]]
     before, after = rows[0]["eval/heldout/correct"], rows[-1]["eval/heldout/correct"]
     assert 0.1 < before < 0.6, before
     assert after > before + GAIN, json.dumps({"before": before, "after": after})
