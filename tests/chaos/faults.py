@@ -151,12 +151,10 @@ class TimelineTail:
         return self.spans
 
     def count(self, name: str) -> int:
-        """Return the number of spans of a name."""
         self.read()
         return self._counts[name]
 
     def recoveries(self) -> Mapping[str, int]:
-        """Return the number of recoveries of each role."""
         return Counter(span.role for span in self.read() if span.name == "recovery")
 
     def seconds_back(self, at: float, role: str) -> float | None:
@@ -236,7 +234,6 @@ class FeignedMemory:
         return ["unshare", "--mount", "sh", "-c", script, str(self.file), kernels.path, *command]
 
     def add(self) -> None:
-        """Count a killed process."""
         self.count += 1
         self._write()
 
@@ -249,7 +246,6 @@ class FeignedMemory:
 
 
 def can_feign_memory() -> bool:
-    """Return whether this user may mount a file over the kernel's."""
     return os.geteuid() == 0 and shutil.which("unshare") is not None and own_oom_kills() is not None
 
 
@@ -296,7 +292,6 @@ def wait_until(
 
 
 def is_running(process: psutil.Process) -> bool:
-    """Return whether a process has not ended."""
     with suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False

@@ -43,7 +43,7 @@ from tests.chaos.faults import (
     strike,
     wait_until,
 )
-from tests.integration.recipes import merge, rows, without_clocks, write_config
+from tests.integration.recipes import ONLINE, merge, rows, without_clocks, write_config
 
 COMMAND = (sys.executable, "-m", "tests.chaos.command")
 LIMIT_S = 400.0  # for a run without a fault, or for a step, on a busy machine
@@ -69,40 +69,28 @@ def reward(prompt, response):
 """
 THREAD = {"threads": 1}
 
-BASE: Mapping[str, Any] = {
-    "policy": {"model": "tiny:llama", "dtype": "float32"},
-    "algorithm": {"name": "ppo", "critic_lr": 1e-3, "kl": {"coef": 0.05, "estimator": "k1", "place": "reward"}},
-    "data": {
-        "train": {"task": "running_totals", "split": "train", "size": 64},
-        "eval": {"task": "running_totals", "split": "eval", "size": 16},
-        "apply_chat_template": False,
-        "max_prompt_tokens": 16,
-    },
-    "rollouts": {"prompts_per_step": 8, "samples_per_prompt": 4, "max_new_tokens": 16},
-    "rewards": {"mine": {"function": "mine.py:reward"}},
-    "train": {
-        "steps": 4,
-        "lr": 1e-5,  # the policy of many steps still answers at length
-        "sequences_per_update": 16,
-        "max_tokens_per_microbatch": 256,
-        "checkpoint_every": KEEPS_EVERY,
-    },
-    "eval": {"every": KEEPS_EVERY, "at_start": False},
-    "cluster": {
-        "object_store_gib": 0.25,
-        "start_timeout_s": 200.0,
-        "call_timeout_s": 60.0,
-        "heartbeat_timeout_s": 10.0,
-        "restarts": {"engine": 1000, "gang": 1000, "worker": 1000},
-        "roles": {
-            "policy": {"workers": 2, "cpus": 0.5, **THREAD},
-            "critic": THREAD,
-            "reference": THREAD,
-            "reward": THREAD,
-            "rollout": {"cpus": 0.5, **THREAD},
+BASE: Mapping[str, Any] = merge(
+    ONLINE,
+    {
+        "algorithm": {"name": "ppo", "critic_lr": 1e-3, "kl": {"coef": 0.05, "estimator": "k1", "place": "reward"}},
+        "rollouts": {"max_new_tokens": 16},
+        "rewards": {"mine": {"function": "mine.py:reward"}},
+        "train": {"lr": 1e-5, "checkpoint_every": KEEPS_EVERY},  # the policy of many steps still answers at length
+        "eval": {"every": KEEPS_EVERY, "at_start": False},
+        "cluster": {
+            "call_timeout_s": 60.0,
+            "heartbeat_timeout_s": 10.0,
+            "restarts": {"engine": 1000, "gang": 1000, "worker": 1000},
+            "roles": {
+                "policy": {"workers": 2, "cpus": 0.5, **THREAD},
+                "critic": THREAD,
+                "reference": THREAD,
+                "reward": THREAD,
+                "rollout": {"cpus": 0.5, **THREAD},
+            },
         },
     },
-}
+)
 GAME: Mapping[str, Any] = {
     "data": {
         "train": {"task": "guessing_game", "split": "train", "size": 64},
@@ -130,8 +118,7 @@ MODES: Mapping[str, Mode] = {
     "in turns": Mode(promise="bits", changes={}),
     "pipelined": Mode(promise="bits", changes=CORRECTED),
     "in flight": Mode(
-        promise="each prompt once",
-        changes=merge(CORRECTED, {"rollouts": {"weight_updates": "in_flight"}}),
+        promise="each prompt once", changes=merge(CORRECTED, {"rollouts": {"weight_updates": "in_flight"}})
     ),
     "conversations": Mode(promise="each prompt once", changes=GAME),
 }
@@ -169,9 +156,8 @@ def with_model(folder: str) -> Mapping[str, Any]:
 class Footprint:
     """The processes of a run, and the files in /dev/shm mapped or opened by these processes until now.
 
-    An inherited variable marks the processes of the run, or a session with such a process. Ray overwrites the
-    environment
-    of workers with their titles.
+    An inherited variable marks the processes of the run, or a session with such a process: Ray overwrites the
+    environment of workers with their titles.
     """
 
     def __init__(self) -> None:
@@ -194,7 +180,6 @@ class Footprint:
             )
 
     def processes(self) -> list[psutil.Process]:
-        """Return all living processes of the run."""
         others, found = [], []
         for pid in psutil.pids():
             with suppress(OSError, psutil.NoSuchProcess):
@@ -207,7 +192,6 @@ class Footprint:
         return found + [process for process in others if self.sessions.intersection(_sessions([process]))]
 
     def look(self) -> None:
-        """Add the files mapped or opened by the run now."""
         for process in self.processes():
             with suppress(OSError):
                 folder = Path(f"/proc/{process.pid}")
@@ -221,7 +205,6 @@ class Footprint:
 
     @contextmanager
     def followed(self) -> Iterator[None]:
-        """Look every few seconds during the block."""
         over = threading.Event()
 
         def follow() -> None:
@@ -246,7 +229,6 @@ class Footprint:
         return lines
 
     def kill(self) -> None:
-        """End all processes."""
         found = self.processes()
         for process in found:
             with suppress(psutil.NoSuchProcess):
@@ -315,7 +297,6 @@ class FaultyRun:
         self._struck_at_step = FIRST_STEPS - 1
 
     def is_over(self) -> bool:
-        """Return whether the run has ended."""
         return self.process.poll() is not None
 
     def inject_all(self, faults: Sequence[Fault]) -> Iterator[Outcome]:
@@ -404,7 +385,6 @@ class FaultyRun:
                 return True
 
     def _recovery(self, fault: Fault, at: float, process: psutil.Process) -> tuple[float | None, list[str]]:
-        """Wait for the recovery from a fault. Return the recovery's seconds, and all contradictions."""
         role, bad = fault.recovers, list[str]()
         if role is not None:
             is_back = self._wait(lambda: self.tail.seconds_back(at, role) is not None, limit_s=BACK_WITHIN_S)
@@ -421,8 +401,7 @@ class FaultyRun:
         """Return whether another process does the work of a lost process.
 
         A reward process begins with the response of the lost process. A second death becomes the response's error and
-        ends the
-        run, so no fault may come before the new process has scored.
+        ends the run, so no fault may come before the new process has scored.
         """
         successor = find_victim(self.folder, VICTIMS[fault.who])
         if successor is None or successor == process:
@@ -436,11 +415,9 @@ class FaultyRun:
         return [] if is_gone else [f"process {process.pid} still runs"]
 
     def _exports(self) -> bool:
-        """Return whether the run has begun to write its final model."""
         return any(self.folder.glob(f".own-*/{self.folder.name}-final"))
 
     def _has_hit(self, fault: Fault, at: float) -> bool:
-        """Return whether the signal came in the stage of its fault."""
         if fault.when == "export":
             return True  # the folder of the final model was begun
         seen = steps_done(self.folder)
@@ -457,16 +434,13 @@ class FaultyRun:
 
 
 def groups_left(config: Path) -> list[str]:
-    """Return the placement groups left by a run at its disconnection from Ray. A supervised driver records no
-    groups.
-    """
+    """Return the placement groups left by a run at its disconnection from Ray. A supervised driver records none."""
     states: Mapping[str, str] = json.loads(_groups_file(config).read_text(encoding="utf-8"))
     left = [f"placement group {name} is {state}" for name, state in states.items() if state != "REMOVED"]
     return left if states else ["the run had no placement group"]
 
 
 def noting_groups(config: Path) -> Mapping[str, str]:
-    """Return an environment for COMMAND to record the placement groups of a run."""
     return {FILE: str(_groups_file(config))}
 
 
@@ -482,7 +456,6 @@ def wait_for_end(process: subprocess.Popen[str], limit_s: float) -> int | None:
 
 
 def said(config: Path) -> str:
-    """Return the last words of a run."""
     return config.with_suffix(".log").read_text(encoding="utf-8")[-3000:]
 
 
@@ -499,7 +472,6 @@ def steps_done(run: Path) -> int:
 
 
 def contradictions(run: Path, unbroken: Path | None) -> list[str]:
-    """Return all contradictions to the promise of the mode."""
     bad = [] if main(["doctor", str(run)]) == 0 else ["rlhf doctor finds contradictions"]
     if not (run / "final").is_dir():
         return [*bad, "there is no final model"]
@@ -512,7 +484,6 @@ def contradictions(run: Path, unbroken: Path | None) -> list[str]:
 
 
 def weights_hash(run: Path) -> str:
-    """Return a hash of the final weights."""
     return hashlib.sha256((run / "final" / "model.safetensors").read_bytes()).hexdigest()
 
 
@@ -532,19 +503,16 @@ def last_death(run: Path) -> int:
 
 
 def counted(run: Path, role: str) -> float:
-    """Return the recoveries of a role in all rows of the metrics together."""
     return sum(row.get(f"recovery/{role}/total", 0.0) for row in rows(run))
 
 
 def unrecorded(run: Path, role: str) -> list[str]:
-    """Return the missing records of the only recovery of a run."""
     total = counted(run, role)
     bad = [] if total == 1.0 else [f"recovery/{role}/total is {total:g} in all rows together, expected 1"]
     return bad if recorded_losses(run) else [*bad, "errors.jsonl does not name the loss"]
 
 
 def train_unbroken(folder: Path, mode: str, *, steps: int, changes: Mapping[str, Any] = {}) -> Path:
-    """Train without a fault, and return the folder of the run."""
     config, footprint = run_config(folder, mode, steps=steps, changes=changes), Footprint()
     code = wait_for_end(footprint.start(config), LIMIT_S + steps)
     footprint.kill()

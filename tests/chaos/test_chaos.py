@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,6 +117,18 @@ def test_a_run_survives(
     assert [(outcome.fault, outcome.contradictions) for outcome in found if outcome.contradictions] == []
 
 
+def tail_of(folder: Path, *spans: tuple[str, float, float]) -> TimelineTail:
+    """Return the tail of a timeline with these spans."""
+    timeline = Timeline(folder / "timeline.json")
+    for name, start_s, end_s in spans:
+        timeline.record(name, "policy", start_s=start_s, end_s=end_s)
+    return TimelineTail(folder / "timeline.json")
+
+
+def fault(who: str, when: str) -> Fault:
+    return Fault(mode="in turns", who=who, when=when, how="kill")
+
+
 def test_each_span_of_a_resumed_run_is_counted_once(tmp_path: Path) -> None:
     path = tmp_path / "timeline.json"
     tail = TimelineTail(path)
@@ -129,22 +142,35 @@ def test_each_span_of_a_resumed_run_is_counted_once(tmp_path: Path) -> None:
         assert tail.count("update") == 2 * start + 2
 
 
-@pytest.mark.parametrize(("at", "is_hit"), [(1.4, False), (1.6, True), (2.1, False)])
-def test_a_fault_counts_only_in_its_stage(at: float, is_hit: bool, tmp_path: Path) -> None:
-    timeline = Timeline(tmp_path / "timeline.json")
-    for name, start_s, end_s in (("experience", 1.0, 1.4), ("update", 1.5, 2.0), ("weight_sync", 2.0, 2.2)):
-        timeline.record(name, "policy", start_s=start_s, end_s=end_s)
-    tail = TimelineTail(tmp_path / "timeline.json")
-    assert tail.was_in(Fault(mode="in turns", who="critic", when="update", how="kill"), at) == is_hit
+def test_a_fault_counts_only_in_its_stage(tmp_path: Path) -> None:
+    tail = tail_of(tmp_path, ("experience", 1.0, 1.4), ("update", 1.5, 2.0), ("weight_sync", 2.0, 2.2))
+    assert [tail.was_in(fault("critic", "update"), at) for at in (1.4, 1.6, 2.1)] == [False, True, False]
     assert tail.delay("update") == pytest.approx(0.1 + 0.25 * 0.5)
 
 
-def test_the_rollouts_of_a_batch_ahead_begin_with_a_step_and_end_in_any_stage(tmp_path: Path) -> None:
-    timeline = Timeline(tmp_path / "timeline.json")
-    ended = (("step", 0.0, 1.0), ("experience", 1.3, 1.5), ("rollouts", 1.2, 2.0), ("update", 1.5, 2.2))
-    for name, start_s, end_s in ended:
-        timeline.record(name, "policy", start_s=start_s, end_s=end_s)
-    assert TimelineTail(tmp_path / "timeline.json").delay("rollouts") == pytest.approx(0.2 + 0.25 * 0.8)
+AFTER_EVALUATIONS = [
+    span
+    for at in range(0, 20, 4)
+    for span in (
+        *(("step", at, at + 1.0), ("rollouts", at + 1.0, at + 1.4), ("step", at + 1.0, at + 2.0)),
+        *(("eval", at + 2.0, at + 3.5), ("rollouts", at + 3.6, at + 4.0)),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("spans", "delay"),
+    [
+        (
+            [("step", 0.0, 1.0), ("experience", 1.3, 1.5), ("rollouts", 1.2, 2.0), ("update", 1.5, 2.2)],
+            0.2 + 0.25 * 0.8,
+        ),
+        (AFTER_EVALUATIONS, 0.25 * 0.4),
+    ],
+    ids=["of a batch ahead", "after an evaluation"],
+)
+def test_rollouts_begin_with_a_step_and_end_in_any_stage(tmp_path: Path, spans: list[Any], delay: float) -> None:
+    assert tail_of(tmp_path, *spans).delay("rollouts") == pytest.approx(delay)
 
 
 def test_a_weight_sync_begins_when_the_update_and_the_rollouts_of_the_batch_ahead_have_ended(tmp_path: Path) -> None:
@@ -157,49 +183,22 @@ def test_a_weight_sync_begins_when_the_update_and_the_rollouts_of_the_batch_ahea
         assert tail.has_rollouts()
         timeline.record("step", "controller", start_s=at, end_s=at + 1.0)
         assert not tail.has_rollouts()
-    assert tail.delay("weight_sync") == pytest.approx(
-        0.25 * 0.1
-    )  # the median of two syncs at once, and one 0.4 s later
+    median = 0.25 * 0.1  # of two syncs at once, and one 0.4 s later
+    assert tail.delay("weight_sync") == pytest.approx(median)
 
 
-def test_a_driver_that_dies_with_the_rollouts_of_a_batch_ahead_was_in_rollouts(tmp_path: Path) -> None:
-    timeline = Timeline(tmp_path / "timeline.json")
-    for name, start_s, end_s in (("step", 0.0, 1.0), ("experience", 1.0, 1.1), ("rollouts", 1.0, 1.5)):
-        timeline.record(name, "policy", start_s=start_s, end_s=end_s)
-    tail, fault = (
-        TimelineTail(tmp_path / "timeline.json"),
-        Fault(mode="pipelined", who="driver", when="rollouts", how="kill"),
-    )
-    assert [tail.was_in(fault, at) for at in (0.9, 1.2, 1.6)] == [False, True, False]
-
-
-def test_rollouts_after_an_evaluation_do_not_delay_a_fault_in_others(tmp_path: Path) -> None:
-    timeline = Timeline(tmp_path / "timeline.json")
-    for at in range(0, 20, 4):
-        timeline.record("step", "controller", start_s=at, end_s=at + 1.0)
-        timeline.record("rollouts", "policy", start_s=at + 1.0, end_s=at + 1.4)
-        timeline.record("step", "controller", start_s=at + 1.0, end_s=at + 2.0)
-        timeline.record("eval", "policy", start_s=at + 2.0, end_s=at + 3.5)
-        timeline.record("rollouts", "policy", start_s=at + 3.6, end_s=at + 4.0)
-    assert TimelineTail(tmp_path / "timeline.json").delay("rollouts") == pytest.approx(0.25 * 0.4)
+def test_a_dead_driver_was_in_the_stage_after_its_last_span(tmp_path: Path) -> None:
+    tail = tail_of(tmp_path, ("experience", 1.0, 1.4))
+    assert [tail.was_in(fault("driver", when), 1.5) for when in ("update", "experience")] == [True, False]
+    (tmp_path / "ahead").mkdir()
+    ahead = tail_of(tmp_path / "ahead", ("step", 0.0, 1.0), ("experience", 1.0, 1.1), ("rollouts", 1.0, 1.5))
+    assert [ahead.was_in(fault("driver", "rollouts"), at) for at in (0.9, 1.2, 1.6)] == [False, True, False]
 
 
 def test_every_second_step_is_kept_counted_from_the_checkpoint_of_a_resumed_run(tmp_path: Path) -> None:
     timeline = Timeline(tmp_path / "timeline.json")
-    tail, found = TimelineTail(tmp_path / "timeline.json"), []
-    names = ("step", "step", "checkpoint", "step", "recovery", "step", "step", "checkpoint", "step")
-    for at, name in enumerate(names):
+    tail, kept = TimelineTail(tmp_path / "timeline.json"), []
+    for at, name in enumerate(("step", "step", "checkpoint", "step", "recovery", "step", "step", "checkpoint", "step")):
         timeline.record(name, "controller", start_s=at, end_s=at + 0.5)
-        found.append(tail.is_kept())
-    assert [kept for kept, name in zip(found, names, strict=True) if name == "step"] == [
-        *(False, True, False),
-        *(False, True, False),
-    ]
-
-
-def test_a_dead_driver_was_in_the_stage_after_its_last_span(tmp_path: Path) -> None:
-    timeline = Timeline(tmp_path / "timeline.json")
-    timeline.record("experience", "policy", start_s=1.0, end_s=1.4)
-    tail = TimelineTail(tmp_path / "timeline.json")
-    assert tail.was_in(Fault(mode="in turns", who="driver", when="update", how="kill"), 1.5)
-    assert not tail.was_in(Fault(mode="in turns", who="driver", when="experience", how="kill"), 1.5)
+        kept += [tail.is_kept()] if name == "step" else []
+    assert kept == [False, True, False, False, True, False]

@@ -47,42 +47,11 @@ APART: Mapping[str, Any] = {
             "policy": {"node_labels": {"pool": "train"}},
             "rollout": {"engines": 2, "cpus": 1.0, "node_labels": {"pool": "serve"}},
         },
-    },
+    }
 }
 
 
 STEPS = {"in turns": 30, "in flight": 120}  # in flight, training must last until the successor works
-
-
-@pytest.mark.parametrize("how", ["kill", "cut"])
-@pytest.mark.parametrize("mode", ["in turns", "in flight"])
-def test_a_run_survives_the_loss_of_an_engines_host(
-    mode: Literal["in turns", "in flight"], how: Literal["kill", "cut"], tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    (tmp_path / "mine.py").write_text(REWARD, encoding="utf-8")
-    tree = merge(merge(merge(BASE, MODES[mode].changes), APART), {"train": {"steps": STEPS[mode]}})
-    config = write_config(tmp_path / "run.yaml", {"run": {"name": "run", "dir": str(tmp_path), "seed": 3}}, tree)
-    with several_hosts(4) as hosts, (tmp_path / "run.log").open("w") as log:
-        head, _, lost, spare = hosts
-        labels = ["pool=train", "pool=serve", "pool=serve"]
-        address = start_ray(hosts[:3], cpus=[1, 1, 1], labels=labels, env=QUICK_HEALTH)
-        command = [*COMMAND, "train", config, "--quiet", f"cluster.address={address}"]
-        process = head.start(command, noting_groups(config), stdout=log, stderr=subprocess.STDOUT)
-        tail = TimelineTail(run / "timeline.json")
-        try:
-            assert wait_until(lambda: tail.count("step") >= 1, lambda: process.poll() is not None, limit_s=LIMIT_S)
-            lose: Callable[[], None] = {"kill": lost.kill, "cut": lost.cut}[how]
-            lose()
-            start_node(spare, f"--address={address}", "--num-cpus=1", "--labels=pool=serve", env=QUICK_HEALTH)
-            assert wait_for_end(process, LIMIT_S) == 0, (tmp_path / "run.log").read_text()[-4000:]
-        finally:
-            process.kill()
-        assert not contradictions(run, None)
-        assert not groups_left(config)
-        assert not unrecorded(run, "rollout")
-
-
 TOGETHER: Mapping[str, Any] = {
     "train": {"steps": 12, "epochs_per_batch": 20},  # updates of some seconds, in which the host is lost
     "cluster": {
@@ -95,37 +64,66 @@ TOGETHER: Mapping[str, Any] = {
 }
 
 
-def test_a_run_survives_the_loss_of_a_host_with_a_rank_and_an_engine_that_nobody_has_missed(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    (tmp_path / "mine.py").write_text(REWARD, encoding="utf-8")
-    config = write_config(
-        tmp_path / "run.yaml", {"run": {"name": "run", "dir": str(tmp_path), "seed": 3}}, merge(BASE, TOGETHER)
-    )
-    with several_hosts(4) as hosts, (tmp_path / "run.log").open("w") as log:
-        head, *_, spare = hosts
-        labels = ["pool=drives", "pool=both", "pool=both"]
-        address = start_ray(hosts[:3], cpus=[1, 3, 3], labels=labels, env=QUICK_HEALTH)
+def lose_a_host(
+    folder: Path,
+    tree: Mapping[str, Any],
+    lose: Callable[[Sequence[Host], Callable[[str], None]], None],
+    *,
+    pools: tuple[str, str],
+    cpus: int,
+) -> Path:
+    """Run on three hosts, lose one of the second pool after a step, and add a spare host. Return the finished run.
+
+    `lose` gets the hosts, and a function that waits for the next span of a name.
+    """
+    run, config = folder / "run", folder / "run.yaml"
+    (folder / "mine.py").write_text(REWARD, encoding="utf-8")
+    write_config(config, {"run": {"name": "run", "dir": str(folder), "seed": 3}}, tree)
+    with several_hosts(4) as hosts, (folder / "run.log").open("w") as log:
+        labels = [f"pool={pools[0]}", *[f"pool={pools[1]}"] * 2]
+        address = start_ray(hosts[:3], cpus=[1, cpus, cpus], labels=labels, env=QUICK_HEALTH)
         command = [*COMMAND, "train", config, "--quiet", f"cluster.address={address}"]
-        process = head.start(command, noting_groups(config), stdout=log, stderr=subprocess.STDOUT)
+        process = hosts[0].start(command, noting_groups(config), stdout=log, stderr=subprocess.STDOUT)
         tail = TimelineTail(run / "timeline.json")
+
+        def wait_for(name: str) -> None:
+            count = tail.count(name)
+            assert wait_until(lambda: tail.count(name) > count, lambda: process.poll() is not None, limit_s=LIMIT_S)
+
         try:
-            assert wait_until(lambda: tail.count("step") >= 1, lambda: process.poll() is not None, limit_s=LIMIT_S)
-            count = tail.count("experience")
-            places = {row["who"]: row["node"] for row in json.loads((run / "processes.json").read_text())}
-            assert sorted(places[f"rollout rank {n}"] for n in (0, 1)) == [host.address for host in hosts[1:3]]
-            (lost,) = [host for host in hosts if host.address == places["policy rank 1"]]
-            assert wait_until(
-                lambda: tail.count("experience") > count, lambda: process.poll() is not None, limit_s=LIMIT_S
-            )
-            lost.kill()
-            start_node(spare, f"--address={address}", "--num-cpus=3", "--labels=pool=both", env=QUICK_HEALTH)
-            assert wait_for_end(process, LIMIT_S) == 0, (tmp_path / "run.log").read_text()[-4000:]
+            wait_for("step")
+            lose(hosts, wait_for)
+            join(hosts[3], address, cpus=cpus, pool=pools[1])
+            assert wait_for_end(process, LIMIT_S) == 0, (folder / "run.log").read_text()[-4000:]
         finally:
             process.kill()
         assert not contradictions(run, None)
         assert not groups_left(config)
-        assert counted(run, "policy") + counted(run, "critic") == 1.0
-        assert counted(run, "rollout") == 1.0
+    return run
+
+
+@pytest.mark.parametrize("how", ["kill", "cut"])
+@pytest.mark.parametrize("mode", ["in turns", "in flight"])
+def test_a_run_survives_the_loss_of_an_engines_host(
+    mode: Literal["in turns", "in flight"], how: Literal["kill", "cut"], tmp_path: Path
+) -> None:
+    tree = merge(merge(merge(BASE, MODES[mode].changes), APART), {"train": {"steps": STEPS[mode]}})
+    lose = {"kill": lambda hosts, _: hosts[2].kill(), "cut": lambda hosts, _: hosts[2].cut()}[how]
+    assert not unrecorded(lose_a_host(tmp_path, tree, lose, pools=("train", "serve"), cpus=1), "rollout")
+
+
+def test_a_run_survives_the_loss_of_a_host_with_a_rank_and_an_engine_that_nobody_has_missed(tmp_path: Path) -> None:
+    def lose(hosts: Sequence[Host], wait_for: Callable[[str], None]) -> None:
+        listed = json.loads((tmp_path / "run" / "processes.json").read_text())
+        places = {row["who"]: row["node"] for row in listed}
+        assert sorted(places[f"rollout rank {n}"] for n in (0, 1)) == [host.address for host in hosts[1:3]]
+        (lost,) = [host for host in hosts if host.address == places["policy rank 1"]]
+        wait_for("experience")
+        lost.kill()
+
+    run = lose_a_host(tmp_path, merge(BASE, TOGETHER), lose, pools=("drives", "both"), cpus=3)
+    assert counted(run, "policy") + counted(run, "critic") == 1.0
+    assert counted(run, "rollout") == 1.0
 
 
 DRAIN = """
@@ -154,14 +152,10 @@ ELASTIC: Mapping[str, Any] = {
 def elastic_run(
     folder: Path, hosts: Sequence[Host], *, engines: Mapping[str, int], starts_on: int
 ) -> Iterator[tuple[str, Callable[[int], None]]]:
-    """Yield a run in flight with trainers on the first host and engines on the remaining hosts.
+    """Yield the Ray of a run in flight, with trainers on the first host, and a wait for a number of engines elsewhere.
 
-    Yields the address of the Ray, and a function that waits for a number of engines. After the block the run must obey
-    a
-    signal and leave no placement group, and the run's ledger must be right.
-
-    Args:
-        starts_on: the hosts present at the start.
+    After the block the run must obey a signal and leave no placement group, and the run's ledger must be right.
+    `starts_on`: the number of hosts present at the start.
     """
     run, head = folder / "run", hosts[0]
     (folder / "mine.py").write_text(REWARD, encoding="utf-8")
@@ -191,8 +185,8 @@ def elastic_run(
     assert not groups_left(config)
 
 
-def join(host: Host, address: str) -> None:
-    start_node(host, f"--address={address}", "--num-cpus=1", "--labels=pool=serve", env=QUICK_HEALTH)
+def join(host: Host, address: str, *, cpus: int = 1, pool: str = "serve") -> None:
+    start_node(host, f"--address={address}", f"--num-cpus={cpus}", f"--labels=pool={pool}", env=QUICK_HEALTH)
 
 
 def test_training_goes_on_while_hosts_of_engines_are_lost_come_back_and_join(tmp_path: Path) -> None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from rlhf.controller.collect import Collected, Collector
 from rlhf.controller.rollout_scorer import RolloutScorer
 from rlhf.data.stream import Stream
 from rlhf.roles import CompletedGroup
-from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, Sampling, SessionEnd
 from tests.fakes.configs import online_config
 from tests.fakes.groups import completed_group
+from tests.fakes.records import BareRecord
 from tests.fakes.roles import FakeEngines, failed_reward
 
 Scores = Callable[[int], Sequence[float] | None]  # by prompt id; None: the reward fails
@@ -76,27 +75,20 @@ class Run:
             rewards=rewards or {"r": {"function": "f", **reward}},
             reward_policy=reward_policy,
         )
-        folder.mkdir(exist_ok=True)
         self.scores = scores
-        self.parts: list[Any] = []
-        self.errors: list[Any] = []
+        self.record = cast(Any, BareRecord(folder, spool=folder))
+        self.parts, self.errors = self.record.parts, self.record.errors
         self.failed_on: int | None = None  # prompt id of a group in which a failed call got a score
         self.engines = OrderedEngines(order)
-        record: Any = SimpleNamespace(
-            folder=SimpleNamespace(spool=folder),
-            show=lambda *_: None,
-            tracker=SimpleNamespace(log_error=self.errors.append),
-            add=self.parts.append,
-        )
         roles: tuple[Any, Any] = (self.engines, self)
-        self.scorer = RolloutScorer(*roles, record, rewards_fingerprint="f")
+        self.scorer = RolloutScorer(*roles, self.record, rewards_fingerprint="f")
         items = [
             Prompt(prompt_id=i, token_ids=(1, i), text="", columns={}, temperature=warmth.get(i))
             for i in range(prompts)
             if i not in skipped
         ]
         stream = Stream(items, seed=0, shuffle=False, skipped_rows=skipped)
-        self.collector = Collector(config, stream, self.scorer, record, Sampling(max_new_tokens=4))
+        self.collector = Collector(config, stream, self.scorer, self.record, Sampling(max_new_tokens=4))
 
     async def score(self, group: CompletedGroup) -> GroupScores:
         prompt_id = group.request.prompt.prompt_id
@@ -121,7 +113,7 @@ class Run:
 
     @property
     def row(self) -> dict[str, float]:
-        return results(merge_metrics(self.parts))
+        return dict(self.record.row)
 
 
 def by_prompt(**named: Sequence[int]) -> Scores:

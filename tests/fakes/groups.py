@@ -9,14 +9,7 @@ import torch
 
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.roles import CompletedGroup, ScoredGroup
-from rlhf.types import (
-    GroupRequest,
-    GroupScores,
-    Prompt,
-    RolloutInfo,
-    Rollouts,
-    Sampling,
-)
+from rlhf.types import GroupRequest, GroupScores, Prompt, RolloutInfo, Rollouts, Sampling
 
 
 def rollout_info(sequence_id: int = 0, **fields: Any) -> RolloutInfo:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from rlhf.controller.group_queue import GroupQueue
 from rlhf.controller.rollout_queue import Batch
 from rlhf.controller.rollout_scorer import RolloutScorer
 from rlhf.errors import RunError
-from rlhf.roles import CompletedGroup, Metrics
+from rlhf.roles import CompletedGroup
 from rlhf.types import GroupRequest, Sampling
 from tests.fakes.calls import settle
 from tests.fakes.collecting import Run
@@ -58,22 +56,6 @@ class HeldEngines(FakeEngines):
                 future.set_result(None)
 
 
-class Record:
-    """The part of a run's record that a queue uses."""
-
-    def __init__(self, run: Run) -> None:
-        self.progress = SimpleNamespace(stage=lambda *_: None)
-        self.timeline = SimpleNamespace(record=lambda *_, **__: None)
-        self.add = run.parts.append
-        self.parts = run.parts
-
-    @contextmanager
-    def apart(self, parts: list[Metrics], **_: Any) -> Any:
-        before = len(self.parts)
-        yield
-        parts.extend(self.parts[before:])
-
-
 class InFlight:
     """A run whose weights change while the engines answer."""
 
@@ -84,13 +66,9 @@ class InFlight:
         self.run = Run(folder, keys.pop("scores", lambda _: (0.0, 1.0)), prompts=keys.pop("prompts", 100), **keys)
         self.engines = HeldEngines()
         roles: tuple[Any, Any] = (self.engines, self.run)
-        self.run.collector.scorer = RolloutScorer(
-            *roles, self.run.scorer.record, rewards_fingerprint="f", in_flight=True
-        )
-        record: Any = Record(self.run)
-        self.queue = GroupQueue(
-            self.run.collector, record, max_staleness=max_staleness, order=order, num_steps=num_steps, settings="same"
-        )
+        self.run.collector.scorer = RolloutScorer(*roles, self.run.record, rewards_fingerprint="f", in_flight=True)
+        bounds: Any = {"max_staleness": max_staleness, "num_steps": num_steps}
+        self.queue = GroupQueue(self.run.collector, self.run.record, order=order, settings="same", **bounds)
         self.trained: list[int] = []  # prompt ids
         self.lags: list[int] = []
 

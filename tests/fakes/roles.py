@@ -7,44 +7,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf import roles, types
 from rlhf.controller.weight_sync import check_probe
 from rlhf.errors import WorkerLost
 from rlhf.evaluation.voting import AnswerForm
 from rlhf.role_table import Role
-from rlhf.roles import (
-    AdvantagesReport,
-    Arithmetic,
-    CompletedGroup,
-    EnginePart,
-    Metrics,
-    OnlineTeacherRole,
-    PolicyProbe,
-    PolicyRole,
-    PrepareReport,
-    Ref,
-    ReferenceRole,
-    RemoteColumns,
-    RewardRole,
-    RolloutRole,
-    SampleSelection,
-    SequenceReport,
-    StatesByRank,
-    TrainedRole,
-    WeightManifest,
-)
 from rlhf.tracking.metrics.reductions import Mean
-from rlhf.types import (
-    BatchPlan,
-    GroupRequest,
-    GroupScores,
-    MemoryReport,
-    MinibatchPlan,
-    RewardError,
-    Rollouts,
-    Sampling,
-    TokenSignals,
-    TokenValues,
-)
 from tests.fakes.groups import completed_group
 
 
@@ -65,8 +33,8 @@ class FakeMember:
             raise WorkerLost(f"{call}: lost", role=self.lost_role, rank=1, stage=call, kind="died")
         self.calls.append(call)
 
-    async def memory(self) -> MemoryReport:
-        return MemoryReport(rss_gib=1.0, gpu_gib=None)
+    async def memory(self) -> types.MemoryReport:
+        return types.MemoryReport(rss_gib=1.0, gpu_gib=None)
 
     async def offload(self) -> None:
         self.note(f"{self.name} leaves")
@@ -75,7 +43,7 @@ class FakeMember:
         self.note(f"{self.name} comes back")
 
 
-class FakeTrained(FakeMember, TrainedRole):
+class FakeTrained(FakeMember, roles.TrainedRole):
     """A trained role with the number of updates as the state."""
 
     def __init__(self, calls: list[str] | None = None, *, ranks: int = 2) -> None:
@@ -115,8 +83,8 @@ class FakeTrained(FakeMember, TrainedRole):
         if folder.is_dir():
             (folder / "weights").write_text(str(len(self.updates)))
 
-    async def arithmetic(self) -> Arithmetic:
-        return Arithmetic(flops_per_token=1.0, flops_per_token_and_length=0.0, peak_flops=1.0)
+    async def arithmetic(self) -> roles.Arithmetic:
+        return roles.Arithmetic(flops_per_token=1.0, flops_per_token_and_length=0.0, peak_flops=1.0)
 
 
 class FakeManifest(int):
@@ -125,7 +93,7 @@ class FakeManifest(int):
     checksum = "ab"
 
 
-class FakePolicy(FakeTrained, PolicyRole):
+class FakePolicy(FakeTrained, roles.PolicyRole):
     """A policy that remembers its last batch. An update can take two turns of the event loop.
 
     Args:
@@ -140,36 +108,43 @@ class FakePolicy(FakeTrained, PolicyRole):
         super().__init__(calls)
         self.kl, self.reports, self.slow = kl, reports, slow
         self.entropy = 0.5
-        self.plan: BatchPlan | None = None
-        self.portions: list[BatchPlan] = []
+        self.plan: types.BatchPlan | None = None
+        self.portions: list[types.BatchPlan] = []
         self.rollouts: list[Any] = []
         self.references: list[Any] = []
         self.advantages: Mapping[int, float] | None = None
 
     async def prepare(
-        self, plan: BatchPlan, groups: Sequence[CompletedGroup], ref_logprobs: Sequence[RemoteColumns[TokenValues]]
-    ) -> PrepareReport:
+        self,
+        plan: types.BatchPlan,
+        groups: Sequence[roles.CompletedGroup],
+        ref_logprobs: Sequence[roles.RemoteColumns[types.TokenValues]],
+    ) -> roles.PrepareReport:
         self.plan, self.references = plan, list(ref_logprobs)
         self.rollouts = [group.rollouts for group in groups]
         self.portions.append(plan)
         self.note(f"prepare {', '.join(self.rollouts)}")
         ids = [i for rank in range(self.ranks) for i in plan.sequences_of(rank)] if self.reports else []
         reports = [
-            SequenceReport(sequence_id=i, kl_ref=self.kl, mean_old_logprob=-1.0, mean_ref_logprob=None) for i in ids
+            roles.SequenceReport(sequence_id=i, kl_ref=self.kl, mean_old_logprob=-1.0, mean_ref_logprob=None)
+            for i in ids
         ]
-        return PrepareReport(sequences=tuple(reports), metrics={})
+        return roles.PrepareReport(sequences=tuple(reports), metrics={})
 
     async def set_advantages(
-        self, plan: BatchPlan, by_sequence: Mapping[int, float] | None, values: Sequence[RemoteColumns[TokenValues]]
-    ) -> AdvantagesReport:
+        self,
+        plan: types.BatchPlan,
+        by_sequence: Mapping[int, float] | None,
+        values: Sequence[roles.RemoteColumns[types.TokenValues]],
+    ) -> roles.AdvantagesReport:
         assert plan == self.plan
         self.advantages = by_sequence
-        return AdvantagesReport(mean_advantages=by_sequence or {}, metrics={}, returns=())
+        return roles.AdvantagesReport(mean_advantages=by_sequence or {}, metrics={}, returns=())
 
     async def accumulate(self, minibatch: int) -> None:
         self.note(f"accumulate {minibatch}")
 
-    async def update(self, minibatch: int, states: StatesByRank = ()) -> Metrics:
+    async def update(self, minibatch: int, states: roles.StatesByRank = ()) -> roles.Metrics:
         self.updates.append(minibatch)
         self.note(f"update {minibatch} by {states}" if states else f"update {minibatch}")
         if self.slow:
@@ -178,17 +153,17 @@ class FakePolicy(FakeTrained, PolicyRole):
             self.note("updated")
         return {"update/entropy/mean": Mean(total=self.entropy, count=1)}
 
-    async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
+    async def token_signals(self, sequences: Sequence[int]) -> list[roles.Ref[types.TokenSignals]]:
         return []
 
     async def empty_cache(self) -> None:
         self.note("empty cache")
 
-    async def publish(self, version: int) -> WeightManifest:
+    async def publish(self, version: int) -> roles.WeightManifest:
         self.note("publish")
         return FakeManifest(version)
 
-    async def send(self, manifest: WeightManifest) -> None:
+    async def send(self, manifest: roles.WeightManifest) -> None:
         return None
 
     async def settle(self) -> None:
@@ -199,7 +174,7 @@ class FakePolicy(FakeTrained, PolicyRole):
         return [-1.0] * (len(token_ids) - 1)
 
 
-class FakeReference(FakeMember, ReferenceRole):
+class FakeReference(FakeMember, roles.ReferenceRole):
     """A reference that holds the weights of the last folder."""
 
     name = "reference"
@@ -216,7 +191,7 @@ class FakeReference(FakeMember, ReferenceRole):
 
     async def logprobs(
         self,
-        groups: Sequence[CompletedGroup],
+        groups: Sequence[roles.CompletedGroup],
         *,
         only: frozenset[int] | None = None,
         temperatures: Mapping[int, float] | None = None,
@@ -226,7 +201,7 @@ class FakeReference(FakeMember, ReferenceRole):
         return [f"reference of {group.rollouts}" for group in groups]
 
 
-class FakeTeacher(FakeMember, OnlineTeacherRole):
+class FakeTeacher(FakeMember, roles.OnlineTeacherRole):
     """A teacher whose results name their input."""
 
     name = "teacher"
@@ -236,16 +211,16 @@ class FakeTeacher(FakeMember, OnlineTeacherRole):
         super().__init__(calls)
         self.means_of: dict[str, Any] = {}  # the arguments of the last `mean_logprobs`
 
-    async def logprobs(self, groups: Sequence[CompletedGroup], *, temperatures: Mapping[int, float]) -> list[Any]:
+    async def logprobs(self, groups: Sequence[roles.CompletedGroup], *, temperatures: Mapping[int, float]) -> list[Any]:
         return [f"teacher of {group.rollouts}" for group in groups]
 
-    async def states(self, plan: MinibatchPlan, groups: Sequence[CompletedGroup]) -> Any:
+    async def states(self, plan: types.MinibatchPlan, groups: Sequence[roles.CompletedGroup]) -> Any:
         ids = sorted(i for share in plan.sequences_by_rank for i in share)
         self.note(f"teach {ids}")
         return f"states of {ids}"
 
     async def mean_logprobs(
-        self, rollouts: Sequence[Ref[Rollouts]], *, temperature: float, samples_per_prompt: int
+        self, rollouts: Sequence[roles.Ref[types.Rollouts]], *, temperature: float, samples_per_prompt: int
     ) -> Mapping[int, float]:
         self.means_of = {
             "rollouts": list(rollouts),
@@ -255,43 +230,46 @@ class FakeTeacher(FakeMember, OnlineTeacherRole):
         return {i: -2.0 - i for i in range(samples_per_prompt * len(rollouts))}
 
 
-def failed_reward(prompt_id: int, reward: str = "r") -> RewardError:
+def failed_reward(prompt_id: int, reward: str = "r") -> types.RewardError:
     """Return the error of a reward that raised for the first response to a prompt."""
-    return RewardError(reward=reward, kind="raised", message="no", prompt_id=prompt_id, sample=0)
+    return types.RewardError(reward=reward, kind="raised", message="no", prompt_id=prompt_id, sample=0)
 
 
-class FakeRewards(FakeMember, RewardRole):
+class FakeRewards(FakeMember, roles.RewardRole):
     """A reward with the scores of a dictionary, by prompt id. A prompt without scores gets 1 for each response."""
 
     name = "reward"
 
-    def __init__(self, scores: Mapping[int, GroupScores | Sequence[float]] | None = None) -> None:
+    def __init__(self, scores: Mapping[int, types.GroupScores | Sequence[float]] | None = None) -> None:
         super().__init__()
         self.by_prompt = dict(scores or {})
         self.fails: set[int] = set()  # ids of groups without a score
         self.scored: list[int] = []  # group ids
-        self.written: list[SampleSelection] = []
+        self.written: list[roles.SampleSelection] = []
 
-    async def score(self, group: CompletedGroup) -> GroupScores:
+    async def score(self, group: roles.CompletedGroup) -> types.GroupScores:
         self.scored.append(group.request.group_id)
         prompt_id = group.request.prompt.prompt_id
         if group.request.group_id in self.fails:
-            return GroupScores(scores=(), by_name={}, errors=(failed_reward(prompt_id),))
+            return types.GroupScores(scores=(), by_name={}, errors=(failed_reward(prompt_id),))
         given = self.by_prompt.get(prompt_id, (1.0,) * len(group.infos))
-        if isinstance(given, GroupScores):
+        if isinstance(given, types.GroupScores):
             return given
-        return GroupScores(scores=tuple(given), by_name={"r": tuple(given)}, errors=())
+        return types.GroupScores(scores=tuple(given), by_name={"r": tuple(given)}, errors=())
 
-    async def answers(self, group: CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
+    async def answers(self, group: roles.CompletedGroup, form: AnswerForm) -> tuple[str | None, ...]:
         return (None,) * len(group.infos)
 
     async def write_samples(
-        self, path: Path, selections: Sequence[SampleSelection], signals: Sequence[Ref[TokenSignals]] = ()
+        self,
+        path: Path,
+        selections: Sequence[roles.SampleSelection],
+        signals: Sequence[roles.Ref[types.TokenSignals]] = (),
     ) -> None:
         self.written += selections
 
 
-class FakeEngines(FakeMember, RolloutRole):
+class FakeEngines(FakeMember, roles.RolloutRole):
     """Engines that answer at once, from the last request to the first.
 
     Args:
@@ -303,13 +281,13 @@ class FakeEngines(FakeMember, RolloutRole):
         self.worst = worst
         self.fields = fields  # of each `RolloutInfo`
         self.requests: list[list[int]] = []  # prompt ids of each `generate`
-        self.samplings: list[Sampling] = []
+        self.samplings: list[types.Sampling] = []
         self.cancelled: set[int] = set()  # group ids
         self.loaded: list[int] = []  # versions
 
     async def generate(
-        self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
-    ) -> AsyncIterator[CompletedGroup]:
+        self, requests: Sequence[types.GroupRequest], sampling: types.Sampling, *, version: int
+    ) -> AsyncIterator[roles.CompletedGroup]:
         self.requests.append([request.prompt.prompt_id for request in requests])
         self.samplings.append(sampling)
         for request in self.order(requests):
@@ -317,24 +295,24 @@ class FakeEngines(FakeMember, RolloutRole):
             if request.group_id not in self.cancelled:
                 yield self.complete(request, version)
 
-    def order(self, requests: Sequence[GroupRequest]) -> Sequence[GroupRequest]:
+    def order(self, requests: Sequence[types.GroupRequest]) -> Sequence[types.GroupRequest]:
         """Return the requests in the order of their answers."""
         return requests[::-1]
 
-    async def before(self, request: GroupRequest) -> None:
+    async def before(self, request: types.GroupRequest) -> None:
         """Wait before the answer to a request."""
 
-    def complete(self, request: GroupRequest, version: int) -> CompletedGroup:
+    def complete(self, request: types.GroupRequest, version: int) -> roles.CompletedGroup:
         """Return the answer to a request."""
-        group: CompletedGroup = completed_group(request, min_version=version, max_version=version, **self.fields)
+        group: roles.CompletedGroup = completed_group(request, min_version=version, max_version=version, **self.fields)
         return group
 
     async def answer(
-        self, request: GroupRequest, sampling: Sampling, *, oldest: int, urgent: bool = False
-    ) -> CompletedGroup | None:
+        self, request: types.GroupRequest, sampling: types.Sampling, *, oldest: int, urgent: bool = False
+    ) -> roles.CompletedGroup | None:
         return self.complete(request, oldest)
 
-    async def restored(self, group: CompletedGroup, sampling: Sampling) -> CompletedGroup:
+    async def restored(self, group: roles.CompletedGroup, sampling: types.Sampling) -> roles.CompletedGroup:
         return group
 
     @property
@@ -344,24 +322,24 @@ class FakeEngines(FakeMember, RolloutRole):
     async def weights_are_missing(self) -> None:
         await asyncio.Event().wait()
 
-    def offer_weights(self, manifest: WeightManifest) -> None:
+    def offer_weights(self, manifest: roles.WeightManifest) -> None:
         self.note("offer weights")
 
     @property
     def num_working(self) -> int:
         return 1
 
-    async def cancel(self, requests: Sequence[GroupRequest]) -> None:
+    async def cancel(self, requests: Sequence[types.GroupRequest]) -> None:
         self.cancelled.update(request.group_id for request in requests)
 
     async def withdraw_weights(self) -> None:
         self.note("withdraw")
 
-    async def update_weights(self, manifest: WeightManifest) -> None:
+    async def update_weights(self, manifest: roles.WeightManifest) -> None:
         self.note("load")
         self.loaded.append(manifest)
 
-    async def prove(self, probe: PolicyProbe) -> float | None:
+    async def prove(self, probe: roles.PolicyProbe) -> float | None:
         self.note("engines' probe")
         if self.worst is None:
             return None
@@ -371,5 +349,5 @@ class FakeEngines(FakeMember, RolloutRole):
     async def sleep(self, *, keep_weights: bool) -> None:
         self.note("sleep with weights" if keep_weights else "sleep")
 
-    async def wake(self, part: EnginePart) -> None:
+    async def wake(self, part: roles.EnginePart) -> None:
         self.note(f"{part} wakes")

@@ -16,11 +16,7 @@ from typing import Any
 
 import psutil
 
-from tests.integration.recipes import (
-    ONLINE,
-    merge,
-    write_config,
-)
+from tests.integration.recipes import ONLINE, merge, write_config
 
 MANY = 100_000  # steps: more than there is time for
 

@@ -117,22 +117,13 @@ def weights(run: Path) -> bytes:
     return path.read_bytes()
 
 
-RUN: dict[str, Any] = {
-    "run": {"name": "tiny"},
-    "policy": {"model": "tiny:llama", "dtype": "float32"},
-    "algorithm": {"name": "sft"},
-    "data": {
-        "train": {"task": "running_totals", "split": "sft", "size": 64},
-        "eval": {"task": "running_totals", "split": "sft", "size": 16, "seed": 5},
-        "apply_chat_template": False,
+RUN: dict[str, Any] = merge(
+    ONLINE,
+    {
+        "run": {"name": "tiny"},
+        "algorithm": {"name": "sft"},
+        "data": {"train": {"split": "sft"}, "eval": {"split": "sft", "seed": 5}, "max_prompt_tokens": None},
+        "rollouts": None,
+        "train": {"max_tokens_per_microbatch": 512},
     },
-    "train": {
-        "steps": 4,
-        "lr": 1e-3,
-        "sequences_per_update": 16,
-        "max_tokens_per_microbatch": 512,
-        "checkpoint_every": 2,
-    },
-    "eval": {"every": 2},
-    "cluster": {"object_store_gib": 0.25, "start_timeout_s": 200.0, "call_timeout_s": 120.0},
-}
+)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.integration.faults import kill_all, wait_for
-from tests.integration.recipes import rows, start, train, train_here, without_clocks, write_config
+from tests.integration.recipes import rows, start, train_here, without_clocks, write_config
 
 REWARD = """\
 import time
@@ -67,24 +67,20 @@ def updates_during_rollouts(run: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_streamed_run_equals_the_run_in_turns_up_to_rounding(kept_engines: None, tmp_path: Path) -> None:
+def test_a_streamed_run_equals_the_run_in_turns_up_to_rounding_also_killed_and_resumed(
+    kept_engines: None, tmp_path: Path
+) -> None:
     for name, streamed in (("in_turns", False), ("streamed", True)):
         train_here(run_config(tmp_path, name, streamed=streamed))
     assert updates_during_rollouts(tmp_path / "in_turns") == 0
     assert updates_during_rollouts(tmp_path / "streamed") >= 3
     for row in rows(tmp_path / "streamed"):
         assert row["time/trainer_waits_s"] < row["time/rollouts_s"]
-    equal_up_to_rounding(tmp_path / "in_turns", tmp_path / "streamed")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_killed_and_resumed_streamed_run_trains_the_same_groups(tmp_path: Path) -> None:
-    train(run_config(tmp_path, "in_turns", streamed=False))
     killed, run = run_config(tmp_path, "killed", streamed=True), tmp_path / "killed"
     process = start(killed)
     wait_for(run / "metrics.jsonl", 1, timeout_s=240)  # step 1: the next one is under way
     kill_all(process.pid)
     process.wait(timeout=30)
-    train(killed, "--resume", "auto")
-    equal_up_to_rounding(tmp_path / "in_turns", run)
+    train_here(killed, "--resume", "auto")
+    for found in (tmp_path / "streamed", run):
+        equal_up_to_rounding(tmp_path / "in_turns", found)

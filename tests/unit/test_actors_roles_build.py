@@ -56,39 +56,31 @@ def run(folder: Path, algorithm: dict[str, Any], sections: dict[str, Any]) -> Ru
         (
             {"name": "ppo", "kl": {"coef": 0.1}},
             REWARDS,
-            [
-                ("policy", "PolicyRank"),
-                ("critic", "CriticWorker"),
-                ("reference", "ReferenceWorker"),
-                ("reward", "RewardWorker"),
-            ],
+            {
+                "policy": "PolicyRank",
+                "critic": "CriticWorker",
+                "reference": "ReferenceWorker",
+                "reward": "RewardWorker",
+            },
         ),
-        ({"name": "grpo", "kl": {"coef": 0.0}}, REWARDS, [("policy", "PolicyRank"), ("reward", "RewardWorker")]),
+        ({"name": "grpo", "kl": {"coef": 0.0}}, REWARDS, {"policy": "PolicyRank", "reward": "RewardWorker"}),
         (
             {"name": "on_policy_distillation"},
             TEACHER,
-            [("policy", "StudentRank"), ("teacher", "OnlineTeacherWorker"), ("reward", "RewardWorker")],
+            {"policy": "StudentRank", "teacher": "OnlineTeacherWorker", "reward": "RewardWorker"},
         ),
-        ({"name": "sft"}, OFFLINE, [("policy", "SupervisedWorker")]),
-        (
-            {"name": "distillation"},
-            {**OFFLINE, **TEACHER},
-            [("policy", "DistillationWorker"), ("teacher", "TeacherWorker")],
-        ),
+        ({"name": "sft"}, OFFLINE, {"policy": "SupervisedWorker"}),
+        ({"name": "distillation"}, OFFLINE | TEACHER, {"policy": "DistillationWorker", "teacher": "TeacherWorker"}),
     ],
     ids=["ppo", "grpo", "on_policy_distillation", "sft", "distillation"],
 )
 def test_the_algorithm_determines_the_groups(
-    created: list[tuple[str, str]],
-    tmp_path: Path,
-    algorithm: dict[str, Any],
-    sections: dict[str, Any],
-    expected: list[tuple[str, str]],
+    created: list[tuple[str, str]], tmp_path: Path, algorithm: Any, sections: Any, expected: dict[str, str]
 ) -> None:
     groups: list[Stoppable] = []
     roles = build_roles(run(tmp_path, algorithm, sections), groups)
-    assert created == expected
-    assert list(roles) == [role for role, _ in expected]
+    assert created == list(expected.items())
+    assert list(roles) == list(expected)
     assert groups[:-1] == list(roles.values())  # before the folders of the snapshots
 
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from rlhf.controller.batch_queue import BatchQueue
+from rlhf.controller.collect import Collected
 from rlhf.controller.record import RunRecord
 from rlhf.errors import RunError
+from rlhf.roles import CompletedGroup
+from rlhf.rollouts.records.ledgers import request_identity
 from rlhf.tracking.display.progress import Progress
+from rlhf.types import GroupRequest, Sampling
+from tests.fakes.collecting import OrderedEngines, Run, by_prompt, slowest
 
 
 class Batches:
@@ -39,21 +47,24 @@ class Batches:
         self.collected = [(0, 0)] * state["next_group"]
 
 
-def queue(batches: Batches, *, max_staleness: int, num_steps: int = 5, settings: str = "same") -> BatchQueue:
+def queue(batches: Any, *, max_staleness: int = 1, num_steps: int = 9, settings: str = "same") -> BatchQueue:
     record = SimpleNamespace(
         apart=lambda *_, **__: nullcontext(), stage=lambda _: nullcontext(), progress=Progress(num_steps)
     )
-    return BatchQueue(
-        cast(Any, batches), cast(RunRecord, record), max_staleness=max_staleness, num_steps=num_steps, settings=settings
-    )
+    bounds: Any = {"max_staleness": max_staleness, "num_steps": num_steps}
+    return BatchQueue(batches, cast(RunRecord, record), settings=settings, **bounds)
 
 
-async def train(ahead: BatchQueue, *, first: int, last: int) -> None:
+async def train(ahead: BatchQueue, *, first: int, last: int, trained: Any = lambda step: None) -> list[Any]:
+    """Return what is collected for each step."""
+    batches = []
     for step in range(first, last + 1):
         ahead.request(step)
-        assert (await ahead.take(step)).collected == step  # type: ignore[comparison-overlap]
+        batches.append((await ahead.take(step)).collected)
         await ahead.until_weights_may_change()
         await ahead.synced(step)
+        trained(step)
+    return batches
 
 
 @pytest.mark.parametrize(
@@ -64,7 +75,8 @@ async def test_batches_are_sampled_by_the_newest_weights_within_the_bound(
     max_staleness: int, versions: list[int]
 ) -> None:
     batches = Batches()
-    await train(queue(batches, max_staleness=max_staleness), first=1, last=5)
+    ahead = queue(batches, max_staleness=max_staleness, num_steps=5)
+    assert await train(ahead, first=1, last=5) == [1, 2, 3, 4, 5]
     assert batches.collected == list(zip(range(1, 6), versions, strict=True))
 
 
@@ -81,37 +93,15 @@ async def test_the_next_batch_is_collected_while_a_step_is_trained() -> None:
     assert batches.collected == [(1, 0), (2, 0), (3, 1)]
 
 
-async def test_a_resumed_queue_asks_for_the_same_batches_by_the_same_versions() -> None:
-    unbroken = Batches()
-    await train(queue(unbroken, max_staleness=2), first=1, last=5)
-    first = queue(Batches(), max_staleness=2)
+async def test_a_smaller_bound_after_a_resume_samples_the_older_batches_again() -> None:
+    first = queue(Batches(), max_staleness=2, num_steps=5)
     await train(first, first=1, last=2)
     assert first.state() == {"next_group": 2, "ahead": [(3, 0), (4, 1)], "settings": "same"}
-    resumed = Batches()
-    again = queue(resumed, max_staleness=2)
-    again.restore(first.state())
-    await train(again, first=3, last=5)
-    assert resumed.collected[2:] == unbroken.collected[2:]
-
-
-async def test_a_smaller_bound_after_a_resume_samples_the_older_batches_again() -> None:
-    first = queue(Batches(), max_staleness=2)
-    await train(first, first=1, last=2)
     batches = Batches()
-    again = queue(batches, max_staleness=1)
+    again = queue(batches, max_staleness=1, num_steps=5)
     again.restore(first.state())
     await train(again, first=3, last=5)
     assert batches.collected[2:] == [(3, 2), (4, 2), (5, 3)]  # (3, 0) lags by two
-
-
-async def test_batches_ahead_are_sampled_again_after_a_change_of_their_settings() -> None:
-    first = queue(Batches(), max_staleness=2)
-    await train(first, first=1, last=2)
-    batches = Batches()
-    again = queue(batches, max_staleness=2, settings="another temperature")
-    again.restore(first.state())
-    await train(again, first=3, last=5)
-    assert batches.collected[2:] == [(3, 2), (4, 2), (5, 2)]
 
 
 async def test_a_failure_of_the_engines_ends_the_step_that_waits_or_the_step_before() -> None:
@@ -187,3 +177,63 @@ async def test_a_stopped_queue_is_where_it_was_before_the_batch() -> None:
     waiting.cancel()
     await ahead.stop()
     assert ahead.state() == {"next_group": 0, "ahead": [(1, 0)], "settings": "same"}
+
+
+Store = dict[tuple[int, int], dict[str, str]]  # requests by group and version
+
+
+class StoringEngines(OrderedEngines):
+    """Engines that answer requests for an earlier version from the store alone."""
+
+    def __init__(self, order: Any, store: Store, version: int) -> None:
+        super().__init__(order)
+        self.store, self.version = store, version
+
+    async def generate(
+        self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
+    ) -> AsyncIterator[CompletedGroup]:
+        lost = [r for r in requests if self.store.get((r.group_id, version)) != request_identity(r, sampling)]
+        if version != self.version and lost:
+            raise RunError(f"{len(lost)} groups of version {version} are not stored")
+        async for group in super().generate(requests, sampling, version=version):
+            self.store[group.request.group_id, version] = request_identity(group.request, sampling)
+            yield group
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"oversample": 1.5, "order": slowest(1, 3, 9, 11, 12)},
+        {"dynamic_sampling": {}, "scores": by_prompt(solved=[9])},
+    ],
+    ids=["plain", "oversample", "dynamic sampling"],
+)
+async def test_a_resumed_run_trains_the_same_batches_unless_settings_have_changed(
+    tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    """The checkpoint is of step 2. Batch 3 is whole, by version 1, and later weights are abandoned."""
+    store: Store = {}
+
+    def start(version: int, settings: str = "same") -> tuple[Run, BatchQueue, Any]:
+        run = Run(tmp_path, prompts=100, **keys)
+        run.scorer.rollout = engines = StoringEngines(run.engines.by, store, version)
+        run.scorer.answers = engines.generate
+        return run, queue(run.collector, settings=settings), partial(setattr, engines, "version")
+
+    def prompts(batches: list[Collected]) -> list[list[int]]:
+        return [[scored.group.request.prompt.prompt_id for scored in batch.groups] for batch in batches]
+
+    _, ahead, trained = start(0)
+    await train(ahead, first=1, last=2, trained=trained)
+    state = json.loads(json.dumps(ahead.state()))
+    later = prompts(await train(ahead, first=3, last=5, trained=trained))
+    for group, version in [key for key in store if key[1] >= 2]:
+        del store[group, version]
+    _, resumed, trained = start(2)
+    resumed.restore(state)
+    assert prompts(await train(resumed, first=3, last=5, trained=trained)) == later
+    run, changed, trained = start(2, settings="another temperature")
+    run.collector.sampling = Sampling(max_new_tokens=4, temperature=0.5)
+    changed.restore(state)
+    assert len(await train(changed, first=3, last=5, trained=trained)) == 3, "nothing is taken from the store"

@@ -26,12 +26,7 @@ def groups(lengths: Sequence[Sequence[int]], *, prompt: int = 2) -> list[ScoredG
 
 def plan(num_ranks: int, *, step: int = 1) -> BatchPlan:
     return plan_batch(
-        groups([[1, 9, 4, 2], [7, 3, 8, 5]]),
-        step=step,
-        seed=0,
-        num_minibatches=2,
-        num_ranks=num_ranks,
-        kl_coef=0.1,
+        groups([[1, 9, 4, 2], [7, 3, 8, 5]]), step=step, seed=0, num_minibatches=2, num_ranks=num_ranks, kl_coef=0.1
     )
 
 

@@ -309,34 +309,23 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path: Path
 
 
 def test_a_prompts_samples_do_not_depend_on_what_else_is_asked_or_when(tmp_path: Path) -> None:
-    """Seeds, hence samples, belong to the prompt: independent of refills, oversampling and order."""
+    """Seeds, hence samples, belong to the prompt and its epoch: independent of refills, oversampling and order."""
     ways: list[dict[str, Any]] = [
         {},
-        {"dynamic_sampling": {}},
         {"oversample": 1.5, "order": slowest(0, 1, 8)},
         {"oversample": 2.0, "order": lambda r: r[::-1], "dynamic_sampling": {}, "curriculum": {}},
     ]
     seeds: list[dict[tuple[int, int], tuple[int, ...]]] = []
     for number, way in enumerate(ways):
         run = Run(tmp_path / str(number), by_prompt(solved=[2, 3, 9]), **way)
-        request = run.collector.request
-        asked: dict[tuple[int, int], tuple[int, ...]] = {}
-
-        def note(turn: Any, *, request: Any = request, asked: Any = asked, **ids: int) -> GroupRequest:
-            made: GroupRequest = request(turn, **ids)
-            asked.setdefault((turn[0], turn[1].prompt_id), made.seeds)
-            assert asked[turn[0], turn[1].prompt_id] == made.seeds  # a cancelled one is asked for the same samples
-            return made
-
-        run.collector.request = note  # type: ignore[method-assign]
-        for step in range(1, 7):
-            run.collect(step)
-        seeds.append(asked)
-    assert len({one for asked in seeds for turn in asked.values() for one in turn}) == 2 * len(set().union(*seeds))
+        batches = [run.collect(step).groups for step in range(1, 7)]
+        requests = [scored.group.request for groups in batches for scored in groups]
+        seeds.append({(request.epoch, request.prompt.prompt_id): request.seeds for request in requests})
+    assert len({seed for asked in seeds for both in asked.values() for seed in both}) == 2 * len(set().union(*seeds))
     for asked in seeds[1:]:
-        both = seeds[0].keys() & asked.keys()
-        assert len(both) > 12
-        assert all(asked[turn] == seeds[0][turn] for turn in both)
+        common = seeds[0].keys() & asked.keys()
+        assert len(common) > 12
+        assert all(asked[turn] == seeds[0][turn] for turn in common)
 
 
 def test_a_prompt_is_answered_at_its_own_temperature(tmp_path: Path) -> None:

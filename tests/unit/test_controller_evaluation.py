@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +22,7 @@ from rlhf.tracking.run_folder.folder import evaluation_path
 from rlhf.types import GroupRequest, GroupScores, Prompt
 from tests.fakes.configs import online_config
 from tests.fakes.groups import completed_group
+from tests.fakes.records import BareRecord
 from tests.fakes.roles import FakeEngines, FakeRewards, failed_reward
 
 TEXTS = {0: ("7", "7", "8", "9"), 1: ("5", "6", "5", "6")}  # the answers are 7 and 6
@@ -73,38 +73,18 @@ def config(**sections: Any) -> Config:
     )
 
 
-class Record:
-    """The parts of a run's record used by an evaluation."""
-
-    def __init__(self, folder: Path) -> None:
-        (folder / "evals").mkdir(parents=True, exist_ok=True)
-        self.folder = SimpleNamespace(path=folder, scratch=folder, spool=folder / "spool")
-        self.show = lambda *_: None
-        self.errors: list[Any] = []
-        self.tracker = SimpleNamespace(log_error=self.errors.append)
-        self.found: dict[str, float] = {}
-
-    def add(self, metrics: dict[str, Any]) -> None:
-        self.found |= {name: value.result() for name, value in metrics.items()}
-
-    def stage(self, name: str, *, role: str) -> Any:
-        return nullcontext()
-
-
 PROMPTS = tuple(
     Prompt(prompt_id=i, token_ids=(1, 2), text=f"p{i}", columns={"answer": answer, "task": task})
     for i, (answer, task) in enumerate((("7", "easy"), ("6", "hard")))
 )
 
 
-async def run(run_config: Config, tmp_path: Path, rewards: Rewards, engines: Engines | None = None) -> Record:
-    record: Any = Record(tmp_path / "run")
-    engines = engines or Engines()
-    scorer = RolloutScorer(engines, rewards, record, rewards_fingerprint="")
+async def run(run_config: Config, tmp_path: Path, rewards: Rewards, engines: Engines | None = None) -> Any:
+    record: Any = BareRecord(tmp_path / "run")
+    scorer = RolloutScorer(engines or Engines(), rewards, record, rewards_fingerprint="")
     sets = {"heldout": EvalSet(prompts=PROMPTS, sources={0: "easy", 1: "hard"})}
     await score_held_out(sets, run_config, MARKING, scorer, step=3)  # type: ignore[arg-type]
-    found: Record = record
-    return found
+    return record
 
 
 async def test_metrics_by_hand(tmp_path: Path) -> None:
@@ -114,23 +94,24 @@ async def test_metrics_by_hand(tmp_path: Path) -> None:
     66 wins, and the 4 mixed pairs count half: 3/6.
     """
     record = await run(config(), tmp_path, Rewards())
-    assert record.found["eval/heldout/score"] == 0.5
-    assert record.found["eval/heldout/right"] == 0.5
-    assert record.found["eval/heldout/pass@2"] == pytest.approx(5 / 6)
-    assert record.found["eval/heldout/maj@2"] == pytest.approx(0.5)
-    assert record.found["eval/heldout.easy/pass@1"] == 0.5
-    assert record.found["eval/heldout.hard/response_tokens"] == 2.5
-    assert record.found["eval/heldout/score_low"] <= 0.5 <= record.found["eval/heldout/score_high"]
-    assert "eval/heldout/greedy" not in record.found
-    told = json.loads(evaluation_path(record.folder.path, 3).read_text())
-    assert told["sets"]["heldout.easy"]["metrics"]["score"] == {"value": 0.5, "low": None, "high": None}
+    values = {"score": 0.5, "right": 0.5, "pass@2": 5 / 6, "maj@2": 0.5}
+    assert {name: record.row[f"eval/heldout/{name}"] for name in values} == pytest.approx(values)
+    assert record.row["eval/heldout.easy/pass@1"] == 0.5
+    assert record.row["eval/heldout.hard/response_tokens"] == 2.5
+    assert record.row["eval/heldout/score_low"] <= 0.5 <= record.row["eval/heldout/score_high"]
+    assert "eval/heldout/greedy" not in record.row
+    assert told(record)["heldout.easy"]["metrics"]["score"] == {"value": 0.5, "low": None, "high": None}
+
+
+def told(record: Any) -> Any:
+    return json.loads(evaluation_path(record.folder.path, 3).read_text())["sets"]
 
 
 async def test_greedy_answers_are_asked_for_beside_the_sampled_ones(tmp_path: Path) -> None:
     """The greedy answers are `7` and `5`, and the first is right."""
     engines, rewards = Engines(), Rewards()
     record = await run(config(eval={"greedy": True}), tmp_path, rewards, engines)
-    assert record.found["eval/heldout/greedy"] == 0.5
+    assert record.row["eval/heldout/greedy"] == 0.5
     assert engines.asked == [(4, 1.0), (4, 1.0), (1, 0.0), (1, 0.0)]
     assert [len(selection.records) for selection in rewards.written] == [4, 4]
 
@@ -140,23 +121,15 @@ async def test_a_reward_that_fails_ends_the_run(tmp_path: Path) -> None:
         await run(config(), tmp_path, Rewards(broken=[1]))
 
 
-async def test_a_session_that_fails_leaves_its_prompt_out_and_is_recorded(tmp_path: Path) -> None:
-    record = await run(config(), tmp_path, Rewards(broken=[1], failing="agent"))
-    assert record.found["eval/heldout/pass@2"] == pytest.approx(5 / 6)
-    assert [(error.split, error.prompt_id, error.source) for error in record.errors] == [("heldout", 1, "agent")]
-    told = json.loads(evaluation_path(record.folder.path, 3).read_text())
-    assert told["sets"]["heldout"]["num_failed"] == 1
+@pytest.mark.parametrize(
+    ("failing", "on_error"), [("agent", "fail"), ("right", "drop")], ids=["a session", "a reward with on_error: drop"]
+)
+async def test_a_prompt_without_a_score_is_left_out_and_recorded(tmp_path: Path, failing: str, on_error: str) -> None:
+    dropping = config(reward_policy={"on_error": on_error})
+    record = await run(dropping, tmp_path, Rewards(broken=[1], failing=failing))
+    assert record.row["eval/heldout/pass@2"] == pytest.approx(5 / 6)
+    assert "eval/heldout.hard/score" not in record.row
+    assert [(error.split, error.prompt_id, error.source) for error in record.errors] == [("heldout", 1, failing)]
+    assert told(record)["heldout"]["num_failed"] == 1
     with pytest.raises(RunError, match="eval heldout, step 3"):
-        await run(config(), tmp_path / "all", Rewards(broken=[0, 1], failing="agent"))
-
-
-async def test_with_drop_a_prompt_that_a_reward_fails_on_is_left_out(tmp_path: Path) -> None:
-    dropping = config(reward_policy={"on_error": "drop"})
-    record = await run(dropping, tmp_path, Rewards(broken=[1]))
-    assert record.found["eval/heldout/pass@2"] == pytest.approx(5 / 6)
-    assert "eval/heldout.hard/score" not in record.found
-    assert [(error.split, error.prompt_id) for error in record.errors] == [("heldout", 1)]
-    told = json.loads(evaluation_path(record.folder.path, 3).read_text())
-    assert told["sets"]["heldout"]["num_failed"] == 1
-    with pytest.raises(RunError, match="eval heldout, step 3"):
-        await run(dropping, tmp_path / "all", Rewards(broken=[0, 1]))
+        await run(dropping, tmp_path / "all", Rewards(broken=[0, 1], failing=failing))

@@ -1,10 +1,15 @@
-"""Groups in flight: the bound, the order of batches, the lag of old groups, and exactly-once after a resume."""
+"""Groups in flight: the bound, the order of batches, the lag of old groups, and exactly-once after a resume.
+
+The last test has random times, outcomes and resumes.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,14 +19,16 @@ from rlhf.controller.batch_queue import BatchQueue
 from rlhf.controller.carried import first_untrained_group
 from rlhf.controller.learning import ColumnsByGroup
 from rlhf.controller.online import OnlineController
+from rlhf.data.stream import given_rows
 from rlhf.errors import RunError
-from rlhf.roles import RemoteColumns, ScoredGroup
+from rlhf.roles import CompletedGroup, RemoteColumns, ScoredGroup
 from rlhf.rollouts.records.spool import group_path, stored_groups
 from rlhf.tracking.metrics.declarations import merge_metrics, results
-from rlhf.types import TokenValues
+from rlhf.tracking.run_folder.group_ledger import StepGroups
+from rlhf.types import GroupRequest, Sampling, TokenValues
 from tests.fakes.calls import settle
-from tests.fakes.collecting import VARIED, Run, by_prompt
-from tests.fakes.in_flight import InFlight, Record
+from tests.fakes.collecting import SOLVED, VARIED, Run, by_prompt
+from tests.fakes.in_flight import HeldEngines, InFlight
 
 PROMPTS = 4  # of a step
 
@@ -132,10 +139,7 @@ async def test_the_filter_of_the_first_groups_counts_all_that_are_kept(tmp_path:
     """While a response is slow, the groups of later batches are filtered too, as many of each as in turns."""
     solved = [prompt for prompt in range(40) if prompt % 4 in (1, 2)]
     run = InFlight(
-        tmp_path,
-        max_staleness=2,
-        dynamic_sampling={"max_filtered_fraction": 1.5},
-        scores=by_prompt(solved=solved),
+        tmp_path, max_staleness=2, dynamic_sampling={"max_filtered_fraction": 1.5}, scores=by_prompt(solved=solved)
     )
     run.engines.slow = {0}
     await run.begin()
@@ -272,7 +276,96 @@ async def test_turns_continue_a_run_that_was_in_flight(tmp_path: Path) -> None:
     await run.step(1)
     state = json.loads(json.dumps(run.queue.state()))
     turns = Run(tmp_path, prompts=100)
-    record: Any = Record(turns)
-    batches = BatchQueue(turns.collector, record, max_staleness=0, num_steps=9, settings="same")
+    batches = BatchQueue(turns.collector, turns.record, max_staleness=0, num_steps=9, settings="same")
     batches.restore(state)
     assert [prompt.prompt_id for _, prompt in turns.collector.next(10)] == list(range(4, 14))
+
+
+STEPS = 12
+
+
+class ByGroup(HeldEngines):
+    """Engines that hold each request until the test finishes it. A prompt of two epochs may be in flight twice."""
+
+    async def answer(
+        self, request: GroupRequest, sampling: Sampling, *, oldest: int, urgent: bool = False
+    ) -> CompletedGroup | None:
+        future: asyncio.Future[CompletedGroup | None] = asyncio.get_running_loop().create_future()
+        self.running[request.group_id] = (request, self.version, future)
+        return await future
+
+    async def cancel(self, requests: Sequence[GroupRequest]) -> None:
+        for request in requests:
+            if request.group_id in self.running:
+                self.running.pop(request.group_id)[2].set_result(None)
+
+
+def start(folder: Path, random: Random, seed: int) -> InFlight:
+    """Return a start of the run, with 17 prompts, fewer than the bound of outstanding groups."""
+
+    def scores(prompt: int) -> Sequence[float] | None:
+        outcome = Random(f"{seed}/{prompt}").random()
+        return None if outcome < 0.1 else SOLVED if outcome < 0.35 else VARIED
+
+    curriculum: dict[str, Any] = {"curriculum": {"outside": 0.3}} if random.random() < 0.5 else {}
+    run = InFlight(
+        folder,
+        max_staleness=random.randint(1, 4),
+        num_steps=STEPS,
+        prompts=17,
+        prompts_per_step=random.choice([1, 2, 4]),
+        batch_order=random.choice(["prompt", "completion"]),
+        dynamic_sampling={"max_filtered_fraction": 100.0},
+        scores=scores,
+        **curriculum,
+    )
+    run.engines = ByGroup()
+    run.run.collector.scorer.rollout = run.engines
+    return run
+
+
+async def finish_some(run: InFlight, random: Random, count: int) -> None:
+    for _ in range(count):
+        if run.engines.running:
+            run.engines.finish(random.choice(sorted(run.engines.running)))
+        for _ in range(8):
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_each_prompt_ends_once_within_the_bound_of_its_start(tmp_path: Path, seed: int) -> None:
+    random = Random(seed)
+    states: dict[int, str] = {}  # checkpoints, by step
+    ledger: dict[int, StepGroups] = {}
+    for number in range(4):
+        run = start(tmp_path / str(number), random, seed)
+        done = 0
+        if states:
+            done = random.choice(sorted(states)[:-1] or [1])
+            run.queue.restore(json.loads(states[done]))
+            states = {step: states[step] for step in states if step <= done}
+            ledger = {step: ledger[step] for step in ledger if step <= done}
+        await run.begin(done)
+        for step in range(done + 1, random.randint(done + 1, STEPS) + 1):
+            run.queue.request(step)
+            taking = asyncio.create_task(run.queue.take(step))
+            while not taking.done():
+                await finish_some(run, random, 1)
+            batch = (await taking).collected
+            ids = [info.sequence_id for scored in batch.groups for info in scored.group.infos]
+            assert len(set(ids)) == len(ids)
+            lags = [step - 1 - record.oldest for record in batch.ended.trained if record.oldest is not None]
+            assert 0 <= min(lags) <= max(lags) <= run.queue.max_staleness
+            await run.queue.until_weights_may_change()
+            await finish_some(run, random, random.randint(0, 3))
+            await run.begin(step)
+            state = run.queue.state()
+            ledger[step], states[step] = batch.ended, json.dumps(state)
+            records = [r for ended in ledger.values() for r in (*ended.trained, *ended.filtered, *ended.dropped)]
+            assert len({record.group_id for record in records}) == len(records)
+            ends = [(record.epoch, record.prompt_id) for record in records]
+            skipped = [prompt for ended in ledger.values() for prompt in ended.skipped]
+            assert sorted([*ends, *skipped, *state["waiting"], *state["skipped"]]) == sorted(
+                given_rows(state["stream"])
+            )
+        await run.queue.stop()

@@ -1,4 +1,4 @@
-"""A step learns from pairs of scored groups, and the reference is renewed from the policy."""
+"""A step learns from pairs of scored groups."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.pair_learning import PairLearning
-from rlhf.errors import UserError
 from rlhf.tracking.run_folder.folder import RunFolder
 from tests.fakes.configs import online_config
 from tests.fakes.groups import scored_groups
@@ -22,9 +21,9 @@ from tests.fakes.roles import FakePolicy, FakeReference
 class Run:
     """A run's learning with all roles, in a folder."""
 
-    def __init__(self, folder: RunFolder, *, reference_every: int | None = None) -> None:
+    def __init__(self, folder: RunFolder) -> None:
         config = online_config(
-            algorithm={"name": "online_dpo", "reference_every": reference_every},
+            algorithm={"name": "online_dpo"},
             rollouts={"samples_per_prompt": 3},
             train={"sequences_per_update": 2, "epochs_per_batch": 3},
         )
@@ -37,23 +36,7 @@ class Run:
 
     def learn(self, *scores: Sequence[float], step: int = 1) -> Signals:
         self.record.begin_step(1)
-
-        async def finish() -> Signals:
-            signals = await self.learning.learn(scored_groups(*scores), step)
-            if self.learning.renews_reference(step):
-                await self.learning.renew_reference(step)
-            return signals
-
-        return asyncio.run(finish())
-
-    def checkpoint(self, step: int) -> None:
-        folder = self.record.folder
-        self.record.write_state(folder.begin_checkpoint(step), {"step": step, **self.learning.state()})
-        folder.seal(folder.checkpoint(step), step=step)
-        folder.commit_checkpoint(step)
-
-    def restore(self, step: int) -> None:
-        asyncio.run(self.learning.restore(self.record.read_state(step), step))
+        return asyncio.run(self.learning.learn(scored_groups(*scores), step))
 
 
 BEST_SECOND, EQUAL, BEST_LAST = (0.0, 2.0, 1.0), (1.0, 1.0, 1.0), (0.5, 0.0, 3.0)
@@ -86,32 +69,3 @@ def test_without_a_preference_the_policy_stays(folder: RunFolder, caplog: pytest
     row = run.record.row()
     assert (row["preference/pairs/total"], row["advantages/zero_groups/fraction"]) == (0, 1.0)
     assert row["time/update_s"] > 0.0  # by which the throughput is divided
-
-
-def test_the_reference_becomes_the_policy_and_a_resumed_run_has_that_of_its_checkpoint(folder: RunFolder) -> None:
-    run = Run(folder, reference_every=2)
-    seen = []
-    for step in range(1, 6):
-        run.learn(BEST_SECOND, EQUAL, EQUAL, EQUAL, step=step)  # one pair: three updates
-        seen.append(run.reference.weights)
-        if step in (1, 3):
-            run.checkpoint(step)
-    assert seen == ["initial", "6", "6", "12", "12"]
-    assert [path.name for path in sorted(folder.references.iterdir())] == ["step_000002", "step_000004"]
-
-    again = Run(folder, reference_every=2)
-    again.restore(1)
-    assert again.reference.weights == "initial"
-    again.restore(3)
-    assert again.reference.weights == "6"
-    assert again.learning.state() == {"reference_step": 2}
-    folder.reference(2).rename(folder.reference(3))
-    with pytest.raises(UserError, match=r"the checkpoint of step 3 needs its reference .*step_000002\. .*is missing"):
-        Run(folder, reference_every=2).restore(3)
-
-
-def test_a_reference_that_no_checkpoint_needs_is_removed(folder: RunFolder) -> None:
-    run = Run(folder, reference_every=1)
-    for step in (1, 2, 3):
-        run.learn(BEST_SECOND, EQUAL, EQUAL, EQUAL, step=step)
-    assert [path.name for path in folder.references.iterdir()] == ["step_000003"]

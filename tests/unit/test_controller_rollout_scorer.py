@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +16,9 @@ from rlhf.errors import ResultsLost
 from rlhf.evaluation.results import Marking
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.rollouts.records.spool import group_path, stored_groups
-from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.types import GroupScores, Prompt, Sampling
+from tests.fakes.configs import online_config
+from tests.fakes.records import BareRecord
 from tests.fakes.roles import FakeEngines, FakeRewards, failed_reward
 
 PROMPTS = [Prompt(prompt_id=i, token_ids=(1, 2), text="", columns={"answer": "3"}) for i in range(2)]
@@ -28,17 +27,12 @@ SAMPLING = Sampling(max_new_tokens=4)
 
 def begun(folder: Path, *, logprob: float = -0.5) -> tuple[RolloutScorer, FakeRewards, Any]:
     """Return a run on the folder, as made by each start of the run. The score is the prompt's number."""
-    reward = FakeRewards({prompt.prompt_id: (float(prompt.prompt_id),) for prompt in PROMPTS})
-    (folder / "evals").mkdir(parents=True, exist_ok=True)
-    record: Any = SimpleNamespace(
-        folder=SimpleNamespace(spool=folder / "spool", path=folder, scratch=folder),
-        show=lambda *_: None,
-        tracker=SimpleNamespace(log_error=lambda error: None),
-        add=lambda metrics: None,
-        stage=lambda *_, **__: nullcontext(),
+    reward, record = (
+        FakeRewards({prompt.prompt_id: (float(prompt.prompt_id),) for prompt in PROMPTS}),
+        BareRecord(folder),
     )
-    engines = FakeEngines(mean_logprob=logprob, num_response_tokens=1)
-    return RolloutScorer(engines, reward, record, rewards_fingerprint="f"), reward, record
+    engines: Any = (FakeEngines(mean_logprob=logprob, num_response_tokens=1), reward, record)
+    return RolloutScorer(*engines, rewards_fingerprint="f"), reward, record
 
 
 def ask(
@@ -142,32 +136,20 @@ def test_what_was_drawn_or_asked_otherwise_is_scored_again(tmp_path: Path, chang
     once_more, reward, _ = begun(tmp_path)
     ask(once_more, **changed)
     assert reward.scored == []
-
-
-def test_other_responses_to_the_same_request_are_scored_again(tmp_path: Path) -> None:
-    ask(begun(tmp_path)[0])
-    again, reward, _ = begun(tmp_path, logprob=-0.75)  # the spooled ones are lost, and a GPU rounds otherwise
-    ask(again)
+    other, reward, _ = begun(tmp_path, logprob=-0.75)  # the spooled ones are lost, and a GPU rounds otherwise
+    ask(other, **changed)
     assert sorted(reward.scored) == [0, 1]
 
 
 @pytest.mark.parametrize(("before", "asks"), [(1, True), (0, False)])
 def test_an_evaluation_is_taken_up_by_the_weights_of_its_own_step(tmp_path: Path, before: int, asks: bool) -> None:
-    config: Any = SimpleNamespace(
-        rollouts=SimpleNamespace(max_new_tokens=4, stop=(), stop_token_ids=()),
-        eval=SimpleNamespace(temperature=0.0, samples_per_prompt=1, greedy=False),
-        run=SimpleNamespace(name="r", seed=0),
-        rewards={},
-        reward_policy=SimpleNamespace(on_error="fail"),
-    )
-
+    config = online_config(data={"eval": "y.jsonl"}, eval={"temperature": 0.0})
     sets = {"heldout": EvalSet(prompts=tuple(PROMPTS), sources={})}
     marking = Marking(ks=(1,), passing=None, answers=None)
 
     def evaluated(step: int) -> FakeRewards:
         scorer, reward, _ = begun(tmp_path)
-        (tmp_path / "evals").mkdir(exist_ok=True)
-        asyncio.run(score_held_out(sets, config, marking, scorer, step=step))  # type: ignore[arg-type]
+        asyncio.run(score_held_out(sets, config, marking, scorer, step=step))
         return reward
 
     assert len(evaluated(before).scored) == 2
@@ -177,13 +159,11 @@ def test_an_evaluation_is_taken_up_by_the_weights_of_its_own_step(tmp_path: Path
 def test_a_failure_is_recorded_with_the_set_of_its_prompt(tmp_path: Path) -> None:
     """Each data set counts prompts from 0."""
     scorer, reward, record = begun(tmp_path)
-    errors: list[ErrorRecord] = []
-    record.tracker.log_error = errors.append
     reward.fails = {0, -1}
-    requests = [request_for(PROMPTS[0], group_id=i, first_sequence_id=0, samples=1, run_seed=0) for i in (0, -1)]
-    asyncio.run(scorer.score_all(requests[:1], SAMPLING, step=1, version=0))
-    asyncio.run(scorer.score_all(requests[1:], SAMPLING, step=1, version=0, split="heldout"))
-    assert [(error.split, error.prompt_id) for error in errors] == [("train", 0), ("heldout", 0)]
+    for group_id, split in ((0, "train"), (-1, "heldout")):
+        request = request_for(PROMPTS[0], group_id=group_id, first_sequence_id=0, samples=1, run_seed=0)
+        asyncio.run(scorer.score_all([request], SAMPLING, step=1, version=0, split=split))
+    assert [(error.split, error.prompt_id) for error in record.errors] == [("train", 0), ("heldout", 0)]
 
 
 def ask_with_greedy(scorer: RolloutScorer, sampling: Sampling = SAMPLING) -> list[ScoredGroup]:

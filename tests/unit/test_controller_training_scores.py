@@ -22,10 +22,7 @@ def group(index: int, scores: tuple[float, ...], by_name: dict[str, tuple[float,
     return ScoredGroup(group=completed, scores=GroupScores(scores=scores, by_name=by_name, errors=()))
 
 
-GROUPS = [
-    group(0, (5.0, 7.0), {"maths": (1.0, 3.0), "style": (4.0, 4.0)}),
-    group(1, (2.0, 6.0), {"style": (2.0, 6.0)}),
-]
+GROUPS = [group(0, (5.0, 7.0), {"maths": (1.0, 3.0), "style": (4.0, 4.0)}), group(1, (2.0, 6.0), {"style": (2.0, 6.0)})]
 
 
 def scores(**given: dict[str, Any]) -> TrainingScores:
@@ -47,10 +44,7 @@ def test_a_reward_without_an_opinion_is_in_no_mean_and_is_counted() -> None:
     assert metrics["rewards/maths/no_opinion/fraction"].result() == 0.5
     assert "rewards/style/mean" not in metrics
     assert metrics["rewards/style/no_opinion/fraction"].result() == 1.0
-    assert scores(maths={}, style={"gate": "maths"}).by_reward(silent) == {
-        "maths": [1.0, None],
-        "style": [None, None],
-    }
+    assert scores(maths={}, style={"gate": "maths"}).by_reward(silent) == {"maths": [1.0, None], "style": [None, None]}
 
 
 def test_training_sees_normalised_rewards_and_reports_do_not() -> None:
