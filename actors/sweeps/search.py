@@ -14,7 +14,7 @@ from rlhf.config.files.sweep import Sweep
 from rlhf.config.schema.sweep import AshaMethod, BayesianMethod, Parameter
 from rlhf.errors import UserError
 from rlhf.sweeps.journal import Journal, Trial
-from rlhf.sweeps.space import Values, fitting
+from rlhf.sweeps.space import Values, bounds, fitting
 from rlhf.sweeps.strategy import Listed, Strategy
 from rlhf.sweeps.trial_results import judged_folder, metric_values
 
@@ -131,9 +131,7 @@ def _distribution(parameter: Parameter) -> Any:
 
     if parameter.values is not None:
         return CategoricalDistribution(tuple(range(len(parameter.values))))
-    assert parameter.min is not None
-    assert parameter.max is not None
-    log = parameter.scale == "log"
+    (low, high), log = bounds(parameter), parameter.scale == "log"
     if parameter.integer:
-        return IntDistribution(int(parameter.min), int(parameter.max), log=log, step=int(parameter.step or 1))
-    return FloatDistribution(parameter.min, parameter.max, log=log, step=parameter.step)
+        return IntDistribution(int(low), int(high), log=log, step=int(parameter.step or 1))
+    return FloatDistribution(low, high, log=log, step=parameter.step)

@@ -60,7 +60,7 @@ def draw(parameters: Mapping[str, Parameter], *, seed: int, number: int) -> Valu
 def drawn(parameter: Parameter, random: Random) -> Any:
     if (count := _count(parameter)) is not None:
         return _at(parameter, random.randrange(count))
-    low, high = _range(parameter)
+    low, high = bounds(parameter)
     if parameter.scale == "log":
         return fitting(parameter, math.exp(random.uniform(math.log(low), math.log(high))))
     return fitting(parameter, random.uniform(low, high))
@@ -68,7 +68,7 @@ def drawn(parameter: Parameter, random: Random) -> Any:
 
 def fitting(parameter: Parameter, number: float) -> float | int:
     """Clip a number to the range. Round to an integer if required, else to six significant digits."""
-    low, high = _range(parameter)
+    low, high = bounds(parameter)
     if parameter.integer:
         return int(min(max(round(number), low), high))
     return min(max(float(f"{number:.6g}"), low), high)
@@ -84,17 +84,18 @@ def _count(parameter: Parameter) -> int | None:
         return len(parameter.values)
     if parameter.scale == "log" or (parameter.step is None and not parameter.integer):
         return None
-    low, high = _range(parameter)
+    low, high = bounds(parameter)
     return math.floor((high - low) / (parameter.step or 1.0) + 1e-9) + 1
 
 
 def _at(parameter: Parameter, place: int) -> Any:
     if parameter.values is not None:
         return parameter.values[place]
-    return fitting(parameter, _range(parameter)[0] + place * (parameter.step or 1.0))
+    return fitting(parameter, bounds(parameter)[0] + place * (parameter.step or 1.0))
 
 
-def _range(parameter: Parameter) -> tuple[float, float]:
+def bounds(parameter: Parameter) -> tuple[float, float]:
+    """Return the ends of a range."""
     assert parameter.min is not None
     assert parameter.max is not None
     return parameter.min, parameter.max

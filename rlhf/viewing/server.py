@@ -55,10 +55,8 @@ class RunViewer:
     """The web application. `token` None: everyone may look who reaches the page by a name of this machine."""
 
     def __init__(self, places: RunPlaces, token: str | None) -> None:
-        self.runs = places
-        self.token = token
-        self.samples = SampleFiles()
-        self.summaries = Summaries()
+        self.runs, self.token = places, token
+        self.samples, self.summaries = SampleFiles(), Summaries()
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[self._guard])

@@ -248,8 +248,8 @@ MUTATIONS = (
     _mutation(
         "a grid leaves out the first number of a range",
         "rlhf/sweeps/space.py",
-        "_range(parameter)[0] + place * (parameter.step or 1.0)",
-        "_range(parameter)[0] + (place + 1) * (parameter.step or 1.0)",
+        "bounds(parameter)[0] + place * (parameter.step or 1.0)",
+        "bounds(parameter)[0] + (place + 1) * (parameter.step or 1.0)",
         "unit/test_sweeps.py",
     ),
     _mutation(

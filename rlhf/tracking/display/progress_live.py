@@ -38,11 +38,8 @@ def open_progress(
 ) -> Progress:
     """Return the display for `mode`. `auto` is a live display on a terminal, and plain lines elsewhere.
 
-    Args:
-        done_steps: the steps completed by earlier starts.
-        show: the metrics to show, in this order, if present in a step.
-        folder: the run folder, for samples. None: show no samples.
-        stream: where to write. None: stdout for JSON, stderr otherwise.
+    `show` names the metrics to show, in this order. `folder` is the run folder, for samples; None: no samples. `stream`
+    None: stdout for JSON, stderr otherwise.
     """
     kinds: dict[Mode, type[Progress]] = {
         "auto": LiveProgress if (stream or sys.stderr).isatty() else LineProgress,

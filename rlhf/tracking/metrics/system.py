@@ -52,9 +52,7 @@ class NodeSampler:
         while not self._stopped.wait(GPU_EVERY_S):
             metrics = gpu_use(output_of(*_QUERY) or "")
             with self._guard:
-                self._gpu = {
-                    key: self._gpu[key].merge(value) if key in self._gpu else value for key, value in metrics.items()
-                }
+                self._gpu = {key: self._gpu[key].merge(of) if key in self._gpu else of for key, of in metrics.items()}
 
 
 def gpu_use(output: str) -> dict[str, Reduction]:

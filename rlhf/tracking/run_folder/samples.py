@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -118,7 +118,7 @@ def sample_columns(columns: Mapping[str, Any]) -> dict[str, SampleValue]:
 def sample_value(value: Any) -> SampleValue:
     try:
         plain = json.loads(json.dumps(value, default=str))
-        shown = _redacted(plain)
+        shown = _changed(plain, lambda leaf: redact(leaf) if isinstance(leaf, str) else leaf)
     except (TypeError, ValueError, RecursionError):  # JSON cannot hold it
         plain = str(value)
         shown = redact(plain)
@@ -141,7 +141,7 @@ def write_samples(path: Path, records: Sequence[SampleRecord]) -> None:
     path.parent.mkdir(exist_ok=True)
     splits = {record.split for record in records}
     kept = [row for row in read_lines(path) if row["split"] not in splits]
-    write_lines(path, [*kept, *(_finite(asdict(record)) for record in records)])
+    write_lines(path, [*kept, *(_changed(asdict(record), _finite) for record in records)])
 
 
 def last_sample(folder: Path, step: int) -> dict[str, Any] | None:
@@ -169,17 +169,14 @@ def remove_files_after(folder: Path, step: int) -> list[int]:
     return sorted(set(later.values()))
 
 
-def _redacted(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {redact(name): _redacted(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_redacted(item) for item in value]
-    return redact(value) if isinstance(value, str) else value
-
-
-def _finite(value: Any) -> Any:
+def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a value with every key and every leaf changed."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {change(key): _changed(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_changed(item, change) for item in value]
+    return change(value)
+
+
+def _finite(leaf: Any) -> Any:
+    return None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf
