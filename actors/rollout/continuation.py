@@ -103,8 +103,8 @@ class CarriedGroups:
 
     async def write(self, group_ids: Sequence[int]) -> None:
         """Write the groups of cancelled requests, after the engine has interrupted the requests."""
-        for group_id in group_ids:
-            if self.folder is not None and group_id in self._drawn:
-                request, sampling, begun, outputs = self._drawn[group_id]
-                responses = continued_responses(begun, [output.result() for output in outputs])
-                await asyncio.to_thread(write_begun, self.folder, request, sampling, responses)
+        if self.folder is None:
+            return
+        for request, sampling, begun, outputs in [self._drawn[i] for i in group_ids if i in self._drawn]:
+            responses = continued_responses(begun, [output.result() for output in outputs])
+            await asyncio.to_thread(write_begun, self.folder, request, sampling, responses)
