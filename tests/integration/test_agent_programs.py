@@ -33,21 +33,13 @@ PROGRAMS = ROOT / "examples" / "agents" / "programs"
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 INDEX_WITHIN_S = 60.0
 INSTALL_WITHIN_S = 300.0
+HERMES = PROGRAMS / "hermes.jinja"
+LIMITS = {"max_calls": 8, "max_tokens": 3584, "timeout_s": 240.0}
 RUN: Mapping[str, Any] = {
     "policy": {"model": str(MODEL), "dtype": "float32"},
     "algorithm": {"name": "grpo"},
-    "data": {
-        "eval": None,
-        "apply_chat_template": None,
-        "chat_template": str(PROGRAMS / "hermes.jinja"),
-        "max_prompt_tokens": 64,
-    },
-    "rollouts": {
-        "prompts_per_step": 2,
-        "samples_per_prompt": 2,
-        "max_new_tokens": 32,
-        "agent": {"max_calls": 8, "max_tokens": 3584, "timeout_s": 240.0},
-    },
+    "data": {"eval": None, "apply_chat_template": None, "chat_template": str(HERMES), "max_prompt_tokens": 64},
+    "rollouts": {"prompts_per_step": 2, "samples_per_prompt": 2, "max_new_tokens": 32, "agent": LIMITS},
     "train": {"steps": 1, "sequences_per_update": 4, "max_tokens_per_microbatch": 3584, "checkpoint_every": None},
     "eval": None,
     "cluster": {"call_timeout_s": 300.0},
@@ -72,6 +64,7 @@ def tool_call(name: str, **arguments: Any) -> str:
 
 
 MULTIPLY = tool_call("multiply", a=2, b=3)
+PRODUCT = f"I multiply.\n{MULTIPLY}", "It is 6.", "6"
 EXAMPLES = [
     Program(
         name="with_mini_swe_agent",
@@ -92,17 +85,12 @@ EXAMPLES = [
         broken=1,  # it sends the model's call back as a text of its own
         fewest_calls=2,
     ),
-    Program(
-        name="with_openai_agents",
-        package="openai-agents==0.24.0",
-        turns=(f"I multiply.\n{MULTIPLY}", "It is 6.", "6"),
-        result="6\n",
-        fewest_calls=1,  # one that is cut ends the session
-    ),
+    # A call that is cut ends the session.
+    Program(name="with_openai_agents", package="openai-agents==0.24.0", turns=PRODUCT, result="6\n", fewest_calls=1),
     Program(
         name="with_pydantic_ai",
         package="pydantic-ai-slim[anthropic]==2.68.0",
-        turns=(f"I multiply.\n{MULTIPLY}", "It is 6.", "6"),
+        turns=PRODUCT,
         result="6\n",
         fewest_calls=2,
     ),
@@ -142,7 +130,7 @@ async def test_a_program_of_a_package_calls_its_tools(
     """The front is a run's, over an engine with scripted turns."""
     tokenizer, turns = parts.renderer.get_tokenizer(), list(program.turns)
     loop = DummyLoop(tokenizer, lambda prompt, params: tokenizer.encode(f"{turns.pop(0)}<|im_end|>"))
-    front = await open_front(loop, parts, FrontSpec(name="policy", template=(PROGRAMS / "hermes.jinja").read_text()))
+    front = await open_front(loop, parts, FrontSpec(name="policy", template=HERMES.read_text()))
     words = str(pythons(program.package)), str(PROGRAMS / f"{program.name}.py")
     runner = command(*words, timeout_s=200.0, sandbox=program.sandbox)
     await runner.start()

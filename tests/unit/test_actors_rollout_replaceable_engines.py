@@ -445,28 +445,24 @@ async def test_new_ranks_of_the_policy_and_a_broadcast_meet_the_engines_that_wor
         await engines.working(0)
 
 
-async def test_a_loss_during_a_broadcast_is_raised_although_the_other_members_notice_nothing() -> None:
+@pytest.mark.parametrize("when", ["during its call", "before its call", "before its call, and has a successor"])
+async def test_a_loss_in_a_broadcast_is_raised_although_the_other_members_notice_nothing(when: str) -> None:
     """With nccl the policy and the remaining engines would wait for the lost engine without end."""
     engines, first, other, _ = await group_of(2, 1, Policy())
-    dying, waiting = Future[Any](), Future[Any]()
-    first.loads, other.loads = lambda version: dying, lambda version: waiting
-    updating = asyncio.create_task(update(engines, 2))
-    await until(lambda: "load 2" in other.calls)
-    dying.set_exception(ActorDiedError())
-    with pytest.raises(WorkerLost, match="rollout rank 0"):
-        await finished(updating)
-
-
-@pytest.mark.parametrize("has_successor", [False, True])
-async def test_an_engine_lost_before_its_call_in_a_broadcast_is_raised_too(has_successor: bool) -> None:
-    engines, first, _, _ = await group_of(2, 1, Policy())
+    dying, has_successor = Future[Any](), "successor" in when
+    first.loads, other.loads = lambda version: dying, lambda version: Future[Any]()
     if not has_successor:
         engines.may_start.clear()
     await engines.withdraw_weights()
-    await find_dead(engines, first)
-    await until(lambda: (engines.handles[0] is not first) == has_successor)
+    if "before" in when:
+        await find_dead(engines, first)
+        await until(lambda: (engines.handles[0] is not first) == has_successor)
+    updating = asyncio.create_task(engines.update_weights(manifest(2)))
+    if "during" in when:
+        await until(lambda: "load 2" in other.calls)
+        dying.set_exception(ActorDiedError())
     with pytest.raises(WorkerLost, match="rollout rank 0"):
-        await asyncio.wait_for(engines.update_weights(manifest(2)), DEADLINE_S)
+        await finished(updating)
     await engines.give_up_rebuilds()
 
 

@@ -66,19 +66,16 @@ def test_an_engine_that_has_lost_weights_is_refused() -> None:
     refuse_lost({"any"}, config=PretrainedConfig())
 
 
-class Waiting(deque[Any]):
-    """vLLM's queue of waiting requests, with the parts for a preemption."""
-
-    prepend_request = deque.appendleft
-
-
 def test_a_preempted_request_whose_blocks_get_another_salt_sends_all_of_their_hashes_again() -> None:
     """vLLM's record of routed experts on GPUs counts the sent hashes, and a new salt changes the hashes."""
     from vllm.distributed.aux_output_connector.connector import AuxOutputSchedulerConnector
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import RequestStatus
 
-    connector = AuxOutputSchedulerConnector()
+    class Waiting(deque[Any]):
+        prepend_request = deque.appendleft
+
+    connector, waiting = AuxOutputSchedulerConnector(), Waiting()
     counts = {"num_prompt_tokens": 8, "num_output_tokens": 1, "num_tokens": 9, "num_stale_output_tokens": 0}
     request: Any = SimpleNamespace(
         request_id="a",
@@ -100,7 +97,7 @@ def test_a_preempted_request_whose_blocks_get_another_salt_sends_all_of_their_ha
         encoder_cache_manager=SimpleNamespace(free=lambda request: None),
         _inflight_prefills=SimpleNamespace(discard=lambda request: None),
         log_stats=False,
-        waiting=Waiting(),
+        waiting=waiting,
         reset_preempted_req_ids=set(),
     )
     engine: Any = SimpleNamespace(

@@ -137,20 +137,10 @@ def accepts(params: Any, text: str) -> bool:
 async def test_a_conversation_of_openai(parts: EngineParts) -> None:
     async with fronted(parts, "yes\nno") as (_, loop, client, _):
         assert [model.id async for model in await client.models.list()] == ["tiny"]
-        told = await client.chat.completions.create(
-            model="tiny",
-            messages=[{"role": "system", "content": "S"}, *HI],
-            n=2,
-            temperature=0.5,
-            top_p=0.9,
-            seed=3,
-            stop="\n",
-            max_completion_tokens=30,
-            logprobs=True,
-            top_logprobs=1,
-            user="me",
-            extra_body={"top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2},
-        )
+        ask: Any = {"model": "tiny", "messages": [{"role": "system", "content": "S"}, *HI], "n": 2, "user": "me"}
+        ask |= {"temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": "\n", "max_completion_tokens": 30}
+        more = {"top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2}
+        told = await client.chat.completions.create(**ask, logprobs=True, top_logprobs=1, extra_body=more)
         assert [(choice.message.content, choice.finish_reason) for choice in told.choices] == [("yes", "stop")] * 2
         content = told.choices[0].logprobs.content
         assert [(token.token, token.logprob) for token in content[:3]] == [("y", -0.5), ("e", -1.5), ("s", -2.5)]
@@ -209,18 +199,9 @@ async def test_tools_and_reasoning_in_each_protocol(parts: EngineParts, stream: 
 async def test_a_session_is_sampled_as_the_run_samples_and_captured(parts: EngineParts) -> None:
     async with in_session(parts, "yes", turn_ends=(7,)) as (front, loop, client, _):
         loop.version = 4
-        told = await client.chat.completions.create(
-            model="gpt-5",  # named as the program likes
-            messages=HI,
-            temperature=0.1,
-            top_p=0.5,
-            seed=77,
-            presence_penalty=1.0,
-            logit_bias={"5": 100},
-            max_tokens=64_000,  # more than the model has
-            stop=["Q"],
-        )
-        assert told.choices[0].message.content == "yes"
+        ask: Any = {"temperature": 0.1, "top_p": 0.5, "seed": 77, "presence_penalty": 1.0, "logit_bias": {"5": 100}}
+        # A program names the model as it likes, and asks for more tokens than the model has.
+        assert (await chatted(client, model="gpt-5", max_tokens=64_000, stop=["Q"], **ask))[0] == "yes"
         loop.first_version, loop.version = 4, 5  # an update within the second response
         await chatted(client, messages=[*HI, {"role": "assistant", "content": "yes"}, *HI], max_tokens=3)
         first, second = (submission.params for submission in loop.asked)

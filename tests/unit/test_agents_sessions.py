@@ -22,19 +22,16 @@ SAMPLING = Sampling(max_new_tokens=8)
 
 
 def spec(**changes: Any) -> AgentSpec:
+    source = CodeSource(path=str(MANY), name="solve")
     values: dict[str, Any] = {
-        "source": CodeSource(path=str(MANY), name="solve"),
-        "program": FUNCTION,
         "columns": ("mood",),
         "max_calls": 3,
         "max_tokens": 100,
         "timeout_s": 20.0,
-        "process_limits": LIMITS,
         "processes": 8,
-        "tokenizer": "",
-        "trust_remote_code": False,
     }
-    return AgentSpec(**(values | changes))
+    model: Any = {"tokenizer": "", "trust_remote_code": False}
+    return AgentSpec(source=source, program=FUNCTION, process_limits=LIMITS, **model, **(values | changes))
 
 
 def request(mood: str = "text", samples: int = 2, **columns: Any) -> GroupRequest:
