@@ -121,23 +121,16 @@ def several_hosts(count: int) -> Iterator[list[Host]]:
 
 
 def start_ray(
-    hosts: Sequence[Host],
-    *,
-    cpus: Sequence[float],
-    labels: Sequence[str] = (),
-    env: Mapping[str, str] = {},
+    hosts: Sequence[Host], *, cpus: Sequence[float], labels: Sequence[str] = (), env: Mapping[str, str] = {}
 ) -> str:
     """Start a Ray with the head on the first host. Return the address. cpus, labels (as pool=gpu): of each node."""
     address = f"{hosts[0].address}:{GCS_PORT}"
-    where = [
-        ["--head", f"--port={GCS_PORT}", "--include-dashboard=false"],
-        *([f"--address={address}"] for _ in hosts[1:]),
-    ]
+    head, joins = ["--head", f"--port={GCS_PORT}", "--include-dashboard=false"], f"--address={address}"
     said = [[f"--labels={label}"] for label in labels] or [[] for _ in hosts]
-    options = [[*place, f"--num-cpus={n:g}", *label] for place, n, label in zip(where, cpus, said, strict=True)]
-    start_node(hosts[0], *options[0], env=env)
+    options = [[f"--num-cpus={n:g}", *label] for n, label in zip(cpus, said, strict=True)]
+    start_node(hosts[0], *head, *options[0], env=env)
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda i: start_node(hosts[i], *options[i], env=env), range(1, len(hosts))))
+        list(pool.map(lambda i: start_node(hosts[i], joins, *options[i], env=env), range(1, len(hosts))))
     return address
 
 

@@ -27,16 +27,7 @@ from actors.cluster.connect import OWN_RAY
 from actors.cluster.watch import died_for_memory, hang_of, stack_at
 from rlhf.engine.device_errors import has_lost_device
 from rlhf.engine.memory import advice_on_memory
-from rlhf.errors import (
-    RESUMES,
-    ChildLost,
-    LossKind,
-    ResultsLost,
-    RunError,
-    StorageFull,
-    UserError,
-    WorkerLost,
-)
+from rlhf.errors import RESUMES, ChildLost, LossKind, ResultsLost, RunError, StorageFull, UserError, WorkerLost
 from rlhf.process.disk_full import PAUSE
 from rlhf.role_table import Role
 

@@ -88,6 +88,7 @@ async def _watch_all(timeout_s: float) -> None:
             for actor in places.keys() - watches.keys():
                 watches[actor] = asyncio.create_task(_watch_one(actor, places[actor], timeout_s))
                 watches[actor].add_done_callback(_log_failure)
+                watches[actor].add_done_callback(lambda _, actor=actor: PAUSE.hear(actor, ()))
             await asyncio.sleep(TICK_S)
     finally:
         for watch in watches.values():
@@ -96,13 +97,6 @@ async def _watch_all(timeout_s: float) -> None:
 
 async def _watch_one(actor: str, place: ActorLocation, timeout_s: float) -> None:
     """Ping a process until its death, and kill a hanging process. A process that never answered is not killed."""
-    try:
-        await _ping_until_dead(actor, place, timeout_s)
-    finally:
-        PAUSE.hear(actor, ())
-
-
-async def _ping_until_dead(actor: str, place: ActorLocation, timeout_s: float) -> None:
     has_answered = False
     while True:
         ping = asyncio.ensure_future(_ping(place, has_answered=has_answered))

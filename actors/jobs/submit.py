@@ -40,7 +40,6 @@ HEARTBEAT_S = 10.0  # of silence in a log before a request for the job's state
 STOP_WITHIN_S = 300  # between SIGTERM, on which a run writes a checkpoint, and SIGKILL
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 RUN = "rlhf_run"  # key of a job's metadata: the folder of its run
-_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,7 +292,7 @@ def submit_job(
 def _values(names: Sequence[str]) -> dict[str, str]:
     """Return the values of environment variables. UserError, without the input, for an invalid or unset name."""
     for name in names:
-        if not _ENV_NAME.fullmatch(name):
+        if not (name.isascii() and name.isidentifier()):
             raise UserError(
                 f"--env {name.partition('=')[0]}: takes only the name of a variable; its value comes from your "
                 "environment, so that no command line shows it"

@@ -25,6 +25,12 @@ from tests.integration.faults import kill_all, wait_for
 from tests.integration.recipes import rows, start, train, write_config
 
 TRAIN = {"steps": 2, "sequences_per_update": 16, "max_tokens_per_microbatch": 512, "lr": 1e-3}
+MODELS = {"first": {"model": "stage:first", "weight": 3.0}, "second": {"model": "stage:second"}}
+JUDGED: dict[str, Any] = {
+    **{"data": {"task": "running_totals", "split": "eval", "size": 8}, "apply_chat_template": False},
+    **{"rewards": {"seen": {"function": "seen.py:seen"}}, "reward_policy": {"on_error": "drop", "timeout_s": 100.0}},
+    **{"temperature": 1.0, "samples_per_prompt": 2, "max_new_tokens": 8, "k": [2]},
+}
 PIPELINE: dict[str, Any] = {
     "policy": {"model": "tiny:llama", "dtype": "float32"},
     "data": {"train": {"task": "running_totals", "split": "sft", "size": 64}, "apply_chat_template": False},
@@ -33,27 +39,8 @@ PIPELINE: dict[str, Any] = {
     "stages": {
         "first": {"algorithm": {"name": "sft"}},
         "second": {"algorithm": {"name": "sft"}, "data": {"train": {"seed": 1}}},
-        "soup": {
-            "merge": {
-                "method": "linear",
-                "models": {"first": {"model": "stage:first", "weight": 3.0}, "second": {"model": "stage:second"}},
-                "dtype": "float32",
-            }
-        },
-        "judge": {
-            "evaluate": {
-                "model": "stage:soup",
-                "against": "stage:first",
-                "data": {"task": "running_totals", "split": "eval", "size": 8},
-                "apply_chat_template": False,
-                "rewards": {"seen": {"function": "seen.py:seen"}},
-                "reward_policy": {"on_error": "drop", "timeout_s": 100.0},
-                "temperature": 1.0,
-                "samples_per_prompt": 2,
-                "max_new_tokens": 8,
-                "k": [2],
-            }
-        },
+        "soup": {"merge": {"method": "linear", "models": MODELS, "dtype": "float32"}},
+        "judge": {"evaluate": {"model": "stage:soup", "against": "stage:first", **JUDGED}},
     },
 }
 HANGS = "import time\n\n\ndef seen(prompt, response, answer):\n    time.sleep(90)\n    return 1.0\n"

@@ -32,7 +32,7 @@ from rlhf.config.placement_plan import PlacementPlan, WorkerSlot
 from rlhf.config.schema.cluster import ClusterConfig, EngineRange
 from rlhf.config.schema.root import Config
 from rlhf.errors import NodeNotReplaced, RunError, UserError
-from rlhf.planning.shared_memory import SharedMemoryRoom, SnapshotBytes, snapshots_by_node
+from rlhf.planning.shared_memory import SharedMemoryRoom, SnapshotBytes
 
 
 def test_too_few_open_files_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,15 +158,15 @@ def test_the_config_names_a_cluster_before_the_environment_does(
     assert cluster_to_join(configured) == joined
 
 
-def test_auto_is_what_ray_start_left_word_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_what_ray_start_left_word_of_or_is_refused_as_a_dashboard_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     word_of_cluster().write_text("10.0.0.3:6379\n")
     assert cluster_to_join("auto") == "10.0.0.3:6379"
     assert cluster_to_join(None) is None
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert cluster_to_join(None) == "10.0.0.3:6379"
-
-
-def test_auto_without_such_word_and_a_dashboard_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    word_of_cluster().unlink()
     absent = r"auto, but no cluster was started on this machine with `ray start`"
     dashboard = r"http://127.0.0.1:8265 .* is the address of a dashboard"
     for configured, named, message in (
@@ -352,13 +352,3 @@ def test_the_object_store_of_ray_takes_room_and_copies_are_only_warned_about(cap
     assert "copies of other nodes 2.00 + Ray's objects 2.00" in caplog.text
     with pytest.raises(UserError, match=r"--shm-size=8g"):
         judge(SharedMemoryRoom(total=5 * 2**30, free=0, ray=3 * 2**30), snapshots, where="/dev/shm")
-
-
-def test_a_node_holds_its_own_snapshots_and_a_share_of_the_copies() -> None:
-    ranks: dict[Any, list[str]] = {"policy": ["a", "a"], "critic": ["b"]}
-    assert snapshots_by_node({"policy": 4, "critic": 3}, ranks, {"a", "b", "c"}) == {
-        "a": SnapshotBytes({"policy": 8}, 3),
-        "b": SnapshotBytes({"critic": 3}, 4),
-        "c": SnapshotBytes({}, 4),
-    }
-    assert snapshots_by_node({"policy": 4}, {"policy": ["a"]}, {"a"}) == {"a": SnapshotBytes({"policy": 4})}

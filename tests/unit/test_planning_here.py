@@ -93,13 +93,9 @@ def test_the_result_of_an_earlier_stage_is_not_missing(folder: Path) -> None:
     (folder / "pipeline.yaml").write_text(
         "run: {name: p, dir: runs}\n"
         "stages:\n"
-        "  sft:\n"
-        "    policy: {model: 'tiny:llama'}\n"
-        "    algorithm: {name: sft}\n"
-        "    data: {train: none.jsonl}\n"
-        "    train: {steps: 1, lr: 1e-3, sequences_per_update: 4}\n"
-        "  look:\n"
-        "    evaluate: {model: 'stage:sft', data: none.csv, rewards: {r: {function: 'none.py:r'}}}\n"
+        "  sft: {policy: {model: 'tiny:llama'}, algorithm: {name: sft}, data: {train: none.jsonl},\n"
+        "        train: {steps: 1, lr: 1e-3, sequences_per_update: 4}}\n"
+        "  look: {evaluate: {model: 'stage:sft', data: none.csv, rewards: {r: {function: 'none.py:r'}}}}\n"
     )
     assert [need.sentence for need in missing_here(load("pipeline.yaml"))] == [
         "stages.sft.data.train: there is no file none.jsonl",

@@ -52,12 +52,9 @@ def test_the_schedule_and_the_correction_of_a_run(keys: tuple[str, ...], name: s
     assert correction_in_force(config, config.rollouts) == correction
 
 
-def test_an_algorithm_without_a_correction_says_so() -> None:
+def test_schedules_of_a_bound_have_the_runs_order_and_an_algorithm_without_a_correction_says_so() -> None:
     config = run(*AHEAD, name="online_dpo_smollm2")
     assert correction_in_force(config, config.rollouts) == "none: online_dpo has no correction"
-
-
-def test_the_schedules_of_a_bound_have_the_runs_order() -> None:
     config = run(*FLIGHT, "algorithm.correction=none", "rollouts.batch_order=completion")
     names = [str(one) for one in schedules(config, [0, 2])]
     assert names == ["in turns", "streamed", "pipelined, 2 ahead", "in flight, 2 ahead, by completion"]

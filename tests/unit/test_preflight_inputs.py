@@ -191,12 +191,9 @@ run: {name: demo, seed: 7}
 policy: {model: MODEL, dtype: float32}
 algorithm: {name: grpo}
 data:
-  train: {task: guessing_game, split: train, size: 8}
-  eval: {games: {task: guessing_game, split: eval, size: 7}}
-  max_prompt_tokens: 16
-rollouts:
-  max_new_tokens: 4
-  environment: {name: guess_number, args: {high: 7}, max_turns: 3, max_tokens: 64}
+  {train: {task: guessing_game, split: train, size: 8}, eval: {games: {task: guessing_game, split: eval, size: 7}},
+   max_prompt_tokens: 16}
+rollouts: {max_new_tokens: 4, environment: {name: guess_number, args: {high: 7}, max_turns: 3, max_tokens: 64}}
 rewards: {won: {environment: true}}
 train: {steps: 1, lr: 1.0e-3, sequences_per_update: 8, max_tokens_per_microbatch: 64}
 eval: {temperature: 1.0, samples_per_prompt: 4, by: secret}
@@ -206,15 +203,9 @@ run: {name: demo, seed: 7}
 stages:
   judge:
     evaluate:
-      model: MODEL
-      dtype: float32
-      data: {games: {task: guessing_game, split: eval, size: 7}}
-      environment: {name: guess_number, args: {high: 7}, max_turns: 3, max_tokens: 64}
-      rewards: {won: {environment: true}}
-      temperature: 1.0
-      samples_per_prompt: 4
-      max_new_tokens: 4
-      by: secret
+      {model: MODEL, dtype: float32, data: {games: {task: guessing_game, split: eval, size: 7}}, by: secret,
+       environment: {name: guess_number, args: {high: 7}, max_turns: 3, max_tokens: 64},
+       rewards: {won: {environment: true}}, temperature: 1.0, samples_per_prompt: 4, max_new_tokens: 4}
 """
 SECTION = {RUN: "rollouts", JUDGE: "evaluate"}
 GAME = "{name: guess_number, args: {high: 7}, max_turns: 3, max_tokens: 64}"

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.data.memory import free_bytes
-from rlhf.process.cgroups import MemoryLimit, cpu_quota, groups, memory_limit, total_memory
+from rlhf.process.cgroups import MemoryLimit, cpu_quota, groups, memory_limit
 from rlhf.process.system_calls import memfd, pidfd_open, pidfd_send_signal, seal
-from rlhf.tracking.run_folder.environment import num_cpus
 
 GIB = 2**30
 V1 = "9:name=systemd:/\n4:memory:/docker/a\n2:cpu,cpuacct:/docker/a\n0::/\n"
@@ -76,17 +74,6 @@ def test_the_least_memory_of_a_group_and_the_groups_above_counts(tmp_path: Path)
     tree(tmp_path, V1, {})
     top = tmp_path / "sys/fs/cgroup"
     assert groups("memory", tmp_path) == [top / "memory/docker/a", top / "memory/docker", top / "memory", top]
-
-
-def test_what_the_limits_are_used_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    for quota, cpus in ((None, 8), (4.5, 4), (0.5, 1), (64.0, 8)):
-        monkeypatch.setattr("rlhf.tracking.run_folder.environment.cpu_quota", lambda quota=quota: quota)
-        assert num_cpus() == cpus
-    limit = MemoryLimit(total=1000, free=10)
-    monkeypatch.setattr("rlhf.process.cgroups.memory_limit", lambda: limit)
-    monkeypatch.setattr("rlhf.data.memory.memory_limit", lambda: limit)
-    assert (total_memory(), free_bytes()) == (1000, 10)
 
 
 def test_a_sealed_file_in_memory_is_constant() -> None:

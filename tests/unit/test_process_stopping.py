@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import nullcontext
 from types import FrameType
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -69,12 +70,8 @@ def test_the_work_has_its_own_thread_and_its_result_and_errors_arrive() -> None:
     assert run_stoppable(lambda _: threading.current_thread() is not threading.main_thread())
     assert run_stoppable(lambda outer: run_stoppable(lambda inner: inner is outer is current_request()))
     with pytest.raises(RunError, match="broken"):
-        run_stoppable(lambda _: fail(RunError("broken")))
+        run_stoppable(Mock(side_effect=RunError("broken")))
     assert current_request() is None
-
-
-def fail(error: BaseException) -> None:
-    raise error
 
 
 def test_work_with_an_event_loop_runs_inside_of_a_running_one() -> None:
@@ -235,7 +232,7 @@ def test_a_call_that_does_not_return_in_time_is_not_waited_for() -> None:
     gate.set()
     assert finishes_within(60.0, gate.wait, "gate")
     with pytest.raises(RunError):
-        finishes_within(60.0, lambda: fail(RunError("broken")), "broken")
+        finishes_within(60.0, Mock(side_effect=RunError("broken")), "broken")
     wait_for(lambda: not stopping.has_stuck_threads())
 
 
