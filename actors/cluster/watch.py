@@ -88,7 +88,6 @@ async def _watch_all(timeout_s: float) -> None:
             for actor in places.keys() - watches.keys():
                 watches[actor] = asyncio.create_task(_watch_one(actor, places[actor], timeout_s))
                 watches[actor].add_done_callback(_log_failure)
-                watches[actor].add_done_callback(lambda _, actor=actor: PAUSE.hear(actor, ()))
             await asyncio.sleep(TICK_S)
     finally:
         for watch in watches.values():
@@ -98,30 +97,33 @@ async def _watch_all(timeout_s: float) -> None:
 async def _watch_one(actor: str, place: ActorLocation, timeout_s: float) -> None:
     """Ping a process until its death, and kill a hanging process. A process that never answered is not killed."""
     has_answered = False
-    while True:
-        ping = asyncio.ensure_future(_ping(place, has_answered=has_answered))
-        try:
-            if not await _finishes(ping, timeout_s):
-                break
-            beat = ping.result()
-        except ConnectionRefusedError:  # it died, and Ray fails its calls
-            return
-        finally:
-            ping.cancel()
-        has_answered = True
-        _CHILDREN[actor] = beat.children
-        if beat.oom_kills is not None:
-            _OOM_KILLS[actor] = beat.oom_kills
-        PAUSE.hear(actor, (replace(shortage, path=f"{place.who}: {shortage.path}") for shortage in beat.shortages))
-        await asyncio.sleep(min(PING_EVERY_S, timeout_s / 4))
-    if has_answered:
-        await _give_up(actor, place, timeout_s)
-    else:
-        logger.warning(
-            "%s (process %d) cannot be watched: the driver does not reach port %d of %s. A hang of this process is "
-            "noticed only after cluster.call_timeout_s.",
-            *(place.who, place.pid, place.heartbeat_port, place.address),
-        )
+    try:
+        while True:
+            ping = asyncio.ensure_future(_ping(place, has_answered=has_answered))
+            try:
+                if not await _finishes(ping, timeout_s):
+                    break
+                beat = ping.result()
+            except ConnectionRefusedError:  # it died, and Ray fails its calls
+                return
+            finally:
+                ping.cancel()
+            has_answered = True
+            _CHILDREN[actor] = beat.children
+            if beat.oom_kills is not None:
+                _OOM_KILLS[actor] = beat.oom_kills
+            PAUSE.hear(actor, (replace(shortage, path=f"{place.who}: {shortage.path}") for shortage in beat.shortages))
+            await asyncio.sleep(min(PING_EVERY_S, timeout_s / 4))
+        if has_answered:
+            await _give_up(actor, place, timeout_s)
+        else:
+            logger.warning(
+                "%s (process %d) cannot be watched: the driver does not reach port %d of %s. A hang of this process is "
+                "noticed only after cluster.call_timeout_s.",
+                *(place.who, place.pid, place.heartbeat_port, place.address),
+            )
+    finally:
+        PAUSE.hear(actor, ())
 
 
 async def _finishes(ping: asyncio.Future[Beat], limit_s: float) -> bool:
