@@ -45,6 +45,7 @@ class FakeService:
         self.requests: list[tuple[str, str | None, Any]] = []  # path, header Authorization, body
 
     async def __call__(self, request: web.Request) -> web.Response:
+        body = await request.json() if request.can_read_body else None
         reply = self.replies[min(len(self.requests), len(self.replies) - 1)]
-        self.requests.append((request.path, request.headers.get("Authorization"), await request.json()))
+        self.requests.append((request.path, request.headers.get("Authorization"), body))
         return web.Response(status=reply, **self.options) if isinstance(reply, int) else web.json_response(reply)

@@ -45,18 +45,11 @@ STAGES: dict[str, Any] = {
 }
 
 
-def policy(tmp_path: Path) -> dict[str, Any]:
-    return {"model": str(build_tiny_mixture(tmp_path / "model")), "dtype": "float32"}
-
-
-def run(tmp_path: Path) -> dict[str, Any]:
-    return {"name": "run", "dir": str(tmp_path), "seed": 0}
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_mixture_passes_all_stages(tmp_path: Path) -> None:
-    own = {"run": run(tmp_path), "policy": policy(tmp_path), "stages": STAGES}
+    policy = {"model": str(build_tiny_mixture(tmp_path / "model")), "dtype": "float32"}
+    own = {"run": {"name": "run", "dir": str(tmp_path), "seed": 0}, "policy": policy, "stages": STAGES}
     train(write_config(tmp_path / "run.yaml", own, BASE), timeout_s=380.0)
     before = tmp_path / "model"
     for stage in STAGES:

@@ -68,31 +68,20 @@ def test_the_balance_loss_of_a_mixture_depends_on_neither_ranks_nor_microbatches
     assert balanced[0][0]["update/grad_norm"] != pytest.approx(plain[0]["update/grad_norm"], rel=0.01)
 
 
-def refusal(rank: int, world_size: int) -> str:
-    model = tiny_model("qwen3_5_text")
-    engine = engine_of(model, stage=0, optimizer=OptimizerSettings(lr=0.1), sequence_parallel=2)
+def layout(rank: int, world_size: int, *, model: str, **options: Any) -> str:
+    engine = engine_of(tiny_model(model), optimizer=OptimizerSettings(lr=0.1), **options)
     try:
         with torch.no_grad():
-            engine.forward(check_rows, CPU)
+            return str(int(engine.forward(check_rows, CPU)))
     except UserError as error:
         return str(error)
-    return ""
 
 
-def test_ranks_that_share_rows_refuse_a_hybrid(gangs: Gangs) -> None:
-    for message in gangs[2].run(refusal):
+def test_shards_and_shared_rows_pass_the_check_and_shared_rows_of_a_hybrid_do_not(gangs: Gangs) -> None:
+    assert gangs[2].run(layout, model="llama", stage=3) == ["2", "2"]
+    assert gangs[2].run(layout, model="llama", stage=0, sequence_parallel=2) == ["2", "2"]
+    for message in gangs[2].run(layout, model="qwen3_5_text", stage=0, sequence_parallel=2):
         assert "sequence_parallel needs a model whose sequences can be packed into one row" in message
-
-
-def layout(rank: int, world_size: int, **options: Any) -> int:
-    engine = engine_of(tiny_model("llama"), optimizer=OptimizerSettings(lr=0.1), **options)
-    with torch.no_grad():
-        return int(engine.forward(check_rows, CPU))
-
-
-@pytest.mark.parametrize("options", [{"stage": 3}, {"stage": 0, "sequence_parallel": 2}], ids=str)
-def test_shards_and_shared_rows_pass_the_check(gangs: Gangs, options: dict[str, Any]) -> None:
-    assert gangs[2].run(layout, **options) == [2, 2]
 
 
 def mixture_after(rank: int, world_size: int, *, zero_stage: int) -> list[dict[str, Tensor]]:

@@ -107,14 +107,10 @@ def test_rows_that_cannot_be_used_are_left_out_and_returned(tokenizer: Any) -> N
     }
     assert [row.place for row in loaded.unusable] == [f"d.jsonl:{line}" for line in expected]
     assert all(row.reason.startswith(e) for row, e in zip(loaded.unusable, expected.values(), strict=True))
-
-
-def test_a_pair_that_is_equal_once_cut_cannot_be_used(tokenizer: Any) -> None:
-    row = {"prompt": "a", "chosen": "bcd", "rejected": "bce"}
-    (pair,) = load(tokenizer, row, max_tokens=4, too_long="cut").items
+    (pair,) = load(tokenizer, good, max_tokens=4, too_long="cut").items
     assert (pair.chosen.token_ids, pair.rejected.token_ids) == ((*b"abcd",), (*b"abce",))
     with pytest.raises(UserError, match=r"d.jsonl:1: chosen and rejected are equal once cut to 3 tokens."):
-        load(tokenizer, row, max_tokens=3, too_long="cut")
+        load(tokenizer, good, max_tokens=3, too_long="cut")
 
 
 @pytest.mark.parametrize(

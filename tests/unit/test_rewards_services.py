@@ -94,14 +94,12 @@ def test_a_service_that_is_not_there_or_refuses_the_token_is_an_error_at_the_dea
     assert "ClientConnectorError" in failure.message
     with pytest.raises(RunError, match=r"rewards.style: .* be reached"):
         greet(gone)
-
-    async def handler(request: web.Request) -> web.Response:
-        return web.Response(status=405 if request.headers.get("Authorization") == "Bearer right" else 401)
-
-    with served(handler) as url:
+    service = FakeService(405, 401)
+    with served(service) as url:
         greet(spec(url, token="right"))  # 405: it is there
         with pytest.raises(RunError, match=r"it refused the token with HTTP 401"):
             greet(spec(url, token="wrong"))
+    assert [token for _, token, _ in service.requests] == ["Bearer right", "Bearer wrong"]
 
 
 def test_groups_wait_for_a_service_of_fewer_requests_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
