@@ -34,32 +34,23 @@ def row(**columns: Any) -> Row:
     return Row(file="f.jsonl", line=3, columns=columns)
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> dict[str, str]:
+def test_every_format_gives_the_same_rows_and_a_split_is_named_behind_the_folder(tmp_path: Path) -> None:
     data = datasets.Dataset.from_list(ROWS)
     data.to_parquet(tmp_path / "d.parquet")
     data.save_to_disk(tmp_path / "plain")
     datasets.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(tmp_path / "splits")
-    return {
-        "jsonl": jsonl(tmp_path / "d.jsonl", *ROWS),
-        "json": save(tmp_path / "d.json", json.dumps(ROWS, indent=1)),
-        "csv": save(tmp_path / "d.csv", 'prompt,answer\n"a,\nb",007\nzwei ü,2\n'),
-        "parquet": str(tmp_path / "d.parquet"),
-        "folder": str(tmp_path / "plain"),
-        "splits": str(tmp_path / "splits"),
-    }
-
-
-def test_every_format_gives_the_same_rows_and_a_split_is_named_behind_the_folder(saved: dict[str, str]) -> None:
-    for kind, source in saved.items():
+    plain, splits = str(tmp_path / "plain"), str(tmp_path / "splits")
+    in_json = jsonl(tmp_path / "d.jsonl", *ROWS), save(tmp_path / "d.json", json.dumps(ROWS, indent=1))
+    in_csv = save(tmp_path / "d.csv", 'prompt,answer\n"a,\nb",007\nzwei ü,2\n')
+    for source in (*in_json, in_csv, str(tmp_path / "d.parquet"), plain, splits):
         rows = read_rows(source)
         assert [dict(r.columns) for r in rows] == ROWS
-        assert [r.place for r in rows] == [f"{source}:{line}" for line in ((2, 4) if kind == "csv" else (1, 2))]
-    assert [r.columns["answer"] for r in read_rows(saved["splits"] + ":test")] == ["2"]
+        assert [r.place for r in rows] == [f"{source}:{line}" for line in ((2, 4) if source == in_csv else (1, 2))]
+    assert [r.columns["answer"] for r in read_rows(splits + ":test")] == ["2"]
     with pytest.raises(UserError, match="no split `eval`; it has train, test"):
-        read_rows(saved["splits"] + ":eval")
+        read_rows(splits + ":eval")
     with pytest.raises(UserError, match="has no splits"):
-        read_rows(saved["folder"] + ":train")
+        read_rows(plain + ":train")
 
 
 def test_a_byte_order_mark_and_blank_lines_do_no_harm(tmp_path: Path) -> None:
