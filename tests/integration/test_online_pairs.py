@@ -179,21 +179,17 @@ LOSSES: list[dict[str, Any]] = [
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: str(loss["loss"])[:7])
-def test_a_step_depends_on_neither_ranks_nor_microbatches(
+def test_a_step_depends_on_neither_ranks_nor_microbatches_and_is_offline_dpo_on_the_same_pairs(
     run: Learn, models: tuple[str, str], loss: dict[str, Any]
 ) -> None:
+    algorithm = {"name": "online_dpo", **loss}
     options = {"reference": models[1], "groups": GROUPS, "options": {"temperature": 0.7}}
-    one, two = (run(learn, {"name": "online_dpo", **loss}, ranks=ranks, **options) for ranks in (1, 2))
+    one, two = (run(learn, algorithm, ranks=ranks, **options) for ranks in (1, 2))
     assert one[0]["update/grad_norm"] > 0
     assert "experience/kl_ref/mean" in one[0]  # of the weights that sampled: in the first update alone
     assert "experience/kl_ref/mean" not in one[1]
     assert_equal(one, two)
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: str(loss["loss"])[:7])
-def test_it_is_offline_dpo_on_the_same_pairs(run: Learn, models: tuple[str, str], loss: dict[str, Any]) -> None:
-    online = run(learn, {"name": "online_dpo", **loss}, ranks=1, reference=models[0], groups=GROUPS, options={})
+    online = run(learn, algorithm, ranks=1, reference=models[0], groups=GROUPS, options={})
     offline = run(learn_offline, {"name": "dpo", **loss}, ranks=1)
     assert online[0]["experience/kl_ref/mean"] < 1e-9  # but for rounding, the reference is the policy
     assert_equal(online, offline, keys=set(offline[0]))

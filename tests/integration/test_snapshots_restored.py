@@ -101,19 +101,22 @@ def train_unbroken(rank: int, world_size: int, *, kind: str) -> tuple[dict[str, 
     return state, reports[KILLED_IN - 1 :]
 
 
-def train_until_killed(rank: int, world_size: int, *, kind: str, folder: Path) -> int:
-    """Train and keep. The last rank never ends the copy of step 3. Returns the process to be killed."""
+def train_and_keep(rank: int, world_size: int, *, kind: str, folder: Path, last: int = KILLED_IN) -> int:
+    """Train with snapshots. The last rank never ends the copy of step 3. Returns the process to be killed."""
     engine = started(rank, **KINDS[kind])
     engine.open_snapshots(folder / str(rank))
     assert engine.newest_snapshot() is None
     engine.take_snapshot(0)
-    for step in range(1, KILLED_IN + 1):
+    is_half = last == KILLED_IN and rank == world_size - 1
+    for step in range(1, last + 1):
         updated(engine, rank, step)
-        if step == KILLED_IN and rank == world_size - 1:
+        if step == KILLED_IN and is_half:
             stop_in_the_middle(engine)
         engine.take_snapshot(step)
-    if rank != world_size - 1:
-        assert engine.newest_snapshot() == KILLED_IN
+    if not is_half:
+        assert engine.newest_snapshot() == last
+    if last < KILLED_IN:
+        engine.close()
     return os.getpid()
 
 
@@ -131,62 +134,47 @@ def stop_in_the_middle(engine: DeepSpeedEngine) -> None:
     engine._snapshots._copy = half  # type: ignore[method-assign]
 
 
-def restore_snapshot(
-    rank: int, world_size: int, *, kind: str, folder: Path
-) -> tuple[int | None, dict[str, Tensor], list[tuple[float, float]]]:
-    """Return the newest step of the predecessor's snapshots, and the results of repeating later steps."""
-    engine = started(rank + 10, **KINDS[kind])
-    engine.open_snapshots(folder / str(rank))
-    newest = engine.newest_snapshot()
-    engine.restore_snapshot(KILLED_IN - 1)
-    reports = []
+def restore(
+    rank: int, world_size: int, *, kind: str, folder: Path, is_checkpoint: bool = False
+) -> tuple[dict[str, Tensor], list[tuple[float, float]], int | None]:
+    """Return the results of repeating later steps, and the newest step of the predecessor's snapshots."""
+    engine, newest, reports = started(rank + 10, **KINDS[kind]), None, []
+    if is_checkpoint:
+        engine.load(folder)
+    else:
+        engine.open_snapshots(folder / str(rank))
+        newest = engine.newest_snapshot()
+        engine.restore_snapshot(KILLED_IN - 1)
     for step in range(KILLED_IN, LAST + 1):
         reports.append(updated(engine, rank, step))
-        engine.take_snapshot(step)
+        if not is_checkpoint:
+            engine.take_snapshot(step)
     state = everything(engine)
     engine.close()
-    return newest, state, reports
+    return state, reports, newest
 
 
-def train_and_keep(rank: int, world_size: int, *, kind: str, folder: Path) -> None:
-    """Train with snapshots, up to the killed step."""
-    engine = started(rank, **KINDS[kind])
-    engine.open_snapshots(folder / str(rank))
-    for step in range(1, KILLED_IN):
-        updated(engine, rank, step)
-        engine.take_snapshot(step)
-    assert engine.newest_snapshot() == KILLED_IN - 1
-    engine.close()
-
-
-def resume(
-    rank: int, world_size: int, *, kind: str, checkpoint: Path
-) -> tuple[dict[str, Tensor], list[tuple[float, float]]]:
-    engine = started(rank + 10, **KINDS[kind])
-    engine.load(checkpoint)
-    reports = [updated(engine, rank, step) for step in range(KILLED_IN, LAST + 1)]
-    state = everything(engine)
-    engine.close()
-    return state, reports
+def assert_same_bits(kind: str, unbroken: list[Any], results: list[Any]) -> None:
+    for (state, reports), (again, reports_again, _) in zip(unbroken, results, strict=True):
+        assert reports == reports_again, kind
+        assert state.keys() == again.keys()
+        differing = [name for name in state if not torch.equal(state[name], again[name])]
+        assert not differing, f"{kind}: {differing}"
 
 
 def kill_and_compare(kinds: tuple[str, ...], successors: Gang, folder: Path) -> None:
     gang = Gang(2)
     unbroken = {kind: gang.run(train_unbroken, kind=kind) for kind in kinds}
     for kind in kinds:
-        pids = gang.run(train_until_killed, kind=kind, folder=folder / kind)
+        pids = gang.run(train_and_keep, kind=kind, folder=folder / kind)
     for pid, process in zip(pids, gang.processes, strict=True):
         os.kill(pid, signal.SIGKILL)
         process.join(DEADLINE_S)
         assert process.exitcode == -signal.SIGKILL
     for kind in kinds:
-        results = successors.run(restore_snapshot, kind=kind, folder=folder / kind)
-        assert [newest for newest, _, _ in results] == [KILLED_IN, KILLED_IN - 1]
-        for (state, reports), (_, again, reports_again) in zip(unbroken[kind], results, strict=True):
-            assert reports == reports_again, kind
-            assert state.keys() == again.keys()
-            differing = [name for name in state if not torch.equal(state[name], again[name])]
-            assert not differing, f"{kind}: {differing}"
+        results = successors.run(restore, kind=kind, folder=folder / kind)
+        assert [newest for _, _, newest in results] == [KILLED_IN, KILLED_IN - 1]
+        assert_same_bits(kind, unbroken[kind], results)
 
 
 def test_a_killed_gang_goes_on_with_the_same_bits(gang: Gang, tmp_path: Path) -> None:
@@ -202,13 +190,9 @@ def test_every_kind_of_state_is_restored(gang: Gang, tmp_path: Path) -> None:
 def test_a_checkpoint_made_of_snapshots_is_resumed_with_the_same_bits(gang: Gang, tmp_path: Path) -> None:
     for kind in KINDS:
         unbroken = gang.run(train_unbroken, kind=kind)
-        gang.run(train_and_keep, kind=kind, folder=tmp_path / kind)
+        gang.run(train_and_keep, kind=kind, folder=tmp_path / kind, last=KILLED_IN - 1)
         checkpoint = tmp_path / f"{kind}, checkpoint"
         checkpoint.mkdir()
         for rank in range(2):
             write_snapshot(tmp_path / kind / str(rank), KILLED_IN - 1, checkpoint, rank)
-        results = gang.run(resume, kind=kind, checkpoint=checkpoint)
-        for (state, reports), (again, reports_again) in zip(unbroken, results, strict=True):
-            assert reports == reports_again, kind
-            differing = [name for name in state if not torch.equal(state[name], again[name])]
-            assert not differing, f"{kind}: {differing}"
+        assert_same_bits(kind, unbroken, gang.run(restore, kind=kind, folder=checkpoint, is_checkpoint=True))
