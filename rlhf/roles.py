@@ -141,26 +141,20 @@ class PolicyProbe:
 
 
 class RolloutRole(MeasuredRole, Protocol):
-    """The inference engines. Engines refuse to generate before receiving weights.
-
-    In a sync: withdraw_weights, update_weights while the policy sends, prove.
-    """
+    """The inference engines. Engines refuse to generate before receiving weights. In a sync: withdraw_weights,
+    update_weights while the policy sends, prove."""
 
     def generate(
         self, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
     ) -> AsyncIterator[CompletedGroup]:
-        """Answer all requests with the weights of `version`, and yield each completed group at once.
-
-        Engines with later weights answer from stored groups. Raise RunError for a group that is not stored.
-        """
+        """Answer all requests with the weights of `version`, and yield each completed group at once. Engines with later
+        weights answer from stored groups. Raise RunError for a group that is not stored."""
 
     async def answer(
         self, request: GroupRequest, sampling: Sampling, *, oldest: int, urgent: bool = False
     ) -> CompletedGroup | None:
-        """Answer one request with the engines' current weights. None: the request was cancelled.
-
-        `oldest`: a stored group is used only if no token is older than this version. `urgent`: before waiting requests.
-        """
+        """Answer one request with the engines' current weights. None: the request was cancelled. `oldest`: a stored
+        group is used only if no token is older than this version. `urgent`: before waiting requests."""
 
     async def restored(self, group: CompletedGroup, sampling: Sampling) -> CompletedGroup:
         """Return a group with tokens from the run's store, in place of tokens lost with a node's memory."""
@@ -190,9 +184,7 @@ class RolloutRole(MeasuredRole, Protocol):
 
     async def prove(self, probe: PolicyProbe) -> float | None:
         """Return the largest difference between the log-probabilities of engines and policy. None: no engine works now.
-
-        Raise RunError if an engine has different weights. Engines that start later must pass the same probe.
-        """
+        Raise RunError if an engine has different weights. Engines that start later must pass the same probe."""
 
     async def sleep(self, *, keep_weights: bool) -> None:
         """Free the GPU for the trainers (no effect on a CPU). Discarded weights are restored by the next sync."""
@@ -251,9 +243,7 @@ class ReferenceRole(GpuGuest, Protocol):
         temperatures: Mapping[int, float] | None = None,
     ) -> list[RemoteColumns[TokenValues]]:
         """Return a column for each group, in order. `temperatures`: by sequence id, if the prompt sets a temperature.
-
-        `only`: the sequences to compute, at least one in each group; None computes all.
-        """
+        `only`: the sequences to compute, at least one in each group; None computes all."""
 
 
 class TeacherRole(MeasuredRole, Protocol):
@@ -377,10 +367,8 @@ class OfflineRole(TrainedRole, Protocol):
     async def update_on(
         self, plan: MinibatchPlan, states: StatesByRank = (), *, snapshot: int | None = None
     ) -> Metrics:
-        """Make one optimizer step on rows of the training set. `states`: of the teacher, if any.
-
-        `snapshot`: take the snapshot of this step right afterwards. A call of `take_snapshot` must follow.
-        """
+        """Make one optimizer step on rows of the training set. `states`: of the teacher, if any. `snapshot`: take the
+        snapshot of this step right afterwards. A call of `take_snapshot` must follow."""
 
     async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
         """Return loss and accuracy on the planned rows of a data set, without an update."""

@@ -114,10 +114,8 @@ ROLE_BUILDERS: Mapping[Role, Callable[[RunContext], WorkerGroup]] = {
 
 
 def build_roles(run: RunContext, groups: list[Stoppable]) -> dict[Role, Any]:
-    """Create the workers of all roles of the run, apart from the engines.
-
-    Each group is appended to `groups` at once, so that a failure of the next group still ends the group.
-    """
+    """Create the workers of all roles of the run, apart from the engines. Each group is appended to `groups` at once,
+    so that a failure of the next group still ends the group."""
     last: list[Stoppable] = []  # end after the ranks that write into them
     if derive.restarts_gangs(run.config):
         folders = MemoryFolders(start_timeout_s=run.config.cluster.start_timeout_s)

@@ -192,10 +192,8 @@ class Gang(ModelGroup):
     async def _step(
         self, methods: Sequence[Any], states: StatesByRank, stage: str, *args: Any, snapshot: int | None = None
     ) -> Metrics:
-        """Call a method of each rank with any teacher's states of the rank's rows, and merge the metrics.
-
-        `snapshot`: the step of which the ranks take a snapshot right afterwards.
-        """
+        """Call a method of each rank with any teacher's states of the rank's rows, and merge the metrics. `snapshot`:
+        the step of which the ranks take a snapshot right afterwards."""
         refs = [
             method.remote(*args, *(states[rank // self.sequence_parallel] if states else ()))
             for rank, method in enumerate(methods)
@@ -242,10 +240,8 @@ class PolicyGang(Gang):
             await self.reconnect()
 
     async def meeting(self, *, num_receivers: int, timeout_s: float) -> Meeting:
-        """Return the address at which rank 0 waits for the receivers of a broadcast.
-
-        The wait for a lost or hanging receiver lasts until the limit, at most BROADCAST_LIMIT_S.
-        """
+        """Return the address at which rank 0 waits for the receivers of a broadcast. The wait for a lost or hanging
+        receiver lasts until the limit, at most BROADCAST_LIMIT_S."""
         host, port = await self._address("weight sync")
         limit_s = min(timeout_s, BROADCAST_LIMIT_S)
         return Meeting(address=host, port=port, num_receivers=num_receivers, timeout_s=limit_s)

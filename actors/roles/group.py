@@ -195,11 +195,8 @@ class WorkerPool(WorkerGroup):
             await self.make_good(rank, handle, lost, work=ITS_START)
 
     async def until_answered(self, rank: int, call: Callable[[Any], Awaitable[T]], *, work: Hashable = None) -> T:
-        """Return the result of a call to one worker. If the worker is lost, call the successor.
-
-        `work`: the worker's task. A worker lost twice in a row at the same task ends the run. None: more losses are
-        allowed.
-        """
+        """Return the result of a call to one worker. If the worker is lost, call the successor. `work`: the worker's
+        task. A worker lost twice in a row at the same task ends the run. None: more losses are allowed."""
         while True:
             handle = await self.working(rank)
             try:
@@ -241,10 +238,8 @@ class WorkerPool(WorkerGroup):
         await self.working(rank)
 
     def begin_rebuild(self, rank: int, handle: ActorHandle[Any], lost: WorkerLost, *, work: Hashable = None) -> None:
-        """Begin to replace a lost worker, unless already begun. Raise the loss if the run must end.
-
-        `handle`: of the lost worker. A successor may already have taken the place.
-        """
+        """Begin to replace a lost worker, unless already begun. Raise the loss if the run must end. `handle`: of the
+        lost worker. A successor may already have taken the place."""
         if self.supervisor is None or self.processes.ended or isinstance(lost, ResultsLost):
             raise lost
         if rank not in self._rebuilds and self.handles[rank] is handle:

@@ -35,9 +35,7 @@ class Publishes(TrainedWorker):
         self, transport: Transport, meeting: Meeting | None, adapter: Path | None, num_engines: int
     ) -> None:
         """Open this rank's end of the weight transport. An adapter loaded alone by vLLM is written to `adapter`.
-
-        Colocated engines share the GPUs of the first ranks, an engine each.
-        """
+        Colocated engines share the GPUs of the first ranks, an engine each."""
         rank = self.place.rank
         if adapter is None:
             self.sender = SENDERS[transport](rank=rank, meeting=meeting, beside_engine=rank < num_engines)

@@ -33,9 +33,7 @@ class _Teacher(ModelGroup, WorkerPool):
         request: Callable[[Callable[..., Any], Sequence[Sequence[int]]], Any],
     ) -> StatesByRank:
         """Distribute a plan's rows by equal work, and return a column for each rank, with each row of the rank once.
-
-        `request` calls a method of a worker with the worker's rows for each rank.
-        """
+        `request` calls a method of a worker with the worker's rows for each rank."""
         rows = [(row, rank) for rank, share in enumerate(plan.sequences_by_rank) for row in dict.fromkeys(share)]
         num_ranks = len(plan.sequences_by_rank)
         by_worker = balance([length_of(row) for row, _ in rows], min(len(self.handles), len(rows)))

@@ -77,10 +77,8 @@ class RewardWorkers(WorkerPool):
         return group.request.group_id % len(self.handles)
 
     async def score(self, group: CompletedGroup) -> GroupScores:
-        """Score a group. Groups go to the workers in turn, and each worker runs a group in each process at once.
-
-        The time limit starts with the work on a group. Services are called first, for more groups concurrently.
-        """
+        """Score a group. Groups go to the workers in turn, and each worker runs a group in each process at once. The
+        time limit starts with the work on a group. Services are called first, for more groups concurrently."""
         worker = self._worker_of(group)
         errors = tuple(info.environment_error for info in group.infos if info.environment_error is not None)
         if errors:
@@ -207,10 +205,8 @@ class ReferenceWorkers(ModelGroup, WorkerPool):
         only: frozenset[int] | None = None,
         temperatures: Mapping[int, float] | None = None,
     ) -> list[RemoteColumns[TokenValues]]:
-        """Return a column for each group.
-
-        The workers share the groups evenly, and each packs its groups together. Single groups go to workers in turn.
-        """
+        """Return a column for each group. The workers share the groups evenly, and each packs its groups together.
+        Single groups go to workers in turn."""
 
         def compute(place: int, share: Sequence[int]) -> Awaitable[Sequence[Ref[TokenValues]]]:
             given = [groups[i].rollouts for i in share]

@@ -47,10 +47,8 @@ class Experience:
 
 
 class AdvantageLearning(ReferencedLearning):
-    """Trains on the tokens of all kept responses.
-
-    `kl_coef` and `entropy.in_force` are the coefficients of the next step.
-    """
+    """Trains on the tokens of all kept responses. `kl_coef` and `entropy.in_force` are the coefficients of the next
+    step."""
 
     def __init__(self, config: Config, roles: OnlineRoles, record: RunRecord) -> None:
         super().__init__(config, roles, record)
@@ -124,10 +122,8 @@ class AdvantageLearning(ReferencedLearning):
         await super().restore(state, step)
 
     def _chosen(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
-        """Return the groups reduced to their kept responses, with the scores used for training.
-
-        The reported scores select the responses. Groups without a kept response are left out.
-        """
+        """Return the groups reduced to their kept responses, with the scores used for training. The reported scores
+        select the responses. Groups without a kept response are left out."""
         keep, kept = self.rollouts.keep_per_prompt, []
         for scored, trained in zip(groups, self.scores.normalized(groups), strict=True):
             scores = scored.scores.scores
@@ -175,10 +171,8 @@ class AdvantageLearning(ReferencedLearning):
     async def _experience(
         self, plan: BatchPlan, kept: Sequence[ScoredGroup], trained: Sequence[ScoredGroup]
     ) -> tuple[PrepareReport, Mapping[int, float]]:
-        """Compute reference logprobs, values, old logprobs and advantages.
-
-        `kept` has the scores to compare, and `trained` the same groups without masked responses.
-        """
+        """Compute reference logprobs, values, old logprobs and advantages. `kept` has the scores to compare, and
+        `trained` the same groups without masked responses."""
         roles, config, critic = self.roles, self.algorithm.config, self.roles.critic
         groups = [scored.group for scored in trained]
         placed = self.config.cluster.roles
@@ -217,10 +211,8 @@ class AdvantageLearning(ReferencedLearning):
         return report, advantages.mean_advantages
 
     def _outcomes(self, groups: Sequence[ScoredGroup], scores: Mapping[int, float]) -> SequenceOutcomes:
-        """Return the outcomes compared by the algorithm, after the length penalty.
-
-        `scores` is keyed by sequence id, in the order of the groups.
-        """
+        """Return the outcomes compared by the algorithm, after the length penalty. `scores` is keyed by sequence id, in
+        the order of the groups."""
         outcomes = self.scores.outcomes(groups, list(scores.values()))
         most = self.rollouts.max_response_tokens
         shaped = self.algorithm.shaped(outcomes.scores, outcomes.num_tokens, max_new_tokens=most)

@@ -121,10 +121,8 @@ class BatchQueue:
         return {**self.position, "ahead": ahead, "settings": self.settings}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore the position in the prompts. The batches of the checkpoint are then collected from the store.
-
-        After a change of the settings, the newest weights sample the batches again.
-        """
+        """Restore the position in the prompts. The batches of the checkpoint are then collected from the store. After a
+        change of the settings, the newest weights sample the batches again."""
         self.collector.restore(state)
         if state["settings"] == self.settings:
             self._versions = dict(state["ahead"])

@@ -246,10 +246,8 @@ class Collector:
         )
 
     def check_filtered(self, batch: Outcomes, step: int) -> None:
-        """Raise RunError if too many groups were filtered while the batch is still incomplete.
-
-        In flight, groups of later batches may be kept and filtered meanwhile.
-        """
+        """Raise RunError if too many groups were filtered while the batch is still incomplete. In flight, groups of
+        later batches may be kept and filtered meanwhile."""
         rule, count = self.rollouts.dynamic_sampling, max(self.rollouts.prompts_per_step, len(batch.kept))
         if rule is None or len(batch.filtered) <= rule.max_filtered_fraction * count:
             return
@@ -302,10 +300,8 @@ class Collector:
         return metrics
 
     def state(self, *, untrained: Collection[int] = ()) -> dict[str, Any]:
-        """Return the position in the prompts, for a checkpoint.
-
-        `untrained`: ids of the groups to request again in a resumed run. Drops of these groups are then counted again.
-        """
+        """Return the position in the prompts, for a checkpoint. `untrained`: ids of the groups to request again in a
+        resumed run. Drops of these groups are then counted again."""
         return {
             "cursor": asdict(self.prompts.state()),
             "stream": self.prompts.order.state(),

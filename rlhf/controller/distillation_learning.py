@@ -26,10 +26,8 @@ from rlhf.types import BatchPlan
 
 
 class DistillationLearning(Learning):
-    """Trains on all responses.
-
-    Rewards, if there are any, are only measured or are added to the teacher's advantages.
-    """
+    """Trains on all responses. Rewards, if there are any, are only measured or are added to the teacher's
+    advantages."""
 
     def __init__(self, config: Config, roles: OnlineRoles, record: RunRecord) -> None:
         super().__init__(config, roles, record)
@@ -93,10 +91,8 @@ class DistillationLearning(Learning):
             self.record.add(await self.roles.policy.update(minibatch, states))
 
     async def _update_all(self, order: Sequence[int], plan: BatchPlan, answered: Sequence[CompletedGroup]) -> None:
-        """Update from the teacher's states, requested for one minibatch at a time because of the size.
-
-        A teacher with separate hardware computes the next minibatch during an update.
-        """
+        """Update from the teacher's states, requested for one minibatch at a time because of the size. A teacher with
+        separate hardware computes the next minibatch during an update."""
 
         async def states_of(minibatch: int) -> StatesByRank:
             with self.record.stage(self.teacher.role):

@@ -111,10 +111,8 @@ def _sound(groups: Sequence[ScoredGroup], config: Config, scorer: RolloutScorer,
 async def compare_with_teacher(
     answered: Mapping[str, Sequence[ScoredGroup]], config: Config, teacher: OnlineTeacherRole, record: RunRecord
 ) -> None:
-    """Record how much likelier each response is under the student than under the teacher, per token.
-
-    Greedy responses are compared at temperature 1, because the engine reports their logprobs at temperature 1.
-    """
+    """Record how much likelier each response is under the student than under the teacher, per token. Greedy responses
+    are compared at temperature 1, because the engine reports their logprobs at temperature 1."""
     settings = config.eval
     with record.stage(teacher.role):
         for name, groups in answered.items():

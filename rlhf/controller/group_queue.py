@@ -281,10 +281,8 @@ class GroupQueue:
         return None if self._was_over else self._load.busy_s - self._busy_at_request
 
     def state(self) -> dict[str, Any]:
-        """Return the position in the prompts and the outstanding groups, for a checkpoint.
-
-        A run without updates in flight requests the prompts in `waiting`.
-        """
+        """Return the position in the prompts and the outstanding groups, for a checkpoint. A run without updates in
+        flight requests the prompts in `waiting`."""
         entries = {entry.group_id: entry for entry in [*self._outstanding.values(), *self._waiting, *self._left_out]}
         outstanding = [(i, e.chosen[0], e.chosen[1].prompt_id, e.place) for i, e in sorted(entries.items())]
         state = self.collector.state(untrained=entries)

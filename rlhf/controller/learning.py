@@ -99,10 +99,8 @@ class Learning(ABC):
 
     @abstractmethod
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
-        """Make all optimizer steps of a step. The groups carry the reported scores.
-
-        After the loss of a rank the ranks have the state of the previous step again, and the same groups are given.
-        """
+        """Make all optimizer steps of a step. The groups carry the reported scores. After the loss of a rank the ranks
+        have the state of the previous step again, and the same groups are given."""
 
     def renews_reference(self, step: int) -> bool:
         """Return whether the policy after this step becomes the reference."""
@@ -142,10 +140,8 @@ class ReferencedLearning(Learning):
 
     @property
     def computes_by_group(self) -> bool:
-        """Return whether the reference, on separate hardware, computes each finished group at once.
-
-        A reference renewed while later batches are sampled would compute those with the wrong step's weights.
-        """
+        """Return whether the reference, on separate hardware, computes each finished group at once. A reference renewed
+        while later batches are sampled would compute those with the wrong step's weights."""
         alone = self.roles.reference is not None and self.config.cluster.roles.reference.colocate_with is None
         return alone and (self.reference_every is None or self.rollouts.max_staleness == 0)
 

@@ -48,11 +48,8 @@ def sparing_loaded_objects() -> Generator[None]:
 
 
 class TrainingLoop(ABC):
-    """Runs the training loop.
-
-    `step` is the last finished step. `checkpoint_step` is the step of the newest checkpoint, and `trained_step` is the
-    step of the trained roles' state.
-    """
+    """Runs the training loop. `step` is the last finished step. `checkpoint_step` is the step of the newest checkpoint,
+    and `trained_step` is the step of the trained roles' state."""
 
     def __init__(
         self,
@@ -136,9 +133,7 @@ class TrainingLoop(ABC):
 
     async def despite_losses(self, work: Callable[[], Awaitable[T]], *, oldest: int | None = None) -> T:
         """Return the result of the work. After the loss of a trained rank, repeat the work, and forget its metrics.
-
-        `oldest`: the oldest step with a state from which the work can start. None: only the present state.
-        """
+        `oldest`: the oldest step with a state from which the work can start. None: only the present state."""
         oldest = self.trained_step if oldest is None else oldest
         while True:
             metrics: list[Metrics] = []
@@ -167,9 +162,7 @@ class TrainingLoop(ABC):
 
     async def restart_trained(self, oldest: int) -> None:
         """Start all trained ranks again, and restore the newest snapshot common to all ranks, or the newest checkpoint.
-
-        The steps until `oldest` are trained again.
-        """
+        The steps until `oldest` are trained again."""
         roles = self.trained
         await _all_ended([role.restart() for role in roles.values()])
         newest = [step for step in [await role.newest_snapshot() for role in roles.values()] if step is not None]
@@ -349,10 +342,8 @@ async def _whole(work: Awaitable[None]) -> None:
 
 
 def trained_models(config: Config) -> dict[str, Any]:
-    """Describe a checkpoint's weights for a resumed run: each trained role's model, adapter shape, dtype and ranks.
-
-    The description has the form of a configuration.
-    """
+    """Describe a checkpoint's weights for a resumed run: each trained role's model, adapter shape, dtype and ranks. The
+    description has the form of a configuration."""
     models, keys = trained_sections(config), {"model", "adapter", "dtype", "lora"}
     tree: dict[str, Any] = {  # dropout may change between runs, like the learning rate
         role: model.model_dump(mode="json", include=keys, exclude={"lora": {"dropout"}})

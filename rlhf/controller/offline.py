@@ -131,10 +131,8 @@ class OfflineController(TrainingLoop):
             return await self.teacher.states(dataset, plan)
 
     async def provide_reference(self) -> None:
-        """Give the role the logprobs of every data set by the policy before training, from disk or computed once.
-
-        Must be called before `restore`.
-        """
+        """Give the role the logprobs of every data set by the policy before training, from disk or computed once. Must
+        be called before `restore`."""
         await self.despite_losses(self._provide_reference)
 
     async def _provide_reference(self) -> None:

@@ -138,10 +138,8 @@ class OnlineController(TrainingLoop):
         await super().end()
 
     async def train_step(self, step: int) -> None:
-        """Take the batch of a step, learn from the batch, and sync the weights.
-
-        After a loss, `despite_losses` repeats the learning from a part of the batch, or all of `_learn_and_sync`.
-        """
+        """Take the batch of a step, learn from the batch, and sync the weights. After a loss, `despite_losses` repeats
+        the learning from a part of the batch, or all of `_learn_and_sync`."""
         began = time.perf_counter()
         attempt = self.attempt = StepAttempt(step, self.learning, self.scorer, self.sampling)
         await self._publish_anew()

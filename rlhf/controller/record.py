@@ -67,10 +67,8 @@ class RunRecord:
 
     @contextmanager
     def apart(self, parts: list[Metrics], *, is_shown: bool = False) -> Generator[None]:
-        """Collect the metrics of the block, and of tasks created there, in the given list.
-
-        `is_shown`: whether the display of the current step shows the stages of the block.
-        """
+        """Collect the metrics of the block, and of tasks created there, in the given list. `is_shown`: whether the
+        display of the current step shows the stages of the block."""
         tokens = _APART.set(parts), _IS_SHOWN.set(is_shown)
         try:
             yield
@@ -152,10 +150,8 @@ class RunRecord:
             yield
 
     async def prune(self, keep: int) -> None:
-        """Remove all but the newest checkpoints, and start the upload to the mirror, after an upload in progress.
-
-        An upload reads the checkpoints: while it hangs, no checkpoint is removed.
-        """
+        """Remove all but the newest checkpoints, and start the upload to the mirror, after an upload in progress. An
+        upload reads the checkpoints: while it hangs, no checkpoint is removed."""
         if self.mirror is None:
             self.folder.prune(keep)
             return
@@ -169,10 +165,8 @@ class RunRecord:
             self.mirror.begin(keep)
 
     async def commit_checkpoint(self, step: int) -> None:
-        """Make the begun checkpoint valid, and notify the tracker's back ends.
-
-        A thread syncs the files, but the checkpoint becomes valid in the event loop: never after a cancellation.
-        """
+        """Make the begun checkpoint valid, and notify the tracker's back ends. A thread syncs the files, but the
+        checkpoint becomes valid in the event loop: never after a cancellation."""
         await asyncio.to_thread(self.folder.seal, self.folder.checkpoint(step), step=step)
         self.tracker.checkpoint(step, self.folder.commit_checkpoint(step))
 
@@ -196,10 +190,8 @@ class RunRecord:
         write_atomic(folder / STATE_FILE, json.dumps(state, indent=1) + "\n")
 
     def restore_best(self, best: Best, state: Mapping[str, Any]) -> None:
-        """Restore the best evaluation of a checkpoint, and point `best` at the evaluation's checkpoint.
-
-        On a resumption from an older checkpoint, the best may be gone. Then the run starts without a best.
-        """
+        """Restore the best evaluation of a checkpoint, and point `best` at the evaluation's checkpoint. On a resumption
+        from an older checkpoint, the best may be gone. Then the run starts without a best."""
         best.restore(state)
         if best.step in self.folder.checkpoint_steps():
             self.folder.mark_best(best.step)

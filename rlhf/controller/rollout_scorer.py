@@ -83,10 +83,8 @@ def note_errors(scored: ScoredGroup, record: RunRecord, *, step: int, split: str
 async def answers_in_flight(
     rollout: RolloutRole, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
 ) -> AsyncIterator[CompletedGroup]:
-    """Answer requests before waiting requests, and yield each completed group at once.
-
-    The caller makes sure that the engines keep the weights of `version` meanwhile.
-    """
+    """Answer requests before waiting requests, and yield each completed group at once. The caller makes sure that the
+    engines keep the weights of `version` meanwhile."""
     answers = [
         asyncio.create_task(rollout.answer(request, sampling, oldest=version, urgent=True)) for request in requests
     ]
@@ -106,9 +104,7 @@ async def process_answers(
     process: Callable[[CompletedGroup, int], Coroutine[Any, Any, T]],
 ) -> list[T]:
     """Apply `process` to each answered request, while later requests generate. Return the results in request order.
-
-    `process` receives the group and the number of answered groups so far.
-    """
+    `process` receives the group and the number of answered groups so far."""
     tasks: dict[int, asyncio.Task[T]] = {}
     try:
         async for group in answers:
@@ -227,19 +223,15 @@ class RolloutScorer:
         return finished
 
     def forget_untrained(self) -> None:
-        """Delete stored failures, and responses without a trained token, after such a failure has ended the run.
-
-        The user corrects the reward or the agent, and the resumed run calls it again.
-        """
+        """Delete stored failures, and responses without a trained token, after such a failure has ended the run. The
+        user corrects the reward or the agent, and the resumed run calls it again."""
         self.score_ledger.forget_failures()
         drop_untrained(self.spool)
         self.finish_order.clear()  # a new score may change the batch
 
     def retain_from(self, start: int, *, begun: Collection[int] = ()) -> None:
-        """Delete the stored responses to evaluations and to groups before `start`. A checkpoint covers both.
-
-        Responses to the cancelled requests `begun` stay. So do files written by an engine meanwhile.
-        """
+        """Delete the stored responses to evaluations and to groups before `start`. A checkpoint covers both. Responses
+        to the cancelled requests `begun` stay. So do files written by an engine meanwhile."""
         found = {*stored_groups(self.spool), *begun_groups(self.spool)}
         for path in found.difference(_files(self.spool, start=start, begun=begun)):
             path.unlink(missing_ok=True)

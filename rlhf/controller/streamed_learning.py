@@ -115,10 +115,8 @@ class StreamedAdvantageLearning(AdvantageLearning):
         return replace(plan, portion=sum(bool(portion.plan.scores) for portion in self.portions))
 
     def _drawn(self, groups: Sequence[ScoredGroup], step: int) -> list[list[RolloutInfo]]:
-        """Return a portion's minibatches, as drawn from the whole batch.
-
-        The draw is known beforehand: each prompt of the batch has a group, and all groups have the same size.
-        """
+        """Return a portion's minibatches, as drawn from the whole batch. The draw is known beforehand: each prompt of
+        the batch has a group, and all groups have the same size."""
         (count, _), samples = trained_per_prompt(self.config, self.rollouts), self.rollouts.samples_per_prompt
         members = [[(place, i) for i in range(count)] for place in range(self.rollouts.prompts_per_step)]
         infos = {scored.group.request.first_sequence_id // samples: scored.group.infos for scored in groups}

@@ -98,9 +98,7 @@ class TrainingScores:
 
     def is_flat(self, scored: ScoredGroup, config: Config, algorithm: OnlineAlgorithm | None) -> bool:
         """Return whether a group carries no signal: its responses are compared, and have equal steps and outcomes.
-
-        `algorithm` is None for learning without advantages.
-        """
+        `algorithm` is None for learning without advantages."""
         assert config.rollouts is not None
         if not config.algorithm.compares_responses:
             return False

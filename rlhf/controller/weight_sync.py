@@ -36,10 +36,8 @@ async def sync_weights(
     dtype: str,
     hand_over: Callable[[], Awaitable[None]],
 ) -> tuple[str, Metrics]:
-    """Send the policy's weights to the engines. RunError: the engines hold different weights afterwards.
-
-    Return the checksum and the metrics. `hand_over` is called when the policy no longer needs a shared GPU.
-    """
+    """Send the policy's weights to the engines. RunError: the engines hold different weights afterwards. Return the
+    checksum and the metrics. `hand_over` is called when the policy no longer needs a shared GPU."""
     began = time.perf_counter()
     await rollout.withdraw_weights()
     manifest = await policy.publish(version)
@@ -81,10 +79,8 @@ async def _both(sending: Coroutine[Any, Any, None], receiving: Coroutine[Any, An
 
 
 async def _prove(policy: PolicyRole, rollout: RolloutRole, probe: PolicyProbe) -> float | None:
-    """Return the largest difference of the log-probabilities.
-
-    If a lost rank of the policy keeps an engine's successor from getting the weights, raise the loss of the rank.
-    """
+    """Return the largest difference of the log-probabilities. If a lost rank of the policy keeps an engine's successor
+    from getting the weights, raise the loss of the rank."""
     proving = asyncio.ensure_future(rollout.prove(probe))
     missing = asyncio.ensure_future(rollout.weights_are_missing())
     try:

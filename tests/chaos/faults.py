@@ -34,11 +34,8 @@ DEPTH = 0.25  # of a stage, at which a fault comes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Victim:
-    """A process of a run.
-
-    who: the process's name in processes.json. helper: the victim is a child of the named process. recovers: the role
-    whose recoveries count the loss. None: the run repairs the loss without a recovery.
-    """
+    """A process of a run. who: the process's name in processes.json. helper: the victim is a child of the named
+    process. recovers: the role whose recoveries count the loss. None: the run repairs the loss without a recovery."""
 
     who: str
     helper: Helper | None = None
@@ -67,11 +64,8 @@ VICTIMS: Mapping[str, Victim] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
-    """The beginning of a stage: a span of a name has ended.
-
-    keeps: whether an evaluation and a checkpoint end this step. None: either. awaits_rollouts: the rollouts of a batch
-    ahead have ended too.
-    """
+    """The beginning of a stage: a span of a name has ended. keeps: whether an evaluation and a checkpoint end this
+    step. None: either. awaits_rollouts: the rollouts of a batch ahead have ended too."""
 
     after: str
     keeps: bool | None = None
@@ -216,10 +210,8 @@ class TimelineTail:
 
 
 class FeignedMemory:
-    """A simulated count of the kernel's kills for lack of memory, for a single run.
-
-    The run has a separate mount namespace with a file of the test over the kernel's file.
-    """
+    """A simulated count of the kernel's kills for lack of memory, for a single run. The run has a separate mount
+    namespace with a file of the test over the kernel's file."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "oom_kills"

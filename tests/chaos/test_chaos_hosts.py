@@ -73,9 +73,7 @@ def lose_a_host(
     cpus: int,
 ) -> Path:
     """Run on three hosts, lose one of the second pool after a step, and add a spare host. Return the finished run.
-
-    `lose` gets the hosts, and a function that waits for the next span of a name.
-    """
+    `lose` gets the hosts, and a function that waits for the next span of a name."""
     run, config = folder / "run", folder / "run.yaml"
     (folder / "mine.py").write_text(REWARD, encoding="utf-8")
     write_config(config, {"run": {"name": "run", "dir": str(folder), "seed": 3}}, tree)

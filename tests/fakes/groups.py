@@ -34,9 +34,7 @@ def group_request(group_id: int = 0, *, samples: int = 1, first_sequence_id: int
 
 def completed_group(request: GroupRequest, rollouts: Any = None, *, tokens: Sequence[int] = (), **fields: Any) -> Any:
     """Return a response to each seed of a request. `tokens`: the length of each response; empty: the usual length.
-
-    Fields are those of `RolloutInfo`.
-    """
+    Fields are those of `RolloutInfo`."""
     infos = []
     for sample in range(len(request.seeds)):
         length = {"num_response_tokens": tokens[sample]} if tokens else {}
