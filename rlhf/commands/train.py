@@ -104,7 +104,11 @@ def _present(args: argparse.Namespace) -> int:
         write_stdout(json_line({"event": "done", "run": loaded.name, "folder": str(loaded.folder)}))
         return 0
     if not args.quiet:
-        _show_evaluations(loaded)
+        from rlhf.config.schema.stages import run_folder
+        from rlhf.evaluation.comparison import before_after
+
+        for stage in loaded.stages.values():
+            print_table(before_after(run_folder(stage)))
     write_stdout(f"done: {loaded.folder}\n")
     if not args.quiet:
         sys.stderr.write(_next_steps(loaded))
@@ -129,14 +133,6 @@ def _resume(text: str) -> str | int:
     if match is None and text not in ("auto", "never"):
         raise argparse.ArgumentTypeError(f"is {text!r}, expected auto, never, or a checkpoint such as step_000010")
     return text if match is None else int(match[1])
-
-
-def _show_evaluations(loaded: LoadedConfig) -> None:
-    from rlhf.config.schema.stages import run_folder
-    from rlhf.evaluation.comparison import before_after
-
-    for stage in loaded.stages.values():
-        print_table(before_after(run_folder(stage)))
 
 
 def _next_steps(loaded: LoadedConfig) -> str:

@@ -135,9 +135,8 @@ def test_commands_parse(page: Path) -> None:
 
 def test_the_sweep_of_its_page_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    (block,) = re.findall(
-        r"```yaml\n(sweep:.*?)```", (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8"), re.DOTALL
-    )
+    page = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(sweep:.*?)```", page, re.DOTALL)
     (tmp_path / "sweep.yaml").write_text(block, encoding="utf-8")
     trials = known_trials(load_sweep(tmp_path / "sweep.yaml"))
     assert len(trials or ()) == 12
@@ -158,17 +157,10 @@ def test_every_algorithm_says_what_to_watch_and_how_it_fails() -> None:
         assert not shared or re.search(rf"\b{name}\b", failures), name
 
 
-def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
-
-
-def test_every_page_is_reached_from_the_readme() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "(docs/README.md)" in text
-    assert "(CONTRIBUTING.md)" in text
-
-
-def test_the_list_of_pages_has_a_sentence_for_each() -> None:
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 200
+    assert all(link in readme for link in ("(docs/README.md)", "(CONTRIBUTING.md)"))
     text = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     listed = re.findall(r"^- \[.+\]\((\w+\.md)\): .+\.$", text, flags=re.MULTILINE)
     assert sorted([*listed, "README.md"]) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))

@@ -67,41 +67,25 @@ def follow(chapter: str, folder: Path, *, trains: bool = False, code: Path = ROO
     return outputs
 
 
+def python(folder: Path, *words: str, code: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": f"{code}:{folder / 'installed'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, timeout=280)
+
+
 def run(line: str, folder: Path, code: Path = ROOT) -> str:
     """Return the output of a successful command."""
     words, _, output = line.partition(" > ")
     program, *rest = shlex.split(words)
     rest += OPTIONS.get(f"{program} {rest[0]}", [])
-    done = subprocess.run(
-        [sys.executable, *MODULES[program], *rest],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": f"{code}:{folder / 'installed'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    done = python(folder, *MODULES[program], *rest, code=code)
     assert done.returncode == 0, f"{line}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     if output:
         (folder / output).write_text(done.stdout, encoding="utf-8")
     return done.stdout
 
 
-def test_an_algorithm_of_a_file(tmp_path: Path) -> None:
-    (plan,) = follow("Add an algorithm", tmp_path)
-    assert f"ranked: {tmp_path / 'my_algorithms.py'}:Ranked -> runs/ranked" in plan
-
-
-def test_a_reward_of_a_file(tmp_path: Path) -> None:
-    """A single character of the six of `3,6,11` is wrong."""
-    (scores,) = follow("Add a reward", tmp_path)
-    assert "0.83" in scores
-    assert "1.0" in scores
-
-
 def test_a_script_needs_its_guard(tmp_path: Path) -> None:
-    """The reward's process imports the script. With the guard the reward scores; without a guard a second run would
-    begin.
-    """
+    """The reward's process imports the script. Without a guard, a second run would begin."""
     for step in steps("Add a reward"):
         if step.kind in ("yaml", "json"):
             (tmp_path / step.path).write_text(step.text, encoding="utf-8")
@@ -113,14 +97,7 @@ def test_a_script_needs_its_guard(tmp_path: Path) -> None:
     unguarded = script.replace('if __name__ == "__main__":', "if True:")
     (tmp_path / "train.py").write_text(unguarded, encoding="utf-8")
     line = 1 + unguarded[: unguarded.index("rlhf.train(")].count("\n")
-    refused = subprocess.run(
-        [sys.executable, "train.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    refused = python(tmp_path, "train.py")
     last = refused.stderr.strip().splitlines()[-1]
     place = f"config: rewards.close.function: {tmp_path / 'train.py'}:{line}: rlhf.train is called while the file"
     assert last.startswith(f"rlhf.errors.UserError: {place}"), refused.stderr
@@ -128,10 +105,14 @@ def test_a_script_needs_its_guard(tmp_path: Path) -> None:
     assert "reward output" not in refused.stderr  # the second run has not begun
 
 
-def test_code_of_a_package(tmp_path: Path) -> None:
-    """The files of the earlier chapters are gone after the installation."""
-    follow("Add an algorithm", tmp_path)
-    follow("Add a reward", tmp_path)
+def test_code_of_a_file_and_of_a_package(tmp_path: Path) -> None:
+    """A single character of the six of `3,6,11` is wrong. The files of the earlier chapters are gone after the
+    installation."""
+    (plan,) = follow("Add an algorithm", tmp_path)
+    assert f"ranked: {tmp_path / 'my_algorithms.py'}:Ranked -> runs/ranked" in plan
+    (scores,) = follow("Add a reward", tmp_path)
+    assert "0.83" in scores
+    assert "1.0" in scores
     follow("Share code as a package", tmp_path)
     for file in ("my_algorithms.py", "my_rewards.py", "my_trackers.py"):
         (tmp_path / file).unlink()

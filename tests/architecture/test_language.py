@@ -60,9 +60,8 @@ def test_docstrings_are_no_fragments() -> None:
 
 @pytest.mark.parametrize("what", CEILINGS)
 def test_sentences_name_their_nouns(what: str) -> None:
-    texts = {"product": lambda: docstrings("rlhf", "actors"), "tests": lambda: docstrings("tests"), "pages": pages}[
-        what
-    ]()
+    folders = {"product": ("rlhf", "actors"), "tests": ("tests",)}
+    texts = docstrings(*folders[what]) if what in folders else pages()
     for kind, pattern, most in zip(("relative", "pointing"), (RELATIVE, POINTING), CEILINGS[what], strict=True):
         counts = {place: len(pattern.findall(text)) for place, text in texts.items()}
         rate = 100 * sum(counts.values()) / sum(map(words, texts.values()))

@@ -51,12 +51,9 @@ def test_other_meanings_are_still_in_their_files() -> None:
     assert all(name in strings[role] for role, name in OTHER_MEANINGS)
 
 
-def test_every_role_has_resources_a_use_and_a_place() -> None:
+def test_every_role_has_resources_a_use_and_a_place_after_its_possible_hosts() -> None:
     assert list(ROLES) == list(ROLE_USES)
     assert set(ROLES) == set(Roles.model_fields) == set(ROLE_ORDER)
-
-
-def test_a_role_is_placed_after_its_possible_hosts() -> None:
     for role in ROLES:
         section = Roles.model_fields[role].annotation
         assert section is not None
@@ -64,8 +61,5 @@ def test_a_role_is_placed_after_its_possible_hosts() -> None:
         hosts = set() if field is None else set(re.findall(r"'(\w+)'", str(field.annotation)))
         assert all(ROLES[host].hosts for host in ROLES if host in hosts)
         assert all(ROLE_ORDER.index(host) < ROLE_ORDER.index(role) for host in ROLES if host in hosts)
-
-
-def test_a_stage_belongs_to_one_role() -> None:
     stages = [stage for role, entry in ROLES.items() for stage in (role, *entry.stages)]
     assert len(stages) == len(ROLE_OF_STAGE)

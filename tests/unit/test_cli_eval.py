@@ -253,19 +253,12 @@ STAGES = """\
 run: {name: demo, seed: 7}
 stages:
   judge:
-    evaluate:
-      model: MODEL
-      against: MODEL
-      dtype: bfloat16
-      data: {small: {task: running_totals, split: eval, size: 4}}
-      apply_chat_template: false
-      rewards: {correct: {function: last_number}}
-      temperature: 0.8
-      samples_per_prompt: 8
-      max_new_tokens: 13
-      stop: ["x"]
-      k: [1, 8]
-      answer: whole
+    evaluate: {
+      model: MODEL, against: MODEL, dtype: bfloat16, temperature: 0.8, samples_per_prompt: 8, max_new_tokens: 13,
+      data: {small: {task: running_totals, split: eval, size: 4}}, apply_chat_template: false,
+      rewards: {correct: {function: last_number}},
+      stop: ["x"], k: [1, 8], answer: whole
+    }
   soup: {merge: {method: linear, models: {a: {model: a}, b: {model: b}}}}
 """
 
@@ -282,7 +275,7 @@ def test_a_pipeline_is_evaluated_as_its_last_stage_that_is_no_merge(tmp_path: Pa
     assert inputs_of_run(load(path), **{**PLAIN, "marks": Marks(ks=(2,))}).marking.ks == (2,)
     with pytest.raises(rlhf.UserError, match=r"evaluate\.model: The model folder \./none does not exist"):
         inputs_of_run(load(path), model="./none", against=None, marks=Marks())
-    path.write_text(path.read_text().replace("      rewards: {correct: {function: last_number}}\n", ""))
+    path.write_text(path.read_text().replace("      rewards: {correct: {function: last_number}},\n", ""))
     with pytest.raises(rlhf.UserError, match=r"evaluate\.k: has no effect here: evaluate\.rewards is empty"):
         load(path)
 

@@ -54,8 +54,9 @@ class Sweep:
 
     @property
     def judged(self) -> str:
-        """Return the name of the last training stage with the metric."""
-        return _judged(self.base, self.metric)
+        """Return the name of the last training stage with the metric, or else of the last training stage."""
+        names = list(self.base.runs)
+        return ([name for name in names if self.metric in _evaluated(self.base.runs[name])] or names)[-1]
 
     def trial(self, parameters: Mapping[str, Any], name: str) -> LoadedConfig:
         """Return the checked run of a trial. UserError names the invalid parameters."""
@@ -223,10 +224,3 @@ def _of_absent_metric(metric: str, stage: Config) -> Iterator[Problem]:
 
 def _evaluated(stage: Config) -> list[str]:
     return [f"eval/{name}/{metric}" for name in derive.eval_sets(stage) for metric in derive.eval_metrics(stage)]
-
-
-def _judged(loaded: LoadedConfig, metric: str) -> str:
-    """Return the last training stage with the metric, or else the last training stage."""
-    names = list(loaded.runs)
-    having = [name for name in names if metric in _evaluated(loaded.runs[name])]
-    return (having or names)[-1]

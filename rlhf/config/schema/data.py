@@ -36,16 +36,10 @@ def _kind(value: Any) -> str:
 OF_THE_TEMPLATE = OnlyWith("apply_chat_template", True, because="only the template puts it before a prompt")
 OF_RENDERED = OnlyIn("rendered prompts")
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-DataSource = Annotated[
-    Annotated[str, Tag("str")] | Annotated[TaskConfig, Tag("TaskConfig")],
-    Discriminator(lambda value: "str" if _kind(value) == "str" else "TaskConfig"),
-]
-EvalSource = Annotated[
-    Annotated[str, Tag("str")]
-    | Annotated[TaskConfig, Tag("TaskConfig")]
-    | Annotated[dict[SetName, DataSource], Tag("dict")],
-    Discriminator(_kind),
-]
+_Name = Annotated[str, Tag("str")]
+_Task = Annotated[TaskConfig, Tag("TaskConfig")]
+DataSource = Annotated[_Name | _Task, Discriminator(lambda value: "str" if _kind(value) == "str" else "TaskConfig")]
+EvalSource = Annotated[_Name | _Task | Annotated[dict[SetName, DataSource], Tag("dict")], Discriminator(_kind)]
 
 
 class WeightedSource(Section):
@@ -58,12 +52,7 @@ class WeightedSource(Section):
     size."""
 
 
-TrainSource = Annotated[
-    Annotated[str, Tag("str")]
-    | Annotated[TaskConfig, Tag("TaskConfig")]
-    | Annotated[dict[SetName, WeightedSource], Tag("dict")],
-    Discriminator(_kind),
-]
+TrainSource = Annotated[_Name | _Task | Annotated[dict[SetName, WeightedSource], Tag("dict")], Discriminator(_kind)]
 
 
 class CurriculumConfig(Section):

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, field_validator
+from pydantic import AfterValidator, Field, JsonValue
 
 from rlhf.sections import OnlyIn, OnlyWith, Section
 
@@ -15,12 +15,27 @@ Tag = Annotated[str, Field(min_length=1, max_length=64)]
 _MAX_PATH_BYTES = 3000  # Linux allows 4,095; file names inside the run's folder need the rest
 
 
+def _at_home(value: Path) -> Path:
+    if "\0" in str(value):
+        raise ValueError("holds a null character, which no path may")
+    size = len(os.fsencode(value))
+    if size > _MAX_PATH_BYTES or any(len(os.fsencode(part)) > 255 for part in value.parts):
+        raise ValueError(f"has {size} bytes; a path may have {_MAX_PATH_BYTES}, and the name of a folder 255")
+    try:
+        return value.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"got {str(value)!r}, and there is no such home folder: {error}") from error
+
+
+Folder = Annotated[Path, AfterValidator(_at_home)]
+
+
 class RunConfig(Section):
     """Name, folder and seed of a run. All files are in <dir>/<name>/."""
 
     name: str = Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")
     """Folder of the run below `dir`, and the run's name in W&B. A stage of a pipeline is called PIPELINE/STAGE."""
-    dir: Path = Field(default=Path("runs"), validate_default=False)
+    dir: Folder = Field(default=Path("runs"), validate_default=False)
     """Folder for runs. A leading `~` is your home folder."""
     mirror: str | None = Field(default=None, min_length=1)
     """URL of fsspec for a remote folder of runs, such as `s3://bucket/runs`. The run's folder is copied there at
@@ -36,20 +51,6 @@ class RunConfig(Section):
     def repository(self) -> str | None:
         stage = self.name.partition("/")[2]
         return f"{self.push_to_hub}-{stage}" if self.push_to_hub is not None and stage else self.push_to_hub
-
-    @field_validator("dir")
-    @classmethod
-    def _at_home(cls, value: Path) -> Path:
-        if "\0" in str(value):
-            raise ValueError("holds a null character, which no path may")
-        if len(os.fsencode(value)) > _MAX_PATH_BYTES or any(len(os.fsencode(part)) > 255 for part in value.parts):
-            raise ValueError(
-                f"has {len(os.fsencode(value))} bytes; a path may have {_MAX_PATH_BYTES}, and the name of a folder 255"
-            )
-        try:
-            return value.expanduser()
-        except RuntimeError as error:
-            raise ValueError(f"got {str(value)!r}, and there is no such home folder: {error}") from error
 
 
 class TrackingConfig(Section):

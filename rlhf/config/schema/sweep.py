@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
+from rlhf.config.schema.run import Folder
 from rlhf.sections import Section
 
 
@@ -73,7 +74,7 @@ class SweepConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Folder of the sweep below `dir`, and the W&B group of the trials."""
-    dir: Path = Field(default=Path("sweeps"), validate_default=False)
+    dir: Folder = Field(default=Path("sweeps"), validate_default=False)
     """Folder for sweeps. A leading `~` is your home folder."""
     config: str | dict[str, Any]
     """The run to vary: a file for `rlhf train`, relative to the current folder or to this file, or the sections
@@ -92,11 +93,6 @@ class SweepConfig(Section):
     """Number of failed trials after which no other trial starts. null: unlimited."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Seed of the draws. The runs use `run.seed`."""
-
-    @field_validator("dir")
-    @classmethod
-    def _at_home(cls, value: Path) -> Path:
-        return value.expanduser()
 
 
 class SweepFile(Section):
