@@ -228,9 +228,8 @@ def construct(source: CodeSource, target: type) -> Any:
     try:
         inspect.signature(target).bind(**source.args)
     except TypeError as error:
-        raise LoadError(
-            f"class `{source.name}` cannot be constructed with args {dict(source.args)}: {error}"
-        ) from error
+        text = f"class `{source.name}` cannot be constructed with args {dict(source.args)}"
+        raise LoadError(f"{text}: {error}") from error
     try:
         return target(**source.args)
     except BaseException as error:

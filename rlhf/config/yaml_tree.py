@@ -122,11 +122,8 @@ def apply_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
             if not isinstance(child, dict):
                 raise UserError(f"{place}: {'.'.join(key[:depth])} is {kind(child)}, not a section with keys")
             node = child
-        for known in [k for k in places if k[: len(key)] == key]:
-            del places[known]
+        places = {known: at for known, at in places.items() if known[: len(key)] != key} | {key: place}
         node[key[-1]] = _parse(value, place, places, key)
-        for known in [k for k in places if k[: len(key)] == key] + [key]:
-            places[known] = place
     return replace(tree, values=values, places=places)
 
 

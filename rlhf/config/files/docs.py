@@ -66,7 +66,9 @@ class _Page:
         text += f" {_line(field.description or '')}\n\n" if field.default is None else "\n\n"
         text += "| key | values | default | meaning |\n|---|---|---|---|\n"
         below = ""
-        for name, member in sorted(section.model_fields.items(), key=_rank):
+        # the name of a form comes first, then required keys
+        order = sorted(section.model_fields.items(), key=lambda item: (item[0] != "name", not item[1].is_required()))
+        for name, member in order:
             below += self.keys(f"{path}.{name}", member, owner)
             cells = (f"`{name}`", _cell(expected(member)), _default(member), self._meaning(member))
             text += f"| {' | '.join(cells)} |\n"
@@ -91,11 +93,6 @@ def document(section: type[Section]) -> None:
                         texts[name] = inspect.cleandoc(text)
     for name, info in section.model_fields.items():
         info.description = texts.get(name)
-
-
-def _rank(item: tuple[str, FieldInfo]) -> tuple[bool, bool]:
-    """Return a sort key: the name of a form comes first, then required keys."""
-    return item[0] != "name", not item[1].is_required()
 
 
 def slug(title: str) -> str:

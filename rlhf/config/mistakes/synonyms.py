@@ -36,12 +36,8 @@ class Synonym:
         return tuple(f"{self.trl} {self.verl} {self.openrlhf} {self.other}".split())
 
 
-def _read() -> tuple[Synonym, ...]:
-    with Path(__file__).with_name("synonyms.csv").open(encoding="utf-8", newline="") as file:
-        return tuple(Synonym(**row) for row in csv.DictReader(file))
-
-
-SYNONYMS = _read()
+with Path(__file__).with_name("synonyms.csv").open(encoding="utf-8", newline="") as _file:
+    SYNONYMS = tuple(Synonym(**row) for row in csv.DictReader(_file))
 
 # Values of other frameworks for keys with a fixed set of values.
 VALUES = {

@@ -6,7 +6,6 @@ MergeConfig has no `out` and can be a stage of a pipeline. rlhf.merging merges t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -107,43 +106,37 @@ class MergeFile(Section):
     """The merge."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Takes:
-    """List the keys and the number of models accepted by a method, besides models, output, dtype and tokenizer."""
+    """The keys and the number of models accepted by a method, besides models, output, dtype and tokenizer."""
 
-    keys: frozenset[str] = frozenset()  # keys of the section
-    per_model: frozenset[str] = frozenset()
-    least: int = 1  # number of models
-    most: float = math.inf
-
-
-def _takes(keys: str = "", per_model: str = "", *, least: int = 1, most: float = math.inf) -> Takes:
-    return Takes(keys=frozenset(keys.split()), per_model=frozenset(per_model.split()), least=least, most=most)
+    def __init__(self, keys: str = "", per_model: str = "", *, least: int = 1, most: float = math.inf) -> None:
+        self.keys, self.per_model = frozenset(keys.split()), frozenset(per_model.split())
+        self.least, self.most = least, most  # number of models
 
 
 RANDOM = frozenset({"dare_linear", "dare_ties", "della", "della_linear", "dare_linear_svd", "dare_ties_svd"})
 MODEL_METHODS = {
-    "linear": _takes("normalize", "weight", least=2),
-    "slerp": _takes("base t", most=1),
-    "task_arithmetic": _takes("base normalize scale", "weight"),
-    "ties": _takes("base normalize scale", "weight density"),
-    "dare_linear": _takes("base normalize scale seed", "weight density"),
-    "dare_ties": _takes("base normalize scale seed", "weight density"),
-    "della": _takes("base normalize scale seed", "weight density epsilon"),
-    "della_linear": _takes("base normalize scale seed", "weight density epsilon"),
-    "passthrough": _takes("slices"),
-    "fold": _takes(most=1),
+    "linear": Takes("normalize", "weight", least=2),
+    "slerp": Takes("base t", most=1),
+    "task_arithmetic": Takes("base normalize scale", "weight"),
+    "ties": Takes("base normalize scale", "weight density"),
+    "dare_linear": Takes("base normalize scale seed", "weight density"),
+    "dare_ties": Takes("base normalize scale seed", "weight density"),
+    "della": Takes("base normalize scale seed", "weight density epsilon"),
+    "della_linear": Takes("base normalize scale seed", "weight density epsilon"),
+    "passthrough": Takes("slices"),
+    "fold": Takes(most=1),
 }
 ADAPTER_METHODS = {
-    "linear": _takes("", "weight"),
-    "cat": _takes("", "weight"),
-    "svd": _takes("rank", "weight"),
-    "ties": _takes("", "weight density", least=2),  # peft only scales a single adapter, with any method
-    "ties_svd": _takes("rank", "weight density", least=2),
-    "dare_linear": _takes("seed", "weight density", least=2),
-    "dare_linear_svd": _takes("rank seed", "weight density", least=2),
-    "dare_ties": _takes("seed", "weight density", least=2),
-    "dare_ties_svd": _takes("rank seed", "weight density", least=2),
+    "linear": Takes("", "weight"),
+    "cat": Takes("", "weight"),
+    "svd": Takes("rank", "weight"),
+    "ties": Takes("", "weight density", least=2),  # peft only scales a single adapter, with any method
+    "ties_svd": Takes("rank", "weight density", least=2),
+    "dare_linear": Takes("seed", "weight density", least=2),
+    "dare_linear_svd": Takes("rank seed", "weight density", least=2),
+    "dare_ties": Takes("seed", "weight density", least=2),
+    "dare_ties_svd": Takes("rank seed", "weight density", least=2),
 }
 METHODS = {"model": MODEL_METHODS, "adapter": ADAPTER_METHODS}
 

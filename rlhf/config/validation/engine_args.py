@@ -61,9 +61,7 @@ def engine_argument_problems(cluster: ClusterConfig) -> Iterator[Problem]:
     if drafts is None:
         return
     if not isinstance(drafts, dict) or drafts.get("method") != "ngram":
-        text = (
-            "is not a mapping with method: ngram; other drafts need weights that no sync brings; correct or remove it"
-        )
+        text = "is not a mapping with method: ngram; other drafts need weights that no sync brings; remove it"
         yield problem(key, text)
     elif others := sorted(drafts.keys() - set(_NGRAM_KEYS)):
         text = f"has {', '.join(others)}, but with method ngram only {', '.join(_NGRAM_KEYS)} are used; remove it"
@@ -75,9 +73,8 @@ def draft_problems(cluster: ClusterConfig, rollouts: RolloutsConfig) -> Iterator
     if cluster.roles.rollout.engine_args.get(_DRAFTS) is None:
         return
     if rollouts.min_p > 0.0:
-        yield problem(
-            "rollouts.min_p", f"is {rollouts.min_p:g}, but {_DRAFTS} is set, with which vLLM refuses it; set 0"
-        )
+        text = f"is {rollouts.min_p:g}, but {_DRAFTS} is set, with which vLLM refuses it; set 0"
+        yield problem("rollouts.min_p", text)
     if rollouts.carry_over:
         text = f"is true, but {_DRAFTS} is set, and a continued response would draw other random numbers; set false"
         yield problem("rollouts.carry_over", text)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from itertools import chain
 
 from rlhf.algorithms.online_config import FollowedReferenceConfig, OnlineConfig
 from rlhf.config import derive
@@ -109,14 +110,10 @@ def _models(config: Config) -> Iterator[Problem]:
 
 def _of_rollouts(config: Config, rollouts: RolloutsConfig, facts: Derived) -> Iterator[Problem]:
     yield from transport_problems(config.cluster)
-    yield from _batch(config, rollouts, facts)
-    yield from asynchrony_problems(config, rollouts)
-    yield from replay_problems(config, rollouts)
     yield from draft_problems(config.cluster, rollouts)
-    yield from length_problems(config, rollouts)
-    yield from group_problems(config, rollouts)
-    yield from loss_problems(config, rollouts)
-    yield from agent_problems(config, rollouts)
+    yield from _batch(config, rollouts, facts)
+    checks = (asynchrony_problems, replay_problems, length_problems, group_problems, loss_problems, agent_problems)
+    yield from chain.from_iterable(check(config, rollouts) for check in checks)
 
 
 def _batch(config: Config, rollouts: RolloutsConfig, facts: Derived) -> Iterator[Problem]:
