@@ -21,13 +21,7 @@ merge:
     chat: {model: runs/b/final, weight: 0.5}
   out: merged/
 """
-PASSTHROUGH = """\
-merge:
-  method: passthrough
-  models: {a: {model: x}, b: {model: y}}
-  slices: [{model: a, layers: [0, 16]}, {model: b, layers: [8, 24]}]
-  out: merged
-"""
+PASSTHROUGH = "merge={method: passthrough, models: {a: {model: x}, b: {model: y}}, out: z, slices: [%s]}"
 
 
 @pytest.fixture
@@ -74,29 +68,23 @@ def test_a_file_and_arguments(file: Path) -> None:
         (["merge.scale=0"], "merge.scale: is 0, so the result is merge.base; give another factor"),
         (["merge.models.math.weight=0", "merge.models.chat.weight=0.0"], "merge.models: every weight is 0, so nothing"),
         (["merge.shard_gib=1e-12"], "merge.shard_gib: got 1e-12, expected a number >= 1e-06"),
+        ([PASSTHROUGH % ""], "merge.slices: is missing: passthrough stacks layers"),
+        ([PASSTHROUGH % "{model: a, layers: [0, 4]}"], "merge.models.b: has no effect here: no slice uses its layers"),
+        ([PASSTHROUGH % "{model: a, layers: [4, 4]}, {model: b, layers: [0, 1]}"], "layers [4, 4] of a are empty"),
+        ([PASSTHROUGH % "{model: c, layers: [0, 4]}"], "merge.slices: got 'c'; the models are a, b"),
+        (
+            [PASSTHROUGH % "{model: a, leyers: [0, 4]}"],
+            "leyers: unknown key; did you mean merge.slices.0.layers?",
+        ),
+        (
+            [PASSTHROUGH % "{model: a, layers: [0, -1]}"],
+            "slices.0.layers: got -1, expected a list of 2 integers >= 0",
+        ),
         (["run.name=x"], "run: unknown key; the file has merge"),
     ],
 )
 def test_mistakes(file: Path, overrides: list[str], message: str) -> None:
     assert message in mistakes(file, *overrides)
-
-
-@pytest.mark.parametrize(
-    ("slices", "message"),
-    [
-        ("[]", "merge.slices: is missing: passthrough stacks layers"),
-        ("[{model: a, layers: [0, 4]}]", "merge.models.b: has no effect here: no slice uses its layers"),
-        ("[{model: a, layers: [4, 4]}, {model: b, layers: [0, 1]}]", "layers [4, 4] of a are empty"),
-        ("[{model: c, layers: [0, 4]}]", "merge.slices: got 'c'; the models are a, b"),
-        ("[{model: a, leyers: [0, 4]}]", "merge.slices.0.leyers: unknown key; did you mean merge.slices.0.layers?"),
-        ("[{model: a, layers: [0, -1]}]", "merge.slices.0.layers: got -1, expected a list of 2 integers >= 0"),
-    ],
-)
-def test_mistakes_in_slices(tmp_path: Path, slices: str, message: str) -> None:
-    path = tmp_path / "merge.yaml"
-    path.write_text(PASSTHROUGH)
-    assert load_merge_file(path).slices[1].layers == (8, 24)
-    assert message in mistakes(path, f"merge.slices={slices}")
 
 
 def test_each_line_of_an_error_has_its_place(file: Path) -> None:

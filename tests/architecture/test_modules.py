@@ -1,9 +1,14 @@
-"""No two modules and no two parts of a package import each other, not even inside functions or for type checkers."""
+"""Imports point down and never in a circle, not even inside functions or for type checkers. Public names are unique."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
+import tomllib
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -11,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MUTUAL = {"rlhf.tracking"}  # `run_folder` reads metrics, and metrics are written to the run folder
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     """Return the syntax tree of each module of both packages by its dotted name."""
     trees = {}
@@ -61,3 +67,32 @@ def test_no_circle_of_imports_anywhere() -> None:
             TopologicalSorter(imports).prepare()
         except CycleError as error:
             raise AssertionError(f"a circle of imports: {' -> '.join(error.args[1])}") from error
+
+
+def test_import_contracts_hold() -> None:
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_every_module_of_the_library_has_its_layer() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = {part.strip() for layer in contracts[0]["layers"] for part in layer.split(":")}
+    modules = {
+        f"rlhf.{path.stem}"
+        for path in (ROOT / "rlhf").iterdir()
+        if (path.suffix == ".py" and path.stem != "__init__") or (path / "__init__.py").is_file()
+    }
+    assert modules == {layer for layer in layers if layer.startswith("rlhf.")}
+
+
+def test_no_two_modules_define_the_same_public_name() -> None:
+    """Each program that is started by itself has a `main`."""
+    places = defaultdict(list)
+    for name, tree in modules().items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name[0] != "_":
+                places[node.name].append(name)
+    assert [name for name in places if len(places[name]) > 1] == ["main"], {
+        n: p for n, p in places.items() if len(p) > 1
+    }
