@@ -17,7 +17,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 from actors.cluster.address import started_here
@@ -27,7 +26,7 @@ from rlhf.process.cgroups import total_memory
 from rlhf.rewards.sandbox.run import Sandbox, SandboxError
 from rlhf.tracking.run_folder.environment import num_cpus, output_of
 
-IMPORT_TIMEOUT_S = 120.0  # the first import after an installation compiles everything
+IMPORT_TIMEOUT_S = 240.0  # the first import after an installation compiles everything
 SETUP = "run `make setup`"
 _CUDA_LIBRARIES = (b"libc10_cuda.so", b"libcudart.so", b"libtorch_cuda.so")
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
@@ -36,13 +35,6 @@ _HUB_PROBE = (
     "u.urlopen(u.Request(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co', method='HEAD'), timeout=5)"
 )
 STACK = ("transformers", "deepspeed", "vllm")
-_IMPORT_PROBE = """
-import importlib, sys
-for name in sys.argv[1:]:
-    importlib.import_module(name)
-    importlib.import_module("torch")
-    print("\\nimported", name, flush=True)
-"""
 _RAY_PROBE = "import sys; from ray.scripts.scripts import cli; cli(['health-check', '--address', sys.argv[1]])"
 
 
@@ -58,8 +50,9 @@ def machine_results() -> Iterator[CheckResult]:
     query = ("--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
     gpus = (output_of("nvidia-smi", *query) or "").splitlines()
     with ThreadPoolExecutor(max_workers=2) as pool:
-        imports = pool.submit(_imports)
         cluster = pool.submit(_ray_cluster)
+        installed = [name for name in STACK if importlib.util.find_spec(name) is not None]
+        imports = pool.map(_import, installed)
         good = sys.version_info[:2] in ((3, 11), (3, 12))
         advice = "use Python 3.11 or 3.12: make setup PYTHON=..."
         yield check("Python", platform.python_version(), good, advice, failed="bad")
@@ -74,7 +67,7 @@ def machine_results() -> Iterator[CheckResult]:
             yield check(name, version or "not installed", version is not None, SETUP, failed="bad")
         yield from _resources()
         yield _sandbox()
-        yield from imports.result()
+        yield from imports
         yield from cluster.result()
     yield _hub()
     yield _wandb()
@@ -176,40 +169,19 @@ def _sandbox() -> CheckResult:
     return check("code sandbox", f"{sandbox.rung}, with {sandbox.python}")
 
 
-def _imports() -> list[CheckResult]:
-    """Check whether the stack imports, in a separate process. After a failure the rest is imported in a new process."""
-    left = [name for name in STACK if importlib.util.find_spec(name) is not None]  # else the version row reports it
-    results = []
-    while left:
-        imported, problem = _import(left)
-        results += [check(f"import {name}", "works") for name in left[:imported]]
-        if problem is not None:
-            results.append(replace(problem, what=f"import {left[imported]}"))
-            imported += 1
-        left = left[imported:]
-    return results
-
-
-def _import(names: list[str]) -> tuple[int, CheckResult | None]:
-    """Import the modules in turn in one process. Return how many succeeded, and the problem of the next module."""
-    command = [sys.executable, "-c", _IMPORT_PROBE, *names]
+def _import(name: str) -> CheckResult:
+    """Check whether a package imports, in a separate process."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"} if _torch_cuda() is None else dict(os.environ)
-    limit_s = IMPORT_TIMEOUT_S * len(names)
+    command, what = [sys.executable, "-c", f"import {name}, torch"], f"import {name}"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=environment)
-    except subprocess.TimeoutExpired as error:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, env=environment)
+    except subprocess.TimeoutExpired:
         advice = "check whether the disk is slow or full, and try again"
-        problem = CheckResult("", "bad", f"not finished after {limit_s:.0f} s", advice)
-        return _imported((error.stdout or b"").decode(errors="replace"), names), problem
+        return CheckResult(what, "bad", f"not finished after {IMPORT_TIMEOUT_S:.0f} s", advice)
     if done.returncode == 0:
-        return len(names), None
+        return check(what, "works")
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    problem = CheckResult("", "bad", last[:300], f"remove .venv and {SETUP}")
-    return min(_imported(done.stdout, names), len(names) - 1), problem
-
-
-def _imported(output: str, names: list[str]) -> int:
-    return sum(f"imported {name}" in output.splitlines() for name in names)
+    return CheckResult(what, "bad", last[:300], f"remove .venv and {SETUP}")
 
 
 def _ray_cluster() -> list[CheckResult]:
