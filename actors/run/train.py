@@ -57,13 +57,10 @@ from rlhf.viewing.model_card import write_model_card
 
 logger = logging.getLogger(__name__)
 SHOWN_ONLINE: tuple[str, ...] = (
-    "rewards/score/mean",
-    "experience/kl_ref/mean",
-    "experience/kl_teacher/mean",
-    "rollouts/response_tokens/mean",
+    *("rewards/score/mean", "experience/kl_ref/mean", "experience/kl_teacher/mean", "rollouts/response_tokens/mean"),
     "time/step_s",
 )
-SHOWN_OFFLINE: tuple[str, ...] = (
+SHOWN_OFFLINE = (
     "update/loss/mean",
     "update/token_accuracy/mean",
     "preference/accuracy/mean",

@@ -129,13 +129,11 @@ def _published(config: Config, shape: Shape, how: memory.Training) -> memory.Ter
     if derive.ships_adapter(config):
         how_sent = "the adapter, copied to be written to the run folder"
         return memory.Term("weight sync", how.trained * how.itemsize, how_sent, "host", first_only=True)
-    size, method = (
-        shape.parameters * how.itemsize,
-        derive.weight_sync(config.cluster, one_host=not config.cluster.address),
-    )
-    if method.method == "shm":
+    size = shape.parameters * how.itemsize
+    method = derive.weight_sync(config.cluster, one_host=not config.cluster.address).method
+    if method == "shm":
         return memory.Term("weight sync", size, "all weights in shared memory", "shared")
-    if method.method == "ipc":
+    if method == "ipc":
         return memory.Term("weight sync", size, "all weights side by side on the GPU", phase="sync")
     bucket, how_sent = max(BUCKET_BYTES, shape.embedding * how.itemsize), "the largest weight, or a bucket of 64 MiB"
     return memory.Term("weight sync", bucket, how_sent, phase="sync", first_only=True)
