@@ -159,13 +159,9 @@ def test_limits_of_their_own() -> None:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RewardPool]:
-    sources = [
-        CodeSource(path=None, name="math_answer", args={"limit_s": 1.0}),
-        CodeSource(path=None, name="reasoning_gym", args={}),
-        CodeSource(path=None, name="reasoning_gym", args={"extract": "answer_tag"}),
-        CodeSource(path=None, name="reasoning_gym", args={"extract": "whole"}),
-    ]
-    with RewardPool(sources, timeout_s=20.0) as pool:
+    extracts: tuple[dict[str, str], ...] = ({}, {"extract": "answer_tag"}, {"extract": "whole"})
+    gym = [CodeSource(path=None, name="reasoning_gym", args=args) for args in extracts]
+    with RewardPool([CodeSource(path=None, name="math_answer", args={"limit_s": 1.0}), *gym], timeout_s=20.0) as pool:
         yield pool
 
 
@@ -242,7 +238,7 @@ def gym_score(entry: dict[str, Any], response: str) -> float:
     return ReasoningGym(extract="whole")("p", response, **entry)
 
 
-def test_a_gym_scorer_that_raises_gives_0_unless_the_entry_is_wrong() -> None:
+def test_gym_scorers_that_raise_or_can_be_fooled_give_0_unless_the_entry_is_wrong() -> None:
     entry = gym_entry("prime_factorization")
     with pytest.raises(ValueError, match="invalid literal"):
         reasoning_gym.get_score_answer_fn("prime_factorization")("junk", entry)
@@ -250,9 +246,6 @@ def test_a_gym_scorer_that_raises_gives_0_unless_the_entry_is_wrong() -> None:
     assert gym_score(entry, entry["answer"]) == 1.0
     with pytest.raises(ValueError, match="invalid literal"):
         gym_score(entry | {"answer": "wrong data"}, "junk")
-
-
-def test_gym_scorers_that_can_be_fooled() -> None:
     entry = gym_entry("complex_arithmetic")
     assert reasoning_gym.get_score_answer_fn("complex_arithmetic")("nan", entry) == 1.0
     assert [gym_score(entry, text) for text in ("nan", "NaN + 1i", entry["answer"])] == [0.0, 0.0, 1.0]

@@ -182,7 +182,7 @@ def test_a_program_has_no_more_threads_than_its_limit(sandbox: Sandbox) -> None:
     assert int(done.stdout) <= MAX_THREADS
 
 
-def test_how_programs_end(sandbox: Sandbox) -> None:
+def test_how_programs_end_in_several_threads_with_one_order_of_sets(sandbox: Sandbox) -> None:
     assert sandbox.run("pass", wall_s=5.0).code == 0
     assert sandbox.run("1 / 0", wall_s=5.0).code == 1
     assert sandbox.run("def f(:", wall_s=5.0).code == 1
@@ -191,9 +191,6 @@ def test_how_programs_end(sandbox: Sandbox) -> None:
     assert sandbox.run("import os; os.abort()", wall_s=5.0).code in (-signal.SIGABRT, -signal.SIGSEGV)
     late = sandbox.run("print('early', flush=True)\nwhile True: pass", wall_s=1.0)
     assert (late.code, late.stdout) == (None, b"early\n")
-
-
-def test_several_threads_at_once_and_one_order_of_sets(sandbox: Sandbox) -> None:
     programs = [f"print({i})" for i in range(8)] + ["print(set('abcdefgh'))"] * 4
     with ThreadPoolExecutor(8) as threads:
         outputs = [done.stdout for done in threads.map(partial(sandbox.run, wall_s=10.0), programs)]

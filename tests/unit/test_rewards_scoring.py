@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.rewards.combining import RewardTerm, gated_steps, plain_sum, training_sum
+from rlhf.rewards.combining import GROUP_STD_EPS, RewardTerm, gated_steps, plain_sum, training_sum
 from rlhf.rewards.failure_rule import ErrorRule
 from rlhf.rewards.loading import LoadedReward, check_columns, load_reward
 from rlhf.rewards.processes.program import Signature
@@ -212,26 +212,26 @@ def test_a_sum_of_weighted_and_gated_rewards(
 
 
 BEHIND_GATE = {"right": RewardTerm(weight=0.0), "taste": RewardTerm(weight=1.0, gate="right", normalize="group")}
-R = math.sqrt(0.5)
+# Mean 200 and unbiased std sqrt(2 * 100**2) = 141.42 of 100 and 300; mean 2.5 and std 3.5355 of 5 and 0.
+BIG, TASTE = 100.0 / (math.sqrt(2 * 100**2) + GROUP_STD_EPS), 2.5 / (math.sqrt(2 * 2.5**2) + GROUP_STD_EPS)
 
 
 @pytest.mark.parametrize(
     ("terms", "values", "expected"),
     [
         (RIGHT_OR_SHORT, {"right": [1.0, 0.0, 0.5], "short": [4.0, 4.0, 2.0]}, [12.0, 0.0, 5.5]),  # plain gates
-        # big: mean 200, unbiased std sqrt(2 * 100**2) = 141.42, so -+100 / 141.42 = -+0.7071; small: 2 * 0 and 2 * 1
-        (NORMALISED, {"big": [100.0, 300.0], "small": [0.0, 1.0]}, [-R, 2.0 + R]),
-        # big: mean and deviation of the responses with a value, 100 and 300
-        (NORMALISED, {"big": [100.0, None, 300.0], "small": [0.0, 1.0, 0.0]}, [-R, 2.0, R]),
+        (NORMALISED, {"big": [100.0, 300.0], "small": [0.0, 1.0]}, [-BIG, 2.0 + BIG]),
+        # mean and deviation of the responses with a value
+        (NORMALISED, {"big": [100.0, None, 300.0], "small": [0.0, 1.0, 0.0]}, [-BIG, 2.0, BIG]),
         (NORMALISED, {"big": [7.0, None, None], "small": [0.0] * 3}, [0.0] * 3),
         (NORMALISED, {"big": [0.1] * 3}, [0.0] * 3),  # equal values normalise to nothing
-        (BEHIND_GATE, {"right": [1.0, 0.0], "taste": [5.0, 9.0]}, [R, -R]),  # 5 and 0: mean 2.5, std 3.5355
+        (BEHIND_GATE, {"right": [1.0, 0.0], "taste": [5.0, 9.0]}, [TASTE, -TASTE]),
     ],
 )
 def test_a_sum_for_training_is_normalised_behind_its_gates(
     terms: dict[str, RewardTerm], values: dict[str, list[float | None]], expected: list[float]
 ) -> None:
-    assert training_sum(values, terms) == pytest.approx(expected, abs=1e-6)
+    assert training_sum(values, terms) == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_reward_whose_gate_has_no_opinion_is_left_out() -> None:
@@ -321,7 +321,7 @@ def test_a_file_named_like_a_module_does_not_replace_it(tmp_path: Path) -> None:
     assert load("json.py:reward", folders=(tmp_path,)).function == "json.py:reward"
 
 
-def test_check_columns() -> None:
+def test_columns_of_the_data_are_checked() -> None:
     assert load("overlong", buffer=5).signature.required == ("limit",)  # args may leave columns open
     reward = load("last_number")
     check_columns(reward, ["answer"], key="rewards.r", data="train.jsonl")

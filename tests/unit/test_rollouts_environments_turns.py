@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.tasks import TaskSource, make_rows
+from rlhf.data.tasks import Split, TaskSource, make_rows
 from rlhf.errors import UserError
 from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.rollouts.environments.calculator import Calculator, evaluate_expression
@@ -141,20 +141,15 @@ def test_games_to_learn_from_follow_the_rules() -> None:
         assert told[-1] == ("right", 1.0, True)
 
 
-def test_calculations_to_learn_from_are_right() -> None:
+def test_calculations_to_learn_from_are_right_and_splits_are_drawn_apart() -> None:
     for row in make_rows(TaskSource(task="calculator", split="sft", size=20)):
         question, _, result, answer = row["messages"][1:]
         expression = question["content"].removeprefix("What is ").removesuffix("?")
         assert str(evaluate_expression(expression)) == result["content"] == answer["content"] == row["answer"]
-
-
-def test_splits_are_drawn_apart() -> None:
-    few = {"max_value": 9}
-    sft, train, held_out = (
-        {row["messages"][1]["content"] for row in make_rows(TaskSource(task="calculator", split=s, size=900, args=few))}
-        for s in ("sft", "train", "eval")
-    )
-    assert len(sft | train | held_out) == len(sft) + len(train) + len(held_out)
+    splits: tuple[Split, ...] = ("sft", "train", "eval")
+    drawn = [make_rows(TaskSource(task="calculator", split=s, size=900, args={"max_value": 9})) for s in splits]
+    questions = [{row["messages"][1]["content"] for row in rows} for rows in drawn]
+    assert len(set.union(*questions)) == sum(map(len, questions))
 
 
 PROPERTIES = {"a": {"type": "integer"}, "b": {"type": "number"}}
