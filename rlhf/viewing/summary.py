@@ -249,11 +249,11 @@ def _time(columns: Mapping[str, Column]) -> Iterator[tuple[str, float, str]]:
 def _last_spans(folder: Path, columns: Mapping[str, Column]) -> list[dict[str, Any]]:
     """Return the spans of about the last steps, by role and lane."""
     spans = read_spans(folder)
-    end = max((span.end_s for span in spans), default=0.0)
+    end = max((span["end_s"] for span in spans), default=0.0)
     steps = columns["time/step_s"].last if "time/step_s" in columns else [end / _SHOWN_STEPS]
     start = end - _SHOWN_STEPS * sum(steps) / len(steps)
-    shown = [span for span in spans if span.end_s >= start]
-    return [asdict(span) for span in sorted(shown, key=lambda span: (span.role, span.lane, span.start_s, -span.end_s))]
+    shown = [span for span in spans if span["end_s"] >= start]
+    return sorted(shown, key=lambda span: (span["role"], span["lane"], span["start_s"], -span["end_s"]))
 
 
 def _leaves(tree: Any, at: str = "") -> Iterator[tuple[str, str]]:

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _MOST_SPANS = 400
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """A span of the timeline, in seconds since the first shown span."""
-
-    name: str
-    role: str
-    lane: str
-    start_s: float
-    end_s: float
-
-
-def read_spans(folder: Path) -> list[Span]:
-    """Return the newest spans of the timeline, in the order of their ends."""
+def read_spans(folder: Path) -> list[dict[str, Any]]:
+    """Return the newest spans of the timeline in the order of their ends, in seconds since the first shown span."""
     path = folder / "timeline.json"
     if not path.exists():
         return []
@@ -38,13 +26,13 @@ def read_spans(folder: Path) -> list[Span]:
     events = [event for line in newest if (event := _event(line))]
     start = min((event["ts"] for event in events), default=0)
     return [
-        Span(
-            name=event["name"],
-            role=names.get((event["pid"], None), str(event["pid"])),
-            lane=names.get((event["pid"], event["tid"]), "main"),
-            start_s=(event["ts"] - start) / 1e6,
-            end_s=(event["ts"] + event["dur"] - start) / 1e6,
-        )
+        {
+            "name": event["name"],
+            "role": names.get((event["pid"], None), str(event["pid"])),
+            "lane": names.get((event["pid"], event["tid"]), "main"),
+            "start_s": (event["ts"] - start) / 1e6,
+            "end_s": (event["ts"] + event["dur"] - start) / 1e6,
+        }
         for event in events
     ]
 

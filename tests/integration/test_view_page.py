@@ -15,7 +15,7 @@ import pytest
 from aiohttp.test_utils import TestServer
 
 import rlhf
-from rlhf.tracking.run_folder.atomic import write_lines
+from rlhf.tracking.run_folder.atomic import append_line, write_lines
 from rlhf.tracking.run_folder.errors import ErrorRecord, write_error
 from rlhf.tracking.run_folder.samples import SampleRecord, SampleSequence, samples_path, write_samples
 from rlhf.viewing.runs import RunPlaces
@@ -82,8 +82,7 @@ def write_step(folder: Path, step: int) -> None:
     row = {"step": step, "time_s": 2.0 * step, "rewards/score/mean": step / 10, "update/loss/mean": -step / 10}
     if step % 2 == 0:
         row |= {"eval/heldout/score": step / 20, "recovery/rollout/total": 1.0}
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_line(folder / "metrics.jsonl", row)
 
 
 @pytest.fixture
@@ -157,8 +156,8 @@ async def test_the_overview_compares_two_runs(runs: list[Path], tmp_path: Path, 
         (folder / "config.resolved.yaml").write_text(
             f"train: {{lr: {lr}, steps: 9}}\npolicy: {{model: '{HOSTILE[:20]}'}}\n"
         )
-    with (runs[1] / "metrics.jsonl").open("a") as file:
-        file.writelines(json.dumps({"step": step, "experience/kl_ref/mean": 2.0 * step}) + "\n" for step in range(5, 9))
+    for step in range(5, 9):
+        append_line(runs[1] / "metrics.jsonl", {"step": step, "experience/kl_ref/mean": 2.0 * step})
     async with shown(hostile, runs[1]) as (page, url):
         if command == "report":
             url = rlhf.report([hostile, runs[1]], out=tmp_path / "report.html").html.as_uri()

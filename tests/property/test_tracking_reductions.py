@@ -36,15 +36,6 @@ def test_std_of_any_split(parts: list[list[float]]) -> None:
         assert math.isnan(merged)
 
 
-@given(values, values, values)
-def test_std_merge_is_associative(a: list[float], b: list[float], c: list[float]) -> None:
-    left = Std.of(a).merge(Std.of(b)).merge(Std.of(c))
-    right = Std.of(a).merge(Std.of(b).merge(Std.of(c)))
-    assert left.count == right.count
-    assert left.mean == pytest.approx(right.mean, abs=1e-9)
-    assert left.m2 == pytest.approx(right.m2, rel=1e-9, abs=1e-6)
-
-
 @given(st.lists(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12), min_size=1, max_size=5))
 def test_max_of_any_split(parts: list[list[float]]) -> None:
     merged = reduce(Max.merge, (Max(value=max(part)) for part in parts))

@@ -250,7 +250,7 @@ def test_the_newest_spans_of_a_cut_timeline(rest: str, tmp_path: Path) -> None:
     path = run / "timeline.json"
     path.write_text(path.read_text().rstrip("]\n") + rest)
     spans = read_spans(run)
-    assert [(one.name, one.role, one.lane, one.start_s, one.end_s) for one in spans[:2]] == [
+    assert [tuple(span.values()) for span in spans[:2]] == [
         ("rollouts", "rollout", "main", 0.0, 3.0),
         ("update", "policy", "main", 3.0, 4.0),
     ]
