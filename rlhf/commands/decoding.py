@@ -41,9 +41,7 @@ def _template(text: str) -> ChatTemplate:
     except ValueError:
         kwargs = None
     if not isinstance(kwargs, dict):
-        raise argparse.ArgumentTypeError(
-            f"is {text!r}, expected a JSON object, such as '{{\"enable_thinking\": false}}'"
-        )
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected a JSON object, such as '{{\"thinking\": false}}'")
     return ChatTemplate(kwargs=kwargs)
 
 

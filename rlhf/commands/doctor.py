@@ -46,16 +46,10 @@ def cluster_doctor(config: AnyConfig | None = None, *, address: str | None = Non
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--cluster",
-        metavar="CONFIG",
-        nargs="?",
-        const="",
-        help="check every node of a Ray cluster instead, and with CONFIG its paths and placement too",
-    )
-    parser.add_argument(
-        "--address", metavar="HOST:PORT", help="the address of the cluster; cluster.address or RAY_ADDRESS if not given"
-    )
+    text = "check every node of a Ray cluster instead, and with CONFIG its paths and placement too"
+    parser.add_argument("--cluster", metavar="CONFIG", nargs="?", const="", help=text)
+    text = "the address of the cluster; cluster.address or RAY_ADDRESS if not given"
+    parser.add_argument("--address", metavar="HOST:PORT", help=text)
 
 
 def _present(args: argparse.Namespace) -> int:

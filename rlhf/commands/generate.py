@@ -41,9 +41,8 @@ def generate(
 def _add(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
-    source.add_argument(
-        "--file", type=Path, metavar="DATA", help="answer the prompts of a file or dataset in JSON lines"
-    )
+    text = "answer the prompts of a file or dataset in JSON lines"
+    source.add_argument("--file", type=Path, metavar="DATA", help=text)
     source.add_argument("--chat", action="store_true", help="hold a conversation: each line of stdin is a turn")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write JSON lines to this file instead of stdout")
     add_decoding(parser)
@@ -53,9 +52,8 @@ def _present(args: argparse.Namespace) -> None:
     given = options_given(args)
     if args.chat:
         if args.out is not None or given.keys() & {"samples", "columns", "apply_chat_template"}:
-            raise UserError(
-                "--out, --samples, --column and --no-apply-chat-template have no effect with --chat; remove them"
-            )
+            options = "--out, --samples, --column and --no-apply-chat-template"
+            raise UserError(f"{options} have no effect with --chat; remove them")
         _chat(args, decoding_of(args.model, {**given, "apply_chat_template": True}))
         return
     decoding = decoding_of(args.model, given)

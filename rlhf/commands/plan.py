@@ -41,7 +41,6 @@ def plan(
 
 
 def _present(args: argparse.Namespace) -> None:
-    """Print the plan, then check the run's inputs on this machine."""
     loaded = _loaded_run(args.config, args.overrides)
     write_stdout(COMMAND.call(args, config=loaded, overrides=()))
     write_stdout("\ninputs: models, data, rewards, environments, agents\n")

@@ -29,7 +29,6 @@ def report(runs: str | Path | Sequence[str | Path], *, out: Path | None = None) 
 
 
 def _present(args: argparse.Namespace) -> None:
-    """Write the file, and show the worst findings on the terminal too."""
     written = COMMAND.call(args)
     for name, findings in written.findings.items():
         for finding in findings:

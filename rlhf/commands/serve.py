@@ -74,9 +74,7 @@ def serve(
     if not 0.0 < deadline_s <= 900_000.0:
         raise UserError(f"--deadline-s: is {deadline_s:g}, expected more than 0, up to 900000")
     if kv_cache_gib is not None and device == "cuda":
-        raise UserError(
-            "--kv-cache-gib: has no effect on a GPU, where the cache takes the memory left by the model. Remove it"
-        )
+        raise UserError("--kv-cache-gib: has no effect on a GPU, where the cache takes the remaining memory. Remove it")
     if tensor_parallel > 1 and device == "cpu":
         raise UserError("--tensor-parallel: distributes a model over GPUs. Give --device cuda, or remove it")
     token = serving_token(host, token_env)
