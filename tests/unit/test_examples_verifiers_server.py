@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,36 +62,26 @@ async def count_down(conversation: EpisodeSession, seed: int, columns: Mapping[s
     return float("nan") if columns.get("nan") else sum(len(one["content"]) for one in messages[1::2])
 
 
-class Served:
-    """A bridge in a separate thread."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.bridge = Bridge(count_down, timeout_s=0.5, idle_s=60.0, most=2, token=None)
-        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self.thread.start()
-        self.runner, port = self.wait(listen(self.bridge.app(), "127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{port}"
-
-    def wait(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(20)
-
-    def stop(self) -> None:
-        self.wait(self.bridge.stop())
-        self.wait(self.runner.cleanup())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(10)
-        self.loop.close()
-
-
 @pytest.fixture
-def served() -> Iterator[Served]:
-    one = Served()
-    yield one
-    one.stop()
+def served() -> Iterator[Any]:
+    """Yield a bridge in a separate thread, and its address."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    def wait(coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(20)
+
+    bridge = Bridge(count_down, timeout_s=0.5, idle_s=60.0, most=2, token=None)
+    runner, port = wait(listen(bridge.app(), "127.0.0.1", 0))
+    yield SimpleNamespace(bridge=bridge, url=f"http://127.0.0.1:{port}")
+    for end in (bridge.stop(), runner.cleanup()):
+        wait(end)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
 
 
-def test_an_episode_is_told_turn_by_turn_and_rewarded_at_its_end(served: Served) -> None:
+def test_an_episode_is_told_turn_by_turn_and_rewarded_at_its_end(served: Any) -> None:
     environment = HttpEnvironment(served.url)
     assert environment.reset(2) == "2 left"
     other = HttpEnvironment(served.url)
@@ -114,7 +105,7 @@ def test_an_episode_is_told_turn_by_turn_and_rewarded_at_its_end(served: Served)
         ({"nan": True}, r"step answered 500: .*the episode's reward is nan"),
     ],
 )
-def test_a_failure_is_an_answer_with_its_reason(served: Served, columns: dict[str, Any], said: str) -> None:
+def test_a_failure_is_an_answer_with_its_reason(served: Any, columns: dict[str, Any], said: str) -> None:
     environment = HttpEnvironment(served.url)
 
     def play() -> None:
@@ -126,7 +117,7 @@ def test_a_failure_is_an_answer_with_its_reason(served: Served, columns: dict[st
     assert not served.bridge.sessions
 
 
-def test_a_token_is_asked_for(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_is_asked_for(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     served.bridge.token = "secret"
     with pytest.raises(RuntimeError, match="answered 401"):
         HttpEnvironment(served.url).reset(1)
