@@ -57,6 +57,11 @@ class Example:
     def num_targets(self) -> int:
         return sum(self.loss_mask)
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Return the number of tokens before the first learned token."""
+        return self.loss_mask.index(True)
+
 
 def load_examples(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, first_id: int = 0) -> LoadedRows[Example]:
     """Return one example per row. `example_id` counts the usable rows from `first_id`.
@@ -137,19 +142,13 @@ def fit(example: Example, reading: Reading, *, place: str, step_ends: Sequence[i
         )
     if reading.too_long == "skip":
         raise NotUsable(place, f"the example has {length} tokens, more than {rule}")
-    prompt = num_prompt_tokens(example)
-    if prompt >= limit:
-        raise NotUsable(place, f"the prompt of {prompt} tokens leaves the completion none of {rule}")
+    if example.prompt_tokens >= limit:
+        raise NotUsable(place, f"the prompt of {example.prompt_tokens} tokens leaves the completion none of {rule}")
     ends = [i + 1 for i, learn in enumerate(example.loss_mask) if learn] if step_ends is None else step_ends
     if ends[0] > limit:
         raise NotUsable(place, f"prompt and first step have {ends[0]} tokens, more than {rule}")
     end = max(end for end in ends if end <= limit)
     return Example(example_id=example.example_id, token_ids=example.token_ids[:end], loss_mask=example.loss_mask[:end])
-
-
-def num_prompt_tokens(example: Example) -> int:
-    """Return the number of tokens before the first learned token."""
-    return example.loss_mask.index(True)
 
 
 def collate(examples: Sequence[Example]) -> Examples:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark, num_prompt_tokens
+from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark
 from rlhf.data.segments import Tokens
 from rlhf.data.sources import Row
 from rlhf.data.usable import LoadedRows
@@ -15,32 +15,14 @@ from rlhf.types import Pairs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Labelled:
+class Labelled(Example):
     """An answer and a label."""
 
-    example_id: int  # index among the loaded items, and the row in `collate_labelled`
-    example: Example
     label: bool  # True: the answer is desirable
 
     @property
-    def token_ids(self) -> tuple[int, ...]:
-        return self.example.token_ids
-
-    @property
     def non_token_bytes(self) -> bytes:
-        return self.example.non_token_bytes + bytes([self.label])
-
-    @property
-    def longest(self) -> int:
-        return self.example.longest
-
-    @property
-    def num_targets(self) -> int:
-        return self.example.num_targets
-
-    @property
-    def prompt_tokens(self) -> int:
-        return num_prompt_tokens(self.example)
+        return bytes(self.loss_mask) + bytes([self.label])
 
 
 def load_labelled(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, first_id: int = 0) -> LoadedRows[Labelled]:
@@ -52,8 +34,10 @@ def load_labelled(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, firs
 
     def build(index: int, row: Row, sequences: Sequence[Sequence[Tokens]]) -> Labelled:
         label = row.truth("label")
-        example = fit(mark(first_id + index, sequences[0], place=row.place), reading, place=row.place)
-        return Labelled(example_id=example.example_id, example=example, label=label)
+        fitted = fit(mark(first_id + index, sequences[0], place=row.place), reading, place=row.place)
+        return Labelled(
+            example_id=fitted.example_id, token_ids=fitted.token_ids, loss_mask=fitted.loss_mask, label=label
+        )
 
     return load_sequences(rows, tokenizer, reading, lambda row, writer: [writer.answer(row, "completion")], build)
 
@@ -65,9 +49,8 @@ def collate_labelled(labelled: Sequence[Labelled], *, mismatched: bool) -> Pairs
     the prompt of answer i with the next answer to a different prompt. The joined answer is truncated to the longest
     sequence of the batch. Raise ValueError for a mismatch within a single prompt.
     """
-    sequences = _with_mismatched(labelled) if mismatched else [item.example for item in labelled]
     return Pairs(
-        examples=collate(sequences),
+        examples=collate(_with_mismatched(labelled) if mismatched else labelled),
         prompt_tokens=torch.tensor([item.prompt_tokens for item in labelled], dtype=torch.int64),
         margins=torch.zeros(len(labelled)),
         labels=torch.tensor([item.label for item in labelled], dtype=torch.bool),
@@ -75,7 +58,7 @@ def collate_labelled(labelled: Sequence[Labelled], *, mismatched: bool) -> Pairs
 
 
 def _with_mismatched(labelled: Sequence[Labelled]) -> list[Example]:
-    longest = max(len(item.token_ids) for item in labelled)
+    longest = max(item.longest for item in labelled)
     prompts = [item.token_ids[: item.prompt_tokens] for item in labelled]
     sequences: list[Example] = []
     for index, item in enumerate(labelled):
@@ -83,13 +66,13 @@ def _with_mismatched(labelled: Sequence[Labelled]) -> list[Example]:
         match = next((i for i in others if prompts[i] != prompts[index]), None)
         if match is None:
             raise ValueError("all answers are to one prompt, so none is to another")
-        other, prompt = labelled[match].example, item.prompt_tokens
-        answer = other.token_ids[num_prompt_tokens(other) :][: longest - prompt]
-        answer_mask = other.loss_mask[num_prompt_tokens(other) :][: longest - prompt]
+        other, prompt = labelled[match], item.prompt_tokens
+        answer = other.token_ids[other.prompt_tokens :][: longest - prompt]
+        answer_mask = other.loss_mask[other.prompt_tokens :][: longest - prompt]
         swapped = Example(
             example_id=2 * index + 1,
             token_ids=item.token_ids[:prompt] + answer,
             loss_mask=(False,) * prompt + answer_mask,
         )
-        sequences += [item.example, swapped]
+        sequences += [item, swapped]
     return sequences

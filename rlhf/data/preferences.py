@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.data.chat import ASSISTANT, read_messages
-from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark, num_prompt_tokens
+from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark
 from rlhf.data.segments import Segment, Tokens, Writer
 from rlhf.data.sources import Row
 from rlhf.data.usable import LoadedRows, NotUsable
@@ -140,6 +140,6 @@ def _segments(row: Row, writer: Writer, columns: Sequence[str]) -> list[list[Seg
 
 def _common_tokens(examples: Sequence[Example]) -> int:
     """Return the number of equal first tokens in all examples, before any learned token."""
-    limit = min(map(num_prompt_tokens, examples))
+    limit = min(example.prompt_tokens for example in examples)
     places = zip(*(example.token_ids[:limit] for example in examples), strict=True)
     return next((i for i, tokens in enumerate(places) if len(set(tokens)) > 1), limit)
