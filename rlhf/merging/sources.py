@@ -126,16 +126,9 @@ def check_same_weights(sources: Sequence[MergeSource]) -> None:
 
 def check_stackable(sources: Sequence[MergeSource]) -> None:
     """Check for one architecture with equal widths. The number of layers may differ."""
-    first = sources[0]
+    widths = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
     for other in sources[1:]:
-        _check_same_kind(first, other)
-        for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
-            a, b = getattr(first.config, key, None), getattr(other.config, key, None)
-            if a != b:
-                raise UserError(
-                    f"{first.key} and {other.key} cannot be stacked: {key} is {a} in {first.folder} and {b} "
-                    f"in {other.folder}."
-                )
+        _check_same_kind(sources[0], other, *widths)
 
 
 def check_same_tokenizer(sources: Sequence[MergeSource], *, chosen: str | None) -> None:
@@ -191,16 +184,13 @@ def _both(first: MergeSource, other: MergeSource) -> str:
     return f"{first.key} ({first.own_folder}) and {other.key} ({other.own_folder})"
 
 
-def _check_same_kind(first: MergeSource, other: MergeSource) -> None:
-    for name, a, b in (
-        ("architecture", first.config.architectures, other.config.architectures),
-        ("tie_word_embeddings", first.config.tie_word_embeddings, other.config.tie_word_embeddings),
-    ):
+def _check_same_kind(first: MergeSource, other: MergeSource, *keys: str) -> None:
+    for key in ("architectures", "tie_word_embeddings", *keys):
+        a, b = (getattr(source.config, key, None) for source in (first, other))
         if a != b:
-            shown = [", ".join(value) if isinstance(value, list) else value for value in (a, b)]
-            raise UserError(
-                f"{_both(first, other)} do not fit: {name} is {shown[0]} in the one and {shown[1]} in the other."
-            )
+            a, b = (", ".join(value) if isinstance(value, list) else value for value in (a, b))
+            name = "architecture" if key == "architectures" else key
+            raise UserError(f"{_both(first, other)} do not fit: {name} is {a} in the one and {b} in the other.")
 
 
 def _local(key: str, model: str) -> Path:

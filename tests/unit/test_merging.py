@@ -301,6 +301,10 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {  # of model b, or o
     "template": (written("chat_template.jinja", "{{ messages }}"), r"different chat templates; set merge\.tokenizer"),
     "size": (add_rows, r"differ in size: lm_head\.weight is \[320, 96\] in the one and \[352, 96\] in the other"),
     "cut": (lambda b: os.truncate(b / FILE, 1000), r"model\.safetensors cannot be read \(.*\); copy or download it"),
+    "widths": (
+        lambda b: change_json(b / "config.json", intermediate_size=128),
+        "intermediate_size is 256 in the one and 128",
+    ),
     "part": (lose_part, r"lacks model-00002-of-00004\.safetensors, which its index names"),
     "pickle": (lambda b: (b / FILE).rename(b / "pytorch_model.bin"), "has no safetensors file"),
     "architecture": (
@@ -329,7 +333,9 @@ def test_models_that_do_not_fit_or_are_damaged_are_named(tmp_path: Path, models:
         shutil.copytree(models / (f"lora_{name}" if of_adapters else name), tmp_path / name)
     damage, message = CHANGES[change]
     damage(tmp_path / "b")
-    values = {"method": "cat", "output": "adapter"} if of_adapters else {"method": "linear"}
+    values: dict[str, Any] = {"method": "cat", "output": "adapter"} if of_adapters else {"method": "linear"}
+    if change == "widths":
+        values = {"method": "passthrough", "slices": [{"model": name, "layers": [0, 1]} for name in ("a", "b")]}
     with pytest.raises(rlhf.UserError, match=rf"merge\.models\.b\b.*{message}"):
         merge(tmp_path / "out", tmp_path, ["a", "b"], **values)
     if change == "template":
