@@ -95,16 +95,14 @@ def open_wandb(
             ),
         )
 
-    future, thread = start_thread(start, "starting W&B")
-    thread.join(timeout_s + _MARGIN_S)
+    future, _ = start_thread(start, "starting W&B")
     try:
-        if thread.is_alive():
-            raise TimeoutError(f"waited {timeout_s + _MARGIN_S:g} s for W&B (starting)")
-        run = future.result()
+        run = future.result(timeout_s + _MARGIN_S)
     except (wandb.errors.Error, TimeoutError, OSError) as error:
+        why = redact(str(error)).rstrip(".") or f"waited {timeout_s + _MARGIN_S:g} s for W&B"
         raise RunError(
-            f"tracking: W&B did not start ({mode}): {redact(str(error)).rstrip('.')}. "
-            "Set tracking.wandb=offline, or off; metrics.jsonl is written in any case."
+            f"tracking: W&B did not start ({mode}): {why}. Set tracking.wandb=offline, or off; metrics.jsonl is "
+            "written in any case."
         ) from error
     run.define_metric("step")
     run.define_metric("*", step_metric="step")  # W&B's counter restarts at 0 in a resumed offline run
