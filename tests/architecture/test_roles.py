@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ OTHER_MEANINGS = {
 }
 
 
+@cache
 def files_with_strings() -> dict[str, set[str]]:
     """Return the files of the product by their strings. A longer string does not count as the name."""
     found: dict[str, set[str]] = defaultdict(set)

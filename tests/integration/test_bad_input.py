@@ -107,9 +107,8 @@ def test_what_the_config_names_is_wrong(
     """`changes` is the text of the data, or keys."""
     given = [with_data(changes) if isinstance(changes, str) else changes, {} if code is None else MINE]
     (tmp_path / "mine.py").write_text(code or "")
-    said = refused(
-        capsys, str(config(tmp_path, *given, base=GRPO if code is None else {"algorithm": {"name": "grpo"}}))
-    )
+    base = GRPO if code is None else {"algorithm": {"name": "grpo"}}
+    said = refused(capsys, str(config(tmp_path, *given, base=base)))
     assert all(word in said for word in words), said
 
 
@@ -136,7 +135,7 @@ def test_a_model_folder_that_cannot_be_used(
     assert all(word in no_template for word in ("rows.jsonl:1", "has no chat template", "data.apply_chat_template"))
 
 
-def test_a_run_folder_that_is_in_use_or_damaged(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_run_folder_that_is_in_use_damaged_or_finished(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = str(config(tmp_path, {}))
     folder = tmp_path / "r"
     folder.mkdir()
@@ -153,11 +152,8 @@ def test_a_run_folder_that_is_in_use_or_damaged(capsys: pytest.CaptureFixture[st
     said = refused(capsys, run, "--resume", "auto")
     assert f"{tmp_path}/r/checkpoints/step_000002/manifest.json is missing or damaged" in said
     assert "start again under another run.name, because there is no undamaged checkpoint before this one" in said
-
-
-def test_a_finished_run_is_neither_begun_nor_continued(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    run = str(config(tmp_path, {}))
-    (tmp_path / "r" / "final").mkdir(parents=True)
+    shutil.rmtree(folder)
+    (folder / "final").mkdir(parents=True)  # of a finished run
     assert "r already holds a finished run: its result is in final/; choose another run.name" in refused(capsys, run)
     assert main(["train", run, "--resume", "auto"]) == 0  # without a Ray
     assert not (tmp_path / "r" / "checkpoints").exists()

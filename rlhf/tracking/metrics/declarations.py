@@ -37,8 +37,8 @@ TRAITS: Mapping[str, str] = {
 }
 
 _STAGES = (
-    *("data", "rollouts", "rewards", "reference", "teacher", "values", "old_logprobs", "experience", "advantages"),
-    *("update", "weight_sync", "probe", "snapshot", "checkpoint", "eval"),
+    "data|rollouts|rewards|reference|teacher|values|old_logprobs|experience|advantages|"
+    "update|weight_sync|probe|snapshot|checkpoint|eval"
 )
 PLACEHOLDERS: Mapping[str, tuple[str, str]] = {
     "name": (r"[A-Za-z0-9_.-]+", "a reward's name in the config"),
@@ -48,7 +48,7 @@ PLACEHOLDERS: Mapping[str, tuple[str, str]] = {
     "reason": (r"[a-z_]+", "why a prompt does not go on: `edited_history`, `other_tools`, `rewritten_turn` or another"),
     "node": (r"[A-Za-z0-9_.-]+", "a node's address in the Ray cluster"),
     "role": ("|".join(("controller", *ROLES)), "a role, or `controller` for the driver"),
-    "stage": ("|".join(_STAGES), ", ".join(f"`{stage}`" for stage in _STAGES[:-1]) + f" or `{_STAGES[-1]}`"),
+    "stage": (_STAGES, " or ".join(f"`{_STAGES}`".replace("|", "`, `").rsplit(", ", 1))),
 }
 
 
