@@ -193,10 +193,7 @@ def _ready(tensors: Mapping[str, Tensor]) -> torch.cuda.Event | None:
 
 
 def _reserve(paths: list[Path], size: int) -> None:
-    """Reserve memory for each file now, since a write without memory would kill the process.
-
-    Raise UserError if there is too little. No failure removes existing slots, such as a predecessor's.
-    """
+    """Reserve memory for each file now, since a write without memory would kill the process. Existing slots stay."""
     folder, needed = paths[0].parent, len(paths) * size
     made = [path for path in paths if not path.exists()]
 

@@ -103,10 +103,7 @@ class TrainingEngine(Protocol):
         """Write everything needed for an exact continuation. Collective."""
 
     def load(self, folder: Path) -> None:
-        """Continue from the state at `save`: exactly, if number of ranks and sharding are the same. Collective.
-
-        Raise UserError for a checkpoint that does not fit.
-        """
+        """Continue from the state at `save`, exactly with the same ranks and stage. Collective. UserError: a misfit."""
 
     def open_snapshots(self, folder: Path, copies: CopyPlace | None = None) -> None:
         """Reserve shared memory for two snapshots, or open a predecessor's. UserError if there is too little memory.

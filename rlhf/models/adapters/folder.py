@@ -34,27 +34,10 @@ from rlhf.models.files.weights import saved_name
 HEADS = ("score", "classifier")  # heads of scalar models; peft adds them to modules_to_save
 
 # Settings allowed to differ from peft's defaults. Any other setting changes the adapter's result in an unsupported way.
-_KNOWN = frozenset(
-    {
-        "base_model_name_or_path",
-        "ensure_weight_tying",
-        "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "lora_dropout",
-        "modules_to_save",
-        "peft_version",
-        "r",
-        "revision",
-        "target_modules",
-        "target_parameters",
-        "task_type",
-        "use_dora",
-        "use_rslora",
-    }
-)
+_PLACES = {"layers_pattern", "layers_to_transform", "modules_to_save", "target_modules", "target_parameters"}
+_SIZES = {"lora_alpha", "lora_dropout", "r", "use_dora", "use_rslora"}
+_ORIGIN = {"base_model_name_or_path", "init_lora_weights", "peft_version", "revision", "task_type"}
+_KNOWN = _PLACES | _SIZES | _ORIGIN | {"ensure_weight_tying", "inference_mode"}
 _LEAVES_BASE_ALONE = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # inits with a plain LoRA as result
 
 
@@ -110,10 +93,7 @@ def read_adapter_shape(folder: Path) -> AdapterShape:
 
 
 def refuse_misfit_adapter(folder: Path, base: str, *, scalar: bool = False, trust_remote_code: bool = False) -> None:
-    """Raise UserError if the adapter was trained on a model of a different architecture. Reads headers alone.
-
-    scalar: the base gets a head of one value, as a critic or a reward model.
-    """
+    """Raise UserError if the adapter does not fit the base, or the base with a scalar head. Reads headers alone."""
     config = read_adapter_config(folder)
     architecture = load_model_config(base, trust_remote_code=trust_remote_code)
     trained_on = Path(config.base_model_name_or_path or "")

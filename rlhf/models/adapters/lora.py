@@ -95,10 +95,7 @@ def inject(model: Any, config: peft.LoraConfig) -> Any:
 
 
 def refuse_unfit(architecture: Any, *, scalar: bool, trust_remote_code: bool = False, **adapter: Any) -> None:
-    """Raise UserError if a model of this config cannot get the adapter (arguments of add_lora). Reads no weights.
-
-    scalar: the model gets a head of one value, as a critic or a reward model.
-    """
+    """Raise UserError if a model of this config, scalar or not, cannot get the adapter (arguments of add_lora)."""
     init = adapter.pop("init", "default")
     with torch.device("meta"):
         model = add_lora(model_of(architecture, scalar=scalar, trust_remote_code=trust_remote_code), **adapter)
@@ -171,10 +168,7 @@ def with_adapter(model: Any, folder: str) -> Any:
 
 
 def with_merged_adapter(model: Any, folder: str) -> Any:
-    """Return the model with a folder's adapter merged in the weights' dtype, and with the modules trained whole.
-
-    Raise UserError if the adapter does not fit.
-    """
+    """Return the model with a folder's adapter merged, in the weights' dtype. UserError if the adapter does not fit."""
     return _adapted(model, folder).merge_and_unload(safe_merge=True)
 
 

@@ -62,10 +62,7 @@ def stack_merged(
     scaling: float,
     transposed: bool,
 ) -> Float[Tensor, "E m n"]:
-    """Return W + scaling * B A for each expert of a stack, by peft's layout of the experts' matrices.
-
-    transposed: the stack holds the transpose of each W.
-    """
+    """Return W + scaling * B A for each expert of a stack, in peft's layout. transposed: of a stack of transposed W."""
     rows = lora_a.reshape(len(weight), -1, lora_a.shape[1])
     columns = lora_b.reshape(lora_b.shape[0], -1, len(weight)).permute(2, 0, 1)
     update = _update(rows, columns, scaling).to(weight.dtype)
@@ -151,10 +148,7 @@ def weight_sources(model: nn.Module) -> list[WeightSource]:
 
 
 def published_names(config: Any) -> frozenset[str]:
-    """Return the names of all weights in the files of a model of this config. The model gets no memory.
-
-    Empty for a class unknown to transformers.
-    """
+    """Return the names of all weights in the files of a model of this config. Empty: unknown to transformers."""
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return frozenset()
     with torch.device("meta"):

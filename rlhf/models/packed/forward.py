@@ -149,7 +149,9 @@ def policy_logprobs(
     where the next token is in mask. The entropy has a gradient only with entropy_grad.
     """
     of_rows = partial(chunked_logprobs, entropy_grad=entropy_grad)
-    logprobs, entropy = _columns(of_rows, model, token_ids, lengths, mask, branches, temperature)
+    logprobs, entropy = masked_columns(
+        model, token_ids, lengths, mask=mask, branches=branches, temperature=temperature, of_rows=of_rows
+    )
     return logprobs, entropy
 
 
@@ -163,11 +165,13 @@ def policy_logprobs_only(
     temperature: float | Float[Tensor, " N"] = 1.0,
 ) -> Float[Tensor, " N"]:
     """Return the logprobs of `policy_logprobs` without computing the entropy, for references."""
-    (logprobs,) = _columns(chunked_logprobs_only, model, token_ids, lengths, mask, branches, temperature)
+    (logprobs,) = masked_columns(
+        model, token_ids, lengths, mask=mask, branches=branches, temperature=temperature, of_rows=chunked_logprobs_only
+    )
     return logprobs
 
 
-def policy_logprobs_and_collisions(
+def masked_columns(
     model: nn.Module,
     token_ids: Int[Tensor, " N"],
     lengths: Int[Tensor, " B"],
@@ -175,25 +179,8 @@ def policy_logprobs_and_collisions(
     mask: Bool[Tensor, " N"],
     branches: Branches | None = None,
     temperature: float | Float[Tensor, " N"] = 1.0,
-) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """Return (logprobs, collisions) for on_policy_weights.
-
-    A collision is the log-probability of equal tokens in two draws at the position, without gradient.
-    """
-    columns = _columns(chunked_logprobs_and_collisions, model, token_ids, lengths, mask, branches, temperature)
-    logprobs, collisions = columns
-    return logprobs, collisions
-
-
-def _columns(
     of_rows: Callable[..., Tensor | tuple[Tensor, ...]],
-    model: nn.Module,
-    token_ids: Tensor,
-    lengths: Tensor,
-    mask: Tensor,
-    branches: Branches | None,
-    temperature: float | Tensor,
-) -> tuple[Tensor, ...]:
+) -> tuple[Float[Tensor, " N"], ...]:
     """Apply a function of rlhf.objectives.logprobs to the tokens in mask. Return each result as a whole column."""
     chosen, before = _masked_positions(mask, lengths, branches)
     hidden = hidden_states(model, token_ids, lengths, branches).index_select(0, before)
@@ -201,6 +188,9 @@ def _columns(
     columns = of_rows(hidden, lm_head_weight(model), token_ids[chosen], temperature=at, **lm_head_settings(model))
     columns = (columns,) if isinstance(columns, Tensor) else columns
     return tuple(_spread(values, chosen, len(token_ids)) for values in columns)
+
+
+policy_logprobs_and_collisions = partial(masked_columns, of_rows=chunked_logprobs_and_collisions)  # for WPO
 
 
 def supervised_loss(

@@ -19,10 +19,7 @@ from rlhf.models.packed.sequence_parallel import whole_row
 def token_values(
     model: Any, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], branches: Branches | None = None
 ) -> Float[Tensor, " N"]:
-    """Return the value of the state before each token, in float32: the head's output at the token before.
-
-    The first token of a sequence gets 0.
-    """
+    """Return the value of the state before each token, in float32: the head's output there, 0 for first tokens."""
     scalars = token_scores(model, token_ids, lengths, branches)
     before = predecessors(lengths, branches)
     return torch.where(before >= 0, scalars[before.clamp(min=0)], 0.0)

@@ -70,33 +70,10 @@ _ONE_BY_ONE = {
     "xglm": "counts positions by itself",
     "xlstm": _RECURRENT,
 }
-# With such layers, unless `layer_types` names attention alone.
-_HYBRID = frozenset(
-    {
-        "bamba",
-        "falcon_h1",
-        "falcon_mamba",
-        "granitemoehybrid",
-        "jamba",
-        "kimi_linear",
-        "lfm2",
-        "lfm2_moe",
-        "llama4_text",
-        "mamba",
-        "mamba2",
-        "minimax",
-        "nemotron_h",
-        "olmo_hybrid",
-        "qwen3_5_moe_text",
-        "qwen3_5_text",
-        "qwen3_next",
-        "qwen4_exp_text",
-        "recurrent_gemma",
-        "zamba",
-        "zamba2",
-        "zaya",
-    }
-)
+_MAMBA = {"bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "mamba", "mamba2", "nemotron_h"}
+_LINEAR = {"kimi_linear", "minimax", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "qwen4_exp_text"}
+_OTHERS = {"lfm2", "lfm2_moe", "llama4_text", "recurrent_gemma", "zamba", "zamba2", "zaya"}
+_HYBRID = _MAMBA | _LINEAR | _OTHERS  # with such layers, unless `layer_types` names attention alone
 _SINKS = frozenset({"gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"})
 _PACKED = frozenset({"codegen", "gpt_neo", "gpt_neox_japanese", "gptj"})  # positions mask their rows
 

@@ -46,10 +46,7 @@ class RoutingRecord:
 
     @contextmanager
     def of(self, routers: Sequence[nn.Module], *, in_order: bool) -> Iterator[None]:
-        """Record the one forward pass inside. Layers recomputed in the backward pass are not recorded again.
-
-        in_order: keep the order of the sequences in the row, as needed by `balance_loss`.
-        """
+        """Record the one forward pass inside. in_order: keep the order of sequences, as needed by `balance_loss`."""
         hooks = [router.register_forward_hook(self._add) for router in routers]
         try:
             with in_row_order(in_order):

@@ -29,10 +29,7 @@ UNKNOWN = -1  # in a column of experts: the trainer's own choice
 
 
 class RouterReplay:
-    """Replaces the choices of a model's routers in forward passes inside `of`.
-
-    Raise UserError if the model has no routers, or computes sequences one by one.
-    """
+    """Replaces the choices of a model's routers inside `of`. UserError for models without routers or packed rows."""
 
     def __init__(self, model: nn.Module) -> None:
         names = {module: name for name, module in model.named_modules()}
