@@ -120,12 +120,6 @@ class RewardSet:
 
             self._services = RemoteRewards(services)
 
-    def __enter__(self) -> RewardSet:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """End the reward processes and the services' connections."""
         for part in (self._pool, self._services):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ REFERENCES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # args and col
 @pytest.fixture(scope="module")
 def pool() -> Any:
     sources = [CodeSource(path=None, name=name, args=args) for name, (args, _) in REFERENCES.items()]
-    with RewardPool(sources, timeout_s=10.0) as pool:
+    with closing(RewardPool(sources, timeout_s=10.0)) as pool:
         yield pool
 
 

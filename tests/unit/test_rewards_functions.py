@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import jsonschema
@@ -161,7 +162,8 @@ def test_limits_of_their_own() -> None:
 def pool() -> Iterator[RewardPool]:
     extracts: tuple[dict[str, str], ...] = ({}, {"extract": "answer_tag"}, {"extract": "whole"})
     gym = [CodeSource(path=None, name="reasoning_gym", args=args) for args in extracts]
-    with RewardPool([CodeSource(path=None, name="math_answer", args={"limit_s": 1.0}), *gym], timeout_s=20.0) as pool:
+    sources = [CodeSource(path=None, name="math_answer", args={"limit_s": 1.0}), *gym]
+    with closing(RewardPool(sources, timeout_s=20.0)) as pool:
         yield pool
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ HOSTILE = HOSTILE_NAMES.split()
 @pytest.fixture(scope="module")
 def hostile() -> Iterator[RewardPool]:
     """Yield a pool for all failures. A test gets the pool as the test before left the pool."""
-    with RewardPool([source(f"hostile.py:{name}") for name in HOSTILE], timeout_s=TIMEOUT_S) as pool:
+    with closing(RewardPool([source(f"hostile.py:{name}") for name in HOSTILE], timeout_s=TIMEOUT_S)) as pool:
         yield pool
 
 
@@ -134,7 +135,7 @@ def assert_gone(pid: int) -> None:
 @pytest.fixture(scope="module")
 def simple() -> Iterator[RewardPool]:
     names = ("length", "right", "from_neighbour", "edits_its_column", "batched", "Counting")
-    with RewardPool([source(f"simple.py:{name}") for name in names], timeout_s=30.0) as pool:
+    with closing(RewardPool([source(f"simple.py:{name}") for name in names], timeout_s=30.0)) as pool:
         yield pool
 
 
@@ -189,7 +190,7 @@ def test_a_process_killed_while_it_loads_is_replaced_once(
         return process
 
     monkeypatch.setattr(RewardPool, "_start", start_and_kill)
-    with RewardPool([source("simple.py:length")], timeout_s=60.0) as pool:
+    with closing(RewardPool([source("simple.py:length")], timeout_s=60.0)) as pool:
         os.kill(pool.pids()[0], signal.SIGKILL)
         if is_replaced:
             assert pool.score(0, "p", ["a", "bb"], {}).scores == (1.0, 2.0)
@@ -208,14 +209,14 @@ def test_each_response_may_lose_its_process_once(tmp_path: Path) -> None:
         "    if not seen.exists(): seen.touch(), os._exit(3)\n"
         "    return float(len(response))\n"
     )
-    with RewardPool([CodeSource(path=str(tmp_path / "once.py"), name="once", args={})], timeout_s=60.0) as pool:
+    with closing(RewardPool([CodeSource(path=str(tmp_path / "once.py"), name="once")], timeout_s=60.0)) as pool:
         assert pool.score(0, "p", ["a", "bb", "ccc"], {}).scores == (1.0, 2.0, 3.0)
         os.kill(pool.pids()[0], signal.SIGKILL)
         assert pool.score(0, "p", ["a"], {}).scores == (1.0,)
 
 
 def test_a_stopped_process_is_replaced() -> None:
-    with RewardPool([source("simple.py:length")], timeout_s=0.5) as pool:
+    with closing(RewardPool([source("simple.py:length")], timeout_s=0.5)) as pool:
         pid = pool.pids()[0]
         os.kill(pid, signal.SIGSTOP)
         # far more than a socket holds: it cannot even be sent
@@ -226,7 +227,7 @@ def test_a_stopped_process_is_replaced() -> None:
 
 def test_a_process_maps_no_more_memory_than_it_may() -> None:
     for limit, kinds in ((0.5, ["died"]), (4.0, [])):
-        with RewardPool([source("hostile.py:takes_a_gib")], timeout_s=10.0, memory_gib=limit) as pool:
+        with closing(RewardPool([source("hostile.py:takes_a_gib")], timeout_s=10.0, memory_gib=limit)) as pool:
             failures = pool.score(0, "p", ["x"], {}).failures
         assert [failure.kind for failure in failures] == kinds
         assert all("the limit is reward_policy.memory_gib: 0.5" in failure.message for failure in failures)
@@ -240,7 +241,8 @@ def test_groups_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
         both.wait(20.0)
         return receive(process, timeout_s)
 
-    with RewardPool([source("simple.py:length")], timeout_s=30.0, processes=2) as pool, ThreadPoolExecutor() as threads:
+    pair = RewardPool([source("simple.py:length")], timeout_s=30.0, processes=2)
+    with closing(pair) as pool, ThreadPoolExecutor() as threads:
         monkeypatch.setattr(RewardProcess, "receive", receive_together)
         outcomes = list(threads.map(lambda response: pool.score(0, "p", [response], {}), ["a", "bb"]))
     assert [outcome.scores for outcome in outcomes] == [(1.0,), (2.0,)]
@@ -289,7 +291,7 @@ def test_processes_end_with_their_parent(name: str) -> None:
 
 def test_steps_of_functions_and_what_is_none() -> None:
     sources = [source(f"steps.py:{name}") for name in ("digits", "lines_of_group", "returns")]
-    with RewardPool(sources, timeout_s=5.0) as pool:
+    with closing(RewardPool(sources, timeout_s=5.0)) as pool:
         one = pool.score(0, "p", ["a1b2", "", "x"], {}, by_step=True)
         assert one.scores == (3.0, 0.0, 0.0)
         assert [[(step.end, step.value) for step in steps] for steps in one.steps] == [[(2, 1.0), (4, 2.0)], [], []]

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -269,8 +270,8 @@ def test_a_machine_of_unknown_calls_and_a_kernel_without_landlock_are_refused(mo
 
 def test_in_a_reward_process() -> None:
     """A reward process limits memory and has a process group. The call is bounded, and a wrong program is no error."""
-    args = {"test_s": 0.5, "limit_s": 1.0}
-    with RewardPool([CodeSource(path=None, name="code_tests", args=args)], timeout_s=20.0, memory_gib=2.0) as pool:
+    source = CodeSource(path=None, name="code_tests", args={"test_s": 0.5, "limit_s": 1.0})
+    with closing(RewardPool([source], timeout_s=20.0, memory_gib=2.0)) as pool:
         programs = ["print(int(input()) + 1)", "print(2)", "while True: pass", "import os\nwhile True: os.fork()"]
         columns = {"tests": [{"input": "1", "output": "2"}, {"input": "2", "output": "3"}]}
         outcome = pool.score(0, "p", [f"```python\n{program}\n```" for program in programs], columns)

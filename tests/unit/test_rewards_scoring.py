@@ -7,6 +7,7 @@ import math
 import pickle
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def loaded(name: str, function: str, args: dict[str, Any] | None = None, **setti
 
 def scored(specs: list[RewardSpec], responses: list[str], *, timeout_s: float = 5.0, **columns: Any) -> GroupScores:
     columns = {"truncated": [False] * len(responses), **columns}
-    with RewardSet(specs, timeout_s=timeout_s) as rewards:
+    with closing(RewardSet(specs, timeout_s=timeout_s)) as rewards:
         return rewards.score(PROMPT, responses, **columns)
 
 
@@ -109,7 +110,7 @@ def test_steps_stand_beside_their_sums_at_their_tokens() -> None:
     digits = loaded("digits", "steps.py:digits", weight=2.0, by_step=True, truncated_score=-1.0)
     sound = RewardSpec(name="sound", weight=1.0, function=None, by_step=True)
     told = [(StepReward(end=5, value=0.5), StepReward(end=7, value=0.25)), ()]
-    with RewardSet([digits, sound, spec("taste", None)], timeout_s=5.0) as rewards:
+    with closing(RewardSet([digits, sound, spec("taste", None)], timeout_s=5.0)) as rewards:
         columns = {"truncated": [False, True], "model_scores": {"taste": [1.0, 1.0]}, "model_steps": {"sound": told}}
         scores = rewards.score(PROMPT, ["1x2", "3"], places=[(4, 4, 5, 7), (2, 2)], **columns)  # type: ignore[arg-type]
         unplaced = rewards.score(PROMPT, ["1x2", "3"], **columns)  # type: ignore[arg-type]
@@ -242,16 +243,13 @@ def test_a_reward_whose_gate_has_no_opinion_is_left_out() -> None:
     assert gated_steps(steps, values, shares) == {"good": [[3.0], []]}
 
 
-def load(
-    function: str, *, folders: tuple[Path, ...] = (FILES,), timeout_s: float = 60.0, **args: object
-) -> LoadedReward:
-    return load_reward(function, args=args, folders=folders, key="rewards.r.function", timeout_s=timeout_s)
+def load(function: str, *, folder: Path = FILES, timeout_s: float = 60.0, **args: object) -> LoadedReward:
+    return load_reward(function, args=args, folders=(folder, FILES), key="rewards.r", timeout_s=timeout_s)
 
 
-def refusal(function: str, *, folder: Path = FILES, timeout_s: float = 60.0, **args: object) -> str:
-    with pytest.raises(UserError) as error:
-        load(function, folders=(folder,), timeout_s=timeout_s, **args)
-    assert str(error.value).startswith("rewards.r.function: ")
+def refusal(function: str, **how: Any) -> str:
+    with pytest.raises(UserError, match=r"^rewards\.r: ") as error:
+        load(function, **how)
     return str(error.value)
 
 
@@ -265,7 +263,7 @@ def test_only_named_columns_are_passed_and_args_are_not_columns(tmp_path: Path) 
     fixed = load("simple.py:right", tolerance=0.5)
     assert fixed.signature.optional == ()
     assert fixed.select({"answer": "a", "tolerance": 9, "other": 1}) == {"answer": "a", "other": 1}
-    length = load("simple.py:length", folders=(tmp_path, FILES))  # the first folder that has the file
+    length = load("simple.py:length", folder=tmp_path)  # the first folder that has the file
     assert (length.select(row), length.source.path) == ({}, str(FILES.resolve() / "simple.py"))
     assert pickle.loads(pickle.dumps(fixed)) == fixed
 
@@ -318,7 +316,7 @@ def test_an_import_that_fails_ends_or_hangs_is_named(code: str, expected: tuple[
 
 def test_a_file_named_like_a_module_does_not_replace_it(tmp_path: Path) -> None:
     (tmp_path / "json.py").write_text("import json\n\ndef reward(prompt, response):\n    return json.loads(response)\n")
-    assert load("json.py:reward", folders=(tmp_path,)).function == "json.py:reward"
+    assert load("json.py:reward", folder=tmp_path).function == "json.py:reward"
 
 
 def test_columns_of_the_data_are_checked() -> None:

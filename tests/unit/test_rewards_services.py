@@ -7,7 +7,7 @@ import http.server
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -42,7 +42,7 @@ def spec(url: str, *, judge: JudgeSpec | None = None, **given: Any) -> RewardSpe
 
 
 def ask(one: RewardSpec, responses: list[str]) -> GroupOutcome:
-    with RewardSet([one], timeout_s=1.0) as rewards:
+    with closing(RewardSet([one], timeout_s=1.0)) as rewards:
         return rewards.ask(PROMPT, responses, truncated=[False] * len(responses))["style"]
 
 
@@ -53,7 +53,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_group_is_one_request_with_its_row_and_its_token() -> None:
     service = FakeService({"scores": [0.5, 2]})
-    with served(service) as url, RewardSet([spec(url, token="s3cret")], timeout_s=1.0) as rewards:
+    with served(service) as url, closing(RewardSet([spec(url, token="s3cret")], timeout_s=1.0)) as rewards:
         asked = rewards.ask(PROMPT, ["a", "b"], truncated=[False, True])
         scores = rewards.score(PROMPT, ["a", "b"], truncated=[False, True], asked=asked)
     body = {"prompt": "p", "responses": ["a", "b"], "truncated": [False, True], "columns": dict(PROMPT.columns)}
@@ -80,7 +80,7 @@ def test_a_refusal_is_not_asked_again(status: int) -> None:
 
 
 def greet(one: RewardSpec) -> None:
-    with RewardSet([one], timeout_s=1.0) as rewards:
+    with closing(RewardSet([one], timeout_s=1.0)) as rewards:
         rewards.greet()
 
 
@@ -248,7 +248,7 @@ def test_services_get_the_results_of_an_agent() -> None:
     results = [{"found": 1}, "told", {"found": 1}]
     with served(service) as url:
         for reward in (spec(url), spec(url, judge=judge)):
-            with RewardSet([reward], timeout_s=1.0) as rewards:
+            with closing(RewardSet([reward], timeout_s=1.0)) as rewards:
                 asked = rewards.ask(PROMPT, ["a", "b", "c"], truncated=[False] * 3, results=results)
                 assert asked["style"].scores == (1.0,) * 3
     bodies = [body for _, _, body in service.requests]
@@ -308,7 +308,7 @@ def test_an_answer_that_is_nested_too_deep_is_refused(text: str) -> None:
 
 def test_limits_of_a_group_and_a_token_in_no_repr_and_no_fingerprint() -> None:
     url, judge = "http://127.0.0.1:9/", judge_of()
-    with RewardSet([replace(spec(url), only={"kind": ("code",)})], timeout_s=1.0) as rewards:
+    with closing(RewardSet([replace(spec(url), only={"kind": ("code",)})], timeout_s=1.0)) as rewards:
         assert rewards.ask(PROMPT, ["a"], truncated=[False]) == {}  # the row is of another kind
     assert ask_deadline_s([spec(url)], 8) == 5.0 + 10.0
     assert ask_deadline_s([spec(url), spec(url, judge=judge)], 8) == 8 * 5.0 + 10.0

@@ -76,12 +76,6 @@ class RewardPool:
                 self._idle.put(slot)
             after_failure.pop_all()
 
-    def __enter__(self) -> RewardPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def pids(self) -> list[int]:
         """Return the process ids, for inspection."""
         return [process.pid for slot in self._slots if (process := slot.process) is not None]
