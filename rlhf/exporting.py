@@ -82,9 +82,8 @@ def export_checkpoint(
 def _checkpoint(run: Path, step: int | None) -> Path:
     """Return the folder of a checkpoint of the run, by default the latest. UserError if there is none."""
     if not (run / "checkpoints").is_dir() or not (run / "config.resolved.yaml").exists():
-        raise UserError(
-            f"{run} is not a run folder: it has no checkpoints/ or config.resolved.yaml. Name a run's own folder."
-        )
+        text = f"{run} is not a run folder: it has no checkpoints/ or config.resolved.yaml"
+        raise UserError(f"{text}. Name a run's own folder.")
     name = "latest" if step is None else f"step_{step:06d}"
     checkpoint = run / "checkpoints" / name
     if not checkpoint.exists():
@@ -99,10 +98,8 @@ def _refuse_code_of_run(resolved: Path) -> None:
     for section in (tree, *(stages.values() if isinstance(stages, dict) else ())):
         for key, values in texts_at([("algorithm", "name")], section) if isinstance(section, dict) else ():
             if ":" in values["name"]:
-                raise UserError(
-                    f"{resolved}: {'.'.join(key)} is {values['name']}, so the export would run the code of this file. "
-                    "Repeat it with --trust-remote-code if you trust the file."
-                )
+                text = f"{resolved}: {'.'.join(key)} is {values['name']}, so the export would run the code of this file"
+                raise UserError(f"{text}. Repeat it with --trust-remote-code if you trust the file.")
 
 
 def _write(config: Config, checkpoint: Path, folder: Path, *, merged: bool) -> None:
@@ -123,8 +120,6 @@ def _device(config: Config) -> torch.device:
     if lora is None or lora.quantize is None or config.cluster.device == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError(
-            "policy.lora.quantize: the run quantized its model on a GPU, and this machine has none. Export the "
-            "checkpoint on a machine with one GPU."
-        )
+        text = "policy.lora.quantize: the run quantized its model on a GPU, and this machine has none"
+        raise UserError(f"{text}. Export the checkpoint on a machine with one GPU.")
     return torch.device("cuda", 0)

@@ -99,10 +99,8 @@ def find_code(
     offers = _offers(kind, name, key)
     if name in built_ins:
         if offers:
-            raise UserError(
-                f"{key}the package {_package(offers[0])} offers the {kind} `{name}`, which is a built-in {kind}. "
-                "Uninstall the package, or give its entry point another name."
-            )
+            text = f"{key}the package {_package(offers[0])} offers the {kind} `{name}`, which is a built-in {kind}"
+            raise UserError(f"{text}. Uninstall the package, or give its entry point another name.")
         return CodeSource(path=None, name=name, args=args)
     if offers:
         entry = f"{offers[0].module}:{offers[0].attr}"

@@ -85,9 +85,8 @@ def add_parameters(
         parameter = parameter.replace(default=change.get("default", parameter.default))
         keywords = _keywords(parameter, *explanations.get(parameter.name, (None, ""))) | dict(change)
         if not {"type", "action", "choices"} & keywords.keys():
-            raise TypeError(
-                f"{function.__name__}: {parameter.name} has the type {parameter.annotation}, which no argument has"
-            )
+            where = f"{function.__name__}: {parameter.name}"
+            raise TypeError(f"{where} has the type {parameter.annotation}, which no argument has")
         flag = keywords.pop("flag", None)
         if flag is None and _is_positional(parameter):
             container.add_argument(parameter.name, **keywords)

@@ -66,10 +66,8 @@ def refuse_options(given: Mapping[str, Any], configuration: str) -> None:
     """Raise UserError for the first option of a Decoding, because a configuration sets the decoding."""
     for name in given:
         option = _FLAGS.get(name, f"--{name.replace('_', '-')}")
-        raise UserError(
-            f"{option} has no effect: {configuration} sets the decoding. Set eval.temperature, "
-            "eval.samples_per_prompt, rollouts.max_new_tokens and the like as key=value."
-        )
+        fix = "Set eval.temperature, eval.samples_per_prompt, rollouts.max_new_tokens and the like as key=value."
+        raise UserError(f"{option} has no effect: {configuration} sets the decoding. {fix}")
 
 
 def decoding_of(model: str, given: Mapping[str, Any]) -> Decoding:

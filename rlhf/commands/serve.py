@@ -84,9 +84,7 @@ def serve(
     template = ChatTemplate(text=text)
     served, tokenizer = load_servable(str(model), trust_remote_code=trust_remote_code, template=template)
     if max_length is not None and served.max_length is not None and max_length > served.max_length:
-        raise UserError(
-            f"--max-length: is {max_length}, more than the {served.max_length} tokens that {served.name} takes"
-        )
+        raise UserError(f"--max-length: is {max_length}, more than the {served.max_length} tokens of {served.name}")
     length = max_length or min(served.max_length or USUAL_LENGTH, USUAL_LENGTH)
     rollout = {"engines": engines, "tensor_parallel": tensor_parallel}
     if kv_cache_gib is not None:

@@ -46,10 +46,8 @@ def loaded_config(config: AnyConfig, overrides: Sequence[str] = ()) -> LoadedCon
     if isinstance(config, Mapping):
         return from_mapping(config, overrides)
     if not isinstance(config, Config | LoadedConfig):
-        raise TypeError(
-            f"the configuration is of type {type(config).__name__}; give the path of a YAML file, a mapping with the "
-            "same keys, or what rlhf.load_config returned"
-        )
+        fix = "give the path of a YAML file, a mapping with the same keys, or what rlhf.load_config returned"
+        raise TypeError(f"the configuration is of type {type(config).__name__}; {fix}")
     if overrides:
         raise UserError("overrides change a file or a mapping; build the Config with the values you want instead")
     return checked(config) if isinstance(config, Config) else config
@@ -60,10 +58,8 @@ def config_or_name(target: AnyConfig, overrides: Sequence[str] = ()) -> LoadedCo
     if not isinstance(target, str | Path) or str(target).endswith((".yaml", ".yml")):
         return loaded_config(target, overrides)
     if overrides:
-        raise UserError(
-            f"{overrides[0]}: sets a key of a configuration, but {target} is not a YAML file. Give a CONFIG.yaml, or "
-            "options such as --column prompt=question instead of keys."
-        )
+        text = f"{overrides[0]}: sets a key of a configuration, but {target} is not a YAML file"
+        raise UserError(f"{text}. Give a CONFIG.yaml, or options such as --column prompt=question instead of keys.")
     return str(target)
 
 

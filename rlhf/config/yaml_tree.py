@@ -109,9 +109,8 @@ def apply_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
         if key in seen:
             raise UserError(f"{place}: {dotted} is given twice")
         if inner := next((earlier for earlier in seen if earlier[: len(key)] == key), None):
-            raise UserError(
-                f"{place}: would remove {'.'.join(inner)}, which is given before it; give the section first"
-            )
+            text = f"{place}: would remove {'.'.join(inner)}, which is given before it"
+            raise UserError(f"{text}; give the section first")
         seen.append(key)
         node = values
         for depth, part in enumerate(key[:-1], start=1):

@@ -154,17 +154,13 @@ class RewardConfig(Section):
         if sum(source is not None for source in (self.function, self.role, self.url)) + self.environment != 1:
             raise ValueError("give exactly one of `function`, `role`, `url` and `environment: true`")
         if self.environment and isinstance(self.on_error, float):
-            raise ValueError(
-                "`on_error` may be `fail` or `drop` where an environment gives the reward: a conversation whose "
-                "environment failed has no end that could be scored"
-            )
+            text = "`on_error` may be `fail` or `drop` where an environment gives the reward"
+            raise ValueError(f"{text}: a conversation whose environment failed has no end that could be scored")
         if self.function is None and self.args:
             raise ValueError("`args` has an effect with `function` alone")
         if self.credit == "step" and (self.url is not None or self.function in BUILT_INS):
-            raise ValueError(
-                "`credit: step` needs a function that is not built in, `role: reward` or `environment: true`: services "
-                "and built-ins give one number per response"
-            )
+            text = "`credit: step` needs a function that is not built in, `role: reward` or `environment: true`"
+            raise ValueError(f"{text}: services and built-ins give one number per response")
         if self.credit == "step" and self.normalize == "group":
             raise ValueError("`normalize: group` compares whole responses, and `credit: step` is of their steps")
         return self

@@ -19,9 +19,8 @@ SAMPLED = NotWith("temperature", 0.0, because="greedy responses to one prompt ar
 
 def _greedy_or_sampled(value: float) -> float:
     if 0.0 < value < MIN_TEMPERATURE:
-        raise ValueError(
-            f"got {value:g}, expected 0 (greedy) or a number from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
-        )
+        span = f"{MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
+        raise ValueError(f"got {value:g}, expected 0 (greedy) or a number from {span}")
     return value
 
 

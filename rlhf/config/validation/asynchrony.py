@@ -17,44 +17,33 @@ from rlhf.config.schema.root import Config
 def asynchrony_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     """Yield the contradictions among the keys of a mode, and with other keys of the run."""
     if rollouts.max_staleness and config.cluster.roles.rollout.colocate_with is not None:
-        text = (
-            f"is {rollouts.max_staleness}, but cluster.roles.rollout.colocate_with is policy: engines and policy take "
-            "turns, so nothing can be sampled during a training step; set colocate_with to null, or max_staleness to 0"
-        )
-        yield problem("rollouts.max_staleness", text)
+        text = f"is {rollouts.max_staleness}, but cluster.roles.rollout.colocate_with is policy"
+        why = "engines and policy take turns, so nothing can be sampled during a training step"
+        yield problem("rollouts.max_staleness", f"{text}: {why}; set colocate_with to null, or max_staleness to 0")
     if config.train.streamed:
         for reason, fix in _reasons_against_streaming(config, rollouts):
             yield problem("train.streamed", f"is true, but {reason}; set it to false, or {fix}")
     if rollouts.max_staleness or rollouts.carry_over:
         yield from _correction(config, rollouts)
     if rollouts.weight_updates == "in_flight" and rollouts.oversample > 1.0:
-        text = (
-            f"is {rollouts.oversample:g}, but with rollouts.weight_updates in_flight no prompt is cancelled for a slow "
-            "response; set it to 1, and see rollouts.batch_order"
-        )
-        yield problem("rollouts.oversample", text)
+        why = "with rollouts.weight_updates in_flight no prompt is cancelled for a slow response"
+        fix = "set it to 1, and see rollouts.batch_order"
+        yield problem("rollouts.oversample", f"is {rollouts.oversample:g}, but {why}; {fix}")
+    exact = "but rollouts.weight_updates between_batches promises runs that repeat bit for bit, and"
     if rollouts.weight_updates != "in_flight" and rollouts.batch_order == "completion":
-        text = (
-            "is completion, but rollouts.weight_updates between_batches promises runs that repeat bit for bit, and the "
-            "order of completion depends on time; set weight_updates to in_flight, or batch_order to prompt"
-        )
-        yield problem("rollouts.batch_order", text)
+        why = "the order of completion depends on time; set weight_updates to in_flight, or batch_order to prompt"
+        yield problem("rollouts.batch_order", f"is completion, {exact} {why}")
     if config.cluster.roles.rollout.is_elastic and rollouts.weight_updates != "in_flight":
-        text = (
-            "has min and max, but rollouts.weight_updates between_batches promises runs that repeat bit for bit, and "
-            "when an engine joins depends on time; give a number, or set weight_updates to in_flight"
-        )
-        yield problem("cluster.roles.rollout.engines", text)
+        why = "when an engine joins depends on time; give a number, or set weight_updates to in_flight"
+        yield problem("cluster.roles.rollout.engines", f"has min and max, {exact} {why}")
 
 
 def _correction(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     key = f"max_staleness {rollouts.max_staleness}" if rollouts.max_staleness else "carry_over"
     if isinstance(config.algorithm, OnlineConfig) and "correction" not in config.algorithm.model_fields_set:
-        text = (
-            f"is missing, and with rollouts.{key} the policy trains on responses of earlier weights; give "
-            "{preset: token_tis}, or write none to train without a correction"
-        )
-        yield problem("algorithm.correction", text)
+        text = f"is missing, and with rollouts.{key} the policy trains on responses of earlier weights"
+        fix = "give {preset: token_tis}, or write none to train without a correction"
+        yield problem("algorithm.correction", f"{text}; {fix}")
 
 
 def _reasons_against_streaming(config: Config, rollouts: RolloutsConfig) -> Iterator[tuple[str, str]]:

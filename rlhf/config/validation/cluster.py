@@ -38,17 +38,12 @@ def rank_problems(config: Config, facts: Derived) -> Iterator[Problem]:
             rule = f"must divide {key}.workers = {section.workers}: that many ranks share each micro-batch"
             yield problem(f"{key}.sequence_parallel", f"is {section.sequence_parallel} and {rule}")
         elif train.sequences_per_update < section.data_parallel_ranks:
-            text = (
-                f"is {train.sequences_per_update}, but {section.data_parallel_ranks} data-parallel ranks of {key} need "
-                "at least one sequence each in every optimizer step; raise it, or lower the workers"
-            )
+            why = f"{section.data_parallel_ranks} data-parallel ranks of {key} need a sequence each per optimizer step"
+            text = f"is {train.sequences_per_update}, but {why}; raise it, or lower the workers"
             yield problem("train.sequences_per_update", text)
         if train.optimizer in ("adafactor", "muon") and stage != 0:
-            text = (
-                f"is {stage}, but train.optimizer {train.optimizer} needs whole matrices, which DeepSpeed cuts up from "
-                "stage 1 on; set 0, or use adamw or adamw_8bit"
-            )
-            yield zero(text)
+            text = f"is {stage}, but train.optimizer {train.optimizer} needs whole matrices"
+            yield zero(f"{text}, which DeepSpeed cuts up from stage 1 on; set 0, or use adamw or adamw_8bit")
         if "parameters" in section.offload and stage in (1, 2) and config.cluster.device == "cuda":
             yield offload(f"has `parameters`, which needs {key}.zero_stage 3, not {stage}")
         if model.lora is not None and model.lora.quantize is not None and stage == 3:
@@ -98,11 +93,9 @@ def _colocation(cluster: ClusterConfig, needed: Collection[Role], *, with_reward
     roles, engine = cluster.roles, cluster.roles.rollout
     is_guest = "policy" in needed and engine.colocate_with == "policy"  # a missing host has no colocated roles
     if is_guest and engine.workers > roles.policy.workers:
-        text = (
-            f"is policy, with {roles.policy.workers} workers for {engine.workers} engines: each worker hosts at most "
-            f"one; lower {_ENGINES}.engines, or set colocate_with to null"
-        )
-        yield problem(f"{_ENGINES}.colocate_with", text)
+        text = f"is policy, with {roles.policy.workers} workers for {engine.workers} engines"
+        fix = f"lower {_ENGINES}.engines, or set colocate_with to null"
+        yield problem(f"{_ENGINES}.colocate_with", f"{text}: each worker hosts at most one; {fix}")
     if engine.tensor_parallel == 1:
         return
     rule = f"Ray shares out single GPUs only, and {_ENGINES}.tensor_parallel is {engine.tensor_parallel}"
@@ -124,8 +117,6 @@ def _guests(cluster: ClusterConfig, needed: Collection[Role]) -> Iterator[Proble
             continue
         size, unit = getattr(cluster.roles, host).workers, "engines" if ROLES[host].kind == "engines" else "workers"
         if section.workers > size:
-            text = (
-                f"is {section.workers}, but it is colocated with {host}, which has {size} {unit}: each hosts at most "
-                f"one; lower it, or set cluster.roles.{role}.colocate_with to null"
-            )
-            yield problem(f"cluster.roles.{role}.workers", text)
+            why = f"it is colocated with {host}, which has {size} {unit}: each hosts at most one"
+            fix = f"lower it, or set cluster.roles.{role}.colocate_with to null"
+            yield problem(f"cluster.roles.{role}.workers", f"is {section.workers}, but {why}; {fix}")

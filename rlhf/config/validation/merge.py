@@ -63,10 +63,8 @@ def _of_methods(config: MergeConfig, takes: Takes) -> Iterator[Problem]:
         text = f"every density is 1, so {config.method} drops nothing; set a density below 1, or take task_arithmetic"
         yield Problem((*AT, "models"), text)
     if config.output == "adapter" and "density" in takes.per_model and len(set(densities.values())) > 1:
-        text = (
-            f"densities differ ({', '.join(f'{n}: {d:g}' for n, d in densities.items())}); adapters share one density"
-        )
-        yield Problem((*AT, "models"), text)
+        text = f"densities differ ({', '.join(f'{n}: {d:g}' for n, d in densities.items())})"
+        yield Problem((*AT, "models"), f"{text}; adapters share one density")
     if "epsilon" in takes.per_model:
         for name, model in config.models.items():
             low, high = model.density - model.epsilon, model.density + model.epsilon

@@ -30,11 +30,9 @@ def length_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Proble
         longest = count * player.max_tokens
         sum_of = f"{times}{key} = {longest}"
         if player.max_tokens < prompt + new:
-            text = (
-                f"is {player.max_tokens} and must hold a prompt and one turn: data.max_prompt_tokens + "
-                f"rollouts.max_new_tokens = {prompt} + {new} = {prompt + new}; raise it, or lower one of these keys"
-            )
-            yield problem(key, text)
+            text = f"is {player.max_tokens} and must hold a prompt and one turn"
+            rule = f"data.max_prompt_tokens + rollouts.max_new_tokens = {prompt} + {new} = {prompt + new}"
+            yield problem(key, f"{text}: {rule}; raise it, or lower one of these keys")
     if room < longest:
         text = f"is {room} and must hold {whole}: {sum_of}; raise it, or lower one of these keys"
         yield problem("train.max_tokens_per_microbatch", text)
@@ -63,22 +61,17 @@ def agent_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem
     if rollouts.agent is None:
         return
     if config.algorithm.kind != "advantages":
-        text = (
-            f"is {config.algorithm.name}, which compares or distils single sequences, but a session of rollouts.agent "
-            "may have several; use grpo, rloo or ppo"
-        )
-        yield problem("algorithm.name", text)
+        text = f"is {config.algorithm.name}, which compares or distils single sequences"
+        yield problem("algorithm.name", f"{text}, but a session of rollouts.agent may have several; use grpo or ppo")
     yield from late_sessions(rollouts.agent, config.cluster, "rollouts.agent")
 
 
 def late_sessions(agent: AgentConfig, cluster: ClusterConfig, key: str) -> Iterator[Problem]:
     """Yield a time limit of sessions so long that the engine would already count as lost."""
     if agent.timeout_s >= cluster.call_timeout_s:
-        text = (
-            f"is {agent.timeout_s:g}, but an engine that finishes nothing within cluster.call_timeout_s "
-            f"({cluster.call_timeout_s:g}) counts as lost; lower it, or raise that"
-        )
-        yield problem(f"{key}.timeout_s", text)
+        limit = f"cluster.call_timeout_s ({cluster.call_timeout_s:g})"
+        text = f"is {agent.timeout_s:g}, but an engine that finishes nothing within {limit} counts as lost"
+        yield problem(f"{key}.timeout_s", f"{text}; lower it, or raise that")
 
 
 def _kept(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
@@ -124,11 +117,8 @@ def loss_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]
         text = "is k1, but algorithm.kl.place is loss, where its mean gradient is 0; set k1_straight_through or k2"
         yield problem("algorithm.kl.estimator", text)
     if algorithm.mask_truncated and kl.coef > 0.0 and kl.place == "reward" and config.algorithm.compares_responses:
-        text = (
-            f"is true and algorithm.kl.place is reward, but {algorithm.name} also compares masked responses, whose KL "
-            "is not computed; set algorithm.kl.place to loss"
-        )
-        yield problem("algorithm.mask_truncated", text)
+        text = f"is true and algorithm.kl.place is reward, but {algorithm.name} also compares masked responses"
+        yield problem("algorithm.mask_truncated", f"{text}, whose KL is not computed; set algorithm.kl.place to loss")
     if entropy.adaptive is not None and entropy.coef > entropy.adaptive.max_coef:
         text = f"is {entropy.coef:g}, above algorithm.entropy.adaptive.max_coef {entropy.adaptive.max_coef:g}; lower it"
         yield problem("algorithm.entropy.coef", text)
@@ -147,8 +137,6 @@ def _penalty(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     if isinstance(algorithm, OnlineConfig):
         correction = algorithm.correction
         if correction is None or (correction.weights is None and correction.mode != "bypass"):
-            text = (
-                f"is {penalty:g}, but algorithm {config.algorithm.name} {trained}; set algorithm.correction.preset to "
-                "token_tis, which corrects the difference by weights, or set 1"
-            )
-            yield problem(key, text)
+            text = f"is {penalty:g}, but algorithm {config.algorithm.name} {trained}"
+            fix = "set algorithm.correction.preset to token_tis, which corrects the difference by weights, or set 1"
+            yield problem(key, f"{text}; {fix}")

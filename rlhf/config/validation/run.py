@@ -145,24 +145,17 @@ def _algorithm(config: Config, facts: Derived) -> Iterator[Problem]:
                 text = "corrects nothing: name a preset (token_tis is a good first one), choose weights or a mode"
                 yield problem("algorithm.correction", f"{text}, or reject")
             if correction.mode == "bypass" and not algorithm.off_policy_keys:
-                text = (
-                    f"is bypass, but algorithm {algorithm.name} has no importance ratio that it would act on; set "
-                    "policy_gradient and choose weights, or reject"
-                )
-                yield problem("algorithm.correction.mode", text)
+                text = f"is bypass, but algorithm {algorithm.name} has no importance ratio that it would act on"
+                yield problem("algorithm.correction.mode", f"{text}; set policy_gradient and choose weights, or reject")
         # adaptive_kl_coef lowers the coefficient by at most 0.2 * rows / horizon of it
         if adaptive is not None and algorithm.kl.coef > 0.0 and 5 * adaptive.horizon <= rows:
-            text = (
-                f"is {adaptive.horizon}, but a step of {rows} responses can lower the coefficient by "
-                f"{0.2 * rows / adaptive.horizon:.0%}, to 0 or below; set {rows // 5 + 1} or more"
-            )
+            lowers = f"a step of {rows} responses can lower the coefficient by {0.2 * rows / adaptive.horizon:.0%}"
+            text = f"is {adaptive.horizon}, but {lowers}, to 0 or below; set {rows // 5 + 1} or more"
             yield problem("algorithm.kl.adaptive.horizon", text)
     if isinstance(algorithm, FollowedReferenceConfig) and algorithm.reference_every and config.policy.lora is not None:
-        text = (
-            f"is {algorithm.reference_every}, but a policy with policy.lora is exported as an adapter only, which no "
-            "reference can become; set it to null, or train all weights"
-        )
-        yield problem("algorithm.reference_every", text)
+        why = "a policy with policy.lora is exported as an adapter only, which no reference can become"
+        fix = "set it to null, or train all weights"
+        yield problem("algorithm.reference_every", f"is {algorithm.reference_every}, but {why}; {fix}")
 
 
 def _data_and_steps(config: Config, facts: Derived) -> Iterator[Problem]:
@@ -172,10 +165,8 @@ def _data_and_steps(config: Config, facts: Derived) -> Iterator[Problem]:
     fits = train.max_tokens_per_microbatch // count
     if not config.algorithm.is_online and data.max_sequence_tokens is not None and data.max_sequence_tokens > fits:
         whole = "a sequence" if count == 1 else f"the {count} sequences of a row"
-        text = (
-            f"is {data.max_sequence_tokens} and must be at most {fits}: train.max_tokens_per_microbatch = "
-            f"{train.max_tokens_per_microbatch} holds {whole}; lower it, or raise that"
-        )
+        rule = f"train.max_tokens_per_microbatch = {train.max_tokens_per_microbatch} holds {whole}"
+        text = f"is {data.max_sequence_tokens} and must be at most {fits}: {rule}; lower it, or raise that"
         yield problem("data.max_sequence_tokens", text)
     if data.too_long == "skip" and data.max_unusable_fraction == 0.0:
         text = "is skip, but data.max_unusable_fraction is 0: no row may be skipped; raise it, or set error or cut"
