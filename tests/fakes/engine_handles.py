@@ -164,7 +164,7 @@ async def synced(engines: Engines, version: int = 1) -> Engines:
     await engines.withdraw_weights()
     await engines.update_weights(manifest(version))
     await engines.prove(policy_probe(version))
-    for engine in engines.handles:
+    for engine in filter(None, engines.handles):  # None: no engine has joined yet
         cast(Any, engine).calls.clear()
     return engines
 

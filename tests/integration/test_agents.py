@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from rlhf.cli import main
+from tests.integration.games import samples
 from tests.integration.recipes import ONLINE, merge, rows, start, train, write_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "agents"
@@ -50,11 +51,6 @@ def long_results(folder: Path) -> dict[str, Any]:
     """Return rewards for the length of a result, in place of the example's reward."""
     (folder / "long.py").write_text("def long(prompt, response, result):\n    return float(len(result))\n")
     return {"found": None, "long": {"function": f"{folder}/long.py:long"}}
-
-
-def samples(run: Path, step: int) -> list[dict[str, Any]]:
-    lines = (run / "samples" / f"step_{step:06d}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def test_an_unmodified_client_is_trained(tmp_path: Path) -> None:

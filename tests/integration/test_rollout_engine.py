@@ -49,19 +49,14 @@ def model(tiny_model: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def unsynced(tiny_model: Path, spool: Path, ray_local: None) -> Iterator[Any]:
+def synced(tiny_model: Path, spool: Path, ray_local: None, model: Any) -> Iterator[Any]:
     with engine(spec(tiny_model, spool=spool)) as handle:
+        with pytest.raises(RunError, match="has not received the policy's weights yet, so it cannot generate"):
+            call(handle.generate.remote(request(0), SAMPLING))
+        sender = ShmSender(rank=0)
+        sync(handle, sender.publish(model.named_parameters(), 1))
         yield handle
-
-
-@pytest.fixture(scope="module")
-def synced(unsynced: Any, model: Any) -> Iterator[Any]:
-    with pytest.raises(RunError, match="has not received the policy's weights yet, so it cannot generate"):
-        call(unsynced.generate.remote(request(0), SAMPLING))
-    sender = ShmSender(rank=0)
-    sync(unsynced, sender.publish(model.named_parameters(), 1))
-    yield unsynced
-    sender.close()
+        sender.close()
 
 
 def answer(handle: Any, requests: list[GroupRequest], sampling: Sampling = SAMPLING) -> dict[int, Group]:

@@ -14,7 +14,7 @@ from actors.rollout.elastic_engines import ElasticEngines
 from rlhf.config.derive import WeightSync
 from rlhf.config.schema.cluster import EngineRange
 from rlhf.errors import Preempted, RunError, UserError, WorkerLost
-from tests.fakes.engine_handles import DEADLINE_S, Engine, Engines, Policy, asked, manifest, policy_probe, until
+from tests.fakes.engine_handles import DEADLINE_S, Engine, Engines, Policy, asked, synced, until
 
 
 class Room:
@@ -89,16 +89,8 @@ async def elastic(*first: Engine, most: int, new: tuple[Engine, ...] = (), polic
     else:
         engines.sync = WeightSync(method="gloo", why="")
         await engines.connect(cast(Any, policy), adapter=None)
-    await sync(engines, 1)
-    for engine in first:
-        engine.calls.clear()
+    await synced(engines)
     return engines
-
-
-async def sync(engines: Elastic, version: int) -> None:
-    await engines.withdraw_weights()
-    await engines.update_weights(manifest(version))
-    await engines.prove(policy_probe(version))
 
 
 async def ended(engines: Elastic) -> None:
@@ -118,7 +110,7 @@ async def joined(*new: Engine) -> tuple[Elastic, Engine]:
 async def test_an_engine_joins_when_there_is_room_and_gets_groups_that_wait() -> None:
     first, second = Engine("first"), Engine("second")
     engines = await elastic(first, most=3, new=(second,))
-    await asyncio.wait_for(sync(engines, 2), DEADLINE_S)  # which waits for no engine that may never join
+    await asyncio.wait_for(synced(engines, 2), DEADLINE_S)  # which waits for no engine that may never join
     tasks = [asked(engines, 0), asked(engines, 1)]
     await until(lambda: 0 in first.groups)
     assert engines.num_working == 1
@@ -260,12 +252,12 @@ async def test_an_engine_joins_a_broadcast_and_leaves_it() -> None:
     engines.room.give()
     await until(lambda: engines._unsynced)
     assert engines.num_working == 1
-    await sync(engines, 2)
+    await synced(engines, 2)
     await until(lambda: engines.num_working == 2)
     engines._leave(0)
     assert engines.num_working == 1
     engines._leave(1)
     assert engines.num_working == 1, "the last engine stays"
-    await sync(engines, 3)
+    await synced(engines, 3)
     assert policy.meetings == [1, 2, 1]
     await ended(engines)
