@@ -83,9 +83,8 @@ def interrupt_and_resume(
     folder: Path,
     dtype: torch.dtype = torch.float32,
     optimizer: OptimizerName = "adamw",
-    other_stage: int | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float], list[float], bool]:
-    """Return weights and norms of a run of three steps, and of a run continued elsewhere after the first step."""
+    """Return weights and norms of a run of three steps, and of a run continued after the first step."""
     settings = replace(OPTIMIZER, name=optimizer)
     engine = make_engine(stage, dtype, optimizer=settings)
     train(engine, rank, world_size, steps=range(1, 2), num_microbatches=1)
@@ -94,7 +93,7 @@ def interrupt_and_resume(
     norms = train(engine, rank, world_size, steps=range(2, 4), num_microbatches=1)
     unbroken = weights_of(engine)
     engine.close()
-    engine = make_engine(stage if other_stage is None else other_stage, dtype, optimizer=settings)
+    engine = make_engine(stage, dtype, optimizer=settings)
     engine.load(folder)
     same_draw = torch.equal(drawn, torch.rand(3))
     norms_again = train(engine, rank, world_size, steps=range(2, 4), num_microbatches=1)

@@ -18,6 +18,7 @@ from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.models.packed.rope import fix_frequencies
 from rlhf.models.packed.row_check import check_rows
 from rlhf.models.packed.row_layout import RowLayout
+from tests.fixtures.packed_models import own_logprobs
 from tests.tiny_architectures import VOCABULARY, tiny_config
 
 CPU = torch.device("cpu")
@@ -71,13 +72,6 @@ def logprobs(model: Any, *sequences: Tensor) -> Tensor:
         return policy_logprobs_only(model, torch.cat(sequences), lengths, mask=mask)
 
 
-def own_logprobs(model: Any, ids: Tensor) -> Tensor:
-    """By transformers alone."""
-    with torch.no_grad():
-        log_p = model(input_ids=ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
-    return torch.cat([torch.zeros(1), log_p.gather(1, ids[1:, None])[:, 0]])
-
-
 def sequences(*lengths: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(VOCABULARY, (n,), generator=generator) for n in lengths]
@@ -100,7 +94,7 @@ def test_packed_sequences_are_those_of_each_alone_and_the_longest_that_of_transf
     assert check_rows(model, CPU) is RowLayout.SHARED_PROMPTS
     short, long = sequences(10, longest)
     alone = torch.cat([logprobs(model, short), logprobs(model, long)])
-    torch.testing.assert_close(alone[10:], own_logprobs(theirs, long), rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(alone[10:], own_logprobs(theirs, [long]), rtol=0.0, atol=1e-5)
     torch.testing.assert_close(logprobs(model, short, long), alone, rtol=0.0, atol=1e-5)
     torch.testing.assert_close(logprobs(model, short), alone[:10], rtol=0.0, atol=0.0)  # nothing is remembered
     assert model.config.to_dict() == before  # which is exported
@@ -111,9 +105,8 @@ def test_without_a_known_longest_sequence_rows_that_depend_on_it_are_computed_on
     model, theirs = model_with(*CASES[name]), model_with(*CASES[name])
     layout = check_rows(model, CPU)
     assert layout is (RowLayout.ONE_BY_ONE if "longrope" in name else RowLayout.SHARED_PROMPTS)
-    short, long = sequences(10, TRAINED)
-    expected = torch.cat([own_logprobs(theirs, short), own_logprobs(theirs, long)])
-    torch.testing.assert_close(logprobs(model, short, long), expected, rtol=0.0, atol=1e-5)
+    both = sequences(10, TRAINED)
+    torch.testing.assert_close(logprobs(model, *both), own_logprobs(theirs, both), rtol=0.0, atol=1e-5)
 
 
 def test_ranks_that_share_rows_need_a_longest_sequence_to_pack_them(monkeypatch: pytest.MonkeyPatch) -> None:

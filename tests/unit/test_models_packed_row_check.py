@@ -16,6 +16,7 @@ from rlhf.models.packed.forward import hidden_states, policy_logprobs_only, supe
 from rlhf.models.packed.row_check import check_rows
 from rlhf.models.packed.row_layout import RowLayout, expected_layout, keeps_states, row_layout
 from rlhf.workers.microbatches import split_microbatches
+from tests.fixtures.packed_models import own_logprobs
 from tests.tiny_architectures import ALL, ONE_BY_ONE, PACKS, SELDOM, SHARES_PROMPTS, VOCABULARY, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
@@ -27,15 +28,6 @@ def wanted_layout(name: str) -> RowLayout:
     if name in SHARES_PROMPTS:
         return RowLayout.SHARED_PROMPTS
     return RowLayout.PACKED if name in PACKS else RowLayout.ONE_BY_ONE
-
-
-def own_logprobs(model: Any, sequences: list[Tensor]) -> Tensor:
-    """From transformers' own logits, a sequence at a time; 0 for first tokens."""
-    parts = []
-    for ids in sequences:
-        log_p = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        parts += [torch.zeros(1), log_p.gather(1, ids[1:, None])[:, 0]]
-    return torch.cat(parts)
 
 
 @pytest.mark.parametrize("name", TYPES)
