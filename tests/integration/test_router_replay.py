@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from actors.weights.shm import ShmSender
 from rlhf.models.files.loading import load_causal_lm
 from rlhf.models.files.weights import weight_sources
 from rlhf.models.packed.forward import policy_logprobs_only
-from rlhf.models.routers.recording import routers_of
 from rlhf.models.routers.replay import RouterReplay
 from rlhf.types import RoutedRollouts, Sampling
 from tests.fixtures.models import moved
@@ -53,31 +52,13 @@ def by_trainer(model: Any, rollouts: RoutedRollouts, replay: RouterReplay | None
     return torch.cat(found)[rollouts.response_mask]
 
 
-def test_recorded_experts_are_those_of_the_trainer_in_float32(tmp_path: Path, ray_local: None) -> None:
-    model, groups = drawn(build_tiny_mixture(tmp_path / "model"), "float32")
-    for rollouts in groups:
-        assert isinstance(rollouts, RoutedRollouts)
-        ends = rollouts.lengths.cumsum(0) - 1
-        assert (rollouts.experts[ends] == -1).all()
-        read = torch.ones(len(rollouts.token_ids), dtype=torch.bool)
-        read[ends] = False
-        assert rollouts.experts.shape[1:] == (3, 2)
-        assert (rollouts.experts[read] >= 0).all()
-        chosen: dict[nn.Module, list[Tensor]] = {router: [] for router in routers_of(model)}
-
-        def note(router: nn.Module, inputs: Any, outputs: Any, own: dict[nn.Module, list[Tensor]] = chosen) -> None:
-            own[router].append(outputs[2])
-
-        hooks = [router.register_forward_hook(note) for router in chosen]
-        by_trainer(model, rollouts, None)
-        for hook in hooks:
-            hook.remove()
-        ours = torch.stack([torch.cat(layer) for layer in chosen.values()], dim=1)
-        assert torch.equal(ours.sort(-1).values[read], rollouts.experts.sort(-1).values[read].long())
-
-
 def test_replay_halves_the_difference_in_bfloat16(tmp_path: Path, ray_local: None) -> None:
     model, groups = drawn(build_tiny_mixture(tmp_path / "model"), "bfloat16")
+    for rollouts in groups:
+        ends = torch.zeros(len(rollouts.token_ids), dtype=torch.bool)
+        ends[rollouts.lengths.cumsum(0) - 1] = True
+        assert (rollouts.experts[ends] == -1).all()
+        assert (rollouts.experts[~ends] >= 0).all()
     sampler = torch.cat([rollouts.rollout_logprobs[rollouts.response_mask] for rollouts in groups])
     own, replay = torch.cat([by_trainer(model, rollouts, None) for rollouts in groups]), RouterReplay(model)
     replayed = torch.cat([by_trainer(model, rollouts, replay) for rollouts in groups])
