@@ -1,6 +1,4 @@
-"""Make tokenizers that behave like SentencePiece's, with small vocabularies: legacy or not, with a Prepend normaliser,
-with byte fallback, and with special tokens that swallow white space.
-"""
+"""Make tokenizers like SentencePiece's: legacy or not, prepending, with byte fallback, and swallowing white space."""
 
 from __future__ import annotations
 

@@ -284,8 +284,9 @@ def test_a_long_answer_loses_whole_steps(tokenizer: Any) -> None:
 
 def test_collate_marks_the_ends(tokenizer: Any) -> None:
     batch = collate_steps(load_steps(tokenizer, STEPS, STEPS).items)
-    assert batch.lengths.tolist() == [7, 7]
-    assert batch.loss_mask.tolist() == [False, False, False, True, False, False, True] * 2
+    assert (batch.lengths.tolist(), batch.token_ids.tolist()) == ([7, 7], [*b"abc\nde", EOS] * 2)
+    assert batch.loss_mask.tolist() == [place in (3, 6) for place in range(7)] * 2
+    assert batch.step_labels.tolist() == [place == 3 for place in range(7)] * 2
 
 
 @pytest.mark.parametrize(

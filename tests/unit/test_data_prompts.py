@@ -170,5 +170,3 @@ def test_a_conversation_loses_its_oldest_turns(tokenizer: Any) -> None:
         assert prompt.token_ids == tuple(tokenizer(text, add_special_tokens=False).input_ids)
     with pytest.raises(UserError, match="and its last user's turn with the system prompt has 8"):
         load(tokenizer, row, system_prompt="s", max_tokens=7, too_long="cut")
-    loaded = load_all(tokenizer, row, {"prompt": "a"}, max_tokens=4, too_long="cut", max_unusable_fraction=0.5)
-    assert [prompt.text for prompt in loaded.items] == ["<|user|>a<|eos|><|assistant|>"]
