@@ -59,10 +59,8 @@ def export_checkpoint(
     if merged and config.policy.lora is None:
         raise UserError(f"--merged: the run {run} has no policy.lora, so its model is whole already. Leave it out.")
     if config.policy.trust_remote_code and not trust_remote_code:
-        raise UserError(
-            f"{resolved}: policy.trust_remote_code is true, so the export would run code that comes with "
-            f"{config.policy.model}. Repeat it with --trust-remote-code if you trust that model."
-        )
+        text = f"policy.trust_remote_code is true, so the export would run code that comes with {config.policy.model}"
+        raise UserError(f"{resolved}: {text}. Repeat it with --trust-remote-code if you trust that model.")
     saved_step = int(checkpoint.name.removeprefix("step_"))
     damage = find_damage(checkpoint, step=saved_step)
     if damage is not None:

@@ -266,9 +266,8 @@ def traits(config: Config) -> frozenset[str]:
         "eval": bool(eval_sets(config)),
         "gpu": config.cluster.device == "cuda",
     }
-    return frozenset(
-        (*TRAITS_OF_KIND[algorithm.kind], *needs(config), *(name for name, has in optional.items() if has))
-    )
+    present = (name for name, is_present in optional.items() if is_present)
+    return frozenset((*TRAITS_OF_KIND[algorithm.kind], *needs(config), *present))
 
 
 def responses_per_step(rollouts: RolloutsConfig) -> int:
@@ -294,9 +293,8 @@ def prompts_asked(config: Config, rollouts: RolloutsConfig) -> int:
 
 def rows_per_step(config: Config, rollouts: RolloutsConfig) -> int:
     """Return the most rows trained on in one step: responses, or a pair per prompt."""
-    return rollouts.prompts_per_step * (
-        1 if config.algorithm.kind == "sampled_pairs" else trained_per_prompt(config, rollouts)[0]
-    )
+    is_pairs = config.algorithm.kind == "sampled_pairs"
+    return rollouts.prompts_per_step * (1 if is_pairs else trained_per_prompt(config, rollouts)[0])
 
 
 def updates_per_step(config: Config) -> int:

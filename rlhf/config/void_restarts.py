@@ -15,19 +15,13 @@ def void_restarts(config: Config, transport: Transport) -> Iterator[str]:
     """Yield a sentence for each limit without effect. `transport`: of the policy's weights to the engines."""
     restarts, rollout = config.cluster.restarts, config.cluster.roles.rollout
     if config.rollouts is not None and restarts.engine and not ships_adapter(config):
-        is_only = rollout.workers == 1 and not rollout.is_elastic
+        is_only, text = rollout.workers == 1 and not rollout.is_elastic, "cluster.restarts.engine has no effect"
         if transport == "ipc":
-            yield (
-                "cluster.restarts.engine has no effect: the engines share GPUs with the policy, which leaves a "
-                "successor neither memory nor weights. The loss of an engine ends the run."
-            )
+            why = "the engines share GPUs with the policy, which leaves a successor neither memory nor weights"
+            yield f"{text}: {why}. The loss of an engine ends the run."
         elif transport in BROADCASTS and is_only:
-            yield (
-                f"cluster.restarts.engine has no effect: weights go by {transport}, which leaves none for the "
-                "successor of the only engine. Its loss ends the run; with two engines or more it does not."
-            )
+            why = f"weights go by {transport}, which leaves none for the successor of the only engine"
+            yield f"{text}: {why}. Its loss ends the run; with two engines or more it does not."
     if restarts.gang and shares_engines_gpus(config):
-        yield (
-            "cluster.restarts.gang has no effect: ranks that share GPUs with engines keep no snapshots. The loss of a "
-            "rank ends the run."
-        )
+        text = "cluster.restarts.gang has no effect: ranks that share GPUs with engines keep no snapshots"
+        yield f"{text}. The loss of a rank ends the run."

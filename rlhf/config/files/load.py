@@ -183,9 +183,8 @@ def _refuse_unknown_stages(tree: Tree, overrides: Sequence[str]) -> None:
         name = rest.partition(".")[0]
         if section.strip() == "stages" and name not in names:
             close = nearest(name, names)
-            known = (
-                f"did you mean {close}?" if close else f"its stages: {', '.join(names) or 'none, it is a single run'}"
-            )
+            stages_text = ", ".join(names) or "none, it is a single run"
+            known = f"did you mean {close}?" if close else f"its stages: {stages_text}"
             raise UserError(f"argument {text!r}: {tree.source} has no stage {name!r}; {known}")
 
 

@@ -157,10 +157,8 @@ def _problems(config: SweepConfig) -> Iterator[Problem]:
         declared(metric)
     except KeyError:
         close = nearest(metric, list(METRICS))
-        text = f"got {metric!r}, which is not a metric" + (
-            f"; did you mean {close}?" if close else "; see docs/metrics.md"
-        )
-        yield Problem((*AT, "metric"), text)
+        hint = f"did you mean {close}?" if close else "see docs/metrics.md"
+        yield Problem((*AT, "metric"), f"got {metric!r}, which is not a metric; {hint}")
         return
     if declared(metric).reduction is Histogram:
         yield Problem((*AT, "metric"), f"got {metric!r}, a histogram; name a metric that is a number")

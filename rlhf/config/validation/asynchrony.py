@@ -51,20 +51,14 @@ def _reasons_against_streaming(config: Config, rollouts: RolloutsConfig) -> Iter
     if rollouts.carry_over:
         yield "rollouts.carry_over is true, which trains on responses of earlier weights", "carry_over to false"
     if rollouts.max_staleness:
-        yield (
-            f"rollouts.max_staleness is {rollouts.max_staleness}, which trains on whole batches of earlier weights",
-            "max_staleness to 0",
-        )
+        why = f"rollouts.max_staleness is {rollouts.max_staleness}, which trains on whole batches of earlier weights"
+        yield why, "max_staleness to 0"
     if config.cluster.roles.rollout.colocate_with is not None:
-        yield (
-            "cluster.roles.rollout.colocate_with is policy: engines and policy take turns on their devices",
-            "colocate_with to null",
-        )
+        why = "cluster.roles.rollout.colocate_with is policy: engines and policy take turns on their devices"
+        yield why, "colocate_with to null"
     if config.policy.router_balance_coef:
-        yield (
-            f"policy.router_balance_coef is {config.policy.router_balance_coef:g}, a mean over the whole batch",
-            "router_balance_coef to 0",
-        )
+        why = f"policy.router_balance_coef is {config.policy.router_balance_coef:g}, a mean over the whole batch"
+        yield why, "router_balance_coef to 0"
     algorithm = config.algorithm
     if algorithm.kind != "advantages":
         yield f"algorithm {algorithm.name} learns from whole batches", "choose an algorithm such as grpo"
@@ -82,9 +76,7 @@ def _reasons_against_streaming(config: Config, rollouts: RolloutsConfig) -> Iter
         "algorithm.mask_truncated": isinstance(algorithm, OnlineConfig) and algorithm.mask_truncated,
         "algorithm.keep": algorithm.most_kept is not None,
     }
+    size = f"train.sequences_per_update {config.train.sequences_per_update}"
     for key in (key for key, is_set in late.items() if is_set):
-        yield (
-            f"{key} decides late which responses are trained, and the minibatches of train.sequences_per_update "
-            f"{config.train.sequences_per_update} must be known before",
-            f"train.sequences_per_update to {rows}, one minibatch",
-        )
+        why = f"{key} decides late which responses are trained, and the minibatches of {size} must be known before"
+        yield why, f"train.sequences_per_update to {rows}, one minibatch"

@@ -206,11 +206,8 @@ def _missing_steps(config: Config) -> Missing:
         asked = steps * rollouts.prompts_per_step
         replaced = rollouts.dynamic_sampling is not None or drops(config.rewards, config.reward_policy)
         if asked <= data.train.size and not replaced and rollouts.oversample == 1.0:
-            why = (
-                f"train.steps * rollouts.prompts_per_step = {asked} prompts are needed, and data.train has as many or "
-                "more: none comes up twice"
-            )
-            missing["repeated prompts"] = (why, "train for more steps")
+            why = f"train.steps * rollouts.prompts_per_step = {asked} prompts are needed, and data.train has as many"
+            missing["repeated prompts"] = (f"{why} or more: none comes up twice", "train for more steps")
     stopping = config.train.early_stopping
     if data.eval is None:
         missing["data.eval"] = ("there is no data.eval", "name a held-out set as data.eval")
