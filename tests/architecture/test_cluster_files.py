@@ -57,13 +57,8 @@ def test_ray_up_takes_the_cloud_files(name: str) -> None:
 
 
 def lint(script: str) -> None:
-    done = subprocess.run(
-        [BIN / "shellcheck", "--shell=bash", "--exclude=SC2086,SC2016", "-"],
-        input=script,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    command = [BIN / "shellcheck", "--shell=bash", "--exclude=SC2086,SC2016", "-"]
+    done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
 
 

@@ -93,6 +93,5 @@ def test_no_two_modules_define_the_same_public_name() -> None:
         for node in tree.body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name[0] != "_":
                 places[node.name].append(name)
-    assert [name for name in places if len(places[name]) > 1] == ["main"], {
-        n: p for n, p in places.items() if len(p) > 1
-    }
+    repeated = {name: names for name, names in places.items() if len(names) > 1}
+    assert list(repeated) == ["main"], repeated

@@ -28,9 +28,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             shutil.copy(source, folder / name)
     build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
-    done = subprocess.run(
-        [sys.executable, "-c", build, str(folder / "dist")], cwd=folder, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", build, str(folder / "dist")]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     (path,) = (folder / "dist").glob("*.whl")
     return path
@@ -45,14 +44,9 @@ def test_the_wheel_holds_every_recipe_and_no_other_package(wheel: Path) -> None:
 def test_a_recipe_is_planned_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    done = subprocess.run(
-        [sys.executable, "-m", "rlhf.cli", "plan", "quickstart_grpo.yaml", "--cluster", "cpu=2"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    command = [sys.executable, "-m", "rlhf.cli", "plan", "quickstart_grpo.yaml", "--cluster", "cpu=2"]
+    env = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "quickstart-grpo/grpo" in done.stdout
     assert f"the recipe {site}/rlhf/recipes/quickstart_grpo.yaml is used" in done.stderr

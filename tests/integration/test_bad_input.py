@@ -112,9 +112,7 @@ def test_what_the_config_names_is_wrong(
     assert all(word in said for word in words), said
 
 
-def test_a_model_folder_that_cannot_be_used(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path
-) -> None:
+def test_an_unusable_model_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path) -> None:
     def said_of(name: str, **changes: Any) -> str:
         changed = {"policy": {"model": str(tmp_path / name)}, **changes}
         return refused(capsys, str(config(tmp_path, with_data(ROW), changed)))
@@ -208,9 +206,7 @@ def test_what_cannot_be_exported(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert "/proc/nowhere/out cannot be made: No such file or directory" in said_of("/proc/nowhere/out", "--step", "1")
 
 
-def test_more_shared_memory_than_there_is(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_too_large_a_store(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     connect_to_no_ray(monkeypatch)
     said = refused(capsys, str(config(tmp_path, {"cluster": {"object_store_gib": 1e6}})))
     assert "cluster.object_store_gib: is 1e+06, more than the" in said
@@ -233,9 +229,7 @@ def test_a_silent_hub_is_asked_once(tmp_path: Path) -> None:
     assert "policy.model: The model nobody/nothing" in found.stderr
 
 
-def test_an_address_without_a_ray(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_no_ray_at_address(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     connect_to_no_ray(monkeypatch)
     monkeypatch.setattr(actors.cluster.connect, "ANSWER_WITHIN_S", 3.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -103,9 +103,7 @@ def test_closed_streams_and_an_ascii_locale_fail_nothing(file: str, streams: str
     assert (b"7 steps" in done.stdout) == (not streams)
 
 
-def test_train_passes_what_it_was_given(
-    capsys: pytest.CaptureFixture[str], file: str, launch_with: Callable[[Launch], None]
-) -> None:
+def test_options_of_train(capsys: pytest.CaptureFixture[str], file: str, launch_with: Callable[[Launch], None]) -> None:
     calls = []
 
     def launch(loaded: LoadedConfig, start: Start) -> None:
@@ -183,9 +181,7 @@ def test_export_passes_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> Non
     assert calls == [(Path("runs/a"), 20, True, "me/x"), (Path("runs/a"), None, False, None)]
 
 
-def test_recipes_are_found_from_anywhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_recipes_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     assert all((RECIPES / name).is_file() for name in RECIPE_OF.values())
     monkeypatch.chdir(tmp_path)
     assert load_sweep("sweep_tiny.yaml").config.name == "tiny"
@@ -274,9 +270,7 @@ def test_every_command_is_a_call_too() -> None:
     assert not modules & set(rlhf.__all__)
 
 
-def test_a_quickstart_by_a_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launch_with: Callable[[Launch], None]
-) -> None:
+def test_a_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launch_with: Callable[[Launch], None]) -> None:
     monkeypatch.chdir(tmp_path)
     shown: list[Path] = []
     launched = []

@@ -280,9 +280,7 @@ def test_a_pipeline_is_evaluated_as_its_last_stage_that_is_no_merge(tmp_path: Pa
         load(path)
 
 
-def test_measuring_the_result_of_an_earlier_stage_is_noted(
-    tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_earlier_result_is_noted(tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
     result = tmp_path / "p" / "first" / "final"
     shutil.copytree(tiny_model, result)
     first = from_yaml(OFFLINE.replace("MODEL", str(tiny_model)))
@@ -327,9 +325,9 @@ def test_a_runs_model_is_asked_as_its_run_asked_it(run_folder: Path, capsys: pyt
 
 def test_options_win_over_the_settings_of_the_run_which_may_be_the_usual_ones(run_folder: Path) -> None:
     given = {"system_prompt": "", "stop": ("x",), "columns": {"answer": "reply"}, "temperature": 0.5}
-    assert decoding_of(str(run_folder), given) == Decoding(
-        columns={"prompt": "question", "answer": "reply"}, stop=("x",), stop_token_ids=(7,), temperature=0.5
-    )
+    columns = {"prompt": "question", "answer": "reply"}
+    expected = Decoding(columns=columns, stop=("x",), stop_token_ids=(7,), temperature=0.5)
+    assert decoding_of(str(run_folder), given) == expected
     raw = decoding_of(str(run_folder), {"apply_chat_template": False})
     assert (raw.system_prompt, raw.apply_chat_template) == (None, False)
     for text in ("data: {columns: null, system_prompt: null}\nrollouts: null\n", "stages: {one: {}}\n"):
@@ -337,9 +335,7 @@ def test_options_win_over_the_settings_of_the_run_which_may_be_the_usual_ones(ru
         assert decoding_of(str(run_folder), {}) == Decoding()
 
 
-def test_another_column_is_named_by_an_option(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_option_names_another_column(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "questions.jsonl"
     data.write_text('{"question": "1+1=", "answer": "2"}\n')
     words = ["--reward", "last_number", "--out", str(tmp_path / "out")]

@@ -120,9 +120,7 @@ def test_samples_get_the_columns_of_their_rows_although_the_run_skipped_others(c
     assert [one.scores["correct"] for one in found] == [1.0] * 6
 
 
-def test_failures_are_told_by_line_and_the_policy_decides(
-    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failures_have_lines_and_end_by_policy(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path / "r.jsonl", [row("a", "xx"), row("b", "xx"), row("b", "boom")])
     assert main(["reward", config, "--file", file]) == 1
     out, err = capsys.readouterr()
@@ -149,9 +147,7 @@ def test_rows_that_cannot_be_scored(config: str, tmp_path: Path, rows: list[dict
     assert str(refused.value).startswith(f"{config}:7: ") == ("rewards.correct" in why)  # with the reward's line
 
 
-def test_the_page_shows_what_is_printed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_page_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
     chapter = page.partition("### A file with bad rows\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"```(\w+)\n(.*?)```", chapter, flags=re.DOTALL)
@@ -209,14 +205,8 @@ def test_a_reward_model_scores_the_text(config: str, tmp_path: Path, tiny_model:
         (["data.apply_chat_template=false"], {"messages": []}, "<|reserved_0|>"),
     ],
 )
-def test_a_reward_model_scores_a_response_with_the_end_it_has_in_a_run(
-    config: str,
-    tmp_path: Path,
-    tiny_model: Path,
-    tokenizer: Any,
-    overrides: list[str],
-    columns: dict[str, Any],
-    end: str,
+def test_a_reward_model_scores_the_end_of_a_response(
+    config: str, tmp_path: Path, tiny_model: Path, tokenizer: Any, overrides: list[str], columns: Any, end: str
 ) -> None:
     how, score = reward_model(tiny_model, tmp_path)
     turns = "{% for message in messages %}<|user|>{{ message.content }}<|reserved_0|>{% endfor %}"

@@ -71,9 +71,7 @@ def test_a_run_that_did_not_get_there(tmp_path: Path, scores: list[float], messa
         ),
     ],
 )
-def test_only_the_whole_recipe_has_an_expected_accuracy(
-    monkeypatch: pytest.MonkeyPatch, overrides: list[str], is_recipe: bool
-) -> None:
+def test_only_the_recipe_is_judged(monkeypatch: pytest.MonkeyPatch, overrides: list[str], is_recipe: bool) -> None:
     judged: list[bool] = []
     monkeypatch.setattr(quickstart_command, "train", lambda *_, **__: None)
     monkeypatch.setattr(quickstart_command, "show_improvement", lambda _, is_recipe: judged.append(is_recipe))

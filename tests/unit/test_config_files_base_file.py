@@ -59,11 +59,8 @@ def test_mappings_merge_and_other_values_replace(folder: Path) -> None:
 
 
 def test_null_sets_null_or_takes_back_what_the_base_gives(folder: Path) -> None:
-    run = config(
-        folder,
-        "rewards: {short: null}\ncluster: {roles: {reward: {colocate_with: null}}}\n"
-        "algorithm: {kl: {coef: null}}\npolicy: {dtype: null}\n",
-    )
+    text = "rewards: {short: null}\ncluster: {roles: {reward: {colocate_with: null}}}\n"
+    run = config(folder, f"{text}algorithm: {{kl: {{coef: null}}}}\npolicy: {{dtype: null}}\n")
     assert list(run.rewards) == ["correct"]
     assert run.cluster.roles.reward.colocate_with is None
     assert run.algorithm == Config.model_validate({**run.model_dump(), "algorithm": {"name": "grpo"}}).algorithm
@@ -157,9 +154,7 @@ def test_an_unknown_base_is_refused(folder: Path, value: str, reason: str) -> No
     assert "argument 'base=x.yaml': base: is a key of files only" in file_error(folder / "base.yaml", "base=x.yaml")
 
 
-def test_a_base_is_a_recipe_of_the_library_or_a_file_in_the_current_folder(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_is_a_recipe_or_a_file_of_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run,) = load(write(folder, "base: dapo_smollm2.yaml\nrun: {name: mine}\n")).runs.values()
     assert (run.algorithm.name, run.run.name) == ("dapo", "mine")
     (recipe,) = load(RECIPES / "dapo_smollm2.yaml").runs.values()

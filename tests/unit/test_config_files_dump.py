@@ -171,9 +171,7 @@ def test_no_stage_has_changed_where_nothing_or_its_place_did(tmp_path: Path) -> 
         ),
     ],
 )
-def test_what_matters_for_the_result_has_changed(
-    tmp_path: Path, stage: str, override: str, expected: list[str]
-) -> None:
+def test_what_matters_has_changed(tmp_path: Path, stage: str, override: str, expected: list[str]) -> None:
     made, now = stages(tmp_path)[stage], stages(tmp_path, override)[stage]
     assert changes(resolved(tmp_path, made), now) == expected
 

@@ -71,10 +71,8 @@ def kinds(file: Path) -> Path:
 def test_stages_share_sections_and_follow_each_other(file: Path) -> None:
     loaded = load(file)
     assert (loaded.name, loaded.folder, loaded.is_pipeline) == ("demo", Path("out/demo"), True)
-    assert [(name, stage.run.name, stage.run.seed) for name, stage in loaded.stages.items()] == [
-        ("sft", "demo/sft", 3),
-        ("ppo", "demo/ppo", 3),
-    ]
+    runs = {name: (stage.run.name, stage.run.seed) for name, stage in loaded.stages.items()}
+    assert list(runs.items()) == [("sft", ("demo/sft", 3)), ("ppo", ("demo/ppo", 3))]
     sft, ppo = loaded.stages.values()
     assert run_folder(ppo) == Path("out/demo/ppo")
     assert (sft.train.lr, ppo.train.lr) == (1e-3, 3e-4)  # the stage's keys win
@@ -161,9 +159,8 @@ def test_a_stage_goes_on_from_the_adapter_of_another(file: Path) -> None:
     loaded = load(file, changes)
     assert loaded.stages["ppo"].policy.adapter == "out/demo/sft/final"
     assert "adapter: stage:sft" in dump_yaml(loaded)
-    assert "stages.ppo.policy.adapter: got 'stage:stf'" in file_error(
-        file, changes[0], changes[1].replace("sft", "stf")
-    )
+    message = file_error(file, changes[0], changes[1].replace("sft", "stf"))
+    assert "stages.ppo.policy.adapter: got 'stage:stf'" in message
 
 
 def test_a_stage_may_be_the_teacher_of_a_later_one(file: Path) -> None:

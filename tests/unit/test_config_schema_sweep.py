@@ -127,9 +127,7 @@ def test_what_is_wrong_is_said_with_its_key(tmp_path: Path, changes: dict[str, A
         ({"train.warmup_steps": {"min": 0, "max": 9, "integer": True}}, "warmup_steps=9 is not a valid run: .*is 9"),
     ],
 )
-def test_every_end_of_a_range_is_checked_before_anything_starts(
-    tmp_path: Path, parameter: dict[str, Any], said: str
-) -> None:
+def test_every_end_of_a_range_is_checked_first(tmp_path: Path, parameter: dict[str, Any], said: str) -> None:
     file = write_sweep(tmp_path, parameters=parameter)
     with pytest.raises(UserError, match=said):
         known_trials(load_sweep(file))

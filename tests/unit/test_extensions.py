@@ -32,9 +32,7 @@ def test_an_entry_point_is_found_with_its_package(tmp_path: Path, monkeypatch: p
     assert load_code(source)() == 3
 
 
-def test_an_unknown_or_ambiguous_name_is_answered_with_all_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_or_ambiguous_name_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_code("reward", "contains", built_ins=["contains"], key="k").entry is None
     rewards = {"polite": "shop_code:x", "contains": "shop_code:x"}
     install(tmp_path, monkeypatch, "shop", rewards=rewards, environments={"elsewhere": "shop_code:y"})
@@ -54,9 +52,7 @@ def test_an_unknown_or_ambiguous_name_is_answered_with_all_names(
         ("def polit(): ...\n", "shop_code defines no `polite`; it defines: polit"),
     ],
 )
-def test_a_broken_entry_point_names_its_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, expected: str
-) -> None:
+def test_a_broken_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, expected: str) -> None:
     install(tmp_path, monkeypatch, "shop", rewards={"polite": "shop_code:polite"}, code=code)
     with pytest.raises(LoadError) as error:
         load_code(find_code("reward", "polite", key="k"))
