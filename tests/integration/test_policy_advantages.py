@@ -5,7 +5,7 @@ The results agree with plain transformers and loops over tokens. The groups' res
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf.config.schema.root import Config
-from rlhf.engine.distributed import RankContext
 from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts, StepReward, TokenValues
@@ -26,66 +24,9 @@ SCORES = {i: float((7 * i) % 5) / 2 for i in range(GROUPS * SAMPLES)}
 TEMPERATURE = 0.7
 
 
-def config_of(algorithm: Mapping[str, Any], model: str, folder: str, *, workers: int) -> Config:
-    sections = {"rollouts": {"temperature": TEMPERATURE}, "train": {"sequences_per_update": GROUPS, "grad_clip": None}}
-    return worker_config(algorithm, model, folder, workers=workers, tokens=40, **sections)
-
-
-def learn(
-    rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, shares: Sequence[Sequence[int]]
-) -> tuple[dict[int, float], Any]:
-    """Run one rank: the advantages of the rank's share, and the metrics of one update. by_sequence None: per token."""
-    place: RankContext = place_of(rank, world_size)
-    worker = PolicyWorker(
-        config_of(algorithm, model, folder, workers=world_size),
-        place,
-        optimizer_steps=2,
-    )
-    worker.build()
-    rollouts = [rollouts_of(group) for group in range(GROUPS)]
-    chosen = [i for share in shares for i in share]
-    whole = Rollouts.gather(rollouts, chosen)
-    minibatch = MinibatchPlan(
-        sequences_by_rank=tuple(tuple(share) for share in shares),
-        num_tokens=int(whole.response_mask.sum()),
-        num_sequences=len(chosen),
-    )
-    plan = BatchPlan(step=1, minibatches=(minibatch,), scores={i: SCORES[i] for i in chosen}, kl_coef=0.0)
-    reports, _ = worker.prepare(plan, *rollouts)
-    assert {report.sequence_id for report in reports} <= set(shares[rank])
-    _, (means, _) = worker.set_advantages(None)
-    assert set(means) == set(shares[rank])
-    per_token = worker.prepared.advantages.split(worker.prepared.share.rollouts.lengths.tolist())
-    tokens = {i: one.tolist() for i, one in zip(shares[rank], per_token, strict=False)}
-    return tokens, worker.update(0)  # type: ignore[return-value]
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(build_tiny_llama(tmp_path_factory.mktemp("models") / "policy", seed=3))
-
-
-def distributions(model: str, sequence_ids: Sequence[int]) -> dict[int, tuple[torch.Tensor, list[int]]]:
-    """Return each sequence's log-probabilities of the vocabulary at the response's places, and the tokens there."""
-    module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    found = {}
-    for sequence_id in sequence_ids:
-        one = Rollouts.gather([rollouts_of(sequence_id // SAMPLES)], [sequence_id])
-        with torch.no_grad():
-            logits = module(input_ids=one.token_ids[None]).logits[0, PROMPT - 1 : -1].double()
-        found[sequence_id] = ((logits / TEMPERATURE).log_softmax(-1), one.token_ids[PROMPT:].tolist())
-    return found
-
-
-@pytest.mark.timeout(300)
-def test_a_rank_may_be_without_a_sequence(gang: Gang, model: str, tmp_path: Path) -> None:
-    shares: list[list[int]] = [[], [4]]
-    found = gang.run(learn, algorithm={"name": "raft"}, model=model, folder=str(tmp_path), shares=shares)
-    (log_p, tokens), row = distributions(model, [4])[4], results(merge_metrics([metrics for _, metrics in found]))
-    nll = -sum(float(log_p[step, token]) for step, token in enumerate(tokens)) / len(tokens)
-    assert row["update/loss/mean"] == pytest.approx(nll, rel=1e-5)
-    assert row["update/grad_norm"] > 0.0
-    assert row["update/tokens/total"] == PROMPT + len(tokens)
 
 
 def steps_of(sequence_id: int, length: int) -> tuple[StepReward, ...]:
@@ -96,34 +37,52 @@ def steps_of(sequence_id: int, length: int) -> tuple[StepReward, ...]:
 
 def credit(
     rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, shares: Sequence[Sequence[int]]
-) -> dict[int, list[float]]:
-    """Run one rank: the advantages of the share's tokens, from scores (or advantages) and steps."""
-    config = config_of(algorithm, model, folder, workers=world_size)
-    worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2)
+) -> tuple[dict[int, list[float]], Any]:
+    """Run one rank: the advantages of the share's tokens by scores and steps, and the metrics of an update by raft."""
+    sections = {"rollouts": {"temperature": TEMPERATURE}, "train": {"sequences_per_update": GROUPS, "grad_clip": None}}
+    config = worker_config(algorithm, model, folder, workers=world_size, tokens=40, **sections)
+    worker, name = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2), algorithm["name"]
     worker.build()
     rollouts = [rollouts_of(group) for group in range(GROUPS)]
     chosen = [i for share in shares for i in share]
     whole = Rollouts.gather(rollouts, chosen)
-    lengths = dict(zip(chosen, whole.lengths.tolist(), strict=True))
     minibatch = MinibatchPlan(
-        sequences_by_rank=tuple(map(tuple, shares)), num_tokens=len(whole.token_ids), num_sequences=len(chosen)
+        sequences_by_rank=tuple(map(tuple, shares)),
+        num_tokens=int(whole.response_mask.sum()),
+        num_sequences=len(chosen),
     )
     plan = BatchPlan(
         step=1,
         minibatches=(minibatch,),
         scores={i: SCORES[i] for i in chosen},
         kl_coef=0.0,
-        steps={i: steps_of(i, lengths[i]) for i in chosen},
+        steps={} if name == "raft" else dict(zip(chosen, map(steps_of, chosen, whole.lengths.tolist()), strict=True)),
     )
-    worker.prepare(plan, *rollouts)
+    reports, _ = worker.prepare(plan, *rollouts)
+    assert {report.sequence_id for report in reports} <= set(shares[rank])
     values = [TokenValues(sequence_ids=whole.sequence_ids, lengths=whole.lengths, values=whole.token_ids / 100)]
-    ppo = algorithm["name"] == "ppo"
-    worker.set_advantages(None if ppo else SCORES, *(values if ppo else ()))
+    _, (means, _) = worker.set_advantages(SCORES if name == "grpo" else None, *(values if name == "ppo" else ()))
+    assert set(means) == set(shares[rank])
     per_token = worker.prepared.advantages.split(worker.prepared.share.rollouts.lengths.tolist())
     if not shares[rank]:
         assert [float(one.abs().sum()) for one in per_token] == [0.0]
-        return {}
-    return dict(zip(shares[rank], [one.tolist() for one in per_token], strict=True))
+    found = {i: one.tolist() for i, one in zip(shares[rank], per_token, strict=False)}
+    return found, worker.update(0) if name == "raft" else {}
+
+
+@pytest.mark.timeout(300)
+def test_a_rank_may_be_without_a_sequence(gang: Gang, model: str, tmp_path: Path) -> None:
+    shares: list[list[int]] = [[], [4]]
+    found = gang.run(credit, algorithm={"name": "raft"}, model=model, folder=str(tmp_path), shares=shares)
+    row = results(merge_metrics([metrics for _, metrics in found]))
+    one = Rollouts.gather([rollouts_of(4 // SAMPLES)], [4])
+    tokens, module = one.token_ids[PROMPT:], AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        logits = module(input_ids=one.token_ids[None]).logits[0, PROMPT - 1 : -1]
+    nll = torch.nn.functional.cross_entropy(logits / TEMPERATURE, tokens)
+    assert row["update/loss/mean"] == pytest.approx(float(nll), rel=1e-5)
+    assert row["update/grad_norm"] > 0.0
+    assert row["update/tokens/total"] == PROMPT + len(tokens)
 
 
 @pytest.mark.timeout(300)
@@ -139,7 +98,7 @@ def test_steps_are_credited_to_the_tokens_up_to_their_ends(
     else:
         algorithm = {"name": "ppo", "gamma": 0.9, "lam": 0.8, "whiten_advantages": False, "kl": {"coef": 0.0}}
     found = gang.run(credit, algorithm=algorithm, model=model, folder=str(tmp_path), shares=shares)
-    advantages = {i: row for part in found for i, row in part.items()}
+    advantages = {i: row for part, _ in found for i, row in part.items()}
     assert sorted(advantages) == sorted(i for share in shares for i in share)
     for i, row in advantages.items():
         one = Rollouts.gather([rollouts_of(i // SAMPLES)], [i])

@@ -20,10 +20,9 @@ from rlhf.agents.trees import assemble_sessions
 from rlhf.config.schema.root import Config
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.models.files.tiny import build_tiny_llama
-from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.tracking.metrics.reductions import Mean
-from rlhf.types import BatchPlan, MinibatchPlan, Prompt, RolloutInfo, Rollouts, StepReward, TokenSignals, TokenValues
+from rlhf.types import BatchPlan, MinibatchPlan, Prompt, RolloutInfo, Rollouts, StepReward, TokenSignals
 from rlhf.workers.online.policy import PolicyWorker
 from rlhf.workers.online.streamed import StreamedPolicyWorker
 from tests.agent_sessions import call, session
@@ -37,7 +36,7 @@ from tests.integration.gang_workers import (
     rollouts_of,
     worker_config,
 )
-from tests.integration.rank_gang import Gang, Gangs, place_of
+from tests.integration.rank_gang import Gangs, place_of
 
 ALGORITHMS: Mapping[str, dict[str, Any]] = {
     "entropy": {"name": "grpo", "top_entropy_fraction": 0.2, "advantage_clip": 1.0, "entropy": {"coef": 0.01}},
@@ -176,57 +175,6 @@ def test_a_step_on_sessions_depends_on_neither_ranks_nor_microbatches(gangs: Gan
     assert computed[0] < computed[1]
     assert rows[0][2]["update/grad_norm"] > 0
     assert_equal(*rows)
-
-
-def signals(rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, folder: str, tokens: int) -> Any:
-    """Run one rank: the signals of sequences 1, 4 and of a missing sequence, and the earlier columns."""
-    config = worker_config(algorithm, model, folder, workers=world_size, tokens=tokens)
-    config = config.model_copy(
-        update={"train": config.train.model_copy(update={"sequences_per_update": GROUPS * SAMPLES})}
-    )
-    worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=1)
-    worker.build()
-    plan = plan_of(config, world_size)
-    ids = range(GROUPS * SAMPLES)
-    whole = MinibatchPlan(
-        sequences_by_rank=tuple(tuple(ids[rank::world_size]) for rank in range(world_size)),
-        num_tokens=sum(one.num_tokens for one in plan.minibatches),
-        num_sequences=len(ids),
-    )
-    plan = replace(plan, minibatches=(whole,))
-    worker.prepare(plan, *(rollouts_of(group) for group in range(GROUPS)))
-    (before,) = worker.compute("a test", policy_logprobs_only, worker.prepared.share)
-    worker.set_advantages({i: float(i) for i in ids})
-    assert worker.prepared.old_logprobs is None  # only the update computes them
-    worker.update(0)
-    told, size = worker.token_signals((4, 99, 1))
-    assert size == len(told.old_logprobs)
-    before = TokenValues(sequence_ids=told.sequence_ids, lengths=told.lengths, values=before[_places(worker, told)])
-    masks = worker.prepared.share.rollouts.response_mask[_places(worker, told)]
-    return told, before, masks
-
-
-def _places(worker: PolicyWorker, told: TokenSignals) -> torch.Tensor:
-    lengths = worker.prepared.share.rollouts.lengths
-    starts = dict(zip(worker.prepared.share.ids, (lengths.cumsum(0) - lengths).tolist(), strict=True))
-    pairs = zip(told.sequence_ids.tolist(), told.lengths.tolist(), strict=True)
-    return torch.cat([torch.arange(0), *(torch.arange(starts[i], starts[i] + n) for i, n in pairs)])
-
-
-@pytest.mark.timeout(600)
-def test_samples_are_told_what_the_only_update_saw(gang: Gang, tmp_path: Path) -> None:
-    """Old log-probabilities come from before the update; each rank reports its sequences: rank 0 reports 4, rank 1
-    reports 1."""
-    model = str(build_tiny_llama(tmp_path / "policy", seed=3))
-    found = gang.run(
-        signals, algorithm={"name": "grpo", "kl": {"coef": 0.0}}, model=model, folder=str(tmp_path), tokens=4096
-    )
-    assert [told.sequence_ids.tolist() for told, _, _ in found] == [[4], [1]]
-    for told, before, mask in found:
-        assert int(mask.sum()) > 0
-        torch.testing.assert_close(told.old_logprobs[mask], before.values[mask], rtol=1e-5, atol=1e-5)
-        assert told.advantages[mask].unique().tolist() == [float(told.sequence_ids)]
-        assert told.ref_logprobs.isnan().all()
 
 
 PORTIONS = ((4,), (0, 5), (2, 1, 3))  # groups in the order in which they arrive

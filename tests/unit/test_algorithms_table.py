@@ -13,11 +13,12 @@ from rlhf.algorithms import ALGORITHMS, algorithm_of
 from rlhf.algorithms.algorithm import OfflineKind, OnlineKind
 from rlhf.algorithms.dpo import DPOConfig
 from rlhf.algorithms.grpo import GRPO, GRPOConfig
-from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
+from rlhf.algorithms.online import OnlineAlgorithm
 from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.config.files.docs import document
 from rlhf.controller.online import LEARNERS
 from rlhf.preflight.training_data import FORMS
+from tests.fixtures.algorithms import made, outcomes
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -49,47 +50,35 @@ def test_a_loss_without_a_clip_must_be_defined() -> None:
         Undefined(OnlineConfig(name="undefined")).surrogate(None)  # type: ignore[arg-type]
 
 
-CUSTOM_KEYS = {"pass_at_k": {"k": 2}, "reinforce": {"baseline": "none"}}
+STREAMED = {
+    "grpo", "dr_grpo", "gspo", "cispo", "gmpo", "sapo", "rloo", "opo", "dapo", "luspo", "vespo", "reinforce",
+    "dppo", "dro", "pass_at_k", "raft",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if ALGORITHMS[name].config_class().kind == "advantages"])
 def test_an_algorithm_that_can_be_streamed_compares_within_groups(name: str) -> None:
     """Advantages over a batch equal the advantages over each group, unless the algorithm declares a batch statistic."""
-    config = ALGORITHMS[name].config_class()(name=name, **CUSTOM_KEYS.get(name, {}))
-    algorithm = algorithm_of(config, OnlineAlgorithm)
-    rewards = torch.tensor([[0.0, 3.0, 1.0, 2.0], [5.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    algorithm = made(name, **{"pass_at_k": {"k": 2}, "reinforce": {"baseline": "none"}}.get(name, {}))
+    assert (algorithm.whole_batch_needed_for is None) == (name in STREAMED)
+    groups = [[0.0, 3.0, 1.0, 2.0], [5.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]
 
-    def outcomes(scores: Tensor) -> SequenceOutcomes:
-        return SequenceOutcomes(
-            scores=scores,
-            by_reward={"a": scores, "b": scores.square()},
-            weights={"a": 1.0, "b": 0.5},
-            num_tokens=torch.arange(1, len(scores) + 1) % 4 + 1,
+    def advantages(scores: list[float]) -> Tensor | None:
+        told = outcomes(
+            scores,
             group_size=4,
-            greedy_scores=torch.ones(len(scores) // 4, dtype=torch.float64),
+            lengths=[i % 4 + 1 for i in range(1, len(scores) + 1)],
+            by_reward={"a": scores, "b": [score**2 for score in scores]},
+            weights={"a": 1.0, "b": 0.5},
+            greedy=[1.0] * (len(scores) // 4),
         )
+        return algorithm.sequence_advantages(told)
 
-    whole = algorithm.sequence_advantages(outcomes(rewards.flatten()))
-    by_group = [algorithm.sequence_advantages(outcomes(scores)) for scores in rewards]
+    whole = advantages([score for group in groups for score in group])
+    by_group = [found for group in groups if (found := advantages(group)) is not None]
     if whole is None:
-        assert by_group == [None, None, None]
+        assert by_group == []
         return
-    equal = torch.allclose(whole, torch.cat([advantages for advantages in by_group if advantages is not None]))
+    equal = torch.allclose(whole, torch.cat(by_group))
     assert equal == (name not in ("gdpo", "gpg"))
-    assert equal or algorithm.whole_batch_needed_for is not None
-
-
-def test_algorithms_that_can_be_streamed() -> None:
-    streamed = {
-        name
-        for name in ALGORITHMS
-        if ALGORITHMS[name].config_class().kind == "advantages"
-        and algorithm_of(
-            ALGORITHMS[name].config_class()(name=name, **CUSTOM_KEYS.get(name, {})), OnlineAlgorithm
-        ).whole_batch_needed_for
-        is None
-    }
-    assert streamed == {
-        "grpo", "dr_grpo", "gspo", "cispo", "gmpo", "sapo", "rloo", "opo", "dapo", "luspo", "vespo", "reinforce",
-        "dppo", "dro", "pass_at_k", "raft",
-    }  # fmt: skip
+    assert equal or name not in STREAMED

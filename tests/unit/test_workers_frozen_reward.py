@@ -16,7 +16,6 @@ import torch
 from rlhf.controller.learning import Signals
 from rlhf.controller.rollout_report import environment_failures, group_samples, rollout_metrics
 from rlhf.controller.rollout_scorer import request_for
-from rlhf.engine.distributed import RankContext
 from rlhf.models.files.loading import load_tokenizer
 from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.rewards.loading import load_reward
@@ -26,6 +25,7 @@ from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled, assemble
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.types import GroupScores, Prompt, RewardError, StepReward, TokenSignals
 from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
+from tests.fixtures.workers import PLACE
 
 PROMPT = Prompt(prompt_id=2, token_ids=(63,), text="{observation}", columns={"answer": "7"})
 REQUEST = request_for(PROMPT, group_id=0, first_sequence_id=0, samples=2, run_seed=0)
@@ -86,7 +86,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardWorker]:
             memory_gib=4.0,
             max_tokens_per_microbatch=64,
         ),
-        RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=60.0),
+        PLACE,
     )
     made.start()
     yield made

@@ -13,7 +13,6 @@ import torch
 from aiohttp import web
 
 from rlhf.config.schema.model import RewardModelConfig, StepScores
-from rlhf.engine.distributed import RankContext
 from rlhf.rewards.loading import load_reward
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rewards.services.client import ServiceSpec
@@ -22,8 +21,7 @@ from rlhf.types import Prompt, Rollouts
 from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
 from rlhf.workers.frozen.reward_model import RewardModel
 from tests.fakes.services import served
-
-PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=10.0)
+from tests.fixtures.workers import PLACE, rollouts_of
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +36,11 @@ def reward_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def group(tokenizer: object, prompt: str, responses: list[str]) -> Rollouts:
+def group(tokenizer: Any, prompt: str, responses: list[str]) -> Rollouts:
     """Return the tokens of a prompt with each response."""
-    encode = tokenizer.encode  # type: ignore[attr-defined]
-    start = encode(prompt, add_special_tokens=False)
-    sequences = [(start, encode(one, add_special_tokens=False)) for one in responses]
-    tokens = torch.tensor([token for first, second in sequences for token in (*first, *second)])
-    return Rollouts(
-        sequence_ids=torch.arange(len(responses)),
-        lengths=torch.tensor([len(first) + len(second) for first, second in sequences]),
-        token_ids=tokens,
-        response_mask=torch.tensor([flag for a, b in sequences for flag in (*[False] * len(a), *[True] * len(b))]),
-        rollout_logprobs=torch.zeros(len(tokens)),
-        versions=torch.zeros(len(tokens), dtype=torch.int32),
-    )
+    start, *ends = (tokenizer.encode(one, add_special_tokens=False) for one in (prompt, *responses))
+    places = (range(len(start), len(start) + len(end)) for end in ends)
+    return rollouts_of(*((i, start + end, sampled) for i, (end, sampled) in enumerate(zip(ends, places, strict=True))))
 
 
 def settings_of(tokenizer: Path, specs: tuple[RewardSpec, ...], model: RewardModelConfig, **changes: Any) -> Any:

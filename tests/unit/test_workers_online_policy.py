@@ -97,17 +97,28 @@ def test_a_session_has_the_weight_of_one_response(aggregation: str, weights: tup
     assert metrics["update/tokens/total"] == (9 + 2 + 4 + 3 if tokens == 100 else 9 + 6 + 4 + 5)
 
 
-def test_the_signals_of_a_session_cover_all_of_its_sequences() -> None:
-    worker = worker_of(tiny_model("llama"), name="grpo")
+def test_the_signals_of_a_session_are_what_the_only_update_saw_in_all_of_its_sequences() -> None:
+    """Old log-probabilities come from before the update; a sample of another rank is left out."""
+    model, batch = tiny_model("llama"), rollouts().of_samples([0])
+    worker, mask = worker_of(model, name="grpo"), batch.response_mask
+    before = policy_logprobs_only(model, batch.token_ids, batch.lengths, mask=mask).detach()
+
+    def step(divisor: float) -> SimpleNamespace:
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2.0)
+        return SimpleNamespace(grad_norm=1.0, lr=0.0)
+
+    worker.engine.step = step  # type: ignore[method-assign, assignment]
     worker.prepare(plan(), rollouts())
     worker.set_advantages({0: 2.0, 1: -1.0})
+    assert worker.prepared.old_logprobs is None  # only the update computes them
     worker.update(0)
-    signals, size = worker.token_signals((0,))
+    signals, size = worker.token_signals((99, 0))
     assert size == 9 + 6 + 4
     assert signals.sequence_ids.tolist() == [0, 0, 0]
-    mask = rollouts().of_samples([0]).response_mask
     assert signals.advantages[mask].tolist() == [2.0] * 7
-    assert signals.old_logprobs[mask].isfinite().all()
+    torch.testing.assert_close(signals.old_logprobs[mask], before[mask], rtol=1e-5, atol=1e-5)
+    assert signals.ref_logprobs.isnan().all()
 
 
 def test_every_sequence_of_a_session_ends_with_the_sessions_score() -> None:

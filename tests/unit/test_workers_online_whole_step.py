@@ -116,47 +116,29 @@ def test_every_token_is_exchanged_once_in_the_order_of_the_ids() -> None:
     assert [at for _, at in found] == [[4, 5, 0], [4, 5, 0], [1, 2, 3], [1, 2, 3]]
 
 
-def spread(chosen: Tensor, mask: Tensor) -> Tensor:
-    return torch.zeros_like(mask).masked_scatter(mask, chosen)
-
-
-def test_high_entropy_is_that_of_the_whole_step() -> None:
-    algorithm = GRPO(GRPOConfig(name="grpo", top_entropy_fraction=0.3))
+@pytest.mark.parametrize("name", ["high_entropy", "selected"])
+def test_a_selection_is_that_of_the_whole_step(name: str) -> None:
+    """The selections are by entropy, and by the covariance of log-probabilities and advantages."""
+    by_entropy = GRPO(GRPOConfig(name="grpo", top_entropy_fraction=0.3))
+    algorithm = by_entropy if name == "high_entropy" else KLCov(KLCovConfig(name="kl_cov", fraction=0.3))
     assert reads_whole_step(algorithm)
     for by_rank, copies in LAYOUTS:
         found = chosen(algorithm, by_rank, copies=copies)
         for minibatch in MINIBATCHES:
-            whole = {name: torch.cat([sequence(i)[name] for i in minibatch]) for name in ("h", "mask")}
-            expected = spread(high_entropy_tokens(whole["h"][whole["mask"]], quantile=0.7), whole["mask"])
-            got = [found(i).high_entropy for i in minibatch]
-            assert torch.equal(torch.cat([one for one in got if one is not None]), expected)
-
-
-def test_covariance_is_that_of_the_whole_step() -> None:
-    algorithm = KLCov(KLCovConfig(name="kl_cov", fraction=0.3))
-    for by_rank, copies in LAYOUTS:
-        found = chosen(algorithm, by_rank, copies=copies)
-        for minibatch in MINIBATCHES:
-            whole = {name: torch.cat([sequence(i)[name] for i in minibatch]) for name in ("old", "a", "mask")}
-            covariance = advantage_covariance(whole["old"][whole["mask"]], whole["a"][whole["mask"]])
-            expected = spread(top_covariance_tokens(covariance, fraction=0.3), whole["mask"])
-            got = [found(i).selected for i in minibatch]
-            assert torch.equal(torch.cat([one for one in got if one is not None]), expected)
+            mask = torch.cat([sequence(i)["mask"] for i in minibatch])
+            entropy, old, a = (torch.cat([sequence(i)[key] for i in minibatch])[mask] for key in ("h", "old", "a"))
+            covariance = top_covariance_tokens(advantage_covariance(old, a), fraction=0.3)
+            expected = {"high_entropy": high_entropy_tokens(entropy, quantile=0.7), "selected": covariance}
+            got = torch.cat([getattr(found(i), name) for i in minibatch])
+            assert torch.equal(got, torch.zeros_like(mask).masked_scatter(mask, expected[name]))
 
 
 def test_the_draw_is_the_same_on_all_ranks_and_differs_from_step_to_step() -> None:
     algorithm = ClipCov(ClipCovConfig(name="clip_cov", fraction=0.2, min_covariance=-9.0, max_covariance=9.0))
-    drawn = []
-    for by_rank, copies in LAYOUTS:
-        found = chosen(algorithm, by_rank, copies=copies)
-        drawn.append([found(i).selected for i in sorted(SIZES)])
-    for other in drawn[1:]:
-        for one, two in zip(drawn[0], other, strict=True):
-            assert one is not None
-            assert two is not None
-            assert torch.equal(one, two)
-    # a fifth of 9 and of 7 sampled tokens, at least one
-    assert sum(int(one.sum()) for one in drawn[0] if one is not None) == 2
+    layouts = [chosen(algorithm, by_rank, copies=copies) for by_rank, copies in LAYOUTS]
+    drawn = [torch.cat([one for i in sorted(SIZES) if (one := found(i).selected) is not None]) for found in layouts]
+    assert all(torch.equal(one, drawn[0]) for one in drawn)
+    assert int(drawn[0].sum()) == 2  # a fifth of 9 and of 7 sampled tokens, at least one
 
 
 def test_most_algorithms_read_no_whole_step() -> None:
