@@ -235,7 +235,7 @@ async def test_an_engine_that_fails_on_a_request_and_lives_goes_on() -> None:
         ("MODEL --kv-cache-gib 2 --device cuda", "has no effect on a GPU"),
         ("MODEL --tensor-parallel 2", "--tensor-parallel: distributes a model over GPUs"),
         ("MODEL --max-length 1", "--max-length: is 1, expected 2 or more"),
-        ("MODEL --max-length 4096", "--max-length: is 4096, more than the 2048 tokens that"),
+        ("MODEL --max-length 4096", "--max-length: is 4096, more than the 2048 tokens of"),
         ("MODEL --deadline-s 0", "--deadline-s: is 0, expected more than 0"),
         ("no/such/folder", "no/such/folder"),
     ],
