@@ -11,8 +11,9 @@ import argparse
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
-from rlhf.viewing.timeline import Span, read_spans
+from rlhf.viewing.timeline import read_spans
 
 LANES = {  # lane, then the spans in it with their colours
     "engines": {"rollouts": "#4c78a8", "eval": "#b279a2"},
@@ -22,24 +23,18 @@ LANES = {  # lane, then the spans in it with their colours
 WIDTH, LABEL, ROW, GAP = 960, 150, 18, 26
 
 
-def shown_spans(folder: Path, *, from_step: int, seconds: float) -> tuple[list[Span], list[float]]:
+def shown_spans(folder: Path, *, from_step: int, seconds: float) -> tuple[list[dict[str, Any]], list[float]]:
     """Return the spans of a window in seconds since its start, and the ends of its steps."""
     spans = read_spans(folder)
-    steps = sorted((span for span in spans if span.name == "step"), key=lambda span: span.start_s)
-    start = steps[from_step - 1].start_s
+    steps = sorted((span for span in spans if span["name"] == "step"), key=lambda span: span["start_s"])
+    start = steps[from_step - 1]["start_s"]
     names = {name for lane in LANES.values() for name in lane}
-    inside = [span for span in spans if span.name in names and start < span.end_s and span.start_s < start + seconds]
     moved = [
-        Span(
-            name=span.name,
-            role=span.role,
-            lane=span.lane,
-            start_s=max(span.start_s - start, 0.0),
-            end_s=min(span.end_s - start, seconds),
-        )
-        for span in inside
+        {**span, "start_s": max(span["start_s"] - start, 0.0), "end_s": min(span["end_s"] - start, seconds)}
+        for span in spans
+        if span["name"] in names and start < span["end_s"] and span["start_s"] < start + seconds
     ]
-    return moved, [span.end_s - start for span in steps if 0.0 < span.end_s - start <= seconds]
+    return moved, [span["end_s"] - start for span in steps if 0.0 < span["end_s"] - start <= seconds]
 
 
 def drawing(runs: Sequence[tuple[str, Path]], *, from_step: int, seconds: float) -> str:
@@ -59,12 +54,13 @@ def drawing(runs: Sequence[tuple[str, Path]], *, from_step: int, seconds: float)
             y = top + number * ROW
             parts.append(f'<text x="{LABEL - 6}" y="{y + 12}" text-anchor="end">{lane}</text>')
             parts.append(f'<rect x="{LABEL}" y="{y}" width="{WIDTH - LABEL - 10}" height="{ROW - 3}" fill="#f2f2f2"/>')
-            for span in sorted(spans, key=lambda one: one.start_s - one.end_s):  # short ones on top
-                if span.name in colors:
-                    x, width = LABEL + span.start_s * scale, max((span.end_s - span.start_s) * scale - 0.8, 0.6)
+            for span in sorted(spans, key=lambda one: one["start_s"] - one["end_s"]):  # short ones on top
+                if color := colors.get(span["name"]):
+                    lasted = span["end_s"] - span["start_s"]
+                    x, width = LABEL + span["start_s"] * scale, max(lasted * scale - 0.8, 0.6)
                     parts.append(
-                        f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{ROW - 3}" fill="{colors[span.name]}">'
-                        f"<title>{span.name}: {span.end_s - span.start_s:.2f} s</title></rect>"
+                        f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{ROW - 3}" fill="{color}">'
+                        f"<title>{span['name']}: {lasted:.2f} s</title></rect>"
                     )
         bottom = top + len(LANES) * ROW
         for end in ends:
