@@ -84,6 +84,7 @@ async def test_a_stored_group_with_tokens_of_an_earlier_step_is_found_again(tmp_
     assert found is not None
     assert found[1] == group[1]
     assert await spool.read(LATER, SAMPLING, oldest=5, newest=5) is None
+    assert await replace(spool, folder=None).read(LATER, SAMPLING, newest=5) is None
 
 
 async def test_a_lost_group_comes_from_the_store_with_its_own_tokens(tmp_path: Path) -> None:
