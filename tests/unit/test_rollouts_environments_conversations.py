@@ -155,6 +155,7 @@ def test_a_group_plays_one_game_and_a_slow_environment_stalls_itself_alone() -> 
         ("crash", "died", "in step, it was killed by SIGSEGV, at "),
         ("greedy", "died", "ran out of memory (rollouts.environment.memory_gib: 2)"),
         ("nan", "not_a_number", "step returned nan as reward"),
+        ("array", "raised", "step returned the observation <"),
         ("bad_start", "raised", "reset: ValueError: no game today"),
         ("half", "raised", "reset: UnicodeEncodeError"),
         ("unlike", "raised", "may depend only on the seed and the columns"),

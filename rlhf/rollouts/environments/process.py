@@ -136,7 +136,7 @@ def _step(environment: Any, **turn: Any) -> dict[str, Any]:
         raise ProtocolViolation(f"step returned {returned!r:.80}, expected (observation, reward, done)")
     observation, reward, done = returned
     count = len(turn.get("tool_calls") or ())
-    results = observation if isinstance(observation, list) else [observation or ""]
+    results = observation if isinstance(observation, list) else [observation]
     if results is observation and (len(results) != count or not all(isinstance(result, str) for result in results)):
         raise ProtocolViolation(f"step returned {observation!r:.80} for {count} tool calls, expected a text for each")
     if not isinstance(observation, str | list | None):
@@ -148,7 +148,7 @@ def _step(environment: Any, **turn: Any) -> dict[str, Any]:
     if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
         return {"kind": "not_a_number", "message": f"step returned {reward!r:.80} as reward, expected a finite number"}
     for text in results:
-        text.encode()  # UnicodeEncodeError for half a character
+        (text or "").encode()  # UnicodeEncodeError for half a character
     return {"observation": observation or "", "reward": float(reward), "done": bool(done)}
 
 
