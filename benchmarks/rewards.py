@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 from rlhf.extensions import CodeSource
 from rlhf.rewards.processes.pool import RewardPool
@@ -49,7 +50,8 @@ def measure(checks: int, *, processes: int, hostile_every: int, seed: int) -> in
     """Print one line. How many checks failed or had the wrong result."""
     groups = list(itertools.islice(make_groups(hostile_every, seed), checks // GROUP))
     source = CodeSource(path=None, name="math_answer", args={"limit_s": LIMIT_S})
-    with RewardPool([source], timeout_s=10.0, processes=processes) as pool, ThreadPoolExecutor(processes) as threads:
+    made = RewardPool([source], timeout_s=10.0, processes=processes)
+    with closing(made) as pool, ThreadPoolExecutor(processes) as threads:
         began = time.monotonic()
         outcomes = list(threads.map(lambda group: pool.score(0, "p", group[0], {"answer": group[1]}), groups))
         seconds = time.monotonic() - began
