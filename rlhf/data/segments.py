@@ -137,7 +137,8 @@ class Writer:
     def _end_of_turn(self, row: Row, index: int, before: str, after: str, later: str, following: int) -> int:
         """Return the end of the turn's last special token still in place when the next learned turn follows.
 
-        `before` and `after` are the texts without and with the turn. `later` is the text before turn `following`.
+        `before` and `after` are the texts without and with the turn. `later` is the text before turn `following`, for
+        the last turn `after`.
         """
         if not after.startswith(before):
             raise self._refusal(

@@ -81,7 +81,7 @@ def send_frame(connection: socket.socket, message: object) -> None:
 
 
 def receive_frame(connection: socket.socket) -> Any:
-    """Read a message. TimeoutError, EOFError or OSError (the peer is gone), or BrokenFrame for invalid bytes."""
+    """Read a message. TimeoutError: too late. EOFError, OSError: the peer is gone. BrokenFrame: invalid bytes."""
     (size,) = _HEADER.unpack(_receive_exactly(connection, _HEADER.size))
     if size > MAX_FRAME_BYTES:
         raise BrokenFrame(f"a message of {size} bytes")
