@@ -19,10 +19,11 @@ from rlhf.config.schema.train import EarlyStopping, TrainConfig
 from rlhf.controller.record import Best, RunRecord
 from rlhf.errors import RunError, UserError
 from rlhf.process.disk_full import PAUSE, Shortage
+from rlhf.tracking.metrics.reductions import Sum
 from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.manifest import Manifest
 from rlhf.tracking.run_folder.timeline import Timeline
-from rlhf.tracking.sinks.tracker import Tracker
+from rlhf.tracking.sinks.tracker import Tracker, read_metrics
 
 
 def test_a_wait_is_recorded_when_its_file_can_be_written_again(tmp_path: Path) -> None:
@@ -51,6 +52,16 @@ def test_a_wait_is_recorded_when_its_file_can_be_written_again(tmp_path: Path) -
 def record_of(folder: RunFolder) -> RunRecord:
     nothing = cast(Any, None)
     return RunRecord(folder=folder, tracker=Tracker(folder.path), timeline=nothing, progress=nothing, step=2)
+
+
+def test_losses_after_the_last_row_are_added_to_the_row(tmp_path: Path) -> None:
+    nothing = cast(Any, None)
+    record = RunRecord(folder=nothing, tracker=Tracker(tmp_path), timeline=nothing, progress=nothing, step=2)
+    record.tracker.log(2, {"recovery/policy/total": 1.0})
+    record.amend({"recovery/policy/total": Sum(1.0), "recovery/reward/total": Sum(0.0)})
+    (row,) = read_metrics(tmp_path)
+    assert row["recovery/policy/total"] == 2.0
+    assert "recovery/reward/total" not in row
 
 
 @asynccontextmanager
