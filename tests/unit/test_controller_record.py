@@ -58,7 +58,7 @@ def test_losses_after_the_last_row_are_added_to_the_row(tmp_path: Path) -> None:
     nothing = cast(Any, None)
     record = RunRecord(folder=nothing, tracker=Tracker(tmp_path), timeline=nothing, progress=nothing, step=2)
     record.tracker.log(2, {"recovery/policy/total": 1.0})
-    record.amend({"recovery/policy/total": Sum(1.0), "recovery/reward/total": Sum(0.0)})
+    record.amend({"recovery/policy/total": Sum(total=1.0), "recovery/reward/total": Sum(total=0.0)})
     (row,) = read_metrics(tmp_path)
     assert row["recovery/policy/total"] == 2.0
     assert "recovery/reward/total" not in row
