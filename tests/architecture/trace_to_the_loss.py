@@ -95,7 +95,7 @@ class Handle:
 @asynccontextmanager
 async def online(stage: StageInputs, inputs: OnlineInputs, record: RunRecord) -> AsyncIterator[Any]:
     """Yield the controller of a run whose roles are in this process."""
-    with mock.patch.object(in_process, "PolicyWorker", PolicyRank):
+    with mock.patch.dict(in_process.WORKERS, {"advantages": PolicyRank}):
         roles, _ = in_process._roles(stage.config, inputs)
     rank: PolicyRank = roles.policy.worker  # type: ignore[attr-defined]
     manifest = FakeManifest(0)
