@@ -265,10 +265,11 @@ def submit_job(
     env: Sequence[str],
     driver: DriverResources,
     supervise: bool,
-) -> str:
-    """Check a configuration, pack the current folder, and start or continue `rlhf train` there. Return the job's id.
+) -> tuple[Jobs, str]:
+    """Check a configuration, pack the current folder, and start or continue `rlhf train` there.
 
-    UserError before any contact for every mistake visible on this machine.
+    UserError before any contact for every mistake visible on this machine. Returns the cluster's jobs, which mask the
+    values of `env` in all text, and the id of this job.
     """
     loaded = load(config, overrides)
     for text in overrides:
@@ -286,7 +287,8 @@ def submit_job(
         archive = folder / "project.zip"
         project.pack(archive, env=values)
         command, hidden = f"exec {shlex.join(words)}", tuple(values.values())
-        return Jobs(address).submit(loaded, archive, command, hidden=hidden, driver=driver)
+        jobs = Jobs(address)
+        return jobs, jobs.submit(loaded, archive, command, hidden=hidden, driver=driver)
 
 
 def _values(names: Sequence[str]) -> dict[str, str]:

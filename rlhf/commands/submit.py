@@ -44,7 +44,7 @@ def submit(
     from actors.jobs.submit import DriverResources, submit_job
 
     driver = DriverResources(cpus=cpus, memory_gib=memory_gib, custom=dict(resources or {}))
-    return submit_job(config, overrides, address=address, env=env, driver=driver, supervise=supervise)
+    return submit_job(config, overrides, address=address, env=env, driver=driver, supervise=supervise)[1]
 
 
 def follow_job(job: str, *, address: str | None = None, write: Callable[[str], object] | None = None) -> JobEnd:
@@ -77,13 +77,8 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 def _present(args: argparse.Namespace) -> int:
     job = args.follow or args.status or args.stop
-    if job is None and args.config is None:
-        raise UserError("give a CONFIG, or --follow, --status or --stop with a job")
     if job is None:
-        job = COMMAND.call(args, resources=dict(args.resources))
-        where = f" --address {args.address}" if args.address else ""
-        write_stdout(f"submitted {job}; rlhf submit --follow {job}{where} shows its log, --stop ends it\n")
-        return _exit_code(job, follow_job(job, address=args.address, write=write_stdout)) if args.wait else 0
+        return _run_new(args)
     reserved = (args.cpus, args.memory_gib, *args.resources)
     if any((args.config, *args.overrides, args.wait, *args.env, *reserved, not args.supervise)):
         raise UserError("--follow, --status and --stop take only a JOB and --address")
@@ -93,6 +88,20 @@ def _present(args: argparse.Namespace) -> int:
     code = "" if end.exit_code is None else f", exit code {end.exit_code}"
     write_stdout(f"{job}: {end.state}{code}\n")
     return 0
+
+
+def _run_new(args: argparse.Namespace) -> int:
+    from actors.jobs.submit import DriverResources, submit_job
+
+    if args.config is None:
+        raise UserError("give a CONFIG, or --follow, --status or --stop with a job")
+    driver = DriverResources(cpus=args.cpus, memory_gib=args.memory_gib, custom=dict(args.resources))
+    jobs, job = submit_job(
+        args.config, args.overrides, address=args.address, env=args.env, driver=driver, supervise=args.supervise
+    )
+    where = f" --address {args.address}" if args.address else ""
+    write_stdout(f"submitted {job}; rlhf submit --follow {job}{where} shows its log, --stop ends it\n")
+    return _exit_code(job, jobs.follow(job, write_stdout)) if args.wait else 0
 
 
 def _exit_code(job: str, end: JobEnd) -> int:

@@ -21,7 +21,7 @@ import actors.jobs.submit
 import rlhf
 from actors.jobs.entrypoint import ENVIRONMENT, take_environment
 from actors.jobs.package import Project, project_of
-from actors.jobs.submit import Jobs
+from actors.jobs.submit import JobEnd, Jobs
 from rlhf.cli import main
 from rlhf.config.files.load import load
 from rlhf.errors import UserError
@@ -344,8 +344,10 @@ def test_a_head_that_is_lost_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(("options", "end"), [([], " --supervise"), (["--no-supervise"], "")])
 def test_the_driver_of_a_job_is_supervised(monkeypatch: pytest.MonkeyPatch, options: list[str], end: str) -> None:
     jobs = Mock()
-    jobs.submit.return_value = "demo-1"
-    monkeypatch.setattr(actors.jobs.submit, "Jobs", lambda address: jobs)
-    assert main(["submit", "run.yaml", "train.steps=3", *options]) == 0
+    jobs.submit.return_value, jobs.follow.return_value = "demo-1", JobEnd(state="SUCCEEDED", exit_code=0, message="")
+    made = Mock(return_value=jobs)
+    monkeypatch.setattr(actors.jobs.submit, "Jobs", made)
+    assert main(["submit", "run.yaml", "train.steps=3", "--wait", *options]) == 0
+    made.assert_called_once()  # another one would not mask the values of --env in the log
     command = f"exec python -m actors.jobs.entrypoint train run.yaml train.steps=3 --resume auto{end}"
     assert jobs.submit.call_args.args[2] == command
