@@ -67,7 +67,7 @@ def _refuse_unusable_model(
     remote, is_scalar = model.trust_remote_code, has_value_head(config, section)
     with prefix_errors(f"{section}.model"):
         if ROLES[section].kind == "scoring":
-            refuse_without_head(model.model, trust_remote_code=remote)
+            _refuse_without_scores(model)
             _refuse_other_vocabulary(section, tokenizer_of(model.model), vocabulary_of, remote)
             return
         shape: Any = described_config(Path(model.model))
@@ -119,12 +119,18 @@ def _refuse_untrainable(
             raise UserError(f"{section}.{error}") from error
 
 
+def _refuse_without_scores(model: ModelConfig) -> None:
+    refuse_without_head(model.model, trust_remote_code=model.trust_remote_code)
+    refuse_broken_weights(Path(model.model))
+    refuse_missing_weights(model.model, scalar=True, trust_remote_code=model.trust_remote_code)
+
+
 def refuse_unusable_reward_model(model: ModelConfig, *, key: str) -> None:
     """Raise UserError if the reward model of an evaluation is missing, broken or of another kind."""
     if not Path(model.model).exists():
         use_cache_if_silent()
     with prefix_errors(key):
-        refuse_without_head(model.model, trust_remote_code=model.trust_remote_code)
+        _refuse_without_scores(model)
 
 
 def _reads_as_policy(model: ModelConfig, config: Config) -> bool:

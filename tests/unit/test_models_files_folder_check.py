@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlhf.config.schema.model import RewardModelConfig
 from rlhf.errors import UserError
 from rlhf.models.files.folder_check import refuse_broken_weights
 from rlhf.models.files.loading import load_causal_lm, load_critic, load_model_config, refuse_missing_weights
 from rlhf.models.on_disk import find_model
 from rlhf.models.reward_models import load_reward_model
+from rlhf.preflight.models import refuse_unusable_reward_model
 from tests.fixtures.models import change_json
 from tests.tiny_architectures import tiny_model as model_of
 
@@ -73,6 +75,7 @@ def test_a_reward_model_has_its_head(folder: Path, tmp_path: Path) -> None:
     without(tmp_path / "reward", "score")
     for load in (
         lambda path: refuse_missing_weights(path, scalar=True),
+        lambda path: refuse_unusable_reward_model(RewardModelConfig(model=path), key="reward.model"),
         lambda path: load_reward_model(path, dtype=torch.float32),
     ):
         with pytest.raises(UserError, match=r"lacks 1 of its weights, which would be random: score\.weight"):
