@@ -41,7 +41,8 @@ def _template(text: str) -> ChatTemplate:
     except ValueError:
         kwargs = None
     if not isinstance(kwargs, dict):
-        raise argparse.ArgumentTypeError(f"is {text!r}, expected a JSON object, such as '{{\"thinking\": false}}'")
+        wanted = "a JSON object, such as '{\"enable_thinking\": false}'"
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected {wanted}")
     return ChatTemplate(kwargs=kwargs)
 
 

@@ -13,7 +13,7 @@ _REASONS = {
     "an alias": _NO_ANCHOR,
     "found duplicate anchor": "the anchor exists already. Give each anchor a name that no other has.",
     "an anchor": "`&` starts an anchor, which needs a name. Put the text in quotes.",
-    "found unknown escape": "a backslash in double quotes starts an escape such as `\\n`. Use single quotes, or two.",
+    "found unknown escape": "a backslash in double quotes starts an escape (`\\n`). Use single quotes, or double it.",
     "sequence entries": "a list starts on the next line, with `- ` before each entry, or is written `[a, b]`.",
     "a block scalar": "a value that starts with `>` or `|` needs quotes.",
     "but found another document": "the file holds a second document. Remove the line `---`.",
@@ -41,7 +41,8 @@ def explain_yaml_error(error: yaml.MarkedYAMLError, text: str) -> tuple[int | No
         if problem.endswith(("'}'", "']'")):
             return line, f"the `{problem[-2]}` closes a bracket that was never opened."
         if problem.endswith("'<scalar>'"):
-            return line, "there is text after the end of the value. Put it in quotes, or correct its indentation."
+            what = "there is text after the end of the value"
+            return line, f"{what}. Put all of it in quotes, or correct its indentation."
         return line, f"the line is indented unlike its section{where}. All keys of a section start in the same column."
     if problem.startswith(("expected ',' or '}'", "expected ',' or ']'")):
         return line, f"the `{opening}`{where} is not closed, or a comma is missing before this place."

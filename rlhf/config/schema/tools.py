@@ -15,7 +15,8 @@ VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")  # in the values of `en
 
 def _without_secret(url: str) -> str:
     if "@" in urlsplit(url).netloc:
-        raise ValueError("`url` holds a secret, and the config is written to the run folder: leave out the user")
+        why = "`url` holds a secret, and the config is written to the run folder"
+        raise ValueError(f"{why}: leave out the user (servers of tools take `headers`)")
     return url
 
 
