@@ -239,7 +239,7 @@ class Prompt:
 
     @property
     def non_token_bytes(self) -> bytes:
-        """Return the bytes of temperature and limit. A user may correct the reward columns before a resume."""
+        """Return temperature and limit as bytes, without reward columns: a user may correct them before a resume."""
         temperature = "" if self.temperature is None else str(self.temperature)
         return (temperature if self.max_new_tokens is None else f"{temperature}/{self.max_new_tokens}").encode()
 
