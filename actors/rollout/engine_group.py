@@ -19,8 +19,8 @@ from actors.roles.gang import PolicyGang
 from actors.roles.group import END_WITHIN_S, STOP_LIMIT, SpawnOne
 from actors.rollout.dispatch import Dispatch, GroupWork, shares
 from actors.rollout.elastic_engines import ElasticEngines
-from actors.weights import SENDERS, Transport
 from rlhf.config.derive import WeightSync
+from rlhf.config.transports import TRANSPORTS, Transport
 from rlhf.errors import WorkerLost
 from rlhf.role_table import Role
 from rlhf.roles import CompletedGroup, EnginePart
@@ -71,15 +71,15 @@ class RolloutEngines(ElasticEngines):
 
     async def _connect(self, policy: PolicyGang, sync: WeightSync, *, adapter: Path | None) -> None:
         method = sync.method
-        self.gives_published = adapter is not None or SENDERS[method].stays
-        self.is_replaceable = self.gives_published or SENDERS[method].meets
+        self.gives_published = adapter is not None or TRANSPORTS[method].stays
+        self.is_replaceable = self.gives_published or TRANSPORTS[method].meets
         self.opens_weights = adapter is None
         if adapter is not None:
             logger.info("the adapter goes through %s", adapter)
             await policy.open_weights(method, None, adapter, num_engines=len(self.handles))
             return
         logger.info("weights go by %s: %s", method, sync.why)
-        if SENDERS[method].meets:
+        if TRANSPORTS[method].meets:
             self._meet, self._met = partial(self._meet_policy, policy, method), None
             await self.withdraw_weights()  # and meet: no engine leaves before weights are published
             return

@@ -23,6 +23,7 @@ from rlhf.agents.sessions import AgentSpec
 from rlhf.config.placement_plan import plan_placement
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.root import Config
+from rlhf.config.transports import TRANSPORTS
 from rlhf.errors import RunError
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 
@@ -50,7 +51,7 @@ class EnginePool:
         of_run: dict[str, Any] = {"max_model_len": max_model_len, "spool": spool, "environment": environment}
         engines = start_engines(config, placement, engine=engine_for(environment), **of_run)
         whole = config.policy.lora is None and environment is None and config.cluster.device == "cpu"
-        may_stay = self.keeps and whole and engines.sync is not None and engines.sync.method == "shm"
+        may_stay = self.keeps and whole and engines.sync is not None and TRANSPORTS[engines.sync.method].stays
         may_stay = may_stay and not engines.is_elastic
         return EngineLease(key=key, placement=placement, engines=engines, may_stay=may_stay)
 

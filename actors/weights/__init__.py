@@ -3,7 +3,8 @@
 The policy's end is a WeightSender. The engines' end is a vLLM weight-transfer backend with the same name, registered in
 every vLLM worker by `actors.weights.vllm_extension`. Importing this package imports neither vLLM nor Ray.
 
-A new transport needs a sender, a ReloadEngine, a line in each of the two tables, and a name in `Transport`.
+A new transport needs a sender, a ReloadEngine, a line in each of the two tables, and its traits in
+`rlhf.config.transports`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from actors.weights.ipc import IpcSender
 from actors.weights.manifest import WeightManifest
 from actors.weights.shm import ShmSender
 from actors.weights.staging import Meeting, WeightSender
-from rlhf.config.schema.cluster import Transport
+from rlhf.config.transports import Transport
 
 __all__ = ["RECEIVERS", "SENDERS", "Meeting", "Transport", "WeightManifest", "WeightSender"]
 

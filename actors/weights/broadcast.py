@@ -90,7 +90,6 @@ class BroadcastSender(WeightSender):
     """The policy's end, between CPU hosts. The sender meets the receivers on creation. Only rank 0 is in the group."""
 
     transport: ClassVar[Method] = "gloo"
-    meets = True
     memory: Scratch | None
 
     def __init__(self, **options: Any) -> None:

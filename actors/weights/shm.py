@@ -27,7 +27,6 @@ class ShmSender(WeightSender):
     """The policy's end. Rank 0 owns the memory."""
 
     transport = "shm"
-    stays = True
     memory: SharedMemory | None
 
     def __init__(self, **options: Any) -> None:

@@ -56,8 +56,6 @@ class WeightSender:
     """
 
     transport: ClassVar[str]
-    meets: ClassVar[bool] = False  # whether it needs a meeting with the receivers
-    stays: ClassVar[bool] = False  # whether an engine can load the published weights at any time before the next ones
     memory: FlatMemory | None = None  # None: this rank stages no weights
 
     def __init__(self, *, rank: int, meeting: Meeting | None = None, beside_engine: bool = True) -> None:

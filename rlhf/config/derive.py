@@ -13,13 +13,14 @@ from typing import Any, Literal
 
 from rlhf.algorithms.algorithm import Kind
 from rlhf.algorithms.online_config import OnlineConfig
-from rlhf.config.schema.cluster import ClusterConfig, Transport
+from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.data import DataSource, WeightedSource
 from rlhf.config.schema.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfig, ReferenceConfig
 from rlhf.config.schema.rewards import drops
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.train import TrainConfig
+from rlhf.config.transports import Transport
 from rlhf.data.templates import ChatTemplate
 from rlhf.role_table import GUESTS_OF_ENGINES, MODEL_SECTIONS, ROLE_ORDER, Role
 

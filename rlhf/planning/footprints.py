@@ -10,6 +10,7 @@ from rlhf.config import derive
 from rlhf.config.schema.cluster import TrainedResources
 from rlhf.config.schema.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfig
 from rlhf.config.schema.root import Config
+from rlhf.config.transports import TRANSPORTS
 from rlhf.objectives.costs import multiplies_bfloat16_fast
 from rlhf.planning import memory
 from rlhf.planning.shapes import Shape, find_shape
@@ -130,10 +131,10 @@ def _published(config: Config, shape: Shape, how: memory.Training) -> memory.Ter
         how_sent = "the adapter, copied to be written to the run folder"
         return memory.Term("weight sync", how.trained * how.itemsize, how_sent, "host", first_only=True)
     size = shape.parameters * how.itemsize
-    method = derive.weight_sync(config.cluster, one_host=not config.cluster.address).method
-    if method == "shm":
+    traits = TRANSPORTS[derive.weight_sync(config.cluster, one_host=not config.cluster.address).method]
+    if traits.stays:
         return memory.Term("weight sync", size, "all weights in shared memory", "shared")
-    if method == "ipc":
+    if not traits.meets:
         return memory.Term("weight sync", size, "all weights side by side on the GPU", phase="sync")
     bucket, how_sent = max(BUCKET_BYTES, shape.embedding * how.itemsize), "the largest weight, or a bucket of 64 MiB"
     return memory.Term("weight sync", bucket, how_sent, phase="sync", first_only=True)

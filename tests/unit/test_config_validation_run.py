@@ -169,7 +169,7 @@ ONLINE_REFUSED = [
     (["policy.lora={target_modules: [q_proj, o_proj], modules_to_save: [o_proj]}"], "has o_proj, which policy.lora"),
     (["policy.lora.quantize=nf4", "cluster.roles.policy.zero_stage=3"], "is 3, but DeepSpeed does not shard 4-bit"),
     (["cluster.weight_sync=nccl"], "cluster.weight_sync: is nccl, which needs cluster.device cuda"),
-    ([CUDA, "cluster.weight_sync=shm"], "cluster.weight_sync: is shm, which is for cluster.device cpu"),
+    ([CUDA, "cluster.weight_sync=shm"], "cluster.weight_sync: is shm, which needs cluster.device cpu"),
     ([CUDA, "cluster.weight_sync=ipc"], "is ipc, which needs engines on the policy's GPUs"),
     ([CUDA, "cluster.weight_sync=nccl", BESIDE], "is nccl, which cannot join processes on one GPU"),
     ([CUDA, BESIDE, "cluster.roles.policy.zero_stage=0"], "policy.zero_stage: is 0, but an engine takes turns"),

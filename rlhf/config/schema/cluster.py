@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
+from rlhf.config.transports import Transport
 from rlhf.sections import OnlyIn, OnlyWith, Section
 
 OF_THE_HOST = OnlyWith("colocate_with", None, because="it uses what {value} reserves", gives_value=True)
 OF_A_LOCAL_RAY = OnlyWith(
     "address", None, because="its size is that of `ray start --object-store-memory`", gives_value=True
 )
-Transport = Literal["shm", "gloo", "nccl", "ipc"]
 Threads = Annotated[int, Field(ge=1, le=1024)] | Literal["auto"]
 
 

@@ -9,6 +9,7 @@ from rlhf.config.derive import Derived
 from rlhf.config.problem import Problem, problem
 from rlhf.config.schema.cluster import ClusterConfig, EngineRange, TrainedResources
 from rlhf.config.schema.root import Config
+from rlhf.config.transports import TRANSPORTS
 from rlhf.config.validation.engine_args import engine_argument_problems
 from rlhf.role_table import MODEL_SECTIONS, ROLES, Role
 
@@ -58,16 +59,18 @@ def rank_problems(config: Config, facts: Derived) -> Iterator[Problem]:
 
 def transport_problems(cluster: ClusterConfig) -> Iterator[Problem]:
     """Yield a weight transport incompatible with the device or the placement."""
-    method, shared = cluster.weight_sync, cluster.roles.rollout.colocate_with == "policy"
+    if cluster.weight_sync == "auto":
+        return
+    traits, shared = TRANSPORTS[cluster.weight_sync], cluster.roles.rollout.colocate_with == "policy"
     wrong = partial(problem, "cluster.weight_sync")
-    if method in ("shm", "gloo") and cluster.device == "cuda":
-        yield wrong(f"is {method}, which is for cluster.device cpu; use auto, nccl or ipc")
-    elif method in ("nccl", "ipc") and cluster.device == "cpu":
-        yield wrong(f"is {method}, which needs cluster.device cuda; use auto, shm or gloo")
-    elif method == "ipc" and not shared:
-        yield wrong(f"is ipc, which needs engines on the policy's GPUs: set {_ENGINES}.colocate_with to policy")
-    elif method == "nccl" and shared:
-        yield wrong(f"is nccl, which cannot join processes on one GPU: {_ENGINES}.colocate_with is policy; use ipc")
+    if traits.device != cluster.device:
+        yield wrong(f"is {cluster.weight_sync}, which needs cluster.device {traits.device}; use auto")
+    elif traits.shares_gpus and not shared:
+        text = f"is {cluster.weight_sync}, which needs engines on the policy's GPUs"
+        yield wrong(f"{text}: set {_ENGINES}.colocate_with to policy")
+    elif traits.device == "cuda" and traits.meets and shared:
+        text = f"is {cluster.weight_sync}, which cannot join processes on one GPU"
+        yield wrong(f"{text}: {_ENGINES}.colocate_with is policy; use auto")
 
 
 def _range_of_engines(cluster: ClusterConfig, engines: EngineRange, needed: Collection[Role]) -> Iterator[Problem]:
@@ -84,8 +87,9 @@ def _range_of_engines(cluster: ClusterConfig, engines: EngineRange, needed: Coll
     for guest in MODEL_SECTIONS:
         if guest in needed and getattr(cluster.roles, guest).colocate_with == "rollout":
             yield problem(f"cluster.roles.{guest}.colocate_with", f"is rollout, but {rule}; set it to policy or null")
-    if cluster.weight_sync == "shm" and cluster.address is not None:
-        text = "is shm, which stays on one host, but engines may join on others (cluster.address); use auto or gloo"
+    method = cluster.weight_sync
+    if method != "auto" and TRANSPORTS[method].one_host and cluster.address is not None:
+        text = f"is {method}, which stays on one host, but engines may join on others (cluster.address); use auto"
         yield problem("cluster.weight_sync", text)
 
 
