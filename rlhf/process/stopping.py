@@ -227,8 +227,8 @@ def _listening(request: StopRequest) -> Iterator[Callable[[], None]]:
 def _interrupt(thread: threading.Thread, request: StopRequest) -> None:
     """Cancel the thread's event loop, or raise KeyboardInterrupt in its Python code."""
     try:
-        if request._cancel is not None:
-            request._cancel()
+        if (cancel := request._cancel) is not None:  # the thread may clear it at any moment
+            cancel()
         else:
             identity = ctypes.c_ulong(thread.ident or 0)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(identity, ctypes.py_object(KeyboardInterrupt))
