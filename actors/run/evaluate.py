@@ -71,7 +71,7 @@ def refuse_unusable_results_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def evaluate_inputs(inputs: EvalInputs, folder: Path) -> Evaluation:
-    """Evaluate and write eval.json and samples.jsonl into the folder, and errors.jsonl if a reward or game failed.
+    """Write eval.json and samples.jsonl into the folder, and errors.jsonl if a reward or an environment failed.
 
     RunError: a reward with `on_error: fail` failed, or a set has no score at all.
     """
