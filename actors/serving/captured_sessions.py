@@ -231,7 +231,7 @@ class CapturedSession:
         Otherwise, as for a client that drops reasoning, return a call that continues the previous known turn, or the
         newest call. The shortest response with the reasoning has nothing else.
         """
-        whole = np.array([] if known is None else self.tokens(known), dtype=np.int32)
+        whole = np.array([] if known is None or len(indices) == 1 else self.tokens(known), dtype=np.int32)
 
         def fit(index: int) -> tuple[bool, int, bool, int]:
             repeats = bool(reasoning) and reasoning in self._draws[index].text
