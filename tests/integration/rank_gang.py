@@ -105,7 +105,7 @@ class Gang:
         for process in self.processes:
             process.start()
 
-    def run(self, function: Callable[..., Any], **options: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], /, **options: Any) -> list[Any]:
         """Return the result of function(rank, world_size, **options) in each rank."""
         self.has_failed = True  # until all have answered
         for connection in self.connections:
