@@ -160,7 +160,7 @@ def load_trainable_adapter(model: Any, folder: Path, *, dropout: float = 0.0) ->
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     _refuse_other_shapes(folder, model.config._name_or_path, shapes, places, scalar=is_scalar)
     with torch.no_grad():
-        for name in places.keys() & tensors.keys():
+        for name in filter(tensors.__contains__, places):  # in order: tied weights have several names
             places[name].copy_(tensors[name])
     keep_initial(model, config)
     return model
