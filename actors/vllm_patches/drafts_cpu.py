@@ -31,7 +31,7 @@ def correct_drafts_on_cpu() -> None:
 def repeated_for_drafts(
     values: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: float = 0, replace_to: float = 0
 ) -> Tensor:
-    """Return each request's value once for each draft, cumulated in cu_num_tokens, with replace_to for replace_from."""
+    """Return each request's value once for each draft. cu_num_tokens: cumulative number of drafts by request."""
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
     replaced = torch.where(values == replace_from, torch.full_like(values, replace_to), values)
     return replaced.repeat_interleave(counts, output_size=num_tokens)

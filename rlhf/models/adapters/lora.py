@@ -79,7 +79,7 @@ def add_lora(
 
 
 def inject(model: Any, config: peft.LoraConfig) -> Any:
-    """Return the model with a new adapter of the config's shape. model.peft_config is then the adapter folder's.
+    """Return the model with a new adapter of the config's shape. model.peft_config then has the config to save.
 
     Raise UserError if the head is adapted: log-probabilities read the head's weight directly, without an adapter.
     """
