@@ -168,7 +168,7 @@ def chunked_logprobs_and_collisions(
     targets: Int[Tensor, " N"],
     **options: Unpack[HeadOptions],
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """Return (logprobs, `collision_logprob_from_logits`) of each row. The second has no gradient."""
+    """Return (logprobs, log of the probability that two draws are equal) of each row. The second has no gradient."""
     head = Head(**options)
     extras: frozenset[_Extra] = frozenset({"collision"})
     logprobs, _, collision = _ChunkedLogprobs.apply(hidden, weight, head.bias, targets, head, extras)
