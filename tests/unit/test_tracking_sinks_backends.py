@@ -236,9 +236,10 @@ def test_online_without_credentials_is_the_users_error(tmp_path: Path, monkeypat
 def test_a_start_that_fails_is_an_error_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
     import wandb
 
-    go_on, returned = threading.Event(), threading.Event()
+    go_on, returned, ids = threading.Event(), threading.Event(), list[str]()
 
-    def init(**_: Any) -> None:
+    def init(*, id: str, **_: Any) -> None:
+        ids.append(id)
         if failure == "raises":
             raise wandb.errors.CommError("no route")
         go_on.wait(60)
@@ -249,6 +250,7 @@ def test_a_start_that_fails_is_an_error_in_time(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(RunError, match=r"W&B did not start \(offline\): (no route|waited).*tracking\.wandb=offline"):
         open_wandb(tmp_path, mode="offline", project="p", name="n", config={}, timeout_s=0.5)
     assert not returned.is_set()
+    assert ids == [(tmp_path / "wandb_run_id").read_text().strip()], "the next start continues this W&B run"
     go_on.set()
 
 
