@@ -90,7 +90,7 @@ def test_a_runner_that_is_used_again_has_the_request_of_its_present_work() -> No
             assert run_stoppable(lambda request: run_async(request_of_work(), runner) is request)
 
 
-@pytest.mark.parametrize("number", stopping.SIGNALS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 @pytest.mark.parametrize("in_notebook", [False, True])
 def test_a_loop_hears_a_signal_and_ends_by_itself(number: signal.Signals, in_notebook: bool) -> None:
     work = loop_that_is_sent(number, result=Preempted("a checkpoint of step 3 is written"))
