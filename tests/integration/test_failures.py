@@ -112,8 +112,8 @@ def test_dropped_groups_are_replaced_counted_and_bounded(
 
     words = ["rewards, step 2: reward `mine`", "did not answer in time", "no answer within 1 s, at ", "to prompt "]
     assert all(word in said for word in [*words, "mine.py:", "7 of the last 11 groups were dropped"]), said
-    scores = [line for path in run.glob(".own-*/spool/scores.jsonl") for line in path.read_text().splitlines()]
-    assert not [line for line in scores if "timeout" in line], "a resumed run asks the mended reward"
+    (scores,) = run.glob(".own-*/spool/scores.jsonl")
+    assert "timeout" not in scores.read_text(), "a resumed run asks the mended reward"
 
 
 @pytest.mark.slow
