@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from rlhf.errors import RunError
 
-# Why a prompt that looks like a continuation of the session's tokens is none. A turn is rewritten if the chat template
-# does not write it as it was sampled. It is open if the prompt ends with it.
+# Why a prompt seems to continue the session's tokens, but does not. "rewritten turn": the chat template does not write
+# the turn as sampled. "open turn": the prompt ends with the turn.
 BrokenPrefix = Literal["edited history", "other system prompt", "other tools", "rewritten turn", "open turn"]
 # The field of a request that asked for a grammar: a choice of tools that forces a call, or the form of the answer.
 Restriction = Literal["tool_choice", "response_format", "structured_outputs"]
@@ -23,14 +23,14 @@ class Call:
     """A call of the model. The columns have an entry for each token of the response."""
 
     prompt_ids: npt.NDArray[np.int32]  # the exact tokens that the model read
-    response_ids: npt.NDArray[np.int32]  # the exact tokens that it sampled
+    response_ids: npt.NDArray[np.int32]  # the exact tokens that the model sampled
     logprobs: npt.NDArray[np.float32]  # by the sampler while sampling
     versions: npt.NDArray[np.int32]  # weight version that sampled the token
     free: npt.NDArray[np.bool_]  # False where a grammar restricted the choice: the token is not trained
-    restriction: Restriction | None  # what asked for the grammar; None: all tokens are free
+    restriction: Restriction | None  # the field that asked for the grammar; None: all tokens are free
     finish_reason: str
     ended_s: float  # since the session began
-    broke: BrokenPrefix | None  # None: the prompt is a continuation, or never looked like one
+    broke: BrokenPrefix | None  # None: the prompt is a continuation, or never seemed to be
 
     def __post_init__(self) -> None:
         sizes = [len(column) for column in (self.response_ids, self.logprobs, self.versions, self.free)]

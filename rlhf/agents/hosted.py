@@ -93,7 +93,7 @@ class AgentClient:
 def access_variables(address: str, api_key: str) -> dict[str, str]:
     """Return the environment variables for clients of both protocols, to reach the engine without a proxy."""
     direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    if direct != "*":  # which must stand alone
+    if direct != "*":  # a * must stand alone
         direct = ",".join(filter(None, (direct, urlsplit(address).hostname)))
     return {
         "NO_PROXY": direct,

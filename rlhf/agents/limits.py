@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 MAX_CONCURRENT_CALLS = 16
 MAX_REQUEST_BYTES = 16 * 2**20
-_BYTES_OF_TOKEN = 128  # a long one in a request, escaped
-_PARTS_OF_REQUEST = 5_000  # besides those that are text
-_REQUESTS_OF_CALL = 10  # refused ones, and those that sample nothing
+_BYTES_OF_TOKEN = 128  # of a long token in a request, with escapes
+_PARTS_OF_REQUEST = 5_000  # besides the parts of the text
+_REQUESTS_OF_CALL = 10  # with refused requests, and requests that sample nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ class SessionLimits:
 
     @property
     def max_requests(self) -> int:
-        """Return the limit of the requests of the whole session, and of a list in a request, such as of messages."""
+        """Return the most requests in a session, and the most items of a list in a request, such as messages."""
         return 1000 + _REQUESTS_OF_CALL * self.max_calls
 
 

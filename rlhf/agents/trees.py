@@ -40,7 +40,7 @@ def training_sequences(calls: Sequence[Call]) -> list[TrainingSequence]:
     order = sorted(whole, key=lambda i: _sort_key(calls[i], whole[i]))
     parents = _parents([calls[i] for i in order], [whole[i] for i in order])
     sizes = [1] * len(order)  # calls at and below each call
-    next_calls: dict[int, int] = {}  # by call, the next one of its sequence: the one with the most calls below it
+    next_calls: dict[int, int] = {}  # by call, the continuation with the most calls below
     for place in reversed(range(len(order))):
         parent = parents[place]
         if parent is not None:

@@ -20,7 +20,7 @@ from rlhf.agents.usage import disk_of, memory_of, tree_of
 from rlhf.process.system_calls import pidfd_open, pidfd_send_signal
 
 LOOK_EVERY_S = 0.25
-LOOKING_SHARE = 0.05  # largest part of a core's time for each of the two kinds of looks
+LOOKING_SHARE = 0.05  # largest part of a core's time for each of the two kinds of measurements
 GIB = 2**30
 
 
@@ -65,7 +65,7 @@ class ProcessWatch:
         """Watch a session for the length of the block."""
         for task in self._looking:
             if task.done():
-                task.result()  # raises why nobody looks
+                task.result()  # raises the error that ended the measurements
         session = WatchedProcess(leader, folder, pidfd_open(leader))
         self._sessions.add(session)
         try:
