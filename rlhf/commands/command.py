@@ -39,7 +39,7 @@ Args:
 class Command:
     """One command: a function of the Python API, a presenter of its result, and the differences of the two."""
 
-    function: Callable[..., Any]  # its parameters become arguments
+    function: Callable[..., Any]  # the parameters become arguments
     present: Callable[[argparse.Namespace], int | None] | None = None  # calls it, shows the result; the exit code
     add: Callable[[argparse.ArgumentParser], object] = lambda _: None  # adds arguments that are no parameters
     exclusive: Sequence[str] = ()  # parameters of which at most one may be given

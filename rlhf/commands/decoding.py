@@ -64,7 +64,7 @@ def options_given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def refuse_options(given: Mapping[str, Any], configuration: str) -> None:
-    """Raise UserError for the first option of a Decoding, because a configuration sets the decoding."""
+    """Raise UserError if an option of a Decoding is given, because a configuration sets the decoding."""
     for name in given:
         option = _FLAGS.get(name, f"--{name.replace('_', '-')}")
         fix = "Set eval.temperature, eval.samples_per_prompt, rollouts.max_new_tokens and the like as key=value."

@@ -43,9 +43,9 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverEnd:
-    code: int  # negative: the signal that killed it
-    is_told: bool  # this process got a signal, and the run is to end
-    hung: bool  # this process killed it, because it was stopped
+    code: int  # negative: the signal that killed the driver
+    is_told: bool  # this process got a signal to end the run
+    hung: bool  # this process killed the driver, which had been stopped for too long
     report: DriverReport
 
 
@@ -77,8 +77,8 @@ class DriverRestarts:
     """Decides whether a dead driver is started again, and holds the deaths for the successor to record."""
 
     def __init__(self) -> None:
-        self.deaths: list[DriverDeath] = []  # since the checkpoint; a resumed run removes the records after it
-        self._report = DriverReport()  # the last one of a run that had begun
+        self.deaths: list[DriverDeath] = []  # since the checkpoint; a resumed run removes all later records
+        self._report = DriverReport()  # the last report of a run that had begun
         self._times: deque[float] = deque()
         self._checkpoint: tuple[str | None, int | None] = None, None
         self._last: tuple[object, ...] = ()

@@ -38,7 +38,7 @@ def needs_reference_logprobs(config: Config) -> bool:
 
 
 def trained_per_prompt(config: Config, rollouts: RolloutsConfig) -> tuple[int, str]:
-    """Return the largest number of a prompt's responses trained on by their advantages, and the key of the number."""
+    """Return the most responses per prompt that are trained on, and the configuration key with this number."""
     limit, keep = config.algorithm.most_kept, rollouts.keep_per_prompt
     if limit is not None:
         return limit, "algorithm.keep"
@@ -108,7 +108,7 @@ def shares_engines_gpus(config: Config) -> frozenset[Role]:
 
 
 def restarts_gangs(config: Config) -> bool:
-    """Return whether lost ranks of trained roles are started again. Ranks on the engines' GPUs take no snapshots."""
+    """Return whether lost ranks are started again: never on the engines' GPUs, where ranks take no snapshots."""
     return config.cluster.restarts.gang > 0 and not shares_engines_gpus(config)
 
 
@@ -139,7 +139,7 @@ def critic_model(config: Config) -> CriticConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleUse:
-    """Describe a role: the runs with the role, and the model of its workers. None: only reward functions."""
+    """Say which runs have a role, and which model its workers hold. Model None: only reward functions."""
 
     is_needed: Callable[[Config], bool]
     model: Callable[[Config], ModelConfig | None]
@@ -196,12 +196,12 @@ def train_sets(config: Config) -> Mapping[str, WeightedSource]:
 
 
 def chat_template(config: Config) -> ChatTemplate:
-    """Return the run's changes to the tokenizer's chat template. The driver has replaced the file name by the text."""
+    """Return the run's changes to the chat template. The driver has put the file's text in place of the file name."""
     return ChatTemplate(text=config.data.chat_template, kwargs=config.data.chat_template_kwargs)
 
 
 def max_sequence_tokens(config: Config) -> int:
-    """Return the tokens of the longest offline sequence. A micro-batch holds at least a row with all sequences."""
+    """Return the limit of an offline sequence's tokens. All sequences of a row must fit into one micro-batch."""
     limit, budget = config.data.max_sequence_tokens, config.train.max_tokens_per_microbatch
     return budget // sequences_per_row(config) if limit is None else limit
 

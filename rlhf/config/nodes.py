@@ -21,7 +21,7 @@ class Accelerator:
     tflops: float
     memory_gib: float
     bandwidth_gb_s: float  # of its memory
-    pcie_gb_s: float  # one way: of x16 32 in generation 4, 64 in generation 5
+    pcie_gb_s: float  # one way: x16 lanes have 32 in generation 4, and 64 in generation 5
     nvlink_gb_s: float  # one way, to all other GPUs of the host together; 0: there is none
 
 

@@ -16,8 +16,8 @@ class TransportTraits:
     device: Literal["cpu", "cuda"]
     shares_gpus: bool = False  # between the policy and the engines
     one_host: bool = False
-    meets: bool = False  # for broadcasts, after which no published weights remain for a successor
-    stays: bool = False  # whether an engine can load the published weights at any time before the next ones
+    meets: bool = False  # both ends broadcast together; no published weights remain for a successor
+    stays: bool = False  # whether an engine can load the weights at any time before the next publication
 
 
 TRANSPORTS: Mapping[Transport, TransportTraits] = {

@@ -40,8 +40,8 @@ def read_tree(path: Path, *, needs: str = SECTIONS) -> Tree:
 
 
 def extend(tree: Tree, folder: Path, *, files: tuple[Path, ...] = ()) -> Tree:
-    """Return the tree of a file in `folder` with each `base` replaced by the contents of the named file. files: this
-    file, after the files that led to it. Each file is the base of the file before."""
+    """Return the tree of a file in `folder` with each `base` replaced by the contents of the named file. files: the
+    chain of files that ends with this file. Each file is the base of the file before."""
     stages = tree.values.get("stages")
     for name, stage in dict(stages).items() if isinstance(stages, dict) else ():
         if isinstance(stage, dict) and "base" in stage:

@@ -61,8 +61,8 @@ def alternatives(root: type[Section], section: Key) -> list[type[Section]]:
 
 
 def all_keys(root: type[Section], at: Key = (), *, values: Any = None) -> Iterator[Key]:
-    """Yield every key below `root`, whose own key is `at`, with `*` for the names below a mapping. `values` is the tree
-    of a configuration. The `name` of a section leaves out the keys of all further forms."""
+    """Yield every key below the section `root` at the key `at`, with `*` for a user's name. If the configuration
+    `values` selects a section's form by `name`, the keys of all other forms are left out."""
     for name, field in root.model_fields.items():
         yield (*at, name)
         value = values.get(name) if isinstance(values, Mapping) else None

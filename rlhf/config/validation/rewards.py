@@ -113,8 +113,8 @@ def _secrets_of_servers(tools: ToolsConfig | None, key: Key) -> Iterator[Problem
 
 
 def secret_problems(value: Any, key: Key, *, is_secret: bool = False) -> Iterator[Problem]:
-    """Yield nested values with the look of secrets, because the run folder and W&B show the configuration. is_secret:
-    whether a name around the key stands for a secret, such as `credentials`."""
+    """Yield nested values that look like secrets, because the run folder and W&B show the configuration. is_secret:
+    whether a section around the key has a secret's name, such as `credentials`."""
     is_secret = is_secret or is_secret_name(key[-1])
     if isinstance(value, Mapping):
         for name, inner in value.items():
@@ -128,7 +128,7 @@ def secret_problems(value: Any, key: Key, *, is_secret: bool = False) -> Iterato
 
 
 def limit_problems(rewards: Mapping[str, RewardConfig], policy: RewardPolicy, *, at: Key = ()) -> Iterator[Problem]:
-    """Yield built-ins with a process killed before the built-in can reject a slow response."""
+    """Yield built-in rewards whose process is killed before the reward itself can reject a slow response."""
     for name, reward in rewards.items():
         limit_s = own_limit_s(reward.function or "", reward.args)
         if limit_s is not None and limit_s >= policy.timeout_s:

@@ -41,7 +41,7 @@ class Inert:
     key: Key
     why: str  # the rule and the values behind it
     fix: str  # the change to make if the key was meant
-    is_given: bool = False  # something else gives the value, so that the default may differ from it
+    is_given: bool = False  # the value comes from elsewhere, and may differ from the key's default
 
 
 def unused_keys(stage: Config | EvaluationStage) -> Iterator[Problem]:
