@@ -98,7 +98,7 @@ class BatchQueue:
     async def until_weights_may_change(self) -> None:
         """Wait until all requested batches are whole."""
         assert self._collecting is not None
-        await asyncio.shield(self._collecting)  # who gives up this wait may wait again
+        await asyncio.shield(self._collecting)  # a caller that gives up this wait may wait again
 
     async def synced(self, version: int) -> None:
         self._requested.pop(version, None)

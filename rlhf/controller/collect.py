@@ -173,7 +173,7 @@ class Collector:
         return groups
 
     def _countdown(self, needed: int) -> Callable[[ScoredGroup], bool]:
-        """Return a function that returns True for the last needed group to be kept."""
+        """Return a function to call with each group: True for the last group needed, counting only kept groups."""
         left = itertools.count(needed - 1, -1)
         return lambda scored: self._is_kept(scored) and next(left) == 0
 
@@ -205,7 +205,7 @@ class Collector:
         return prompts
 
     def request(self, chosen: EpochPrompt, *, group_id: int, place: int) -> GroupRequest:
-        """Return the request of a prompt. `place` differs for all groups of a batch."""
+        """Return the request of a prompt. Each group of a batch has a different `place`."""
         epoch, prompt = chosen
         samples, seed = self.rollouts.samples_per_prompt, self.config.run.seed
         ids = {"group_id": group_id, "first_sequence_id": place * samples}

@@ -38,7 +38,7 @@ T = TypeVar("T")
 class _Outstanding:
     group_id: int
     chosen: EpochPrompt
-    place: int  # no other outstanding group has it, so sequence ids differ within a batch
+    place: int  # unique among outstanding groups, so sequence ids differ within a batch
     version: int = 0  # of the weights at the newest request
     request: GroupRequest | None = None  # None: not requested yet
     task: asyncio.Task[None] | None = None

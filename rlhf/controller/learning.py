@@ -140,8 +140,8 @@ class ReferencedLearning(Learning):
 
     @property
     def computes_by_group(self) -> bool:
-        """Return whether the reference, on separate hardware, computes each finished group at once. A reference renewed
-        while later batches are sampled would compute those with the wrong step's weights."""
+        """Return whether the reference, on separate hardware, computes each finished group at once. Not if the
+        reference is renewed while later batches are sampled: the weights would be another step's."""
         alone = self.roles.reference is not None and self.config.cluster.roles.reference.colocate_with is None
         return alone and (self.reference_every is None or self.rollouts.max_staleness == 0)
 

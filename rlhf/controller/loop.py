@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def sparing_loaded_objects() -> Generator[None]:
-    """Exempt the objects loaded so far from garbage collections in the block, which would take 0.3 s each."""
+    """Let no garbage collection in the block scan the objects loaded so far: a scan would take 0.3 s."""
     gc.collect()
     gc.freeze()
     try:
@@ -79,7 +79,7 @@ class TrainingLoop(ABC):
         self.supervisor = supervisor
         self.notice = Notice()
         self.step = self.checkpoint_step = self.trained_step = 0
-        self.finished_state: Mapping[str, Any] = {}  # what a checkpoint of the last finished step has of this loop
+        self.finished_state: Mapping[str, Any] = {}  # this loop's state in a checkpoint of the last finished step
         self.survives = restarts_gangs(config)  # whether lost ranks are started again
         first_set = next(iter(eval_sets), "heldout")
         self.best = Best.of(config.train, f"eval/{first_set}/{eval_metric}", default_lower=lower_is_better)
@@ -325,7 +325,7 @@ class TrainingLoop(ABC):
 
 
 async def _all_ended(calls: Sequence[Awaitable[None]]) -> None:
-    """Wait until all calls have ended, then raise the first failure, so that no restart meets the next one."""
+    """Wait until all calls have ended, then raise the first failure: no later failure may disturb a restart."""
     for end in await asyncio.gather(*calls, return_exceptions=True):
         if end is not None:
             raise end

@@ -165,12 +165,12 @@ class OnlineController(TrainingLoop):
         began = time.perf_counter()
         await self._with_weights(self.batches.until_weights_may_change(), partial(self._go_back, attempt))
         attempt.waited_s += time.perf_counter() - began
-        await self._update(attempt)  # again, if the engines have needed the weights before it
+        await self._update(attempt)  # again, if the wait went back to the weights before the updates
         if self.learning.renews_reference(step):
-            await self.wait_for_snapshots()  # with the new reference the step cannot be done again
+            await self.wait_for_snapshots()  # after the renewal, the step cannot be repeated with the old reference
             await self.learning.renew_reference(step)
         await self._sync(step)
-        await self.wait_for_snapshots()  # a later loss must not need the batch again
+        await self.wait_for_snapshots()  # after a later loss, no rank must need the batch again
 
     async def _update(self, attempt: StepAttempt) -> None:
         """Make the updates of a step, unless already made, and begin the step's snapshot."""

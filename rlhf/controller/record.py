@@ -104,7 +104,7 @@ class RunRecord:
         return results(merge_metrics(self.parts))
 
     def write_row(self, step: int, row: Mapping[str, float]) -> None:
-        """Log the step. RunError, before anything is stored: the loss is not finite, or a later start works here."""
+        """Log the step. RunError, with nothing stored: the loss is not finite, or a later start has the folder."""
         if self.folder.is_taken_over():
             raise RunError(
                 f"{self.folder.path}: a later start works in this folder, so this one ends after step {self.step}. "

@@ -136,7 +136,7 @@ def group_samples(
         left -= len(taken)
         columns = sample_columns(request.prompt.columns)
         for sample, info in enumerate(taken):
-            steps = {  # their ends are counted from the prompt's end, as those of a sample's tokens
+            steps = {  # step ends count from the end of the prompt, like the positions of a sample's tokens
                 name: tuple(replace(step, end=step.end - info.num_prompt_tokens) for step in by_sample[sample])
                 for name, by_sample in scored.scores.steps.items()
             }

@@ -129,7 +129,7 @@ class RolloutScorer:
     ) -> None:
         """Open the stores of a run. `in_flight`: the engines answer training requests at the same time."""
         self.rollout = rollout
-        self.weights = 0, ""  # version and checksum of those that the engines have
+        self.weights = 0, ""  # version and checksum of the engines' weights
         self.answers = partial(answers_in_flight, rollout) if in_flight else rollout.generate
         self.reward = reward
         self.record = record
@@ -180,10 +180,10 @@ class RolloutScorer:
         race = request_set_digest(requests, sampling, version=version, rule=rule)
         newest, checksum = self.weights
         stored = self.finish_order.get(race, weights=checksum if version == newest else None)
-        if stored is not None:  # the other requests were cancelled, and later weights cannot answer them
+        if stored is not None:  # later weights cannot answer the cancelled requests
             requests = [request for request in requests if request.group_id in stored]
         finished: list[ScoredGroup] = []
-        closing: asyncio.Task[Any] | None = None  # the task of the last group that is needed
+        closing: asyncio.Task[Any] | None = None  # the task for the last needed group
 
         async def score(group: CompletedGroup) -> None:
             nonlocal closing

@@ -52,7 +52,7 @@ class StepAttempt:
             try:
                 self.signals = await learning.learn(self.groups, self.step)
             except ResultsLost as lost:
-                learning.columns.forget(self.groups)  # which may be lost too, or could not be computed
+                learning.columns.forget(self.groups)  # begun columns may be lost too, or incomplete
                 self.groups = await self._restored(self.groups)
                 raise _as_loss_of_rank(lost) from lost
             shown = [i for selection in self._samples() for i in selection.sequence_ids if i in self.signals.trained]

@@ -32,7 +32,7 @@ class Supervisor:
 
     def __init__(self, restarts: Restarts, record: RunRecord, roles: Iterable[Role]) -> None:
         self.restarts, self.record, self._roles = restarts, record, tuple(roles)
-        self._losses: dict[str, list[tuple[float, WorkerLost]]] = {}  # in the window, by what is counted together
+        self._losses: dict[str, list[tuple[float, WorkerLost]]] = {}  # in the window, by the unit with a common limit
         self._last_work: dict[tuple[Role, int], Hashable] = {}  # at the last loss, if nothing succeeded since
         self._out_of_memory: set[Role] = set()
         self._recovered: Counter[str] = Counter()  # since the last `metrics`
@@ -80,11 +80,11 @@ class Supervisor:
         logger.info("%s works again after %.1f s", source, took_s)
 
     def succeeded(self, role: Role, rank: int) -> None:
-        """Record that a worker finished work, so the next loss is no repetition of the last loss."""
+        """Record that a worker finished work: the next loss is no second loss at the same work."""
         self._last_work.pop((role, rank), None)
 
     def forgive(self, losses: Collection[WorkerLost]) -> None:
-        """Count the losses no longer: the work caused the losses, and not the worker."""
+        """Forget the given losses: the work caused the losses, and not the worker."""
         for counted, earlier in self._losses.items():
             self._losses[counted] = [(at, lost) for at, lost in earlier if lost not in losses]
 

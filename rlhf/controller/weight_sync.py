@@ -24,7 +24,7 @@ from rlhf.tracking.metrics.reductions import Last, Max, Reduction, Sum
 # about 0.04; one stale matrix after a large update gives 0.4 or more. Rounding hides small updates, but version and
 # checksum detect them.
 PROBE_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
-LOSS_SHOWS_WITHIN_S = 4.0  # after the failure of the other end
+LOSS_SHOWS_WITHIN_S = 4.0  # after the trainers' or the engines' end of a transfer failed
 
 
 async def sync_weights(
