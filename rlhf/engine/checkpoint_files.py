@@ -58,7 +58,7 @@ class DataOnlyCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
 
 
 def load_data(path: Path, *, map_location: Any = None, mapped: bool = False) -> Any:
-    """Return a file's content, if mapped with the tensors on disk. UserError for damage, or for anything but data."""
+    """Return a file's content. mapped: tensors stay on the disk. UserError for damage, or anything but data."""
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu" if mapped else map_location, weights_only=True, mmap=mapped)

@@ -229,7 +229,7 @@ class DeepSpeedEngine:
         return whole_weights(adapter_sources(self.module), dtype, sharded=self._zero_stage == 3)
 
     def save(self, folder: Path) -> None:
-        """Write the state, of frozen weights only a digest and the copies of an adapter's initial state. Collective."""
+        """Write the state. Of frozen weights: a digest, and copies of an adapter's initial state. Collective."""
         # Without its parent the folder is no longer this run's, so parents are not made.
         make_folder(folder, exist_ok=True)
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)

@@ -37,8 +37,8 @@ class RankContext:
 def meet_through(address: str) -> None:
     """Make gloo and nccl use the interface of this host with a route to `address`.
 
-    By default gloo takes the interface of the host's name, and nccl the first that are up, which may be unreachable.
-    Variables set in the environment are kept. Raise RunError if there is no route to the address.
+    By default gloo takes the interface of the host's name, and nccl the first interfaces that are up: other hosts may
+    not reach these interfaces. Variables set in the environment stay. Raise RunError without a route to the address.
     """
     try:
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:

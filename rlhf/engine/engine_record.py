@@ -60,7 +60,7 @@ class EngineRecord(BaseModel):
             raise UserError(f"The snapshot {folder} cannot be continued by this run: {differing}.")
 
     def refuse_other_decay(self, own: EngineRecord, *, folder: Path) -> None:
-        """Raise UserError if weight decay was switched on or off since. The switch regroups the trained weights."""
+        """Raise UserError if weight decay was switched on or off after the checkpoint: the groups of weights differ."""
         decayed = len(self.groups) > len(own.groups)  # decay needs more groups
         there, here = ("above 0", "at 0") if decayed else ("at 0", "above 0")
         if self.groups != own.groups:

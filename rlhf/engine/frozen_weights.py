@@ -1,7 +1,7 @@
 """Frozen weights of an adapted model in checkpoints: a checksum of the base, and whole copies of the initial adapter.
 
-The base comes from the model's folder again. No folder has the copies: on a different machine the initial SVD of PiSSA
-gives other bits.
+A resumed run reads the base from the model's folder again. The initial adapter must be stored: computed again on a
+different machine, PiSSA's SVD gives other bits.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def explains_out_of_memory(*, role: Role, stage: str, rank: int, tokens: int | N
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocation failed in Python, on a GPU, or in torch on a CPU, partly by the message."""
+    """Return whether an error is a failed allocation: by its type, or for torch on a CPU by its message."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)

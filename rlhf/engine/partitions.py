@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 Groups = Sequence[Mapping[str, int]]  # elements of each parameter by name, in the optimizer's order
 
 SUB_GROUP_ELEMENTS = 10**9  # at stage 3, a rank's part of a group is cut into masters of about this size
-_ALIGNMENT = 2  # elements: at stages 1 and 2, the parts of a group are multiples of it
+_ALIGNMENT = 2  # at stages 1 and 2, each part of a group has a multiple of so many elements
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

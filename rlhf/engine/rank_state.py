@@ -26,7 +26,7 @@ class RankState:
         self._engine, self._optimizer, self._zero_stage = engine, optimizer, zero_stage
 
     def create(self) -> None:
-        """Create the optimizer's states now, to know the size, by steps without gradients at a rate of 0."""
+        """Create the optimizer's states now, by steps without gradients at a rate of 0, to know the states' size."""
         for index, master in enumerate(self.masters()):
             given, master.grad = master.grad, torch.zeros_like(master)
             self._engine.optimizer._optimizer_step(index) if self._zero_stage == 3 else self._optimizer.step()

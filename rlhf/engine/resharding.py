@@ -26,7 +26,7 @@ from rlhf.engine.snapshot_checkpoint import SNAPSHOTS, read_snapshot
 from rlhf.errors import RunError, UserError
 
 TAG = "deepspeed"  # folder of DeepSpeed's files in a checkpoint
-_BY_ELEMENT = "adamw"  # its states have a value for each weight; the others also have values of several weights
+_BY_ELEMENT = "adamw"  # states have a value for each weight; other optimizers also have values of several
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ _FLOAT32_BUFFERS = ["inv_freq", "e_score_correction_bias"]
 
 @contextmanager
 def shards_as_it_loads(*, zero_stage: int, dtype: torch.dtype, offload_parameters: bool = False) -> Iterator[None]:
-    """Shard models that transformers builds inside, at zero_stage 3, on the host if offload_parameters. Collective."""
+    """At zero_stage 3, shard models built in the block, in host memory if offload_parameters. Collective."""
     if zero_stage != 3:
         yield
         return

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
-STALLED_S = 30.0  # a connection over which nothing moves for so long is given up
+STALLED_S = 30.0  # a connection without a moved byte for so long is closed
 _TOKEN_BYTES = 32
 _PART_BYTES = 1 << 20
 
@@ -99,7 +99,7 @@ class CopyHolder:
 
 
 class _Copies:
-    """The copies of one rank. A new connection ends the last connection, possibly to a rank on a disconnected node."""
+    """The copies of one rank. A new connection ends the last connection: that rank's node may be out of reach."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -119,7 +119,7 @@ class _Copies:
             yield
 
     def take(self, connection: socket.socket, head: Mapping[str, Any]) -> None:
-        """Receive the copy of a step, unless already here. Later copies come from an attempt that is repeated."""
+        """Receive a step's copy, unless it is here. Remove later steps' copies: these steps are trained again."""
         step, slot, description = head["step"], head["slot"], _receive(connection, head["description"])
         is_held = step in self._slots and self._file(step).read_bytes() == description
         for other, used in list(self._slots.items()):

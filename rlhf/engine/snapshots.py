@@ -90,7 +90,7 @@ class Snapshots:
             self._send(int(self._last.stem), self._last_slot)
 
     def wait_until_sent(self) -> str | None:
-        """Wait for the copy of the last snapshot. Return a failure's reason. None: a whole copy, or no place."""
+        """Wait for the copy of the last snapshot. Return why the copy failed. None: no failure, or no place."""
         if self._sending is None:
             return None
         try:
