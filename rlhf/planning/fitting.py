@@ -33,8 +33,8 @@ class Fit:
     wanted: float  # bytes
     room: float | None
     parts: str
-    alike: str  # the places of which this one is the fullest
-    fix: str = ""  # a sentence with the change outside the configuration after which they fit
+    alike: str  # names all places of this kind; this place is the fullest
+    fix: str = ""  # a sentence with a change outside the configuration that makes room
 
     @property
     def fits(self) -> bool | None:
@@ -220,7 +220,7 @@ def _shrunk(old: Fit, new: Fit | None) -> str:
 
 
 def _places_of(config: Config, sizes: Sizes, nodes: Sequence[Node]) -> dict[str, Fit]:
-    """Return the fullest places of a changed configuration, by the places like each. Empty: refused or unplaced."""
+    """Return the fullest places of a changed configuration, by kind. Empty: an invalid configuration, or no room."""
     fits = [] if problems(config) else places(config, plan_placement(config), footprints(config, sizes), nodes)
     return {place.alike: place for place in fits}
 

@@ -1,4 +1,4 @@
-"""Find needs of a run missing on this machine, so that `rlhf plan` plans a recipe for a larger machine anywhere."""
+"""Find what a run needs and this machine lacks: `rlhf plan` also plans for larger machines than this machine."""
 
 from __future__ import annotations
 

@@ -19,10 +19,10 @@ from rlhf.role_table import Role
 GIB = 2**30
 PREFILL_TOKENS = 8192  # as in actors.rollout.vllm_engine
 BUCKET_ELEMENTS = 5 * 10**7  # as in rlhf.engine.deepspeed; a test compares them
-SNAPSHOTS = "snapshots"  # name of their term
+SNAPSHOTS = "snapshots"  # name of the snapshots' term
 LIVE_PARAMETERS = 10**9  # of ZeRO-3: gathered and not yet released; DeepSpeed's default
 
-Place = Literal["device", "host", "shared"]  # shared: resident in each process, but only once in its node's memory
+Place = Literal["device", "host", "shared"]  # shared: resident in each process, but only once in the node's memory
 Phase = Literal["always", "step", "sync"]  # held also between passes, during passes, or during a weight transfer
 
 
@@ -58,8 +58,8 @@ class Term:
     how: str  # the arithmetic
     place: Place = "device"
     phase: Phase = "always"
-    stays: bool = False  # it stays on the device even while the role is offloaded
-    first_only: bool = False  # only the first rank of a gang has it
+    stays: bool = False  # the term stays on the device even while the role is offloaded
+    first_only: bool = False  # only the first rank of a gang has the term
     in_heap: bool = True  # False: one block, or pages of a file
 
 

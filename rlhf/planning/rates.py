@@ -32,7 +32,7 @@ class Rates:
     forward: float = 0.45
     decode: float = 0.60  # fraction of the bandwidth reached in decoding
     step_s: float = 0.005  # additional time of an engine's step: scheduling, sampling
-    link: float = 20e9  # bytes per second between hosts of one network card, of which each GPU has one
+    link: float = 20e9  # bytes per second of a network card between hosts; each GPU has a card
     inside: float = 20e9  # bytes per second that each rank of a collective receives inside a host
     pcie: float = 20e9  # bytes per second between a GPU and pinned memory of its host, one way
     unpinned: float = 3.5e9  # bytes per second into or out of host memory that is not pinned, by one thread

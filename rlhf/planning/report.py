@@ -49,7 +49,7 @@ def render_plan(
 
 
 def _with_counted_steps(stage: RunStage) -> tuple[RunStage, str]:
-    """Return the stage with steps in place of epochs, if the data is on this machine, and a sentence on that."""
+    """Return the stage with steps in place of epochs, and a sentence with the steps, if the data is on this machine."""
     if not isinstance(stage, Config) or stage.train.epochs is None:
         return stage, ""
     from rlhf.planning.rows import rows_here  # imports the data set readers

@@ -46,7 +46,7 @@ class _Simulation:
         self.version = 0
         self.issued = 0  # groups
         self.undecoded: dict[int, int] = {}  # by group: number of responses in an engine
-        self.attempts: Counter[int] = Counter()  # by group; only of those that are requested again
+        self.attempts: Counter[int] = Counter()  # by group; only groups that are requested again
         self.unanswered: set[int] = set()  # groups
         self.latencies: dict[int, float] = {}  # by group
         self.started: dict[int, int] = {}  # by group: version at its start

@@ -42,13 +42,13 @@ class System:
     colocated: bool  # engines and trainer take turns on the same GPUs
     max_num_seqs: int
     base_s: float  # of a decoding step: reading the weights
-    each_s: float  # additional time per sequence
+    each_s: float  # of a decoding step: additional time per sequence
     train_tokens_per_s: float  # experience and updates together
-    streamed_share: float = 1.0  # part of that work which can begin before the batch is whole
-    sync_s: float  # until the engines hold the trained weights
-    load_s: float  # in flight: pause of the engines within it, without recomputed keys and values
-    prefill_s: float = 0.0  # of a token of a prompt, or of one whose keys and values are computed again
-    recomputes: bool = False  # in flight, keys and values are computed again by new weights
+    streamed_share: float = 1.0  # fraction of the trainer's work that can begin before the batch is whole
+    sync_s: float  # from the update until the engines hold the new weights
+    load_s: float  # in flight: pause of the engines within sync_s, without recomputed keys and values
+    prefill_s: float = 0.0  # per prompt token, and per token with recomputed keys and values
+    recomputes: bool = False  # in flight: new weights compute the keys and values again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

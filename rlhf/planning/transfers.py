@@ -20,7 +20,7 @@ from rlhf.role_table import Role
 # clip reads and writes it (8), fused AdamW reads weight, gradient and moments and writes all but the gradient (28), and
 # the copy for the GPU reads float32 and writes bfloat16 (6).
 HOST_STEP_BYTES = 46
-GATHERS_PER_GRADIENT = 2  # of each weight: one for the forward pass, one for the backward pass with its recomputation
+GATHERS_PER_GRADIENT = 2  # each weight: once for the forward pass, once for the backward pass with recomputation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
