@@ -75,7 +75,7 @@ def check_lengths(
     *,
     max_new_tokens: int,
 ) -> None:
-    """Raise UserError if the model has no room for a conversation, or a conversation none for a prompt and a turn."""
+    """Raise UserError if the model has no room for a conversation, or max_tokens no room for prompt and turn."""
     most = spec.max_tokens
     if model.max_length is not None and most > model.max_length:
         raise UserError(

@@ -256,7 +256,7 @@ def _marking(section: EvaluateConfig, rewards: Sequence[RewardSpec], *, samples:
 
 
 def _decoding(section: EvaluateConfig, seed: int, *, template_key: str) -> Decoding:
-    """Return the section's settings for sampling: without rewards, of nothing."""
+    """Return the section's settings for sampling. Without rewards, nothing is sampled."""
     text = section.chat_template and read_template(section.chat_template, key=f"{template_key}.chat_template")
     return Decoding(
         samples=section.samples_per_prompt if section.rewards else 1,

@@ -191,7 +191,7 @@ def _words(tokenizer: Any) -> dict[str, int]:
 
 
 def _refuse_other_kind(section: Role, folder: str, config: Config, *, trained_by: str | None) -> None:
-    """Raise UserError if an earlier stage's result does not fit the section. trained_by: None is a language model."""
+    """Raise UserError if an earlier stage's result is the wrong kind of model. trained_by None: a language model."""
     scores = ROLES[section].kind == "scoring"
     if not scores and has_value_head(config, section):
         return  # any language model: its head is kept or replaced

@@ -40,9 +40,8 @@ def check_folders(stages: Iterable[Stage], start: Start) -> None:
 
 
 def meet_mirror(stage: Stage, *, resume: bool, step: int | None = None) -> None:
-    """If `resume`, download missing files from the mirror, or upload a result missing there. UserError: a run is there.
-
-    `step` selects the checkpoint to download instead of the newest.
+    """With `resume`, download missing files from the mirror, or upload a result missing there. Without, raise UserError
+    if a run is there. `step` selects the checkpoint to download instead of the newest.
     """
     if stage.run.mirror is None:
         return
@@ -104,7 +103,7 @@ def _refuse_other_settings(stage: Stage) -> None:
 
 
 def refuse_other_checkpoint(stage: StageInputs, *, step: int | None = None) -> None:
-    """Raise UserError if the checkpoint, of `step` or the newest, is of other models or data, or after the last."""
+    """Raise UserError if the checkpoint (of `step`, or the newest) has other models or data, or too many steps."""
     config = stage.config
     if result_of(stage.written).exists():
         return

@@ -13,7 +13,7 @@ from rlhf.rollouts.environments.tool_servers import ToolServer
 
 
 def tool_servers(section: ToolsConfig | None, *, beside: Path, key: str) -> tuple[ToolServer, ...]:
-    """Return the servers of a section, with values for the names of variables. UserError: a program or one is missing.
+    """Return the servers of a section, with the values of variables. UserError: a missing program or variable.
 
     beside: the folder searched for the files of a command before the current folder. key: the section's name.
     """

@@ -212,7 +212,7 @@ def _offline(config: Config, source: str, tokenizer: Any) -> tuple[Config, Offli
 
 
 def _read_sets(config: Config, read: Callable[[str, DataSource, int], LoadedRows[R]], *, by_row: bool) -> _Sets[R]:
-    """Return all sets of a run. `read` gets a set's key, the source, and the first row's id. by_row: ids count all."""
+    """Return all sets of a run. `read` gets a set's key, source and first id. by_row: ids count unusable rows too."""
     train: tuple[R, ...] = ()
     shares: list[MixtureShare] = []
     unusable: list[Unusable] = []
