@@ -21,7 +21,7 @@ _MOST_INDEXED = 20_000  # indexed responses, over all files
 _TOKENS = b', "tokens": {"texts": '  # cannot occur within a JSON string, where quotes are escaped
 _SHORT = ("group_id", "prompt_id", "sample", "model", "score", "scores", "advantage", "preferred", "truncated")
 _PREVIEW = 160  # characters of a prompt
-_SEEN = 60  # characters at the beginning of a preview that tell prompts apart
+_SEEN = 60  # characters at the beginning of a preview, enough to distinguish prompts
 _COLUMN = 40  # characters of a column behind the preview of a prompt that other groups have too
 
 
@@ -30,7 +30,7 @@ class PromptPreview:
     """The part of a prompt that differs from the remaining prompts of the file."""
 
     preview: str
-    row: str  # what tells the group's data row from those of other groups with this prompt; empty: nothing does
+    row: str  # the part of the data row that other groups with this prompt lack; empty: none
     hash: str  # of the whole prompt, to compare the prompts of two steps
 
 

@@ -60,7 +60,7 @@ class Column:
 
 
 class MetricsSoFar:
-    """The rows of metrics.jsonl in short. They take as much memory after ten steps as after a hundred thousand."""
+    """A summary of metrics.jsonl, of the same size after ten steps as after a hundred thousand."""
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         self.step: int | None = None  # the newest

@@ -32,11 +32,11 @@ from rlhf.tracking.run_folder.manifest import MANIFEST, Manifest, find_damage
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-STALLED_S = 300.0  # without a moved byte: a live upload sends a part within seconds
-LAST_CHANCE_S = 30.0  # for the running upload, and again for the rest, when a run fails or is interrupted
+STALLED_S = 300.0  # limit without a moved byte: a live upload sends a part within seconds
+LAST_CHANCE_S = 30.0  # limit for the running upload, and again for the rest, after a failure or interrupt
 _TRIES, _PAUSE_S = 3, 2.0  # attempts for one file; the pause doubles
 _ELSEWHERE = ("checkpoints", "final", "wandb")  # handled separately, or useless on another machine
-_RESULT = "eval.json"  # of an evaluation: it marks the run as finished, so it goes last
+_RESULT = "eval.json"  # result of an evaluation: marks the run as finished, so goes last
 _FINAL = "final.json"  # in the mirror: the manifest of final/, which goes last
 _BEST = "checkpoints/best.json"
 _FLAT = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss"}  # no folders: a request for one may create the bucket

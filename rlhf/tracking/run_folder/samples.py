@@ -57,13 +57,13 @@ class SampleTokens:
 
     texts: tuple[str, ...]
     ids: tuple[int, ...]
-    sampled: tuple[bool, ...]  # the response mask: only these are trained on
-    rollout_logprobs: tuple[float | None, ...]  # by the engine while it sampled
+    sampled: tuple[bool, ...]  # the response mask: only sampled tokens are trained on
+    rollout_logprobs: tuple[float | None, ...]  # by the engine while sampling
     old_logprobs: tuple[float | None, ...] | None  # by the trainer, with the weights at the start of the step
     ref_logprobs: tuple[float | None, ...] | None
     teacher_logprobs: tuple[float | None, ...] | None
     advantages: tuple[float | None, ...] | None
-    sequences: tuple[SampleSequence, ...] | None = None  # they follow each other; None: there is a single one
+    sequences: tuple[SampleSequence, ...] | None = None  # in their order; None: a single sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -107,7 +107,7 @@ class Timeline:
         return self._tids[pid, lane]
 
     def _free_lane(self, role: str, lane: str, start: float, end: float) -> str:
-        """Add a span to the first copy of the lane in which the span overlaps no earlier span in part."""
+        """Add a span to the lane's first copy in which all spans nest or are disjoint. Return the copy's name."""
         lanes = self._lanes.setdefault((role, lane), [])
         fits = (
             all(end <= s or e <= start or start <= s <= e <= end or s <= start <= end <= e for s, e in taken)

@@ -45,7 +45,7 @@ class TrackedStep:
 class TrackerBackend:
     """A view of the run folder elsewhere. All calls come from one thread. An exception ends the view alone.
 
-    A back end overrides the methods that it needs: here they do nothing.
+    A back end overrides the needed methods: here all methods do nothing.
     """
 
     name: str  # in messages
@@ -57,14 +57,14 @@ class TrackerBackend:
         """Send an alert to the user once."""
 
     def checkpoint(self, step: int, folder: Path) -> None:
-        """Store a whole checkpoint. It may be removed when the next one is stored."""
+        """Store a whole checkpoint. The run may remove the files once the next checkpoint is stored."""
 
     def close(self, *, failed: bool) -> None:
         """Hand over the rest within CLOSE_WITHIN_S. The run folder's files are all closed."""
 
 
 class Relay:
-    """A back end on a separate thread. After the first failure it gets no more calls, with one warning."""
+    """A back end on a separate thread. The first failure causes a warning, and ends all calls of the back end."""
 
     def __init__(self, backend: TrackerBackend, *, close_within_s: float = CLOSE_WITHIN_S) -> None:
         self._backend, self._close_within_s = backend, close_within_s

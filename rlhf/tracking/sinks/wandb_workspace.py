@@ -24,7 +24,7 @@ ANSWER_WITHIN_S = 30
 
 
 def make_workspace(*, entity: str, project: str) -> Workspace:
-    """Return the workspace, not saved."""
+    """Return the workspace, without saving."""
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
