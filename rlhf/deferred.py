@@ -1,6 +1,6 @@
 """Defer the import of slow modules, such as torch, until the first use of a name.
 
-A module loaded before the command needs torch takes torch, and the types in annotations of tensors, from here.
+A module that loads before torch is needed takes torch, and the types for annotations of tensors, from here.
 """
 
 from __future__ import annotations

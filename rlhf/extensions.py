@@ -57,7 +57,7 @@ class CodeSource:
     package: str | None = None  # name and version of the package that offers the entry point
 
     def digest(self) -> bytes:
-        """Return a digest of the arguments and of a file's text or a package's version. It excludes imported files."""
+        """Return a digest of the arguments and of a file's text, without imported files, or a package's version."""
         text = b"" if self.path is None else Path(self.path).read_bytes()
         settings = repr((self.name, self.args, self.entry, self.package)).encode()
         return hashlib.blake2b(settings + text, digest_size=16).digest()
@@ -235,7 +235,7 @@ def construct(source: CodeSource, target: type) -> Any:
 
 
 def describe_frames(frames: Sequence[tuple[str, int, str]], path: str | None) -> str:
-    """Format the innermost of (file, line, function) frames, outermost first, and the innermost in the user's file."""
+    """Format the last of the (file, line, function) frames, the innermost, and the last in the user's file."""
     shown = [frame for frame in frames if not frame[0].startswith(("<", *_CALLERS))]
     user_frames = [frame for frame in shown if frame[0] == path]
     places = dict.fromkeys([*shown[-1:], *user_frames[-1:]])

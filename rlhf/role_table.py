@@ -23,10 +23,10 @@ class RoleEntry:
     """
 
     kind: RoleKind
-    stages: tuple[str, ...] = ()  # of a step, in which its workers compute, besides the stage named after it
-    metrics_of: str = ""  # why some metrics are those of runs with the role: a trait of these metrics
-    hosts: bool = False  # other roles may share its bundles
-    predicts_all_tokens: bool = False  # so its vocabulary may have no tokens that the policy's lacks
+    stages: tuple[str, ...] = ()  # stages of a step with work for the role, besides the stage of the role's name
+    metrics_of: str = ""  # trait of the metrics of runs with the role, in words
+    hosts: bool = False  # other roles may share the role's bundles
+    predicts_all_tokens: bool = False  # so the role's vocabulary must not have more tokens than the policy's
 
 
 ROLES: Mapping[Role, RoleEntry] = {
@@ -50,6 +50,6 @@ def roles_of(*kinds: RoleKind) -> tuple[Role, ...]:
 
 TRAINED_ROLES = roles_of("trained")
 MODEL_SECTIONS = roles_of("trained", "frozen", "scoring")  # roles whose model has a section of the same name
-GUESTS_OF_ENGINES = roles_of("trained", "frozen")  # they can leave a GPU while an engine uses it
+GUESTS_OF_ENGINES = roles_of("trained", "frozen")  # roles that can leave a GPU while an engine uses the GPU
 ROLE_ORDER = tuple(sorted(ROLES, key=lambda role: not ROLES[role].hosts))  # each role after its possible hosts
 ROLE_OF_STAGE: Mapping[str, Role] = {stage: role for role, entry in ROLES.items() for stage in (role, *entry.stages)}

@@ -239,7 +239,7 @@ class Prompt:
 
     @property
     def non_token_bytes(self) -> bytes:
-        """Return temperature and limit as bytes, without reward columns: a user may correct them before a resume."""
+        """Return temperature and limit as bytes. Reward columns are left out: a user may correct rewards and resume."""
         temperature = "" if self.temperature is None else str(self.temperature)
         return (temperature if self.max_new_tokens is None else f"{temperature}/{self.max_new_tokens}").encode()
 
@@ -254,7 +254,7 @@ class GroupRequest:
     first_sequence_id: int  # the samples are sequences first_sequence_id, +1, ... of the step
     temperature: float | None = None  # of this group; None: the run's temperature
     epoch: int = 0  # in which the prompt stream gave this prompt
-    continues: int | None = None  # id of a cancelled request for the prompt, whose responses are continued
+    continues: int | None = None  # id of the prompt's cancelled request; its responses are continued
 
     def drawn_by(self, sampling: Sampling) -> Sampling:
         """Return the defaults with the prompt's limit, and in training with the request's temperature."""
@@ -280,8 +280,8 @@ class SessionEnd:
 
     result: str | None  # as JSON; None: the agent failed
     num_calls: int
-    broken: tuple[str, ...]  # why a call's prompt does not go on from earlier tokens although it seems to, for each one
-    restricted: Mapping[str, int]  # sampled tokens that are not trained on, by what asked for the grammar
+    broken: tuple[str, ...]  # for each call whose prompt only seems to continue earlier tokens: why not
+    restricted: Mapping[str, int]  # sampled tokens left out of training, by the request's field with the grammar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,12 +292,12 @@ class RolloutInfo:
     num_prompt_tokens: int  # before the first sampled token
     num_response_tokens: int  # sampled tokens that are trained
     finish_reason: FinishReason
-    min_version: int  # oldest and newest weights that sampled one of its tokens; -1: it has none
+    min_version: int  # oldest and newest weights that sampled a token; -1: no sampled token
     max_version: int
     mean_logprob: float  # of the sampled tokens, by the sampler
     num_turns: int = 1  # turns of the policy
-    num_environment_tokens: int = 0  # tokens between the policy's turns; those shared by several sequences count once
-    environment_rewards: tuple[StepReward, ...] | None = None  # per turn; None: no environment, or it failed
+    num_environment_tokens: int = 0  # tokens between the policy's turns; shared tokens count once
+    environment_rewards: tuple[StepReward, ...] | None = None  # per turn; None: no environment, or a failure
     environment_error: RewardError | None = None  # of an environment or an agent
     session: SessionEnd | None = None  # of an agent; None: no agent
 
