@@ -128,7 +128,7 @@ def _responses(split: Split, right: Any, wrong: Any, index: int) -> Columns:
 
 
 def _wrong_totals(digits: tuple[int, ...], *, careless: bool) -> str:
-    """Return totals without carrying if `careless` and wrong, or else totals with a small error in a single one."""
+    """Return wrong totals: without carries if `careless` and wrong, or else with a small error in one total."""
     right, wrong = running_totals(digits), careless_totals(digits)
     if careless and wrong != right:
         return wrong

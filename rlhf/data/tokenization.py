@@ -67,7 +67,7 @@ class Continuation:
         self._marks_beginning = after_anchor[-len(alone) :] != alone
 
     def encode(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """Return the ids of each pair's second text after the first. UserError if the tokenizer joins the two."""
+        """Return the ids of each pair's second text after the first. UserError if the tokenizer joins the texts."""
         contexts = [self._context(before) for before, _ in pairs]
         continued: dict[int, list[int]] = {}
         for anchor in _ANCHORS:

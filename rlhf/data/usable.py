@@ -18,7 +18,7 @@ _SHOWN = 3  # rows named in an error
 
 
 class NotUsable(UserError):
-    """Raised for a row that a loader cannot use. Loaders catch and count it; anywhere else it is a user error."""
+    """Raised for a row that a loader cannot use. Loaders count such rows; all other code reports a user error."""
 
     def __init__(self, place: str, reason: str) -> None:
         super().__init__(f"{place}: {reason}.")

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-FULL_VALUE = 1.0  # of a function, before its weight
+FULL_VALUE = 1.0  # of a reward function, before the weight
 OF_FORM = frozenset({"cosine_length", "length_penalty", "overlong", "repetition_penalty", "target_length"})
-# built-ins whose values tell no right response from a wrong one, since they depend on its length or repetitions
+# built-ins that cannot separate right from wrong responses, since they measure length or repetitions
 
 Values = Sequence[float | None]  # values of a reward, one per response; None for no opinion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassRule:
-    """The first of `judges` with an opinion on a response decides, or the score decides if there is a threshold."""
+    """With a threshold, the score decides. Otherwise the first of `judges` with an opinion on a response decides."""
 
     judges: Mapping[str, str | None]  # the gate of each function, by the function's name, in the order of precedence
     pass_score: float | None  # smallest passing score; None: the judges decide

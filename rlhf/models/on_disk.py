@@ -26,8 +26,8 @@ class ModelOnDisk:
 
     name: str  # as the user wrote it
     base: str  # hub name or folder
-    adapter: str | None  # folder of a LoRA adapter for it
-    lora_rank: int | None  # the adapter's; None without one
+    adapter: str | None  # folder of a LoRA adapter for the base
+    lora_rank: int | None  # the adapter's; None: no adapter
     tokenizer: str  # hub name or folder
     dtype: Dtype
     max_length: int | None  # prompt and response, tokens; None: its config.json sets no limit

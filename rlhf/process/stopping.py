@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-REPEATED_WITHIN_S = 2.0  # `timeout` sends its signal twice, to the process and to its group
+REPEATED_WITHIN_S = 2.0  # `timeout` sends a signal twice: to the process, and to the process group
 PRESSED_AGAIN_AFTER_S = 0.1  # Ctrl-C signals further apart than this count separately
 LOOK_EVERY_S = 0.1
 END_WITHIN_S = 15.0  # limit for an orderly end of interrupted work
@@ -40,8 +40,8 @@ class StopRequest:
     """The request to end the work of `run_stoppable`.
 
     The first signal counts; later signals only make the request urgent. A training loop and a server set
-    `ends_by_itself` while running: both look at `came`, finish the work in progress and end. Only the second signal
-    interrupts, and for other work the first.
+    `ends_by_itself` while running: both look at `came`, finish the work in progress and end. Only a second signal
+    interrupts such work. For all other work, the first signal interrupts.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class StopRequest:
         self.given_up = threading.Event()  # the caller no longer waits for the work
         self.beats = 0  # incremented by a running loop
         self.beats_within_s = math.inf  # a loop silent for longer counts as hanging
-        self.hung_s: float | None = None  # how long the loop was silent
+        self.hung_s: float | None = None  # how long a hung loop was silent
         self.handlers_lost = threading.Event()  # set by work in which a library replaces the handlers in C
         self.on_interrupt: Callable[[], object] = lambda: None  # ends processes that would delay interrupted work
         self._cancel: Callable[[], object] | None = None  # cancels the event loop's main task

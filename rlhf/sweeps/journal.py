@@ -73,7 +73,7 @@ class Journal(AbstractContextManager["Journal"]):
         self.close()
 
     def run_folder(self, number: int) -> Path:
-        """Return the run folder of a trial. Next to the folder, .yaml is the configuration and .log the output."""
+        """Return the run folder of a trial. The .yaml beside the folder is the configuration, the .log the output."""
         return self.folder / "trials" / f"trial-{number:03d}"
 
     def add(self, number: int, parameters: Values) -> Trial:

@@ -23,9 +23,9 @@ class Microbatch:
     """A micro-batch: some rows of a ragged batch, and the positions of the packed tokens in the batch's columns."""
 
     rows: tuple[int, ...]
-    lengths: Int[Tensor, " b"]  # number of packed tokens of each row; for a branch without its shared prefix
+    lengths: Int[Tensor, " b"]  # number of packed tokens of each row; a branch is without the shared prefix
     tokens: Int[Tensor, " n"]  # indices into the batch's columns
-    branches: tuple[Branch | None, ...] | None  # None: every row holds all of its tokens
+    branches: tuple[Branch | None, ...] | None  # None: every row holds all tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class SharedPrefixes:
 
     token_ids: Int[Tensor, " N"]  # the batch's column
     keys: tuple[int, ...]  # by row
-    lengths: tuple[int, ...]  # most tokens that a row shares: those before its first token in the loss
+    lengths: tuple[int, ...]  # most tokens that a row shares: all before the row's first token in the loss
     together: bool = False  # whether the loss needs rows of equal keys in one micro-batch
 
     def unshared(self) -> SharedPrefixes | None:

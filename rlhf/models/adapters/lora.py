@@ -185,7 +185,7 @@ def principal_pair(
 
 
 def _start_at_principal_part(model: Any, config: peft.LoraConfig) -> None:
-    """Start PiSSA: the adapter is the principal part of each weight, and a frozen copy of it is subtracted."""
+    """Start PiSSA: the adapter is the principal part of each weight, and a frozen copy is subtracted."""
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         weight = layer.get_base_layer().weight

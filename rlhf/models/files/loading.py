@@ -257,7 +257,7 @@ def _is_causal_lm(config: Any) -> bool:
 
 
 def _prepared(model: Any, *, gradient_checkpointing: bool) -> Any:
-    """Set evaluation mode without dropout, with which a policy would be a different distribution in every pass."""
+    """Set evaluation mode, without dropout: with dropout, each pass of a policy is another distribution."""
     from rlhf.models.linear import widen_linear_layers  # torch, which the checks of a model's folder need not import
 
     model.eval()

@@ -73,7 +73,7 @@ def _types(embedding: Any) -> dict[str | None, str]:
 
 
 def _with_one_factor(config: Any, layer_types: list[str | None], longest: int) -> tuple[Any, int]:
-    """Return a copy with the factors for `longest` tokens as long and short factors, and the most tokens for short."""
+    """Return a copy with the factors for `longest` tokens, as both long and short, and the trained length."""
     fixed, trained = copy.deepcopy(config), sys.maxsize
     for layer_type in layer_types:
         nested = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]

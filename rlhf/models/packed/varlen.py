@@ -1,7 +1,7 @@
 """Attention of a packed row on a GPU: all sequences in one call of PyTorch's variable-length flash attention.
 
-A sequence's keys are the sequence's tokens, in a branch after the shared tokens of the trunks. The kernel counts back
-from the last key, so a branch needs no mask.
+A sequence's keys are the sequence's tokens; in a branch, the shared tokens of the trunks come before. The kernel counts
+back from the last key, so a branch needs no mask.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ class RouterReplay:
             (layer, *_) = re.findall(r"\.(\d+)\.", names[router])
             router.register_forward_hook(partial(self._replace, int(layer)))
         body_of(model).register_forward_pre_hook(self._begin)
-        self._next: Tensor | None = None  # of the next forward pass
-        self._experts: Tensor | None = None  # of the last one, whose layers may be recomputed in its backward pass
+        self._next: Tensor | None = None  # for the next forward pass
+        self._experts: Tensor | None = None  # of the last forward pass; the backward pass may recompute the layers
         self._proven: set[nn.Module] = set()
 
     @contextmanager

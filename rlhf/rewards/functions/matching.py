@@ -35,7 +35,7 @@ _NUMBER = re.compile(
     r"(?:[eE][+-]?[0-9]{1,3}(?!\w))?"
 )
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
-# Where a response says which choice it takes: \boxed{C}, <answer>(C)</answer>, "the answer is **C**", "Answer: C". A
+# Where a response names the choice: \boxed{C}, <answer>(C)</answer>, "the answer is **C**", "Answer: C". A
 # small letter needs something to close it, since "a" is a word. Counts are bounded: a response may be all white space.
 _CHOICE = re.compile(
     r"(?i:\\boxed\{\s{0,3}(?:\\text\{)?|<answer>|\banswer(?:\s{1,3}is)?[\s:*]{0,9}(?:option\s{1,3})?)[\s*(\[]{0,9}"
@@ -44,7 +44,7 @@ _CHOICE = re.compile(
 _LONE_CHOICE = re.compile(r"[\s*(\[]*([A-Za-z])[\s*)\].:]*")
 # A command in LaTeX, together with its text ("\text{ cm}") or the name of its environment.
 _LATEX_COMMAND = re.compile(r"\\(?:(?:text|math|mbox|operatorname|begin|end)[a-z]*\*?(?:\s*\{[^{}]*\})+|[A-Za-z]+)")
-# An answer is more than LaTeX if it has one of these, with each command replaced by @. After a number and a space, two
+# An answer is more than LaTeX if one of these matches, with each command replaced by @. After a number and a space, two
 # letters or a last capital letter are a unit ("5 kg", "5 N"), but "3xy" is a product.
 _TEXT = re.compile(
     r"[$#]|(?<!\\)\\[(\[]"  # a delimiter says where LaTeX begins, and #### where the answer begins

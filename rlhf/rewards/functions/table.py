@@ -110,7 +110,7 @@ def own_limit_s(function: str, args: Mapping[str, Any]) -> float | None:
 
 
 def score_of_killed(function: str, args: Mapping[str, Any]) -> float | None:
-    """Return a built-in's score of a wrong response, for one whose process hung or died. A user's function: None."""
+    """Return a built-in's score of a wrong response, given also after a hang or crash. Not built in: None."""
     if function == "cosine_length":
         return float(args.get("wrong_at_zero", -10.0))
     return 0.0 if function in BUILT_INS else None

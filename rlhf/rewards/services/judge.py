@@ -51,7 +51,7 @@ def question(spec: JudgeSpec, prompt: str, response: str, columns: Mapping[str, 
 
 
 def verdict(spec: JudgeSpec, answer: Mapping[str, Any]) -> float:
-    """Return a completion's number, scaled from 0 to 1, or its chosen word's value. ValueError without either."""
+    """Return the score: the completion's number scaled to 0 to 1, or its word's value. ValueError: neither."""
     match answer:
         case {"choices": [{"message": {"content": str(text)}, **rest}, *_]}:
             truncation = ", truncated at its limit of tokens," if rest.get("finish_reason") == "length" else ""

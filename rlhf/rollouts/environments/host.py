@@ -100,7 +100,7 @@ class EnvironmentHost:
         try:
             try:
                 description = await self._load()
-            except (EOFError, OSError):  # it may have been killed from outside
+            except (EOFError, OSError):  # the process may have been killed from outside
                 await self.stop()
                 description = await self._load()
         except (EOFError, OSError) as error:
@@ -156,12 +156,12 @@ class EnvironmentHost:
         if child is None:
             return
         asyncio.get_running_loop().remove_reader(child.output)
-        child.connection.close()  # its process then ends all conversations and itself
+        child.connection.close()  # the process then ends all conversations and itself
         if self.description is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 await asyncio.to_thread(child.process.wait, STOP_WITHIN_S)
-        child.process.terminate()  # it then kills the process of the code, and all that this one leaves behind
-        child.process.send_signal(signal.SIGCONT)  # else it could not, if somebody has stopped it
+        child.process.terminate()  # the started process then kills the process of the code, and all leftovers
+        child.process.send_signal(signal.SIGCONT)  # a stopped process could not handle SIGTERM
         await asyncio.to_thread(child.process.wait, STOP_WITHIN_S)
         child.close()
 

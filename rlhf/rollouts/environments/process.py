@@ -180,7 +180,7 @@ class HostedEnvironment:
         return {}
 
     def _step(self, response: str, tool_calls: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-        """Call the tools of servers, and let the environment answer all else of a turn."""
+        """Call the tools of servers. The environment answers the rest of a turn."""
         turn: dict[str, Any] = {"response": response}
         own_calls = [call for call in tool_calls if call["name"] not in self.description.server_limits_s]
         if self.own.tools:

@@ -36,7 +36,7 @@ class Begun:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()  # log-probabilities of the sampler
     versions: tuple[int, ...] = ()  # weight version that sampled each token
-    finish_reason: FinishReason | None = None  # None: it is not finished
+    finish_reason: FinishReason | None = None  # None: not finished
     experts: Int[Tensor, "n L K"] | None = field(default=None, compare=False)  # as in Sampled; not written to files
 
     def finished(self) -> Sampled:

@@ -49,11 +49,11 @@ class InsertedSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Played:
-    """A conversation: a prompt and spans, a sampled one at the end. One that failed before its first turn has none."""
+    """A conversation: a prompt, then spans, the last one sampled. A failure before the first turn leaves no span."""
 
     prompt_token_ids: tuple[int, ...]
     spans: tuple[Sampled | InsertedSpan, ...]
-    finish_reason: FinishReason  # "length" if a limit ended it
+    finish_reason: FinishReason  # "length" if a limit ended the conversation
     rewards: tuple[float, ...] | None = None  # environment rewards, one per turn; None if it has none or failed
     error: RewardError | None = None
 

@@ -89,7 +89,7 @@ def write_group(
     environment: str = "",
     weights: str = "",
 ) -> None:
-    """Write a finished group aside, then rename it into place. A missing folder no longer belongs to this run.
+    """Write a finished group aside, then rename the file. A missing folder no longer belongs to this run.
 
     `weights` is the checksum of the weights, or "" if the weights changed within the group. A resumed run with changed
     settings makes different weights of the same version.

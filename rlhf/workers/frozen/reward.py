@@ -43,7 +43,7 @@ class RewardSettings:
     memory_gib: float
     max_tokens_per_microbatch: int
     template: ChatTemplate = UNCHANGED  # changes to the tokenizer's chat template
-    tokenizer_class: type[Any] | None = None  # the one that the driver has found. None: it is looked for
+    tokenizer_class: type[Any] | None = None  # as found by the driver; None: AutoTokenizer looks for the class
 
     @property
     def concurrency(self) -> int:

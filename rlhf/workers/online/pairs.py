@@ -114,7 +114,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
         self.observed.append(metrics)
 
     def _rows(self, plan: BatchPlan) -> list[MinibatchPlan]:
-        """Express the plan's minibatches as rows of this rank's pairs. Of further ranks only the counts are read."""
+        """Express the plan's minibatches as rows of this rank's pairs. The rows of other ranks are only counted."""
         plans, first = [], 0
         for minibatch in plan.minibatches:
             counts = [len(ids) // 2 for ids in minibatch.sequences_by_rank]
