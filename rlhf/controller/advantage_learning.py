@@ -171,8 +171,8 @@ class AdvantageLearning(ReferencedLearning):
     async def _experience(
         self, plan: BatchPlan, kept: Sequence[ScoredGroup], trained: Sequence[ScoredGroup]
     ) -> tuple[PrepareReport, Mapping[int, float]]:
-        """Compute reference logprobs, values, old logprobs and advantages. `kept` has the scores to compare, and
-        `trained` the same groups without masked responses."""
+        """Compute reference logprobs, values, old logprobs and advantages. `kept` holds all scores to compare.
+        `trained` holds the same groups without masked responses."""
         roles, config, critic = self.roles, self.algorithm.config, self.roles.critic
         groups = [scored.group for scored in trained]
         placed = self.config.cluster.roles

@@ -5,8 +5,8 @@ The batch of step s is trained by version s - 1 of the weights and sampled by an
 batch of step s + max_staleness while step s is trained. Both end before the weights are synced: an engine step sees a
 single batch and version, so a run repeats bit for bit.
 
-After step s the batches of the next `max_staleness` steps are whole. No later weights can sample these batches again,
-so a checkpoint holds the responses.
+After step s the batches of the next `max_staleness` steps are whole. Later weights would sample other responses, so a
+checkpoint holds the responses of these batches.
 """
 
 from __future__ import annotations

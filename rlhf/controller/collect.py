@@ -37,7 +37,7 @@ from rlhf.tracking.metrics.reductions import Last, Mean, Reduction, Sum
 from rlhf.tracking.run_folder.group_ledger import GroupRecord, StepGroups
 from rlhf.types import GroupRequest, Prompt, RolloutInfo, Sampling
 
-RECENT_GROUPS = 32  # window for counting dropped groups; prompts_per_step if that is larger
+RECENT_GROUPS = 32  # window for counting dropped groups; at least prompts_per_step
 EpochPrompt = tuple[int, Prompt]  # a prompt and its epoch
 
 
@@ -54,7 +54,7 @@ class Collected:
 
 @dataclass(slots=True)
 class Outcomes:
-    """The groups of a batch so far, by outcome. Only groups in `kept` hold references to their tokens."""
+    """The groups of a batch so far, by outcome. Only groups in `kept` hold references to tokens."""
 
     kept: list[ScoredGroup] = field(default_factory=list)
     filtered: list[ScoredGroup] = field(default_factory=list)
@@ -301,7 +301,7 @@ class Collector:
 
     def state(self, *, untrained: Collection[int] = ()) -> dict[str, Any]:
         """Return the position in the prompts, for a checkpoint. `untrained`: ids of the groups to request again in a
-        resumed run. Drops of these groups are then counted again."""
+        resumed run. If these groups are dropped again, the drops are counted again."""
         return {
             "cursor": asdict(self.prompts.state()),
             "stream": self.prompts.order.state(),

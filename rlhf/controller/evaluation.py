@@ -112,7 +112,7 @@ async def compare_with_teacher(
     answered: Mapping[str, Sequence[ScoredGroup]], config: Config, teacher: OnlineTeacherRole, record: RunRecord
 ) -> None:
     """Record how much likelier each response is under the student than under the teacher, per token. Greedy responses
-    are compared at temperature 1, because the engine reports their logprobs at temperature 1."""
+    are compared at temperature 1, as the engine reports greedy logprobs at temperature 1."""
     settings = config.eval
     with record.stage(teacher.role):
         for name, groups in answered.items():

@@ -99,8 +99,8 @@ class Learning(ABC):
 
     @abstractmethod
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
-        """Make all optimizer steps of a step. The groups carry the reported scores. After the loss of a rank the ranks
-        have the state of the previous step again, and the same groups are given."""
+        """Make all optimizer steps of a step. The groups carry the reported scores. After the loss of a rank, the ranks
+        have the state of the previous step again, and the method is called again with the same groups."""
 
     def renews_reference(self, step: int) -> bool:
         """Return whether the policy after this step becomes the reference."""
@@ -130,8 +130,8 @@ class ReferencedLearning(Learning):
 
         policy -> model folder in references/ -> reference
 
-    The weights go through a folder, so a resumed run has the reference of its checkpoint. A folder stays as long as a
-    checkpoint needs the folder.
+    The weights go through a folder, so a resumed run has the same reference as at the checkpoint. Each folder stays as
+    long as a checkpoint needs the folder.
     """
 
     leaves_out: bool  # whether some responses of a group are not trained on

@@ -7,7 +7,7 @@ valid. So a checkpoint always has a row. A notice to end makes the current step 
 and references. The loop computes nothing on tokens and knows nothing of Ray.
 
 The trained roles are one unit. After each step every rank takes a snapshot of its state. When a rank is lost, all ranks
-are started again, the newest snapshot of all ranks is restored, and the work is done again.
+are started again. The ranks restore the newest snapshot that all ranks have, and repeat the work.
 """
 
 from __future__ import annotations

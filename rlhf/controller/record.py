@@ -51,7 +51,7 @@ class RunRecord:
     mirror: Mirror | None = None  # None: the folder has no mirror
     step: int = 0  # the last logged step
     parts: list[Metrics] = field(default_factory=list)
-    groups: StepGroups | None = None  # of the current step; None: it trains on no rollouts
+    groups: StepGroups | None = None  # of the current step; None: the step trains on no rollouts
 
     def begin_step(self, step: int) -> None:
         """Clear the last step's metrics. Step 0 is the evaluation before training."""

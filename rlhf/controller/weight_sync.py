@@ -4,8 +4,8 @@
 
 Three checks can each stop the run. The engines' version must be the published version, and the checksum of the bytes
 read must match the bytes written (the rollout role checks both). Trainer and engine must agree on the logprobs of a
-fixed probe. A shared GPU changes hands between the two probes, because the trainer's probe needs the weights there and
-the engine's probe the cache. An engine that replaces a lost engine between two syncs passes the same checks.
+fixed probe. A shared GPU passes from trainer to engine between the two probes: the trainer's probe needs the weights
+there, the engine's probe the cache. An engine that replaces a lost engine between two syncs passes the same checks.
 """
 
 from __future__ import annotations
