@@ -104,7 +104,7 @@ def _previews(prompts: Mapping[str, str], columns: Mapping[str, Mapping[str, str
     """Return for each prompt the distinctive part.
 
     The common beginning of all prompts, such as a system prompt, is left out. Prompts that still begin with the same
-    words are shown from the first different word, and groups with equal prompts by the columns of the rows.
+    words are shown from the first different word. Groups with equal prompts are shown by the columns of the rows.
     """
     texts = sorted(set(prompts.values()))
     start = _differing_word(texts[0], texts[-1]) if len(texts) > 1 else 0

@@ -1,7 +1,7 @@
 """A growing JSON-lines file, read part by part.
 
 The module remembers nothing: each request states the end of the last part. A resumed run removes lines again. If the
-bytes before a position have another checksum (`mark`) than the reader's, the file is read from the beginning.
+bytes before a position no longer have the reader's checksum (`mark`), the file is read from the beginning.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ class StageTime:
 
     done: int = 0
     total: int = 0  # 0: not counted
-    seconds: float = 0.0  # until it was last left
-    since: float | None = None  # when it was entered; None: another stage is running
+    seconds: float = 0.0  # before the current visit to the stage
+    since: float | None = None  # start of the current visit; None: another stage is running
 
 
 class Progress(AbstractContextManager["Progress"]):

@@ -285,7 +285,7 @@ class Metric:
     unit: str
     meaning: str
     reduction: type[Reduction] | None  # None: the reduction of the evaluated metric (`-` in the table)
-    traits: frozenset[str]  # a run has the metric if all of these are true of it
+    traits: frozenset[str]  # a run has the metric if all these traits are true of the run
     always: bool  # False: only with a setting named in `meaning`, even if the traits hold
 
     @property

@@ -36,7 +36,7 @@ def sync_tree(folder: Path) -> None:
             for name in (*names, ""):
                 sync(os.path.join(path, name))
 
-    when_there_is_room(folder, sync_all, waits=False)  # a second sync would not tell of what the first has lost
+    when_there_is_room(folder, sync_all, waits=False)  # a second sync would not report the data lost by the first
 
 
 def write_aside(path: Path, write: Callable[[Path], object], *, needed: int | None = None, waits: bool = True) -> None:

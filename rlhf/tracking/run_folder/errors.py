@@ -20,9 +20,9 @@ class ErrorRecord:
     stage: str  # of the data flow: "rewards", "rollouts", ...
     kind: str  # "raised", "timeout", "not_a_number", "died", ...
     message: str
-    source: str | None = None  # reward, actor or rank it came from
+    source: str | None = None  # reward, actor or rank that failed
     split: str | None = None  # "train", or the evaluation set's name
-    model: str | None = None  # the evaluated one, in an evaluation that may have two
+    model: str | None = None  # the evaluated model, for evaluations with a comparison
     prompt_id: int | None = None  # row in the data of the split
     sample: int | None = None  # which of the responses to the prompt
     stack: str | None = None  # of the threads of a process that hung

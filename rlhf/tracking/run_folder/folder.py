@@ -66,7 +66,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
     def open(cls, parent: Path, name: str, *, resume: bool) -> Self:
         """Create the folder, or with `resume` open the existing run, and lock it against other runs.
 
-        The lock belongs to this process and ends with the process, however the end comes. UserError: another process
+        The lock belongs to this process and ends with the process, even after a kill. UserError: another process
         runs here, or the folder holds a run and `resume` is False.
         """
         path = (parent / name).absolute()  # the same for actors, which may run in another folder
@@ -158,7 +158,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         """Let a resumed run continue from the checkpoint of this step.
 
         Later checkpoints stay until the run writes a new checkpoint. Finished rollouts after another checkpoint are
-        removed: their versions had other weights.
+        removed: equal versions had other weights.
         """
         if pointed(self.checkpoints / "latest") != step:
             for path in self.spool.iterdir():
@@ -253,12 +253,12 @@ class RunFolder(AbstractContextManager["RunFolder"]):
 
     def discard_begun(self) -> None:
         """Remove begun checkpoints and models to free space, at the end of a run."""
-        for path in self.scratch.glob("*"):  # nothing if the folder is gone
+        for path in self.scratch.glob("*"):  # no path if the folder is gone
             if path.is_dir() and not path.is_symlink() and path != self.spool:
                 _discard(path)
 
     def _appear_sealed(self, target: Path) -> Path:
-        assert (self._aside(target) / MANIFEST).exists(), f"{target} has not been sealed"  # it is written last
+        assert (self._aside(target) / MANIFEST).exists(), f"{target} has not been sealed"  # written last
         return self._appear(target)
 
     def _commit(self, target: Path) -> Path:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MARGIN_S = 10.0  # W&B has deadlines too; ours are this much later and cover the rest
+_MARGIN_S = 10.0  # our deadlines come so much later than W&B's, and cover everything else
 MOST_ROWS = 64  # rows in a step's table of one split; samples/ has all rows
 _USERS_DATA_DIR = os.environ.get("WANDB_DATA_DIR")
 
@@ -81,17 +81,17 @@ def open_wandb(
             group=group,
             tags=list(tags),
             config={**plain(redact_config(config)), "git": git or {}},
-            resume="allow" if mode == "online" else None,  # offline has nothing to look the id up in
+            resume="allow" if mode == "online" else None,  # offline, there is no server with the id
             settings=wandb.Settings(
                 init_timeout=timeout_s,
-                finish_timeout=timeout_s,  # at the interpreter's exit too, where there is no thread to abandon
+                finish_timeout=timeout_s,  # also at the interpreter's exit, when no thread can be abandoned
                 finish_timeout_raises=True,
                 console="off",
                 silent=True,
                 disable_code=True,
-                disable_git=True,  # it would read the remote's URL, which may hold a token
+                disable_git=True,  # W&B would read the remote's URL, possibly with a token
                 git_commit=git["commit"] if git else None,
-                x_disable_meta=True,  # it would upload the command line, which may hold secrets
+                x_disable_meta=True,  # W&B would upload the command line, possibly with secrets
             ),
         )
 
