@@ -42,7 +42,7 @@ def read_evaluations(folder: Path) -> Iterator[tuple[int, WrittenEvaluation]]:
 
 
 def comparison_rows(first: Mapping[str, WrittenSet], last: Mapping[str, WrittenSet]) -> Iterator[list[str]]:
-    """Yield set, metric, first value, last value and change. The set stands in the first row of the set alone."""
+    """Yield set, metric, first value, last value and change. Only the first row of a set names the set."""
     for name, results in last.items():
         earlier = first[name].metrics if name in first else {}
         for index, (metric, now) in enumerate(results.metrics.items()):

@@ -1,7 +1,7 @@
 """Decide which responses pass, for pass@k and maj@k.
 
-A score alone does not say so: weights and penalties keep the score of a right response away from 1. So the value of the
-judging function decides, unless the user gives a threshold for the score.
+The score alone does not decide: with weights and penalties, a right response may not score 1. The value of the judging
+function decides, unless the user gives a threshold for the score.
 """
 
 from __future__ import annotations

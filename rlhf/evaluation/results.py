@@ -96,7 +96,7 @@ class Evaluation:
     against: str | None
     seed: int
     samples: int | None  # responses to a prompt; None: no set has prompts
-    passing: str | None = None  # with what a response passes; None: nothing is known of that
+    passing: str | None = None  # what a response needs to pass, in words; None: no response is graded
     sets: tuple[SetReport, ...]
 
     def to_json(self) -> dict[str, Any]:

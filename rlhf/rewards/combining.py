@@ -1,7 +1,7 @@
 """Combine the rewards of a response into a score: gates, normalisation within a group, weights.
 
 There are two sums of the same values. The plain sum is the score in metrics, samples and evaluations. The normalised
-sum is a signal for training only, since its mean over a group carries no information.
+sum is a signal for training only: the mean over a group carries no information.
 
 A value of None means the reward has no opinion on the response. Both sums leave out the value, and also a reward whose
 gate has no opinion. The mean and deviation of a group use only responses with an opinion.

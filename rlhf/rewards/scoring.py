@@ -36,12 +36,12 @@ class RewardSpec:
     function: LoadedReward | None
     remote: RemoteReward | None = None
     from_environment: bool = False
-    gate: str | None = None  # name of another reward; its value is a factor
+    gate: str | None = None  # name of another reward, whose value is a factor
     # column values of the scored rows; empty for all rows
     only: Mapping[str, Sequence[str | int | bool]] = field(default_factory=dict)
     truncated_score: float | None = None  # fixed score of truncated responses; None keeps the reward's score
-    by_step: bool = False  # it returns a value for each step of a response
-    on_error: ErrorRule = None  # rule for its failures
+    by_step: bool = False  # whether the reward returns a value for each step of a response
+    on_error: ErrorRule = None  # rule for failures of the reward
 
     @property
     def is_model(self) -> bool:

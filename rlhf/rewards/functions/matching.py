@@ -200,9 +200,9 @@ class ReasoningGym:
     """The score of a reasoning-gym task for the answer in the response.
 
     The reward reads the columns of the task's entry: `answer`, `metadata` (with the task in `source_dataset`) and
-    optionally `question`, by default the prompt. A response without an extractable answer scores 0, as does a response
-    on which the task's scorer raises or takes more than `limit_s`. If the scorer raises on the right answer too, the
-    entry is wrong, and the error is raised.
+    optionally `question`, by default the prompt. A response scores 0 without an extractable answer, or if the task's
+    scorer raises or takes more than `limit_s`. If the scorer raises on the right answer too, the entry is wrong, and
+    the error is raised.
 
     A task with full marks for nonsense is refused. A task with full marks for "nan" never receives "nan".
     """

@@ -36,8 +36,8 @@ Rung = Literal["bubblewrap", "landlock", "unsafe"]
 
 NOBODY = 65534  # user id for bubblewrap if this process is root
 # User ids for programs at the level landlock if this process is root. Each run draws one, because the kernel counts the
-# threads of a user. systemd gives ids of this range to services with DynamicUser. If a service has the drawn id, its
-# threads count too. The program can neither send signals to the service nor read its files.
+# threads of a user. systemd gives ids of this range to services with DynamicUser. If a service has the drawn id, the
+# service's threads count too. The program can neither send signals to the service nor read the service's files.
 PROGRAM_USERS = range(61184, 65520)
 MAX_THREADS = 64
 OUTPUT_BYTES = 16 * 2**20  # limit for each of standard output, standard error and results

@@ -36,7 +36,7 @@ class RemoteReward:
     def longest_s(self, num_responses: int, groups: int) -> float:
         """Return the longest time for a group of responses while `groups` groups ask the service at once.
 
-        A request waits for a free place among the service's `max_in_flight`, and only then does the deadline begin.
+        The deadline of a request begins once the request is among the service's `max_in_flight`.
         """
         requests = groups * (1 if self.judge is None else num_responses)
         return math.ceil(requests / self.service.max_in_flight) * self.service.deadline_s + CLOSE_WITHIN_S
