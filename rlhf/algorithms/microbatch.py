@@ -73,15 +73,15 @@ class LossTerms:
     """This micro-batch's share of the step's loss, and sums over the tokens for the metrics."""
 
     loss: Float[Tensor, ""]  # with its graph
-    surrogate: Float[Tensor, ""]  # its part without KL and entropy, detached
-    kl_loss: Float[Tensor, ""]  # its KL part, before the coefficient, detached
+    surrogate: Float[Tensor, ""]  # the loss without KL and entropy, detached
+    kl_loss: Float[Tensor, ""]  # the KL part of the loss, before the coefficient, detached
     clipped_tokens: Float[Tensor, ""]
     capped_tokens: Float[Tensor, ""] | None
     kl_old_sum: Float[Tensor, ""]
     entropy_sum: Float[Tensor, ""]
     ratio_max: Float[Tensor, ""]
     ratio_counts: Float[Tensor, " n"]  # of the sampled tokens, between rlhf.tracking.metrics.histograms.RATIO_EDGES
-    correction: Correction | None  # None: the run has none
+    correction: Correction | None  # None: the run has no correction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

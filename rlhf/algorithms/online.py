@@ -18,12 +18,12 @@ from rlhf.tracking.metrics.histograms import RATIO_EDGES
 class SequenceOutcomes:
     """Results of B responses without their tokens, prompt-major: each prompt has group_size consecutive responses."""
 
-    scores: Float[Tensor, " B"]  # weighted sum of the rewards, less a KL penalty that is placed in the reward
-    by_reward: Mapping[str, Float[Tensor, " B"]]  # each reward after its gate, before its weight; 0 if not applicable
+    scores: Float[Tensor, " B"]  # weighted sum of the rewards, minus a KL penalty if placed in the reward
+    by_reward: Mapping[str, Float[Tensor, " B"]]  # each reward after gating, before weighting; 0 if not applicable
     weights: Mapping[str, float]
-    num_tokens: Int[Tensor, " B"]  # sampled ones
+    num_tokens: Int[Tensor, " B"]  # sampled tokens of each response
     group_size: int
-    greedy_scores: Float[Tensor, " P"] | None  # of one greedy response per prompt; None: the algorithm needs none
+    greedy_scores: Float[Tensor, " P"] | None  # of one greedy response per prompt; None: no greedy responses
     has_opinion: Mapping[str, Bool[Tensor, " B"]] = field(default_factory=dict)
     # True where a reward has a value for the response; a reward without an entry has values for all responses
 

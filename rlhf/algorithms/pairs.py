@@ -47,7 +47,7 @@ class PairAlgorithm(Algorithm):
     sft_coef: float = 0.0  # weight of the chosen (or gold) responses' mean negative log-probability
     wpo: bool = False  # whether a pair's loss is multiplied by the on-policy weights of its responses
     length_alpha: float = 1.0  # weight of the longer response's surplus tokens in a pair. 1 treats all tokens alike
-    couples: bool = False  # whether a loss depends on all pairs of the step, which get a forward pass first
+    couples: bool = False  # whether a loss depends on all pairs of the step, measured in a forward pass first
 
     def __init__(self, config: AlgorithmConfig) -> None:
         super().__init__(config)

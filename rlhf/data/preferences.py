@@ -35,8 +35,8 @@ class PreferencePair:
     example_id: int  # index among the loaded pairs
     chosen: Example  # example ids are positions in `collate_pairs`
     rejected: Example
-    gold: Example | None = None  # may equal `chosen`; None if the algorithm does not need it
-    prompt_tokens: int  # number of equal first tokens in all examples; none is learned
+    gold: Example | None = None  # may equal `chosen`; None if the algorithm needs no gold answer
+    prompt_tokens: int  # number of equal first tokens in all examples, all unlearned
     margin: float | None  # how much better `chosen` is; None if the row has no margin
 
     @property

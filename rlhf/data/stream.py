@@ -34,24 +34,24 @@ T = TypeVar("T", bound=Tokenized)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cursor:
-    """The position of a stream, stored in a checkpoint. Several sets count as if all their items made an epoch."""
+    """The position of a stream, stored in a checkpoint. An epoch has as many items as all sets together."""
 
     epoch: int  # starts at 0
     position: int  # number of items of this epoch already used
-    fingerprint: str  # identifies data and order, so a cursor is never used with others
+    fingerprint: str  # identifies data and order, so that a cursor never continues other data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixtureShare:
     name: str
-    weight: float  # share of the stream relative to all weights, independent of the size
+    weight: float  # share of the stream relative to all weights, whatever the set's size
     size: int  # number of items; the items of the sets are concatenated
 
 
 class StreamOrder:
     """Give the places of a stream's items again and again, in a new order each epoch.
 
-    Several data sets have separate epochs and separate orders. They take turns by weight (`rlhf.data.mixing`), so a
+    Several data sets have separate epochs and separate orders. The sets take turns by weight (`rlhf.data.mixing`), so a
     small set with a large weight starts again before a large set is finished.
     """
 

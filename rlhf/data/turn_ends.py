@@ -1,4 +1,4 @@
-"""Write the chat template's text behind a sampled turn, in tokens. A turn that ended by itself already has an end.
+"""Write the chat template's text behind a sampled turn, in tokens. A turn that the model ended already has an end.
 
 Environments and agents' sessions continue after a turn with this text. The tokens of a turn are never rendered again.
 """
@@ -15,7 +15,7 @@ class TurnEnds:
     """Knows the tokens for the end of a turn: `of_template`, if any, and the model's further ends, `of_model`.
 
     A template may write space before the end. A model may have several ends, such as Llama 3.1's `<|eom_id|>` beside
-    `<|eot_id|>`. Invariant: no second end follows a turn that ended by itself.
+    `<|eot_id|>`. Invariant: no second end follows a turn that the model ended.
     """
 
     def __init__(self, tokenizer: Any, of_template: Collection[int], of_model: Collection[int] = ()) -> None:

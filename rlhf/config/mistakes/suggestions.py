@@ -50,7 +50,7 @@ def unknown_key(
         return settings
     suggestion = _nearest_key(root, values, section, word, nodes, names)
     foreign = sorted({unicodedata.name(c, f"U+{ord(c):04X}") for c in word[:100] if not c.isascii()})
-    if foreign:  # it may look like a valid key
+    if foreign:  # such a letter may look like an ASCII letter
         return [replace(suggestion, text=f"{suggestion.text} The key holds {', '.join(foreign)}.")]
     return [suggestion]
 
