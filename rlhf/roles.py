@@ -74,7 +74,7 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSelection:
-    """Responses of one group for the samples file. The records lack only the text, since the controller has no text."""
+    """Responses of one group for the samples file. The controller has no text, so the records lack the text."""
 
     rollouts: Ref[Rollouts]
     records: tuple[SampleRecord, ...]  # `sample` is the index within the group

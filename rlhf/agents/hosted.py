@@ -36,18 +36,18 @@ from rlhf.rewards.sandbox.run import READABLE, namespaces
 from rlhf.rollouts.environments.process import Description, ProtocolViolation
 from rlhf.rollouts.environments.tool_servers import Toolbox, ToolServer, offered_tools, opened_toolbox
 
-RESULT_FOLDER = "result"  # the files that an agent leaves there are its result
+RESULT_FOLDER = "result"  # all files left in this folder are the agent's result
 TASK_FILE = "task.json"
 MAX_RESULT_BYTES = 64 * 2**10  # of a result as JSON
-MAX_ERROR_BYTES = 500  # of what a failed program wrote last
+MAX_ERROR_BYTES = 500  # of the last output of a failed program
 MAX_COMMAND_CHARS = 120  # of a command in a message
-MODEL = "model"  # the front answers to any name
+MODEL = "model"  # the name of the model in requests; the front accepts any name
 RELAY = str(Path(__file__).with_name("relay.py"))
 SOCKET = "model.sock"  # in the folder of a program in the sandbox
 SHELLS = "/bin"  # where programs look for a shell
 SANDBOX_WITHIN_S = 30.0
 PREPARED_WITHIN_S = 30.0
-START_THREADS = 64  # of the sandbox's trial
+START_THREADS = 64  # of the program that tests the sandbox
 NICENESS = 10
 CLIENTS = ("openai", "anthropic")  # packages with a client
 NO_TOOLS = Description(required=(), optional=(), takes_all=False, tools=(), has_close=False)

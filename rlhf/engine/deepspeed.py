@@ -1,6 +1,6 @@
 """The training engine on DeepSpeed: ZeRO 0-3 in float32, or bfloat16 with float32 master weights.
 
-Each rank has one instance, made after `init_distributed`. DeepSpeed averages gradients over ranks; here losses are
+Each rank has one instance, made after `init_distributed`. DeepSpeed averages gradients over ranks. Losses here are
 shares of a sum, so `backward` undoes the average. Ranks sharing micro-batches (sequence_parallel) evaluate the same
 loss, each for the part of the gradient flowing through the rank's tokens. No op is compiled at run time: the optimizers
 come from rlhf.engine.optimizers, not from DeepSpeed.
@@ -328,7 +328,7 @@ class DeepSpeedEngine:
     def take_snapshot(self, step: int) -> str | None:
         self._finish_snapshot()
         failure = self._opened_snapshots.wait_until_sent()
-        dist.barrier()  # the older snapshot is overwritten when all ranks have the newer one, with its copy
+        dist.barrier()  # overwrite the older snapshot once all ranks have the newer snapshot and copy
         values = {**self._state.values(), "steps": self._steps, "record": self._record().model_dump()}
         self._opened_snapshots.take(step, self._state.tensors(), values)
         return failure
@@ -354,7 +354,7 @@ class DeepSpeedEngine:
     def offload_to_host(self) -> None:
         if self.device.type == "cuda":
             self.move_to_host()
-            torch._C._cuda_clearCublasWorkspaces()  # up to 32 MiB a stream; empty_cache would keep them
+            torch._C._cuda_clearCublasWorkspaces()  # up to 32 MiB a stream, kept by empty_cache
             torch.cuda.empty_cache()
 
     def reload_to_device(self) -> None:

@@ -1,7 +1,7 @@
 """The interface of a training engine: forward, backward, step, weights, snapshot.
 
-Losses are this rank's share of a sum over the whole optimizer step (all ranks, all micro-batches), normalised before by
-global counts or, where a count is only known at the end, by the divisor of the step. An engine never averages losses.
+Losses are this rank's share of a sum over the whole optimizer step (all ranks, all micro-batches), divided by global
+counts beforehand, or by the step's divisor if a count is known only at the end. An engine never averages losses.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ScheduleSettings:
     """Learning rate over total_steps: a linear rise over warmup_steps, then `kind`, towards min_ratio * lr.
 
     cycles: falls of cosine_with_restarts. decay_ratio: share of total_steps in which wsd falls. updates_per_step:
-    optimizer steps of a training step, for the place of a resumed run.
+    optimizer steps of a training step, to find the place of a resumed run.
     """
 
     kind: Literal["constant", "linear", "cosine", "cosine_with_restarts", "wsd"]

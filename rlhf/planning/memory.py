@@ -162,8 +162,8 @@ def training_terms(shape: Shape, t: Training) -> list[Term]:
 
     The first peak is the start of the backward pass: all activations, the head, the gradient bucket. The second is the
     end of the backward pass: the bucket twice, since gradients are reduced in a copy. Stage 3 also peaks in the
-    optimizer step, where the gradients become one block, in host memory with optimizer offload. By then the heap has
-    freed the activations, but has no hole of this size.
+    optimizer step, where the gradients become one block, in host memory with optimizer offload. The heap has freed the
+    activations by then, but has no free block of this size.
     """
     bucket, summed = _bucket(t), _summed_gradients(t)
     first = [*bucket, _activations(shape, t), *([] if t.scalar else [_head(shape, t)])]

@@ -38,7 +38,7 @@ class Shape:
     experts: int = 0  # of a layer; 0: dense
     experts_per_token: int = 0
     expert_ffn: int = 0
-    shared_ffn: int = 0  # of the experts that every token passes
+    shared_ffn: int = 0  # width of the experts that every token passes
     dense_layers: int = 0  # first layers of a mixture, with an MLP of width ffn
     extra: int = 0  # biases and sinks of a layer that are not counted otherwise
 

@@ -1,6 +1,6 @@
 """Estimate the time in which the states of trained roles move between GPUs, hosts and shared memory.
 
-Each part is counted in full, although DeepSpeed overlaps some transfers with arithmetic: the times are upper bounds.
+The times are upper bounds: each transfer counts in full, although DeepSpeed overlaps some transfers with arithmetic.
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ def _load(
     cluster: ClusterConfig,
     beside: Path,  # the folder searched for code before the current folder
     models: Path | None = None,  # the folder for tiny:llama; None: this model is not available
-    reading: Reading | None = None,  # in place of the section's settings, as is decoding
+    reading: Reading | None = None,  # `reading` and `decoding` replace the section's settings
     decoding: Decoding | None = None,
     tokenizer: str | None = None,  # in place of each model's tokenizer
     made: StageResults | None = None,  # results of earlier stages, by the names of models

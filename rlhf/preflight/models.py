@@ -301,10 +301,10 @@ def refuse_too_long(prompts: Sequence[Prompt], rows: Sequence[Row], model: Model
 
 @dataclass(slots=True, kw_only=True)
 class StageResults:
-    """The results of earlier stages, by their folder. The folders may not exist yet."""
+    """The results of earlier stages, by result folder. The folders may not exist yet."""
 
     finals: dict[str, str] = field(default_factory=dict)  # result folder to the model with the same tokenizer and shape
-    tokenizers: dict[str, str] = field(default_factory=dict)  # source of the tokenizer, if it is a different one
+    tokenizers: dict[str, str] = field(default_factory=dict)  # source of the tokenizer, if a different source
     scored: dict[str, str] = field(default_factory=dict)  # results with a scalar head, and the algorithm training it
     adapters: dict[str, LoraConfig] = field(default_factory=dict)  # shapes of results that are adapters
     templates: dict[str, ChatTemplate] = field(default_factory=dict)  # template changes of the results

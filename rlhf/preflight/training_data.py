@@ -38,7 +38,7 @@ OfflineRow = Example | PreferencePair | StepLabelled | Labelled
 
 R = TypeVar("R")
 logger = logging.getLogger(__name__)
-# How each kind of algorithm without rollouts reads its rows, and how they become a batch.
+# How each kind of algorithm without rollouts reads rows, and how the rows become a batch.
 FORMS: Mapping[Kind, tuple[Callable[..., LoadedRows[Any]], Callable[..., Examples | Pairs]]] = {
     "supervised": (load_examples, collate),
     "distillation": (load_examples, collate),

@@ -137,7 +137,7 @@ class _Wait:
         self._limit_s = PAUSE.limit_s
 
     def may_go_on(self) -> bool:
-        """Return whether the limit has not passed since the first call, and no signal ends the run."""
+        """Return whether the write may wait: within the limit from the first call on, and if no signal ends the run."""
         self._ends = min(self._ends, time.monotonic() + self._limit_s)
         request = current_request()
         return time.monotonic() < self._ends and PAUSE.limit_s > 0.0 and (request is None or request.came is None)
@@ -172,7 +172,7 @@ def when_there_is_room(
         while True:
             try:
                 return write()
-            except StorageFull:  # of a part, which has waited
+            except StorageFull:  # of a nested write, which has already waited
                 undo()
                 raise
             except Exception as error:

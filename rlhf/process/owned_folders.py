@@ -1,6 +1,6 @@
 """Make folders that the next start removes after a kill of the process.
 
-The process that makes a folder holds the folder's lock until the process ends, so a free lock marks a dead owner.
+The maker of a folder holds the folder's lock until the maker's end. A free lock therefore marks a dead owner.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def temporary_folder() -> Iterator[Path]:
 def keep_temporary_files_apart() -> OwnedFolder:
     """Put the temporary files of this process and all children into one folder from now on, and return the folder.
 
-    Libraries that remove files at exit leave the files behind when the process is killed.
+    Reason: a killed process leaves behind the files that libraries would remove at exit.
     """
     folder = _folder_for_temporary_files()
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder.path)
@@ -78,7 +78,7 @@ def _folder_for_temporary_files() -> OwnedFolder:
 
 
 def _remove_if_left(folder: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):  # its owner has removed it meanwhile
+    with contextlib.suppress(FileNotFoundError):  # the owner has removed the folder meanwhile
         lock = locked(folder)
         if lock is not None:
             remove_tree(folder)

@@ -87,7 +87,7 @@ class StopRequest:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         """Handle a signal, in the main thread."""
-        signal.alarm(0)  # set by Ray's handler, if that came first: it lets an alarm abort the process in 3 seconds
+        signal.alarm(0)  # cancel a possible alarm of Ray's handler, which would abort the process in 3 s
         now = time.monotonic()
         again_after_s = PRESSED_AGAIN_AFTER_S if number == signal.SIGINT else REPEATED_WITHIN_S
         if self.signal is not None and now - self._last < again_after_s:

@@ -1,7 +1,7 @@
 """Turn parameters into trials: all combinations, and numbered random draws.
 
 parameters -> trials -> processes -> results. All functions are pure. A draw depends only on the seed and the trial's
-number, so more trials leave earlier trials unchanged, and a resumed sweep repeats the draws.
+number. So earlier trials stay the same in a larger sweep, and a resumed sweep repeats the draws.
 """
 
 from __future__ import annotations

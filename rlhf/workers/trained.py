@@ -64,7 +64,7 @@ class TrainedWorker(ModelWorker):
 
     @property
     def contributes(self) -> bool:
-        """Return whether this rank adds its share to a sum over ranks. Of ranks with the same share, the first does."""
+        """Return whether this rank adds its share to a sum over ranks. Of ranks with the same share, the first adds."""
         return self.place.rank % self.resources.sequence_parallel == 0
 
     @property

@@ -234,8 +234,8 @@ def _linear_names(model: Any) -> list[str]:
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module not in others}
     names = {name.rpartition(".")[2] for name in linear}
     unfit = {"out_proj"} if model.config.model_type in _WITHOUT_OUT_PROJ else set()
-    unfit.add("dt_proj")  # Mamba layers read its weight themselves, so an adapter would do nothing
-    return sorted(name for name in names - unfit if not name.isdigit())  # blocks are numbered too
+    unfit.add("dt_proj")  # Mamba layers read the weight of dt_proj directly, so an adapter would do nothing
+    return sorted(name for name in names - unfit if not name.isdigit())  # numbered blocks are no names of layers
 
 
 def _is_tied(model: Any) -> bool:

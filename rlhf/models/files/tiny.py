@@ -45,7 +45,7 @@ _SHAPE = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 32,  # vLLM's CPU attention supports no smaller one; 96 / 4 = 24 would not load
+    "head_dim": 32,  # vLLM's CPU attention supports no smaller head; 96 / 4 = 24 would not load
     "max_position_embeddings": MAX_LENGTH,
 }
 _DESCRIPTION = "tiny_llama_described.json"  # name of a file in a folder without weights

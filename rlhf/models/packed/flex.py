@@ -43,7 +43,7 @@ def flexible_attention(
         enable_gqa=query.shape[1] != key.shape[1],
         return_aux=AuxRequest(lse=True),
     )
-    if sinks is not None:  # exp(lse) is the sum over the tokens; the sink takes its part of both
+    if sinks is not None:  # exp(lse) is the softmax's sum over the tokens; the sink adds to this sum
         result = result * torch.sigmoid(found.lse - sinks.float()[None, :, None])[..., None].to(result.dtype)
     rows: Tensor = result.transpose(1, 2)
     return rows
@@ -59,7 +59,7 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 def _mask(at: Borders, *, window: int | None, device: torch.device) -> Any:
     """Return the mask of a row: a token sees the sequence up to itself, and a branch the shared parts of the trunks."""
     count = len(at.lengths)
-    shared = torch.zeros(count, count, dtype=torch.int64)  # tokens of a sequence (column) that another one sees
+    shared = torch.zeros(count, count, dtype=torch.int64)  # tokens of a sequence (column) that a branch (row) sees
     for index, trunk in enumerate(trunks(at.lengths, at.branches)):
         for sequence, tokens in trunk:
             shared[index, sequence] = tokens

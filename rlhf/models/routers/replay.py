@@ -1,8 +1,8 @@
 """Let a trainer's routers choose the sampler's experts for the same tokens.
 
-Rollout routing replay (R3, arXiv:2510.11370): where two experts score nearly alike, sampler and trainer may choose
-different experts, and the log-probabilities then differ by much more than rounding. A replayed choice keeps the
-trainer's scores, so routers are trained as before.
+Rollout routing replay (R3, arXiv:2510.11370): if two experts have nearly equal scores, sampler and trainer may choose
+different experts. The log-probabilities then differ by much more than rounding. A replayed choice keeps the trainer's
+scores, so routers are trained as before.
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ class EnvironmentHost:
     async def where(self, pid: int) -> str:
         """Return the place of a process, `, at file:line in function`, or an empty string if unknown.
 
-        Only one process is asked at a time. Other calls return at once: hundreds may reach the limit together.
+        Only one process is asked at a time. All other calls return at once: hundreds of calls may time out together.
         """
         if self._looking.locked():
             return ""

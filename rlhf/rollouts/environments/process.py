@@ -281,9 +281,9 @@ def _fork(hosted: HostedCode, session: int, control: socket.socket, lifeline: in
 def _end(number: int) -> int:
     """Kill a conversation with all children. Return the earlier wait status, or -1 for a conversation still running.
 
-    `number` is the process id, negative if the connection is closed. A process closes all files before the end, so a
-    closed connection allows a moment for the process to end by itself. Only this function reaps the process, so the id
-    cannot be reused before.
+    `number` is the process id, negative if the connection is closed. A process closes all files shortly before the end.
+    After a closed connection, the process gets a moment to end. Only this function reaps the process, so the id cannot
+    be reused before.
     """
     pid = abs(number)
     until = time.monotonic() + (GONE_WITHIN_S if number < 0 else 0.0)

@@ -26,11 +26,11 @@ class Share:
     """A rank's sequences of one plan, with a list of micro-batches for each minibatch."""
 
     plan: BatchPlan
-    ids: tuple[int, ...]  # of samples; empty: the share holds another rank's sample, unsampled, for its forward passes
+    ids: tuple[int, ...]  # of samples; empty: another rank's sample, with an empty mask, for the forward passes
     rollouts: Rollouts
     microbatches: tuple[tuple[Microbatch, ...], ...]
     temperatures: float | Float[Tensor, " N"]
-    sample_tokens: Int[Tensor, " B"]  # for each sequence the number of sampled tokens of its sample
+    sample_tokens: Int[Tensor, " B"]  # for each sequence, the number of sampled tokens of the whole sample
 
     @property
     def held(self) -> list[int]:

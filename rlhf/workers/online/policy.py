@@ -51,7 +51,7 @@ class PreparedShare:
     share: Share
     ref_logprobs: Column  # None: the run has no reference
     trainer_logprobs: Float[Tensor, " N"]  # for the samples file
-    old_logprobs: Column = None  # None: the only update computes them
+    old_logprobs: Column = None  # None: the only update computes old log-probabilities
     old_entropy: Column = None  # None: not needed
     advantages: Float[Tensor, " N"]
     selections: Selections
@@ -177,7 +177,7 @@ class PolicyWorker(OnlineWorker):
     def update(self, minibatch: int) -> Metrics:
         """Run an optimizer step on a minibatch of the prepared batch. Collective.
 
-        Without a trained token there is no loss, and no optimizer step: neither the weights nor the schedule move.
+        Without a trained token there is no loss and no optimizer step: weights and schedule stay the same.
         """
         share = self.prepared.share
         counts = self.counts(share.plan.minibatches[minibatch])

@@ -3,7 +3,7 @@
     portion -> prepare -> advantages -> accumulate, for each portion; then update
 
 `accumulate` adds the gradient of a portion before the next portion has arrived. The divisors of the loss are not known
-then, so losses are sums, and the optimizer step divides the gradient.
+yet. Losses are therefore sums, and the optimizer step divides the gradient.
 """
 
 from __future__ import annotations

@@ -113,8 +113,8 @@ def update_metrics(
 ) -> dict[str, Reduction]:
     """Return the metrics of a policy micro-batch with `sampled` tokens in the mask and `passed` tokens in all.
 
-    A loss term is this micro-batch's share of the step's loss. Times the step's tokens, the term becomes a total,
-    counted in sampled tokens. Shares then merge to the loss of the step, and steps to the token-weighted mean.
+    A loss term is this micro-batch's share of the step's loss. The term times the step's tokens is a total over sampled
+    tokens. Totals of shares merge to the step's loss, and totals of steps to the token-weighted mean.
     """
     losses = [terms.loss.detach(), terms.surrogate, terms.kl_loss]
     values = torch.stack([*losses, terms.clipped_tokens, terms.kl_old_sum, terms.entropy_sum, terms.ratio_max])

@@ -24,7 +24,7 @@ from rlhf.types import BatchPlan, MinibatchPlan, Rollouts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """The rank's means of exchanging columns. Only one of the ranks with equal sequences has `contributes` set."""
+    """How a rank exchanges columns with all ranks. Of ranks with equal sequences, only one has `contributes` set."""
 
     rank: int  # the rank's index in a plan
     contributes: bool
