@@ -283,7 +283,7 @@ def _output_of(process: subprocess.Popen[bytes], *, within_s: float) -> tuple[by
     while (left := until - time.monotonic()) > 0 and (events := poll.poll(1000 * left)):
         ready = texts.keys() & {fd for fd, _ in events}
         if not ready:
-            return texts[output], texts[errors], False  # it has ended, and its pipes are empty
+            return texts[output], texts[errors], False  # the program has ended, and the pipes are empty
         for fd in ready:
             if not (chunk := os.read(fd, 1 << 16)):
                 poll.unregister(fd)
@@ -297,7 +297,7 @@ def _output_of(process: subprocess.Popen[bytes], *, within_s: float) -> tuple[by
 
 
 def result_of_text(text: str) -> str | Mapping[str, Any]:
-    """Return the result of an agent from the agent's text: a JSON object if it is one, or the text itself."""
+    """Return the result of an agent from the agent's text: a JSON object if the text is JSON, or the text itself."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):  # not JSON, or beyond Python's limits of digits and depth

@@ -99,7 +99,7 @@ class HostedRunner:
             if files := await asyncio.to_thread(result_files, folder / RESULT_FOLDER):
                 return AgentFiles(contents=files)
             result: AgentResult | None = checked_result(reply.get("result"))
-        except ProtocolViolation as error:  # the agent's process checks it too, but the agent may have changed it
+        except ProtocolViolation as error:  # the agent may have changed the same check in the agent's process
             raise EnvironmentFailure("raised", str(error)) from error
         finally:
             await asyncio.to_thread(remove_tree, folder)

@@ -64,7 +64,7 @@ def _sort_key(call: Call, whole: TokenIds) -> tuple[bytes, int, bytes, bytes, by
 def _parents(calls: Sequence[Call], wholes: Sequence[TokenIds]) -> list[int | None]:
     """Return for each call the longest continued call. The calls are ordered by tokens."""
     parents: list[int | None] = []
-    open_places: list[int] = []  # the calls with which the current one begins, ascending in length
+    open_places: list[int] = []  # the calls at the beginning of the current call, ascending in length
     open_lengths: list[int] = []
     for place, (call, whole) in enumerate(zip(calls, wholes, strict=True)):
         common = common_length(whole, wholes[place - 1]) if place else 0

@@ -36,7 +36,7 @@ class Cases:
     """The tests of a row. Exactly one of `printed`, `returned` and `statements` is filled."""
 
     printed: tuple[tuple[str, str], ...] = ()  # a script's standard input and output
-    function: str | None = None  # its name, or the name of a method of `Solution`
+    function: str | None = None  # the function's name, or the name of a method of `Solution`
     returned: tuple[tuple[list[Any], Any], ...] = ()  # the function's arguments and its value, as JSON values
     statements: tuple[str, ...] = ()
     test_functions: tuple[str, ...] = ()  # defined by the single statement; each function is a test

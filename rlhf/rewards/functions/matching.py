@@ -168,7 +168,7 @@ class MathAnswer:
 
         self._library = math_verify
         self._limit_s = positive("limit_s", limit_s)
-        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it would warn about its disabled limits
+        logging.getLogger("math_verify").setLevel(logging.ERROR)  # math-verify would warn about disabled limits
 
     def __call__(self, prompt: str, response: str, answer: object) -> float:
         gold = self._parse_answer(str(answer).strip())

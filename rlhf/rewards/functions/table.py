@@ -41,7 +41,7 @@ class CosineLength:
         self._verify, self._threshold = _built_in(verifier, verifier_args), threshold
         signature = inspect.signature(self._verify)
         parameters = [parameter for name, parameter in signature.parameters.items() if name not in verifier_args]
-        self.__signature__ = signature.replace(parameters=parameters)  # it reads the columns of its verifier
+        self.__signature__ = signature.replace(parameters=parameters)  # the reward reads the columns of the verifier
 
     def __call__(self, prompt: str, response: str, **columns: Any) -> float:
         measured = shaping.length(response, self._unit)

@@ -83,7 +83,7 @@ class ChildProcess:
         return os.pread(self.faults.fileno(), 1 << 20, 0).decode(errors="replace")
 
     def describe_end(self, code: int, path: str | None) -> str:
-        """Return how a process with this exit code ended, with its last place in `path` and its last output."""
+        """Return how a process with this exit code ended, with the last place in `path` and the last output."""
         how = f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it exited with code {code}"
         self.read_output()
         place = place_in(self.read_faults(), path)

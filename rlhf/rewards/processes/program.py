@@ -271,7 +271,7 @@ def outlive_parent(lifeline: int) -> None:
 
 
 def begin_child(lifeline: int, faults_fd: int) -> None:
-    """Prepare a process of a user's code: it dies with the parent, and on a signal writes its place."""
+    """Let a process of a user's code die with the parent, and on a signal write the current place in the code."""
     host_code()
     die_with_parent(lifeline)
     faulthandler.enable(file=faults_fd, all_threads=False)
