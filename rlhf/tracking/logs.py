@@ -114,8 +114,8 @@ def configure(level: str = "INFO", *, role: str = "controller", rank: int | None
 
 def hush_imports() -> None:
     """Silence import-time log lines of libraries: no user can act on such a line. Called before the imports."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package that nothing here calls
-    # A driver logs this line, although it needs no accelerator.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports a missing package that nothing here calls
+    # A driver logs this line, although a driver needs no accelerator.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 

@@ -7,7 +7,7 @@ from rlhf.tracking.formatting import number
 
 STARVED = 0.5  # of the time, while rollouts run ahead of training
 AT_BOUND, BUSY = 0.8, 0.1  # the mean lag as a share of the largest one; a share of the time in which training waits
-CORRECTED = 0.3  # of the tokens: a correction is meant for the few whose ratio is far from 1
+CORRECTED = 0.3  # of the tokens: a correction is meant for few tokens, with a ratio far from 1
 REASKED = 0.1  # of the groups in flight, in each step
 BIASED = 0.9  # of the mean length: batches of one run differ by less
 

@@ -1,6 +1,6 @@
 """Diagnose a run from its metrics: name each problem, a cause and a remedy, in words.
 
-The diagnosis reads rows as `read_metrics` returns them: all rows of a run, or one at a time during the run. The
+The diagnosis reads rows as `read_metrics` returns them: all rows of a run, or single rows during the run. The
 diagnosis changes nothing in a run. Each threshold stands next to the check, with a reason.
 """
 

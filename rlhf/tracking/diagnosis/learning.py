@@ -22,7 +22,7 @@ RATIO_STILL = 1.02  # largest ratio: with the usual clip at 1.2, no ratio comes 
 SPIKE, BURST, SPIKES = 10.0, 100.0, 3  # times the median gradient norm; single spikes are held by train.grad_clip
 LOGPROB_DIFF = 0.1  # nats: bfloat16 gives .04 on average, float32 1e-6
 LOGPROB_GROWTH, LOGPROB_GROWTH_FROM = 10.0, 0.01  # times the first values: kernels do not change, weights do
-PROBE_GROWTH, PROBE_GROWTH_FROM = 5.0, 0.05  # the same for the probe's largest difference, which is noisier
+PROBE_GROWTH, PROBE_GROWTH_FROM = 5.0, 0.05  # the same for the probe's largest difference, a noisier value
 ESS = 0.8  # share of the tokens: healthy runs stay above .95
 REJECTED = 0.5  # half of the samples are thrown away
 

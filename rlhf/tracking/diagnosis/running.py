@@ -10,7 +10,7 @@ from rlhf.tracking.formatting import number
 
 RECENT = 20  # steps in which an error still counts as current
 SLOWED = 0.5  # of the first steps' throughput: longer responses cost less
-GROWTH, GROWTH_GIB = 1.5, 1.0  # both: a long-lived process keeps memory that it has once allocated
+GROWTH, GROWTH_GIB = 1.5, 1.0  # both: a long-lived process keeps memory once allocated
 STILL_GROWS = 1.02  # within the last 20 steps
 
 BROKEN = 0.1  # of the calls: a sub-agent or a summary now and then is the agent's design

@@ -16,7 +16,7 @@ TRUNCATED = 0.3  # of the responses: a truncated response rarely scores, so the 
 TRUNCATED_RISE, LONGER = 0.15, 1.2  # more truncated responses and a fifth more tokens: length runs away
 SHRUNK, WORTH_SHRINKING = 0.2, 20  # fraction of the first length; only for responses with some tokens
 SCORE_RISE = 0.25  # of the scores' deviation: beyond the noise of five batches
-EVAL_FALL, EVAL_NOISE = 0.2, 6.0  # both: of the best value; and times the evaluations' noise, since all are looked at
+EVAL_FALL, EVAL_NOISE = 0.2, 6.0  # of the best value, and times the evaluations' noise: both must be exceeded
 OVERFIT = 1.05  # times the lowest held-out loss: beyond the noise of an evaluation
 FLAT, FLAT_EVALS, FLAT_STEPS = 0.02, 5, 20  # spread of the evaluations, as a share of the largest
 CHANCE, CHANCE_STEPS = 0.55, 30  # accuracy of pairs; .5 is a coin
@@ -245,7 +245,7 @@ def _score_rise(history: History) -> tuple[float, float] | None:
 
 
 def _held_out_fall(history: History) -> tuple[str, Point, float] | None:
-    """Return a far fallen metric with higher as better, its best evaluation, and its mean now."""
+    """Return a metric far below the best value (higher is better), with the best evaluation and the present mean."""
     for key, points in history.evals().items():
         fallen = _fallen(points) if key.rpartition("/")[2] not in (*_LOSSES, *_NEUTRAL) else None
         if fallen is not None:

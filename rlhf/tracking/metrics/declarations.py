@@ -53,7 +53,7 @@ PLACEHOLDERS: Mapping[str, tuple[str, str]] = {
 
 
 # name | unit | reduction | traits of the runs with the metric | meaning. An indented line continues the line before.
-# "1" is the unit of pure numbers. An `optional` metric also needs a setting, which its meaning names.
+# "1" is the unit of pure numbers. An `optional` metric also needs the setting named in the meaning.
 _TABLE = """\
 data/epoch | epochs | Last | all | Passes over the training data so far; with several sets, passes over the set of the
     last row

@@ -16,7 +16,7 @@ from rlhf.tracking.metrics.reductions import Last, Max, Mean, Reduction
 from rlhf.tracking.run_folder.environment import output_of
 
 GPU_EVERY_S = 5.0
-_COUNTED = 8  # number of Linux's times; the later times of guests are already a part of `user`
+_COUNTED = 8  # number of Linux's times to add up; the later times of guests are already in `user`
 _QUERY = ("nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits")
 
 

@@ -40,7 +40,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def write_aside(path: Path, write: Callable[[Path], object], *, needed: int | None = None, waits: bool = True) -> None:
-    """Let `write` make a file beside its place, and rename the file into its place: readers see a whole file or none.
+    """Let `write` make a file beside `path`, then rename this file to `path`: readers see a whole file or none.
 
     `needed` is the known size in bytes. `waits`: for room on a full disk; otherwise StorageFull is raised at once.
     """

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _STEP = re.compile(r"step_(\d{6,})")
 _SCRATCH = ".own-"
 _LEFTOVERS = (".*.partial", ".*.removed")  # of a killed run
-_PARTS = (  # of a run folder; the first one marks it as such, and is removed last
+_PARTS = (  # of a run folder; the first file marks a run folder, and is removed last
     "config.resolved.yaml",
     *("environment.json", "metrics.jsonl", HISTOGRAMS, GROUPS, "errors.jsonl", "timeline.json", "traceback.txt"),
     *("wandb_run_id", "report.html", "eval.json", "processes.json"),

@@ -30,7 +30,7 @@ class SampleTurn:
     role: Literal["prompt", "policy", "environment"]
     text: str  # special tokens written out
     tokens: int
-    sampled: bool  # its tokens are in the response mask: they are trained on
+    sampled: bool  # the tokens are in the response mask: training uses these tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ class SampleRecord:
     score: float | None  # weighted sum
     scores: Mapping[str, float | None]  # each applicable reward, before its gate and weight; None: no opinion
     advantage: float | None  # mean over its tokens
-    preferred: bool | None  # whether it is the chosen response of its pair
+    preferred: bool | None  # whether this is the chosen response of a pair
     truncated: bool
     response_tokens: int
     min_version: int  # oldest and newest weights among its tokens
