@@ -281,7 +281,7 @@ class DeepSpeedEngine:
 
     @contextmanager
     def _own_settings(self) -> Iterator[None]:
-        """Keep the optimizer's settings, such as betas and weight decay, which DeepSpeed replaces by saved ones."""
+        """Keep the optimizer's settings, such as betas and weight decay. DeepSpeed would load the saved settings."""
         own = [{key: group[key] for key in group if key != "params"} for group in self._optimizer.param_groups]
         yield
         for group, settings in zip(self._optimizer.param_groups, own, strict=True):

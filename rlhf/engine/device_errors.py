@@ -1,4 +1,4 @@
-"""Recognise errors after which a process cannot use its GPU any more.
+"""Recognise errors after which a process cannot use the GPU any more.
 
 Running out of memory does not count: the process could go on, and a successor would need as much.
 """

@@ -85,8 +85,8 @@ def init_distributed(place: RankContext, master_addr: str, master_port: int) -> 
     import deepspeed  # reads DS_ACCELERATOR when it is imported
 
     if not on_gpu:
-        # DeepSpeed would compile its all-reduce for ranks of one CPU host here, and it waits without a deadline. On a
-        # GPU even reading this table would probe compilers for every DeepSpeed kernel.
+        # DeepSpeed would compile an all-reduce for ranks of one CPU host here, and this all-reduce waits without a
+        # deadline. On a GPU even reading this table would probe compilers for every DeepSpeed kernel.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout)
 

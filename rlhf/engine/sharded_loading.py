@@ -27,7 +27,7 @@ def shards_as_it_loads(*, zero_stage: int, dtype: torch.dtype, offload_parameter
     zero: dict[str, Any] = {"stage": 3}
     if offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
-    config = HfDeepSpeedConfig(  # transformers has a weak reference to it: it must live as long as the block
+    config = HfDeepSpeedConfig(  # transformers has a weak reference: this object must live as long as the block
         {
             "train_micro_batch_size_per_gpu": 1,
             "bf16": {"enabled": dtype == torch.bfloat16},

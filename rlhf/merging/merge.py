@@ -96,7 +96,7 @@ def write_merge(config: MergeConfig, sources: Sequence[MergeSource], folder: Pat
 
 
 def check_fit(config: MergeConfig, sources: Sequence[MergeSource]) -> None:
-    """Check for one architecture and one vocabulary, or for adapters of one base. UserError names two models."""
+    """Check for an equal architecture and vocabulary, or a common base of adapters. UserError names two models."""
     if config.output == "adapter":
         check_combinable(sources, method=config.method, rank=config.rank)
     elif config.method == "passthrough":

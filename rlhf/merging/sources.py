@@ -132,7 +132,7 @@ def check_stackable(sources: Sequence[MergeSource]) -> None:
 
 
 def check_same_tokenizer(sources: Sequence[MergeSource], *, chosen: str | None) -> None:
-    """Check for one vocabulary, and one chat template unless `chosen` names its source. UserError names two models."""
+    """Check for equal vocabularies and, unless `chosen` names a source, chat templates. UserError names two models."""
     tokenizers = {source.key: source.tokenizer() for source in sources}
     first, *others = sources
     for other in others:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-MAX_EXPONENT = 80.0  # exp of it is still finite in float32, as is the gradient through it
+MAX_EXPONENT = 80.0  # exp of this bound and the gradient of exp are still finite in float32
 
 
 def forward_kl_scores(log_ratios: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:

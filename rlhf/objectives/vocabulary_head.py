@@ -49,7 +49,7 @@ class Head:
     """Maps the product hidden @ weight.T + bias to the logits of the distribution."""
 
     bias: Tensor | None = None
-    temperature: float | Tensor = 1.0  # one for all rows, or one for each
+    temperature: float | Tensor = 1.0  # a number for all rows, or a number for each row
     softcap: float | None = None
     logit_scale: float = 1.0
     chunk_size: int = CHUNK_ROWS

@@ -80,7 +80,7 @@ class TrainedWorker(ModelWorker):
 
     def build(self) -> str:
         """Load the model and wrap the model for training. The process must have joined the gang."""
-        from rlhf.engine.deepspeed import DeepSpeedEngine  # DeepSpeed chooses its device when it is imported
+        from rlhf.engine.deepspeed import DeepSpeedEngine  # importing DeepSpeed chooses the device
 
         with self.explaining("start"):
             dtype = torch_dtype(self.model_config.dtype)

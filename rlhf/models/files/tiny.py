@@ -148,7 +148,7 @@ def _write(folder: Path, *, seed: int, tied: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:  # the others are norm scales, which stay at 1
+            if parameter.ndim == 2:  # all other weights are norm scales and stay at 1
                 parameter.normal_(0.0, 0.02, generator=generator)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = transformers.GenerationConfig(**ends)

@@ -31,7 +31,7 @@ class Branch:
     length: int
 
 
-Branches = Sequence[Branch | None]  # one entry per sequence; None: the sequence holds all of its tokens
+Branches = Sequence[Branch | None]  # one entry per sequence; None: the row holds all tokens of the sequence
 
 
 def positions(lengths: Sequence[int], branches: Branches | None, *, device: torch.device) -> Int[Tensor, " N"]:

@@ -156,7 +156,7 @@ def _states_beside_last_position(model: Any, tokens: Sequence[Tensor]) -> Float[
 def _refuse_other_head(model: Any, tokens: Sequence[Int[Tensor, " n"]]) -> None:
     """Raise UserError if log-probabilities from the head's weight and the config differ from the model's logits."""
     if hasattr(model, "score"):
-        return  # the head is one linear layer, which is applied as it is
+        return  # the head is a single linear layer, applied unchanged
     from_head, from_logits = [], []
     for ids in tokens:
         mask = torch.ones_like(ids, dtype=torch.bool)

@@ -38,16 +38,16 @@ CALIBRATION_BINS = 10
 class Numbers:
     """An entry for each sequence of a micro-batch. Only `values` carries a gradient."""
 
-    values: Float[Tensor, " b"]  # the model's numbers, by which pairs are compared
+    values: Float[Tensor, " b"]  # the model's numbers for comparing pairs
     reference: Float[Tensor, " b"] | None  # the reference's numbers; None: no reference
-    weights: Float[Tensor, " b"] | None = None  # how likely the policy is to sample it; None: no loss is weighted
+    weights: Float[Tensor, " b"] | None = None  # how likely the policy samples the sequence; None: no loss is weighted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Slopes:
     """The step's coupled losses and their derivatives with respect to each pair, an entry a pair."""
 
-    first: int  # position of this rank's first pair; its other pairs follow
+    first: int  # position of this rank's first pair; the rank's remaining pairs follow
     losses: Float[Tensor, " P"]
     chosen: Float[Tensor, " P"]
     rejected: Float[Tensor, " P"]

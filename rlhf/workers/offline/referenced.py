@@ -20,7 +20,7 @@ from rlhf.workers.offline.reference_cache import read_columns, reference_key, wr
 
 T = TypeVar("T")
 
-# Mean |difference| per token between stored values and those of other kernels.
+# Mean |difference| per token between stored values and values from different kernels.
 SPOT_CHECK_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
 
 
