@@ -49,7 +49,7 @@ def roles_of(*kinds: RoleKind) -> tuple[Role, ...]:
 
 
 TRAINED_ROLES = roles_of("trained")
-MODEL_SECTIONS = roles_of("trained", "frozen", "scoring")  # roles whose model has a section of the same name
+MODEL_SECTIONS = roles_of("trained", "frozen", "scoring")  # roles with a model section of the same name
 GUESTS_OF_ENGINES = roles_of("trained", "frozen")  # roles that can leave a GPU while an engine uses the GPU
 ROLE_ORDER = tuple(sorted(ROLES, key=lambda role: not ROLES[role].hosts))  # each role after its possible hosts
 ROLE_OF_STAGE: Mapping[str, Role] = {stage: role for role, entry in ROLES.items() for stage in (role, *entry.stages)}

@@ -31,7 +31,7 @@ from rlhf.types import (
     TokenValues,
 )
 
-WeightManifest = Any  # names one published set of weights; only the transport reads more of it than its checksum
+WeightManifest = Any  # names a published set of weights; only the transport reads more than the checksum
 Metrics = Mapping[str, Reduction]  # declared names; merges over ranks, micro-batches and minibatches
 
 T_co = TypeVar("T_co", covariant=True)

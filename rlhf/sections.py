@@ -30,8 +30,8 @@ class OnlyWith:
     def __init__(self, other: str, *values: object, because: str = "", gives_value: bool = False) -> None:
         self.other = other
         self.values = values
-        self.because = because  # explains the rule if it is not obvious
-        self.gives_value = gives_value  # `other` then names what gives the value of the marked key
+        self.because = because  # explains a rule that is not obvious
+        self.gives_value = gives_value  # `other` then names the source of the marked key's value
 
     def allows(self, value: object) -> bool:
         return value in self.values

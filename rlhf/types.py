@@ -220,8 +220,8 @@ class Sampling:
     top_k: int | None = None  # None: all tokens
     min_p: float = 0.0  # minimum probability relative to the likeliest token; 0: all tokens
     repetition_penalty: float = 1.0  # above 1: tokens already in prompt or response become less likely
-    stop: tuple[str, ...] = ()  # strings that end a response; they stay in it
-    stop_token_ids: tuple[int, ...] = ()  # tokens that end a response; they stay in it
+    stop: tuple[str, ...] = ()  # strings that end a response and stay in the response
+    stop_token_ids: tuple[int, ...] = ()  # tokens that end a response and stay in the response
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -371,7 +371,7 @@ class BatchPlan:
     scores: Mapping[int, float]  # by sequence id, without rewards credited by steps
     kl_coef: float
     entropy_coef: float = 0.0
-    temperatures: Mapping[int, float] = field(default_factory=dict)  # by sequence id, for prompts that set one
+    temperatures: Mapping[int, float] = field(default_factory=dict)  # by sequence id, for prompts with a temperature
     steps: Mapping[int, tuple[StepReward, ...]] = field(default_factory=dict)  # by sequence id, with training values
     portion: int = 0  # index of the portion in its batch
 

@@ -23,7 +23,7 @@ class StepLabelled:
 
     example_id: int  # index among the loaded items, and the sequence in `collate_steps`
     token_ids: tuple[int, ...]
-    step_ends: tuple[int, ...]  # ascending index of the last token of each step, where its label is predicted
+    step_ends: tuple[int, ...]  # ascending index of the last token of each step, where the step's label is predicted
     labels: tuple[bool, ...]  # one per step; True if the step is right
 
     @property

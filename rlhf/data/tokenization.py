@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf.errors import UserError
 
-_ANCHORS = ("\n", "a", "0", ".", "(")  # ordinary texts; an anchor is skipped if it merges with the text after it
+_ANCHORS = ("\n", "a", "0", ".", "(")  # ordinary texts; an anchor that merges with the text after the anchor is skipped
 _AT_ONCE = 1000  # texts
 _TAIL = 256  # characters searched for the last special token of the previous text
 
@@ -33,7 +33,7 @@ def encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 def encode_raw(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Return the token ids of texts not written by a template.
 
-    The ids begin with one beginning-of-sequence token, if the tokenizer uses this token, also if the text has it.
+    If the tokenizer uses a beginning-of-sequence token, the ids begin with exactly one, even if the text has one.
     """
     bos = raw_beginning(tokenizer)
     encoded = encode([text.removeprefix(bos) for text in texts], tokenizer)

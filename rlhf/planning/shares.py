@@ -36,7 +36,7 @@ class Division:
     count: int
     room: int  # trials that fit at once
     gpus: int  # of each
-    problem: str | None  # why a trial cannot run on its share, and the keys that solve it
+    problem: str | None  # why a trial cannot run on a share, and the keys to change
 
 
 def most_trials(sweep: Sweep, known: Sequence[Values] | None) -> int:

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One model with the sets in its own tokens: prompts to be scored by rewards, or examples to be measured."""
+    """A model with the sets in the model's tokens: prompts to be scored by rewards, or examples to be measured."""
 
     model: ModelOnDisk
     prompts: Mapping[str, tuple[Prompt, ...]] = field(default_factory=dict)

@@ -232,7 +232,7 @@ def _interrupt(thread: threading.Thread, request: StopRequest) -> None:
         else:
             identity = ctypes.c_ulong(thread.ident or 0)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(identity, ctypes.py_object(KeyboardInterrupt))
-    except RuntimeError:  # the loop has just closed; the next one is interrupted at its start
+    except RuntimeError:  # the loop has just closed; the next loop is interrupted at the start
         logger.debug("the event loop ended before it was cancelled")
     start_thread(request.on_interrupt, "on interrupt")
 

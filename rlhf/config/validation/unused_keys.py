@@ -229,7 +229,7 @@ def _missing_in_evaluation(stage: EvaluationStage) -> Missing:
     if not config.rewards:
         why = "evaluate.rewards is empty, so completions are measured and no response is sampled"
         missing["responses"] = (why, "name a reward")
-        del missing["reward model"]  # its micro-batches are those of the measured model
+        del missing["reward model"]  # the measured model has micro-batches in place of the reward model
     if not _has_passing_scores(config.rewards, config.pass_score):
         why = f"{_NO_JUDGE} and evaluate.pass_score is null, so no response passes"
         missing["passing scores"] = (why, "set evaluate.pass_score")
