@@ -40,8 +40,9 @@ def check_folders(stages: Iterable[Stage], start: Start) -> None:
 
 
 def meet_mirror(stage: Stage, *, resume: bool, step: int | None = None) -> None:
-    """With `resume`, download missing files from the mirror, or upload a result missing there. Without, raise UserError
-    if a run is there. `step` selects the checkpoint to download instead of the newest.
+    """With `resume`, download missing files from the mirror, or upload a result missing there.
+
+    `step` selects the checkpoint to download instead of the newest. UserError: a run is there, without `resume`.
     """
     if stage.run.mirror is None:
         return

@@ -314,7 +314,7 @@ def _imports(code: str) -> Iterator[str]:
 
 
 def _parsed(results: bytes, count: int) -> list[Any]:
-    """Return an answer for each test, None if it is not JSON. The program may write here too: only compare answers."""
+    """Return an answer for each test. None: no JSON. The program can write answers itself: only compare answers."""
     answers: list[Any] = []
     for line in [*results.split(b"\n", count)[:count], *[b""] * count][:count]:
         try:

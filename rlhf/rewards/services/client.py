@@ -147,9 +147,9 @@ class Service:
 
 
 class Breaker:
-    """Limits attempts while a service fails: one attempt at a time, after growing pauses; other requests wait.
+    """Limits attempts while a service fails: one attempt at a time, after growing pauses. All other requests wait.
 
-    A service not running, or just starting, therefore does not receive all attempts of all requests.
+    A service that does not run, or just starts, therefore does not receive all attempts of all requests.
     """
 
     def __init__(self, name: str) -> None:
