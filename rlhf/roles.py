@@ -324,7 +324,7 @@ class PolicyRole(TrainedRole, Protocol):
         """Compute the gradient of the part of a minibatch in the portions prepared so far (train.streamed)."""
 
     async def update(self, minibatch: int, states: StatesByRank = ()) -> Metrics:
-        """Make one optimizer step on a minibatch of the prepared batch. `states`: of the teacher, if any."""
+        """Make one optimizer step on a minibatch of the prepared batch. `states`: the teacher's, if any."""
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
         """Return the training signals of the tokens of these sequences in the prepared batch, by rank."""
@@ -367,7 +367,7 @@ class OfflineRole(TrainedRole, Protocol):
     async def update_on(
         self, plan: MinibatchPlan, states: StatesByRank = (), *, snapshot: int | None = None
     ) -> Metrics:
-        """Make one optimizer step on rows of the training set. `states`: of the teacher, if any. `snapshot`: take the
+        """Make one optimizer step on rows of the training set. `states`: the teacher's, if any. `snapshot`: take the
         snapshot of this step right afterwards. A call of `take_snapshot` must follow."""
 
     async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:

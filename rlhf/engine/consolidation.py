@@ -23,8 +23,8 @@ from rlhf.models.files.weights import initial_copies
 def load_trained_weights(module: Any, folder: Path, *, dtype: torch.dtype) -> None:
     """Replace a model's trained weights, and the frozen copies of the initial adapter, by a checkpoint's.
 
-    folder: of the role in the checkpoint, written by any number of ranks at any ZeRO stage. UserError for a damaged
-    folder, or a different model. dtype: of the model's weights.
+    folder: the role's folder in the checkpoint, written by any number of ranks at any ZeRO stage. UserError for a
+    damaged folder, or a different model. dtype: of the model's weights.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, whose files are read, would search and warn

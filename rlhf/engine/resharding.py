@@ -49,7 +49,7 @@ class Overlap:
 def take_over(state: RankState, folder: Path, *, saved: EngineRecord, own: EngineRecord) -> None:
     """Replace this rank's state by the rank's part of a checkpoint. Collective.
 
-    folder: of DeepSpeed's files or of snapshots. Raise UserError for files that do not fit this engine.
+    folder: holds DeepSpeed's files, or snapshots. Raise UserError for files that do not fit this engine.
     """
     refuse_other_weights(saved, own, folder)
     there, here = written_partitions(saved), partitions_of(own.groups, own.sharding)

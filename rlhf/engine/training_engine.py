@@ -103,7 +103,7 @@ class TrainingEngine(Protocol):
         """Write everything needed for an exact continuation. Collective."""
 
     def load(self, folder: Path) -> None:
-        """Continue from the state at `save`, exactly with the same ranks and stage. Collective. UserError: a misfit."""
+        """Continue from saved files, exactly with equal ranks and stage. Collective. UserError: files do not fit."""
 
     def open_snapshots(self, folder: Path, copies: CopyPlace | None = None) -> None:
         """Reserve shared memory for two snapshots, or open a predecessor's. UserError if there is too little memory.

@@ -20,7 +20,7 @@ from rlhf.role_table import ROLES, TRAINED_ROLES, Role
 from rlhf.tracking.run_folder.environment import num_cpus
 
 RAY_BYTES = int(1.0 * GIB)  # measured: Ray's own processes on a head node
-DRIVER_BYTES = int(0.65 * GIB)  # measured: this command while it trains
+DRIVER_BYTES = int(0.65 * GIB)  # measured: this command during training
 RAY_SHARE, RAY_MOST_BYTES, RAY_SHARE_OF_SHM = 0.3, 200e9, 0.95  # defaults of `ray start`: of memory, most, of /dev/shm
 HOST_SHARE = 0.95  # Ray kills workers when a node uses more of its memory
 

@@ -102,7 +102,7 @@ def checkpoint_sizes(config: Config, sizes: Sizes) -> Mapping[Role, float]:
 
 
 def _base_bytes(shape: Shape, model: PolicyConfig | CriticConfig, whole: int) -> float:
-    """Return the bytes of the weights under an adapter. `quantize` stores 4 bits, and a float32 scale per 64."""
+    """Return the bytes of the weights under an adapter. `quantize`: 4 bits, and a float32 scale per 64 weights."""
     layers = shape.block_parameters if model.lora is not None and model.lora.quantize is not None else 0
     return layers * (0.5 + 4 / 64) + (whole - layers) * _itemsize(model)
 

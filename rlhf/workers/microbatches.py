@@ -30,7 +30,7 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedPrefixes:
-    """The first tokens of a batch's rows. Rows of equal keys share tokens as far as equal."""
+    """The first tokens of a batch's rows. Rows of equal keys share their equal first tokens."""
 
     token_ids: Int[Tensor, " N"]  # the batch's column
     keys: tuple[int, ...]  # by row

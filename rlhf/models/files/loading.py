@@ -150,7 +150,7 @@ def no_reward_head(path: str, what: str) -> UserError:
 
 
 def refuse_no_language_model(path: str, *, trust_remote_code: bool = False) -> None:
-    """Raise UserError for a model without a language-model head, which would be random. Reads the config alone."""
+    """Raise UserError for a model without a language-model head: a new head is random. Reads the config alone."""
     config = load_model_config(path, trust_remote_code=trust_remote_code)
     if not _is_causal_lm(config):
         classes = ", ".join(config.architectures or []) or f"model of type {config.model_type}"

@@ -113,7 +113,7 @@ class StudentWorker(OnlineWorker):
     def _whole(
         self, microbatch: Microbatch, plan: MinibatchPlan, hidden: Float[Tensor, "n K"]
     ) -> tuple[Tensor, Measure]:
-        """Return a micro-batch's divergence over the whole vocabulary, and the metrics. `hidden`: of the minibatch."""
+        """Return a micro-batch's divergence over the whole vocabulary, and the metrics. `hidden`: the teacher's."""
         _, _, mask = self.columns(self.share, microbatch)
         loss, logprobs, teacher_logprobs, entropy = self.forward(
             distillation_loss,
