@@ -139,7 +139,7 @@ def critic_model(config: Config) -> CriticConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleUse:
-    """Say which runs have a role, and which model its workers hold. Model None: only reward functions."""
+    """Say which runs have a role, and which model the role's workers hold. Model None: only reward functions."""
 
     is_needed: Callable[[Config], bool]
     model: Callable[[Config], ModelConfig | None]

@@ -4,7 +4,7 @@
 
 A step is stored in this order: the checkpoint is written aside, the row is logged, and then the checkpoint becomes
 valid. So a checkpoint always has a row. A notice to end makes the current step the last one. The loop sees scalars, ids
-and references. The loop computes nothing on tokens and knows nothing of Ray.
+and references, computes nothing on tokens, and knows nothing of Ray.
 
 The trained roles are one unit. After each step every rank takes a snapshot of its state. When a rank is lost, all ranks
 are started again. The ranks restore the newest snapshot that all ranks have, and repeat the work.

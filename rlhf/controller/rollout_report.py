@@ -113,7 +113,7 @@ def restricted_tokens(infos: Iterable[RolloutInfo]) -> Counter[str]:
 
 
 def environment_failures(infos: Sequence[RolloutInfo]) -> dict[str, Reduction]:
-    """Count the failures of environments or agents in one group, even a dropped one; empty for single turns."""
+    """Count the failures of environments or agents in a group, even in a dropped group; empty for single turns."""
     kinds = [info.environment_error.kind for info in infos if info.environment_error is not None]
     failed, late = Sum(total=float(len(kinds))), Sum(total=float(kinds.count("timeout")))
     if infos[0].session is not None:

@@ -3,8 +3,8 @@
     groups -> updates -> signals -> samples file
 
 After the loss of trained ranks, the updates are gone. After the loss of a node with tokens of responses (ResultsLost),
-the tokens are read again from the run's store. The ranks may have a part of the lost tokens, so the step then begins
-again as after the loss of a trained rank. The controller restores the ranks and tells the attempt to begin again.
+the tokens are read again from the run's store. The ranks may hold a part of the lost tokens, so the step begins again,
+as after the loss of a trained rank. The controller restores the ranks and tells the attempt to begin again.
 """
 
 from __future__ import annotations

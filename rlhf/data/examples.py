@@ -1,6 +1,6 @@
 """Load supervised examples: rows tokenised once, with the learned tokens marked.
 
-This is the first arrow of the offline flow, and every form of offline data goes through `load_sequences`. The prompt of
+This is the first arrow of the offline flow. Every form of offline data goes through `load_sequences`. The prompt of
 an example is tokenised exactly as in `rlhf.data.prompts`, so training and sampling see the same tokens.
 """
 

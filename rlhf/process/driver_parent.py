@@ -33,7 +33,7 @@ class DriverReport:
     folder: str | None = None  # of the run, or of the stage of a pipeline
     restarts: int = 5  # cluster.restarts.gang
     window_s: float = 3600.0  # cluster.restarts.window_s
-    is_final: bool = False  # another start would not help: the run has failed, or its machine is going away
+    is_final: bool = False  # another start would not help: the run has failed, or the machine is going away
 
 
 def tell_parent(**facts: str | float | bool) -> None:

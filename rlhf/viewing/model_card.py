@@ -27,7 +27,7 @@ _METRICS = (
 def write_model_card(folder: Path, config: Config, *, run: Path, step: int | None, merged: bool = False) -> None:
     """Write README.md into a model folder of the run in folder `run`.
 
-    `step` is that of the checkpoint; None: the end of the run. `merged`: whether an adapter was added to the weights.
+    `step`: the step of the checkpoint; None: the end of the run. `merged`: whether an adapter was added to the weights.
     """
     rows = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
     rows = [row for row in rows if step is None or row["step"] <= step]

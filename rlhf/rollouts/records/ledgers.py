@@ -53,7 +53,7 @@ def _sampling_json(sampling: Sampling) -> str:
 
 
 def scored_identity(request: GroupRequest, sampling: Sampling, infos: Sequence[RolloutInfo]) -> str:
-    """Return a digest of the inputs of a group's scores, also row and responses, except weights and rewards."""
+    """Return a digest of all inputs of a group's scores, such as row and responses, but not weights and rewards."""
     prompt = request.prompt
     return _digest((request_identity(request, sampling), prompt.text, dict(prompt.columns), tuple(infos)))
 

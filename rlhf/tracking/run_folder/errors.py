@@ -25,7 +25,7 @@ class ErrorRecord:
     model: str | None = None  # the evaluated model, for evaluations with a comparison
     prompt_id: int | None = None  # row in the data of the split
     sample: int | None = None  # which of the responses to the prompt
-    stack: str | None = None  # of the threads of a process that hung
+    stack: str | None = None  # stacks of the threads of a process that hung
 
 
 def write_error(folder: Path, record: ErrorRecord, *, waits: bool = True) -> None:
