@@ -106,7 +106,7 @@ def _how_to_continue(given: Sequence[str], args: argparse.Namespace) -> str:
     if args.command == "quickstart" or args.resume == "auto":
         return f". Continue with: rlhf {shlex.join(given)}{option}"
     words = [word for word in given if word != "--overwrite"]
-    if "--resume" in words:  # with a step, which the run has passed
+    if "--resume" in words:  # `--resume STEP`: the run has passed this step
         del words[words.index("--resume") : words.index("--resume") + 2]
     return f". Continue with: rlhf {shlex.join(words)} --resume auto{option}"
 

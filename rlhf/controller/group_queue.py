@@ -81,7 +81,7 @@ class GroupQueue:
         self.num_steps = num_steps
         self.settings = settings
         self.prompts_per_step = collector.rollouts.prompts_per_step
-        self.version = 0  # of the trained weights, which the engines have
+        self.version = 0  # of the trained weights that the engines have
         self._outstanding: dict[int, _Outstanding] = {}  # by group id, in the order of the prompts
         self._waiting: deque[_Outstanding] = deque()  # of a resumed run, not requested yet
         self._finished: list[int] = []  # kept groups, in the order of completion
@@ -91,7 +91,7 @@ class GroupQueue:
         self._metrics: list[Metrics] = []  # since the last batch
         self._tokens = 0  # sampled in the groups that finished since the last batch
         self._lengths = Mean(total=0.0, count=0)  # of the responses of all finished groups
-        self._free: list[int] = []  # places below the largest one, as a heap
+        self._free: list[int] = []  # unused places below the largest place, as a heap
         self._load = _Load()
         self._taken_at, self._busy_at_request, self._was_over = time.time(), 0.0, False
         self._changed = asyncio.Event()

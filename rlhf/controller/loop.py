@@ -167,7 +167,7 @@ class TrainingLoop(ABC):
         await _all_ended([role.restart() for role in roles.values()])
         newest = [step for step in [await role.newest_snapshot() for role in roles.values()] if step is not None]
         if len(newest) == len(roles):
-            self.trained_step = min(*newest, self.trained_step)  # without the metrics of a step it is done again
+            self.trained_step = min(*newest, self.trained_step)  # without the metrics of a step, the step is repeated
             await _all_ended([role.restore_snapshot(self.trained_step) for role in roles.values()])
         else:
             self.trained_step = self.checkpoint_step

@@ -211,7 +211,7 @@ class RolloutScorer:
                     task.result()
             if closing is not None:
                 await closing
-            for task in tasks:  # raise a failure even if the batch is complete without it
+            for task in tasks:  # raise a failure even if the batch is complete without this group
                 if task.done():
                     task.result()
         finally:

@@ -23,7 +23,7 @@ from rlhf.tracking.run_folder.errors import ErrorRecord
 
 logger = logging.getLogger(__name__)
 DRIVER = "driver"
-ITS_START = "its start"  # the work of a worker that is lost before it works
+ITS_START = "its start"  # the work of a worker that is lost before any work
 UNITS: dict[RoleKind, str] = {"engines": "engine", "trained": "gang", "frozen": "worker", "scoring": "worker"}
 
 
@@ -73,7 +73,7 @@ class Supervisor:
             except NodeNotReplaced as error:  # the scheduler of the run may find another
                 raise Preempted(f"{message} {error}") from error
             except RunError as error:
-                kind = StorageFull if isinstance(error, StorageFull) else RunError  # they differ in the exit code
+                kind = StorageFull if isinstance(error, StorageFull) else RunError  # Preempted has another exit code
                 raise kind(f"{message} Its successor could not be started: {error}") from error
         took_s = time.perf_counter() - began
         self._seconds += took_s

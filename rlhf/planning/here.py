@@ -29,7 +29,7 @@ _UNCACHED = "and the cache of the model hub does not hold it"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Missing:
     sentence: str
-    hub_name: str | None = None  # the model or data set that may be on the hub; None: nothing downloads it
+    hub_name: str | None = None  # the model or data set, if possibly on the hub; None: no download helps
 
 
 def missing_here(loaded: LoadedConfig) -> list[Missing]:

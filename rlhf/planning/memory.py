@@ -18,7 +18,7 @@ from rlhf.role_table import Role
 
 GIB = 2**30
 PREFILL_TOKENS = 8192  # as in actors.rollout.vllm_engine
-BUCKET_ELEMENTS = 5 * 10**7  # as in rlhf.engine.deepspeed; a test compares them
+BUCKET_ELEMENTS = 5 * 10**7  # as in rlhf.engine.deepspeed; a test compares both
 SNAPSHOTS = "snapshots"  # name of the snapshots' term
 LIVE_PARAMETERS = 10**9  # of ZeRO-3: gathered and not yet released; DeepSpeed's default
 
@@ -176,12 +176,12 @@ def training_terms(shape: Shape, t: Training) -> list[Term]:
         if t.trained > shape.largest_weight:
             name = "vocabulary * hidden" if shape.largest_weight == shape.embedding else "a layer's experts"
             last.append(Term("largest gradient", 4 * shape.largest_weight, f"{name} * 4 bytes", phase="step"))
-    if t.zero_stage == 0 and t.itemsize == 2:  # DeepSpeed copies all of them
+    if t.zero_stage == 0 and t.itemsize == 2:  # DeepSpeed copies all gradients
         step.append(weights_term("gradients in float32", t.trained, 4, phase="step"))
     if t.zero_stage == 3:  # the block that the optimizer step uses
         block = weights_term("gradients as a block", t.trained, 4, t.ranks, place=t.place("optimizer"), phase="step")
         step.append(block)
-        if block.place == "host" or not t.on_gpu:  # it exists from the start, or next to holes too small for it
+        if block.place == "host" or not t.on_gpu:  # it exists from the start, or beside free blocks too small for it
             first.append(block)
     return [*_states(shape, t), *max(first, last, step, key=lambda terms: sum(term.nbytes for term in terms))]
 

@@ -74,9 +74,9 @@ def _object_store_bytes() -> int:
     device, sizes = os.stat(SHARED_MEMORY).st_dev, dict[int, int]()
     process = psutil.Process()
     for raylet in (*process.parents(), *process.children()):
-        with contextlib.suppress(psutil.Error, OSError):  # it has just ended, or belongs to another user
+        with contextlib.suppress(psutil.Error, OSError):  # the process has just ended, or belongs to another user
             for file in Path(f"/proc/{raylet.pid}/fd").iterdir() if raylet.name() == "raylet" else ():
-                with contextlib.suppress(OSError):  # it has just been closed
+                with contextlib.suppress(OSError):  # the file has just been closed
                     status = file.stat()
                     if status.st_dev == device and Path(os.readlink(file)).name.startswith("plasma"):
                         sizes[status.st_ino] = status.st_size

@@ -100,7 +100,7 @@ def _smaller_roles(sweep: Sweep, trial: LoadedConfig, share: int) -> Iterator[st
         for role in placement.slots:
             section = getattr(stage.cluster.roles, role)
             if section.colocate_with in placement.slots:
-                continue  # its host reserves for both
+                continue  # the host role reserves for both
             cpus = section.cpus * share / placement.total("CPU")
             cpus = math.floor(cpus * 100) / 100 if cpus < 1.0 else float(math.floor(cpus))
             key = f"{f'stages.{name}.' if trial.is_pipeline else ''}cluster.roles.{role}.cpus"

@@ -28,7 +28,7 @@ class Work:
     """Count the work of a rank in a step."""
 
     trained: int  # micro-batches with a gradient
-    measured: int  # micro-batches without one
+    measured: int  # micro-batches without a gradient
     updates: int  # optimizer steps
 
 
@@ -98,7 +98,7 @@ def staging(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> Stage
     for role in staged:
         model = ROLE_USES[role].model(config)
         assert model is not None  # only roles with a model leave a GPU
-        if role not in sections:  # a host copy of frozen weights lasts for the whole run, so they only return
+        if role not in sections:  # a host copy of frozen weights lasts for the whole run, so frozen weights only return
             unpinned += sizes.of(model.model).parameters * (4 if model.dtype == "float32" else 2)
             continue
         how = training(role, trained_sections(config)[role], config, sizes)
@@ -110,7 +110,7 @@ def staging(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> Stage
         unpinned += 2 * slow
     if not pinned + unpinned:
         return None
-    speed = rates(config, nodes, role=next(iter(staged)))  # the rates of a GPU are those of every role
+    speed = rates(config, nodes, role=next(iter(staged)))  # all roles have the same rates of a GPU
     text = f"{_gib(pinned)} / {speed.pcie / 1e9:g} GB/s + {_gib(unpinned)} not pinned / {speed.unpinned / 1e9:g} GB/s"
     return Stage("staging", pinned / speed.pcie + unpinned / speed.unpinned, f"{text}, both ways", 1.0)
 

@@ -227,7 +227,7 @@ def _listening(request: StopRequest) -> Iterator[Callable[[], None]]:
 def _interrupt(thread: threading.Thread, request: StopRequest) -> None:
     """Cancel the thread's event loop, or raise KeyboardInterrupt in its Python code."""
     try:
-        if (cancel := request._cancel) is not None:  # the thread may clear it at any moment
+        if (cancel := request._cancel) is not None:  # the thread may clear `_cancel` at any moment
             cancel()
         else:
             identity = ctypes.c_ulong(thread.ident or 0)
