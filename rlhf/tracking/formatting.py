@@ -9,7 +9,7 @@ def number(value: float) -> str:
     """Format with three significant digits, whole numbers whole, and no exponent for thousands."""
     if not math.isfinite(value):
         return "nan" if math.isnan(value) else str(value)
-    whole = float(value).is_integer() or abs(value) >= 999.5  # three digits make a thousand of it
+    whole = float(value).is_integer() or abs(value) >= 999.5  # 999.6 has three digits as 1000
     return f"{value:.0f}" if whole and abs(value) < 1e9 else f"{value:.3g}"
 
 

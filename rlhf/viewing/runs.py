@@ -15,7 +15,7 @@ from typing import Any
 
 from rlhf.errors import UserError
 
-_MARKS = ("metrics.jsonl", "environment.json", "eval.json", ".lock")  # of a run; a pipeline's folder has none of them
+_MARKS = ("metrics.jsonl", "environment.json", "eval.json", ".lock")  # of a run; a pipeline's folder has no such file
 _SAMPLES = re.compile(r"step_(\d{6,})\.jsonl")
 
 

@@ -59,7 +59,7 @@ def kl_blow_up(history: History, recent: list[Point]) -> Evidence | None:
     level = mean(recent)
     before = [point.value for point in history.last("experience/kl_ref/mean", 23)[:-3]]
     usual = median(before) if before else math.inf
-    jumped = level > max(KL_JUMP * usual, KL_JUMP_FROM)  # an estimate may be 0 or below it
+    jumped = level > max(KL_JUMP * usual, KL_JUMP_FROM)  # an estimate may be 0 or negative
     if level <= KL_REF and not jumped:
         return None
     rise = f"; the median of the 20 steps before is {number(usual)}" if jumped else ""

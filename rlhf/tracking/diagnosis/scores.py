@@ -223,7 +223,7 @@ def held_out_flat(history: History, _: list[Point]) -> Evidence | None:
     advice="raise train.lr; read twenty pairs by hand; check the columns that data.columns names.",
 )
 def preferences_at_chance(history: History, recent: list[Point]) -> str | None:
-    online = bool(history.first("rollouts/tokens/total"))  # its pairs are new each step, and near a coin for long
+    online = bool(history.first("rollouts/tokens/total"))  # new pairs in each step stay near chance for long
     if online or mean(recent) >= CHANCE:
         return None
     return f"Over {CHANCE_STEPS} steps {number(100 * mean(recent))} % of the pairs are ranked right; chance is 50 %."

@@ -109,7 +109,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         """Return whether a later start has renamed `scratch`. On NFS a holder can lose the lock unnoticed."""
         try:
             return not self.scratch.exists() and any(self.path.glob(f"{_SCRATCH}*"))
-        except OSError:  # of the network: it proves nothing
+        except OSError:  # an error of the network proves nothing
             return False
 
     def close(self) -> None:

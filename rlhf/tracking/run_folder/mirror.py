@@ -37,9 +37,9 @@ LAST_CHANCE_S = 30.0  # limit for the running upload, and again for the rest, af
 _TRIES, _PAUSE_S = 3, 2.0  # attempts for one file; the pause doubles
 _ELSEWHERE = ("checkpoints", "final", "wandb")  # handled separately, or useless on another machine
 _RESULT = "eval.json"  # result of an evaluation: marks the run as finished, so goes last
-_FINAL = "final.json"  # in the mirror: the manifest of final/, which goes last
+_FINAL = "final.json"  # in the mirror: the manifest of final/, uploaded last
 _BEST = "checkpoints/best.json"
-_FLAT = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss"}  # no folders: a request for one may create the bucket
+_FLAT = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss"}  # no folders: making a folder may create the bucket
 _IN_STEP = re.compile(r"(checkpoints/step_(\d{6,})/)(.+)")
 
 
@@ -80,7 +80,7 @@ class Mirror:
 
     def begin(self, keep: int) -> None:
         """Start to make the mirror equal to the folder, with the newest `keep` checkpoints. Only after `settle`."""
-        if self.is_free():  # else the upload hangs, and settle has reported it
+        if self.is_free():  # else the upload hangs, as settle has reported
             self._start(lambda: self._upload(keep))
 
     def settle(self, *, within_s: float = float("inf")) -> str | None:
@@ -161,7 +161,7 @@ class Mirror:
     def _state(self) -> list[str]:
         """Return the names of all files except checkpoints, model and half-written ones. Some may vanish meanwhile."""
         top, names = self._folder.path, list[str]()
-        for at, folders, files in os.walk(top):  # it skips folders that have vanished
+        for at, folders, files in os.walk(top):  # os.walk skips folders that have vanished
             apart = _ELSEWHERE if Path(at) == top else ()
             folders[:] = [name for name in folders if not name.startswith(".") and name not in apart]
             names += [Path(at, name).relative_to(top).as_posix() for name in files if not name.startswith(".")]
@@ -232,7 +232,7 @@ class Mirror:
             self._get_checkpoint(best, whole)
         if wanted is not None and wanted in whole and not self._has(wanted, named=step is not None):
             self._get_checkpoint(wanted, whole)
-            if step is None:  # a named one is selected when the run begins
+            if step is None:  # a named step is selected when the run begins
                 self._folder.continue_from(wanted)
         if best in self._folder.checkpoint_steps():
             self._folder.mark_best(best)

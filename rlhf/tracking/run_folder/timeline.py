@@ -46,7 +46,7 @@ class Timeline:
                 self._tids[event["pid"], event["args"]["name"]] = event["tid"]
         self._file.truncate(end)
         self._empty = end == 0
-        self._lost = 0  # events since the last written one
+        self._lost = 0  # events since the last written event
 
     @contextmanager
     def span(

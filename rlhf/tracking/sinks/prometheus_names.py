@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from rlhf.tracking.metrics.declarations import Metric, declared
 
 PREFIX = "rlhf_"
-RAYS_PREFIX = "ray_"  # Ray puts it before every name
+RAYS_PREFIX = "ray_"  # Ray's prefix of every name
 RUN_LABEL = "run"
 STEP = "step"  # the last finished step
 
