@@ -17,7 +17,7 @@ class SessionLimits:
 
     max_calls: int  # in the whole session
     max_tokens: int  # prompt and response of one call
-    seed: int  # the seed of the first call; each later call has a seed derived from it
+    seed: int  # the seed of the first call; the seeds of later calls are derived from this seed
     concurrent_calls: int = MAX_CONCURRENT_CALLS
 
     @property

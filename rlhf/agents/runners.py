@@ -39,7 +39,7 @@ KEY = "rollouts.agent"
 class AgentTask:
     """A session of an agent: the task, and the access to the model."""
 
-    task: Mapping[str, Any]  # the prompt, and the configured columns of its row
+    task: Mapping[str, Any]  # the prompt, and the configured columns of the row
     address: str  # of the engine's front, without a path
     api_key: str
     seed: int
@@ -144,7 +144,7 @@ def result_files(folder: Path) -> dict[str, str]:
             raise EnvironmentFailure("raised", f"{RESULT_FOLDER} is a link or no folder")
         return _texts_below(folder)
     except FileNotFoundError:
-        return {}  # the agent has removed it
+        return {}  # the agent has removed the folder
     except OSError as error:
         raise EnvironmentFailure("raised", f"{RESULT_FOLDER}/ cannot be read: {error}") from error
 

@@ -58,7 +58,7 @@ _TEXT = re.compile(
 
 # Roots and pi as plain text: 5*sqrt(2), 2pi.
 _PLAIN_ROOT = re.compile(r"(?<![A-Za-z\\])sqrt\(([^()]*)\)")
-_BARE_ROOT = re.compile(r"(?<![A-Za-z\\])sqrt(?=\s*(?:\[[^\[\]]*\]\s*)?\{)")  # of LaTeX without its backslash
+_BARE_ROOT = re.compile(r"(?<![A-Za-z\\])sqrt(?=\s*(?:\[[^\[\]]*\]\s*)?\{)")  # of LaTeX without the backslash
 _PLAIN_PI = re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])")
 
 

@@ -183,7 +183,7 @@ class RewardPool:
             yield slot
             answered = True
         finally:
-            if self._closed or not answered:  # otherwise it may still be busy when the next group arrives
+            if self._closed or not answered:  # otherwise the process may still be busy when the next group arrives
                 slot.discard()
             self._idle.put(slot)
 

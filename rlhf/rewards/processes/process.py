@@ -158,7 +158,7 @@ class RewardProcess:
                 self._poll.unregister(self._child.output)
             if self._connection.fileno() in ready:
                 break
-            if left == 0.0:  # an ended process without an end of the connection: a child process still holds it
+            if left == 0.0:  # the process has ended, but a child process still holds the connection
                 raise ProcessTimeout if self._process.poll() is None else ProcessDied(self._how_it_died())
         self._connection.settimeout(max(deadline - time.monotonic(), 0.1))
         try:

@@ -255,7 +255,7 @@ def die_with_parent(lifeline: int) -> None:
     group. A thread could not do this, since a hanging C function may hold the interpreter. PR_SET_PDEATHSIG would fire
     at the end of the parent's thread, not of the parent.
     """
-    f_setsig = 10  # Linux; the fcntl module has no name for it
+    f_setsig = 10  # Linux; the fcntl module has no name for this flag
     fcntl.fcntl(lifeline, f_setsig, signal.SIGKILL)
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)

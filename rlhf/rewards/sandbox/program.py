@@ -88,7 +88,7 @@ def _compiled(code: str, name: str) -> types.CodeType:
 
 def run_tests(job: Job, results: int) -> None:
     """Import the program as `solution`, then answer each test on a line: a value, or the mark for a passed test."""
-    import json  # imported here, since it is half of a script's start time
+    import json  # imported here, since the import is half of a script's start time
 
     module = types.ModuleType("solution")
     sys.modules["solution"] = module

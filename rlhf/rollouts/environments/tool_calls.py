@@ -81,7 +81,7 @@ def _problem(name: str, arguments: object, tools: Sequence[Mapping[str, Any]]) -
         return f"{name} has no argument {', '.join(unknown)[:60]}"
     for key, value in arguments.items():
         definition = properties.get(key)
-        wanted = definition.get("type") if isinstance(definition, Mapping) else None  # it may be `true`
+        wanted = definition.get("type") if isinstance(definition, Mapping) else None  # a definition may be `true`
         if isinstance(wanted, str) and wanted in _TYPES:
             fits = isinstance(value, _TYPES[wanted]) and (wanted == "boolean" or not isinstance(value, bool))
             if not fits:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CLOSE_WITHIN_S = 5.0  # for a server to end by itself; it is killed afterwards
+CLOSE_WITHIN_S = 5.0  # for a server to end by itself; afterwards the server is killed
 MAX_PAGES = 100  # of a listing
 T = TypeVar("T")
 

@@ -54,7 +54,7 @@ class Played:
     prompt_token_ids: tuple[int, ...]
     spans: tuple[Sampled | InsertedSpan, ...]
     finish_reason: FinishReason  # "length" if a limit ended the conversation
-    rewards: tuple[float, ...] | None = None  # environment rewards, one per turn; None if it has none or failed
+    rewards: tuple[float, ...] | None = None  # environment rewards, one per turn; None: no rewards, or a failure
     error: RewardError | None = None
 
 
