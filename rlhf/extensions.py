@@ -182,7 +182,7 @@ def import_file(path: str, *, isolated: bool = False) -> ModuleType:
         sys.path.insert(0 if isolated else len(sys.path), folder)
     _importing.add(path)
     try:
-        exec(compile(text, path, "exec"), vars(module))  # not by the spec, which may find the bytecode of an older text
+        exec(compile(text, path, "exec"), vars(module))  # not by the import spec: it may find older bytecode
     except StartRefused:
         del sys.modules[name]
         raise

@@ -54,7 +54,7 @@ class Tree:
     source: str  # the file, for messages
     values: dict[str, Any]
     places: dict[Key, str]
-    bases: tuple[Path, ...] = ()  # files merged below this one
+    bases: tuple[Path, ...] = ()  # the files over which this file is merged
 
     def place(self, key: Key) -> str:
         """Return where the key was written, or else the nearest section above it."""
@@ -172,7 +172,7 @@ class _Converter:
 
     def __init__(self, loader: _Loader, source: str, places: dict[Key, str]) -> None:
         self.loader, self.source, self.places = loader, source, places
-        self.num_nodes = 0  # including aliases: a kilobyte of them can expand to billions of nodes
+        self.num_nodes = 0  # including aliases: a kilobyte of aliases can expand to billions of nodes
 
     def convert(self, node: yaml.Node, at: Key, parents: tuple[yaml.Node, ...]) -> Any:
         self.num_nodes += 1

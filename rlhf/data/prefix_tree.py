@@ -70,10 +70,10 @@ class PrefixTree:
 class _Edge:
     """Tokens of a tree, as first added by the sequence `of`."""
 
-    of: int  # the sequence that added them
+    of: int  # the sequence that added the tokens
     start: int  # their position in this sequence
     end: int
-    after: dict[int, _Edge] = field(default_factory=dict)  # the edges that continue it, by their first token
+    after: dict[int, _Edge] = field(default_factory=dict)  # the edges below this edge, by the first token
 
 
 def shared_with_earlier(sequences: Iterable[tuple[TokenIds, int]]) -> list[SharedPrefix | None]:

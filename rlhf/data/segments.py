@@ -37,7 +37,7 @@ class Segment:
 
     text: str
     learn: bool
-    is_raw: bool = False  # no template wrote it; set only on the first segment of a sequence
+    is_raw: bool = False  # written without a template; set only on the first segment of a sequence
 
 
 @dataclass(frozen=True, slots=True)

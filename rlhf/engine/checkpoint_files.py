@@ -40,7 +40,7 @@ class DataOnlyCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
         def write(aside: Path) -> None:
             save(state_dict, str(aside))
             with aside.open("rb") as file:
-                os.fsync(file.fileno())  # NFS tells only now that its disk is full
+                os.fsync(file.fileno())  # NFS reports a full disk only now
 
         write_aside(Path(path), write)
 

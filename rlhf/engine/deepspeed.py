@@ -164,7 +164,7 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._nonfinite_losses += int(not torch.isfinite(loss.detach()))
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss * dist.get_world_size())  # DeepSpeed divides by it
+        self._engine.backward(loss * dist.get_world_size())  # DeepSpeed divides by this number
 
     def step(self, divisor: float = 1.0) -> StepReport:
         self._finish_snapshot()
@@ -172,7 +172,7 @@ class DeepSpeedEngine:
         nonfinite = int(self.all_reduce_sum(torch.tensor(self._nonfinite_losses, device=self.device)))
         self._nonfinite_losses = 0
         if nonfinite:
-            nonfinite //= self._sequence_parallel  # every rank of the group counted it
+            nonfinite //= self._sequence_parallel  # every rank of the group counted the row
             raise RunError(f"The loss of {nonfinite} micro-batches was not finite in optimizer step {step}.")
         lr = self._settings.lr * lr_factor(self._schedule, step)
         for group, ratio in zip(self._optimizer.param_groups, self._lr_ratios, strict=True):

@@ -112,7 +112,7 @@ class Snapshots:
             tensor.copy_(saved[name])
         self._forget_all_but(path)
         self._last, self._last_slot = path, content["slot"]
-        self._send(step, self._last_slot)  # which also replaces copies of later steps
+        self._send(step, self._last_slot)  # this also replaces copies of later steps
         values: dict[str, Any] = content["values"]
         return values
 

@@ -33,9 +33,9 @@ def fold_adapter(source: MergeSource, folder: Path, *, dtype: torch.dtype, shard
     name_padding(model.config, source.tokenizer())
     for parameter in model.parameters():  # buffers keep their dtype: some are float32 in a model of any dtype
         parameter.data = parameter.data.to(dtype)
-    model.generation_config = transformers.GenerationConfig()  # an inconsistent one cannot be saved
+    model.generation_config = transformers.GenerationConfig()  # an inconsistent generation config cannot be saved
     model.save_pretrained(folder, max_shard_size=shard_bytes)
-    (folder / "generation_config.json").unlink(missing_ok=True)  # the result gets the file of its donor
+    (folder / "generation_config.json").unlink(missing_ok=True)  # the result gets the file of the donor model
 
 
 def combine_adapters(config: MergeConfig, sources: Sequence[MergeSource], folder: Path) -> None:
@@ -56,7 +56,7 @@ def combine_adapters(config: MergeConfig, sources: Sequence[MergeSource], folder
     inputs, method = [config.models[source.name] for source in sources], config.method
     adapters = [f"adapter_{index}" for index in range(len(sources))]
     weights = [model_input.weight for model_input in inputs]
-    if method == "svd" and len(sources) == 1:  # peft would only scale a single adapter, so it is two equal halves
+    if method == "svd" and len(sources) == 1:  # two equal halves: peft would only scale a single adapter
         adapters, weights = adapters * 2, [weights[0] / 2.0] * 2
     keys = ", ".join(source.key for source in sources)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), _peft_errors(f"{keys} cannot be combined"):

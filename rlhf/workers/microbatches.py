@@ -112,7 +112,7 @@ class _Family:
 
     rows: list[int] = field(default_factory=list)
     prefixes: list[SharedPrefix | None] = field(default_factory=list)  # `of` is a position in `rows`
-    num_tokens: int = 0  # without the shared ones
+    num_tokens: int = 0  # without the shared tokens
     tree: PrefixTree = field(default_factory=PrefixTree)
 
 

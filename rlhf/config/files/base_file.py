@@ -62,7 +62,7 @@ def _over_base(tree: Tree, folder: Path, files: tuple[Path, ...], *, at: Key = (
         raise UserError(f"{place}: {circle} is a circle; a file cannot be its own base")
     base = extend(read_file(path, needs=SECTIONS), path.resolve().parent, files=(*files, path))
     values: dict[str, Any] = _relocate(base.values, path.resolve().parent, folder)
-    if at:  # the stages of a pipeline share the run at its top
+    if at:  # the stages of a pipeline share the section `run` at the top
         if others := sorted({"stages", "sweep"} & values.keys()):
             raise UserError(f"{place}: {path} has the section {others[0]}; a stage needs the file of a single run")
         values.pop("run", None)

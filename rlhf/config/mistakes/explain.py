@@ -71,7 +71,7 @@ def parse_as(root: type[S], values: dict[str, Any]) -> S | tuple[Problem, ...]:
                 group = missing if item["type"] == "missing" else problems
                 group.setdefault(problem.key, problem)  # each member of a union reports the same key
         meant = {name for problem in problems.values() for name in problem.meant}
-        absent = {  # leave out a missing key if an unknown key probably stands for it, or for a key below
+        absent = {  # leave out missing keys for which an unknown key probably stands
             key: problem
             for key, problem in missing.items()
             if not any(f"{name}.".startswith(f"{'.'.join(key)}.") for name in meant)

@@ -31,7 +31,7 @@ from rlhf.models.routers.recording import routers_of
 
 Init = Literal["default", "pissa"]
 
-_WITHOUT_OUT_PROJ = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})  # where peft refuses it
+_WITHOUT_OUT_PROJ = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})  # peft refuses out_proj
 
 
 def add_lora(

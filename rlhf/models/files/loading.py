@@ -264,7 +264,7 @@ def _prepared(model: Any, *, gradient_checkpointing: bool) -> Any:
     _disable_randomness(model)
     widen_linear_layers(model)
     if is_quantized(model):
-        del model.config.quantization_config  # it describes the weights in memory, not the exported model
+        del model.config.quantization_config  # the entry describes the weights in memory, not the exported model
         keep_storage(model)
     model.config.use_cache = False
     model.config.architectures = [type(model).__name__]

@@ -20,7 +20,7 @@ from rlhf.models.files.hub_names import HubNames
 from rlhf.models.quantized import dequantized
 
 ADAPTER = "default"  # peft's name for the adapter of a model
-INITIAL = "initial"  # name of the frozen copy of an initial adapter, if it was not the identity
+INITIAL = "initial"  # name of the frozen copy of an initial adapter other than the identity
 _PEFT_PREFIX = "base_model.model."  # prefix of every name in peft's adapter files
 
 
@@ -35,7 +35,7 @@ class WeightSource:
     name: str
     parameters: tuple[nn.Parameter, ...]
     combine: Callable[..., Tensor] = _itself
-    hub_names: HubNames | None = None  # None: published as it is
+    hub_names: HubNames | None = None  # None: published unchanged
 
     def make(self) -> Tensor:
         """Return the weight from whole parameters. A 4-bit weight is dequantised."""

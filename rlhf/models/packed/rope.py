@@ -84,7 +84,7 @@ def _with_one_factor(config: Any, layer_types: list[str | None], longest: int) -
         for name in ("factor", "mscale"):  # Phi-3.5-MoE alone has the second
             if f"{which}_{name}" in nested:
                 values[f"short_{name}"] = values[f"long_{name}"] = nested[f"{which}_{name}"]
-        values["original_max_position_embeddings"] = sys.maxsize  # no row reaches it
+        values["original_max_position_embeddings"] = sys.maxsize  # no row is so long
     if hasattr(fixed, "original_max_position_embeddings"):
         fixed.original_max_position_embeddings = sys.maxsize  # has priority over the entry of rope_parameters
     return fixed, trained

@@ -28,7 +28,7 @@ class Rows:
 
     layout: RowLayout
     own_attention: str  # name of the attention function set when the model was loaded
-    trained_length: int | None = None  # most tokens of a sequence, if longer ones would change the model
+    trained_length: int | None = None  # most tokens of a sequence, if longer sequences would change the model
 
 
 def set_rows(model: Any, rows: Rows) -> None:

@@ -21,7 +21,7 @@ def with_branch_rewards(rewards: Float[Tensor, " N"], rollouts: Rollouts) -> Flo
     starts = (rollouts.lengths.cumsum(0) - rollouts.lengths).tolist()
     for rows in _rows_by_sample(rollouts):
         prefixes = shared_in_sample(rollouts.take(rows))
-        for row, prefix in reversed(list(zip(rows, prefixes, strict=True))):  # branches of a branch come after it
+        for row, prefix in reversed(list(zip(rows, prefixes, strict=True))):  # a branch's branches come later
             place = _last_sampled(rollouts, [starts[row] for row in rows], prefixes, prefix)
             if place is not None:
                 result[place] += result[starts[row] : starts[row] + lengths[row]].sum()

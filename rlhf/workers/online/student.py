@@ -50,7 +50,7 @@ class StudentWorker(OnlineWorker):
         added = torch.tensor([plan.scores.get(i, 0.0) for i in self.share.held])
         self.reward_advantages = to_tokens(added, self.share.rollouts.lengths, num_tokens=num_tokens)
         several = len(plan.minibatches) * self.config.train.epochs_per_batch > 1
-        self.old_logprobs: Column = None  # None: the current ones of each update
+        self.old_logprobs: Column = None  # None: the current log-probabilities of each update
         if self.teacher_logprobs is not None and several:
             (self.old_logprobs,) = self.compute("old logprobs", policy_logprobs_only, self.share)
         self.visited: set[int] = set()
