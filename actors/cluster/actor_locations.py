@@ -72,13 +72,13 @@ def listed_in(path: Path) -> Iterator[None]:
 
 
 def ask_location(handle: ActorHandle[Any]) -> ObjectRef[tuple[str, str, int, int]]:
-    """Ask an actor for its location. From then on, the actor's writes wait for room as long as this process's."""
+    """Ask an actor for its location, and give the actor this process's time limit for waiting on a full disk."""
     ref: ObjectRef[tuple[str, str, int, int]] = handle.__ray_call__.remote(own_location, PAUSE.limit_s)
     return ref
 
 
 def own_location(actor: object, room_timeout_s: float) -> tuple[str, str, int, int]:
-    """Return id, node and process of the calling actor, and the port for answers to heartbeats from now on."""
+    """Return id, node and process of the calling actor, and the port at which the process now answers heartbeats."""
     PAUSE.limit_s = room_timeout_s
     context = ray.get_runtime_context()
     port = answer_heartbeats(ray.util.get_node_ip_address())
@@ -108,7 +108,7 @@ def forget(actors: Iterable[str]) -> None:
 
 
 def _write_lists() -> None:
-    """Write the lists of the processes. A full disk costs the list, and not the run."""
+    """Write the lists of the processes. On a full disk the list is lost, but the run goes on."""
     actors = [{"who": place.who, "node": place.address, "pid": place.pid} for place in _LOCATIONS.values()]
     rows = [{"who": "driver", "node": None, "pid": os.getpid()}, *actors]
     for path in _LISTS:
@@ -139,7 +139,7 @@ def _call(work: Callable[[], T]) -> T:
 
 
 async def lost_nodes() -> str:
-    """Return a sentence on the run's lost nodes, whose loss makes other ranks fail too; empty if all nodes respond."""
+    """Return a sentence about the run's lost nodes; empty if all respond. A lost node makes other nodes' ranks fail."""
     places = {place.node: place for place in _LOCATIONS.values()}
     if not places:
         return ""
@@ -166,7 +166,7 @@ async def draining_node(nodes: Callable[[], Collection[str]]) -> tuple[str, floa
 async def draining_nodes() -> dict[str, float | None]:
     """Return the nodes that drain, reported by an autoscaler or `ray drain-node`, with end times if known.
 
-    The call blocks while the head does not respond, in a thread that keeps no event loop and no process alive.
+    While the head does not respond, the call waits in a thread. The event loop and the process can end all the same.
     """
     from ray._private.state import state  # also used by Ray Train
 

@@ -1,7 +1,7 @@
 """Connect to Ray: start a local Ray with bounded memory, or join the configured cluster.
 
 A signal to all processes of a run also ends the daemons of the local Ray. A driver calling Ray then would wait for a
-minute and be aborted. So an interrupt kills the daemons, and nothing calls Ray any more.
+minute and be aborted. So after an interrupt the driver kills the daemons and makes no further call to Ray.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class OwnRay:
         self.killed = False
 
     def find(self, others: Collection[psutil.Process]) -> None:
-        """Record the daemons: the children of this process but for `others`."""
+        """Record the daemons: all children of this process except `others`."""
         self.daemons = [process for process in psutil.Process().children() if process not in others]
         self.vital = [daemon for daemon in self.daemons if _name(daemon) in VITAL]
 

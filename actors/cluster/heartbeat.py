@@ -1,8 +1,8 @@
 """Answer the driver's heartbeats in a worker's process, from a separate thread.
 
-The thread needs the interpreter for a moment. So a process answers during a computation or a wait for peers, but not
-while stopped, or while a call holds the interpreter. A concurrency group of Ray would also wait for earlier calls'
-arguments, and would move a rank's work out of the main thread.
+To answer, the thread needs Python's interpreter lock. So a process answers while computing or waiting for peers, but
+not while stopped, nor during a call that holds the lock. A concurrency group of Ray is no alternative: a heartbeat
+would wait for the arguments of earlier calls, and a rank would no longer work in the main thread.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class OomKills:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Child:
-    """A process started by a worker, or by such a process. The kernel may give the id to another process later."""
+    """A child or later descendant of a worker's process. The kernel may give the id to another process later."""
 
     pid: int
     began: float  # seconds since 1970

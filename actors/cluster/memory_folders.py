@@ -1,6 +1,6 @@
 """Make a folder in the shared memory of each of a run's nodes. The files outlive the writing processes.
 
-The process that owns a folder on a node also holds copies of snapshots of ranks on other nodes. The next run on a node
+The process that owns a node's folder also holds copies of the snapshots of other nodes' ranks. The next run on a node
 removes the folders of dead runs there (rlhf.process.owned_folders).
 """
 
@@ -110,7 +110,7 @@ class MemoryFolders:
         return [self._run if node == self._here else self._path(node) for node in nodes]
 
     def nodes(self) -> frozenset[str]:
-        """Return the nodes of the run's actors, without nodes that could hold no copies a short time ago."""
+        """Return the nodes of the run's actors, except nodes that failed to hold copies a short time ago."""
         now = time.monotonic()
         unfit = {node for node, since in self._unfit.items() if now - since < TRIED_AGAIN_AFTER_S}
         return frozenset(place.node for place in locations().values()) - unfit
@@ -121,8 +121,8 @@ class MemoryFolders:
     async def places(self, nodes: Mapping[str, str], failures: Mapping[str, str]) -> dict[str, CopyPlace | None]:
         """Return where each rank shall send copies: to another node of the run, if any.
 
-        A rank keeps a place as long as the place is usable. A new place is on the node with the fewest copies. nodes
-        and failures: the node of each rank, and why the last copy of a rank has failed, by the rank's name.
+        A rank keeps a place as long as the place is usable. A new place is on the node with the fewest copies. nodes:
+        the node of each rank. failures: why a rank's last copy has failed. Both have the rank's name as the key.
         """
         async with self._alone:
             for rank, failure in failures.items():
@@ -180,7 +180,7 @@ class MemoryFolders:
             return
 
     async def _examine(self, node: str) -> None:
-        """Find out why a copy failed: the node's process has died, or the node is unfit, as for lack of memory."""
+        """Find out why a copy failed: the node's process has died, or the node has, for example, too little memory."""
         process = self._processes.get(node)
         try:
             await self._ask(node, "open", limit_s=EXAMINED_WITHIN_S)

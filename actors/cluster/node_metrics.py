@@ -1,6 +1,6 @@
 """Measure the load of a run's nodes: the driver on the driver's node, and a small actor on every other node.
 
-The actors reserve no CPU in Ray. A late node is left out until the answer is there. Roles report a dead node.
+The actors reserve no CPU in Ray. A node without an answer yet is left out. A dead node is reported by the roles.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Nodes:
         self._start_actors()
 
     async def use(self) -> Metrics:
-        """Return `system/*` of each node since the node's last answer."""
+        """Return the metrics `system/*` of each node for the time since the node's last answer."""
         self._start_actors()
         metrics = _named(self.addresses[self.here], self.sampler.take())
         for node_metrics in await asyncio.gather(*map(self._asked, list(self.others))):

@@ -185,8 +185,8 @@ async def reserve_roles(roles: Collection[Role], cluster: ClusterConfig, *, with
 async def _reserve(plan: PlacementPlan, *, limit_s: float, whole: PlacementPlan | None = None) -> Placement:
     """Reserve all bundles, or fail at the deadline with a table of required and available resources.
 
-    UserError: even the empty cluster has no room, no autoscaler may add nodes, and no lost node may return. whole: the
-    plan with further bundles of the run. None: there are none.
+    UserError: the bundles do not fit into the empty cluster, no autoscaler may add nodes, and no lost node may return.
+    whole: these and later bundles of the run, to be tested for room. None: there are no later bundles.
     """
     nodes, whole = ray.nodes(), whole or plan
     alive = [node for node in nodes if node["Alive"]]
@@ -274,8 +274,8 @@ def may_grow(alive: Sequence[Mapping[str, Any]]) -> bool:
 def _has_fixed_size(alive: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether Ray's monitor reports no autoscaler. Without a report, an autoscaler may start yet.
 
-    Without an autoscaler, the report has each node as a separate type, `node_` and the node's id. The autoscaler of
-    Ray's second version writes no such report.
+    Without an autoscaler, the report lists each node as a separate type with the name `node_` and the node's id. The
+    autoscaler of Ray's second version writes no such report.
     """
     ends = time.monotonic() + REPORTED_WITHIN_S
     while True:
@@ -290,7 +290,7 @@ def _has_fixed_size(alive: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def missing_resources(plan: PlacementPlan, alive: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return a sentence's end on resources missing in an empty cluster of these nodes. None: enough resources."""
+    """Return the end of a sentence about resources that an empty cluster of these nodes lacks. None: enough."""
     for wanted in plan.labels:
         if not any(wanted.items() <= node["Labels"].items() for node in alive):
             labels = ", ".join(f"{name}={value}" for name, value in wanted.items())

@@ -41,7 +41,7 @@ async def run_loop(
     call_timeout_s: float,
     draining_node: DrainingNode,
 ) -> T:
-    """Return the result of a loop that ends by itself after a notice.
+    """Run a loop that ends by itself after a stop request. Return the loop's result.
 
     Args:
         grace_s: the time limit of the loop after the request. Ctrl-C has no limit, since a second Ctrl-C ends the loop.

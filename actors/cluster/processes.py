@@ -49,7 +49,7 @@ def hub_environment() -> dict[str, str]:
 
 
 def _kill(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Kill processes on this host, ASKED_S after a request to end. Return those left GONE_WITHIN_S later."""
+    """Give processes on this host ASKED_S to end, then kill them. Return those still alive GONE_WITHIN_S later."""
     _, alive = psutil.wait_procs(processes, timeout=ASKED_S)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -86,7 +86,7 @@ def kill_children(children: Sequence[Child]) -> bool:
 
 class Processes:
     def __init__(self, role: Role, handles: Sequence[ActorHandle[Any]]) -> None:
-        """handles: in rank order. The group replaces a handle in this list together with the worker."""
+        """handles: the actors in rank order. The group puts the handle of a worker's successor into this list."""
         self.role = role
         self.handles = handles
         self.here: dict[int, psutil.Process] = {}  # by rank
@@ -114,7 +114,7 @@ class Processes:
                     self.here[rank] = psutil.Process(pid)
 
     async def end_one(self, rank: int) -> None:
-        """End the rest of one worker, and wait until worker and children are gone. Do not wait for a lost node."""
+        """End what is left of a worker, and wait until worker and children are gone. Do not wait for a lost node."""
         actor, handle = self.actors.pop(rank, ""), self.handles[rank]
         was, here, children = location_of(actor), self.here.get(rank), children_of(actor)
         forget([actor])

@@ -216,7 +216,7 @@ async def _death(error: RayActorError, who: str, *, role: Role, rank: int, stage
 
 
 async def _cause_of_death(error: RayActorError, role: Role) -> tuple[LossKind, str, str | None]:
-    """Return whether the watch, or the kernel for memory, has killed a process, with a description and the stack."""
+    """Return the kind and the description of a death, and the stack of a process that the watch has killed."""
     hang = hang_of(error.actor_id)
     if hang is not None:
         return "hung", f"{hang.reason} Its stack is in errors.jsonl.", hang.stack

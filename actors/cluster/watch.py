@@ -1,7 +1,7 @@
 """Ping the processes of all actors, and kill hanging processes.
 
-Of a process without an answer to heartbeats for `cluster.heartbeat_timeout_s`, the stack is dumped on the process's
-node, and the process is killed. Ray then fails waiting calls, and `actors.cluster.waiting.explain` finds the reason.
+A process hangs if it answers no heartbeat for `cluster.heartbeat_timeout_s`. Its stack is dumped on its node, and the
+process is killed. Ray then fails waiting calls, and `actors.cluster.waiting.explain` finds the reason.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ async def _watch_one(actor: str, place: ActorLocation, timeout_s: float) -> None
 
 
 async def _finishes(ping: asyncio.Future[Beat], limit_s: float) -> bool:
-    """Return whether a ping is answered within the limit. Time of a stopped driver does not count."""
+    """Return whether a ping is answered within the limit. Time in which the driver was stopped does not count."""
     waited = 0.0
     while waited < limit_s:
         tick, began = min(TICK_S, limit_s / 4), time.monotonic()
@@ -222,7 +222,7 @@ def kill(pid: int) -> None:
 
 
 async def died_for_memory(actor: str) -> bool:
-    """Return whether the kernel has killed a process for memory beside a dead actor since its last heartbeat."""
+    """Return whether the kernel has killed a process for memory in an actor's cgroup since its last heartbeat."""
     place, before = location_of(actor), _OOM_KILLS.get(actor)
     if place is None or before is None:
         return False
