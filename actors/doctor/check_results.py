@@ -16,7 +16,7 @@ STYLES: dict[State, str] = {"ok": "green", "note": "yellow", "bad": "bold red"}
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """The result of one check. `bad`: training is impossible until the fix."""
+    """The result of one check. `bad`: no training is possible until the problem is fixed."""
 
     what: str
     state: State

@@ -97,7 +97,7 @@ def cluster_results(stages: Sequence[Stage]) -> Iterator[CheckResult]:
 def snapshots_of(
     stages: Sequence[Stage], alive: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, SnapshotBytes], list[CheckResult]]:
-    """Return the largest snapshots of any run on each node of the empty cluster, by the node's address.
+    """Return the size of the largest snapshots of any run for each node of the empty cluster, by the node's address.
 
     The second result has a note for each run with snapshots of unknown size.
     """
@@ -124,7 +124,7 @@ def snapshots_of(
 
 
 def hub_models(stages: Sequence[Stage]) -> list[str]:
-    """Return the hub models of the runs: all names without a path here."""
+    """Return the models that the runs load from the hub: all model names that are no path on this machine."""
     named: dict[str, None] = {}
     for stage in stages:
         tree = stage.model_dump(mode="json")
@@ -139,7 +139,7 @@ def hub_models(stages: Sequence[Stage]) -> list[str]:
 
 
 def paths_of(stages: Sequence[Stage]) -> list[str]:
-    """Return the configured files and folders of this machine read by the run."""
+    """Return the files and folders of this machine that the configuration names and the run reads."""
     named: dict[str, None] = {}
 
     def walk(value: Any) -> None:

@@ -55,7 +55,7 @@ class NodeProbe:
     """Reports on one node, as an actor."""
 
     def look(self, address: str, driver: DriverFacts) -> list[CheckResult]:
-        """Return the results of all checks. Write a copy next to the driver's shared file."""
+        """Return the results of all checks. Copy the driver's shared file, as proof that the folder is shared."""
         results = [*node_results(address, driver)]
         if driver.shared is not None:
             try:
@@ -158,13 +158,13 @@ def _interface(address: str) -> CheckResult:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed packages required to be equal everywhere."""
+    """Return the versions of Python and of the installed packages that must be equal on all nodes."""
     installed = {"python": platform.python_version()}
     return installed | {name: version for name in PACKAGES if (version := version_of(name)) is not None}
 
 
 def code_hash() -> str:
-    """Return the hash of the running code, wherever installed."""
+    """Return the hash of the running code, which does not depend on the folder of the installation."""
     digest = hashlib.blake2b(digest_size=6)
     root = Path(__file__).resolve().parents[2]
     for path in sorted(path for package in CODE for path in (root / package).rglob("*.py")):
@@ -173,7 +173,7 @@ def code_hash() -> str:
 
 
 def of_hub(models: Sequence[str]) -> tuple[dict[str, bool], str]:
-    """Return whether each model is cached here, and why the hub does not answer: "" if it does or is not needed."""
+    """Return whether each model is cached here, and why the hub does not answer: "" if it answers or is not needed."""
     if not models:
         return {}, ""
     try:

@@ -76,7 +76,7 @@ def run_results(folder: Path) -> Iterator[CheckResult]:
 
 
 def newest_state(checkpoints: Path) -> Mapping[str, Any] | None:
-    """Return the state in the checkpoint for a resumption. None: no checkpoint, or unreadable."""
+    """Return the state in the checkpoint from which the run would resume. None: no readable checkpoint."""
     if pointed(checkpoints / "latest") is None:
         return None
     try:
@@ -92,7 +92,7 @@ def holes(steps: Sequence[int], last: int, text: str) -> list[str]:
 
 
 def _ledger(lines: Lines, rows: Rows) -> CheckResult:
-    """Check that each step has a line. A killed run may have written the line and not the row."""
+    """Check that the ledger has a line for each step. A killed run may lack the metrics row of its last line."""
     steps, last = [step for step, _ in lines], max((row["step"] for row in rows), default=0)
     bad = holes(steps, last, f"{FILE} has no line") if lines else [f"{FILE} is missing or empty"]
     bad += [f"step {step} has a line but no row" for step in steps if step > last + 1]

@@ -1,8 +1,8 @@
 """The start of a submitted job's processes: `python -m actors.jobs.entrypoint train ...` is `rlhf train ...` there.
 
-This module sets the variables from the archive, in the driver here and in every worker as Ray's set-up hook. The
-variables are in a file, because the dashboard and each node's log show Ray's runtime environment. So nothing prints
-them.
+This module sets the variables of the archive's file: in the driver here, and in every worker as Ray's set-up hook.
+Ray's runtime environment does not have the variables, because the dashboard and each node's log show this environment.
+So nothing prints the values.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The files of a submitted job: the files under the current folder, checked and packed without contact to a cluster.
 
-In the job, as here, relative names start at the project's folder.
+Relative paths start at the project's folder, in the job as on this machine.
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ class Jobs:
     async def _log(self, job: str, *, skip: int) -> AsyncGenerator[str | None, None]:
         """Yield the parts of the log after the first `skip` characters, and None at the end of the log.
 
-        There is no None if the connection breaks, or is silent after the end of the job.
+        No None comes if the connection breaks, or if the connection is silent after the end of the job.
         """
         stream = self._client.tail_job_logs(job)
         try:
@@ -213,7 +213,7 @@ class Jobs:
             await stream.aclose()
 
     async def _state_in_time(self, job: str) -> JobEnd:
-        """Return the job's state, with repeated requests until there is an answer. RunError after LOST_FOR_S."""
+        """Return the job's state. Repeat the request until there is an answer. RunError: no answer for LOST_FOR_S."""
         give_up = time.monotonic() + LOST_FOR_S
         while True:
             try:
@@ -226,7 +226,7 @@ class Jobs:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn the errors of Ray's client into errors of ours without a secret."""
+        """Turn the errors of Ray's client into UserError or RunError with a message that shows no secret."""
         try:
             yield
         except AuthenticationError:
