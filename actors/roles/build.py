@@ -31,7 +31,7 @@ G = TypeVar("G", bound=Gang)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
-    """Hold the needs of the builders of a run's roles."""
+    """Hold all that the builders of a run's roles need."""
 
     config: Config
     placement: Placement

@@ -165,7 +165,7 @@ class Gang(ModelGroup):
     async def _columns(
         self, methods: Sequence[Any], arguments: Sequence[Sequence[Any]], stage: str
     ) -> list[tuple[Ref[Any], Any]]:
-        """Call methods that return a column and a small result. Return one rank's results per data-parallel rank."""
+        """Call methods that return a column and a small result. Return both for each data-parallel rank."""
         calls = zip(methods, arguments, strict=True)
         refs = [method.options(num_returns=2).remote(*own) for method, own in calls]
         results = await self.all([ref for _, ref in refs], stage)
@@ -192,8 +192,8 @@ class Gang(ModelGroup):
     async def _step(
         self, methods: Sequence[Any], states: StatesByRank, stage: str, *args: Any, snapshot: int | None = None
     ) -> Metrics:
-        """Call a method of each rank with any teacher's states of the rank's rows, and merge the metrics. `snapshot`:
-        the step of which the ranks take a snapshot right afterwards."""
+        """Call a method of each rank, with the teacher's states of the rank's rows if there is a teacher. Merge the
+        metrics. `snapshot`: the step of which the ranks take a snapshot right afterwards."""
         refs = [
             method.remote(*args, *(states[rank // self.sequence_parallel] if states else ()))
             for rank, method in enumerate(methods)
@@ -212,7 +212,7 @@ class Gang(ModelGroup):
         await self.all([h.export.remote(folder) for h in self.handles], "export")
 
     async def arithmetic(self) -> Arithmetic:
-        """Return the total peak of the ranks. Ranks are measured concurrently, since several may share a machine."""
+        """Return the summed peak FLOPS of all ranks, measured at the same time, since ranks may share a machine."""
         reports: list[Arithmetic] = await self.all([h.arithmetic.remote() for h in self.handles], "start")
         return replace(reports[0], peak_flops=sum(report.peak_flops for report in reports))
 

@@ -114,7 +114,7 @@ class WorkerGroup:
         return result
 
     async def start(self, *, deadline_s: float) -> None:
-        """Load the needs of each worker, such as a model."""
+        """Load what each worker needs, such as a model."""
         self.start_deadline_s = deadline_s
         await self.processes.wait_until_started(deadline_s=deadline_s)
         await self.all([h.start.remote() for h in self.handles], "start", deadline_s=deadline_s, limit=START_LIMIT)
@@ -182,7 +182,7 @@ class WorkerPool(WorkerGroup):
         self.last_loss: dict[int, WorkerLost] = {}  # that the supervisor has counted, by rank
 
     async def start(self, *, deadline_s: float) -> None:
-        """Load the needs of each worker. A worker lost meanwhile is started again."""
+        """Load what each worker needs. A worker lost meanwhile is started again."""
         self.start_deadline_s = deadline_s
         await all_results([self._first_start(rank, deadline_s) for rank in range(len(self.handles))])
 
@@ -233,13 +233,13 @@ class WorkerPool(WorkerGroup):
         return self.handles[rank]
 
     async def make_good(self, rank: int, handle: ActorHandle[Any], lost: WorkerLost, *, work: Hashable = None) -> None:
-        """Replace a lost worker, once for all lost calls. Raise the loss if the run must end."""
+        """Replace a lost worker once, however many calls were lost with it. Raise the loss if the run must end."""
         self.begin_rebuild(rank, handle, lost, work=work)
         await self.working(rank)
 
     def begin_rebuild(self, rank: int, handle: ActorHandle[Any], lost: WorkerLost, *, work: Hashable = None) -> None:
-        """Begin to replace a lost worker, unless already begun. Raise the loss if the run must end. `handle`: of the
-        lost worker. A successor may already have taken the place."""
+        """Begin to replace a lost worker, unless already begun. Raise the loss if the run must end. `handle`: the lost
+        worker's handle, since a successor may already have taken the place."""
         if self.supervisor is None or self.processes.ended or isinstance(lost, ResultsLost):
             raise lost
         if rank not in self._rebuilds and self.handles[rank] is handle:
@@ -251,7 +251,7 @@ class WorkerPool(WorkerGroup):
         await self.supervisor.recover(lost, partial(self._replace, rank), work=work)
 
     def _rebuild(self, rank: int, work: Coroutine[Any, Any, None]) -> None:
-        """Begin the work that gives a rank a worker."""
+        """Start the task `work`, which gives a rank a new worker."""
         self._rebuilds[rank] = asyncio.create_task(work)
         self._rebuilds[rank].add_done_callback(partial(self._rebuilt, rank))
 

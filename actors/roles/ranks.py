@@ -34,8 +34,8 @@ class Publishes(TrainedWorker):
     def open_weights(
         self, transport: Transport, meeting: Meeting | None, adapter: Path | None, num_engines: int
     ) -> None:
-        """Open this rank's end of the weight transport. An adapter loaded alone by vLLM is written to `adapter`.
-        Colocated engines share the GPUs of the first ranks, an engine each."""
+        """Open this rank's end of the weight transport. If vLLM loads the adapter alone, it is written to `adapter`.
+        Each colocated engine shares the GPU of one rank, beginning with rank 0."""
         rank = self.place.rank
         if adapter is None:
             self.sender = SENDERS[transport](rank=rank, meeting=meeting, beside_engine=rank < num_engines)
@@ -56,7 +56,7 @@ class Publishes(TrainedWorker):
         self.sender.settle()
 
     def _published(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights unknown to the engines from their start. Iterating is collective."""
+        """Yield the weights that the engines have not loaded at their start. Iterating is collective."""
         dtype = torch_dtype(self.model_config.dtype)
         if ships_adapter(self.config):
             return self.engine.named_adapter_weights(dtype)
@@ -72,7 +72,7 @@ class PolicyRank(Publishes, PolicyWorker):
 
 
 class StreamedPolicyRank(Publishes, StreamedPolicyWorker):
-    """One rank of a policy trained by advantages, with a batch in portions."""
+    """One rank of a policy trained by advantages. A batch arrives in portions."""
 
 
 class OnlinePreferenceRank(Publishes, OnlinePreferenceWorker):

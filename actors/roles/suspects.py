@@ -1,7 +1,7 @@
 """Find the group of responses that ends a reward worker.
 
-A worker may be lost by chance, or because of a response. All groups in work at a loss are therefore scored again, each
-alone. A group that loses a worker again was alone at the second loss, and is the cause.
+A worker may be lost by chance, or because of a response. So each group in progress at a loss is scored again, alone. If
+a worker is lost once more, the group that was alone is the cause.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Suspects:
         self._alone = asyncio.Lock()
 
     async def call(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Return the result of an attempt. Repeat a lost attempt alone. CallLost, with both losses: lost again."""
+        """Return the result of a call. Repeat a lost call alone. CallLost, with both losses: it was lost again."""
         while self._suspects:
             await self._cleared.wait()
         self._working += 1

@@ -78,7 +78,7 @@ class RewardWorkers(WorkerPool):
 
     async def score(self, group: CompletedGroup) -> GroupScores:
         """Score a group. Groups go to the workers in turn, and each worker runs a group in each process at once. The
-        time limit starts with the work on a group. Services are called first, for more groups concurrently."""
+        time limit starts with the work on a group. Services are asked earlier, for more groups at once."""
         worker = self._worker_of(group)
         errors = tuple(info.environment_error for info in group.infos if info.environment_error is not None)
         if errors:
