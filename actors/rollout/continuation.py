@@ -97,7 +97,7 @@ class CarriedGroups:
     def follow(
         self, request: GroupRequest, sampling: Sampling, begun: tuple[Begun, ...], outputs: list[Future[Any]]
     ) -> None:
-        """Remember a group with a begun response for each seed. `outputs` come from the engine for unfinished ones."""
+        """Remember a group, with a begun response for each seed, and with vLLM's outputs of unfinished responses."""
         if self.folder is not None:
             self._drawn[request.group_id] = request, sampling, begun, outputs
 

@@ -26,7 +26,7 @@ class EngineCapacity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupWork:
-    """The size of a group before the answer."""
+    """The size of a group, as known before its responses exist."""
 
     prompt_tokens: int
     samples: int
@@ -176,7 +176,7 @@ class Dispatch:
 
 
 def shares(works: Sequence[GroupWork], num_engines: int) -> list[list[int]]:
-    """Return the places of each engine's groups, distributed by largest size. The same groups have the same engines."""
+    """Distribute groups by largest size, always alike for equal groups. Return the indices of each engine's groups."""
     result: list[list[int]] = [[] for _ in range(num_engines)]
     totals = [0.0] * num_engines
     for place, work in enumerate(works):

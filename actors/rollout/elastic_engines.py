@@ -35,7 +35,7 @@ class CannotStart(RunError):
 
 
 class ElasticEngines(ReplaceableEngines):
-    """Engines of a fixed number, or with a seat for each present engine."""
+    """A fixed number of engines, or engines that join and leave, each in a seat (Seats)."""
 
     _joining: frozenset[int] = frozenset()  # ranks without an engine, which wait for room
     _watch: asyncio.Task[None] | None = None
@@ -119,7 +119,7 @@ class ElasticEngines(ReplaceableEngines):
         logger.info("rollout engine %d has joined", rank)
 
     async def _fill(self, rank: int) -> None:
-        """Start an engine for a rank, again if lost meanwhile."""
+        """Start an engine for a rank, and start again if the engine is lost meanwhile."""
         try:
             await self._replace(rank)
         except WorkerLost as lost:

@@ -105,7 +105,7 @@ class RolloutWorker:
     async def renew(self, spool: Path) -> bool:
         """Prepare for another run, with `spool` for the run's groups.
 
-        Return False and do nothing during requests in flight, since the new run would record their responses.
+        With requests in flight, do nothing and return False, since the new run would record their responses.
         """
         if self.loop.num_waiting:
             return False
@@ -144,8 +144,8 @@ class RolloutWorker:
 
         With a spool the group is on disk before the return, and a resumed run gets the spooled group. The engine still
         draws a spooled group, so that the rest of the batch is scheduled and rounded as before. A conversation is not
-        drawn again: turns are batched on arrival in any case, and the environment may cost money. Groups of a version
-        before the engine's, the default, come from the spool alone. RunError: the spool has no such group.
+        drawn again: turns are batched on arrival in any case, and the environment may cost money. The default version
+        is the engine's. Groups of earlier versions come from the spool alone. RunError: the spool has no such group.
         """
         try:
             current = self.weights.synced_version()
@@ -224,7 +224,7 @@ class RolloutWorker:
         return [Played(prompt_token_ids=ids, spans=(turn,), finish_reason=turn.finish_reason) for turn in turns]
 
     async def start_players(self, spec: EnvironmentSpec | AgentSpec) -> Players:
-        """Load the environment into this process. An engine with a front also loads an agent. UserError: it fails."""
+        """Load the environment into this process; with a front, load an agent too. UserError: it cannot be loaded."""
         assert isinstance(spec, EnvironmentSpec), "an engine without a front has no agent"
         tokenizer = load_tokenizer(spec.tokenizer, trust_remote_code=spec.trust_remote_code, template=spec.template)
         ends = await self.calls.run(end_tokens, "its end tokens")
@@ -262,7 +262,7 @@ class RolloutWorker:
         return await self.spool.read(request, sampling, newest=version, weights=weights)
 
     async def stored(self, request: GroupRequest, sampling: Sampling, infos: tuple[RolloutInfo, ...]) -> Group:
-        """Return the finished group with these scalars from the spool. The spool may have several answers."""
+        """Return the finished group with these scalars from the spool, which may hold other answers to the request."""
         newest = await self.weights.settled_version()
         group = await self.spool.read(request, sampling, oldest=0, newest=newest, infos=infos)
         if group is None:

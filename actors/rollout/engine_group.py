@@ -33,9 +33,9 @@ class RolloutEngines(ElasticEngines):
     """All engines of a run. `sync` is the transport of the policy's weights, or None for frozen engines.
 
     `generate` distributes requests by order and largest size, and an engine starts the whole share in one step. A batch
-    of the same requests under the same weights is therefore always scheduled and rounded alike. `answer` distributes
-    requests by the engines' outstanding work. After the loss of an engine, the successor answers the whole share again,
-    and any engine the requests in flight.
+    of the same requests under the same weights is therefore always scheduled and rounded alike. After the loss of an
+    engine, the successor answers the whole share again. `answer` distributes requests by the engines' outstanding work.
+    After a loss, any engine answers the lost requests.
     """
 
     role: Role = "rollout"
@@ -225,7 +225,7 @@ class RolloutEngines(ElasticEngines):
         )
 
     def _note_success(self, engine: int) -> None:
-        """Record that an engine finished a group: the engine's next loss is no repetition."""
+        """Record that an engine finished a group, so that the engine's next loss does not count as a repeated loss."""
         if self.supervisor is not None:
             self.supervisor.succeeded(self.role, engine)
 
@@ -325,7 +325,7 @@ class RolloutEngines(ElasticEngines):
 
 
 def _silence(future: asyncio.Future[Any]) -> None:
-    """Give a call up, so that asyncio does not log a failure without a waiter."""
+    """Cancel the wait for a call, so that asyncio does not log a failure that nothing waits for."""
     if not future.cancel() and not future.cancelled():
         future.exception()
 

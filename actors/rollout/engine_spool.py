@@ -31,10 +31,10 @@ class EngineSpool:
         weights: str | None = None,
         infos: tuple[RolloutInfo, ...] | None = None,
     ) -> Group | None:
-        """Return the stored group of a request, or None. The versions of the group's tokens lie between the given two.
+        """Return the stored group of a request, or None. The group's tokens have versions from `oldest` to `newest`.
 
         Args:
-            oldest: None: a group stored with version `newest`, with tokens of any age.
+            oldest: None: the group is stored under version `newest`, and may have tokens of any earlier version.
             weights: required checksum of the sampling weights. None: any weights of the versions.
             infos: required scalars of the group. None: any scalars.
         """

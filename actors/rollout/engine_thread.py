@@ -1,11 +1,11 @@
 """The thread of the vLLM engine, for the engine's steps and everything else between two steps.
 
 vLLM's core runs in this process, not in a separate one. A request with a matching stop string therefore leaves the
-batch after the same number of steps each time, so a batch depends on the requests alone. And an engine starts in a
-third of the time. No other thread may touch the engine.
+batch after the same number of steps each time, so a batch depends on the requests alone. Without a separate process an
+engine also starts in a third of the time. No other thread may touch the engine.
 
-With asynchronous scheduling, vLLM's default on GPUs, a step still runs when `step` returns. The step is finished before
-every call. A call then changes the grouping of requests in later steps.
+With asynchronous scheduling, vLLM's default on GPUs, a step still runs when `step` returns. Every call first waits for
+this step to finish. So calls change how later steps group the requests.
 """
 
 from __future__ import annotations

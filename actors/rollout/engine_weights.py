@@ -137,7 +137,7 @@ class EngineWeights:
             await self.calls.run(lambda engine: engine.sleep(level=1 if keeps else 2), "its sleep")
 
     async def wake(self, part: EnginePart) -> None:
-        """Take GPU memory back: first for the weights (a sync may fill it), then for the cache."""
+        """Take GPU memory back: first for the weights (a sync may fill this memory), then for the cache."""
         if self.spec.device == "cuda":
             tag = {"weights": "weights", "cache": "kv_cache"}[part]
             await self.calls.run(lambda engine: engine.wake_up(tags=[tag]), f"the {part} to wake")

@@ -3,9 +3,9 @@
     lost -> closed -> replaced -> given the published weights -> proved -> open
 
 The first call that notices a loss begins the replacement, and later calls join. An engine answers nothing between loss
-and proof. The weights of a successor come from the memory or the folder of the last publication. The policy overwrites
-a publication with the next, so a sync and a loading successor exclude each other. A broadcast leaves nothing to load:
-there a successor takes part in the next sync.
+and proof. A successor loads weights from the memory or the folder of the last publication. The policy overwrites this
+publication in the next sync, so no successor loads weights during a sync. A broadcast leaves nothing to load, so with
+broadcasts a successor gets the weights in the next sync.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class ReplaceableEngines(WorkerPool):
         deadline_s: float | None = None,
         limit: str = CALL_LIMIT,
     ) -> dict[int, Any]:
-        """Return the results of working engines `among` these, by rank, and of successors waiting for a broadcast."""
+        """Return the results, by rank, of engines in `among` that work or, as successors, wait for a broadcast."""
         wait = partial(wait_one, role=self.role, stage=stage, deadline_s=deadline_s or self.deadline_s, limit=limit)
         ranks = [rank for rank, handle in enumerate(self.handles) if among is None or handle in among]
         results: list[Any] = await all_results([self._result_if_works(rank, call, wait) for rank in ranks])
@@ -176,8 +176,8 @@ class ReplaceableEngines(WorkerPool):
     async def together(self, members: Mapping[int, ActorHandle[Any]], call: Call) -> dict[int, Any]:
         """Return the results of all members of a broadcast, by rank. The loss of a member is raised at once.
 
-        The remaining members and the policy would wait for the lost member, and with nccl notice nothing. A successor
-        in the place of a lost member is no member.
+        Otherwise the remaining members and the policy would wait for the lost member, and nccl would not report the
+        loss. A successor of a lost member is not part of the broadcast.
         """
         working = self.reachable()
         for rank, handle in members.items():
@@ -228,7 +228,7 @@ class ReplaceableEngines(WorkerPool):
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Load a published set of weights. RunError unless the engines then have the published version and bytes.
 
-        Lost engines are left out: successors load the weights after `prove`. The loss of a broadcast's member raises.
+        Lost engines are left out: successors load the weights after `prove`. In a broadcast, a member's loss is raised.
         """
         self._manifest = manifest
 
@@ -249,9 +249,9 @@ class ReplaceableEngines(WorkerPool):
     async def prove(self, probe: PolicyProbe) -> float | None:
         """Compare the engines' log-probabilities with the policy's, and return the largest difference.
 
-        In flight, and if only a sync can give weights to a lost engine, lost engines are left out. None: no engine
-        works. Otherwise this waits for the successors of lost engines, like the next batch. The difference is then the
-        same as without a loss.
+        In flight, lost engines are left out, also if only a sync can give weights to a lost engine. None: no engine
+        works. In all other cases the call waits for the successors of lost engines, as the next batch would. The
+        difference is then the same as without a loss.
         """
         assert self._manifest is not None
         self._probe = probe

@@ -67,7 +67,7 @@ class RolloutSpec:
 
     @property
     def is_frozen(self) -> bool:
-        """Return whether the engine serves the weights of the model folder as version 0, and refuses all others."""
+        """Return whether the engine serves the model folder's weights as version 0, and refuses all other weights."""
         return self.transport is None
 
 
@@ -163,7 +163,7 @@ def lacks_cache(error: BaseException) -> bool:
 
 
 def _refusal(given: Mapping[str, Any], error: Exception) -> str:
-    """Return the message about arguments refused by vLLM: those in vLLM's message, or else all."""
+    """Return a message about refused arguments. It names the arguments in vLLM's message, or else all arguments."""
     reason = " ".join(str(error).split())
     named = [name for name in given if name in reason] or list(given)
     values = ", ".join(f"cluster.roles.rollout.engine_args.{name} is {given[name]}" for name in named)
@@ -296,7 +296,7 @@ def reset_caches(engine: Any) -> None:
 
 
 def salt_waiting(engine: Any) -> None:
-    """Let samples before their start reuse only blocks of the engine's version, like later requests."""
+    """Let waiting samples reuse only cache blocks of the engine's present version, as later requests do."""
     for request in _scheduler(engine).waiting:
         request.cache_salt = engine.get_weight_version()
         request.block_hashes.clear()

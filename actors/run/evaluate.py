@@ -114,7 +114,7 @@ def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool
 async def _evaluate(
     inputs: EvalInputs, note: Callable[[str, str, ScoredGroup], None]
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
-    """Evaluate all models, and also return the samples. note gets the names of model and set, and a scored group."""
+    """Evaluate all models, and also return the samples. Call `note` with model, set and scored group."""
     if inputs.rewards:
         answers = [await _answers(candidate, inputs, note) for candidate in inputs.candidates]
         sets, rows = _prompt_reports(inputs, answers)

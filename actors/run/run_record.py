@@ -117,7 +117,7 @@ def _hiding_nothing() -> Iterator[None]:
 
 
 def _backends(stage: Stage, folder: Path, after: int | None) -> list[TrackerBackend]:
-    """Return the configured back ends, and Prometheus in Ray. after: the resumed step, or -1; None for a new run."""
+    """Return the configured back ends, and Prometheus in Ray. after: resumed step (-1: none); None: a new run."""
     if isinstance(stage, MergeStage):
         return []
     backends: list[TrackerBackend] = [PrometheusBackend(stage.run.name)] if ray.is_initialized() else []

@@ -66,7 +66,7 @@ class _Loop:
     running: list[_Running] = field(default_factory=list)
 
     def run(self) -> list[Trial] | None:
-        """Run trials until no trial is left. After a stop request, return the trials in progress once ended."""
+        """Run trials until no trial is left. After a stop request, return the trials in progress, all ended."""
         self.request.ends_by_itself = True
         try:
             while self.request.came is None:
