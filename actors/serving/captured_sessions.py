@@ -48,7 +48,7 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class KnownTurn:
-    """A sampled turn, repeated by a message of a conversation."""
+    """A sampled turn that a message of a later conversation repeats."""
 
     start: int  # the messages of the turn are messages[start:end]
     end: int
@@ -216,7 +216,7 @@ class CapturedSession:
         return known
 
     def _fits(self, before: bytes, key: bytes, content: str, calls: Sequence[tuple[str, Any]]) -> dict[int, str]:
-        """Return the calls with a response repeated in a turn, with the client's text behind the response."""
+        """Return the calls whose response is repeated in a turn, each with the text that the client added behind."""
         if key in self._turns:
             return dict.fromkeys(self._turns[key], "")
         if calls:
@@ -228,8 +228,8 @@ class CapturedSession:
     def _best(self, indices: Sequence[int], reasoning: str, known: KnownTurn | None) -> int:
         """Return the call, among calls with equal visible text, with the reasoning that the client repeats.
 
-        Otherwise, as for a client that drops reasoning, return a call that continues the previous known turn, or the
-        newest call. The shortest response with the reasoning has nothing else.
+        Of several such calls, return the shortest response, since it has no further reasoning. If the client repeats no
+        reasoning, return a call that continues the previous known turn, or the newest call.
         """
         whole = np.array([] if known is None or len(indices) == 1 else self.tokens(known), dtype=np.int32)
 
@@ -338,7 +338,7 @@ def _said(messages: Sequence[Message]) -> tuple[str, list[tuple[str, Any]]]:
 
 
 def _reasoning(messages: Sequence[Message]) -> str:
-    """Return the reasoning repeated in assistant messages. Empty: the client dropped it."""
+    """Return the reasoning repeated in assistant messages. Empty: the client dropped the reasoning."""
     texts = (message.get("reasoning") or message.get("reasoning_content") for message in messages)
     return next((text.strip() for text in texts if isinstance(text, str)), "")
 

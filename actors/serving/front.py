@@ -105,7 +105,7 @@ class Front:
 
 
 def bounded_protocol() -> type[asyncio.Protocol]:
-    """Return uvicorn's protocol with a limit on the bytes of a head, or behind a refused body."""
+    """Return uvicorn's protocol with a limit on the bytes that a client sends in a head, or after a refused body."""
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
     class Bounded(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
@@ -135,7 +135,7 @@ def is_idle(connection: Any) -> bool:
 
 
 async def close_idle(connections: Collection[Any]) -> None:
-    """Close connections that wait too long for a complete head, and the oldest if there are too many."""
+    """Close connections that wait too long for a complete head, and the oldest connections if there are too many."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
     while True:
         await asyncio.sleep(CLOSE_EVERY_S)
@@ -236,7 +236,7 @@ def _renderer(engine: FrontEngine, spec: FrontSpec, tool_parser: str | None, rea
 
 
 def _hear_answers(state: Any) -> None:
-    """Let vLLM's serving classes record what clients are told, and use the protocol's sampling defaults.
+    """Let vLLM's serving classes record what clients get, and use the protocol's sampling defaults.
 
     By default vLLM takes the sampling parameters of the model's generation_config.json.
     """

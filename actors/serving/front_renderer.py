@@ -1,7 +1,7 @@
 """vLLM's renderer and parsers for the requests of sessions.
 
-A prompt that continues a turn of the session consists of the sampled tokens and of the template's text behind. The
-parser records the client's view of a response, since the response will come back in that form.
+A prompt that continues a turn of the session has the sampled tokens, and then the text that the template writes behind
+the turn. The parser records the client's view of a response, since the client will send the response in that form.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
     def _render(
         self, request: Any, messages: list[Any], options: dict[str, Any], *, is_whole: bool = True
     ) -> str | None:
-        """Return a conversation as text, or its beginning. None: the template refuses, or writes tokens."""
+        """Return the text of a conversation or of its beginning. None: the template refuses, or writes tokens."""
         params = request.build_chat_params(options["default_template"], options["default_template_content_format"])
         usual = {**(options["default_template_kwargs"] or {}), "tools": options.get("tool_dicts"), "tokenize": False}
         params = params.with_defaults(usual)
@@ -150,7 +150,7 @@ def _behind(text: str | None) -> str | None:
 
 
 def _take_limits(request: Any, call: ServedCall) -> None:
-    """Take the client's limit of a response, even beyond the model's, and leave arguments of calls free.
+    """Accept a client's limit of a response, even above the model's. Leave the arguments of calls free.
 
     With `strict` a grammar would restrict the policy's writing of a call.
     """

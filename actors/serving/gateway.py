@@ -42,7 +42,7 @@ class Gateway:
     _num_held: int = field(default=0, init=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request. A refusal is sent after a pause, except to the server's own key, to slow repeated calls."""
+        """Answer a request. To slow repeated calls, a refusal is sent late, unless the key is the server's own."""
         path, key = scope["path"], _header_key(scope)
         if path.startswith("/s/"):
             key, _, rest = path[len("/s/") :].partition("/")
@@ -177,7 +177,7 @@ def _parsed(body: bytes, limits: SessionLimits | None) -> dict[str, Any]:
 
 
 def _refuse_costly(asked: Mapping[str, Any], most: int) -> None:
-    """Raise RefusedCall for a list too long, or for objects too deep, for a quick check.
+    """Raise RefusedCall if a list is too long or objects are nested too deep for a quick check of the body.
 
     A prompt of tokens is a list too, with the session's limit of tokens.
     """
@@ -196,7 +196,7 @@ def _refuse_costly(asked: Mapping[str, Any], most: int) -> None:
 def _num_responses(body: Mapping[str, Any]) -> int:
     """Return the number of responses that a request asks for. A number that vLLM will refuse counts as 1.
 
-    RefusedCall: too many, or `n` is no whole number. vLLM might read it as one, such as "2".
+    RefusedCall: the number is too large, or `n` is no integer. vLLM might accept such an `n`, for example the text "2".
     """
     n, prompt = body.get("n"), body.get("prompt")
     if n is not None and type(n) is not int:

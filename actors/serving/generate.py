@@ -67,7 +67,7 @@ def chat(
     device: Literal["cpu", "cuda"],
     trust_remote_code: bool,
 ) -> None:
-    """Hold a conversation with the model's chat template: each line is a user's turn, `reply` gets the assistant's.
+    """Hold a conversation with the model's chat template. Each line is a user's turn; `reply` gets each answer.
 
     UserError: the model has no template, or the conversation grows longer than the engine's limit.
     """

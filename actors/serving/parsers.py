@@ -77,7 +77,7 @@ def parsers_of(template: str, model_type: str) -> tuple[str | None, str | None]:
 
 
 def refuse_stubs(tool_parser: str | None, reasoning_parser: str | None, model_type: str) -> None:
-    """Raise RunError for vLLM's names of gpt-oss's parsers with another model. Each request would fail."""
+    """Raise RunError if a parser of gpt-oss is set for another model: vLLM would then fail at each request."""
     stubs = {tool_parser, reasoning_parser} & {*_BY_TYPE["gpt_oss"]}
     if stubs and model_type != "gpt_oss":
         raise RunError(f"vLLM's parser {' and '.join(sorted(map(str, stubs)))} reads gpt-oss alone. Name another.")

@@ -69,7 +69,7 @@ def refuse_route(method: str, path: str) -> None:
 
 
 def refuse_unsupported(body: Mapping[str, Any], known: Collection[str], *, has_tool_parser: bool) -> None:
-    """Raise RefusedCall for an unsupported field, unless it has no effect. `known`: the fields of vLLM's request."""
+    """Raise RefusedCall for an unsupported field, unless the field has no effect. `known`: fields of vLLM's request."""
     if body.get("previous_response_id"):
         why = "responses are not stored here: send the whole conversation in `input`"
         raise RefusedCall(f"`previous_response_id` is not supported: {why}", param="previous_response_id", status=404)

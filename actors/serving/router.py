@@ -94,7 +94,7 @@ class RequestRouter:
         return None
 
     async def trouble(self) -> str | None:
-        """Return the reason why no engine answers any more. None: some engine does."""
+        """Return the reason why no engine answers any more. None: at least one engine answers."""
         for engine in range(len(self.handles)):
             if engine not in self.dead and (why := await self._death(engine)) is not None:
                 self.dead[engine] = why
