@@ -48,7 +48,7 @@ def forget_expert_kernels(model: torch.nn.Module) -> None:
 
 
 def repack_heads(model: torch.nn.Module) -> None:
-    """Pack the heads of a CPU again. Nothing is loaded into a tied head, so its packed copy would stay the old."""
+    """Pack the heads of a CPU again. A tied head loads nothing, so its packed copy would keep the old weights."""
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
             module.quant_method.process_weights_after_loading(module)

@@ -1,6 +1,6 @@
 """Weights between processes with shared GPUs: an engine's worker opens the trainer's memory by CUDA handles.
 
-Every rank next to an engine copies all weights to the shared GPU, and frees the memory after the engines' loading. CUDA
+Every rank next to an engine copies all weights to the shared GPU, and frees the copy once the engines have loaded. CUDA
 frees the memory only after a receiver has opened and closed the handles, so a rank without an engine offers no memory.
 """
 

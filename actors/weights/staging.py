@@ -32,7 +32,7 @@ class Scratch:
         self.flat = torch.empty(0, dtype=torch.uint8, device=device)
 
     def region(self, begin: int, end: int) -> UInt8[Tensor, " bytes"]:
-        """Return the same memory for every region, as much as the largest has needed."""
+        """Return the same memory for every region, as much as the largest region so far has needed."""
         if end - begin > self.flat.numel():
             self.flat = torch.empty(0, dtype=torch.uint8, device=self.flat.device)  # free it before the larger one
             self.flat = torch.empty(end - begin, dtype=torch.uint8, device=self.flat.device)
@@ -71,7 +71,7 @@ class WeightSender:
         return stage(named_weights, self.memory, version=version, transport=self.transport, fields=self.fields())
 
     def fields(self) -> Mapping[str, Any]:
-        """Return the manifest's values for this transport's receiver alone."""
+        """Return the values in the manifest that only the receiver of this transport reads."""
         return {}
 
     def send(self, manifest: WeightManifest, named_weights: Iterator[tuple[str, Tensor]]) -> None:
@@ -98,7 +98,7 @@ def stage(
     transport: str,
     fields: Mapping[str, Any],
 ) -> WeightManifest:
-    """Copy the weights into `memory`, and describe the weights. Each is hashed while still in the cache."""
+    """Copy the weights into `memory`, and describe them. Each weight is hashed while still in the CPU's cache."""
     staged: list[tuple[str, str, tuple[int, ...], int]] = []
     checksum = Checksum()
     end = 0

@@ -81,7 +81,7 @@ class NcclEngine(GlooEngine):
     method: ClassVar[Method] = "nccl"
 
     def init_transfer_engine(self, init_info: MeetingInfo) -> None:
-        """Meet the sender without NCCL settings pinned by VLLM_BATCH_INVARIANT, which the sender does not have."""
+        """Meet the sender without the NCCL settings of VLLM_BATCH_INVARIANT, since the sender does not have these."""
         with unpinned_nccl_env():
             super().init_transfer_engine(init_info)
 
