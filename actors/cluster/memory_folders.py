@@ -167,7 +167,7 @@ class MemoryFolders:
             self._processes[before].forget.remote(rank)
         loads = Counter(self._holders.values())
         for node in sorted(candidates, key=lambda node: (loads[node], node)):
-            limit_s = EXAMINED_WITHIN_S if node in self._unfit else None  # it may still not answer
+            limit_s = EXAMINED_WITHIN_S if node in self._unfit else None  # an unfit node may still not answer
             try:
                 await self._ask(node, "open", limit_s=limit_s)
                 self._places[rank] = await self._ask(node, "place", rank, limit_s=limit_s)

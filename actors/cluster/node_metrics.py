@@ -23,7 +23,7 @@ from rlhf.tracking.metrics.system import NodeSampler
 
 logger = logging.getLogger(__name__)
 ANSWER_WITHIN_S = 5.0
-LATE_ANSWER_WITHIN_S = 0.1  # until an answer that has come meanwhile is handed over
+LATE_ANSWER_WITHIN_S = 0.1  # the time to receive an answer that has already arrived
 
 
 class Nodes:

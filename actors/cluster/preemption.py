@@ -26,7 +26,7 @@ T = TypeVar("T")
 DrainingNode = Callable[[], Awaitable[tuple[str, float | None] | None]]
 
 LOOK_EVERY_S = 0.2
-TOLD_WITHIN_S = 1.0  # of a signal to all processes, until this one knows of it too
+TOLD_WITHIN_S = 1.0  # the longest time until a signal to all processes reaches this process
 ASK_EVERY_S = 5.0  # interval of the check for draining nodes
 CANCELLED_WITHIN_S = 5.0
 _KEPT = "with a checkpoint if a step is done by then"
@@ -52,7 +52,7 @@ async def run_loop(
     request.ends_by_itself = True
     request.beats_within_s = call_timeout_s
     last_check, check = time.monotonic(), None
-    without_ray: float | None = None  # since when
+    without_ray: float | None = None  # time at which Ray's daemons were found dead
     try:
         while not task.done():
             await asyncio.wait({task}, timeout=LOOK_EVERY_S)

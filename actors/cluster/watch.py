@@ -104,7 +104,7 @@ async def _watch_one(actor: str, place: ActorLocation, timeout_s: float) -> None
                 if not await _finishes(ping, timeout_s):
                     break
                 beat = ping.result()
-            except ConnectionRefusedError:  # it died, and Ray fails its calls
+            except ConnectionRefusedError:  # the process died, and Ray fails its calls
                 return
             finally:
                 ping.cancel()

@@ -36,7 +36,7 @@ class DriverFacts:
     """The facts about the driver's machine for comparison with each node, and the models of the hub."""
 
     versions: Mapping[str, str]
-    code: str  # a hash of our packages
+    code: str  # a hash of the packages rlhf and actors
     sizes: Mapping[str, str]  # of the configured files and folders, by path
     models: Sequence[str] = ()
     shared: Path | None = None  # a file in a folder that all nodes should share

@@ -109,7 +109,7 @@ def _lags(lines: Lines, rows: Rows) -> CheckResult:
         lags[step] = 0
         for record in groups.trained:
             if record.oldest is None or record.newest is None:
-                continue  # its responses have no token
+                continue  # the group's responses have no token
             lag, group = step - 1 - record.oldest, f"group {record.group_id} of step {step}"
             lags[step] = max(lag, lags[step])
             if lag > groups.max_staleness:

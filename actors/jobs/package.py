@@ -62,7 +62,7 @@ class Project:
                 packed.writestr(entry, (self.folder / name).read_bytes(), zipfile.ZIP_DEFLATED)
             if env:
                 entry = zipfile.ZipInfo(ENVIRONMENT, _EPOCH)
-                entry.external_attr = 0o100600 << 16  # Ray unpacks it so
+                entry.external_attr = 0o100600 << 16  # Ray unpacks files with these rights
                 packed.writestr(entry, json.dumps(dict(env)))
 
 

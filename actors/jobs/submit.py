@@ -36,7 +36,7 @@ ANSWER_WITHIN_S = 30.0  # for one request
 UPLOAD_WITHIN_S = 600.0
 AGENT_WITHIN_S = 60.0  # a newly started head has no agent for jobs yet
 LOST_FOR_S = 300.0  # a head without an answer for longer is given up
-HEARTBEAT_S = 10.0  # of silence in a log before a request for the job's state
+HEARTBEAT_S = 10.0  # silence in a log before a request for the job's state
 STOP_WITHIN_S = 300  # between SIGTERM, on which a run writes a checkpoint, and SIGKILL
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 RUN = "rlhf_run"  # key of a job's metadata: the folder of its run
@@ -92,7 +92,7 @@ def _set_variable(name: str, value: str) -> Iterator[None]:
 
 class Jobs:
     def __init__(self, address: str | None) -> None:
-        for name in ("dashboard_sdk", "job.sdk"):  # they log uploads and closed connections to stderr
+        for name in ("dashboard_sdk", "job.sdk"):  # these loggers write uploads and closed connections to stderr
             logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
         self.address = _dashboard(address)
         self._hidden: tuple[str, ...] = ()

@@ -179,7 +179,7 @@ class WorkerPool(WorkerGroup):
         self, handles: Sequence[ActorHandle[Any]], spawn_one: SpawnOne | None = None, *, deadline_s: float
     ) -> None:
         super().__init__(handles, spawn_one, deadline_s=deadline_s)
-        self.last_loss: dict[int, WorkerLost] = {}  # that the supervisor has counted, by rank
+        self.last_loss: dict[int, WorkerLost] = {}  # by rank, the last loss that the supervisor has counted
 
     async def start(self, *, deadline_s: float) -> None:
         """Load what each worker needs. A worker lost meanwhile is started again."""
@@ -323,6 +323,6 @@ def spawn(
         return handle
 
     def spawn_one(rank: int) -> ActorHandle[Any]:
-        return create(_rank_contexts(cluster, placement, role)[rank])  # its node may be another one than at first
+        return create(_rank_contexts(cluster, placement, role)[rank])  # the new actor may be on another node
 
     return [create(context) for context in _rank_contexts(cluster, placement, role)], spawn_one

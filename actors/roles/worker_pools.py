@@ -59,7 +59,7 @@ class RewardWorkers(WorkerPool):
         self.free = [asyncio.Semaphore(settings.processes) for _ in handles]
         self.free_to_ask = [asyncio.Semaphore(asks_in_flight(settings.specs)) for _ in handles]
         self.suspects = [Suspects() for _ in handles]
-        self.caused: list[list[WorkerLost]] = [[] for _ in handles]  # by groups, since the last group that was scored
+        self.caused: list[list[WorkerLost]] = [[] for _ in handles]  # by groups, since the last scored group
 
     @classmethod
     def create(
@@ -176,7 +176,7 @@ class ReferenceWorkers(ModelGroup, WorkerPool):
 
     role: Role = "reference"
     folder: Path | None = None  # of the present model; None: the configured one
-    is_away = False  # from a GPU shared with an engine
+    is_away = False  # whether the model has left a GPU shared with an engine
 
     def _start_calls(self, handle: ActorHandle[Any]) -> list[ObjectRef[Any]]:
         calls = super()._start_calls(handle)

@@ -62,7 +62,7 @@ def response_of(output: Any, begun: Begun) -> Begun:
     (sample,) = output.outputs
     spans = sample.weight_versions or ()  # None: no new token
     return Begun(
-        token_ids=tuple(sample.token_ids),  # vLLM has the earlier ones too
+        token_ids=tuple(sample.token_ids),  # with the tokens of earlier requests, see restore_output
         logprobs=(*begun.logprobs, *sample.logprobs.logprobs),
         versions=(*begun.versions, *(int(span.version) for span in spans for _ in range(span.start, span.end))),
         finish_reason=None if sample.finish_reason == CUT else sample.finish_reason,

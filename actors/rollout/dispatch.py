@@ -20,7 +20,7 @@ RECENT_RESPONSES = 1000  # window of the mean response length
 class EngineCapacity:
     """The number of requests and tokens that an engine can hold at once."""
 
-    cache_tokens: int  # keys and values of its cache
+    cache_tokens: int  # tokens whose keys and values fit into the cache
     samples: int
 
 
@@ -59,7 +59,7 @@ class _Load:
     capacity: EngineCapacity
     tokens: float = 0.0
     samples: int = 0
-    progress_at: float = 0.0  # when it last finished a group, or got its first one
+    progress_at: float = 0.0  # when the engine last finished a group, or got its first group
     is_open: bool = True
 
     def has_room(self, tokens: float, samples: int) -> bool:  # an idle engine takes any group
@@ -75,7 +75,7 @@ class Dispatch:
         self._loads: dict[int, _Load] = {}  # by engine
         self._queues = deque[_Waiting](), deque[_Waiting]()  # ordinary and urgent groups, in order of arrival
         self._waiting: dict[int, _Waiting] = {}  # by group id
-        self._mean_length = float("inf")  # of recent responses; at first nothing is known
+        self._mean_length = float("inf")  # of recent responses; infinite until the first response
         self._num_lengths = 0
         self._failure: BaseException | None = None
 

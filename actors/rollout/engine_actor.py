@@ -60,7 +60,7 @@ class EngineHealth:
     requests_in_flight: int
     last_step_age_s: float
     rss_gib: float
-    failure: str | None  # why it no longer answers
+    failure: str | None  # why the engine no longer answers
 
 
 class Players(Protocol):
@@ -163,7 +163,7 @@ class RolloutWorker:
                 self.carried.follow(request, sampling, begun, samples)
                 group = assemble(request, await self._answers(request, begun, samples))
             else:
-                await self.held.admit(request.group_id, submissions)  # none: a turn comes later, by itself
+                await self.held.admit(request.group_id, submissions)  # no sample: turns are sampled later
                 spooled = await self.read_spooled(request, sampling, drawn_by)
                 if spooled is not None:
                     return spooled

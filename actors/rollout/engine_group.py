@@ -57,7 +57,7 @@ class RolloutEngines(ElasticEngines):
         self._meet: Callable[[], Awaitable[None]] | None = None  # prepares broadcasts; None: there are none
         self._cancelled: set[int] = set()  # groups that are not returned until they are requested again
         self._asking = asyncio.Lock()
-        self._answering = [asyncio.Lock() for _ in handles]  # while an engine answers a share
+        self._answering = [asyncio.Lock() for _ in handles]  # held while an engine answers a share
 
     async def connect(self, policy: PolicyGang, *, adapter: Path | None) -> None:
         """Open both ends of the weight transport.
@@ -165,7 +165,7 @@ class RolloutEngines(ElasticEngines):
         while not unanswered <= self._cancelled:
             engine = self._engine_for(own)
             async with self._answering[engine]:
-                if self._engine_for(own) != engine:  # lost since
+                if self._engine_for(own) != engine:  # the engine was lost meanwhile
                     continue
                 handle = await self.working(engine)
                 if unanswered <= self._cancelled:

@@ -247,11 +247,11 @@ def _message(error: BaseException) -> str:
 
 
 def _give(future: Future[Any], output: Any) -> None:
-    if future.set_running_or_notify_cancel():  # False: its waiter gave up
+    if future.set_running_or_notify_cancel():  # False: the waiting caller gave up
         future.set_result(output)
 
 
 def _fail(futures: Sequence[Future[Any]], error: BaseException | None) -> None:
     for future in futures if error is not None else ():
-        if not future.done() and future.set_running_or_notify_cancel():  # its waiter may give up at any moment
+        if not future.done() and future.set_running_or_notify_cancel():  # the waiting caller may give up at any moment
             future.set_exception(error)

@@ -39,7 +39,7 @@ class EngineWeights:
         self.lora: Any = None  # the adapter named in requests
         self._asleep: set[EnginePart] = set()  # parts whose GPU memory a trainer uses now
         self._updating = asyncio.Lock()
-        self._is_settled = asyncio.Event()  # no update is in progress, and the last one has not failed
+        self._is_settled = asyncio.Event()  # no update is in progress, and the last update has not failed
         self._is_settled.set()
 
     async def serve_own(self) -> None:
@@ -97,7 +97,7 @@ class EngineWeights:
         return receipt
 
     async def _load(self, manifest: WeightManifest) -> SyncReceipt:
-        self.version = None  # in any case: no sample from half-loaded weights
+        self.version = None  # also if loading fails: half-loaded weights must not sample
         place = f"{self.spec.name}: weight sync to version {manifest.version}"
         is_adapter, keeps = manifest.transport == "adapter", self.spec.kv_after_update == "keep"
         load = load_adapter if is_adapter else load_weights

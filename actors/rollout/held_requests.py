@@ -62,7 +62,7 @@ class HeldRequests:
         self._held = None
         if refused:
             for _, _, started in held:
-                if not started.done():  # otherwise its `admit` has given up
+                if not started.done():  # otherwise the `admit` of this group has given up
                     started.set_exception(refused[0])
             raise refused[0]
         held.sort(key=lambda entry: entry[0])

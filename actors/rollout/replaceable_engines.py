@@ -31,7 +31,7 @@ from rlhf.roles import PolicyProbe
 from rlhf.types import MemoryReport
 
 Call = Callable[[ActorHandle[Any]], Any]  # returns the reference to a result
-MOST_MISSES = 3  # of published weights by one engine: more mean that its node cannot see them
+MOST_MISSES = 3  # failures of an engine to find published weights: more mean that the node cannot see them
 
 
 class ReplaceableEngines(WorkerPool):
@@ -42,18 +42,18 @@ class ReplaceableEngines(WorkerPool):
     ) -> None:
         super().__init__(handles, spawn_one, deadline_s=deadline_s)
         self.is_replaceable = False  # whether a successor can get the weights
-        self.gives_published = False  # whether it can load the last publication by itself
+        self.gives_published = False  # whether a successor can load the last publication by itself
         self.opens_weights = False  # whether each engine has an end of a transport to open
         self.unanswered: list[set[int]] = [set() for _ in handles]  # by rank: the groups that an engine works on
         self.spool: Path | None = None  # the store of the present run; None: the one given to new actors
         self._dispatch: Dispatch | None = None  # of requests in flight
-        self._capacities: dict[int, EngineCapacity] = {}  # by rank, of the engines that were asked
+        self._capacities: dict[int, EngineCapacity] = {}  # by rank, of engines that have reported a capacity
         self._manifest: WeightManifest | None = None  # of the last sync
-        self._published: tuple[WeightManifest, PolicyProbe] | None = None  # None: there is nothing to load now
+        self._published: tuple[WeightManifest, PolicyProbe] | None = None  # None: a successor has nothing to load now
         self._probe: PolicyProbe | None = None  # of the last sync
         self._are_missing = asyncio.Event()  # a successor has found the published weights gone
         self._is_published = asyncio.Event()
-        self._loading = asyncio.Lock()  # while a successor reads what is published
+        self._loading = asyncio.Lock()  # held while a successor reads the published weights
         self._met: dict[int, ActorHandle[Any]] | None = None  # receivers of a broadcast by rank; None: no broadcast
         self._received: list[ActorHandle[Any]] = []  # the engines that have loaded the last publication in its sync
         self._unsynced: dict[int, asyncio.Future[None]] = {}  # by rank: successors that wait for the next broadcast

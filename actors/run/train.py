@@ -270,7 +270,7 @@ async def _carry_out(
     if step is not None:
         await controller.restore(step)
     controller.supervisor.continue_after(unrecorded_deaths())
-    here = ray.get_runtime_context().get_node_id()  # its drain ends the driver, also without a worker there
+    here = ray.get_runtime_context().get_node_id()  # draining this node ends the driver, even if no worker is there
     with sparing_loaded_objects():
         is_done = await run_loop(
             controller.run(until=until),

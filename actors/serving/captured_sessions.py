@@ -27,7 +27,7 @@ from rlhf.rollouts.environments.conversations import turn_seed
 from rlhf.types import Sampling
 
 MAX_OPEN_REQUESTS = 64  # of one session, of any kind
-_JSON = json.JSONEncoder(default=str)  # made once: `json.dumps` would make one for each text
+_JSON = json.JSONEncoder(default=str)  # made once: `json.dumps` would make an encoder for each text
 Message = Mapping[str, Any]
 Tokens = npt.NDArray[np.int32]
 
@@ -40,7 +40,7 @@ class Draw:
     response_ids: Tokens
     logprobs: npt.NDArray[np.float32]
     versions: Tokens
-    restriction: Restriction | None  # what asked for a grammar, which restricted the choice; None: it was free
+    restriction: Restriction | None  # the reason for a grammar that restricted the tokens; None: no grammar
     finish_reason: str
     stop: str  # the stop string at the end of the tokens, which the text lacks; empty: none
     text: str
@@ -52,7 +52,7 @@ class KnownTurn:
 
     start: int  # the messages of the turn are messages[start:end]
     end: int
-    call: int  # index of the call that sampled it
+    call: int  # index of the call that sampled the turn
     added: str  # what the client wrote behind the turn, within its message
 
 
@@ -60,13 +60,13 @@ class KnownTurn:
 class ServedCall:
     """One request over HTTP. vLLM renders, draws and parses a request in several tasks, which share this object."""
 
-    session: CapturedSession | None  # None: it is answered as the client asks, and not captured
+    session: CapturedSession | None  # None: the call has the client's settings, and is not captured
     name: str  # prefix of its requests in the engine
     most_tokens: int | None = None  # the client's limit of a response
     is_chat: bool = False
     key: bytes | None = None  # of the messages before the response; None: the prompt is no conversation
     broke: BrokenPrefix | None = None
-    restriction: Restriction | None = None  # what asks for a grammar
+    restriction: Restriction | None = None  # the reason for a grammar
     serial: Iterator[int] = field(default_factory=itertools.count)
     drawn: dict[bytes, int] = field(default_factory=dict)  # indices of captured calls by their sampled tokens
     cut: dict[int, Tokens] = field(default_factory=dict)  # responses in one part that a limit of tokens cut off
@@ -116,7 +116,7 @@ class CapturedSession:
         self._turns: dict[bytes, list[int]] = {}  # calls by the key of the conversation that ends with their response
         self._stopped: dict[bytes, dict[int, str]] = {}  # by the key before it, calls with text and stop string
         self._draws: list[Draw] = []  # of each call
-        self._told: set[bytes] = set()  # responses by their content alone
+        self._told: set[bytes] = set()  # contents of all responses, without the messages before
         self._asked: set[bytes] = set()  # keys of the conversations that were answered
         self._tools: set[bytes] = set()
         self._systems: set[bytes] = set()
@@ -261,7 +261,7 @@ class CapturedSession:
             )
         )
         self._draws.append(draw)
-        call.hear(draw.response_ids, draw.text, ())  # as the client gets it unless a parser says more
+        call.hear(draw.response_ids, draw.text, ())  # the client's view, unless a parser records another
 
     def hear(self, call: ServedCall, index: int, content: str | None, calls: Sequence[tuple[str, str]]) -> None:
         """Record the text and the tool calls that the client gets for a captured response."""

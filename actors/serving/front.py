@@ -42,7 +42,7 @@ class FrontSpec:
     turn_ends: tuple[int, ...] = ()  # tokens that end a turn of a conversation, besides the model's end token
     tool_parser: str | None = None  # vLLM's name; None: chosen by the model
     reasoning_parser: str | None = None  # the same
-    own_key: str | None = None  # of calls that are answered as the client asks, and not captured; None: no such calls
+    own_key: str | None = None  # of calls with the client's settings, which are not captured; None: no such calls
 
 
 class Front:
@@ -144,7 +144,7 @@ async def close_idle(connections: Collection[Any]) -> None:
             if excess <= 0 and now - connection.idle_since < IDLE_CONNECTION_S:
                 break
             if connection.transport.is_closing():
-                connection.transport.abort()  # its reader has stopped
+                connection.transport.abort()  # the client has stopped reading
             connection.transport.close()
             excess -= 1
 

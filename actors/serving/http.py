@@ -141,7 +141,7 @@ class ModelServer:
             if response is None:
                 raise refused from error
             if request.transport is not None and request.transport.get_write_buffer_size():
-                request.transport.abort()  # its reader has stopped, and would keep the connection
+                request.transport.abort()  # the client has stopped reading, and would keep the connection open
                 return response
             await response.write(f"event: error\ndata: {json.dumps(refused.body(request.path))}\n\n".encode())
         await response.write_eof()
@@ -196,7 +196,7 @@ def serve_model(
             drops_abandoned=True,
         )
         if signal_received is signal.SIGTERM and OWN_RAY.daemons:
-            OWN_RAY.kill()  # it may have got the signal too, and a Ray that ends does not answer
+            OWN_RAY.kill()  # Ray may have got the signal too, and does not answer while ending
             raise _Terminated
 
 

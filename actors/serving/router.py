@@ -52,7 +52,7 @@ class RequestRouter:
         If the first engine dies, another engine answers. NoEngine: all engines are dead. RunError: an engine lives but
         does not answer. The engine drops the request if the block ends before the answer.
         """
-        if self._client is None:  # it belongs to the event loop
+        if self._client is None:  # the client belongs to the event loop of its creation
             limits = ClientTimeout(total=None, sock_connect=CONNECTS_WITHIN_S)
             self._client = ClientSession(timeout=limits, connector=TCPConnector(limit=0), auto_decompress=False)
         while True:

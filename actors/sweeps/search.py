@@ -56,7 +56,7 @@ class Bayesian(Strategy):
             {key: _distribution(parameter) for key, parameter in self.parameters.items()},
             metric=METRIC,
             mode="min" if sweep.lower_is_better else "max",
-            seed=sweep.config.seed + len(journal.trials),  # otherwise it would repeat its first draws after a restart
+            seed=sweep.config.seed + len(journal.trials),  # else a restart would repeat the first draws
         )
         self.suggested: set[int] = set()
         for trial in journal.trials.values():

@@ -51,7 +51,7 @@ class RecordedExperts:
     def capture(self, layer: int, chosen: Tensor) -> None:
         """Record a layer's choices for the tokens of the running step. vLLM's routers call this method."""
         mappings = get_forward_context().slot_mapping
-        if mappings:  # else it is a pass without a cache
+        if mappings:  # a pass without mappings uses no cache
             slots = next(iter(mappings.values()))[: len(chosen)]
             self._table[slots, layer] = chosen.to(torch.int16)
 
