@@ -1,6 +1,6 @@
 """Remember the nodes and processes of a run's actors, for error messages and processes.json.
 
-Nodes are probed directly: Ray notices a lost connection only after health checks, and the head may be lost itself.
+Nodes are probed directly: Ray notices a lost connection only after health checks, and Ray's head may be lost too.
 """
 
 from __future__ import annotations

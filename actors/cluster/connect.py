@@ -129,7 +129,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
 
 
 def _log_messages(data: Mapping[str, Any], ignore_prefix: bool) -> None:
-    """Log messages from Ray to the driver, such as the loss of an actor. Ray would print to stdout."""
+    """Log Ray's messages to the driver, such as the loss of an actor. Ray itself would print the messages to stdout."""
     for line in data["lines"]:
         logger.info("Ray: %s", line)
 

@@ -134,7 +134,7 @@ def answer_heartbeats(host: str) -> int:
     """Start to answer heartbeats at this host's address, once per process. Return the port.
 
     From then on, py-spy of the same user may read the process even if the kernel (Yama) otherwise allows only parents.
-    At SIGUSR2 the process writes the stacks of all threads to the log, without any special right.
+    On SIGUSR2 the process writes the stacks of all threads to the log; this needs no special right.
     """
     if not _SERVERS:
         _Server.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET

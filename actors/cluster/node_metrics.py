@@ -27,7 +27,7 @@ LATE_ANSWER_WITHIN_S = 0.1  # the time to receive an answer that has already arr
 
 
 class Nodes:
-    """All nodes with workers of the run now, and the driver's node."""
+    """The driver's node, and all nodes that have workers of the run now."""
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement

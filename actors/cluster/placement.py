@@ -303,7 +303,7 @@ def missing_resources(plan: PlacementPlan, alive: Sequence[Mapping[str, Any]]) -
 
 
 def nodes_of_bundles(plan: PlacementPlan, alive: Sequence[Mapping[str, Any]]) -> list[int] | None:
-    """Return the node of each bundle in an empty cluster of these nodes. None: no room for the bundles."""
+    """Return the node of each bundle in an empty cluster of these nodes. None: the bundles do not fit."""
     nodes, node_labels = [node["Resources"] for node in alive], [node["Labels"] for node in alive]
     return assign_nodes(plan.bundles, nodes, labels=plan.labels, node_labels=node_labels)
 

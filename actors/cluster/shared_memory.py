@@ -51,7 +51,7 @@ async def refuse_small_shared_memory(config: Config, placement: Placement) -> No
 
 
 def judge(room: SharedMemoryRoom, snapshots: SnapshotBytes, *, where: str) -> None:
-    """Raise UserError if a node has no room for snapshots of the node's ranks. Warn if only copies have no room."""
+    """Raise UserError if a node has no room for its ranks' snapshots. Warn if only copies have no room."""
     if (shortage := room.shortage(snapshots)) is None:
         return
     fix = larger_shared_memory(snapshots.total + room.ray)

@@ -162,8 +162,8 @@ def _no_room(error: BaseException) -> str:
 async def explain(error: BaseException | None, *, role: Role, rank: int, stage: str) -> Exception:
     """Return the failure as an error with stage, role, rank and cause.
 
-    The error is WorkerLost if the worker's process died, or lost a necessary process or GPU, unless the run's local Ray
-    has died too.
+    The error is WorkerLost if the worker's process died, or lost a necessary process or GPU. If the run's local Ray has
+    died too, the error is no WorkerLost.
     """
     failure = await _explained(error, f"{stage}: {role} rank {rank}", role=role, rank=rank, stage=stage)
     failure.__cause__ = error
@@ -205,7 +205,7 @@ async def _explained(error: BaseException | None, who: str, *, role: Role, rank:
 
 
 async def _death(error: RayActorError, who: str, *, role: Role, rank: int, stage: str) -> RunError:
-    """Return the error of a dead process. The cause is found once for all failed calls to the process."""
+    """Return the error of a dead process. All failed calls to the process share one search for the cause."""
     if error.actor_init_failed:  # its successor would fail in the same way
         return RunError(f"{who} {await _how_it_died(error)} {RESUMES}")
     actor = error.actor_id or ""

@@ -185,7 +185,7 @@ def of_hub(models: Sequence[str]) -> tuple[dict[str, bool], str]:
 
 
 def size_of(path: str) -> str:
-    """Return the size of a file, or the number and size of a folder's files; "" if nothing is readable there."""
+    """Return the size of a file, or the number and size of a folder's files. "": the path cannot be read there."""
     try:
         if not os.path.isdir(path):
             with open(path, "rb") as file:

@@ -165,7 +165,7 @@ def _nothing_lost(lines: Lines, state: Mapping[str, Any]) -> CheckResult:
 
 
 def _checkpoints(paths: Sequence[tuple[int, Path]], link: Path, steps: set[int]) -> CheckResult:
-    """Check every byte of the checkpoints, and that each has a row. Checkpoints after `latest` are abandoned."""
+    """Check every byte of the checkpoints, and their rows of metrics. Checkpoints after `latest` are abandoned."""
     bad, latest = [], pointed(link)
     for step, path in paths:
         damage = find_damage(path, step=step)

@@ -92,7 +92,7 @@ def project_of(config: Path, overrides: Sequence[str], loaded: LoadedConfig) -> 
 
 
 def _refuse_folders_of_this_machine(loaded: LoadedConfig) -> None:
-    """Raise UserError for a run folder or a cluster with a different meaning in the job than here."""
+    """Raise UserError for a run folder or a cluster that means something else in the job than here."""
     for stage in loaded.stages.values():
         mirror = stage.run.mirror
         named = {"dir": stage.run.dir} | ({} if mirror is None or "://" in mirror else {"mirror": Path(mirror)})

@@ -136,7 +136,7 @@ class WorkerGroup:
             await self.one(ref, "start", rank=rank, deadline_s=ends - time.monotonic(), limit=START_LIMIT)
 
     def _start_calls(self, handle: ActorHandle[Any]) -> list[ObjectRef[Any]]:
-        """Send the calls for loading a replaced worker, and return their references in order."""
+        """Send the calls that load a replaced worker. Return the calls' references in order."""
         return [handle.start.remote()]
 
     async def memory(self) -> MemoryReport:
@@ -196,7 +196,7 @@ class WorkerPool(WorkerGroup):
 
     async def until_answered(self, rank: int, call: Callable[[Any], Awaitable[T]], *, work: Hashable = None) -> T:
         """Return the result of a call to one worker. If the worker is lost, call the successor. `work`: the worker's
-        task. A worker lost twice in a row at the same task ends the run. None: more losses are allowed."""
+        task. A worker lost twice in a row at the same task ends the run. `work` None: more losses are allowed."""
         while True:
             handle = await self.working(rank)
             try:

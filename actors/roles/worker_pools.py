@@ -158,7 +158,7 @@ class RewardWorkers(WorkerPool):
 
 
 def _ends_its_worker(group: CompletedGroup, lost: WorkerLost) -> GroupScores:
-    """Return the errors of a group that lost a worker twice, an error for each response."""
+    """Return an error for each response of a group that lost a worker twice."""
     kind: RewardErrorKind = "timeout" if lost.kind == "hung" else "died"
     message = (
         f"the reward worker was lost while it scored this group, and again while it scored only this group. {lost}"
