@@ -39,7 +39,7 @@ class GroupWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """The share of an engine taken by a group."""
+    """The room that a group takes in an engine."""
 
     engine: int
     tokens: float
@@ -150,7 +150,7 @@ class Dispatch:
         return None
 
     def drop(self, group_id: int) -> None:
-        """End the wait of a group, if waiting."""
+        """End the wait of a group. Has no effect if the group does not wait."""
         waiting = self._waiting.get(group_id)
         if waiting is not None and not waiting.slot.done():
             waiting.slot.set_result(None)

@@ -320,7 +320,7 @@ class RolloutWorker:
         return EngineCapacity(cache_tokens=tokens, samples=samples)
 
     async def cancel(self, group_ids: Sequence[int]) -> int:
-        """Drop and count the unfinished samples of groups. Groups to continue later are on disk before the return."""
+        """Drop the unfinished samples of groups, and return their number. Groups to continue later are then on disk."""
         for work in [self._working[group_id] for group_id in group_ids if group_id in self._working]:
             work.cancel()
         prefixes = [_prefix(group_id) for group_id in group_ids]

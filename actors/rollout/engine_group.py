@@ -159,7 +159,7 @@ class RolloutEngines(ElasticEngines):
 
         The successor of a lost engine gets all requests of the share again, for the same batching as before, and
         returns finished groups from the store. If a successor must wait for the next sync, another engine answers the
-        share after that engine's own share.
+        share after finishing its own.
         """
         unanswered = {request.group_id for request in share}
         while not unanswered <= self._cancelled:

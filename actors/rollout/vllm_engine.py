@@ -171,7 +171,7 @@ def _refusal(given: Mapping[str, Any], error: Exception) -> str:
 
 
 def _refuse_lost_weights(engine: Any, spec: RolloutSpec, config: Any) -> None:
-    """Raise UserError for a weight of transformers' model not read by vLLM: the engine would be a different model."""
+    """Raise UserError if vLLM has not read a weight of transformers' model: the engine would be another model."""
     from rlhf.models.files.weights import published_names
 
     unread = frozenset.intersection(*engine.collective_rpc("unread_weights"))  # a worker reads only its experts
@@ -184,7 +184,7 @@ def _refuse_lost_weights(engine: Any, spec: RolloutSpec, config: Any) -> None:
 
 
 def add_experts(engine: Any, output: Any) -> None:
-    """Add the experts chosen for an output's tokens to a just finished output, unless vLLM does so itself."""
+    """Add the experts chosen for an output's tokens to a just finished output, unless vLLM adds the experts itself."""
     (sample,) = output.outputs
     num_read = len(output.prompt_token_ids) + len(sample.token_ids) - 1  # the last token was sampled and never read
     if sample.routed_experts is None:

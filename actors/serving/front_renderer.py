@@ -133,7 +133,7 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
 
 @contextmanager
 def _ending_session() -> Iterator[None]:
-    """Let a prompt beyond the engine's limit end the session: the session's limit is no higher."""
+    """Let a prompt beyond the engine's limit end the session, because the session's limit is not higher."""
     try:
         yield
     except VLLMValidationError as error:

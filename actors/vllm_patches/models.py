@@ -23,7 +23,7 @@ def correct_models() -> None:
 
 
 def spare_unused_norms(model: Any) -> None:
-    """Let files lack the norms behind A.X-K1's dense layers. vLLM creates such norms without ever computing a norm."""
+    """Let files lack the norms behind A.X-K1's dense layers: vLLM creates these norms, but never computes with them."""
     load = model.load_weights
     unused = {
         f"model.layers.{index}.post_mlp_layernorm.weight"

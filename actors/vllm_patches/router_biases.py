@@ -16,7 +16,7 @@ BIAS = "e_score_correction_bias"
 
 
 def load_biases_of_experts() -> None:
-    """Have vLLM's workers load biases of choice, from a folder and in a sync."""
+    """Have vLLM's workers load the biases for choosing experts, from a folder and in a sync."""
     load_matrices = RoutedExperts.load_weights
 
     def load(experts: Any, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:

@@ -35,7 +35,7 @@ class WeightManifest:
     def views(
         self, flat: UInt8[Tensor, " bytes"], first: int = 0, last: int | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights from `first` until `last` as views of `flat`. `flat` begins with `first`."""
+        """Yield the weights from `first` until `last` as views of `flat`, the memory that begins with `first`."""
         for i in range(first, len(self.names) if last is None else last):
             begin = self.offsets[i] - self.offsets[first]
             yield self.names[i], tensor_view(flat, begin, getattr(torch, self.dtypes[i]), self.shapes[i])
