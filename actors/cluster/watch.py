@@ -222,7 +222,7 @@ def kill(pid: int) -> None:
 
 
 async def died_for_memory(actor: str) -> bool:
-    """Return whether the kernel has killed a process for memory in an actor's cgroup since its last heartbeat."""
+    """Return whether the kernel has killed a process for memory near an actor since the actor's last heartbeat."""
     place, before = location_of(actor), _OOM_KILLS.get(actor)
     if place is None or before is None:
         return False
