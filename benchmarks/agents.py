@@ -134,7 +134,7 @@ def start(config: Path, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 class Notes:
-    """What the sessions have noted since the last kill."""
+    """The notes that sessions have written since the last kill."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -153,7 +153,7 @@ class Notes:
 
 
 def memory(run: Path) -> tuple[float, float, int]:
-    """Return the MiB of the engine, those of all processes below it, and their number."""
+    """Return the MiB of the engine, the MiB of all processes below the engine, and the number of these processes."""
     engine = find_victim(run, VICTIMS["engine"])
     if engine is None:
         return 0.0, 0.0, 0
@@ -168,7 +168,7 @@ def memory(run: Path) -> tuple[float, float, int]:
 
 
 def main() -> None:
-    """Run, kill, resume, and print what came of it."""
+    """Run, kill and resume a run, and print the counts of each kill."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sessions", type=int, default=256)
     parser.add_argument("--kind", choices=["function", "url"], default="function")
@@ -215,7 +215,7 @@ def run_and_count(config: Path, arguments: argparse.Namespace) -> None:
             process.send_signal(signal.SIGKILL)
             process.wait()
             process = start(config, "--resume", "auto")
-        time.sleep(2.0)  # what ran has ended
+        time.sleep(2.0)  # the sessions in progress have ended
         notes.forget()
         until = time.monotonic() + DEADLINE_S
     if process.poll() is None:

@@ -78,7 +78,7 @@ MODES[BY_COMPLETION] = MODES[IN_FLIGHT] | {"rollouts.batch_order": "completion"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What all modes train."""
+    """The model, the sizes and the limits that all modes share."""
 
     steps: int  # counted
     prompts: int  # of a step
@@ -100,11 +100,11 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One mode over its counted steps."""
+    """Measurements of one mode over the counted steps."""
 
     step_s: float
     tokens_per_s: float
-    scored_s: float  # time of a step until its rollouts are scored, where nothing overlaps
+    scored_s: float  # time of a step until its rollouts are scored, in turns
     waits: float  # part of the time in which training waited for responses
     idle: float  # part of the time in which the engines answered nothing
     lag: float  # versions between the trained weights and the oldest token of a response
@@ -171,7 +171,7 @@ def config(folder: Path, work: Work, *, steps: int, reward: Mapping[str, Any]) -
 
 
 def measure(name: str, work: Work, folder: Path, *, reward: Mapping[str, Any]) -> Measured:
-    """Run a mode in a new folder, and return what its counted steps took."""
+    """Run a mode in a new folder, and return the measurements of its counted steps."""
     folder.mkdir()
     rows = work.rows()
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

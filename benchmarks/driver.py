@@ -80,7 +80,7 @@ class Worker:
 
 
 class Engine(Worker):
-    """Returns responses of a third of the maximum length to all of it, once the batch is released."""
+    """Returns responses, once the batch is released. Lengths go from a third of the maximum to the maximum."""
 
     def __init__(self) -> None:
         self.released = asyncio.Event()
@@ -143,7 +143,7 @@ class Engine(Worker):
 
 
 class Rewarder(Worker):
-    """Scores each response by its place."""
+    """Gives each response a score by its position."""
 
     def score(self, prompt: Prompt, rollouts: Rollouts, *_: Any) -> GroupScores:
         scores = tuple(float(sample % 2) for sample in range(len(rollouts.lengths)))
@@ -183,7 +183,7 @@ class Rank(Worker):
         return None, 0
 
     def bytes(self) -> tuple[int, int]:
-        """Return the bytes received, and those of the rank's own sequences."""
+        """Return the bytes that the rank has received, and the bytes of the rank's own sequences."""
         return self.received, self.share
 
     def arithmetic(self) -> Arithmetic:
@@ -260,7 +260,7 @@ class Cost:
 
     us_per_rollout: float
     rss_mib: tuple[float, ...]  # of the driver, after each step
-    received: float  # bytes of a rank's columns over those of its sequences, largest
+    received: float  # bytes of a rank's columns over bytes of its own sequences, largest
 
 
 def configuration(tokens: int, *, rollouts: int, ranks: int, steps: int, mode: str) -> Config:
@@ -276,7 +276,7 @@ def configuration(tokens: int, *, rollouts: int, ranks: int, steps: int, mode: s
             "rollouts": {
                 "prompts_per_step": prompts,
                 "samples_per_prompt": GROUP,
-                "max_new_tokens": tokens * 3 // 2,  # the engines' mean is two thirds of it
+                "max_new_tokens": tokens * 3 // 2,  # the engines' mean is two thirds of the maximum
                 **keys,
             },
             "rewards": {"place": {"function": "f"}},

@@ -44,12 +44,12 @@ from rlhf.types import Sampling
 from tests.dummy_engine import DummyLoop, dummy_parts
 
 CALLS = 5  # of a session
-DELAY_S = 0.5  # of the engine, and the mean pause of an agent between two calls
+DELAY_S = 0.5  # delay of the engine, and mean pause of an agent between two calls
 TOKENS = 16  # of a response
 
 
 class DelayedLoop(DummyLoop):
-    """Answers after `delay_s`, or at once."""
+    """Answers each request after `delay_s`, or at once."""
 
     delay_s = 0.0
 
@@ -118,7 +118,7 @@ def serve(urls: Any) -> None:
 
 class _Forgetful(list[Any]):
     def append(self, item: Any) -> None:
-        """Keep nothing."""
+        """Discard the captured calls."""
 
 
 async def session(client: ClientSession, url: str, key: str, latencies: list[float], *, pause_s: float = 0.0) -> None:
@@ -144,7 +144,7 @@ async def session(client: ClientSession, url: str, key: str, latencies: list[flo
 
 
 async def load(url: str, *, sessions: int, calls: int, delayed_calls: int) -> None:
-    """Print the numbers."""
+    """Run both measurements, and print the numbers."""
     async with ClientSession(connector=TCPConnector(limit=0)) as client:
         keys = (f"key{number}" for number in itertools.count())
         alone: list[float] = []

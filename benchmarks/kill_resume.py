@@ -38,7 +38,7 @@ CLOCKS = ("time", "throughput/", "memory/", "system/")  # metrics that differ be
 
 @dataclass(frozen=True)
 class Mode:
-    """The keys of a mode, and what a resumed run shares with an unbroken one."""
+    """The keys of a mode, and the results that a resumed run shares with an unbroken run."""
 
     promise: Literal["bits", "groups", "each prompt once"]
     rollouts: dict[str, Any] = field(default_factory=dict)
@@ -55,7 +55,7 @@ MODES = {
 
 @dataclass(kw_only=True)
 class Tally:
-    """What became of a run that was killed."""
+    """The outcome of a run that was killed."""
 
     kills: int = 0
     repeated: int = 0  # steps that were trained again
@@ -179,7 +179,7 @@ def kill_and_resume(
         else:
             wait_for_step(process, run, min(from_step + moments.randint(1, 2), steps - 2), after=from_step)
             time.sleep(moments.uniform(0.0, step_s))
-        if process.poll() is not None:  # the run was finished first
+        if process.poll() is not None:  # the run was finished before the kill
             finish(process, config)
             break
         kill(process, driver_only=moments.random() < 0.5)
@@ -191,7 +191,7 @@ def kill_and_resume(
 
 
 def contradictions(run: Path, unbroken: Path, mode: Mode) -> list[str]:
-    """Return what contradicts the promise of the mode. An empty list: nothing."""
+    """Return the results that contradict the promise of the mode. An empty list: there are none."""
     command = [sys.executable, "-m", "rlhf.cli", "doctor", str(run)]
     doctor = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     found = [] if doctor.returncode == 0 else ["the record: " + doctor.stdout + doctor.stderr]

@@ -46,7 +46,7 @@ MODES: dict[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """The held-out accuracy of a run at its evaluations, from before the first step on."""
+    """The held-out accuracy of a run at each evaluation. The first evaluation is before the first step."""
 
     samples: tuple[int, ...]
     seconds: tuple[float, ...]

@@ -48,7 +48,7 @@ class Engine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """What an engine sampled in one batch, and how long it took."""
+    """The tokens that an engine sampled in one batch, and the time that the batch took."""
 
     tokens: int
     seconds: float
@@ -83,7 +83,7 @@ def main() -> None:
 def decode_rounds(arguments: argparse.Namespace, engines: dict[str, Engine], sequences: int) -> None:
     """Print one row of the table."""
     rounds: dict[str, list[Round]] = {name: [] for name in engines}
-    for number in range(arguments.rounds + 1):  # the first warms up
+    for number in range(arguments.rounds + 1):  # the first round warms up
         for name, engine in engines.items():
             done = decode(engine, number, sequences=sequences, tokens=arguments.tokens)
             rounds[name] += [done] if number else []
@@ -138,7 +138,7 @@ def publish(arguments: argparse.Namespace, folder: Path, engines: dict[str, Engi
 
 
 def decode(engine: Engine, number: int, *, sequences: int, tokens: int) -> Round:
-    """Answer a batch, the short prefill included."""
+    """Let an engine answer a batch, and measure the time, the short prefill included."""
     requests = [request(number, group) for group in range(sequences // SAMPLES)]
     call(engine.handle.hold.remote())
     groups = [engine.handle.generate.remote(r, Sampling(max_new_tokens=tokens)) for r in requests]
@@ -153,13 +153,13 @@ def decode(engine: Engine, number: int, *, sequences: int, tokens: int) -> Round
 
 
 def processor_seconds(process: psutil.Process) -> float:
-    """Return what all threads of a process have used so far."""
+    """Return the processor seconds that all threads of a process have used so far."""
     times = process.cpu_times()
     return float(times.user + times.system)
 
 
 def request(number: int, group: int) -> GroupRequest:
-    """One prompt of arbitrary tokens, another in each group and round."""
+    """Return a request for a prompt of arbitrary tokens, different in each group and round."""
     token_ids = tuple(1000 + (7919 * number + 101 * group + 13 * i) % 20000 for i in range(PROMPT_TOKENS))
     return GroupRequest(
         group_id=group,

@@ -42,7 +42,7 @@ STEPS = {"bfloat16": 3, "float32": 10}  # the first warms up
 LONGEST = 512  # tokens of a sequence
 PROMPT_SHARE = (0.2, 0.6)  # of a row's tokens
 SECOND = (0.5, 1.5)  # length of a rejected response over the chosen one's
-PAD = "<|endoftext|>"  # TRL scores the last token that is none: the usual one also ends a turn
+PAD = "<|endoftext|>"  # TRL scores the last token that is no padding: the usual padding token also ends a turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +54,13 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        """Of its sequences, each with the prompt."""
+        """Return the number of tokens of the row's sequences. Each sequence has the prompt."""
         return sum(len(self.prompt) + len(response) for response in self.responses)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What a process is to measure. `trl_rows`: of a padded micro-batch; one of ours is packed within `budget`."""
+    """The task of a process. `trl_rows`: rows of TRL's padded micro-batch; ours is packed within `budget` tokens."""
 
     model: str
     method: str
@@ -70,31 +70,31 @@ class Job:
 
     @property
     def budget(self) -> int:
-        """Tokens of one of our micro-batches, one pair at least. More take more memory, and are faster in bfloat16."""
+        """Tokens of our micro-batch: at least one pair. More tokens take more memory, and are faster in bfloat16."""
         if self.dtype == "bfloat16":
             return 1024
         return LONGEST if self.method == "sft" else 832
 
     @property
     def rows(self) -> list[Row]:
-        """Of all steps."""
+        """Return the rows of all steps."""
         return [row for batch in self.batches for row in batch]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Of all steps, and of the process."""
+    """The measurements of all steps, and of the process."""
 
     seconds: list[float]
     losses: list[float]
     reference_s: float  # for all rows, before the first step
     peak_gib: float
     body: int  # parameters that each token is multiplied with
-    head: int  # those for each learnt token
+    head: int  # parameters that each learnt token is multiplied with
 
 
 def uneven_rows(model: str, count: int, *, responses: int) -> list[Row]:
-    """Chat rows of 16 to 512 tokens a sequence: word problems, one after the other, cut into turns."""
+    """Return chat rows of 16 to 512 tokens a sequence: a sequence of word problems, cut into turns."""
     import reasoning_gym
     from transformers import AutoTokenizer
 
@@ -131,13 +131,13 @@ def uneven_rows(model: str, count: int, *, responses: int) -> list[Row]:
 
 
 def batches_of(rows: list[Row], size: int) -> tuple[tuple[Row, ...], ...]:
-    """The rows of each step, the shortest first."""
+    """Return the rows of each step, sorted by length."""
     cut = [rows[start : start + size] for start in range(0, len(rows), size)]
     return tuple(tuple(sorted(batch, key=lambda row: row.tokens)) for batch in cut)
 
 
 def ours(job: Job) -> Measured:
-    """Steps of the method's worker, a gang of one."""
+    """Time the steps of our worker for the method, in a gang of one rank."""
     from rlhf.config.files.load import checked
     from rlhf.config.schema.root import Config
     from rlhf.data.examples import Example, collate
@@ -218,7 +218,7 @@ def ours(job: Job) -> Measured:
 
 
 def measured(job: Job, model: Any, seconds: list[float], losses: list[float], reference_s: float) -> Measured:
-    """With what is read off the process and the model."""
+    """Return the measurements, with the peak memory of the process and the sizes of the model."""
     from rlhf.engine.memory import peak_memory
 
     embedding = model.get_input_embeddings().weight.numel()
@@ -233,7 +233,7 @@ def measured(job: Job, model: Any, seconds: list[float], losses: list[float], re
 
 
 def trl(job: Job, *, precomputes: bool = False, autocasts: bool = False) -> Measured:
-    """Steps of the method's trainer on the same tokens, rows in the given order."""
+    """Time the steps of TRL's trainer for the method on the same tokens, with the rows in the given order."""
     import transformers
     from datasets import Dataset
 
@@ -257,7 +257,7 @@ def trl(job: Job, *, precomputes: bool = False, autocasts: bool = False) -> Meas
             return loss
 
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-            if job.method == "dpo":  # takes texts only; these are tokens
+            if job.method == "dpo":  # takes texts only, and these rows are tokens
                 return dataset
             return super()._prepare_dataset(dataset, *args, **kwargs)
 
@@ -271,7 +271,7 @@ def trl(job: Job, *, precomputes: bool = False, autocasts: bool = False) -> Meas
     dtype = torch.float32 if autocasts else DTYPES[job.dtype]
     if job.method == "reward_model":
         model = transformers.AutoModelForSequenceClassification.from_pretrained(job.model, dtype=dtype, num_labels=1)
-        torch.nn.init.zeros_(model.score.weight)  # as ours begins
+        torch.nn.init.zeros_(model.score.weight)  # as our worker begins
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
     extra: dict[str, Any] = {}
@@ -313,12 +313,12 @@ def trl(job: Job, *, precomputes: bool = False, autocasts: bool = False) -> Meas
 
 
 def trl_precomputed(job: Job) -> Measured:
-    """The reference before the first step, as ours."""
+    """Compute the reference's log-probabilities before the first step, as our worker does."""
     return trl(job, precomputes=True)
 
 
 def trl_autocast(job: Job) -> Measured:
-    """Its default: float32 weights, and bfloat16 where autocast takes it."""
+    """Set TRL's default: float32 weights, and bfloat16 where autocast uses bfloat16."""
     return trl(job, autocasts=True)
 
 
@@ -405,7 +405,7 @@ def main() -> None:
 
 
 def report(table: Table, curves: Table, job: Job, found: Mapping[str, Measured], product: float) -> None:
-    """A row for each side, and one for its losses where they must be equal."""
+    """Print a row for each side, and a row for the losses of the sides where the losses must be equal."""
     steps = len(job.batches) - 1
     counted = [row for batch in job.batches[1:] for row in batch]
     tokens = sum(row.tokens for row in counted)

@@ -37,7 +37,7 @@ SIDES = ("ours", "trl-generate", "trl-continuous", "trl-vllm")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What one side did in its counted steps."""
+    """The measurements of one side over its counted steps."""
 
     side: str
     steps: int
@@ -45,7 +45,7 @@ class Result:
     tokens: int
     response_tokens: float  # mean over all responses
     peak_gib: float
-    stages: dict[str, float]  # seconds a step, by stage; empty where the side does not say
+    stages: dict[str, float]  # seconds a step, by stage; empty if the side does not measure stages
 
     @property
     def tokens_per_s(self) -> float:
@@ -53,12 +53,12 @@ class Result:
 
 
 def digit_share(prompt: str, response: str, **columns: Any) -> float:
-    """Share of a response's characters that are digits: differs between samples and costs nothing."""
+    """Return the share of digits in a response. Such a reward differs between samples and costs nothing."""
     return sum(c.isdigit() for c in response) / max(len(response), 1)
 
 
 def write_prompts(path: Path, count: int) -> None:
-    """`count` prompts of the task that the recipe trains on, one JSON object a line."""
+    """Return `count` prompts of the recipe's task, as lines of one JSON object each."""
     import reasoning_gym
 
     dataset = reasoning_gym.create_dataset("gcd", seed=SEED, size=count)
@@ -93,7 +93,7 @@ def run_ours(model: Path, prompts: Path, steps: int, folder: Path) -> list[str]:
 
 
 def read_ours(folder: Path, steps: int, peak_gib: float) -> Result:
-    """Our run's metrics.jsonl: rows 2 .. steps + 1, from the end of row 1."""
+    """Read our run's metrics.jsonl: rows 2 to steps + 1, with the time from the end of row 1."""
     lines = (folder / "ours" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = {row["step"]: row for row in map(json.loads, lines)}
     counted = [rows[step] for step in range(2, steps + 2)]
@@ -114,13 +114,13 @@ def read_ours(folder: Path, steps: int, peak_gib: float) -> Result:
 
 
 def run_trl(side: str, model: Path, prompts: Path, steps: int, folder: Path) -> list[str]:
-    """The command of one TRL side: this file in a process of its own."""
+    """Return the command of one TRL side: this file in a separate process."""
     command = [sys.executable, __file__, f"--trl={side}", f"--model={model}", f"--prompts={prompts}"]
     return [*command, f"--steps={steps}", f"--folder={folder}"]
 
 
 def train_trl(side: str, model: Path, prompts: Path, steps: int, folder: Path) -> None:
-    """TRL's side, inside its process: GRPOTrainer without a reference model, one optimizer step a batch."""
+    """Run TRL's side inside its process: GRPOTrainer without a reference model, one optimizer step a batch."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -179,13 +179,13 @@ def train_trl(side: str, model: Path, prompts: Path, steps: int, folder: Path) -
 
 
 def read_trl(side: str, folder: Path, steps: int, peak_gib: float) -> Result:
-    """What a TRL process left behind."""
+    """Return the measurements that a TRL process has written."""
     values = json.loads((folder / f"{side}.json").read_text(encoding="utf-8"))
     return Result(side=side, steps=steps, peak_gib=peak_gib, stages={}, **values)
 
 
 def peak_of(process: psutil.Process) -> int:
-    """Peak resident bytes of one process so far (VmHWM); 0 once it is gone."""
+    """Return the peak resident bytes of a process so far (VmHWM), or 0 if the process has ended."""
     try:
         status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
     except (FileNotFoundError, ProcessLookupError):
@@ -219,7 +219,7 @@ def watch(command: list[str], log: Path) -> float:
 
 
 def show(results: list[Result]) -> None:
-    """The table, and where each second of our step goes."""
+    """Print the table, and the time of each stage of our step."""
     console = Console(width=110)
     table = Table("side", "s / step", "tokens / step", "tokens / s", "mean response", "peak GiB", "ours is faster by")
     ours = next((result for result in results if result.side == "ours"), None)
@@ -243,7 +243,7 @@ def show(results: list[Result]) -> None:
 
 
 def main() -> None:
-    """Run the sides one after the other and print the table; exit 1 if a side fails."""
+    """Run the sides in turn, and print the table. The exit code is 1 if a side fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "SmolLM2-135M-Instruct")
     parser.add_argument("--steps", type=int, default=3, help="counted steps of each side")

@@ -59,7 +59,7 @@ TINY_GRPO = [
 
 
 def ranks(count: int, stage: int) -> list[str]:
-    """Overrides for so many ranks at a ZeRO stage."""
+    """Return the overrides for a number of ranks and a ZeRO stage."""
     return [
         f"cluster.roles.policy.zero_stage={stage}",
         *([f"cluster.roles.policy.workers={count}"] if count > 1 else []),
@@ -92,7 +92,7 @@ CASES = {
 
 
 def measure(name: str, runs: Path) -> Path:
-    """The folder of a case's run, which is done if it is not there."""
+    """Return the folder of a case's run. A missing run is made first."""
     folder = runs / name
     if not (folder / "metrics.jsonl").exists():
         config, *overrides = CASES[name].said
@@ -105,7 +105,7 @@ def measure(name: str, runs: Path) -> Path:
 
 
 def compare(folder: Path) -> list[tuple[str, float, float]]:
-    """(role, estimated, measured) of a run, GiB."""
+    """Return (role, estimated, measured) for each process of a run, in GiB."""
     config = next(iter(load(folder / "config.resolved.yaml").runs.values()))
     row = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
     of_rank = row["update/tokens/total"] / derive(config).updates_per_step / derive(config).data_parallel_ranks
@@ -117,7 +117,7 @@ def compare(folder: Path) -> list[tuple[str, float, float]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alone:
-    """Ranks with micro-batches of 512 tokens each."""
+    """Ranks trained without Ray, with micro-batches of 512 tokens each."""
 
     ranks: int = 1
     dtype: str = "bfloat16"
@@ -127,7 +127,7 @@ class Alone:
     supervised: bool = True
 
     def overrides(self) -> list[str]:
-        """Of the recipe for supervised training, which is what the plan is asked about."""
+        """Return overrides of the recipe for supervised training, whose memory the plan estimates."""
         said = [f"policy.dtype={self.dtype}", *ranks(self.ranks, self.zero_stage)]
         said += ["policy.gradient_checkpointing=true"] * self.checkpointing
         return said + [f"policy.lora={{rank: {self.lora_rank}}}"] * (self.lora_rank is not None)
@@ -151,7 +151,7 @@ ALONE = {
 
 
 def train_alone(case: Alone, rank: int, port: int, model: str, results: Any) -> None:
-    """In a process of its own: the first rank's peak, GiB, goes into the queue."""
+    """Train in a separate process. The first rank puts its peak memory, in GiB, into the queue."""
     import torch
 
     from rlhf.config.derive import adapter_options
@@ -200,7 +200,7 @@ def train_alone(case: Alone, rank: int, port: int, model: str, results: Any) -> 
 
 
 def compare_alone(case: Alone) -> tuple[float, float]:
-    """(estimated, measured), GiB."""
+    """Return (estimated, measured) peak memory of the first rank, in GiB."""
     config = "configs/sft_smollm2.yaml" if case.supervised else "configs/grpo_smollm2.yaml"
     run = next(iter(load(ROOT / config, case.overrides()).runs.values()))
     found = footprints(run, Sizes(tokens=ALONE_TOKENS))[0]
@@ -221,7 +221,7 @@ def compare_alone(case: Alone) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Print the table; exit 1 if an estimate is further off than WITHIN."""
+    """Print the table. The exit code is 1 if an estimate is off by more than WITHIN."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="all if none is given")
     parser.add_argument("--runs", type=Path, default=Path("runs/plan_memory"))

@@ -30,7 +30,7 @@ FORMS = (
 
 
 def main() -> None:
-    """Print the table; exit 1 if any check had another result than it must have."""
+    """Print the table. The exit code is 1 if a check had a wrong result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checks", type=int, default=10_000)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def measure(checks: int, *, processes: int, hostile_every: int, seed: int) -> int:
-    """Print one line. How many checks failed or had the wrong result."""
+    """Print one line. Return the number of checks that failed or had a wrong result."""
     groups = list(itertools.islice(make_groups(hostile_every, seed), checks // GROUP))
     source = CodeSource(path=None, name="math_answer", args={"limit_s": LIMIT_S})
     made = RewardPool([source], timeout_s=10.0, processes=processes)
@@ -69,7 +69,7 @@ def measure(checks: int, *, processes: int, hostile_every: int, seed: int) -> in
 
 
 def make_groups(hostile_every: int, seed: int) -> Iterator[tuple[list[str], str, tuple[float, ...]]]:
-    """Responses, the answer, and the scores that they must get."""
+    """Return responses, the answer, and the scores that the responses must get."""
     draw = random.Random(seed)
     number = itertools.count(1)
     while True:

@@ -1,4 +1,4 @@
-"""What becomes of hostile programs in the sandbox, and how fast harmless ones run.
+"""Show how hostile programs end in the sandbox, and how fast harmless programs run.
 
     python benchmarks/sandbox.py [--limit 0.5] [--runs 100]
 
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def hostile(sandboxes: dict[Rung, Sandbox], folder: Path, *, limit_s: float) -> None:
-    """One line a program."""
+    """Print one line for each program."""
     folder.chmod(0o777)
     secret = folder / "secret"
     secret.write_text("secret")
@@ -79,14 +79,14 @@ def hostile(sandboxes: dict[Rung, Sandbox], folder: Path, *, limit_s: float) -> 
 
 
 def timed(sandbox: Sandbox, program: str, *, limit_s: float) -> tuple[Finished, float]:
-    """How it ended, and the seconds of the whole call."""
+    """Return how a program ended, and the seconds of the whole call."""
     began = time.monotonic()
     done = sandbox.run(program, wall_s=limit_s, stdin=b"input")
     return done, time.monotonic() - began
 
 
 def outcome(done: Finished) -> str:
-    """In words, with the reason of a traceback."""
+    """Describe the outcome in words, with the reason in a traceback."""
     if b"ESCAPED" in done.stdout:
         return "ESCAPED"
     if done.code is None:

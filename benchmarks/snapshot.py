@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def hold(folder: Path, place: Connection) -> None:
-    """Hold copies, and say where."""
+    """Hold copies of snapshots, and report the address."""
     place.send(CopyHolder(folder, "127.0.0.1").place("policy-0"))
     signal.pause()
 
@@ -119,7 +119,7 @@ def measure(arguments: argparse.Namespace, folder: Path, place: CopyPlace) -> No
     engine.open_snapshots(folder)
     reserved = time.perf_counter() - start
     alone = []
-    for number in range(4):  # both slots are touched by the first two
+    for number in range(4):  # the first two snapshots touch both slots
         start = time.perf_counter()
         engine.take_snapshot(number)
         called = time.perf_counter() - start
@@ -134,7 +134,7 @@ def measure(arguments: argparse.Namespace, folder: Path, place: CopyPlace) -> No
         engine.send_snapshots_to(None)
         engine.take_snapshot(number)
         engine.newest_snapshot()
-    step(6, "neither")  # warms up
+    step(6, "neither")  # the first round warms up
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for turn in range(arguments.rounds):
         for index in range(len(KINDS)):

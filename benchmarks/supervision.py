@@ -48,7 +48,7 @@ def main() -> None:
                 changes = merge(merge(common, {"eval": {"every": args.steps}}), KINDS[kind])
                 run = train_unbroken(Path(folder), "in turns", steps=args.steps, changes=changes)
                 times = [row["time/step_s"] for row in rows(run) if "time/step_s" in row]
-            medians[kind].append(statistics.median(times[FIRST:-1]))  # the last step is evaluated and kept
+            medians[kind].append(statistics.median(times[FIRST:-1]))  # the last step has an evaluation and a checkpoint
     table = Table("round", *KINDS, "ratio")
     ratios = [one / other for one, other in zip(medians["with"], medians["without"], strict=True)]
     for turn, ratio in enumerate(ratios):

@@ -15,7 +15,7 @@ from typing import Any
 
 from rlhf.viewing.timeline import read_spans
 
-LANES = {  # lane, then the spans in it with their colours
+LANES = {  # the lane, then the lane's spans with their colours
     "engines": {"rollouts": "#4c78a8", "eval": "#b279a2"},
     "trainers": {"experience": "#f2cf5b", "reference": "#eeca3b", "values": "#eeca3b", "update": "#f58518"},
     "weights": {"weight_sync": "#e45756"},
@@ -54,7 +54,7 @@ def drawing(runs: Sequence[tuple[str, Path]], *, from_step: int, seconds: float)
             y = top + number * ROW
             parts.append(f'<text x="{LABEL - 6}" y="{y + 12}" text-anchor="end">{lane}</text>')
             parts.append(f'<rect x="{LABEL}" y="{y}" width="{WIDTH - LABEL - 10}" height="{ROW - 3}" fill="#f2f2f2"/>')
-            for span in sorted(spans, key=lambda one: one["start_s"] - one["end_s"]):  # short ones on top
+            for span in sorted(spans, key=lambda one: one["start_s"] - one["end_s"]):  # short spans are drawn on top
                 if color := colors.get(span["name"]):
                     lasted = span["end_s"] - span["start_s"]
                     x, width = LABEL + span["start_s"] * scale, max(lasted * scale - 0.8, 0.6)

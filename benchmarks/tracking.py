@@ -48,12 +48,12 @@ EVERYTHING = ("tracking={wandb: offline, tensorboard: true}",)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Of one step, seconds."""
+    """The cost of tracking one step, in seconds."""
 
     what: str
     held: float  # median
     held_most: float
-    cpu: float  # of other threads, and of W&B's service
+    cpu: float  # processor time of other threads, and of W&B's service
 
     @property
     def total(self) -> float:
@@ -61,7 +61,7 @@ class Cost:
 
 
 def row(step: int) -> dict[str, float]:
-    """Every declared number once, placeholders filled in."""
+    """Return a value for every declared metric, with placeholders filled in."""
     filled = {"name": "correct", "set": "heldout", "metric": "score", "role": "policy", "stage": "update", "node": "n"}
     filled |= {"lag": "1", "reason": "other_tools"}
     assert filled.keys() == PLACEHOLDERS.keys()
@@ -72,7 +72,7 @@ def row(step: int) -> dict[str, float]:
 
 
 def histograms() -> dict[str, Histogram]:
-    """The three of a step."""
+    """Return the three histograms of a step."""
     values = [0.01 * number - 2.0 for number in range(400)]
     return {
         "advantages/histogram": Histogram.of(values, edges=ADVANTAGE_EDGES),
@@ -82,7 +82,7 @@ def histograms() -> dict[str, Histogram]:
 
 
 def samples() -> list[SampleRecord]:
-    """Those of a step."""
+    """Return the samples of a step."""
     column = tuple(-0.123456789 * (1 + place % 7) for place in range(TOKENS))
     return [
         SampleRecord(
@@ -120,7 +120,7 @@ def samples() -> list[SampleRecord]:
 
 
 def cpu_s() -> float:
-    """CPU seconds so far of this process's other threads, and of W&B's service, which is its child."""
+    """Return the CPU seconds so far of this process's other threads and of W&B's service, a child process."""
     own = psutil.Process()
     family = [own, *(child for child in own.children(recursive=True) if "wandb" in child.name())]
     return sum(sum(process.cpu_times()[:2]) for process in family) - time.thread_time()
@@ -150,7 +150,7 @@ def measure(what: str, folder: Path, open_backends: Callable[[Path], list[Tracke
 
 
 def costs(folder: Path) -> list[Cost]:
-    """The folder alone, each back end, and all."""
+    """Measure the run folder alone, each back end alone, and all together."""
     made: dict[str, Callable[[Path], TrackerBackend]] = {
         "Prometheus": lambda at: PrometheusBackend(at.name),
         "TensorBoard": lambda at: open_tensorboard(at, done_steps=None),
@@ -163,7 +163,7 @@ def costs(folder: Path) -> list[Cost]:
 
 
 def step_s(config: str, name: str, folder: Path, *settings: str) -> float:
-    """Mean time of the last steps of a real run with everything on."""
+    """Return the mean time of the last steps of a real run with every back end."""
     command = [sys.executable, "-m", "rlhf.cli", "train", str(ROOT / "configs" / config), "--quiet"]
     command += [f"run.dir={folder}", f"run.name={name}", *EVERYTHING, *settings]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -177,12 +177,12 @@ def step_s(config: str, name: str, folder: Path, *settings: str) -> float:
 
 
 def main() -> None:
-    """Measure, run, print both tables."""
+    """Measure the back ends, make the real runs, and print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "SmolLM2-135M-Instruct")
     args = parser.parse_args()
     console = Console(width=110)
-    logging.getLogger("rlhf").setLevel(logging.ERROR)  # what looks wrong in these metrics is not the point
+    logging.getLogger("rlhf").setLevel(logging.ERROR)  # warnings about these made-up metrics do not matter
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)

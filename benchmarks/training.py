@@ -42,7 +42,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What a process is to measure. `budget`: tokens of a packed micro-batch; padded ones hold as many rows as fit."""
+    """The task of a process. `budget`: tokens of a micro-batch, packed, or padded with as many rows as fit."""
 
     model: str
     dtype: str
@@ -53,7 +53,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Seconds of each counted step, and the process's peak."""
+    """The seconds of each counted step, and the peak memory of the process."""
 
     seconds: list[float]
     peak_gib: float
@@ -61,20 +61,20 @@ class Measured:
 
 
 def uneven_lengths(count: int) -> tuple[int, ...]:
-    """Log-normal, as chat data is: many short, few long."""
+    """Return log-normal lengths, as chat data has: many short sequences and few long ones."""
     generator = torch.Generator().manual_seed(SEED)
     drawn = torch.empty(count).log_normal_(mean=4.8, std=0.8, generator=generator)
     return tuple(int(x) for x in drawn.clamp(SHORTEST, LONGEST))
 
 
 def sequences(lengths: tuple[int, ...]) -> list[Tensor]:
-    """Token ids; which ones does not matter to the time."""
+    """Return random token ids, since the time does not depend on the ids."""
     generator = torch.Generator().manual_seed(SEED)
     return [torch.randint(100, 40_000, (length,), generator=generator) for length in lengths]
 
 
 def packed_microbatches(lengths: tuple[int, ...], budget: int) -> list[list[int]]:
-    """Rows of each micro-batch, filled first-fit from the longest down."""
+    """Return the rows of each micro-batch, filled by first fit from the longest row down."""
     bins: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         for rows in bins:
@@ -87,7 +87,7 @@ def packed_microbatches(lengths: tuple[int, ...], budget: int) -> list[list[int]
 
 
 def ours(job: Job) -> Measured:
-    """Steps of the DeepSpeed engine on packed micro-batches, one rank."""
+    """Time the steps of the DeepSpeed engine on packed micro-batches, with one rank."""
     from rlhf.engine.deepspeed import DeepSpeedEngine
     from rlhf.engine.distributed import RankContext, init_distributed
     from rlhf.engine.memory import peak_memory
@@ -131,7 +131,7 @@ def ours(job: Job) -> Measured:
 
 
 def trl_padded(job: Job) -> Measured:
-    """SFTTrainer as it comes, sequences grouped by length so that little is padded."""
+    """Time SFTTrainer with its defaults. Sequences are grouped by length, so there is little padding."""
     per_batch = max(1, job.budget // max(job.lengths))
     return _trl(
         job,
@@ -143,8 +143,8 @@ def trl_padded(job: Job) -> Measured:
 
 
 def trl_packed(job: Job) -> Measured:
-    """SFTTrainer with packing, each packed row of at most the budget a micro-batch."""
-    packs = packed_microbatches(job.lengths, job.budget)  # as many rows as its best-fit packing makes
+    """Time SFTTrainer with packing. Each packed row, of at most the budget, is a micro-batch."""
+    packs = packed_microbatches(job.lengths, job.budget)  # as many rows as SFTTrainer's best-fit packing makes
     return _trl(
         job,
         per_device_train_batch_size=1,
@@ -180,7 +180,7 @@ def _trl(job: Job, **settings: Any) -> Measured:
                 max_steps=job.steps + 1,
                 learning_rate=LR,
                 use_cpu=True,
-                bf16=False,  # its weights are in the dtype already
+                bf16=False,  # the weights are in the dtype already
                 gradient_checkpointing=False,
                 report_to="none",
                 save_strategy="no",
@@ -202,7 +202,7 @@ SIDES: dict[str, Callable[[Job], Measured]] = {"ours": ours, "trl-padded": trl_p
 
 
 def measure_product(dtype: str) -> float:
-    """Rate of a large matrix product, in a process of its own."""
+    """Return the rate of a large matrix product, measured in a separate process."""
     from rlhf.engine.flops import measure_peak_flops
 
     torch.set_num_threads(os.cpu_count() or 1)

@@ -27,12 +27,12 @@ from rlhf.tracking.metrics.declarations import METRICS
 from rlhf.tracking.run_folder.samples import SampleRecord, SampleTokens, samples_path, write_samples
 
 GROUP = 10
-ASKED = 300  # of each kind of request
+ASKED = 300  # requests of each kind
 WORDS = ["The", " answer", " is", " 4", "2", ".", "\n", " so", " we", " have", " Zür", "ich", " therefore", " then"]
 
 
 def write_run(folder: Path, *, steps: int, samples: int, tokens: int) -> None:
-    """The run. A marker says that it is whole."""
+    """Write the run, unless a marker shows that the run is complete."""
     marker = folder / f"whole-{steps}-{samples}-{tokens}"
     if marker.exists():
         return
@@ -149,7 +149,7 @@ async def measure(url: str, steps: int, server: psutil.Process) -> list[tuple[st
 
 
 def main() -> None:
-    """Write, serve, ask, tell."""
+    """Write the run, serve it, measure the requests, and print the times."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1000)

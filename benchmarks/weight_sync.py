@@ -33,7 +33,7 @@ PROBE_TOKENS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """Medians of one dtype, seconds."""
+    """The medians of one dtype, in seconds."""
 
     dtype: str
     megabytes: float
@@ -41,10 +41,10 @@ class Row:
     publish_s: float
     update_s: float
     probe_s: float
-    rss_growth_mb: float  # of the engine, from the third sync to the last
+    rss_growth_mb: float  # growth of the engine's memory, from the third sync to the last
 
     def line(self) -> str:
-        """One line of the table."""
+        """Return one line of the table."""
         total = self.publish_s + self.update_s
         seconds = [self.memcpy_s, self.publish_s, self.update_s, total]
         return (
@@ -123,21 +123,21 @@ def measure(folder: Path, dtype: str, *, syncs: int, threads: int) -> Row:
 
 
 def memcpy_seconds(nbytes: int) -> float:
-    """Median of nine copies between two warm buffers."""
+    """Return the median time of nine copies between two warm buffers."""
     source, target = (torch.ones(nbytes, dtype=torch.uint8) for _ in range(2))
     copies = [timed(lambda: ctypes.memmove(target.data_ptr(), source.data_ptr(), nbytes))[1] for _ in range(10)]
     return statistics.median(copies[1:])
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """The result, and seconds of wall time."""
+    """Return the result of a call, and the seconds of wall time."""
     began = time.perf_counter()
     result = work()
     return result, time.perf_counter() - began
 
 
 def call(ref: Any) -> Any:
-    """The engine's answer."""
+    """Wait for the engine's answer, and return it."""
     return ray.get(ref, timeout=DEADLINE_S)
 
 
