@@ -33,7 +33,7 @@ from tests.chaos.faults import VICTIMS, find_victim
 
 STEPS = 2
 SAMPLES = 8  # sessions of a prompt
-KILLS = (("engine", 0.0), ("driver", 0.25), ("driver", 0.0))  # who, and the share of the sessions that have ended
+KILLS = (("engine", 0.0), ("driver", 0.25), ("driver", 0.0))  # the killed process, and the share of ended sessions
 DEADLINE_S = 400.0
 NOTES = "notes"  # a line for the beginning and the end of each session
 AGENT = '''

@@ -98,7 +98,7 @@ def read_ours(folder: Path, steps: int, peak_gib: float) -> Result:
     rows = {row["step"]: row for row in map(json.loads, lines)}
     counted = [rows[step] for step in range(2, steps + 2)]
     keys = sorted({key for row in counted for key in row if key.startswith("time/")})
-    names = [key for key in keys if declared(key).name == "time/<stage>_s"]  # neither waits nor fractions of the step
+    names = [key for key in keys if declared(key).name == "time/<stage>_s"]  # without waits and fractions
     return Result(
         side="ours",
         steps=steps,

@@ -22,7 +22,7 @@ os.environ.update(
     WANDB_SILENT="true",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_AUTH_MODE="disabled",
-    RAY_worker_niceness="0",  # other tests run beside those of Ray, which would get what these leave
+    RAY_worker_niceness="0",  # nicer workers would get only the CPU time left by other tests
     VLLM_NO_USAGE_STATS="1",
     DO_NOT_TRACK="1",
     TOKENIZERS_PARALLELISM="false",
@@ -38,7 +38,7 @@ install_import_hook("rlhf.objectives", "beartype.beartype")
 hypothesis.settings.register_profile("tests", deadline=None)  # an example may take long on a busy machine
 hypothesis.settings.load_profile("tests")
 
-RAY_CPUS = 4  # what Ray may hand out, whatever the machine has: tests place up to four workers
+RAY_CPUS = 4  # Ray's CPUs, independent of the machine's: tests place up to four workers
 OBJECT_STORE_BYTES = 256 * 2**20
 
 
@@ -50,7 +50,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> PartScheduli
     """Keep the tests of the shared Ray, and the tests of the shared gangs, in a process each."""
     if config.getvalue("dist") != "loadfile":
         return None
-    config.option.loadscopereorder = False  # by the number of tests, which says little of their time
+    config.option.loadscopereorder = False  # sorts by the number of tests, not by their time
     return PartScheduling(config, log)
 
 

@@ -32,7 +32,7 @@ class DummyLoop:
         self.hold = False
         self.end: str | None = None  # finish reason of every response; None: by its last token
         self.version = 0
-        self.first_version: int | None = None  # of the first token of every response; None: the same
+        self.first_version: int | None = None  # finish reason of the first token; None: the same
         self.on_step: Callable[[Sequence[Any]], None] | None = None
         self.failure: RunError | None = None
         self.asked: list[Submission] = []

@@ -28,9 +28,9 @@ from rlhf.engine.distributed import INTERFACE_VARIABLES
 ONE_THREAD = {"threads": 1, "cpus": 1.0}
 
 BIN = Path(sys.executable).parent
-NETWORK = "10.77.0"  # of every bridge: none is joined to another, or to the machine's own network
+NETWORK = "10.77.0"  # of every bridge; no bridge is joined to another bridge or to the machine's network
 GCS_PORT = 6379
-MOUNTED = "at"  # where each host sees its disk, beside them
+MOUNTED = "at"  # where each host sees its own disk
 START_WITHIN_S = 90.0
 GONE_WITHIN_S = 10.0
 
@@ -41,8 +41,8 @@ class Host:
 
     name: str
     address: str
-    link: str  # the bridge's end of its cable
-    disk: Path  # its own: Ray's files, of which two nodes' would be at one path
+    link: str  # the bridge's end of the host's cable
+    disk: Path  # the host's own; two nodes would write Ray's files to one path
 
     def start(
         self, command: Sequence[str | Path], env: Mapping[str, str] = {}, **options: Any
@@ -169,7 +169,7 @@ def _remove(owner: int) -> None:
     names = [name for name in _namespaces() if name.startswith(f"rlhf-{owner}-")]
     for name in names:
         _kill_all(name)
-    for name in names:  # with a namespace its link would go too, but later: the next host may want its name
+    for name in names:  # the link goes with its namespace, but too late: the next host may need the name
         subprocess.run(["ip", "link", "delete", _link(owner, int(name.rsplit("-", 1)[1]))], capture_output=True)
         _output("ip", "netns", "delete", name)
         shutil.rmtree(Path("/etc/netns", name), ignore_errors=True)
@@ -177,7 +177,7 @@ def _remove(owner: int) -> None:
     shutil.rmtree(f"/tmp/rl{owner}", ignore_errors=True)
 
 
-def _remove_left_behind() -> None:  # by killed test runs
+def _remove_left_behind() -> None:  # left by killed test runs
     owners = {int(match[1]) for match in map(re.compile(r"rlhf-(\d+)-\d+").fullmatch, _namespaces()) if match}
     for owner in owners:
         if not Path("/proc", str(owner)).exists():
@@ -224,6 +224,6 @@ THREE_BUNDLES: Mapping[str, Any] = {
 }
 
 
-# What docs/multinode.md says to start the head with.
+# The options of docs/multinode.md for the head.
 _WAITS = {f"RAY_health_check_{wait}_ms": "1000" for wait in ("initial_delay", "period", "timeout")}
 QUICK_HEALTH = {**_WAITS, "RAY_health_check_failure_threshold": "3"}

@@ -15,7 +15,7 @@ from rlhf.models.files.tiny import build_tiny_llama
 
 
 def make_models(folder: Path) -> Path:
-    """`base`, `a`, `b` with a head of their own, and `tied_base`, `tied_a`, `tied_b`."""
+    """Write models: `base`, `a`, `b` with a separate head, and `tied_base`, `tied_a`, `tied_b`."""
     for seed, name in enumerate(("base", "a", "b")):
         build_tiny_llama(folder / name, seed=seed)
         build_tiny_llama(folder / f"tied_{name}", seed=seed, tied=True)
@@ -23,7 +23,7 @@ def make_models(folder: Path) -> Path:
 
 
 def make_adapter(folder: Path, base: Path, *, seed: int, rank: int = 4, **settings: Any) -> Path:
-    """A LoRA adapter on two layers of each block, with weights as after training."""
+    """Write a LoRA adapter on two layers of each block, with weights as after training."""
     return _trained(AutoModelForCausalLM.from_pretrained(base), folder, base, seed, r=rank, **settings)
 
 

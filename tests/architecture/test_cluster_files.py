@@ -33,7 +33,7 @@ def documents(name: str) -> list[dict[str, Any]]:
 
 
 def ray_cluster(name: str) -> dict[str, Any]:
-    """The specification of the Ray cluster in a file."""
+    """Return the specification of the Ray cluster in a file."""
     (found,) = documents(name)
     spec: dict[str, Any] = found["spec"]
     return spec["rayClusterSpec"] if found["kind"] == "RayJob" else spec

@@ -84,7 +84,7 @@ def cpu_seconds(code: str) -> float:
 
 
 def test_a_70b_model_on_many_nodes_is_planned_in_twice_the_time_of_importing_torch() -> None:
-    """An idle laptop imports torch in a second. A busy machine slows both alike, so their ratio is tested."""
+    """An idle laptop imports torch in a second. A busy machine slows both, so the test compares ratios."""
     cluster = "4*cpu=96,gpu=8,type=h100,mem=1000,price=98"
     plan = cpu_seconds(f"import rlhf; rlhf.plan({str(CONFIGS / 'ppo_70b_multinode.yaml')!r}, cluster={cluster!r})")
     assert plan < 2.0 * cpu_seconds("import torch")

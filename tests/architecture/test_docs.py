@@ -45,7 +45,7 @@ def written_by(page: Path) -> set[str]:
 
 
 def commands(page: Path) -> Iterator[str]:
-    """Shell lines of the page's indented and fenced blocks and quoted commands."""
+    """Return the shell lines of the page: lines of indented and fenced blocks, and quoted commands."""
     text = page.read_text(encoding="utf-8")
     fenced = [line for block in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     for line in (*fenced, *(line for line in text.splitlines() if line.startswith(" "))):
@@ -66,7 +66,7 @@ def test_files_exist(page: Path) -> None:
 
 
 def is_in_product(name: str) -> bool:
-    """Return whether a dotted name is a module, or a module has the name behind it."""
+    """Return whether a dotted name is a module, or a name inside a module."""
     place = ROOT
     for part in name.split("."):
         if (place / part).is_dir():
@@ -93,7 +93,7 @@ def test_metrics_are_declared(page: Path) -> None:
 
 
 def has_key(section: object, key: list[str]) -> bool:
-    """Whether the schema has the key below this annotation."""
+    """Return whether the schema has the key below this annotation."""
     if not key:
         return True
     if isinstance(section, type) and issubclass(section, BaseModel):

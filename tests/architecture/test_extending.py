@@ -25,7 +25,7 @@ OPTIONS = {"pip install": ["--quiet", "--no-build-isolation", "--no-deps", "--ta
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A block, and the last file named in the text before the block."""
+    """A block of a page, and the last file named in the text before the block."""
 
     kind: str
     path: str
@@ -43,7 +43,7 @@ def steps(chapter: str) -> Iterator[Step]:
 
 
 def changed(text: str, change: str) -> str:
-    """Return the text with a change: lines without `+` must occur once, and lines without `-` take their place."""
+    """Return the text after a diff: lines without `+` must occur once, and are replaced by the lines without `-`."""
     lines = change.splitlines(keepends=True)
     old = "".join(line[1:] or "\n" for line in lines if not line.startswith("+"))
     new = "".join(line[1:] or "\n" for line in lines if not line.startswith("-"))
@@ -102,7 +102,7 @@ def test_a_script_needs_its_guard(tmp_path: Path) -> None:
     place = f"config: rewards.close.function: {tmp_path / 'train.py'}:{line}: rlhf.train is called while the file"
     assert last.startswith(f"rlhf.errors.UserError: {place}"), refused.stderr
     assert last.endswith('Put this call below `if __name__ == "__main__":`.')
-    assert "reward output" not in refused.stderr  # the second run has not begun
+    assert "reward output" not in refused.stderr  # no second run has begun
 
 
 def test_code_of_a_file_and_of_a_package(tmp_path: Path) -> None:

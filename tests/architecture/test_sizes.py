@@ -80,7 +80,7 @@ def test_no_package_is_larger_than_its_ceiling() -> None:
 
 
 def test_no_ceiling_is_far_above_its_package() -> None:
-    """Room that stays after a removal would let a package grow unseen."""
+    """A ceiling far above the size of a package would let the package grow unseen."""
     slack = {name: most - lines()[name] for name, most in MOST_LINES.items() if most - lines()[name] > 100}
     assert not slack, f"lower the ceilings: {slack}"
 

@@ -28,7 +28,7 @@ ACCEPTED = {
     "a plan without its inputs": ["plan", str(ROOT / "configs" / "ppo_70b_multinode.yaml")],
     "a plan for other machines": ["plan", str(ROOT / "configs" / "quickstart.yaml"), "--cluster", "cpu=2"],
     "a plan of a sweep": ["plan", str(ROOT / "configs" / "sweep_tiny.yaml"), "--cluster", "cpu=2"],
-    "a plan with its inputs": ["plan", str(ROOT / "configs" / "quickstart.yaml")],  # the last, as it imports more
+    "a plan with its inputs": ["plan", str(ROOT / "configs" / "quickstart.yaml")],  # last, as this one imports more
 }
 NEEDED = {"a plan with its inputs": {"tokenizers", "transformers"}}
 # Run each command in turn, and print its exit code and the modules that it imported.

@@ -28,8 +28,8 @@ How = Literal["kill", "stop", "memory"]
 Helper = Literal["code", "conversation", "raylet"]
 POLL_S = 0.005
 NEWEST = 200  # spans from which the beginning of a stage is predicted
-EARLIER = 5  # of its occurrences among them
-DEPTH = 0.25  # of a stage, at which a fault comes
+EARLIER = 5  # occurrences of the stage used for it
+DEPTH = 0.25  # share of a stage's work at which a fault comes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +82,8 @@ MOMENTS: Mapping[str, Moment] = {
     "checkpoint": Moment(after="eval"),
 }
 STAGES = (*MOMENTS, "export")
-ONE_BY_ONE = {*MOMENTS, "step"} - {"rollouts"}  # no two of these overlap, except that a step holds some
-STEP_ENDS = {"step", "eval", "checkpoint"}  # the spans that may be the last of a step
+ONE_BY_ONE = {*MOMENTS, "step"} - {"rollouts"}  # these spans do not overlap, but a step contains some
+STEP_ENDS = {"step", "eval", "checkpoint"}  # spans that may end a step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +163,7 @@ class TimelineTail:
         spans, found = self.read()[-NEWEST:], []
         for place, before in enumerate(spans):
             if before.name == MOMENTS[when].after:
-                # Rollouts may overlap all stages of a step. Those after an evaluation begin later than those to be hit.
+                # Rollouts may overlap all stages of a step. Rollouts after an evaluation begin later than others.
                 ends = {"step", "eval"} if when == "rollouts" else ONE_BY_ONE
                 later = (span for span in spans[place + 1 :] if span.name in {when, *ends})
                 own = next(later, None)
@@ -232,7 +232,7 @@ class FeignedMemory:
     def _write(self) -> None:
         file = os.open(self.file, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
-            os.pwrite(file, f"oom_kill {self.count:06d}\n".encode(), 0)  # in one piece, and in the mounted file
+            os.pwrite(file, f"oom_kill {self.count:06d}\n".encode(), 0)  # in one write, and in the mounted file itself
         finally:
             os.close(file)
 
@@ -266,7 +266,7 @@ def _helpers(process: psutil.Process, kind: Helper) -> Iterator[psutil.Process]:
             if kind == "raylet" and child.name() == kind:
                 yield child
             elif kind != "raylet" and child.cmdline()[1:3] == ["-u", "-c"]:
-                # What an engine starts is the parent of the process with an environment's code.
+                # The engine's child is the parent of the process with an environment's code.
                 for code in child.children() if "rlhf.rollouts.environments" in child.cmdline()[3] else [child]:
                     yield from code.children() if kind == "conversation" else [code]
 

@@ -46,15 +46,15 @@ from tests.chaos.faults import (
 from tests.integration.recipes import ONLINE, merge, rows, without_clocks, write_config
 
 COMMAND = (sys.executable, "-m", "tests.chaos.command")
-LIMIT_S = 400.0  # for a run without a fault, or for a step, on a busy machine
-BACK_WITHIN_S = 200.0  # the driver is given up after a minute in which it is stopped
+LIMIT_S = 400.0  # limit for a run without faults, or for a step, on a busy machine
+BACK_WITHIN_S = 200.0  # a driver stopped for a minute is given up
 GONE_WITHIN_S = 60.0
 LOOK_EVERY_S = 5.0
-SHORT_POLL_S = 0.001  # for an export, which takes a tenth of a second
-TRIES = 6  # for a fault that misses its stage
+SHORT_POLL_S = 0.001  # between looks at an export, which takes a tenth of a second
+TRIES = 6  # attempts for a fault that misses its stage
 FIRST_STEPS = 2  # without a fault
 SHM = Path("/dev/shm")
-NEWEST_BYTES = 1 << 16  # of metrics.jsonl, more than a row has
+NEWEST_BYTES = 1 << 16  # bytes at the end of metrics.jsonl, more than a row has
 KINDS: Mapping[How, str] = {"kill": "died", "stop": "hung", "memory": "out_of_memory"}
 ROLE_OF_SOURCE: Mapping[str, str] = {**{role: role for role in ROLES}, "driver": "controller"}
 REWARD = """
@@ -289,7 +289,7 @@ class FaultyRun:
         self.folder = folder / "run"
         self.tail = TimelineTail(self.folder / "timeline.json")
         self.footprint = Footprint()
-        self.losses: Counter[tuple[str, str]] = Counter()  # by role and kind, which recoveries must have followed
+        self.losses: Counter[tuple[str, str]] = Counter()  # losses by role and kind; each must have been recovered
         self.loses_driver = any(VICTIMS[fault.who].ends_driver for fault in faults)
         self.memory = FeignedMemory(folder) if any(fault.how == "memory" for fault in faults) else None
         arguments = ["--supervise"] if self.loses_driver else []
@@ -328,12 +328,12 @@ class FaultyRun:
             process = self._victim_at_its_moment(fault)
             at = None if process is None else strike(process, fault.how, self.memory)
             if process is not None and at is None and VICTIMS[fault.who].helper == "conversation":
-                continue  # its conversation ended by itself
+                continue  # the victim's conversation ended by itself
             if process is None or at is None:
                 return Outcome(fault=fault, back_s=None, contradictions=["it was not injected"])
             self._struck_at_step = steps_done(self.folder)
             back_s, bad = self._recovery(fault, at, process)
-            if VICTIMS[fault.who].ends_driver:  # without its Ray it trains on for two seconds
+            if VICTIMS[fault.who].ends_driver:  # without Ray the run trains on for two seconds
                 self._struck_at_step = max(self._struck_at_step, last_death(self.folder))
             if bad or self._has_hit(fault, at):
                 return Outcome(fault=fault, back_s=back_s, contradictions=bad)
@@ -388,7 +388,7 @@ class FaultyRun:
         role, bad = fault.recovers, list[str]()
         if role is not None:
             is_back = self._wait(lambda: self.tail.seconds_back(at, role) is not None, limit_s=BACK_WITHIN_S)
-            if is_back or fault.when != "export" or not self.is_over():  # else its part of the export was done
+            if is_back or fault.when != "export" or not self.is_over():  # else its export was done
                 self.losses[role, KINDS[fault.how]] += 1
                 bad += [] if is_back else [f"no recovery of {role} within {BACK_WITHIN_S:g} s"]
         bad += self._still_running(process)
@@ -419,7 +419,7 @@ class FaultyRun:
 
     def _has_hit(self, fault: Fault, at: float) -> bool:
         if fault.when == "export":
-            return True  # the folder of the final model was begun
+            return True  # the run has begun the folder of the final model
         seen = steps_done(self.folder)
 
         def is_known() -> bool:

@@ -51,7 +51,7 @@ APART: Mapping[str, Any] = {
 }
 
 
-STEPS = {"in turns": 30, "in flight": 120}  # in flight, training must last until the successor works
+STEPS = {"in turns": 30, "in flight": 120}  # in flight, training must go on until the successor works
 TOGETHER: Mapping[str, Any] = {
     "train": {"steps": 12, "epochs_per_batch": 20},  # updates of some seconds, in which the host is lost
     "cluster": {

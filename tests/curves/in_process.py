@@ -81,7 +81,7 @@ def awaited(call: Callable[..., Any]) -> Any:
 
 
 class Trained(FakeTrained):
-    """The common part of the policy and the critic."""
+    """A trained role in this process: the common part of policy and critic."""
 
     def __init__(self, worker: Any) -> None:
         super().__init__()
@@ -336,7 +336,7 @@ async def run(
     loaded: LoadedConfig, *, watch: Callable[[OnlineRoles], OnlineRoles] = lambda roles: roles, resume: bool = False
 ) -> Path:
     """Run without Ray and return the folder. The process must have joined a gang of one. watch: wraps the roles."""
-    (stage,) = await asyncio.to_thread(load_inputs, loaded)  # it has event loops of its own
+    (stage,) = await asyncio.to_thread(load_inputs, loaded)  # this function has its own event loops
     assert isinstance(stage, StageInputs)
     inputs = stage.inputs
     assert isinstance(inputs, OnlineInputs)

@@ -34,7 +34,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SCORED = {name for name, one in ALGORITHMS.items() if one.config_class().kind in ("advantages", "sampled_pairs")}
 SMALL = [path for path in sorted(CONFIGS.glob("*_smollm2.yaml"))]
 RECIPES = {name: path for path in SMALL if (name := read_tree(path).values.get("algorithm", {}).get("name")) in SCORED}
-OTHERS = {  # beside one for each algorithm that learns from scores
+OTHERS = {  # besides a test for each algorithm that learns from scores
     "reinforce_plus_plus_baseline": CONFIGS / "reinforce_plus_plus_baseline_smollm2.yaml",
     "on_policy_distillation": CONFIGS / "on_policy_distill_smollm2.yaml",
 }
@@ -63,7 +63,7 @@ TASK: dict[str, Any] = {
     },
     "eval": {"every": 100, "temperature": 1.0, "samples_per_prompt": 2},
 }
-# What a recipe's algorithm needs of the task beyond the above.
+# The settings that the task needs for a recipe's algorithm, in addition to the settings above.
 CHANGES: dict[str, dict[str, Any]] = {
     "ppo": {"algorithm": {"critic_lr": 1e-3}},
     "dapo": {"algorithm": {"overlong": {"buffer": 2}}},
@@ -72,7 +72,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "sapo": {"train": {"lr": 1e-4}},
     "dro": {"train": {"steps": 60}},
     "gpg": {"train": {"lr": 1e-4, "steps": 30}},
-    "raft": {"train": {"sequences_per_update": 32}},  # of the 64 that it keeps at most
+    "raft": {"train": {"sequences_per_update": 32}},  # of at most 64 kept groups
 }
 
 

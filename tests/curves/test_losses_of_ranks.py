@@ -33,7 +33,7 @@ UPDATE = ["prepare", "set_advantages", "update", "token_signals"]
 POLICY = [*UPDATE, "publish", "probe", "save", "newest_snapshot", "memory", "export"]
 METHODS = [("critic", method) for method in CRITIC] + [("policy", method) for method in POLICY]
 RANKS = {key: 1 if key[1] in ("save", "export") else 1 + place % 5 for place, key in enumerate(METHODS)}
-RESULTS = {  # the number of the call, in another step than a rank's loss at the same work
+RESULTS = {  # number of the call, in another step than a rank's loss in the same method
     **{("critic", "values"): 8, ("policy", "prepare"): 9, ("reference", "logprobs"): 2},
     **{("reward", "score"): 3, ("reward", "write_samples"): 2},
 }
@@ -93,7 +93,7 @@ def losing(roles: OnlineRoles, lost: Counter[Any], ranks: Any = RANKS, results: 
 
 
 def one_by_one(roles: OnlineRoles) -> OnlineRoles:
-    """Let each group be scored, and learnt from, before the next is answered."""
+    """Let the run score each group, and learn from it, before the engine answers the next group."""
     rollout: Any = roles.rollout
     generate = rollout.generate
 
@@ -164,7 +164,7 @@ async def test_a_rank_or_tokens_may_be_lost_in_every_stage_and_the_driver_may_be
 
 
 async def test_a_streamed_step_begins_again_after_a_loss(alone: None, folder: Path) -> None:
-    """Portions are other ones after a loss, so sums are equal up to rounding. A large epsilon keeps Adam from it."""
+    """Portions differ after a loss, so sums differ by rounding. A large epsilon stops Adam from amplifying it."""
     streamed = merge(merge(PPO, STREAMED), GRPO)
     ranks = {("policy", "prepare"): 1, ("policy", "accumulate"): 2, ("policy", "update"): 3}
     results, lost = {("policy", "prepare"): 6, ("reference", "logprobs"): 4}, Counter[Any]()

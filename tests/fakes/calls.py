@@ -10,7 +10,7 @@ from typing import Any
 
 
 def ref(result: Any = None) -> Any:
-    """Return a reference to a result. An exception is raised at the wait for the result; a future is waited for."""
+    """Return a reference to a result. The wait for the result raises an exception, and waits for a future."""
     future = result if isinstance(result, Future) else Future[Any]()
     if isinstance(result, BaseException):
         future.set_exception(result)

@@ -20,7 +20,7 @@ from tests.fakes.roles import FakeEngines, failed_reward
 Scores = Callable[[int], Sequence[float] | None]  # by prompt id; None: the reward fails
 
 
-Order = Callable[[Sequence[GroupRequest]], Sequence[GroupRequest]]  # in which requests are answered
+Order = Callable[[Sequence[GroupRequest]], Sequence[GroupRequest]]  # order of the answers to requests
 
 
 VARIED, SOLVED, FAILED = (0.0, 1.0), (1.0, 1.0), (0.0, 0.0)
@@ -34,7 +34,7 @@ class OrderedEngines(FakeEngines):
         self.by = order
         self.continued: list[dict[int, int]] = []  # in each round, the continued requests by prompt id
         self.cut: frozenset[int] = frozenset()  # prompt ids whose responses are all cut
-        self.lengths: tuple[int, ...] = ()  # of the responses to each prompt; empty: three tokens
+        self.lengths: tuple[int, ...] = ()  # lengths of the responses to each prompt; empty: three tokens
         self.restricted: Mapping[str, int] = {}  # tokens of each session under a grammar; empty: there are no sessions
 
     def order(self, requests: Sequence[GroupRequest]) -> Sequence[GroupRequest]:
@@ -42,7 +42,7 @@ class OrderedEngines(FakeEngines):
         return self.by(requests)
 
     async def before(self, request: GroupRequest) -> None:
-        for _ in range(5):  # until the group before is scored
+        for _ in range(5):  # until the previous group is scored
             await asyncio.sleep(0)
 
     def complete(self, request: GroupRequest, version: int) -> CompletedGroup:

@@ -27,7 +27,7 @@ class HeldEngines(FakeEngines):
         self.version = 0
         self.running: dict[int, tuple[GroupRequest, int, asyncio.Future[CompletedGroup | None]]] = {}  # by prompt
         self.asked: list[int] = []  # prompt ids
-        self.slow: set[int] = set()  # prompts that only `finish` lets finish
+        self.slow: set[int] = set()  # prompts that wait for `finish`
         self.error: RunError | None = None
 
     async def answer(
@@ -50,7 +50,7 @@ class HeldEngines(FakeEngines):
         future.set_result(completed_group(request, num_response_tokens=tokens, **versions))
 
     async def cancel(self, requests: Sequence[GroupRequest]) -> None:
-        for request in requests:  # the answer of one of them may be scored meanwhile
+        for request in requests:  # a request may be answered already
             if request.prompt.prompt_id in self.running:
                 _, _, future = self.running.pop(request.prompt.prompt_id)
                 future.set_result(None)

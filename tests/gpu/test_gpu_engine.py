@@ -63,7 +63,7 @@ def train_with_a_rest(stage: int, dtype: torch.dtype, offload: frozenset[Any]) -
     allocated = []
     for number in range(1, STEPS + 1):
         step(engine, number)
-        torch._C._cuda_clearCublasWorkspaces()  # larger than the model, and no state of it
+        torch._C._cuda_clearCublasWorkspaces()  # larger than the model, and no part of the model's state
         allocated.append(torch.cuda.memory_allocated())
         engine.offload_to_host()
         allocated.append(torch.cuda.memory_allocated())
@@ -83,7 +83,7 @@ def states_taken_back(stage: int, offload: frozenset[Any], folder: Path) -> tupl
     step(engine, 1)
     engine.take_snapshot(1)
     kept = weights_of(engine) | {name: tensor.cpu().clone() for name, tensor in engine._state.tensors().items()}
-    step(engine, 2)  # which waits for the copy
+    step(engine, 2)  # step 2 waits for the copy
     engine.close()
     engine = make_engine(stage, torch.bfloat16, offload)
     engine.open_snapshots(folder)
@@ -106,7 +106,7 @@ def test_bfloat16_is_near_it(stage: int, offload: frozenset[Any]) -> None:
     start = {name: weight.detach() for name, weight in tiny_model().named_parameters()}
     moved = torch.cat([(expected[name] - start[name]).flatten() for name in expected])
     apart = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
-    assert float(apart.norm() / moved.norm()) < 0.3  # Adam turns a gradient's rounding into whole steps near 0
+    assert float(apart.norm() / moved.norm()) < 0.3  # near 0, Adam turns rounding of a gradient into whole steps
 
 
 @pytest.mark.parametrize(

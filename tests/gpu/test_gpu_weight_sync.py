@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 PROBE = [65 + (11 * i) % 57 for i in range(48)]
 LONG = replace(SAMPLING, max_new_tokens=500)
-SHARE = 0.4  # of a GPU, to Ray: it lets two processes stand on one
+SHARE = 0.4  # share of a GPU for Ray, so that two processes share one GPU
 
 
 @pytest.fixture(params=["tied", "untied"])
@@ -100,7 +100,7 @@ def test_an_engine_that_keeps_its_weights_goes_on_with_them(neighbours: tuple[An
     free_awake, _ = torch.cuda.mem_get_info()
     call(handle.sleep.remote(keep_weights=True))
     free_asleep, total = torch.cuda.mem_get_info()
-    assert free_asleep - free_awake > 0.1 * total  # most of its share was the cache
+    assert free_asleep - free_awake > 0.1 * total  # most of the engine's share was the cache
     call(handle.wake.remote("weights"))
     call(handle.wake.remote("cache"))
     prove(handle, policy, 1)
@@ -147,5 +147,5 @@ def test_nccl_syncs_an_engine_on_another_gpu(folder: Path, ray_local: None) -> N
         assert not ray.wait([running], timeout=0.5)[0]
         sync(handle, policy, 4)
         prove(handle, policy, 4)
-        assert call(handle.health.remote()).requests_in_flight > 0  # the probe did not wait for them
+        assert call(handle.health.remote()).requests_in_flight > 0  # the probe did not wait for these requests
         assert any((info.min_version, info.max_version) == (3, 4) for info in call(running)[1])

@@ -26,11 +26,11 @@ _KEY_CODES = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40,
 
 
 def program() -> str | None:
-    """The browser of this machine."""
+    """Return the path of this machine's browser."""
     return next((found for name in PROGRAMS if (found := shutil.which(name))), None)
 
 
-# an element has no value to be told: it is there
+# an element has no JSON value; the test only needs its presence
 _TRIED = "(() => { try { const it = (%s); return it instanceof Node ? true : it } catch { return null } })()"
 
 
@@ -82,7 +82,7 @@ class Page:
         await self.call("Page.navigate", url=url)
 
     async def value(self, expression: str) -> Any:
-        """Of a JavaScript expression."""
+        """Return the value of a JavaScript expression."""
         told = await self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in told:
             raise RuntimeError(f"{expression}: {json.dumps(told['exceptionDetails'])[:500]}")
@@ -100,7 +100,7 @@ class Page:
         raise AssertionError(f"{expression} did not come true; wrong: {self.wrong}; the page:\n{text}")
 
     async def press(self, key: str, *, shift: bool = False) -> None:
-        """A key, down and up."""
+        """Press a key, and release it."""
         code = _KEY_CODES.get(key, ord(key.upper()[0]) if key.isalnum() else 0)
         common: dict[str, Any] = {"key": key, "windowsVirtualKeyCode": code, "modifiers": 8 if shift else 0}
         text = {"text": key} if len(key) == 1 else {}
@@ -127,7 +127,7 @@ async def browser() -> AsyncIterator[Page]:
             *command,
             stdout=silent,
             stderr=silent,
-            start_new_session=True,  # distributions start it from a script
+            start_new_session=True,  # some distributions start the browser from a script
         )
         try:
             async with aiohttp.ClientSession() as session:
@@ -141,7 +141,7 @@ async def browser() -> AsyncIterator[Page]:
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
-            await asyncio.sleep(0.2)  # its children still write to the profile
+            await asyncio.sleep(0.2)  # the browser's children still write to the profile
 
 
 async def _port(folder: Path) -> int:

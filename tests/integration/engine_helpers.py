@@ -18,7 +18,7 @@ from actors.rollout.vllm_engine import has_step_in_flight
 from actors.weights import WeightManifest
 from rlhf.types import GroupRequest, Prompt, Rollouts, Sampling
 
-DEADLINE_S = 240.0  # of a start or an answer, on a machine that may be slow and busy
+DEADLINE_S = 240.0  # limit of a start or an answer, on a slow and busy machine
 SAMPLING = Sampling(max_new_tokens=24)
 
 
@@ -26,7 +26,7 @@ class BreakableEngine(RolloutWorker):
     """An engine with a replaceable function for tests."""
 
     async def replace(self, module: str, name: str, by: Callable[..., Any] | None) -> None:
-        """Put `by` in the place of module.name (a class will do); None puts the original back."""
+        """Replace module.name, or an attribute of a class, by `by`. None restores the original."""
         import pkgutil
 
         target = pkgutil.resolve_name(module)
@@ -46,7 +46,7 @@ class BreakableEngine(RolloutWorker):
         await self.cancel(group_ids)
 
     async def steps_seen(self, count: int) -> list[bool]:
-        """Whether the engine had a step in flight, before some calls."""
+        """Return whether the engine had a step in flight before some calls."""
         found: list[bool] = []
         finish = self.loop._finish_steps
 
@@ -148,7 +148,7 @@ def logprobs_of(model: PreTrainedModel, token_ids: Tensor, *, temperature: float
 
 
 def sequences(rollouts: Rollouts) -> Iterator[dict[str, Tensor]]:
-    """Each sequence's columns."""
+    """Return the columns of each sequence."""
     names = ("token_ids", "response_mask", "rollout_logprobs", "versions")
     columns = [getattr(rollouts, name).split(rollouts.lengths.tolist()) for name in names]
     for parts in zip(*columns, strict=True):
@@ -156,7 +156,7 @@ def sequences(rollouts: Rollouts) -> Iterator[dict[str, Tensor]]:
 
 
 def worst_difference(model: PreTrainedModel, rollouts: Rollouts) -> float:
-    """Largest |trainer - engine| over the sampled tokens, nats."""
+    """Return the largest |trainer - engine| over the sampled tokens, in nats."""
     return max(
         float((logprobs_of(model, s["token_ids"]) - s["rollout_logprobs"])[s["response_mask"]].abs().max())
         for s in sequences(rollouts)
@@ -164,7 +164,7 @@ def worst_difference(model: PreTrainedModel, rollouts: Rollouts) -> float:
 
 
 def sync(handle: Any, manifest: WeightManifest | None) -> Any:
-    """The engine's receipt."""
+    """Return the engine's receipt of a sync."""
     assert manifest is not None
     return call(handle.update_weights.remote(manifest, manifest.version))
 
@@ -183,7 +183,7 @@ def spanning(drawn: Rollouts, old: Any, new: Any, *, kept: bool, version: int = 
         assert (continued(old, old, tokens[:first], begin) - told[begin:first]).abs().max() < 1e-3
         if first < len(tokens):
             changed += 1
-            before = old if kept else new  # where keys and values are computed again, all are of the new weights
+            before = old if kept else new  # if keys and values are recomputed, all come from the new weights
             assert (continued(before, new, tokens, first) - told[first:]).abs().max() < 1e-3
     return changed
 

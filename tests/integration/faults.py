@@ -18,7 +18,7 @@ import psutil
 
 from tests.integration.recipes import ONLINE, merge, write_config
 
-MANY = 100_000  # steps: more than there is time for
+MANY = 100_000  # more steps than a test waits for
 
 
 GRPO: Mapping[str, Any] = {
@@ -94,7 +94,7 @@ def once(condition: Callable[[], bool], act: Callable[[], None]) -> Iterator[Non
 
 
 def checkpoints(run: Path) -> list[str]:
-    """Names of the checkpoints."""
+    """Return the names of the checkpoints."""
     return sorted(path.name for path in (run / "checkpoints").glob("step_*"))
 
 

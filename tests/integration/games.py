@@ -15,7 +15,7 @@ from tests.integration.recipes import ONLINE, merge, write_config
 
 PPO = {"name": "ppo", "critic_lr": 1e-3, "kl": {"coef": 0.05, "estimator": "k1", "place": "reward"}}
 
-LOGIT = 40.0  # of the token that follows: no other one is ever drawn
+LOGIT = 40.0  # logit of the next token, so large that no other token is drawn
 
 GAME: dict[str, Any] = {
     "data": {

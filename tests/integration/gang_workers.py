@@ -91,7 +91,7 @@ def assert_equal(one: Metrics, two: Metrics, *, keys: Collection[str] = (), rel:
 
 
 class PlainTraining:
-    """Plain AdamW on a model of transformers."""
+    """A model of transformers, trained by plain AdamW."""
 
     def __init__(self, model: Any, *, lr: float) -> None:
         self.model = model
@@ -110,7 +110,7 @@ BETA = 0.3
 
 
 def build_models(folder: Path) -> Path:
-    """The folder, with `student` and `teacher`."""
+    """Write the models `student` and `teacher`, and return their folder."""
     build_tiny_llama(folder / "student", seed=3)
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
@@ -125,14 +125,14 @@ def build_models(folder: Path) -> Path:
     )
     torch.manual_seed(1)
     teacher = LlamaForCausalLM(config)
-    torch.nn.init.normal_(teacher.lm_head.weight, std=0.2)  # or all tokens would be equally likely to it
+    torch.nn.init.normal_(teacher.lm_head.weight, std=0.2)  # without large weights all tokens would be equally likely
     teacher.save_pretrained(folder / "teacher")
     tokenizer.save_pretrained(folder / "teacher")
     return folder
 
 
 def divergence(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
-    """By torch's own KL; kl_div(b, a) is KL(a || b)."""
+    """Return the KL by torch's own function: kl_div(b, a) is KL(a || b)."""
 
     def kl(a: Tensor, b: Tensor) -> Tensor:
         return F.kl_div(b, a, log_target=True, reduction="none").sum(-1)

@@ -28,7 +28,7 @@ from tests.integration.gang_workers import worker_config
 from tests.integration.rank_gang import place_of
 
 ROWS, STEPS, LR = 12, 2, 1e-3
-PIECES = (range(5), range(5, 10), range(10, 11), range(11, 12))  # of an evaluation; the last leave a rank without rows
+PIECES = (range(5), range(5, 10), range(10, 11), range(11, 12))  # of an evaluation; the last two leave a rank empty
 WORKERS: Mapping[str, Any] = {
     "dpo": PreferenceWorker,
     "simpo": PreferenceWorker,
@@ -81,7 +81,7 @@ def data_of(name: str, model: str) -> Any:
     tokenizer = load_tokenizer(model)
     if name == "kto":
         return collate_labelled(load_labelled(rows, tokenizer, reading).items, mismatched=True)
-    if name == "tpo":  # a gold response like no other
+    if name == "tpo":  # a gold response different from all others
         rows = [replace(row, columns=row.columns | {"reference": row.columns["answer"][::-1] + "!"}) for row in rows]
     return collate_pairs(load_pairs(rows, tokenizer, reading, with_gold=name == "tpo").items)
 

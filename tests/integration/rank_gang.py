@@ -23,12 +23,12 @@ from rlhf.engine.deepspeed import DeepSpeedEngine
 from rlhf.engine.distributed import RankContext, init_distributed, leave_distributed
 from rlhf.engine.training_engine import ScheduleSettings
 
-DEADLINE_S = 240.0  # of each wait: the first includes imports, on a machine that may be busy
+DEADLINE_S = 240.0  # limit of each wait: the first includes imports, on a busy machine
 CPU = torch.device("cpu")
 
 
 def small_config(**changes: Any) -> LlamaConfig:
-    """Two layers, four heads, two key-value heads."""
+    """Return a Llama with two layers, four heads and two key-value heads."""
     values: dict[str, Any] = {
         "vocab_size": 40,
         "hidden_size": 32,
@@ -71,7 +71,7 @@ def free_port() -> int:
 def serve(connection: Connection, rank: int, world_size: int, port: int, device: torch.device) -> None:
     torch.set_num_threads(1)
     init_distributed(place_of(rank, world_size, device.type), "127.0.0.1", port)
-    gc.freeze()  # the imports: DeepSpeed collects garbage a dozen times for each of its bfloat16 optimizers
+    gc.freeze()  # exempt imports: DeepSpeed collects garbage a dozen times for each bfloat16 optimizer
     while (task := connection.recv()) is not None:
         function, options = task
         _seed()
@@ -107,7 +107,7 @@ class Gang:
 
     def run(self, function: Callable[..., Any], /, **options: Any) -> list[Any]:
         """Return the result of function(rank, world_size, **options) in each rank."""
-        self.has_failed = True  # until all have answered
+        self.has_failed = True  # until all ranks have answered
         for connection in self.connections:
             connection.send((function, options))
         results = []

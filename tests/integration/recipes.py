@@ -42,7 +42,7 @@ def write_config(path: Path, changes: Mapping[str, Any], base: Mapping[str, Any]
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Changes over base."""
+    """Return the base with the changes merged in."""
     merged = dict(base)
     for key, value in changes.items():
         if value is None:
@@ -85,7 +85,7 @@ def train_here(config: Path, *arguments: str) -> None:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl."""
+    """Return the rows of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

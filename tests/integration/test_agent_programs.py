@@ -52,10 +52,10 @@ class Program:
 
     name: str
     package: str
-    turns: tuple[str, ...]  # of a model that solves the task
+    turns: tuple[str, ...]  # turns of a model that solves the task
     result: str | Mapping[str, Any]
     broken: int = 0  # calls of the turns above whose prefix is broken, because the package changes its history
-    fewest_calls: int  # of a session whose model calls no tool
+    fewest_calls: int  # number of calls in a session whose model calls no tool
     sandbox: bool = False
 
 
@@ -82,7 +82,7 @@ EXAMPLES = [
         package="smolagents[openai]==1.26.0",
         turns=(MULTIPLY, tool_call("final_answer", answer="It is 6.")),
         result="It is 6.\n",
-        broken=1,  # it sends the model's call back as a text of its own
+        broken=1,  # the package sends the model's call back as a text in other words
         fewest_calls=2,
     ),
     # A call that is cut ends the session.

@@ -32,7 +32,7 @@ def killed(folder: Path, **rollouts: Any) -> tuple[Path, Path]:
     changes = {**AHEAD, "rollouts": {**AHEAD["rollouts"], **rollouts}}
     config = write_config(folder / "run.yaml", {**changes, "run": {"name": "run", "dir": str(folder), "seed": 3}})
     process = start(config)
-    wait_for(folder / "run" / "metrics.jsonl", 6, timeout_s=240)  # the last may be half written
+    wait_for(folder / "run" / "metrics.jsonl", 6, timeout_s=240)  # the last line may be half written
     kill_all(process.pid)
     process.wait(timeout=30)
     return config, folder / "run"

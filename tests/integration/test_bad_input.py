@@ -104,7 +104,7 @@ MINE = {"rewards": {"mine": {"function": "mine.py:reward"}}, "reward_policy": {"
 def test_what_the_config_names_is_wrong(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: Any, code: str | None, words: list[str]
 ) -> None:
-    """`changes` is the text of the data, or keys."""
+    """`changes` is the text of the data file, or changed keys."""
     given = [with_data(changes) if isinstance(changes, str) else changes, {} if code is None else MINE]
     (tmp_path / "mine.py").write_text(code or "")
     base = GRPO if code is None else {"algorithm": {"name": "grpo"}}
@@ -151,9 +151,9 @@ def test_a_run_folder_that_is_in_use_damaged_or_finished(capsys: pytest.CaptureF
     assert f"{tmp_path}/r/checkpoints/step_000002/manifest.json is missing or damaged" in said
     assert "start again under another run.name, because there is no undamaged checkpoint before this one" in said
     shutil.rmtree(folder)
-    (folder / "final").mkdir(parents=True)  # of a finished run
+    (folder / "final").mkdir(parents=True)  # the folder of a finished run
     assert "r already holds a finished run: its result is in final/; choose another run.name" in refused(capsys, run)
-    assert main(["train", run, "--resume", "auto"]) == 0  # without a Ray
+    assert main(["train", run, "--resume", "auto"]) == 0  # starts no Ray
     assert not (tmp_path / "r" / "checkpoints").exists()
 
 
@@ -215,14 +215,14 @@ def test_too_large_a_store(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
 @pytest.mark.timeout(120)
 def test_a_silent_hub_is_asked_once(tmp_path: Path) -> None:
     run = str(config(tmp_path, {"policy": {"model": "nobody/nothing"}}))
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never answers
         hub = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"}
         found = subprocess.run(
             [sys.executable, "-m", "rlhf.cli", "train", run],
             env={**os.environ, **hub, "HF_HOME": str(tmp_path)},
             capture_output=True,
             text=True,
-            timeout=110,  # most of it imports; the libraries' own retries take minutes
+            timeout=110,  # mostly imports; retries of the libraries would take minutes
         )
     assert found.returncode == 2, found.stderr
     assert "no hub answers at http://127.0.0.1" in found.stderr

@@ -46,7 +46,7 @@ def test_a_run_with_a_chat_template_of_its_own(ray_local: None, tmp_path: Path) 
     train_here(write_config(tmp_path / "run.yaml", changes))
     run = tmp_path / "chat"
     (row,) = rows(run)
-    assert row["experience/rollout_logprob_diff/max"] > 0.01  # the penalty, which the trainer does not have
+    assert row["experience/rollout_logprob_diff/max"] > 0.01  # the trainer does not apply the penalty
     (left_out,) = [json.loads(line) for line in (run / "errors.jsonl").read_text().splitlines()]
     assert left_out["source"].endswith("prompts.jsonl:8")
     exported = AutoTokenizer.from_pretrained(run / "final")

@@ -57,7 +57,7 @@ def test_sampled_tokens_are_trained_and_the_environments_are_not(played: Any) ->
     handle, model = played
     asked = game(3)
     rollouts, infos = call(handle.generate.remote(asked, SAMPLING))
-    assert worst_difference(model, rollouts) < 1e-4  # of every turn, given all that was said before it
+    assert worst_difference(model, rollouts) < 1e-4  # of every turn, given the whole conversation before
     tokenizer = byte_tokenizer()
     for spans, info, columns in zip(token_spans(rollouts), infos, sequences(rollouts), strict=True):
         assert [sampled for sampled, _ in spans] == [False, True, False, True, False, True]
@@ -78,7 +78,7 @@ def test_the_same_request_is_the_same_conversation_held_or_not(played: Any) -> N
     handle, _ = played
     alone = call(handle.generate.remote(game(4), SAMPLING))[0]
     call(handle.hold.remote())
-    refs = [handle.generate.remote(game(i), SAMPLING) for i in (5, 4, 6)]  # 12 conversations in 6 places
+    refs = [handle.generate.remote(game(i), SAMPLING) for i in (5, 4, 6)]  # 12 conversations, at most 6 at a time
     call(handle.release.remote(3))
     among = ray.get(refs, timeout=120)[1][0]
     assert among.token_ids.tolist() == alone.token_ids.tolist()
@@ -104,7 +104,7 @@ def test_a_spooled_group_is_taken_up_with_its_reward(played: Any, spool: Path, t
     again = call(handle.generate.remote(traced, SAMPLING))
     assert trace.read_text(encoding="utf-8") == "begins\nends\n" * 3
     assert call(handle.generate.remote(traced, SAMPLING))[1] == again[1]
-    assert trace.read_text(encoding="utf-8") == "begins\nends\n" * 3  # it was not played again
+    assert trace.read_text(encoding="utf-8") == "begins\nends\n" * 3  # the conversation was not played again
     read = call(handle.read_spooled.remote(asked, SAMPLING, 1))
     assert read[1] == first[1]
     assert read[0].token_ids.tolist() == first[0].token_ids.tolist()
@@ -124,9 +124,9 @@ def test_a_cancelled_group_ends_at_once_wherever_its_turns_are(played: Any, tmp_
         time.sleep(0.02)
     call(handle.cancel.remote([20]))
     assert call(*slow) == [None, None]
-    assert "ends" not in trace.read_text(encoding="utf-8")  # not even the first step in progress was waited for
+    assert "ends" not in trace.read_text(encoding="utf-8")  # the cancellation did not even wait for the first step
     assert call(other)[1][0].environment_reward == 1.5
-    assert call(handle.generate.remote(game(20), SAMPLING))[1][0].num_turns == 3  # it may be asked again
+    assert call(handle.generate.remote(game(20), SAMPLING))[1][0].num_turns == 3  # the group may be requested again
 
 
 def test_a_conversation_goes_on_with_new_weights(played: Any, tiny_model: Path, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def data_of(size: int, models: Path, *, seed: int = 0) -> Examples:
 
 
 def whole_logits(model: Any, examples: Examples) -> Tensor:
-    """Logits of the learnt tokens, each sequence by itself."""
+    """Return logits of the tokens in the loss mask, computed for each sequence by itself."""
     found = []
     sizes = examples.lengths.tolist()
     for ids, mask in zip(examples.token_ids.split(sizes), examples.loss_mask.split(sizes), strict=True):
@@ -153,7 +153,7 @@ Train = Callable[..., list[dict[str, float]]]
 
 @pytest.fixture(scope="module")
 def run(gangs: Gangs, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Metrics of each step, then of an evaluation."""
+    """Return the metrics of each step, then of an evaluation."""
     folder = str(tmp_path_factory.mktemp("runs"))
 
     def run(
@@ -207,7 +207,7 @@ def test_an_adapter_learns_from_the_teacher(run: Train, models: Path) -> None:
     policy = {"lora": {"rank": 4}}
     one, two = (run(FORWARD, policy=policy, workers=workers, tokens=64) for workers in (1, 2))
     plain = Dense(models, FORWARD).step(data_of(ROWS, models).take(range(ROWS // STEPS)))
-    assert one[0]["update/loss/mean"] == pytest.approx(plain["update/loss/mean"], rel=1e-5)  # it begins as nothing
+    assert one[0]["update/loss/mean"] == pytest.approx(plain["update/loss/mean"], rel=1e-5)  # adapter = identity
     assert 0.0 < one[0]["update/grad_norm"] < plain["update/grad_norm"]
     assert_equal(one, two)
 

@@ -18,7 +18,7 @@ from tests.integration.engine_helpers import call, engine, logprobs_of, model_li
 
 pytestmark = pytest.mark.slow
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
-KINDS, LENGTH, SAMPLES = 3, 4, 3200  # tokens that can be sampled at each place, tokens and number of the responses
+KINDS, LENGTH, SAMPLES = 3, 4, 3200  # tokens possible at each position, tokens of a response, responses
 TEMPERATURE, END = 2.0, 257
 PROMPT = (65, 66, 67, 65, 66, 67, 65, 66)
 
@@ -35,7 +35,7 @@ def responses(rollouts: Rollouts) -> list[tuple[int, ...]]:
 
 
 def probabilities(model: Any) -> dict[tuple[int, ...], float]:
-    """Of every response under truncation to the likeliest tokens, by the trainer."""
+    """Return the trainer's probability of every response, under truncation to the likeliest tokens."""
     found: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(LENGTH):
         longer = {response: probability for response, probability in found.items() if END in response}

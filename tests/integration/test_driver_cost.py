@@ -26,4 +26,4 @@ def test_each_rank_receives_only_its_own_sequences_in_flight() -> None:
     cells = [cell.strip() for cell in done.stdout.splitlines()[-1].strip("|").split("|")]
     assert cells[:3] == ["in_flight", "16", "2"]
     assert len(cells[4].split(",")) == 2  # the driver's memory after each of two steps
-    assert 1.0 <= float(cells[5]) < 1.9  # of both ranks' bytes, it would be 2
+    assert 1.0 <= float(cells[5]) < 1.9  # a rank with both ranks' bytes would have the ratio 2

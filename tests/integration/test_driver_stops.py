@@ -69,7 +69,7 @@ def test_a_signal_keeps_what_is_done(tmp_path: Path) -> None:
 def test_sigterm_while_ray_starts_is_preempted(tmp_path: Path) -> None:
     run = tmp_path / "starts"
     process = start(write_run(tmp_path, run.name, SFT, ONE_RANK), "--quiet", without=["RAY_AUTH_MODE"])
-    while "starting Ray on this machine" not in said(run):  # the limit of the test
+    while "starting Ray on this machine" not in said(run):  # until the time limit of the test
         time.sleep(0.05)
     time.sleep(1.5)
     end(process, signal.SIGTERM, 75)

@@ -27,7 +27,7 @@ from tests.integration.rank_gang import Gang, engine_of, small_config
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
-    "dora with embedding": {"dora": True, "modules_to_save": ["embed_tokens"]},  # tied: the head too
+    "dora with embedding": {"dora": True, "modules_to_save": ["embed_tokens"]},  # if tied, the head is trained too
     "pissa": {"init": "pissa", "rslora": True},
     "4 bits": {},
 }
@@ -118,7 +118,7 @@ def train(rank: int, world_size: int, *, folder: Path, kind: str, stage: int, ch
     engine = started(folder, kind, stage)
     copies = list(initial_copies(engine.module).values())
     with whole(copies), torch.no_grad():
-        for copy in copies:  # as the SVD of another machine differs
+        for copy in copies:  # because the SVD of another machine differs
             copy.add_(0.01)
     engine.load(checkpoint)
     updated(engine, rank, 2)
@@ -153,7 +153,7 @@ def test_trains_as_plain_adamw_and_resumes_exactly(
     assert all(states["frozen_param_fragments"] is None for states in weights)
     frozen = {name for name, p in _Caller(loaded(folder, kind)).named_parameters() if not p.requires_grad}
     assert not [name for name in names if name in frozen or ".base_layer." in name]
-    # the adapter, its two moments and master weights, which ranks share; the base alone has 340 kB
+    # the adapter, two moments and master weights, sharded over ranks; the base alone has 340 kB
     size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     trained = sum(weight.numel() for weight in adapter.values()) * 4
     assert size < 6 * trained + 120_000

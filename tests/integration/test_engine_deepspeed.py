@@ -81,7 +81,7 @@ def try_nonfinite(rank: int, world_size: int, *, stage: int, dtype: torch.dtype,
     before = weights_of(engine)
     loss = engine.forward(loss_of, batch(1)[rank::world_size])
     if rank == world_size - 1:
-        finite_value = loss + (loss - loss.detach()).sqrt()  # whose gradient is not: d sqrt(x) / dx at 0
+        finite_value = loss + (loss - loss.detach()).sqrt()  # its gradient is not finite: d sqrt(x) / dx at 0
         loss = loss * float("nan") if where == "loss" else finite_value
     engine.backward(loss, last=True)
     with pytest.raises(RunError) as caught:
@@ -93,7 +93,7 @@ def try_nonfinite(rank: int, world_size: int, *, stage: int, dtype: torch.dtype,
 
 SMALL_BUCKET = 1000
 OTHER_SETTINGS = replace(OPTIMIZER, betas=(0.5, 0.8), eps=1e-3, weight_decay=2.0)
-NO_DECAY = replace(OPTIMIZER, weight_decay=0.0)  # which puts all weights into one group
+NO_DECAY = replace(OPTIMIZER, weight_decay=0.0)  # puts all weights into one group
 
 
 def load_with_other_settings(rank: int, world_size: int, *, stage: int, folder: Path) -> list[dict[str, Tensor]]:
@@ -110,10 +110,10 @@ def load_with_other_settings(rank: int, world_size: int, *, stage: int, folder: 
         found.append(weights_of(engine))
         engine.close()
     twice = replace(SCHEDULE, warmup_steps=2 * SCHEDULE.warmup_steps, updates_per_step=2)
-    engine = make_engine(stage, schedule=twice)  # each training step has two updates now
+    engine = make_engine(stage, schedule=twice)  # each training step now has two updates
     engine.load(folder)
     engine.backward(engine.forward(loss_of, batch(2)[rank::world_size]), last=True)
-    assert engine.step().lr == OPTIMIZER.lr * 3 / 4  # the first of the second training step, of a rise over two
+    assert engine.step().lr == OPTIMIZER.lr * 3 / 4  # third of 4 updates of the rise
     engine.close()
     return found
 

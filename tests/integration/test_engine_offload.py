@@ -62,5 +62,5 @@ def test_training_goes_on_as_if_nothing_had_been_moved(
         assert all(torch.equal(unbroken[name], rested[name]) for name in unbroken)
         assert "lp_params" in moved
         if on_host:
-            assert not moved & {"hp_params", "optim_states"}  # reload_states would put them on the GPU
-            assert stage == 2 or "lp_grads" not in moved  # stage 3 would put its block of gradients there too
+            assert not moved & {"hp_params", "optim_states"}  # reload_states would put these states on the GPU
+            assert stage == 2 or "lp_grads" not in moved  # stage 3 would put the block of gradients on the GPU too

@@ -33,7 +33,7 @@ ROWS: list[tuple[list[int], Branches | None, list[int]]] = [
     ([4, 3, 2, 1, 2, 2], DEEP, [3, 4, 5, 6, 8, 9, 11, 12, 13]),
     ([6, 1, 4], None, [9, 10]),
 ]
-Found = tuple[Tensor, list[Tensor]]  # the loss, and the columns it was made from
+Found = tuple[Tensor, list[Tensor]]  # the loss, and the columns from which it is computed
 
 
 def model_of(kind: str, *, checkpointing: bool) -> Any:

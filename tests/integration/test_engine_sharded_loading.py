@@ -62,13 +62,13 @@ def train(
     rank: int, world_size: int, *, kind: str, folder: Path, stage: int, sharded: bool, dtype: torch.dtype
 ) -> tuple[int, int, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], float]:
     """Return (elements held, all elements; weights and buffers after loading, weights after a step; gradient norm)."""
-    torch.manual_seed(rank)  # what is drawn anew must not depend on it
+    torch.manual_seed(rank)  # newly drawn weights must not depend on this seed
     with shards_as_it_loads(zero_stage=3 if sharded else 0, dtype=dtype):
         module = load(kind, folder, dtype)
     held = sum(p.numel() + (p.ds_tensor.numel() if hasattr(p, "ds_id") else 0) for p in module.parameters())
     whole = sum(p.ds_numel if hasattr(p, "ds_id") else p.numel() for p in module.parameters())
     if kind == "lora":
-        torch.manual_seed(rank)  # the same at every stage
+        torch.manual_seed(rank)  # the same adapter at every stage
         module = add_lora(module, rank=4, alpha=8.0, dropout=0.0)
     engine = engine_of(module, stage=stage, dtype=dtype, optimizer=OptimizerSettings(lr=0.01, eps=1e-3))
     named = engine.named_adapter_weights if kind == "lora" else engine.named_weights

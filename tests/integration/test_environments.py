@@ -64,7 +64,7 @@ def test_a_policy_calls_the_tool_of_a_server(tmp_path: Path, monkeypatch: pytest
     run = tmp_path / "runs" / "stock" / "grpo"
     (row,) = [row for row in rows(run) if row["step"] == 1]
     assert row["rollouts/environment_errors/total"] == 0.0
-    assert row["rewards/right/mean"] > 0.25  # a guess is right once in nine times
+    assert row["rewards/right/mean"] > 0.25  # a random guess is right once in nine times
     turns = [[turn["text"] for turn in one["turns"]] for one in samples(run, 1)]
     result = re.compile(r"<\|user\|>[1-9]<\|eos\|><\|assistant\|>")
     looked_up = [texts for texts in turns if len(texts) > 2 and result.fullmatch(texts[2])]

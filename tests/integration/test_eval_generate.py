@@ -73,7 +73,7 @@ def test_eval_of_a_run_finds_what_is_known(
         (str(says_7), "7", "7"),
         (str(says_2), "2", "2"),
     }
-    assert main(["eval", str(config), "--out", str(out)]) == 2  # it is there already
+    assert main(["eval", str(config), "--out", str(out)]) == 2  # the file exists already
 
 
 def test_eval_of_completions_that_the_model_would_give(
@@ -128,7 +128,7 @@ def test_generate_with_an_adapter_is_what_peft_generates(tiny_model: Path, tmp_p
 def test_a_runs_model_answers_as_its_run_asked_it(
     says_7: Path, tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Behind `=` the model says 7, behind the chat template's last token `hi`."""
+    """The model says 7 after `=`, and `hi` after the chat template's last token."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "final").symlink_to(says_7)
     (tmp_path / "run" / "config.resolved.yaml").write_text("data: {apply_chat_template: false}\n")
@@ -195,7 +195,7 @@ def test_it_plays_the_games_that_the_run_played(
     told = json.loads(capsys.readouterr().out)
     during = json.loads((tmp_path / "game" / "evals" / "step_000001.json").read_text(encoding="utf-8"))
     assert told["sets"] == during["sets"]
-    assert set(told["sets"]) == {"heldout", "heldout.well"}  # of the others nothing is known
+    assert set(told["sets"]) == {"heldout", "heldout.well"}  # the sets of failed prompts have no result
     heldout = told["sets"]["heldout"]
     assert (heldout["num_rows"], heldout["num_failed"]) == (7, 3)
     found = heldout["metrics"]

@@ -238,8 +238,8 @@ def test_two_runs_at_once_have_a_ray_each_and_leave_nothing_when_they_are_killed
     await_steps(runs, {asked: 3, killed: 3})
     rays = [dict(rays_below(process.pid)) for process in runs.values()]
     assert [len(one) for one in rays] == [1, 1]
-    assert len({token for one in rays for token in one.values()}) == 2  # whoever has another token cannot join
-    monkeypatch.setattr("ray.is_initialized", lambda: False)  # of the session's
+    assert len({token for one in rays for token in one.values()}) == 2  # a process with another token cannot join
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # the session's Ray
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     auto = write_run(tmp_path, "auto", SFT, {"cluster": {"roles": None, "object_store_gib": None, "address": "auto"}})
     assert main(["train", str(auto), "--quiet"]) == 2
@@ -250,7 +250,7 @@ def test_two_runs_at_once_have_a_ray_each_and_leave_nothing_when_they_are_killed
     await_steps(runs, {asked: steps_done(asked) + 3})
     end(runs.pop(asked), signal.SIGTERM, 75)
     for run in (asked, killed):
-        with RunFolder.open(tmp_path, run.name, resume=True) as folder:  # its lock is free, and it can go on
+        with RunFolder.open(tmp_path, run.name, resume=True) as folder:  # the lock is free, and the run can continue
             assert folder.latest_checkpoint() is not None
     log = asked.with_suffix(".log").read_text(encoding="utf-8")
     kept = r"rlhf: preempted: a checkpoint of step \d+ is written; the run continues after step \d+\. "
@@ -269,7 +269,7 @@ def test_sigterm_to_all_processes_of_a_run_at_once_ends_it_in_order(
     process = start(write_run(tmp_path, run.name, SFT, {"cluster": {"roles": None}}), without=["RAY_AUTH_MODE"])
     request.addfinalizer(process.kill)
     await_steps({run: process}, {run: 3})
-    end(process, signal.SIGTERM, 75, send=os.killpg)  # its own Ray's daemons are of its group
+    end(process, signal.SIGTERM, 75, send=os.killpg)  # its own Ray's daemons are in its process group
     log = run.with_suffix(".log").read_text(encoding="utf-8")
     assert re.search(r"rlhf: preempted: .*\. Continue with: rlhf train", log)
     assert "Traceback" not in log

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 HOSTILE = Path(__file__).parents[1] / "fixtures" / "agents" / "hostile.py"
 TOKENIZER = byte_tokenizer()
 TEMPLATE = "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"
-ATTACKS = {  # and how their sessions end; None: in either way
+ATTACKS = {  # attacks, and the errors of their sessions; None: with or without an error
     "calls": "over rollouts.agent.max_calls: 10",
     "guessed keys": None,
     "open connections": None,

@@ -31,7 +31,7 @@ EVERY_ROLE: Mapping[str, Any] = {
     "algorithm": {"name": "grpo", "kl": {"coef": 0.05}},
     "data": {"eval": {"task": "running_totals", "split": "eval", "size": 4}},
     "eval": {"every": 4},
-    "rollouts": {"max_new_tokens": 200},  # an engine is killed meanwhile
+    "rollouts": {"max_new_tokens": 200},  # long enough to kill an engine meanwhile
     "train": {"steps": 4, "checkpoint_every": 4, "max_tokens_per_microbatch": 1024},
     "cluster": {
         "weight_sync": "shm",
@@ -88,7 +88,7 @@ def assert_unbroken(folder: Path, config: Path, *sources: str, kills: Mapping[st
 
     def kill(worker: str) -> None:
         (victim, *_) = actor_processes(worker)
-        time.sleep(0.1)  # until an engine generates
+        time.sleep(0.1)  # by then an engine generates
         victim.kill()
 
     with ExitStack() as acts:

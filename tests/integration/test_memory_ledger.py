@@ -81,12 +81,12 @@ def record_calls(rank: int, world_size: int, *, config: Path) -> Calls:
 
 
 class Ledger:
-    """Bytes of each role on a shared GPU. A call with a need for the GPU must come from a role on the GPU."""
+    """The bytes of each role on a shared GPU. A role must be on the GPU during calls that need the GPU."""
 
     def __init__(self, by_role: dict[str, Footprint], calls: Calls) -> None:
         self.by_role = by_role
         self.on = {name: name != "rollout" for name in by_role}  # engines sleep when the controller begins
-        self.cached = dict.fromkeys(by_role, False)  # whether torch keeps what a pass needed
+        self.cached = dict.fromkeys(by_role, False)  # whether torch still caches the memory of a pass
         self.published = False
         self.awake: set[str] = set()
         self.most, self.fullest = 0.0, ""

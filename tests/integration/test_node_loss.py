@@ -50,7 +50,7 @@ def test_lost_hosts_are_named_and_replaced(ray_local: None, tmp_path: Path) -> N
         start_node(second, f"--address={address}", "--num-cpus=1", env=QUICK_HEALTH)
         said = lost_at(train("--resume", "auto"), run, steps_done(run) + 1, first.cut)
         assert names(said, first, "node 10.77.0.2 cannot be reached"), said
-        assert first.pids()  # it runs on
+        assert first.pids()  # the host's processes run on
 
         start_node(spare, f"--address={address}", "--num-cpus=1", env=QUICK_HEALTH)
         steps = steps_done(run) + 1

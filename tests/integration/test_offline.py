@@ -41,12 +41,12 @@ def test_every_stage_has_its_metrics_and_its_model(unbroken: Path) -> None:
     always = {name for name in expected_metrics(["preference"]) if "<" not in name}
     assert always <= set(rows(unbroken / "dpo")[-1])
     assert always <= set(rows(unbroken / "reward")[-1])
-    assert rows(unbroken / "dpo")[0]["eval/heldout/margin"] == 0.0  # the policy is its own reference still
+    assert rows(unbroken / "dpo")[0]["eval/heldout/margin"] == 0.0  # the policy still equals the reference
     assert rows(unbroken / "dpo")[-1]["eval/heldout/margin"] > 0.0
     assert rows(unbroken / "reward")[-1]["preference/accuracy/mean"] > 0.7
     assert rows(unbroken / "ppo")[-1]["rewards/preference/mean"] == rows(unbroken / "ppo")[-1]["rewards/score/mean"]
     cached = list((unbroken.parent / "reference_logprobs").iterdir())
-    assert len(cached) == 2  # training and evaluation set
+    assert len(cached) == 2  # one file for the training set, one for the evaluation set
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ from tests.integration.rank_gang import Gangs, place_of
 from tests.integration.recipes import rows, train, write_config
 
 GROUPS, LR, TEMPERATURE = 4, 1e-3, 0.7
-HALVES = (tuple(range(6)), tuple(range(6, 12)))  # sequences of the two minibatches
+HALVES = (tuple(range(6)), tuple(range(6, 12)))  # sequences in each of the two minibatches
 REWARD = {i: 0.5 * (i % SAMPLES - 1) for i in range(GROUPS * SAMPLES)}  # what rewards add to advantages
 Algorithm = Mapping[str, Any]
 
@@ -108,11 +108,11 @@ def train_rank(rank: int, world_size: int, *, config: Config) -> list[Any]:
     found = []
     for half in list(range(len(HALVES))) * config.train.epochs_per_batch:
         own = plan.minibatches[half].sequences_by_rank[worker.data_rank]
-        # as two teachers have them, each of every second sequence
+        # each of two teachers has every second sequence
         states = [] if sampled else [teacher.states([own[n::2]], *given)[0] for n in (0, 1)]
         found.append(worker.update(half, *states))
     first = plan.minibatches[0].sequences_by_rank[worker.data_rank]
-    signals, _ = worker.token_signals(first)  # of the first update at least all was seen
+    signals, _ = worker.token_signals(first)  # the first update at least saw every value
     mask = Rollouts.gather(given, first).response_mask
     assert bool((signals.old_logprobs[mask] < 0.0).all() and (signals.teacher_logprobs[mask] < 0.0).all())
     if sampled:
@@ -175,7 +175,7 @@ Train = Callable[..., list[dict[str, float]]]
 
 @pytest.fixture(scope="module")
 def run(gangs: Gangs, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Metrics of each update."""
+    """Return the metrics of each update."""
     folder = str(tmp_path_factory.mktemp("runs"))
 
     def run(algorithm: Algorithm, *, tokens: int = 4096, epochs: int = 1, **roles: Any) -> list[dict[str, float]]:
@@ -228,7 +228,7 @@ def test_an_adapter_learns_from_the_teacher(run: Train, models: Path, algorithm:
     policy = {"lora": {"rank": 4}}
     one, two = (run(algorithm, policy=policy, workers=workers, tokens=20) for workers in (1, 2))
     plain = Dense(models, algorithm).step(HALVES[0])
-    assert one[0]["update/loss/mean"] == pytest.approx(plain["update/loss/mean"], rel=1e-5)  # it begins as nothing
+    assert one[0]["update/loss/mean"] == pytest.approx(plain["update/loss/mean"], rel=1e-5)  # adapter = identity
     assert 0.0 < one[0]["update/grad_norm"] < plain["update/grad_norm"]
     assert_equal(one, two)
 

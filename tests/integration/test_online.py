@@ -63,7 +63,7 @@ def test_the_run_folder_has_what_it_promises(unbroken: Path) -> None:
     tokens = round(32 * found[2]["rollouts/response_tokens/mean"])  # 8 prompts, 4 samples of each
     assert count["rollouts/response_tokens/histogram"] == 32
     assert count["advantages/histogram"] == tokens
-    assert count["update/ratio/histogram"] == 2 * tokens  # once an epoch
+    assert count["update/ratio/histogram"] == 2 * tokens  # once in each epoch
     tokenizer = AutoTokenizer.from_pretrained(unbroken / "final")
     for row in trained:
         one = row["tokens"]
@@ -205,7 +205,7 @@ def test_a_dora_policy_goes_on_from_an_adapter_and_ships_merged_weights(tmp_path
     for name in ("first", "second"):
         found = rows(tmp_path / name)
         assert all(row["weight_sync/probe_max_diff"] < 1e-3 for row in found)
-        assert found[1]["experience/kl_ref/mean"] == 0.0  # the reference is the policy that each began as
+        assert found[1]["experience/kl_ref/mean"] == 0.0  # the reference is the policy at the start of the run
         assert "memory/reference_rss_gib" not in found[1]
     weights = [load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("first", "second")]
     assert weights[0].keys() == weights[1].keys()

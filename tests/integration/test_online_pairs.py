@@ -97,7 +97,7 @@ def learn(
     own = plan.sequences_of(rank)
     told, _ = worker.token_signals(own)
     for ids, shows in zip([one.sequences_by_rank[rank] for one in plan.minibatches], (True, False), strict=False):
-        for i in ids:  # only the first update saw the weights that sampled
+        for i in ids:  # only the first update used the sampling weights
             one = told.take([told.sequence_ids.tolist().index(i)])
             mask = Rollouts.gather(rollouts, [i]).response_mask
             assert bool((one.old_logprobs[mask] < 0.0).all()) == shows
@@ -186,12 +186,12 @@ def test_a_step_depends_on_neither_ranks_nor_microbatches_and_is_offline_dpo_on_
     options = {"reference": models[1], "groups": GROUPS, "options": {"temperature": 0.7}}
     one, two = (run(learn, algorithm, ranks=ranks, **options) for ranks in (1, 2))
     assert one[0]["update/grad_norm"] > 0
-    assert "experience/kl_ref/mean" in one[0]  # of the weights that sampled: in the first update alone
+    assert "experience/kl_ref/mean" in one[0]  # measured with the sampling weights, in the first update
     assert "experience/kl_ref/mean" not in one[1]
     assert_equal(one, two)
     online = run(learn, algorithm, ranks=1, reference=models[0], groups=GROUPS, options={})
     offline = run(learn_offline, {"name": "dpo", **loss}, ranks=1)
-    assert online[0]["experience/kl_ref/mean"] < 1e-9  # but for rounding, the reference is the policy
+    assert online[0]["experience/kl_ref/mean"] < 1e-9  # up to rounding, the reference equals the policy
     assert_equal(online, offline, keys=set(offline[0]))
     assert online[1]["preference/margin/mean"] != 0.0
 
@@ -202,7 +202,7 @@ def test_a_rank_may_be_without_a_pair(run: Learn, models: tuple[str, str], lora:
     options = {"reference": models[0] if lora is None else None, "groups": 1, "options": {"lora": lora}}
     one, two = (run(learn, {"name": "online_dpo"}, ranks=ranks, **options) for ranks in (1, 2))
     assert len(one) == len(two) == 1
-    assert one[0]["update/loss/mean"] == pytest.approx(math.log(2.0))  # policy and reference are one
+    assert one[0]["update/loss/mean"] == pytest.approx(math.log(2.0))  # the policy equals the reference
     assert one[0]["update/grad_norm"] > 0
     assert_equal(one, two)
 
@@ -214,6 +214,6 @@ def test_logprobs_are_those_of_the_distribution_that_was_sampled(run: Learn, mod
         run(learn, {"name": "online_dpo"}, ranks=1, options={"temperature": temperature}, **options)[0]
         for temperature in (0.5, 1.0)
     )
-    # rollout_logprobs are -5 throughout: the difference to them moves with the temperature
+    # all rollout_logprobs are -5, so the difference of the policy's log-probabilities depends on the temperature
     assert abs(cold["experience/kl_rollout/mean"] - warm["experience/kl_rollout/mean"]) > 0.01
     assert cold["update/loss/mean"] != pytest.approx(warm["update/loss/mean"], rel=1e-3)

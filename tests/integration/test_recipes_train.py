@@ -25,8 +25,8 @@ RECIPES = [path for path in sorted(CONFIGS.glob("*.yaml")) if OTHERS.isdisjoint(
 
 ONLINE = {"prompts_per_step": 4, "max_new_tokens": 4}
 TRAIN = {"steps": 1, "sequences_per_update": 4, "checkpoint_every": 1}
-DROPPED = {"warmup_steps", "keep_checkpoints", "best_metric"}  # of `train`: they speak of more steps
-ROLE_KEYS = {"zero_stage", "colocate_with"}  # what stays of a role: the rest is of GPUs and of a larger cluster
+DROPPED = {"warmup_steps", "keep_checkpoints", "best_metric"}  # keys of `train` that need more steps
+ROLE_KEYS = {"zero_stage", "colocate_with"}  # kept keys of a role: others need GPUs or more nodes
 HERE = {"object_store_gib": 0.25, "start_timeout_s": 200.0, "call_timeout_s": 120.0}
 
 
@@ -61,11 +61,11 @@ def cut(tree: Mapping[str, Any]) -> dict[str, Any]:
         if "overlong" in small["algorithm"]:
             small["algorithm"]["overlong"] = {**small["algorithm"]["overlong"], "buffer": 2}
     if "rollouts" in small:
-        sets = small.get("algorithm", {}).get("k", 1)  # of responses: there must be more than one set in a group
+        sets = small.get("algorithm", {}).get("k", 1)  # responses in a set: a group must have several sets
         small["rollouts"] = {**small["rollouts"], **ONLINE, "samples_per_prompt": sets + 1}
         for player in {"environment", "agent"} & small["rollouts"].keys():
             small["rollouts"][player] = {**small["rollouts"][player], "max_tokens": 1100}
-        small["rollouts"].pop("dynamic_sampling", None)  # the tiny model has nothing right: all groups are alike
+        small["rollouts"].pop("dynamic_sampling", None)  # the tiny model solves nothing: all groups have equal scores
     if "evaluate" in small:
         wanted = {"samples_per_prompt": 2, "max_new_tokens": 4}
         small["evaluate"] = {**small["evaluate"], "data": source(small["evaluate"]["data"]), **wanted}

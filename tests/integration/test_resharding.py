@@ -59,7 +59,7 @@ def train_and_save(
     """
     engine = make_engine(stage, dtype, optimizer=replace(OPTIMIZER, name=name))
     trained_further(engine, rank, world_size, range(1, SAVED_STEPS + 1))
-    torch.rand(1)  # so that the random state is not that of a new engine
+    torch.rand(1)  # so that the random state differs from a new engine's
     if snapshot:
         save_snapshots(engine, rank, SAVED_STEPS, folder)
     else:
@@ -127,7 +127,7 @@ def test_other_ranks_and_stages_continue_the_run(
                     # A sum over ranks in another order is off by 1e-7 of the gradient. Adam's moments keep it small.
                     assert losses_again == pytest.approx(losses, rel=1e-6), (ranks, stage)
                     torch.testing.assert_close(weights_again, weights, rtol=1e-4, atol=2e-6)
-                else:  # gradients in bfloat16 are off by 4e-3, and Adam moves a weight by its rate all the same
+                else:  # bfloat16 gradients are off by 4e-3, and Adam still moves a weight by the learning rate
                     assert losses_again == pytest.approx(losses, rel=1e-2), (ranks, stage)
                     assert distance(weights_again, weights) < 0.2 * distance(weights, saved), (ranks, stage)
 
@@ -233,7 +233,7 @@ def other_adapter(base: Path, kind: str) -> Any:
 
 
 OPTIMIZER_STATES = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
-DAMAGES: dict[str, tuple[Callable[[Path, dict[str, Any]], Any], str]] = {  # of a file of a rank, or of the record
+DAMAGES: dict[str, tuple[Callable[[Path, dict[str, Any]], Any], str]] = {  # damage to a rank's file, or to the record
     "missing": (lambda file, record: file.unlink(), f"{OPTIMIZER_STATES} cannot be read"),
     "truncated": (lambda file, record: os.truncate(file, 1000), f"{OPTIMIZER_STATES} cannot be read"),
     "of another rank": (

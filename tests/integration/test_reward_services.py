@@ -89,7 +89,7 @@ def test_a_run_with_a_service_a_gate_and_rows_that_name_their_rewards(
         assert set(told) == {"digits", "number", *(["right"] if is_sum else [])}
         assert told["digits"] == sum(c.isdigit() for c in sample["response"])
         wanted = told["digits"] + told["number"] * told["digits"] + 5.0 * told.get("right", 0.0)
-        assert sample["score"] == pytest.approx(wanted)  # the plain sum, also where training normalises
+        assert sample["score"] == pytest.approx(wanted)  # the plain sum, even if training normalises
     everything = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     assert b"a-token-of-this-test" not in everything
 
@@ -111,7 +111,7 @@ def check_judge(folder: Path, port: str, texts: Sequence[str]) -> Sequence[Any]:
     assert found[0].score == found[2].score
     free = ["rewards.taste.judge={model: judge, prompt: 'Hello {response}', request: {max_tokens: 8}}"]
     kinds = {one.kind for row in rlhf.reward(config, responses, free).rows for one in row.errors}
-    assert kinds == {"not_a_number"}  # this model writes what comes
+    assert kinds == {"not_a_number"}  # this model writes random text
     refused = rlhf.reward(config, responses, ["rewards.taste.judge.model=nobody"]).rows
     assert {one.kind for row in refused for one in row.errors} == {"refused"}
     return refused

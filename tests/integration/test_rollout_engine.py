@@ -237,7 +237,7 @@ def test_an_adapter_is_loaded_over_the_one_before_also_for_running_samples(
     policy = get_peft_model(base, config).eval()
     fields = json.loads(json.dumps(config.to_dict(), default=sorted))
     sender = AdapterSender(tmp_path / "adapter", fields, base="tiny", rank=0)
-    running = None  # a group that the second adapter finds in the engine
+    running = None  # a group still in the engine when the second adapter comes
     with engine(spec(tiny_model, lora_rank=4)) as handle:
         for version in (1, 2):
             with torch.no_grad():

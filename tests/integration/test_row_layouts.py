@@ -58,7 +58,7 @@ def test_the_balance_loss_of_a_mixture_depends_on_neither_ranks_nor_microbatches
     options = {"algorithm": {"name": "dpo"}, "model": str(folder), "folder": str(tmp_path), "zero_stage": 3}
     balanced = steps_of(gangs, balance_coef=5.0, **options)
     for found in balanced:
-        del found[0]["preference/accuracy/mean"]  # the policy is still the reference, so margins are rounding alone
+        del found[0]["preference/accuracy/mean"]  # the policy still equals the reference: margins are rounding
     assert_equal(*balanced)
     assert balanced[0][0]["update/router_balance_loss"] > 1.0
     assert 1.0 < balanced[0][0]["update/router_load"] <= 4.0
@@ -92,7 +92,7 @@ def mixture_after(rank: int, world_size: int, *, zero_stage: int) -> list[dict[s
     hooks = [router.register_forward_hook(lambda m, i, o: chosen.append(o[2])) for router in routers_of(model)]
     for step in range(6):
         drawn = torch.Generator().manual_seed(10 * step + rank)
-        own = 30 * rank + torch.randint(30, (4 + 5 * rank,), generator=drawn)  # other tokens on each rank
+        own = 30 * rank + torch.randint(30, (4 + 5 * rank,), generator=drawn)  # different tokens on each rank
         loss = -engine.forward(policy_logprobs_only, own, torch.tensor([len(own)]), mask=torch.arange(len(own)) > 0)
         engine.backward(loss.sum(), last=True)
         engine.step()

@@ -117,7 +117,7 @@ async def test_the_clients_of_openai_and_anthropic(smollm2_engine: Any) -> None:
         assert told.message.content.replace(" ", "").replace("\n", "").startswith('{"a":1')
         response = await client.responses.create(model="smol", input="Say hello.", max_output_tokens=12, temperature=0)
         assert response.output_text == text
-        greedy = {"temperature": 0}  # no argument of the client's any more
+        greedy = {"temperature": 0}  # the client has no such argument any more
         other = anthropic.AsyncAnthropic(base_url=url, api_key="own", max_retries=0)
         message = await other.messages.create(**ask, max_tokens=12, extra_body=greedy)
         assert message.content[0].text == text

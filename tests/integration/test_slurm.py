@@ -49,7 +49,7 @@ SelectType=select/linear
 MpiDefault=none
 ReturnToService=2
 KillWait=60
-"""  # cred_expire is also how long a job that was put back has to wait
+"""  # cred_expire is also the wait of a requeued job
 
 
 @dataclass(frozen=True, slots=True)

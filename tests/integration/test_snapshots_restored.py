@@ -126,7 +126,7 @@ def stop_in_the_middle(engine: DeepSpeedEngine) -> None:
 
     def half(step: int, tensors: list[Tensor], content: dict[str, Any], ready: None) -> Path:
         junk = [torch.full_like(tensor, 7) for tensor in tensors]
-        with pytest.raises(TypeError):  # the slot is overwritten, and not described
+        with pytest.raises(TypeError):  # the slot is overwritten, but not yet described
             whole(None, junk, content | {"values": threading.Lock()}, ready)
         threading.Event().wait(DEADLINE_S)
         raise AssertionError("the process was not killed")

@@ -92,7 +92,7 @@ def check_ends(sample: dict[str, Any]) -> None:
     assert sum(step["value"] for step in steps["won"]) == pytest.approx(sample["scores"]["won"])
     digits = [one for one in sample["response"] if one in "0123456789"]
     assert [step["value"] for step in steps["digits"]] == [float(one) for one in digits]
-    for one, step in zip(digits, steps["digits"], strict=True):  # one that ends the response is its last token's
+    for one, step in zip(digits, steps["digits"], strict=True):  # the step of a final digit ends at the last token
         assert sampled[step["end"]]
         assert one in texts[step["end"]] or step["end"] == last[-1]
     assert steps["sound"][-1]["end"] == last[-1]

@@ -78,7 +78,7 @@ def test_a_streamed_run_equals_the_run_in_turns_up_to_rounding_also_killed_and_r
         assert row["time/trainer_waits_s"] < row["time/rollouts_s"]
     killed, run = run_config(tmp_path, "killed", streamed=True), tmp_path / "killed"
     process = start(killed)
-    wait_for(run / "metrics.jsonl", 1, timeout_s=240)  # step 1: the next one is under way
+    wait_for(run / "metrics.jsonl", 1, timeout_s=240)  # step 1: step 2 is under way
     kill_all(process.pid)
     process.wait(timeout=30)
     train_here(killed, "--resume", "auto")

@@ -81,7 +81,7 @@ def head(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
     """Yield the dashboard's address of a head with this process's token."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    reset_auth_token_state()  # which a process reads once
+    reset_auth_token_state()  # a process reads the token once
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     log = tmp_path_factory.mktemp("head") / "log"
     process, address = start_head(log)

@@ -33,7 +33,7 @@ CRASHES = 1e30  # a learning rate after which no loss is finite
 
 
 def sweep_file(folder: Path, name: str, **sweep: Any) -> Path:
-    """A sweep of the tiny run over learning rates."""
+    """Write a sweep of the tiny run over learning rates."""
     section: dict[str, Any] = {
         "name": name,
         "dir": str(folder),
@@ -82,7 +82,7 @@ def results(folder: Path) -> list[dict[str, Any]]:
 
 
 def wrote(folder: Path, trial: int, step: int) -> bool:
-    """Whether a trial has written this step's row."""
+    """Return whether a trial has written this step's row."""
     return any(row["step"] >= step for row in read_metrics(folder / "trials" / f"trial-{trial:03d}"))
 
 

@@ -58,7 +58,7 @@ def test_kept_keys_and_values_serve_running_samples_alone(keeping: Any, tiny_mod
     sync(keeping, sender.publish(new.named_parameters(), 2))
     (told,) = torch.tensor([call(keeping.probe.remote(probe))])
     assert (told - logprobs_of(new, torch.tensor(probe))[1:]).abs().max() < 1e-3
-    assert call(keeping.health.remote()).requests_in_flight > SAMPLES  # the probe went before those that wait
+    assert call(keeping.health.remote()).requests_in_flight > SAMPLES  # the probe went before the waiting samples
     later, _ = call(keeping.answer.remote(replace(group, group_id=3, seeds=group.seeds[:4]), SAMPLING, 1))
     assert set(later.versions.tolist()) == {-1, 2}
     assert worst_difference(new, later) < 1e-3

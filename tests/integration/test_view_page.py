@@ -191,8 +191,8 @@ async def test_samples_by_keys_and_by_their_tokens(runs: list[Path]) -> None:
         assert await page.value(text_of(".steps b")) == "4"
         first = await page.until(f"{CARDS}[0].querySelector('.text').innerText")
         assert "<script>window.hacked = 1</script><img src=x" in first
-        assert "⟨202E⟩" in first  # what would turn the text round is written out
-        assert "\u241b" in first  # so is an escape character
+        assert "⟨202E⟩" in first  # a character that reverses the text is written out
+        assert "\u241b" in first  # an escape character is written out too
         assert await page.value("document.querySelectorAll('.text script, .text img, .prompt img').length") == 0
         # colours: advantages of either sign, then the difference of the log-probabilities, which is .25 everywhere
         paints = f"[...new Set([...{CARDS}[0].querySelectorAll('[data-i]')].map((one) => one.style.background))]"
@@ -224,7 +224,7 @@ async def test_samples_by_keys_and_by_their_tokens(runs: list[Path]) -> None:
         titles = f"{branches}.map((one) => one.querySelector('.who').innerText)"
         assert await page.value(titles) == ["first sequence", "branch after place 1"]
         assert await page.value(f"{branches}.map((one) => one.style.marginLeft)") == ["0rem", "1rem"]
-        # the tokens that the branch shares are not shown again
+        # the page does not repeat the tokens that the branch shares
         places = f"[...{branches}[1].querySelectorAll('[data-i]')].map((one) => one.dataset.i)"
         assert await page.value(places) == ["6", "7"]
         await page.press("ArrowDown")
@@ -254,7 +254,7 @@ async def test_samples_by_keys_and_by_their_tokens(runs: list[Path]) -> None:
         await page.until("document.querySelector('.help kbd')")
         await page.press("Escape")
         await page.until("!document.querySelector('.help')")
-        # the address says where one is
+        # the address names the shown page
         assert "split=heldout" in await page.value("location.hash")
 
 

@@ -29,8 +29,8 @@ SIZES = {
 DEEPSEEK = {"moe_intermediate_size": 64, "first_k_dense_replace": 1, "num_key_value_heads": 4, "head_dim": 64}
 DEEPSEEK |= {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}
 EIGHT = {"num_experts": 8, "moe_intermediate_size": 48, "norm_topk_prob": True}
-# A step in a random direction. With 0.3, attention without norms of its queries is so sharp that float32 alone is up to
-# 4e-4 nats from float64 (gpt-oss, in 1 sample of 32; Mixtral 1.5e-4). With this one it is 2e-6.
+# A step in a random direction. With 0.3, attention without query norms is so sharp that float32 is up to
+# 4e-4 nats off float64 (gpt-oss, in 1 sample of 32; Mixtral 1.5e-4). With 0.1, float32 is 2e-6 off.
 STEP = 0.1
 MIXTURES = {
     "padded": ("qwen3_moe", EIGHT),  # the kernels pad 48 columns to 64

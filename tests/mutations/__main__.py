@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.mutations.mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_S = 900.0  # of the tests of one fault
+LIMIT_S = 900.0  # limit for the tests of one fault
 
 
 def main(words: Sequence[str]) -> int:

@@ -24,13 +24,13 @@ VERL_MODES: dict[str, Aggregation] = {
 
 
 def shrunk(layout: Layout, dtype_like: Tensor) -> Tensor:
-    """n / (n + 1e-8) of each token's sequence."""
+    """Return n / (n + 1e-8) of each token's sequence, where n is the number of tokens."""
     counts = layout.counts.to(dtype_like.dtype)
     return layout.spread(counts / (counts + EPS))
 
 
 def verl_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """verl's masked mean."""
+    """Return verl's masked mean of the values."""
     return masked_sum(values, mask) / (mask.sum().to(values.dtype) + EPS)
 
 
@@ -42,7 +42,7 @@ def weighted(
     num_sequences: float = 1.0,
     horizon: float = 1.0,
 ) -> Tensor:
-    """Loss of the terms [N] with our weights."""
+    """Return the loss of the terms [N] with our weights."""
     counts = {"num_tokens": num_tokens, "num_sequences": num_sequences, "max_new_tokens": horizon}
     return (losses * token_weights(layout.mask, layout.lengths, mode=mode, dtype=losses.dtype, **counts)).sum()
 

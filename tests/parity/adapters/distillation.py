@@ -42,7 +42,7 @@ def trl_gkd(arguments: Arguments) -> Outputs:
 
 
 def trl_chunked(arguments: Arguments) -> Outputs:
-    """From hidden states, in chunks; the student's entropy has no gradient."""
+    """Return the loss from hidden states, in chunks. The student's entropy has no gradient."""
     hidden, weight = arguments.variable("student_hidden"), arguments.variable("student_weight")
     bias, targets = arguments.maybe("student_bias"), torch.zeros(len(hidden), dtype=torch.long)
     head = {

@@ -66,7 +66,7 @@ def verl_gdpo(arguments: Arguments) -> Outputs:
 
 
 def verl_passk(arguments: Arguments) -> Outputs:
-    """The best response's margin."""
+    """Return the margin of the best response of each group."""
     arguments.ignore("epsilon", "norm_adv_by_std_in_grpo")  # not over the std
     margins = by_group(arguments, lambda scores, rows: group_best_margin(scores, group_size=len(rows), k=len(rows)))
     return on_tokens(margins, arguments)
@@ -94,7 +94,7 @@ def verl_gpg(arguments: Arguments) -> Outputs:
 
 
 def verl_reinforce_plus_plus(arguments: Arguments) -> Outputs:
-    """Whitened rewards to go."""
+    """Return the whitened rewards to go."""
     mask, rewards = arguments.mask("response_mask"), arguments.tensor("token_level_rewards")
     layout = Layout(mask)
     flat = reward_to_go(layout.flat(rewards), layout.mask, layout.lengths, gamma=arguments.number("gamma"))
@@ -103,7 +103,7 @@ def verl_reinforce_plus_plus(arguments: Arguments) -> Outputs:
 
 
 def verl_remax(arguments: Arguments) -> Outputs:
-    """Rewards to go minus the score of the greedy response."""
+    """Return rewards to go minus the score of the greedy response."""
     mask = arguments.mask("response_mask")
     returns = zeroing_returns(arguments.tensor("token_level_rewards"), mask, gamma=1.0)
     baselines = torch.where(mask, arguments.tensor("reward_baselines")[:, None], 0.0)

@@ -34,20 +34,20 @@ def verl_kl_penalty(arguments: Arguments) -> Outputs:
 
 
 def verl_compute_rewards(arguments: Arguments) -> Outputs:
-    """Token scores minus the weighed k1."""
+    """Return token scores minus the weighted k1."""
     kl = kl_k1(arguments.tensor("old_log_prob"), arguments.tensor("ref_log_prob"))
     return {"rewards": arguments.tensor("token_level_scores") - arguments.number("kl_ratio") * kl}
 
 
 def openrlhf_compute_approx_kl(arguments: Arguments) -> Outputs:
-    """In float32, held in +-10."""
+    """Return the estimate in float32, held in +-10."""
     estimator = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}[arguments.param("kl_estimator", "k1")]
     columns = (arguments.tensor(name).float() for name in ("log_probs", "log_probs_base"))
     return {"kl": estimator(*columns).clamp(-10, 10)}
 
 
 def adaptive_coefficient(arguments: Arguments) -> Outputs:
-    """The coefficient after each of several steps."""
+    """Return the coefficient after each of several steps."""
     coef, values = arguments.number("init_kl_coef"), []
     settings = {name: arguments.number(name) for name in ("target", "horizon")}
     for kl, count in zip(arguments.tensor("kls").tolist(), arguments.integers("n_steps").tolist(), strict=True):

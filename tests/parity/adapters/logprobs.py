@@ -25,7 +25,7 @@ def with_gradient(name: str, values: Tensor, logits: Tensor) -> dict[str, Tensor
 
 
 def trl_selective(arguments: Arguments) -> Outputs:
-    """At a temperature, of a token per row or of several along a last axis; rows outside row_mask are zero."""
+    """Return log-probabilities of one token a row, or several on a last axis; zero for rows outside row_mask."""
     variable, index = arguments.variable("logits"), arguments.integers("index")
     logits = variable / arguments.number("temperature", 1.0)
     columns = index.unbind(-1) if index.ndim == logits.ndim else [index]
@@ -36,14 +36,14 @@ def trl_selective(arguments: Arguments) -> Outputs:
 
 
 def entropy(arguments: Arguments) -> Outputs:
-    """Of every row; the size of a chunk must not matter."""
+    """Return the entropy of every row. The size of a chunk must not matter."""
     arguments.ignore("chunk_size")
     logits = arguments.variable("logits")
     return with_gradient("entropy", entropy_from_logits(logits), logits)
 
 
 def verl_entropy_loss(arguments: Arguments) -> Outputs:
-    """The entropy, aggregated as a loss."""
+    """Return the entropy, aggregated as a loss."""
     layout, logits = Layout(arguments.mask("response_mask")), arguments.tensor("logits")
     return {"entropy": verl_aggregated(arguments, layout.flat(entropy_from_logits(logits)), layout)}
 
@@ -62,7 +62,7 @@ def trl_batch_logps(arguments: Arguments) -> Outputs:
 
 
 def trl_chunked(arguments: Arguments) -> Outputs:
-    """From hidden states; the statistics without a gradient come from the whole logits."""
+    """Return log-probabilities from hidden states. Statistics without a gradient come from the whole logits."""
     hidden, weight, bias = (arguments.variable(name) for name in ("hidden", "weight", "bias"))
     targets, chunk_size = arguments.integers("targets"), int(arguments.number("chunk_size"))
     names = ("temperature", "final_logit_softcapping", "logit_scale")

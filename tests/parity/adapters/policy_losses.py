@@ -73,7 +73,7 @@ def verl(loss_of: Callable[[VerlBatch], Losses], *, mode: str | None = None) -> 
 
 
 def vanilla(batch: VerlBatch) -> Losses:
-    """PPO with dual clip."""
+    """Return PPO's loss with the dual clip."""
     losses = policy_loss.dual_clipped_loss(*batch.columns, **batch.clip, max_ratio=batch.cap)
     clipped = policy_loss.clipped_loss(*batch.columns, **batch.clip)
     capped = (clipped > -batch.advantages * batch.cap) & (batch.advantages < 0)
@@ -93,7 +93,7 @@ def sapo(batch: VerlBatch) -> Losses:
 
 
 def cispo(batch: VerlBatch) -> Losses:
-    """The weight is held on both sides."""
+    """Return the loss with a weight held on both sides."""
     ratio, low, high = batch.ratio, 1 - batch.low, 1 + batch.high
     columns = (ratio, batch.logprobs, batch.advantages, batch.mask)
     losses = weighted_loss.cispo(*columns, min_ratio=low, max_ratio=high)
@@ -148,7 +148,7 @@ def dro(batch: VerlBatch) -> Losses:
 
 
 def reinforce(batch: VerlBatch) -> Losses:
-    """The old policy only enters a metric."""
+    """Return the loss without old log-probabilities, which enter a metric alone."""
     return policy_loss.reinforce(batch.logprobs, batch.advantages, batch.mask), {}
 
 
@@ -171,7 +171,7 @@ def geo_mean(arguments: Arguments) -> Outputs:
 
 
 def verl_value_loss(arguments: Arguments) -> Outputs:
-    """Half the larger squared error."""
+    """Return half the larger squared error."""
     values, layout = arguments.variable("vpreds"), Layout(arguments.mask("response_mask"))
     padded = (values, arguments.tensor("values"), arguments.tensor("returns"))
     columns, clip = (*map(layout.flat, padded), layout.mask), arguments.number("cliprange_value")

@@ -108,7 +108,7 @@ class DPOSettings:
         )
 
     def weights(self, columns: Columns, layout: Layout) -> Tensor:
-        """The product over the pair."""
+        """Return the product of both sides of each pair."""
         if not self.use_weighting:
             return torch.ones(len(layout.lengths) // 2, dtype=columns.logprobs.dtype)
         flat = layout.flat(columns.logprobs), layout.flat(columns.collision_logprobs)
@@ -201,7 +201,7 @@ def trl_dpo(arguments: Arguments) -> Outputs:
     if arguments.has("input_ids"):
         return trl_dpo_tiny(arguments)
     settings, logprobs = DPOSettings(arguments), arguments.variable("policy_per_token_logps")
-    # the sums and lengths of the same columns
+    # sums and lengths of the columns above
     arguments.ignore(*(f"{kind}_{row}" for row in ("logps", "lengths") for kind in ("chosen", "rejected")))
     arguments.ignore("ref_chosen_logps", "ref_rejected_logps")
     collisions = arguments.maybe("policy_log_sum_sq_probs")
@@ -209,7 +209,7 @@ def trl_dpo(arguments: Arguments) -> Outputs:
         logprobs=logprobs,
         ref_logprobs=arguments.tensor("ref_per_token_logps"),
         completion_mask=arguments.mask("completion_mask"),
-        collision_logprobs=logprobs if collisions is None else collisions,  # unread without weights
+        collision_logprobs=logprobs if collisions is None else collisions,  # not read without weights
     )
     pairs = settings.pairs(columns)
     loss = settings.losses(pairs).mean()
@@ -223,7 +223,7 @@ def trl_dpo(arguments: Arguments) -> Outputs:
 
 
 def trl_dpo_tiny(arguments: Arguments) -> Outputs:
-    """From token ids."""
+    """Return the loss from token ids."""
     settings, ids = DPOSettings(arguments), arguments.integers("input_ids")
     attended, completion = arguments.mask("attention_mask"), arguments.mask("completion_mask")
     model, reference = load(arguments, "policy_state_dict"), load(arguments, "ref_state_dict")

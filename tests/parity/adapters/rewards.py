@@ -25,14 +25,14 @@ def openrlhf_reward(arguments: Arguments) -> Outputs:
 
 
 def openrlhf_overlong(arguments: Arguments) -> Outputs:
-    """The penalty times a factor, added to the rewards."""
+    """Return the rewards plus the penalty times a factor."""
     lengths, factor = arguments.integers("response_lengths"), arguments.number("overlong_penalty_factor")
     most, buffer = int(arguments.number("max_new_tokens")), arguments.number("overlong_buffer_len")
     return {"rewards": arguments.tensor("rewards") + factor * overlong_penalty(lengths, max_tokens=most, buffer=buffer)}
 
 
 def openrlhf_stop_properly(arguments: Arguments) -> Outputs:
-    """A coefficient below zero is the score."""
+    """Return the rewards. A coefficient below zero replaces the score of a truncated response."""
     scores, coef = arguments.tensor("rewards"), arguments.number("stop_properly_penalty_coef")
     return {"rewards": torch.where(arguments.mask("truncated"), coef, scores)}
 
@@ -43,7 +43,7 @@ def trl_soft_overlong(arguments: Arguments) -> Outputs:
 
 
 def openrlhf_sft_loss(arguments: Arguments) -> Outputs:
-    """Cross-entropy over the tokens."""
+    """Return the cross-entropy over the tokens."""
     layout = Layout(arguments.mask("loss_mask"))
     losses = negative_logprob(layout.flat(arguments.tensor("per_token_logps")), layout.mask)
     return {"loss": openrlhf_aggregated(arguments, losses, layout)}

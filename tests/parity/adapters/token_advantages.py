@@ -55,14 +55,14 @@ def zeroing_gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, 
 
 
 def zeroing_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
-    """As zeroing_gae, without values."""
+    """Return the returns of zeroing_gae without values."""
     layout = Layout.full(mask.shape)
     flat = layout.flat(torch.where(mask, rewards, 0.0))
     return layout.padded(reward_to_go(flat, layout.mask, layout.lengths, gamma=gamma))
 
 
 def verl_gae(arguments: Arguments) -> Outputs:
-    """A masked position shows the carried value. Advantages come whitened."""
+    """Return whitened advantages. A masked position has the carried value."""
     mask, gamma, lam = arguments.mask("response_mask"), arguments.number("gamma"), arguments.number("lam")
     rewards, values, layout = arguments.tensor("token_level_rewards"), arguments.tensor("values"), Layout(mask)
     flat = gae(layout.flat(rewards), layout.flat(values), layout.mask, layout.lengths, gamma=gamma, lam=lam)
@@ -102,7 +102,7 @@ def openrlhf_cumulative_returns(arguments: Arguments) -> Outputs:
 
 
 def openrlhf_masked_normalize(arguments: Arguments) -> Outputs:
-    """Normalise each row."""
+    """Return advantages normalised over each row."""
     arguments.ignore("dim")
     rows = zip(arguments.tensor("tensor"), arguments.mask("mask"), strict=True)
     return {"out": torch.stack([biased_whiten(row, kept, kept) for row, kept in rows])}
