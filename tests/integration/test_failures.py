@@ -234,7 +234,7 @@ def test_two_runs_at_once_have_a_ray_each_and_leave_nothing_when_they_are_killed
     runs = {
         run: start(write_run(tmp_path, run.name, SFT, one_rank), without=["RAY_AUTH_MODE"]) for run in (asked, killed)
     }
-    request.addfinalizer(lambda: [process.kill() for process in runs.values()])  # those that a failure leaves
+    request.addfinalizer(lambda: [process.kill() for process in runs.values()])  # left by a failure
     await_steps(runs, {asked: 3, killed: 3})
     rays = [dict(rays_below(process.pid)) for process in runs.values()]
     assert [len(one) for one in rays] == [1, 1]

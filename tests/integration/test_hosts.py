@@ -77,7 +77,7 @@ def test_trials_of_a_sweep_share_the_hosts(tmp_path: Path) -> None:
         sweep = [*rlhf(), "sweep", config, "--quiet", f"cluster.address={address}", f"sweep.dir={tmp_path}", *short]
         hosts[0].run(sweep, timeout_s=400.0)
     events = [json.loads(line) for line in (tmp_path / "tiny/trials.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in events[:4]] == ["trial", "trial", "trial", "end"]  # a CPU each
+    assert [event["event"] for event in events[:4]] == ["trial", "trial", "trial", "end"]  # one per CPU
     ends = [event["state"] for event in events if event["event"] == "end"]
     assert ends == ["finished"] * 4
 

@@ -46,7 +46,7 @@ def test_the_run_folder_has_what_it_promises(unbroken: Path) -> None:
     named = {"rewards/digits/mean", *(f"eval/heldout/{name}" for name in ("score", "digits", "pass@1", "score_low"))}
     named |= {"time/rollouts_s", "time/update_s", "time/checkpoint_s"}
     assert named | {"memory/rollout_rss_gib", "memory/critic_rss_gib"} <= set(found[2])
-    assert all(row["rewards/score/std"] > 0.0 for row in found[1:])  # or nothing below would prove much
+    assert all(row["rewards/score/std"] > 0.0 for row in found[1:])  # needed by the checks below
     assert [row["weight_sync/version"] for row in found] == [0, 1, 2, 3, 4]
     assert all(row["weight_sync/probe_max_diff"] < 1e-4 for row in found)
     assert all(row["experience/rollout_logprob_diff/max"] < 1e-4 for row in found[1:])

@@ -23,7 +23,7 @@ def test_metrics_reach_the_export_port_and_nodes_say_how_busy_they_are(ray_local
     (node,) = ray.nodes()
     placement: Any = SimpleNamespace(nodes=lambda: {node["NodeID"]})
     nodes = Nodes(placement)
-    nodes.here, nodes.addresses = "driver", {"driver": "driver"}  # so the only node is another one, with an actor
+    nodes.here, nodes.addresses = "driver", {"driver": "driver"}  # so the only node is another node, with an actor
     exercise(tmp_path, PrometheusBackend("pipe/grpo"))
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     values, busy, until = dict[str, float](), dict[str, float](), time.monotonic() + 60.0

@@ -71,7 +71,7 @@ def test_a_lost_node_is_named_with_all_that_stood_there(
 
 
 def test_a_head_that_cannot_be_asked_is_no_notice(monkeypatch: pytest.MonkeyPatch) -> None:
-    not_joined = GlobalState()  # nor does a driver that joins by ray:// have what it takes to ask
+    not_joined = GlobalState()  # like a driver that joins by ray://, without a connection to the head
     monkeypatch.setattr("ray._private.state.state", not_joined)
     with pytest.raises(RayError):
         not_joined.get_draining_nodes()
@@ -399,7 +399,7 @@ def session(temp: Path, day: int) -> Path:
 
 def test_a_dead_local_ray_leaves_its_logs_and_nothing_else(tmp_path: Path) -> None:
     sessions = [session(tmp_path, day) for day in range(1, 10)]
-    *dead, alive, strange = sessions  # nobody knows whose process the last one is of
+    *dead, alive, strange = sessions  # nobody knows the process of the last session
     for path in dead:
         (path / LOCK).touch()
     held = locked(alive)

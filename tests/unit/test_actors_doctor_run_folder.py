@@ -161,7 +161,7 @@ def test_equal_findings_stand_once() -> None:
 
 
 def test_the_paths_and_the_hub_models_of_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The paths are those that are here, and the models of the hub are those without a folder."""
+    """The paths are the paths on this machine. The hub's models are the models without a folder here."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "here").mkdir(parents=True)
     (tmp_path / "models/here/weights").write_bytes(b"12345")

@@ -92,7 +92,7 @@ def test_an_adapter_that_it_can_have_is_let_through(tiny_model: Path, tmp_path: 
 def test_a_role_must_read_the_policys_tokens(tiny_model: Path, models: Path, tmp_path: Path) -> None:
     message = refusal(ppo(tmp_path, tiny_model, critic={"model": str(models / "other_words")}))
     assert message.startswith(f"critic.model: {models}/other_words has another vocabulary than policy.model")
-    for name in ("no_words", "more_words"):  # its weights alone: it reads what it is given; a token that never comes
+    for name in ("no_words", "more_words"):  # only weights are read; one token never occurs
         assert load_inputs(ppo(tmp_path, tiny_model, critic={"model": str(models / name)}))
 
 

@@ -289,7 +289,7 @@ def test_values_are_hidden_in_whatever_a_cluster_says() -> None:
     jobs._hidden = ("open", "open sesame", "no", "two\nlines")
     assert jobs._masked("it said open sesame, no more") == "it said ***, no more"
     assert jobs._message("refused:\ntwo\nlines, open") == "refused: ***, ***"
-    # a value of several lines, in a log that comes in parts
+    # a value of several lines, in a log that arrives in parts
     jobs._hidden = ("-----BEGIN KEY-----\n  c2VjcmV0\n}\n-----END KEY-----\n",)
     assert jobs._masked("it has -----BEGIN KEY-----\n") == "it has ***\n"
     assert jobs._masked("c2VjcmV0\n}\n-----END KEY-----\n") == "***\n}\n***\n"
@@ -348,6 +348,6 @@ def test_the_driver_of_a_job_is_supervised(monkeypatch: pytest.MonkeyPatch, opti
     made = Mock(return_value=jobs)
     monkeypatch.setattr(actors.jobs.submit, "Jobs", made)
     assert main(["submit", "run.yaml", "train.steps=3", "--wait", *options]) == 0
-    made.assert_called_once()  # another one would not mask the values of --env in the log
+    made.assert_called_once()  # a second client would not mask the values of --env in the log
     command = f"exec python -m actors.jobs.entrypoint train run.yaml train.steps=3 --resume auto{end}"
     assert jobs.submit.call_args.args[2] == command

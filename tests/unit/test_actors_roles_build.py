@@ -34,7 +34,7 @@ def created(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     def spawn(
         cluster: Any, placement: Any, role: str, worker: type, *_: Any, longest_sequence: int, **__: Any
     ) -> tuple[list[Any], None]:
-        assert longest_sequence == LONGEST  # of every role, so that all models choose the same frequencies
+        assert longest_sequence == LONGEST  # over all roles, so that all models choose the same RoPE frequencies
         created.append((role, worker.__name__))
         return [SimpleNamespace()], None
 

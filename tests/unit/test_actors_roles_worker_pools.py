@@ -204,7 +204,7 @@ async def test_the_group_that_ends_its_worker_is_found_and_the_others_are_scored
             worker.answer(next(iter(worker.waiting)))
         await settle()
     assert in_work[0] == {0, 1, 2}
-    assert sorted(map(len, in_work[1:])) == [1, 1, 1, 1]  # one at a time, and then the group that had no place before
+    assert sorted(map(len, in_work[1:])) == [1, 1, 1, 1]  # one at a time, then the group that found no free worker
     assert in_work[-1] == {3}
     assert len(supervisor.losses) == 2  # three groups shared the first rebuild
     results = [task.result() for task in tasks]
@@ -241,7 +241,7 @@ async def test_a_lost_reference_worker_is_asked_again_with_the_model_that_it_had
     successor, beside = workers.handles
     assert beside is second
     assert successor.asked == [("start",), ("become", "references/step_4")]
-    assert len(supervisor.losses) == 1  # both calls share it
+    assert len(supervisor.losses) == 1  # both calls share the loss
     for worker in (successor, second):
         for call in list(worker.waiting):
             worker.answer(call)

@@ -47,7 +47,7 @@ async def test_cancelled_groups_are_continued_by_another_engine_sample_by_sample
     assert nothing == (Begun(),) * 3
     outputs = [output((7, 8), (-1.0, -2.0), 4, "abort"), output((9,), (-0.5,), 4, "stop"), output((), (), 4, "abort")]
     first.follow(REQUEST, SAMPLING, nothing, outputs)
-    await first.write([3, 99])  # the group of another engine is not its own
+    await first.write([3, 99])  # another engine's group is not written
 
     begun = await other.begun(LATER, SAMPLING)
     assert [one.finish_reason for one in begun] == [None, "stop", None]

@@ -80,7 +80,7 @@ async def test_a_dropped_group_does_not_hold_up_those_behind_it() -> None:
     rules.drop(1)
     given_up.cancel()
     assert await dropped is None
-    rules.leave(slot)  # `behind` has the room now, does not know it yet, and gives up
+    rules.leave(slot)  # `behind` now has the room, and gives up before its task knows
     behind.cancel()
     assert (await last).engine == 0
 
@@ -118,7 +118,7 @@ async def test_a_closed_engine_gets_no_group_until_it_is_open_again() -> None:
     behind, joining = await waiter(rules, 3), await waiter(rules, 4)
     rules.open(lost.engine, EngineCapacity(cache_tokens=1000, samples=2))
     assert (await behind) == lost
-    rules.close(7)  # it has never been open, and joins
+    rules.close(7)  # this engine was never open before, and joins
     rules.open(7, EngineCapacity(cache_tokens=1000, samples=2))
     assert (await joining).engine == 7
 

@@ -110,7 +110,7 @@ async def joined(*new: Engine) -> tuple[Elastic, Engine]:
 async def test_an_engine_joins_when_there_is_room_and_gets_groups_that_wait() -> None:
     first, second = Engine("first"), Engine("second")
     engines = await elastic(first, most=3, new=(second,))
-    await asyncio.wait_for(synced(engines, 2), DEADLINE_S)  # which waits for no engine that may never join
+    await asyncio.wait_for(synced(engines, 2), DEADLINE_S)  # the sync does not wait for an engine that may never join
     tasks = [asked(engines, 0), asked(engines, 1)]
     await until(lambda: 0 in first.groups)
     assert engines.num_working == 1

@@ -126,14 +126,14 @@ async def test_an_engine_on_another_host_knows_its_interface_before_it_is_built(
 async def test_a_stored_group_is_returned_unless_a_token_is_too_old(worker: RolloutWorker, tmp_path: Path) -> None:
     await worker.answer(request(0), SAMPLING, 3)
     (path,) = tmp_path.iterdir()
-    assert path == group_path(tmp_path, 0, 4)  # of its newest token
+    assert path == group_path(tmp_path, 0, 4)  # the version of the newest token
     written = path.stat().st_mtime_ns
     worker.weights.version = 5
     rollouts, infos = await worker.answer(request(0), SAMPLING, 3)
     assert rollouts is not None
     assert rollouts.versions.tolist() == [-1, -1, 3, 4] * 2
     assert {(info.min_version, info.max_version) for info in infos or ()} == {(3, 4)}
-    assert path.stat().st_mtime_ns == written  # it was not drawn again
+    assert path.stat().st_mtime_ns == written  # the group was not sampled again
     await worker.answer(request(0), SAMPLING, 4)
     assert path.stat().st_mtime_ns > written
 
@@ -152,7 +152,7 @@ async def test_a_stored_group_names_the_weights_that_have_sampled_all_of_it(
 
 
 async def test_a_cancelled_group_is_dropped_at_every_moment(worker: RolloutWorker) -> None:
-    for turns in range(6):  # of the event loop: while it reads the spool, and later
+    for turns in range(6):  # turns of the event loop: during the read of the spool, and later
         answer = asyncio.ensure_future(worker.answer(request(turns), SAMPLING, 4))
         for _ in range(turns + 1):
             await asyncio.sleep(0)
@@ -279,13 +279,13 @@ async def test_cancelled_groups_are_none_wherever_they_are() -> None:
     engines = engines_of(engine := Engine("first"))
     running, waiting, behind = (asked(engines, group_id) for group_id in range(3))
     await until(lambda: 0 in engine.groups)
-    await asyncio.sleep(0.01)  # until the others wait
+    await asyncio.sleep(0.01)  # until the other requests wait
     await engines.cancel([request(1)])
     assert await asyncio.wait_for(waiting, DEADLINE_S) is None
     await engines.cancel([request(0)])
     engine.groups[0].set_result(None)
     assert await running is None
-    again = asked(engines, 1)  # it may be requested once more
+    again = asked(engines, 1)  # the group may be requested again
     for group_id, task in ((2, behind), (1, again)):
         await until(lambda at=group_id: at in engine.groups)
         engine.finish(group_id)

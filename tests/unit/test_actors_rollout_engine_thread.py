@@ -108,7 +108,7 @@ def test_an_engine_without_its_gpu_or_a_worker_is_given_to_the_driver_as_lost(
         with pytest.raises(RunError, match=re.escape(str(error))) as failure:
             request.result(timeout=10.0)
         assert isinstance(failure.value, ChildLost) == is_lost
-        assert ("--resume auto" in str(failure.value)) != is_lost  # the driver says it if the run ends
+        assert ("--resume auto" in str(failure.value)) != is_lost  # the driver adds this hint if the run ends
         with pytest.raises(type(failure.value)):
             loop.call(lambda engine: engine).result(timeout=10.0)
 

@@ -78,7 +78,7 @@ async def update(engines: Engines, version: int) -> None:
 
 async def test_a_successor_gets_the_whole_share_and_no_group_comes_twice() -> None:
     engines, first, other, successor = await group_of(2, 1)
-    assert await engines.renew(Path("second_run"))  # whose folder is the successor's too
+    assert await engines.renew(Path("second_run"))  # the successor gets the same folder
     await synced(engines)
     task = generated(engines, 0, 1, 2, 3, 4)
     await until(lambda: len(first.groups) == 3 and len(other.groups) == 2)
@@ -120,7 +120,7 @@ async def test_a_share_with_nothing_left_but_cancelled_groups_is_not_asked_again
     assert [group.request.group_id for group in await finished(task)] == [0]
     again = generated(engines, 2)
     await asyncio.sleep(0.01)
-    await engines.cancel([request(2)])  # while it waits for the successor
+    await engines.cancel([request(2)])  # while the group waits for the successor
     engines.may_start.set()
     assert await finished(again) == []
     assert successor.calls == LOADED
@@ -237,13 +237,13 @@ async def test_a_successor_waits_for_a_publication_that_has_begun() -> None:
     engines, first, other, successor = await group_of(2, 1)
     assert engines._dispatch is None
     first.is_dead = True
-    await update(engines, 2)  # the loss of one does not keep the others from the new weights
+    await update(engines, 2)  # the other engines get the new weights despite the loss
     assert other.calls == ["load 2"]
     await until(lambda: successor.calls == ["open"])
     await asyncio.sleep(0.01)
     assert successor.calls == ["open"], "the policy's log-probabilities are not known yet"
     assert await engines.prove(policy_probe(2)) == 0.0
-    assert successor.calls == ["open", "load 2", "probe", "probe"]  # its own proof, and that of the sync
+    assert successor.calls == ["open", "load 2", "probe", "probe"]  # the successor's proof, and the proof of the sync
 
 
 async def test_a_sync_waits_until_a_successor_has_read_the_weights() -> None:
@@ -434,14 +434,14 @@ async def test_a_proof_is_only_of_the_engine_that_gave_it() -> None:
 async def test_new_ranks_of_the_policy_and_a_broadcast_meet_the_engines_that_work() -> None:
     engines, first, _, successor = await group_of(2, 1, policy := Policy())
     engines.may_start.clear()
-    first.is_dead = True  # and nobody has noticed: both were on the same node
+    first.is_dead = True  # unnoticed: engine and policy were on the same node
     await cast(Any, policy).reconnect()
     assert policy.meetings == [2, 1]
     engines.may_start.set()
     await until(lambda: engines._unsynced)
     successor.is_dead = True
     await synced(engines, 3)
-    with pytest.raises(RunError, match="no room"):  # for the successor of the successor
+    with pytest.raises(RunError, match="no room"):  # no room for the successor's successor
         await engines.working(0)
 
 

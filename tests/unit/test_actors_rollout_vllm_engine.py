@@ -61,7 +61,7 @@ def test_an_engine_that_has_lost_weights_is_refused() -> None:
     with pytest.raises(UserError, match=rf"not loaded 1 weights of folder, such as {bias}.* type laguna"):
         refuse_lost({bias, "mtp.layers.0.weight"}, {bias, head}, config=config)
     refuse_lost({"mtp.layers.0.weight"}, config=config)  # no weight of the language model
-    refuse_lost({bias}, {head}, config=config)  # each is read by the other worker
+    refuse_lost({bias}, {head}, config=config)  # the other worker reads each weight
     refuse_lost({head}, config=tiny_model("gemma2").config)  # tied to the embedding
     refuse_lost({"any"}, config=PretrainedConfig())
 
@@ -111,7 +111,7 @@ def test_a_preempted_request_whose_blocks_get_another_salt_sends_all_of_their_ha
     assert list(sent(a=8).block_hashes["a"]) == [b"1-0", b"1-1"]
     Scheduler._preempt_request(scheduler, request, 0.0)
     salt_waiting(engine)
-    assert sent().finished_requests == ("a",)  # the workers forget it
+    assert sent().finished_requests == ("a",)  # the workers forget the request
     again = sent(a=9)
     assert list(again.block_hashes["a"]) == [b"2-0", b"2-1"]
     assert again.requests == {"a": 8}  # and return no row a second time

@@ -92,7 +92,7 @@ def test_the_stages_of_a_pipeline_are_one_group(tmp_path: Path, opened: list[dic
         again = load(tmp_path / stage.run.name / "config.resolved.yaml")
         assert list(again.stages.values()) == [stage]
         if isinstance(stage, MergeStage):
-            assert opened[-1]["name"] == "demo/a"  # it has no metrics to send
+            assert opened[-1]["name"] == "demo/a"  # a merge has no metrics to send
     groups = [(asked["name"], asked["group"], asked["job_type"]) for asked in opened]
     assert groups == [("demo/a", "demo", "sft"), ("demo/judge", "demo", "evaluation")]
     for stage in stages(tmp_path / "sweep", wandb="offline, wandb_group: lr"):  # as a sweep names its group
@@ -171,7 +171,7 @@ def test_a_single_run_has_no_group(tmp_path: Path, opened: list[dict[str, Any]])
         raise RunError("it broke")
     assert (opened[0]["group"], opened[0]["tags"], opened[0]["entity"]) == (None, ("tiny",), "team")
     assert opened[0]["config"]["train"]["lr"] == 1e-3
-    assert "rollouts" not in opened[0]["config"]  # only what is in effect
+    assert "rollouts" not in opened[0]["config"]  # only keys in effect
     (row,) = (record.folder.path / "errors.jsonl").read_text().splitlines()
     assert json.loads(row)["message"] == "it broke"
 
@@ -213,7 +213,7 @@ def checkpointed(record: Any, step: int) -> None:
 def test_a_mirrored_run_goes_on_elsewhere_and_is_not_begun_twice(tmp_path: Path) -> None:
     there = tmp_path / "mirror" / "demo"
     with suppress(RunError), recording(mirrored(tmp_path), resume=False) as (record, _):
-        assert (there / "config.resolved.yaml").exists()  # what cannot be written there is known at the start
+        assert (there / "config.resolved.yaml").exists()  # a mirror that cannot be written fails at the start
         for step in (10, 20):
             checkpointed(record, step)
         raise RunError("lost")
@@ -541,7 +541,7 @@ def test_a_finished_run_does_not_go_back_and_a_run_stops_only_at_a_step_of_its_o
 def test_a_pipeline_s_file_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
     build_tiny_llama(tmp_path / "a-long-secret", seed=1)
     monkeypatch.setenv("STORE_TOKEN", "a-long-secret")
-    monkeypatch.setattr("rlhf.tracking.logs.configure", lambda: None)  # it is for a whole process
+    monkeypatch.setattr("rlhf.tracking.logs.configure", lambda: None)  # logging is set up for a whole process
     models = {"a": {"model": str(tiny_model)}, "b": {"model": str(tmp_path / "a-long-secret")}}
     mean = {"mean": {"merge": {"method": "linear", "models": models}}}
     (tmp_path / "soup.yaml").write_text(yaml.safe_dump({"run": {"name": "soup", "dir": str(tmp_path)}, "stages": mean}))

@@ -122,7 +122,7 @@ async def test_the_servers_own_key_is_not_captured_and_has_one_model() -> None:
     assert (await ask(key="own"))[0] == 200
     assert ask.app.calls[0].session is None
     assert await ask.refused(ASK | {"model": "m"}, key="own") == (404, "there is no model m: this server has tiny")
-    assert (await ask(ASK | {"model": "m"}))[0] == 200  # a session may name it as it likes
+    assert (await ask(ASK | {"model": "m"}))[0] == 200  # a session may use any name for the model
 
 
 async def test_bodies() -> None:
@@ -146,7 +146,7 @@ async def test_bodies() -> None:
         ({"tools": [{"type": "function"}]}, 400, "or with a tool parser (--tool-parser)"),
         ({"previous_response_id": "r"}, 404, "send the whole conversation in `input`"),
         ({"n": 129}, 400, "asks for 129 responses, more than 128"),
-        ({"n": "2"}, 400, "`n` is '2', expected a whole number"),  # vLLM would read it as 2
+        ({"n": "2"}, 400, "`n` is '2', expected a whole number"),  # vLLM would read the string as 2
         ({"n": 2.0}, 400, "`n` is 2.0, expected a whole number"),
         ({"messages": [{}] * 1031}, 413, "a list of the body has more than 1030 items"),
         ({"tools": [{"a": [{}] * 1031}]}, 413, "a list of the body has more than 1030 items"),
@@ -223,7 +223,7 @@ async def test_an_open_request_ends_with_its_session(hangs: str, bodies: int) ->
     ask.sessions.close("s")
     await asyncio.gather(request, return_exceptions=True)
     start, *rest = ask.sent
-    assert (start["status"], len(rest)) == (401 if bodies else 200, bodies)  # without one, the connection is closed
+    assert (start["status"], len(rest)) == (401 if bodies else 200, bodies)  # without a body, the connection is closed
 
 
 async def test_a_flood_of_requests_is_refused_slowly_and_ends_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +237,7 @@ async def test_a_flood_of_requests_is_refused_slowly_and_ends_the_session(monkey
     assert not any(request.done() for request in held)
     monkeypatch.setattr(gateway, "MAX_HELD", 2)
     assert (await ask(key="guessed"))[0] == 401
-    assert (await ask.refused(b"{", key="own"))[0] == 400  # not held
+    assert (await ask.refused(b"{", key="own"))[0] == 400  # this request is not held back
     for request in held:
         request.cancel()
 

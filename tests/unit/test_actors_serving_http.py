@@ -114,7 +114,7 @@ async def test_requests_and_answers_are_passed_on_as_they_are() -> None:
         assert await ask(client, "teapot") == (418, {"path": "/v1/teapot"})
         assert (await (await client.get("/v1/models")).json()) == {"path": "/v1/models"}
         answer = await client.post("/v1/chat/completions", data=b" " * (MAX_REQUEST_BYTES + 1))
-        assert (answer.status, (await answer.json())["error"]["param"]) == (413, None)  # and passed on to no engine
+        assert (answer.status, (await answer.json())["error"]["param"]) == (413, None)  # not passed on to any engine
         answer = await client.post("/v1/messages", json=CHAT | {"stream": True})
         assert answer.headers["Content-Type"] == "text/event-stream"
         assert await answer.text() == "data: 0\n\ndata: 1\n\ndata: 2\n\n"
@@ -207,7 +207,7 @@ async def test_a_dead_engine_is_asked_no_more(state: Any) -> None:
             message = told["error"]["message"]
             assert (status, "died" in message, "--resume" in message) == (503, True, False)
         assert (await client.get("/health")).status == 503
-    async with serving(Engine(state)) as client:  # noticed by a look alone
+    async with serving(Engine(state)) as client:  # the health check alone notices the death
         assert "died" in (await (await client.get("/health")).json())["error"]["message"]
 
 
@@ -244,7 +244,7 @@ def test_what_is_wrong_is_said_before_anything_starts(
     words: str, why: str, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("actors.serving.http.serving", None)  # no engine starts
-    with socket.socket() as free:  # not the usual one, which somebody may serve on here
+    with socket.socket() as free:  # not the default port, which may be in use here
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     given = words.replace("MODEL", str(tiny_model)).split()

@@ -28,7 +28,7 @@ from actors.serving.front import FrontSpec, _renderer
 from actors.serving.parsers import _BY_TYPE, _REASONING_BY_MARKS, _TOOLS_BY_MARKS
 
 TOOLS, REASONING = ToolParserManager.list_registered(), ReasoningParserManager.list_registered()
-TOKENS = (  # looked up by some parser as it is built
+TOKENS = (  # a parser looks these tokens up when it is built
     *("<think>", "</think>", "<mm:think>", "</mm:think>", "<ifm|think>", "</ifm|think>", "[THINK]", "[/THINK]"),
     *("<tool_call>", "</tool_call>", "<tool_calls>", "</tool_calls>", "<tool_sep>", "[TOOL_CALLS]", "[ARGS]"),
     *(f"<\uff5ctool▁{name}\uff5c>" for name in ("calls▁begin", "calls▁end", "call▁begin", "call▁end")),

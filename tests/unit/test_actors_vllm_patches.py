@@ -162,7 +162,7 @@ def test_reload() -> None:
     reload.initialize_layerwise_reload(layer)
     info = get_layerwise_info(layer)
     assert info.load_numel_total == 2 * 2 + 2 + 3
-    layer.weight.weight_loader(layer.weight, torch.ones(2, 2))  # and the update fails before the bias
+    layer.weight.weight_loader(layer.weight, torch.ones(2, 2))  # then the update fails before the bias comes
     reload.initialize_layerwise_reload(layer)
     assert info.load_numel == 4
 

@@ -218,7 +218,7 @@ def test_a_token_keeps_its_first_experts(
         context = SimpleNamespace(slot_mapping={"layer": slots})
         monkeypatch.setattr(experts_cpu, "get_forward_context", lambda context=context: context)
         record.capture(0, torch.full((len(slots), 1), version))
-        runner.requests[name].num_tokens = computed.stop + 1  # one is sampled
+        runner.requests[name].num_tokens = computed.stop + 1  # one more token is sampled
     for request, experts in expected.items():
         for count in (len(experts), 3):
             assert record.of(request, count)[:, 0, 0].tolist() == experts[:count]

@@ -70,7 +70,7 @@ def test_staged_buckets_are_the_run_and_take_the_memory_of_the_largest(limit: in
     memory = Scratch(CPU)
     manifest = stage(weights(), memory, version=0, transport="x", fields={})
     assert memory.flat.numel() == 64  # of the largest weight; all are 192
-    assert BUCKET_BYTES == footprints.BUCKET_BYTES  # so the plan counts the same
+    assert BUCKET_BYTES == footprints.BUCKET_BYTES  # so that the plan counts the same bytes
     run = [bucket.clone() for bucket in staged_buckets(weights(), memory, manifest, limit=limit)]
     assert xxhash.xxh3_64(torch.cat(run).numpy().tobytes()).hexdigest() == manifest.checksum
     assert memory.flat.numel() == min(limit, 192)
@@ -120,7 +120,7 @@ def test_other_ranks_take_part_in_the_gathering_and_publish_nothing(transport: T
     taken = []
 
     def gathered() -> Iterator[tuple[str, Tensor]]:
-        for name, weight in weights():  # gathering a weight may be a collective, so all are asked for
+        for name, weight in weights():  # gathering a weight may be a collective, so every weight is gathered
             taken.append(name)
             yield name, weight
 

@@ -153,7 +153,7 @@ def test_an_attack_fails_its_session_alone() -> None:
         return dict(zip(["honest", "deep", *ATTACKS], results, strict=True))
 
     found = with_runner(runner, use)
-    assert (found.pop("honest"), found.pop("deep")) == ("late", "done")  # the second: a folder too deep for Python
+    assert (found.pop("honest"), found.pop("deep")) == ("late", "done")  # `deep` leaves a folder too deep for Python
     assert {kind for kind, message in ATTACKS.items() if message not in str(found[kind])} == set(), found
     assert {type(failure) for failure in found.values()} == {EnvironmentFailure}
 
@@ -245,7 +245,7 @@ def test_a_daemon_ends_with_its_session(tmp_path: Path) -> None:
     note = tmp_path / "pid"
 
     async def use(runner: HostedRunner) -> AgentResult:
-        other = asyncio.create_task(runner.solve(task(mood="slow", s=1.5)))  # goes on meanwhile
+        other = asyncio.create_task(runner.solve(task(mood="slow", s=1.5)))  # this session runs on meanwhile
         assert await runner.solve(task(mood="daemon", note=str(note))) == "done"
         assert not psutil.pid_exists(int(note.read_text()))
         return await other
@@ -261,7 +261,7 @@ def test_a_cancelled_session_leaves_no_process_and_no_folder() -> None:
             await asyncio.sleep(0.02)
         session.cancel()
         await asyncio.gather(session, return_exceptions=True)
-        while host.children(recursive=True):  # a copy that was being made ends a moment later
+        while host.children(recursive=True):  # a copy in progress ends a moment later
             await asyncio.sleep(0.02)
         assert runner._folder is not None
         return [name for name in os.listdir(runner._folder.path) if name != ".lock"]
@@ -399,7 +399,7 @@ def test_a_program_in_the_sandbox_reaches_the_model_alone(tmp_path: Path, monkey
     assert json.loads(result.contents["seen"]) == {
         "model": "policy",
         "beside": "FileNotFoundError",
-        "sessions": 1,  # its own folder alone
+        "sessions": 1,  # the folder of this session alone
         "processes": "FileNotFoundError",
         "devices": "OSError",
         "passwd": "FileNotFoundError",

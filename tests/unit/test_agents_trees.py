@@ -110,7 +110,7 @@ def test_a_session_is_one_sample_however_many_sequences_it_has() -> None:
     assert (branched.num_tokens, branched.mean_logprob) == (8, -2.5)
     assert (branched.min_version, branched.max_version) == (3, 5)
     assert (single.sequence_id, single.num_tokens, single.finish_reason) == (5, 3, "stop")
-    assert response_texts(rollouts, byte_tokenizer(), turn_end=None) == ["A\nBC\nD", "E"]  # as rewards read them
+    assert response_texts(rollouts, byte_tokenizer(), turn_end=None) == ["A\nBC\nD", "E"]  # the texts that rewards read
     assert [len(spans) for spans in token_spans(rollouts)] == [6, 2]
 
 

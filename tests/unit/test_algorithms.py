@@ -141,7 +141,7 @@ def test_a_response_is_compared_with_its_group(name: str, settings: dict[str, An
 
 @pytest.mark.parametrize("opinions", [[True] * 6, [True, False, True, True, True, True]])
 def test_gdpo_compares_by_each_reward_and_whitens_the_sum(opinions: list[bool]) -> None:
-    """Against the paper's steps in a loop over groups. Reward b has an opinion on some of the responses."""
+    """The results equal the paper's steps in a loop over groups. Reward b applies to some responses only."""
     rewards = {"a": [1.0, 0.0, 0.0, 5.0, 5.0, 7.0], "b": [0.0, 1.0, 2.0, 2.0, 2.0, 2.0], "watched": [9.0] * 6}
     weights = {"a": 1.0, "b": 0.5, "watched": 0.0}
     told = outcomes([0.0] * 6, group_size=3, by_reward=rewards, weights=weights)
@@ -186,7 +186,7 @@ def test_raft_keeps_the_best_that_are_good_enough() -> None:
 def test_reinforce_plus_plus_has_rewards_to_come_as_advantages() -> None:
     algorithm = made("reinforce_plus_plus")
     assert algorithm.sequence_advantages(outcomes([0.0] * 4, group_size=1)) is None
-    # the first token's penalty is felt by itself alone, the score by both
+    # only the first token bears its penalty, and both tokens get the score
     rewards = torch.tensor([0.0, -0.1, 1.0, 0.0, 0.0, -1.0])
     advantages, _ = algorithm.token_advantages(rewards, None, MASK, LENGTHS)
     torch.testing.assert_close(advantages, torch.tensor([0.0, 0.9, 1.0, 0.0, -1.0, -1.0]))
@@ -205,13 +205,13 @@ def test_reinforce_plus_plus_has_rewards_to_come_as_advantages() -> None:
         ("cispo", {"max_ratio": 2.0}, 4.0, 1.0, (2.0 * (1.0 - math.log(4.0)) + 3.0) / 4, 1),  # -weight * logprob
         ("cispo", {}, 4.0, 1.0, (4.0 * (1.0 - math.log(4.0)) + 3.0) / 4, 0),
         ("gmpo", {}, 4.0, 1.0, -(math.exp(0.4 / 2) + 1.0) / 2, 1),
-        ("gmpo", {}, 4.0, -1.0, (2.0 + 1.0) / 2, 0),  # held from below only
+        ("gmpo", {}, 4.0, -1.0, (2.0 + 1.0) / 2, 0),  # clipped from below only
         ("sapo", {"temperature_positive": 2.0}, 1.5, 1.0, -(2.0 / (1.0 + math.exp(-1.0)) + 3.0) / 4, 0),
         ("rloo", {}, 1.5, 1.0, -(1.2 + 3.0) / 2, 1),  # tokens summed, over two sequences
         ("opo", {}, 1.5, 1.0, -(1.2 + 3.0) / 2, 1),
         ("grpo", {}, 0.5, 1.0, -(0.5 + 3.0) / 4, 0),
         ("grpo", {}, 0.5, -2.0, 2.0 * (0.8 + 3.0) / 4, 1),
-        ("grpo", {}, 5.0, -2.0, 2.0 * (5.0 + 3.0) / 4, 0),  # without bound
+        ("grpo", {}, 5.0, -2.0, 2.0 * (5.0 + 3.0) / 4, 0),  # no clip from above
         ("dapo", {}, 1.5, 1.0, -(1.28 + 3.0) / 4, 1),  # GRPO with a higher upper bound
         ("luspo", {"clip_high": 1.0}, 4.0, 1.0, -(2.0 * 2 + 1.0 * 2) / 2, 0),  # sqrt(4) and 1, times two tokens
         ("luspo", {}, 4.0, 1.0, -(1.0004 * 2 + 1.0 * 2) / 2, 2),
@@ -223,7 +223,7 @@ def test_reinforce_plus_plus_has_rewards_to_come_as_advantages() -> None:
         # the probability goes from e^-1 = 0.368 to 0.552, by more than 0.15
         ("dppo", {}, 1.5, 1.0, 3.0 / 4, 1),
         ("dppo", {"max_increase": 0.2}, 1.5, 1.0, (1.5 * (1.0 - math.log(1.5)) + 3.0) / 4, 0),
-        ("dppo", {}, 1.5, -1.0, -(1.5 * (1.0 - math.log(1.5)) + 3.0) / 4, 0),  # lowered is what it would have to be
+        ("dppo", {}, 1.5, -1.0, -(1.5 * (1.0 - math.log(1.5)) + 3.0) / 4, 0),  # the advantage lowers the probability
         ("dppo", {"max_ratio": 1.25, "max_increase": 0.2}, 1.5, 1.0, (1.25 * (1.0 - math.log(1.5)) + 3.0) / 4, 1),
         # KL of {0.368, 0.632} from {0.552, 0.448}: 0.368 log(1 / 1.5) + 0.632 log(0.632 / 0.448) = 0.068
         ("dppo", {"divergence": "kl", "max_increase": 0.07}, 1.5, 1.0, (1.5 * (1.0 - math.log(1.5)) + 3.0) / 4, 0),
@@ -260,7 +260,7 @@ def test_on_the_policy_itself_every_one_has_the_policy_gradient(name: str) -> No
 
 
 def test_kl_cov_penalises_the_tokens_whose_probability_and_advantage_are_both_high() -> None:
-    # of the four sampled tokens, token 2 has the largest product of the two, less their means
+    # of four sampled tokens, token 2 has the largest product of centred log-probability and centred advantage
     old = torch.tensor([0.0, -2.0, -0.5, 0.0, -2.0, -1.5])
     advantages = torch.tensor([0.0, 1.0, 1.0, 0.0, -1.0, -1.0])
     algorithm = made("kl_cov", fraction=0.25, penalty=0.5)

@@ -73,7 +73,7 @@ def test_the_rates_and_the_steps_of_a_run_are_found_again() -> None:
 def test_a_rate_is_never_negative() -> None:
     recorded = [RecordedGroup(lengths=(10, 10, 10, 10 + step)) for step in range(4) for _ in range(8)]
     rows = [row(step, recorded[(step - 1) * 8 : step * 8]) for step in range(1, 5)]
-    for one, seconds in zip(rows, (4.0, 3.0, 2.0, 1.0), strict=True):  # the longer, the faster
+    for one, seconds in zip(rows, (4.0, 3.0, 2.0, 1.0), strict=True):  # longer responses take less time
         one["time/rollouts_s"] = seconds
     found = measured_system(run(), rows, recorded, after=0)
     assert min(found.base_s, found.each_s) >= 0.0

@@ -136,7 +136,7 @@ UNEXPECTED = " (unexpected; --debug shows the traceback)\n"
         (ExceptionGroup("a", [ExceptionGroup("b", [ValueError("x"), rlhf.RunError("deep")])]), "rlhf: error: deep\n"),
         (rlhf.RunError("https://me:secret@host is gone"), "rlhf: error: https://***@host is gone\n"),
         (rlhf.RunError("a service said \x1b]0;x\x07é"), "rlhf: error: a service said \\x1b]0;x\\x07é\n"),
-        # of another than our reader
+        # a pipe to another process than our reader
         (BrokenPipeError(32, "Broken pipe"), f"rlhf: error: BrokenPipeError: [Errno 32] Broken pipe{UNEXPECTED}"),
         (ZeroDivisionError("by 0"), f"rlhf: error: ZeroDivisionError: by 0{UNEXPECTED}"),
     ],

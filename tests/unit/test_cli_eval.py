@@ -140,7 +140,7 @@ def test_a_chat_template_that_writes_tools_takes_a_row_with_tools(
     (tmp_path / "tools.jsonl").write_text(TOOLS)
     words = ["--file", str(tmp_path / "tools.jsonl"), "--max-new-tokens", "9000", "--chat-template", str(HERMES)]
     assert main(["generate", str(tiny_model), *words]) == 2
-    assert "with 9000 new ones" in capsys.readouterr().err  # it is read, and refused for its length alone
+    assert "with 9000 new ones" in capsys.readouterr().err  # the file is read, and refused for its length alone
 
 
 def test_a_run_says_how_it_is_evaluated(config: str, tiny_model: Path) -> None:
@@ -349,7 +349,7 @@ def test_an_option_names_another_column(tiny_model: Path, tmp_path: Path, capsys
         assert main([*command, "--column", "prompt"]) == 2
         assert "expected OURS=THEIRS, such as prompt=question" in capsys.readouterr().err
         assert main([*command, "--column", "prompt=question", "--max-new-tokens", "9000"]) == 2
-        assert "questions.jsonl:1: the prompt has" in capsys.readouterr().err  # it was read
+        assert "questions.jsonl:1: the prompt has" in capsys.readouterr().err  # the file was read
 
 
 def test_results_are_replaced_only_where_that_is_asked_for(tmp_path: Path) -> None:

@@ -78,4 +78,4 @@ def test_an_environment_that_fails_is_an_error(config: str, tmp_path: Path) -> N
     shown: list[str] = []
     with pytest.raises(RunError, match=r"rollouts.environment: raised: step: ValueError: out of order"):
         rlhf.play(config, ["4", "3"], shown.append, overrides)
-    assert len(shown) == 2  # it fails in its second step
+    assert len(shown) == 2  # the environment fails in the second step

@@ -263,7 +263,7 @@ async def test_a_served_function_gets_the_result_of_an_agent(tmp_path: Path) -> 
         assert (await client.post("/score", json=body)).status == 400
         answer = await client.post("/score", json={**body, "results": [{"found": 1}, {"found": 0}]})
         assert (await answer.json())["scores"] == [1.0, 0.0]
-        # without a token, the server answers to its own name alone
+        # without a token, the server accepts only its own name as host
         assert (await client.get("/health", headers={"Host": "elsewhere.org:8700"})).status == 403
 
 

@@ -63,7 +63,7 @@ def test_a_run_that_did_not_get_there(tmp_path: Path, scores: list[float], messa
         (["policy.dtype=bfloat16"], False),
         (
             [
-                "cluster.roles.teacher.colocate_with=null",  # valid with the next one alone
+                "cluster.roles.teacher.colocate_with=null",  # valid only together with the next override
                 "stages.ppo.algorithm={name: on_policy_distillation}",
                 "stages.ppo.teacher={model: 'stage:sft'}",
             ],

@@ -133,7 +133,7 @@ def test_a_driver_is_started_again_unless_the_run_has_ended_or_nothing_changes(
 
 
 def test_what_ran_before_the_first_driver_lives_on(tmp_path: Path) -> None:
-    loop = "while sleep 0.2; do :; done"  # it ends with any child that is killed
+    loop = "while sleep 0.2; do :; done"  # the loop ends if a child is killed
     started = f"import subprocess as p; loop = p.Popen({loop!r}, shell=True, stdout=p.DEVNULL, stderr=p.DEVNULL); "
     noted = f"open({str(tmp_path / 'loop')!r}, 'w').write(str(loop.pid)); "
     plan = [{"row": 1, "end": KILLED, "leaves": True}, {"row": 2, "end": 0}]
@@ -165,7 +165,7 @@ def test_a_damaged_run_folder_does_not_end_the_supervision(caplog: pytest.LogCap
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     assert restarts.allow(DriverEnd(code=1, is_told=False, hung=False, report=report))
     (tmp_path / "metrics.jsonl").write_text('garbage\n{"step": 2}\n')
-    for _ in range(2):  # which may be two different steps
+    for _ in range(2):  # the broken file may hide two different steps
         assert restarts.allow(DriverEnd(code=1, is_told=False, hung=False, report=report))
     assert [death.message for death in restarts.deaths] == [
         "The driver ended with exit code 1 after step 1.",
@@ -179,7 +179,7 @@ def test_a_driver_may_end_as_it_gets_a_signal(monkeypatch: pytest.MonkeyPatch) -
             os.kill(self.pid, signal.SIGKILL)
             self.wait()
 
-    monkeypatch.setattr(supervision, "_reap", lambda **_: None)  # of the children of other tests
+    monkeypatch.setattr(supervision, "_reap", lambda **_: None)  # ignores the children of other tests
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)

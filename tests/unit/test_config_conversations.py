@@ -77,7 +77,7 @@ def test_an_agent_is_loaded_and_gets_the_prompt_as_it_is(tmp_path: Path) -> None
     found = inputs(tmp_path, agent(f"function: '{MANY}:solve', columns: [mood]"), mood="text")
     assert found.max_model_len == 300
     assert isinstance(found.environment, AgentSpec)
-    assert found.prompts[0].text == "go"  # neither the template nor a token stands before it
+    assert found.prompts[0].text == "go"  # no template and no token before the text
     (tmp_path / "agent.py").write_text("print(1)")
     found = inputs(tmp_path, agent("command: [python3, agent.py, plain]"))
     assert found.environment.source.args["command"] == ("python3", str(tmp_path / "agent.py"), "plain")

@@ -69,7 +69,7 @@ def test_null_sets_null_or_takes_back_what_the_base_gives(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "inherited"),
-    [("until_answer", {"args": {"a": 1}}), ("calculator", {})],  # the default, and another kind
+    [("until_answer", {"args": {"a": 1}}), ("calculator", {})],  # the default environment, and another one
 )
 def test_null_restores_the_default_name_of_a_section(folder: Path, name: str, inherited: dict[str, object]) -> None:
     environment = f"{{name: {name}, args: {{a: 1}}, max_turns: 3, max_tokens: 99}}"

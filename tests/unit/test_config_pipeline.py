@@ -75,10 +75,10 @@ def test_stages_share_sections_and_follow_each_other(file: Path) -> None:
     assert list(runs.items()) == [("sft", ("demo/sft", 3)), ("ppo", ("demo/ppo", 3))]
     sft, ppo = loaded.stages.values()
     assert run_folder(ppo) == Path("out/demo/ppo")
-    assert (sft.train.lr, ppo.train.lr) == (1e-3, 3e-4)  # the stage's keys win
+    assert (sft.train.lr, ppo.train.lr) == (1e-3, 3e-4)  # the stage's keys replace the pipeline's
     assert sft.train.warmup_steps == ppo.train.warmup_steps == 5
     assert sft.data.eval == ppo.data.eval == "heldout.jsonl"
-    assert (sft.rollouts, sft.rewards) == (None, {})  # which a supervised stage cannot use
+    assert (sft.rollouts, sft.rewards) == (None, {})  # a supervised stage cannot use these sections
     assert (ppo.rollouts.prompts_per_step, ppo.policy.model) == (16, "out/demo/sft/final")
     overrides = ["stages.ppo.train.steps=3", "policy.dtype=bfloat16", "train.lr=5", "run.name=other"]
     sft, ppo = load(file, overrides).stages.values()
@@ -196,7 +196,7 @@ def test_merges_and_evaluations_dump_and_repeat(kinds: Path) -> None:
     assert dict(load(again).stages) == dict(loaded.stages)
     for model in ("model: stage:soup", "against: stage:a", "model: stage:b", "model: stage:a", "base: tiny:llama"):
         assert model in again.read_text()
-    for name in ("soup", "judge"):  # in a stage's own folder: a pipeline of that stage
+    for name in ("soup", "judge"):  # in the folder of a stage: a pipeline of this stage
         again.write_text(dump_yaml(loaded.stages[name]))
         assert dict(load(again).stages) == {name: loaded.stages[name]}
 

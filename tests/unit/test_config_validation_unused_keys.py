@@ -141,9 +141,9 @@ def test_supervised_runs_take_no_keys_of_rollouts(override: str) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["reference=null", "critic=null", "data.system_prompt=null"],  # says that there is none, and there is none
+        ["reference=null", "critic=null", "data.system_prompt=null"],  # null: there is none
         ["cluster.roles.rollout.tensor_parallel=1"],
-        # defaults, which are what the run does
+        # defaults, equal to what the run does
         ["rollouts.weight_updates=between_batches", "rollouts.kv_after_update=recompute", "train.lr_cycles=2"],
         [GRPO, "cluster.roles.critic={workers: 1, cpus: 1}", "algorithm.kl.estimator=k3", "train.min_lr_ratio=0"],
         [LORA, "reference.model=another/model", "cluster.roles.reference.workers=1"],
@@ -155,11 +155,11 @@ def test_supervised_runs_take_no_keys_of_rollouts(override: str) -> None:
         [CUDA, "cluster.weight_sync=ipc", "cluster.roles.rollout.colocate_with=policy"],
         [WHOLE_BATCH, "train.epochs_per_batch=2", "algorithm.clip_low=0.1"],
         [WHOLE_BATCH, "algorithm.correction={mode: bypass}", "algorithm.clip_low=0.1"],
-        ["algorithm.correction={mode: policy_gradient}", "algorithm.value_clip=0.1"],  # the critic's is its own
-        ["algorithm={name: gpg, correction: {preset: bypass_clip_k3_rs}}"],  # it rejects
+        ["algorithm.correction={mode: policy_gradient}", "algorithm.value_clip=0.1"],  # the critic has its own clip
+        ["algorithm={name: gpg, correction: {preset: bypass_clip_k3_rs}}"],  # the correction rejects responses
         ["data.curriculum={}", "data.train={task: running_totals, size: 79}"],
         ["data.curriculum={}", "data.train={task: running_totals, size: 160}", "reward_policy.on_error=drop"],
-        ["data.curriculum={}"],  # of a file it is not known before it is read
+        ["data.curriculum={}"],  # the size of a file is unknown before it is read
         ["algorithm={name: cispo, max_ratio: 3}"],
         ["algorithm={name: gspo, dual_clip: 3}"],
         ["algorithm={name: dapo, overlong: {buffer: 50}}"],

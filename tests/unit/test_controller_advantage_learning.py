@@ -144,7 +144,7 @@ def test_raft_trains_on_the_best_that_are_good_enough(folder: RunFolder) -> None
     run.learn(scored_groups(FIRST, SECOND, FLAT))
     assert sorted(run.trained) == [[1], [3], [4]]
     assert run.policy.rollouts == ["group 0", "group 1"]
-    assert run.policy.advantages is None  # they are per token
+    assert run.policy.advantages is None  # the advantages are per token
     row = run.record.row()
     assert row["advantages/kept/fraction"] == 0.25
     assert row["advantages/zero_groups/fraction"] == pytest.approx(1 / 3)
@@ -188,7 +188,7 @@ def test_a_penalty_in_the_reward_is_felt_before_the_comparison(folder: RunFolder
     run = Run(folder, {"name": "remax", "kl": penalty}, per_update=12)
     found = scored_groups(FIRST, SECOND, FLAT, greedy=[1.0, 0.0, 2.0])
     signals = run.learn(found)
-    # each response's KL is 0.5, so 0.05 goes off its score, and not off the greedy one's
+    # each sampled response has a KL of 0.5, so its score falls by 0.05; the greedy score stays
     expected = [-1.05, 1.95, -0.05, 0.95, 4.95, -0.05, -0.05, -0.05, *[-1.05] * 4]
     assert [signals.advantages[i] for i in range(12)] == pytest.approx(expected)
     assert results(merge_metrics([rollout_metrics(found, version=0)]))["rewards/greedy/mean"] == 1.0
@@ -221,7 +221,7 @@ def test_the_entropy_bonus_follows_what_the_updates_measured(folder: RunFolder) 
     bonus = {"coef": 0.01, "adaptive": {"target": 0.6, "step": 0.005}}
     run = Run(folder, {"name": "grpo", "entropy": bonus}, per_update=12)
     in_force = []
-    for entropy in (0.5, 0.7, 0.4):  # 0.01, up; 0.015, down and not given; 0.01
+    for entropy in (0.5, 0.7, 0.4):  # coefficients 0.01, 0.015 (not applied), 0.01
         run.policy.entropy = entropy
         run.learn(scored_groups(FIRST, SECOND, FLAT))
         in_force.append(run.plan.entropy_coef)
@@ -240,7 +240,7 @@ def test_the_entropy_coefficient_rests_above_the_target_and_has_bounds() -> None
     for entropy in (0.4, None, 0.3, 0.2, 0.7, 0.45):  # None: a step without an update of the policy
         bonus.adapt(entropy)
         in_force.append(bonus.in_force)
-    # 0.01, 0.02, 0.025 at the bound; above the target it falls to 0.015 and is not given; then 0.025 again
+    # 0.01, 0.02, 0.025 at the bound; above the target 0.015, which is not applied; then 0.025 again
     assert in_force == pytest.approx([0.01, 0.01, 0.02, 0.025, 0.0, 0.025])
     for _ in range(3):
         bonus.adapt(0.6)
@@ -283,7 +283,7 @@ def test_steps_are_compared_with_all_steps_of_their_group(folder: RunFolder) -> 
     std = (5 / 3) ** 0.5
     assert [signals.advantages[i] for i in range(4)] == pytest.approx([(s - 1.5) / std for s in FIRST], rel=1e-5)
     assert [signals.advantages[i] for i in range(8, 12)] == pytest.approx([0.0] * 4, abs=1e-6)
-    assert first.scores.scores[0] == 0.5  # what is reported has the steps
+    assert first.scores.scores[0] == 0.5  # the reported scores include the steps
 
 
 def test_kept_responses_steps_are_compared_with_each_other_and_rewards_to_come_get_them_as_they_are(
@@ -333,7 +333,7 @@ def test_masked_responses_are_compared_and_not_trained_on(folder: RunFolder) -> 
     first, second, third = scored_groups(FIRST, SECOND, FIRST)
     signals = run.learn([cut(first, 1), second, cut(third, 0, 1, 2, 3)])
     assert sorted(i for one in run.trained for i in one) == [0, 2, 3, 4, 5, 6, 7]
-    # what the losses are divided by: 3 tokens of each trained response
+    # losses are divided by these counts: 3 tokens of each trained response
     assert sum(one.num_sequences for one in run.plan.minibatches) == 7
     assert sum(one.num_tokens for one in run.plan.minibatches) == 7 * 3
     assert run.reference.only == {0, 2, 3, 4, 5, 6, 7}
@@ -375,7 +375,7 @@ def test_without_a_response_to_train_on_the_policy_stays(
     with caplog.at_level(logging.WARNING):
         signals = run.learn([change(scored) for scored in scored_groups(FIRST, SECOND, FLAT)], step=7)
     assert f"step 7: {warning}" in caplog.text
-    assert run.record.row()["time/update_s"] > 0.0  # by which the throughput is divided
+    assert run.record.row()["time/update_s"] > 0.0  # the throughput is divided by this time
     if change is not without_tokens:
         assert (run.policy.plan, run.policy.updates, signals.reports, signals.trained) == (None, [], {}, frozenset())
         assert signals.advantages == {}
@@ -407,7 +407,7 @@ def test_the_best_are_the_best_before_normalisation(folder: RunFolder) -> None:
     run = Run(folder, {"name": "dr_grpo"}, per_update=2, rewards=rewards, keep_per_prompt=keep)
     signals = run.learn([scored])
     assert sorted(i for one in run.trained for i in one) == [1, 3]
-    assert signals.advantages[3] == pytest.approx(0.01 * 1.2247 / 2, rel=1e-3)  # what is compared is normalised
+    assert signals.advantages[3] == pytest.approx(0.01 * 1.2247 / 2, rel=1e-3)  # the compared scores are normalised
 
 
 @pytest.mark.parametrize("per_update", [12, 6, 4, 3])
@@ -428,7 +428,7 @@ def test_portions_make_the_minibatches_and_advantages_of_the_whole_batch(folder:
         f"accumulate {first}",
         "prepare group 0",
         f"accumulate {first}",
-        "prepare group 1",  # the batch is whole: the update runs what is left
+        "prepare group 1",  # the batch is whole: the update runs the rest
         *(f"update {minibatch}" for minibatch in visited),
     ]
     assert run.reference.requests == [["group 2"], ["group 0"], ["group 1"]]  # each as it arrived

@@ -45,7 +45,7 @@ def test_without_carry_over_cancelled_prompts_are_sampled_from_the_start(tmp_pat
 
 
 def test_another_round_of_a_step_continues_what_its_first_round_cancelled(tmp_path: Path) -> None:
-    # Of the first six, 1 and 3 teach. Two are missing: three are asked, and 8 was one too many.
+    # Of the first six prompts, 1 and 3 teach. Two are missing: three are requested, and 8 is not needed.
     run = Run(tmp_path, by_prompt(solved=[0, 2, 4, 5]), order=slowest(3), dynamic_sampling={}, **CARRIED)
     run.collect(1)
     run.collect(2)
@@ -84,7 +84,7 @@ def test_responses_with_too_old_tokens_start_again(lag: int, continues: int | No
     carried = CarriedPrompts()
     carried.update([cut], set(), 4)
     later = request_for(prompt, group_id=7, first_sequence_id=0, samples=2, run_seed=0)
-    carried.update([carried.continuing(later, 5)], set(), 5)  # its oldest tokens are still of version 4
+    carried.update([carried.continuing(later, 5)], set(), 5)  # the oldest tokens are still of version 4
     last = request_for(prompt, group_id=9, first_sequence_id=0, samples=2, run_seed=0)
     assert carried.continuing(last, 4 + lag).continues == continues
     assert carried.num_restarted == (continues is None)

@@ -41,7 +41,7 @@ def told(run: Run, scores: Sequence[float], **by_name: Sequence[float]) -> Run:
     return run
 
 
-# Each of three rewards is compared by itself: two have the deviation 1/2, the third sqrt(1/3).
+# Each of three rewards is compared alone: two have the deviation 1/2, and one has sqrt(1/3).
 DIFFER = {"a": (1.0, 0.0, 0.0, 0.0), "b": (0.0, 1.0, 0.0, 0.0), "c": (0.0, 0.0, 1.0, 1.0)}
 CANCEL_OUT = {"a": (1.0, 0.0, 0.0, 1.0), "b": (0.0, 1.0, 1.0, 0.0), "c": (0.0,) * 4}
 
@@ -88,7 +88,7 @@ def test_groups_that_teach_nothing_are_replaced_until_the_batch_is_whole(tmp_pat
     batch = run.collect()
     assert run.engines.requests == [[0, 1, 2, 3], [4, 5], [6, 7]]
     assert [one.group.request.prompt.prompt_id for one in batch.groups] == [1, 3, 6, 7]
-    # Places among those asked, times two samples: of a number each, in plan order.
+    # A sequence id is the prompt's place among the requests, times two samples.
     assert [one.group.infos[0].sequence_id for one in batch.groups] == [2, 6, 12, 14]
     row = run.row
     assert row["rollouts/filtered_groups/fraction"] == 4 / 8
@@ -120,7 +120,7 @@ def test_a_batch_whose_tokens_are_all_restricted_ends_the_run(tmp_path: Path, mo
     forgotten: list[bool] = []
     monkeypatch.setattr(run.scorer, "forget_untrained", lambda: forgotten.append(True))
     run.engines.restricted = {"response_format": 1, "tool_choice": 2}
-    run.collect()  # some of the tokens are free
+    run.collect()  # some tokens are not restricted
     assert not forgotten
     run.engines.lengths = (0, 0)
     with pytest.raises(
@@ -146,7 +146,7 @@ def test_the_share_of_filtered_groups_is_of_the_steps_prompts(tmp_path: Path) ->
 def test_a_failed_reward_ends_the_run_or_has_its_group_replaced(
     tmp_path: Path, of_reward: str | None, of_run: str, drops: bool
 ) -> None:
-    """The rule of a reward goes before that of the run."""
+    """The reward's own rule overrides the rule of the run."""
     reward = {} if of_reward is None else {"on_error": of_reward}
     run = Run(tmp_path, by_prompt(broken=[1]), reward=reward, reward_policy={"on_error": of_run})
     if not drops:
@@ -164,7 +164,7 @@ def test_failed_calls_are_counted_by_name_and_written_down_also_where_they_got_a
     run.collect()
     assert (run.row["rewards/errors/total"], run.row["rewards/r/failures/total"]) == (1, 1)
     assert [(record.source, record.prompt_id, record.sample) for record in run.errors] == [("r", 2, 1)]
-    again = Run(tmp_path)  # a resumed run, by what was written down
+    again = Run(tmp_path)  # a resumed run reads the records
     again.collect()
     assert again.row["rewards/r/failures/total"] == 1
 
@@ -217,7 +217,7 @@ def test_a_reward_worker_that_dies_ends_the_run_also_where_enough_others_have_sc
 
 def test_oversampling_and_filtering_go_together(tmp_path: Path) -> None:
     run = Run(tmp_path, by_prompt(solved=[0, 2, 4, 5]), order=slowest(3), oversample=1.5, dynamic_sampling={})
-    # Of the first six, 1 and 3 teach: all are waited for. Two are missing: three are asked, and 8 was one too many.
+    # Of the first six, 1 and 3 teach; the run awaits all. Two are missing: three are requested, and 8 is not needed.
     ended = run.collect().ended
     assert [record.prompt_id for record in ended.trained] == [1, 3, 6, 7]
     assert [record.prompt_id for record in ended.filtered] == [0, 2, 4, 5]
@@ -405,7 +405,7 @@ def test_groups_of_one_score_teach_by_their_steps_also_those_that_were_written_d
     ],
 )
 def test_kept_groups_are_reported_as_they_are_scored(tmp_path: Path, keys: dict[str, Any], arrived: list[int]) -> None:
-    """And again by a resumed run, from the stored scores and the stored order of completion."""
+    """A resumed run reports the same, from the stored scores and the stored order of completion."""
 
     def last_first(requests: Sequence[GroupRequest]) -> list[GroupRequest]:
         return [*requests[-1:], *requests[:-1]]

@@ -65,7 +65,7 @@ def test_of_sampled_tokens_log_probabilities_are_asked_for_once(folder: RunFolde
     assert run.plan.scores == {}
     assert run.calls.count("updated") == 2 * 2  # two minibatches, two epochs
     assert all(" by " not in call for call in run.calls if call.startswith("update "))
-    # three samples are those of two groups
+    # three samples come from two groups
     assert run.teacher.means_of == {
         "rollouts": ["group 0", "group 1"],
         "temperature": 0.8,
@@ -103,7 +103,7 @@ def test_states_are_those_of_the_minibatch_that_is_updated_on(folder: RunFolder,
     assert [call.split()[1] for call in updates].count("0") == 2
     assert all(call == f"update {call.split()[1]} by states of {of[int(call.split()[1])]}" for call in updates)
     words = [call.split()[0] for call in run.calls if not call.startswith("prepare")]
-    if apart:  # the next states are asked for while the student is updated
+    if apart:  # the next states are requested during the student's update
         assert words == ["teach", *["update", "teach", "updated"] * 3, "update", "updated"]
     else:
         assert words == ["teach", "update", "updated"] * 4

@@ -35,7 +35,7 @@ PROMPTS = 4  # of a step
 
 async def test_no_more_groups_are_outstanding_than_the_bound_allows_and_the_last_steps_train(tmp_path: Path) -> None:
     run = InFlight(tmp_path, max_staleness=2, num_steps=4)
-    run.queue._taken_at -= 1000.0  # the roles have started meanwhile
+    run.queue._taken_at -= 1000.0  # as if the roles had taken long to start
     await run.begin()
     assert run.engines.asked == list(range(3 * PROMPTS))
     assert results(merge_metrics((await run.step(1)).metrics))["time/rollouts_s"] < 1000.0
@@ -136,7 +136,7 @@ async def test_responses_without_a_token_have_no_lag(tmp_path: Path) -> None:
 
 
 async def test_the_filter_of_the_first_groups_counts_all_that_are_kept(tmp_path: Path) -> None:
-    """While a response is slow, the groups of later batches are filtered too, as many of each as in turns."""
+    """During a slow response, groups of later batches are filtered too: as many of each batch as in turns."""
     solved = [prompt for prompt in range(40) if prompt % 4 in (1, 2)]
     run = InFlight(
         tmp_path, max_staleness=2, dynamic_sampling={"max_filtered_fraction": 1.5}, scores=by_prompt(solved=solved)
@@ -165,7 +165,7 @@ async def test_no_group_begins_with_old_weights_in_place_of_a_trained_one(tmp_pa
     run.queue.request(1)
     await run.queue.take(1)
     await run.queue.until_weights_may_change()
-    run.engines.finish(7)  # filtered, while the weights are synced
+    run.engines.finish(7)  # the group is filtered during a weight sync
     await settle()
     assert run.engines.asked == list(range(9))
     await run.begin(1)

@@ -57,10 +57,10 @@ def test_a_correction_that_touches_nothing_is_named_once(
         ({"preset": "icepop"}, 1, {"experience/rollout_weight_masked/fraction": 0.01}),
         ({"preset": "geo_rs"}, 1, {"experience/rollout_rejected/fraction": 0.01}),
         ({"preset": "bypass_clip"}, 1, {"update/clip_fraction/mean": 0.01}),
-        ({"preset": "token_tis"}, 1, {"experience/rollout_logprob_diff/max": 0.1}),  # it may act yet
+        ({"preset": "token_tis"}, 1, {"experience/rollout_logprob_diff/max": 0.1}),  # the correction may act later
         ({"preset": "token_tis"}, 1, {"experience/rollout_logprob_diff/max": float("nan")}),
         ({"preset": "bypass_clip"}, 2, {}),  # the second update's ratio moves
-        ({"mode": "policy_gradient"}, 1, {}),  # has no bound
+        ({"mode": "policy_gradient"}, 1, {}),  # this mode has no bound
         (None, 1, {}),
     ],
 )

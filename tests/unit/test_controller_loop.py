@@ -159,7 +159,7 @@ def test_a_notice_makes_the_current_step_the_last() -> None:
     with pytest.raises(Preempted, match="a checkpoint of step 1 is written"):
         asyncio.run(loop.run())
     assert calls == ["train 1", *saved(1)]
-    loop, calls = loop_of([1.0], steps=1)  # the last step anyway
+    loop, calls = loop_of([1.0], steps=1)  # the step is the last one anyway
     loop.notice.give()
     assert asyncio.run(loop.run())
     assert calls == ["train 1", "evaluate 1", *saved(1), "best 1"]

@@ -41,7 +41,7 @@ class Ends:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.missing = asyncio.Event()
-        self.newest = 2  # step that the ranks have kept
+        self.newest = 2  # step of the ranks' newest snapshot
         self.is_lost = False  # the policy's first rank, noticed in the next call
 
     def _refuse_lost(self, call: str) -> None:
@@ -192,7 +192,7 @@ async def test_a_restored_policy_publishes_what_the_engines_have_and_nothing_els
     await controller.restart_trained(2)
     assert ends.calls == ["restart", "restore 2", *PUBLISHED]
     assert controller.is_published
-    controller, ends = published(engines_have=1)  # lost during the sync of step 2, which is done again
+    controller, ends = published(engines_have=1)  # lost during the sync of step 2; the sync is repeated
     await controller.restart_trained(1)
     assert ends.calls == ["restart", "restore 2"]
     assert not controller.is_published
@@ -260,7 +260,7 @@ async def test_a_failure_ends_a_streamed_step_while_the_other_side_waits(take: A
 
 
 async def test_a_streamed_step_finds_the_loss_of_the_first_rank_that_a_successor_of_an_engine_waits_for() -> None:
-    groups = asyncio.get_running_loop().create_future()  # all of them are sampled by the lost engine
+    groups = asyncio.get_running_loop().create_future()  # the lost engine samples all groups
 
     async def take(step: int) -> str:
         while "offer manifest 2" not in ends.calls:

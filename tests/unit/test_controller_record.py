@@ -159,7 +159,7 @@ def best_of(metric: str | None = None, stopping: EarlyStopping | None = None) ->
         (None, None, [0.1, 0.3, 0.3, 0.2], [0, 1], []),
         ("-eval/heldout/loss", None, [2.0, 1.0, 1.5], [0, 1], []),
         ("-eval/heldout/loss", EarlyStopping(patience=3), [float("nan"), 2.0, 3.0, 1.0], [1, 3], []),
-        # 0.56 is 0.06 above 0.5; 0.54 was not enough, nor is 0.6 after it
+        # 0.56 is 0.06 above 0.5; 0.54 is too close to 0.5, and 0.6 to 0.56
         (None, EarlyStopping(patience=2, min_delta=0.05), [0.5, 0.54, 0.56, 0.6, 0.58], [0, 2], [4]),
         (None, EarlyStopping(patience=2), [0.5, 0.4, 0.5], [0], [2]),
         (None, None, [-float(step) for step in range(50)], [0], []),

@@ -121,7 +121,7 @@ def test_a_reward_without_an_opinion_is_in_no_mean_and_is_counted() -> None:
 
 def test_training_sees_normalised_rewards_and_reports_do_not() -> None:
     normalised = scores(maths={"normalize": "group", "weight": 10.0}, style={}).normalized(GROUPS)
-    # maths of group 0: -+1 over std sqrt(2), times 10; style as it is
+    # maths of group 0: -+1 over std sqrt(2), times 10; style unchanged
     assert normalised[0].scores.scores == pytest.approx((4 - 10 * math.sqrt(0.5), 4 + 10 * math.sqrt(0.5)), abs=1e-4)
     assert normalised[1].scores.scores == (2.0, 6.0)
     assert GROUPS[0].scores.scores == (5.0, 7.0)

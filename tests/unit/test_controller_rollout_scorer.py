@@ -136,7 +136,7 @@ def test_what_was_drawn_or_asked_otherwise_is_scored_again(tmp_path: Path, chang
     once_more, reward, _ = begun(tmp_path)
     ask(once_more, **changed)
     assert reward.scored == []
-    other, reward, _ = begun(tmp_path, logprob=-0.75)  # the spooled ones are lost, and a GPU rounds otherwise
+    other, reward, _ = begun(tmp_path, logprob=-0.75)  # the spool is lost, and a GPU rounds differently
     ask(other, **changed)
     assert sorted(reward.scored) == [0, 1]
 
@@ -204,4 +204,4 @@ def test_a_group_whose_greedy_response_was_not_scored_has_failed(tmp_path: Path)
     broken.reward = reward  # type: ignore[assignment]
     found = ask_with_greedy(broken)
     assert [bool(one.scores.errors) for one in found] == [True, False]
-    assert 5 + GREEDY_GROUPS not in reward.scored  # its group is lost already
+    assert 5 + GREEDY_GROUPS not in reward.scored  # the greedy response's group is lost already

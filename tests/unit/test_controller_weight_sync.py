@@ -19,7 +19,7 @@ def test_the_largest_difference_is_reported() -> None:
 
 @pytest.mark.parametrize("theirs", [[-1.0, -2.4], [-1.0, math.nan]])
 def test_other_weights_stop_the_run(theirs: list[float]) -> None:
-    # mean difference 0.2 nats, or none that is a number
+    # mean difference 0.2 nats, or nan
     with pytest.raises(RunError, match="version 3: rollout engine 1 gives other log-probabilities"):
         check_probe([-1.0, -2.0], theirs, engine=1, version=3, dtype="bfloat16")
 
@@ -92,7 +92,7 @@ def test_a_proof_that_waits_for_the_weights_of_a_lost_rank_shows_its_loss() -> N
     lost = WorkerLost("lost", role="policy", rank=0, stage="memory", kind="died")
 
     async def prove(probe: PolicyProbe) -> float:
-        await asyncio.Event().wait()  # for a successor of an engine, which finds no weights
+        await asyncio.Event().wait()  # waits for an engine's successor, which finds no weights
         return 0.0
 
     async def weights_are_missing() -> None: ...

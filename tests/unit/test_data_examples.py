@@ -86,7 +86,7 @@ def test_alpacas_columns_with_and_without_a_template_and_a_completion_in_message
 
 
 def test_a_long_completion_is_cut_at_its_end_and_the_prompt_never(tokenizer: Any) -> None:
-    short = {"prompt": "a", "completion": "b"}  # 3 tokens with the end
+    short = {"prompt": "a", "completion": "b"}  # 3 tokens, including the end
     with pytest.raises(UserError, match=r"d.jsonl:2: the example has 4 tokens, more than data.max_sequence_tokens"):
         read_all(tokenizer, short, short | {"completion": "bc"}, max_tokens=3)
     rows = [{"prompt": "abc", "completion": "defg"}, {"prompt": "abcde", "completion": "f"}]
@@ -95,7 +95,7 @@ def test_a_long_completion_is_cut_at_its_end_and_the_prompt_never(tokenizer: Any
     assert (example.token_ids, example.loss_mask) == ((*b"abcde",), (False,) * 3 + (True,) * 2)
     assert [row.place for row in loaded.unusable] == ["d.jsonl:2"]
     assert loaded.unusable[0].reason.startswith("the prompt of 5 tokens leaves the completion none of data.max_seq")
-    # The 9 tokens of the first turn fit, and one of what follows, which teaches nothing alone.
+    # The 9 tokens of the first exchange fit. One more token would fit, but would teach nothing alone.
     (chat,) = read_all(tokenizer, {"messages": [USER, YES] * 2}, max_tokens=10, too_long="cut").items
     assert learnt(tokenizer, chat) == "<|user|>hi<|eos|><|assistant|>[yes<|eos|>]"
 
@@ -111,7 +111,7 @@ def test_a_quarter_of_the_rows_may_be_left_out_if_that_is_the_limit(tokenizer: A
             read_all(tokenizer, *rows, max_unusable_fraction=fraction)
     for fraction in (0.25, 0.99):
         loaded = read_all(tokenizer, *rows, first_id=10, max_unusable_fraction=fraction)
-        assert [example.example_id for example in loaded.items] == [10, 11, 12]  # ids count through what is left
+        assert [example.example_id for example in loaded.items] == [10, 11, 12]  # ids number the remaining rows
         assert [row.place for row in loaded.unusable] == ["d.jsonl:2"]
 
 

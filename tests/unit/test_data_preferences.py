@@ -35,7 +35,7 @@ def test_a_pair_of_strings_token_by_token(tokenizer: Any) -> None:
     assert pair.rejected.token_ids == (*b"abcd", EOS)
     assert pair.chosen.loss_mask == (False, False, True, True)
     assert pair.rejected.loss_mask == (False, False, True, True, True)
-    assert pair.prompt_tokens == 2  # `c` is in both, but it is learnt
+    assert pair.prompt_tokens == 2  # `c` is in both answers, but in the loss mask
     assert pair.margin == 2.0
     assert pair.token_ids == (*b"abc", EOS, *b"abcd", EOS)
 
@@ -149,7 +149,7 @@ def test_a_gold_answer_is_the_third_sequence_of_its_row(tokenizer: Any) -> None:
     first, second = load_triples(tokenizer, TRIPLE, TRIPLE | {"reference": "c"}).items  # the chosen one may be the gold
     assert first.gold.token_ids == (*b"abefg", EOS)
     assert first.token_ids == (*b"abc", EOS, *b"abcd", EOS, *b"abefg", EOS)
-    assert (first.num_targets, second.num_targets) == (4, 2)  # of the gold one: what the supervised term is a mean over
+    assert (first.num_targets, second.num_targets) == (4, 2)  # of the gold answer: the supervised term is their mean
     assert (first.longest, first.prompt_tokens) == (6, 2)
     assert [example.example_id for example in second.examples] == [3, 4, 5]
     collated = collate_pairs([first, second])
@@ -157,7 +157,7 @@ def test_a_gold_answer_is_the_third_sequence_of_its_row(tokenizer: Any) -> None:
     assert collated.examples.lengths.tolist() == [4, 5, 6, 4, 5, 4]
     assert collated.prompt_tokens.tolist() == [2, 2]
     assert [tuple(ids) for ids in collated.examples.token_ids.split([4, 5, 6, 4, 5, 4])][5] == first.chosen.token_ids
-    (pair,) = load(tokenizer, TRIPLE | {"reference": 3}).items  # without a wish for it, it is not read
+    (pair,) = load(tokenizer, TRIPLE | {"reference": 3}).items  # the reference is read only if requested
     assert (pair.gold, collate_pairs([pair]).num_sides) == (None, 2)
 
 
@@ -217,7 +217,7 @@ def test_labelled_answers_token_by_token(tokenizer: Any) -> None:
     assert collated.labels.tolist() == [item.label for item in items]
     assert collated.prompt_tokens.tolist() == [2, 5]
     batch = collated.examples
-    assert batch.lengths.tolist() == [4, 6, 9, 7]  # each answer, and its prompt with the other's answer
+    assert batch.lengths.tolist() == [4, 6, 9, 7]  # each answer, and its prompt with the other row's answer
     runs = ((False, 2), (True, 2), (False, 2), (True, 4), (False, 5), (True, 4), (False, 5), (True, 2))
     assert batch.loss_mask.tolist() == [learn for learn, count in runs for _ in range(count)]
     first, mismatched, second, other = batch.token_ids.split(batch.lengths.tolist())
@@ -256,7 +256,7 @@ def test_a_step_ends_with_its_separator_and_the_last_with_the_answer(tokenizer: 
     assert item.token_ids == (*b"abc\nde", EOS)
     assert item.step_ends == (3, 6)
     assert item.labels == (True, False)
-    # a separator that is there already is not doubled
+    # an existing separator is not doubled
     assert load_steps(tokenizer, STEPS | {"completions": ["c\n", "de"]}).items == (item,)
     (spaced,) = load_steps(tokenizer, STEPS, end="##").items
     assert (spaced.token_ids, spaced.step_ends) == ((*b"abc##de", EOS), (4, 7))

@@ -55,7 +55,7 @@ def test_a_prompt_may_have_a_temperature_of_its_own(tokenizer: Any) -> None:
     rows = [{"prompt": "a", "temperature": 1}, {"prompt": "a", "temperature": None}, {"prompt": "a"}]
     found = load(tokenizer, *rows)
     assert [prompt.temperature for prompt in found] == [1.0, None, None]
-    assert [prompt.non_token_bytes for prompt in found] == [b"1.0", b"", b""]  # trained with, so a resume must have it
+    assert [prompt.non_token_bytes for prompt in found] == [b"1.0", b"", b""]  # used in training, so a resume needs it
     for wrong in ("warm", True, 0.0, 2.5):
         with pytest.raises(UserError, match=r"d.jsonl:1: column `temperature` is .*, expected the number from 0.01 to"):
             load(tokenizer, {"prompt": "a", "temperature": wrong})

@@ -48,7 +48,7 @@ def test_turns_by_hand() -> None:
     assert turns([1, 1, 1], 6) == [0, 1, 2, 0, 1, 2]
     # Shares 1/4, 3/4: set 0 is due by 4, set 1 by 4/3, 8/3 and 4, its third not before turn 2, where set 0 goes first.
     assert turns([1, 3], 8) == [1, 1, 0, 1, 1, 1, 0, 1]
-    assert turns([0.1, 0.3], 4) == [1, 1, 0, 1]  # a tenth and three, not the binary fractions beside them
+    assert turns([0.1, 0.3], 4) == [1, 1, 0, 1]  # a tenth and three tenths, not the binary fractions nearby
     assert turns([7.0], 3) == [0, 0, 0]
 
 
@@ -69,7 +69,7 @@ def test_orders_are_the_datas_or_one_for_each_seed_epoch_and_set() -> None:
     assert len({*orders, tuple(i for _, i in ids(single(seed=1), 10))}) == 4
     same_sizes = ids(mixture(replace(BIG, weight=1.0), replace(BIG, name="other", weight=1.0)), 20)
     assert [i for _, i in same_sizes if i < 10] != [i - 10 for _, i in same_sizes if i >= 10]
-    # Checkpoints rely on the order: another one under the same cursor would train some prompts twice and others never.
+    # Checkpoints rely on the order: a different order at a cursor would train some prompts twice and others never.
     assert [i for _, i in ids(single(6), 12)] == [0, 5, 1, 4, 3, 2, 2, 0, 1, 5, 3, 4]
     assert [i for _, i in ids(mixture(BIG, SMALL), 12)] == [8, 3, 7, 11, 6, 9, 1, 10, 2, 5, 0, 10]
     assert ids(mixture(BIG), 25) == ids(single(), 25)
@@ -111,7 +111,7 @@ def test_packed_rows_come_back_and_are_small() -> None:
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_given_rows_have_the_numbers_of_the_data_with_its_skipped_rows(shuffle: bool) -> None:
-    rows = [0, 1, 3, 4, 5, 6, 7, 8, 9, 11, 12, 14]  # two of them are of the small set
+    rows = [0, 1, 3, 4, 5, 6, 7, 8, 9, 11, 12, 14]  # two prompts come from the small set
     items = prompts(rows)
     skipped = skipped_rows(items)
     assert skipped == [2, 10, 13]

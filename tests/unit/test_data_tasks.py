@@ -76,7 +76,7 @@ def test_gym_rows_are_few_shot_chats_with_what_the_scorer_reads() -> None:
 
 
 def test_gym_shots_are_in_no_split() -> None:
-    # 16 questions: 8 of train and 5 of eval are left beside the 3 shots, which would be in eval.
+    # 16 questions: without the 3 shots, which would be in eval, train has 8 and eval has 5.
     task, args = "reasoning_gym/count_bits", {"max_n": 16}
     rows = gym("train", task=task, args=args, size=8) + gym("eval", task=task, args=args, size=5)
     shots = {m["content"] for m in rows[0]["messages"][:-1] if m["role"] == "user"}

@@ -69,7 +69,7 @@ QWEN = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
 
-# Reasoning stands in the last turn alone; an empty one is written where there is none.
+# Only the last turn has a reasoning block, which is empty if the message has no reasoning.
 QWEN3 = """\
 {%- for m in messages -%}
   {{- '<|im_start|>' + m.role + '\n' -}}
@@ -84,7 +84,7 @@ PHI = """\
 {%- for m in messages -%}{{- '<|' + m.role + '|>\n' + m.content + '<|end|>\n' -}}{%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>\n' -}}{%- else -%}{{- eos_token -}}{%- endif -%}"""
 
-# The token that ends the last turn is another one in the history.
+# In the history, a turn ends with a different token than the last turn.
 HARMONY = """\
 {%- for m in messages -%}
   {{- '<|start|>' + m.role + '<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') -}}
@@ -129,7 +129,7 @@ def test_a_turn_with_train_false_is_context_alone() -> None:
     told = learnt(CHATML, USER, YES | {"train": False}, USER, NO | {"train": True})
     assert told.endswith("nt\nyes<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[no<|im_end|>]")
     assert told.count("[") == 1
-    # A last turn that is not learnt is left out: it would teach nothing.
+    # A last turn outside the loss mask is left out, because nothing is learnt from such a turn.
     assert learnt(CHATML, USER, YES, USER, NO | {"train": False}) == learnt(CHATML, USER, YES)
 
 
@@ -257,7 +257,7 @@ def test_kwargs_are_the_defaults_of_the_template_and_travel_with_it(tmp_path: Pa
     change = ChatTemplate(kwargs={"enable_thinking": False, "note": 'it\'s ü "x"\n', "many": [1, None, {"a": True}]})
     change.apply(tokenizer)
     assert written(tokenizer) == usual + "<think></think>"
-    assert written(tokenizer, enable_thinking=True) == usual  # a call may still say otherwise
+    assert written(tokenizer, enable_thinking=True) == usual  # a call may still override the default
     once = tokenizer.chat_template
     change.apply(tokenizer)
     assert tokenizer.chat_template == once

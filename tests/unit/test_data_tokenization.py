@@ -37,7 +37,7 @@ def test_a_raw_prompt_has_the_ids_that_the_tokenizer_gives_it(tokenizer: Any, te
     (prompt,) = load_prompts([row(prompt=text)], tokenizer, READING).items
     assert list(prompt.token_ids) == tokenizer(text).input_ids
     (again,) = load_prompts([row(prompt=prompt.text)], tokenizer, READING).items
-    assert again.token_ids == prompt.token_ids  # a beginning that is written out is not a second one
+    assert again.token_ids == prompt.token_ids  # a beginning token in the text is not doubled
     (example,) = load_examples([row(prompt=text, completion=" yes")], tokenizer, READING).items
     assert example.token_ids[: len(prompt.token_ids)] == prompt.token_ids
 
@@ -74,7 +74,7 @@ def test_what_follows_a_raw_turn_has_the_ids_that_it_has_within_the_whole(tokeni
         whole = encode_raw(["the question" + text], tokenizer)[0]
         told = writer.after(before, text)
         assert tokenizer.decode([*before, *told]) == tokenizer.decode(whole)
-        if whole[: len(before)] == before:  # else the whole text has a token that spans the two
+        if whole[: len(before)] == before:  # else a token spans both parts of the whole text
             assert list(told) == whole[len(before) :]
     ended = [*before, tokenizer.eos_token_id]
     whole = encode_raw(["the question" + tokenizer.eos_token + "yes"], tokenizer)[0]
@@ -141,12 +141,12 @@ def test_a_continued_turn_is_what_the_template_writes(kind: str, added: str) -> 
     tail = text.partition("answer")[2]
     cut = ended[:-1]
     if tokenizer.convert_ids_to_tokens(cut[-1]) == SPACE:
-        cut = cut[:-1]  # it belongs to the template's text before the end
+        cut = cut[:-1]  # the space belongs to the template's text before the end
     assert cut + ends.tokens_behind(cut, tail, added=added) == whole
     assert added or ended + ends.tokens_behind(ended, tail) == whole
 
 
-EOS, EOM, TEXT = 257, 262, ord("x")  # the template's end, another end of the model, and a token that ends nothing
+EOS, EOM, TEXT = 257, 262, ord("x")  # the template's end, another end token, no end token
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ EOS, EOM, TEXT = 257, 262, ord("x")  # the template's end, another end of the mo
         (EOS, " \n<|eos|>\n<|user|>hi", "\n<|user|>hi"),
         (EOM, "<|eos|><|user|>hi", "<|user|>hi"),
         (TEXT, " <|eos|><|user|>hi", " <|eos|><|user|>hi"),  # cut by a limit
-        (EOS, "<|user|>hi", "<|user|>hi"),  # the next turn begins without an end of the last one
+        (EOS, "<|user|>hi", "<|user|>hi"),  # the next turn begins without an end of the last turn
         (258, "<|system|>hi", "hi"),  # the model's end begins the next turn, as with GLM
         (259, "<|system|>hi", "<|system|>hi"),
         (259, "<|eos|><|user|>hi", "<|eos|><|user|>hi"),  # a client's stop string, which ends no turn
