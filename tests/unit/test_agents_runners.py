@@ -222,7 +222,7 @@ def test_a_daemon_ends_with_the_process_that_forks_sessions(
     tmp_path: Path, number: signal.Signals, is_parent: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     note = tmp_path / "pid"
-    monkeypatch.setattr("rlhf.rollouts.environments.host.STOP_WITHIN_S", 3.0)  # a hung process ends no sooner
+    monkeypatch.setattr("rlhf.rollouts.environments.host.STOP_WITHIN_S", 3.0)  # limit of a hung process
 
     async def use(runner: HostedRunner) -> psutil.Process:
         session = asyncio.create_task(runner.solve(task(mood="daemon", note=str(note), s=600)))

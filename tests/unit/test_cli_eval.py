@@ -319,7 +319,7 @@ def test_a_runs_model_is_asked_as_its_run_asked_it(run_folder: Path, capsys: pyt
         assert said.count("\n") == 1
         resolved = run_folder / "config.resolved.yaml"
         assert f'{model} is sampled with the settings of its run ({resolved}): system_prompt "Be' in said
-    assert decoding_of(str(run_folder / "final" / "config.json"), {}) == Decoding()  # not of that run's making
+    assert decoding_of(str(run_folder / "final" / "config.json"), {}) == Decoding()  # not the run's folder
     assert capsys.readouterr().err == ""
 
 

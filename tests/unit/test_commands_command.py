@@ -80,4 +80,4 @@ def test_every_argument_of_a_command_has_an_explanation(name: str) -> None:
     assert COMMANDS[name].summary
     assert [action.dest for action in made._actions if not action.help] == []
     lines = (inspect.getdoc(COMMANDS[name].function) or "").partition("Args:\n")[2].partition("\n\n")[0].split("\n")
-    assert [line for line in lines if not re.match(r" {4}\w+( \(.+?\))?: | {8}|$", line)] == []  # the help has all
+    assert [line for line in lines if not re.match(r" {4}\w+( \(.+?\))?: | {8}|$", line)] == []  # shown in the help

@@ -72,7 +72,7 @@ def test_a_reward_of_the_run_is_a_metric_and_another_one_is_not(tmp_path: Path) 
     with pytest.raises(UserError, match="It is for runs with: there is a critic"):
         load_sweep(write_sweep(tmp_path, config=online, metric="experience/values/mean"))
     adapter = online | {"policy": RUN["policy"] | {"lora": {}}, "algorithm": {"name": "grpo", "kl": {"coef": 0.1}}}
-    assert load_sweep(write_sweep(tmp_path, config=adapter, metric="experience/kl_ref/mean"))  # with its adapter off
+    assert load_sweep(write_sweep(tmp_path, config=adapter, metric="experience/kl_ref/mean"))  # adapter off
 
 
 def test_the_command_line_contradicts_no_key_of_the_sweep(tmp_path: Path) -> None:

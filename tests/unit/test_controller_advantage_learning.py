@@ -458,7 +458,7 @@ def test_a_portion_without_a_trained_response_is_left_out(folder: RunFolder) -> 
     ("keys", "asked"),
     [
         ({}, [["group 2"], ["group 0"], ["group 1"]]),  # each as it arrived
-        ({"reference_every": 2}, [["group 0", "group 1", "group 2"]]),  # a renewed reference: in their step
+        ({"reference_every": 2}, [["group 0", "group 1", "group 2"]]),  # with a renewed reference: in the groups' step
     ],
 )
 def test_the_reference_computes_groups_of_later_batches_as_they_arrive(

@@ -88,7 +88,7 @@ def test_responses_with_too_old_tokens_start_again(lag: int, continues: int | No
     last = request_for(prompt, group_id=9, first_sequence_id=0, samples=2, run_seed=0)
     assert carried.continuing(last, 4 + lag).continues == continues
     assert carried.num_restarted == (continues is None)
-    assert carried.continuing(replace(last, epoch=1), 4 + lag).continues is None  # of another epoch, with other seeds
+    assert carried.continuing(replace(last, epoch=1), 4 + lag).continues is None  # new epoch, new seeds
 
 
 def test_a_checkpoint_keeps_the_begun_responses_that_wait(tmp_path: Path) -> None:

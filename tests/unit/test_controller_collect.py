@@ -94,7 +94,7 @@ def test_groups_that_teach_nothing_are_replaced_until_the_batch_is_whole(tmp_pat
     assert row["rollouts/filtered_groups/fraction"] == 4 / 8
     assert (row["rollouts/filtered_easy/fraction"], row["rollouts/filtered_hard/fraction"]) == (3 / 8, 1 / 8)
     assert row["rewards/answered_score/mean"] == (4 * 1.0 + 3 * 2.0) / 16
-    assert row["rollouts/tokens/total"] == 4 * 2 * (2 + 3)  # of what was left out; the batch's own are added elsewhere
+    assert row["rollouts/tokens/total"] == 4 * 2 * (2 + 3)  # tokens of skipped groups; the batch's come elsewhere
     assert batch.sampled_tokens == 8 * 2 * 3
     second = run.collect(2).groups
     assert [one.group.request.prompt.prompt_id for one in second] == [8, 9, 10, 11]

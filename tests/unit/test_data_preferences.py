@@ -146,7 +146,7 @@ TRIPLE = {"prompt": "ab", "chosen": "c", "rejected": "cd", "reference": "efg"}
 
 
 def test_a_gold_answer_is_the_third_sequence_of_its_row(tokenizer: Any) -> None:
-    first, second = load_triples(tokenizer, TRIPLE, TRIPLE | {"reference": "c"}).items  # the chosen one may be the gold
+    first, second = load_triples(tokenizer, TRIPLE, TRIPLE | {"reference": "c"}).items  # chosen may equal gold
     assert first.gold.token_ids == (*b"abefg", EOS)
     assert first.token_ids == (*b"abc", EOS, *b"abcd", EOS, *b"abefg", EOS)
     assert (first.num_targets, second.num_targets) == (4, 2)  # of the gold answer: the supervised term is their mean
@@ -232,7 +232,7 @@ def test_a_mismatched_answer_is_never_longer_than_the_data(tokenizer: Any) -> No
     rows = [labelled("abcd", "e", True), labelled("a", "bcde", False)]
     items = load_labelled(rows, tokenizer, reading()).items
     batch = collate_labelled(items, mismatched=True).examples
-    assert batch.lengths.tolist() == [6, 6, 6, 3]  # the first prompt leaves room for two tokens of the other's answer
+    assert batch.lengths.tolist() == [6, 6, 6, 3]  # the first prompt leaves room for two tokens of the other answer
 
 
 def test_labels_in_csv_are_the_words(tokenizer: Any, tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_a_holder_that_is_gone_is_a_reason_and_no_error(tmp_path: Path) -> None:
     assert str(snapshots.wait_until_sent()).startswith("ConnectionRefusedError")
     assert snapshots.newest() == 2
     other = CopyHolder(tmp_path / "other", "127.0.0.1")
-    snapshots.send_to(other.place("policy-0"))  # which gets the newest one at once
+    snapshots.send_to(other.place("policy-0"))  # the new holder gets the newest snapshot at once
     assert snapshots.wait_until_sent() is None
     assert steps_at(other.place("policy-0"), tmp_path / "successor") == [2]
     other.close()

@@ -60,7 +60,7 @@ def test_a_successor_takes_back_either_of_the_last_two_steps(tmp_path: Path) -> 
     tensors, steps = found(tmp_path, 2)
     assert steps == 2
     assert all(torch.equal(tensor, state(2)[name]) for name, tensor in tensors.items())
-    assert opened(tmp_path).newest() == 2  # step 3 is done again
+    assert opened(tmp_path).newest() == 2  # step 3 will be repeated
     with pytest.raises(RunError, match="holds no snapshot of step 1"):
         found(tmp_path, 1)
 
@@ -76,7 +76,7 @@ def test_half_a_copy_is_never_found(tmp_path: Path) -> None:
     with mock.patch("rlhf.engine.snapshots.torch.save", stuck), mock.patch("pathlib.Path.rename"):
         snapshots.take(3, state(3), {"steps": 3})
         assert reached.wait(DEADLINE_S)
-        assert opened(tmp_path).newest() == 2  # of which step 3 has overwritten nothing
+        assert opened(tmp_path).newest() == 2  # step 3 has overwritten nothing of step 2
         tensors, _ = found(tmp_path, 2)
         released.set()
         snapshots.close()

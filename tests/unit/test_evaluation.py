@@ -151,7 +151,7 @@ def test_prompt_metrics_by_hand() -> None:
 def test_marks_and_answers_decide_on_passes_and_votes() -> None:
     silent = [replace(result, answers=None) for result in RESULTS]
     for results, marking, names in (
-        (RESULTS, Marking(ks=(1,), passing=None, answers="whole"), []),  # a score that is no mark
+        (RESULTS, Marking(ks=(1,), passing=None, answers="whole"), []),  # a score that is neither right nor wrong
         (silent, MARKING, ["pass@1", "pass@2"]),  # responses without answers do not vote
     ):
         assert [name for name in prompt_metrics(results, None, marking, seed=0) if "@" in name] == names

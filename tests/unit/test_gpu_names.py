@@ -39,7 +39,7 @@ def test_names_of_torch() -> None:
     for name in names:
         owner: Any = torch.cuda if name.startswith("torch.cuda") else distributed
         parts = name.removeprefix("torch.cuda.").removeprefix("dist.").split(".")
-        if parts[0] == "ProcessGroupNCCL":  # which a CPU build has not
+        if parts[0] == "ProcessGroupNCCL":  # a CPU build lacks this class
             body = stub.partition("class ProcessGroupNCCL(Backend):")[2].partition("\nclass ")[0]
             assert body
             assert all(f"class {part}" in body for part in parts[1:]), name

@@ -101,7 +101,7 @@ def test_weighted_sum_equals_plain(head: dict[str, Any], chunk_size: int) -> Non
     total, logprobs, is_top1 = weighted_logprob_sum(*x[:2], TARGETS, weights, **settings)
     close([total, logprobs], [(expected * weights).sum(), expected.detach()])
     assert torch.equal(is_top1, is_top1_from_logits(plain_logits(x, head), TARGETS))
-    # an outer factor reaches the gradient that was made in the forward pass
+    # the forward pass computes the gradient; a factor outside must still scale the gradient
     same_gradients(3.0 * total, 3.0 * (expected * weights).sum(), x)
 
 
@@ -117,7 +117,7 @@ def test_weights_by_probability_make_dynamic_fine_tuning() -> None:
 
 def test_what_needs_no_gradient_has_none() -> None:
     hidden, weight, _ = inputs()
-    assert not chunked_logprobs(hidden, weight, TARGETS)[1].requires_grad  # the entropy, unless asked for
+    assert not chunked_logprobs(hidden, weight, TARGETS)[1].requires_grad  # entropy: no gradient by default
     chunked_logprobs_only(hidden, weight.detach(), TARGETS).sum().backward()
     expected = logprobs_from_logits(hidden @ weight.detach().t(), TARGETS).sum()
     close(hidden.grad, torch.autograd.grad(expected, hidden)[0])

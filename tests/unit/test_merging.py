@@ -79,7 +79,7 @@ def test_the_record_repeats_the_merge(tmp_path: Path, models: Path) -> None:
     out = merge(tmp_path / "first", models, names, method="dare_linear", base="base", seed=5)
     drawn = torch.rand(2)
     torch.manual_seed(3)
-    assert torch.equal(torch.rand(2), drawn)  # the merge has left the random state alone
+    assert torch.equal(torch.rand(2), drawn)  # the merge has not changed the random state
     text = (out / "merge.yaml").read_text()
     assert text.startswith("# made by ray-rlhf ")
     assert "mergekit 0.1.5" in text

@@ -48,7 +48,7 @@ def adapted(path: Path, **options: Any) -> Any:
 def test_starts_at_the_model_is_exact_when_off_and_comes_back_from_its_files(
     base: Path, kind: str, tmp_path: Path
 ) -> None:
-    rounding = 2e-6 if "pissa" in kind else 0.0  # the principal part is added and taken away again, in another order
+    rounding = 2e-6 if "pissa" in kind else 0.0  # the principal part is added and subtracted in a different order
     plain = load_causal_lm(str(base), dtype=torch.float32)
     before, model = logits(plain, TOKENS), adapted(base, **KINDS[kind])
     assert (logits(model, TOKENS) - before).abs().max() <= rounding
@@ -61,7 +61,7 @@ def test_starts_at_the_model_is_exact_when_off_and_comes_back_from_its_files(
     assert torch.equal(logits(model, TOKENS), after)
     folder = save_adapter(model, tmp_path / "adapter", base)
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
-    assert (logits(loaded, TOKENS) - after).abs().max() <= rounding  # of pissa it is one product instead of two
+    assert (logits(loaded, TOKENS) - after).abs().max() <= rounding  # pissa: one product, not two
     merged = load_causal_lm(str(save_model(model, tmp_path / "merged", base)), dtype=torch.float32)
     torch.testing.assert_close(logits(merged, TOKENS), after, rtol=1e-4, atol=1e-5)
 
@@ -167,7 +167,7 @@ def test_no_adapter_no_adapter_weights(tiny_model: Path) -> None:
     [
         ("falcon_mamba", {"dt_proj", "out_proj"}),  # the kernels read these weights themselves
         ("llama4_text", {"router"}),
-        ("gemma3n_text", {"0", "1", "2"}),  # blocks have such names too
+        ("gemma3n_text", {"0", "1", "2"}),  # other blocks also have layers with these names
     ],
 )
 def test_layers_that_an_adapter_does_not_fit_stay_frozen(kind: str, frozen: set[str]) -> None:

@@ -112,7 +112,7 @@ def test_files_have_the_mode_of_the_process_and_survive_a_failed_export(tiny_mod
         {},
         {"pad_token": None},  # as in Llama 3, another token of the vocabulary serves
         {"pad_token": "<|eos|>"},
-        {"pad_token": "<|assistant|>"},  # of the chat template
+        {"pad_token": "<|assistant|>"},  # a token of the chat template
     ],
     ids=str,
 )
@@ -145,7 +145,7 @@ def test_transformers_scores_a_padded_batch_as_it_was_trained(
 def test_without_a_token_to_pad_with_transformers_refuses_a_batch(tiny_model: Path) -> None:
     """A language model keeps its padding."""
     tokenizer, models = load_tokenizer(str(tiny_model)), [load(str(tiny_model), dtype=torch.float32) for load in LOADS]
-    models[0].config.vocab_size = 256  # leaves the special tokens out
+    models[0].config.vocab_size = 256  # a vocabulary without the special tokens
     for model in models:
         model.config.pad_token_id = None
         name_padding(model.config, tokenizer)

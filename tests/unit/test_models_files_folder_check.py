@@ -64,7 +64,7 @@ def test_a_folder_that_lacks_weights_is_refused(folder: Path, load: str) -> None
 def test_a_head_that_is_not_tied_is_not_made_new(folder: Path) -> None:
     with pytest.raises(UserError, match=r"lacks 1 of its weights, which would be random: lm_head\.weight"):
         refuse_missing_weights(str(without(folder, "lm_head")))
-    refuse_missing_weights(str(folder), scalar=True)  # which has no such head
+    refuse_missing_weights(str(folder), scalar=True)  # a scalar model has no language model head
     refuse_missing_weights(str(change(folder, tie_word_embeddings=True)))
 
 

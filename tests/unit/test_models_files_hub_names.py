@@ -76,7 +76,7 @@ def test_a_mixture_survives_loading_and_export(kind: str, tmp_path: Path) -> Non
     files = [load_file(tmp_path / folder / "model.safetensors").keys() for folder in ("final", "source")]
     assert files[0] == files[1]
     settings = json.loads((tmp_path / "final" / "config.json").read_text(encoding="utf-8"))
-    assert settings.get("topk_method") == ("noaux_tc" if kind == "deepseek_v3" else None)  # vLLM needs it
+    assert settings.get("topk_method") == ("noaux_tc" if kind == "deepseek_v3" else None)  # vLLM needs the key
     loaded, report = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -87,7 +87,7 @@ def test_a_mixture_survives_loading_and_export(kind: str, tmp_path: Path) -> Non
 def test_settings_that_transformers_does_not_write_are_those_of_the_model() -> None:
     config = tiny_config("minimax_m2", head_dim=32, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5})
     assert missing_settings(config) == {"scoring_func": "sigmoid", "use_routing_bias": True, "rotary_dim": 16}
-    config.scoring_func = "softmax"  # as a folder may say
+    config.scoring_func = "softmax"  # a folder may set another value
     assert "scoring_func" not in missing_settings(config)
     layers = ["dense", "dense", "sparse"]
     lite = tiny_config("glm4_moe_lite", num_hidden_layers=3, mlp_layer_types=layers)

@@ -87,7 +87,7 @@ def test_packed_sequences_are_those_of_each_alone_and_the_longest_that_of_transf
     """The longest sequence of a run is within the original length, or beyond."""
     kind, rope = CASES[name]
     if kind == "phimoe" and longest > TRAINED:
-        rope = rope | {"short_factor": LONG["long_factor"]}  # transformers reads the short ones here too; vLLM does not
+        rope = rope | {"short_factor": LONG["long_factor"]}  # vLLM uses long factors, transformers short
     model, theirs = model_with(*CASES[name]), model_with(kind, rope)
     before = model.config.to_dict()
     fix_frequencies(model, longest)
@@ -96,8 +96,8 @@ def test_packed_sequences_are_those_of_each_alone_and_the_longest_that_of_transf
     alone = torch.cat([logprobs(model, short), logprobs(model, long)])
     torch.testing.assert_close(alone[10:], own_logprobs(theirs, [long]), rtol=0.0, atol=1e-5)
     torch.testing.assert_close(logprobs(model, short, long), alone, rtol=0.0, atol=1e-5)
-    torch.testing.assert_close(logprobs(model, short), alone[:10], rtol=0.0, atol=0.0)  # nothing is remembered
-    assert model.config.to_dict() == before  # which is exported
+    torch.testing.assert_close(logprobs(model, short), alone[:10], rtol=0.0, atol=0.0)  # no long factors remain
+    assert model.config.to_dict() == before  # the config is exported
 
 
 @pytest.mark.parametrize("name", CASES)

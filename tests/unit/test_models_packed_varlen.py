@@ -60,7 +60,7 @@ def test_branches_see_their_trunk_and_then_themselves() -> None:
     assert found.seen.tolist() == [*range(5), 0, 1, 2, 5, 6, 7, *range(8, 12), *range(8, 12), 12, 13]
     assert (found.longest_query, found.longest_key) == (5, 6)
     found = borders([5, 1, 8], None, device=CPU)
-    assert found.seen is None  # the keys are the row itself
+    assert found.seen is None  # the keys are the tokens of the row itself
     assert found.keys.tolist() == found.queries.tolist() == [0, 5, 6, 14]
 
 

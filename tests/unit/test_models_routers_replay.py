@@ -72,7 +72,7 @@ def test_own_choices_change_nothing_and_others_are_used(kind: str) -> None:
     with replay.of(moved):
         other = packed(model, IDS, LENGTHS)
     assert (other - plain).abs().max() > 1e-3
-    torch.testing.assert_close(packed(model, IDS, LENGTHS), plain)  # no pass outside is replayed
+    torch.testing.assert_close(packed(model, IDS, LENGTHS), plain)  # a pass outside the block replays nothing
 
 
 def test_the_layout_of_the_row_does_not_matter() -> None:

@@ -43,7 +43,7 @@ def test_a_difference_was_measured_where_engines_may_start() -> None:
 
 
 def test_types_that_no_engine_computes_are_refused() -> None:
-    for kind in ("llama", "nemotron_h", "gpt_neo", "blip"):  # measured, by transformers' classes perhaps, and unknown
+    for kind in ("llama", "nemotron_h", "gpt_neo", "blip"):  # measured twice, perhaps by transformers, and unknown
         refuse_without_engine({"model_type": kind}, device="cpu")
     refuse_without_engine({"model_type": "mamba"}, device="cuda")
     with pytest.raises(UserError, match=r"of type mamba: vLLM has no selective scan for a CPU .* Use GPUs"):

@@ -77,7 +77,7 @@ def test_the_tables_have_the_published_sizes() -> None:
     for model, (total, active) in zip(_MIXTURE_TABLE, PUBLISHED_MIXTURES, strict=True):
         rounding = 0.01 if isinstance(total, float) else 0.0
         assert shape(model).parameters == pytest.approx(total, rel=rounding, abs=0), model
-        assert shape(model).active_parameters / 1e9 == pytest.approx(active, rel=0.09), model  # one of two embeddings
+        assert shape(model).active_parameters / 1e9 == pytest.approx(active, rel=0.09), model  # counts one embedding
 
 
 def test_the_tiny_model_is_the_one_that_is_made(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_states_are_as_large_as_the_optimizer_makes_them(
             ["cluster.roles.policy={workers: 4, zero_stage: 3}"],
             {"weights": COUNT * 2 / 4, "weights gathered": 10**9 * 2, "gradient bucket": 5 * 10**7 * 2},
         ),
-        (  # DeepSpeed copies float32 weights in float32 too
+        (  # DeepSpeed also copies float32 weights, in float32
             ["cluster.roles.policy={workers: 1, zero_stage: 3}", "policy.dtype=float32"],
             {"master weights": COUNT * 4, "weights gathered": 0, "gradients as a block": COUNT * 4},
         ),

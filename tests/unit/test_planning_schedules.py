@@ -239,7 +239,7 @@ def test_lengths_are_cut_and_keep_their_mean(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     rows = [{"split": "heldout", "response_tokens": 7}, {"split": "train", "response_tokens": 6}]
     (tmp_path / "samples" / "step_000001.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert parse_lengths(str(tmp_path), most=9).seen == (6,)  # evaluations sample otherwise, and far more
+    assert parse_lengths(str(tmp_path), most=9).seen == (6,)  # evaluations sample differently, and far more often
 
 
 @pytest.mark.parametrize(

@@ -327,7 +327,7 @@ def test_this_machine_is_held_against_a_run_on_cpus() -> None:
     text = rlhf.plan(ROOT / "configs/quickstart.yaml")
     assert "this machine" in text
     assert "grpo" not in text.split()[0]
-    assert text.count("memory by place") == 2  # the supervised stage, and the one that starts from its model
+    assert text.count("memory by place") == 2  # the supervised stage, and the stage that starts from its model
 
 
 def test_a_model_that_is_not_here_is_named_and_the_rest_is_shown(tmp_path: Path) -> None:

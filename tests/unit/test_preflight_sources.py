@@ -64,7 +64,7 @@ def nested(depth: int) -> list[Any]:
         ({"maths": MATHS, "code": CODE}, [{"kind": "sums", "answer": "1"}, CODED]),
         ({}, [CODED]),  # without rewards a row needs no column
         ({"code": CODE, "other": PLAIN}, [RIGHT | {"day": DAY}, CODED]),  # a function may get a value that is no JSON
-        ({"taste": JUDGE}, [{"answer": "1", "day": DAY}]),  # the judge is not asked about the day
+        ({"taste": JUDGE}, [{"answer": "1", "day": DAY}]),  # the judge's question does not use the day
     ],
 )
 def test_rows_with_the_columns_of_their_rewards_pass(rewards: dict[str, Any], columns: list[dict[str, Any]]) -> None:

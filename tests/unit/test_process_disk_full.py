@@ -132,7 +132,7 @@ def test_a_signal_that_ends_the_run_ends_the_wait_of_the_driver(in_thread: bool)
 
     def work(request: StopRequest) -> None:
         def tell() -> None:
-            while request.beats < 3:  # the loop counts as alive meanwhile
+            while request.beats < 3:  # the loop counts as alive during the wait
                 time.sleep(0.001)
             request.came = time.monotonic()
 

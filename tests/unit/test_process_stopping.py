@@ -217,7 +217,7 @@ def test_work_that_never_returns_to_python_is_left_behind(monkeypatch: pytest.Mo
 
     def work(request: StopRequest) -> None:
         threading.Thread(target=press, args=(request,)).start()
-        stuck.acquire()  # as ray.shutdown waits for a raylet that is stopped
+        stuck.acquire()  # like ray.shutdown, which waits for a stopped raylet
 
     with pytest.raises(KeyboardInterrupt, match="given up"):
         run_stoppable(work)
@@ -289,7 +289,7 @@ def own_ray(monkeypatch: pytest.MonkeyPatch, *processes: psutil.Process) -> None
 
 def test_an_interrupt_kills_the_own_ray_with_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
     OWN_RAY.kill()
-    assert not OWN_RAY.killed  # there is none
+    assert not OWN_RAY.killed  # this process has no Ray
     asleep = "import time; time.sleep(60)"
     ray_like = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {asleep!r}])"
     with subprocess.Popen([sys.executable, "-c", ray_like]) as daemon, subprocess.Popen(["sleep", "60"]) as other:
@@ -346,11 +346,11 @@ def test_a_call_that_blocks_the_event_loop_has_a_limit(monkeypatch: pytest.Monke
     gate = threading.Event()
 
     async def hang() -> None:
-        gate.wait(30.0)  # as `ray.put` waits for a raylet that stands still
+        gate.wait(30.0)  # like `ray.put`, which waits for a stopped raylet
 
     def work(request: StopRequest) -> None:
         if returns:
-            request.on_interrupt = gate.set  # as the end of Ray's daemons may end the call
+            request.on_interrupt = gate.set  # the end of Ray's daemons may end the call like this
         loop = run_loop(hang(), Notice(), request, grace_s=1.0, call_timeout_s=1.0, draining_node=none_goes)
         run_async(loop)
 

@@ -92,7 +92,7 @@ def test_regex_match() -> None:
     assert regex_match("p", "SQL: select 2; SQL: select 1;", pattern, "select 2") == 0.0
     assert regex_match("p", "none", pattern, "select 2") == 0.0
     assert regex_match("p", "it is 17 or 18", "[0-9]+", 18) == 1.0
-    assert regex_match("p", "x", "(a)|x", "x") == 0.0  # the group took no part in the match
+    assert regex_match("p", "x", "(a)|x", "x") == 0.0  # the match does not use the group
     with pytest.raises(ValueError, match="limit_s must be positive, got 0"):
         regex_match("p", "x", "x", "x", limit_s=0)
 
@@ -140,7 +140,7 @@ REPEATED = ("```python\n", "``` \n", "```" + " " * 60_000 + "`", "answer" + " " 
 def test_a_response_that_repeats_itself_is_read_in_no_time(piece: str) -> None:
     """Collapsed models write such responses, and a rule of quadratic time would look like a hang."""
     response = piece * (200_000 // len(piece))
-    began = time.process_time()  # of this process alone, whatever else the machine does
+    began = time.process_time()  # processor time of this process, independent of the machine's load
     assert multiple_choice("p", response, "A") == 0.0
     assert last_number("p", response, 7) == 0.0
     assert JsonSchema(schema=SCHEMA)("p", response) == 0.0
@@ -253,11 +253,11 @@ def test_gym_scorers_that_raise_or_can_be_fooled_give_0_unless_the_entry_is_wron
     assert [gym_score(entry, text) for text in ("nan", "NaN + 1i", entry["answer"])] == [0.0, 0.0, 1.0]
     with pytest.raises(ValueError, match="game_of_life_halting gives full marks to nonsense"):
         gym_score(gym_entry("game_of_life_halting"), "True")
-    assert len(GYM_TASKS) + 1 == 106  # as the documentation says
+    assert len(GYM_TASKS) + 1 == 106  # the number in the documentation
 
 
 GYM_TASKS = sorted(set(reasoning_gym.factory.DATASETS) - {"composite"})
-# Entries without one right answer: the task checks what is proposed, and stores none.
+# Tasks with several right answers: such a task checks a response, and stores no answer.
 WITHOUT_ANSWER = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
 
 

@@ -114,7 +114,7 @@ def test_output_goes_to_the_log_and_a_flood_does_not_fill_it(
         assert [part in text for part in ("seen: größer \\ud800 字", "to stderr", "straight to the file")] == [True] * 3
         caplog.clear()
         assert hostile.score(HOSTILE.index("floods"), "p", ["a"], {}).scores == (1.0,)
-    assert len(caplog.messages) == 21  # twenty lines and the one that says that there were more
+    assert len(caplog.messages) == 21  # twenty lines, and one line about the lines left out
 
 
 def test_what_a_reward_started_dies_with_it(hostile: RewardPool) -> None:
@@ -219,7 +219,7 @@ def test_a_stopped_process_is_replaced() -> None:
     with closing(RewardPool([source("simple.py:length")], timeout_s=0.5)) as pool:
         pid = pool.pids()[0]
         os.kill(pid, signal.SIGSTOP)
-        # far more than a socket holds: it cannot even be sent
+        # far more than a socket holds, so the request cannot even be sent
         assert pool.score(0, "p", ["a" * 10_000_000], {}).failures[0].kind == "timeout"
         assert pool.score(0, "p", ["a"], {}).scores == (1.0,)
         assert not psutil.pid_exists(pid)

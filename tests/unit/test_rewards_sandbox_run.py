@@ -119,7 +119,7 @@ def test_hostile_programs_are_contained(name: str, sandbox: Sandbox, host: Host)
     host.check()
 
 
-# Each is harmless, and must succeed without a sandbox: else its containment above would show nothing.
+# These programs are harmless, and must succeed without a sandbox. Otherwise the test above would show nothing.
 FEASIBLE = (
     "exec of a shell", "file in memory", "renames", "changes times", "symbolic link", "hard link", "dots in a path",
     "reads a file of the user", "lists a folder of the user", "walks through /proc", "secrets in /proc", "TCP", "UDP",

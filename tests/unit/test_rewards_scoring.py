@@ -162,7 +162,7 @@ def test_a_reward_without_an_opinion_is_left_out_of_that_sum() -> None:
     scores = scored([silent, spec("length", "simple.py:length")], ["ab", "x"])
     assert scores.by_name == {"silent": (1.0, None), "length": (2.0, 1.0)}
     assert scores.scores == (4.0, 1.0)
-    scores = scored([silent, spec("length", "simple.py:length", 0.0)], ["ab", "x"])  # none with a weight has an opinion
+    scores = scored([silent, spec("length", "simple.py:length", 0.0)], ["ab", "x"])  # no reward with a weight applies
     assert scores.scores == ()
     assert [(error.reward, error.kind, error.sample) for error in scores.errors] == [("score", "no_opinion", 1)]
 
@@ -201,7 +201,7 @@ NORMALISED = {"big": RewardTerm(weight=1.0, normalize="group"), "small": RewardT
         (SAFE, {"safe": [1.0, 0.0], "good": [3.0, 3.0]}, [3.0, 0.0]),  # a gate of weight 0 still gates
         (CIRCLE, {"a": [2.0], "b": [3.0]}, [12.0]),  # 2 * 3 + 3 * 2: plain values gate
         (BY_KIND, {"code": [2.0]}, [10.0]),  # a reward that does not apply adds nothing
-        # a reward without an opinion adds nothing
+        # a reward that returns None adds nothing
         (WATCHED, {"a": [1.0, None, None], "b": [3.0, 4.0, None], "watched": [9.0] * 3}, [5.0, 4.0, None]),
         (NORMALISED, {"big": [100.0, 300.0], "small": [0.0, 1.0]}, [100.0, 302.0]),  # normalised for training alone
     ],

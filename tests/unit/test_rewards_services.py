@@ -88,7 +88,7 @@ def test_a_service_that_is_not_there_or_refuses_the_token_is_an_error_at_the_dea
     gone = spec("http://127.0.0.1:9/score", deadline_s=0.5)
     begun = time.monotonic()
     (failure,) = ask(gone, ["a"]).failures
-    assert time.monotonic() - begun > 0.4  # it was tried until the deadline
+    assert time.monotonic() - begun > 0.4  # the call was repeated until the deadline
     assert failure.kind == "unavailable"
     assert "no answer within 0.5 s" in failure.message
     assert "ClientConnectorError" in failure.message
@@ -96,7 +96,7 @@ def test_a_service_that_is_not_there_or_refuses_the_token_is_an_error_at_the_dea
         greet(gone)
     service = FakeService(405, 401)
     with served(service) as url:
-        greet(spec(url, token="right"))  # 405: it is there
+        greet(spec(url, token="right"))  # 405: the service answers
         with pytest.raises(RunError, match=r"it refused the token with HTTP 401"):
             greet(spec(url, token="wrong"))
     assert [token for _, token, _ in service.requests] == ["Bearer right", "Bearer wrong"]
@@ -222,7 +222,7 @@ def test_the_breaker_lets_one_through_at_a_time_until_the_service_is_back(monkey
     asyncio.run(run())
     assert most_while_open == 1
     assert pauses == [0.02, 0.04, 0.08, 0.16, 0.32]  # before four attempts that fail and one that succeeds
-    assert attempts == 9  # the other four waited for that one
+    assert attempts == 9  # the other four calls waited for the first
 
 
 def test_a_judge_is_asked_once_about_equal_responses_of_a_group() -> None:
@@ -254,7 +254,7 @@ def test_services_get_the_results_of_an_agent() -> None:
     bodies = [body for _, _, body in service.requests]
     assert bodies[0]["results"] == results
     questions = [body["messages"][0]["content"] for body in bodies[1:]]
-    assert sorted(questions) == ["ab told", 'ab {"found": 1}']  # a question asked twice is sent once
+    assert sorted(questions) == ["ab told", 'ab {"found": 1}']  # a repeated question is sent once
 
 
 NESTED: list[Any] = []
@@ -309,7 +309,7 @@ def test_an_answer_that_is_nested_too_deep_is_refused(text: str) -> None:
 def test_limits_of_a_group_and_a_token_in_no_repr_and_no_fingerprint() -> None:
     url, judge = "http://127.0.0.1:9/", judge_of()
     with closing(RewardSet([replace(spec(url), only={"kind": ("code",)})], timeout_s=1.0)) as rewards:
-        assert rewards.ask(PROMPT, ["a"], truncated=[False]) == {}  # the row is of another kind
+        assert rewards.ask(PROMPT, ["a"], truncated=[False]) == {}  # the reward does not apply to the row's kind
     assert ask_deadline_s([spec(url)], 8) == 5.0 + 10.0
     assert ask_deadline_s([spec(url), spec(url, judge=judge)], 8) == 8 * 5.0 + 10.0
     assert ask_deadline_s([spec(url), spec(url, max_in_flight=1)], 8) == 4 * 5.0 + 10.0

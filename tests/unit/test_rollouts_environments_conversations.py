@@ -100,7 +100,7 @@ def test_turns_alternate_until_the_environment_is_done() -> None:
     assert (played.rewards, played.finish_reason, played.error) == ((0.0, 0.0, 1.0), "stop", None)
     seed = request().seeds[0]
     assert [one[1] for one in script.asked] == [seed, turn_seed(seed, 1), turn_seed(seed, 2)]
-    assert script.asked[1][0] == (*b"?3", EOS, *b"higher")  # each turn is drawn after all that was said
+    assert script.asked[1][0] == (*b"?3", EOS, *b"higher")  # each turn is sampled after the whole earlier conversation
 
 
 def test_a_limit_of_turns_or_tokens_cuts_without_a_reward_for_the_end() -> None:
@@ -312,7 +312,7 @@ def test_nothing_outlives_the_process_that_plays() -> None:
         assert player.stdout.readline() == "up\n"
         children = [child.pid for child in psutil.Process(player.pid).children(recursive=True)]
         player.kill()
-    assert len(children) == 4  # the environment and its parent, its copy, and what that started
+    assert len(children) == 4  # the environment, its parent, its copy, and the copy's child
     assert all(gone(pid) for pid in children)
 
 
@@ -322,7 +322,7 @@ def test_one_that_is_cancelled_leaves_no_process() -> None:
         await asyncio.sleep(0)
         opening.cancel()
         await asyncio.wait([opening])
-        other = await host.open()  # the answers to the two are told apart
+        other = await host.open()  # the host matches each answer to its call
         await other.reset(1, {})
         await other.end()
         zygote = psutil.Process(host.pid)

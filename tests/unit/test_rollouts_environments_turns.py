@@ -39,7 +39,7 @@ def test_a_turn_that_ended_is_followed_by_the_next_ones_beginning() -> None:
     told = "\n<|user|>user\nhigher<|eos|>\n<|user|>assistant\n"
     assert list(writer.after([52, EOS], "higher")) == ids(told)
     assert list(writer.after([52, 262], "higher")) == ids(told)  # another end of the model
-    assert list(writer.after([52, 53], "higher")) == [EOS, *ids(told)]  # cut: its end was not sampled
+    assert list(writer.after([52, 53], "higher")) == [EOS, *ids(told)]  # a cut turn: its end was not sampled
     results = "\n<|user|>tool\n1<|eos|>\n<|user|>tool\n2<|eos|>\n<|user|>assistant\n"
     assert list(writer.after([EOS], ("1", "2"))) == ids(results)
 
@@ -188,4 +188,4 @@ def test_what_does_not_fit_is_told(made: tuple[ToolCall, ...] | None, answer: st
     assert answer in problems[0]
     calls, (first, *_) = read_calls((call('{"a": 1}'), *(made or ()), call("{}")), TOOLS)
     assert calls == []
-    assert "not called" in first  # one wrong call keeps the others from being made
+    assert "not called" in first  # one wrong call prevents all other calls

@@ -90,14 +90,14 @@ def test_a_group_comes_back_whole_and_goes_if_it_cannot_be_trained(
     found = read_group(tmp_path, REQUEST, SAMPLING, 0)
     assert found is not None
     assert found[0].sequence_ids.tolist() == [0, 0]
-    assert repr(found[1]) == repr(infos)  # by which a ledger knows its scores
+    assert repr(found[1]) == repr(infos)  # a ledger finds scores by this text
     drop_untrained(tmp_path)
     assert (read_group(tmp_path, REQUEST, SAMPLING, 0) is not None) == is_trained
 
 
 def test_a_group_with_too_old_a_token_is_deleted_and_not_read(tmp_path: Path) -> None:
     info = replace(INFO, min_version=2, max_version=4)
-    failed = replace(INFO, num_response_tokens=0, min_version=-1, max_version=-1)  # its environment never began
+    failed = replace(INFO, num_response_tokens=0, min_version=-1, max_version=-1)  # the environment never began
     write_group(tmp_path, REQUEST, SAMPLING, 4, ROLLOUTS, (info, failed))
     assert read_group(tmp_path, REQUEST, SAMPLING, 4, oldest=2) is not None
     assert read_group(tmp_path, REQUEST, SAMPLING, 4, oldest=3) is None
@@ -113,7 +113,7 @@ def test_groups_of_weights_that_are_trained_anew_are_forgotten(tmp_path: Path) -
 
 
 def test_groups_of_one_version_and_its_weights_are_kept_alone(tmp_path: Path) -> None:
-    groups = [(0, "now"), (0, "before"), (3, "now"), (0, "now")]  # a critic alone may have been trained until version 3
+    groups = [(0, "now"), (0, "before"), (3, "now"), (0, "now")]  # until version 3 only the critic may be trained
     for group_id, (version, weights) in enumerate(groups):
         request = replace(REQUEST, group_id=group_id)
         write_group(tmp_path, request, SAMPLING, version, ROLLOUTS, (INFO,), weights=weights)
@@ -247,7 +247,7 @@ def test_a_broken_line_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureF
     again = ScoreLedger(tmp_path, rewards="ours")
     assert caplog.text.count(f"{ledger.path}: 1 of its lines cannot be read") == 1
     assert (again.get(4, 2, "r"), again.get(6, 2, "r")) == (SCORES, SCORES)
-    again.forget_failures()  # which reads the file once more
+    again.forget_failures()  # reads the file once more
 
 
 def test_a_checkpoint_drops_what_it_covers(tmp_path: Path) -> None:

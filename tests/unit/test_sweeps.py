@@ -136,7 +136,7 @@ def test_what_comes_of_the_trials(tmp_path: Path) -> None:
         (0.5, 0.5, 4, 4),
         (None, None, None, 0),
     ]
-    assert found.best == found.rows[0]  # one that has come to its end goes before a stopped one
+    assert found.best == found.rows[0]  # a finished trial comes before a stopped trial
     lines = [json.loads(line) for line in (sweep.folder / "results.jsonl").read_text().splitlines()]
     assert lines[2]["error"] == "exit 1: the end"
     assert lines[0]["train.lr"] == known[0]["train.lr"]
@@ -218,7 +218,7 @@ def test_optuna_comes_near_the_best_rate_and_goes_on_without_repeating_itself(tm
     assert len({*first, *rest}) == 30
     assert all(1e-4 <= rate <= 1e-2 for rate in (*first, *rest))
     early, late = (sorted(abs(rate - 1e-3) for rate in rates) for rates in ([*first, *rest[:6]], rest[-10:]))
-    assert late[5] < early[5]  # medians: it looks where the loss was low
+    assert late[5] < early[5]  # medians: later trials are near the lowest loss
 
 
 def test_a_trial_that_a_kill_left_is_first_and_counts_once(tmp_path: Path) -> None:

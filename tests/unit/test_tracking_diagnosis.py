@@ -74,7 +74,7 @@ IN_FLIGHT = {  # 24 groups, responses up to 2 versions old, and steps of 10 seco
 CORRECTED = {f"experience__rollout_weight_{of}__fraction": always(0.2) for of in ("truncated", "masked")}
 GRAMMAR, REASON = "agents__restricted_tokens__fraction", "agents__restricted_by_tool_choice__total"
 
-CASES: dict[str, tuple[Rows, Rows]] = {  # kind: a series that shows it, one that is fine
+CASES: dict[str, tuple[Rows, Rows]] = {  # kind: a series with the symptom, and a series without
     "not_finite": pair(3, "update__loss__mean", lambda s: None if s == 3 else 0.1, 0.1),
     "kl_blow_up": (
         rows(40, experience__kl_ref__mean=lambda s: 0.05 if s < 30 else 0.05 * 2.0 ** (s - 30)),
@@ -196,7 +196,7 @@ def test_the_noise_of_an_evaluation_is_no_fall() -> None:
         scores = [fmean(draw.random() < 0.1 for _ in range(200)) for _ in range(10)]
         found = diagnose(evaluated(90, *scores, every=10))
         told += any(one.kind == "held_out_falls" for one in found)
-    assert told <= 30  # without a regard to noise 150
+    assert told <= 30  # if noise were ignored: 150
 
 
 def test_a_fall_from_a_peak_is_told_soon() -> None:

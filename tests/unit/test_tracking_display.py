@@ -185,7 +185,7 @@ def test_quiet_shows_nothing_and_lines_go_to_stderr(capsys: pytest.CaptureFixtur
 
 def test_the_last_sample_is_read_from_the_files_end(tmp_path: Path) -> None:
     assert last_sample(tmp_path, 1) is None
-    written_sample(tmp_path, 1, "x" * (2 << 20))  # longer than what is read
+    written_sample(tmp_path, 1, "x" * (2 << 20))  # longer than the part that is read
     assert last_sample(tmp_path, 1) is None
     written_sample(tmp_path, 1, "x")
     assert last_sample(tmp_path, 1)["response"] == "x"
@@ -213,7 +213,7 @@ def test_each_metric_of_any_run_has_a_panel_with_all_runs(tmp_path: Path, monkey
     panels = {axes.get_title(loc="left"): [list(line.get_ydata()) for line in axes.lines] for axes in drawn[0].axes}
     evaluated = pytest.approx([0.4, 0.8, 1.2])
     assert panels == {"rewards/score/mean": [[0.5, 1.0, 1.5], []], "eval/held/score": [[], evaluated]}
-    # the legend names a run that the first panel does not have
+    # the legend also names a run without values in the first panel
     assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == ["a", "b"]
 
 
@@ -230,7 +230,7 @@ def test_nothing_to_plot_is_said(tmp_path: Path) -> None:
 
 def test_one_event_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("info", role="policy", rank=1)
-    logs.configure("info", role="policy", rank=1)  # replaces, so the line comes once
+    logs.configure("info", role="policy", rank=1)  # the second call replaces the first, so the line appears once
     logs.set_step(12)
     try:
         raise ValueError("two\nlines")
@@ -248,7 +248,7 @@ def test_no_secret_is_logged_and_no_terminal_obeys_a_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
-    monkeypatch.setenv("SHORT_TOKEN", "true")  # too short to be one: masking it would garble ordinary text
+    monkeypatch.setenv("SHORT_TOKEN", "true")  # too short for a secret: masking would garble ordinary text
     monkeypatch.setenv("MAX_TOKENS", "12345678")
     logs.configure()
     logging.getLogger("rlhf.x").info("got %s, true, 12345678, \x1b[2J and \x07", "0123456789abcdef")

@@ -78,7 +78,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_sound_one_before_it_is_named(fo
     assert str(caught.value).endswith("or continue from the checkpoint before this one with --resume step_000010.")
     folder.continue_from(10)
     assert folder.latest_checkpoint() == 10
-    commit(folder, 15)  # of the new history: the later checkpoints were made by the old one
+    commit(folder, 15)  # in the new history; the removed checkpoints belong to the old history
     assert [path.name for path in sorted(folder.checkpoints.glob("step_*"))] == ["step_000010", "step_000015"]
     (folder.checkpoint(10) / "added.bin").write_text("x")
     with pytest.raises(UserError, match=r"added.bin is not in manifest.json.*there is no undamaged checkpoint"):
@@ -187,7 +187,7 @@ def test_references_stay_while_a_checkpoint_needs_them(tmp_path: Path) -> None:
         assert sorted(path.name for path in folder.references.iterdir()) == ["step_000004", "step_000006"]
         assert (folder.reference(6) / "model.safetensors").read_text() == "weights 6"
         folder.begin_reference(8)
-    with RunFolder.open(tmp_path, "run", resume=True) as folder:  # killed before it was whole
+    with RunFolder.open(tmp_path, "run", resume=True) as folder:  # the run was killed before reference 8 was complete
         assert sorted(path.name for path in folder.references.iterdir()) == ["step_000004", "step_000006"]
 
 
@@ -198,7 +198,7 @@ def test_a_run_is_removed_and_nothing_else_of_its_folder(tmp_path: Path) -> None
         folder.seal(folder.checkpoint(1), step=1)
         folder.commit_checkpoint(1)
         (folder.path / "notes.txt").write_text("mine")
-        (folder.path / "stage" / "final").mkdir(parents=True)  # of a pipeline of the same name
+        (folder.path / "stage" / "final").mkdir(parents=True)  # left by a pipeline of the same name
         with pytest.raises(UserError, match="is in use by process"):
             remove_run(folder.path)
         assert folder.checkpoint_steps() == [1]

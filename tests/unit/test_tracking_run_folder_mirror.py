@@ -96,7 +96,7 @@ def test_a_run_goes_on_from_its_mirror_on_another_machine(tmp_path: Path, url: s
         commit(other, 40)
         other.prune(2)
         assert upload(mirror) is None
-        assert whole(mirror) == [10, 30, 40]  # 20 went, though this machine never had it
+        assert whole(mirror) == [10, 30, 40]  # 20 is deleted, although this machine never had it
     for _ in range(2):  # the first machine has an older state, and then the newest
         with fetched(url, tmp_path / "a") as folder:
             assert folder.latest_checkpoint() == 40
@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_is_not_fetched(tmp_path: Path, url: str, name: str
         folder.refuse_damage(10)
         mirror = Mirror(url, folder, name="demo")
         assert upload(mirror) is None
-        assert whole(mirror) == [10]  # the later one is of a history that the run has left
+        assert whole(mirror) == [10]  # the later checkpoint belongs to a history that the run has left
 
 
 def test_a_folder_that_goes_during_an_upload_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

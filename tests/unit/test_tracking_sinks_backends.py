@@ -43,7 +43,7 @@ def wandb_records(folder: Path) -> dict[str, list[dict[str, Any]]]:
 def test_wandb_has_all_that_a_step_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_TOKEN", "eleven-twelve")
     monkeypatch.setattr(sys, "argv", ["rlhf", "train", "of-the-command-line"])
-    (tmp_path / "wandb_run_id").write_text("abc123\n")  # of an earlier start
+    (tmp_path / "wandb_run_id").write_text("abc123\n")  # written by an earlier start
     settings: dict[str, Any] = {"entity": "team", "job_type": "grpo", "group": "pipe", "tags": ["tiny"]}
     tree = {"a": [1, 2], "b": {"c": (0.5,), "d": None}, "e": [{"f": 1}, [2, 3]], "g": ()}
     config = {"train": {"lr": 0.1, "betas": [0.9, 0.95]}, "token": "not-to-be-seen", "tree": tree}

@@ -132,7 +132,7 @@ def test_errors_hide_secrets_and_hold_what_is_no_character(tmp_path: Path, monke
     monkeypatch.setenv("JUDGE_TOKEN", "very-secret-value")
     message = "401 for very-secret-value of a\udcff"
     Tracker(tmp_path).log_error(ErrorRecord(step=1, stage="rewards", kind="raised", message=message))
-    Tracker(tmp_path)  # writes what is there anew
+    Tracker(tmp_path)  # the new tracker rewrites the existing file
     assert read_lines(tmp_path / "errors.jsonl")[0]["message"] == "401 for *** of a\udcff"
 
 

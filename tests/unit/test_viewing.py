@@ -119,7 +119,7 @@ async def test_a_summary_follows_the_rows_of_a_resumed_run(client: Client, run: 
         file.write("damaged\n")
     assert await memory() == (5, [["memory/policy_rss_gib", "4", "5", "9"]])
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text("".join(lines[:3]))  # resumed after step 3
+    (run / "metrics.jsonl").write_text("".join(lines[:3]))  # as if resumed after step 3
     assert await memory() == (3, [["memory/policy_rss_gib", "4", "4", "4"]])
 
 

@@ -17,7 +17,7 @@ ROWS = 9
 
 
 class Worker(PairsWorker):
-    """Without a model or ranks."""
+    """A worker without a model or ranks."""
 
     def __init__(self, pairs: Pairs, *, budget: int) -> None:
         self.data_rank = 1

@@ -157,7 +157,7 @@ def test_a_step_reward_counts_through_the_sequences_of_its_session() -> None:
 
 def test_a_sessions_report_covers_all_of_its_sequences() -> None:
     model = tiny_model("llama")
-    worker = worker_of(model, name="grpo", top_entropy_fraction=0.5)  # needs the old log-probabilities
+    worker = worker_of(model, name="grpo", top_entropy_fraction=0.5)  # this selection needs the old log-probabilities
     reports, _ = worker.prepare(plan(), rollouts())
     assert [report.sequence_id for report in reports] == [0, 1]
     batch = rollouts().of_samples([0])
