@@ -3,7 +3,7 @@
     python benchmarks/agents.py [--sessions 256] [--kind function]
 
 Each step samples one batch of sessions, all open at once in one engine. A session calls the model two or three times.
-The engine is killed while its sessions run, and the driver while they run and after some of them have ended. At the end
+The engine is killed during its sessions. The driver is killed during sessions, and after some sessions have ended. Then
 each session of each step must be in the samples once, and `rlhf doctor` must prove the record. `--kind url` runs the
 sessions in a service without a process each. `--kills 0` only measures.
 """

@@ -12,15 +12,15 @@ In the first table, the reward is a rule that costs nothing. In the second, it i
 with a sigma of 1 and a mean of one batch of rollouts, as measured in the first table. There, in flight is also measured
 with batches in the order of completion: in the order of prompts, one slow answer keeps all later batches waiting.
 
-A step is everything from one step's end to the next. The first steps are a warm-up and not counted. The last ones are
-not counted either: engines ahead of training have nothing left to sample in them. All modes count the same steps, and
-so the same prompts (but for the order of completion). Tokens are the prompt and response tokens of these steps.
+A step is everything from one step's end to the next. The first steps are a warm-up and not counted. The last steps are
+not counted either, because engines ahead of training have nothing left to sample then. All modes count the same steps,
+and so the same prompts (but for the order of completion). Tokens are the prompt and response tokens of these steps.
 
-The bound is what a mode could gain if overlapping cost nothing. It comes from the two sides of a step in turns with one
-core each: the time until the rollouts are scored, and the rest. A step cannot be shorter than the longer side. In
-flight, it cannot be shorter than the rest, since later responses fill the engine while it waits for the longest ones.
-The prediction simulates the mode with the groups and the rates of that run, as `rlhf plan` does by estimates. Both
-sides should take about the same time, as on a cluster that was sized well: --balance helps to choose the lengths.
+The bound is the gain of a mode if overlapping cost nothing. The bound comes from the two sides of a step in turns with
+one core each: the time until the rollouts are scored, and the rest. A step cannot be shorter than the longer side. In
+flight, a step cannot be shorter than the rest: later responses fill the engine during the longest responses. The
+prediction simulates the mode with the groups and the rates of that run; `rlhf plan` simulates with estimates. Both
+sides should take about the same time, as on a cluster of the right size: --balance helps to choose the lengths.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python benchmarks/chaos.py --faults 12 --model models/SmolLM2-135M-Instruct --who engine --who "policy rank 0"
 
 The seed draws cells of the matrix in tests/chaos: who, when and how (SIGKILL or SIGSTOP). The next fault comes when the
-run is back at work and has trained at least one more step. The run must finish, `rlhf doctor` must prove its record,
-and nothing of it may be left on the machine. In turns it must end with the metrics and weights of a run without faults.
+run is back at work and has trained at least one more step. The run must finish and leave nothing on the machine, and
+`rlhf doctor` must prove the record. In turns, metrics and weights must equal those of a run without faults.
 """
 
 from __future__ import annotations

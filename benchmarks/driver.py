@@ -2,12 +2,12 @@
 
     python benchmarks/driver.py [--rollouts 10000] [--tokens 256 2048 8192] [--ranks 1 4 16] [--mode in_turns]
 
-The controller of a run, its roles and its record are real, and so is Ray. A dummy engine returns responses of so many
-tokens on average, from half to one and a half times as many. A dummy reward worker returns scores, and a dummy rank
-counts the bytes of the columns that it is handed.
+The controller, the roles, the record and Ray are real. A dummy engine returns responses with `--tokens` tokens on
+average; lengths go from half to one and a half times the average. A dummy reward worker returns scores, and a dummy
+rank counts the bytes of received columns.
 
-`us / rollout` is the processor time of the driver's process, all its threads, over the rollouts of the run. `received`
-is the bytes of a rank's columns over those of its own sequences, for the rank with the largest ratio.
+`us / rollout` is the processor time of all threads of the driver's process, over the rollouts of the run. `received` is
+the bytes of a rank's columns over the bytes of the rank's own sequences, for the rank with the largest ratio.
 """
 
 from __future__ import annotations

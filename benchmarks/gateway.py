@@ -5,9 +5,9 @@
 A dummy engine answers with 16 tokens. Each session holds a conversation of 5 calls, which continue the sampled tokens,
 and then ends. The load is another process on the same machine.
 
-First the engine answers at once, so the sessions take all that the machine gives: the throughput at saturation. Calls
-then wait in a queue, and their time says nothing. Then the engine answers after a fixed delay, and the sessions pause
-between calls as agents do. The time of a call without the delay is what the front and the client add.
+First the engine answers at once, and the machine is saturated: this measures the throughput. The time of a call means
+nothing then, because calls wait in a queue. Then the engine answers after a fixed delay, and sessions pause between
+calls as agents do. The time of a call minus the delay is the time that the front and the client add.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/kill_resume.py --kills 10 --mode all --seed 0
 
-Each kill is SIGKILL, of the driver alone or of all processes of the run at once. Its moment is a random time within
-the start, or within a random one of the steps after the newest checkpoint. Every mode must end with a record that
+Each kill is a SIGKILL to the driver alone, or to all processes of the run at once. The moment is a random time in the
+start, or in a random step after the newest checkpoint. Every mode must end with a record that
 `rlhf doctor RUN` proves. A mode that promises bits must also have the metrics and the final weights of the unbroken
 run, and a mode that promises the groups must have trained the same groups in each step.
 """

@@ -2,8 +2,8 @@
 
     python benchmarks/learning.py
 
-The task is the one of `rlhf quickstart --algorithm grpo`: running totals, on which the model of its warm start is right
-about half of the time. All runs begin with one warm start. Runs with the same seed ask for the same prompts in the same
+The task is running totals, as in `rlhf quickstart --algorithm grpo`. All runs begin with the same warm start, whose
+model is right about half of the time. Runs with the same seed request the same prompts in the same
 order. All modes but turns correct with `token_tis`. Accuracy is the held-out share of right greedy answers after the
 same number of trained samples. Wall time is that of the steps, without evaluations and checkpoints, and each side has
 one core.

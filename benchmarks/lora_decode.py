@@ -1,10 +1,10 @@
-"""Decode speed of an engine that serves a LoRA adapter against one that serves the merged weights, in one run.
+"""Compare the decode speed of an engine with a LoRA adapter and of an engine with the merged weights, in one run.
 
     python benchmarks/lora_decode.py [--sequences 64] [--tokens 128] [--rounds 5] [--threads 1]
 
-Two engines, each in its own process, hold the same policy: one as base weights and an adapter, the other merged. They
-answer the same requests in turn. The ratio is of processor seconds a token, the median over the rounds: unlike wall
-time it hardly depends on what else the machine does. With more than one thread it counts waiting threads too.
+Two engines in separate processes hold the same policy: the first as base weights and an adapter, the second merged. The
+engines answer the same requests in turn. The ratio compares processor seconds a token, as the median over the rounds.
+Unlike wall time, processor time hardly depends on other work of the machine, but includes threads that wait actively.
 """
 
 from __future__ import annotations

@@ -3,20 +3,20 @@
     python benchmarks/offline.py
 
 Both sides train SmolLM2 on the same rows of uneven length in the same steps, each row once, with the same learning
-rate, clipping and AdamW. Each side, method and dtype runs alone in a process of its own, on all cores; its first step
-warms up and is not counted. Tokens are real tokens, padding apart, and are counted alike: a pair is its prompt and one
-response, twice, also where a side computes the prompt once. DPO's time has the reference in it: computed before the
-first step, it is dealt out to the steps of this one pass over the data.
+rate, clipping and AdamW. Each side, method and dtype runs alone in a separate process, on all cores. The first step
+warms up and is not counted. Tokens are real tokens, without padding, and counted in the same way on both sides: a pair
+counts its prompt twice, even if a side computes the prompt once. DPO's time includes the reference, which is computed
+before the first step and divided evenly among the steps of this single pass over the data.
 
-The float32 runs do ten steps, whose losses must be equal. In bfloat16 TRL's side runs twice: as its trainers do by
-default, with float32 weights under autocast, and with weights and moments in bfloat16 alone, which leaves most weights
-as they are at this learning rate. Ours keeps float32 master weights. A step's rows come sorted by length, by which
-TRL's micro-batches have little padding. Both sides have the allocator settings of our workers
-(actors.cluster.processes.KEEPS_MEMORY), with which TRL is faster too.
+The float32 runs do ten steps, whose losses must be equal. In bfloat16, TRL's side runs twice. The first run has TRL's
+default: float32 weights under autocast. In the second run weights and moments are bfloat16, so that most weights do not
+change at this learning rate. Our side keeps float32 master weights. The rows of a step are sorted by length, so TRL's
+micro-batches have little padding. Both sides have the allocator settings of our workers
+(actors.cluster.processes.KEEPS_MEMORY), which make TRL faster too.
 
-The last column is the arithmetic that a side cannot do without, over its time, as a share of the rate of a large
-float32 matrix product that was measured in the same run: products of the body for every token (for ours a pair's prompt
-once), of the vocabulary head for learnt tokens, three times each, and once more for a reference.
+The last column is the necessary arithmetic of a side over the side's time, as a share of the rate of a large float32
+matrix product measured in the same run. Necessary are products of the body for every token (on our side, a pair's
+prompt once) and of the vocabulary head for learnt tokens: three times each, and once more for a reference.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python benchmarks/online.py                 # ours and TRL with transformers' generate
     python benchmarks/online.py --sides trl-generate,trl-continuous,trl-vllm
 
-Each side runs alone, in processes of its own, one after the other. A step is everything from one step's end to the
+The sides run in turn, each in separate processes. A step is everything from one step's end to the
 next: sampling, scoring, update, weight sync. The first step of each side is a warm-up and not counted. Tokens are the
 prompt and response tokens that a step trains on, padding apart. Memory is the largest peak of any one process.
 """
@@ -58,7 +58,7 @@ def digit_share(prompt: str, response: str, **columns: Any) -> float:
 
 
 def write_prompts(path: Path, count: int) -> None:
-    """Return `count` prompts of the recipe's task, as lines of one JSON object each."""
+    """Write `count` prompts of the recipe's task, one JSON object a line."""
     import reasoning_gym
 
     dataset = reasoning_gym.create_dataset("gcd", seed=SEED, size=count)
@@ -66,8 +66,8 @@ def write_prompts(path: Path, count: int) -> None:
 
 
 def run_ours(model: Path, prompts: Path, steps: int, folder: Path) -> list[str]:
-    """The command of our side: the recipe with the benchmark's prompts, batch and reward; one step more than counted,
-    because the last one also writes a checkpoint."""
+    """Return the command of our side: the recipe with the benchmark's prompts, batch and reward. The run has one step
+    more than is counted, because the last step also writes a checkpoint."""
     return [
         str(Path(sys.executable).with_name("rlhf")),
         "train",
@@ -194,9 +194,9 @@ def peak_of(process: psutil.Process) -> int:
 
 
 def watch(command: list[str], log: Path) -> float:
-    """Run the command to its end; the largest peak of its process or any descendant, in GiB.
+    """Run a command to its end. Return the largest memory peak of the process or any descendant, in GiB.
 
-    Raises SystemExit with the end of its output if it fails or is not done after DEADLINE_S.
+    Raises SystemExit with the end of the output if the command fails or runs longer than DEADLINE_S.
     """
     env = os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "VLLM_NO_USAGE_STATS": "1"}
     peak, end = 0, time.monotonic() + DEADLINE_S

@@ -2,12 +2,12 @@
 
     python benchmarks/plan_memory.py [--alone] [--runs FOLDER] [CASE ...]
 
-Each case is two steps of a recipe, in a process of its own, one after the other; a run that is in the folder already is
-not done again. The estimate is given the tokens of the run's micro-batches, since `rlhf plan` takes them as full. The
-constants of rlhf.planning.memory.Measured were set by the cases marked so; the others were not looked at for it.
+Each case is two steps of a recipe in a separate process. The cases run in turn. A run that exists in the folder is not
+repeated. The estimate uses the real tokens of the run's micro-batches, since `rlhf plan` assumes full ones. The
+constants of rlhf.planning.memory.Measured come from the marked cases alone. No other case was used for the constants.
 
---alone: no runs, but training ranks without Ray, on random sequences: the loader, the engine, the losses' forward pass
-and the allocator settings of a worker, two optimizer steps of two micro-batches. A tenth of the time.
+--alone: measure training ranks without Ray on random sequences, in a tenth of the time. A rank has a worker's loader,
+engine, forward pass of the losses and allocator settings, and makes two optimizer steps of two micro-batches.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/rewards.py [--checks 10000] [--processes 1 2] [--hostile-every 0 100]
 
-Each group has eight responses to one prompt, scored as in a run: in reward processes with their limits. Every so many
-responses one is an expression that nobody should evaluate. All must come back with a score: right 1, wrong and
-hostile 0.
+Each group has eight responses to one prompt, scored as in a run: in reward processes with their limits. One in every
+`--hostile-every` responses is an expression that nobody should evaluate. Each response must get a score: 1 if right,
+and 0 if wrong or hostile.
 """
 
 from __future__ import annotations

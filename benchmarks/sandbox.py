@@ -2,9 +2,9 @@
 
     python benchmarks/sandbox.py [--limit 0.5] [--runs 100]
 
-The programs are those of the sandbox's test, and stand before real targets: a readable file, a listening port, an
-abstract socket, this process. A rung that this machine lacks is named. The outcome is what the program got: its exit
-code, a signal, or the limit.
+The programs are the programs of the sandbox's test, with real targets: a readable file, a listening port, an abstract
+socket and this process. The output names each rung that this machine lacks. The outcome of a program is an exit code, a
+signal, or the limit.
 """
 
 from __future__ import annotations

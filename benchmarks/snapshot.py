@@ -1,13 +1,13 @@
-"""What the snapshot of a rank costs: steps of the DeepSpeed engine without one, with one, and with one and its copy.
+"""Measure the cost of a snapshot of a rank: steps of the DeepSpeed engine without, with, and with a copied snapshot.
 
     python benchmarks/snapshot.py
 
 One rank trains SmolLM2-135M-Instruct in float32 on 16 sequences of 128 tokens: forward, backward and AdamW, all cores.
-The three kinds of steps alternate in one run, in an order that rotates, and a ratio is the median over the rounds. A
-step with a snapshot begins with `take_snapshot`, so the state is copied during the passes of the step, which waits for
-the copy before the weights change. A step with a copy also sends the snapshot to a process in the place of another
-node, over loopback, and waits for it at its end. That process uses the same cores, as another node would not. The
-snapshot is also timed alone. All of them are in /dev/shm.
+The three kinds of steps alternate in one run, in a rotating order. A ratio is the median over the rounds. A step with a
+snapshot begins with `take_snapshot`: the state is copied during the passes, and the step waits for the copy before the
+weights change. A step with a copy also sends the snapshot over loopback to a process that stands for another node, and
+waits for the end of the transfer. Unlike another node, that process uses the same cores. The snapshot is also timed
+alone. All snapshots are in /dev/shm.
 """
 
 from __future__ import annotations

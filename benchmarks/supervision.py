@@ -1,11 +1,11 @@
-"""What it costs that any process may die: steps of whole runs that can restart what they lose, and of runs that cannot.
+"""Measure the cost of restarts: compare steps of whole runs that can restart lost processes with runs that cannot.
 
     python benchmarks/supervision.py
     python benchmarks/supervision.py --model models/SmolLM2-135M-Instruct --steps 12 --rounds 2
 
 Both kinds are the PPO run of tests/chaos in turns: two policy ranks, a critic, a reference, a reward worker and an
 engine. With `cluster.restarts` at 0 the ranks take no snapshots, and heartbeats are as rare as the configuration
-permits. The kinds alternate, and the first of them changes with each round. A ratio compares median steps of a round.
+permits. The kinds alternate, and each round begins with the other kind. A ratio compares median steps of a round.
 """
 
 from __future__ import annotations

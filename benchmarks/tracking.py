@@ -2,10 +2,10 @@
 
     python benchmarks/tracking.py
 
-First each back end alone and all of them together are given the steps of a run of SmolLM2 on this machine, as fast as
-they would come: 80 metrics, three histograms, 16 samples of 128 tokens. `held` is the time for which the loop waits,
-`CPU` what the process and W&B's service use besides, on threads of their own. Then two real runs with everything on
-say how long a step takes. The ratio counts both, as if no thread ever ran beside the loop.
+First each back end alone, and then all together, get steps like those of a run of SmolLM2 here, at the run's pace:
+80 metrics, three histograms, 16 samples of 128 tokens. `held` is the time for which the loop waits. `CPU` is the
+processor time of other threads of the process and of W&B's service. Then two real runs with every back end measure the
+time of a step. The ratio counts `held` and `CPU`, as if no thread ran in parallel to the loop.
 """
 
 from __future__ import annotations

@@ -2,13 +2,12 @@
 
     python benchmarks/training.py
 
-Both sides train on the same sequences of uneven length, every token but a sequence's first counting in the loss, one
-optimizer step over all of them: forward, backward, AdamW. Each side and dtype runs alone in a process of its own, one
-after the other, on all cores; the first step warms up and is not counted. Tokens are real tokens, padding apart. The
-last column is 6 x parameters x tokens / time, over the rate of a large matrix product measured in the same run.
-TRL's side holds its weights in the dtype itself, which is the fastest of its ways; ours keeps float32 master weights.
-Our process has the allocator settings of our workers (actors.cluster.processes.KEEPS_MEMORY), TRL's the C library's
-own.
+Both sides train on the same sequences of uneven length: one optimizer step over all sequences, with forward, backward
+and AdamW. Every token but a sequence's first counts in the loss. Each side and dtype runs alone in a separate process,
+on all cores. The first step warms up and is not counted. Tokens are real tokens, without padding. The last column is
+6 x parameters x tokens / time, over the rate of a large matrix product measured in the same run. TRL's side holds
+weights in the dtype itself, TRL's fastest setting; our side keeps float32 master weights. Our process has the allocator
+settings of our workers (actors.cluster.processes.KEEPS_MEMORY), and TRL's process has the C library's settings.
 """
 
 from __future__ import annotations
@@ -216,8 +215,8 @@ def _in_process(results: Any, function: Callable[..., Any], argument: Any) -> No
 
 
 def apart(function: Callable[..., Any], argument: Any, *, keeps_memory: bool = False) -> Any:
-    """function(argument) in a fresh process, started as our workers are if it keeps memory; SystemExit if it dies or
-    takes too long."""
+    """Return function(argument) from a new process. keeps_memory: the process has our workers' allocator settings.
+    SystemExit if the process dies or takes too long."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     process = context.Process(target=_in_process, args=(results, function, argument))

@@ -2,10 +2,10 @@
 
     python benchmarks/view.py --folder /tmp/view-benchmark
 
-Writes a run of 1,000 steps with 100 samples each (token columns included), serves it in a process of its own, and asks
-for everything that the page asks for: the state of the runs, all metrics, and for steps in random order the list of
-responses and one prompt's responses whole. Then it goes through all steps, and measures the server's memory before and
-after. The folder is kept and taken up again; only the server is measured, not the page's scripts.
+Writes a run of 1,000 steps with 100 samples each (token columns included), and serves the run in a separate process.
+Requests are the requests of the page: the state of the runs, all metrics, and, for steps in random order, the list of
+responses and all responses to one prompt. Then all steps are requested, and the server's memory is measured before and
+after. The folder stays for the next time. The page's scripts are not measured.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/weight_sync.py [--syncs 20] [--threads 2]
 
-A trainer's model in this process publishes over shared memory; a rollout engine in a process of its own loads, as in a
-run. Every sync is proven by checksum and version. memcpy is one call of the C library's on warm pages, in one thread.
+A trainer's model in this process publishes weights over shared memory. A rollout engine in a separate process loads the
+weights, as in a run. Checksum and version prove every sync. memcpy is a C call on warm pages, in one thread.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ def entropy_from_logits(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
 
 
 def collision_logprob_from_logits(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B"]:
-    """Return log sum_v p_v^2: the log-probability of the same token in two independent draws (minus the order-2 Renyi
-    entropy)."""
+    """Return log sum_v p_v^2, minus the order-2 Renyi entropy: the log-probability that two independent draws are the
+    same token."""
     return (2.0 * widened(logits).log_softmax(-1)).logsumexp(-1)
 
 

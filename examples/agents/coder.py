@@ -1,4 +1,4 @@
-"""A coding agent: the model writes a file, its tests run in the sandbox, and it reads their errors and tries again."""
+"""A coding agent: the model writes a file, reads the errors of tests in the sandbox, and tries again."""
 
 import asyncio
 import re

@@ -1,4 +1,4 @@
-"""An agent with a bounded context: it replaces a long history by a summary that the model writes."""
+"""An agent with a bounded context replaces a long history by a summary that the model writes."""
 
 MOST_MESSAGES = 5
 

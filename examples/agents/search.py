@@ -1,4 +1,4 @@
-"""An agent that searches: it asks the model for a number and tells it whether the secret is higher or lower."""
+"""An agent asks the model for a number, and answers whether the secret is higher or lower."""
 
 import re
 

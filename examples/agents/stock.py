@@ -1,4 +1,4 @@
-"""An agent with a tool of an MCP server: the model may look up the stock before it answers.
+"""An agent has a tool of an MCP server: the model may look up the stock before the answer.
 
 rollouts.agent.tools.mcp: [{command: [python, ../tools/stock_server.py]}]
 """

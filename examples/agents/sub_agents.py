@@ -1,4 +1,4 @@
-"""An agent with sub-agents: each question goes to a conversation of its own, and a last call joins the answers."""
+"""An agent with sub-agents: each question gets a separate conversation, and a last call joins the answers."""
 
 import asyncio
 
@@ -11,7 +11,7 @@ async def ask(client, text):
 
 
 async def solve(task, client):
-    """Ask the sub-agents at the same time, then join what they say."""
+    """Ask all sub-agents at the same time, then join the answers."""
     parts = task["prompt"].split(";")
     answers = await asyncio.gather(*[ask(client, part) for part in parts])
     return await ask(client, "join: " + "; ".join(answers))

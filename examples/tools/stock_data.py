@@ -1,7 +1,7 @@
 """Write the data of stock.yaml beside it: conversations to imitate, prompts, and held-out prompts.
 
-A third of the conversations look an item up, a third guess, and a third repeat a number. Their numbers are random, so
-that no stock can be learned by heart from them.
+A third of the conversations look an item up, a third guess, and a third repeat a number. The numbers are random, so
+no stock can be learned by heart from these conversations.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""An MCP server of a warehouse: it says how many pallets of an item are in stock. `pip install mcp`"""
+"""An MCP server of a warehouse tells how many pallets of an item are in stock. `pip install mcp`"""
 
 from mcp.server import MCPServer
 

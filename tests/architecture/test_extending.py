@@ -106,8 +106,8 @@ def test_a_script_needs_its_guard(tmp_path: Path) -> None:
 
 
 def test_code_of_a_file_and_of_a_package(tmp_path: Path) -> None:
-    """A single character of the six of `3,6,11` is wrong. The files of the earlier chapters are gone after the
-    installation."""
+    """One of the six characters of `3,6,11` is wrong. After the installation, the files of the earlier chapters are
+    deleted."""
     (plan,) = follow("Add an algorithm", tmp_path)
     assert f"ranked: {tmp_path / 'my_algorithms.py'}:Ranked -> runs/ranked" in plan
     (scores,) = follow("Add a reward", tmp_path)

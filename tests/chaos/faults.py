@@ -34,8 +34,8 @@ DEPTH = 0.25  # share of a stage's work at which a fault comes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Victim:
-    """A process of a run. who: the process's name in processes.json. helper: the victim is a child of the named
-    process. recovers: the role whose recoveries count the loss. None: the run repairs the loss without a recovery."""
+    """A process to hit. who: the process's name in processes.json. helper: the kind of that process's child
+    which is the victim. recovers: the role that records the recovery. None: the run repairs the loss without one."""
 
     who: str
     helper: Helper | None = None

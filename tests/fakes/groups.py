@@ -51,7 +51,7 @@ def scored_groups(
     """Return groups with these scores by two rewards: the score, and the negative scores from last to first.
 
     Args:
-        samples: responses to each prompt, where no score says how many.
+        samples: number of responses to each prompt, if there are no scores.
         greedy: the score of the greedy response to each prompt.
     """
     scored = []

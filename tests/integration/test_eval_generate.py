@@ -169,8 +169,8 @@ def guesses(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_plays_the_games_that_the_run_played(
     guesses: Path, tmp_path: Path, ray_local: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The final model of a run has the weights of the last evaluation, so the games are the same turn by turn. Prompts
-    with an environment that raises, hangs or ends are left out of both, recorded and never counted as 0."""
+    """The final model of a run has the weights of the last evaluation, so the games are the same turn by turn. Both
+    leave out prompts whose environment raises, hangs or ends; such prompts are recorded, and never count as 0."""
     moods = [*["well"] * 7, "raise", "hang", "exit"]
     games = [
         {"messages": [{"role": "user", "content": "1-7?"}], "secret": index % 7 + 1, "mood": mood}

@@ -93,8 +93,8 @@ def claimed(name, prompt):
 def test_dropped_groups_are_replaced_counted_and_bounded(
     ray_local: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Three prompts fail in three ways; a fourth's process is killed from outside and replaced. After the first step's
-    16 responses all calls hang."""
+    """Three prompts fail in three ways. The process of a fourth prompt is killed from outside and replaced. After the
+    first step's 16 responses, all calls hang."""
     drop = {"reward_policy": {"on_error": "drop", "timeout_s": 1.0, "max_dropped_fraction": 0.2}}
     said = failed(capsys, write_run(tmp_path, "drops", GRPO, drop, reward=SOMETIMES))
     run = tmp_path / "drops"

@@ -78,7 +78,7 @@ def kill_during(monkeypatch: pytest.MonkeyPatch, method: str, *, rank: int, numb
 
 
 def assert_unbroken(folder: Path, config: Path, *sources: str, kills: Mapping[str, int] = {}) -> None:
-    """Run a configuration twice, and kill workers in the first run. The runs are equal.
+    """Run a configuration twice, kill workers in the first run, and assert that the runs are equal.
 
     Args:
         sources: role and rank of each lost worker.

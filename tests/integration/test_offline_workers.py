@@ -34,8 +34,8 @@ Train = Callable[..., list[dict[str, float]]]
 
 @pytest.fixture(scope="module")
 def train(gangs: Gangs, model: str, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Return metrics of each step, then of an evaluation as a whole and in parts, by 1 rank with all rows in a
-    micro-batch or by 2 with about one row."""
+    """Return metrics of each step, then of an evaluation as a whole and in parts. A single rank has all rows in a
+    micro-batch; each of 2 ranks has about one row."""
     folder = str(tmp_path_factory.mktemp("runs"))
 
     def run(algorithm: dict[str, Any], *, ranks: int, repeated: tuple[int, ...] = ()) -> list[dict[str, float]]:

@@ -168,8 +168,8 @@ def test_a_sweep_that_ends_leaves_no_process(tmp_path: Path, how: signal.Signals
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_asha_stops_the_worse_trials_early(tmp_path: Path) -> None:
-    """Of four draws the third alone is bad: worse than earlier trials at step 4, and stopped soon after, with a
-    checkpoint and no failure."""
+    """Only the third of four draws is bad. Its loss at step 4 is worse than the earlier trials' losses. So the trial
+    stops soon after, with a checkpoint and without a failure."""
     method = {"name": "asha", "trials": 4, "grace_steps": 4, "reduction_factor": 2}
     parameters = {"train.lr": {"values": [1e-2, 1e-7]}}
     file = sweep_file(tmp_path, "asha", method=method, parameters=parameters, seed=8)

@@ -33,7 +33,7 @@ SOON: Mapping[str, Any] = {"cluster": {"start_timeout_s": 60.0}}
 
 def lose_a_trainers_host(config: Path, run: Path, *, num_trainers: int, rank: int) -> tuple[int, str]:
     """Kill the host of a policy rank after the first step. Returns the exit code and the run's output. The hosts share
-    memory. The next run removes leftovers of the lost host there."""
+    /dev/shm, so the next run removes the lost host's leftovers."""
     with several_hosts(1 + num_trainers) as hosts:
         labels = ["pool=serve", *["pool=train"] * num_trainers]
         address = start_ray(hosts, cpus=[1] * len(hosts), labels=labels, env=HEALTH)

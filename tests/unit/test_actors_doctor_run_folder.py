@@ -375,8 +375,8 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 def train(folder: Path, *, steps: int = 5, checkpoint_every: int = 4, in_flight: bool = False, **keys: Any) -> Path:
-    """Train a run to the end like the online controller, from any newest checkpoint. Write the record: rows, ledger and
-    checkpoints."""
+    """Train a run to the end like the online controller, from the newest checkpoint, if any. Write the record: rows,
+    ledger and checkpoints."""
     with RunFolder.open(folder, "run", resume=(folder / "run").exists()) as run:
         latest = run.latest_checkpoint()
         tracker = Tracker(run.path)

@@ -78,8 +78,8 @@ def conversations(*rows: list[tuple[bool, list[int]]]) -> Rollouts:
 
 
 def test_characters_end_with_their_tokens(tokenizer: Any) -> None:
-    """`aü` and the end of the turn, then `b` behind three tokens of the environment: `aü`, line break, `b`. ü is the
-    tokens 3 and 4; the line break is the first turn's, and the whole ends with the special token at 10."""
+    """The first turn is `aü` and an end. Three tokens of the environment follow, then the turn `b`. The text is `aü`,
+    line break, `b`. ü is tokens 3 and 4. The line break belongs to turn 1, and the last token, at 10, is special."""
     rollouts = conversations(
         [(False, [63, 63]), (True, [*"aü".encode(), 257]), (False, [1, 2, 3]), (True, [98, 257])],
         [(False, [63]), (True, [257])],

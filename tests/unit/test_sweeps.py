@@ -242,7 +242,7 @@ def test_without_optuna_one_is_told_what_to_install(tmp_path: Path, monkeypatch:
 
 
 def test_the_worse_half_is_stopped_at_each_look(tmp_path: Path) -> None:
-    """Looks are at steps 2, 4 and 8. The better half of the trials so far goes on, by the median.
+    """Trials are compared at steps 2, 4 and 8. The better half of the trials so far goes on, by the median.
 
     The first trial always goes on. A loss of 3 is worse than 2 and stops. A loss of 1 is better and goes on.
     """

@@ -113,8 +113,8 @@ def test_samples_show_who_said_what(worker: RewardWorker, tmp_path: Path) -> Non
 
 
 def test_samples_show_what_training_made_of_each_token(worker: RewardWorker, tmp_path: Path) -> None:
-    """Sequence 0 is 2 tokens of prompt, then 1 + 5 + 7, with no numbers for the environment's 5; nothing is known of
-    sequence 1."""
+    """Sequence 0 has a prompt of 2 tokens, then 1 + 5 + 7 tokens. The environment's 5 tokens have no log-probabilities,
+    and sequence 1 has none at all."""
     count = 15
     signals = TokenSignals(
         sequence_ids=torch.tensor([0]),

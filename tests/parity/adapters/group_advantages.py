@@ -25,7 +25,7 @@ from tests.parity.layout import Layout
 
 
 def by_group(arguments: Arguments, estimate: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """[B] advantages of verl's scores, the sums of the token rewards, masked or not.
+    """Return advantages [B] of verl's scores: sums of the token rewards, including masked tokens.
 
     `estimate` maps the scores of a group and the group's places in the batch to advantages.
     """

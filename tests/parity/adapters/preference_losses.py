@@ -134,7 +134,7 @@ def of(field: str, loss: Callable[..., Tensor], *, smoothed: bool = False) -> DP
 
 
 def exo_pair(settings: DPOSettings, pairs: Pairs) -> Tensor:
-    """TRL takes the logarithms of the preference in float32: this adds the same rounding.
+    """Return log-probabilities rounded like TRL's, which takes logarithms of the preference in float32.
 
     The last bit of a float32 logarithm depends on the vector instructions of the processor. The case's tolerance
     therefore grows by a unit in the last place of the larger logarithm, in any dtype of the case.
