@@ -1,4 +1,4 @@
-"""Agents as functions of files and as commands, and a server beside an agent."""
+"""Make agents from functions and from commands, and run a session beside a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/architecture.md lists the files from the command to the loss, as a traced run has executed the files."""
+"""docs/architecture.md lists the files from the command to the loss in the order of a traced run."""
 
 from __future__ import annotations
 

@@ -306,7 +306,7 @@ class FaultyRun:
             yield from self._inject_unnoticed(some) if is_unnoticed else map(self.inject, some)
 
     def _inject_unnoticed(self, faults: Sequence[Fault]) -> Iterator[Outcome]:
-        """End processes without work in the export. All at once, since the export is short."""
+        """End all processes without work in the export at once, since the export is short."""
         known: list[psutil.Process] = []
 
         def look() -> bool:
@@ -340,7 +340,7 @@ class FaultyRun:
         return Outcome(fault=fault, back_s=back_s, contradictions=[f"it missed its stage {TRIES} times"])
 
     def unrecorded(self) -> list[str]:
-        """Return the losses missing in the records. A resumed run has lost some records."""
+        """Return the losses missing in the records. A resumed run may lack some records."""
         roles = Counter[str]()
         for (role, _), count in self.losses.items():
             roles[role] += count
@@ -434,7 +434,7 @@ class FaultyRun:
 
 
 def groups_left(config: Path) -> list[str]:
-    """Return the placement groups left by a run at its disconnection from Ray. A supervised driver records none."""
+    """Return the placement groups left when a run disconnects from Ray. A supervised driver records none."""
     states: Mapping[str, str] = json.loads(_groups_file(config).read_text(encoding="utf-8"))
     left = [f"placement group {name} is {state}" for name, state in states.items() if state != "REMOVED"]
     return left if states else ["the run had no placement group"]

@@ -12,7 +12,7 @@ from tests.curves.in_process import join_alone
 
 @pytest.fixture(scope="package")
 def alone() -> Iterator[None]:
-    """Make this process a gang of one."""
+    """Join a gang whose only rank is this process."""
     join_alone()
     yield
     leave_distributed()

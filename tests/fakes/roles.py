@@ -17,7 +17,7 @@ from tests.fakes.groups import completed_group
 
 
 class FakeMember:
-    """A role that records calls. `losses`: in each listed call, the role loses a rank once."""
+    """A role that records calls. `losses`: the calls in which the role loses a rank, each once."""
 
     name = "role"
 
@@ -44,7 +44,7 @@ class FakeMember:
 
 
 class FakeTrained(FakeMember, roles.TrainedRole):
-    """A trained role with the number of updates as the state."""
+    """A trained role whose state is the number of updates."""
 
     def __init__(self, calls: list[str] | None = None, *, ranks: int = 2) -> None:
         super().__init__(calls)
@@ -270,7 +270,7 @@ class FakeRewards(FakeMember, roles.RewardRole):
 
 
 class FakeEngines(FakeMember, roles.RolloutRole):
-    """Engines that answer at once, from the last request to the first.
+    """Engines that answer at once. The last request is answered first.
 
     Args:
         worst: the log-probability of each token of a probe by the worst engine; None: no engine works.

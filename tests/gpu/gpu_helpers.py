@@ -61,7 +61,7 @@ def on_one_rank(function: Callable[..., Any], **options: Any) -> Any:
 
 
 class Trainer:
-    """The policy's end: a model in host memory for the probe, a copy on the GPU, and a sender."""
+    """The policy's end of a weight sync: a model in host memory for the probe, a copy on the GPU, and a sender."""
 
     sender: WeightSender
 
@@ -94,7 +94,7 @@ class Trainer:
 
 @contextmanager
 def trainer(folder: Path, *, num_gpus: float) -> Iterator[Any]:
-    """The actor's handle."""
+    """Return the actor's handle."""
     ray.cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["Trainer"]))
     ray.cloudpickle.register_pickle_by_value(__import__("tests.integration.engine_helpers", fromlist=["spec"]))
     handle = ray.remote(Trainer).options(num_cpus=1, num_gpus=num_gpus).remote(folder)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 
 def loss_of(model: Any, sequences: list[Tensor]) -> Tensor:
-    """The mean negative log-probability over the step's sampled tokens."""
+    """Return the mean negative log-probability over the step's sampled tokens."""
     lengths = torch.tensor([len(s) for s in sequences], device=GPU)
     mask = torch.cat([torch.arange(len(s)) > 0 for s in sequences]).to(GPU)
     logprobs, _ = policy_logprobs(model, torch.cat(sequences).to(GPU), lengths, mask=mask)
@@ -58,7 +58,7 @@ def train(stage: int, dtype: torch.dtype, offload: frozenset[Any] = frozenset())
 
 
 def train_with_a_rest(stage: int, dtype: torch.dtype, offload: frozenset[Any]) -> tuple[dict[str, Tensor], list[int]]:
-    """Weights after three steps with a rest after each, and the bytes allocated before, during and after the first."""
+    """Return the weights after three steps with offloads, and the bytes allocated around the first offload."""
     engine = make_engine(stage, dtype, offload)
     allocated = []
     for number in range(1, STEPS + 1):

@@ -1,4 +1,4 @@
-"""On a GPU the generator of a continued response goes on after the draws of the earlier tokens."""
+"""On a GPU, a continued response's generator continues after the random draws of the earlier tokens."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from tests.integration.rank_gang import Gang, Gangs
 
 @pytest.fixture(scope="session")
 def gangs() -> Iterator[Gangs]:
-    """Gangs by their number of ranks."""
+    """Yield gangs by their number of ranks."""
     gangs = Gangs()
     yield gangs
     gangs.close()
@@ -19,5 +19,5 @@ def gangs() -> Iterator[Gangs]:
 
 @pytest.fixture
 def gang(gangs: Gangs) -> Gang:
-    """The gang of two ranks."""
+    """Return the gang of two ranks."""
     return gangs[2]

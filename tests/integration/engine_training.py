@@ -35,7 +35,7 @@ def batch(step: int) -> list[Tensor]:
 
 
 def loss_of(model: Any, sequences: list[Tensor]) -> Tensor:
-    """This micro-batch's share of the mean negative logprob over the step's sampled tokens."""
+    """Return this micro-batch's share of the mean negative log-probability over the step's sampled tokens."""
     lengths = torch.tensor([len(s) for s in sequences])
     mask = torch.cat([torch.arange(len(s)) > 0 for s in sequences])
     logprobs, _ = policy_logprobs(model, torch.cat(sequences), lengths, mask=mask)

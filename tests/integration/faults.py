@@ -116,7 +116,7 @@ def end(
     late: Collection[str] = (),
     send: Callable[[int, int], None] = os.kill,
 ) -> None:
-    """Send a signal. The process ends with the code, and all started processes are gone, with more time for `late`."""
+    """Send a signal, and assert the exit code and the end of all child processes; `late` ones get more time."""
     started = {one: one.name() for one in psutil.Process(process.pid).children(recursive=True)}
     send(process.pid, number)
     assert process.wait(timeout=60) == code

@@ -79,7 +79,7 @@ def test_branches_of_a_session_are_trained(tmp_path: Path) -> None:
 
 
 def test_an_update_comes_within_a_session(tmp_path: Path) -> None:
-    """In flight, the weights change during open sessions. Each token is trained as sampled by its version."""
+    """In flight, weights change during open sessions. Training uses, for each token, the version that sampled it."""
     agent = tmp_path / "resting.py"
     agent.write_text(
         "import asyncio\n"

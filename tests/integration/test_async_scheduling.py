@@ -1,4 +1,4 @@
-"""An engine that schedules the next step during a step, as on GPUs, samples right, also across updates."""
+"""An engine that schedules the next step during a step, as on GPUs, samples correctly, also across updates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations through real vLLM and real environment processes sample, observe and mask turns right."""
+"""Conversations with real vLLM and real environment processes sample, observe and mask turns correctly."""
 
 from __future__ import annotations
 

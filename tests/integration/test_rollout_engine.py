@@ -1,4 +1,4 @@
-"""The rollout worker with real vLLM in a separate process samples right, keeps the order, and fails with a reason."""
+"""The rollout worker with real vLLM in a separate process samples correctly, in order, and fails with a reason."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def synced(tiny_model: Path, spool: Path, ray_local: None, model: Any) -> Iterat
 
 
 def answer(handle: Any, requests: list[GroupRequest], sampling: Sampling = SAMPLING) -> dict[int, Group]:
-    """All groups, admitted together."""
+    """Return all groups, admitted together."""
     call(handle.hold.remote())
     refs = [handle.generate.remote(r, sampling) for r in requests]
     call(handle.release.remote(len(requests)))

@@ -56,7 +56,7 @@ SESSIONS, CALLS = 6, 4
 
 
 class CapturingEngine(ServingEngine):
-    """An engine with sessions opened and closed by a test from outside the process."""
+    """An engine whose sessions a test opens and closes from another process."""
 
     front: Any
 

@@ -1,4 +1,4 @@
-"""Updates with kept keys and values of running samples give right results, and no new sample reuses old keys."""
+"""Updates that retain keys and values of running samples are correct, and no new sample reuses old keys."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_an_engine_tells_what_it_holds(keeping: Any) -> None:
 
 
 def test_kept_keys_and_values_serve_running_samples_alone(keeping: Any, tiny_model: Path) -> None:
-    """Later samples reuse no kept key or value, not even samples that waited in the engine during the update."""
+    """Later samples reuse no old key or value, not even samples that were queued in the engine during the update."""
     old, new = model_like(tiny_model, seed=1), model_like(tiny_model, seed=2)
     sender = ShmSender(rank=0)
     sync(keeping, sender.publish(old.named_parameters(), 1))

@@ -74,7 +74,7 @@ def replaced(handle: Any, module: str, name: str, by: Any) -> Iterator[None]:
 
 @pytest.fixture(params=["packed", "general"])
 def way(tied: Any, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Both ways of loading weights on a CPU."""
+    """Run a test with each of the two ways to load weights on a CPU."""
     never = replaced(tied, RELOAD, "loads_packed", lambda model, device, num_workers: False)
     with never if request.param == "general" else nullcontext():
         yield

@@ -132,7 +132,7 @@ def test_workers_read_and_write_utf_8_whatever_the_locale() -> None:
 
 @pytest.fixture(autouse=True)
 def quiet_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """There is no RAY_ADDRESS and no record of `ray start`, independent of this machine."""
+    """Hide RAY_ADDRESS and any record of `ray start` on this machine."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     (tmp_path / "ray").mkdir()

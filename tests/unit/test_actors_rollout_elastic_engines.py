@@ -94,7 +94,7 @@ async def elastic(*first: Engine, most: int, new: tuple[Engine, ...] = (), polic
 
 
 async def ended(engines: Elastic) -> None:
-    """End the engines. Nothing may go on then."""
+    """End the engines, and assert that no task goes on."""
     await engines.give_up_rebuilds()
     assert all(task.done() for task in engines._rebuilds.values())
 

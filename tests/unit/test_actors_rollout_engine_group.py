@@ -190,7 +190,7 @@ async def test_a_request_waits_for_the_first_update_and_for_the_repetition_of_on
 
 
 class SleepingEngine(FakeEngine):
-    """vLLM's engine with the states of the executor. Use of freed memory is an error, as on a GPU."""
+    """vLLM's engine with the executor's sleep states. The use of freed memory is an error, as on a GPU."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -67,7 +67,7 @@ def test_an_engine_that_has_lost_weights_is_refused() -> None:
 
 
 def test_a_preempted_request_whose_blocks_get_another_salt_sends_all_of_their_hashes_again() -> None:
-    """vLLM's record of routed experts on GPUs counts the sent hashes, and a new salt changes the hashes."""
+    """On GPUs, vLLM's record of routed experts counts the block hashes sent. A new salt changes the hashes."""
     from vllm.distributed.aux_output_connector.connector import AuxOutputSchedulerConnector
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import RequestStatus

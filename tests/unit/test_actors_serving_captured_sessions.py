@@ -61,7 +61,7 @@ def test_an_own_turn_is_known_by_its_text(content: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "arguments", "messages"),
     [
-        ("", '{"a": 1, "b": 2}', [("", '{"b":2,"a":1}')]),  # written otherwise
+        ("", '{"a": 1, "b": 2}', [("", '{"b":2,"a":1}')]),  # in another form
         (None, '{"a": 1, "b": 2}', [(None, {"a": 1, "b": 2})]),  # as an object
         ("wait", "{}", [("wait", None), (None, "{}")]),  # text and call in two messages
     ],
@@ -118,7 +118,7 @@ def test_of_two_answers_with_one_text_the_one_with_the_clients_reasoning_is_cont
     for index, thought in enumerate(("one", "one more", "two")):
         for name in ("reasoning", "reasoning_content"):
             assert look_up(session, [ASK, assistant("yes", **{name: f"{thought}\n"}), ASK]) == (index, None)
-    # The newest: the client dropped the reasoning.
+    # The newest turn matches: the client dropped the reasoning.
     assert look_up(session, [ASK, assistant("yes"), ASK]) == (2, None)
     # Both answers to the next question have one text and no reasoning. The client's first turn tells them apart.
     for first in ([1, 2, 10, 3], [1, 2, 12, 3]):

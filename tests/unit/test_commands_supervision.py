@@ -100,7 +100,7 @@ def test_a_killed_driver_is_started_again_until_the_run_is_done(tmp_path: Path) 
     assert code == 0
     assert [driver["word"] for driver in drivers] == ["first", *["again"] * 4]
     killed, ended = "The driver was killed by SIGKILL after step", "The driver ended with exit code"
-    # A driver is given the deaths since its checkpoint, whose records it removes when it continues from there.
+    # A driver gets the deaths since its checkpoint: the driver removes their records when it continues from there.
     messages = [[death["message"] for death in driver["deaths"]] for driver in drivers]
     assert messages[:3] == [[], [f"{killed} 3."], [f"{killed} 3.", f"{ended} 1 after step 3."]]
     assert messages[3:] == [[f"{killed} 5."], [f"{killed} 5.", f"{ended} 75 after step 6."]]

@@ -65,7 +65,7 @@ def test_a_group_teaches_where_the_algorithm_tells_its_responses_apart(
 
 
 def test_what_compares_no_responses_is_filtered_by_the_mean_alone(tmp_path: Path) -> None:
-    """A solved group has a gradient where a critic, or the whole batch, is the baseline."""
+    """A solved group has a gradient if the baseline is a critic or the whole batch."""
     for name in ("ppo", "reinforce", "remax"):
         run = Run(tmp_path / name, algorithm=name, dynamic_sampling={"max_mean": 0.9})
         assert told(run, (0.5, 0.5)).trained() == [0, 1, 2, 3]
@@ -251,7 +251,7 @@ def test_no_prompt_is_lost_and_none_is_trained_on_twice(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_makes_the_batch_that_was_written_down(tmp_path: Path) -> None:
-    """The run was killed during training on a batch made by chance; afterwards different groups would be first."""
+    """The run was killed in training on a batch made by chance: a new run's groups would finish in another order."""
     made, anew = [0, 2, 4, 5], [1, 3, 4, 5]
 
     def start(**keys: Any) -> Run:
@@ -370,7 +370,7 @@ def test_prompts_that_were_too_easy_or_too_hard_are_passed_over(tmp_path: Path) 
 
 
 def test_groups_of_one_score_teach_by_their_steps_also_those_that_were_written_down(tmp_path: Path) -> None:
-    """All groups score 1 by two steps; the steps of odd prompts are worth the same."""
+    """All groups score 1 by two steps. Both steps of an odd prompt have the same value."""
 
     def start() -> Run:
         credited = {"r": {"function": "f.py:g", "credit": "step"}}

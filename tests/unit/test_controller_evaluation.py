@@ -1,4 +1,4 @@
-"""An evaluation inside a run writes records, and errors end the evaluation. Roles answer by rote."""
+"""An evaluation inside a run writes records, and errors end the evaluation. Roles give scripted answers."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def told(record: Any) -> Any:
 
 
 async def test_greedy_answers_are_asked_for_beside_the_sampled_ones(tmp_path: Path) -> None:
-    """The greedy answers are `7` and `5`, and the first is right."""
+    """The greedy answers are `7` and `5`, and `7` is right."""
     engines, rewards = Engines(), Rewards()
     record = await run(config(eval={"greedy": True}), tmp_path, rewards, engines)
     assert record.row["eval/heldout/greedy"] == 0.5

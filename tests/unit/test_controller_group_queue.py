@@ -231,7 +231,7 @@ async def test_the_failure_of_a_group_ends_the_wait_and_cancels_the_training_mea
 
 
 async def test_a_stopped_queue_requests_its_groups_again_and_waits_for_finished_ones_too(tmp_path: Path) -> None:
-    """Otherwise a second answer comes when the group is trained already, and may count as dropped."""
+    """Otherwise a second answer comes after the group's training, and the group may count as dropped."""
     run = InFlight(tmp_path)
     run.engines.slow = {2}
     await run.begin()
@@ -250,7 +250,7 @@ async def test_a_stopped_queue_requests_its_groups_again_and_waits_for_finished_
 async def test_a_resumed_run_uses_no_stored_group_of_abandoned_weights(
     tmp_path: Path, state: dict[str, Any], used: list[int]
 ) -> None:
-    """A run between batches may leave groups of abandoned weights, under the versions of the new weights."""
+    """A run in turns may leave groups of abandoned weights, whose versions the new weights then use again."""
     for version in (2, 3, 4):
         group_path(tmp_path, 8, version).write_bytes(b"")
     done: list[Any] = []

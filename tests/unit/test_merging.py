@@ -130,7 +130,7 @@ def test_fold_keeps_the_routing_biases_in_float32(tmp_path: Path, models: Path) 
 
 
 def test_reward_models_and_their_adapters_give_models_that_score_a_batch(tmp_path: Path, models: Path) -> None:
-    """Averaging of reward models (arXiv:2401.12187): heads too."""
+    """Averaging reward models (arXiv:2401.12187) includes the heads."""
     base = changed_copy(models / "base", tmp_path / "base", pad_token_id=None)
     adapters = [make_reward_adapter(tmp_path / name, base, seed=seed) for seed, name in enumerate(("one", "two"))]
     heads = [weights(adapter)["base_model.model.score.weight"] for adapter in adapters]

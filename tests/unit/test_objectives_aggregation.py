@@ -12,7 +12,7 @@ COUNTS = {"num_tokens": 3, "num_sequences": 2, "max_new_tokens": 10}
 
 
 def test_a_session_counts_once_in_a_mean_over_sequences() -> None:
-    """The first two sequences are one session of 3 sampled tokens, in a step of 2 sessions."""
+    """The first two sequences belong to one session with 3 sampled tokens. The step has 2 sessions."""
     counts = torch.tensor([3, 3, 0])
     weights = token_weights(MASK, LENGTHS, mode="sequence_mean_token_mean", **COUNTS, sample_tokens=counts)
     torch.testing.assert_close(weights.tolist(), [1 / 6, 1 / 6, 0.0, 1 / 6, 0.0, 0.0])

@@ -1,4 +1,4 @@
-"""Losses of pairs. tests/parity compares the values of each with those of published libraries."""
+"""Test losses of pairs. tests/parity compares the values of each loss with published libraries."""
 
 from __future__ import annotations
 

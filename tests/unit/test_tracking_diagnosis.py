@@ -39,7 +39,7 @@ def rows(steps: int, **series: Callable[[int], float | None]) -> Rows:
 
 
 def evaluated(steps: int, *values: float, every: int, key: str = "eval/heldout/score", **series: Any) -> Rows:
-    """The same, with a row 0 and an evaluation every so many steps."""
+    """Return the rows with a row 0, and with an evaluation every `every` steps."""
     made = [{"step": 0, "time_s": 0.0}, *rows(steps, **series)]
     for number, value in enumerate(values):
         made[number * every][key] = value
@@ -200,7 +200,7 @@ def test_the_noise_of_an_evaluation_is_no_fall() -> None:
 
 
 def test_a_fall_from_a_peak_is_told_soon() -> None:
-    """The turn at the best is no noise."""
+    """The turning point at the best score does not count as noise."""
     found = diagnose(evaluated(50, 0.3, 0.6, 0.5, 0.4, 0.35, every=10))
     assert [one.kind for one in found] == ["held_out_falls"]
 

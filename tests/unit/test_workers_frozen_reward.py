@@ -144,7 +144,7 @@ def test_samples_show_what_training_made_of_each_token(worker: RewardWorker, tmp
 
 
 def test_metrics_count_turns_and_what_was_told() -> None:
-    """Turns 2 and 1; told 5 and 0; tokens 2 + 8 + 5 and 2 + 6."""
+    """There are 2 and 1 turns, 5 and 0 observed tokens, and 2 + 8 + 5 and 2 + 6 tokens."""
     found = {name: value.result() for name, value in rollout_metrics([scored_group()], version=0).items()}
     assert (found["rollouts/turns/mean"], found["rollouts/turns/max"]) == (1.5, 2.0)
     assert found["rollouts/environment_tokens/mean"] == 2.5

@@ -27,7 +27,7 @@ PAIRS = Pairs(
 
 
 class Worker(PreferenceWorker):
-    """A rank with single sequences in the model, and the log-probability -t for token t."""
+    """A rank whose model takes single sequences, and gives token t the log-probability -t."""
 
     def __init__(self, *, length_alpha: float) -> None:
         self.data_rank, self.device, self.layout = 0, torch.device("cpu"), RowLayout.ONE_BY_ONE
