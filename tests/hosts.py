@@ -1,6 +1,6 @@
 """Make several hosts on one machine: network namespaces joined by a bridge, each with an address, names and processes.
 
-A host's processes reach the rest only by the host's link, and a test can cut the link. Disks, clocks and memory are
+A host's processes reach other hosts only by the host's link. A test can cut the link. Disks, clocks and memory are
 shared. Needs root and iproute2. A test ends a host's processes by pid: `ray stop` would end every Ray of the machine.
 """
 

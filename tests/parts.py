@@ -1,9 +1,9 @@
-"""Choose the process of each test for `pytest -n 2 --dist loadfile`: tests of a file stay together, and so do two
-parts.
+"""Choose the process of each test for `pytest -n 2 --dist loadfile`: all tests of a file, or of a part, run in the
+same process.
 
-All tests of the session's Ray are a part, since that Ray has more CPUs than the machine. The tests of the shared gangs
-are the second part, so that each gang starts once. Both parts are long, and so begin first. The files follow in the
-order of their collection.
+The first part is all tests of the session's Ray, since that Ray has more CPUs than the machine. The second part is the
+tests of the shared gangs, so that each gang starts once. Both parts are long, and so begin first. The files follow in
+the order of their collection.
 """
 
 from __future__ import annotations

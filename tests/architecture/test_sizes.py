@@ -1,7 +1,7 @@
-"""No package grows by chance: each has at most the lines of this table.
+"""No package grows by chance: each package has at most as many lines as in this table.
 
-A change that raises one ceiling lowers another by as much, or its commit says why the house must grow. A change that
-removes lines lowers the ceiling. `python -m tests.architecture.test_sizes` writes the table anew from the tree.
+A change that raises a ceiling lowers another ceiling by as much, or the commit says why the code must grow. A change
+that removes lines lowers the ceiling. `python -m tests.architecture.test_sizes` writes the table again from the tree.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Hosts of engines are lost, come back, join and are drained during a run, and the run continues.
 
-Hosts are network namespaces (tests/hosts.py). A host loses all its processes at once, or its network. A run whose only
-engine gets its weights by broadcast would end.
+Hosts are network namespaces (tests/hosts.py). A host loses all its processes at once, or its network. With
+weights by broadcast, a run would end with the loss of its only engine.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def lose_a_host(
     pools: tuple[str, str],
     cpus: int,
 ) -> Path:
-    """Run on three hosts, lose one of the second pool after a step, and add a spare host. Return the finished run.
+    """Run on three hosts, lose a host of the second pool after a step, and add a spare host. Return the finished run.
     `lose` gets the hosts, and a function that waits for the next span of a name."""
     run, config = folder / "run", folder / "run.yaml"
     (folder / "mine.py").write_text(REWARD, encoding="utf-8")

@@ -72,7 +72,7 @@ def join_alone() -> None:
 
 
 def awaited(call: Callable[..., Any]) -> Any:
-    """Return a role's method that calls a worker's."""
+    """Return a role's method that calls the worker's method."""
 
     async def method(*arguments: Any) -> Any:
         return call(*arguments)
@@ -175,7 +175,7 @@ class Reference(FakeReference):
 
 
 class Teacher(Reference):
-    """The teacher role, asked for the sampled tokens alone."""
+    """The teacher role, which returns log-probabilities of the sampled tokens alone."""
 
     role: Role = "teacher"
 

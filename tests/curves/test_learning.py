@@ -1,10 +1,10 @@
-"""Every algorithm on rollouts raises the score of its tiny task, with the settings of its recipe; and a game is learnt.
+"""Every algorithm on rollouts raises the score of a tiny task, with the settings of its recipe. A game is learnt too.
 
-The task is running totals of four digits, from a model after imitation of a demonstrator who is careless half of the
-time. A student learns from a teacher after imitation of careful examples alone, and gets no score. The game is
-configs/guessing_game.yaml, a number from 1 to 7 in three guesses. A player who halves the range each time always wins;
-the demonstrator heeds the answer only every second time, and does not. The workers, objectives and the loop are a run's
-own. Ray and vLLM are not needed for learning, and tested elsewhere.
+The task is running totals of four digits. The model has imitated a demonstrator who is careless half of the time. For
+distillation, the teacher has imitated careful examples alone, and the student gets no score. The game is
+configs/guessing_game.yaml: a number from 1 to 7 in three guesses. A player who halves the range each time always wins.
+The demonstrator ignores every second answer, and does not always win. Workers, objectives and loop are those of a run.
+Learning needs neither Ray nor vLLM; other tests cover both.
 """
 
 from __future__ import annotations

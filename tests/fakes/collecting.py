@@ -108,7 +108,7 @@ class Run:
         return asyncio.run(self.collector.collect(step, version=step - 1))
 
     def trained(self, step: int = 1) -> list[int]:
-        """Prompt ids of a step's batch."""
+        """Return the prompt ids of a step's batch."""
         return [scored.group.request.prompt.prompt_id for scored in self.collect(step).groups]
 
     @property
@@ -117,7 +117,7 @@ class Run:
 
 
 def by_prompt(**named: Sequence[int]) -> Scores:
-    """SOLVED, FAILED or no score for the named prompts; the others' responses differ."""
+    """Return SOLVED, FAILED or no score for the named prompts, and different scores for other prompts."""
     kinds: dict[str, Sequence[float] | None] = {"solved": SOLVED, "failed": FAILED, "broken": None}
     found = {prompt: kinds[kind] for kind, prompts in named.items() for prompt in prompts}
     return lambda prompt: found.get(prompt, VARIED)

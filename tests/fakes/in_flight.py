@@ -57,7 +57,7 @@ class HeldEngines(FakeEngines):
 
 
 class InFlight:
-    """A run whose weights change while the engines answer."""
+    """A run whose weights change during the engines' answers."""
 
     def __init__(self, folder: Path, *, max_staleness: int = 1, num_steps: int = 9, **keys: Any) -> None:
         order = keys.pop("batch_order", "prompt")

@@ -172,7 +172,7 @@ def sync(handle: Any, manifest: WeightManifest | None) -> Any:
 def spanning(drawn: Rollouts, old: Any, new: Any, *, kept: bool, version: int = 2) -> int:
     """Check each token by the weights of its version. Return the number of responses with tokens of both versions.
 
-    version: of the new weights.
+    version: the version of the new weights.
     """
     changed = 0
     for sequence in sequences(drawn):

@@ -1,4 +1,4 @@
-"""Responses that are interrupted and continued equal uninterrupted responses, token for token."""
+"""Interrupted and continued responses equal uninterrupted responses, token for token."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_interrupted_responses_equal_uninterrupted_ones(policy: Policy, first: i
 
 
 def test_a_stop_string_is_found_across_an_interruption(policy: Policy, tiny_model: Path) -> None:
-    """The string begins before the first interruption and ends after; finished responses do not change."""
+    """The stop string begins before the first interruption and ends afterwards. Finished responses do not change."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     plain = request(3000, samples=8)
     ((rollouts, _),) = policy.answer([plain], PLAIN)

@@ -1,6 +1,6 @@
 """Real DeepSpeed on gloo, for every ZeRO stage, one rank and two, agrees with plain torch AdamW on the whole batch.
 
-The gradient is a sum's over the optimizer step, so ranks and micro-batches must not show in the result.
+The loss is a sum over the optimizer step, so the result must not depend on ranks or micro-batches.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """ZeRO-3 shards a model during loading: two ranks on gloo hold half each, and train like after plain loading.
 
-In float32 the comparison is with ZeRO-0; in bfloat16, with different rounding of the stages, with ZeRO-3 sharded after
-loading, bit for bit. Covered are the policy (tied and untied), the critic with a new head, the reward model with a
-trained head, and LoRA. Not covered: GPUs, and the loading of a model larger than a rank's memory; counts of elements
-stand in for the latter.
+In float32 the comparison is with ZeRO-0. In bfloat16 the stages round differently, so the comparison is with ZeRO-3
+sharded after loading, bit for bit. Covered are the policy (tied and untied), the critic with a new head,
+the reward model with a trained head, and LoRA. Not covered: GPUs, and a model larger than a rank's memory (the tests
+count elements instead).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A run on a cluster of three hosts, with roles connected only by the network, equals a run on one machine.
 
-Hosts are network namespaces (tests/hosts.py): real nodes of Ray, real gloo between the policy's ranks and from them to
-vLLM, on one disk and one clock. In float32 the two runs differ by nothing but the addresses. A sweep's trials share
-hosts too.
+Hosts are network namespaces (tests/hosts.py) with real nodes of Ray, on one disk and one clock. Gloo between the
+policy's ranks, and from these ranks to vLLM, is real. In float32 the two runs differ only in addresses. The trials of a
+sweep share hosts too.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def reward(prompt, response):
 
 @pytest.fixture(autouse=True)
 def engines_stay(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Keep the engines for the second run of a test, for an earlier start."""
+    """Keep the engines for a test's second run, so that the second run starts earlier."""
     monkeypatch.setattr(ENGINE_POOL, "keeps", True)
     yield
     ENGINE_POOL.close()

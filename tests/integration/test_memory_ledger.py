@@ -50,7 +50,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 class Recorder:
-    """A role with recorded calls."""
+    """A role that records all calls."""
 
     def __init__(self, name: str, role: Any, calls: list[tuple[str, str]]) -> None:
         self.name, self.recorded, self.calls = name, role, calls

@@ -1,7 +1,7 @@
-"""A run on several hosts that loses a host without a replacement ends with a named error in time, and its continuation
+"""A run that loses a host without a replacement ends in time with an error that names the host. The continued run
 repeats the unbroken run.
 
-A host dies with all processes, and a second host is disconnected and runs on alone; both are replaced. See
+One host dies with all processes. A second host is disconnected, and its processes run on. Both hosts are replaced. See
 tests/hosts.py.
 """
 

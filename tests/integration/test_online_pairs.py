@@ -69,7 +69,7 @@ def learn(
     groups: int,
     options: dict[str, Any],
 ) -> list[Any]:
-    """Run one rank: metrics of two updates from the weights of the model folder. reference: None disables the
+    """Run one rank, and return metrics of two updates from the model folder's weights. reference: None disables the
     adapter."""
     config = config_of(algorithm, model, folder, workers=world_size, tokens=tokens, **options)
     assert config.rollouts is not None

@@ -91,8 +91,8 @@ def test_a_rank_may_be_without_a_sequence(gang: Gang, model: str, tmp_path: Path
 def test_steps_are_credited_to_the_tokens_up_to_their_ends(
     gang: Gang, model: str, tmp_path: Path, name: str, shares: list[list[int]]
 ) -> None:
-    """grpo: a token has the response's advantage and the value of steps ending at or after the token. ppo: loops over
-    the rewards to come and the critic's values."""
+    """grpo: a token has the response's advantage plus the value of all steps that end at or after the token. ppo: the
+    test loops over later rewards and the critic's values."""
     if name == "grpo":
         algorithm: dict[str, Any] = {"name": "grpo"}
     else:

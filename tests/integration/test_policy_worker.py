@@ -1,7 +1,7 @@
 """The worker for advantages, without Ray or vLLM: a step depends on neither ranks nor micro-batches.
 
-The point is the selection among the tokens of the whole optimizer step: by entropy, by covariance, and the baseline of
-the batch. A process for each rank is started for each layout and serves all tests. Not covered: sequence parallelism,
+Tests concern what needs the tokens of the whole optimizer step: selection by entropy or covariance, and the batch
+baseline. A process for each rank is started for each layout and serves all tests. Not covered: sequence parallelism,
 except in the comparison of a batch in portions with a whole batch.
 """
 

@@ -1,4 +1,4 @@
-"""Ray exports a run's metrics at a node's port, and an actor measures the load of a node."""
+"""Ray exports a run's metrics at a port of the node, and an actor measures the node's load."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Other ranks and other ZeRO stages continue checkpoints on real DeepSpeed, and unsuitable checkpoints are refused.
 
-The loaded weights equal the saved weights bit for bit. Later steps differ in rounding alone: sums have other ranks and
-orders.
+The loaded weights equal the saved weights bit for bit. Later steps differ only in rounding, since sums are
+taken over different ranks and in a different order.
 """
 
 from __future__ import annotations

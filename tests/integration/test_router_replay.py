@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 
 def drawn(folder: Path, dtype: str) -> tuple[Any, list[RoutedRollouts]]:
-    """Return a model, and groups sampled by an engine with the model's weights, the second with a prompt in the cache.
+    """Return a model, and groups sampled by an engine with the same weights. The second group's prompt is cached.
 
     The weights are large enough for clear decisions of routers and head.
     """

@@ -1,7 +1,7 @@
 """Batches are made of some of the requested prompts, by real engines and rewards.
 
-A run killed after training on such a batch makes the very same batch on resumption, even a batch made by chance: the
-logged row comes again bit for bit.
+After a kill in training on such a batch, the resumed run makes the same batch, even if chance chose the prompts: the
+logged row is the same bit for bit.
 """
 
 from __future__ import annotations

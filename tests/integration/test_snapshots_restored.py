@@ -1,7 +1,7 @@
 """Two ranks are killed, the second in the middle of a snapshot, and two successors repeat the step with the same bits.
 
-The older snapshot is used then, since only the older snapshot is whole on both ranks. Everything is compared: weights,
-optimizer states, norms, random states. Dropout makes the random states count, and ZeRO-3 shards the largest weight.
+The successors use the older snapshot, since only that snapshot is complete on both ranks. The test compares weights,
+optimizer states, norms and random states. Dropout makes the random states count, and ZeRO-3 shards the largest weight.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A streamed run trains on finished groups while later groups are sampled, otherwise like the run in turns, up to
+"""A streamed run trains on finished groups while later groups are sampled. Results equal a run in turns up to
 rounding.
 
-The reward is slow, so that groups finish in turn. Sums are accumulated in the order of completion, with different
-rounding each time. Epsilon is large, so that Adam does not amplify the rounding.
+The reward is slow, so that groups finish one after another. Sums are accumulated in the order of completion, so each
+run rounds differently. Epsilon is large, so that Adam does not amplify the rounding.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def runs(tmp_path: Path) -> list[Path]:
 
 @asynccontextmanager
 async def shown(*folders: Path, token: str | None = None) -> AsyncIterator[tuple[Page, str]]:
-    """A browser, and where the page is. Afterwards: nothing was run, refused, or asked of another host."""
+    """Yield a browser's page and the URL. Afterwards: no script ran, nothing was refused or from another host."""
     async with TestServer(RunViewer(RunPlaces(folders), token).application()) as server, browser() as page:
         url = str(server.make_url("/"))
         yield page, url
@@ -150,7 +150,7 @@ async def test_curves_grow_while_the_run_goes_on(runs: list[Path]) -> None:
 
 @pytest.mark.parametrize("command", ["view", "report"])
 async def test_the_overview_compares_two_runs(runs: list[Path], tmp_path: Path, command: str) -> None:
-    """`rlhf report` shows the same as `rlhf view`, from a file, and names of runs are text in both."""
+    """`rlhf report` shows from a file what `rlhf view` shows. Both show names of runs as text."""
     hostile = runs[0].rename(tmp_path / "<img src=x onerror=window.hacked=1>")
     for folder, lr in ((hostile, 1), (runs[1], 2)):
         (folder / "config.resolved.yaml").write_text(

@@ -1,4 +1,4 @@
-"""A worker is replaced. Handles answer in this process; tests/integration starts real workers."""
+"""A group replaces a lost worker. Handles answer in this process; tests/integration starts real workers."""
 
 from __future__ import annotations
 

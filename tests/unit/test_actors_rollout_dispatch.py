@@ -1,4 +1,4 @@
-"""Groups go to the engine with the least outstanding tokens, and wait outside the engines while all are full."""
+"""Groups go to the engine with the fewest outstanding tokens. While all engines are full, groups wait outside."""
 
 from __future__ import annotations
 

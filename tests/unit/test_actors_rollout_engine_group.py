@@ -1,4 +1,4 @@
-"""A refusal by an engine ends the wait of all callers at once: fake engines behind the real loop, worker and group."""
+"""A refusal by an engine ends the wait of all callers at once. Loop, worker and group are real, engines are fakes."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ async def test_an_engine_that_sleeps_refuses_what_needs_the_memory(colocated: Ro
 
 
 async def test_a_failed_generate_ends_the_wait_for_the_release() -> None:
-    """Every request fails, and no failure is left for asyncio to log."""
+    """Every request fails, and asyncio logs no unhandled failure."""
     unheard: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: unheard.append(context))
     engine = Engine("first")

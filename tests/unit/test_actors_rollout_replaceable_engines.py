@@ -297,7 +297,7 @@ async def test_a_successor_that_never_finds_what_is_published_ends_the_run() -> 
 
 @pytest.mark.parametrize("found_by", ["other", "successor 0"])
 async def test_a_group_whose_tokens_are_lost_comes_from_the_store_by_any_engine_that_works(found_by: str) -> None:
-    """The other engine works, or is lost too and comes back before the first, which waits for room without a limit."""
+    """The other engine works, or is lost too and comes back first. The first engine waits for room without a limit."""
     engines, first, other, successor = await group_of(2, 1)
     infos: Any = (SimpleNamespace(num_response_tokens=4),)
     other.store = successor.store = {3: infos}

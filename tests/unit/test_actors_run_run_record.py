@@ -303,7 +303,7 @@ def test_engines_that_keep_other_things_or_longer_responses_are_others(run: Any)
 
 
 class Group:
-    """A group that records the beginning and the end of starts in the calls of all groups."""
+    """A group that records, in a list shared by all groups, the beginning and the end of each start."""
 
     def __init__(self, role: str, calls: list[str]) -> None:
         self.role, self.calls = role, calls

@@ -30,7 +30,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Application:
-    """Answers with path and body, and remembers the session of each call. `hangs`: before or in the answer.
+    """Answers with path and body, and records the session of each call. `hangs`: before or during the answer.
 
     `refusal`: the status and the parts of the body in the answer to each request.
     """

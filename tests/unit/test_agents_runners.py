@@ -1,4 +1,4 @@
-"""Agents in real processes and at a real service: results, limits, failures, and nothing left behind."""
+"""Agents run in real processes and at a real service: results, limits, failures, and no leftovers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Every algorithm on rollouts teaches a policy of a few numbers: advantages, selections and losses together.
 
-The policy writes three of four tokens, each from a row of logits. A response scores the share of tokens that are 2.
+The policy writes three tokens from a vocabulary of four, each from a row of logits. The score is the share of 2s.
 Plain gradient descent makes two optimizer steps a batch, so that importance ratios differ from 1. Not covered: the
 workers, and the critic's learning (values are 0).
 """

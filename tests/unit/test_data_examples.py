@@ -1,4 +1,4 @@
-"""Exactly the assistant's tokens are learnt, and templates that hide assistant tokens are refused."""
+"""Exactly the assistant's tokens are in the loss mask. Templates that hide assistant tokens are refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_raw_completion_and_its_end_are_learnt_and_strings_become_two_turns_wi
     assert example.token_ids == (*b"8+3=", *b"11", 257)
     assert example.loss_mask == (False,) * 4 + (True,) * 3
     long, short = load(tokenizer, {"messages": [USER, YES, USER]}, {"messages": [USER, YES]})
-    assert long.token_ids == short.token_ids  # what comes after the last answer is left out
+    assert long.token_ids == short.token_ids  # text after the last answer is left out
     (example,) = load(tokenizer, {"prompt": "hi", "completion": "yes"}, system_prompt="s")
     assert learnt(tokenizer, example) == "<|system|>s<|eos|><|user|>hi<|eos|><|assistant|>[yes<|eos|>]"
 

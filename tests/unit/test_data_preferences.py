@@ -1,4 +1,4 @@
-"""Pairs share their prompt's tokens exactly, labels are booleans, and a step's label is at the step's last token."""
+"""The sides of a pair share the prompt's tokens, labels are booleans, and a step's label is at its last token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The learnt tokens are right under the conventions of real chat templates, with tools, and templates can be changed.
+"""The loss mask is right under the conventions of real chat templates and tools. Templates can be changed.
 
 Each template imitates a family: SmolLM2 (ChatML with a default system message), Llama 3.1 (header tokens, stripped
 content, tools in the first user message), Qwen 2.5 and 3 (tools in the system message, tool answers in a user turn),
@@ -107,7 +107,7 @@ RESULT = {"role": "tool", "content": "12 C"}
 
 
 def learnt(template: str, *messages: dict[str, Any], tools: Any = None, **columns: Any) -> str:
-    """Return the text of an example with brackets around the learnt tokens."""
+    """Return the text of an example with brackets around the tokens in the loss mask."""
     tokenizer = byte_tokenizer()
     special = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end|>"]
     special += ["<|start|>", "<|message|>", "<|return|>"]

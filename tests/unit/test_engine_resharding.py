@@ -165,7 +165,7 @@ def test_weight_decay_is_not_switched_where_states_belong_to_several_weights(
 def test_a_record_comes_back_with_the_steps_of_as_many_training_steps(
     tmp_path: Path, steps: int, updates: int, updates_now: int, expected: int
 ) -> None:
-    """A resume with twice the updates at half of the run so continues at half of the learning rate."""
+    """A resume in the middle of a run, with twice as many updates, continues at half of the learning rate."""
     record = record_of(SIZES, steps=steps, updates_per_step=updates)
     record.write(tmp_path)
     assert EngineRecord.read(tmp_path) == record

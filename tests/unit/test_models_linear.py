@@ -15,7 +15,7 @@ from tests.plain_logits import logprobs_from_logits
 
 @pytest.fixture(autouse=True)
 def _slow_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Multiply as a CPU that is faster in float32."""
+    """Multiply as on a CPU that is faster in float32."""
     for module in (rlhf.models.linear, rlhf.objectives.vocabulary_head):
         monkeypatch.setattr(module, "widens_products", lambda tensor: tensor.dtype == torch.bfloat16)
 

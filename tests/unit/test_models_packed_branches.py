@@ -1,4 +1,4 @@
-"""A shared prompt gives the values and gradients of a copy of the prompt for each response."""
+"""A shared prompt gives the same values and gradients as a separate copy of the prompt for each response."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def checked(kind: str) -> Any:
     ],
 )
 def test_shared_prompts_equal_their_copies(kind: str, is_sharded: bool) -> None:
-    """A sharded layer takes the sequences as a batch that is filled up."""
+    """A sharded layer computes the sequences as a padded batch."""
     (tokens, mask), (copied, copied_mask, lengths) = shared_and_copied()
     model, plain = tiny_model(kind), checked(kind)
     for parameter in model.parameters() if is_sharded else ():

@@ -1,4 +1,4 @@
-"""The balance loss of a mixture equals the loss of transformers, whatever the packing and shared prompts."""
+"""The balance loss of a mixture equals transformers' loss, for any packing and with shared prompts."""
 
 from __future__ import annotations
 

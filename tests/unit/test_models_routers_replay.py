@@ -50,7 +50,7 @@ def choices(model: Any, ids: Tensor, lengths: list[int]) -> Tensor:
 
 
 def others(model: Any, experts: Tensor) -> Tensor:
-    """Every known choice moved to the next expert."""
+    """Return the choices with every known choice moved to the next expert."""
     count = routers_of(model)[0].weight.shape[0]
     return torch.where(experts == UNKNOWN, experts, (experts + 1) % count)
 

@@ -1,4 +1,4 @@
-"""Some processors multiply bfloat16 faster than float32. Products are widened on other processors."""
+"""Some processors multiply bfloat16 faster than float32. On all other processors, products are computed in float32."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ HOSTILE = HOSTILE_NAMES.split()
 
 @pytest.fixture(scope="module")
 def hostile() -> Iterator[RewardPool]:
-    """Yield a pool for all failures. A test gets the pool as the test before left the pool."""
+    """Yield a pool for all failures. Each test gets the pool in the state after the previous test."""
     with closing(RewardPool([source(f"hostile.py:{name}") for name in HOSTILE], timeout_s=TIMEOUT_S)) as pool:
         yield pool
 
@@ -200,7 +200,7 @@ def test_a_process_killed_while_it_loads_is_replaced_once(
 
 
 def test_each_response_may_lose_its_process_once(tmp_path: Path) -> None:
-    """Here the processes end by themselves, and one process is killed from outside."""
+    """Processes end by themselves, and one process is killed from outside."""
     (tmp_path / "once.py").write_text(
         "import os, pathlib\n"
         "def once(prompt, response):\n"

@@ -54,7 +54,7 @@ def has(rung: Rung) -> bool:
 
 
 class Host:
-    """The targets of the programs, and their state before an attack."""
+    """The targets of the programs, and the targets' state before an attack."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -85,7 +85,7 @@ class Host:
         )
 
     def check(self) -> None:
-        """Nothing has changed, nobody has called, nothing is left."""
+        """Assert that no target has changed, nobody has connected, and no process is left."""
         assert self.state() == self.before
         assert not Path("/dev/shm/escaped").exists()
         for listener in self.listeners:
@@ -175,7 +175,7 @@ import os; os._exit(0)
 
 
 def test_a_program_has_no_more_threads_than_its_limit(sandbox: Sandbox) -> None:
-    """The limit holds between two looks too: a flood of threads takes a few milliseconds."""
+    """The limit also holds between two checks: a flood of threads takes only a few milliseconds."""
     if os.geteuid() != 0:
         pytest.skip("without root the user's other processes would count: threads are looked at now and then")
     done = sandbox.run(FLOOD, wall_s=10.0)

@@ -64,7 +64,7 @@ async def test_a_body_that_does_not_arrive_ends_the_request(monkeypatch: pytest.
 
 
 class Connection:
-    """The parts of an aiohttp connection that `close_excess` uses."""
+    """A connection of aiohttp, with the parts that `close_excess` uses."""
 
     def __init__(self) -> None:
         self.closed = False

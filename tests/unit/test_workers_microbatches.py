@@ -68,7 +68,7 @@ def test_what_other_ranks_have_more_is_one_token_that_teaches_nothing() -> None:
     st.integers(8, 30),
 )
 def test_every_row_is_there_once_and_no_budget_is_exceeded(rows: list[tuple[int, list[int], int]], budget: int) -> None:
-    """With few different tokens, many rows share prefixes at several depths."""
+    """The rows have few different tokens, so many rows share prefixes at several depths."""
     lengths = [len(ids) for _, ids, _ in rows]
     token_ids = torch.tensor([token for _, ids, _ in rows for token in ids])
     own_from = tuple(min(first, len(ids) - 1) for _, ids, first in rows)

@@ -78,7 +78,7 @@ def plan(**changes: Any) -> BatchPlan:
     ],
 )
 def test_a_session_has_the_weight_of_one_response(aggregation: str, weights: tuple[float, float], tokens: int) -> None:
-    """At the sampling weights the gradient is that of weight * advantage * logprob over a session's tokens."""
+    """At the sampling weights, the loss has the gradient of weight * advantage * logprob over a session's tokens."""
     model, advantages = tiny_model("llama"), {0: 2.0, 1: -1.0}
     worker = worker_of(model, tokens=tokens, name="grpo", aggregation=aggregation)
     worker.prepare(plan(), rollouts())
