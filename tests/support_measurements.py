@@ -135,7 +135,7 @@ def has_reward_head(source: str) -> bool:
 
 
 def adapts(source: str, folder: Path) -> bool:
-    """Whether a trained adapter changes the model, and the merged weights are the adapted model."""
+    """Return whether a trained adapter changes the model, and the merged weights equal the adapted model."""
     try:
         model = add_lora(load_causal_lm(source, dtype=torch.float32), rank=2, alpha=4.0, dropout=0.0)
     except (UserError, ValueError):  # the second by peft
@@ -155,7 +155,7 @@ def adapts(source: str, folder: Path) -> bool:
 
 
 def survives_export(source: str, folder: Path) -> bool:
-    """Whether transformers loads the exported folder without losing a weight, and gets the same logits."""
+    """Return whether transformers loads the exported folder without losing a weight, and computes the same logits."""
     model = load_causal_lm(source, dtype=torch.float32)
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
         exported(model, source, folder), dtype=torch.float32, output_loading_info=True

@@ -289,7 +289,7 @@ def test_steps_are_compared_with_all_steps_of_their_group(folder: RunFolder) -> 
 def test_kept_responses_steps_are_compared_with_each_other_and_rewards_to_come_get_them_as_they_are(
     folder: RunFolder,
 ) -> None:
-    """Of the scores 0.5, 4, 1, 3.5 the best two are kept, with the steps 1, 1 | 3: mean 5/3."""
+    """The best two of the scores 0.5, 4, 1, 3.5 are kept, with the steps 1, 1 | 3: mean 5/3."""
     given: Any = ((1.0, 0.0), (1.0, 1.0), (9.0,), (3.0,))
     keep = {"count": 2, "by": "best"}
     run = Run(folder, {"name": "dr_grpo"}, per_update=2, rewards=BY_STEP, keep_per_prompt=keep)

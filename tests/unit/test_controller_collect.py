@@ -170,7 +170,7 @@ def test_failed_calls_are_counted_by_name_and_written_down_also_where_they_got_a
 
 
 def test_dropped_groups_are_counted_among_those_that_were_asked(tmp_path: Path) -> None:
-    """Of the last 32 groups, a fraction of 0.25 allows 8. Requests for four groups at a time change nothing."""
+    """A fraction of 0.25 allows 8 of the last 32 groups. Requests for four groups at a time change nothing."""
     drops: dict[str, Any] = {"reward_policy": {"on_error": "drop", "max_dropped_fraction": 0.25}, "prompts": 100}
     flaky = Run(tmp_path / "flaky", by_prompt(broken=range(0, 100, 4)), **drops)
     assert [len(flaky.trained(step)) for step in range(1, 16)] == [4] * 15

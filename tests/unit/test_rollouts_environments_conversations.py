@@ -196,7 +196,7 @@ async def described(host: EnvironmentHost) -> None:
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended, or ends within a minute."""
+    """Return whether a process has ended, or ends within a minute."""
     deadline = time.monotonic() + 60.0
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""A report has the numbers of its runs, and no text of a model can act there; a model card has its metrics."""
+"""A report has the numbers of its runs, and a model's text cannot run there. A model card has the run's metrics."""
 
 from __future__ import annotations
 

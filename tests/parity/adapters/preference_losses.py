@@ -197,7 +197,7 @@ def token_metrics(entropies: Tensor, mean_logits: Tensor, top1: Tensor, mask: Te
 
 
 def trl_dpo(arguments: Arguments) -> Outputs:
-    """From given columns of log-probabilities, or through the tiny model."""
+    """Return the loss from given columns of log-probabilities, or through the tiny model."""
     if arguments.has("input_ids"):
         return trl_dpo_tiny(arguments)
     settings, logprobs = DPOSettings(arguments), arguments.variable("policy_per_token_logps")
