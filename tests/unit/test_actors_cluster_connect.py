@@ -331,6 +331,7 @@ def test_a_run_without_room_for_its_snapshots_is_refused(
     total = mib * 2**20
     monkeypatch.setattr(OWN_RAY, "daemons", [object()])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(total, 0, total))
+    monkeypatch.setattr("rlhf.planning.shared_memory._object_store_bytes", lambda: 0)  # the tests' own Ray may run
     refusal = r"^cluster.restarts.gang: is above 0, but /dev/shm has 0.01 GiB, and the run needs 0.0.*"
     remedies = r"docker run --shm-size=1g.*fewer ranks on a node.*cluster.restarts.gang=0"
     with pytest.raises(UserError, match=refusal + remedies) if is_refused else nullcontext():

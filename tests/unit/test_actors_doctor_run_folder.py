@@ -36,7 +36,6 @@ from rlhf.controller.group_queue import GroupQueue
 from rlhf.controller.record import RunRecord
 from rlhf.controller.rollout_scorer import RolloutScorer
 from rlhf.errors import UserError
-from rlhf.planning import shared_memory
 from rlhf.planning.shared_memory import SnapshotBytes
 from rlhf.process.cgroups import MemoryLimit
 from rlhf.rewards.sandbox.run import SandboxError
@@ -115,7 +114,7 @@ def test_shared_memory_must_hold_the_snapshots_of_a_run(
     monkeypatch: pytest.MonkeyPatch, by_role: dict[Any, int], copies: int, state: str, found: str
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**26, 0, 2**26))
-    monkeypatch.setattr(shared_memory, "_object_store_bytes", lambda: 0)  # the tests' own Ray may run
+    monkeypatch.setattr("rlhf.planning.shared_memory._object_store_bytes", lambda: 0)  # the tests' own Ray may run
     snapshots = {ADDRESS: SnapshotBytes(by_role, copies)}
     (result,) = [r for r in node_results(ADDRESS, replace(HERE, snapshots=snapshots)) if r.what == "/dev/shm"]
     assert result.state == state
