@@ -22,6 +22,7 @@ from pathlib import Path
 from actors.cluster.address import started_here
 from actors.doctor.check_results import GIB, CheckResult, check, check_shared_memory, show, version_of
 from rlhf.data.memory import free_bytes
+from rlhf.objectives.costs import fast_dtype, why_dtype
 from rlhf.process.cgroups import total_memory
 from rlhf.rewards.sandbox.run import Sandbox, SandboxError
 from rlhf.tracking.run_folder.environment import num_cpus, output_of
@@ -80,10 +81,9 @@ def _cpu() -> Iterator[CheckResult]:
     yield check("cores", f"{cores}{limit}", cpus >= 2, advice)
     match = re.search(r"^(?:flags|Features)\s*:(.*)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
     flags = [flag for flag in _INSTRUCTIONS if match and flag in match.group(1).split()]
-    fast = any("bf16" in flag for flag in flags)
-    advice = "" if fast else "no bfloat16 arithmetic: on this CPU dtype float32 may be as fast"
     found = ", ".join(flags) or f"none of {', '.join(_INSTRUCTIONS)}"
-    yield CheckResult("instructions", "ok" if flags else "note", found, advice)
+    yield CheckResult("instructions", "ok" if flags else "note", found)
+    yield check("dtype on the CPU", f"{fast_dtype('cpu')} unless a model's section has dtype, {why_dtype('cpu')}")
 
 
 def _gpu(gpus: list[str]) -> CheckResult:

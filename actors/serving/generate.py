@@ -40,7 +40,9 @@ def generate_responses(
     logs.configure("WARNING")
     with in_options():
         rows = _rows(source, decoding.columns)
-        model, tokenizer = load_servable(name, trust_remote_code=trust_remote_code, template=decoding.template)
+        model, tokenizer = load_servable(
+            name, trust_remote_code=trust_remote_code, device=device, template=decoding.template
+        )
         refuse_absent_tokens(decoding.stop_token_ids, tokenizer, key="--stop-token-id")
         prompts = load_prompts(
             rows,
@@ -73,7 +75,9 @@ def chat(
     """
     logs.configure("WARNING")
     with in_options():
-        model, tokenizer = load_servable(name, trust_remote_code=trust_remote_code, template=decoding.template)
+        model, tokenizer = load_servable(
+            name, trust_remote_code=trust_remote_code, device=device, template=decoding.template
+        )
         require_template(tokenizer, name)
     refuse_absent_tokens(decoding.stop_token_ids, tokenizer, key="--stop-token-id")
     room = min(model.max_length or CHAT_TOKENS, CHAT_TOKENS)

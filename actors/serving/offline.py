@@ -78,9 +78,11 @@ class Served:
         ]
 
 
-def load_servable(name: str, *, trust_remote_code: bool, template: ChatTemplate = UNCHANGED) -> tuple[ModelOnDisk, Any]:
+def load_servable(
+    name: str, *, trust_remote_code: bool, device: str, template: ChatTemplate = UNCHANGED
+) -> tuple[ModelOnDisk, Any]:
     """Find a model by name, and load the tokenizer. UserError: an engine cannot serve the model."""
-    model = resolve_model(name, trust_remote_code=trust_remote_code)
+    model = resolve_model(name, trust_remote_code=trust_remote_code, device=device)
     refuse_unservable(model)
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=trust_remote_code)
     template.apply_checked(tokenizer, key="data")

@@ -82,7 +82,7 @@ def serve(
     refuse_unknown(tool_parser, reasoning_parser)
     text = None if chat_template is None else read_template(chat_template, key="--chat-template")
     template = ChatTemplate(text=text)
-    served, tokenizer = load_servable(str(model), trust_remote_code=trust_remote_code, template=template)
+    served, tokenizer = load_servable(str(model), trust_remote_code=trust_remote_code, device=device, template=template)
     if max_length is not None and served.max_length is not None and max_length > served.max_length:
         raise UserError(f"--max-length: is {max_length}, more than the {served.max_length} tokens of {served.name}")
     length = max_length or min(served.max_length or USUAL_LENGTH, USUAL_LENGTH)

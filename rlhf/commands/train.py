@@ -52,6 +52,7 @@ def train(
         KeyboardInterrupt: Ctrl-C ended the run, and `resume` continues it.
     """
     from rlhf.config.schema.stages import run_folder
+    from rlhf.preflight.dtypes import chosen_dtype, with_recorded_dtypes
     from rlhf.preflight.start import Start
     from rlhf.process.stopping import run_stoppable
     from rlhf.tracking import logs
@@ -69,6 +70,11 @@ def train(
     if not start.resume and not overwrite:
         for stage in loaded.stages.values():
             refuse_other_run(run_folder(stage))
+
+    if start.resume:
+        loaded = with_recorded_dtypes(loaded)
+    if sentence := chosen_dtype(loaded):
+        logger.info("%s: %s", loaded.name, sentence)
 
     def work(_: StopRequest) -> None:
         logger.info("%s: loading PyTorch, Ray and vLLM", loaded.name)

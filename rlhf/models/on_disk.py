@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf.errors import UserError
 from rlhf.models.adapters.settings import base_of, read_adapter_settings
@@ -16,6 +16,7 @@ from rlhf.models.files.loading import (
     refuse_missing_weights,
     refuse_no_language_model,
 )
+from rlhf.objectives.costs import fast_dtype
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -34,8 +35,8 @@ class ModelOnDisk:
     trust_remote_code: bool
 
 
-def find_model(name: str, *, trust_remote_code: bool, dtype: Dtype | None = None) -> ModelOnDisk:
-    """Resolve a hub name or a folder. dtype None: the dtype named in config.json.
+def find_model(name: str, *, trust_remote_code: bool, device: str) -> ModelOnDisk:
+    """Resolve a hub name or a folder. The dtype is that of config.json, if `device` (`cpu` or `cuda`) multiplies it fast.
 
     Raise UserError for a missing model, a model of a different kind, or missing or truncated weights.
     """
@@ -53,14 +54,14 @@ def find_model(name: str, *, trust_remote_code: bool, dtype: Dtype | None = None
         from rlhf.models.adapters.folder import refuse_incomplete  # with peft, which takes seconds
 
         refuse_incomplete(Path(adapter), base, trust_remote_code=trust_remote_code)
-    stored_dtype = str(config.dtype).removeprefix("torch.")
+    stored_dtype: Any = str(config.dtype).removeprefix("torch.")
     return ModelOnDisk(
         name=name,
         base=base,
         adapter=adapter,
         lora_rank=rank,
         tokenizer=tokenizer,
-        dtype=dtype or (stored_dtype if stored_dtype in ("float16", "float32") else "bfloat16"),  # type: ignore[arg-type]
+        dtype=stored_dtype if stored_dtype in ("float16", "float32") else fast_dtype(device),
         max_length=getattr(config.get_text_config(), "max_position_embeddings", None),  # BLOOM has none
         trust_remote_code=trust_remote_code,
     )

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 CPUINFO = Path("/proc/cpuinfo")
+Dtype = Literal["float32", "bfloat16"]
 CHUNK_ROWS = 256  # rows of logits alive at once in float32: 48 MiB at a vocabulary of 49,152
 CHUNKS_PER_PRODUCT = 4  # chunks per matrix product of logit gradients, and per addition to the weight's gradient
 
@@ -19,3 +21,17 @@ def multiplies_bfloat16_fast() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32: with AMX tiles, or with AMD's AVX-512 BF16."""
     words = set(CPUINFO.read_text().split()) if CPUINFO.exists() else set()
     return "amx_tile" in words or {"AuthenticAMD", "avx512_bf16"} <= words
+
+
+def fast_dtype(device: str) -> Dtype:
+    """Return the data type that a device, `cpu` or `cuda`, multiplies fastest. A CPU is the one of this machine."""
+    return "bfloat16" if device != "cpu" or multiplies_bfloat16_fast() else "float32"
+
+
+def why_dtype(device: str) -> str:
+    """Return the reason for `fast_dtype`, for a sentence that begins with the data type."""
+    if device != "cpu":
+        return "because the models are on GPUs"
+    if multiplies_bfloat16_fast():
+        return "because this CPU has fast instructions for bfloat16"
+    return "because this CPU has no fast instructions for bfloat16"

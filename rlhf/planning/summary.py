@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import get_args
 
 from rlhf.algorithms.online_config import FollowedReferenceConfig
 from rlhf.config import derive
@@ -20,6 +21,7 @@ from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, Stage, run_folder
 from rlhf.config.void_restarts import void_restarts
 from rlhf.errors import UserError
+from rlhf.objectives.costs import Dtype, fast_dtype, why_dtype
 from rlhf.planning.schedules import correction_in_force, schedule_of
 from rlhf.role_table import ROLE_ORDER, Role
 
@@ -106,6 +108,7 @@ def _facts(config: Config, derived: derive.Derived) -> Iterator[list[str]]:
         on = f" on {shared} ranks together" if ranks == 1 else f" on each {shared} of {ranks * shared} ranks"
     yield ["micro-batch", f"at most {train.max_tokens_per_microbatch:,} tokens{on}; {most}"]
     yield ["whole run", _whole_run(config)]
+    yield ["dtype", _dtypes(config)]
     yield ["learning rate", _learning_rate(config)]
     yield ["training data", _mixture(config)]
     if sets := derive.eval_sets(config):
@@ -162,6 +165,15 @@ def _whole_run(config: Config) -> str:
         return f"{train.epochs:g} epochs: how many steps that is follows from data.train, which is not here"
     text = f"{train.steps} steps: {derive.policy_optimizer_steps(config)} optimizer steps of the policy"
     return f"{text}, {derive.critic_optimizer_steps(config)} of the critic" if config.algorithm.has_critic else text
+
+
+def _dtypes(config: Config) -> str:
+    """Name the data type of each model of the run, and what a CPU without a written dtype would get."""
+    models = derive.models_of(config)
+    names = {dtype: [role for role, model in models.items() if model.dtype == dtype] for dtype in get_args(Dtype)}
+    text = "; ".join(f"{dtype} ({', '.join(roles)})" for dtype, roles in names.items() if roles)
+    device = config.cluster.device
+    return f"{text}. The default here is {fast_dtype(device)}, {why_dtype(device)}"
 
 
 def _learning_rate(config: Config) -> str:

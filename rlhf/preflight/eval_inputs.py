@@ -226,7 +226,7 @@ def _load(
         with prefix_errors(key):
             name = results.finals.get(wanted, wanted)
             local = name if models is None else local_model(name, models, seed=seed)
-            model = resolve_model(local, trust_remote_code=section.trust_remote_code)
+            model = resolve_model(local, trust_remote_code=section.trust_remote_code, device=cluster.device)
         shown = model.name if made is None else wanted
         dtype, tokenizer_source = section.dtype or model.dtype, tokenizer or model.tokenizer
         model = replace(model, name=shown, dtype=dtype, tokenizer=tokenizer_source)

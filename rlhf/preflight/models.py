@@ -280,11 +280,11 @@ def refuse_other_results(config: Config, made: StageResults) -> None:
 ANY_LENGTH = sys.maxsize  # prompt limit if only the model's context length counts
 
 
-def resolve_model(name: str, *, trust_remote_code: bool) -> ModelOnDisk:
+def resolve_model(name: str, *, trust_remote_code: bool, device: str) -> ModelOnDisk:
     """Return the model named by the user. Checks that the hub answers before anything is loaded from there."""
     if may_ask_the_hub(name):
         use_cache_if_silent()
-    return find_model(name, trust_remote_code=trust_remote_code)
+    return find_model(name, trust_remote_code=trust_remote_code, device=device)
 
 
 def refuse_too_long(prompts: Sequence[Prompt], rows: Sequence[Row], model: ModelOnDisk, *, max_new_tokens: int) -> None:

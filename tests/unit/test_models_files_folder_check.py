@@ -46,7 +46,7 @@ def without(folder: Path, *names: str) -> Path:
 
 LOADS: dict[str, Callable[[str], Any]] = {
     "before the start": refuse_missing_weights,
-    "generate, serve, eval": lambda path: find_model(path, trust_remote_code=False),
+    "generate, serve, eval": lambda path: find_model(path, trust_remote_code=False, device="cpu"),
     "policy": lambda path: load_causal_lm(path, dtype=torch.float32),
     "critic": lambda path: load_critic(path, dtype=torch.float32),
     "before a critic": lambda path: refuse_missing_weights(path, scalar=True),

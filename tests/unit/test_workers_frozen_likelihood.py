@@ -35,7 +35,7 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured(path: Path, *, max_tokens: int = 64) -> list[tuple[int, float, int]]:
-    source = find_model(str(path), trust_remote_code=False)
+    source = find_model(str(path), trust_remote_code=False, device="cpu")
     worker = LikelihoodWorker(source, PLACE, max_tokens_per_microbatch=max_tokens)
     worker.start()
     return [(one.num_tokens, one.logprob, one.num_top1) for one in worker.measure(EXAMPLES)]

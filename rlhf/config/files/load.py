@@ -27,6 +27,8 @@ from rlhf.config.validation.run import problems
 from rlhf.config.yaml_tree import Key, Tree, apply_overrides
 from rlhf.errors import UserError
 from rlhf.extensions import find_code
+from rlhf.objectives.costs import fast_dtype
+from rlhf.role_table import MODEL_SECTIONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +168,11 @@ def _name_in_file(code: FunctionType | type, place: str) -> str:
 
 
 def checked(config: Config) -> LoadedConfig:
+    """Check a configuration built in Python. Each model without a dtype gets that of the device, as from a file."""
+    sections = {name: section for name in MODEL_SECTIONS if (section := getattr(config, name)) is not None}
+    dtype = {"dtype": fast_dtype(config.cluster.device)}
+    unset = {name: section for name, section in sections.items() if "dtype" not in section.model_fields_set}
+    config = config.model_copy(update={name: section.model_copy(update=dtype) for name, section in unset.items()})
     refuse(problems(config), lambda key: "config")
     return _single(config, "config")
 

@@ -25,6 +25,8 @@ from rlhf.config.schema.root import Config
 from rlhf.config.yaml_tree import Key, kind
 from rlhf.errors import UserError
 from rlhf.extensions import is_offered
+from rlhf.objectives.costs import fast_dtype
+from rlhf.role_table import MODEL_SECTIONS
 from rlhf.sections import Section
 
 S = TypeVar("S", bound=Section)
@@ -56,7 +58,7 @@ def parse_as(root: type[S], values: dict[str, Any]) -> S | tuple[Problem, ...]:
     except UserError as error:
         return (Problem(("algorithm", "name"), str(error)),)
     try:
-        parsed = form.model_validate_json(json.dumps(values), strict=True)
+        parsed = form.model_validate_json(json.dumps(_with_dtypes(values) if root is Config else values), strict=True)
         return parsed if form is root else cast("S", root.model_construct(parsed.model_fields_set, **dict(parsed)))
     except ValidationError as error:
         problems: dict[Key, Problem] = {}
@@ -87,6 +89,14 @@ def _form_of(root: type[S], values: dict[str, Any]) -> type[S]:
         return root
     config_class = custom_config_class(name, built_ins=ALGORITHMS)
     return cast("type[S]", create_model(root.__name__, __base__=root, algorithm=(config_class, ...)))
+
+
+def _with_dtypes(values: dict[str, Any]) -> dict[str, Any]:
+    """Write the data type of the run's device into each model's section without a dtype."""
+    cluster = values.get("cluster")
+    dtype = fast_dtype(cluster.get("device", "cpu") if isinstance(cluster, dict) else "cpu")
+    sections = {name: values[name] for name in MODEL_SECTIONS if isinstance(values.get(name), dict)}
+    return values | {name: {"dtype": dtype} | section for name, section in sections.items()}
 
 
 def expected(field: FieldInfo) -> str:

@@ -12,12 +12,13 @@ from pydantic import Field
 
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.data import DataSource, EvalSource, PromptFormat
-from rlhf.config.schema.model import Dtype, RewardModelConfig
+from rlhf.config.schema.model import RewardModelConfig
 from rlhf.config.schema.rewards import RewardConfig, RewardPolicy
 from rlhf.config.schema.rollouts import AgentConfig, EnvironmentConfig
 from rlhf.config.schema.root import RewardName
 from rlhf.config.schema.run import RunConfig, TrackingConfig
 from rlhf.config.schema.train import Grading
+from rlhf.objectives.costs import Dtype
 from rlhf.sections import OnlyIn, OnlyWith, Section
 
 
@@ -30,7 +31,8 @@ class EvaluateConfig(Grading, PromptFormat):
     """Another model to compare with, on the same prompts. `win_rate` is the fraction of prompts with a higher score of
     `model`."""
     dtype: Dtype | None = None
-    """Data type of both models. null: as in their config.json."""
+    """Data type of both models. null: as in their config.json, or float32 in place of bfloat16 on a CPU without fast
+    bfloat16 instructions."""
     trust_remote_code: bool = False
     """Run Python code from the model repositories. Set to true only after reading the code."""
     data: EvalSource

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from rlhf.config.schema.model import Dtype
+from rlhf.objectives.costs import Dtype
 from rlhf.sections import Section
 
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]

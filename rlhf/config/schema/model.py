@@ -6,9 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt
 
+from rlhf.objectives.costs import Dtype
 from rlhf.sections import OnlyIn, Section
-
-Dtype = Literal["float32", "bfloat16"]
 
 
 class LoraConfig(Section):
@@ -52,7 +51,8 @@ class ModelConfig(Section):
     revision: str | None = Field(default=None, min_length=1)
     """Branch, tag or commit of a model on the hub. null: the main branch."""
     dtype: Dtype = "bfloat16"
-    """Data type of the computation. Trained roles keep float32 master weights in both cases."""
+    """Data type of the computation. The default on a CPU without fast bfloat16 instructions is float32. Trained roles
+    keep float32 master weights in both cases."""
     trust_remote_code: bool = False
     """Run Python code from the model repository. Set to true only after reading the code."""
 
