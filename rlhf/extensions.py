@@ -1,7 +1,8 @@
 """Locate and load code that extends a run: algorithms, rewards, environments and trackers.
 
-A configuration names such code in three ways: as a built-in, as `path/file.py:NAME`, or by the name of an installed
-package's entry point. This module uses only the standard library, since reward processes start through this module.
+A configuration names such code in four ways: as a built-in, as `path/file.py:NAME`, by the name of an installed
+package's entry point, or as an object that the calling script passed (rlhf.passed_objects). This module uses only the
+standard library, since reward processes start through this module.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import importlib
 import importlib.util
 import inspect
 import os
+import pickle
 import sys
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, Literal
 
 from rlhf.errors import UserError
@@ -32,6 +34,7 @@ _CALLERS = (__file__, os.path.join(os.path.dirname(__file__), "rewards", "proces
 _PACKAGE = os.path.join(os.path.dirname(__file__), "")
 _GUARD = 'Put this call below `if __name__ == "__main__":`.'
 _FILE_MODULE = "rlhf_file_"  # prefix of the modules of imported files
+PASSED = "python object "  # prefix of the names of passed objects
 
 _imported: dict[str, tuple[bytes, ModuleType]] = {}  # the text of each imported file, and its module
 _importing: set[str] = set()  # files whose import has begun
@@ -47,18 +50,36 @@ class StartRefused(LoadError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PassedObject:
+    """An object of the calling script or notebook, pickled by value. It travels only between processes of a run."""
+
+    name: str  # in messages
+    file: str  # of the code, for the place of an error; empty if unknown
+    pickled: bytes = field(repr=False)
+    digest: bytes  # of code and values, equal for each start of the same script
+
+
+passed_objects: dict[str, PassedObject] = {}  # of the present call, by the name in the configuration
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CodeSource:
     """Code named in a configuration. `args` go to a class's constructor, or are fixed for a function."""
 
-    path: str | None  # absolute path of a file; None for a built-in or an entry point
+    path: str | None  # absolute path of a file, or the file of a passed object; None for a built-in or an entry point
     name: str
     args: Mapping[str, Any] = field(default_factory=dict)
     entry: str | None = None  # `package.module:NAME` of an entry point
     package: str | None = None  # name and version of the package that offers the entry point
+    passed: PassedObject | None = None  # an object passed by the calling script
 
     def digest(self) -> bytes:
-        """Return a digest of the arguments and of a file's text, without imported files, or a package's version."""
-        text = b"" if self.path is None else Path(self.path).read_bytes()
+        """Return a digest of the arguments and of a file's text, without imported files, or a package's version, or the
+        code and the values of a passed object."""
+        if self.passed is not None:
+            text = self.passed.digest
+        else:
+            text = b"" if self.path is None else Path(self.path).read_bytes()
         settings = repr((self.name, self.args, self.entry, self.package)).encode()
         return hashlib.blake2b(settings + text, digest_size=16).digest()
 
@@ -88,6 +109,8 @@ def find_code(
 ) -> CodeSource:
     """Locate code without importing it. A file is relative to the first of `folders` with the file. UserError,
     beginning with the configuration's `key` if given: the name is unknown, ambiguous or a missing file."""
+    if name.startswith(PASSED):
+        return _find_passed(kind, name, args=dict(args or {}), key=key)
     key, args = f"{key}: " if key else "", dict(args or {})
     path, colon, target = name.rpartition(":")
     if colon:
@@ -110,9 +133,20 @@ def find_code(
     raise UserError(f"{key}there is no {kind} `{name}`{_known_names(kind, name, built_ins)}")
 
 
+def _find_passed(kind: Kind, name: str, *, args: Mapping[str, Any], key: str) -> CodeSource:
+    if (passed := passed_objects.get(name)) is None:
+        section = key or f"the {kind}"
+        raise UserError(
+            f"{section}: `{name}` stands for an object of the script that started the run, which no file can hold. "
+            f'Start the run from Python, and pass the {kind} there: rlhf.train({{"base": FILE, ...}}), where {section} '
+            "is the object."
+        )
+    return CodeSource(path=passed.file, name=passed.name, args=args, passed=passed)
+
+
 def is_offered(kind: Kind, name: str) -> bool:
-    """Return whether an installed package offers the name, or the name is a file without an object."""
-    return name.endswith(".py") or bool(entry_points(group=f"rlhf.{kind}s", name=name))
+    """Return whether an installed package or the calling script offers the name, or the name is a file alone."""
+    return name.endswith(".py") or name.startswith(PASSED) or bool(entry_points(group=f"rlhf.{kind}s", name=name))
 
 
 def _offers(kind: Kind, name: str, key: str) -> list[EntryPoint]:
@@ -141,6 +175,8 @@ def _package(offer: EntryPoint) -> str:
 def load_code(source: CodeSource, *, isolated: bool = False) -> Any:
     """Import the file or the package, and return the named object, or raise LoadError. `isolated`: this process runs
     nothing but such code."""
+    if source.passed is not None:
+        return _restore(source.passed)
     if source.path is not None:
         offer, where, name, module = "", source.path, source.name, import_file(source.path, isolated=isolated)
     else:
@@ -158,6 +194,25 @@ def load_code(source: CodeSource, *, isolated: bool = False) -> Any:
         local = [n for n, v in members.items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
         raise LoadError(f"{offer}{where} defines no `{name}`; it defines: {', '.join(local) or 'nothing callable'}")
     return members[name]
+
+
+def restore_code(file: str, make: Callable[..., CodeType], args: tuple[Any, ...]) -> CodeType:
+    """Return the code of a passed object with its file, which cloudpickle leaves out."""
+    return make(*args).replace(co_filename=file)
+
+
+def _restore(passed: PassedObject) -> Any:
+    try:
+        return pickle.loads(passed.pickled)
+    except StartRefused:
+        raise
+    except ModuleNotFoundError as error:
+        raise LoadError(
+            f"`{passed.name}` uses the module {error.name}, which the processes of the run cannot import. Install the "
+            "module on every node, put it beside the script on every node, or define what you need in the script."
+        ) from error
+    except BaseException as error:  # sys.exit in an imported module is reported like an exception
+        raise LoadError(f"restoring `{passed.name}` raised {summarize(error, passed.file)}") from error
 
 
 def import_file(path: str, *, isolated: bool = False) -> ModuleType:
@@ -236,10 +291,17 @@ def construct(source: CodeSource, target: type) -> Any:
 
 def describe_frames(frames: Sequence[tuple[str, int, str]], path: str | None) -> str:
     """Format the last of the (file, line, function) frames, the innermost, and the last in the user's file."""
-    shown = [frame for frame in frames if not frame[0].startswith(("<", *_CALLERS))]
+    shown = [frame for frame in frames if frame[0] == path or not frame[0].startswith(("<", *_CALLERS))]
     user_frames = [frame for frame in shown if frame[0] == path]
     places = dict.fromkeys([*shown[-1:], *user_frames[-1:]])
-    return ", called from ".join(f"{file}:{line} in {function}" for file, line, function in places)
+    return ", called from ".join(f"{shown_file(file)}:{line} in {function}" for file, line, function in places)
+
+
+def shown_file(file: str) -> str:
+    """Return the name of a code's file for a message: for a cell of a notebook `Cell In[5]`."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    cell = None if shell is None else shell.compile.format_code_name(file)
+    return file if cell is None else " ".join(cell)
 
 
 def summarize(error: BaseException, path: str | None) -> str:

@@ -111,7 +111,7 @@ class HostedFunction:
     description = NO_TOOLS
 
     def __init__(self, source: CodeSource, servers: Sequence[ToolServer]) -> None:
-        self.servers = servers
+        self.servers, self.passed = servers, source.passed
         self.solve = load_code(source, isolated=True)
         where = f"`{source.name}` in {source.path or source.entry}"
         if not inspect.iscoroutinefunction(self.solve):
@@ -125,9 +125,9 @@ class HostedFunction:
             offered_tools(servers)
 
     def prepare(self) -> None:
-        """Make a call with each client named in the function's file, to import most of the client's package."""
-        text = Path(inspect.getfile(self.solve)).read_text(encoding="utf-8")
-        names = [name for name in CLIENTS if name in text and importlib.util.find_spec(name) is not None]
+        """Make a call with each client named in the function's code, to import most of the client's package."""
+        code = self.passed.pickled if self.passed is not None else Path(inspect.getfile(self.solve)).read_bytes()
+        names = [name for name in CLIENTS if name.encode() in code and importlib.util.find_spec(name) is not None]
         asyncio.run(asyncio.wait_for(_first_calls(names), PREPARED_WITHIN_S))
 
     def answer(self, call: str, **message: Any) -> dict[str, Any]:

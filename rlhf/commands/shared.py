@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from rlhf.errors import UserError
 from rlhf.extensions import refuse_start
+from rlhf.passed_objects import forgotten_afterwards
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,10 +31,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     return load(path, overrides)
 
 
-def refuse_other_than_file(config: object) -> None:
-    """Raise TypeError if the configuration of a call is not the path of a file."""
+def refuse_other_than_file(config: object, *, because: str = "") -> None:
+    """Raise TypeError if the configuration of a call is not the path of a file. `because`: the reason, for the end."""
     if not isinstance(config, str | Path):
-        raise TypeError(f"the configuration is of type {type(config).__name__}; give the path of a YAML file")
+        raise TypeError(f"the configuration is of type {type(config).__name__}; give the path of a YAML file{because}")
 
 
 def loaded_config(config: AnyConfig, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -64,12 +65,16 @@ def config_or_name(target: AnyConfig, overrides: Sequence[str] = ()) -> LoadedCo
 
 
 def starts_work(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a call that starts processes, jobs or long work, forbidden to code named in a configuration."""
+    """Decorate a call that starts processes, jobs or long work, forbidden to code named in a configuration.
+
+    The objects passed to the call are forgotten at the end.
+    """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         refuse_start(f"rlhf.{function.__name__}")
-        return function(*args, **kwargs)
+        with forgotten_afterwards():
+            return function(*args, **kwargs)
 
     return call
 

@@ -39,7 +39,7 @@ def submit(
         resources (NAME=N): a custom resource to reserve for the job's driver; may be repeated.
         supervise: start the run again in the same job if the driver dies, as `rlhf train --supervise` does.
     """
-    refuse_other_than_file(config)
+    refuse_other_than_file(config, because=". A job gets files only: no object of this process reaches the job.")
 
     from actors.jobs.submit import DriverResources, submit_job
 

@@ -34,7 +34,7 @@ def sweep(
     """
     from rlhf.config.files.sweep import load_sweep
 
-    refuse_other_than_file(config)
+    refuse_other_than_file(config, because=". A trial gets files only: no object of this process reaches the trial.")
     loaded = load_sweep(config, overrides)
 
     from actors.sweeps.runner import run_sweep

@@ -44,7 +44,7 @@ MODELS: tuple[Key, ...] = (
     ("evaluate", "against"),
     ("evaluate", "reward", "model"),
 )
-# Keys that accept `path/file.py:NAME`.
+# Keys that accept `path/file.py:NAME`, and in Python an object.
 CODE: tuple[Key, ...] = (
     ("algorithm", "name"),
     ("rewards", "*", "function"),
@@ -198,6 +198,15 @@ def _link_models(stage: _Stage, run: RunConfig, earlier: list[_Stage], names: li
 def model_places(values: Mapping[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
     """Yield the keys with a model's name in a stage's tree, each with the enclosing mapping."""
     return texts_at(MODELS, values)
+
+
+def names_code(key: Key) -> bool:
+    """Return whether the value of a key, of a run or of a pipeline, names code."""
+    below = key[2:] if key[:1] == ("stages",) else key
+    return any(
+        len(pattern) == len(below) and all(part in ("*", name) for part, name in zip(pattern, below, strict=True))
+        for pattern in CODE
+    )
 
 
 def texts_at(patterns: Iterable[Key], values: Mapping[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:

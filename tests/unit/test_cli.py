@@ -228,8 +228,6 @@ def reward(prompt: str, response: str) -> float:
 def test_a_reward_of_a_mapping_can_be_a_function_of_a_file() -> None:
     loaded = from_mapping({**ONLINE, "rewards": {"mine": {"function": reward}}})
     assert loaded.runs["demo"].rewards["mine"].function == f"{__file__}:reward"
-    with pytest.raises(rlhf.UserError, match=r"rewards.mine.function: .*<lambda> is code that other processes"):
-        from_mapping({**ONLINE, "rewards": {"mine": {"function": lambda prompt, response: 1.0}}})
 
 
 def test_a_call_works_inside_of_a_running_event_loop(file: str, launch_with: Callable[[Launch], None]) -> None:

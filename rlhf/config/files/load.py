@@ -5,19 +5,17 @@ This module opens only the YAML file and the bases, and checks whether files of 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 from rlhf.config.files.base_file import extend, read_tree
 from rlhf.config.files.recipes import config_file
 from rlhf.config.mistakes.explain import parse, parse_as
 from rlhf.config.mistakes.suggestions import nearest
-from rlhf.config.pipeline import CODE, resolve_stages, texts_at
+from rlhf.config.pipeline import CODE, names_code, resolve_stages, texts_at
 from rlhf.config.problem import refuse
 from rlhf.config.schema.merge import MergeFile, MergeRun
 from rlhf.config.schema.root import Config
@@ -28,6 +26,7 @@ from rlhf.config.yaml_tree import Key, Tree, apply_overrides
 from rlhf.errors import UserError
 from rlhf.extensions import find_code
 from rlhf.objectives.costs import fast_dtype
+from rlhf.passed_objects import name_of_code
 from rlhf.role_table import MODEL_SECTIONS
 
 
@@ -124,8 +123,11 @@ def _locate_code(tree: Tree, folder: Path) -> None:
 
 
 def from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> LoadedConfig:
-    """Return the checked configuration of a mapping with the keys of a file. Paths start at the current folder."""
-    plain = _plain(values, "config")
+    """Return the checked configuration of a mapping with the keys of a file. Paths start at the current folder.
+
+    Where a file names code, a mapping may hold the function, the class or the instance.
+    """
+    plain = _plain(values, (), {})
     assert isinstance(plain, dict)
     tree = Tree(source="config", values=plain, places=dict.fromkeys(_keys(plain), "config"))
     return resolve(extend(tree, Path.cwd()), overrides, Path.cwd())
@@ -137,34 +139,23 @@ def _keys(values: Mapping[str, Any]) -> Iterator[Key]:
         yield from ((name, *key) for key in (_keys(value) if isinstance(value, Mapping) else ()))
 
 
-def _plain(value: Any, place: str) -> Any:
-    """Return a copy limited to YAML values. UserError names the first unsuitable value."""
+def _plain(value: Any, key: Key, names: dict[int, str]) -> Any:
+    """Return a copy limited to YAML values, with the names of objects. UserError names the first unsuitable value."""
+    place = ".".join(key) or "config"
     if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise UserError(f"{place}: the key {key!r} is not a string")
-        return {key: _plain(inner, f"{place}.{key}" if place != "config" else key) for key, inner in value.items()}
+        for name in value:
+            if not isinstance(name, str):
+                raise UserError(f"{place}: the key {name!r} is not a string")
+        return {name: _plain(inner, (*key, name), names) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner, f"{place}[{index}]") for index, inner in enumerate(value)]
+        return [_plain(inner, (*key[:-1], f"{key[-1]}[{index}]"), names) for index, inner in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Path):
         return str(value)
-    if inspect.isfunction(value) or inspect.isclass(value):
-        return _name_in_file(value, place)
+    if names_code(key):
+        return name_of_code(value, place, names)
     raise UserError(f"{place}: is of type {type(value).__name__}, expected a value that a YAML file can hold")
-
-
-def _name_in_file(code: FunctionType | type, place: str) -> str:
-    """Name a function or a class as FILE.py:NAME. UserError if other processes cannot load it by this name."""
-    file, name = Path(inspect.getfile(code)), code.__qualname__
-    if not name.isidentifier() or file.suffix != ".py" or not file.is_file():
-        raise UserError(
-            f"{place}: {name} is code that other processes cannot load: it must stand at the top level of a .py "
-            "file. In a notebook, write the cell to a file with `%%writefile rewards.py` and name it "
-            '"rewards.py:NAME".'
-        )
-    return f"{file}:{name}"
 
 
 def checked(config: Config) -> LoadedConfig:

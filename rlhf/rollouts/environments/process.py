@@ -63,11 +63,15 @@ class HostedCode(Protocol):
 
 
 def load_environment(source: CodeSource) -> Any:
-    """Import and construct the environment. LoadError for an invalid environment."""
+    """Import and construct the environment, or return a passed instance. LoadError for an invalid environment."""
     if source.path is None and source.entry is None:
         environments = importlib.import_module("rlhf.rollouts.environments.built_in").BUILT_INS
         source = replace(source, entry=environments[source.name])
     target, place = load_code(source, isolated=True), source.path or source.entry
+    if source.passed is not None and not inspect.isclass(target) and not inspect.isroutine(target):
+        if source.args:
+            raise LoadError(f"`args` are for the constructor of a class, and `{source.name}` is an instance")
+        return target
     if not inspect.isclass(target):
         found = f"is of type {type(target).__name__}; an environment is a class with `reset` and `step`"
         raise LoadError(f"`{source.name}` in {place} {found}")
