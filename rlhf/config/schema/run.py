@@ -31,7 +31,7 @@ Folder = Annotated[Path, AfterValidator(_at_home)]
 
 
 class RunConfig(Section):
-    """Name, folder and seed of a run. All files are in <dir>/<name>/."""
+    """Name, folder and seed of a run. All files are in `<dir>/<name>/`."""
 
     name: str = Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")
     """Folder of the run below `dir`, and the run's name in W&B. A stage of a pipeline is called PIPELINE/STAGE."""
