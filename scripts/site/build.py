@@ -94,6 +94,8 @@ class Site:
             return os.path.relpath(self.place(target), here)
 
         def relative(match: re.Match[str]) -> str:
+            if str(here / match[1]) in self.pages:  # a picture of a notebook
+                return match[1]
             target = os.path.normpath(Path(path).parent / match[1])
             if not (self.root / target).is_file():
                 raise UserError(f"{path}: the link {match[1]} leads to no file of the repository. Correct the link.")
