@@ -145,7 +145,8 @@ def test_a_word_in_angle_brackets_is_quoted(page: Path) -> None:
 def test_the_reference_has_every_call(site: Path, html: dict[str, Html]) -> None:
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     listed = API_ITEM.findall(page)
-    assert {name for name in listed if name.count(".") == 1} == {f"rlhf.{name}" for name in rlhf.__all__}
+    calls = {name for name in listed if name.count(".") == 1}
+    assert calls == {f"rlhf.{name}" for name in rlhf.__all__}, "docs/api.md lists the names of rlhf.__all__"
     assert len(listed) == len(set(listed)) == len(re.findall(r"^- ", page, re.MULTILINE))
     assert set(listed) <= html["api.html"].anchors
     assert "replace the run in the folder of run.name" in (site / "api.html").read_text(encoding="utf-8")
