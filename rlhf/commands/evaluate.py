@@ -44,7 +44,7 @@ def evaluate(
         target (CONFIG|MODEL): a run's YAML file with data.eval and rewards, or a model as for `rlhf generate`.
         model (MODEL): with CONFIG, measure this model instead of policy.model.
         against (MODEL): compute the win rate against this model, by score.
-        data (SET): a file, a dataset, or TASK[:ROWS]; may be repeated.
+        data (SET): a file, a dataset, preset:NAME[:SPLIT] or TASK[:ROWS]; may be repeated.
         rewards (NAME): a built-in reward, a reward of an installed package, or path/file.py:name; may be
             repeated.
         reward_model (MODEL): a reward model whose score is added.

@@ -14,13 +14,15 @@ from typing import Any, Literal
 from rlhf.algorithms.algorithm import Kind
 from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.config.schema.cluster import ClusterConfig
-from rlhf.config.schema.data import DataSource, WeightedSource
+from rlhf.config.schema.data import DataSource, PresetConfig, WeightedSource
 from rlhf.config.schema.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfig, ReferenceConfig
 from rlhf.config.schema.rewards import drops
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.train import TrainConfig
 from rlhf.config.transports import Transport
+from rlhf.data.presets import PresetSource, presets
+from rlhf.data.tasks import TaskSource
 from rlhf.data.templates import ChatTemplate
 from rlhf.role_table import GUESTS_OF_ENGINES, MODEL_SECTIONS, ROLE_ORDER, Role
 
@@ -185,6 +187,20 @@ def trained_sections(config: Config) -> dict[Role, PolicyConfig | CriticConfig]:
 def has_value_head(config: Config, role: Role) -> bool:
     """Return whether a role's model gives a number per token instead of a distribution."""
     return role == "critic" or (role == "policy" and config.algorithm.has_scalar_head)
+
+
+def source_of(source: DataSource) -> str | TaskSource | PresetSource:
+    """Return a source of the configuration as `rlhf.data.sources` reads it."""
+    if isinstance(source, str):
+        return source
+    return PresetSource(**dict(source)) if isinstance(source, PresetConfig) else TaskSource(**source.model_dump())
+
+
+def hub_name(source: DataSource) -> str | None:
+    """Return the data set's name, possibly on the hub, without the split. None: the source is certainly not there."""
+    if isinstance(source, PresetConfig):
+        return presets()[source.preset].hub if source.path is None else None
+    return source.partition(":")[0] if isinstance(source, str) else None
 
 
 def train_sets(config: Config) -> Mapping[str, WeightedSource]:

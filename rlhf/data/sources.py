@@ -9,18 +9,22 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import logging
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rlhf.data.memory import within_memory
+from rlhf.data.presets import LeftOut, PresetSource, presets
 from rlhf.data.tasks import TaskSource, make_rows
 from rlhf.errors import UserError
 
-Source = str | TaskSource
+logger = logging.getLogger(__name__)
+Source = str | TaskSource | PresetSource
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _PARQUET_BATCH, _DATASET_BATCH = 4096, 10_000  # rows per decoded batch
@@ -97,11 +101,11 @@ class Row:
 
 
 def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Return all rows of a file, a saved or named dataset, or a task.
+    """Return all rows of a file, a saved or named dataset, a preset, or a task.
 
-    `columns` maps our column names to the dataset's names. A string with the ending .jsonl, .json, .csv or .parquet is
-    a file. An existing folder is a saved dataset, and every remaining string is a Hugging Face dataset. Both kinds of
-    dataset take `:SPLIT` after the name. CSV values stay text.
+    `columns` maps our column names to the dataset's names, except in a preset, which has our names. A string with the
+    ending .jsonl, .json, .csv or .parquet is a file. An existing folder is a saved dataset, and every remaining string
+    is a Hugging Face dataset. Both kinds of dataset take `:SPLIT` after the name. CSV values stay text.
 
     UserError: an unreadable source, a missing renamed column, no rows, or a dataset too large for this machine.
     """
@@ -109,6 +113,9 @@ def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> li
     if isinstance(source, TaskSource):
         name = source.name
         loaded = (Row(file=name, line=i, columns=row) for i, row in enumerate(make_rows(source), start=1))
+    elif isinstance(source, PresetSource):
+        name, columns = source.name, None
+        loaded = itertools.islice(_read_preset(source), source.size)
     else:
         name = source
         loaded = _read_file(Path(source)) if source.endswith(FILE_SUFFIXES) else _read_dataset(source)
@@ -297,8 +304,6 @@ def _parquet_column(path: Path, name: str, column: Any) -> list[Any]:
 
 
 def _read_dataset(source: str) -> Iterator[Row]:
-    import datasets  # the import takes seconds, and most runs read a file
-
     name, colon, split = source.partition(":")
     folder = Path(name)
     if name.lower().endswith(FILE_SUFFIXES) and not folder.is_dir():
@@ -308,15 +313,71 @@ def _read_dataset(source: str) -> Iterator[Row]:
         raise UserError(f"{name}: the ending of a file is written small here; rename it to end in {ending}.")
     if folder.is_file() or (not folder.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1)):
         raise UserError(f"{name} is not a folder, nor a file that ends in {', '.join(FILE_SUFFIXES)}.")
+    yield from _rows_of_dataset(name, split, place=source)
+
+
+def _read_preset(source: PresetSource) -> Iterator[Row]:
+    """Yield the usable rows of a preset with our columns, from the hub or from the files in `source.path`."""
+    preset = presets()[source.preset]
+    try:
+        split = preset.split(source.split)
+    except ValueError as error:
+        raise UserError(f"{error}. Name another split or preset.") from error
+    if source.path is None:
+        rows = _rows_of_dataset(preset.hub, split, subset=preset.subset, revision=source.revision, place=source.name)
+    elif Path(source.path).is_dir():
+        folder, subset = _folder_of(Path(source.path), preset.subset)
+        rows = _rows_of_dataset(folder, split, subset=subset, place=source.name)
+    else:
+        rows = _read_file(Path(source.path))
+    left_out: Counter[str] = Counter()
+    seen: set[int] = set()
+    for row in rows:
+        try:
+            columns = preset.convert(row.columns)
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+            continue
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{row.place}: is no row of {preset.hub} as preset {preset.name} knows it ({type(error).__name__}: "
+                f"{_one_line(error)}); found {row.present}. Name another split or revision, or map the columns of the "
+                "data set yourself."
+            ) from error
+        if preset.distinct:
+            key = hash(repr(columns))
+            if key in seen:
+                left_out["the row is a copy of an earlier row"] += 1
+                continue
+            seen.add(key)
+        yield replace(row, columns=columns)
+    for text, count in left_out.items():
+        logger.info("%s: %d rows are left out: %s", source.name, count, text)
+
+
+def _folder_of(folder: Path, subset: str | None) -> tuple[str, str | None]:
+    """Return the folder to read, and the subset to ask for. A copy of a data set's repository names its subsets."""
+    if (folder / "README.md").is_file():
+        return str(folder), subset
+    return str(folder / subset if subset is not None and (folder / subset).is_dir() else folder), None
+
+
+def _rows_of_dataset(
+    name: str, split: str, *, place: str, subset: str | None = None, revision: str | None = None
+) -> Iterator[Row]:
+    import datasets  # the import takes seconds, and most runs read a file
+
+    folder = Path(name)
     try:
         if folder.is_dir() and any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
             loaded = datasets.load_from_disk(name)
         else:
-            loaded = datasets.load_dataset(name, download_config=datasets.DownloadConfig(max_retries=1))
+            once = datasets.DownloadConfig(max_retries=1)
+            loaded = datasets.load_dataset(name, name=subset, revision=revision, download_config=once)
         rows = _one_split(name, split, loaded)
         for start in range(0, len(rows), _DATASET_BATCH):
             part = rows.select(range(start, min(start + _DATASET_BATCH, len(rows)))).to_list()
-            yield from (Row(file=source, line=start + i, columns=columns) for i, columns in enumerate(part, start=1))
+            yield from (Row(file=place, line=start + i, columns=columns) for i, columns in enumerate(part, start=1))
     except (OSError, ValueError, KeyError, OverflowError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"Dataset {name} cannot be loaded ({type(error).__name__}: {_one_line(error)}).") from error
 
@@ -329,7 +390,10 @@ def _one_split(name: str, split: str, loaded: Any) -> Any:
         return loaded
     wanted = split or (next(iter(loaded)) if len(loaded) == 1 else "train")
     if wanted not in loaded:
-        raise UserError(f"Dataset {name} has no split `{wanted}`; it has {', '.join(loaded)}. Write {name}:SPLIT.")
+        raise UserError(
+            f"Dataset {name} has no split `{wanted}`; it has {', '.join(loaded)}. Write {name}:SPLIT, or name the "
+            "preset's `split`."
+        )
     return loaded[wanted]
 
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlhf.config.derive import eval_sets, train_sets
+from rlhf.config.derive import eval_sets, hub_name, train_sets
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.pipeline import model_places
 from rlhf.config.placement_plan import assign_nodes, plan_placement
-from rlhf.config.schema.data import DataSource
+from rlhf.config.schema.data import DataSource, PresetConfig
 from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
@@ -91,14 +91,16 @@ def _data(stage: Stage) -> Iterator[Missing]:
 
 def absent_data(sources: Mapping[str, DataSource]) -> Iterator[Missing]:
     for key, source in sources.items():
-        name = source.partition(":")[0] if isinstance(source, str) else ""  # without the split
-        if not isinstance(source, str) or os.path.exists(source):
+        if isinstance(source, PresetConfig) and source.path is not None and not os.path.exists(source.path):
+            yield Missing(sentence=f"{key}: there is no file or folder {source.path}")
+        name = hub_name(source)
+        if name is None or (isinstance(source, str) and os.path.exists(source)):
             continue
-        if source.endswith(FILE_SUFFIXES):
+        if name.endswith(FILE_SUFFIXES):
             yield Missing(sentence=f"{key}: there is no file {source}")
         elif not os.path.exists(name) and (_is_path(name) or not os.path.exists(hub_folder("datasets", name))):
-            hub_name = None if _is_path(name) else name
-            yield Missing(sentence=f"{key}: there is no folder {name}, {_UNCACHED}", hub_name=hub_name)
+            on_hub = None if _is_path(name) else name
+            yield Missing(sentence=f"{key}: there is no folder {name}, {_UNCACHED}", hub_name=on_hub)
 
 
 def _code(stage: Stage, folder: Path) -> Iterator[Missing]:

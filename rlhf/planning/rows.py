@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.derive import sequences_per_row, train_sets
-from rlhf.config.schema.data import DataSource
+from rlhf.config.derive import sequences_per_row, source_of, train_sets
+from rlhf.config.schema.data import DataSource, TaskConfig
 from rlhf.config.schema.root import Config
-from rlhf.data.sources import FILE_SUFFIXES, Source, read_rows
-from rlhf.data.tasks import REASONING_GYM, TaskSource
+from rlhf.data.sources import FILE_SUFFIXES, read_rows
+from rlhf.data.tasks import REASONING_GYM
 from rlhf.planning.here import absent_data
 
 ROWS_MEASURED = 200  # per data set, for the length of its rows
@@ -24,7 +24,7 @@ def rows_here(config: Config) -> int | None:
     sources = {key: source.source for key, source in train_sets(config).items()}
     if list(absent_data(sources)):
         return None
-    return sum(len(read_rows(source)) if isinstance(source, str) else source.size for source in sources.values())
+    return sum(s.size if isinstance(s, TaskConfig) else len(read_rows(source_of(s))) for s in sources.values())
 
 
 def mean_tokens_here(config: Config) -> float | None:
@@ -42,16 +42,17 @@ def mean_tokens_here(config: Config) -> float | None:
 
 
 def _reads_quickly(source: DataSource) -> bool:
-    if not isinstance(source, str):
+    if isinstance(source, TaskConfig):
         return REASONING_GYM not in source.task
-    path = Path(source)
-    return source.endswith(FILE_SUFFIXES) and path.is_file() and path.stat().st_size <= LARGEST_FILE_READ
+    name = source if isinstance(source, str) else source.path or ""
+    path = Path(name)
+    return name.endswith(FILE_SUFFIXES) and path.is_file() and path.stat().st_size <= LARGEST_FILE_READ
 
 
 def _mean_characters(source: DataSource, config: Config) -> float:
-    given: Source = source if isinstance(source, str) else TaskSource(**source.model_dump())
-    if isinstance(given, TaskSource):
-        given = replace(given, size=min(given.size, ROWS_MEASURED))
+    given = source_of(source)
+    if not isinstance(given, str):
+        given = replace(given, size=min(given.size or ROWS_MEASURED, ROWS_MEASURED))
     rows = read_rows(given, columns=config.data.columns)[:ROWS_MEASURED]
     count = sequences_per_row(config)
     texts = sum(_characters(dict(row.columns)) for row in rows)

@@ -16,10 +16,12 @@ from rlhf.config.schema.cluster import ClusterConfig, EngineRange
 from rlhf.config.schema.data import DataSource, TaskConfig
 from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
 from rlhf.config.schema.merge import MergeConfig, in_effect
+from rlhf.config.schema.rewards import RewardConfig
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, Stage, run_folder
 from rlhf.config.void_restarts import void_restarts
+from rlhf.data.presets import presets
 from rlhf.errors import UserError
 from rlhf.objectives.costs import Dtype, fast_dtype, why_dtype
 from rlhf.planning.schedules import correction_in_force, schedule_of
@@ -111,6 +113,8 @@ def _facts(config: Config, derived: derive.Derived) -> Iterator[list[str]]:
     yield ["dtype", _dtypes(config)]
     yield ["learning rate", _learning_rate(config)]
     yield ["training data", _mixture(config)]
+    if config.rewards:
+        yield ["rewards", ", ".join(f"{name} ({_reward(reward)})" for name, reward in config.rewards.items())]
     if sets := derive.eval_sets(config):
         first = "before training, " if config.eval.at_start else ""
         yield ["evaluation", f"{first}every {config.eval.every} steps and at the end: {_named(sets)}"]
@@ -273,8 +277,22 @@ def _mixture(config: Config) -> str:
     return ", ".join(share + _source(weighted.source) for share, weighted in zip(shares, sets, strict=True))
 
 
+def _reward(reward: RewardConfig) -> str:
+    source = reward.function or reward.role or reward.url or "environment"
+    only = "; ".join(f"{name} {', '.join(map(str, values))}" for name, values in reward.only.items())
+    return f"{source}, only {only}" if only else source
+
+
 def _source(source: DataSource) -> str:
-    return f"{source.size} rows of {source.task}" if isinstance(source, TaskConfig) else source
+    if isinstance(source, TaskConfig):
+        return f"{source.size} rows of {source.task}"
+    if isinstance(source, str):
+        return source
+    of = f"{source.size} rows of " if source.size else ""
+    known = presets()[source.preset]
+    return (
+        f"{of}preset {source.preset}, split {known.split(source.split)} of {source.path or known.hub} ({known.license})"
+    )
 
 
 def _ranges(numbers: Sequence[int]) -> str:

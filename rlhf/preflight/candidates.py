@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf.agents.runners import KEY as AGENT_KEY
 from rlhf.agents.sessions import AgentSpec
+from rlhf.config.derive import source_of
 from rlhf.config.schema.evaluate import EvaluateConfig
 from rlhf.data.examples import Example, Reading, load_examples
 from rlhf.data.sources import Source, read_rows
@@ -24,7 +25,7 @@ from rlhf.preflight.environments import KEY as ENVIRONMENT_KEY
 from rlhf.preflight.environments import check_lengths
 from rlhf.preflight.models import ANY_LENGTH, refuse_too_long
 from rlhf.preflight.prompts import Player, load_player, read_prompts
-from rlhf.preflight.sources import REWARD_KEY, refuse_absent_tokens, source_of
+from rlhf.preflight.sources import REWARD_KEY, refuse_absent_tokens
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.types import Prompt

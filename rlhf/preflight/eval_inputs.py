@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from rlhf.config.derive import eval_sets
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.schema.cluster import ClusterConfig
-from rlhf.config.schema.data import DataSource, TaskConfig
+from rlhf.config.schema.data import DataSource, PresetConfig, TaskConfig
 from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
 from rlhf.config.schema.model import RewardModelConfig
 from rlhf.config.schema.rewards import RewardConfig, RewardPolicy
@@ -30,6 +32,7 @@ from rlhf.rewards.scoring import RewardSpec
 
 logger = logging.getLogger(__name__)
 TASK_ROWS = 200  # rows of `--data TASK` without a size
+_PRESET = "preset:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,10 +282,17 @@ def _refuse_without_rewards(rewards: Mapping[str, RewardConfig], against: str | 
 
 
 def _source(text: str) -> tuple[str, DataSource]:
-    """Return a set's name and source. TASK[:ROWS] generates rows of the task's eval split."""
+    """Return a set's name and source. TASK[:ROWS] generates rows of the task's eval split, and preset:NAME[:SPLIT] is
+    a preset, by default its eval split."""
     task, _, rows = text.partition(":")
     if task == RUNNING_TOTALS or task.startswith(REASONING_GYM):
         if rows and not (rows.isdecimal() and int(rows) > 0):
             raise UserError(f"--data {text}: a number of rows follows the task's name, such as {task}:100")
         return task, TaskConfig(task=task, split="eval", size=int(rows) if rows else TASK_ROWS)
+    if text.startswith(_PRESET):
+        name, _, split = text.removeprefix(_PRESET).partition(":")
+        try:
+            return name, PresetConfig(preset=name, split=split or "eval")
+        except ValidationError as error:
+            raise UserError(f"--data {text}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
     return Path(text).stem, text

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.derive import chat_template, eval_sets, models_of, train_sets
+from rlhf.config.derive import chat_template, eval_sets, hub_name, models_of, source_of, train_sets
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.schema.data import DataSource
 from rlhf.config.schema.evaluate import EvaluationStage
@@ -27,7 +27,7 @@ from rlhf.models.on_disk import may_ask_the_hub
 from rlhf.preflight.engine_args import refuse_unknown_engine_args
 from rlhf.preflight.eval_inputs import inputs_of_stage
 from rlhf.preflight.models import StageResults, check_models, refuse_other_results, with_adapters, with_sources
-from rlhf.preflight.sources import check_rewards, installed_trackers, load_rewards, source_of, with_template
+from rlhf.preflight.sources import check_rewards, installed_trackers, load_rewards, with_template
 from rlhf.preflight.training_data import OfflineInputs, OnlineInputs, load_training_data
 from rlhf.types import RESULT_COLUMN
 
@@ -114,7 +114,7 @@ def _asks_the_hub(config: Config, finals: Mapping[str, str]) -> bool:
     """Return whether a model or a data set may be a name on the hub."""
     models = [model.model for model in models_of(config).values() if model.model not in finals]
     sources = [*(section.source for section in train_sets(config).values()), *eval_sets(config).values()]
-    data = [source.partition(":")[0] for source in sources if isinstance(source, str)]
+    data = [name for source in sources if (name := hub_name(source)) is not None]
     names = [*models, *(name for name in data if not name.endswith(FILE_SUFFIXES))]
     absent = [name for name in names if not Path(name).exists()]
     bases = [model for model in models if model not in absent and may_ask_the_hub(model)]  # base models of adapters
@@ -131,7 +131,7 @@ def check_files_and_rewards(loaded: LoadedConfig) -> None:
         with prefix_errors(f"stages.{name}") if loaded.is_pipeline else nullcontext():
             specs = load_rewards(config.rewards, beside=beside, memory_gib=config.reward_policy.memory_gib)
             for key, source in sets.items():
-                if isinstance(source, str) and not source.endswith(FILE_SUFFIXES):
+                if (place := hub_name(source)) is not None and not place.endswith(FILE_SUFFIXES):
                     continue
                 with prefix_errors(key):
                     rows = read_rows(source_of(source), columns=config.data.columns)

@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf.config.derive import eval_sets, max_sequence_tokens, uses_reward_model
 from rlhf.config.files.dump import dump_yaml
-from rlhf.config.schema.data import DataSource, PromptFormat
+from rlhf.config.schema.data import PromptFormat
 from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
 from rlhf.config.schema.rewards import RewardConfig
 from rlhf.config.schema.root import Config
@@ -20,8 +20,7 @@ from rlhf.config.schema.stages import run_folder
 from rlhf.config.schema.train import Grading
 from rlhf.config.yaml_tree import from_yaml
 from rlhf.data.examples import Reading
-from rlhf.data.sources import Row, Source, shown
-from rlhf.data.tasks import TaskSource
+from rlhf.data.sources import Row, shown
 from rlhf.data.templates import read_template
 from rlhf.errors import UserError
 from rlhf.models.files.tiny import build_tiny_llama, describe_tiny_llama
@@ -109,10 +108,6 @@ def refuse_absent_tokens(token_ids: Sequence[int], tokenizer: Any, *, key: str) 
                 f"{key}: {token} is not a token of {tokenizer.name_or_path}, whose ids go from {min(known)} to "
                 f"{max(known)}. Name one of these."
             )
-
-
-def source_of(source: DataSource) -> Source:
-    return source if isinstance(source, str) else TaskSource(**source.model_dump())
 
 
 def reading_of(config: Config) -> Reading:

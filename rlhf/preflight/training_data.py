@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from rlhf.agents.sessions import AgentSpec
 from rlhf.algorithms.algorithm import Kind
-from rlhf.config.derive import chat_template, eval_metrics, eval_sets, prompts_asked, train_sets, with_steps
+from rlhf.config.derive import chat_template, eval_metrics, eval_sets, prompts_asked, source_of, train_sets, with_steps
 from rlhf.config.problem import refuse
 from rlhf.config.schema.data import DataSource
 from rlhf.config.schema.root import Config
@@ -29,7 +29,7 @@ from rlhf.evaluation.sources import source_names
 from rlhf.models.files.loading import load_model_config
 from rlhf.models.files.tiny import described_config
 from rlhf.preflight.prompts import load_player, read_prompts
-from rlhf.preflight.sources import load_rewards, reading_of, refuse_absent_tokens, refuse_unused_rewards, source_of
+from rlhf.preflight.sources import load_rewards, reading_of, refuse_absent_tokens, refuse_unused_rewards
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.types import Examples, Pairs, Prompt

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.derive import source_of
 from rlhf.data.sources import Row, read_rows, shown
 from rlhf.errors import UserError
 from rlhf.evaluation.scored import RowError, ScoredFile, ScoredRow
-from rlhf.preflight.sources import check_rewards, source_of
+from rlhf.preflight.sources import check_rewards
 from rlhf.rewards.scoring import asks_in_flight
 from rlhf.scoring.scorer import Group, Scorer, Scoring
 from rlhf.tracking import logs

@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 
 from rlhf.config.derive import eval_sets, train_sets
-from rlhf.config.schema.data import DataSource
+from rlhf.config.schema.data import DataSource, PresetConfig
 from rlhf.config.schema.root import Config
+from rlhf.data.presets import presets
 from rlhf.tracking.sinks.tracker import read_metrics
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -100,6 +101,9 @@ def _last_values(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 def _shown(source: DataSource) -> str:
     """Return a hub name or a task unchanged, and only the last part of a path."""
+    if isinstance(source, PresetConfig):
+        known = presets()[source.preset]
+        return f"{known.hub} ({known.license})"
     if not isinstance(source, str):
         return source.task
     name = source.partition("@")[0]

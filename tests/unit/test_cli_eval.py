@@ -93,6 +93,8 @@ def config(tmp_path: Path, tiny_model: Path) -> str:
         ("generate MODEL --prompt a x=1", "generate has no argument x=1"),
         ("eval MODEL", "--data is missing"),
         ("eval MODEL --data running_totals:0 --reward last_number", "a number of rows follows the task's name"),
+        ("eval MODEL --data preset:gsm9k --reward last_number", "--data preset:gsm9k: 'gsm9k' is no preset; did you"),
+        ("eval MODEL --data preset:limo --reward math_answer", "preset limo has no held-out split"),
         ("eval MODEL --data running_totals --reward nothing", "--reward nothing: there is no reward `nothing`"),
         ("eval MODEL --data PROMPTS --reward last_number", "needs the column `answer`"),
         ("eval MODEL --data TOOLS --reward exact_match --max-new-tokens 9000", "does not tell the model of tool"),

@@ -182,8 +182,8 @@ def test_a_name_that_is_no_source_is_refused(tmp_path: Path, source: str, messag
 
 
 def test_an_unreachable_dataset_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(name: str, **_: object) -> None:
-        raise ConnectionError(f"Couldn't reach\n{name} on the Hub")
+    def refuse(path: str, **_: object) -> None:
+        raise ConnectionError(f"Couldn't reach\n{path} on the Hub")
 
     monkeypatch.setattr(sys.modules["datasets"], "load_dataset", refuse)
     with pytest.raises(UserError, match=r"Dataset some/name cannot be loaded \(ConnectionError: Couldn't reach some/"):

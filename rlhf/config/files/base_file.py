@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from rlhf.config.files.recipes import RECIPES
 from rlhf.config.mistakes.schema_keys import descend
 from rlhf.config.mistakes.suggestions import nearest
-from rlhf.config.schema.data import TaskConfig
+from rlhf.config.schema.data import SOURCES
 from rlhf.config.schema.root import Config
 from rlhf.config.yaml_tree import Key, Tree, copy, kind, read_file
 from rlhf.errors import UserError
@@ -127,10 +127,10 @@ def _selects_another(key: Key, below: dict[str, Any], above: dict[str, Any]) -> 
         selectors = _KINDS_OF_AGENTS
     elif key[-1] in _SELECTED_BY_NAME:
         selectors = ("name",)
-    elif {"train", "eval", "data"}.intersection(key[-2:]) and "task" in below | above and key[-1] != "columns":
-        if "task" not in above:
-            return not above.keys() <= TaskConfig.model_fields.keys()  # named sets in place of a task
-        selectors = ("task",)
+    elif {"train", "eval", "data"}.intersection(key[-2:]) and key[-1] != "columns" and SOURCES.keys() & (below | above):
+        if not SOURCES.keys() & above:
+            return not any(mark in below and above.keys() <= form.model_fields.keys() for mark, form in SOURCES.items())
+        selectors = tuple(SOURCES)
     else:
         return False
     return any(name in above and _value(above[name], below, (*key, name)) != below.get(name) for name in selectors)

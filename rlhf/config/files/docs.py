@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from rlhf.config.mistakes.explain import expected
 from rlhf.config.mistakes.schema_keys import is_section, members
+from rlhf.config.schema.data import SOURCES
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.merge import MergeFile
 from rlhf.config.schema.root import Config
@@ -110,6 +111,8 @@ def _name(section: type[Section], path: str) -> str:
 def _title(path: str, section: type[Section], owner: str) -> str:
     if name := _name(section, path):
         return f"`{path}` with `name: {name}`"
+    if mark := next((mark for mark, form in SOURCES.items() if form is section), None):
+        return f"`{path}` with `{mark}`"
     return f"`{path}` of `{owner}`" if owner else f"`{path}`"
 
 
@@ -120,7 +123,7 @@ def _contents(text: str) -> str:
         if level == "##":
             lines.append(f"- [{title}](#{slug(title)})")
         elif name:
-            link = f"[{name.removeprefix('`name: ').rstrip('`')}](#{slug(title)})"
+            link = f"[{name.removeprefix('`name: ').strip('`')}](#{slug(title)})"
             start = f"  - {path}: "
             lines[-1:] = [f"{lines[-1]}, {link}"] if lines[-1].startswith(start) else [lines[-1], f"{start}{link}"]
         elif "." not in path.removesuffix(".NAME`"):

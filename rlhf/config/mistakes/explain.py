@@ -20,6 +20,7 @@ from rlhf.algorithms import ALGORITHMS
 from rlhf.algorithms.custom import custom_config_class
 from rlhf.config.mistakes.schema_keys import descend, is_section, tag
 from rlhf.config.mistakes.suggestions import choice, example, meant_value, unknown_key
+from rlhf.config.preset_settings import with_preset_settings
 from rlhf.config.problem import Problem
 from rlhf.config.schema.root import Config
 from rlhf.config.yaml_tree import Key, kind
@@ -53,6 +54,7 @@ def parse(values: dict[str, Any]) -> Config | tuple[Problem, ...]:
 
 def parse_as(root: type[S], values: dict[str, Any]) -> S | tuple[Problem, ...]:
     """Parse the tree as typed values without conversions, or return every problem of its keys and types."""
+    values = dict(with_preset_settings(values)) if root is Config else values
     try:
         form = _form_of(root, values)
     except UserError as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic import Discriminator, Field, JsonValue, Tag, field_validator, model_validator
 
+from rlhf.data.presets import presets
 from rlhf.sections import OnlyIn, OnlyWith, Section
 
 
@@ -26,10 +28,45 @@ class TaskConfig(Section):
     """Arguments of the task."""
 
 
+class PresetConfig(Section):
+    """Rows of a public data set, with columns, prompt and rewards already chosen. docs/data.md lists the presets."""
+
+    preset: str
+    """Name of the preset."""
+    split: str = Field(default="train", min_length=1)
+    """`train`, `eval`, or a split by its name in the data set."""
+    size: int | None = Field(default=None, ge=1)
+    """Number of rows, from the first. null: all rows."""
+    path: str | None = Field(default=None, min_length=1)
+    """A local file of the split, or a folder with the files of the data set, in place of the hub. null: the hub."""
+    revision: str | None = Field(default=None, min_length=1)
+    """Commit, tag or branch on the hub. null: the newest."""
+
+    @field_validator("preset")
+    @classmethod
+    def _is_known(cls, preset: str) -> str:
+        if preset not in presets():
+            close = difflib.get_close_matches(preset.lower(), presets(), n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"the presets are {', '.join(presets())}"
+            raise ValueError(f"{preset!r} is no preset; {hint}")
+        return preset
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if self.path is not None and self.revision is not None:
+            raise ValueError("`revision` is of the hub, and `path` replaces the hub; remove one")
+        presets()[self.preset].split(self.split)  # ValueError: there is no such split
+        return self
+
+
+SOURCES: Mapping[str, type[Section]] = {"task": TaskConfig, "preset": PresetConfig}  # the key that tells each form
+
+
 def _kind(value: Any) -> str:
     """Return the form of a data source, to limit an error to this form."""
-    if isinstance(value, TaskConfig) or (isinstance(value, Mapping) and "task" in value):
-        return "TaskConfig"
+    for mark, form in SOURCES.items():
+        if isinstance(value, form) or (isinstance(value, Mapping) and mark in value):
+            return form.__name__
     return "dict" if isinstance(value, Mapping) else "str"
 
 
@@ -37,9 +74,9 @@ OF_THE_TEMPLATE = OnlyWith("apply_chat_template", True, because="only the templa
 OF_RENDERED = OnlyIn("rendered prompts")
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 _Name = Annotated[str, Tag("str")]
-_Task = Annotated[TaskConfig, Tag("TaskConfig")]
-DataSource = Annotated[_Name | _Task, Discriminator(lambda value: "str" if _kind(value) == "str" else "TaskConfig")]
-EvalSource = Annotated[_Name | _Task | Annotated[dict[SetName, DataSource], Tag("dict")], Discriminator(_kind)]
+_Made = Annotated[TaskConfig, Tag("TaskConfig")] | Annotated[PresetConfig, Tag("PresetConfig")]
+DataSource = Annotated[_Name | _Made, Discriminator(lambda value: _kind(value).replace("dict", "TaskConfig"))]
+EvalSource = Annotated[_Name | _Made | Annotated[dict[SetName, DataSource], Tag("dict")], Discriminator(_kind)]
 
 
 class WeightedSource(Section):
@@ -52,7 +89,7 @@ class WeightedSource(Section):
     size."""
 
 
-TrainSource = Annotated[_Name | _Task | Annotated[dict[SetName, WeightedSource], Tag("dict")], Discriminator(_kind)]
+TrainSource = Annotated[_Name | _Made | Annotated[dict[SetName, WeightedSource], Tag("dict")], Discriminator(_kind)]
 
 
 class CurriculumConfig(Section):
@@ -117,3 +154,12 @@ class DataConfig(PromptFormat):
     """Largest fraction of well-formed rows of a set that may be skipped. Skipped rows are too long prompts, and offline
     also rows with an empty completion, equal chosen and rejected responses, or no assistant turn. The run stops if more
     rows are skipped."""
+
+    @model_validator(mode="after")
+    def _columns_are_of_a_set(self) -> Self:
+        sets = (self.train, self.eval)
+        sources = [source for of in sets for source in (of.values() if isinstance(of, dict) else [of]) if source]
+        plain = [source.source if isinstance(source, WeightedSource) else source for source in sources]
+        if self.columns and all(isinstance(source, PresetConfig) for source in plain):
+            raise ValueError("`columns` has no effect: all sets are presets, whose columns are mapped; remove it")
+        return self
