@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 from rlhf.errors import UserError
@@ -27,7 +28,8 @@ KINDS = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".json": "json", ".sh
 BUILD_S = 300
 FENCED = re.compile(r"^ *```.*?^ *```[ \t]*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<=\]\()([^)#:\s]+)(?=[)#])")
-NAMED_FILE = re.compile(r"(?<![`\[])`((?:configs|examples|cluster)/[\w./-]+\.\w+)`(?!\])")
+WORDS = re.compile(r"\[[^\]]*\]\([^)]*\)|(`+)(?P<quoted>.+?)\1|(?<![\w/])(?P<named>docs/\w+\.md)\b", re.DOTALL)
+SHOWN_FILE = re.compile(r"(?:configs|examples|cluster|docs)/[\w./-]+\.\w+")
 ITEM = re.compile(r"^- \[(.+?)\]\(([^)#]+)(?:#[^)]*)?\)", re.MULTILINE)
 VERSION = re.compile(r"\d+(\.\d+)+")
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
@@ -102,9 +104,11 @@ class Site:
             return link(target)
 
         def named(match: re.Match[str]) -> str:
-            return f"[`{match[1]}`]({link(match[1])})" if (self.root / match[1]).is_file() else match[0]
+            file = match["quoted"] or match["named"] or ""  # or a link, which stays
+            is_shown = SHOWN_FILE.fullmatch(file) and (self.root / file).is_file()
+            return f"[{match[0]}]({link(file)})" if is_shown else match[0]
 
-        return NAMED_FILE.sub(named, LINK.sub(relative, re.sub(r"\]\(\s+", "](", text)))
+        return WORDS.sub(named, LINK.sub(relative, re.sub(r"\]\(\s+", "](", text)))
 
     def _notebook(self, path: str) -> str:
         """Return a notebook with its outputs as a page, and put its pictures next to the page."""
@@ -173,6 +177,9 @@ def build(folder: Path, *, version: str | None = None, root: Path = ROOT) -> Pat
 
     `version` adds a selector of versions, which reads `../versions.json`. UserError names a broken link.
     """
+    needed = {"zensical", "mkdocstrings_handlers"} | ({"nbconvert"} if any(root.glob("notebooks/*.ipynb")) else set())
+    if missing := sorted(name for name in needed if find_spec(name) is None):
+        raise UserError(f"The site needs {' and '.join(missing)}: install the extra `docs`, pip install -e '.[docs]'.")
     site = Site(root)
     navigation = site.navigation()
     shutil.rmtree(folder, ignore_errors=True)
