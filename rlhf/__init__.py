@@ -2,9 +2,10 @@
 
 loaded = rlhf.load_config("configs/ppo_smollm2.yaml", ["train.steps=3"])
 sys.stdout.write(rlhf.plan(loaded))
-folder = rlhf.train(loaded)
-rlhf.evaluate(loaded, model=str(folder)).sets[0].metrics["score"]
-rlhf.generate(str(folder), ["What is 7 times 8?"])[0].response
+run = rlhf.train(loaded)
+run.metrics["rewards/score/mean"], run.plot(), run.diagnosis
+rlhf.evaluate(loaded, model=run).sets[0].metrics["score"]
+rlhf.generate(run, ["What is 7 times 8?"])[0].response
 rlhf.reward(loaded, "responses.jsonl").rows[0].score
 rlhf.follow_job(rlhf.submit("configs/ppo_smollm2.yaml", address="http://head:8265")).exit_code
 """
@@ -22,6 +23,7 @@ from rlhf.commands.play import play
 from rlhf.commands.quickstart import quickstart
 from rlhf.commands.report import report
 from rlhf.commands.reward import reward
+from rlhf.commands.run import Run
 from rlhf.commands.serve import serve
 from rlhf.commands.serve_reward import serve_reward
 from rlhf.commands.shared import load_config
@@ -29,13 +31,13 @@ from rlhf.commands.submit import follow_job, job_status, stop_job, submit
 from rlhf.commands.sweep import sweep
 from rlhf.commands.train import train
 from rlhf.commands.view import view
-from rlhf.errors import Preempted, RunError, UserError
+from rlhf.errors import Interrupted, Preempted, RunError, UserError
 from rlhf.tracking.logs import hush_imports
 
 hush_imports()
 
 __all__ = [
-    "Preempted", "RunError", "UserError", "cluster_doctor", "dashboard", "doctor", "evaluate", "export", "follow_job",
-    "generate", "job_status", "load_config", "load_merge", "merge", "plan", "play", "quickstart", "report", "reward",
-    "serve", "serve_reward", "stop_job", "submit", "sweep", "train", "view",
+    "Interrupted", "Preempted", "Run", "RunError", "UserError", "cluster_doctor", "dashboard", "doctor", "evaluate",
+    "export", "follow_job", "generate", "job_status", "load_config", "load_merge", "merge", "plan", "play",
+    "quickstart", "report", "reward", "serve", "serve_reward", "stop_job", "submit", "sweep", "train", "view",
 ]  # fmt: skip

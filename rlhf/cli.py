@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from rlhf.commands import COMMANDS
-from rlhf.errors import Preempted, RunError, UserError
+from rlhf.errors import Preempted, UserError, known_error
 from rlhf.process.driver_parent import is_supervised
 from rlhf.process.stopping import leave_stuck_threads
 from rlhf.tracking.logs import printable, redact
@@ -63,7 +63,7 @@ def _main(words: list[str]) -> int:
             return 1
         if args.debug:
             sys.stderr.write(printable(redact(traceback.format_exc())))
-        known = _known(error)
+        known = known_error(error)
         if known is None:
             how = "unexpected" if args.debug else "unexpected; --debug shows the traceback"
             return _end(f"error: {type(error).__name__}: {error} ({how})", 1)
@@ -109,15 +109,6 @@ def _how_to_continue(given: Sequence[str], args: argparse.Namespace) -> str:
     if "--resume" in words:  # `--resume STEP`: the run has passed this step
         del words[words.index("--resume") : words.index("--resume") + 2]
     return f". Continue with: rlhf {shlex.join(words)} --resume auto{option}"
-
-
-def _known(error: BaseException) -> UserError | RunError | None:
-    """Return the error meant for the user, also from inside a task group's error."""
-    if isinstance(error, UserError | RunError):
-        return error
-    if isinstance(error, BaseExceptionGroup):
-        return next((known for known in map(_known, error.exceptions) if known is not None), None)
-    return None
 
 
 def _reader_is_gone() -> bool:

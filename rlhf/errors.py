@@ -10,11 +10,19 @@ RESUMES = "The run can be resumed with --resume auto."
 LossKind = Literal["died", "hung", "out_of_memory"]
 
 
-class UserError(Exception):
+class _WithoutTraceback:
+    """An error with a text for the user. A notebook shows the text alone."""
+
+    def _render_traceback_(self) -> list[str]:
+        """Return the lines that IPython shows in place of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class UserError(_WithoutTraceback, Exception):
     """The user's input is wrong: config, data or arguments. Exit code 2. The message names the place and the fix."""
 
 
-class RunError(Exception):
+class RunError(_WithoutTraceback, Exception):
     """Something failed at run time. Exit code 1. The message names stage, actor, rank and cause."""
 
 
@@ -53,8 +61,21 @@ class ChildLost(RunError):
         self.kind = kind
 
 
-class Preempted(Exception):
+class Interrupted(_WithoutTraceback, KeyboardInterrupt):
+    """Ctrl-C, or the interrupt of a notebook, ended the work. Exit code 130. The message names the stored results."""
+
+
+class Preempted(_WithoutTraceback, Exception):
     """A signal ended the run, and --resume auto continues it. Exit code 75. The message names the stored results."""
+
+
+def known_error(error: BaseException) -> UserError | RunError | None:
+    """Return the error meant for the user, also from inside a task group's error."""
+    if isinstance(error, UserError | RunError):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        return next((known for known in map(known_error, error.exceptions) if known is not None), None)
+    return None
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from rlhf.process.driver_parent import tell_parent
 from rlhf.process.stopping import current_request
 from rlhf.tracking.display.progress import Mode
 from rlhf.tracking.display.progress_live import open_progress
+from rlhf.tracking.logs import written_to
 from rlhf.tracking.run_folder.atomic import write_atomic
 from rlhf.tracking.run_folder.environment import record_environment
 from rlhf.tracking.run_folder.folder import RunFolder
@@ -50,6 +51,7 @@ def recording(
         PAUSE.limited(room_s),
         RunFolder.open(stage.run.dir, stage.run.name, resume=resume) as folder,
         _preempted_without_room(folder),
+        written_to(folder.log),
     ):
         write_atomic(folder.config, dump_masked_yaml(stage))
         record_environment(folder.environment, seed=stage.run.seed)

@@ -18,7 +18,8 @@ from typing import Any, TypeAlias
 Change: TypeAlias = Mapping[str, Any] | None  # keywords of argparse, and `flag` for another name; None: no argument
 Container: TypeAlias = "argparse._ActionsContainer"
 
-TYPES = {"str": str, "int": int, "float": float, "Path": Path, "str | Path": str, "AnyConfig": str}
+TYPES = {"str": str, "int": int, "float": float, "Path": Path, "AnyConfig": str}
+TYPES |= {"str | Path": str, "str | PathLike[str]": str}
 LIST = re.compile(r"(?:Sequence|tuple)\[(\w+)(?:, \.\.\.)?\]")
 EXPLANATION = re.compile(r"^ {4}(\w+)(?: \((.+?)\))?: (.+(?:\n {8}.+)*)", re.MULTILINE)
 SHARED = """

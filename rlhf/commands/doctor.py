@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @starts_work
-def doctor(run: str | Path | None = None) -> tuple[CheckResult, ...]:
+def doctor(run: str | PathLike[str] | None = None) -> tuple[CheckResult, ...]:
     """Check the installation, or the record of a run. Print the findings and return them.
 
     A `bad` finding makes training impossible, or contradicts the rest of the record.

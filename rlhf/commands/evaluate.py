@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.commands.command import Command, add_parameters
 from rlhf.commands.decoding import add_decoding, decoding_of, options_given, refuse_options
-from rlhf.commands.shared import AnyConfig, config_or_name, print_table, stoppable, write_stdout
+from rlhf.commands.shared import AnyConfig, config_or_name, model_name, print_table, stoppable, write_stdout
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,11 +24,11 @@ def evaluate(
     target: AnyConfig,
     overrides: Sequence[str] = (),
     *,
-    model: str | None = None,
-    against: str | None = None,
+    model: str | PathLike[str] | None = None,
+    against: str | PathLike[str] | None = None,
     data: Sequence[str] = (),
     rewards: Sequence[str] = (),
-    reward_model: str | None = None,
+    reward_model: str | PathLike[str] | None = None,
     decoding: Decoding | None = None,
     marks: Marks | None = None,
     device: Literal["cpu", "cuda"] | None = None,
@@ -83,8 +84,8 @@ def evaluate(
             measured,
             data=data,
             rewards=rewards,
-            reward_model=reward_model,
-            against=against,
+            reward_model=model_name(reward_model),
+            against=model_name(against),
             decoding=decoding or decoding_of(measured, {}),
             marks=marking,
             device=device or "cpu",
@@ -92,7 +93,7 @@ def evaluate(
         )
     else:
         with measured.located():
-            inputs = inputs_of_run(measured, model=model, against=against, marks=marking)
+            inputs = inputs_of_run(measured, model=model_name(model), against=model_name(against), marks=marking)
     refuse_unusable_results_folder(folder, overwrite=overwrite)
     return evaluate_inputs(inputs, folder)
 

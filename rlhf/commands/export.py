@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 
 from rlhf.commands.command import Command
@@ -10,7 +11,7 @@ from rlhf.commands.shared import stoppable
 
 @stoppable
 def export(
-    run: str | Path,
+    run: str | PathLike[str],
     folder: str | Path,
     *,
     step: int | None = None,

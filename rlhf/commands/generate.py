@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 @stoppable
 def generate(
-    model: str | Path,
+    model: str | PathLike[str],
     prompts: Sequence[str] | Path,
     *,
     decoding: Decoding | None = None,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rlhf.commands.command import Command
+from rlhf.commands.run import Run
 from rlhf.commands.shared import print_table, starts_work, write_stdout
 from rlhf.commands.train import train
 from rlhf.errors import RunError, UserError
@@ -24,10 +25,8 @@ OUTSIDE_OF_TRAINING = ("run.", "cluster.", "tracking.")  # overrides of these se
 
 
 @starts_work
-def quickstart(
-    algorithm: Literal["ppo", "grpo"] = "ppo", overrides: Sequence[str] = (), *, quiet: bool = False
-) -> Path:
-    """Train a tiny model on this machine in minutes, and show the improvement. Return the pipeline's folder.
+def quickstart(algorithm: Literal["ppo", "grpo"] = "ppo", overrides: Sequence[str] = (), *, quiet: bool = False) -> Run:
+    """Train a tiny model on this machine in minutes, and show the improvement. Return the pipeline.
 
     An interrupted quickstart continues. RunError: the model has not reached the expected accuracy. A quickstart with
     changed settings, such as fewer steps, is measured without an expectation.
@@ -48,9 +47,9 @@ def quickstart(
         is_recipe = loaded.stages == load(recipe, outside).stages
     except UserError:  # these settings are valid only beside changes of the training
         is_recipe = False
-    train(loaded, resume=True, quiet=quiet)
+    run = train(loaded, resume=True, quiet=quiet)
     show_improvement(run_folder(list(loaded.stages.values())[-1]), is_recipe=is_recipe)
-    return loaded.folder
+    return run
 
 
 def show_improvement(folder: Path, *, is_recipe: bool) -> None:

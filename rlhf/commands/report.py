@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from rlhf.viewing.report import Report
 
 
-def report(runs: str | Path | Sequence[str | Path], *, out: Path | None = None) -> Report:
+def report(runs: str | PathLike[str] | Sequence[str | PathLike[str]], *, out: Path | None = None) -> Report:
     """Write run folders as an HTML file: diagnosis, curves, samples, differences. The result holds the problems.
 
     UserError: a folder holds no run, or the file cannot be written.
@@ -25,7 +26,7 @@ def report(runs: str | Path | Sequence[str | Path], *, out: Path | None = None) 
     """
     from rlhf.viewing.report import write_report
 
-    return write_report([Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)], out)
+    return write_report([Path(run) for run in ([runs] if isinstance(runs, str | PathLike) else runs)], out)
 
 
 def _present(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
+from os import PathLike
 from typing import Literal
 
 from rlhf.commands.command import Command
@@ -18,7 +18,7 @@ GRACE_S = 60.0  # added to a request's deadline for the engine's calls, so that 
 
 @stoppable
 def serve(
-    model: str | Path,
+    model: str | PathLike[str],
     *,
     name: str | None = None,
     host: str = "127.0.0.1",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
-from rlhf.errors import UserError
+from rlhf.errors import Interrupted, Preempted, UserError, known_error
 from rlhf.extensions import refuse_start
 from rlhf.passed_objects import forgotten_afterwards
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-AnyConfig: TypeAlias = "str | Path | Mapping[str, Any] | Config | LoadedConfig"
+AnyConfig: TypeAlias = "str | PathLike[str] | Mapping[str, Any] | Config | LoadedConfig"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -56,25 +57,43 @@ def loaded_config(config: AnyConfig, overrides: Sequence[str] = ()) -> LoadedCon
 
 def config_or_name(target: AnyConfig, overrides: Sequence[str] = ()) -> LoadedConfig | str:
     """Return a configuration, or the name of a model or a function. UserError: overrides are given for a name."""
-    if not isinstance(target, str | Path) or str(target).endswith((".yaml", ".yml")):
+    if not isinstance(target, str | PathLike) or fspath(target).endswith((".yaml", ".yml")):
         return loaded_config(target, overrides)
     if overrides:
         text = f"{overrides[0]}: sets a key of a configuration, but {target} is not a YAML file"
         raise UserError(f"{text}. Give a CONFIG.yaml, or options such as --column prompt=question instead of keys.")
-    return str(target)
+    return fspath(target)
+
+
+def model_name(model: str | PathLike[str] | None) -> str | None:
+    """Return a model of a call as text, such as the folder of a run."""
+    return None if model is None else fspath(model)
 
 
 def starts_work(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a call that starts processes, jobs or long work, forbidden to code named in a configuration.
 
-    The objects passed to the call are forgotten at the end.
+    The objects passed to the call are forgotten at the end. The error of a group of tasks becomes the error meant for
+    the user. In a notebook, this error has no causes: IPython would show their tracebacks.
     """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        from rlhf.tracking.notebook import in_notebook
+
         refuse_start(f"rlhf.{function.__name__}")
-        with forgotten_afterwards():
-            return function(*args, **kwargs)
+        try:
+            with forgotten_afterwards():
+                return function(*args, **kwargs)
+        except (Interrupted, Preempted) as error:
+            end: BaseException = error
+        except Exception as error:
+            if (known := known_error(error)) is None:
+                raise
+            end = known
+        if in_notebook():
+            end.__cause__ = end.__context__ = None
+        raise end
 
     return call
 

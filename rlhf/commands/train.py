@@ -8,12 +8,12 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
+from rlhf.commands.run import Run
 from rlhf.commands.shared import AnyConfig, loaded_config, print_table, starts_work, write_stdout
-from rlhf.errors import Preempted, UserError
+from rlhf.errors import Interrupted, Preempted, UserError
 
 if TYPE_CHECKING:
     from rlhf.config.files.load import LoadedConfig
@@ -33,8 +33,8 @@ def train(
     quiet: bool = False,
     json_lines: bool = False,
     until: int | None = None,
-) -> Path:
-    """Run a configuration of any method, all stages of a pipeline in turn. Return the folder of the run or pipeline.
+) -> Run:
+    """Run a configuration of any method, all stages of a pipeline in turn. Return the run or the pipeline.
 
     `config` is a YAML file, a mapping with the same keys, or a configuration loaded or built before. In a mapping, a
     reward's `function` may be a function of a Python file. `resume` continues the run in the folder from its newest
@@ -49,7 +49,7 @@ def train(
         UserError: the input is wrong.
         RunError: something failed at run time.
         Preempted: a signal ended the run, and `resume` continues it.
-        KeyboardInterrupt: Ctrl-C ended the run, and `resume` continues it.
+        Interrupted: Ctrl-C ended the run, and `resume` continues it.
     """
     from rlhf.config.schema.stages import run_folder
     from rlhf.preflight.dtypes import chosen_dtype, with_recorded_dtypes
@@ -85,8 +85,9 @@ def train(
     try:
         run_stoppable(work)
     except (KeyboardInterrupt, Preempted) as end:
-        raise type(end)(f"{end}{_resume_point(loaded)}") from end
-    return loaded.folder
+        kind = Preempted if isinstance(end, Preempted) else Interrupted
+        raise kind(f"{end}{_resume_point(loaded)}") from end
+    return Run(loaded.folder)
 
 
 def _add(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 
 from rlhf.commands.command import Command
@@ -14,8 +15,8 @@ VIEW_PORT = 8701
 
 @starts_work
 def view(
-    run: str | Path,
-    against: str | Path | None = None,
+    run: str | PathLike[str],
+    against: str | PathLike[str] | None = None,
     *,
     host: str = "127.0.0.1",
     port: int = 0,

@@ -23,7 +23,7 @@ from contextvars import ContextVar
 from types import FrameType
 from typing import Any, TypeVar
 
-from rlhf.errors import Preempted, RunError, UserError
+from rlhf.errors import Interrupted, Preempted, RunError, UserError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -114,7 +114,7 @@ def run_stoppable(work: Callable[[StopRequest], T]) -> T:
     """Run work in a thread until it is done or a signal ends it. Nested calls join the outer call.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C ended the work. The text names the stored results.
+        Interrupted: Ctrl-C ended the work. The text names the stored results.
         Preempted: another signal ended the work. The text names the stored results.
         RunError: the event loop of the work hangs.
     """
@@ -251,5 +251,5 @@ def _result(outcome: Future[T], request: StopRequest) -> T:
         raise error
     is_failure = isinstance(error, Exception) and not isinstance(error, Preempted)
     text = f"the work in progress failed meanwhile: {error}" if is_failure else str(error)
-    kind = KeyboardInterrupt if request.signal is signal.SIGINT else Preempted
+    kind = Interrupted if request.signal is signal.SIGINT else Preempted
     raise kind(text or "the work in progress was given up") from error

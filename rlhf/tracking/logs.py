@@ -10,7 +10,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 MASK = "***"
@@ -99,9 +101,39 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
+class _CellHandler(_StderrHandler):
+    """Shows the newest line in place until the display of a run has the place. Warnings and errors stay."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from rlhf.tracking.notebook import PLACE
+
+        if record.levelno >= logging.WARNING:
+            super().emit(record)
+        elif not PLACE.is_taken:
+            from rich.text import Text
+
+            PLACE.show(Text(printable(redact(record.getMessage())), style="dim"))
+
+
+class _FileHandler(logging.Handler):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record) + "\n"
+        with suppress(OSError), self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(line)  # a full disk is the run's concern, which waits for room and says so
+
+
 def configure(level: str = "INFO", *, role: str = "controller", rank: int | None = None) -> None:
-    """Send this project's log records to stderr in our form. A second call replaces the first."""
-    handler = _StderrHandler()
+    """Send this project's log records to stderr in our form. A second call replaces the first.
+
+    In a notebook only warnings and errors stay in the cell, and other lines replace each other.
+    """
+    from rlhf.tracking.notebook import in_notebook
+
+    handler = _CellHandler() if in_notebook() else _StderrHandler()
     handler.setFormatter(_Formatter(role, rank))
     for name in ("rlhf", "actors"):
         logger = logging.getLogger(name)
@@ -110,6 +142,22 @@ def configure(level: str = "INFO", *, role: str = "controller", rank: int | None
         logger.addHandler(handler)
         logger.setLevel(level.upper())
         logger.propagate = False
+
+
+@contextmanager
+def written_to(path: Path) -> Iterator[None]:
+    """Also append the lines of this process to a file, in the form of `configure`."""
+    handler = _FileHandler(path)
+    loggers = [logging.getLogger(name) for name in ("rlhf", "actors")]
+    shown = next((old for old in loggers[0].handlers if isinstance(old, _StderrHandler)), None)
+    handler.setFormatter(_Formatter("controller", None) if shown is None else shown.formatter)
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 def hush_imports() -> None:

@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import Any
 
 from rlhf.errors import UserError
-from rlhf.tracking.diagnosis.findings import Finding
+from rlhf.tracking.diagnosis.findings import Findings
 from rlhf.tracking.display.plots import plot_curves
 from rlhf.tracking.metrics.declarations import is_declared
 from rlhf.tracking.run_folder.atomic import write_atomic
@@ -36,6 +36,7 @@ MOST_RESPONSES = 2  # to a prompt at a step
 MOST_TOKENS = 4000  # of a response, or characters of a text
 MOST_ERRORS = 300
 _NUM_PANELS = 6
+_FRAME_PIXELS = 720  # height in a notebook
 _SCANNED_STEPS = 25  # sample files at each end to search for the same prompt
 _IMPORT = re.compile(r'^import (\{.+\}) from "\./(.+)";$', re.M)
 _EXPORT = re.compile(r"^export ((?:async )?(?:function|const|class) (\w+))", re.M)
@@ -47,7 +48,12 @@ _LINK = re.compile(r'<(link|script)[^>]*"/static/([^"]+)".*>')
 class Report:
     html: Path
     pictures: tuple[Path, ...]  # one for each stage with curves
-    findings: dict[str, list[Finding]]  # by run
+    findings: dict[str, Findings]  # by run
+
+    def _repr_html_(self) -> str:
+        """Return the page in a frame, for the cell of a notebook."""
+        page = self.html.read_text(encoding="utf-8").replace("&", "&amp;").replace("'", "&#39;")
+        return f"<iframe srcdoc='{page}' width='100%' height='{_FRAME_PIXELS}' style='border:0'></iframe>"
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Report:
@@ -62,7 +68,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Report:
         raise UserError(f"{', '.join(map(str, folders))}: a run is named twice. Name each run once.")
     runs = list(RunPlaces(folders).by_name().values())
     html = out or folders[0] / ("report.html" if len(folders) == 1 else "comparison.html")
-    rows = {run.name: _rows(run.path) for run in runs}
+    rows = {run.name: metric_rows(run.path) for run in runs}
     metrics = {run.name: MetricsSoFar(rows[run.name]) for run in runs}
     written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     answers = {"written": written, **_answers(runs, rows, metrics)}
@@ -74,7 +80,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Report:
     return Report(html=html, pictures=pictures, findings={run.name: metrics[run.name].findings() for run in runs})
 
 
-def _rows(folder: Path) -> list[dict[str, Any]]:
+def metric_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl. UserError: a row is damaged."""
     try:
         return read_metrics(folder)
     except ValueError as error:
@@ -87,14 +94,17 @@ def _pictures(runs: Sequence[RunPlace], metrics: Mapping[str, MetricsSoFar], htm
     stages = dict.fromkeys(run.stage for run in runs)
     for stage in stages:
         paths = {run.name: run.path for run in runs if run.stage == stage}
-        so_far = [metrics[name] for name in paths]
-        problems = [of.metrics[0] for one in so_far for of in one.findings() if of.severity != "notice"]
-        keys = dict.fromkeys([*problems[:2], *(key for one in so_far for key in one.main())])
-        shown = [key for key in keys if is_declared(key) and any(key in one.columns for one in so_far)][:_NUM_PANELS]
-        if shown:
+        if shown := shown_metrics([metrics[name] for name in paths]):
             end = f".{stage}.png" if len(stages) > 1 else ".png"
             written.append(plot_curves(paths, shown, output=html.with_suffix(end)))
     return written
+
+
+def shown_metrics(runs: Sequence[MetricsSoFar]) -> list[str]:
+    """Return the metrics of the curves to read first: those of problems, then the main ones."""
+    problems = [of.metrics[0] for run in runs for of in run.findings() if of.severity != "notice"]
+    keys = dict.fromkeys([*problems[:2], *(key for run in runs for key in run.main())])
+    return [key for key in keys if is_declared(key) and any(key in run.columns for run in runs)][:_NUM_PANELS]
 
 
 # ---- the answers of the server

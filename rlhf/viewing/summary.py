@@ -20,7 +20,7 @@ from rlhf.config.files.differences import portable
 from rlhf.config.yaml_tree import from_yaml
 from rlhf.evaluation.comparison import comparison_rows, read_evaluations
 from rlhf.tracking.diagnosis.diagnose import Diagnosis
-from rlhf.tracking.diagnosis.findings import Finding
+from rlhf.tracking.diagnosis.findings import Findings
 from rlhf.tracking.formatting import duration, number
 from rlhf.tracking.run_folder.atomic import read_object
 from rlhf.viewing.runs import RunPlace
@@ -29,6 +29,7 @@ from rlhf.viewing.timeline import read_spans
 
 _AVERAGED = 5  # steps at each end: a single one is noise
 _MOST_KINDS = 20  # of errors
+_MOST_OVERVIEW = 6  # metrics in the overview
 _SHOWN_STEPS = 3  # of the timeline: about as many as a reader can distinguish
 _INTERVALS = ("score_low", "score_high")
 _EVALUATION = re.compile("eval/[^/]+/(score|loss|accuracy|kl_teacher)")
@@ -78,7 +79,7 @@ class MetricsSoFar:
             if "/" in key and value is not None and math.isfinite(value):
                 self.columns.setdefault(key, Column()).add(value)
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> Findings:
         return self._diagnosis.findings()
 
     def recoveries(self) -> int:
@@ -143,6 +144,16 @@ def summary_of(run: RunPlace, metrics: MetricsSoFar) -> dict[str, Any]:
         "config": dict(_leaves(portable(config, folder))),
         "environment": dict(_leaves(environment)),
     }
+
+
+def overview(run: RunPlace, metrics: MetricsSoFar) -> str:
+    """Return a run in a few lines: state, what was trained, the main metrics at both ends, the problems."""
+    config, columns = _own_config(run.path), metrics.columns
+    shown = [key for key in metrics.main() if columns[key].count > 1][:_MOST_OVERVIEW]
+    width = max(map(len, shown), default=0)
+    ends = [f"  {key:{width}}  {number(columns[key].first[0])} -> {number(columns[key].last[-1])}" for key in shown]
+    heading = f"{run.name}: {run.word()}, {_progress(config, metrics)}"
+    return "\n".join([heading, f"  {_what(config)}", *ends, f"  {metrics.findings().short()}"])
 
 
 def intact_rows(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:

@@ -49,12 +49,18 @@ def file(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def launch_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Launch], None]:
-    """Replace actors.run.train.launch, so that no Ray starts."""
+def launch_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Launch], None]:
+    """Replace actors.run.train.launch, so that no Ray starts, and the folder of the run has only a configuration."""
+    monkeypatch.chdir(tmp_path)
 
     def put(launch: Launch) -> None:
+        def launched(loaded: LoadedConfig, start: Start) -> None:
+            launch(loaded, start)
+            loaded.folder.mkdir(parents=True, exist_ok=True)
+            (loaded.folder / "config.resolved.yaml").touch()
+
         module = ModuleType("actors.run.train")
-        module.__dict__["launch"] = launch
+        module.__dict__["launch"] = launched
         monkeypatch.setattr("rlhf.tracking.logs.configure", lambda: None)
         monkeypatch.setitem(sys.modules, "actors.run.train", module)
 
@@ -198,7 +204,7 @@ def test_a_configuration_is_a_file_a_mapping_or_loaded_before(file: str, launch_
     calls = []
     launch_with(lambda loaded, start: calls.append((loaded.stages["demo"].train.steps, start.resume)))
     loaded, values = rlhf.load_config(file, ["train.steps=3"]), from_yaml(BASE)
-    assert rlhf.train(loaded, resume=True) == Path("runs/demo")
+    assert rlhf.train(loaded, resume=True) == rlhf.Run("runs/demo")
     rlhf.train(file, ["train.steps=4"])
     rlhf.train(loaded.stages["demo"])
     rlhf.train(values, ["train.steps=7"])
@@ -274,7 +280,7 @@ def test_a_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launch_wi
     launched = []
     launch_with(lambda loaded, start: launched.append((loaded.name, start.resume, start.mode)))
     monkeypatch.setattr("rlhf.commands.quickstart.show_improvement", lambda folder, is_recipe: shown.append(folder))
-    assert rlhf.quickstart("grpo", ["run.name=mine"], quiet=True) == Path("runs/mine")
+    assert rlhf.quickstart("grpo", ["run.name=mine"], quiet=True) == rlhf.Run("runs/mine")
     assert launched == [("mine", True, "quiet")]
     assert shown == [Path("runs/mine/grpo")]
     with pytest.raises(rlhf.UserError, match="got 'dqn', expected ppo or grpo"):

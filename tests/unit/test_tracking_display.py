@@ -10,20 +10,23 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from rlhf.errors import UserError
-from rlhf.tracking import formatting, logs
+from rlhf.tracking import formatting, logs, notebook
 from rlhf.tracking.diagnosis.findings import Finding
 from rlhf.tracking.display.plots import plot_curves
 from rlhf.tracking.display.progress import LineProgress, Progress
-from rlhf.tracking.display.progress_live import LiveProgress, open_progress
-from rlhf.tracking.run_folder.samples import last_sample, samples_path
+from rlhf.tracking.display.progress_live import CellProgress, LiveProgress, open_progress
+from rlhf.tracking.run_folder.samples import last_sample, samples_path, write_samples
 from rlhf.tracking.sinks.tracker import Tracker
+from tests.fakes.samples import sample_record
 
 
 class Terminal(io.StringIO):
@@ -300,3 +303,95 @@ def test_libraries_say_nothing_when_they_are_imported() -> None:
     says = "import rlhf, logging; logging.getLogger('bitsandbytes').warning('pip install kernels')"
     done = subprocess.run([sys.executable, "-c", says], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.fixture
+def cell(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Stand in for the kernel of a notebook, and collect the HTML shown in the place of a cell."""
+    shown: list[str] = []
+    for module in ("notebook", "display.progress_live"):
+        monkeypatch.setattr(f"rlhf.tracking.{module}.in_notebook", lambda: True)
+    monkeypatch.setattr(
+        notebook.PLACE, "show", lambda shape: shown.append(shape._repr_mimebundle_([], [])["text/html"])
+    )
+    yield shown
+    notebook.PLACE.leave()
+    monkeypatch.undo()
+    logs.configure()
+
+
+def test_a_notebook_shows_a_run_in_one_place(cell: list[str], tmp_path: Path) -> None:
+    write_samples(samples_path(tmp_path, 1), [sample_record("<script>alert(1)</script>\x1b[31m", score=0.5)])
+    with open_progress(2, show=["rewards/score/mean"], run="demo", folder=tmp_path) as display:
+        assert type(display) is CellProgress
+        display.begin(1)
+        display.stage("rollouts", 3, 64)
+        deadline = time.monotonic() + 20.0
+        while not cell and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert "rollouts" in cell[0]
+        assert "3/64" in cell[0]
+        display.step(1, {"rewards/score/mean": 0.125})
+    assert "1/2" in cell[-1]
+    assert "0.125" in cell[-1]
+    assert "&lt;script&gt;alert(1)" in cell[-1]
+    assert "<script>" not in cell[-1]
+    assert "\x1b" not in cell[-1]
+    count = len(cell)
+    time.sleep(0.7)  # longer than between two updates
+    assert len(cell) == count
+
+
+def test_in_a_notebook_log_lines_replace_each_other_and_warnings_stay(
+    cell: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure()
+    logger = logging.getLogger("rlhf.tests")
+    logger.info("starting Ray <here>")
+    with logs.written_to(tmp_path / "log.txt"), open_progress(2, run="demo"):
+        logger.info("weights go by shm")  # the display of the run has the place
+        logger.warning("a worker died")
+    logger.info("afterwards")
+    assert "starting Ray &lt;here&gt;" in cell[0]
+    assert not any("weights go by shm" in text for text in cell)
+    assert "afterwards" in cell[-1]
+    err = capsys.readouterr().err
+    assert "WARNING controller rlhf.tests: a worker died\n" in err
+    assert err.count("\n") == 1
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line.split("rlhf.tests: ")[1] for line in lines] == ["weights go by shm", "a worker died"]
+
+
+def test_a_log_file_that_cannot_be_written_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure()
+    with logs.written_to(Path("/dev/full")):
+        logging.getLogger("rlhf.tests").info("a line")
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_new_cell_has_a_new_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Handle:
+        def update(self, shape: object) -> None:
+            calls.append(f"update {shape}")
+
+    def display(shape: object, *, display_id: bool) -> Handle:
+        calls.append(f"display {shape}")
+        return Handle()
+
+    import IPython
+
+    shell = SimpleNamespace(execution_count=1, kernel=None)
+    monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
+    monkeypatch.setattr("IPython.display.display", display)
+    assert notebook.in_notebook()
+    place = notebook.CellPlace()
+    for cell in (1, 1, 2):
+        shell.execution_count = cell
+        place.show(f"in {cell}")
+    place.leave()
+    place.show("next run")
+    assert calls == ["display in 1", "update in 1", "display in 2", "display next run"]
+    monkeypatch.setattr(IPython, "get_ipython", lambda: None)
+    assert not notebook.in_notebook()

@@ -5,6 +5,7 @@ This module opens only the YAML file and the bases, and checks whether files of 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -151,8 +152,8 @@ def _plain(value: Any, key: Key, names: dict[int, str]) -> Any:
         return [_plain(inner, (*key[:-1], f"{key[-1]}[{index}]"), names) for index, inner in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, Path):
-        return str(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if names_code(key):
         return name_of_code(value, place, names)
     raise UserError(f"{place}: is of type {type(value).__name__}, expected a value that a YAML file can hold")

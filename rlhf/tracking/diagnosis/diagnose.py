@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf.tracking.diagnosis import asynchrony, learning, running, scores
-from rlhf.tracking.diagnosis.findings import SEVERITIES, Finding, History, Symptom
+from rlhf.tracking.diagnosis.findings import SEVERITIES, Finding, Findings, History, Symptom
 
 CHECKS = [
     check
@@ -57,8 +57,8 @@ class Diagnosis:
             worst = finding if _rank(finding)[0] <= _rank(before)[0] else before
             self._findings[finding.kind] = replace(worst, first_step=before.first_step, last_step=finding.last_step)
 
-    def findings(self) -> list[Finding]:
-        return sorted(self._findings.values(), key=_rank)
+    def findings(self) -> Findings:
+        return Findings(sorted(self._findings.values(), key=_rank))
 
 
 def _rank(finding: Finding) -> tuple[int, int]:

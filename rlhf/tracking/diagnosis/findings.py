@@ -42,6 +42,20 @@ class Finding:
         return f"{self.what} {self.why} Try: {self.advice}"
 
 
+class Findings(tuple[Finding, ...]):
+    """The problems of a run. As text, a paragraph for each problem."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        texts = [f"{of.severity}, steps {of.first_step} to {of.last_step}: {of.sentence()}" for of in self]
+        return "\n\n".join(texts) or "no problem found"
+
+    def short(self) -> str:
+        """Return the kinds of the problems on one line."""
+        return f"problems: {', '.join(of.kind for of in self)} (see `diagnosis`)" if self else "no problem found"
+
+
 @dataclass(frozen=True, slots=True)
 class Point:
     step: int

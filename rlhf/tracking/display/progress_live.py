@@ -1,6 +1,7 @@
-"""The live display of a run on a terminal: bars of the step's stages, a table of the last steps, the last sample.
+"""The live display of a run: bars of the step's stages, a table of the last steps, the last sample.
 
-A separate thread redraws the display in place. Nothing waits for the terminal. `open_progress` chooses the display.
+A separate thread redraws the display in place, on a terminal or in the cell of a notebook. Nothing waits for either.
+`open_progress` chooses the display.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rich.text import Text
 
 from rlhf.tracking.display.progress import JsonProgress, LineProgress, Mode, Progress, StageTime
 from rlhf.tracking.formatting import number
+from rlhf.tracking.notebook import PLACE, Refresher, in_notebook
 
 _TABLE_STEPS = 6  # newest steps in the table
 _SAMPLE_CHARACTERS = 240  # of a prompt's end, and of a response
@@ -36,16 +38,16 @@ def open_progress(
     folder: Path | None = None,
     stream: TextIO | None = None,
 ) -> Progress:
-    """Return the display for `mode`. `auto` is a live display on a terminal, and plain lines elsewhere.
+    """Return the display for `mode`. `auto` is live on a terminal and in a notebook, and plain lines elsewhere.
 
     `show` names the metrics to show, in this order. `folder` is the run folder, for samples; None: no samples. `stream`
     None: stdout for JSON, stderr otherwise.
     """
-    kinds: dict[Mode, type[Progress]] = {
-        "auto": LiveProgress if (stream or sys.stderr).isatty() else LineProgress,
-        "json": JsonProgress,
-        "quiet": Progress,
-    }
+    kinds: dict[Mode, type[Progress]] = {"auto": LineProgress, "json": JsonProgress, "quiet": Progress}
+    if stream is None and in_notebook():
+        kinds["auto"] = CellProgress
+    elif (stream or sys.stderr).isatty():
+        kinds["auto"] = LiveProgress
     return kinds[mode](total_steps, done_steps, show, run, folder, stream)
 
 
@@ -56,6 +58,9 @@ class LiveProgress(Progress):
         self._rows: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=_TABLE_STEPS)
         self._evaluated: tuple[int, Mapping[str, float]] | None = None  # the last row with an evaluation
         self._last: Mapping[str, Any] | None = None
+        self._open()
+
+    def _open(self) -> None:
         self._console = Console(file=self._stream, stderr=self._stream is None)
         # A separate thread redraws the result of `get_renderable` at 4 Hz: calls never wait for the terminal.
         self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=False)
@@ -102,6 +107,26 @@ class LiveProgress(Progress):
         for step, numbers in rows:
             table.add_row(str(step), *(number(numbers[key]) if key in numbers else "" for key in keys))
         return table
+
+
+class CellProgress(LiveProgress):
+    """The same display in the output of a notebook's cell."""
+
+    def _open(self) -> None:
+        PLACE.is_taken = True
+        self._refresher = Refresher(self._update)
+
+    def _update(self) -> None:
+        shown = Table.grid()  # a notebook shows a table, and no group
+        shown.add_row(self._render())
+        PLACE.show(shown)
+
+    def note(self, text: str) -> None:
+        sys.stderr.write(f"{text}\n")
+
+    def close(self) -> None:
+        self._refresher.stop()
+        PLACE.leave()
 
 
 def _bar(done: int, total: int) -> ProgressBar:

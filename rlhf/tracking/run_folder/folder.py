@@ -32,7 +32,7 @@ _LEFTOVERS = (".*.partial", ".*.removed")  # of a killed run
 _PARTS = (  # of a run folder; the first file marks a run folder, and is removed last
     "config.resolved.yaml",
     *("environment.json", "metrics.jsonl", HISTOGRAMS, GROUPS, "errors.jsonl", "timeline.json", "traceback.txt"),
-    *("wandb_run_id", "report.html", "eval.json", "processes.json"),
+    *("log.txt", "wandb_run_id", "report.html", "eval.json", "processes.json"),
     *("samples", "evals", "checkpoints", "references", "tensorboard", "wandb", "final"),
 )
 
@@ -54,6 +54,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         self.evals = path / "evals"  # evaluations with their intervals
         self.errors = path / "errors.jsonl"
         self.timeline = path / "timeline.json"
+        self.log = path / "log.txt"  # the driver's log lines
         self.processes = path / "processes.json"  # the processes of a running run
         self.checkpoints = path / "checkpoints"
         self.scratch = path / f"{_SCRATCH}{secrets.token_hex(4)}"  # files in progress, and a link to `samples`
