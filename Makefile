@@ -31,7 +31,7 @@ setup: .venv/installed
 
 # Which engine: vLLM for CUDA where nvidia-smi finds a GPU, its CPU build elsewhere. uv does not read pip's settings, so a
 # folder of wheels that pip knows of is passed on; without one, uv takes torch's CPU build from where torch publishes it.
-.venv/installed: pyproject.toml overrides.txt
+.venv/installed: pyproject.toml
 	@fail() { echo "make setup: $$1" >&2; exit 1; }
 	[ "$$(uname -s)" = Linux ] || fail "needs Linux (found $$(uname -s)): vLLM's CPU build runs there only. Use a Linux machine or container."
 	if [ ! -x $(BIN)/python ]; then
@@ -55,7 +55,6 @@ setup: .venv/installed
 	  engine=nvidia
 	else
 	  engine=cpu
-	  options+=(--override overrides.txt)
 	fi
 	wheels=$${PIP_FIND_LINKS:-$$($(BIN)/python -m pip config get global.find-links 2>/dev/null || true)}
 	if [ -n "$$wheels" ]; then
@@ -97,13 +96,13 @@ lint: setup
 smollm2: $(SMOLLM2)/config.json
 
 $(SMOLLM2)/config.json: | setup
-	$(BIN)/python scripts/smollm2.py $(SMOLLM2)
+	$(BIN)/rlhf models fetch smollm2 $(SMOLLM2)
 
 site: setup
 	$(BIN)/python scripts/site/build.py
 
 benchmarks: smollm2
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --override overrides.txt --editable ".[benchmarks]"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[benchmarks]"
 	for file in benchmarks/*.py; do
 	  case "$$file" in
 	    */timelines.py) continue ;; # it draws runs that exist already

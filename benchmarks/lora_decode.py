@@ -23,11 +23,11 @@ from typing import Any
 import psutil
 import ray
 import torch
-from transformers import AutoModelForCausalLM
 
 from actors.rollout.engine_actor import RolloutSpec, RolloutWorker, engine_environment
 from actors.weights.adapter import AdapterSender
 from actors.weights.shm import ShmSender
+from rlhf.deferred import transformers
 from rlhf.models.adapters.lora import add_lora
 from rlhf.models.files.weights import ADAPTER, adapter_sources, weight_sources
 from rlhf.types import GroupRequest, Prompt, Sampling
@@ -119,7 +119,7 @@ def publish(arguments: argparse.Namespace, folder: Path, engines: dict[str, Engi
     """Give both engines the same policy, a random adapter on the model."""
     torch.manual_seed(0)
     dtype = getattr(torch, arguments.dtype)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
     policy = add_lora(model, rank=arguments.rank, alpha=2.0 * arguments.rank, dropout=0.0)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():

@@ -358,7 +358,7 @@ def main() -> None:
     parser.add_argument("--trl-sequences", type=int, default=1, help="of a padded micro-batch")
     arguments = parser.parse_args()
     if not Path(arguments.model).is_dir():
-        sys.exit(f"{arguments.model} is no folder: `make smollm2` makes one")
+        sys.exit(f"{arguments.model} is no folder: `rlhf models fetch smollm2` makes one")
     os.environ["HF_HUB_OFFLINE"] = "1"
     console = Console(width=120)
     product = apart(measure_product, "float32")

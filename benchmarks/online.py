@@ -256,7 +256,7 @@ def main() -> None:
         train_trl(args.trl, args.model, args.prompts, args.steps, args.folder)
         return
     if not (args.model / "config.json").exists():
-        parser.error(f"--model: no model in {args.model}; `make smollm2` puts it there")
+        parser.error(f"--model: no model in {args.model}; `rlhf models fetch smollm2` puts it there")
     if args.sides != "ours" and find_spec("trl") is None:
         parser.error("TRL is not installed: `make benchmarks` installs it, or compare nothing with --sides ours")
     results = []

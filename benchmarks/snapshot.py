@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     if not Path(arguments.model).is_dir():
-        sys.exit(f"{arguments.model} is no folder: `make smollm2` makes one")
+        sys.exit(f"{arguments.model} is no folder: `rlhf models fetch smollm2` makes one")
     os.environ["HF_HUB_OFFLINE"] = "1"
     logging.disable(logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # so that the folder is removed

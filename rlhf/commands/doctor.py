@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import AnyConfig, loaded_config, starts_work
+from rlhf.commands.shared import AnyConfig, loaded_config, starts_work, write_stdout
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,14 +46,26 @@ def cluster_doctor(config: AnyConfig | None = None, *, address: str | None = Non
     return check_cluster(None if config is None else loaded_config(config), address)
 
 
+def tested_versions() -> str:
+    """Return the exact versions with which the tests passed, as constraints for `pip install -c`."""
+    return (Path(__file__).parents[1] / "tested_versions.txt").read_text(encoding="utf-8")
+
+
 def _add(parser: argparse.ArgumentParser) -> None:
     text = "check every node of a Ray cluster instead, and with CONFIG its paths and placement too"
     parser.add_argument("--cluster", metavar="CONFIG", nargs="?", const="", help=text)
+    text = "print the tested versions of all packages instead, as constraints for `pip install -c FILE`"
+    parser.add_argument("--versions", action="store_true", help=text)
     text = "the address of the cluster; cluster.address or RAY_ADDRESS if not given"
     parser.add_argument("--address", metavar="HOST:PORT", help=text)
 
 
 def _present(args: argparse.Namespace) -> int:
+    if args.versions:
+        if args.run is not None or args.cluster is not None or args.address is not None:
+            raise UserError("--versions: checks nothing, so RUN, --cluster and --address have no effect beside it")
+        write_stdout(tested_versions())
+        return 0
     if args.run is not None and args.cluster is not None:
         raise UserError("--cluster: RUN and --cluster are two checks. Give one of them.")
     if args.cluster is None:

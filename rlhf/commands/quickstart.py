@@ -15,7 +15,7 @@ from rlhf.errors import RunError, UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-RECIPE_OF = {"ppo": "quickstart.yaml", "grpo": "quickstart_grpo.yaml"}
+RECIPE_OF = {"ppo": "recipe:quickstart", "grpo": "recipe:quickstart_grpo"}
 ACCURACY = "eval/heldout/score"
 BEFORE = (0.2, 0.7)  # the warm start has learned the task only in part
 AFTER = 0.85
@@ -35,12 +35,11 @@ def quickstart(algorithm: Literal["ppo", "grpo"] = "ppo", overrides: Sequence[st
         algorithm: the algorithm of the recipe.
     """
     from rlhf.config.files.load import load
-    from rlhf.config.files.recipes import RECIPES
     from rlhf.config.schema.stages import run_folder
 
     if algorithm not in RECIPE_OF:
         raise UserError(f"quickstart: got {algorithm!r}, expected {' or '.join(RECIPE_OF)}")
-    recipe = RECIPES / RECIPE_OF[algorithm]
+    recipe = RECIPE_OF[algorithm]
     loaded = load(recipe, overrides)
     outside = [text for text in overrides if text.strip().startswith(OUTSIDE_OF_TRAINING)]
     try:

@@ -57,12 +57,15 @@ def loaded_config(config: AnyConfig, overrides: Sequence[str] = ()) -> LoadedCon
 
 def config_or_name(target: AnyConfig, overrides: Sequence[str] = ()) -> LoadedConfig | str:
     """Return a configuration, or the name of a model or a function. UserError: overrides are given for a name."""
-    if not isinstance(target, str | PathLike) or fspath(target).endswith((".yaml", ".yml")):
+    from rlhf.config.files.recipes import PREFIX
+
+    text = fspath(target) if isinstance(target, str | PathLike) else None
+    if text is None or text.startswith(PREFIX) or text.endswith((".yaml", ".yml")):
         return loaded_config(target, overrides)
     if overrides:
-        text = f"{overrides[0]}: sets a key of a configuration, but {target} is not a YAML file"
-        raise UserError(f"{text}. Give a CONFIG.yaml, or options such as --column prompt=question instead of keys.")
-    return fspath(target)
+        problem = f"{overrides[0]}: sets a key of a configuration, but {text} is neither a YAML file nor a recipe"
+        raise UserError(f"{problem}. Give a CONFIG.yaml, or options such as --column prompt=question instead of keys.")
+    return text
 
 
 def model_name(model: str | PathLike[str] | None) -> str | None:

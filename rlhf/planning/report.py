@@ -40,7 +40,7 @@ def render_plan(
     sizes = sizes_of(loaded, nodes, shapes)
     parts = []
     for written in loaded.stages.values():
-        stage, epochs = _with_counted_steps(written)
+        stage, epochs = with_counted_steps(written)
         text = stage_text(stage, None if nodes is None else [node.resources for node in nodes]) + epochs
         if isinstance(stage, Config):
             text = "\n\n".join([text, *_estimates(stage, sizes, nodes, lengths)])
@@ -48,7 +48,7 @@ def render_plan(
     return "\n\n".join(parts) + "\n"
 
 
-def _with_counted_steps(stage: RunStage) -> tuple[RunStage, str]:
+def with_counted_steps(stage: RunStage) -> tuple[RunStage, str]:
     """Return the stage with steps in place of epochs, and a sentence with the steps, if the data is on this machine."""
     if not isinstance(stage, Config) or stage.train.epochs is None:
         return stage, ""

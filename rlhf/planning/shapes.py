@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhf.errors import UserError
 from rlhf.models.files.folder_check import num_experts, read_json_object
+from rlhf.models.files.small_models import SMALL_MODELS, fetched_to
 
 DENSE_CLASSES = ("Llama", "Mistral", "Qwen2", "Qwen3")  # decoders with the layers counted here
 MIXTURES = ("Mixtral", "Qwen3Moe", "Glm4Moe", "GptOss")
@@ -195,6 +196,8 @@ def find_shape(model: str, *, shapes: Path | None, made: Mapping[str, str]) -> S
     if (stored := find_config(model, shapes=shapes)) is not None:
         config, path = stored
         return shape_of(config, str(path))
+    if (name := fetched_to(model)) is not None:  # not fetched yet
+        model = SMALL_MODELS[name].repo
     if model in _MIXTURE_TABLE or model in _TABLE:
         config = _known(*_TABLE[model]) if model in _TABLE else dict(_MIXTURE_TABLE[model])
         return shape_of(config, f"the built-in table ({model})")

@@ -15,7 +15,7 @@ import rlhf
 from rlhf.algorithms import ALGORITHMS
 from rlhf.cli import parse_arguments
 from rlhf.config.files.base_file import read_tree
-from rlhf.config.files.recipes import RECIPES
+from rlhf.config.files.recipes import PREFIX, config_file
 from rlhf.config.files.sweep import load_sweep
 from rlhf.config.mistakes.synonyms import table
 from rlhf.config.schema.evaluate import EvaluationStage
@@ -128,7 +128,7 @@ def test_commands_parse(page: Path) -> None:
         if config is not None and config != "CONFIG":
             if config in written_by(page):
                 continue
-            file = ROOT / config if "/" in config else RECIPES / config
+            file = config_file(config) if config.startswith(PREFIX) else ROOT / config
             loads = {"merge": rlhf.load_merge, "sweep": load_sweep}
             of_sweep = args.command == "plan" and "sweep" in read_tree(file).values
             loads.get("sweep" if of_sweep else args.command, rlhf.load_config)(file, args.overrides)

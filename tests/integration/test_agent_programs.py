@@ -118,7 +118,7 @@ def python_with(package: str, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def parts() -> EngineParts:
     if not MODEL.exists():
-        pytest.skip("needs the model of `make smollm2`")
+        pytest.skip("needs the model of `rlhf models fetch smollm2`")
     return dummy_parts(MODEL, max_model_len=4096)
 
 
@@ -153,7 +153,7 @@ async def test_a_program_of_a_package_calls_its_tools(
 @pytest.mark.parametrize("program", EXAMPLES, ids=lambda program: program.name)
 def test_a_program_of_a_package_is_trained(tmp_path: Path, pythons: Callable[[str], Path], program: Program) -> None:
     if not MODEL.exists():
-        pytest.skip("needs the model of `make smollm2`")
+        pytest.skip("needs the model of `rlhf models fetch smollm2`")
     python = pythons(program.package)
     questions = [{"prompt": f"What is {n} times {n + 1}?"} for n in range(2, 10)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))

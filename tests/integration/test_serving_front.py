@@ -74,7 +74,7 @@ class CapturingEngine(ServingEngine):
 @pytest.fixture(scope="module")
 def smollm2_engine(ray_local: None) -> Iterator[Any]:
     if not MODEL.exists():
-        pytest.skip("needs the model of `make smollm2`")
+        pytest.skip("needs the model of `rlhf models fetch smollm2`")
     ray.cloudpickle.register_pickle_by_value(__import__(__name__))
     values = spec(MODEL, transport=None, max_model_len=1024, kv_cache_gib=1.0)
     options = {"num_cpus": 1, "max_concurrency": 1000, "runtime_env": {"env_vars": engine_environment(values)}}

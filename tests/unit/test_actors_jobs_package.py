@@ -208,8 +208,8 @@ def test_stages_are_looked_through(folder: Path) -> None:
 def test_a_config_from_elsewhere_and_a_recipe_are_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(RUN.replace("rewards.py", str(folder / "configs/rewards.py")))
     assert re.search(r"run\.yaml is not below .*project", refused(config=str(tmp_path / "run.yaml")))
-    recipe = refused("run.dir=/shared/runs", "policy.model=a/b", config="grpo_smollm2.yaml")
-    assert re.search(r"is a recipe and no file here.*Write one with the line `base: grpo_smollm2", recipe)
+    recipe = refused("run.dir=/shared/runs", "policy.model=a/b", config="recipe:grpo_smollm2")
+    assert re.search(r"is a recipe and no file here.*Write one with the line `base: recipe:grpo_smollm2", recipe)
 
 
 def test_too_much_is_refused_with_the_largest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def test_the_bases_travel_but_a_base_outside_of_the_project_is_refused(folder: P
     (folder / "derived.yaml").write_text("base: ../base.yaml\n")
     assert re.search(r"derived.yaml: base: .*base.yaml is outside of the project", refused(config="derived.yaml"))
     # a recipe is on every node
-    (folder / "derived.yaml").write_text("base: grpo_smollm2.yaml\nrun: {dir: /shared/runs}\npolicy: {model: a/b}\n")
+    (folder / "derived.yaml").write_text("base: recipe:grpo_smollm2\nrun: {dir: /shared/runs}\npolicy: {model: a/b}\n")
     assert "derived.yaml" in names(config="derived.yaml")
 
 

@@ -19,7 +19,7 @@ from rlhf.cli import main
 from rlhf.commands import COMMANDS
 from rlhf.commands.quickstart import RECIPE_OF
 from rlhf.config.files.load import LoadedConfig, from_mapping, load
-from rlhf.config.files.recipes import RECIPES
+from rlhf.config.files.recipes import RECIPES, config_file
 from rlhf.config.files.sweep import load_sweep
 from rlhf.config.yaml_tree import from_yaml
 from rlhf.errors import UserError
@@ -187,14 +187,15 @@ def test_export_passes_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> Non
     assert calls == [(Path("runs/a"), 20, True, "me/x"), (Path("runs/a"), None, False, None)]
 
 
-def test_recipes_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    assert all((RECIPES / name).is_file() for name in RECIPE_OF.values())
+def test_recipes_have_names_and_a_bare_file_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert load_sweep("sweep_tiny.yaml").config.name == "tiny"
-    assert load("quickstart_grpo.yaml").source == str(RECIPES / "quickstart_grpo.yaml")
-    assert "there is no quickstart_grpo.yaml in this folder: the recipe " in caplog.text
-    with pytest.raises(UserError, match=r"^quickstart_gpro\.yaml: no such config file, .*did you mean the recipe qui"):
-        load("quickstart_gpro.yaml")
+    assert all(config_file(name).is_file() for name in RECIPE_OF.values())
+    assert load_sweep("recipe:sweep_tiny").config.name == "tiny"
+    assert load("recipe:quickstart_grpo").source == str(RECIPES / "quickstart_grpo.yaml")
+    with pytest.raises(UserError, match=r"^recipe:quickstart_gpro: .*did you mean recipe:quickstart_grpo\? `rlhf rec"):
+        load("recipe:quickstart_gpro")
+    with pytest.raises(UserError, match=r"^quickstart_grpo\.yaml: no such config file; `recipe:quickstart_grpo` is a"):
+        load("quickstart_grpo.yaml")
     (tmp_path / "quickstart_grpo.yaml").write_text("run: {name: other}")
     with pytest.raises(UserError, match="policy: is missing"):
         load("quickstart_grpo.yaml")
@@ -267,7 +268,7 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_loaded_or_is_ov
 
 
 def test_every_command_is_a_call_too() -> None:
-    names = {"eval": "evaluate", "serve-reward": "serve_reward"}
+    names = {"eval": "evaluate", "serve-reward": "serve_reward", "models": "fetch_model"}
     missing = [name for name in COMMANDS if names.get(name, name) not in rlhf.__all__]
     assert not missing
     modules = {module.name for module in pkgutil.iter_modules(rlhf.__path__)}  # importing one would hide a call

@@ -142,7 +142,7 @@ def test_a_circle_is_refused_with_its_chain(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ("bas.yaml", "bas.yaml is not a file in {folder}, and no recipe has this name; did you mean base"),
+        ("bas.yaml", "bas.yaml is not a file in {folder}; did you mean base.yaml"),
         ("3", "got 3, expected the name of a file"),
         ("[base.yaml]", "got ['base.yaml'], expected the name of a file"),
         ("null", "got null, expected the name of a file"),
@@ -155,7 +155,7 @@ def test_an_unknown_base_is_refused(folder: Path, value: str, reason: str) -> No
 
 
 def test_a_base_is_a_recipe_or_a_file_of_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (run,) = load(write(folder, "base: dapo_smollm2.yaml\nrun: {name: mine}\n")).runs.values()
+    (run,) = load(write(folder, "base: recipe:dapo_smollm2\nrun: {name: mine}\n")).runs.values()
     assert (run.algorithm.name, run.run.name) == ("dapo", "mine")
     (recipe,) = load(RECIPES / "dapo_smollm2.yaml").runs.values()
     assert run == recipe.model_copy(update={"run": run.run})

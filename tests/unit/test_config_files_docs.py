@@ -47,7 +47,7 @@ def test_sections_of_one_name_are_told_apart() -> None:
 def test_the_example_of_a_pipeline_loads(tmp_path: Path) -> None:
     based, example = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
     (tmp_path / "based.yaml").write_text(based)
-    assert load(tmp_path / "based.yaml").runs == load("dapo_smollm2.yaml").runs
+    assert load(tmp_path / "based.yaml").runs == load("recipe:dapo_smollm2").runs
     path = tmp_path / "example.yaml"
     path.write_text(example)
     assert list(load(path).stages) == ["sft", "ppo", "soup", "judge"]

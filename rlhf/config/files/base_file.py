@@ -1,6 +1,6 @@
 """Read a configuration file and merge the file over the base named by the key `base`.
 
-    base: grpo_smollm2.yaml        # relative to this file, or a recipe of the library
+    base: recipe:grpo_smollm2      # a recipe of the library, or a file relative to this file
     run: {name: dapo-smollm2}
     algorithm: {name: dapo}
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from rlhf.config.files.recipes import RECIPES
+from rlhf.config.files.recipes import PREFIX, config_file, recipe_names
 from rlhf.config.mistakes.schema_keys import descend
 from rlhf.config.mistakes.suggestions import nearest
 from rlhf.config.schema.data import SOURCES
@@ -76,14 +76,19 @@ def _over_base(tree: Tree, folder: Path, files: tuple[Path, ...], *, at: Key = (
 def _find(name: Any, folder: Path, place: str) -> Path:
     if not isinstance(name, str):
         raise UserError(f"{place}: got {kind(name)}, expected the name of a file")
-    path = Path(name).expanduser()
-    for start in (folder, RECIPES) if path.parent == Path() else (folder,):
-        file, here = Path(os.path.normpath(start / path)), Path.cwd()
-        if file.is_file():
-            return file.relative_to(here) if file.is_relative_to(here) else file
-    close = nearest(path.name, sorted({file.name for at in (folder, RECIPES) for file in at.glob("*.yaml")}))
-    hint = f"; did you mean {close}?" if close else ""
-    raise UserError(f"{place}: {name} is not a file in {folder}, and no recipe has this name{hint}")
+    if name.startswith(PREFIX):
+        try:
+            return config_file(name)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
+    file, here = Path(os.path.normpath(folder / Path(name).expanduser())), Path.cwd()
+    if file.is_file():
+        return file.relative_to(here) if file.is_relative_to(here) else file
+    recipes = [f"{PREFIX}{recipe}" for recipe in recipe_names()]
+    close = nearest(Path(name).name, sorted(file.name for file in folder.glob("*.yaml")))
+    if f"{PREFIX}{Path(name).stem}" in recipes:
+        close = f"{PREFIX}{Path(name).stem}"
+    raise UserError(f"{place}: {name} is not a file in {folder}{f'; did you mean {close}?' if close else ''}")
 
 
 def _relocate(value: Any, folder: Path, target: Path) -> Any:

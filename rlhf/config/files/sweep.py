@@ -15,7 +15,7 @@ from typing import Any
 from rlhf.config import derive
 from rlhf.config.files.base_file import extend, read_tree
 from rlhf.config.files.load import LoadedConfig, resolve
-from rlhf.config.files.recipes import config_file
+from rlhf.config.files.recipes import PREFIX, config_file
 from rlhf.config.mistakes.explain import parse_as
 from rlhf.config.mistakes.suggestions import nearest
 from rlhf.config.problem import Problem, refuse
@@ -134,6 +134,9 @@ def _run_tree(config: SweepConfig, tree: Tree, path: Path) -> tuple[Tree, Path]:
     folder = path.resolve().parent
     if isinstance(config.config, dict):
         return extend(tree.section((*AT, "config")), folder), folder
+    if config.config.startswith(PREFIX):
+        file = config_file(config.config)
+        return read_tree(file), file.resolve().parent
     run_file = next((file for file in (Path(config.config), folder / config.config) if file.is_file()), None)
     if run_file is None:
         place = tree.place((*AT, "config"))

@@ -19,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from rlhf.data.templates import ChatTemplate
 from rlhf.deferred import torch, transformers
 from rlhf.errors import UserError
+from rlhf.models.files.small_models import fetched_to
 from rlhf.models.files.folder_check import refuse_strange_folder
 from rlhf.models.quantized import Quantize, is_quantized, keep_storage, quantization_options
 
@@ -315,10 +316,10 @@ def _load(path: str, load: Callable[..., T], **options: Any) -> T:
         elif not isinstance(error, OSError) or Path(path).is_dir():
             message = _no_model(path) or f"The model {path} cannot be loaded: {reason}"
         else:
-            message = (
-                f"The model {path} is neither a folder here nor could it be obtained from the hub ({reason}) "
-                "Check the name, the network and HF_HUB_OFFLINE, or download it once and name its folder."
-            )
+            fix = "Check the name, the network and HF_HUB_OFFLINE, or download it once and name its folder."
+            if (known := fetched_to(path)) is not None:
+                fix = f"Make this folder with `rlhf models fetch {known}`."
+            message = f"The model {path} is neither a folder here nor could it be obtained from the hub ({reason}) {fix}"
         raise UserError(message) from error
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError) as error:
         raise UserError(_damaged(path, error)) from error

