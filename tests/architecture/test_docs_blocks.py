@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, create_autospec
 
 import pytest
 import yaml
@@ -100,11 +100,12 @@ def test_every_block_has_a_known_language() -> None:
 
 
 def stand_in(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a call that only checks its arguments."""
+    """Return a call that only checks its arguments. A run that it returns has the attributes of a run."""
 
     def checked(*arguments: Any, **options: Any) -> Any:
         inspect.signature(call).bind(*arguments, **options)
-        return MagicMock(name=call.__name__)
+        is_run = inspect.signature(call).return_annotation == "Run"
+        return create_autospec(rlhf.Run, instance=True) if is_run else MagicMock(name=call.__name__)
 
     return checked
 
