@@ -99,7 +99,7 @@ def test_a_tracker_that_fails_ends_alone(tmp_path: Path, caplog: pytest.LogCaptu
 @pytest.mark.parametrize(
     ("name", "args", "expected"),
     [
-        ("line", {}, "there is no tracker `line`; did you mean `lines`? From packages: gone, lines, none."),
+        ("line", {}, "there is no tracker `line`; did you mean `lines`? Built-in: mlflow, swanlab, trackio. From pack"),
         ("gone", {}, "the package shop 1.0 offers `gone` as shop_code:Gone, but shop_code defines no `Gone`"),
         ("none", {}, "a tracker is a class with the methods log, alert, checkpoint, close, and "),
         ("lines", {"pth": "x"}, "Lines cannot be constructed with these arguments: missing a required"),

@@ -71,7 +71,7 @@ class TrackingConfig(Section):
     tensorboard: bool = False
     """Write TensorBoard files in the run's folder."""
     trackers: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
-    """Trackers of installed packages (entry points `rlhf.trackers`), by name. The value is a mapping of arguments, `{}`
-    if the tracker needs none. docs/extending.md describes the class."""
+    """Trackers by name: mlflow, swanlab, trackio, or that of an installed package (entry points `rlhf.trackers`). The
+    value is a mapping of arguments, `{}` for none. docs/tracking.md lists the arguments."""
     samples_per_step: Annotated[int, OnlyIn("rollouts")] = Field(default=16, ge=0)
     """Responses written to samples/ at each step, token by token. All evaluation responses are written."""

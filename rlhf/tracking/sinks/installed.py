@@ -1,4 +1,4 @@
-"""Trackers of installed packages, by entry points of the group `rlhf.trackers`.
+"""Trackers by name: MLflow, trackio, SwanLab, and those of packages, by entry points of the group `rlhf.trackers`.
 
 A tracker is a class. The constructor takes the run and the arguments from the configuration; the methods are
 `TrackerBackend`'s. The class is constructed on the tracker's thread, so a failure there does not affect the run either.
@@ -10,14 +10,23 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from pkgutil import resolve_name
+from typing import Any, cast, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from rlhf.errors import UserError
 from rlhf.extensions import LoadError, find_code, load_code
 from rlhf.tracking.diagnosis.findings import Severity
 from rlhf.tracking.sinks.backends import TrackedStep, TrackerBackend
 
+BUILT_IN = {  # by the name of the tracker, which is the name of the package and of the extra
+    "mlflow": "rlhf.tracking.sinks.mlflow_backend:MlflowTracker",
+    "swanlab": "rlhf.tracking.sinks.swanlab_backend:SwanlabTracker",
+    "trackio": "rlhf.tracking.sinks.trackio_backend:TrackioTracker",
+}
 METHODS = ("log", "alert", "checkpoint", "close")
 
 
@@ -32,10 +41,14 @@ class TrackedRun:
 def installed_tracker(name: str, args: Mapping[str, Any], run: TrackedRun) -> InstalledTracker:
     """Load the class of a tracker without constructing it. UserError, naming the key: an unusable class."""
     key = f"tracking.trackers.{name}"
-    try:
-        target: Any = load_code(find_code("tracker", name, key=key))
-    except LoadError as error:
-        raise UserError(f"{key}: {error}") from error
+    source = find_code("tracker", name, key=key, built_ins=BUILT_IN)
+    if source.entry is None:
+        target: Any = _built_in(name, args, key=key)
+    else:
+        try:
+            target = load_code(source)
+        except LoadError as error:
+            raise UserError(f"{key}: {error}") from error
     if not inspect.isclass(target) or any(not callable(getattr(target, method, None)) for method in METHODS):
         raise UserError(
             f"{key}: a tracker is a class with the methods {', '.join(METHODS)}, and {target!r:.100} is not. Make it a "
@@ -47,6 +60,21 @@ def installed_tracker(name: str, args: Mapping[str, Any], run: TrackedRun) -> In
     except TypeError as error:
         raise UserError(f"{key}: {target.__name__} cannot be constructed with these arguments: {error}") from error
     return InstalledTracker(name, lambda: make(run, **args))
+
+
+def _built_in(name: str, args: Mapping[str, Any], *, key: str) -> type[TrackerBackend]:
+    """Return the class. UserError: the package is not installed, or an argument is of another type."""
+    if find_spec(name) is None:
+        raise UserError(f"{key}: the package {name} is not installed: `pip install 'ray-rlhf[{name}]'`")
+    tracker = cast("type[TrackerBackend]", resolve_name(BUILT_IN[name]))
+    types = get_type_hints(tracker.__init__)
+    for argument in args.keys() & types.keys():
+        try:
+            TypeAdapter(types[argument]).validate_python(args[argument], strict=True)
+        except ValidationError as error:
+            text = error.errors()[0]["msg"]
+            raise UserError(f"{key}.{argument}: got {args[argument]!r}, but: {text}") from error
+    return tracker
 
 
 class InstalledTracker(TrackerBackend):
