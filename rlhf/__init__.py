@@ -12,6 +12,7 @@ rlhf.follow_job(rlhf.submit("ppo.yaml", address="http://head:8265")).exit_code
 
 from __future__ import annotations
 
+from rlhf.commands.convert import convert
 from rlhf.commands.dashboard import dashboard
 from rlhf.commands.doctor import cluster_doctor, doctor, tested_versions
 from rlhf.commands.evaluate import evaluate
@@ -41,8 +42,8 @@ hush_imports()
 hide_cuda_builds()
 
 __all__ = [
-    "Interrupted", "Preempted", "Run", "RunError", "UserError", "cluster_doctor", "dashboard", "doctor", "evaluate",
-    "export", "fetch_model", "follow_job", "generate", "job_status", "load_config", "load_merge", "merge", "plan",
-    "play", "quickstart", "recipes", "report", "reward", "serve", "serve_reward", "show_recipe", "stop_job",
-    "submit", "sweep", "tested_versions", "train", "view",
+    "Interrupted", "Preempted", "Run", "RunError", "UserError", "cluster_doctor", "convert", "dashboard", "doctor",
+    "evaluate", "export", "fetch_model", "follow_job", "generate", "job_status", "load_config", "load_merge",
+    "merge", "plan", "play", "quickstart", "recipes", "report", "reward", "serve", "serve_reward", "show_recipe",
+    "stop_job", "submit", "sweep", "tested_versions", "train", "view",
 ]  # fmt: skip

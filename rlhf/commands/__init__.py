@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rlhf.commands import (
+    convert,
     dashboard,
     doctor,
     evaluate,
@@ -35,6 +36,7 @@ COMMANDS: Mapping[str, Command] = {
     "train": train.COMMAND,
     "plan": plan.COMMAND,
     "sweep": sweep.COMMAND,
+    "convert": convert.COMMAND,
     "quickstart": quickstart.COMMAND,
     "recipes": recipes.COMMAND,
     "models": models.COMMAND,

@@ -138,15 +138,22 @@ def refuse_half_characters(text: str, place: str) -> None:
 
 
 def _rename(row: Row, columns: Mapping[str, str], renamed: Mapping[str, str]) -> Row:
-    for current, original in columns.items():
-        if original not in row.columns:
+    moved = {current: _column(row, current, original) for current, original in columns.items()}
+    kept = {name: value for name, value in row.columns.items() if name not in {*columns.values(), *columns}}
+    return replace(row, columns=kept | moved, renamed=renamed)
+
+
+def _column(row: Row, current: str, original: str) -> Any:
+    """Return a column, or a field inside a column by a path such as `reward_model.ground_truth`."""
+    value: Any = row.columns
+    for part in (original,) if original in value else original.split("."):
+        if not isinstance(value, Mapping) or part not in value:
             raise UserError(
                 f"{row.place}: data.columns.{current} names `{original}`, which is missing; found {row.present}. "
                 "Name one of these."
             )
-    moved = {current: row.columns[original] for current, original in columns.items()}
-    kept = {name: value for name, value in row.columns.items() if name not in {*columns.values(), *columns}}
-    return replace(row, columns=kept | moved, renamed=renamed)
+        value = value[part]
+    return value
 
 
 def _read_file(path: Path) -> Iterator[Row]:

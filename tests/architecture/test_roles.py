@@ -25,6 +25,7 @@ OTHER_MEANINGS = {
     ("reference", "rlhf/data/tasks.py"),  # the same column
     ("reference", "actors/roles/gang.py"),  # the stage in which the policy computes it, named in errors
     ("reference", "rlhf/controller/offline.py"),  # the same stage, in the progress display
+    ("reward", "rlhf/converting/sources.py"),  # a trainer of TRL
     ("reference", "rlhf/workers/offline/referenced.py"),  # the same stage, in errors
 }
 

@@ -218,6 +218,13 @@ MUTATIONS = (
         "unit/test_viewing_report.py",
     ),
     _mutation(
+        "a warm-up of verl counts batches and not optimizer steps",
+        "rlhf/converting/rules/verl.csv",
+        "actor.optim.lr_warmup_steps * (max(",
+        "actor.optim.lr_warmup_steps * (min(",
+        "unit/test_converting.py",
+    ),
+    _mutation(
         "a key without effect is accepted",
         "rlhf/config/validation/unused_keys.py",
         "        if _is_meant(stage, inert) and inert.key not in named and",

@@ -196,6 +196,13 @@ def test_columns_are_renamed_and_the_old_name_is_gone(tmp_path: Path) -> None:
     assert renamed.columns == {"prompt": "q", "answer": "a"}
     (swapped,) = read_rows(source, columns={"prompt": "answer", "answer": "prompt"})
     assert swapped.columns == {"question": "q", "prompt": "a", "answer": "old"}
+    nested = jsonl(tmp_path / "n.jsonl", {"q": "x", "judge": {"truth": "7", "more": {"a.b": 1}}, "a.b": "flat"})
+    (inner,) = read_rows(nested, columns={"answer": "judge.truth", "prompt": "a.b"})
+    assert (inner.columns["answer"], inner.columns["prompt"]) == ("7", "flat")
+    assert inner.columns["judge"] == {"truth": "7", "more": {"a.b": 1}}
+    for path in ("judge.lie", "q.truth", "judge.truth.deeper"):
+        with pytest.raises(UserError, match=f"names `{path}`, which is missing"):
+            read_rows(nested, columns={"answer": path})
     with pytest.raises(UserError, match=r"d.jsonl:1: data.columns.prompt names `frage`.*found `question`, `prompt`"):
         read_rows(source, columns={"prompt": "frage"})
     (found,) = read_rows(jsonl(tmp_path / "d.jsonl", {"prompt": "a"}), columns={"promt": "prompt"})

@@ -40,14 +40,14 @@ def unknown_key(
     if section == ("reward",) and "rewards" in known and isinstance(value, Mapping):
         text = f"rewards by name belong to `rewards`; `reward` is the reward model. Write `rewards.{word}`."
         return [Problem(path, text, meant=("reward.model",))]
-    synonym = _synonym(path, known)
-    if synonym is not None:
-        return [_of_synonym(path, synonym)]
     settings = list(_settings_below(path, value, known))
     if any(setting.text != _UNKNOWN for setting in settings) and (
         word in _FOREIGN_SECTIONS or not nearest(word, names)
     ):
         return settings
+    synonym = _synonym(path, known)
+    if synonym is not None:
+        return [_of_synonym(path, synonym)]
     suggestion = _nearest_key(root, values, section, word, nodes, names)
     foreign = sorted({unicodedata.name(c, f"U+{ord(c):04X}") for c in word[:100] if not c.isascii()})
     if foreign:  # such a letter may look like an ASCII letter
@@ -91,11 +91,13 @@ def _settings_below(path: Key, value: Any, known: frozenset[str]) -> Iterator[Pr
     """Yield the settings below a key as known from TRL, verl and OpenRLHF."""
     for name, inner in value.items() if isinstance(value, Mapping) else ():
         inner_path = (*path, name)
-        synonym = _synonym(inner_path, known)
-        if synonym is not None:
+        synonym, below = _synonym(inner_path, known), list(_settings_below(inner_path, inner, known))
+        if any(setting.text != _UNKNOWN for setting in below):
+            yield from below
+        elif synonym is not None:
             yield _of_synonym(inner_path, synonym)
         elif isinstance(inner, Mapping):
-            yield from _settings_below(inner_path, inner, known)
+            yield from below
         else:
             yield Problem(inner_path, _UNKNOWN)
 

@@ -1,43 +1,84 @@
-"""Map the settings of TRL, verl and OpenRLHF to the keys of this schema (synonyms.csv).
+"""Map the settings of TRL, verl and OpenRLHF to the keys of this schema (synonyms.csv and settings/).
 
-Error messages suggest these keys. `python -m rlhf.config.mistakes.synonyms` prints the table of docs/coming_from.md.
-This module holds names only, no values.
+Error messages suggest these keys, and `rlhf convert` converts by them. `python -m rlhf.config.mistakes.synonyms` prints
+the table of docs/coming_from.md. This module holds names only, no values.
 """
 
 from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
+
+Framework = Literal["trl", "verl", "openrlhf"]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting of another framework, a row of settings/FRAMEWORK.csv."""
+
+    name: str
+    """The names, separated by spaces; a name with dots is a path. In verl's, `actor.`, `rollout.`, `ref.` and `model.`
+    stand for the sections of `actor_rollout_ref`. The first name is used by rlhf.converting."""
+    keys: str
+    """The keys here; several where algorithms differ. Empty: no key sets this."""
+    how: str
+    """`copy`: the value is the same. `code`: a function of rlhf.converting converts it. `same`: this framework always
+    does this, whatever the value is; with `:A|B` only for these values. `like:NAME`: this framework does this for the
+    value of the setting NAME. `none`: there is no counterpart."""
+    default: str
+    """The framework's value of an absent setting, in YAML, or a mapping from its trainers to values. Empty: the value
+    of the key here, or none."""
+    note: str
+    """The difference, or the reason for no key, as sentences."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.name.split())
 
 
 @dataclass(frozen=True, slots=True)
 class Synonym:
-    """One setting in four vocabularies, a row of synonyms.csv.
-
-    Names are separated by spaces, and a name with dots is a path.
-    """
+    """The settings of the frameworks for the same keys here, by names separated by spaces."""
 
     keys: str
-    """The keys here; several where algorithms differ. Empty: no key sets this."""
-    trl: str
-    verl: str
-    """`actor.`, `rollout.`, `ref.` and `model.` stand for the sections of `actor_rollout_ref`."""
-    openrlhf: str
-    """The names of the options, both with dots and, as in older versions, without dots."""
-    other: str
+    other: str = ""
     """Words that people write although none of the three frameworks has such a setting."""
-    note: str
+    note: str = ""
     """The difference between the settings, as a sentence."""
+    trl: str = ""
+    verl: str = ""
+    openrlhf: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(f"{self.trl} {self.verl} {self.openrlhf} {self.other}".split())
 
 
-with Path(__file__).with_name("synonyms.csv").open(encoding="utf-8", newline="") as _file:
-    SYNONYMS = tuple(Synonym(**row) for row in csv.DictReader(_file))
+def _rows(name: str) -> Iterator[dict[str, str]]:
+    with (Path(__file__).parent / name).open(encoding="utf-8", newline="") as file:
+        yield from csv.DictReader(file)
+
+
+def _synonyms() -> Iterator[Synonym]:
+    """Yield the rows of synonyms.csv, then the settings without a key here by their notes."""
+    rows = {(row["keys"], ""): row for row in _rows("synonyms.csv")}
+    for framework, settings in SETTINGS.items():
+        for setting in settings:
+            group = (setting.keys, "" if setting.keys else setting.note)
+            row = rows.setdefault(group, {"keys": "", "note": setting.note})
+            row[framework] = f"{row.get(framework, '')} {setting.name}".strip()
+    for row in rows.values():
+        yield Synonym(**row)
+
+
+SETTINGS: dict[Framework, tuple[Setting, ...]] = {
+    framework: tuple(Setting(**row) for row in _rows(f"settings/{framework}.csv")) for framework in get_args(Framework)
+}
+SYNONYMS = tuple(_synonyms())
 
 # Values of other frameworks for keys with a fixed set of values.
 VALUES = {
@@ -54,6 +95,7 @@ VALUES = {
         "prm": "process_reward_model",
     },
     "aggregation": {
+        "token-mean": "token_mean",
         "seq-mean-token-sum": "sequence_mean_token_sum",
         "seq-mean-token-mean": "sequence_mean_token_mean",
         "seq-mean-token-sum-norm": "token_sum_norm",

@@ -116,7 +116,8 @@ class PromptFormat(Section):
     """How rows of data become prompts."""
 
     columns: dict[str, str] = Field(default_factory=dict)
-    """Map from our column name to the column name in the data set."""
+    """Map from our column name to the column name in the data set. A name with dots, such as
+    `reward_model.ground_truth`, is a field inside a column."""
     system_prompt: Annotated[str | None, OF_THE_TEMPLATE, OF_RENDERED] = None
     """System message added before every prompt by the chat template."""
     apply_chat_template: Annotated[bool, OF_RENDERED] = True
