@@ -77,6 +77,12 @@ def test_a_shown_recipe_runs_anywhere(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "needs the NAME" in capsys.readouterr().err
 
 
+def test_every_recipe_names_its_base_as_a_recipe() -> None:
+    bases = [base for path in RECIPES.glob("*.yaml") for base in re.findall(r"\bbase: *(\S+)", path.read_text())]
+    assert bases
+    assert not [base for base in bases if not base.startswith("recipe:")]
+
+
 def test_a_model_not_fetched_yet_is_planned_by_its_known_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     here = totals(load("recipe:sft_smollm2"))
