@@ -86,6 +86,9 @@ class Site:
             return f"# {file.name}\n\n`{path}` in the repository:\n\n{fence}{kind}\n{text}{fence}\n"
         if path == "docs/api.md":
             text = API_ITEM.sub(r"\n::: \1\n", text)
+        return self._changed(text, path)
+
+    def _changed(self, text: str, path: str) -> str:
         return as_python_markdown(outside_fences(text, lambda part: self._linked(part, path)))
 
     def _linked(self, text: str, path: str) -> str:
@@ -96,8 +99,6 @@ class Site:
             return os.path.relpath(self.place(target), here)
 
         def relative(match: re.Match[str]) -> str:
-            if str(here / match[1]) in self.pages:  # a picture of a notebook
-                return match[1]
             target = os.path.normpath(Path(path).parent / match[1])
             if not (self.root / target).is_file():
                 raise UserError(f"{path}: the link {match[1]} leads to no file of the repository. Correct the link.")
@@ -112,14 +113,19 @@ class Site:
 
     def _notebook(self, path: str) -> str:
         """Return a notebook with its outputs as a page, and put its pictures next to the page."""
+        import nbformat
         from nbconvert import MarkdownExporter
 
         place = Path(self.places[path])
-        text, extra = MarkdownExporter().from_filename(str(self.root / path))
+        notebook = nbformat.read(self.root / path, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = self._changed(cell.source, path)
+        text, extra = MarkdownExporter().from_notebook_node(notebook)
         for name, content in extra["outputs"].items():
             self.pages[str(place.parent / f"{place.stem}_{name}")] = content
             text = text.replace(f"({name})", f"({place.stem}_{name})")
-        return as_python_markdown(outside_fences(text, lambda part: self._linked(part, path)))
+        return str(text)
 
     def navigation(self) -> list[dict[str, object]]:
         """Return the sections of docs/README.md, each with the titles and the places of its pages."""
