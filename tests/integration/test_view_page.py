@@ -182,6 +182,19 @@ async def test_the_overview_compares_two_runs(runs: list[Path], tmp_path: Path, 
             page.requested.remove(url)
 
 
+async def test_a_report_works_in_the_frame_of_a_notebook(runs: list[Path], tmp_path: Path) -> None:
+    """Such a frame has no address, so the page cannot write the current view there."""
+    notebook = tmp_path / "notebook.html"
+    notebook.write_text(rlhf.report(runs[0], out=tmp_path / "report.html")._repr_html_(), encoding="utf-8")
+    async with shown(runs[0]) as (page, _):
+        await page.open(notebook.as_uri())
+        inside = "document.querySelector('iframe').contentDocument"
+        await page.until(f"{inside}.querySelectorAll('.chart canvas').length >= 2")
+        await page.value(f"[...{inside}.querySelectorAll('button')].find((one) => one.innerText === 'samples').click()")
+        await page.until(f"{inside}.querySelectorAll('.card').length === 2")
+        page.requested.remove(notebook.as_uri())
+
+
 async def test_samples_by_keys_and_by_their_tokens(runs: list[Path]) -> None:
     async with shown(runs[0]) as (page, url):
         await page.open(url)

@@ -36,7 +36,8 @@ function writePlace(place) {
     if (!unused && place[name] !== null && place[name] !== "") kept.set(name, place[name]);
   }
   if (place.compare) kept.set("compare", "1");
-  history.replaceState(null, "", `#${kept}`);
+  // the frame of a notebook has no address to write
+  if (location.protocol !== "about:") history.replaceState(null, "", `#${kept}`);
 }
 
 // Returns the requested place, with a run and a step that exist.
