@@ -124,7 +124,7 @@ def test_python_runs(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch
 def whole(values: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration with the keys of a part of it."""
     if "stages" in values and "policy" not in values:
-        return {"base": "pipeline_rlhf.yaml", **values}
+        return {"base": "recipe:pipeline_rlhf", **values}
     if "base" in values or "stages" in values:
         return values
     rewards = values.get("rewards", RUN["rewards"])
