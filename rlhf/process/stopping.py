@@ -33,6 +33,7 @@ REPEATED_WITHIN_S = 2.0  # `timeout` sends a signal twice: to the process, and t
 PRESSED_AGAIN_AFTER_S = 0.1  # Ctrl-C signals further apart than this count separately
 LOOK_EVERY_S = 0.1
 END_WITHIN_S = 15.0  # limit for an orderly end of interrupted work
+IMPORTED_WITHIN_S = 60.0  # an interrupt waits for an import: half a module would break the next call of a notebook
 _PREFIX = "rlhf: "  # prefix of this module's thread names
 
 
@@ -130,7 +131,7 @@ def run_stoppable(work: Callable[[StopRequest], T]) -> T:
     with _listening(request) as listen:
         outcome, thread = start_thread(begin, "work")
         deadline: float | None = None
-        beats, silent_s = request.beats, 0.0
+        beats, silent_s, importing_s = request.beats, 0.0, 0.0
         while thread.is_alive() and not request.given_up.is_set():
             thread.join(LOOK_EVERY_S)
             if request.handlers_lost.is_set():
@@ -144,6 +145,9 @@ def run_stoppable(work: Callable[[StopRequest], T]) -> T:
                 request.hung_s = silent_s
                 request.interrupted.set()
             if request.interrupted.is_set() and deadline is None:
+                if importing_s < IMPORTED_WITHIN_S and _imports(thread):
+                    importing_s += LOOK_EVERY_S
+                    continue
                 deadline = time.monotonic() + END_WITHIN_S
                 _interrupt(thread, request)
             elif deadline is not None and time.monotonic() > deadline:
@@ -222,6 +226,14 @@ def _listening(request: StopRequest) -> Iterator[Callable[[], None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
+
+
+def _imports(thread: threading.Thread) -> bool:
+    """Return whether a thread is importing a module."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _interrupt(thread: threading.Thread, request: StopRequest) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import importlib
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from types import FrameType
 from typing import Any
 from unittest.mock import Mock
@@ -23,7 +25,7 @@ from actors.cluster import preemption as interrupts
 from actors.cluster.connect import OWN_RAY
 from actors.cluster.preemption import run_loop
 from rlhf.controller.notice import Notice
-from rlhf.errors import Preempted, RunError, UserError
+from rlhf.errors import Interrupted, Preempted, RunError, UserError
 from rlhf.process import stopping
 from rlhf.process.stopping import StopRequest, current_request, finishes_within, run_async, run_stoppable
 from tests.fakes.calls import until
@@ -456,3 +458,20 @@ async def test_work_is_cut_off_by_a_notice_and_else_gives_its_result() -> None:
     asyncio.get_running_loop().call_later(0.01, notice.give)
     assert await notice.unless_given(slow()) is None
     assert cut.is_set()
+
+
+def test_an_interrupt_waits_for_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that is imported in part would break the next call in a notebook."""
+    text = "import time\nfor _ in range(20):\n    time.sleep(0.05)\nwhole = True\n"
+    (tmp_path / "slowly_imported.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def work(_: StopRequest) -> None:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        importlib.import_module("slowly_imported")
+        while True:
+            time.sleep(0.01)
+
+    with pytest.raises(Interrupted):
+        run_stoppable(work)
+    assert vars(sys.modules.pop("slowly_imported"))["whole"]
