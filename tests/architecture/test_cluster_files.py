@@ -200,6 +200,99 @@ def test_a_ray_process_that_ends_is_not_waited_for() -> None:
     assert (done.returncode, done.stdout) == (3, "both: a Ray process has ended; its output is above\n")
 
 
+def scheduled(tool: str) -> tuple[dict[str, Any], str]:
+    """Return the file of a scheduler, and the commands that each node runs."""
+    file = yaml.safe_load((CLUSTER / f"{tool}.yaml").read_text(encoding="utf-8"))
+    return file, file["run"] if tool == "skypilot" else "\n".join(file["commands"])
+
+
+@pytest.mark.parametrize("tool", ["skypilot", "dstack"])
+def test_a_scheduler_starts_the_same_script_on_each_node(tool: str) -> None:
+    file, run = scheduled(tool)
+    lint(run + file.get("setup", ""))
+    assert 'cluster/node.sh "$CONFIG" run.dir=/runs ' in run
+    for name in ("RLHF_RANK", "RLHF_NODES", "RLHF_HEAD"):
+        assert re.search(rf"\b{name}=", run), name
+    secrets = file["secrets"] if tool == "skypilot" else dict.fromkeys(word for word in file["env"] if "=" not in word)
+    assert secrets == {"RAY_AUTH_TOKEN": None, "WANDB_API_KEY": None}, "values come from the user's environment"
+    configs = file["envs"]["CONFIG"] if tool == "skypilot" else file["env"][0].removeprefix("CONFIG=")
+    assert (ROOT / configs).is_file()
+    assert "/runs" in (file["file_mounts"] if tool == "skypilot" else file["volumes"][0])
+
+
+RAY = """#!/bin/bash
+echo "ray $*" >> calls
+case "$1 $3" in
+  "start --head") trap "kill %1; echo ended >> calls; exit 0" TERM; sleep 60 & wait ;;
+  "health-check "*) [ -z "$HEAD_IS_GONE" ] && { [ "$RLHF_RANK" != 0 ] || grep -q " --head" calls; } ;;
+esac
+"""
+
+
+def on_a_node(folder: Path, *words: str, rank: int, **given: str) -> subprocess.CompletedProcess[str]:
+    """Run node.sh among programs that write down their arguments, each to `calls`."""
+    rlhf = '#!/bin/bash\necho "rlhf $*" >> calls\nexit 75\n'
+    for name, text in {"ray": RAY, "rlhf": rlhf, "python": "#!/bin/bash\nexit 0\n"}.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).chmod(0o755)
+    node = {"RLHF_RANK": str(rank), "RLHF_NODES": "2", "RLHF_HEAD": "10.0.0.1", "RAY_AUTH_TOKEN": "t", **given}
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **node}
+    command = [CLUSTER / "node.sh", *words]
+    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+def test_the_first_node_runs_and_the_others_join(tmp_path: Path) -> None:
+    lint((CLUSTER / "node.sh").read_text(encoding="utf-8"))
+    assert on_a_node(tmp_path, "run.yaml", "train.steps=3", rank=0).returncode == 75, "the run's own exit code"
+    calls = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
+    assert any("--block --head --node-ip-address=10.0.0.1 --port=6390" in call for call in calls)
+    assert calls[-2:] == [
+        "rlhf train run.yaml train.steps=3 cluster.address=10.0.0.1:6390 --resume auto --supervise",
+        "ended",
+    ]
+    (tmp_path / "calls").unlink()
+    assert on_a_node(tmp_path, "run.yaml", rank=1).returncode == 0
+    joined = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
+    assert joined == ["ray health-check --address 10.0.0.1:6390", "ray start --block --address=10.0.0.1:6390"]
+
+
+def test_a_node_without_a_head_or_a_token_says_so(tmp_path: Path) -> None:
+    alone = on_a_node(tmp_path, "run.yaml", rank=1, HEAD_IS_GONE="1", READY_WITHIN_S="1")
+    assert (alone.returncode, alone.stderr) == (1, "node.sh: the head on 10.0.0.1: not within 1 s\n")
+    without = on_a_node(tmp_path, "run.yaml", rank=0, RAY_AUTH_TOKEN="")
+    assert (without.returncode, without.stderr) == (2, "node.sh: the variable RAY_AUTH_TOKEN is not set\n")
+    assert on_a_node(tmp_path, rank=0).returncode == 2
+
+
+READERS = {
+    "skypilot": ("skypilot==0.14.1", "import sky; sky.Task.from_yaml(sys.argv[1])"),
+    "dstack": (
+        "dstack==0.22.5",
+        "import yaml; from dstack._internal.core.models.configurations import parse_apply_configuration as parse; "
+        "parse(yaml.safe_load(open(sys.argv[1])))",
+    ),
+}
+
+
+@pytest.mark.slow  # installs the tool
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("tool", READERS)
+def test_a_scheduler_takes_its_file_and_refuses_an_unknown_key(tmp_path: Path, tool: str) -> None:
+    package, read = READERS[tool]
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "tool"], check=True, timeout=120)
+    install = [tmp_path / "tool/bin/pip", "install", "--quiet", package]
+    subprocess.run(install, check=True, timeout=900)
+    env = {**os.environ, "HOME": str(tmp_path), "RAY_AUTH_TOKEN": "t", "WANDB_API_KEY": "k"}
+    env.pop("PYTHONPATH", None)
+    written = (CLUSTER / f"{tool}.yaml").read_text(encoding="utf-8")
+    for text, is_right in ((written, True), (f"{written}\nunknown_key: 1\n", False)):
+        (tmp_path / "file.yaml").write_text(text, encoding="utf-8")
+        command = [tmp_path / "tool/bin/python", "-c", f"import sys; {read}", tmp_path / "file.yaml"]
+        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert (done.returncode == 0) is is_right, done.stderr
+        assert is_right or "unknown_key" in done.stderr
+
+
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_dockerfiles_are_clean_and_pinned(path: Path) -> None:
     done = subprocess.run([BIN / "hadolint", "--format=json", path], capture_output=True, text=True, timeout=60)
