@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +54,15 @@ def convert_file(path: Path, framework: Framework, *, method: str | None, gpus: 
         section, _, name = key.partition(".")
         if name not in tree.get(section, {}):
             missing.append(f"{key}: the file does not name it; add it, or give `{key}=...` on the command line")
+    if variables := sorted({*re.findall(r"\$\{\w+\}", str(source.settings))}):
+        missing.append(f"{', '.join(variables)}: the file gives no value to the variable; write the value")
     remarks = (*draft.looks, *missing, *_listed(draft.outcomes, ("unknown", "none", "inert")))
     notes = [f"Converted from {framework} by `rlhf convert`: {path.name}. `rlhf plan FILE` checks the file."]
     notes += [f"Look at: {text}" for text in (*draft.looks, *missing)]
     notes += _listed(draft.outcomes, tuple(_TITLES))
     head = "".join(f"# {line}\n" for note in notes for line in redact(note).splitlines())
+    if "algorithm" in tree:
+        tree["algorithm"] = {"name": tree["algorithm"]["name"], **tree["algorithm"]}
     text = head + to_yaml({section: tree[section] for section in Config.model_fields if section in tree})
     return Conversion(text, draft.outcomes, tuple(redact(remark) for remark in remarks))
 

@@ -102,8 +102,11 @@ class Draft:
             if not found and parse(with_placeholders(rest)) == config:
                 self.values = rest
         for name, names in self.written.items():
+            is_used = any(name in self.sources[key] for key in self.values)
             for written in names:
-                self.outcomes.setdefault(written, self._outcome(name))
+                outcome = self.outcomes.get(written)
+                if outcome is None or (is_used and outcome.kind == "inert"):
+                    self.outcomes[written] = SettingOutcome("converted") if is_used else self._outcome(name)
         return found
 
     def _at(self, key: Key) -> list[str]:
@@ -121,17 +124,17 @@ class Draft:
                 self.outcomes[written] = SettingOutcome(kind, reason)
 
     def _outcome(self, name: str) -> SettingOutcome:
-        """Judge a setting without a remark by the keys that follow from it, or by its row."""
+        """Judge a setting from which no key follows, by its row."""
         row = self.rows[name]
-        if any(name in self.sources[key] for key in self.values):
-            return SettingOutcome("converted")
         rule, _, argument = row.how.partition(":")
         value = self.settings[name]
         if rule == "like":
             is_same = value is None or value == self(argument)
         else:
             is_same = rule != "none" and (not argument or str(value).lower() in argument.lower().split("|"))
-        return SettingOutcome("same" if is_same else "none", row.note or "this framework does so without a key")
+        return SettingOutcome(
+            "same" if is_same else "none", row.note or "changes nothing here beside the other settings of the file"
+        )
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:

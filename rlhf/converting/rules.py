@@ -131,6 +131,7 @@ def every(value: Any, per_step: float = 1, steps: int | None = None) -> int | No
 def data_sets(value: Any, split: str = "") -> Any:
     """Return a data set, or several by name. Several sets are a list, or text with commas."""
     words = value.split(",") if isinstance(value, str) else as_list(value)
+    split = split.partition("[")[0]
     names = [word.strip() if "." in word[-8:] or not split else f"{word.strip()}:{split}" for word in words]
     if len(names) < 2:
         return names[0] if names else None

@@ -1,7 +1,7 @@
 """Read the commands of a shell script without running the script.
 
 Variables, arrays, here-documents, `${NAME:-default}` and integer arithmetic are expanded. A variable without a value in
-the script, such as `$1`, stays as it is written, and the output of another command is left out.
+the script, such as `$1` or the output of a command, stays as `${NAME}`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def commands(text: str) -> Iterator[list[str]]:
         if name := part["heredoc"] or part["array"]:
             body = re.sub(r"(^|\s)#[^\n]*", r"\1", part["text"] or part["items"])
             variables[name] = _expand(body, variables)
+        elif part["name"] and re.search(r"\$\((?!\()", part["value"]):
+            variables.pop(part["name"], None)  # the output of a command
         elif part["name"]:
             variables[part["name"]] = " ".join(_words(_expand(part["value"], variables)))
         elif part["line"].strip():

@@ -174,7 +174,11 @@ def _python(path: Path, text: str) -> Source:
         if not isinstance(node, ast.Call) or not (kind or name == "load_dataset"):
             continue
         if name == "load_dataset":
-            splits = [("dataset_train_split", word.value) for word in node.keywords if word.arg == "split"]
+            splits = [
+                ("dataset_train_split", word.value.elts[0] if isinstance(word.value, ast.List) else word.value)
+                for word in node.keywords
+                if word.arg == "split"
+            ]
             given = dict([("dataset_name", node.args[0]), *splits]) if node.args else {}
         elif name == "LoraConfig":
             given = {_LORA.get(str(word.arg), str(word.arg)): word.value for word in node.keywords}

@@ -352,7 +352,7 @@ SCRIPT = """
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 LENGTH = 256
-dataset = load_dataset("owner/data", split="train")
+dataset, held_out = load_dataset("owner/data", split=["train[:5%]", "test[:5%]"])
 config = GRPOConfig(output_dir="out/first", max_completion_length=LENGTH, num_generations=4, seed=make_seed())
 trainer = GRPOTrainer(model="some/model", reward_funcs=[accuracy_reward, own], args=config, train_dataset=dataset,
                       peft_config=LoraConfig(r=4, lora_alpha=8))
@@ -369,6 +369,7 @@ def test_a_python_script_of_trl_is_read_and_not_run(tmp_path: Path) -> None:
     assert run["rollouts"]["max_new_tokens"] == 256
     assert run["rewards"]["own"]["function"] == "train.py:own"
     assert "make_seed()" in result.outcomes["seed"].text
+    assert any("no key cuts a data set" in remark for remark in result.remarks)
     assert any("signature" in remark for remark in result.remarks)
 
 
@@ -409,6 +410,12 @@ EOF
     assert ["tool", "--x", "1", "--y", "2"] in found
     assert ["inner", "--z", "3"] in found
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_variable_without_a_value_is_named(tmp_path: Path) -> None:
+    text = "WORK=$(pwd)\n" + COMMANDS["trl"].format("sft", TRL + "--output_dir ${WORK}/out --run_name $1")
+    result = converted(tmp_path, "trl", text)[1]
+    assert any(remark.startswith("${WORK}: the file gives no value") for remark in result.remarks)
 
 
 def test_a_setting_that_changes_nothing_here_is_told_from_one_that_is_lost(tmp_path: Path) -> None:
