@@ -26,6 +26,7 @@ METHODS: dict[Framework, tuple[str, ...]] = {
     "openrlhf": ("ppo", "sft", "dpo", "rm", "kto", "kd", "prm"),
     "trl": ("grpo", "rloo", "sft", "dpo", "reward", "kto", "ppo", "bco", "prm", "cpo", "orpo", "tpo"),
 }
+_REFERENCE = r"\$\{[^{}]*[.:][^{}]*\}|\?\?\?"  # to another setting, or a missing value, in a file of Hydra
 _LORA = {"r": "lora_r", "target_modules": "lora_target_modules", "modules_to_save": "lora_modules_to_save"}
 _ARGUMENTS = {"model": "model_name_or_path", "reward_funcs": "reward_funcs", "reward_model": "reward_model_path"}
 
@@ -146,7 +147,7 @@ def _flat(values: Mapping[str, Any], framework: Framework, at: str = "") -> Iter
         if framework == "verl" and isinstance(value, dict) and value:
             if name not in ("hydra", "defaults"):
                 yield from _flat(value, framework, f"{name}." if name != "actor_rollout_ref" else "")
-        elif not (framework == "verl" and (name in ("hydra", "defaults") or str(value).startswith(("${", "???")))):
+        elif framework != "verl" or not (name in ("hydra", "defaults") or re.fullmatch(_REFERENCE, str(value))):
             yield name, value
 
 

@@ -210,6 +210,11 @@ def test_a_yaml_file_of_verl(tmp_path: Path) -> None:
     assert not [name for name, outcome in result.outcomes.items() if outcome.kind in ("none", "unknown")]
 
 
+def test_a_path_that_begins_with_a_variable_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "run.sh").write_text(COMMANDS["verl"].format(VERL + "data.val_files=${DATA}/test.parquet"))
+    assert yaml.safe_load(rlhf.convert(tmp_path / "run.sh", "verl").yaml)["data"]["eval"] == "${DATA}/test.parquet"
+
+
 def test_batches_and_the_placement_of_openrlhf(tmp_path: Path) -> None:
     text = (
         "--rollout.batch_size 64 --rollout.n_samples_per_prompt 4 --train.batch_size 32 --train.micro_batch_size 2 "
@@ -415,7 +420,7 @@ EOF
 def test_a_variable_without_a_value_is_named(tmp_path: Path) -> None:
     text = "WORK=$(pwd)\n" + COMMANDS["trl"].format("sft", TRL + "--output_dir ${WORK}/out --run_name $1")
     result = converted(tmp_path, "trl", text)[1]
-    assert any(remark.startswith("${WORK}: the file gives no value") for remark in result.remarks)
+    assert any(remark.startswith("${1}, ${WORK}: the file gives no value") for remark in result.remarks)
 
 
 def test_a_setting_that_changes_nothing_here_is_told_from_one_that_is_lost(tmp_path: Path) -> None:
