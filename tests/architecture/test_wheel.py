@@ -41,6 +41,8 @@ def test_the_wheel_holds_every_recipe_and_no_other_package(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"rlhf/recipes/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} <= names
     assert "rlhf/tested_versions.txt" in names
+    assert {f"rlhf/{folder}/{name}.csv" for folder in ("config/mistakes/settings", "converting/rules")
+            for name in ("trl", "verl", "openrlhf")} <= names  # fmt: skip
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"rlhf", "actors"}
 
 
