@@ -235,6 +235,7 @@ class Prompt:
     temperature: float | None = None  # in training; None: the run's temperature
     max_new_tokens: int | None = None  # of a response, or of each turn; None: the limit of the sampling parameters
     is_chat: bool = False  # written by the chat template
+    question: str = ""  # the prompt without the marks of the chat template; empty: as `text`
     turn_end: int | None = None  # token ending a response in the template; None: the model's end tokens
 
     @property
@@ -333,6 +334,18 @@ class GroupScores:
     scored_errors: tuple[RewardError, ...] = ()  # failed calls whose responses still got a score
     # rewards credited by steps, per response, before gate and weight; by_name holds their sums
     steps: Mapping[str, tuple[tuple[StepReward, ...], ...]] = field(default_factory=dict)
+    # values that are only measured, under `<reward>/<name>`: criteria of a rubric, agreement, disagreement
+    parts: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> dict[str, tuple[float | None, ...]]:
+        """Return the values of all rewards, followed by their parts."""
+        return {**self.by_name, **self.parts}
+
+
+def is_unnamed(name: str) -> bool:
+    """Return whether the name of a measured value ends in the number of a row's criterion without a name."""
+    return "/" in name and name.rpartition("/")[2].isdigit()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

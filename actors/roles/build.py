@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ray.actor import ActorHandle
@@ -38,6 +39,7 @@ class RunContext:
     longest_sequence: int  # tokens of prompt and response; engines have the same
     supervisor: Supervisor | None = None  # None: a lost worker ends the work
     rewards: tuple[RewardSpec, ...] = ()
+    judgements: Path | None = None  # folder for the answers of judges
     tokenizer_class: type[Any] | None = None  # of the policy. None: it comes with the model's own code
     folders: MemoryFolders | None = None  # of the snapshots of trained ranks; None: they take none
 
@@ -99,6 +101,7 @@ def _reward(run: RunContext) -> RewardWorkers:
         processes=policy.processes,
         memory_gib=policy.memory_gib,
         max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
+        judgements=run.judgements,
     )
     return RewardWorkers.create(config.cluster, run.placement, settings, longest_sequence=run.longest_sequence)
 

@@ -233,7 +233,7 @@ def _result(scored: ScoredGroup, responses: ResponseTexts, answers: AnswerForm |
         responses=tuple(texts),
         transcripts=conversations or None,
         scores=scored.scores.scores,
-        by_name=scored.scores.by_name,
+        by_name=scored.scores.measured,
         answers=None if answers is None else tuple(answer_of(text, answers) for text in texts),
         truncated=tuple(info.finish_reason == "length" for info in group.infos),
         response_tokens=tuple(info.num_response_tokens for info in group.infos),

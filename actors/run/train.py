@@ -48,7 +48,7 @@ from rlhf.preflight.start import Start
 from rlhf.preflight.training_data import OfflineInputs, OnlineInputs, collated
 from rlhf.process.driver_parent import unrecorded_deaths
 from rlhf.process.stopping import StopRequest, current_request, run_async
-from rlhf.rewards.scoring import fingerprint
+from rlhf.rewards.scoring import fingerprint, has_judges
 from rlhf.tracking import logs
 from rlhf.tracking.run_folder.atomic import write_atomic
 from rlhf.tracking.run_folder.errors import ErrorRecord
@@ -222,6 +222,7 @@ async def _online(
             longest_sequence=inputs.max_model_len,
             supervisor=supervisor,
             rewards=inputs.rewards,
+            judgements=record.folder.judgements() if has_judges(inputs.rewards) else None,
             tokenizer_class=None if config.policy.trust_remote_code else type(stage.tokenizer),
         )
         roles = build_roles(context, groups)

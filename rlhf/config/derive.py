@@ -15,7 +15,14 @@ from rlhf.algorithms.algorithm import Kind
 from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.data import DataSource, PresetConfig, WeightedSource
-from rlhf.config.schema.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfig, ReferenceConfig
+from rlhf.config.schema.model import (
+    CriticConfig,
+    LoraConfig,
+    ModelConfig,
+    PolicyConfig,
+    ReferenceConfig,
+    RewardModelConfig,
+)
 from rlhf.config.schema.rewards import drops
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
@@ -178,6 +185,16 @@ def needs(config: Config) -> frozenset[Role]:
 def models_of(config: Config) -> dict[Role, ModelConfig]:
     models = {role: ROLE_USES[role].model(config) for role in MODEL_SECTIONS if role in needs(config)}
     return {role: model for role, model in models.items() if model is not None}
+
+
+def loaded_models(config: Config) -> list[tuple[Role, str, ModelConfig]]:
+    """Return the models of all roles, each with its key below the role's section. The reward role may have several."""
+    models = models_of(config)
+    several = {
+        role: model.models if isinstance(model, RewardModelConfig) else {"model": model}
+        for role, model in models.items()
+    }
+    return [(role, key, model) for role, named in several.items() for key, model in named.items()]
 
 
 def trained_sections(config: Config) -> dict[Role, PolicyConfig | CriticConfig]:

@@ -37,20 +37,24 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 MODELS: tuple[Key, ...] = (
     *((section, "model") for section in MODEL_SECTIONS),
     *((section, "adapter") for section in TRAINED_ROLES),
+    ("reward", "members", "*", "model"),
     ("policy", "tokenizer"),
     ("merge", "base"),
     ("merge", "models", "*", "model"),
     ("evaluate", "model"),
     ("evaluate", "against"),
     ("evaluate", "reward", "model"),
+    ("evaluate", "reward", "members", "*", "model"),
 )
 # Keys that accept `path/file.py:NAME`, and in Python an object.
 CODE: tuple[Key, ...] = (
     ("algorithm", "name"),
     ("rewards", "*", "function"),
+    ("rewards", "*", "judge", "rubric", "*", "function"),
     ("rollouts", "environment", "name"),
     ("rollouts", "agent", "function"),
     ("evaluate", "rewards", "*", "function"),
+    ("evaluate", "rewards", "*", "judge", "rubric", "*", "function"),
     ("evaluate", "environment", "name"),
     ("evaluate", "agent", "function"),
 )

@@ -135,7 +135,7 @@ async def _results(groups: Sequence[ScoredGroup], marking: Marking, reward: Rewa
         PromptScores(
             prompt_id=scored.group.request.prompt.prompt_id,
             scores=scored.scores.scores,
-            by_name=scored.scores.by_name,
+            by_name=scored.scores.measured,
             answers=response_answers,
             truncated=tuple(info.finish_reason == "length" for info in scored.group.infos),
             response_tokens=tuple(info.num_response_tokens for info in scored.group.infos),

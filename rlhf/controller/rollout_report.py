@@ -14,7 +14,7 @@ from rlhf.roles import Metrics, SampleSelection, ScoredGroup
 from rlhf.tracking.metrics.histograms import LAG_EDGES, TOKEN_EDGES
 from rlhf.tracking.metrics.reductions import Histogram, Max, Mean, Reduction, Std, Sum
 from rlhf.tracking.run_folder.samples import SampleRecord, sample_columns, sample_value
-from rlhf.types import RESULT_COLUMN, RolloutInfo
+from rlhf.types import RESULT_COLUMN, RolloutInfo, is_unnamed
 
 T = TypeVar("T")
 
@@ -47,11 +47,13 @@ def rollout_metrics(groups: Sequence[ScoredGroup], *, version: int) -> Metrics:
     greedy = [scored.greedy_score for scored in groups if scored.greedy_score is not None]
     if greedy:
         metrics["rewards/greedy/mean"] = Mean.of(greedy)
-    for name, values in by_reward(scored.scores.by_name for scored in groups).items():
+    for name, values in by_reward(scored.scores.measured for scored in groups).items():
+        if is_unnamed(name):
+            continue  # another criterion in each row
         opinions = [value for value in values if value is not None]
         if opinions:
             metrics[f"rewards/{name}/mean"] = Mean.of(opinions)
-        if len(opinions) < len(values):
+        if len(opinions) < len(values) and "/" not in name:
             silent = len(values) - len(opinions)
             metrics[f"rewards/{name}/no_opinion/fraction"] = Mean(total=silent, count=len(values))
     for name, responses in by_reward(scored.scores.steps for scored in groups).items():
@@ -153,7 +155,7 @@ def group_samples(
                     prompt=request.prompt.text,
                     response="",
                     score=scored.scores.scores[sample] if scored.scores.scores else None,
-                    scores={name: values[sample] for name, values in scored.scores.by_name.items()},
+                    scores={name: values[sample] for name, values in scored.scores.measured.items()},
                     steps=steps,
                     advantage=signals.advantages.get(info.sequence_id),
                     preferred=signals.preferred.get(info.sequence_id),

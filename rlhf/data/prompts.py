@@ -24,6 +24,7 @@ from rlhf.data.chat import (
     turn_end,
     with_system_prompt,
 )
+from rlhf.data.comparisons import conversation_text
 from rlhf.data.examples import Reading
 from rlhf.data.sources import Row
 from rlhf.data.tokenization import encode, encode_raw, raw_beginning
@@ -81,6 +82,7 @@ def load_prompts(
                 temperature=_temperature(row),
                 max_new_tokens=_max_new_tokens(row, reading),
                 is_chat=is_chat,
+                question=conversation_text(draft.messages) if draft.messages is not None else "",
                 turn_end=end if is_chat else None,
             )
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf.evaluation import statistics
 from rlhf.evaluation.passing import PassRule, judges
 from rlhf.evaluation.voting import AnswerForm, answer_form
+from rlhf.types import is_unnamed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -180,7 +181,8 @@ def prompt_metrics(
         return statistics.mean_estimate(values, seed=seed)
 
     metrics = {"score": over_prompts([_mean(result.scores) for result in results])} if results[0].scores else {}
-    for name in dict.fromkeys(name for result in results for name in result.by_name):
+    names = dict.fromkeys(name for result in results for name in result.by_name)
+    for name in [name for name in names if not is_unnamed(name)]:  # others differ from row to row
         opinions = [[v for v in result.by_name.get(name, ()) if v is not None] for result in results]
         if any(opinions):
             metrics[f"rewards/{name}"] = over_prompts([_mean(values) for values in opinions if values])

@@ -50,6 +50,19 @@ def combined_steps(
     return empty.scatter_reduce(0, rows, scores[ends].sigmoid(), reduce=reduce, include_self=False)
 
 
+def ensemble_scores(scores: Float[Tensor, "M B"], *, coef: float) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+    """Return mean - coef * std over M reward models, and the std, for each response.
+
+    The std divides by M. The penalty of Coste et al. (arXiv:2310.02743, uncertainty-weighted optimisation) is the
+    variance, coef * std^2; the std has the unit of the scores, so coef means the same on any scale. ValueError for a
+    single model.
+    """
+    if len(scores) < 2:
+        raise ValueError(f"ensemble_scores needs the scores of two reward models or more, got {len(scores)}")
+    std = scores.std(dim=0, correction=0)
+    return scores.mean(dim=0) - coef * std, std
+
+
 def step_cross_entropy(
     scores: Float[Tensor, " N"], labels: Float[Tensor, " N"], mask: Bool[Tensor, " N"]
 ) -> Float[Tensor, " N"]:

@@ -13,6 +13,7 @@ from rlhf.config.pipeline import model_places
 from rlhf.config.placement_plan import assign_nodes, plan_placement
 from rlhf.config.schema.data import DataSource, PresetConfig
 from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
+from rlhf.config.schema.rewards import functions_of_rubric
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, Stage, final_folder
@@ -114,6 +115,9 @@ def _code(stage: Stage, folder: Path) -> Iterator[Missing]:
         prefix, rewards, sampling = "", stage.rewards, stage.rollouts
     environment, agent = (None, None) if sampling is None else (sampling.environment, sampling.agent)
     named = {f"{prefix}rewards.{name}.function": reward.function for name, reward in rewards.items()}
+    for judge, reward in rewards.items():
+        for criterion, item in functions_of_rubric(reward).items():
+            named[f"{prefix}rewards.{judge}.judge.rubric.{criterion}.function"] = item.function
     if environment is not None:
         named[f"{prefix or 'rollouts.'}environment.name"] = environment.name
     if agent is not None:

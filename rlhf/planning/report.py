@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf.config.derive import eval_sets, max_sequence_tokens, models_of, with_steps
+from rlhf.config.derive import eval_sets, loaded_models, max_sequence_tokens, with_steps
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.nodes import Node, parse_cluster
 from rlhf.config.placement_plan import plan_placement
@@ -91,7 +91,7 @@ def _estimates(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengt
 def _row_layouts(config: Config, sizes: Sizes) -> list[str]:
     """Name the models of untested types or with an unusual packing of sequences, if the config.json is at hand."""
     lines, untested = [], []
-    for section, model in models_of(config).items():
+    for section, _, model in loaded_models(config):
         stored = find_config((sizes.made or {}).get(model.model, model.model), shapes=sizes.shapes)
         if stored is None:
             continue

@@ -16,6 +16,7 @@ from rlhf.config.schema.cluster import ClusterConfig, EngineRange
 from rlhf.config.schema.data import DataSource, TaskConfig
 from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
 from rlhf.config.schema.merge import MergeConfig, in_effect
+from rlhf.config.schema.model import ModelConfig, RewardModelConfig
 from rlhf.config.schema.rewards import RewardConfig
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
@@ -53,7 +54,7 @@ def stage_text(stage: Stage, nodes: Sequence[Mapping[str, float]] | None) -> str
         models: dict[Role, str] = {
             "policy": config.model,
             "rollout": config.model if config.against is None else f"{config.model}, then {config.against}",
-            "reward": config.reward.model if config.reward else "functions",
+            "reward": _names(config.reward) if config.reward else "functions",
         }
         roles = [role for role in ROLE_ORDER if role in stage.needs]
         role_rows = _role_rows(roles, stage.cluster, placement, models)
@@ -227,8 +228,13 @@ def _sync(config: Config) -> str:
 def _roles(config: Config, derived: derive.Derived, placement: PlacementPlan) -> list[list[str]]:
     models = {role: derive.ROLE_USES[role].model(config) for role in derived.needs}
     without = "functions" if config.rewards else "none"
-    names = {role: without if model is None else model.model for role, model in models.items()}
+    names = {role: without if model is None else _names(model) for role, model in models.items()}
     return _role_rows(derived.needs, config.cluster, placement, names)
+
+
+def _names(model: ModelConfig) -> str:
+    models = model.models.values() if isinstance(model, RewardModelConfig) else [model]
+    return ", ".join(one.model for one in models)
 
 
 def _role_rows(

@@ -132,9 +132,10 @@ def _refuse_unfit_results(stage: EvaluationStage, made: StageResults) -> None:
             kind = "dora" if lora.dora else "modules_to_save"
             text = f"will be an adapter with {kind}, which engines cannot serve; merge it into its base before"
             raise UserError(f"evaluate.{key}: {model} {text}")
-    folder = config.reward.model if stage.uses_reward_model and config.reward is not None else ""
-    if folder in made.finals and folder not in made.scored:
-        raise UserError(f"evaluate.reward.model: {folder} will be a language model, expected a reward model")
+    models = config.reward.models if stage.uses_reward_model and config.reward is not None else {}
+    for key, member in models.items():
+        if member.model in made.finals and member.model not in made.scored:
+            raise UserError(f"evaluate.reward.{key}: {member.model} will be a language model, expected a reward model")
 
 
 def inputs_of_model(
@@ -235,8 +236,10 @@ def _load(
         model = replace(model, name=shown, dtype=dtype, tokenizer=tokenizer_source)
         candidates.append(reader.candidate(model, results.templates.get(wanted, UNCHANGED)))
     reward_model = section.reward if any(spec.is_model for spec in rewards) else None
-    if reward_model is not None and reward_model.model not in results.finals:
-        refuse_unusable_reward_model(reward_model, key=names.reward_model)
+    for key, member in ({} if reward_model is None else reward_model.models).items():
+        if member.model not in results.finals:
+            place = names.reward_model if key == "model" else f"{names.reward_model.removesuffix('model')}{key}"
+            refuse_unusable_reward_model(member, key=place)
     longest = max(candidate.longest_sequence(decoding.max_new_tokens) for candidate in candidates)
     return EvalInputs(
         candidates=tuple(candidates),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.derive import chat_template, eval_sets, hub_name, models_of, source_of, train_sets
+from rlhf.config.derive import chat_template, eval_sets, hub_name, loaded_models, source_of, train_sets
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.schema.data import DataSource
 from rlhf.config.schema.evaluate import EvaluationStage
@@ -112,7 +112,7 @@ def _load_run(written: Config, loaded: LoadedConfig, made: StageResults, *, weig
 
 def _asks_the_hub(config: Config, finals: Mapping[str, str]) -> bool:
     """Return whether a model or a data set may be a name on the hub."""
-    models = [model.model for model in models_of(config).values() if model.model not in finals]
+    models = [model.model for _, _, model in loaded_models(config) if model.model not in finals]
     sources = [*(section.source for section in train_sets(config).values()), *eval_sets(config).values()]
     data = [name for source in sources if (name := hub_name(source)) is not None]
     names = [*models, *(name for name in data if not name.endswith(FILE_SUFFIXES))]

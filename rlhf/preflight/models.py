@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.derive import adapter_options, has_value_head, models_of, saved_rank
+from rlhf.config.derive import adapter_options, has_value_head, loaded_models, models_of, saved_rank
 from rlhf.config.files.differences import differences
 from rlhf.config.schema.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfig
 from rlhf.config.schema.root import Config
@@ -50,22 +50,22 @@ def check_models(config: Config, made: StageResults, *, vocabulary_of: str) -> N
         from rlhf.engine.optimizers import refuse_absent_bitsandbytes  # imports torch
 
         refuse_absent_bitsandbytes()
-    for section, model in models_of(config).items():
+    for section, key, model in loaded_models(config):
         if model.model in made.finals:
-            _refuse_other_kind(section, model.model, config, trained_by=made.scored.get(model.model))
-            with prefix_errors(f"{section}.model"):
+            _refuse_other_kind(section, key, model.model, config, trained_by=made.scored.get(model.model))
+            with prefix_errors(f"{section}.{key}"):
                 if not _reads_as_policy(model, config):
                     source = made.tokenizers.get(model.model, made.finals[model.model])
                     _refuse_other_vocabulary(section, source, vocabulary_of, model.trust_remote_code)
         else:
-            _refuse_unusable_model(section, model, config, made.finals, vocabulary_of=vocabulary_of)
+            _refuse_unusable_model(section, key, model, config, made.finals, vocabulary_of=vocabulary_of)
 
 
 def _refuse_unusable_model(
-    section: Role, model: ModelConfig, config: Config, finals: Mapping[str, str], *, vocabulary_of: str
+    section: Role, key: str, model: ModelConfig, config: Config, finals: Mapping[str, str], *, vocabulary_of: str
 ) -> None:
     remote, is_scalar = model.trust_remote_code, has_value_head(config, section)
-    with prefix_errors(f"{section}.model"):
+    with prefix_errors(f"{section}.{key}"):
         if ROLES[section].kind == "scoring":
             _refuse_without_scores(model)
             _refuse_other_vocabulary(section, tokenizer_of(model.model), vocabulary_of, remote)
@@ -126,7 +126,7 @@ def _refuse_without_scores(model: ModelConfig) -> None:
 
 
 def refuse_unusable_reward_model(model: ModelConfig, *, key: str) -> None:
-    """Raise UserError if the reward model of an evaluation is missing, broken or of another kind."""
+    """Raise UserError if a reward model of an evaluation is missing, broken or of another kind."""
     if not Path(model.model).exists():
         use_cache_if_silent()
     with prefix_errors(key):
@@ -190,14 +190,14 @@ def _words(tokenizer: Any) -> dict[str, int]:
     return words
 
 
-def _refuse_other_kind(section: Role, folder: str, config: Config, *, trained_by: str | None) -> None:
+def _refuse_other_kind(section: Role, key: str, folder: str, config: Config, *, trained_by: str | None) -> None:
     """Raise UserError if an earlier stage's result is the wrong kind of model. trained_by None: a language model."""
     scores = ROLES[section].kind == "scoring"
     if not scores and has_value_head(config, section):
         return  # any language model: its head is kept or replaced
     if scores == (trained_by is None):
         will, wanted = (trained_by or "language_model").replace("_", " "), "reward" if scores else "language"
-        raise UserError(f"{section}.model: {folder} will be a {will}, expected a {wanted} model")
+        raise UserError(f"{section}.{key}: {folder} will be a {will}, expected a {wanted} model")
 
 
 def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: Path) -> None:

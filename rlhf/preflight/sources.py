@@ -14,7 +14,7 @@ from rlhf.config.derive import eval_sets, max_sequence_tokens, uses_reward_model
 from rlhf.config.files.dump import dump_yaml
 from rlhf.config.schema.data import PromptFormat
 from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
-from rlhf.config.schema.rewards import RewardConfig
+from rlhf.config.schema.rewards import CriterionConfig, RewardConfig, functions_of_rubric
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import run_folder
 from rlhf.config.schema.train import Grading
@@ -27,7 +27,7 @@ from rlhf.models.files.tiny import build_tiny_llama, describe_tiny_llama
 from rlhf.rewards.loading import MAX_DEPTH, check_columns, is_nested_too_deep, load_reward
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rewards.services.client import ServiceSpec
-from rlhf.rewards.services.judge import JudgeSpec
+from rlhf.rewards.services.judge import MAX_NAMED, Criterion, JudgeSpec, read_rubric
 from rlhf.rewards.services.remote import RemoteReward
 from rlhf.tracking.logs import redact_config
 from rlhf.tracking.sinks.installed import InstalledTracker, TrackedRun, installed_tracker
@@ -136,12 +136,17 @@ def load_rewards(
         function = None
         if reward.function is not None:
             function = load_reward(reward.function, args=reward.args, key=key.format(name), **given)
+        place = f"{_section(key, name)}.judge.rubric"
         specs.append(
             RewardSpec(
                 name=name,
                 weight=reward.weight,
                 function=function,
                 remote=_remote(reward, key=_section(key, name)),
+                criteria={
+                    criterion: load_reward(str(item.function), args=item.args, key=f"{place}.{criterion}", **given)
+                    for criterion, item in functions_of_rubric(reward).items()
+                },
                 gate=reward.gate,
                 only=reward.only,
                 from_environment=reward.environment,
@@ -176,8 +181,14 @@ def _remote(reward: RewardConfig, *, key: str) -> RemoteReward | None:
     judge, http = reward.judge, reward.http
     return RemoteReward(
         service=ServiceSpec(url=reward.url, token=token, **dict(http)),
-        judge=None if judge is None else JudgeSpec(**dict(judge)),
+        judge=None if judge is None else JudgeSpec(**(dict(judge) | {"rubric": _rubric(judge.rubric)})),
     )
+
+
+def _rubric(rubric: Mapping[str, CriterionConfig] | str | None) -> Mapping[str, Criterion] | str | None:
+    if rubric is None or isinstance(rubric, str):
+        return rubric
+    return {name: Criterion(text=item.criterion, weight=item.weight, scale=item.scale) for name, item in rubric.items()}
 
 
 def check_rewards(
@@ -211,9 +222,10 @@ def check_rewards(
         if not mine:
             continue
         common = [*sorted(set(mine[0]).intersection(*mine)), *of_sessions]
-        if spec.function is not None:
-            check_columns(spec.function, common, key=key.format(spec.name), data=data)
-        elif spec.remote is not None:
+        for name, function in spec.functions.items():
+            place = f"{section}.judge.rubric.{name.removeprefix(f'{spec.name}/')}.function"
+            check_columns(function, common, key=key.format(spec.name) if spec.function else place, data=data)
+        if spec.remote is not None:
             _check_sent(spec.remote, rows, given, applies[spec.name], common, key=section, data=data)
     for row, *here in zip(rows, *applies.values(), strict=True):
         if specs and not any(here):  # a run with a teacher may have no rewards
@@ -237,7 +249,8 @@ def _check_sent(
     if missing:
         names = ", ".join(f"{{{name}}}" for name in missing)
         raise UserError(
-            f"{key}.judge.prompt: has {names}, and the rows of {data} have {', '.join(common) or 'no other columns'}"
+            f"{key}.judge: names {names}, and the rows of {data} have {', '.join(common) or 'no other columns'}. Add "
+            "the column to the data, or map it from another one with data.columns"
         )
     for row, columns, here in zip(rows, given, applies, strict=True):
         sent = columns if wanted is None else {name: columns.get(name) for name in wanted if here}
@@ -245,6 +258,24 @@ def _check_sent(
             json.dumps(sent if here else None, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise UserError(f"{row.place}: cannot be sent to {key} as JSON: {error}") from error
+    if remote.judge is not None and isinstance(remote.judge.rubric, str):
+        _check_rubrics(remote.judge.rubric, [row for row, here in zip(rows, applies, strict=True) if here], key=key)
+
+
+def _check_rubrics(column: str, rows: Sequence[Row], *, key: str) -> None:
+    """Raise UserError for a row without a valid rubric, or for too many names of criteria in all rows."""
+    names: dict[str, None] = {}
+    for row in rows:
+        try:
+            criteria = read_rubric(row.columns[column])
+        except ValueError as error:
+            raise UserError(f"{row.place}: column `{column}`, the rubric of {key}, {error}") from error
+        names |= {name: None for name in criteria if not name.isdigit()}
+        if len(names) > MAX_NAMED:
+            raise UserError(
+                f"{row.place}: column `{column}`, the rubric of {key}, names the {len(names)}th criterion of the data, "
+                f"{list(names)[-1]!r}, and each name is a metric: at most {MAX_NAMED} are allowed. Leave `name` out."
+            )
 
 
 def refuse_unused_rewards(

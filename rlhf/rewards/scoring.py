@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from rlhf.rewards.combining import RewardTerm, plain_sum
 from rlhf.rewards.failure_rule import ErrorRule
 from rlhf.rewards.loading import LoadedReward
 from rlhf.rewards.processes.pool import Failure, GroupOutcome, RewardPool, longest_s
+from rlhf.rewards.services.judge import weighted_score
 from rlhf.types import RESULT_COLUMN, GroupScores, Prompt, RewardError, RewardErrorKind, StepReward
 
 if TYPE_CHECKING:
@@ -41,7 +43,14 @@ class RewardSpec:
     only: Mapping[str, Sequence[str | int | bool]] = field(default_factory=dict)
     truncated_score: float | None = None  # fixed score of truncated responses; None keeps the reward's score
     by_step: bool = False  # whether the reward returns a value for each step of a response
+    criteria: Mapping[str, LoadedReward] = field(default_factory=dict)  # functions among the criteria of a judge
     on_error: ErrorRule = None  # rule for failures of the reward
+
+    @property
+    def functions(self) -> dict[str, LoadedReward]:
+        """Return the functions of the reward: its own under the reward's name, and criteria under `<reward>/<name>`."""
+        criteria = {f"{self.name}/{name}": function for name, function in self.criteria.items()}
+        return criteria if self.function is None else {self.name: self.function}
 
     @property
     def is_model(self) -> bool:
@@ -77,13 +86,14 @@ def fingerprint(specs: Sequence[RewardSpec], *, model: str) -> str:
         service = (spec.remote.service.url, spec.remote.judge) if spec.remote is not None else None
         settings = (spec.name, spec.weight, service, spec.gate, dict(spec.only), spec.truncated_score)
         digest.update(repr((*settings, spec.from_environment, spec.by_step, spec.on_error)).encode())
-        digest.update(b"" if spec.function is None else spec.function.source.digest())
+        for function in spec.functions.values():
+            digest.update(function.source.digest())
     return digest.hexdigest()
 
 
 def deadline_s(specs: Sequence[RewardSpec], num_responses: int, *, timeout_s: float) -> float:
     """Return the longest time of the functions for a group once a process is free."""
-    return sum(spec.function is not None for spec in specs) * longest_s(num_responses, timeout_s)
+    return sum(len(spec.functions) for spec in specs) * longest_s(num_responses, timeout_s)
 
 
 def ask_deadline_s(specs: Sequence[RewardSpec], num_responses: int) -> float:
@@ -97,6 +107,10 @@ def asks_in_flight(specs: Sequence[RewardSpec]) -> int:
     return max((spec.remote.service.max_in_flight for spec in specs if spec.remote is not None), default=0)
 
 
+def has_judges(specs: Sequence[RewardSpec]) -> bool:
+    return any(spec.remote is not None and spec.remote.judge is not None for spec in specs)
+
+
 class RewardSet:
     """All rewards of a run. Without rewards there are no scores.
 
@@ -104,11 +118,19 @@ class RewardSet:
     """
 
     def __init__(
-        self, specs: Sequence[RewardSpec], *, timeout_s: float, processes: int = 1, memory_gib: float = 8.0
+        self,
+        specs: Sequence[RewardSpec],
+        *,
+        timeout_s: float,
+        processes: int = 1,
+        memory_gib: float = 8.0,
+        judgements: Path | None = None,
+        worker: int = 0,
     ) -> None:
+        """Start the processes and services. `judgements`: the folder for the answers of judges, of all workers."""
         self.specs = tuple(specs)
         self._shares = {spec.name: RewardTerm(weight=spec.weight, gate=spec.gate) for spec in specs}
-        functions = {spec.name: spec.function.source for spec in self.specs if spec.function is not None}
+        functions = {name: f.source for spec in self.specs for name, f in spec.functions.items()}
         self._places = {name: place for place, name in enumerate(functions)}
         self._pool = self._services = None
         if functions:
@@ -116,9 +138,10 @@ class RewardSet:
             self._pool = RewardPool(sources, timeout_s=timeout_s, processes=processes, memory_gib=memory_gib)
         services = {spec.name: spec.remote for spec in self.specs if spec.remote is not None}
         if services:
-            from rlhf.rewards.services.remote import RemoteRewards  # only imported if a run has services
+            from rlhf.rewards.services.judgements import Judgements  # only imported if a run has services
+            from rlhf.rewards.services.remote import RemoteRewards
 
-            self._services = RemoteRewards(services)
+            self._services = RemoteRewards(services, Judgements(judgements, worker=worker))
 
     def close(self) -> None:
         """End the reward processes and the services' connections."""
@@ -153,34 +176,40 @@ class RewardSet:
         model_scores: Mapping[str, Sequence[float]] = _EMPTY,
         asked: Mapping[str, GroupOutcome] = _EMPTY,
         model_steps: Mapping[str, Sequence[tuple[StepReward, ...]]] = _EMPTY,
+        disagreement: Mapping[str, Sequence[float]] = _EMPTY,
         places: Sequence[Sequence[int]] | None = None,
         results: Sequence[Any] = (),
     ) -> GroupScores:
         """Return the weighted sum of the rewards applicable to the prompt's row, for each response.
 
         `truncated` marks truncated responses. `model_scores` holds a number per response for each reward of the reward
-        model, by name. `model_steps` holds the same for rewards credited by steps. `asked` is the result of `ask`.
+        model, by name. `model_steps` holds the same for rewards credited by steps, and `disagreement` the deviation of
+        the members of an ensemble. `asked` is the result of `ask`.
         `places` maps, for each response, a number of first characters to the position of their last token, or is None
         if no steps are needed. `results` holds the result of an agent's session for each response, or nothing.
         """
         by_name: dict[str, tuple[float | None, ...]] = {}
         steps: dict[str, tuple[tuple[StepReward, ...], ...]] = {}
+        parts: dict[str, tuple[float | None, ...]] = {}
         errors: list[RewardError] = []
         scored_errors: list[RewardError] = []
         for spec in self.specs:
             if not spec.applies_to(prompt.columns):
                 continue
             if spec.function is not None:
-                outcome = self._function_outcome(spec, spec.function, prompt, responses, places, results)
+                outcome = self._function_outcome(spec, spec.name, prompt, responses, places, results)
             elif spec.remote is not None:
-                outcome = asked[spec.name]
+                outcome = self._with_criteria(spec, asked[spec.name], prompt, responses, results)
             else:
                 outcome = _model_outcome(spec, model_scores, model_steps, len(responses))
+                if spec.name in disagreement:
+                    outcome = replace(outcome, parts={"disagreement": tuple(disagreement[spec.name])})
             for failure in outcome.failures:
                 error = _as_error(spec.name, failure, prompt)
                 (errors if spec.score_of_failure(failure.kind) is None else scored_errors).append(error)
             outcome = _with_fixed(outcome, _fixed_scores(spec, outcome, truncated), places)
             by_name[spec.name] = outcome.scores
+            parts |= {f"{spec.name}/{name}": values for name, values in outcome.parts.items()}
             if spec.by_step and places is not None:
                 steps[spec.name] = outcome.steps
         if errors or not self.specs:
@@ -191,25 +220,59 @@ class RewardSet:
             errors = [_as_error("score", failure, prompt) for failure in _not_summed(sums)]
             return _without_scores(errors, scored_errors)
         return GroupScores(
-            scores=tuple(scores), by_name=by_name, errors=(), scored_errors=tuple(scored_errors), steps=steps
+            scores=tuple(scores),
+            by_name=by_name,
+            errors=(),
+            scored_errors=tuple(scored_errors),
+            steps=steps,
+            parts=parts,
         )
+
+    def _with_criteria(
+        self,
+        spec: RewardSpec,
+        outcome: GroupOutcome,
+        prompt: Prompt,
+        responses: Sequence[str],
+        results: Sequence[Any],
+    ) -> GroupOutcome:
+        """Return a judge's outcome with the criteria of functions, and with the scores of a rubric.
+
+        A failed criterion is a failure of the reward. Without a rubric the outcome stays as it is.
+        """
+        judge = spec.remote.judge if spec.remote is not None else None
+        if judge is None or judge.rubric is None:
+            return outcome
+        parts, failures = dict(outcome.parts), list(outcome.failures)
+        for name in spec.criteria:
+            checked = self._function_outcome(spec, f"{spec.name}/{name}", prompt, responses, None, results)
+            failures += [replace(f, message=f"criterion `{name}`: {f.message}") for f in checked.failures]
+            parts[name] = checked.scores + (None,) * (len(responses) - len(checked.scores))
+        failed = {failure.sample for failure in failures}
+        criteria = judge.criteria(prompt.columns) if len(failed) < len(responses) else {}
+        values = [{name: parts[name][sample] for name in criteria if name in parts} for sample in range(len(responses))]
+        scores = [
+            None if sample in failed else weighted_score(criteria, values[sample]) for sample in range(len(values))
+        ]
+        return replace(outcome, scores=tuple(scores), failures=tuple(failures), parts=parts)
 
     def _function_outcome(
         self,
         spec: RewardSpec,
-        function: LoadedReward,
+        name: str,
         prompt: Prompt,
         responses: Sequence[str],
         places: Sequence[Sequence[int]] | None,
         results: Sequence[Any],
     ) -> GroupOutcome:
+        """Return the outcome of a function of the reward, by its name in `spec.functions`."""
         assert self._pool is not None
-        columns = function.select({**prompt.columns, **({RESULT_COLUMN: None} if results else {})})
+        columns = spec.functions[name].select({**prompt.columns, **({RESULT_COLUMN: None} if results else {})})
         of_responses = [{RESULT_COLUMN: result} for result in results if RESULT_COLUMN in columns]
         if results:
             columns.pop(RESULT_COLUMN, None)
         outcome = self._pool.score(
-            self._places[spec.name],
+            self._places[name],
             prompt.text,
             responses,
             columns,

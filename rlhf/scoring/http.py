@@ -122,11 +122,9 @@ class RewardServer:
         for spec in here.values():
             if spec.gate is not None and spec.gate not in here:
                 raise ValueError(f"{spec.gate} does not apply to these columns, and is the gate of {spec.name}")
-            wanted: tuple[str, ...] = ()
-            if spec.function is not None:
-                wanted = spec.function.signature.required
-            elif spec.remote is not None and spec.remote.judge is not None:
-                wanted = spec.remote.judge.columns
+            wanted = [name for function in spec.functions.values() for name in function.signature.required]
+            if spec.remote is not None and spec.remote.judge is not None:
+                wanted += spec.remote.judge.columns
             if absent := [name for name in wanted if name not in names]:
                 there = ", ".join(names) or "none"
                 raise ValueError(f"{spec.name} needs columns {', '.join(absent)}; there are: {there}")
@@ -159,7 +157,10 @@ def _as_json(scores: GroupScores) -> dict[str, Any]:
     return (
         {"errors": errors}
         if errors
-        else {"scores": list(scores.scores), "rewards": {name: list(values) for name, values in scores.by_name.items()}}
+        else {
+            "scores": list(scores.scores),
+            "rewards": {name: list(values) for name, values in scores.measured.items()},
+        }
     )
 
 

@@ -61,7 +61,7 @@ def _row(row: Row, group: int, sample: int, scores: GroupScores) -> ScoredRow:
         place=row.place,
         group=group,
         score=scores.scores[sample] if scores.scores else None,
-        scores={name: values[sample] for name, values in scores.by_name.items()},
+        scores={name: values[sample] for name, values in scores.measured.items()},
         errors=tuple(RowError(reward=error.reward, kind=error.kind, message=error.message) for error in failed),
     )
 

@@ -34,7 +34,7 @@ from rlhf.rewards.processes.pool import GroupOutcome
 from rlhf.rewards.scoring import RewardSet, RewardSpec
 from rlhf.rollouts.records.texts import step_ends
 from rlhf.types import GroupScores, Prompt, StepReward
-from rlhf.workers.frozen.reward_model import RewardModel
+from rlhf.workers.frozen.reward_model import RewardEnsemble
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,18 +125,19 @@ class Scorer:
     """Scores groups of responses. Call `ask` before `score`; the limits of RewardSet on threads hold."""
 
     def __init__(self, scoring: Scoring) -> None:
-        self.model: RewardModel | None = None
+        self.model: RewardEnsemble | None = None
         held, policy = scoring.model, scoring.policy
         if held is not None:
             with prefix_errors("reward.model"):
-                refuse_without_head(held.config.model, trust_remote_code=held.config.trust_remote_code)
+                for member in held.config.models.values():
+                    refuse_without_head(member.model, trust_remote_code=member.trust_remote_code)
             options: dict[str, Any] = {"trust_remote_code": held.trust_remote_code, "template": held.template}
             self.tokenizer = load_tokenizer(held.tokenizer, **options)
             self.apply_chat_template = held.apply_chat_template
             self.turn_end = turn_end(self.tokenizer)
             alone = {"rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1}
             place = RankContext(**alone, device=held.device, threads=torch.get_num_threads(), deadline_s=0.0)
-            self.model = RewardModel(held.config, place, max_tokens_per_microbatch=held.max_tokens_per_microbatch)
+            self.model = RewardEnsemble(held.config, place, max_tokens_per_microbatch=held.max_tokens_per_microbatch)
         self.specs = scoring.specs
         self.rewards = RewardSet(
             scoring.specs, timeout_s=policy.timeout_s, processes=policy.processes, memory_gib=policy.memory_gib
@@ -163,16 +164,20 @@ class Scorer:
         models = [spec for spec in self.specs if spec.is_model and spec.applies_to(prompt.columns)]
         model_scores: dict[str, list[float]] = {}
         model_steps: dict[str, list[tuple[StepReward, ...]]] = {}
+        disagreement: dict[str, list[float]] = {}
         if models:
             assert self.model is not None
             flat, lengths, ends = self._tokens(prompt, responses, truncated, self.model.steps)
             for spec in models:
                 if spec.by_step:
                     assert ends is not None, "reward.steps is checked"
-                    model_steps[spec.name] = self.model.step_rewards(flat, lengths, ends)
+                    model_steps[spec.name], deviations = self.model.step_rewards(flat, lengths, ends)
                 else:
-                    model_scores[spec.name] = self.model.scores(flat, lengths, ends)
+                    model_scores[spec.name], deviations = self.model.scores(flat, lengths, ends)
+                if deviations:
+                    disagreement[spec.name] = deviations
         of_model: dict[str, Any] = {"model_scores": model_scores, "model_steps": model_steps}
+        of_model["disagreement"] = disagreement
         return self.rewards.score(
             prompt, responses, truncated=truncated, asked=asked, results=group.results, **of_model
         )

@@ -87,8 +87,8 @@ def test_rows_with_the_columns_of_their_rewards_pass(rewards: dict[str, Any], co
         ),
         ({"maths": MATHS}, [RIGHT, {"answer": nested(900)}], "d.jsonl:2: its columns are nested deeper than 64 levels"),
         ({"code": CODE}, [CODED | {"day": DAY}], "d.jsonl:1: cannot be sent to rewards.code as JSON: .*date"),
-        ({"taste": JUDGE}, [{"kind": "x"}], r"taste.judge.prompt: has \{answer\}, and the rows of data.train"),
-        ({"taste": OF_RESULT}, [{"answer": "1"}], r"taste.judge.prompt: has \{result\}, and the rows of data.train"),
+        ({"taste": JUDGE}, [{"kind": "x"}], r"taste.judge: names \{answer\}, and the rows of data.train"),
+        ({"taste": OF_RESULT}, [{"answer": "1"}], r"taste.judge: names \{result\}, and the rows of data.train"),
     ],
 )
 def test_rows_that_a_reward_cannot_score_are_refused(

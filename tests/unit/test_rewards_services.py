@@ -342,10 +342,15 @@ def says(text: str | None, **rest: Any) -> dict[str, Any]:
     return {"choices": [{"message": {"role": "assistant", "content": text}, **rest}]}
 
 
+def score_of(spec: JudgeSpec, answer: dict[str, Any]) -> float:
+    return verdict(spec, {}, answer)[""]
+
+
 def test_the_question() -> None:
     spec = judge_of(prompt='{{"q": {prompt}}} {response} {answer} {meta}', system="Be fair.", request={"seed": 3})
     assert spec.columns == ("answer", "meta")
-    assert question(spec, "p {response}", "r", {"answer": "a", "meta": {"k": "ü"}, "other": 1}) == {
+    values = {"prompt": "p {response}", "response": "r", "answer": "a", "meta": {"k": "ü"}, "other": 1}
+    assert question(spec, values) == {
         "model": "m",
         "seed": 3,
         "messages": [
@@ -355,14 +360,14 @@ def test_the_question() -> None:
     }
     spec = judge_of()  # the standard question needs no column
     assert spec.columns == ()
-    body = question(spec, "P", "R", {})
+    body = question(spec, {"prompt": "P", "response": "R"})
     assert (body["temperature"], body["max_tokens"]) == (0.0, 512)
-    assert verdict(spec, says("It is fine, score: 3 at first. Score: 5.5")) == 0.5  # (5.5 - 1) / 9
+    assert score_of(spec, says("It is fine, score: 3 at first. Score: 5.5")) == 0.5  # (5.5 - 1) / 9
 
 
 def test_the_last_number_on_the_scale() -> None:
     worth = {"Score: 10": 1.0, "score 1": 0.0, "**Score:** 4": 1 / 3, "Score: 2\nScore: 7": 2 / 3}
-    assert {text: verdict(judge_of(), says(text)) for text in worth} == pytest.approx(worth)
+    assert {text: score_of(judge_of(), says(text)) for text in worth} == pytest.approx(worth)
 
 
 @pytest.mark.parametrize(
@@ -380,15 +385,15 @@ def test_the_last_number_on_the_scale() -> None:
 )
 def test_an_answer_off_the_scale_or_of_no_completion_is_no_low_score(answer: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
-        verdict(judge_of(), answer)
+        score_of(judge_of(), answer)
 
 
 def test_choices_stand_alone_and_the_last_counts() -> None:
     spec = judge_of(choices={"YES": 1.0, "NO": 0.0, "NOT SURE": 0.25})
-    assert verdict(spec, says("NO... no, YES")) == 1.0
-    assert verdict(spec, says("I say NOT SURE")) == 0.25
+    assert score_of(spec, says("NO... no, YES")) == 1.0
+    assert score_of(spec, says("I say NOT SURE")) == 0.25
     with pytest.raises(ValueError, match="contains none of the choices YES, NO, NOT SURE: 'NOBODY KNOWS'"):
-        verdict(spec, says("NOBODY KNOWS"))
+        score_of(spec, says("NOBODY KNOWS"))
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,50 @@ def test_a_group_by_all_kinds_of_rewards(tiny_model: Path, reward_model: Path) -
             assert other.scores == pytest.approx((2.0 + 100 * taste[0], 33.0 + 100 * taste[1]))
 
 
+def test_an_ensemble_scores_by_the_mean_and_its_deviation(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
+    """Scores, steps and disagreement equal a plain loop over the single models."""
+    from transformers import AutoModelForSequenceClassification
+
+    folders = [reward_model, tmp_path / "b", tmp_path / "c"]
+    for seed, folder in enumerate(folders[1:], start=1):
+        torch.manual_seed(seed)
+        AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).save_pretrained(folder)
+    specs = (
+        RewardSpec(name="taste", weight=1.0, function=None),
+        RewardSpec(name="sound", weight=0.0, function=None, by_step=True),
+    )
+    prompt, responses = Prompt(prompt_id=0, token_ids=(1,), text="ab", columns={}), ["1;22", "4;"]
+
+    def scored(model: RewardModelConfig) -> Any:
+        with started(settings_of(tiny_model, specs, model)) as worker:
+            return worker.score(prompt, group(worker.tokenizer, "ab", responses), [False, False], {})
+
+    settings: dict[str, Any] = {"dtype": "float32", "steps": StepScores(separator=";")}
+    single = [scored(RewardModelConfig(model=str(folder), **settings)) for folder in folders]
+    assert all(not one.parts for one in single)
+    members = {name: {"model": str(folder), "dtype": "float32"} for name, folder in zip("bc", folders[1:], strict=True)}
+    whole = scored(
+        RewardModelConfig.model_validate(
+            {"model": str(folders[0]), "members": members, "disagreement_coef": 0.5, **settings}
+        )
+    )
+    for sample in range(2):
+        values = [one.by_name["taste"][sample] for one in single]
+        mean = sum(values) / 3
+        std = (sum((value - mean) ** 2 for value in values) / 3) ** 0.5
+        assert std > 1e-4
+        assert whole.parts["taste/disagreement"][sample] == pytest.approx(std, rel=1e-4)
+        assert whole.scores[sample] == pytest.approx(mean - 0.5 * std, rel=1e-4)
+        stds = []
+        for place, step in enumerate(whole.steps["sound"][sample]):
+            steps = [one.steps["sound"][sample][place] for one in single]
+            assert {one.end for one in steps} == {step.end}
+            mean = sum(one.value for one in steps) / 3
+            stds.append((sum((one.value - mean) ** 2 for one in steps) / 3) ** 0.5)
+            assert step.value == pytest.approx(mean - 0.5 * stds[-1], rel=1e-4)
+        assert whole.parts["sound/disagreement"][sample] == pytest.approx(sum(stds) / len(stds), rel=1e-4)
+
+
 def test_a_process_reward_model_scores_by_its_steps(tiny_model: Path, reward_model: Path) -> None:
     """The least probability of a response's steps is the probability of the worst prefix with a step at the end."""
     config = RewardModelConfig(model=str(reward_model), dtype="float32")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeInt
 
 from rlhf.objectives.costs import Dtype
-from rlhf.sections import OnlyIn, Section
+from rlhf.sections import NotWith, OnlyIn, Section
 
 
 class LoraConfig(Section):
@@ -124,6 +124,22 @@ class RewardModelConfig(ModelConfig):
     """A sequence-classification model with one label, or the folder of a LoRA adapter of such a model, used by
     `rewards.<name>.role: reward`."""
 
+    members: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], ModelConfig] = Field(default_factory=dict)
+    """Further reward models by name, held by the same workers. The score is the mean over all models, and
+    `rewards/<name>/disagreement/mean` has the standard deviation."""
+    disagreement_coef: Annotated[float, NotWith("members", {}, because="there is a single reward model")] = Field(
+        default=0.0, ge=0.0, allow_inf_nan=False
+    )
+    """Coefficient of the standard deviation over the models, subtracted from their mean."""
     steps: StepScores | None = None
     """Score every step of a response with a process reward model. null: the score is the head's value at the end of the
     response."""
+
+    @property
+    def models(self) -> dict[str, ModelConfig]:
+        """Return the model and all members, each under the key of its name below `reward`."""
+        return {"model": self, **{f"members.{name}.model": member for name, member in self.members.items()}}
+
+    def as_loaded(self) -> Self:
+        members = {name: member.as_loaded() for name, member in self.members.items()}
+        return super().as_loaded().model_copy(update={"members": members})

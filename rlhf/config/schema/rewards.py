@@ -5,18 +5,24 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import parse_qsl, urlsplit
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, PositiveInt, field_validator, model_validator
 
+from rlhf.data.comparisons import COMPARE_PROMPT
 from rlhf.rewards.failure_rule import ErrorRule
 from rlhf.rewards.functions.table import BUILT_INS
+from rlhf.rewards.services.judge import AGREEMENT, CRITERION_NAME
 from rlhf.sections import NotWith, OnlyIn, OnlyWith, Section
 from rlhf.tracking.logs import is_secret_name
 from rlhf.types import RESULT_COLUMN
 
 OF_NUMBERS = OnlyWith("choices", {}, because="they give the score")
+OF_ONE_SCORE = (
+    OnlyWith("rubric", None, because="each criterion has a scale"),
+    OnlyWith("compare", None, because="the judge names the better response"),
+)
 OF_A_SERVICE = NotWith("url", None, because="the reward is not a service")
 OF_A_WEIGHT = NotWith("weight", 0.0)
 _JUDGE_PROMPT = """\
@@ -29,6 +35,19 @@ Response:
 {response}
 
 Give your reasons in a few sentences, then end with a line `Score: N`."""
+_RUBRIC_PROMPT = """\
+Judge a response by each of these criteria.
+
+Prompt:
+{question}
+
+Response:
+{response}
+
+Criteria, each with the lowest and the highest score:
+{criteria}
+
+Answer with a JSON object: first `reasons`, a few short sentences, then `scores`, with a whole number for each name."""
 
 
 class HttpConfig(Section):
@@ -48,31 +67,67 @@ class HttpConfig(Section):
         return self
 
 
+class CriterionConfig(Section):
+    """A criterion of a rubric, decided by the judge or by a function."""
+
+    criterion: str | None = Field(default=None, min_length=1)
+    """Text for the judge. `{COLUMN}` is filled in. Double a literal brace."""
+    function: str | None = None
+    """A function in place of the judge, given as in `rewards.NAME.function`. Its value should be from 0 to 1."""
+    args: Annotated[dict[str, JsonValue], NotWith("function", None)] = Field(default_factory=dict)
+    """Keyword arguments of the function."""
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    """Weight in the score. Below 0: the criterion describes a mistake."""
+    scale: Annotated[tuple[int, int], OnlyWith("function", None)] = (0, 1)
+    """Whole numbers for the worst and the best response, mapped to 0 and 1."""
+
+    @model_validator(mode="after")
+    def _one_decides(self) -> Self:
+        if (self.criterion is None) == (self.function is None):
+            raise ValueError("give either `criterion`, a text for the judge, or `function`")
+        if not 0 < self.scale[1] - self.scale[0] <= 100:
+            raise ValueError(f"`scale` is {list(self.scale)}; it must rise, [worst, best], by at most 100")
+        if {"prompt", "question", "response"} & set(placeholders(self.criterion or "", key="criterion")):
+            raise ValueError("`criterion` may hold columns alone; {prompt} and {response} belong in judge.prompt")
+        return self
+
+
 class JudgeConfig(Section):
     """A language model behind an OpenAI-compatible endpoint, used to rate responses."""
 
     model: str = Field(min_length=1)
     """Name of the model at the endpoint."""
-    prompt: str = _JUDGE_PROMPT
-    """The prompt for the judge. `{prompt}`, `{response}`, `{COLUMN}` and the `{result}` of an agent are filled in.
-    Double a literal brace."""
+    rubric: (
+        Annotated[dict[Annotated[str, Field(pattern=f"^{CRITERION_NAME}$")], CriterionConfig], Field(min_length=1)]
+        | Annotated[str, Field(min_length=1)]
+        | None
+    ) = None
+    """Criteria by name, all judged in one request, or the column with each row's list of `{criterion, weight}`. The
+    score is their weighted mean. null: the judge gives a single score."""
+    compare: Literal["win_rate", "bradley_terry"] | None = None
+    """Let the judge compare two responses at a time. win_rate: the score is the share of won comparisons.
+    bradley_terry: the mean probability of winning, fitted to all comparisons in the group. null: responses are judged
+    one by one."""
+    opponents: Annotated[PositiveInt | str | None, NotWith("compare", None)] = None
+    """Number of other responses of the group that each response is compared with, or the column with a text that each
+    response is compared with. null: all other responses of the group."""
+    samples: int = Field(default=1, ge=1, le=64)
+    """Judgements of each question. The mean counts, and `rewards/<name>/agreement/mean` measures their agreement. With
+    `compare`, every second judgement sees the two responses in the other order."""
+    prompt: str = Field(default_factory=lambda data: _default_prompt(data))
+    """The prompt for the judge. `{prompt}`, `{question}` (the prompt without the chat template's marks), `{response}`,
+    `{COLUMN}` and the `{result}` of an agent are filled in; with a rubric also `{criteria}`; with `compare`,
+    `{response_a}` and `{response_b}`. Double a literal brace."""
     system: str | None = Field(default=None, min_length=1)
     """A system message before the prompt."""
-    pattern: Annotated[str, OF_NUMBERS] = r"(?i)score[\s:=*]*(-?\d+(?:\.\d+)?)"
+    pattern: Annotated[str, OF_NUMBERS, *OF_ONE_SCORE] = r"(?i)score[\s:=*]*(-?\d+(?:\.\d+)?)"
     """Regular expression whose first group is the number. The last match counts."""
-    scale: Annotated[tuple[float, float], OF_NUMBERS] = (1.0, 10.0)
+    scale: Annotated[tuple[float, float], OF_NUMBERS, *OF_ONE_SCORE] = (1.0, 10.0)
     """Numbers of the worst and the best response, mapped to 0 and 1. A number outside is a failure."""
-    choices: dict[Annotated[str, Field(min_length=1)], float] = Field(default_factory=dict)
+    choices: Annotated[dict[Annotated[str, Field(min_length=1)], float], *OF_ONE_SCORE] = Field(default_factory=dict)
     """Scores of words, used instead of a number and without scaling. The last such word in the answer counts."""
     request: dict[str, JsonValue] = Field(default_factory=lambda: dict[str, JsonValue](temperature=0.0, max_tokens=512))
     """Further fields of the request, such as sampling parameters."""
-
-    @field_validator("prompt")
-    @classmethod
-    def _can_be_filled_in(cls, prompt: str) -> str:
-        if not {"response", RESULT_COLUMN} & set(placeholders(prompt)):
-            raise ValueError("`prompt` must hold {response}, or the {result} of an agent")
-        return prompt
 
     @field_validator("pattern")
     @classmethod
@@ -91,6 +146,40 @@ class JudgeConfig(Section):
             raise ValueError("`scale` must rise: [worst, best]")
         if taken := sorted({"model", "messages", "n", "stream"} & self.request.keys()):
             raise ValueError(f"`request` may not have {', '.join(taken)}")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_asked(self) -> Self:
+        names = set(placeholders(self.prompt))
+        if self.compare is not None:
+            if not names >= {"response_a", "response_b"}:
+                raise ValueError("`prompt` must hold {response_a} and {response_b}, since `compare` is set")
+        elif not {"response", RESULT_COLUMN} & names:
+            raise ValueError("`prompt` must hold {response}, or the {result} of an agent")
+        if (self.rubric is not None) != ("criteria" in names):
+            needs = "must hold {criteria}, since there is a `rubric`"
+            raise ValueError(f"`prompt` {needs if self.rubric else 'has {criteria}, but there is no `rubric`'}")
+        if self.rubric is not None and self.compare is not None:
+            raise ValueError("`rubric` judges a response alone, and `compare` two together; make them two rewards")
+        if isinstance(self.opponents, str) and self.compare == "bradley_terry":
+            raise ValueError("`opponents` is a column, so responses are not compared with each other; use win_rate")
+        repeats = self.samples if self.compare is None else -(-self.samples // 2)
+        if repeats > 1 and self.request.get("temperature") == 0:
+            text = "at `request.temperature` 0 all judgements of a question are equal"
+            raise ValueError(f"`samples` is {self.samples}, but {text}; set a temperature above 0, such as 1.0")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_best_score(self) -> Self:
+        if not isinstance(self.rubric, dict):
+            return self
+        criteria = self.rubric.values()
+        if AGREEMENT in self.rubric:
+            raise ValueError(f"`rubric` may not name a criterion `{AGREEMENT}`: that is a metric of the judge")
+        if not any(criterion.weight > 0.0 for criterion in criteria):
+            raise ValueError("`rubric` has no weight above 0, so there is no best score; give a criterion one")
+        if all(criterion.criterion is None for criterion in criteria):
+            raise ValueError("`rubric` leaves nothing to the judge; make the functions rewards of their own")
         return self
 
 
@@ -183,6 +272,19 @@ class RewardPolicy(Section):
     """Memory that each such process may map, including libraries, in GiB. Exceeding it counts as a failure."""
 
 
+def functions_of_rubric(reward: RewardConfig) -> dict[str, CriterionConfig]:
+    """Return the criteria of a reward's rubric that are decided by functions."""
+    rubric = None if reward.judge is None else reward.judge.rubric
+    items = rubric.items() if isinstance(rubric, dict) else ()
+    return {name: item for name, item in items if item.function is not None}
+
+
+def compares_group(reward: RewardConfig) -> bool:
+    """Return whether a judge compares the responses of a group with each other."""
+    judge = reward.judge
+    return judge is not None and judge.compare is not None and not isinstance(judge.opponents, str)
+
+
 def error_rules(rewards: Mapping[str, RewardConfig]) -> dict[str, ErrorRule]:
     """Return the `on_error` of each reward, and of the environment under `environment`."""
     of_environment = next((reward.on_error for reward in rewards.values() if reward.environment), None)
@@ -194,11 +296,17 @@ def drops(rewards: Mapping[str, RewardConfig], policy: RewardPolicy) -> bool:
     return "drop" in {policy.on_error, *(reward.on_error for reward in rewards.values())}
 
 
-def placeholders(template: str) -> Iterator[str]:
+def _default_prompt(judge: Mapping[str, Any]) -> str:
+    if judge.get("compare") is not None:
+        return COMPARE_PROMPT
+    return _JUDGE_PROMPT if judge.get("rubric") is None else _RUBRIC_PROMPT
+
+
+def placeholders(template: str, *, key: str = "prompt") -> Iterator[str]:
     """Yield the names in braces. Raise ValueError for a single brace, or for anything else in braces."""
     for _, name, form, conversion in string.Formatter().parse(template):
         if name is None:
             continue
         if form or conversion or not re.fullmatch(r"[A-Za-z_]\w*", name):
-            raise ValueError(f"`prompt` has {{{name}}}: braces hold the name of a column; write {{{{ for a brace")
+            raise ValueError(f"`{key}` has {{{name}}}: braces hold the name of a column; write {{{{ for a brace")
         yield name

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rlhf.config.problem import Problem
 from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
 from rlhf.config.validation.cluster import cluster_problems
-from rlhf.config.validation.rewards import limit_problems, reward_problems, secret_problems
+from rlhf.config.validation.rewards import evaluated_alone, limit_problems, reward_problems, secret_problems
 from rlhf.config.validation.rollouts import late_sessions
 from rlhf.config.validation.unused_keys import unused_keys
 
@@ -18,6 +18,7 @@ def evaluation_problems(stage: EvaluationStage) -> tuple[Problem, ...]:
         *unused_keys(stage),
         *reward_problems(config.rewards, config.reward, environment=config.environment, agent=config.agent, at=at),
         *limit_problems(config.rewards, config.reward_policy, at=at),
+        *evaluated_alone(config.rewards, config.samples_per_prompt, "evaluate"),
         *secret_problems(stage.tracking.trackers, ("tracking", "trackers")),
         *_problems(config),
         *(late_sessions(config.agent, stage.cluster, "evaluate.agent") if config.agent is not None else ()),

@@ -8,7 +8,14 @@ from typing import Any
 from rlhf.algorithms.online_config import OnlineConfig
 from rlhf.config.problem import Problem
 from rlhf.config.schema.model import RewardModelConfig
-from rlhf.config.schema.rewards import RewardConfig, RewardPolicy, placeholders
+from rlhf.config.schema.rewards import (
+    CriterionConfig,
+    RewardConfig,
+    RewardPolicy,
+    compares_group,
+    functions_of_rubric,
+    placeholders,
+)
 from rlhf.config.schema.rollouts import UNTIL_ANSWER, AgentConfig, EnvironmentConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.tools import VARIABLE, ToolsConfig
@@ -37,6 +44,30 @@ def normalization_problems(config: Config) -> Iterator[Problem]:
         elif reward.normalize == "group" and config.algorithm.wants_greedy:
             text = f"is group, but algorithm {config.algorithm.name} compares with the score of a greedy response alone"
             yield Problem(("rewards", name, "normalize"), text + "; set it to none")
+
+
+def comparison_problems(config: Config) -> Iterator[Problem]:
+    """Yield judges that compare the responses of a group although there is one response."""
+    samples = 1 if config.rollouts is None else config.rollouts.samples_per_prompt
+    compared = [name for name, reward in config.rewards.items() if compares_group(reward)]
+    for name in compared:
+        key, text = ("rewards", name, "judge", "compare"), ""
+        if samples < 2:
+            text = "rollouts.samples_per_prompt is 1; sample more, or name a column as judge.opponents"
+        elif config.algorithm.wants_greedy:
+            text = f"algorithm {config.algorithm.name} scores a greedy response alone; name a column as judge.opponents"
+        if text:
+            yield Problem(key, f"compares the responses of a group, but {text}")
+    if config.data.eval is not None:
+        yield from evaluated_alone(config.rewards, config.eval.samples_per_prompt, "eval")
+
+
+def evaluated_alone(rewards: Mapping[str, RewardConfig], samples: int, section: str) -> Iterator[Problem]:
+    """Yield the number of samples of an evaluation whose single responses get no score."""
+    weighted = [reward for reward in rewards.values() if reward.weight != 0.0]
+    if samples < 2 and weighted and all(map(compares_group, weighted)):
+        text = "is 1, and every reward with a weight compares the responses to a prompt with each other (judge.compare)"
+        yield Problem((section, "samples_per_prompt"), f"{text}. Set it to 2 or more with {section}.temperature above 0, or add another reward")
 
 
 def credit_problems(config: Config) -> Iterator[Problem]:
@@ -92,8 +123,10 @@ def reward_problems(
             yield Problem((*key, "gate"), text)
         yield from secret_problems(reward.args, (*key, "args"))
         if reward.judge is not None:
-            if agent is None and "response" not in placeholders(reward.judge.prompt):
+            if agent is None and not {"response", "response_a"} & set(placeholders(reward.judge.prompt)):
                 yield Problem((*key, "judge", "prompt"), "must hold {response}")
+            for criterion, item in functions_of_rubric(reward).items():
+                yield from secret_problems(item.args, (*key, "judge", "rubric", criterion, "args"))
             yield from secret_problems(reward.judge.request, (*key, "judge", "request"))
     if environment is not None:
         yield from secret_problems(environment.args, (*section, "environment", "args"))
@@ -129,9 +162,12 @@ def secret_problems(value: Any, key: Key, *, is_secret: bool = False) -> Iterato
 
 def limit_problems(rewards: Mapping[str, RewardConfig], policy: RewardPolicy, *, at: Key = ()) -> Iterator[Problem]:
     """Yield built-in rewards whose process is killed before the reward itself can reject a slow response."""
+    called: dict[Key, RewardConfig | CriterionConfig] = {(name,): reward for name, reward in rewards.items()}
     for name, reward in rewards.items():
-        limit_s = own_limit_s(reward.function or "", reward.args)
+        called |= {(name, "judge", "rubric", part): item for part, item in functions_of_rubric(reward).items()}
+    for key, item in called.items():
+        limit_s = own_limit_s(item.function or "", item.args)
         if limit_s is not None and limit_s >= policy.timeout_s:
-            where = ".".join((*at, "rewards", name, "args.limit_s"))
-            text = f"is {policy.timeout_s:g}, but `{reward.function}` may take {limit_s:g} s ({where}): raise it"
+            where = ".".join((*at, "rewards", *key, "args.limit_s"))
+            text = f"is {policy.timeout_s:g}, but `{item.function}` may take {limit_s:g} s ({where}): raise it"
             yield Problem((*at, "reward_policy", "timeout_s"), text)

@@ -22,6 +22,7 @@ from rlhf.config.validation.asynchrony import asynchrony_problems
 from rlhf.config.validation.cluster import cluster_problems, rank_problems, transport_problems
 from rlhf.config.validation.engine_args import draft_problems
 from rlhf.config.validation.rewards import (
+    comparison_problems,
     credit_problems,
     limit_problems,
     normalization_problems,
@@ -54,6 +55,7 @@ def problems(config: Config) -> tuple[Problem, ...]:
         *rank_problems(config, facts),
         *secret_problems(config.tracking.trackers, ("tracking", "trackers")),
         *normalization_problems(config),
+        *comparison_problems(config),
         *credit_problems(config),
         *(_of_rollouts(config, rollouts, facts) if rollouts is not None and config.algorithm.is_online else ()),
         *_algorithm(config, facts),

@@ -21,7 +21,7 @@ from rlhf.config.problem import Problem
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.data import TaskConfig
 from rlhf.config.schema.evaluate import EvaluationStage
-from rlhf.config.schema.rewards import RewardConfig, drops
+from rlhf.config.schema.rewards import RewardConfig, drops, functions_of_rubric
 from rlhf.config.schema.root import Config
 from rlhf.config.yaml_tree import Key, kind
 from rlhf.evaluation.passing import judges
@@ -244,7 +244,7 @@ def _missing_rewards(rewards: Mapping[str, RewardConfig]) -> Missing:
     elif all(reward.credit == "step" for _, reward in models):
         why = f"rewards.{models[0][0]}.credit is step: nothing is combined"
         missing["combined steps"] = (why, "set that to response")
-    if all(reward.function is None for reward in rewards.values()):
+    if all(reward.function is None and not functions_of_rubric(reward) for reward in rewards.values()):
         missing["reward functions"] = ("no reward is a function", "add a reward with `function`")
     return missing
 

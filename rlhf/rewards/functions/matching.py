@@ -93,9 +93,14 @@ def multiple_choice(prompt: str, response: str, answer: object) -> float:
     expected = _LONE_CHOICE.fullmatch(str(answer))
     if expected is None:
         raise ValueError(f"the answer {answer!r} is not the letter of a choice")
+    return float(final_choice(response) == expected[1].upper())
+
+
+def final_choice(response: str) -> str | None:
+    """Return the letter of the response's final choice, in upper case, or None."""
     lone = _LONE_CHOICE.fullmatch(response)
     choices = [lone[1]] if lone else _CHOICE.findall(response)
-    return float(bool(choices) and choices[-1].upper() == expected[1].upper())
+    return str(choices[-1]).upper() if choices else None
 
 
 def regex_match(prompt: str, response: str, pattern: str, answer: object, limit_s: float = 5.0) -> float:

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from rlhf.errors import RunError
@@ -43,6 +43,8 @@ class GroupOutcome:
     scores: tuple[float | None, ...]  # one per response
     failures: tuple[Failure, ...]
     steps: tuple[tuple[StepReward, ...], ...] = ()  # for a reward credited by steps; a score is the sum of its steps
+    # further values of each response by name, only measured: criteria of a rubric, agreement, disagreement
+    parts: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
 
 
 def longest_s(num_responses: int, timeout_s: float) -> float:

@@ -7,7 +7,6 @@ without a score.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
@@ -18,8 +17,11 @@ from typing import Any, TypeVar, cast, get_args
 from rlhf.errors import RunError
 from rlhf.rewards.processes.pool import Failure, GroupOutcome
 from rlhf.rewards.services.client import Service, ServiceError, ServiceSpec
-from rlhf.rewards.services.judge import PATH, JudgeSpec, question, verdict
-from rlhf.types import RESULT_COLUMN, Prompt, RewardErrorKind
+from rlhf.rewards.services.judge import JudgeSpec
+from rlhf.rewards.services.judgements import Judgements
+from rlhf.rewards.services.judging import judged
+from rlhf.rewards.services.pairwise import games
+from rlhf.types import Prompt, RewardErrorKind
 
 T = TypeVar("T")
 
@@ -38,7 +40,12 @@ class RemoteReward:
 
         The deadline of a request begins once the request is among the service's `max_in_flight`.
         """
-        requests = groups * (1 if self.judge is None else num_responses)
+        requests, judge = groups, self.judge
+        if judge is not None:
+            opponents, asked = judge.opponents, num_responses
+            if judge.compare is not None and not isinstance(opponents, str):
+                asked = len(games(num_responses, opponents))
+            requests *= judge.samples * asked
         return math.ceil(requests / self.service.max_in_flight) * self.service.deadline_s + CLOSE_WITHIN_S
 
 
@@ -48,8 +55,9 @@ class RemoteRewards:
     At most as many threads may `ask` at once as the largest `max_in_flight` of the services.
     """
 
-    def __init__(self, rewards: Mapping[str, RemoteReward]) -> None:
+    def __init__(self, rewards: Mapping[str, RemoteReward], known: Judgements | None = None) -> None:
         self._rewards = dict(rewards)
+        self._known = known or Judgements(None)
         self._groups = max(reward.service.max_in_flight for reward in rewards.values())
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="reward services", daemon=True)
@@ -120,7 +128,7 @@ class RemoteRewards:
     ) -> GroupOutcome:
         service, judge = self._services[name], self._rewards[name].judge
         if judge is not None:
-            return await _judged(service, judge, prompt, responses, results)
+            return await judged(service, judge, prompt, responses, results, self._known)
         body = {
             "prompt": prompt.text,
             "responses": list(responses),
@@ -132,38 +140,6 @@ class RemoteRewards:
             return read_scores(await service.post(body), len(responses))
         except ServiceError as error:
             return _all_failed(error.kind, str(error), len(responses))
-
-
-async def _judged(
-    service: Service, judge: JudgeSpec, prompt: Prompt, responses: Sequence[str], results: Sequence[Any]
-) -> GroupOutcome:
-    """Return the judge's verdict on each response. Equal questions about a group are asked once."""
-    of_responses = [{RESULT_COLUMN: result} for result in results] or [{}] * len(responses)
-    questions = [
-        question(judge, prompt.text, response, {**prompt.columns, **columns})
-        for response, columns in zip(responses, of_responses, strict=True)
-    ]
-
-    async def ask_judge(body: Mapping[str, Any]) -> float | tuple[RewardErrorKind, str]:
-        try:
-            return verdict(judge, await service.post(body, PATH))
-        except ServiceError as error:
-            return error.kind, str(error)
-        except (ValueError, RecursionError) as error:
-            return "not_a_number", str(error)
-
-    texts = [json.dumps(body) for body in questions]
-    distinct = dict(zip(texts, questions, strict=True))
-    verdicts = dict(zip(distinct, await asyncio.gather(*map(ask_judge, distinct.values())), strict=True))
-    answers = [verdicts[text] for text in texts]
-    return GroupOutcome(
-        scores=tuple(None if isinstance(answer, tuple) else answer for answer in answers),
-        failures=tuple(
-            Failure(sample=sample, kind=answer[0], message=answer[1])
-            for sample, answer in enumerate(answers)
-            if isinstance(answer, tuple)
-        ),
-    )
 
 
 def read_scores(answer: Mapping[str, Any], num_responses: int) -> GroupOutcome:

@@ -42,8 +42,9 @@ _STAGES = (
 )
 PLACEHOLDERS: Mapping[str, tuple[str, str]] = {
     "name": (r"[A-Za-z0-9_.-]+", "a reward's name in the config"),
+    "criterion": (r"[A-Za-z][A-Za-z0-9_-]*", "the name of a criterion in `judge.rubric`"),
     "set": (r"[A-Za-z0-9_.-]+", "an evaluation set's name"),
-    "metric": (r"[A-Za-z0-9_.@-]+", "`score`, a reward's name, `loss`, `kl_teacher`, or what the evaluation calls it"),
+    "metric": (r"[A-Za-z0-9_.@/-]+", "`score`, a reward's name, `loss`, `kl_teacher`, or what the evaluation calls it"),
     "lag": (r"[0-9]+", "a number of versions"),
     "reason": (r"[a-z_]+", "why a prompt does not go on: `edited_history`, `other_tools`, `rewritten_turn` or another"),
     "node": (r"[A-Za-z0-9_.-]+", "a node's address in the Ray cluster"),
@@ -132,6 +133,11 @@ rewards/<name>/failures/total | errors | Sum | online rewards optional | Failure
     the response a score; absent without failures
 rewards/<name>/no_opinion/fraction | 1 | Mean | online rewards optional | Fraction of responses without a score from an
     applicable reward (it returned None)
+rewards/<name>/agreement/mean | 1 | Mean | online rewards optional | Agreement of repeated judgements (`judge.samples`):
+    1 minus the mean distance of two judgements of a criterion, from 0 to 1
+rewards/<name>/disagreement/mean | 1 | Mean | online rewards optional | Standard deviation of the score over the
+    reward models of an ensemble (`reward.members`)
+rewards/<name>/<criterion>/mean | 1 | Mean | online rewards optional | A criterion of a rubric, from 0 to 1
 
 experience/kl_ref/mean | nats | Mean | online reference | KL(policy || reference) per sampled token, by the configured
     estimator

@@ -33,7 +33,7 @@ _PARTS = (  # of a run folder; the first file marks a run folder, and is removed
     "config.resolved.yaml",
     *("environment.json", "metrics.jsonl", HISTOGRAMS, GROUPS, "errors.jsonl", "timeline.json", "traceback.txt"),
     *("log.txt", "wandb_run_id", "report.html", "eval.json", "processes.json"),
-    *("samples", "evals", "checkpoints", "references", "tensorboard", "wandb", "final"),
+    *("samples", "judgements", "evals", "checkpoints", "references", "tensorboard", "wandb", "final"),
 )
 
 
@@ -105,6 +105,13 @@ class RunFolder(AbstractContextManager["RunFolder"]):
             part.mkdir(exist_ok=True)
         (self.scratch / "samples").symlink_to(Path("..", self.samples.name))
         self._sweep()
+
+    def judgements(self) -> Path:
+        """Return the folder for the answers of judges, as a link for the run's actors."""
+        link, folder = self.scratch / "judgements", self.path / "judgements"
+        make_folder(folder, exist_ok=True)
+        link.symlink_to(Path("..", folder.name))
+        return link
 
     def is_taken_over(self) -> bool:
         """Return whether a later start has renamed `scratch`. On NFS a holder can lose the lock unnoticed."""

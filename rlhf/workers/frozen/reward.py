@@ -42,6 +42,7 @@ class RewardSettings:
     processes: int
     memory_gib: float
     max_tokens_per_microbatch: int
+    judgements: Path | None = None  # folder for the answers of judges; None: the worker remembers them
     template: ChatTemplate = UNCHANGED  # changes to the tokenizer's chat template
     tokenizer_class: type[Any] | None = None  # as found by the driver; None: AutoTokenizer looks for the class
 
@@ -71,14 +72,19 @@ class RewardWorker(ModelWorker):
         )
         self.turn_end = turn_end(self.tokenizer)
         self.rewards = RewardSet(
-            settings.specs, timeout_s=settings.timeout_s, processes=settings.processes, memory_gib=settings.memory_gib
+            settings.specs,
+            timeout_s=settings.timeout_s,
+            processes=settings.processes,
+            memory_gib=settings.memory_gib,
+            judgements=settings.judgements,
+            worker=self.place.rank,
         )
         if greets:
             self.rewards.greet()
         if settings.model is not None:
-            from rlhf.workers.frozen.reward_model import RewardModel  # with the models' code, which takes a second
+            from rlhf.workers.frozen.reward_model import RewardEnsemble  # with the models' code, which takes a second
 
-            self.model = RewardModel(
+            self.model = RewardEnsemble(
                 settings.model, self.place, max_tokens_per_microbatch=settings.max_tokens_per_microbatch
             )
 
@@ -108,12 +114,17 @@ class RewardWorker(ModelWorker):
         environments = [spec.name for spec in specs if spec.from_environment]
         scores = {name: [sum((step.value for step in steps), 0.0) for steps in given] for name in environments}
         steps = dict.fromkeys(environments, given)
+        disagreement: dict[str, list[float]] = {}
         columns = (rollouts.token_ids, rollouts.lengths)
         if models := [spec.name for spec in specs if spec.is_model and not spec.by_step]:
             ends = None if self.model.steps is None else self._step_ends(rollouts)
-            scores |= dict.fromkeys(models, self.model.scores(*columns, ends))
+            values, deviations = self.model.scores(*columns, ends)
+            scores |= dict.fromkeys(models, values)
+            disagreement |= dict.fromkeys(models if deviations else [], deviations)
         if models := [spec.name for spec in specs if spec.is_model and spec.by_step]:
-            steps |= dict.fromkeys(models, self.model.step_rewards(*columns, self._step_ends(rollouts)))
+            step_values, deviations = self.model.step_rewards(*columns, self._step_ends(rollouts))
+            steps |= dict.fromkeys(models, step_values)
+            disagreement |= dict.fromkeys(models if deviations else [], deviations)
         by_step = any(spec.by_step for spec in specs)
         return self.rewards.score(
             self._as_read(prompt, rollouts),
@@ -122,6 +133,7 @@ class RewardWorker(ModelWorker):
             model_scores=scores,
             asked=asked,
             model_steps=steps,
+            disagreement=disagreement,
             places=character_ends(rollouts, self.tokenizer, turn_end=self.turn_end) if by_step else None,
             results=list(map(json.loads, results)),
         )

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from rlhf.config.schema.model import RewardModelConfig
 from rlhf.engine.distributed import RankContext
 from rlhf.models.packed.heads import sequence_scores, token_scores
 from rlhf.models.reward_models import load_reward_model
-from rlhf.objectives.reward_model_loss import combined_steps
+from rlhf.objectives.reward_model_loss import combined_steps, ensemble_scores
 from rlhf.types import StepReward
 from rlhf.workers.frozen.frozen_worker import FrozenWorker
 from rlhf.workers.microbatches import Microbatch
@@ -79,3 +80,40 @@ class RewardModel(FrozenWorker):
 
         with self.lock:
             yield from self.passes("score", self.split(lengths), forward)
+
+
+class RewardEnsemble:
+    """The reward model of a worker with all its members. Each scores every response, one model after the other."""
+
+    def __init__(self, config: RewardModelConfig, place: RankContext, *, max_tokens_per_microbatch: int) -> None:
+        self.steps, self.coef = config.steps, config.disagreement_coef
+        alone = config.model_copy(update={"members": {}})
+        configs = [alone, *(alone.model_copy(update=dict(member)) for member in config.members.values())]
+        self.models = [RewardModel(one, place, max_tokens_per_microbatch=max_tokens_per_microbatch) for one in configs]
+
+    def scores(
+        self, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], step_ends: Bool[Tensor, " N"] | None
+    ) -> tuple[list[float], list[float]]:
+        """Return a score per sequence as RewardModel.scores, and the models' deviation: empty for a single model."""
+        by_model = [model.scores(token_ids, lengths, step_ends) for model in self.models]
+        return (by_model[0], []) if len(by_model) == 1 else self._combined(by_model)
+
+    def step_rewards(
+        self, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], step_ends: Bool[Tensor, " N"]
+    ) -> tuple[list[tuple[StepReward, ...]], list[float]]:
+        """Return the steps of each sequence as RewardModel.step_rewards, and the mean deviation over its steps."""
+        by_model = [model.step_rewards(token_ids, lengths, step_ends) for model in self.models]
+        if len(by_model) == 1:
+            return by_model[0], []
+        rewards, deviations = [], []
+        for responses in zip(*by_model, strict=True):  # the steps end at the same tokens for all models
+            values, stds = self._combined([[step.value for step in steps] for steps in responses])
+            rewards.append(
+                tuple(StepReward(end=step.end, value=value) for step, value in zip(responses[0], values, strict=True))
+            )
+            deviations.append(sum(stds) / len(stds) if stds else 0.0)
+        return rewards, deviations
+
+    def _combined(self, by_model: list[list[float]]) -> tuple[list[float], list[float]]:
+        scores, stds = ensemble_scores(torch.tensor(by_model, dtype=torch.float64), coef=self.coef)
+        return scores.tolist(), stds.tolist()

@@ -1,0 +1,155 @@
+"""Ask a judge about a group: each response alone, or two responses at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from rlhf.rewards.processes.pool import Failure, GroupOutcome
+from rlhf.rewards.services.client import Service, ServiceError
+from rlhf.rewards.services.judge import AGREEMENT, PATH, JudgeSpec, agreement, question, verdict
+from rlhf.rewards.services.judgements import Judgements, content_key
+from rlhf.rewards.services.pairwise import bradley_terry, games, win_rates
+from rlhf.types import RESULT_COLUMN, Prompt, RewardErrorKind
+
+Trouble = tuple[RewardErrorKind, str]  # the reason a question has no answer
+Judged = list[dict[str, float]] | Trouble  # the answers to the repeats of a question
+
+
+async def judged(
+    service: Service,
+    spec: JudgeSpec,
+    prompt: Prompt,
+    responses: Sequence[str],
+    results: Sequence[Any],
+    known: Judgements,
+) -> GroupOutcome:
+    """Return the judge's verdicts on a group. Equal questions are asked once, and remembered ones never.
+
+    With a rubric `parts` has the value of each judged criterion, and no response has a score yet.
+    """
+    given = {"question": prompt.question or prompt.text, **prompt.columns, "prompt": prompt.text}
+    asking = _Asking(service, spec, given, known)
+    if spec.compare is not None:
+        return await _compared(asking, responses)
+    of_responses = [{RESULT_COLUMN: result} for result in results] or [{}] * len(responses)
+    rows = [{**columns, "response": text} for text, columns in zip(responses, of_responses, strict=True)]
+    answers = await asyncio.gather(*(asking.all_repeats(row) for row in rows))
+    failures = [
+        Failure(sample=sample, kind=answer[0], message=answer[1])
+        for sample, answer in enumerate(answers)
+        if isinstance(answer, tuple)
+    ]
+    names = list(dict.fromkeys(name for answer in answers if not isinstance(answer, tuple) for name in answer[0]))
+    means = {
+        name: tuple(None if isinstance(answer, tuple) else fmean(one[name] for one in answer) for answer in answers)
+        for name in names
+    }
+    scores = means.pop("", (None,) * len(responses))
+    return GroupOutcome(scores=scores, failures=tuple(failures), parts=means | _agreement(spec, answers))
+
+
+async def _compared(asking: _Asking, responses: Sequence[str]) -> GroupOutcome:
+    """Return the value of each response from comparisons. A response alone in its group gets no opinion.
+
+    Equal responses are not compared: each gets half of the game. Both responses of a comparison without a verdict fail.
+    """
+    spec, count, texts = asking.spec, len(responses), list(responses)
+    if isinstance(spec.opponents, str):
+        texts.append(str(asking.given[spec.opponents]))
+        pairs = [(place, count) if place % 2 == 0 else (count, place) for place in range(count)]
+    else:
+        pairs = games(count, spec.opponents)
+    if not pairs:
+        return GroupOutcome(scores=(None,) * count, failures=())
+    answers = await asyncio.gather(*(asking.both_orders(texts[first], texts[second]) for first, second in pairs))
+    by_game = list(zip(pairs, answers, strict=True))
+    trouble = {
+        place: answer for pair, answer in by_game if isinstance(answer, tuple) for place in pair if place < count
+    }
+    if trouble:
+        failures = tuple(
+            Failure(sample=place, kind=kind, message=text) for place, (kind, text) in sorted(trouble.items())
+        )
+        return GroupOutcome(scores=(None,) * count, failures=failures)
+    won = [fmean(one[""] for one in answer) if answer else 0.5 for answer in answers if not isinstance(answer, tuple)]
+    summary = win_rates if spec.compare == "win_rate" else bradley_terry
+    scores = summary(pairs, won, count=len(texts))[:count]
+    if spec.samples < 2:
+        return GroupOutcome(scores=tuple(scores), failures=())
+    agreed = [
+        (pair, agreement([one[""] for one in answer]))
+        for pair, answer in by_game
+        if not isinstance(answer, tuple) and answer
+    ]
+    by_place = [[value for pair, value in agreed if place in pair] for place in range(count)]
+    parts = {AGREEMENT: tuple(fmean(values) if values else None for values in by_place)}
+    return GroupOutcome(scores=tuple(scores), failures=(), parts=parts)
+
+
+def _agreement(spec: JudgeSpec, answers: Sequence[Judged]) -> dict[str, tuple[float | None, ...]]:
+    """Return the agreement of each question's repeats, as the mean over criteria. Empty without repeats."""
+    if spec.samples < 2:
+        return {}
+    values = [
+        None if isinstance(answer, tuple) else fmean(agreement([one[name] for one in answer]) for name in answer[0])
+        for answer in answers
+    ]
+    return {AGREEMENT: tuple(values)}
+
+
+class _Asking:
+    """Asks a judge the questions about a group."""
+
+    def __init__(self, service: Service, spec: JudgeSpec, given: Mapping[str, Any], known: Judgements) -> None:
+        self.service, self.spec, self.given, self.known = service, spec, given, known
+        scales = {
+            name: item.scale for name, item in ({} if isinstance(spec.rubric, str) else spec.rubric or {}).items()
+        }
+        self.rule = repr((spec.pattern, spec.scale, spec.choices, spec.compare, scales))  # how answers are read
+        self.asked: dict[str, asyncio.Future[dict[str, float] | Trouble]] = {}
+
+    async def all_repeats(self, values: Mapping[str, Any]) -> Judged:
+        """Return the answers to all repeats of a question, or why one of them failed."""
+        repeats = range(self.spec.samples)
+        return _whole(await asyncio.gather(*(self._once({**self.given, **values}, repeat) for repeat in repeats)))
+
+    async def both_orders(self, first: str, second: str) -> Judged:
+        """Return the shares won by the first response. Every second repeat swaps the two. Empty for equal responses."""
+        if first == second:
+            return []
+        orders = [(second, first) if repeat % 2 else (first, second) for repeat in range(self.spec.samples)]
+        rows = [{**self.given, "response_a": a, "response_b": b} for a, b in orders]
+        whole = _whole(await asyncio.gather(*(self._once(row, repeat) for repeat, row in enumerate(rows))))
+        if isinstance(whole, tuple):
+            return whole
+        return [{"": 1.0 - one[""] if repeat % 2 else one[""]} for repeat, one in enumerate(whole)]
+
+    async def _once(self, values: Mapping[str, Any], repeat: int) -> dict[str, float] | Trouble:
+        try:
+            body = question(self.spec, values, repeat=repeat)
+        except ValueError as error:
+            return "refused", f"column `{self.spec.rubric}` {error}"
+        key = content_key(self.service.spec.url, body, repeat, self.rule)
+        if (answer := self.known.get(key)) is not None:
+            return answer
+        if key not in self.asked:
+            self.asked[key] = asyncio.ensure_future(self._post(key, body))
+        return await self.asked[key]
+
+    async def _post(self, key: str, body: Mapping[str, Any]) -> dict[str, float] | Trouble:
+        try:
+            values = verdict(self.spec, self.given, await self.service.post(body, PATH))
+        except ServiceError as error:
+            return error.kind, str(error)
+        except (ValueError, RecursionError) as error:
+            return "not_a_number", str(error)
+        self.known.put(key, values)
+        return values
+
+
+def _whole(answers: Sequence[dict[str, float] | Trouble]) -> Judged:
+    trouble = next((answer for answer in answers if isinstance(answer, tuple)), None)
+    return trouble or [answer for answer in answers if not isinstance(answer, tuple)]
