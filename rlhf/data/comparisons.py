@@ -10,12 +10,10 @@ import itertools
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from rlhf.data.tasks import TaskSource
 from rlhf.errors import UserError
-
-if TYPE_CHECKING:
-    from rlhf.data.sources import Row
 
 logger = logging.getLogger(__name__)
 
@@ -43,21 +41,49 @@ def conversation_text(messages: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(f"{str(message.get('role', '')).capitalize()}: {content}" for message, content in pairs)
 
 
-def comparison_rows(
-    rows: Sequence[Row], *, template: str, name: str, split: str, size: int, seed: int
-) -> list[dict[str, Any]]:
-    """Return `size` rows with `messages` and `answer`, "A" or "B", from rows of preferences.
+class PreferenceRow(Protocol):
+    """A row of rlhf.data.sources."""
+
+    @property
+    def columns(self) -> Mapping[str, Any]: ...
+
+    @property
+    def place(self) -> str: ...
+
+    def value(self, column: str) -> Any: ...
+
+    def text(self, column: str) -> str: ...
+
+
+def preferences_of(source: TaskSource) -> tuple[str | TaskSource, Mapping[str, str]]:
+    """Return the data source of preferences in a task's args, and its column names. UserError for invalid args."""
+    data, columns, template = (source.args.get(name) for name in ("data", "columns", "prompt"))
+    unknown = sorted(source.args.keys() - {"data", "columns", "prompt"})
+    if unknown or source.split not in ("train", "eval"):
+        problem = f"args has {', '.join(unknown)}" if unknown else "this task has the splits train and eval"
+        raise UserError(f"{source.name}: {problem}; the args are data, columns and prompt.")
+    if isinstance(data, Mapping) and {"task", "size"} <= data.keys() <= {"task", "size", "seed", "args"}:
+        data = TaskSource(**{"split": "pairs", **data})
+    if not isinstance(data, str | TaskSource) or not isinstance(columns or {}, Mapping):
+        raise UserError(
+            f"{source.name}: args.data is {data!r:.60}, expected a file or data set of preferences, or a task as "
+            "{task: NAME, size: N}; args.columns maps our column names to its names."
+        )
+    fields = [field for field in ("{response_a}", "{response_b}") if field not in str(template or COMPARE_PROMPT)]
+    if fields:
+        raise UserError(f"{source.name}: args.prompt has no {' and no '.join(fields)}. Write both in the template.")
+    return data, columns or {}
+
+
+def preference_prompts(source: TaskSource, rows: Sequence[PreferenceRow]) -> list[dict[str, Any]]:
+    """Return the task's rows, with `messages` and `answer`, "A" or "B", from rows of preferences.
 
     The rows' columns are those of preference data: `chosen` and `rejected`, with `prompt` or as conversations with
     equal first messages. Split eval has a tenth of the prompts, and split train the rest. The order of the rows depends
-    on `seed`. The chosen response comes first in one of every two rows, at random. Rows with equal responses are left
-    out. UserError: an invalid row, too few rows, or a template without the responses.
+    on the seed. The chosen response comes first in one of every two rows, at random. Rows with equal responses are left
+    out. UserError: an invalid row, or too few rows.
     """
-    missing = [field for field in ("{response_a}", "{response_b}") if field not in template]
-    if missing:
-        raise UserError(
-            f"{name}: args.prompt has no {' and no '.join(missing)}. Write both where the responses belong."
-        )
+    name, split, size, template = source.name, source.split, source.size, source.args.get("prompt") or COMPARE_PROMPT
     read = [(row, *_texts(row)) for row in rows]
     usable = [(row, question, chosen, rejected) for row, question, chosen, rejected in read if chosen != rejected]
     if len(usable) < len(read):
@@ -65,7 +91,7 @@ def comparison_rows(
     usable = [item for item in usable if _is_held_out(item[1]) == (split == "eval")]
     if size > len(usable):
         raise UserError(f"{name} has {len(usable)} rows; size: {size} asks for more.")
-    draw = random.Random(f"{seed}/{split}")
+    draw = random.Random(f"{source.seed}/{split}")
     draw.shuffle(usable)
     made, first_is_chosen = [], False
     for number, (row, question, chosen, rejected) in enumerate(usable[:size]):
@@ -78,11 +104,12 @@ def comparison_rows(
             have = ", ".join(f"{{{column}}}" for column in values)
             problem = f"args.prompt cannot be filled in ({error}); {row.place} has {have}. Double a literal brace."
             raise UserError(f"{name}: {problem}") from error
-        made.append({"messages": [{"role": "user", "content": text}], "answer": "A" if first_is_chosen else "B"})
+        answer = "A" if first_is_chosen else "B"
+        made.append({"messages": [{"role": "user", "content": text}], "answer": answer, "task": source.task})
     return made
 
 
-def _texts(row: Row) -> tuple[str, str, str]:
+def _texts(row: PreferenceRow) -> tuple[str, str, str]:
     """Return the prompt, the chosen and the rejected response of a row as plain text."""
     values = [row.value("chosen"), row.value("rejected")]
     if not all(isinstance(value, list) for value in values):
@@ -105,7 +132,7 @@ def _texts(row: Row) -> tuple[str, str, str]:
     return conversation_text(chosen[:first]), conversation_text(chosen[first:]), conversation_text(rejected[first:])
 
 
-def _messages(row: Row, column: str) -> list[Mapping[str, Any]]:
+def _messages(row: PreferenceRow, column: str) -> list[Mapping[str, Any]]:
     messages = row.value(column)
     if not messages or not all(isinstance(message, Mapping) for message in messages):
         raise UserError(f"{row.place}: column `{column}` is {messages!r:.60}, expected a list of messages, not empty.")

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rlhf.data.comparisons import preference_prompts, preferences_of
 from rlhf.data.memory import within_memory
 from rlhf.data.presets import LeftOut, PresetSource, presets
-from rlhf.data.tasks import TaskSource, make_rows
+from rlhf.data.tasks import COMPARISONS, TaskSource, make_rows
 from rlhf.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,12 @@ def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> li
     loaded: Iterable[Row]
     if isinstance(source, TaskSource):
         name = source.name
-        loaded = (Row(file=name, line=i, columns=row) for i, row in enumerate(make_rows(source), start=1))
+        if source.task == COMPARISONS:
+            preferences, names = preferences_of(source)
+            made = preference_prompts(source, read_rows(preferences, columns=names))
+        else:
+            made = make_rows(source)
+        loaded = (Row(file=name, line=i, columns=row) for i, row in enumerate(made, start=1))
     elif isinstance(source, PresetSource):
         name, columns = source.name, None
         loaded = itertools.islice(_read_preset(source), source.size)

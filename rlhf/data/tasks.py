@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from rlhf.data.comparisons import COMPARE_PROMPT, comparison_rows
 from rlhf.data.environment_tasks import ENVIRONMENT_TASKS
 from rlhf.errors import UserError
 
@@ -84,8 +83,8 @@ def _maker(name: str) -> Callable[[TaskSource], list[Columns]]:
         return _reasoning_gym
     if name in ENVIRONMENT_TASKS:
         return _environment_rows
-    if name == COMPARISONS:
-        return _comparisons
+    if name == COMPARISONS:  # made by rlhf.data.sources, which reads the preferences
+        raise UserError(f"Task `{COMPARISONS}` cannot be joined with other tasks: name two data sets in data.train.")
     known = ", ".join([RUNNING_TOTALS, COMPARISONS, *ENVIRONMENT_TASKS])
     raise UserError(f"Task `{name}` is unknown; the tasks are {known} and {REASONING_GYM}NAME.")
 
@@ -95,33 +94,6 @@ def _environment_rows(source: TaskSource) -> list[Columns]:
         raise UserError(f"{source.name}: this task has the splits sft, train and eval.")
     rows = ENVIRONMENT_TASKS[source.task](source.split, source.size, source.seed, source.args)
     return [row | {"task": source.task} for row in rows]
-
-
-def _comparisons(source: TaskSource) -> list[Columns]:
-    """Return prompts that ask for the better of two responses. args.data: preferences, as a data source."""
-    from rlhf.data.sources import read_rows  # which imports this module
-
-    data, columns, template = (source.args.get(name) for name in ("data", "columns", "prompt"))
-    unknown = sorted(source.args.keys() - {"data", "columns", "prompt"})
-    if unknown or source.split not in ("train", "eval"):
-        problem = f"args has {', '.join(unknown)}" if unknown else "this task has the splits train and eval"
-        raise UserError(f"{source.name}: {problem}; the args are data, columns and prompt.")
-    if (
-        isinstance(data, Mapping)
-        and data.keys() >= {"task", "size"}
-        and data.keys() <= {"task", "size", "seed", "args"}
-    ):
-        data = TaskSource(**{"split": "pairs", **data})
-    if not isinstance(data, str | TaskSource) or not isinstance(columns or {}, Mapping):
-        raise UserError(
-            f"{source.name}: args.data is {data!r:.60}, expected a file or data set of preferences, or a task as "
-            "{task: NAME, size: N}; args.columns maps our column names to its names."
-        )
-    if not isinstance(template, str | None):
-        raise UserError(f"{source.name}: args.prompt is {template!r:.60}, expected a text with {{response_a}}.")
-    rows, limits = read_rows(data, columns=columns), {"size": source.size, "seed": source.seed}
-    made = comparison_rows(rows, template=template or COMPARE_PROMPT, name=source.name, split=source.split, **limits)
-    return [row | {"task": COMPARISONS} for row in made]
 
 
 # Running totals of four digits. 6,561 questions: 2,500 with responses, 3,000 for RL, 512 held out.

@@ -20,7 +20,7 @@ from rlhf.rewards.combining import RewardTerm, plain_sum
 from rlhf.rewards.failure_rule import ErrorRule
 from rlhf.rewards.loading import LoadedReward
 from rlhf.rewards.processes.pool import Failure, GroupOutcome, RewardPool, longest_s
-from rlhf.rewards.services.judge import weighted_score
+from rlhf.rewards.services.judge import CRITERION, weighted_score
 from rlhf.types import RESULT_COLUMN, GroupScores, Prompt, RewardError, RewardErrorKind, StepReward
 
 if TYPE_CHECKING:
@@ -247,12 +247,13 @@ class RewardSet:
         for name in spec.criteria:
             checked = self._function_outcome(spec, f"{spec.name}/{name}", prompt, responses, None, results)
             failures += [replace(f, message=f"criterion `{name}`: {f.message}") for f in checked.failures]
-            parts[name] = checked.scores + (None,) * (len(responses) - len(checked.scores))
+            parts[CRITERION + name] = checked.scores + (None,) * (len(responses) - len(checked.scores))
         failed = {failure.sample for failure in failures}
         criteria = judge.criteria(prompt.columns) if len(failed) < len(responses) else {}
-        values = [{name: parts[name][sample] for name in criteria if name in parts} for sample in range(len(responses))]
+        columns = {name: parts[CRITERION + name] for name in criteria}
         scores = [
-            None if sample in failed else weighted_score(criteria, values[sample]) for sample in range(len(values))
+            None if sample in failed else weighted_score(criteria, {name: columns[name][sample] for name in criteria})
+            for sample in range(len(responses))
         ]
         return replace(outcome, scores=tuple(scores), failures=tuple(failures), parts=parts)
 

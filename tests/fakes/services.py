@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
+import zlib
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,3 +51,26 @@ class FakeService:
         reply = self.replies[min(len(self.requests), len(self.replies) - 1)]
         self.requests.append((request.path, request.headers.get("Authorization"), body))
         return web.Response(status=reply, **self.options) if isinstance(reply, int) else web.json_response(reply)
+
+
+class JudgeService:
+    """A judge with an arbitrary and fixed opinion on each question, in the form of the request. It keeps the bodies."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+
+    async def __call__(self, request: web.Request) -> web.Response:
+        if not request.can_read_body:
+            return web.json_response({})
+        body = await request.json()
+        self.bodies.append(body)
+        opinion = zlib.crc32(body["messages"][-1]["content"].encode())
+        content = "Answer: " + "AB"[opinion % 2]
+        if "response_format" in body:
+            numbers = body["response_format"]["json_schema"]["schema"]["properties"]["scores"]["properties"]
+            scores = {
+                name: of["enum"][(opinion >> place) % len(of["enum"])]
+                for place, (name, of) in enumerate(numbers.items())
+            }
+            content = json.dumps({"reasons": "because", "scores": scores})
+        return web.json_response({"choices": [{"message": {"content": content}}]})

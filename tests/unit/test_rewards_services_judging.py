@@ -17,7 +17,7 @@ from rlhf.errors import UserError
 from rlhf.preflight.sources import check_rewards, load_rewards
 from rlhf.rewards.scoring import RewardSet, RewardSpec
 from rlhf.rewards.services.judge import agreement, question, read_rubric
-from rlhf.rewards.services.judgements import Judgements
+from rlhf.rewards.services.judgements import Judgements, content_key
 from rlhf.types import GroupScores, Prompt
 from tests.fakes.services import served
 
@@ -91,9 +91,9 @@ def test_a_rubric_is_one_request_and_every_criterion_has_a_value() -> None:
     assert wanted["required"] == ["right", "clear"]
     assert wanted["properties"]["clear"]["enum"] == [1, 2, 3, 4, 5]
     assert {name: dict(enumerate(values)) for name, values in found.parts.items()} == {
-        "quality/right": {0: 1.0, 1: 0.0},
-        "quality/clear": {0: 0.5, 1: 0.5},  # (3 - 1) / (5 - 1)
-        "quality/brief": {0: -0.25, 1: -0.5},  # words / limit
+        "quality/criterion/right": {0: 1.0, 1: 0.0},
+        "quality/criterion/clear": {0: 0.5, 1: 0.5},  # (3 - 1) / (5 - 1)
+        "quality/criterion/brief": {0: -0.25, 1: -0.5},  # words / limit
     }
     # (3 * 1 + 1 * 0.5 - 1 * 0.25) / 5 and (3 * 0 + 1 * 0.5 - 1 * 0.5) / 5
     assert found.scores == pytest.approx((0.65, 0.0))
@@ -110,7 +110,11 @@ def test_criteria_of_a_row_in_the_forms_of_public_data_sets() -> None:
         found = score(["a"], {"rubric": rubric})
         assert score(["b"], {"rubric": json.dumps(rubric)}).scores == found.scores
     assert found.scores == pytest.approx(((6 - 2) / (6 + 2),))
-    assert found.parts == {"quality/1": (1.0,), "quality/2": (1.0,), "quality/polite": (0.0,)}
+    assert found.parts == {
+        "quality/criterion/1": (1.0,),
+        "quality/criterion/2": (1.0,),
+        "quality/criterion/polite": (0.0,),
+    }
 
 
 @pytest.mark.parametrize(
@@ -143,7 +147,7 @@ def test_a_partial_answer_or_one_off_the_scale_is_a_failure_and_no_low_score(ans
 def test_the_last_object_counts_whatever_is_around_it() -> None:
     text = 'I think {"scores": {"right": 0, "clear": 1}}.\n```json\n{"scores": {"clear": 5.0, "right": true}}\n```{'
     with rewards_of(FakeJudge(lambda *_: text), {"rubric": RUBRIC}) as score:
-        assert score(["4"]).parts["quality/right"] == (1.0,)
+        assert score(["4"]).parts["quality/criterion/right"] == (1.0,)
 
 
 def test_a_criterion_of_a_function_that_fails_is_a_failure_of_the_reward(tmp_path: Path) -> None:
@@ -161,7 +165,7 @@ def test_repeated_judgements_have_a_mean_and_an_agreement() -> None:
     with rewards_of(judge, settings) as score:
         found = score(["4"])
     assert [body["seed"] for body in judge.bodies] == [7, 8, 9]
-    assert found.parts["quality/right"] == pytest.approx((2 / 3,))
+    assert found.parts["quality/criterion/right"] == pytest.approx((2 / 3,))
     # right: 1, 1, 0 agree in 1 of 3 pairs; clear: all agree. The mean is (1/3 + 1) / 2.
     assert found.parts["quality/agreement"] == pytest.approx((2 / 3,))
     assert agreement([0.0, 0.25, 1.0]) == pytest.approx(1 - (0.25 + 0.75 + 1.0) / 3)
@@ -173,10 +177,8 @@ def test_repeated_judgements_have_a_mean_and_an_agreement() -> None:
 
 def test_nothing_is_asked_twice_even_by_another_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The address of the service changes in this test, and is left out of the key."""
-    from rlhf.rewards.services import judging
-
-    key = judging.content_key
-    monkeypatch.setattr(judging, "content_key", lambda url, *rest: key("", *rest))
+    path = "rlhf.rewards.services.judging.content_key"
+    monkeypatch.setattr(path, lambda url, *rest: content_key("", *rest))
     answers = lambda *_: scores(right=1, clear=5)  # noqa: E731
     first, second, third = FakeJudge(answers), FakeJudge(answers), FakeJudge(answers)
     with rewards_of(first, {"rubric": RUBRIC}, tmp_path, worker=1) as score:
@@ -289,7 +291,6 @@ def test_both_responses_of_a_comparison_without_a_verdict_fail() -> None:
         ({"rubric": {"a": {"criterion": "like {response}"}}}, "`criterion` may hold columns alone"),
         ({"rubric": {"a": {"criterion": "like {"}}}, "Single"),
         ({"rubric": {"1": {"criterion": "x"}}}, "match pattern"),
-        ({"rubric": {"agreement": {"criterion": "x"}}}, "may not name a criterion `agreement`"),
         ({"rubric": "column", "prompt": "{response}"}, "must hold {criteria}"),
         ({"prompt": "{response} {criteria}"}, "there is no `rubric`"),
         ({"rubric": "column", "compare": "win_rate", "prompt": "{criteria}{response_a}{response_b}"}, "two rewards"),
@@ -317,7 +318,7 @@ def test_bad_settings_of_a_judge(given: dict[str, Any], why: str) -> None:
         ('[{"criterion": "a", "weight": NaN}]', "has the weight nan"),
         ([{"criterion": "a", "weight": 0}], "no criterion with a weight above 0"),
         ([{"criterion": "a", "name": "x"}, {"criterion": "b", "name": "x"}], "two criteria named 'x'"),
-        ([{"criterion": "a", "name": "agreement"}], "has the name 'agreement'"),
+        ([{"criterion": "a", "name": 3}], "has the name 3"),
         ([{"criterion": "a", "name": "x y"}], "has the name 'x y'"),
     ],
 )

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
-from rlhf.rewards.services.pairwise import bradley_terry, games, win_rates
+from rlhf.rewards.services.pairwise import games, win_rates, winning_chances
 
 
 @pytest.mark.parametrize("count", range(2, 12))
@@ -62,10 +62,10 @@ def test_bradley_terry_maximises_the_likelihood_with_two_games_against_strength_
     optimizer.step(loss)
     s = scores.detach().tolist()
     wanted = [sum(1 / (1 + math.exp(s[j] - s[i])) for j in range(7) if j != i) / 6 for i in range(7)]
-    assert bradley_terry(pairs, results, count=7) == pytest.approx(wanted, abs=1e-6)
+    assert winning_chances(pairs, results, count=7) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_a_response_that_always_wins_has_a_finite_value_below_one() -> None:
-    best, middle, worst = bradley_terry([(0, 1), (1, 2), (2, 0)], [1.0, 1.0, 0.0], count=3)
+    best, middle, worst = winning_chances([(0, 1), (1, 2), (2, 0)], [1.0, 1.0, 0.0], count=3)
     assert middle == pytest.approx(0.5)
     assert 1.0 > best > middle > worst > 0.0

@@ -13,7 +13,7 @@ from pydantic import Field, JsonValue, PositiveInt, field_validator, model_valid
 from rlhf.data.comparisons import COMPARE_PROMPT
 from rlhf.rewards.failure_rule import ErrorRule
 from rlhf.rewards.functions.table import BUILT_INS
-from rlhf.rewards.services.judge import AGREEMENT, CRITERION_NAME
+from rlhf.rewards.services.judge import CRITERION_NAME
 from rlhf.sections import NotWith, OnlyIn, OnlyWith, Section
 from rlhf.tracking.logs import is_secret_name
 from rlhf.types import RESULT_COLUMN
@@ -174,8 +174,6 @@ class JudgeConfig(Section):
         if not isinstance(self.rubric, dict):
             return self
         criteria = self.rubric.values()
-        if AGREEMENT in self.rubric:
-            raise ValueError(f"`rubric` may not name a criterion `{AGREEMENT}`: that is a metric of the judge")
         if not any(criterion.weight > 0.0 for criterion in criteria):
             raise ValueError("`rubric` has no weight above 0, so there is no best score; give a criterion one")
         if all(criterion.criterion is None for criterion in criteria):

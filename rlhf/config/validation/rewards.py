@@ -67,7 +67,8 @@ def evaluated_alone(rewards: Mapping[str, RewardConfig], samples: int, section: 
     weighted = [reward for reward in rewards.values() if reward.weight != 0.0]
     if samples < 2 and weighted and all(map(compares_group, weighted)):
         text = "is 1, and every reward with a weight compares the responses to a prompt with each other (judge.compare)"
-        yield Problem((section, "samples_per_prompt"), f"{text}. Set it to 2 or more with {section}.temperature above 0, or add another reward")
+        fix = f"Set it to 2 or more with {section}.temperature above 0, or add another reward"
+        yield Problem((section, "samples_per_prompt"), f"{text}. {fix}")
 
 
 def credit_problems(config: Config) -> Iterator[Problem]:

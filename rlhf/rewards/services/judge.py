@@ -16,7 +16,8 @@ from typing import Any, Literal
 from rlhf.rewards.functions.matching import final_choice
 
 PATH = "/chat/completions"
-AGREEMENT = "agreement"  # name of the agreement between repeated judgements, beside the names of criteria
+AGREEMENT = "agreement"  # name of a measured value: the agreement of repeated judgements
+CRITERION = "criterion/"  # begins the names of measured criteria
 MAX_NAMED = 64  # names of criteria in the rows of a data set, since each name is a metric
 CRITERION_NAME = r"[A-Za-z][A-Za-z0-9_-]*"
 _FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")
@@ -211,10 +212,8 @@ def read_rubric(value: object) -> dict[str, Criterion]:
             raise ValueError(f"has {shown} as criterion {number}, expected an object with the text `criterion`")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"has the weight {weight!r:.40} in criterion {number}, expected a finite number")
-        if "name" in fields and (
-            not isinstance(name, str) or not re.fullmatch(CRITERION_NAME, name) or name == AGREEMENT
-        ):
-            rule = f"a letter and then letters, digits, `_` and `-`, and not `{AGREEMENT}`"
+        if name != str(number) and not (isinstance(name, str) and re.fullmatch(CRITERION_NAME, name)):
+            rule = "a letter, and then letters, digits, `_` and `-`"
             raise ValueError(f"has the name {name!r:.40} in criterion {number}, expected {rule}")
         if name in criteria:
             raise ValueError(f"has two criteria named {name!r}; give each another name, or none")

@@ -9,9 +9,9 @@ from typing import Any
 
 from rlhf.rewards.processes.pool import Failure, GroupOutcome
 from rlhf.rewards.services.client import Service, ServiceError
-from rlhf.rewards.services.judge import AGREEMENT, PATH, JudgeSpec, agreement, question, verdict
+from rlhf.rewards.services.judge import AGREEMENT, CRITERION, PATH, JudgeSpec, agreement, question, verdict
 from rlhf.rewards.services.judgements import Judgements, content_key
-from rlhf.rewards.services.pairwise import bradley_terry, games, win_rates
+from rlhf.rewards.services.pairwise import games, win_rates, winning_chances
 from rlhf.types import RESULT_COLUMN, Prompt, RewardErrorKind
 
 Trouble = tuple[RewardErrorKind, str]  # the reason a question has no answer
@@ -48,7 +48,8 @@ async def judged(
         for name in names
     }
     scores = means.pop("", (None,) * len(responses))
-    return GroupOutcome(scores=scores, failures=tuple(failures), parts=means | _agreement(spec, answers))
+    parts = {CRITERION + name: values for name, values in means.items()}
+    return GroupOutcome(scores=scores, failures=tuple(failures), parts=parts | _agreement(spec, answers))
 
 
 async def _compared(asking: _Asking, responses: Sequence[str]) -> GroupOutcome:
@@ -75,7 +76,7 @@ async def _compared(asking: _Asking, responses: Sequence[str]) -> GroupOutcome:
         )
         return GroupOutcome(scores=(None,) * count, failures=failures)
     won = [fmean(one[""] for one in answer) if answer else 0.5 for answer in answers if not isinstance(answer, tuple)]
-    summary = win_rates if spec.compare == "win_rate" else bradley_terry
+    summary = win_rates if spec.compare == "win_rate" else winning_chances
     scores = summary(pairs, won, count=len(texts))[:count]
     if spec.samples < 2:
         return GroupOutcome(scores=tuple(scores), failures=())

@@ -32,7 +32,7 @@ def win_rates(pairs: Sequence[tuple[int, int]], results: Sequence[float], *, cou
     return [wins / games for wins, games in zip(won, played, strict=True)]
 
 
-def bradley_terry(pairs: Sequence[tuple[int, int]], results: Sequence[float], *, count: int) -> list[float]:
+def winning_chances(pairs: Sequence[tuple[int, int]], results: Sequence[float], *, count: int) -> list[float]:
     """Return each response's mean probability of winning against the others, by a fit of Bradley and Terry's model.
 
     A response beats another with the probability s_i / (s_i + s_j). The strengths s come from the iteration of Hunter

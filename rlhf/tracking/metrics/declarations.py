@@ -137,7 +137,7 @@ rewards/<name>/agreement/mean | 1 | Mean | online rewards optional | Agreement o
     1 minus the mean distance of two judgements of a criterion, from 0 to 1
 rewards/<name>/disagreement/mean | 1 | Mean | online rewards optional | Standard deviation of the score over the
     reward models of an ensemble (`reward.members`)
-rewards/<name>/<criterion>/mean | 1 | Mean | online rewards optional | A criterion of a rubric, from 0 to 1
+rewards/<name>/criterion/<criterion>/mean | 1 | Mean | online rewards optional | A criterion of a rubric, from 0 to 1
 
 experience/kl_ref/mean | nats | Mean | online reference | KL(policy || reference) per sampled token, by the configured
     estimator
