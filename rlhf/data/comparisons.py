@@ -12,6 +12,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from rlhf.data.presets import PresetSource, presets
 from rlhf.data.tasks import TaskSource
 from rlhf.errors import UserError
 
@@ -55,7 +56,7 @@ class PreferenceRow(Protocol):
     def text(self, column: str) -> str: ...
 
 
-def preferences_of(source: TaskSource) -> tuple[str | TaskSource, Mapping[str, str]]:
+def preferences_of(source: TaskSource) -> tuple[str | TaskSource | PresetSource, Mapping[str, str]]:
     """Return the data source of preferences in a task's args, and its column names. UserError for invalid args."""
     data, columns, template = (source.args.get(name) for name in ("data", "columns", "prompt"))
     unknown = sorted(source.args.keys() - {"data", "columns", "prompt"})
@@ -64,10 +65,12 @@ def preferences_of(source: TaskSource) -> tuple[str | TaskSource, Mapping[str, s
         raise UserError(f"{source.name}: {problem}; the args are data, columns and prompt.")
     if isinstance(data, Mapping) and {"task", "size"} <= data.keys() <= {"task", "size", "seed", "args"}:
         data = TaskSource(**{"split": "pairs", **data})
-    if not isinstance(data, str | TaskSource) or not isinstance(columns or {}, Mapping):
+    elif isinstance(data, Mapping) and data.get("preset") in presets() and data.keys() <= {"preset", "size", "path"}:
+        data = PresetSource(**data)
+    if not isinstance(data, str | TaskSource | PresetSource) or not isinstance(columns or {}, Mapping):
         raise UserError(
-            f"{source.name}: args.data is {data!r:.60}, expected a file or data set of preferences, or a task as "
-            "{task: NAME, size: N}; args.columns maps our column names to its names."
+            f"{source.name}: args.data is {data!r:.60}, expected a file or data set of preferences, a preset as "
+            "{preset: NAME}, or a task as {task: NAME, size: N}; args.columns maps our column names to its names."
         )
     fields = [field for field in ("{response_a}", "{response_b}") if field not in str(template or COMPARE_PROMPT)]
     if fields:

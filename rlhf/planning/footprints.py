@@ -199,7 +199,7 @@ def _forward(name: Role, model: ModelConfig | None, config: Config, sizes: Sizes
     if isinstance(model, RewardModelConfig):  # the members compute in turns, so the activations are the first model's
         for member, held in model.members.items():
             count = sizes.of(held.model).scalar_parameters
-            terms.append(memory.weights_term(f"weights of {member}", count, _itemsize(held), in_heap=False))
+            terms.append(memory.weights_term(f"weights of {member}", count, _itemsize(model), in_heap=False))
     if name in derive.shares_engines_gpus(config):
         terms.append(_put_aside(terms))
     if is_scoring:

@@ -90,7 +90,7 @@ def reward_models(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> 
 
 def test_a_run_is_rewarded_by_an_ensemble(tmp_path: Path, ray_local: None, reward_models: list[Path]) -> None:
     one, two = map(str, reward_models)
-    members = {"b": {"model": two, "dtype": "float32"}}
+    members = {"b": {"model": two}}
     reward = {"model": one, "dtype": "float32", "disagreement_coef": 0.5, "members": members}
     train_here(config_of(tmp_path, "ensemble", {"role": "reward"}, reward=reward))
     folder = tmp_path / "ensemble"

@@ -125,7 +125,7 @@ def test_an_ensemble_scores_by_the_mean_and_its_deviation(tiny_model: Path, rewa
     settings: dict[str, Any] = {"dtype": "float32", "steps": StepScores(separator=";")}
     single = [scored(RewardModelConfig(model=str(folder), **settings)) for folder in folders]
     assert all(not one.parts for one in single)
-    members = {name: {"model": str(folder), "dtype": "float32"} for name, folder in zip("bc", folders[1:], strict=True)}
+    members = {name: {"model": str(folder)} for name, folder in zip("bc", folders[1:], strict=True)}
     whole = scored(
         RewardModelConfig.model_validate(
             {"model": str(folders[0]), "members": members, "disagreement_coef": 0.5, **settings}

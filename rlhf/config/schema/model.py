@@ -120,11 +120,18 @@ class StepScores(Section):
     """Text at the end of every step except the last, as in the training of the model (`algorithm.step_separator`)."""
 
 
+class MemberConfig(Section):
+    """A further reward model of an ensemble, loaded like `reward.model`."""
+
+    model: str = Field(min_length=1)
+    """A Hugging Face name, a local folder, or `stage:NAME`."""
+
+
 class RewardModelConfig(ModelConfig):
     """A sequence-classification model with one label, or the folder of a LoRA adapter of such a model, used by
     `rewards.<name>.role: reward`."""
 
-    members: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], ModelConfig] = Field(default_factory=dict)
+    members: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], MemberConfig] = Field(default_factory=dict)
     """Further reward models by name, held by the same workers. The score is the mean over all models, and
     `rewards/<name>/disagreement/mean` has the standard deviation."""
     disagreement_coef: Annotated[float, NotWith("members", {}, because="there is a single reward model")] = Field(
@@ -138,8 +145,6 @@ class RewardModelConfig(ModelConfig):
     @property
     def models(self) -> dict[str, ModelConfig]:
         """Return the model and all members, each under the key of its name below `reward`."""
-        return {"model": self, **{f"members.{name}.model": member for name, member in self.members.items()}}
-
-    def as_loaded(self) -> Self:
-        members = {name: member.as_loaded() for name, member in self.members.items()}
-        return super().as_loaded().model_copy(update={"members": members})
+        alone = ModelConfig(**{name: getattr(self, name) for name in ModelConfig.model_fields})
+        names = {f"members.{name}.model": member.model for name, member in self.members.items()}
+        return {"model": alone, **{key: alone.model_copy(update={"model": name}) for key, name in names.items()}}

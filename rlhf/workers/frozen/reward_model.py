@@ -88,7 +88,7 @@ class RewardEnsemble:
     def __init__(self, config: RewardModelConfig, place: RankContext, *, max_tokens_per_microbatch: int) -> None:
         self.steps, self.coef = config.steps, config.disagreement_coef
         alone = config.model_copy(update={"members": {}})
-        configs = [alone, *(alone.model_copy(update=dict(member)) for member in config.members.values())]
+        configs = [alone, *(alone.model_copy(update={"model": member.model}) for member in config.members.values())]
         self.models = [RewardModel(one, place, max_tokens_per_microbatch=max_tokens_per_microbatch) for one in configs]
 
     def scores(
