@@ -36,14 +36,15 @@ from rlhf.commands.train import train
 from rlhf.commands.view import view
 from rlhf.cuda_builds import hide_cuda_builds
 from rlhf.errors import Interrupted, Preempted, RunError, UserError
+from rlhf.tracking.callbacks import Callback, StopRun
 from rlhf.tracking.logs import hush_imports
 
 hush_imports()
 hide_cuda_builds()
 
 __all__ = [
-    "Interrupted", "Preempted", "Run", "RunError", "UserError", "cluster_doctor", "convert", "dashboard", "doctor",
-    "evaluate", "export", "fetch_model", "follow_job", "generate", "job_status", "load_config", "load_merge",
-    "merge", "plan", "play", "quickstart", "recipes", "report", "reward", "serve", "serve_reward", "show_recipe",
-    "stop_job", "submit", "sweep", "tested_versions", "train", "view",
+    "Callback", "Interrupted", "Preempted", "Run", "RunError", "StopRun", "UserError", "cluster_doctor", "convert",
+    "dashboard", "doctor", "evaluate", "export", "fetch_model", "follow_job", "generate", "job_status", "load_config",
+    "load_merge", "merge", "plan", "play", "quickstart", "recipes", "report", "reward", "serve", "serve_reward",
+    "show_recipe", "stop_job", "submit", "sweep", "tested_versions", "train", "view",
 ]  # fmt: skip

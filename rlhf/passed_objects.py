@@ -18,13 +18,13 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType
-from typing import Any
+from typing import Any, get_type_hints
 
 from rlhf.errors import UserError
 from rlhf.extensions import PASSED, PassedObject, passed_objects, restore_code, shown_file
 
 MAX_MIB = 256  # of a pickled object: each process of the run gets a copy
-_CLASS_ID = re.compile(r"[0-9a-f]{32}")  # cloudpickle gives each class a random id
+_RANDOM = re.compile(r"[0-9a-f]{32}|.*:\d{9,}")  # cloudpickle's id of a class, and pydantic's name of a schema
 
 
 @contextmanager
@@ -82,6 +82,7 @@ def code_file(value: Any) -> str:
 
 def _passed(value: Any, name: str, place: str) -> PassedObject:
     try:
+        _resolve_config(value)
         pickled, digest = _pickled(value), _digest(value)
     except Exception as error:  # a class may define how it is pickled, so any exception is possible
         text = " ".join(traceback.format_exception_only(error)[-1].split())
@@ -96,6 +97,13 @@ def _passed(value: Any, name: str, place: str) -> PassedObject:
             "of the run gets a copy. Read large data from a file in the constructor of a class, and pass the class."
         )
     return PassedObject(name=name, file=shown_file(code_file(value)), pickled=pickled, digest=digest)
+
+
+def _resolve_config(value: Any) -> None:
+    """Replace the text of an algorithm's annotation `config` by the class: no process has the script's module."""
+    annotations = vars(value).get("__annotations__", {}) if inspect.isclass(value) else {}
+    if isinstance(annotations.get("config"), str):
+        annotations["config"] = get_type_hints(value)["config"]
 
 
 def _pickled(value: Any) -> bytes:
@@ -153,7 +161,7 @@ def _digest(value: Any) -> bytes:
                 return inner.co_code, inner.co_consts, inner.co_names, inner.co_varnames, inner.co_freevars
             if isinstance(inner, set | frozenset):
                 return sorted(map(repr, inner))
-            return "" if isinstance(inner, str) and (inner == script or _CLASS_ID.fullmatch(inner)) else None
+            return "" if isinstance(inner, str) and (inner == script or _RANDOM.fullmatch(inner)) else None
 
     stream = io.BytesIO()
     Normalized(stream).dump(value)

@@ -41,6 +41,7 @@ from rlhf.evaluation.results import (
 from rlhf.evaluation.voting import AnswerForm, answer_of
 from rlhf.preflight.candidates import Candidate
 from rlhf.preflight.eval_inputs import EvalInputs, inputs_of_stage
+from rlhf.preflight.start import Start
 from rlhf.process.stopping import run_async
 from rlhf.rewards.failure_rule import ends_run, held_out_rules
 from rlhf.rewards.scoring import describe_errors, rules_of_specs
@@ -92,9 +93,9 @@ def _write_report(path: Path, evaluation: Evaluation) -> None:
     write_atomic(path, json.dumps(evaluation.to_json(), indent=2, allow_nan=False) + "\n")
 
 
-def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, *, resume: bool) -> None:
+def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, start: Start) -> None:
     """Run an evaluation as a stage of a pipeline. The metrics are row 0, and eval.json marks the end."""
-    with recording(stage, resume=resume) as (record, _):
+    with recording(stage, resume=start.resume, trackers=start.trackers) as (record, _):
         with prefix_errors(f"stages.{record.folder.path.name}"):
             inputs = inputs_of_stage(stage, loaded)
         record.begin_step(0)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -16,6 +17,7 @@ from rlhf.config.schema.cluster import Restarts
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, Stage
 from rlhf.config.yaml_tree import from_yaml
+from rlhf.controller.callback_calls import CallbackCalls
 from rlhf.controller.record import RunRecord
 from rlhf.errors import Preempted, RunError, StorageFull
 from rlhf.preflight.run_folder import kept_checkpoints, open_mirror
@@ -23,6 +25,7 @@ from rlhf.preflight.sources import installed_trackers
 from rlhf.process.disk_full import PAUSE
 from rlhf.process.driver_parent import tell_parent
 from rlhf.process.stopping import current_request
+from rlhf.tracking.callbacks import Callback
 from rlhf.tracking.display.progress import Mode
 from rlhf.tracking.display.progress_live import open_progress
 from rlhf.tracking.logs import written_to
@@ -40,11 +43,19 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def recording(
-    stage: Stage, *, resume: bool, steps: int = 0, show: Sequence[str] = (), mode: Mode = "quiet"
+    stage: Stage,
+    *,
+    resume: bool,
+    steps: int = 0,
+    show: Sequence[str] = (),
+    mode: Mode = "quiet",
+    callbacks: Sequence[Callback] = (),
+    trackers: Sequence[Any] = (),
 ) -> Iterator[tuple[RunRecord, int | None]]:
     """Open the record, and yield it with the step of the checkpoint to resume from. None: no checkpoint.
 
-    Failures in the block are recorded. `steps`, `show` and `mode` are for the progress display.
+    Failures in the block are recorded. `steps`, `show` and `mode` are for the progress display. `trackers` are objects
+    passed to the call.
     """
     room_s = 0.0 if isinstance(stage, MergeStage) else stage.cluster.room_timeout_s
     with (
@@ -60,7 +71,7 @@ def recording(
         if mirror is not None:
             mirror.finish(keep, failed=False)  # fails before anything starts if the mirror is not writable
         after = None if not resume else -1 if step is None else step
-        tracker = Tracker(folder.path, backends=_backends(stage, folder.path, after))
+        tracker = Tracker(folder.path, backends=_backends(stage, folder.path, after, trackers))
         timeline = Timeline(folder.timeline)
         failed = True
         try:
@@ -72,7 +83,13 @@ def recording(
                 steps, done_steps=step or 0, show=show, mode=mode, run=stage.run.name, folder=folder.path
             ) as progress:
                 record = RunRecord(
-                    folder=folder, tracker=tracker, timeline=timeline, progress=progress, mirror=mirror, step=step or 0
+                    folder=folder,
+                    tracker=tracker,
+                    timeline=timeline,
+                    progress=progress,
+                    mirror=mirror,
+                    callbacks=CallbackCalls(callbacks),
+                    step=step or 0,
                 )
                 progress.stage("starting")
                 try:
@@ -118,7 +135,7 @@ def _hiding_nothing() -> Iterator[None]:
         logger.warning("the end of the run could not be recorded: %s", error)
 
 
-def _backends(stage: Stage, folder: Path, after: int | None) -> list[TrackerBackend]:
+def _backends(stage: Stage, folder: Path, after: int | None, trackers: Sequence[Any]) -> list[TrackerBackend]:
     """Return the configured back ends, and Prometheus in Ray. after: resumed step (-1: none); None: a new run."""
     if isinstance(stage, MergeStage):
         return []
@@ -141,4 +158,4 @@ def _backends(stage: Stage, folder: Path, after: int | None) -> list[TrackerBack
             checkpoints=settings.wandb_checkpoints,
         )
         backends.append(wandb)
-    return [*backends, *installed_trackers(stage, done_steps=after)]
+    return [*backends, *installed_trackers(stage, trackers, done_steps=after)]

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -44,6 +45,7 @@ from rlhf.models.files.publish import push_folder
 from rlhf.preflight.inputs import CheckedStage, StageInputs, load_inputs
 from rlhf.preflight.merge import with_local_models
 from rlhf.preflight.run_folder import check_folders, continue_from, refuse_other_checkpoint, stream_of
+from rlhf.preflight.sources import tracked_run
 from rlhf.preflight.start import Start
 from rlhf.preflight.training_data import OfflineInputs, OnlineInputs, collated
 from rlhf.process.driver_parent import unrecorded_deaths
@@ -87,7 +89,7 @@ def launch(loaded: LoadedConfig, start: Start) -> None:
         return
     logger.info("%s: checking models, data and rewards", loaded.name)
     with loaded.located():
-        stages = load_inputs(loaded)
+        stages = load_inputs(loaded, trackers=start.trackers)
     for stage in stages:
         if isinstance(stage, StageInputs):
             steps = stage.config.train.num_steps
@@ -128,7 +130,7 @@ def _run_stages(loaded: LoadedConfig, stages: Sequence[CheckedStage], left: Sequ
             elif isinstance(stage, MergeStage):
                 _run_merge(stage, loaded.folder, start)
             else:
-                run_evaluation(stage, loaded, resume=start.resume)
+                run_evaluation(stage, loaded, start)
     if loaded.is_pipeline:
         write_atomic(loaded.folder / "config.resolved.yaml", dump_masked_yaml(loaded))
 
@@ -149,7 +151,9 @@ async def _run_stage(stage: StageInputs, request: StopRequest, start: Start) -> 
     show, metric = (SHOWN_ONLINE, "score") if isinstance(inputs, OnlineInputs) else (SHOWN_OFFLINE, "loss")
     show += tuple(f"eval/{name}/{metric}" for name in list(inputs.eval_sets)[:1])
     steps = stage.config.train.num_steps
-    with recording(stage.written, resume=start.resume, steps=steps, show=show, mode=start.mode) as (record, step):
+    shown: Any = {"steps": steps, "show": show, "mode": start.mode}
+    passed: Any = {"callbacks": start.callbacks, "trackers": start.trackers}
+    with recording(stage.written, resume=start.resume, **shown, **passed) as (record, step):
         for row in inputs.unusable if step is None else ():
             unusable = ErrorRecord(step=0, stage="data", kind="unusable", message=row.reason, source=row.place)
             record.tracker.log_error(unusable)
@@ -157,7 +161,8 @@ async def _run_stage(stage: StageInputs, request: StopRequest, start: Start) -> 
             _online(stage, inputs, record) if isinstance(inputs, OnlineInputs) else _offline(stage, inputs, record)
         )
         with listed_in(record.folder.processes):
-            async with running as (controller, placement):
+            run = tracked_run(stage.written, done_steps=step)
+            async with running as (controller, placement), record.callbacks.following(run):
                 await _carry_out(controller, request, step=step, until=start.until, nodes=placement.nodes)
 
 
@@ -250,6 +255,7 @@ async def _online(
             supervisor=supervisor,
             rewards_fingerprint=fingerprint(inputs.rewards, model=repr(roles[RewardWorkers.role].settings.model)),
             environment_fingerprint="" if inputs.environment is None else inputs.environment.fingerprint(),
+            code=inputs.code(),
         )
         async with ending_rebuilds([*roles.values(), lease.engines]):
             yield controller, lease.placement

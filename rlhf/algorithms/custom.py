@@ -1,6 +1,7 @@
-"""Load algorithms of users: a class in a file, or a class offered by an installed package.
+"""Load algorithms of users: a class in a file, a class offered by an installed package, or a class of the script.
 
-Such a configuration is pickled by the algorithm's name. Every process of a run loads and compares the code.
+Such a configuration is pickled by the algorithm's name, and with the class of a script. Every process of a run loads
+and compares the code.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rlhf.algorithms.ppo import PPO
 from rlhf.algorithms.process_reward_model import ProcessRewardModel
 from rlhf.algorithms.sft import SFT
 from rlhf.errors import RunError, UserError
-from rlhf.extensions import LoadError, find_code, load_code, summarize
+from rlhf.extensions import LoadError, PassedObject, find_code, load_code, passed_objects, summarize
 
 # The base class that the workers of each kind of training know.
 FAMILIES: Mapping[Kind, type[Algorithm]] = {
@@ -49,13 +50,15 @@ class CustomConfig:
     code_digest: ClassVar[str]
     name: str
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str], Any]:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str, PassedObject | None], Any]:
         """Pickle the name and the values, since no second process has a module for a user's file."""
-        return _restore, (self.name, self.code_digest), self.__getstate__()
+        return _restore, (self.name, self.code_digest, passed_objects.get(self.name)), self.__getstate__()
 
 
-def _restore(name: str, digest: str) -> Any:
+def _restore(name: str, digest: str, passed: PassedObject | None) -> Any:
     """Return a configuration without values in the unpickling process."""
+    if passed is not None:
+        passed_objects[name] = passed
     config_class: Any = custom_config_class(name)
     if config_class.code_digest != digest:
         raise RunError(
@@ -69,7 +72,9 @@ def custom_config_class(name: str, *, built_ins: Collection[str] = ()) -> type[A
     """Load an algorithm, and return its configuration class with this name as the only value of the key `name`."""
     source = find_code("algorithm", name, built_ins=built_ins, folders=(Path(),))
     short_name = name
-    if source.path is not None:
+    if source.passed is not None:
+        short_name = source.name
+    elif source.path is not None:
         name, short_name = f"{source.path}:{source.name}", f"{Path(source.path).name}:{source.name}"
     try:
         algorithm: Any = _checked_class(load_code(source))

@@ -18,6 +18,8 @@ from rlhf.errors import Interrupted, Preempted, UserError
 if TYPE_CHECKING:
     from rlhf.config.files.load import LoadedConfig
     from rlhf.process.stopping import StopRequest
+    from rlhf.tracking.callbacks import Callback
+    from rlhf.tracking.sinks.backends import TrackerBackend
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +35,15 @@ def train(
     quiet: bool = False,
     json_lines: bool = False,
     until: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    trackers: Sequence[TrackerBackend | type[TrackerBackend]] = (),
 ) -> Run:
     """Run a configuration of any method, all stages of a pipeline in turn. Return the run or the pipeline.
 
-    `config` is a YAML file, a mapping with the same keys, or a configuration loaded or built before. In a mapping, a
-    reward's `function` may be a function of a Python file. `resume` continues the run in the folder from its newest
-    checkpoint, and `from_step` from the checkpoint of this step.
+    `config` is a YAML file, a mapping with the same keys, or a configuration loaded or built before. Where a
+    file names code, a mapping may hold the function, the class or the instance. `resume` continues the run in the
+    folder from its newest checkpoint, and `from_step` from the checkpoint of this step. `callbacks` follow the run's
+    training stages, and may end a stage. `trackers` are views, besides the trackers of the configuration.
 
     Args:
         overwrite: replace the run in the folder of run.name.
@@ -56,6 +61,7 @@ def train(
     from rlhf.preflight.start import Start
     from rlhf.process.stopping import run_stoppable
     from rlhf.tracking import logs
+    from rlhf.tracking.callbacks import check_callbacks
     from rlhf.tracking.run_folder.folder import refuse_other_run
 
     loaded = loaded_config(config, overrides)
@@ -66,7 +72,10 @@ def train(
         overwrite=overwrite,
         until=until,
         mode="quiet" if quiet else "json" if json_lines else "auto",
+        callbacks=callbacks,
+        trackers=trackers,
     )
+    check_callbacks(callbacks)
     if not start.resume and not overwrite:
         for stage in loaded.stages.values():
             refuse_other_run(run_folder(stage))
@@ -182,5 +191,11 @@ COMMAND = Command(
     _present,
     add=_add,
     exclusive=("quiet", "json_lines"),
-    changes={"resume": RESUME, "from_step": None, "json_lines": {"flag": "--json"}},
+    changes={
+        "resume": RESUME,
+        "from_step": None,
+        "json_lines": {"flag": "--json"},
+        "callbacks": None,
+        "trackers": None,
+    },
 )

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from rlhf.config.derive import restarts_gangs, trained_sections
 from rlhf.config.files.differences import home, portable
 from rlhf.config.schema.root import Config
+from rlhf.controller.callback_calls import CallbackFailed
 from rlhf.controller.notice import Notice
 from rlhf.controller.record import Best, RunRecord
 from rlhf.controller.supervisor import Supervisor
@@ -82,6 +83,7 @@ class TrainingLoop(ABC):
         self.finished_state: Mapping[str, Any] = {}  # this loop's state in a checkpoint of the last finished step
         self.survives = restarts_gangs(config)  # whether lost ranks are started again
         first_set = next(iter(eval_sets), "heldout")
+        self.row: Mapping[str, float] = {}  # of the last logged step
         self.best = Best.of(config.train, f"eval/{first_set}/{eval_metric}", default_lower=lower_is_better)
 
     @abstractmethod
@@ -203,15 +205,22 @@ class TrainingLoop(ABC):
         await self.despite_losses(self.begin)
         if self.step == 0 and self.evaluates and self.config.eval.at_start:
             await self.despite_losses(partial(self.evaluate, 0))
-            record.write_row(0, record.row())
-        while self.step < end and not self.best.is_over:
+            self.row = record.row()
+            record.write_row(0, self.row)
+            await record.callbacks.call("on_evaluation", 0, _of_evaluation(self.row))
+        while self.step < end and not self.is_over:
             self.finished_state = self.state()
             try:
                 await self._next_step(is_last=self.step + 1 == end)
             except Preempted:
                 await self._save_finished()
                 raise
-        return self.step >= train.num_steps or self.best.is_over
+        return self.step >= train.num_steps or self.is_over
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether early stopping or a callback has ended the run."""
+        return self.best.is_over or self.record.callbacks.stopped is not None
 
     async def _next_step(self, *, is_last: bool) -> None:
         """Carry out a step, and write a checkpoint after the last one. Raise Preempted if the run must end."""
@@ -230,8 +239,31 @@ class TrainingLoop(ABC):
             await self.checkpoint(is_best=is_best)
         else:
             self._log_step()
-        if is_told and not is_over:
+        await self._call_back(evaluates=evaluates)
+        if is_told and not (is_over or self.is_over):
             raise Preempted(f"a checkpoint of step {step} is written")
+
+    async def _call_back(self, *, evaluates: bool) -> None:
+        """Call the callbacks of a logged step. If a callback fails or stops the run, the step gets a checkpoint."""
+        callbacks, failure = self.record.callbacks, None
+        try:
+            if evaluates:
+                await callbacks.call("on_evaluation", self.step, _of_evaluation(self.row))
+            await callbacks.call("on_step", self.step, self.row)
+        except CallbackFailed as error:
+            failure = error
+        if (failure or callbacks.stopped) and self.checkpoint_step < self.step:
+            await self.despite_losses(self._save)
+            await self.commit(self.step)
+            await self.record.prune(self.config.train.keep_checkpoints)
+        if failure is not None:
+            raise CallbackFailed(
+                f"{failure} A checkpoint of step {self.step} is written. {RESUMES}"
+            ) from failure.__cause__
+        if self.checkpoint_step == self.step:
+            await callbacks.call("on_checkpoint", self.step, self.record.folder.checkpoint(self.step))
+        if callbacks.stopped is not None:
+            logger.info("step %d: %s", self.step, callbacks.stopped)
 
     async def _save_finished(self) -> None:
         """Write a missing checkpoint of the last finished step from snapshots, since a rank may be lost for good."""
@@ -245,6 +277,7 @@ class TrainingLoop(ABC):
         else:
             await self.commit(step)
             logger.info("a checkpoint of step %d is written from the memory of the nodes", step)
+            await self.record.callbacks.call("on_checkpoint", step, self.record.folder.checkpoint(step))
 
     async def _measure(self) -> None:
         """Add the memory of the roles and nodes, and the throughput of the step."""
@@ -270,7 +303,8 @@ class TrainingLoop(ABC):
 
     def _log_step(self) -> None:
         self.record.add(self.supervisor.metrics())
-        self.record.write_row(self.step, self.record.row())
+        self.row = self.record.row()
+        self.record.write_row(self.step, self.row)
 
     async def checkpoint(self, *, is_best: bool) -> None:
         """Write the checkpoint aside, log the step, and make the checkpoint valid."""
@@ -322,6 +356,10 @@ class TrainingLoop(ABC):
     async def _load(self, step: int) -> None:
         for name, role in self.trained.items():
             await role.load(self.record.folder.checkpoint(step) / name)
+
+
+def _of_evaluation(row: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if key.startswith("eval/")}
 
 
 async def _all_ended(calls: Sequence[Awaitable[None]]) -> None:

@@ -18,6 +18,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from rlhf.algorithms.algorithm import Kind
@@ -74,7 +75,9 @@ class OnlineController(TrainingLoop):
         supervisor: Supervisor,
         rewards_fingerprint: str,
         environment_fingerprint: str = "",
+        code: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        """Create a loop before the first step. `code`: digests of users' code by key, for a checkpoint."""
         assert config.rollouts is not None
         present = {field.name: getattr(roles, field.name) for field in fields(roles)}
         scored = bool(config.rewards)
@@ -89,7 +92,7 @@ class OnlineController(TrainingLoop):
             policy_fingerprint=policy_fingerprint,
             supervisor=supervisor,
         )
-        self.roles = roles
+        self.roles, self.code = roles, code
         self.eval_sets = eval_sets
         self.marking = marking
         self.probe_ids = probe_ids
@@ -362,7 +365,7 @@ class OnlineController(TrainingLoop):
         return aside
 
     def position(self) -> Mapping[str, Any]:
-        return {**self.batches.state(), **self.learning.state()}
+        return {**self.batches.state(), **self.learning.state(), "code": dict(self.code)}
 
     async def restore_position(self, state: Mapping[str, Any]) -> None:
         ahead = self.record.folder.checkpoint(self.step) / AHEAD

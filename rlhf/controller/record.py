@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.schema.train import EarlyStopping, TrainConfig
+from rlhf.controller.callback_calls import CallbackCalls
 from rlhf.errors import RunError, StorageFull, UserError, WorkerLost
 from rlhf.process.disk_full import PAUSE, Shortage
 from rlhf.role_table import ROLE_OF_STAGE, Role
@@ -49,6 +50,7 @@ class RunRecord:
     progress: Progress
     nodes: NodesRole | None = None  # None: nodes are not measured
     mirror: Mirror | None = None  # None: the folder has no mirror
+    callbacks: CallbackCalls = field(default_factory=CallbackCalls)
     step: int = 0  # the last logged step
     parts: list[Metrics] = field(default_factory=list)
     groups: StepGroups | None = None  # of the current step; None: the step trains on no rollouts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +45,12 @@ class StageInputs:
 CheckedStage = StageInputs | MergeStage | EvaluationStage
 
 
-def load_inputs(loaded: LoadedConfig, *, only_checks: bool = False) -> list[CheckedStage]:
+def load_inputs(loaded: LoadedConfig, *, only_checks: bool = False, trackers: Sequence[Any] = ()) -> list[CheckedStage]:
     """Return the inputs of every run. UserError: the first error found, in any stage.
 
     Merges and evaluations are returned as they are, because their models may not exist yet. only_checks: the inputs are
-    not used, so tiny:llama gets no weights unless a merge or an evaluation reads them.
+    not used, so tiny:llama gets no weights unless a merge or an evaluation reads them. trackers: objects passed to the
+    call.
     """
     made = StageResults()
     weights = not only_checks or not all(isinstance(config, Config) for config in loaded.stages.values())
@@ -62,7 +63,7 @@ def load_inputs(loaded: LoadedConfig, *, only_checks: bool = False) -> list[Chec
                 foresee(with_local_models(stage, loaded.folder), made, final=str(final_folder(stage)))
                 stages.append(stage)
                 continue
-            installed_trackers(stage)
+            installed_trackers(stage, trackers)
             refuse_unknown_engine_args(stage.cluster)
             if isinstance(stage, EvaluationStage):
                 inputs_of_stage(stage, loaded, made=made)

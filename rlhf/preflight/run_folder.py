@@ -20,7 +20,7 @@ from rlhf.errors import UserError
 from rlhf.preflight.inputs import StageInputs
 from rlhf.preflight.models import refuse_other_model
 from rlhf.preflight.start import Start
-from rlhf.preflight.training_data import OnlineInputs
+from rlhf.preflight.training_data import OfflineInputs, OnlineInputs
 from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.mirror import Mirror
 
@@ -124,6 +124,7 @@ def refuse_other_checkpoint(stage: StageInputs, *, step: int | None = None) -> N
                 raise KeyError("ahead")
             stream_of(stage).restore(Cursor(**state["cursor"]))
             reference_step = state.get("reference_step")
+            warn_of_changed_code(stage.inputs, state, step=step)
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"{folder.checkpoint(step)} was written by another version of this program: its state has no "
@@ -131,6 +132,15 @@ def refuse_other_checkpoint(stage: StageInputs, *, step: int | None = None) -> N
             ) from error
         if reference_step:
             folder.refuse_damaged_reference(reference_step, checkpoint=step)
+
+
+def warn_of_changed_code(inputs: OnlineInputs | OfflineInputs, state: dict[str, Any], *, step: int) -> None:
+    """Log the rewards and the environment whose code or arguments are not those of the checkpoint."""
+    code = inputs.code() if isinstance(inputs, OnlineInputs) else {}
+    before = state.get("code", {})
+    if changed := [key for key, digest in code.items() if before.get(key, digest) != digest]:
+        text = "the code or the arguments of %s have changed since the checkpoint of step %d; the run uses the new ones"
+        logger.warning(text, " and ".join(changed), step)
 
 
 def stream_of(stage: StageInputs) -> Stream[Any]:

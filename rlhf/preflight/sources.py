@@ -30,7 +30,7 @@ from rlhf.rewards.services.client import ServiceSpec
 from rlhf.rewards.services.judge import MAX_NAMED, Criterion, JudgeSpec, read_rubric
 from rlhf.rewards.services.remote import RemoteReward
 from rlhf.tracking.logs import redact_config
-from rlhf.tracking.sinks.installed import InstalledTracker, TrackedRun, installed_tracker
+from rlhf.tracking.sinks.installed import InstalledTracker, TrackedRun, installed_tracker, passed_tracker
 
 TINY = "tiny:llama"
 REWARD_KEY = "rewards.{}.function"
@@ -158,11 +158,20 @@ def load_rewards(
     return tuple(specs)
 
 
-def installed_trackers(stage: Config | EvaluationStage, *, done_steps: int | None = None) -> list[InstalledTracker]:
-    """Return the trackers of packages named by a stage, without constructing any. UserError: an unusable tracker."""
+def tracked_run(stage: Config | EvaluationStage, *, done_steps: int | None) -> TrackedRun:
+    """Return what trackers and callbacks learn of a run at the start."""
     config = redact_config(from_yaml(dump_yaml(stage)))
-    run = TrackedRun(name=stage.run.name, folder=run_folder(stage), config=config, done_steps=done_steps)
-    return [installed_tracker(name, args, run) for name, args in stage.tracking.trackers.items()]
+    return TrackedRun(name=stage.run.name, folder=run_folder(stage), config=config, done_steps=done_steps)
+
+
+def installed_trackers(
+    stage: Config | EvaluationStage, passed: Sequence[Any] = (), *, done_steps: int | None = None
+) -> list[InstalledTracker]:
+    """Return the trackers of packages named by a stage, and the passed objects, without constructing any. UserError: an
+    unusable tracker."""
+    run = tracked_run(stage, done_steps=done_steps)
+    installed = [installed_tracker(name, args, run) for name, args in stage.tracking.trackers.items()]
+    return installed + [passed_tracker(value, run, index=index) for index, value in enumerate(passed)]
 
 
 def _section(key: str, name: str) -> str:

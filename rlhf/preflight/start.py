@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlhf.tracking.callbacks import Callback
 from rlhf.tracking.display.progress import Mode
+from rlhf.tracking.sinks.backends import TrackerBackend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,3 +19,5 @@ class Start:
     overwrite: bool = False  # replace the contents of the run's folder, once the inputs have been checked
     until: int | None = None  # stop a single run after this step, with a checkpoint for `resume`
     mode: Mode = "auto"
+    callbacks: Sequence[Callback] = ()
+    trackers: Sequence[TrackerBackend | type[TrackerBackend]] = ()  # objects, besides those of the configuration

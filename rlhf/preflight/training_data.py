@@ -73,6 +73,13 @@ class OnlineInputs:
     max_model_len: int  # longest prompt with longest response, or longest conversation, in tokens
     probe_ids: tuple[int, ...]
 
+    def code(self) -> dict[str, str]:
+        """Return a digest of the code and the arguments of each reward and of the environment or agent, by key."""
+        sources = {f"rewards.{spec.name}": spec.function.source for spec in self.rewards if spec.function is not None}
+        if self.environment is not None:
+            sources[self.environment.key] = self.environment.source
+        return {key: source.digest().hex() for key, source in sources.items()}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfflineInputs:

@@ -61,6 +61,7 @@ def test_nothing_heavy_is_imported_for_help_a_refusal_or_a_plan() -> None:
         "rlhf.extensions",
         "rlhf.passed_objects",
         "rlhf.tracking",
+        "rlhf.tracking.callbacks",
         "rlhf.tracking.logs",
     }
     assert set(results["own"]) <= light

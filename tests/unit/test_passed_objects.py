@@ -5,11 +5,13 @@ from __future__ import annotations
 import array
 import asyncio
 import functools
+import logging
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,8 @@ from rlhf.config.files.load import from_mapping, load
 from rlhf.errors import UserError
 from rlhf.extensions import CodeSource, PassedObject, find_code, passed_objects
 from rlhf.passed_objects import forgotten_afterwards
+from rlhf.preflight.run_folder import warn_of_changed_code
+from rlhf.preflight.training_data import OnlineInputs
 from rlhf.rewards.loading import load_reward
 from rlhf.rewards.processes.pool import GroupOutcome, RewardPool
 from rlhf.rollouts.environments.host import EnvironmentFailure, EnvironmentHost
@@ -219,6 +223,10 @@ def test_an_object_is_refused_where_a_file_holds_a_value(monkeypatch: pytest.Mon
     tree = yaml.safe_load(ONLINE)
     with pytest.raises(UserError, match=r"^train\.lr: is of type function, expected a value that a YAML file can hold"):
         from_mapping({**tree, "train": {**tree["train"], "lr": scaled(1.0)}})
+    with pytest.raises(
+        UserError, match=r"^tracking\.trackers\.mine: is .* Pass the object of a tracker as rlhf\.train"
+    ):
+        from_mapping({**tree, "tracking": {"trackers": {"mine": constant(1.0)}}})
     with pytest.raises(UserError, match=rf"^config: {KEY}: got 3, expected"):
         named(3)
     monkeypatch.setattr("rlhf.passed_objects.MAX_MIB", 0)
@@ -314,3 +322,71 @@ def test_an_object_is_no_file_and_no_built_in() -> None:
     source = find_code("agent", "python object x of y", args={"a": 1}, key="k")
     assert source == CodeSource(path="/x.py", name="x", args={"a": 1}, passed=passed_objects["python object x of y"])
     assert source.digest() != CodeSource(path=None, name="x", args={"a": 1}).digest()
+
+
+ALGORITHM = """\
+from __future__ import annotations
+import pickle, subprocess, sys
+from pydantic import Field
+from rlhf.algorithms.online import OnlineAlgorithm
+from rlhf.algorithms.online_config import ClippedConfig
+from rlhf.config.files.load import from_mapping
+from rlhf.extensions import passed_objects
+
+class PowerConfig(ClippedConfig):
+    exponent: float = Field(default=1.0, gt=0.0)
+
+class Power(OnlineAlgorithm):
+    config: PowerConfig
+
+    def sequence_advantages(self, outcomes):
+        return outcomes ** self.config.exponent
+
+if len(sys.argv) > 1:
+    tree = TREE
+    config = from_mapping({**tree, "algorithm": {"name": Power, "exponent": 3.0}}).runs["demo"]
+    pickled = pickle.dumps(config)
+    print(config.algorithm.name, config.algorithm.short_name, config.algorithm.code_digest)
+    code = (
+        "import pickle, sys\\nfrom rlhf.algorithms import algorithm_of\\nfrom rlhf.algorithms.online import *\\n"
+        "config = pickle.load(sys.stdin.buffer).algorithm\\n"
+        "print(algorithm_of(config, OnlineAlgorithm).sequence_advantages(2.0), config.code_digest)"
+    )
+    sys.stdout.flush()
+    subprocess.run([sys.executable, "-c", code], input=pickled, check=True)
+"""
+
+
+def test_an_algorithm_may_be_a_class_of_the_script(tmp_path: Path) -> None:
+    """Another process, which has no module of the script, unpickles the configuration and calls the algorithm."""
+    path = tmp_path / "script.py"
+    path.write_text(ALGORITHM.replace("TREE", repr(yaml.safe_load(ONLINE))), encoding="utf-8")
+    done = [subprocess.run([sys.executable, path, "x"], capture_output=True, text=True, check=False) for _ in range(2)]
+    assert done[0].returncode == 0, done[0].stderr
+    first, second = done[0].stdout.splitlines()
+    name, _, digest = first.rpartition(" ")
+    assert name == "python object Power of __main__ Power"
+    assert second == f"8.0 {digest}"
+    assert done[1].stdout == done[0].stdout  # the digest is the same in each start
+
+
+def test_a_resumed_run_says_which_code_has_changed(caplog: pytest.LogCaptureFixture) -> None:
+    """The checkpoint has the digests of the code at its time. Code that the checkpoint does not know is not changed."""
+    sources = {
+        name: find_code("reward", named(reward))
+        for name, reward in {"same": scaled(1.0), "other": scaled(2.0), "new": scaled(3.0)}.items()
+    }
+    specs = [SimpleNamespace(name=name, function=SimpleNamespace(source=of)) for name, of in sources.items()]
+    environment = SimpleNamespace(key="rollouts.environment", source=CodeSource(path=None, name="guess_number"))
+    inputs = object.__new__(OnlineInputs)
+    object.__setattr__(inputs, "rewards", specs)
+    object.__setattr__(inputs, "environment", environment)
+    code = inputs.code()
+    assert list(code) == ["rewards.same", "rewards.other", "rewards.new", "rollouts.environment"]
+    before = {"code": {"rewards.same": code["rewards.same"], "rewards.other": "x", "rollouts.environment": "y"}}
+    with caplog.at_level(logging.WARNING):
+        warn_of_changed_code(inputs, before, step=7)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the code or the arguments of rewards.other and rollouts.environment have changed since the checkpoint of step "
+        "7; the run uses the new ones"
+    ]

@@ -1,17 +1,20 @@
-"""Trackers of packages follow a run. Wrong trackers are refused before a run, and a failed tracker ends no run."""
+"""Trackers of packages and scripts follow a run. Wrong ones are refused before a run, and a failure ends no run."""
 
 from __future__ import annotations
 
 import json
 import logging
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
 from rlhf.config.files.load import from_mapping
+from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
 from rlhf.preflight.sources import installed_trackers
-from rlhf.tracking.sinks.installed import InstalledTracker
+from rlhf.tracking.sinks.backends import TrackedStep, TrackerBackend
+from rlhf.tracking.sinks.installed import InstalledTracker, TrackedRun
 from rlhf.tracking.sinks.tracker import Tracker
 from tests.packages import install
 
@@ -52,7 +55,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, "shop", trackers=offers, code=TRACKER)
 
 
-def trackers(tmp_path: Path, **named: object) -> list[InstalledTracker]:
+def config_of(tmp_path: Path, **named: object) -> Config:
     loaded = from_mapping(
         {
             "run": {"name": "demo", "dir": str(tmp_path)},
@@ -63,7 +66,11 @@ def trackers(tmp_path: Path, **named: object) -> list[InstalledTracker]:
             "tracking": {"trackers": named},
         }
     )
-    return installed_trackers(loaded.runs["demo"], done_steps=3)
+    return loaded.runs["demo"]
+
+
+def trackers(tmp_path: Path, **named: object) -> list[InstalledTracker]:
+    return installed_trackers(config_of(tmp_path, **named), done_steps=3)
 
 
 def test_a_tracker_follows_a_run(tmp_path: Path) -> None:
@@ -109,3 +116,47 @@ def test_what_is_refused_before_a_run(tmp_path: Path, name: str, args: dict[str,
     with pytest.raises(UserError) as error:
         trackers(tmp_path, **{name: args})
     assert str(error.value).startswith(f"tracking.trackers.{name}: {expected}")
+
+
+class Keeping(TrackerBackend):
+    """Keeps the steps in a list, and fails at step 5."""
+
+    steps: ClassVar[list[int]] = []
+
+    def __init__(self, run: TrackedRun | None = None) -> None:
+        self.run = run
+
+    def log(self, step: TrackedStep) -> None:
+        if step.step == 5:
+            raise ValueError("five")  # here
+        self.steps.append(step.step)
+
+
+def passed(tmp_path: Path, *values: Any) -> list[InstalledTracker]:
+    return installed_trackers(config_of(tmp_path), values, done_steps=3)
+
+
+@pytest.mark.parametrize("is_instance", [False, True])
+def test_a_tracker_may_be_an_object_of_the_script(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_instance: bool
+) -> None:
+    Keeping.steps.clear()
+    tracker = Tracker(tmp_path, backends=passed(tmp_path, Keeping() if is_instance else Keeping))
+    for step in (4, 5, 6):
+        tracker.log(step, {"update/lr": 0.25})
+    tracker.close()
+    assert Keeping.steps == [4]
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
+    line = 1 + lines.index('            raise ValueError("five")  # here')
+    place = f"{__file__}:{line} in log"
+    warning = caplog.records[0].getMessage()
+    assert warning.startswith(f"the tracker Keeping failed while logging: ValueError: five, at {place}. The run")
+
+
+def test_an_object_that_is_no_tracker_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"^trackers\[1\]: is of type int, expected a subclass of rlhf\.tracking\.sinks"
+    ):
+        passed(tmp_path, Keeping, 3)
+    with pytest.raises(UserError, match=r"^trackers\[0\]: a tracker is a class with the methods log, alert, "):
+        passed(tmp_path, Path)

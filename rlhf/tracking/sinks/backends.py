@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.extensions import summarize
 from rlhf.tracking.diagnosis.findings import Severity
 from rlhf.tracking.logs import redact
 from rlhf.tracking.metrics.reductions import Histogram
@@ -49,6 +50,7 @@ class TrackerBackend:
     """
 
     name: str  # in messages
+    file: str | None = None  # of a user's code, for the place of an error
 
     def log(self, step: TrackedStep) -> None:
         """Log one step. Steps rise, but after a resume some may come again."""
@@ -101,6 +103,7 @@ class Relay:
                 call[1](self._backend)
             except Exception as error:  # noqa: BLE001  (any failure ends the view alone)
                 self._broken = True
-                message = "%s failed while %s: %s: %s. The run continues without it: metrics.jsonl has all values."
-                text = redact(str(error)).rstrip(".")
-                logger.warning(message, self._backend.name, call[0], type(error).__name__, text)
+                message = "%s failed while %s: %s. The run continues without it: metrics.jsonl has all values."
+                text, file = f"{type(error).__name__}: {error}", self._backend.file
+                text = text if file is None else summarize(error, file)
+                logger.warning(message, self._backend.name, call[0], redact(text).rstrip("."))

@@ -1,4 +1,5 @@
-"""Trackers by name: MLflow, trackio, SwanLab, and those of packages, by entry points of the group `rlhf.trackers`.
+"""Trackers by name: MLflow, trackio, SwanLab, and those of packages, by entry points of the group `rlhf.trackers`; and
+objects passed to `rlhf.train`.
 
 A tracker is a class. The constructor takes the run and the arguments from the configuration; the methods are
 `TrackerBackend`'s. The class is constructed on the tracker's thread, so a failure there does not affect the run either.
@@ -19,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rlhf.errors import UserError
 from rlhf.extensions import LoadError, find_code, load_code
+from rlhf.passed_objects import code_file
 from rlhf.tracking.diagnosis.findings import Severity
 from rlhf.tracking.sinks.backends import TrackedStep, TrackerBackend
 
@@ -49,6 +51,24 @@ def installed_tracker(name: str, args: Mapping[str, Any], run: TrackedRun) -> In
             target = load_code(source)
         except LoadError as error:
             raise UserError(f"{key}: {error}") from error
+    return _tracker(target, args, run, name=name, key=key)
+
+
+def passed_tracker(value: Any, run: TrackedRun, *, index: int) -> InstalledTracker:
+    """Return a tracker passed to the call: a class as of a package, without arguments, or an instance, which follows
+    all stages. UserError: an unusable object."""
+    key = f"trackers[{index}]"
+    if inspect.isclass(value):
+        return _tracker(value, {}, run, name=value.__name__, key=key)
+    if not isinstance(value, TrackerBackend):
+        raise UserError(
+            f"{key}: is of type {type(value).__name__}, expected a subclass of "
+            "rlhf.tracking.sinks.backends.TrackerBackend, or an instance of one"
+        )
+    return InstalledTracker(type(value).__name__, lambda: value, file=code_file(value))
+
+
+def _tracker(target: Any, args: Mapping[str, Any], run: TrackedRun, *, name: str, key: str) -> InstalledTracker:
     if not inspect.isclass(target) or any(not callable(getattr(target, method, None)) for method in METHODS):
         raise UserError(
             f"{key}: a tracker is a class with the methods {', '.join(METHODS)}, and {target!r:.100} is not. Make it a "
@@ -59,7 +79,8 @@ def installed_tracker(name: str, args: Mapping[str, Any], run: TrackedRun) -> In
         inspect.signature(target).bind(run, **args)
     except TypeError as error:
         raise UserError(f"{key}: {target.__name__} cannot be constructed with these arguments: {error}") from error
-    return InstalledTracker(name, lambda: make(run, **args))
+    file = None if target.__module__.startswith("rlhf.") else code_file(target)
+    return InstalledTracker(name, lambda: make(run, **args), file=file)
 
 
 def _built_in(name: str, args: Mapping[str, Any], *, key: str) -> type[TrackerBackend]:
@@ -80,8 +101,8 @@ def _built_in(name: str, args: Mapping[str, Any], *, key: str) -> type[TrackerBa
 class InstalledTracker(TrackerBackend):
     """A tracker constructed at the first step."""
 
-    def __init__(self, name: str, construct: Callable[[], TrackerBackend]) -> None:
-        self.name = f"the tracker {name}"
+    def __init__(self, name: str, construct: Callable[[], TrackerBackend], *, file: str | None) -> None:
+        self.name, self.file = f"the tracker {name}", file
         self._construct = construct
 
     @cached_property
