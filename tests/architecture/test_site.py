@@ -106,7 +106,8 @@ def test_every_page_is_reached_from_the_first(html: dict[str, Html]) -> None:
 
 def test_the_navigation_names_every_page_and_every_notebook(html: dict[str, Html]) -> None:
     notebooks = {f"notebooks/{path.stem}.html" for path in (ROOT / "notebooks").glob("*.ipynb")}
-    linked = {target[0] for link in html["data.html"].links if (target := local("data.html", link))}
+    recipe = next(page for page in sorted(html) if page.startswith("files/configs/"))  # with no other links
+    linked = {target[0] for link in html[recipe].links if (target := local(recipe, link))}
     missing = ({place(page) for page in PAGES} | notebooks) - linked
     assert not missing, f"add a line `- [title](file): what it has.` to docs/README.md for {sorted(missing)}"
 
