@@ -130,6 +130,14 @@ class MeasuredRole(Protocol):
     async def memory(self) -> MemoryReport: ...
 
 
+class ProfiledRole(Protocol):
+    """A role whose processes can profile a step. `folder` gets a file for each process."""
+
+    async def start_profile(self) -> None: ...
+
+    async def stop_profile(self, folder: Path) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyProbe:
     """The policy's log-probabilities of a fixed text under one version of the weights. The engines must agree."""

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hasha
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import ray
@@ -170,6 +171,12 @@ class ModelGroup(WorkerGroup):
 
     async def reload(self) -> None:
         await self.each(lambda h: h.reload.remote(), "reload")
+
+    async def start_profile(self) -> None:
+        await self.each(lambda h: h.start_profile.remote(), "profile")
+
+    async def stop_profile(self, folder: Path) -> None:
+        await self.each(lambda h: h.stop_profile.remote(folder), "profile")
 
 
 class WorkerPool(WorkerGroup):

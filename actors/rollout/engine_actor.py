@@ -306,6 +306,13 @@ class RolloutWorker:
     async def wake(self, part: EnginePart) -> None:
         await self.weights.wake(part)
 
+    async def start_profile(self) -> None:
+        await self.calls.run(lambda engine: engine.collective_rpc("start_profile"), "the start of a profile")
+
+    async def stop_profile(self, path: Path) -> None:
+        """Write the profile of each worker of the engine to a file that begins with `path`."""
+        await self.calls.run(lambda engine: engine.collective_rpc("stop_profile", args=(path,)), "a profile")
+
     async def gpu_peak_gib(self) -> float | None:
         """Return the peak GPU memory of the engine's largest worker, or None on a CPU."""
         if self.spec.device == "cpu":

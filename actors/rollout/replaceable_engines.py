@@ -273,6 +273,13 @@ class ReplaceableEngines(WorkerPool):
                 self._unsynced.pop(engine).set_result(None)
         return max(differences, default=None)
 
+    async def start_profile(self) -> None:
+        await self.present(lambda h: h.start_profile.remote(), "profile")
+
+    async def stop_profile(self, folder: Path) -> None:
+        paths = {handle: folder / f"{self.role}-{rank}" for rank, handle in enumerate(self.handles)}
+        await self.present(lambda h: h.stop_profile.remote(paths[h]), "profile", among=list(paths))
+
     async def memory(self) -> MemoryReport:
         """Return the memory peaks of the largest working engine."""
         while not (reports := await self.present(lambda h: h.memory.remote(), "memory")):

@@ -6,6 +6,7 @@ worker class: `self` is the worker.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
@@ -20,6 +21,7 @@ from actors.vllm_patches.routers_cpu import choose_by_bias_on_cpu
 from actors.vllm_patches.unread import note_unread_weights, unread_weights
 from actors.weights import RECEIVERS
 from rlhf.engine.memory import peak_memory
+from rlhf.engine.profiling import StepProfiler
 
 PREFIX = "rlhf_"  # vLLM has other backends called nccl and ipc
 for _transport, _class in RECEIVERS.items():
@@ -38,6 +40,8 @@ class WorkerExtension:
 
     weight_transfer_engine: Any
     model_runner: Any
+    parallel_config: Any
+    rank: int
 
     def received_checksum(self) -> str:
         """Return the checksum of the received bytes in the worker's last weight update."""
@@ -55,6 +59,16 @@ class WorkerExtension:
     def experts_of(self, request_id: str, num_tokens: int) -> Any:
         """Return the experts chosen for the first tokens of a request finished in the last step."""
         return self.recorded_experts.of(request_id, num_tokens)
+
+    def start_profile(self) -> None:
+        self.step_profiler = StepProfiler()
+        self.step_profiler.start()
+
+    def stop_profile(self, path: Path) -> None:
+        """Write the profile. The files of a tensor parallel engine end with the worker's rank."""
+        rank = f"-{self.rank}" if self.parallel_config.tensor_parallel_size > 1 else ""
+        if hasattr(self, "step_profiler"):
+            self.step_profiler.stop(path.with_name(f"{path.name}{rank}.json.gz"))
 
     def gpu_peak_gib(self) -> float | None:
         """Return the peak GPU memory of this worker's allocator."""

@@ -16,11 +16,11 @@ import asyncio
 import gc
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Collection, Generator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Generator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from rlhf.config.derive import restarts_gangs, trained_sections
 from rlhf.config.files.differences import home, portable
@@ -30,7 +30,8 @@ from rlhf.controller.notice import Notice
 from rlhf.controller.record import Best, RunRecord
 from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import RESUMES, Preempted, RunError, WorkerLost
-from rlhf.roles import MeasuredRole, Metrics, TrainedRole
+from rlhf.role_table import roles_of
+from rlhf.roles import MeasuredRole, Metrics, ProfiledRole, TrainedRole
 from rlhf.tracking.metrics.reductions import Last
 
 T = TypeVar("T")
@@ -226,8 +227,9 @@ class TrainingLoop(ABC):
         """Carry out a step, and write a checkpoint after the last one. Raise Preempted if the run must end."""
         train, record, step = self.config.train, self.record, self.step + 1
         record.begin_step(step)
-        with record.stage("step"):
-            await self.train_step(step)
+        async with self._profile(step):
+            with record.stage("step"):
+                await self.train_step(step)
         evaluates = self.evaluates and (step == train.num_steps or step % self.config.eval.every == 0)
         if evaluates:
             await self.despite_losses(partial(self.evaluate, step))
@@ -264,6 +266,21 @@ class TrainingLoop(ABC):
             await callbacks.call("on_checkpoint", self.step, self.record.folder.checkpoint(self.step))
         if callbacks.stopped is not None:
             logger.info("step %d: %s", self.step, callbacks.stopped)
+
+    @asynccontextmanager
+    async def _profile(self, step: int) -> AsyncIterator[None]:
+        """Profile the ranks and engines in the block, if the configuration names the step."""
+        profile = self.config.tracking.profile
+        if profile is None or step not in profile.steps:
+            yield
+            return
+        present = [self.measured.get(name) for name in roles_of("trained", "frozen", "engines")]
+        roles = [cast("ProfiledRole", role) for role in present if role is not None]
+        folder = self.record.folder.path / "profiles" / f"step_{step:06d}"
+        await self.despite_losses(lambda: asyncio.gather(*(role.start_profile() for role in roles)))
+        yield
+        await self.despite_losses(lambda: asyncio.gather(*(role.stop_profile(folder) for role in roles)))
+        logger.info("step %d took longer, because it was profiled: %s", step, folder)
 
     async def _save_finished(self) -> None:
         """Write a missing checkpoint of the last finished step from snapshots, since a rank may be lost for good."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from rlhf.engine.distributed import RankContext
 from rlhf.engine.memory import explains_out_of_memory, peak_memory
+from rlhf.engine.profiling import StepProfiler
 from rlhf.role_table import Role
 from rlhf.types import MemoryReport
 from rlhf.workers.microbatches import Microbatch
@@ -29,6 +31,7 @@ class ModelWorker:
     def __init__(self, place: RankContext) -> None:
         self.place = place
         self.device = place.torch_device()
+        self.profiler = StepProfiler()
         torch.set_num_threads(place.threads)
 
     def explaining(self, stage: str, microbatch: Microbatch | None = None) -> AbstractContextManager[None]:
@@ -53,3 +56,9 @@ class ModelWorker:
 
     def memory(self) -> MemoryReport:
         return peak_memory()
+
+    def start_profile(self) -> None:
+        self.profiler.start()
+
+    def stop_profile(self, folder: Path) -> None:
+        self.profiler.stop(folder / f"{self.role}-{self.place.rank}.json.gz")

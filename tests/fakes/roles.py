@@ -36,6 +36,12 @@ class FakeMember:
     async def memory(self) -> types.MemoryReport:
         return types.MemoryReport(rss_gib=1.0, gpu_gib=None)
 
+    async def start_profile(self) -> None:
+        self.note("profile")
+
+    async def stop_profile(self, folder: Path) -> None:
+        self.note(f"profile {folder}")
+
     async def offload(self) -> None:
         self.note(f"{self.name} leaves")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +31,7 @@ class Record:
     def __init__(self, calls: list[str], losses: list[float]) -> None:
         self.calls, self.losses, self.states = calls, losses, {}
         self.folder = SimpleNamespace(
+            path=Path("run"),
             begin_checkpoint=lambda step: Path(f"aside_{step}"),
             checkpoint=lambda step: Path(f"step_{step}"),
             mark_best=lambda step: calls.append(f"best {step}"),
@@ -78,13 +79,14 @@ class Record:
 class Loop(TrainingLoop):
     """A loop with an empty step."""
 
-    def __init__(self, record: Any, *, gang: int = 0, **train: Any) -> None:
+    def __init__(self, record: Any, *, gang: int = 0, profiled: Sequence[int] = (), **train: Any) -> None:
         self.policy = policy = FakeTrained(record.calls)
         config = offline_config(
             data={"eval": "b.jsonl"},
             train={"steps": 5, "checkpoint_every": 100} | train,
             eval={"every": 2, "at_start": False},
             cluster={"restarts": {"gang": gang}},
+            tracking={"profile": {"steps": profiled}} if profiled else {},
         )
         super().__init__(
             config,
@@ -140,6 +142,19 @@ def test_a_checkpoint_is_valid_only_after_its_row() -> None:
         *("train 5", "evaluate 5", *saved(5)),
     ]
     assert loop.checkpoint_step == 5
+
+
+def test_the_named_steps_are_profiled_also_after_a_loss() -> None:
+    loop, calls = loop_of([1.0, 2.0], steps=3, profiled=[1, 3])
+    assert asyncio.run(loop.run())
+    profile = "profile run/profiles/step_00000"
+    assert [call for call in calls if call.startswith(("profile", "train"))] == [
+        *("profile", "train 1", f"{profile}1"),
+        "train 2",
+        *("profile", "train 3", f"{profile}3"),
+    ]
+    _, calls = broken(["profile"], profiled=[2])
+    assert calls[calls.index("restart") :][:5] == [*RESTORED, "profile", "train 2", "snapshot 2"]
 
 
 def test_a_run_until_a_step_is_not_over_and_goes_on_from_its_checkpoint() -> None:

@@ -16,6 +16,7 @@ from swanlab.sdk.internal.core_python.store import DataStoreReader
 
 from rlhf.errors import UserError
 from rlhf.tracking.sinks import installed
+from rlhf.tracking.sinks.backends import TrackedStep
 from rlhf.tracking.sinks.installed import TrackedRun, installed_tracker
 from tests.fixtures.tracking import RESPONSE_TOKENS, exercise
 
@@ -52,10 +53,11 @@ def test_mlflow_has_all_that_a_step_has(tmp_path: Path, monkeypatch: pytest.Monk
     (row,) = (dict(zip(table["columns"], row, strict=True)) for row in table["data"])
     assert (row["prompt"], row["response"]) == ("8+3=", "***")
     again = installed_tracker("mlflow", {"uri": uri}, run(tmp_path, done_steps=1))
+    again.log(TrackedStep(folder=tmp_path, step=3, metrics={"eval/heldout/pass@1": 0.5}, histograms={}))
     again.alert("warning", "probe", "again")
     again.close(failed=True)
     (stored,) = client.search_runs([experiment.experiment_id])
-    assert stored.info.status == "FAILED"
+    assert (stored.info.status, stored.data.metrics["eval/heldout/pass_1"]) == ("FAILED", 0.5)
 
 
 READ_TRACKIO = """

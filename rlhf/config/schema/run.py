@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, JsonValue
+from pydantic import AfterValidator, Field, JsonValue, PositiveInt
 
 from rlhf.sections import OnlyIn, OnlyWith, Section
 
@@ -53,6 +53,13 @@ class RunConfig(Section):
         return f"{self.push_to_hub}-{stage}" if self.push_to_hub is not None and stage else self.push_to_hub
 
 
+class ProfileConfig(Section):
+    """Profiles of some steps by torch.profiler, for ranks and engines, in profiles/ of the run's folder."""
+
+    steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    """Steps to profile. A profiled step takes longer."""
+
+
 class TrackingConfig(Section):
     """Trackers of the run. metrics.jsonl, samples and timeline are always written."""
 
@@ -73,5 +80,7 @@ class TrackingConfig(Section):
     trackers: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
     """Trackers by name: mlflow, swanlab, trackio, or that of an installed package (entry points `rlhf.trackers`). The
     value is a mapping of arguments, `{}` for none. docs/tracking.md lists the arguments."""
+    profile: Annotated[ProfileConfig | None, OnlyIn("training")] = None
+    """Profiles of chosen steps, beside timeline.json. null: none."""
     samples_per_step: Annotated[int, OnlyIn("rollouts")] = Field(default=16, ge=0)
     """Responses written to samples/ at each step, token by token. All evaluation responses are written."""

@@ -60,8 +60,16 @@ def problems(config: Config) -> tuple[Problem, ...]:
         *(_of_rollouts(config, rollouts, facts) if rollouts is not None and config.algorithm.is_online else ()),
         *_algorithm(config, facts),
         *_data_and_steps(config, facts),
+        *_profile(config),
         *limit_problems(config.rewards, config.reward_policy),
     )
+
+
+def _profile(config: Config) -> Iterator[Problem]:
+    profile, last = config.tracking.profile, config.train.steps
+    late = [step for step in profile.steps if last is not None and step > last] if profile is not None else []
+    if late:
+        yield problem("tracking.profile.steps", f"has {late[0]}, but the run ends after train.steps={last}")
 
 
 def _presence(config: Config, facts: Derived) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ request, the checkpoints. MLflow has no histograms.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -49,7 +50,7 @@ class MlflowTracker(TrackerBackend):
     def _log_params(self, config: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        params = [Param(key, str(value)[:MOST_CHARS]) for key, value in _leaves(config)]
+        params = [Param(_allowed(key), str(value)[:MOST_CHARS]) for key, value in _leaves(config)]
         for first in range(0, len(params), MOST_PARAMS):
             self._client.log_batch(self._id, params=params[first : first + MOST_PARAMS])
 
@@ -58,7 +59,8 @@ class MlflowTracker(TrackerBackend):
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        rows = [Metric(key, value, now, step.step) for key, value in step.metrics.items() if value is not None]
+        values = {key: value for key, value in step.metrics.items() if value is not None}
+        rows = [Metric(_allowed(key), value, now, step.step) for key, value in values.items()]
         for first in range(0, len(rows), MOST_METRICS):
             self._client.log_batch(self._id, metrics=rows[first : first + MOST_METRICS])
         for split, (columns, data) in tables(step.samples()).items():
@@ -79,6 +81,11 @@ class MlflowTracker(TrackerBackend):
         if self._checkpoints and final.exists():
             self._client.log_artifacts(self._id, str(final), "final")
         self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
+
+
+def _allowed(name: str) -> str:
+    """Replace the characters that MLflow refuses in names, as in `eval/heldout/pass@1`."""
+    return re.sub(r"[^\w.:/ -]", "_", name)
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
