@@ -143,6 +143,7 @@ ONLINE_REFUSED = [
     (["rewards.taste={url: 'http://h/', judge: {model: m, prompt: what}}"], "`prompt` must hold {response}"),
     (["rewards.taste={url: 'http://h/', judge: {model: m, prompt: '{result}'}}"], "must hold {response}"),
     (["rewards.correct.args.api_key=x"], "rewards.correct.args.api_key: looks like a secret"),
+    (["tracking.profile={steps: [99999]}"], "tracking.profile.steps: has 99999, but the run ends after train.steps="),
     (["tracking.trackers={shop: {headers: [{X-Api-Key: x}]}}"], "tracking.trackers.shop.headers.X-Api-Key: looks like"),
     (["rewards.correct.args={credentials: {pin: 1234}}"], "rewards.correct.args.credentials.pin: looks like a secret"),
     (["rewards.correct.args={where: 'https://host/a?token=x'}"], "rewards.correct.args.where: looks like a secret"),
