@@ -32,8 +32,9 @@ BUILT_IN: dict[str, dict[str, Any]] = {  # reward functions of TRL
 def apply_rules(draft: Draft) -> None:
     """Put the keys of all rules that hold, in the order of the file: a later rule replaces an earlier one."""
     namespace = {
-        **{function.__name__: function for function in (folder_name, base, first, as_list, several, every, data_sets,
-           training_sets, column, modules, parent_unless, own_name, zero_stage, reward_functions, preference_loss)},
+        **{function.__name__: function for function in (folder_name, base, first, as_list, several, trackers, every,
+           data_sets, training_sets, column, modules, parent_unless, own_name, zero_stage, reward_functions,
+           preference_loss)},
         "NEVER": NEVER, "NULL": NULL, "BUILT_IN": BUILT_IN, "method": draft.method, "gpus": draft.gpus,
         "online": draft.method in _ONLINE, "setting": draft, "key": draft.values.get,
         "written": lambda name: name in draft.file, "updates": lambda: _updates(draft.values),
@@ -111,6 +112,11 @@ def first(*values: Any) -> Any:
 
 def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def trackers(names: Any, project: Any) -> dict[str, Any] | None:
+    keys = {"mlflow": "experiment", "swanlab": "project", "trackio": "project"}
+    return {name: {keys[name]: project} if project else {} for name in as_list(names) if name in keys} or None
 
 
 def several(value: Any) -> bool:

@@ -303,6 +303,15 @@ def test_batches_of_trl_count_responses_of_a_device(tmp_path: Path) -> None:
     assert run["cluster"]["roles"]["policy"]["workers"] == 4
 
 
+def test_trackers(tmp_path: Path) -> None:
+    tracking = trl(tmp_path, "sft", "--report_to tensorboard mlflow")["tracking"]
+    assert (tracking["tensorboard"], tracking["wandb"], tracking["trackers"]) == (True, "off", {"mlflow": {}})
+    tracking = verl(tmp_path, """trainer.project_name=sums trainer.logger='["console","wandb","swanlab"]'""")[
+        "tracking"
+    ]
+    assert (tracking["wandb"], tracking["trackers"]) == ("online", {"swanlab": {"project": "sums"}})
+
+
 def test_the_number_of_gpus_is_asked_for(tmp_path: Path) -> None:
     text = "--per_device_train_batch_size 2 --gradient_accumulation_steps 8 --max_length 512"
     assert trl(tmp_path, "sft", text)["train"]["sequences_per_update"] == 16
