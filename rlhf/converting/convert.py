@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 from rlhf.config.mistakes.synonyms import Framework
 from rlhf.config.schema.root import Config
@@ -48,7 +49,7 @@ def convert_file(path: Path, framework: Framework, *, method: str | None, gpus: 
     apply_rules(draft)
     if source.zero_stage is not None:
         draft.put("cluster.roles.policy.zero_stage", source.zero_stage)
-    missing = [f"{'.'.join(problem.key)}: {problem.text}" for problem in draft.fit()]
+    missing = [f"{'.'.join(problem.key)}: {shorten(problem.text, 160)}" for problem in draft.fit()]
     tree = nested(draft.values)
     for key in NEEDED:
         section, _, name = key.partition(".")
@@ -61,8 +62,8 @@ def convert_file(path: Path, framework: Framework, *, method: str | None, gpus: 
     notes += [f"Look at: {text}" for text in (*draft.looks, *missing)]
     notes += _listed(draft.outcomes, tuple(_TITLES))
     head = "".join(f"# {line}\n" for note in notes for line in redact(note).splitlines())
-    if "algorithm" in tree:
-        tree["algorithm"] = {"name": tree["algorithm"]["name"], **tree["algorithm"]}
+    algorithm = tree.get("algorithm", {})
+    tree["algorithm"] = {key: algorithm[key] for key in sorted(algorithm, key=lambda key: key != "name")}
     text = head + to_yaml({section: tree[section] for section in Config.model_fields if section in tree})
     return Conversion(text, draft.outcomes, tuple(redact(remark) for remark in remarks))
 

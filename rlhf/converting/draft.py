@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Any, Literal
 
 from rlhf.config.mistakes.explain import parse
@@ -116,7 +117,7 @@ class Draft:
         return below or [name for name in self.values if dotted.startswith(f"{name}.")]
 
     def _remove(self, key: str, text: str) -> None:
-        value, reason = self.values.pop(key), f"{key}: {text.partition(';')[0]}"
+        value, reason = self.values.pop(key), f"{key}: {shorten(text.partition(';')[0], 160)}"
         is_inert = text.startswith("has no effect here") or not value or key in _OF_CRITIC
         kind: Kind = "inert" if is_inert or (key, value) == ("algorithm.gamma", 1) else "none"
         for name in self.sources[key]:

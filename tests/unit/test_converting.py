@@ -432,6 +432,15 @@ def test_a_variable_without_a_value_is_named(tmp_path: Path) -> None:
     assert any(remark.startswith("${1}, ${WORK}: the file gives no value") for remark in result.remarks)
 
 
+def test_an_algorithm_without_a_counterpart_is_left_to_the_user(tmp_path: Path) -> None:
+    text = COMMANDS["verl"].format(VERL + "algorithm.adv_estimator=novel")
+    (tmp_path / "run.sh").write_text(text)
+    result = rlhf.convert(tmp_path / "run.sh", "verl")
+    assert "name" not in yaml.safe_load(result.yaml)["algorithm"]
+    assert "algorithm.name: got 'novel'" in result.outcomes["algorithm.adv_estimator"].text
+    assert any(remark.startswith("algorithm") and "missing" in remark for remark in result.remarks)
+
+
 def test_a_setting_that_changes_nothing_here_is_told_from_one_that_is_lost(tmp_path: Path) -> None:
     text = VERL + (
         "algorithm.adv_estimator=grpo actor_rollout_ref.rollout.n=4 critic.optim.lr=1e-5 nonsense.key=3 "
