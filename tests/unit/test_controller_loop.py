@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 
+from rlhf.controller.callback_calls import CallbackCalls
 from rlhf.controller.loop import TrainingLoop, sparing_loaded_objects
 from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import NodeNotReplaced, Preempted, RunError, WorkerLost
@@ -41,6 +42,7 @@ class Record:
         self.timeline: Any = SimpleNamespace(span=lambda *_: nullcontext())
         self.apart, self.stage, self.memory = lambda *_, **__: nullcontext(), nullcontext, lambda *_: None
         self.system = self.prune = nothing
+        self.callbacks = CallbackCalls()
         self.step = 0
         self.metrics: dict[str, float] = {}
         self.recovered = 0.0  # in the current step
