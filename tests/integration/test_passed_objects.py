@@ -27,7 +27,7 @@ def start(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], 
 
 
 def raised(text: str, script: Path, function: str) -> str:
-    """Return the text and the place of an exception that the script raises."""
+    """Return the text and the place of an exception raised by the script."""
     lines = [line.strip() for line in SCRIPT.read_text(encoding="utf-8").splitlines()]
     number = 1 + lines.index(f'raise ValueError("{text}")')
     return f"ValueError: {text}, at {script}:{number} in {function}"

@@ -143,7 +143,7 @@ def test_a_callback_is_told_of_start_steps_evaluations_checkpoints_and_end(recor
 def test_a_callback_stops_the_run_with_a_checkpoint(
     record: RunRecord, caplog: pytest.LogCaptureFixture, at: str, steps: int
 ) -> None:
-    """The other callbacks get the calls of the step too. The run is over, so that the final model is written."""
+    """The other callbacks get the calls of the step too. The run is over, and the final model is written."""
     stopper, other = Recorder((at, steps), rlhf.StopRun("good\nenough")), Recorder()
     with caplog.at_level(logging.INFO):
         assert train(record, stopper, other)

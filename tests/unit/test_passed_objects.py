@@ -358,7 +358,7 @@ if len(sys.argv) > 1:
 
 
 def test_an_algorithm_may_be_a_class_of_the_script(tmp_path: Path) -> None:
-    """Another process, which has no module of the script, unpickles the configuration and calls the algorithm."""
+    """Another process without a module of the script unpickles the configuration and calls the algorithm."""
     path = tmp_path / "script.py"
     path.write_text(ALGORITHM.replace("TREE", repr(yaml.safe_load(ONLINE))), encoding="utf-8")
     done = [subprocess.run([sys.executable, path, "x"], capture_output=True, text=True, check=False) for _ in range(2)]
@@ -371,7 +371,7 @@ def test_an_algorithm_may_be_a_class_of_the_script(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_says_which_code_has_changed(caplog: pytest.LogCaptureFixture) -> None:
-    """The checkpoint has the digests of the code at its time. Code that the checkpoint does not know is not changed."""
+    """The checkpoint has the digests of its code. Code unknown to the checkpoint counts as unchanged."""
     sources = {
         name: find_code("reward", named(reward))
         for name, reward in {"same": scaled(1.0), "other": scaled(2.0), "new": scaled(3.0)}.items()
