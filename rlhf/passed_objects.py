@@ -26,16 +26,19 @@ from rlhf.extensions import PASSED, PassedObject, passed_objects, restore_code, 
 MAX_MIB = 256  # of a pickled object: each process of the run gets a copy
 _RANDOM = re.compile(r"[0-9a-f]{32}|.*:\d{9,}")  # cloudpickle's id of a class, and pydantic's name of a schema
 
+_calls: list[None] = []  # in progress: a notebook may make a call while another call trains in a thread
+
 
 @contextmanager
 def forgotten_afterwards() -> Generator[None]:
-    """Forget the objects passed in the block. A file that names such an object is then refused."""
-    before = dict(passed_objects)
+    """Forget all objects after the last block in progress. A file that names such an object is then refused."""
+    _calls.append(None)
     try:
         yield
     finally:
-        passed_objects.clear()
-        passed_objects.update(before)
+        _calls.pop()
+        if not _calls:
+            passed_objects.clear()
 
 
 def name_of_code(value: Any, place: str, names: dict[int, str]) -> str:

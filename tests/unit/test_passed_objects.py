@@ -234,6 +234,27 @@ def test_an_object_is_refused_where_a_file_holds_a_value(monkeypatch: pytest.Mon
         named(scaled(1.0))
 
 
+def test_a_call_that_ends_leaves_the_objects_of_a_call_in_progress() -> None:
+    """As in a notebook: the report of a run is asked for while another run begins and continues."""
+    with forgotten_afterwards():
+        report = forgotten_afterwards()
+        report.__enter__()
+        name = named(scaled(1.0))
+        report.__exit__(None, None, None)
+        assert name in passed_objects
+
+
+def test_a_plan_takes_objects_and_forgets_them(tmp_path: Path) -> None:
+    tree = yaml.safe_load(ONLINE)
+    tree["rewards"]["correct"]["function"] = scaled(1.0)
+    tree["policy"]["model"] = "tiny:llama"
+    passed_objects.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhf.passed_objects._calls", [])
+        assert "demo: ppo" in rlhf.plan(tree)
+    assert not passed_objects
+
+
 def test_a_job_and_a_sweep_get_no_objects() -> None:
     with pytest.raises(TypeError, match=r"A job gets files only: no object of this process reaches the job\.$"):
         rlhf.submit({"rewards": {"mine": {"function": scaled(1.0)}}})  # type: ignore[arg-type]
