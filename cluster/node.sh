@@ -5,7 +5,7 @@
 # address of the node of rank 0, and the token is the same on all nodes. docs/cluster.md explains.
 set -euo pipefail
 
-RLHF_PORT=${RLHF_PORT:-6390} # not Ray's usual port: SkyPilot has a Ray of its own
+RLHF_PORT=${RLHF_PORT:-6390} # and the two ports above it, not Ray's usual ports: SkyPilot has a Ray of its own
 READY_WITHIN_S=${READY_WITHIN_S:-1800}
 export RLHF_HEAD RLHF_PORT RLHF_NODES RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 
@@ -37,14 +37,15 @@ sys.exit(sum(node["Alive"] for node in ray.nodes()) < int(os.environ["RLHF_NODES
 PYTHON
 }
 
+ports=(--min-worker-port=0 --max-worker-port=0 "--dashboard-agent-listen-port=$((RLHF_PORT + 1))")
 if [ "$RLHF_RANK" -ne 0 ]; then
   ready "the head on $RLHF_HEAD" ray health-check --address "$RLHF_HEAD:$RLHF_PORT"
-  ray start --block "--address=$RLHF_HEAD:$RLHF_PORT" || echo "node.sh: this node has left the cluster"
+  ray start --block "--address=$RLHF_HEAD:$RLHF_PORT" "${ports[@]}" || echo "node.sh: this node has left the cluster"
   exit 0
 fi
 
 ray start --block --head "--node-ip-address=$RLHF_HEAD" "--port=$RLHF_PORT" --include-dashboard=false \
-  "--temp-dir=/tmp/ray-rlhf" --ray-client-server-port=0 &
+  --temp-dir=/tmp/ray-rlhf "--ray-client-server-port=$((RLHF_PORT + 2))" "${ports[@]}" &
 ray=$!
 run=''
 trap '[ -z "$run" ] || kill -TERM "$run" 2> /dev/null || true' TERM

@@ -253,7 +253,9 @@ def test_the_first_node_runs_and_the_others_join(tmp_path: Path) -> None:
     (tmp_path / "calls").unlink()
     assert on_a_node(tmp_path, "run.yaml", rank=1).returncode == 0
     joined = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
-    assert joined == ["ray health-check --address 10.0.0.1:6390", "ray start --block --address=10.0.0.1:6390"]
+    assert joined[0] == "ray health-check --address 10.0.0.1:6390"
+    assert joined[1].startswith("ray start --block --address=10.0.0.1:6390 --min-worker-port=0")
+    assert "--dashboard-agent-listen-port=6391" in joined[1]
 
 
 def test_a_node_without_a_head_or_a_token_says_so(tmp_path: Path) -> None:
