@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from actors.cluster.processes import KEEPS_MEMORY, hub_environment
 from actors.vllm_patches.grammar_time import bound_grammars
+from actors.vllm_patches.inspection import hide_cuda_builds_from_inspection
 from actors.vllm_patches.settings import generation_settings, has_mla, heads_stand_apart, model_settings
 from actors.weights import Transport, WeightManifest
 from actors.weights.adapter import WEIGHTS, file_checksum
@@ -146,6 +147,7 @@ def build_engine(spec: RolloutSpec) -> Any:
     )
     try:
         bound_grammars()
+        hide_cuda_builds_from_inspection()
         engine = LLMEngine.from_engine_args(replace(arguments, **spec.engine_args))
     except (TypeError, ValueError, NotImplementedError) as error:
         if not spec.engine_args or lacks_cache(error):

@@ -14,6 +14,7 @@ routers_cpu    drops or refuses biases without groups of experts on a CPU       
 unread         passes over weights of a file without an error                    unread_weight
 reload         counts constants in a reload, and continues a failed one          reload
 cut_calls      answers with raw text for a call that a limit cuts off            cut_call
+inspection     imports packages for CUDA on a CPU, in a process without rlhf     inspection
 grammar_time   lets a grammar take any time for a token                          an engine
 settings       has other windows, scales and rotations than transformers         an engine
 """

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import actors.vllm_patches
+from actors.vllm_patches import inspection
 from rlhf.models.files.tiny import byte_tokenizer
 
 pytest.importorskip("vllm")
@@ -30,6 +31,7 @@ from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.model_loader import reload
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.models import registry
 
 ROWS = re.findall(r"^(\w+) {2,}\S.*? {2,}(\S.*)$", actors.vllm_patches.__doc__ or "", flags=re.MULTILINE)[1:]
 TABLE = [(module, test) for module, tests in ROWS for test in tests.split(", ")]
@@ -181,3 +183,12 @@ def test_cut_call() -> None:
     found = Hermes2ProToolParser(byte_tokenizer()).extract_tool_calls(text, request)
     assert not found.tool_calls
     assert found.content == text
+
+
+def test_inspection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that inspects a model begins with vLLM's module, and the repair hides packages from the process."""
+    assert registry._SUBPROCESS_COMMAND[1:] == ["-m", inspection.MODULE]
+    monkeypatch.setattr(registry, "_SUBPROCESS_COMMAND", registry._SUBPROCESS_COMMAND)
+    monkeypatch.setattr(inspection, "broken_cuda_builds", lambda: iter(["torchaudio"]))
+    inspection.hide_cuda_builds_from_inspection()
+    assert registry._run_in_subprocess(lambda: __import__("sys").modules.get("torchaudio", "not hidden")) is None
