@@ -1,6 +1,6 @@
 """Hide packages for CUDA in the process in which vLLM inspects the class of a model.
 
-vLLM starts this process for a model seen for the first time on a machine. The process imports transformers but not rlhf,
+vLLM starts this process for a model seen for the first time on a machine. The process imports transformers, not rlhf,
 so a build of torchaudio for CUDA beside a CPU build of torch would end the start of the engine.
 """
 
