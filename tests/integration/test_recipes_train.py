@@ -17,6 +17,7 @@ import rlhf
 from rlhf.config.files.base_file import read_tree
 from rlhf.config.files.load import load
 from rlhf.config.schema.stages import MergeStage, result_of
+from tests.fakes.services import JudgeService, served
 from tests.integration.recipes import merge
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -27,6 +28,7 @@ ONLINE = {"prompts_per_step": 4, "max_new_tokens": 4}
 TRAIN = {"steps": 1, "sequences_per_update": 4, "checkpoint_every": 1}
 DROPPED = {"warmup_steps", "keep_checkpoints", "best_metric"}  # keys of `train` that need more steps
 ROLE_KEYS = {"zero_stage", "colocate_with"}  # kept keys of a role: others need GPUs or more nodes
+SAMPLED = {"samples_per_prompt", "temperature"}  # kept keys of `eval`
 HERE = {"object_store_gib": 0.25, "start_timeout_s": 200.0, "call_timeout_s": 120.0}
 
 
@@ -70,7 +72,7 @@ def cut(tree: Mapping[str, Any]) -> dict[str, Any]:
         wanted = {"samples_per_prompt": 2, "max_new_tokens": 4}
         small["evaluate"] = {**small["evaluate"], "data": source(small["evaluate"]["data"]), **wanted}
     if "eval" in small:
-        small["eval"] = {"every": 1}
+        small["eval"] = {**{k: v for k, v in small["eval"].items() if k in SAMPLED}, "every": 1}
     if "cluster" in small:
         roles = small["cluster"].get("roles", {})
         kept_of = {name: {k: v for k, v in role.items() if k in ROLE_KEYS} for name, role in roles.items()}
@@ -88,8 +90,12 @@ def test_a_recipe_trains(path: Path, tmp_path: Path, ray_local: None, monkeypatc
     mine = {"run": {"dir": str(tmp_path)}, "tracking": {"wandb": "offline"}, "cluster": HERE}
     config = tmp_path / "recipe.yaml"
     tree = functools.reduce(merge, (cut(read_tree(path).values), mine))
-    config.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-    rlhf.train(config, quiet=True)
+    with served(JudgeService()) as url:  # in place of the services that a recipe names
+        for reward in tree.get("rewards", {}).values():
+            if "url" in reward:
+                reward["url"] = url
+        config.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+        rlhf.train(config, quiet=True)
     for stage in load(config).stages.values():
         assert result_of(stage).exists()
         if not isinstance(stage, MergeStage):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.fakes.services import JudgeService, served
-from tests.integration.recipes import rows, train_here, write_config
+from tests.integration.recipes import rows, train, train_here, write_config
+from tests.integration.test_reward_services import running, wait_for_url
 
 JUDGE: dict[str, Any] = {"model": "judge", "samples": 2, "request": {"temperature": 1.0}}
 
@@ -97,3 +99,33 @@ def test_a_run_is_rewarded_by_an_ensemble(tmp_path: Path, ray_local: None, rewar
     for row in rows(folder)[1:]:
         assert row["rewards/quality/disagreement/mean"] > 0
     assert all(sample["scores"]["quality/disagreement"] >= 0 for sample in samples(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_judge_trained_on_preferences_rewards_the_groups_of_another_run(tmp_path: Path) -> None:
+    """The task `comparisons` trains a judge, `rlhf serve` serves the judge, and a run compares its responses by it."""
+    data = {"task": "comparisons", "size": 16, "args": {"data": {"task": "running_totals", "size": 40}}}
+    changes = {
+        "run": {"name": "judge", "dir": str(tmp_path)},
+        "algorithm": {"name": "grpo"},
+        "data": {"train": data, "eval": None, "apply_chat_template": None, "max_prompt_tokens": 600},
+        "rollouts": {"prompts_per_step": 4},
+        "train": {"steps": 1, "checkpoint_every": 1, "max_tokens_per_microbatch": 2048},
+        "rewards": {"correct": {"function": "multiple_choice"}},
+        "eval": None,
+    }
+    train(write_config(tmp_path / "judge.yaml", changes))
+    assert {sample["columns"]["answer"] for sample in samples(tmp_path / "judge")} == {"A", "B"}
+    port, log = "18741", tmp_path / "serve.log"
+    words = [sys.executable, "-m", "rlhf.cli", "serve", str(tmp_path / "judge"), "--name", "judge", "--port", port]
+    with running(words, log, OMP_NUM_THREADS="1") as process:
+        wait_for_url(f"http://127.0.0.1:{port}/v1/models", process, log, timeout_s=300)
+        choice = {"max_tokens": 16, "temperature": 0.0, "structured_outputs": {"choice": ["Answer: A", "Answer: B"]}}
+        judge = {"model": "judge", "compare": "win_rate", "opponents": 2, "samples": 2, "request": choice}
+        wins = {"url": f"http://127.0.0.1:{port}/v1", "judge": judge, "http": {"timeout_s": 60.0}}
+        train(config_of(tmp_path, "wins", wins, data={"eval": None}, eval=None, train={"steps": 1}))
+    (row,) = rows(tmp_path / "wins")
+    assert row["rewards/errors/total"] == 0
+    assert row["rewards/quality/mean"] == pytest.approx(0.5)
+    assert 0 <= row["rewards/quality/agreement/mean"] <= 1

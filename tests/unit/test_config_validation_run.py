@@ -22,6 +22,8 @@ AGENT = f"rollouts.agent={{function: '{Path(__file__).parents[1]}/fixtures/agent
 URL = "rollouts.agent={url: 'http://a', max_tokens: 180}"
 SECRET = "sk-proj-abcdefghijklmnopqrstuvwx"
 GAME = "rollouts.environment={name: guess_number, max_tokens: 180}"
+RUBRIC = "rewards.w={url: 'http://h/', judge: {model: m, rubric: {a: {criterion: x}, b: {function: math_answer}}}}"
+WINS = "rewards.w={url: 'http://h/', judge: {model: m, compare: win_rate}}"
 REWARD_MODEL = ["rewards.taste.role=reward", "reward.model=a/b"]
 ELASTIC = "cluster.roles.rollout.engines={min: 1, max: 8}"
 AHEAD = ["rollouts.max_staleness=1", "algorithm.correction=none"]
@@ -144,6 +146,11 @@ ONLINE_REFUSED = [
     (["rewards.taste={url: 'http://h/', judge: {model: m, prompt: '{result}'}}"], "must hold {response}"),
     (["rewards.correct.args.api_key=x"], "rewards.correct.args.api_key: looks like a secret"),
     (["tracking.profile={steps: [99999]}"], "tracking.profile.steps: has 99999, but the run ends after train.steps="),
+    ([RUBRIC, "rewards.w.judge.rubric.b.args={api_key: x}"], "rewards.w.judge.rubric.b.args.api_key: looks like"),
+    ([RUBRIC, "rewards.w.judge.rubric.b.args={limit_s: 20}"], "20 s (rewards.w.judge.rubric.b.args.limit_s)"),
+    (["rollouts.samples_per_prompt=1", "train.sequences_per_update=4", WINS], "rewards.w.judge.compare: compares"),
+    (["algorithm={name: remax}", WINS], "rewards.w.judge.compare: compares the responses of a group, but algorithm"),
+    ([WINS, "rewards.correct.weight=0"], "eval.samples_per_prompt: is 1, and every reward with a weight compares"),
     (["tracking.trackers={shop: {headers: [{X-Api-Key: x}]}}"], "tracking.trackers.shop.headers.X-Api-Key: looks like"),
     (["rewards.correct.args={credentials: {pin: 1234}}"], "rewards.correct.args.credentials.pin: looks like a secret"),
     (["rewards.correct.args={where: 'https://host/a?token=x'}"], "rewards.correct.args.where: looks like a secret"),

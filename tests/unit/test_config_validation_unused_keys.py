@@ -84,6 +84,27 @@ INERT: list[tuple[str, list[str], str]] = [
         ["rewards.taste={url: 'http://h/', judge: {model: m, choices: {A: 1, B: 0}}}"],
         "choices is a mapping: they give the score; remove it, or set rewards.taste.judge.choices to `{}`",
     ),
+    (
+        "rewards.w.judge.scale=[0, 5]",
+        ["rewards.w={url: 'http://h/', judge: {model: m, rubric: {a: {criterion: x}}}}"],
+        "rubric is a mapping: each criterion has a scale; remove it, or set rewards.w.judge.rubric to `null`",
+    ),
+    (
+        "rewards.w.judge.choices={A: 1}",
+        ["rewards.w={url: 'http://h/', judge: {model: m, compare: win_rate}}"],
+        "compare is win_rate: the judge names the better response",
+    ),
+    (
+        "rewards.w.judge.opponents=3",
+        ["rewards.w={url: 'http://h/', judge: {model: m}}"],
+        "rewards.w.judge.compare is null",
+    ),
+    (
+        "rewards.w.judge.rubric.a.args={limit: 3}",
+        ["rewards.w={url: 'http://h/', judge: {model: m, rubric: {a: {criterion: x}}}}"],
+        "rewards.w.judge.rubric.a.function is null",
+    ),
+    ("reward.disagreement_coef=1", REWARD_MODEL, "reward.members is {}: there is a single reward model"),
     ("rewards.taste.gate=correct", ["rewards.taste={function: contains, weight: 0}"], "rewards.taste.weight is 0"),
     ("rewards.correct.normalize=group", ["algorithm={name: gdpo}", "rewards.b.function=contains"], "gdpo normalises"),
     ("reward_policy.memory_gib=2", REWARD_MODEL, "no reward is a function"),

@@ -319,6 +319,17 @@ def test_a_reference_leaves_the_gpu_of_a_generating_engine_and_a_reward_model_st
     assert fullest_gpu(config_of(MODEL, gpu_memory_utilization=0.6)).fits
 
 
+def test_each_member_of_an_ensemble_of_reward_models_has_its_weights() -> None:
+    """The members score in turns, so only the weights are added: 7,070,622,720 parameters with a head, in bfloat16."""
+    members = {name: {"model": "Qwen/Qwen2.5-7B-Instruct"} for name in "bc"}
+    whole = config_of({**MODEL, "reward": {**MODEL["reward"], "members": members}})
+    nbytes = []
+    for config in (config_of(MODEL), whole):
+        (reward,) = (process for process in footprints(config, Sizes()) if process.role == "reward")
+        nbytes.append(reward.of("device"))
+    assert nbytes[1] - nbytes[0] == 2 * 2 * 7_070_622_720
+
+
 def test_a_weight_transfer_holds_the_policy_its_copy_and_the_weights_of_the_engine() -> None:
     config = config_of(FUNCTION)
     by_role = {one.role: one for one in footprints(config, Sizes(gpu_memory_gib=80.0))}
