@@ -199,6 +199,16 @@ def test_nothing_is_asked_twice_even_by_another_start(tmp_path: Path, monkeypatc
     assert len(third.questions) == 1
 
 
+def test_an_answer_is_read_anew_by_another_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scale of a single score is not part of the question."""
+    monkeypatch.setattr("rlhf.rewards.services.judging.content_key", lambda url, *rest: content_key("", *rest))
+    judge = FakeJudge(lambda *_: "Score: 5")
+    for settings, wanted in (({}, 4 / 9), ({"scale": [0, 10]}, 0.5), ({"pattern": "(5)"}, 4 / 9)):
+        with rewards_of(judge, settings, tmp_path) as score:
+            assert score(["4"]).scores == pytest.approx((wanted,))
+    assert len(judge.questions) == 3
+
+
 def test_failures_are_not_remembered() -> None:
     judge = FakeJudge(lambda text, repeat: "Score: 10" if repeat else "no")
     with rewards_of(judge, {}) as score:
