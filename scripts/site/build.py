@@ -27,6 +27,7 @@ IMAGES = (".png", ".svg")
 KINDS = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".json": "json", ".sh": "bash", ".toml": "toml"}
 BUILD_S = 300
 FENCED = re.compile(r"^ *```.*?^ *```[ \t]*$", re.MULTILINE | re.DOTALL)
+FOLDER_LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:)[^)#\s]+/\)")
 LINK = re.compile(r"(?<=\]\()([^)#:\s]+)(?=[)#])")
 WORDS = re.compile(r"\[[^\]]*\]\([^)]*\)|(`+)(?P<quoted>.+?)\1|(?<![\w/])(?P<named>docs/\w+\.md)\b", re.DOTALL)
 SHOWN_FILE = re.compile(r"(?:configs|examples|cluster|docs)/[\w./-]+\.\w+")
@@ -109,7 +110,8 @@ class Site:
             is_shown = SHOWN_FILE.fullmatch(file) and (self.root / file).is_file()
             return f"[{match[0]}]({link(file)})" if is_shown else match[0]
 
-        return WORDS.sub(named, LINK.sub(relative, re.sub(r"\]\(\s+", "](", text)))
+        text = FOLDER_LINK.sub(r"\1", re.sub(r"\]\(\s+", "](", text))  # a folder is no page
+        return WORDS.sub(named, LINK.sub(relative, text))
 
     def _notebook(self, path: str) -> str:
         """Return a notebook with its outputs as a page, and put its pictures next to the page."""

@@ -160,7 +160,7 @@ def small(tmp_path: Path) -> Path:
     (root / "docs").mkdir(parents=True)
     (root / "script.py").write_text("print('hello')\n")
     (root / "docs" / "README.md").write_text("# Pages\n\n## Begin\n- [one](one.md): a page.\n")
-    (root / "docs" / "one.md").write_text("# One\nA [script](../script.py) and [itself](one.md#one).\n")
+    (root / "docs" / "one.md").write_text("# One\nA [script](../script.py), [itself](one.md#one), [docs/](../docs/).\n")
     return root
 
 
