@@ -372,6 +372,9 @@ class OfflineRole(TrainedRole, Protocol):
     async def load_data(self, sets: Sequence[Ref[Examples | Pairs]]) -> None:
         """Load the data sets: the training set first, then the evaluation sets."""
 
+    async def load_train_set(self, rows: Ref[Examples | Pairs]) -> None:
+        """Replace the training set, without the reference's logprobs of the earlier set."""
+
     async def update_on(
         self, plan: MinibatchPlan, states: StatesByRank = (), *, snapshot: int | None = None
     ) -> Metrics:
@@ -390,5 +393,6 @@ class OfflineRole(TrainedRole, Protocol):
     async def store_reference(self, dataset: int, path: Path, columns: Sequence[Ref[TokenValues]]) -> None:
         """Store the columns of a whole data set as the reference's, in memory and on disk."""
 
-    async def read_reference(self, dataset: int, path: Path) -> bool:
-        """Load stored columns. Return False if the file is damaged or belongs to different weights."""
+    async def read_reference(self, dataset: int, path: Path, *, compare: bool = True) -> bool:
+        """Load stored columns. Return False if the file is damaged or, with `compare`, belongs to different weights
+        than the current."""

@@ -345,6 +345,11 @@ class OfflineGang(Gang):
         self.sets = sets
         await self.all([h.load_data.remote(*sets) for h in self.handles], "data")
 
+    async def load_train_set(self, rows: Ref[Examples | Pairs]) -> None:
+        self.sets = [rows, *self.sets[1:]]
+        self.references = {dataset: path for dataset, path in self.references.items() if dataset}
+        await self.all([h.load_train_set.remote(rows) for h in self.handles], "data")
+
     async def update_on(
         self, plan: MinibatchPlan, states: StatesByRank = (), *, snapshot: int | None = None
     ) -> Metrics:
@@ -368,8 +373,8 @@ class OfflineGang(Gang):
         await self.all([h.store_reference.remote(dataset, path, *columns) for h in self.handles], "reference")
         self.references = {**self.references, dataset: path}
 
-    async def read_reference(self, dataset: int, path: Path) -> bool:
-        is_read = all(await self.each(lambda h: h.read_reference.remote(dataset, path), "reference"))
+    async def read_reference(self, dataset: int, path: Path, *, compare: bool = True) -> bool:
+        is_read = all(await self.each(lambda h: h.read_reference.remote(dataset, path, compare=compare), "reference"))
         if is_read:
             self.references = {**self.references, dataset: path}
         return is_read

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 
@@ -47,7 +47,7 @@ from rlhf.preflight.merge import with_local_models
 from rlhf.preflight.run_folder import check_folders, continue_from, refuse_other_checkpoint, stream_of
 from rlhf.preflight.sources import tracked_run
 from rlhf.preflight.start import Start
-from rlhf.preflight.training_data import OfflineInputs, OnlineInputs, collated
+from rlhf.preflight.training_data import OfflineInputs, OfflineRow, OnlineInputs, collated
 from rlhf.process.driver_parent import unrecorded_deaths
 from rlhf.process.stopping import StopRequest, current_request, run_async
 from rlhf.rewards.scoring import fingerprint, has_judges
@@ -196,6 +196,7 @@ async def _offline(
             record,
             train_set=inputs.rows,
             rows=stream_of(stage),
+            deliver=lambda rows: policy.load_train_set(put(collated(config, cast("Sequence[OfflineRow]", rows)))),
             eval_sets=inputs.eval_sets,
             policy_fingerprint=policy.fingerprint,
             supervisor=supervisor,

@@ -28,7 +28,8 @@ from rlhf.controller.rollout_report import restricted_tokens
 from rlhf.controller.rollout_scorer import RolloutScorer, request_for
 from rlhf.controller.training_scores import TrainingScores
 from rlhf.data.curriculum import Curriculum
-from rlhf.data.stream import Cursor, Stream
+from rlhf.data.stream import Cursor
+from rlhf.data.windows import DataStream
 from rlhf.errors import RunError
 from rlhf.rewards.failure_rule import ends_run
 from rlhf.rewards.scoring import describe_errors
@@ -76,7 +77,7 @@ class Collector:
     """Requests the run's prompts in order. The state is only consistent between two steps."""
 
     def __init__(
-        self, config: Config, prompts: Stream[Prompt], scorer: RolloutScorer, record: RunRecord, sampling: Sampling
+        self, config: Config, prompts: DataStream[Prompt], scorer: RolloutScorer, record: RunRecord, sampling: Sampling
     ) -> None:
         """Create a collector at the start of the run's prompts."""
         assert config.rollouts is not None
@@ -253,7 +254,7 @@ class Collector:
             return
         means = [_mean(scored) for scored in batch.filtered]
         tried = {scored.group.request.prompt.prompt_id for scored in batch.kept + batch.left_out}
-        if len(tried) == len(self.prompts):
+        if len(tried) == self.prompts.size:
             fix = (
                 f"These were all {len(tried)} prompts of data.train: none is left from which this policy learns. "
                 "Add other prompts, or end the run here"
@@ -304,7 +305,7 @@ class Collector:
         resumed run. If these groups are dropped again, the drops are counted again."""
         return {
             "cursor": asdict(self.prompts.state()),
-            "stream": self.prompts.order.state(),
+            "stream": self.prompts.order_state(),
             "skipped": list(self.skipped),
             "waiting": [(epoch, prompt.prompt_id) for epoch, prompt in self.unfinished],
             "begun": self.carried.state(),

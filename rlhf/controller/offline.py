@@ -4,14 +4,18 @@
 
 The trained role gets the data sets once, as columns, and a step names rows. The reference is the policy before
 training: the policy's ranks compute the logprobs before a checkpoint is restored.
+
+With streamed data the role gets the rows of each step instead, just before the step. The logprobs of the reference are
+then computed for the rows of all steps, in the order of the steps, and kept on disk.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf.config.schema.root import Config
@@ -19,7 +23,9 @@ from rlhf.controller.loop import TrainingLoop
 from rlhf.controller.record import RunRecord
 from rlhf.controller.supervisor import Supervisor
 from rlhf.data.packing import balance
-from rlhf.data.stream import Cursor, Stream, Tokenized
+from rlhf.data.stream import Cursor, Tokenized
+from rlhf.data.windows import DataStream, WindowedStream
+from rlhf.errors import RESUMES, RunError
 from rlhf.roles import Metrics, OfflineRole, Ref, StatesByRank, TeacherRole
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import Last
@@ -48,6 +54,7 @@ class StepRows:
     states: StatesByRank  # the teacher's states; empty without a teacher
     epoch: int  # epoch of the last row
     cursor: Cursor  # start of the next batch
+    rows: Sequence[DataRow]
 
 
 class OfflineController(TrainingLoop):
@@ -60,12 +67,14 @@ class OfflineController(TrainingLoop):
         record: RunRecord,
         *,
         train_set: Sequence[DataRow],
-        rows: Stream[DataRow],
+        rows: DataStream[DataRow],
+        deliver: Callable[[Sequence[DataRow]], Awaitable[None]] | None = None,
         eval_sets: Mapping[str, Sequence[DataRow]],
         policy_fingerprint: str,
         supervisor: Supervisor,
         teacher: TeacherRole | None = None,
     ) -> None:
+        """Create the controller. deliver: replaces the role's training set by a step's rows, for streamed data."""
         super().__init__(
             config,
             record,
@@ -80,12 +89,14 @@ class OfflineController(TrainingLoop):
         self.role = role
         self.train_set = train_set
         self.rows = rows
+        self.deliver = deliver if isinstance(rows, WindowedStream) else None
+        self.references: list[Path] = []  # of streamed data: the reference's logprobs, by step
         self.eval_sets = eval_sets
         self.teacher = teacher
         self.is_ahead = teacher is not None and config.cluster.roles.teacher.colocate_with is None
         self.cursor = rows.state()
         self.next_batch: StepRows | None = None
-        self.last_update = 0, MinibatchPlan(sequences_by_rank=(), num_tokens=0, num_sequences=0)  # step and rows
+        self.last_update: tuple[int, StepRows | None] = 0, None  # step and rows
 
     async def train_step(self, step: int) -> None:
         """Make one optimizer step. A teacher with separate hardware computes the next rows meanwhile."""
@@ -94,7 +105,7 @@ class OfflineController(TrainingLoop):
             _, self.next_batch = await asyncio.gather(self._update(batch, step), self._take_batch())
         else:
             await self._update(batch, step)
-        self.cursor, self.last_update = batch.cursor, (step, batch.plan)
+        self.cursor, self.last_update = batch.cursor, (step, batch)
         self.record.add({"data/epoch": Last(value=float(batch.epoch))})
 
     async def _update(self, batch: StepRows, step: int) -> None:
@@ -103,6 +114,7 @@ class OfflineController(TrainingLoop):
         async def update() -> None:
             if self.trained_step < step:
                 learnt.clear()
+                await self._deliver(batch, step)
                 with self.record.apart(learnt, is_shown=True), self.record.stage("update"):
                     snapshot = step if self.survives else None
                     self.record.add(await self.role.update_on(batch.plan, batch.states, snapshot=snapshot))
@@ -113,16 +125,27 @@ class OfflineController(TrainingLoop):
             self.record.add(metrics)
 
     async def repeat(self, step: int) -> None:
-        number, plan = self.last_update
-        if step != number:
+        number, batch = self.last_update
+        if step != number or batch is None:
             await super().repeat(step)
-        await self.role.update_on(plan, await self._states(0, plan))
+            return
+        await self._deliver(batch, step)
+        await self.role.update_on(batch.plan, await self._states(0, batch.plan))
         await self.take_snapshot(step)
 
     async def _take_batch(self) -> StepRows:
         taken = self.rows.next(self.config.train.sequences_per_update)
-        plan, cursor = self._plan([row for _, row in taken]), self.rows.state()
-        return StepRows(plan=plan, states=await self._states(0, plan), epoch=taken[-1][0], cursor=cursor)
+        rows = [row for _, row in taken]
+        plan, cursor = self._plan(rows, numbered=self.deliver is not None), self.rows.state()
+        return StepRows(plan=plan, states=await self._states(0, plan), epoch=taken[-1][0], cursor=cursor, rows=rows)
+
+    async def _deliver(self, batch: StepRows, step: int) -> None:
+        """Give the role the rows of a step of streamed data, with the reference's logprobs if the run has any."""
+        if self.deliver is None:
+            return
+        await self.deliver(batch.rows)
+        if self.references and not await self.role.read_reference(0, self.references[step - 1], compare=False):
+            raise RunError(f"reference: {self.references[step - 1]} cannot be read. {RESUMES}")
 
     async def _states(self, dataset: int, plan: MinibatchPlan) -> StatesByRank:
         if self.teacher is None:
@@ -137,7 +160,13 @@ class OfflineController(TrainingLoop):
 
     async def _provide_reference(self) -> None:
         role, folder = self.role, self.config.run.dir / "reference_logprobs"
-        for index, rows in enumerate([self.train_set, *self.eval_sets.values()]):
+        if self.deliver is not None:
+            await self._provide_streamed_reference(folder)
+        in_memory = [
+            *([] if self.deliver is not None else [(0, self.train_set)]),
+            *enumerate(self.eval_sets.values(), 1),
+        ]
+        for index, rows in in_memory:
             path = folder / f"{await role.reference_key(index)}.safetensors"
             if path.exists():
                 if await role.read_reference(index, path):
@@ -153,6 +182,29 @@ class OfflineController(TrainingLoop):
             await role.store_reference(index, path, columns)
             logger.info("the reference log-probabilities of %d rows are written to %s", len(rows), path)
 
+    async def _provide_streamed_reference(self, folder: Path) -> None:
+        """Compute the reference's logprobs of the rows of every step, unless an earlier start of the run has. The rows
+        are read twice then: here, and when they are trained on."""
+        stream, steps, start = self.rows, self.config.train.num_steps, self.rows.state()
+        assert isinstance(stream, WindowedStream)
+        self.references = []
+        batch = await self._take_batch()
+        assert self.deliver is not None
+        await self.deliver(batch.rows)
+        name = f"{await self.role.reference_key(0)}-{stream.fingerprint}"
+        self.references = [folder / f"{name}-{step:06d}.safetensors" for step in range(1, steps + 1)]
+        for step, path in enumerate(self.references, start=1):
+            if all(later.exists() for later in self.references[step - 1 :]):
+                break
+            if step > 1:
+                batch = await self._take_batch()
+                await self.deliver(batch.rows)
+            if not path.exists():
+                columns = await self.role.reference_logprobs(0, batch.plan)
+                await self.role.store_reference(0, path, columns)
+            self.record.progress.stage("reference", step, steps)
+        stream.restore(start)
+
     def _chunks(self, rows: Sequence[DataRow]) -> Iterator[Sequence[DataRow]]:
         """Yield adjacent rows of about some micro-batches per rank. Each chunk is a call with a separate deadline."""
         at_once = REFERENCE_MICROBATCHES * self.config.train.max_tokens_per_microbatch * self.role.num_ranks
@@ -163,10 +215,12 @@ class OfflineController(TrainingLoop):
                 yield rows[start:end]
                 start, size = end, 0
 
-    def _plan(self, rows: Sequence[DataRow]) -> MinibatchPlan:
+    def _plan(self, rows: Sequence[DataRow], *, numbered: bool = False) -> MinibatchPlan:
+        """Plan an optimizer step or a chunk. numbered: the rows are their data set, so their numbers are the ids."""
+        ids = range(len(rows)) if numbered else [row.example_id for row in rows]
         shares = balance([len(row.token_ids) for row in rows], self.role.num_ranks)
         return MinibatchPlan(
-            sequences_by_rank=tuple(tuple(rows[i].example_id for i in sorted(share)) for share in shares),
+            sequences_by_rank=tuple(tuple(ids[i] for i in sorted(share)) for share in shares),
             num_tokens=sum(row.num_targets for row in rows),
             num_sequences=len(rows),
         )

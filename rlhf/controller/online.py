@@ -42,7 +42,7 @@ from rlhf.controller.step_attempt import StepAttempt
 from rlhf.controller.streamed_learning import StreamedAdvantageLearning
 from rlhf.controller.supervisor import Supervisor
 from rlhf.controller.weight_sync import sync_weights
-from rlhf.data.stream import Stream
+from rlhf.data.windows import DataStream
 from rlhf.errors import Preempted
 from rlhf.evaluation.results import Marking
 from rlhf.role_table import GUESTS_OF_ENGINES, ROLE_OF_STAGE, ROLES, TRAINED_ROLES, Role
@@ -67,7 +67,7 @@ class OnlineController(TrainingLoop):
         roles: OnlineRoles,
         record: RunRecord,
         *,
-        prompts: Stream[Prompt],
+        prompts: DataStream[Prompt],
         eval_sets: Mapping[str, EvalSet],
         marking: Marking,
         probe_ids: Sequence[int],

@@ -6,15 +6,19 @@ through `Row`, with the place. This module does not use a tokenizer.
 
 from __future__ import annotations
 
+import bisect
 import csv
+import glob
 import itertools
 import json
 import logging
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,26 +116,50 @@ def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> li
     """
     loaded: Iterable[Row]
     if isinstance(source, TaskSource):
-        name = source.name
-        if source.task == COMPARISONS:
-            preferences, names = preferences_of(source)
-            made = preference_prompts(source, read_rows(preferences, columns=names))
-        else:
-            made = make_rows(source)
-        loaded = (Row(file=name, line=i, columns=row) for i, row in enumerate(made, start=1))
+        name, loaded = source.name, _task_rows(source)
     elif isinstance(source, PresetSource):
         name, columns = source.name, None
         loaded = itertools.islice(_read_preset(source), source.size)
     else:
         name = source
-        loaded = _read_file(Path(source)) if source.endswith(FILE_SUFFIXES) else _read_dataset(source)
+        loaded = (
+            _chained([_shard_of_file(path) for path in files]) if (files := _files(source)) else _read_dataset(source)
+        )
     rows = list(within_memory(loaded, name))
     if not rows:
         raise UserError(f"{name} has no rows.")
+    return list(_renamed(rows, columns)) if columns else rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """A part of a source that is read from its beginning to its end, such as a file."""
+
+    name: str
+    read: Callable[[int], Iterator[Row]]  # the rows after the first rows, whose number is the argument
+    size: int = 0  # bytes, to notice a changed file; 0: not known
+
+
+def open_shards(source: Source, *, columns: Mapping[str, str] | None = None) -> list[Shard]:
+    """Return the shards of a source as in `read_rows`, without reading rows. A data set of the hub is not downloaded
+    as a whole: its rows come over the network.
+
+    UserError: a missing source. The rows of a shard raise UserError for an unreadable part and an invalid row.
+    """
+    if isinstance(source, TaskSource):
+        return [_whole(source.name, partial(_task_rows, source))]
+    if isinstance(source, PresetSource):
+        shards = [_mapped(shard, source) for shard in _shards_of_preset(source)]
+        if source.size is None:
+            return shards
+        return [_whole(source.name, lambda: itertools.islice(_chained(shards), source.size))]
+    files = _files(source)
+    shards = (
+        [_shard_of_file(path) for path in files] if files else _shards_of_dataset(*_named_dataset(source), place=source)
+    )
     if not columns:
-        return rows
-    renamed = {original: current for current, original in columns.items()}
-    return [_rename(row, columns, renamed) for row in rows]
+        return shards
+    return [replace(shard, read=partial(_renamed_after, shard, columns)) for shard in shards]
 
 
 def refuse_half_characters(text: str, place: str) -> None:
@@ -141,6 +169,49 @@ def refuse_half_characters(text: str, place: str) -> None:
     except UnicodeEncodeError as error:
         half = ascii(text[error.start])[1:-1]
         raise UserError(f"{place} holds `{half}` at character {error.start + 1}, half of a character.") from error
+
+
+def _task_rows(source: TaskSource) -> Iterator[Row]:
+    if source.task == COMPARISONS:
+        preferences, names = preferences_of(source)
+        made = preference_prompts(source, read_rows(preferences, columns=names))
+    else:
+        made = make_rows(source)
+    yield from (Row(file=source.name, line=i, columns=row) for i, row in enumerate(made, start=1))
+
+
+def _whole(name: str, read: Callable[[], Iterator[Row]]) -> Shard:
+    """Return a single shard whose first rows are skipped one by one."""
+    return Shard(name=name, read=lambda skip: itertools.islice(read(), skip, None))
+
+
+def _chained(shards: Iterable[Shard]) -> Iterator[Row]:
+    return itertools.chain.from_iterable(shard.read(0) for shard in shards)
+
+
+def _files(source: str) -> list[Path]:
+    """Return the files of a source with the ending of a file, in order of their names. Empty: it is a data set."""
+    if not source.endswith(FILE_SUFFIXES):
+        return []
+    if Path(source).exists() or not glob.has_magic(source):
+        return [Path(source)]
+    paths = [Path(path) for path in sorted(glob.glob(source, recursive=True))]
+    if not paths:
+        raise UserError(f"{source} is the name of no file; looked for it from {Path.cwd()}.")
+    return paths
+
+
+def _shard_of_file(path: Path) -> Shard:
+    return Shard(name=str(path), read=partial(_read_file, path), size=path.stat().st_size if path.is_file() else 0)
+
+
+def _renamed_after(shard: Shard, columns: Mapping[str, str], skip: int) -> Iterator[Row]:
+    return _renamed(shard.read(skip), columns)
+
+
+def _renamed(rows: Iterable[Row], columns: Mapping[str, str]) -> Iterator[Row]:
+    renamed = {original: current for current, original in columns.items()}
+    return (_rename(row, columns, renamed) for row in rows)
 
 
 def _rename(row: Row, columns: Mapping[str, str], renamed: Mapping[str, str]) -> Row:
@@ -162,24 +233,30 @@ def _column(row: Row, current: str, original: str) -> Any:
     return value
 
 
-def _read_file(path: Path) -> Iterator[Row]:
+def _read_file(path: Path, skip: int = 0) -> Iterator[Row]:
+    """Yield the rows of a file after the first `skip` rows."""
     if path.is_dir():
         raise UserError(f"{path} is a folder, but its name ends as a file's does, {path.suffix}. Rename it.")
     if not path.is_file():
         raise UserError(f"{path} does not exist; looked for it from {Path.cwd()}.")
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     try:
-        yield from readers[path.suffix](path)
+        if path.suffix in (".jsonl", ".parquet"):  # the formats of large files, without reading what is skipped
+            yield from (_read_jsonl if path.suffix == ".jsonl" else _read_parquet)(path, skip)
+        else:
+            yield from itertools.islice((_read_json if path.suffix == ".json" else _read_csv)(path), skip, None)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {_one_line(error.strerror or error)}.") from error
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+def _read_jsonl(path: Path, skip: int) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
+                continue
+            if skip > 0:
+                skip -= 1
                 continue
             try:
                 value = _JSON.decode(line.rstrip("\r\n"))
@@ -289,7 +366,7 @@ def _without_nul(file: Iterable[str], path: Path) -> Iterator[str]:
         yield line
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path, skip: int) -> Iterator[Row]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
@@ -297,12 +374,17 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         names = pyarrow.parquet.read_schema(path).names
         if len(set(names)) < len(names):
             raise UserError(f"{path}: two columns have the same name in {_one_line(', '.join(names))}.")
-        numbers = itertools.count(1)
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            ends = list(itertools.accumulate(sizes))
+            first = bisect.bisect_right(ends, skip)  # the row group of the first row that is wanted
+            start = ends[first - 1] if first else 0
+            numbers = itertools.count(start + 1)
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH, row_groups=range(first, len(sizes))):
                 columns = {name: _parquet_column(path, name, batch.column(name)) for name in names}
-                for values in zip(*columns.values(), strict=True):
-                    yield Row(file=str(path), line=next(numbers), columns=dict(zip(columns, values, strict=True)))
+                for number, values in zip(numbers, zip(*columns.values(), strict=True), strict=False):
+                    if number > skip:
+                        yield Row(file=str(path), line=number, columns=dict(zip(columns, values, strict=True)))
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is not a Parquet file that can be read: {_one_line(error)}.") from error
 
@@ -317,6 +399,11 @@ def _parquet_column(path: Path, name: str, column: Any) -> list[Any]:
 
 
 def _read_dataset(source: str) -> Iterator[Row]:
+    yield from _rows_of_dataset(*_named_dataset(source), place=source)
+
+
+def _named_dataset(source: str) -> tuple[str, str]:
+    """Return name and split of a saved or named data set. UserError: it is a file, or a folder that does not exist."""
     name, colon, split = source.partition(":")
     folder = Path(name)
     if name.lower().endswith(FILE_SUFFIXES) and not folder.is_dir():
@@ -326,23 +413,48 @@ def _read_dataset(source: str) -> Iterator[Row]:
         raise UserError(f"{name}: the ending of a file is written small here; rename it to end in {ending}.")
     if folder.is_file() or (not folder.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1)):
         raise UserError(f"{name} is not a folder, nor a file that ends in {', '.join(FILE_SUFFIXES)}.")
-    yield from _rows_of_dataset(name, split, place=source)
+    return name, split
 
 
 def _read_preset(source: PresetSource) -> Iterator[Row]:
     """Yield the usable rows of a preset with our columns, from the hub or from the files in `source.path`."""
-    preset = presets()[source.preset]
+    preset, split = presets()[source.preset], _split_of(source)
+    if source.path is None:
+        hub = {"subset": preset.subset, "revision": source.revision}
+        return _mapped_rows(_rows_of_dataset(preset.hub, split, place=source.name, **hub), source)
+    if not Path(source.path).is_dir():
+        return _mapped_rows(_read_file(Path(source.path)), source)
+    folder, subset = _folder_of(Path(source.path), preset.subset)
+    return _mapped_rows(_rows_of_dataset(folder, split, subset=subset, place=source.name), source)
+
+
+def _shards_of_preset(source: PresetSource) -> list[Shard]:
+    """Return the shards of a preset's data set, with its own columns."""
+    preset, split = presets()[source.preset], _split_of(source)
+    if source.path is None:
+        hub = {"subset": preset.subset, "revision": source.revision}
+        return _shards_of_dataset(preset.hub, split, place=source.name, **hub)
+    if not Path(source.path).is_dir():
+        return [_shard_of_file(path) for path in _files(source.path) or [Path(source.path)]]
+    folder, subset = _folder_of(Path(source.path), preset.subset)
+    return _shards_of_dataset(folder, split, subset=subset, place=source.name)
+
+
+def _split_of(source: PresetSource) -> str:
     try:
-        split = preset.split(source.split)
+        return presets()[source.preset].split(source.split)
     except ValueError as error:
         raise UserError(f"{error}. Name another split or preset.") from error
-    if source.path is None:
-        rows = _rows_of_dataset(preset.hub, split, subset=preset.subset, revision=source.revision, place=source.name)
-    elif Path(source.path).is_dir():
-        folder, subset = _folder_of(Path(source.path), preset.subset)
-        rows = _rows_of_dataset(folder, split, subset=subset, place=source.name)
-    else:
-        rows = _read_file(Path(source.path))
+
+
+def _mapped(shard: Shard, source: PresetSource) -> Shard:
+    whole = _whole(shard.name, lambda: _mapped_rows(shard.read(0), source))
+    return replace(whole, size=shard.size)
+
+
+def _mapped_rows(rows: Iterable[Row], source: PresetSource) -> Iterator[Row]:
+    """Yield the rows of a preset's data set with our columns, without rows that the preset leaves out."""
+    preset = presets()[source.preset]
     left_out: Counter[str] = Counter()
     seen: set[int] = set()
     for row in rows:
@@ -378,19 +490,53 @@ def _folder_of(folder: Path, subset: str | None) -> tuple[str, str | None]:
 def _rows_of_dataset(
     name: str, split: str, *, place: str, subset: str | None = None, revision: str | None = None
 ) -> Iterator[Row]:
+    with _naming_dataset(name):
+        rows = _one_split(name, split, _load_dataset(name, subset=subset, revision=revision, streaming=False))
+        yield from _rows_after(rows, place, 0)
+
+
+def _rows_after(rows: Any, place: str, skip: int) -> Iterator[Row]:
+    """Yield the rows of a memory-mapped data set after the first `skip` rows."""
+    for start in range(skip, len(rows), _DATASET_BATCH):
+        part = rows.select(range(start, min(start + _DATASET_BATCH, len(rows)))).to_list()
+        yield from (Row(file=place, line=start + i, columns=columns) for i, columns in enumerate(part, start=1))
+
+
+def _shards_of_dataset(
+    name: str, split: str, *, place: str, subset: str | None = None, revision: str | None = None
+) -> list[Shard]:
+    """Return the shards of a data set: the files of the hub or of a folder, or the whole of a saved data set."""
+    with _naming_dataset(name):
+        rows = _one_split(name, split, _load_dataset(name, subset=subset, revision=revision, streaming=True))
+        if hasattr(rows, "select"):  # saved by save_to_disk: memory-mapped
+            return [Shard(name=place, read=partial(_rows_after, rows, place))]
+        names = [place] if rows.num_shards == 1 else [f"{place}, shard {i + 1}" for i in range(rows.num_shards)]
+        parts = [rows.shard(num_shards=rows.num_shards, index=index) for index in range(rows.num_shards)]
+    return [Shard(name=text, read=partial(_streamed, part, text)) for text, part in zip(names, parts, strict=True)]
+
+
+def _streamed(rows: Any, place: str, skip: int) -> Iterator[Row]:
+    with _naming_dataset(place):
+        yield from (Row(file=place, line=i, columns=row) for i, row in enumerate(rows.skip(skip), start=skip + 1))
+
+
+def _load_dataset(name: str, *, subset: str | None, revision: str | None, streaming: bool) -> Any:
     import datasets  # the import takes seconds, and most runs read a file
 
     folder = Path(name)
+    if folder.is_dir() and any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+        return datasets.load_from_disk(name)
+    once = datasets.DownloadConfig(max_retries=1)
+    return datasets.load_dataset(name, name=subset, revision=revision, download_config=once, streaming=streaming)
+
+
+@contextmanager
+def _naming_dataset(name: str) -> Iterator[None]:
+    """Raise UserError with the name of the data set for an error of the data set library."""
+    import datasets
+
     try:
-        if folder.is_dir() and any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
-            loaded = datasets.load_from_disk(name)
-        else:
-            once = datasets.DownloadConfig(max_retries=1)
-            loaded = datasets.load_dataset(name, name=subset, revision=revision, download_config=once)
-        rows = _one_split(name, split, loaded)
-        for start in range(0, len(rows), _DATASET_BATCH):
-            part = rows.select(range(start, min(start + _DATASET_BATCH, len(rows)))).to_list()
-            yield from (Row(file=place, line=start + i, columns=columns) for i, columns in enumerate(part, start=1))
+        yield
     except (OSError, ValueError, KeyError, OverflowError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"Dataset {name} cannot be loaded ({type(error).__name__}: {_one_line(error)}).") from error
 

@@ -39,6 +39,8 @@ class Cursor:
     epoch: int  # starts at 0
     position: int  # number of items of this epoch already used
     fingerprint: str  # identifies data and order, so that a cursor never continues other data
+    # Streamed data only: epoch, place of the shard, rows before the window, and given items, of each set's window.
+    windows: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,11 +152,15 @@ class Stream(Generic[T]):
         if shares and sum(share.size for share in shares) != len(items):
             raise ValueError(f"shares of {[share.size for share in shares]} items do not make {len(items)}")
         self._items = items
-        self._fingerprint = _fingerprint(items, seed, shuffle, shares, skipped_rows)
+        mixed = "".join(f"/{share}" for share in shares) if len(shares) > 1 else ""
+        skipped = f"/{list(skipped_rows)}" if skipped_rows else ""
+        self._fingerprint = fingerprint(items, f"{seed}/{shuffle}{mixed}{skipped}")
         sets = shares if len(shares) > 1 else (MixtureShare(name="", weight=1.0, size=len(items)),)
         self.order = StreamOrder(sets, seed=seed, shuffle=shuffle, skipped_rows=skipped_rows)
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
+        """Return the number of items of an epoch."""
         return len(self._items)
 
     def next(self, count: int) -> tuple[tuple[int, T], ...]:
@@ -173,23 +179,27 @@ class Stream(Generic[T]):
         epoch, position = divmod(self.order.given, len(self._items))
         return Cursor(epoch=epoch, position=position, fingerprint=self._fingerprint)
 
-    def restore(self, cursor: Cursor) -> None:
-        """Continue from `cursor`. UserError if data set, seed or order differ."""
+    def order_state(self) -> dict[str, Any]:
+        return self.order.state()
+
+    def check(self, cursor: Cursor) -> None:
+        """Raise UserError for the cursor of other data: if data set, seed or order differ."""
         if cursor.fingerprint != self._fingerprint:
             raise UserError(
                 "The checkpoint's data cursor belongs to other data: the rows, the tokenizer, the weights of data sets,"
                 " run.seed, data.shuffle, data.max_prompt_tokens or data.too_long differ from when it was written, or "
                 "another release wrote it. Resume with the same ones, or start a new run."
             )
+
+    def restore(self, cursor: Cursor) -> None:
+        """Continue from `cursor`. UserError: the cursor is of other data."""
+        self.check(cursor)
         self.order.go_to(cursor.epoch * len(self._items) + cursor.position)
 
 
-def _fingerprint(
-    items: Sequence[Tokenized], seed: int, shuffle: bool, shares: Sequence[MixtureShare], skipped_rows: Sequence[int]
-) -> str:
-    mixed = "".join(f"/{share}" for share in shares) if len(shares) > 1 else ""
-    skipped = f"/{list(skipped_rows)}" if skipped_rows else ""
-    digest = hashlib.blake2b(f"{len(items)}/{seed}/{shuffle}{mixed}{skipped}".encode(), digest_size=16)
+def fingerprint(items: Sequence[Tokenized], order: str) -> str:
+    """Return a digest of the items' tokens and other training data, and of a description of their order."""
+    digest = hashlib.blake2b(f"{len(items)}/{order}".encode(), digest_size=16)
     for item in items:
         digest.update(array.array("q", [len(item.token_ids), *item.token_ids]))
         digest.update(item.non_token_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -98,6 +99,8 @@ def absent_data(sources: Mapping[str, DataSource]) -> Iterator[Missing]:
         if name is None or (isinstance(source, str) and os.path.exists(source)):
             continue
         if name.endswith(FILE_SUFFIXES):
+            if glob.glob(name, recursive=True):
+                continue
             yield Missing(sentence=f"{key}: there is no file {source}")
         elif not os.path.exists(name) and (_is_path(name) or not os.path.exists(hub_folder("datasets", name))):
             on_hub = None if _is_path(name) else name

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rlhf.config.schema.data import DataSource
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, final_folder
-from rlhf.data.sources import FILE_SUFFIXES, read_rows
+from rlhf.data.sources import FILE_SUFFIXES, open_shards, read_rows
 from rlhf.data.templates import UNCHANGED
 from rlhf.deferred import transformers
 from rlhf.errors import prefix_errors
@@ -135,6 +136,12 @@ def check_files_and_rewards(loaded: LoadedConfig) -> None:
                 if (place := hub_name(source)) is not None and not place.endswith(FILE_SUFFIXES):
                     continue
                 with prefix_errors(key):
-                    rows = read_rows(source_of(source), columns=config.data.columns)
+                    of, columns, window = source_of(source), config.data.columns, config.data.stream_window
+                    if window is None or key.startswith("data.eval"):
+                        rows = read_rows(of, columns=columns)
+                    else:  # as much as the start of the run would check
+                        shards = open_shards(of, columns=columns)
+                        read = chain.from_iterable(shard.read(0) for shard in shards)
+                        rows = list(islice(read, window))
                 if specs:
                     check_rewards(specs, rows, key, of_sessions=(RESULT_COLUMN,) if is_agent else ())

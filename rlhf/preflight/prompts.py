@@ -60,6 +60,22 @@ def read_prompts(
     """
     with prefix_errors(key):
         rows = read_rows(source, columns=columns)
+    options: dict[str, Any] = {"rewards": rewards, "reward_key": reward_key, "environment": environment}
+    return prompts_of_rows(rows, key, tokenizer, reading, first_id=first_id, **options)
+
+
+def prompts_of_rows(
+    rows: Sequence[Row],
+    key: str,
+    tokenizer: Any,
+    reading: Reading,
+    *,
+    rewards: Sequence[RewardSpec],
+    reward_key: str = REWARD_KEY,
+    environment: Player | None,
+    first_id: int = 0,
+) -> tuple[LoadedRows[Prompt], list[Row]]:
+    """Return the prompts of rows as `read_prompts` does."""
     is_agent = isinstance(environment, LoadedAgent)
     check_rewards(rewards, rows, key, key=reward_key, of_sessions=(RESULT_COLUMN,) if is_agent else ())
     if environment is not None:

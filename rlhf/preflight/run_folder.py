@@ -16,6 +16,7 @@ from rlhf.config.schema.stages import Stage, result_of, run_folder
 from rlhf.controller.record import read_state
 from rlhf.data.prompts import skipped_rows
 from rlhf.data.stream import Cursor, Stream
+from rlhf.data.windows import DataStream
 from rlhf.errors import UserError
 from rlhf.preflight.inputs import StageInputs
 from rlhf.preflight.models import refuse_other_model
@@ -122,7 +123,7 @@ def refuse_other_checkpoint(stage: StageInputs, *, step: int | None = None) -> N
             refuse_other_model(config, state, checkpoint=folder.checkpoint(step))
             if config.rollouts is not None and "ahead" not in state:
                 raise KeyError("ahead")
-            stream_of(stage).restore(Cursor(**state["cursor"]))
+            stream_of(stage).check(Cursor(**state["cursor"]))
             reference_step = state.get("reference_step")
             warn_of_changed_code(stage.inputs, state, step=step)
         except (KeyError, TypeError) as error:
@@ -143,9 +144,11 @@ def warn_of_changed_code(inputs: OnlineInputs | OfflineInputs, state: dict[str, 
         logger.warning(text, " and ".join(changed), step)
 
 
-def stream_of(stage: StageInputs) -> Stream[Any]:
-    """Return the training data in the run's order."""
+def stream_of(stage: StageInputs) -> DataStream[Any]:
+    """Return the training data in the run's order, at the beginning."""
     config, inputs = stage.config, stage.inputs
+    if inputs.stream is not None:
+        return inputs.stream
     items: Sequence[Any] = inputs.prompts if isinstance(inputs, OnlineInputs) else inputs.rows
     skipped = skipped_rows(inputs.prompts) if isinstance(inputs, OnlineInputs) else ()
     return Stream(items, seed=config.run.seed, shuffle=config.data.shuffle, shares=inputs.shares, skipped_rows=skipped)

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from rlhf.agents.sessions import AgentSpec
 from rlhf.algorithms.algorithm import Kind
-from rlhf.config.derive import chat_template, eval_metrics, eval_sets, prompts_asked, source_of, train_sets, with_steps
+from rlhf.config.derive import (
+    chat_template,
+    eval_metrics,
+    eval_sets,
+    max_sequence_tokens,
+    prompts_asked,
+    source_of,
+    train_sets,
+    with_steps,
+)
 from rlhf.config.problem import refuse
 from rlhf.config.schema.data import DataSource
 from rlhf.config.schema.root import Config
@@ -19,16 +29,17 @@ from rlhf.controller.evaluation import EvalSet
 from rlhf.data.examples import Example, collate, load_examples
 from rlhf.data.labelled import Labelled, collate_labelled, load_labelled
 from rlhf.data.preferences import PreferencePair, collate_pairs, load_pairs
-from rlhf.data.sources import read_rows
+from rlhf.data.sources import Row, open_shards, read_rows
 from rlhf.data.steps import StepLabelled, collate_steps, load_step_labelled
-from rlhf.data.stream import MixtureShare
+from rlhf.data.stream import MixtureShare, Tokenized
 from rlhf.data.usable import LoadedRows, Unusable
+from rlhf.data.windows import WindowedSet, WindowedStream
 from rlhf.errors import UserError, prefix_errors
 from rlhf.evaluation.results import Marking, Marks, marking_of
 from rlhf.evaluation.sources import source_names
 from rlhf.models.files.loading import load_model_config
 from rlhf.models.files.tiny import described_config
-from rlhf.preflight.prompts import load_player, read_prompts
+from rlhf.preflight.prompts import load_player, prompts_of_rows
 from rlhf.preflight.sources import load_rewards, reading_of, refuse_absent_tokens, refuse_unused_rewards
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
@@ -36,7 +47,7 @@ from rlhf.types import Examples, Pairs, Prompt
 
 OfflineRow = Example | PreferencePair | StepLabelled | Labelled
 
-R = TypeVar("R")
+R = TypeVar("R", bound=Tokenized)
 logger = logging.getLogger(__name__)
 # How each kind of algorithm without rollouts reads rows, and how the rows become a batch.
 FORMS: Mapping[Kind, tuple[Callable[..., LoadedRows[Any]], Callable[..., Examples | Pairs]]] = {
@@ -55,15 +66,22 @@ class _Sets(Generic[R]):
     train: tuple[R, ...]  # all training sets, concatenated
     shares: tuple[MixtureShare, ...]
     held_out: Mapping[str, tuple[R, ...]]
-    unusable: tuple[Unusable, ...]  # skipped rows of all sets
+    unusable: tuple[Unusable, ...]  # skipped rows of all sets, without rows of a stream
+    stream: WindowedStream[R] | None = None  # None: `train` has all rows; otherwise the rows of the first windows
 
-    def longest(self, length: Callable[[R], int]) -> int:
-        return max(length(row) for group in (self.train, *self.held_out.values()) for row in group)
+    def longest(self, length: Callable[[R], int], *, limit: int) -> int:
+        """Return the largest number of tokens. The rows of a stream have at most `limit`."""
+        return (
+            limit
+            if self.stream is not None
+            else max(length(row) for group in (self.train, *self.held_out.values()) for row in group)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnlineInputs:
-    prompts: tuple[Prompt, ...]  # all training sets, concatenated
+    prompts: tuple[Prompt, ...]  # all training sets, concatenated; of a stream, the first windows
+    stream: WindowedStream[Prompt] | None = None  # streamed training data
     unusable: tuple[Unusable, ...]  # skipped rows of all sets
     shares: tuple[MixtureShare, ...]
     eval_sets: Mapping[str, EvalSet]
@@ -85,7 +103,8 @@ class OnlineInputs:
 class OfflineInputs:
     """The inputs of a run without rollouts."""
 
-    rows: tuple[OfflineRow, ...]  # all training sets, concatenated
+    rows: tuple[OfflineRow, ...]  # all training sets, concatenated; of a stream, the first windows
+    stream: WindowedStream[OfflineRow] | None = None  # streamed training data
     shares: tuple[MixtureShare, ...]
     eval_sets: Mapping[str, tuple[OfflineRow, ...]]
     unusable: tuple[Unusable, ...]  # skipped rows of all sets
@@ -117,13 +136,14 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path) -> tuple[
         trust_remote_code=config.policy.trust_remote_code,
         template=chat_template(config),
     )
-    how: dict[str, Any] = {"columns": config.data.columns, "rewards": specs, "environment": player}
+    how: dict[str, Any] = {"rewards": specs, "environment": player}
 
-    def read(name: str, data: DataSource, first_id: int) -> LoadedRows[Prompt]:
-        return read_prompts(source_of(data), name, tokenizer, reading_of(config), first_id=first_id, **how)[0]
+    def load(name: str, rows: Sequence[Row], first_id: int) -> LoadedRows[Prompt]:
+        return prompts_of_rows(rows, name, tokenizer, reading_of(config), first_id=first_id, **how)[0]
 
-    sets = _read_sets(config, read, by_row=True)
-    refuse_unused_rewards(specs, (prompt.columns for prompt in sets.train))
+    sets = _read_sets(config, load, by_row=True, with_id=lambda prompt, row_id: replace(prompt, prompt_id=row_id))
+    if sets.stream is None:
+        refuse_unused_rewards(specs, (prompt.columns for prompt in sets.train))
     config = _with_steps(config, len(sets.train))
     _refuse_useless_data(config, sets)
     eval_sets = {}
@@ -134,12 +154,13 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path) -> tuple[
     marks = Marks(ks=settings.k, pass_score=settings.pass_score, answers=settings.answer)
     marking = marking_of(marks, specs, samples=settings.samples_per_prompt)
     _refuse_absent_metric(config, specs, eval_sets, marking)
-    longest = sets.longest(lambda prompt: len(prompt.token_ids))
+    longest = sets.longest(lambda prompt: len(prompt.token_ids), limit=config.data.max_prompt_tokens)
     max_model_len = rollouts.longest_sequence(longest)
     _refuse_too_long(source, config, longest=longest, wanted=max_model_len)
     probe = [token for prompt in sets.train[:PROBE_TOKENS] for token in prompt.token_ids]
     return config, OnlineInputs(
         prompts=sets.train,
+        stream=sets.stream,
         unusable=sets.unusable,
         shares=sets.shares,
         eval_sets=eval_sets,
@@ -194,15 +215,14 @@ def _refuse_absent_metric(
 def _offline(config: Config, source: str, tokenizer: Any) -> tuple[Config, OfflineInputs]:
     load, reading = FORMS[config.algorithm.kind][0], reading_of(config)
 
-    def read(name: str, source: DataSource, first_id: int) -> LoadedRows[OfflineRow]:
+    def load_rows(name: str, rows: Sequence[Row], first_id: int) -> LoadedRows[OfflineRow]:
         with prefix_errors(name):
-            rows = read_rows(source_of(source), columns=config.data.columns)
             loaded = load(rows, tokenizer, reading, first_id=first_id, **config.algorithm.row_options)
         if loaded.unusable:
             logger.warning("%s: %d of %d rows cannot be used and are left out", name, len(loaded.unusable), len(rows))
         return loaded
 
-    sets = _read_sets(config, read, by_row=False)
+    sets = _read_sets(config, load_rows, by_row=False)
     rows, held_out = sets.train, sets.held_out
     for name, group in {"data.train": rows, **{f"data.eval.{name}": group for name, group in held_out.items()}}.items():
         prompts = {row.token_ids[: row.prompt_tokens] for row in group if isinstance(row, Labelled)}
@@ -211,30 +231,75 @@ def _offline(config: Config, source: str, tokenizer: Any) -> tuple[Config, Offli
                 f"{name}: all rows have the same prompt, but algorithm.loss kto compares answers to different prompts. "
                 "Use bco or apo_zero."
             )
-    longest = sets.longest(lambda row: row.longest)
+    longest = sets.longest(lambda row: row.longest, limit=max_sequence_tokens(config))
     _refuse_too_long(source, config, longest=longest, wanted=longest)
     return _with_steps(config, len(rows)), OfflineInputs(
-        rows=rows, shares=sets.shares, eval_sets=held_out, unusable=sets.unusable, longest_sequence=longest
+        rows=rows,
+        stream=sets.stream,
+        shares=sets.shares,
+        eval_sets=held_out,
+        unusable=sets.unusable,
+        longest_sequence=longest,
     )
 
 
-def _read_sets(config: Config, read: Callable[[str, DataSource, int], LoadedRows[R]], *, by_row: bool) -> _Sets[R]:
-    """Return all sets of a run. `read` gets a set's key, source and first id. by_row: ids count unusable rows too."""
+def _read_sets(
+    config: Config,
+    load: Callable[[str, Sequence[Row], int], LoadedRows[R]],
+    *,
+    by_row: bool,
+    with_id: Callable[[R, int], R] = lambda item, row_id: item,
+) -> _Sets[R]:
+    """Return all sets of a run. `load` gets a set's key, rows and first id. by_row: ids count unusable rows too."""
+
+    def read(name: str, source: DataSource, first_id: int) -> LoadedRows[R]:
+        with prefix_errors(name):
+            rows = read_rows(source_of(source), columns=config.data.columns)
+        return load(name, rows, first_id)
+
     train: tuple[R, ...] = ()
+    stream: WindowedStream[R] | None = None
     shares: list[MixtureShare] = []
     unusable: list[Unusable] = []
-    for name, section in train_sets(config).items():
-        loaded = read(name, section.source, len(train) + (len(unusable) if by_row else 0))
-        train += loaded.items
-        shares.append(MixtureShare(name=name, weight=section.weight, size=len(loaded.items)))
-        unusable += loaded.unusable
+    if config.data.stream_window is not None:
+        stream = _stream(config, config.data.stream_window, load, with_id)
+        train = stream.first
+    else:
+        for name, section in train_sets(config).items():
+            loaded = read(name, section.source, len(train) + (len(unusable) if by_row else 0))
+            train += loaded.items
+            shares.append(MixtureShare(name=name, weight=section.weight, size=len(loaded.items)))
+            unusable += loaded.unusable
     held_out = {name: read(f"data.eval.{name}", source, 0) for name, source in eval_sets(config).items()}
     return _Sets(
         train=train,
         shares=tuple(shares),
         held_out={name: loaded.items for name, loaded in held_out.items()},
         unusable=(*unusable, *(row for loaded in held_out.values() for row in loaded.unusable)),
+        stream=stream,
     )
+
+
+def _stream(
+    config: Config,
+    window: int,
+    load: Callable[[str, Sequence[Row], int], LoadedRows[R]],
+    with_id: Callable[[R, int], R],
+) -> WindowedStream[R]:
+    """Open the training sets as a stream, and read the first windows."""
+    sets = []
+    for name, section in train_sets(config).items():
+        with prefix_errors(name):
+            shards = open_shards(source_of(section.source), columns=config.data.columns)
+        load_set = partial(_load_window, load, name)
+        sets.append(WindowedSet(name=name, shards=shards, load=load_set, weight=section.weight))
+    return WindowedStream(sets, seed=config.run.seed, shuffle=config.data.shuffle, window=window, with_id=with_id)
+
+
+def _load_window(
+    load: Callable[[str, Sequence[Row], int], LoadedRows[R]], name: str, rows: Sequence[Row]
+) -> LoadedRows[R]:
+    return load(name, rows, 0)
 
 
 def _with_steps(config: Config, rows: int) -> Config:

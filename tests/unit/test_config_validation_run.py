@@ -87,6 +87,9 @@ ONLINE_REFUSED = [
     (["train.max_tokens_per_microbatch=149"], "is 149 and must hold the longest sequence: "),
     ([GRPO, *SINGLE], "rollouts.samples_per_prompt: is 1, but grpo compares the responses to one prompt"),
     (["rollouts.dynamic_sampling={min_mean: 0.5, max_mean: 0.25}"], "`min_mean` 0.5 is above `max_mean` 0.25"),
+    (["data.stream_window=9", "train.steps=null", "train.epochs=2"], "train.epochs: needs the number of rows, which"),
+    (["data.stream_window=9", "data.curriculum={}"], "data.curriculum: compares passes over the same prompts, and"),
+    (["data.stream_window=0"], "data.stream_window: got 0, expected an integer >= 1 or null"),
     (["data.curriculum={low: 0.95}"], "`low` 0.95 is above `high` 0.9"),
     (["cluster.roles.policy.workers=17"], "train.sequences_per_update: is 16, but 17 data-parallel ranks of"),
     (["cluster.roles.policy={workers: 3, sequence_parallel: 2}"], "is 2 and must divide cluster.roles.policy.workers"),
@@ -245,6 +248,7 @@ PREFERENCES_REFUSED = [
     (["algorithm={name: tpo}", "data.max_sequence_tokens=2731"], "data.max_sequence_tokens: is 2731 and must be"),
 ]
 DISTILLATION_REFUSED = [
+    (["data.stream_window=9"], "data.stream_window: is set, but the teacher of algorithm distillation holds all rows"),
     (["teacher=null"], "teacher: is missing: algorithm distillation learns from a model; name it as teacher.model"),
     (["algorithm={name: sft}"], "teacher: has no effect here: algorithm sft has no teacher; remove it, or use"),
     (["algorithm={name: sft}", "teacher=null", "cluster.roles.teacher.workers=2"], "has no effect here: this run"),

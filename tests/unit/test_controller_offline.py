@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,10 @@ from rlhf.controller.offline import OfflineController
 from rlhf.controller.record import RunRecord
 from rlhf.controller.supervisor import Supervisor
 from rlhf.data.examples import Example
+from rlhf.data.sources import Row, Shard
 from rlhf.data.stream import Stream
+from rlhf.data.usable import LoadedRows
+from rlhf.data.windows import WindowedSet, WindowedStream
 from rlhf.errors import WorkerLost
 from rlhf.tracking.metrics.reductions import Sum
 from rlhf.tracking.run_folder.folder import RunFolder
@@ -38,6 +41,8 @@ class Ranks:
         self.snapshots: dict[int, list[MinibatchPlan]] = {}
         self.calls: list[str] = []
         self.evaluated: list[MinibatchPlan] = []
+        self.delivered: list[int] = []  # rows of the training set, if the data is streamed
+        self.loaded: list[str] = []  # references
 
     def note(self, call: str) -> None:
         self.calls.append(call)
@@ -57,6 +62,23 @@ class Ranks:
     async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: Any) -> dict[str, Any]:
         self.evaluated.append(plan)
         return {}
+
+    async def reference_key(self, dataset: int) -> str:
+        return "key"
+
+    async def reference_logprobs(self, dataset: int, plan: MinibatchPlan) -> list[MinibatchPlan]:
+        return [plan]
+
+    async def store_reference(self, dataset: int, path: Path, columns: list[MinibatchPlan]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(self.delivered), encoding="utf-8")
+        self.loaded.append(f"stored {self.delivered}")
+
+    async def read_reference(self, dataset: int, path: Path, *, compare: bool) -> bool:
+        assert path.read_text(encoding="utf-8") == str(self.delivered)
+        assert not compare  # the weights have been trained since
+        self.loaded.append(f"read {self.delivered}")
+        return True
 
     async def take_snapshot(self, step: int) -> None:
         self.snapshots[step] = self.state
@@ -82,9 +104,10 @@ def record(tmp_path: Path) -> Iterator[RunRecord]:
 def controller_of(ranks: Ranks, record: RunRecord, data: list[Example], **options: Any) -> OfflineController:
     """Return the loop of a run. `cluster` and further sections change the configuration."""
     eval_sets, teacher = options.pop("eval_sets", {}), options.pop("teacher_role", None)
-    config, stream = offline_config(**options), Stream(data, seed=0, shuffle=False)
+    stream, deliver = options.pop("rows", None) or Stream(data, seed=0, shuffle=False), options.pop("deliver", None)
+    config = offline_config(**options)
     supervisor, role = Supervisor(config.cluster.restarts, record, ("policy",)), dict[str, Any](role=ranks)
-    data_sets: Any = {"train_set": data, "rows": stream, "eval_sets": eval_sets}
+    data_sets: Any = {"train_set": data, "rows": stream, "eval_sets": eval_sets, "deliver": deliver}
     return OfflineController(
         config, **role, record=record, **data_sets, policy_fingerprint="", supervisor=supervisor, teacher=teacher
     )
@@ -117,6 +140,64 @@ async def test_a_step_is_made_again_after_a_loss_also_the_one_before_it(
     if (lost, is_whole) in again:
         place = ranks.calls.index(lost) + 1
         assert ranks.calls[place:] == [*again[lost, is_whole], "snapshot 3"]
+
+
+def streamed(data: list[Example], *, window: int = 4) -> WindowedStream[Example]:
+    """Stream examples. The rows of the stream name the examples by number."""
+    lines = [Row(file="f", line=line, columns={"number": line - 1}) for line in range(1, len(data) + 1)]
+
+    def load(taken: Sequence[Row]) -> LoadedRows[Example]:
+        return LoadedRows(items=tuple(data[row.columns["number"]] for row in taken), unusable=())
+
+    shard = Shard(name="f", read=lambda skip: iter(lines[skip:]))
+    return WindowedStream([WindowedSet(name="s", shards=[shard], load=load)], seed=0, shuffle=False, window=window)
+
+
+@pytest.mark.parametrize("lost", ["none", "update 3"])
+async def test_streamed_rows_are_delivered_before_each_update_and_again_after_a_loss(
+    record: RunRecord, lost: str
+) -> None:
+    ranks, data = Ranks(lost=lost, is_whole=False), rows(7)
+
+    async def deliver(taken: Sequence[Any]) -> None:
+        ranks.note(f"rows {[data.index(example) for example in taken]}")
+
+    controller = controller_of(ranks, record, data, rows=streamed(data), deliver=deliver)
+    await controller.despite_losses(partial(controller.take_snapshot, 0))
+    for step, tokens in ((1, 1.0), (2, 5.0), (3, 9.0)):
+        record.begin_step(step)
+        await controller.train_step(step)
+        assert record.row()["update/tokens/total"] == tokens
+    second, third = ["rows [2, 3]", "update 2", "snapshot 2"], ["rows [4, 5]", "update 3", "snapshot 3"]
+    again = [] if lost == "none" else ["rows [4, 5]", "update 3", *second]  # the lost attempt, and step 2 again
+    assert ranks.calls == ["snapshot 0", "rows [0, 1]", "update 1", "snapshot 1", *second, *again, *third]
+
+
+async def test_the_reference_of_streamed_rows_is_computed_step_by_step_and_then_read(
+    record: RunRecord, tmp_path: Path
+) -> None:
+    ranks, data, loaded = Ranks(), rows(7), list[str]()
+
+    async def deliver(taken: Sequence[Any]) -> None:
+        ranks.delivered = [data.index(example) for example in taken]
+
+    async def start() -> OfflineController:
+        loaded.clear()
+        options: dict[str, Any] = {"rows": streamed(data), "deliver": deliver, "run": {"dir": tmp_path}}
+        controller = controller_of(ranks, record, data, **options)
+        await controller.provide_reference()
+        for step in (1, 2, 3):
+            record.begin_step(step)
+            await controller.train_step(step)
+        return controller
+
+    ranks.loaded = loaded
+    controller = await start()
+    read = [f"read {numbers}" for numbers in ([0, 1], [2, 3], [4, 5])]
+    assert loaded == [*(text.replace("read", "stored") for text in read), *read]
+    controller.references[1].unlink()
+    await start()  # only the missing step is computed again
+    assert loaded == ["stored [2, 3]", *read]
 
 
 class Teacher:

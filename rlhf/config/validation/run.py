@@ -82,6 +82,8 @@ def _presence(config: Config, facts: Derived) -> Iterator[Problem]:
     for role in facts.needs:
         if ROLES[role].kind == "frozen" and derive.ROLE_USES[role].model(config) is None:
             yield problem(role, f"is missing: algorithm {algorithm.name} learns from a model; name it as {role}.model")
+    if config.data.stream_window is not None:
+        yield from _streamed(config)
     if config.data.train == {}:
         yield problem("data.train", "is an empty mapping; name the training data")
     if config.data.eval == {}:
@@ -98,6 +100,21 @@ def _presence(config: Config, facts: Derived) -> Iterator[Problem]:
         if best.removeprefix("-") not in known and not of_a_source:
             text = f"got {best!r}, expected a metric of an evaluation, with or without a leading `-`"
             yield problem("train.best_metric", f"{text}: {', '.join(known)}")
+
+
+def _streamed(config: Config) -> Iterator[Problem]:
+    """Yield keys that need all rows of data.train in memory."""
+    if config.train.epochs is not None:
+        text = "needs the number of rows, which is not known with data.stream_window; give train.steps instead"
+        yield problem("train.epochs", text)
+    if config.data.curriculum is not None:
+        text = (
+            "compares passes over the same prompts, and data.stream_window is for data too large for that; remove one"
+        )
+        yield problem("data.curriculum", text)
+    if config.algorithm.kind == "distillation":
+        text = f"is set, but the teacher of algorithm {config.algorithm.name} holds all rows; remove it"
+        yield problem("data.stream_window", text)
 
 
 def _models(config: Config) -> Iterator[Problem]:

@@ -110,6 +110,9 @@ class ExamplesWorker(OfflineWorker[OfflineBatch[E]]):
     def load_data(self, *sets: E) -> None:
         self.sets = sets
 
+    def load_train_set(self, rows: E) -> None:
+        self.sets = (rows, *self.sets[1:])
+
     def step_batch(self, dataset: int, plan: MinibatchPlan) -> OfflineBatch[E]:
         rows = plan.sequences_by_rank[self.data_rank]
         examples = self.sets[dataset].take(rows or (0,))  # without rows the rank passes tokens outside the loss mask
@@ -126,6 +129,10 @@ class PairsWorker(OfflineWorker[PairsBatch]):
     def load_data(self, *sets: Pairs) -> None:
         self.sets = sets
         self.references = {}
+
+    def load_train_set(self, rows: Pairs) -> None:
+        self.sets = (rows, *self.sets[1:])
+        self.references.pop(0, None)
 
     def step_batch(self, dataset: int, plan: MinibatchPlan) -> PairsBatch:
         return self.batch(dataset, plan)

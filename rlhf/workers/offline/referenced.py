@@ -48,10 +48,13 @@ class ReferencedPolicy(PairsWorker):
         if self.place.rank == 0:
             write_columns(path, self.references[dataset])
 
-    def read_reference(self, dataset: int, path: Path) -> bool:
-        """Read the columns of an earlier run. False: they are damaged or disagree with the weights. Collective."""
+    def read_reference(self, dataset: int, path: Path, *, compare: bool = True) -> bool:
+        """Read stored columns. False: they are damaged or, with `compare`, disagree with the weights. Collective."""
         examples = self.sets[dataset].examples
         cached = read_columns(path, examples)
+        if not compare:
+            self.references |= {} if cached is None else {dataset: cached}
+            return cached is not None
         lengths = examples.lengths.tolist()
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         (microbatch,) = split_microbatches(lengths, [longest], max_tokens=lengths[longest])
