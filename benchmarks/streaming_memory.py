@@ -1,19 +1,19 @@
 """Measure the memory of SFT data: all rows in memory, or a stream with a window.
 
-    python benchmarks/streaming_memory.py make data.jsonl --gib 2
-    python benchmarks/streaming_memory.py stream data.jsonl --tokenizer MODEL --rows 50000 --window 2000
-    python benchmarks/streaming_memory.py memory data.jsonl --tokenizer MODEL --rows 20000
+    python benchmarks/streaming_memory.py --gib 2 --window 1000 --rows 12000
 
-`stream` takes so many rows from the stream. `memory` reads all rows of the file, and tokenises so many. Each prints the
-peak resident memory of this process (without the libraries before) and rows per second.
+A file of invented rows is written. Separate processes then take so many rows, and a quarter as many, from a stream, and
+read all rows of the file and tokenise so many. Each prints the growth of its peak resident memory, and rows per second.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
 import resource
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -35,33 +35,39 @@ def make(path: Path, gib: float) -> None:
             size += file.write(json.dumps({"prompt": prompt, "completion": answer}) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("mode", choices=["make", "stream", "memory"])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--gib", type=float, default=2.0)
-    parser.add_argument("--tokenizer")
-    parser.add_argument("--rows", type=int, default=50_000)
-    parser.add_argument("--window", type=int, default=2_000)
-    given = parser.parse_args()
-    if given.mode == "make":
-        make(given.file, given.gib)
-        return
-    tokenizer = load_tokenizer(given.tokenizer, trust_remote_code=False)
+def measure(mode: str, file: str, tokenizer_name: str, window: int, num_rows: int) -> None:
+    tokenizer = load_tokenizer(tokenizer_name, trust_remote_code=False)
     load = partial(load_examples, tokenizer=tokenizer, reading=_reading())
     before, started = _peak_gib(), time.monotonic()
-    if given.mode == "stream":
-        sets = [WindowedSet(name="data.train", shards=open_shards(str(given.file)), load=lambda rows: load(rows))]
-        stream = WindowedStream(sets, seed=0, shuffle=True, window=given.window)
-        for _ in range(given.rows):
+    if mode == "stream":
+        sets = [WindowedSet(name="data.train", shards=open_shards(file), load=lambda rows: load(rows))]
+        stream = WindowedStream(sets, seed=0, shuffle=True, window=window)
+        for _ in range(num_rows):
             stream.next(1)
     else:
-        rows = read_rows(str(given.file))
-        print(f"{len(rows):,} rows read: {_peak_gib() - before:.2f} GiB, {time.monotonic() - started:.0f} s")  # noqa: T201
+        rows = read_rows(file)
+        print(f"memory: {len(rows):,} rows read: {_peak_gib() - before:.2f} GiB", flush=True)  # noqa: T201
         before, started = _peak_gib(), time.monotonic()
-        load(rows[: given.rows])
-    taken = time.monotonic() - started
-    print(f"{given.rows:,} rows tokenised: {_peak_gib() - before:.2f} GiB, {given.rows / taken:,.0f} rows/s")  # noqa: T201
+        load(rows[:num_rows])
+    rate = num_rows / (time.monotonic() - started)
+    print(f"{mode}: {num_rows:,} rows tokenised: {_peak_gib() - before:.2f} GiB, {rate:,.0f} rows/s")  # noqa: T201
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--gib", type=float, default=0.25)
+    parser.add_argument("--rows", type=int, default=12_000)
+    parser.add_argument("--window", type=int, default=1_000)
+    parser.add_argument("--tokenizer", default="models/SmolLM2-135M-Instruct")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "rows.jsonl")
+        make(file, given.gib)
+        for mode, num_rows in (("stream", given.rows // 4), ("stream", given.rows), ("memory", given.rows)):
+            arguments = (mode, str(file), given.tokenizer, given.window, num_rows)
+            process = multiprocessing.get_context("spawn").Process(target=measure, args=arguments)
+            process.start()
+            process.join()
 
 
 def _reading() -> Reading:

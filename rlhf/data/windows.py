@@ -48,7 +48,7 @@ class _Window(Generic[T]):
 
 
 class _Reader(Generic[T]):
-    """Read the windows of a set. Used by one thread at a time."""
+    """Read the windows of a set, in the stream's thread."""
 
     def __init__(self, index: int, of: WindowedSet[T], *, seed: str, shuffle: bool, window: int) -> None:
         if len(of.shards) > 1 << _SHARD_BITS:
@@ -130,8 +130,6 @@ class _Position(Generic[T]):
         return self._threads.submit(self.reader.window, self.window.end)
 
     def go_to(self, start: Place, given: int) -> None:
-        if self._next is not None:
-            self._next.exception()  # wait: a reader serves one thread at a time
         self._next, self.given = None, given
         if self.window.start != start:
             self.window = self._threads.submit(self.reader.window, start).result()

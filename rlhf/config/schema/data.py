@@ -141,8 +141,8 @@ class DataConfig(PromptFormat):
     shuffle: bool = True
     """Use a new order every epoch, determined by run.seed."""
     stream_window: int | None = Field(default=None, ge=1)
-    """Stream `train` with at most this many rows of each set in memory (twice while the next rows are read). Files come
-    in a new order every epoch, and the rows of a window are shuffled. null: all rows in memory, shuffled as a whole."""
+    """Stream `train` in windows of this many rows of each set; three windows are in memory. Files come in a new order
+    every epoch, and the rows of a window are shuffled. null: all rows are in memory, shuffled as a whole."""
     curriculum: Annotated[CurriculumConfig | None, OnlyIn("rollouts", "rewards", "repeated prompts")] = None
     """Skip prompts by their measured scores. null: every prompt comes up once per epoch."""
     max_prompt_tokens: Annotated[int, OnlyIn("rollouts")] = Field(default=1024, ge=1)
