@@ -154,7 +154,7 @@ class Stream(Generic[T]):
         self._items = items
         mixed = "".join(f"/{share}" for share in shares) if len(shares) > 1 else ""
         skipped = f"/{list(skipped_rows)}" if skipped_rows else ""
-        self._fingerprint = fingerprint(items, f"{seed}/{shuffle}{mixed}{skipped}")
+        self._fingerprint = data_fingerprint(items, f"{seed}/{shuffle}{mixed}{skipped}")
         sets = shares if len(shares) > 1 else (MixtureShare(name="", weight=1.0, size=len(items)),)
         self.order = StreamOrder(sets, seed=seed, shuffle=shuffle, skipped_rows=skipped_rows)
 
@@ -197,7 +197,7 @@ class Stream(Generic[T]):
         self.order.go_to(cursor.epoch * len(self._items) + cursor.position)
 
 
-def fingerprint(items: Sequence[Tokenized], order: str) -> str:
+def data_fingerprint(items: Sequence[Tokenized], order: str) -> str:
     """Return a digest of the items' tokens and other training data, and of a description of their order."""
     digest = hashlib.blake2b(f"{len(items)}/{order}".encode(), digest_size=16)
     for item in items:

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from rlhf.data.mixing import Turns
 from rlhf.data.sources import Row, Shard
-from rlhf.data.stream import Cursor, Stream, Tokenized, fingerprint
+from rlhf.data.stream import Cursor, Stream, Tokenized, data_fingerprint
 from rlhf.data.usable import LoadedRows
 from rlhf.errors import UserError
 
@@ -168,7 +168,9 @@ class WindowedStream(Generic[T]):
         shards = [(of.name, of.weight, [(shard.name, shard.size) for shard in of.shards]) for of in sets]
         text = f"{seed}/{shuffle}/{window}/{shards}"
         items = [item for start in first for _, item in start.items]
-        self.fingerprint = hashlib.blake2b(f"{text}/{fingerprint(items, text)}".encode(), digest_size=16).hexdigest()
+        self.fingerprint = hashlib.blake2b(
+            f"{text}/{data_fingerprint(items, text)}".encode(), digest_size=16
+        ).hexdigest()
         self._turns = Turns([of.weight for of in sets] if len(sets) > 1 else [1.0])
         self._sets = [_Position(reader, self._threads, start) for reader, start in zip(readers, first, strict=True)]
         self._with_id = with_id
