@@ -181,6 +181,10 @@ class RolloutRole(MeasuredRole, Protocol):
     def num_working(self) -> int:
         """Return the number of engines that answer."""
 
+    async def fronts(self, key: str, name: str) -> Sequence[str]:
+        """Return the base URLs of the engines' HTTP fronts, which admit calls with the key under a model's name. Only
+        the engines of a run with suites have fronts."""
+
     async def cancel(self, requests: Sequence[GroupRequest]) -> None:
         """Cancel requests. The running `generate` ends without cancelled requests, and `answer` returns None."""
 

@@ -133,4 +133,4 @@ async def open_front(loop: DummyLoop, parts: EngineParts, spec: FrontSpec) -> Fr
     """Start a front over a dummy engine."""
     engine = FrontEngine(loop, parts, ends=spec.turn_ends, lora=lambda: None)
     sessions = CapturedSessions(lambda prefix: loop.abort([prefix]))
-    return await Front.serve(await build_front(engine, sessions, spec), sessions, host="127.0.0.1")
+    return await Front.serve(await build_front(engine, sessions, spec), host="127.0.0.1")

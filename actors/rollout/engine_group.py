@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
@@ -108,6 +109,15 @@ class RolloutEngines(ElasticEngines):
             await self.present(lambda h: h.health.remote(), "weight sync")  # a broadcast to a lost engine fails
             if self.reachable() != self._met:
                 await self._meet()
+
+    async def fronts(self, key: str, name: str) -> tuple[str, ...]:
+        """Return the base URLs of the working engines' fronts, which admit calls with the key under a model's name."""
+        here, urls = str(ray.util.get_node_ip_address()), dict[int, str]()
+        while not urls:
+            await self.any_working()
+            working = [handle for rank, handle in enumerate(self.handles) if rank not in self._rebuilds]
+            urls = await self.present(lambda h: h.admit.remote(key, name, here), "eval", among=working)
+        return tuple(urls.values())
 
     async def renew(self, spool: Path) -> bool:
         """Prepare the engines for another run. Return False if an engine still works for the last run, or starts."""

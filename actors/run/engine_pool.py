@@ -49,7 +49,8 @@ class EnginePool:
         self.close()
         placement = await reserve(config)
         of_run: dict[str, Any] = {"max_model_len": max_model_len, "spool": spool, "environment": environment}
-        engines = start_engines(config, placement, engine=engine_for(environment), **of_run)
+        engine = engine_for(environment, with_suites=bool(config.eval.suites))
+        engines = start_engines(config, placement, engine=engine, **of_run)
         whole = config.policy.lora is None and environment is None and config.cluster.device == "cpu"
         may_stay = self.keeps and whole and engines.sync is not None and TRANSPORTS[engines.sync.method].stays
         may_stay = may_stay and not engines.is_elastic
@@ -109,7 +110,7 @@ class EngineLease:
 def engines_key(config: Config, max_model_len: int, environment: EnvironmentSpec | AgentSpec | None) -> str:
     """Return a key. Runs with equal keys need the same engines in the same placement."""
     spec = engine_spec(config, max_model_len=max_model_len, environment=environment)
-    return repr((spec, config.policy.lora, plan_placement(config), config.cluster))
+    return repr((spec, config.policy.lora, plan_placement(config), config.cluster, bool(config.eval.suites)))
 
 
 async def _renewed(engines: RolloutEngines, spool: Path) -> bool:

@@ -6,9 +6,11 @@ The models of a comparison run in turn, each with separate engines and reward wo
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from actors.run.run_record import recording
 from actors.serving.agent_engine import engine_for
 from actors.serving.offline import requests_of
 from rlhf.config.files.load import LoadedConfig
+from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.stages import result_of
 from rlhf.controller.rollout_scorer import error_record, note_errors, process_answers
@@ -39,6 +42,7 @@ from rlhf.evaluation.results import (
     prompt_rows,
 )
 from rlhf.evaluation.voting import AnswerForm, answer_of
+from rlhf.models.on_disk import ModelOnDisk
 from rlhf.preflight.candidates import Candidate
 from rlhf.preflight.eval_inputs import EvalInputs, inputs_of_stage
 from rlhf.preflight.start import Start
@@ -47,6 +51,9 @@ from rlhf.rewards.failure_rule import ends_run, held_out_rules
 from rlhf.rewards.scoring import describe_errors, rules_of_specs
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.rollouts.records.texts import Transcript
+from rlhf.suites.process import ask_suites
+from rlhf.suites.reports import suite_failures, suite_reports, suite_rows
+from rlhf.suites.spec import SuiteAnswers
 from rlhf.tracking.run_folder.atomic import write_atomic, write_lines
 from rlhf.tracking.run_folder.errors import write_error
 from rlhf.tracking.run_folder.samples import samples_path
@@ -55,6 +62,8 @@ from rlhf.workers.frozen.reward import RewardSettings
 
 logger = logging.getLogger(__name__)
 REPORT, SAMPLES = "eval.json", "samples.jsonl"
+STORED_ANSWERS = "suite_answers_"  # the beginning of the names of files with answers to suites
+SAYS_EVERY_S = 15.0
 ResponseTexts = Sequence[str] | Sequence[Transcript]  # responses to a prompt; conversations as transcripts
 
 
@@ -83,9 +92,10 @@ def evaluate_inputs(inputs: EvalInputs, folder: Path) -> Evaluation:
             write_error(folder, error_record(error, step=0, split=split, model=model))
 
     with connected(inputs.cluster):
-        evaluation, rows = run_async(_evaluate(inputs, note))
+        evaluation, rows = run_async(_evaluate(inputs, note, folder))
     write_lines(folder / SAMPLES, rows)
     _write_report(folder / REPORT, evaluation)
+    _forget_answers(folder)
     return evaluation
 
 
@@ -99,28 +109,38 @@ def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, start: Start) -
         with prefix_errors(f"stages.{record.folder.path.name}"):
             inputs = inputs_of_stage(stage, loaded)
         record.begin_step(0)
-        with record.stage("eval", role=RolloutEngines.role if inputs.rewards else LikelihoodWorkers.role):
+        engines = inputs.rewards or inputs.candidates[0].suites is not None
+        with record.stage("eval", role=RolloutEngines.role if engines else LikelihoodWorkers.role):
 
             def note(model: str, split: str, scored: ScoredGroup) -> None:
                 note_errors(scored, record, step=0, split=split, model=model)
 
-            evaluation, rows = run_async(_evaluate(inputs, note))
+            evaluation, rows = run_async(_evaluate(inputs, note, record.folder.path))
         write_lines(samples_path(record.folder.path, 0), rows)
         metrics = evaluation.to_metrics()
         record.write_row(0, {**record.row(), **metrics})
         _write_report(result_of(stage), evaluation)
+        _forget_answers(record.folder.path)
     logger.info("%s: %s", stage.run.name, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
 async def _evaluate(
-    inputs: EvalInputs, note: Callable[[str, str, ScoredGroup], None]
+    inputs: EvalInputs, note: Callable[[str, str, ScoredGroup], None], folder: Path
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
-    """Evaluate all models, and also return the samples. Call `note` with model, set and scored group."""
-    if inputs.rewards:
-        answers = [await _answers(candidate, inputs, note) for candidate in inputs.candidates]
-        sets, rows = _prompt_reports(inputs, answers)
-    else:
+    """Evaluate all models, and also return the samples. Call `note` with model, set and scored group. The folder gets
+    the answers to suites as they come, for a repetition after an interruption."""
+    sets: list[SetReport] = []
+    rows: list[dict[str, Any]] = []
+    if inputs.candidates[0].examples:
         sets, rows = _example_reports(inputs, await _measured(inputs.candidates[0], inputs))
+    if inputs.rewards or inputs.candidates[0].suites is not None:
+        answered = [await _answers(candidate, inputs, note, folder) for candidate in inputs.candidates]
+        if inputs.rewards:
+            sets, rows = _prompt_reports(inputs, [answers for answers, _ in answered])
+        suites = [suites for _, suites in answered]
+        sets += suite_reports(suites[0], suites[1] if len(suites) > 1 else None, seed=inputs.decoding.seed)
+        for candidate, answers in zip(inputs.candidates, suites, strict=True):
+            rows += suite_rows(candidate.model.name, answers)
     names, passing = [candidate.model.name for candidate in inputs.candidates], inputs.marking.passing
     evaluation = Evaluation(
         model=names[0],
@@ -134,11 +154,12 @@ async def _evaluate(
 
 
 async def _answers(
-    candidate: Candidate, inputs: EvalInputs, note: Callable[[str, str, ScoredGroup], None]
-) -> dict[str, list[PromptResult]]:
-    """Return a model's scored responses to the prompts of every set. Prompts with a failed reward are left out."""
+    candidate: Candidate, inputs: EvalInputs, note: Callable[[str, str, ScoredGroup], None], folder: Path
+) -> tuple[dict[str, list[PromptResult]], list[SuiteAnswers]]:
+    """Return a model's scored responses to the prompts of every set, and the answers to the suites. Prompts with a
+    failed reward are left out."""
     cluster, decoding, policy = inputs.cluster, inputs.decoding, inputs.reward_policy
-    roles = {RolloutEngines.role, RewardWorkers.role}
+    roles = {RolloutEngines.role, *((RewardWorkers.role,) if inputs.rewards else ())}
     placement = await reserve_roles(roles, cluster, with_reward_model=inputs.reward_model is not None)
     groups: list[Stoppable] = []
     async with ending(groups, placement.release, heartbeat_timeout_s=cluster.heartbeat_timeout_s):
@@ -148,9 +169,12 @@ async def _answers(
             placement,
             max_model_len=candidate.longest_sequence(decoding.max_new_tokens),
             environment=candidate.environment,
-            engine=engine_for(candidate.environment),
+            engine=engine_for(candidate.environment, with_suites=candidate.suites is not None),
         )
         groups.append(engines)
+        if not inputs.rewards:
+            await engines.start(deadline_s=cluster.start_timeout_s)
+            return {}, await _suite_answers(candidate, engines, cluster, folder)
         settings = RewardSettings(
             specs=inputs.rewards,
             tokenizer=candidate.model.tokenizer,
@@ -185,7 +209,44 @@ async def _answers(
             requests, sampling = requests_of(prompts, decoding)
             answers = engines.generate(requests, sampling, version=0)
             results[name] = _results(name, await process_answers(answers, requests, partial(judge, name)), inputs)
-    return results
+        return results, await _suite_answers(candidate, engines, cluster, folder)
+
+
+async def _suite_answers(
+    candidate: Candidate, engines: RolloutEngines, cluster: ClusterConfig, folder: Path
+) -> list[SuiteAnswers]:
+    """Return a model's answers to the suites. Questions without an answer are written to errors.jsonl."""
+    if candidate.suites is None:
+        return []
+    model = candidate.model
+    logger.info("%s answers %s", model.name, ", ".join(candidate.suites.names))
+    said_at = time.monotonic()
+
+    def say(done: int, total: int) -> None:
+        nonlocal said_at
+        if time.monotonic() - said_at >= SAYS_EVERY_S:
+            said_at = time.monotonic()
+            logger.info("%s: %d of %d requests answered", model.name, done, total)
+
+    stored = folder / f"{STORED_ANSWERS}{_identity(model)}.jsonl"
+    deadline_s = cluster.call_timeout_s
+    answers = await ask_suites(candidate.suites, engines.fronts, stored=stored, deadline_s=deadline_s, progress=say)
+    for failure in suite_failures(answers, step=0, model=model.name):
+        logger.warning("%s, question %s: left out, since %s", failure.split, failure.prompt_id, failure.message)
+        write_error(folder, failure)
+    return answers
+
+
+def _identity(model: ModelOnDisk) -> str:
+    """Return a digest of a model's name and, for folders, of the sizes and times of the weight files."""
+    files = [file for folder in (model.base, model.adapter) if folder for file in Path(folder).glob("*.safetensors")]
+    seen = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+    return hashlib.sha256(repr((model.name, model.base, model.adapter, seen)).encode()).hexdigest()[:16]
+
+
+def _forget_answers(folder: Path) -> None:
+    for path in folder.glob(f"{STORED_ANSWERS}*.jsonl"):
+        path.unlink()
 
 
 def _results(name: str, judged: Sequence[tuple[ScoredGroup, ResponseTexts]], inputs: EvalInputs) -> list[PromptResult]:

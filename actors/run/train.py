@@ -250,6 +250,7 @@ async def _online(
             record,
             prompts=stream_of(stage),
             eval_sets=inputs.eval_sets,
+            suites=inputs.suites,
             marking=inputs.marking,
             probe_ids=inputs.probe_ids,
             policy_fingerprint=policy.fingerprint,

@@ -40,5 +40,7 @@ class AgentEngine(ServingEngine):
         return sessions
 
 
-def engine_for(environment: EnvironmentSpec | AgentSpec | None) -> type[RolloutEngine]:
-    return AgentEngine if isinstance(environment, AgentSpec) else RolloutEngine
+def engine_for(environment: EnvironmentSpec | AgentSpec | None, *, with_suites: bool = False) -> type[RolloutEngine]:
+    if isinstance(environment, AgentSpec):
+        return AgentEngine
+    return ServingEngine if with_suites else RolloutEngine

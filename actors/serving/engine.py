@@ -21,6 +21,13 @@ class ServingEngine(RolloutEngine):
         )
         return self.front.base_url
 
+    async def admit(self, key: str, name: str, caller: str) -> str:
+        """Let calls with a key use the front, under this name of the model. Start the front if there is none."""
+        if self.front is None:
+            return await self.open_front(FrontSpec(name=name, own_key=key), caller)
+        self.front.admit(key, name)
+        return self.front.base_url
+
     async def shutdown(self) -> None:
         """End the front, the engine and the environment."""
         if self.front is not None:

@@ -48,8 +48,9 @@ class FrontSpec:
 class Front:
     """A running front. `sessions` opens and closes sessions."""
 
-    def __init__(self, server: Any, listener: socket.socket, sessions: CapturedSessions) -> None:
-        self.sessions = sessions
+    def __init__(self, server: Any, listener: socket.socket, app: Gateway) -> None:
+        self.sessions = app.sessions
+        self._app = app
         host, port = listener.getsockname()[:2]
         self.base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._server = server
@@ -62,10 +63,10 @@ class Front:
         parts = await calls.run(engine_parts, "the parts of its front")
         engine = FrontEngine(calls.loop, parts, ends=spec.turn_ends, lora=lora)
         sessions = CapturedSessions(lambda prefix: calls.loop.abort([prefix]))
-        return await cls.serve(await build_front(engine, sessions, spec), sessions, host=host)
+        return await cls.serve(await build_front(engine, sessions, spec), host=host)
 
     @classmethod
-    async def serve(cls, app: Gateway, sessions: CapturedSessions, *, host: str) -> Front:
+    async def serve(cls, app: Gateway, *, host: str) -> Front:
         """Serve an application at a free port of `host`."""
         import uvicorn
 
@@ -88,11 +89,15 @@ class Front:
             log_config=None,
             access_log=False,
         )
-        front = cls(Server(config), listener, sessions)
+        front = cls(Server(config), listener, app)
         async with asyncio.timeout(START_WITHIN_S):
             while not front._server.started:
                 await asyncio.sleep(0.01)
         return front
+
+    def admit(self, key: str, name: str) -> None:
+        """Let calls with a key through, which are not captured. `name`: of the model in these calls."""
+        self._app.own_key, self._app.name = key, name
 
     async def close(self) -> None:
         """Stop answering. Requests in flight are dropped after END_WITHIN_S."""

@@ -86,7 +86,9 @@ class Gateway:
     def _check(self, body: Mapping[str, Any], session: CapturedSession | None, path: str) -> None:
         if path not in self.fields:
             return
-        refuse_unsupported(body, self.fields[path], has_tool_parser=self.has_tool_parser)
+        refuse_unsupported(
+            body, self.fields[path], has_tool_parser=self.has_tool_parser, in_session=session is not None
+        )
         items = body.get("input") if path == RESPONSES_PATH else None
         for number, item in enumerate(items if isinstance(items, list) else ()):
             try:

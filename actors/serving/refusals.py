@@ -29,7 +29,7 @@ _NOT_HERE: Mapping[str, str] = {
     "container": "the server runs no tools",
     "echo": "the answer is the response alone",
     "logprob_token_ids": "ask for top_logprobs",
-    "prompt_logprobs": "the server returns log-probabilities of responses",
+    "prompt_logprobs": "a session returns log-probabilities of responses",
 }
 # Fields that clients send and that change no answer.
 _NO_EFFECT = {
@@ -68,13 +68,17 @@ def refuse_route(method: str, path: str) -> None:
         raise RefusedCall(f"{path} is not for {method}: {THERE_IS}", status=405)
 
 
-def refuse_unsupported(body: Mapping[str, Any], known: Collection[str], *, has_tool_parser: bool) -> None:
+def refuse_unsupported(
+    body: Mapping[str, Any], known: Collection[str], *, has_tool_parser: bool, in_session: bool
+) -> None:
     """Raise RefusedCall for an unsupported field, unless the field has no effect. `known`: fields of vLLM's request."""
     if body.get("previous_response_id"):
         why = "responses are not stored here: send the whole conversation in `input`"
         raise RefusedCall(f"`previous_response_id` is not supported: {why}", param="previous_response_id", status=404)
     for name, value in body.items():
         if name in _NO_EFFECT or not value:
+            continue
+        if name == "prompt_logprobs" and not in_session:
             continue
         if name in _NOT_HERE:
             raise RefusedCall(f"`{name}` is not supported here: {_NOT_HERE[name]}", param=name)

@@ -7,7 +7,7 @@ import argparse
 import inspect
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 RESOLVED = "config.resolved.yaml"
 _OF_RUN = {"data": ("system_prompt", "apply_chat_template", "columns"), "rollouts": ("stop", "stop_token_ids")}
+OF_SUITES = frozenset({"apply_chat_template", "chat_template", "template", "seed"})  # of a Decoding, for suites
 _FLAGS = {"columns": "--column", "stop_token_ids": "--stop-token-id", "template": "--chat-template-kwargs"}
 
 
@@ -63,16 +64,23 @@ def options_given(args: argparse.Namespace) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
+def option_of(name: str) -> str:
+    return _FLAGS.get(name, f"--{name.replace('_', '-')}")
+
+
 def refuse_options(given: Mapping[str, Any], configuration: str) -> None:
     """Raise UserError if an option of a Decoding is given, because a configuration sets the decoding."""
     for name in given:
-        option = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+        option = option_of(name)
         fix = "Set eval.temperature, eval.samples_per_prompt, rollouts.max_new_tokens and the like as key=value."
         raise UserError(f"{option} has no effect: {configuration} sets the decoding. {fix}")
 
 
-def decoding_of(model: str, given: Mapping[str, Any]) -> Decoding:
-    """Return the decoding of a model. Settings of the model's run, named on stderr, replace omitted options."""
+def decoding_of(model: str, given: Mapping[str, Any], *, only: Collection[str] | None = None) -> Decoding:
+    """Return the decoding of a model. Settings of the model's run, named on stderr, replace omitted options.
+
+    only: the settings with an effect. None: all.
+    """
     from rlhf.evaluation.decoding import Decoding
 
     options = dict(given)
@@ -80,6 +88,7 @@ def decoding_of(model: str, given: Mapping[str, Any]) -> Decoding:
         options["system_prompt"] = None
     file = _resolved(model)
     settings = {} if file is None else _settings(file)
+    settings = {name: value for name, value in settings.items() if only is None or name in only}
     if options.get("apply_chat_template") is False:
         settings["system_prompt"] = None
     columns = {**settings.get("columns", {}), **options.get("columns", {})}

@@ -297,7 +297,7 @@ def traits(config: Config) -> frozenset[str]:
         "correction": getattr(algorithm, "correction", None) is not None,
         "environment": rollouts is not None and rollouts.environment is not None,
         "agent": rollouts is not None and rollouts.agent is not None,
-        "eval": bool(eval_sets(config)),
+        "eval": bool(eval_sets(config) or config.eval.suites),
         "gpu": config.cluster.device == "cuda",
     }
     present = (name for name, is_present in optional.items() if is_present)

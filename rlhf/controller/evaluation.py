@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from rlhf.config.schema.rewards import error_rules
@@ -21,10 +22,13 @@ from rlhf.evaluation.statistics import mean_estimate
 from rlhf.rewards.failure_rule import ends_run, held_out_rules
 from rlhf.rewards.scoring import describe_errors
 from rlhf.roles import OnlineTeacherRole, RewardRole, SampleSelection, ScoredGroup
+from rlhf.suites.process import ask_suites
+from rlhf.suites.reports import suite_failures, suite_reports, suite_samples
+from rlhf.suites.spec import SuiteAnswers, SuiteSpec
 from rlhf.tracking.metrics.reductions import Last, Mean
 from rlhf.tracking.run_folder.atomic import write_atomic
 from rlhf.tracking.run_folder.folder import evaluation_path
-from rlhf.tracking.run_folder.samples import samples_path
+from rlhf.tracking.run_folder.samples import samples_path, write_samples
 from rlhf.types import Prompt, Sampling
 
 
@@ -37,9 +41,15 @@ class EvalSet:
 
 
 async def score_held_out(
-    sets: Mapping[str, EvalSet], config: Config, marking: Marking, scorer: RolloutScorer, *, step: int
+    sets: Mapping[str, EvalSet],
+    config: Config,
+    marking: Marking,
+    scorer: RolloutScorer,
+    *,
+    step: int,
+    suites: SuiteSpec | None = None,
 ) -> dict[str, list[ScoredGroup]]:
-    """Answer and score every set with the weights of a step. Returns the scored groups of each set.
+    """Answer and score every set and suite with the weights of a step. Returns the scored groups of each set.
 
     Writes values to the step's row, intervals to evals/, and responses to the samples. RunError: a reward with
     `on_error: fail` failed, or a set has no score at all.
@@ -81,6 +91,8 @@ async def score_held_out(
             reports += set_reports
             answered[name] = groups
             selections += group_samples(groups, Signals(), split=name, most=None)
+        answered_suites = [] if suites is None else await _ask_suites(suites, config, scorer, step=step)
+        reports += suite_reports(answered_suites, None, seed=config.run.seed)
         whole = Evaluation(
             model=config.run.name,
             against=None,
@@ -92,8 +104,23 @@ async def score_held_out(
         record.add({name: Last(value=value) for name, value in whole.to_metrics().items()})
         text = json.dumps(whole.to_json(), indent=2, allow_nan=False) + "\n"
         write_atomic(evaluation_path(record.folder.path, step), text)
-        await scorer.reward.write_samples(samples_path(record.folder.scratch, step), selections)
+        path = samples_path(record.folder.scratch, step)
+        if selections:
+            await scorer.reward.write_samples(path, selections)
+        if answered_suites:
+            await asyncio.to_thread(write_samples, path, suite_samples(answered_suites, version=step))
     return answered
+
+
+async def _ask_suites(suites: SuiteSpec, config: Config, scorer: RolloutScorer, *, step: int) -> list[SuiteAnswers]:
+    """Ask the suites over the engines' fronts, and record the questions without an answer."""
+    stored = scorer.record.folder.scratch / "suite_answers.jsonl"
+    stored.unlink(missing_ok=True)
+    deadline_s, show = config.cluster.call_timeout_s, partial(scorer.record.show, "eval")
+    answers = await ask_suites(suites, scorer.rollout.fronts, stored=stored, deadline_s=deadline_s, progress=show)
+    for failure in suite_failures(answers, step=step):
+        scorer.record.tracker.log_error(failure)
+    return answers
 
 
 def _sound(groups: Sequence[ScoredGroup], config: Config, scorer: RolloutScorer, *, where: str) -> list[ScoredGroup]:

@@ -48,6 +48,7 @@ from rlhf.evaluation.results import Marking
 from rlhf.role_table import GUESTS_OF_ENGINES, ROLE_OF_STAGE, ROLES, TRAINED_ROLES, Role
 from rlhf.roles import GpuGuest
 from rlhf.rollouts.records.spool import forget_after, retain_sampled_by
+from rlhf.suites.spec import SuiteSpec
 from rlhf.tracking.metrics.reductions import Last, Reduction, Sum
 from rlhf.types import Prompt, Sampling
 
@@ -74,6 +75,7 @@ class OnlineController(TrainingLoop):
         policy_fingerprint: str,
         supervisor: Supervisor,
         rewards_fingerprint: str,
+        suites: SuiteSpec | None = None,
         environment_fingerprint: str = "",
         code: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
@@ -86,14 +88,15 @@ class OnlineController(TrainingLoop):
             record,
             present,
             {role: present[role] for role in TRAINED_ROLES if present[role] is not None},
-            eval_sets=eval_sets,
-            eval_metric="score" if scored else "kl_teacher",
-            lower_is_better=not scored,
+            eval_sets=[*eval_sets, *(() if suites is None else suites.names)],
+            eval_metric="score" if scored or not eval_sets else "kl_teacher",
+            lower_is_better=not scored and bool(eval_sets),
             policy_fingerprint=policy_fingerprint,
             supervisor=supervisor,
         )
         self.roles, self.code = roles, code
         self.eval_sets = eval_sets
+        self.suites = suites
         self.marking = marking
         self.probe_ids = probe_ids
         self.rollouts = config.rollouts
@@ -336,7 +339,7 @@ class OnlineController(TrainingLoop):
     async def evaluate(self, step: int) -> None:
         """Answer and score the held-out prompts. With a teacher, compare responses and the teacher's predictions."""
         roles = self.roles
-        answers = score_held_out(self.eval_sets, self.config, self.marking, self.scorer, step=step)
+        answers = score_held_out(self.eval_sets, self.config, self.marking, self.scorer, step=step, suites=self.suites)
         answered = await self._with_weights(answers, self._publish_despite_losses)
         if roles.teacher is not None:
             async with self._trainers_turn(roles.teacher.role):

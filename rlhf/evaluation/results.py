@@ -87,6 +87,7 @@ class SetReport:
     num_rows: int  # rows with results
     num_failed: int  # prompts without a score
     metrics: Mapping[str, statistics.Estimate]
+    against: Mapping[str, statistics.Estimate] | None = None  # metrics of the compared model; None: no comparison
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,14 +130,19 @@ class Evaluation:
             title=self.model if self.against is None else f"{self.model} against {self.against}",
             caption=f"A response passes with {self.passing}." if is_graded and self.passing is not None else None,
         )
-        for heading, justify in (("set", "left"), ("metric", "left"), ("value", "right"), ("95 % interval", "right")):
+        columns = [("set", "left"), ("metric", "left"), ("value", "right"), ("95 % interval", "right")]
+        if self.against is not None:
+            columns.append((self.against, "right"))
+        for heading, justify in columns:
             table.add_column(heading, justify=justify)  # type: ignore[arg-type]
         for report in self.sets:
             for index, (name, estimate) in enumerate(report.metrics.items()):
                 low, high = estimate.low, estimate.high
                 interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
                 heading = f"{report.name} ({report.num_rows})" if index == 0 else ""
-                table.add_row(heading, name, f"{estimate.value:.4g}", interval)
+                other = None if report.against is None else report.against.get(name)
+                others = [] if self.against is None else ["" if other is None else str(other)]
+                table.add_row(heading, name, f"{estimate.value:.4g}", interval, *others)
             table.add_section()
         return table
 
@@ -165,7 +171,10 @@ def prompt_reports(
         selected = [result for result in results if result.prompt_id in wanted]
         if selected:
             metrics, failed = prompt_metrics(selected, against, marking, seed=seed), len(ids) - len(selected)
-            reports.append(SetReport(name=part, num_rows=len(selected), num_failed=failed, metrics=metrics))
+            theirs = [result for result in against or () if result.prompt_id in wanted]
+            others = prompt_metrics(theirs, None, marking, seed=seed) if theirs else None
+            report = SetReport(name=part, num_rows=len(selected), num_failed=failed, metrics=metrics, against=others)
+            reports.append(report)
     return reports
 
 
@@ -194,10 +203,13 @@ def prompt_metrics(
         voting = [(result.answers, marks) for result, marks in both if result.answers is not None]
         for k in [k for k in marking.ks if k > 1] if voting else ():  # the majority of one response is pass@1
             metrics[f"maj@{k}"] = over_prompts([statistics.maj_at_k(answers, marks, k=k) for answers, marks in voting])
-    other_scores = {result.prompt_id: result.scores for result in against or ()}
-    shared = [result for result in results if result.prompt_id in other_scores]
+    other_scores = {result.prompt_id: result.scores for result in against or () if result.scores}
+    shared = [result for result in results if result.prompt_id in other_scores and result.scores]
     if wins := [statistics.win_chance(result.scores, other_scores[result.prompt_id]) for result in shared]:
         metrics["win_rate"] = over_prompts(wins)
+        ours, theirs = [_mean(r.scores) for r in shared], [_mean(other_scores[r.prompt_id]) for r in shared]
+        better = statistics.better_chance(ours, theirs, seed=seed)
+        metrics["better"] = statistics.Estimate(value=better, low=None, high=None)
     metrics["truncated"] = over_prompts([_mean(result.truncated) for result in results])
     metrics["response_tokens"] = over_prompts([_mean(result.response_tokens) for result in results])
     return metrics
@@ -250,7 +262,7 @@ def prompt_rows(model: str, name: str, results: Sequence[PromptResult], marking:
             "sample": sample,
             "prompt": result.prompt,
             "response": response,
-            "score": result.scores[sample],
+            "score": result.scores[sample] if result.scores else None,
             "scores": {reward: values[sample] for reward, values in result.by_name.items()},
             "passed": None if marks is None else marks[sample],
             "answer": None if result.answers is None else result.answers[sample],

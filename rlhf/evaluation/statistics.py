@@ -68,6 +68,14 @@ def win_chance(scores: Sequence[float], against: Sequence[float]) -> float:
     return wins / (len(scores) * len(against))
 
 
+def better_chance(values: Sequence[float], against: Sequence[float], *, seed: int) -> float:
+    """Return the probability that the mean of `values` is higher than the mean of `against`, value by value of the same
+    prompts: the share of bootstrap resamples of the prompts (Efron, 1979) with a higher mean. A tie counts half."""
+    differences = np.asarray(values, dtype=np.float64) - np.asarray(against, dtype=np.float64)
+    means = _resampled_ratios(differences, np.ones(len(differences)), seed=seed)
+    return float(np.mean(means > 0.0) + 0.5 * np.mean(means == 0.0))
+
+
 def mean_estimate(values: Sequence[float], *, seed: int) -> Estimate:
     """Return the mean of a number per prompt, with the percentile bootstrap interval (Efron, 1979) at LEVEL."""
     return ratio_estimate(values, [1.0] * len(values), seed=seed)
@@ -85,14 +93,19 @@ def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float], *
     value = float(above.sum() / below.sum())
     if rows == 1:
         return Estimate(value=value, low=None, high=None)
-    generator = np.random.default_rng(seed)
+    low, high = np.quantile(_resampled_ratios(above, below, seed=seed), [(1.0 - LEVEL) / 2.0, (1.0 + LEVEL) / 2.0])
+    return Estimate(value=value, low=float(low), high=float(high))
+
+
+def _resampled_ratios(above: np.ndarray, below: np.ndarray, *, seed: int) -> np.ndarray:
+    """Return the ratio of sums in each bootstrap resample of the rows."""
+    generator, rows = np.random.default_rng(seed), len(above)
     resampled: list[float] = []
     while len(resampled) < RESAMPLES:
         count = min(RESAMPLES - len(resampled), max(1, _NUMBERS_AT_ONCE // rows))
         drawn = generator.integers(0, rows, size=(count, rows))
         resampled += (above[drawn].sum(axis=1) / below[drawn].sum(axis=1)).tolist()
-    low, high = np.quantile(resampled, [(1.0 - LEVEL) / 2.0, (1.0 + LEVEL) / 2.0])
-    return Estimate(value=value, low=float(low), high=float(high))
+    return np.asarray(resampled)
 
 
 def powers_of_two(samples: int) -> tuple[int, ...]:

@@ -87,7 +87,7 @@ def _data(stage: Stage) -> Iterator[Missing]:
         sources = sets | {f"data.eval.{name}": source for name, source in eval_sets(stage).items()}
     elif isinstance(stage, EvaluationStage):
         data = stage.evaluate.data
-        sources = data if isinstance(data, dict) else {"evaluate.data": data}
+        sources = data if isinstance(data, dict) else {} if data is None else {"evaluate.data": data}
     yield from absent_data(sources)
 
 

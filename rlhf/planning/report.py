@@ -151,7 +151,7 @@ def _fits(config: Config, sizes: Sizes, processes: Sequence[Footprint], nodes: S
 def _disk(config: Config, sizes: Sizes) -> str:
     """Return the largest disk use of checkpoints: all that stay, plus a checkpoint being written."""
     parts = checkpoint_sizes(config, sizes)
-    checkpoint, best = sum(parts.values()), bool(eval_sets(config))
+    checkpoint, best = sum(parts.values()), bool(eval_sets(config) or config.eval.suites)
     count = config.train.keep_checkpoints + best + 1
     kept = f"the newest {config.train.keep_checkpoints}{', the best' if best else ''} and one that is being written"
     roles = " + ".join(f"{role} {_gib(size)}" for role, size in parts.items())

@@ -81,7 +81,11 @@ def _evaluation_facts(config: EvaluateConfig) -> Iterator[list[str]]:
     yield ["model", config.model]
     if config.against is not None:
         yield ["against", config.against]
-    yield ["data", _named(config.data if isinstance(config.data, dict) else {"heldout": config.data})]
+    if config.suites:
+        yield ["suites", ", ".join(config.suites)]
+    if config.data is None:
+        return
+    yield ["data", _named(config.sets)]
     if not config.rewards:
         yield ["measured", "completions: loss, perplexity and token accuracy; nothing is sampled"]
         return
@@ -116,9 +120,11 @@ def _facts(config: Config, derived: derive.Derived) -> Iterator[list[str]]:
     yield ["training data", _mixture(config)]
     if config.rewards:
         yield ["rewards", ", ".join(f"{name} ({_reward(reward)})" for name, reward in config.rewards.items())]
-    if sets := derive.eval_sets(config):
+    sets, suites = derive.eval_sets(config), config.eval.suites
+    if sets or suites:
         first = "before training, " if config.eval.at_start else ""
-        yield ["evaluation", f"{first}every {config.eval.every} steps and at the end: {_named(sets)}"]
+        named = ", ".join([*([_named(sets)] if sets else ()), *suites])
+        yield ["evaluation", f"{first}every {config.eval.every} steps and at the end: {named}"]
     if derive.needs_reference_logprobs(config):
         where = config.run.dir / "reference_logprobs"
         yield ["reference", f"the policy before training: computed once, then taken from {where}"]

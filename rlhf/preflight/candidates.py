@@ -28,6 +28,7 @@ from rlhf.preflight.prompts import Player, load_player, read_prompts
 from rlhf.preflight.sources import REWARD_KEY, refuse_absent_tokens
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
+from rlhf.suites.spec import SuiteSpec
 from rlhf.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class Candidate:
     examples: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
     sources: Mapping[str, Mapping[int, str]] = field(default_factory=dict)  # of split sets: prompt id to source
     environment: EnvironmentSpec | AgentSpec | None = None  # None: single turns
+    suites: SuiteSpec | None = None  # None: no suites
+    suite_tokens: int = 0  # of the longest prompt of a suite with its response
 
     @property
     def longest_prompt(self) -> int:  # in tokens; 0 without prompts
@@ -49,7 +52,10 @@ class Candidate:
 
     def longest_sequence(self, max_new_tokens: int) -> int:
         """Return the most tokens of a prompt with its response, or of a conversation."""
-        return self.longest_prompt + max_new_tokens if self.environment is None else self.environment.max_tokens
+        if not self.prompts:
+            return self.suite_tokens
+        longest = self.longest_prompt + max_new_tokens if self.environment is None else self.environment.max_tokens
+        return max(longest, self.suite_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,10 +25,14 @@ from rlhf.data.templates import UNCHANGED, ChatTemplate, read_template
 from rlhf.errors import UserError, prefix_errors
 from rlhf.evaluation.decoding import Decoding
 from rlhf.evaluation.results import Marking, Marks, marking_of
+from rlhf.models.on_disk import refuse_unservable
 from rlhf.preflight.candidates import IN_OPTIONS, IN_RUN, Candidate, Names, SetReader
 from rlhf.preflight.models import StageResults, refuse_unusable_reward_model, resolve_model
 from rlhf.preflight.sources import as_evaluation, in_options, load_rewards, local_model, reading_of
+from rlhf.process.stopping import run_async
 from rlhf.rewards.scoring import RewardSpec
+from rlhf.suites.process import plan_suites
+from rlhf.suites.spec import SuiteSpec
 
 logger = logging.getLogger(__name__)
 TASK_ROWS = 200  # rows of `--data TASK` without a size
@@ -57,14 +61,15 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
         raise UserError(f"{loaded.source} has only merges: evaluate their models on --data")
     stage = stages[-1]
     if isinstance(stage, Config):
-        _refuse_other_measures(stage, model or str(final_folder(stage)))
-        if not eval_sets(stage):
+        if not stage.eval.suites:
+            _refuse_other_measures(stage, model or str(final_folder(stage)))
+        if not eval_sets(stage) and not stage.eval.suites:
             raise UserError(f"data.eval: {loaded.source} names no held-out set; give one or evaluate a model on --data")
     given: dict[str, Any] = {"model": model, "against": against, "k": marks.ks}
     given |= {"pass_score": marks.pass_score, "answer": marks.answers, "by": marks.by}
     changes = {key: value for key, value in given.items() if value is not None}
     section = stage.evaluate if isinstance(stage, EvaluationStage) else as_evaluation(stage)
-    _refuse_without_rewards(section.rewards, against, marks)
+    _refuse_without_rewards(section.rewards, against, marks, suites=section.suites)
     section = section.model_copy(update=changes)
     if isinstance(stage, EvaluationStage):
         return inputs_of_stage(stage.model_copy(update={"evaluate": section}), loaded)
@@ -149,12 +154,21 @@ def inputs_of_model(
     marks: Marks,
     device: Literal["cpu", "cuda"],
     trust_remote_code: bool,
+    suites: Sequence[str] = (),
+    suite_limit: int | None = None,
+    suite_data: str | None = None,
 ) -> EvalInputs:
-    """Return the inputs for evaluating a model on named data: prompts with rewards, examples without."""
-    sets, configs = _named_sets(data), _named_rewards(rewards)
+    """Return the inputs for evaluating a model on named data: prompts with rewards, examples without; and on suites."""
+    sets, configs = _named_sets(data) if data or not suites else {}, _named_rewards(rewards)
+    if rewards and not data and suites:
+        raise UserError(
+            f"--reward {rewards[0]} has no effect: suites have their own metrics. Give --data, or remove it"
+        )
+    if both := sorted({*suites} & {*sets}):
+        raise UserError(f"--suite {both[0]}: there is a set of --data with this name; rename the file")
     if reward_model is not None:
         configs["reward_model"] = RewardConfig(role="reward")
-    _refuse_without_rewards(configs, against, marks)
+    _refuse_without_rewards(configs, against, marks, suites=suites)
     section = EvaluateConfig.model_construct(
         model=model,
         against=against,
@@ -169,6 +183,9 @@ def inputs_of_model(
         pass_score=marks.pass_score,
         answer=marks.answers,
         by=marks.by,
+        suites=tuple(dict.fromkeys(suites)),
+        suite_limit=suite_limit,
+        suite_data=suite_data,
     )
     with in_options():
         cluster = ClusterConfig(device=device)
@@ -178,8 +195,9 @@ def inputs_of_model(
 def _named_sets(data: Sequence[str]) -> dict[str, DataSource]:
     if not data:
         raise UserError(
-            "--data is missing: name a file, a dataset or a task to evaluate the model on. The held-out sets of a run "
-            "are evaluated by its configuration: rlhf eval RUN/config.resolved.yaml --model RUN"
+            "--data is missing: name a file, a dataset or a task to evaluate the model on, or a suite, such as --suite "
+            "reasoning-basic. The held-out sets of a run are evaluated by its configuration: "
+            "rlhf eval RUN/config.resolved.yaml --model RUN"
         )
     sets: dict[str, DataSource] = {}
     for text in data:
@@ -234,7 +252,8 @@ def _load(
         shown = model.name if made is None else wanted
         dtype, tokenizer_source = section.dtype or model.dtype, tokenizer or model.tokenizer
         model = replace(model, name=shown, dtype=dtype, tokenizer=tokenizer_source)
-        candidates.append(reader.candidate(model, results.templates.get(wanted, UNCHANGED)))
+        made_template = results.templates.get(wanted, UNCHANGED)
+        candidates.append(_with_suites(reader.candidate(model, made_template), made_template, section, decoding))
     reward_model = section.reward if any(spec.is_model for spec in rewards) else None
     for key, member in ({} if reward_model is None else reward_model.models).items():
         if member.model not in results.finals:
@@ -251,6 +270,27 @@ def _load(
         max_tokens_per_microbatch=max(section.max_tokens_per_microbatch, longest),
         cluster=cluster,
     )
+
+
+def _with_suites(candidate: Candidate, made: ChatTemplate, section: EvaluateConfig, decoding: Decoding) -> Candidate:
+    """Return the candidate with the section's suites. UserError: a suite is unknown, or its data cannot be loaded."""
+    if not section.suites:
+        return candidate
+    model = candidate.model
+    refuse_unservable(model)
+    spec = SuiteSpec(
+        names=section.suites,
+        limit=section.suite_limit,
+        data=section.suite_data,
+        seed=decoding.seed,
+        tokenizer=model.tokenizer,
+        trust_remote_code=model.trust_remote_code,
+        template=made.then(decoding.template),
+        apply_chat_template=decoding.apply_chat_template,
+        max_length=model.max_length,
+    )
+    plan = run_async(plan_suites(spec))
+    return replace(candidate, suites=spec, suite_tokens=plan.longest)
 
 
 def _marking(section: EvaluateConfig, rewards: Sequence[RewardSpec], *, samples: int) -> Marking:
@@ -277,8 +317,10 @@ def _decoding(section: EvaluateConfig, seed: int, *, template_key: str) -> Decod
     )
 
 
-def _refuse_without_rewards(rewards: Mapping[str, RewardConfig], against: str | None, marks: Marks) -> None:
-    if not rewards and (against is not None or marks != Marks()):
+def _refuse_without_rewards(
+    rewards: Mapping[str, RewardConfig], against: str | None, marks: Marks, *, suites: Sequence[str]
+) -> None:
+    if not rewards and ((against is not None and not suites) or marks != Marks()):
         raise UserError(
             "--against, --by, --k, --answer and --pass-score have no effect: no reward scores responses; give a reward"
         )

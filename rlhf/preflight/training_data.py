@@ -41,8 +41,11 @@ from rlhf.models.files.loading import load_model_config
 from rlhf.models.files.tiny import described_config
 from rlhf.preflight.prompts import load_player, prompts_of_rows
 from rlhf.preflight.sources import load_rewards, reading_of, refuse_absent_tokens, refuse_unused_rewards
+from rlhf.process.stopping import run_async
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
+from rlhf.suites.process import plan_suites
+from rlhf.suites.spec import SuiteSpec
 from rlhf.types import Examples, Pairs, Prompt
 
 OfflineRow = Example | PreferencePair | StepLabelled | Labelled
@@ -85,6 +88,7 @@ class OnlineInputs:
     unusable: tuple[Unusable, ...]  # skipped rows of all sets
     shares: tuple[MixtureShare, ...]
     eval_sets: Mapping[str, EvalSet]
+    suites: SuiteSpec | None  # None: no suites
     marking: Marking  # how held-out responses are graded
     rewards: tuple[RewardSpec, ...]
     environment: EnvironmentSpec | AgentSpec | None
@@ -157,6 +161,9 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path) -> tuple[
     longest = sets.longest(lambda prompt: len(prompt.token_ids), limit=config.data.max_prompt_tokens)
     max_model_len = rollouts.longest_sequence(longest)
     _refuse_too_long(source, config, longest=longest, wanted=max_model_len)
+    suites = _suites(source, config)
+    if suites is not None:
+        max_model_len = max(max_model_len, run_async(plan_suites(suites)).longest)
     probe = [token for prompt in sets.train[:PROBE_TOKENS] for token in prompt.token_ids]
     return config, OnlineInputs(
         prompts=sets.train,
@@ -164,6 +171,7 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path) -> tuple[
         unusable=sets.unusable,
         shares=sets.shares,
         eval_sets=eval_sets,
+        suites=suites,
         marking=marking,
         rewards=specs,
         environment=None if player is None else player.spec,
@@ -199,7 +207,7 @@ def _refuse_absent_metric(
     of_sources = {name: sorted({f"{name}.{source}" for source in set_.sources.values()}) for name, set_ in sets.items()}
     parts = [part for name, names in of_sources.items() for part in (name, *names)]
     known = [f"eval/{part}/{metric}" for part in parts for metric in eval_metrics(config) if marking.gives(metric)]
-    if best not in known:
+    if best not in known and not best.startswith(tuple(f"eval/{name}" for name in config.eval.suites)):
         is_graded = marking.gives(best.rpartition("/")[2])
         why = "" if is_graded else ": pass@k needs eval.pass_score here, and maj@k needs eval.answer too"
         text = f"is {best!r}, which no evaluation has{why}. The metrics are: {', '.join(known)}"
@@ -320,11 +328,33 @@ def collated(config: Config, rows: Sequence[OfflineRow]) -> Examples | Pairs:
     return FORMS[algorithm.kind][1](rows, **options)
 
 
-def _refuse_too_long(source: str, config: Config, *, longest: int, wanted: int) -> None:
+def _suites(source: str, config: Config) -> SuiteSpec | None:
+    """Return the suites of a run's evaluations. None: there are none."""
+    if not config.eval.suites:
+        return None
+    return SuiteSpec(
+        names=tuple(dict.fromkeys(config.eval.suites)),
+        limit=config.eval.suite_limit,
+        data=config.eval.suite_data,
+        seed=config.run.seed,
+        tokenizer=config.policy.tokenizer_source,
+        trust_remote_code=config.policy.trust_remote_code,
+        template=chat_template(config),
+        apply_chat_template=config.data.apply_chat_template,
+        max_length=_context_length(source, config),
+    )
+
+
+def _context_length(source: str, config: Config) -> int | None:
     shape: Any = described_config(Path(source))
     if shape is None:
         shape = load_model_config(source, trust_remote_code=config.policy.trust_remote_code).get_text_config()
     limit: int | None = getattr(shape, "max_position_embeddings", None)  # BLOOM has none
+    return limit
+
+
+def _refuse_too_long(source: str, config: Config, *, longest: int, wanted: int) -> None:
+    limit = _context_length(source, config)
     if limit is not None and wanted > limit:
         room = f" with rollouts.max_new_tokens {config.rollouts.max_new_tokens}" if config.rollouts else ""
         if config.rollouts and config.rollouts.environment is not None:

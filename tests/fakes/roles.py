@@ -321,6 +321,9 @@ class FakeEngines(FakeMember, roles.RolloutRole):
     async def restored(self, group: roles.CompletedGroup, sampling: types.Sampling) -> roles.CompletedGroup:
         return group
 
+    async def fronts(self, key: str, name: str) -> Sequence[str]:
+        return ()
+
     @property
     def gives_published(self) -> bool:
         return False

@@ -378,4 +378,18 @@ MUTATIONS = (
         "values",
         "unit/test_actors_vllm_patches_repairs.py",
     ),
+    _mutation(
+        "an unanswered question of a suite counts as a wrong answer",
+        "rlhf/suites/reports.py",
+        "return [_result(question) for question in suite.questions if question.failure is None]",
+        "return [_result(question) for question in suite.questions]",
+        "unit/test_suites.py",
+    ),
+    _mutation(
+        "an interrupted suite stores failed requests as answers",
+        "rlhf/suites/client.py",
+        "        return Answer(failure=failure)",
+        "        self._store(key, Answer(failure=failure), endpoint.answers)\n        return Answer(failure=failure)",
+        "unit/test_suites.py",
+    ),
 )

@@ -18,7 +18,9 @@ from rlhf.evaluation.passing import PassRule
 from rlhf.evaluation.results import Marking
 from rlhf.evaluation.voting import AnswerForm
 from rlhf.roles import CompletedGroup
+from rlhf.suites.spec import Question, SuiteAnswers, SuiteSpec
 from rlhf.tracking.run_folder.folder import evaluation_path
+from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.types import GroupRequest, GroupScores, Prompt
 from tests.fakes.configs import online_config
 from tests.fakes.groups import completed_group
@@ -105,6 +107,34 @@ async def test_metrics_by_hand(tmp_path: Path) -> None:
 
 def told(record: Any) -> Any:
     return json.loads(evaluation_path(record.folder.path, 3).read_text())["sets"]
+
+
+async def test_a_suite_is_asked_over_the_fronts_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run without held-out prompts asks its suites alone. One of two questions is right."""
+    asked: list[Any] = []
+
+    async def ask(spec: SuiteSpec, fronts: Any, **settings: Any) -> list[SuiteAnswers]:
+        asked.append((spec.names, await fronts("key", "suites"), settings["deadline_s"]))
+        shared: Any = {"task": None, "prompt": "2+2?", "target": "4", "values": {"acc": 1.0}, "truncated": False}
+        shared |= {"response_tokens": 1, "failure": None}
+        questions = [Question(number=i, response=str(4 + i), score=1.0 - i, **shared) for i in range(2)]
+        return [SuiteAnswers(name="sums", questions=tuple(questions))]
+
+    monkeypatch.setattr("rlhf.controller.evaluation.ask_suites", ask)
+    record: Any = BareRecord(tmp_path / "run")
+    scorer = RolloutScorer(Engines(), Rewards(), record, rewards_fingerprint="")
+    spec, run_config = SuiteSpec(names=("sums",), tokenizer="t"), config()
+    await score_held_out({}, run_config, MARKING, scorer, step=3, suites=spec)
+    assert asked == [(("sums",), (), run_config.cluster.call_timeout_s)]
+    assert (record.row["eval/sums/score"], record.row["eval/sums/acc"]) == (0.5, 1.0)
+    assert told(record)["sums"]["num_rows"] == 2
+    lines = samples_path(record.folder.scratch, 3).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [(row["split"], row["response"], row["score"], row["min_version"]) for row in rows] == [
+        ("sums", "4", 1.0, 3),
+        ("sums", "5", 0.0, 3),
+    ]
+    assert rows[0]["columns"] == {"target": "4"}
 
 
 async def test_greedy_answers_are_asked_for_beside_the_sampled_ones(tmp_path: Path) -> None:

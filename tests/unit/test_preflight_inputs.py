@@ -23,6 +23,7 @@ from rlhf.preflight.eval_inputs import EvalInputs, inputs_of_run
 from rlhf.preflight.inputs import load_inputs
 from rlhf.preflight.training_data import OfflineInputs, OnlineInputs
 from rlhf.roles import CompletedGroup, ScoredGroup
+from rlhf.suites.spec import SuiteAnswers
 from rlhf.tracking.sinks.tracker import read_metrics
 from rlhf.types import GroupScores, RewardError, StepReward
 from tests.fakes.groups import group_request, rollout_info
@@ -309,12 +310,12 @@ def test_a_stage_counts_what_failed_as_a_run_does(
         return ScoredGroup(group=CompletedGroup(request=request, rollouts=None, infos=infos), scores=scores)
 
     async def answers(
-        candidate: Candidate, inputs: EvalInputs, note: Callable[[str, str, ScoredGroup], None]
-    ) -> dict[str, list[PromptResult]]:
+        candidate: Candidate, inputs: EvalInputs, note: Callable[[str, str, ScoredGroup], None], folder: Path
+    ) -> tuple[dict[str, list[PromptResult]], list[SuiteAnswers]]:
         for scored in (group(0, hung), group(1)):
             note(candidate.model.name, "games", scored)
         answered: dict[str, Any] = {"answers": None, "truncated": (False, False), "response_tokens": (1, 1)}
-        return {"games": [PromptResult(prompt_id=1, prompt="go", responses=("4", "5"), **won, **answered)]}
+        return {"games": [PromptResult(prompt_id=1, prompt="go", responses=("4", "5"), **won, **answered)]}, []
 
     monkeypatch.setattr("actors.run.evaluate._answers", answers)
     text = JUDGE.replace("seed: 7}", f"seed: 7, dir: {tmp_path}}}").replace("size: 7", "size: 2")

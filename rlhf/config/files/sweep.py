@@ -224,4 +224,5 @@ def _of_absent_metric(metric: str, stage: Config) -> Iterator[Problem]:
 
 
 def _evaluated(stage: Config) -> list[str]:
-    return [f"eval/{name}/{metric}" for name in derive.eval_sets(stage) for metric in derive.eval_metrics(stage)]
+    of_sets = [f"eval/{name}/{metric}" for name in derive.eval_sets(stage) for metric in derive.eval_metrics(stage)]
+    return of_sets + [f"eval/{name}/score" for name in stage.eval.suites]

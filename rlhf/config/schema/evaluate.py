@@ -27,16 +27,16 @@ class EvaluateConfig(Grading, PromptFormat):
 
     model: str = Field(min_length=1)
     """A Hugging Face name, a local folder of a model or an adapter, a run's folder, or `stage:NAME`."""
-    against: Annotated[str | None, OnlyIn("responses")] = Field(default=None, min_length=1)
+    against: Annotated[str | None, OnlyIn("comparisons")] = Field(default=None, min_length=1)
     """Another model to compare with, on the same prompts. `win_rate` is the fraction of prompts with a higher score of
-    `model`."""
+    `model`, and `better` the probability that the mean score of `model` is higher."""
     dtype: Dtype | None = None
     """Data type of both models. null: as in their config.json, or float32 in place of bfloat16 on a CPU without fast
     bfloat16 instructions."""
     trust_remote_code: bool = False
     """Run Python code from the model repositories. Set to true only after reading the code."""
-    data: EvalSource
-    """Held-out sets by name. A single set is called `heldout`."""
+    data: EvalSource | None = None
+    """Held-out sets by name. A single set is called `heldout`. null: only suites."""
     rewards: dict[RewardName, RewardConfig] = Field(default_factory=dict)
     """Rewards by name."""
     reward: Annotated[RewardModelConfig | None, OnlyIn("responses", "reward model")] = None
@@ -60,6 +60,8 @@ class EvaluateConfig(Grading, PromptFormat):
 
     @property
     def sets(self) -> Mapping[str, DataSource]:
+        if self.data is None:
+            return {}
         return self.data if isinstance(self.data, dict) else {"heldout": self.data}
 
 
@@ -82,4 +84,8 @@ class EvaluationStage(Section):
     @property
     def needs(self) -> frozenset[Literal["policy", "rollout", "reward"]]:
         """Return the roles with workers. Without rewards, the policy's workers measure completions."""
-        return frozenset({"rollout", "reward"}) if self.evaluate.rewards else frozenset({"policy"})
+        engines: frozenset[Literal["policy", "rollout", "reward"]]
+        engines = frozenset({"rollout"}) if self.evaluate.suites else frozenset()
+        if self.evaluate.rewards:
+            return engines | {"rollout", "reward"}
+        return engines if self.evaluate.data is None else engines | {"policy"}

@@ -14,6 +14,7 @@ Schedule = Literal["constant", "linear", "cosine", "cosine_with_restarts", "wsd"
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Ks = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 OF_MOMENTS = NotWith("optimizer", "adafactor", because="it has no moments")
+OF_SUITES = NotWith("suites", ())
 SAMPLED = NotWith("temperature", 0.0, because="greedy responses to one prompt are all equal")
 
 
@@ -118,6 +119,12 @@ class Grading(Section):
     by: Annotated[str | None, OnlyIn("responses")] = Field(default=None, min_length=1)
     """A column whose values split each set. Each subset is reported in addition to the whole, as `SET.VALUE`. null: no
     split."""
+    suites: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], OnlyIn("engines")] = ()
+    """Suites of questions by name: `reasoning-basic`, or tasks and groups of lm-evaluation-harness, such as `gsm8k`."""
+    suite_limit: Annotated[int | None, OnlyIn("engines"), OF_SUITES] = Field(default=None, ge=1)
+    """Questions of each task in a suite. null: all."""
+    suite_data: Annotated[str | None, OnlyIn("engines"), OF_SUITES] = Field(default=None, min_length=1)
+    """A folder with copies of the suites' data sets, by their names on the hub. null: the hub, or the cache of it."""
 
 
 class EvalConfig(Grading):

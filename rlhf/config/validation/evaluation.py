@@ -30,6 +30,11 @@ def _problems(config: EvaluateConfig) -> Iterator[Problem]:
     samples = config.samples_per_prompt
     if config.data == {}:
         yield Problem(("evaluate", "data"), "is an empty mapping; name a held-out set")
+    if config.data is None and (config.rewards or not config.suites):
+        why = "rewards score responses to its prompts" if config.rewards else "without evaluate.suites it is needed"
+        yield Problem(("evaluate", "data"), f"is missing: {why}; name a held-out set")
+    if both := sorted({*config.suites} & {*config.sets}):
+        yield Problem(("evaluate", "suites"), f"has {both[0]}, the name of a set in evaluate.data; rename the set")
     new = config.max_new_tokens
     for name, player in (("environment", config.environment), ("agent", config.agent)):
         if player is not None and config.rewards and player.max_tokens <= new:

@@ -94,10 +94,13 @@ def _presence(config: Config, facts: Derived) -> Iterator[Problem]:
         text = f"is {train.epochs:g}, but train.steps is {train.steps}; give one of them, and set the other to null"
         yield problem("train.epochs", text)
     best = train.best_metric
+    if both := sorted({*config.eval.suites} & {*derive.eval_sets(config)}):
+        yield problem("eval.suites", f"has {both[0]}, the name of a set in data.eval; rename the set")
     if best is not None and (sets := derive.eval_sets(config)):
         known = [f"eval/{name}/{metric}" for name in sets for metric in derive.eval_metrics(config)]
         of_a_source = config.eval.by is not None and re.fullmatch(r"-?eval/[A-Za-z0-9_.-]+/[A-Za-z0-9_.@-]+", best)
-        if best.removeprefix("-") not in known and not of_a_source:
+        of_a_suite = best.removeprefix("-").startswith(tuple(f"eval/{name}" for name in config.eval.suites))
+        if best.removeprefix("-") not in known and not of_a_source and not of_a_suite:
             text = f"got {best!r}, expected a metric of an evaluation, with or without a leading `-`"
             yield problem("train.best_metric", f"{text}: {', '.join(known)}")
 

@@ -147,6 +147,8 @@ def _missing_in_run(config: Config, facts: Derived) -> Missing:
     else:
         missing["rollouts"] = (f"algorithm {name} samples no responses", "choose an algorithm that does")
         missing["responses"] = missing["rollouts"]
+        how = "measure its result: rlhf eval RUN --suite NAME, or a stage with evaluate.suites"
+        missing["engines"] = (f"algorithm {name} samples no responses", how)
     for role in ROLES.keys() - {*facts.needs}:
         fix = ROLE_USES[role].how_to_need(config)
         missing[role] = (f"algorithm {name} has no {role}", fix)
@@ -209,7 +211,7 @@ def _missing_steps(config: Config) -> Missing:
             why = f"train.steps * rollouts.prompts_per_step = {asked} prompts are needed, and data.train has as many"
             missing["repeated prompts"] = (f"{why} or more: none comes up twice", "train for more steps")
     stopping = config.train.early_stopping
-    if data.eval is None:
+    if data.eval is None and not config.eval.suites:
         missing["data.eval"] = ("there is no data.eval", "name a held-out set as data.eval")
     elif stopping is not None and steps is not None and stopping.patience >= -(-steps // config.eval.every):
         why = f"the run has {-(-steps // config.eval.every)} evaluations, too few to wait for {stopping.patience}"
@@ -229,6 +231,8 @@ def _missing_in_evaluation(stage: EvaluationStage) -> Missing:
     if not config.rewards:
         why = "evaluate.rewards is empty, so completions are measured and no response is sampled"
         missing["responses"] = (why, "name a reward")
+        if not config.suites:
+            missing["comparisons"] = missing["responses"]
         del missing["reward model"]  # the measured model has micro-batches in place of the reward model
     if not _has_passing_scores(config.rewards, config.pass_score):
         why = f"{_NO_JUDGE} and evaluate.pass_score is null, so no response passes"

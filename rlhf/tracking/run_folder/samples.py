@@ -84,7 +84,7 @@ class SampleRecord:
     response_tokens: int
     min_version: int  # oldest and newest weights among its tokens
     max_version: int
-    mean_rollout_logprob: float
+    mean_rollout_logprob: float | None
     mean_old_logprob: float | None
     mean_ref_logprob: float | None
     mean_teacher_logprob: float | None
