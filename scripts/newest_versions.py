@@ -83,8 +83,9 @@ class Result:
     failed: tuple[str, ...] = ()
 
 
-def tested_version(package: str) -> str:
-    match = re.search(rf"^{package}==(.+)$", TESTED.read_text(encoding="utf-8"), re.MULTILINE)
+def version_in(file: Path, package: str) -> str:
+    """Return the version of a package in a file of exact versions, or "-"."""
+    match = re.search(rf"^{package}==([^\s;]+)", file.read_text(encoding="utf-8"), re.MULTILINE)
     return match[1] if match else "-"
 
 
@@ -112,25 +113,28 @@ def attempt(name: str, library: Library, folder: Path) -> Result:
     uv = str(Path(sys.executable).with_name("uv"))
     wheels = os.environ.get("PIP_FIND_LINKS") or os.environ.get("UV_FIND_LINKS")
     source = [f"--find-links={wheels}"] if wheels else ["--torch-backend=cpu"]
+    (folder / "wanted.in").write_text(f"-e {ROOT}[cpu,tasks,{library.extra}]\n{library.package}\n", encoding="utf-8")
     (folder / "constraints.txt").write_text(constraints(library), encoding="utf-8")
     (folder / "overrides.txt").write_text(f"{library.package}\n", encoding="utf-8")
-    steps = [
-        [uv, "venv", "--quiet", "--python", sys.executable, str(python.parents[1])],
-        [
-            *(uv, "pip", "install", "--quiet", "--python", str(python), *source, "--upgrade"),
-            *("--constraint", str(folder / "constraints.txt"), "--override", str(folder / "overrides.txt")),
-            *("--editable", f"{ROOT}[cpu,tasks,{library.extra}]", library.package),
-        ],
-    ]
-    for step in steps:
+    limits = [f"--constraint={folder / 'constraints.txt'}", f"--override={folder / 'overrides.txt'}"]
+    resolved = folder / "resolved.txt"
+    resolve = [uv, "pip", "compile", "--quiet", f"--python={sys.executable}", *source, *limits]
+    install = [uv, "pip", "install", "--quiet", f"--python={python}", *source, f"--requirement={resolved}"]
+    newest = "-"
+    for step in (
+        [*resolve, f"--output-file={resolved}", str(folder / "wanted.in")],
+        [uv, "venv", "--quiet", f"--python={sys.executable}", str(python.parents[1])],
+        install,
+    ):
         done = _run(step, INSTALL_S)
         if done.returncode != 0:
             last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
-            return Result(library=name, tested=before, newest="-", outcome=f"does not install: {last.strip()[:160]}")
-    shown = _run([str(python), "-c", f"import importlib.metadata as m; print(m.version({library.package!r}))"], 60)
-    newest = shown.stdout.strip()
-    if newest == before:
-        return Result(library=name, tested=before, newest=newest, outcome="is the tested release")
+            outcome = f"does not install: {last.strip()[:160]}"
+            return Result(library=name, tested=before, newest=newest, outcome=outcome)
+        if newest == "-":
+            newest = version_in(resolved, library.package)
+        if newest == before:
+            return Result(library=name, tested=before, newest=newest, outcome="is the tested release")
     tests = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *library.tests]
     outcome, failed = summary(_run(tests, TESTS_S).stdout)
     return Result(library=name, tested=before, newest=newest, outcome=outcome, failed=failed)

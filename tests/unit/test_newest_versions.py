@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,9 +46,20 @@ def test_the_last_lines_of_pytest_become_counts_and_names() -> None:
 def test_a_release_that_does_not_install_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: Sequence[str], timeout_s: int) -> subprocess.CompletedProcess[str]:
         failed = "install" in command
-        return subprocess.CompletedProcess(command, int(failed), "", "noise\nNo solution found\n" if failed else "")
+        (tmp_path / "resolved.txt").write_text("ray==99.1\n")
+        return subprocess.CompletedProcess(command, int(failed), "", "noise\nNo wheel found\n" if failed else "")
 
     monkeypatch.setattr(newest_versions, "_run", run)
     result = attempt("ray", LIBRARIES["ray"], tmp_path)
     row = table([result]).splitlines()[-1]
-    assert re.fullmatch(r"\| ray \| [\d.]+ \| - \| does not install: No solution found \|  \|", row)
+    assert re.fullmatch(r"\| ray \| [\d.]+ \| 99\.1 \| does not install: No wheel found \|  \|", row)
+
+
+def test_the_tested_release_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: Sequence[str], timeout_s: int) -> subprocess.CompletedProcess[str]:
+        assert "compile" in command
+        shutil.copy(newest_versions.TESTED, tmp_path / "resolved.txt")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(newest_versions, "_run", run)
+    assert attempt("ray", LIBRARIES["ray"], tmp_path).outcome == "is the tested release"
