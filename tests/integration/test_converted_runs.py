@@ -35,7 +35,8 @@ def trained(folder: Path, framework: str, script: str, *overrides: str) -> list[
     return rows(folder / "converted")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_dpo_with_an_adapter_from_trl(tmp_path: Path, ray_local: None) -> None:
     pairs = [{"prompt": sum_, "chosen": right, "rejected": right + "0"} for sum_, right in SUMS]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
@@ -76,7 +77,7 @@ python3 -m verl.trainer.main_ppo algorithm.adv_estimator=grpo data.train_files={
     metrics = trained(tmp_path, "verl", script, *ONLINE)
     assert metrics[-1]["step"] == 2
     assert "rewards/correct/mean" in metrics[-1]
-    assert "experience/kl_ref/mean" in metrics[-1] or any("kl_ref" in name for name in metrics[-1])
+    assert any("kl_ref" in name for name in metrics[-1]), "the penalty of use_kl_loss needs a reference"
 
 
 @pytest.mark.slow
