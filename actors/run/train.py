@@ -52,6 +52,7 @@ from rlhf.process.driver_parent import unrecorded_deaths
 from rlhf.process.stopping import StopRequest, current_request, run_async
 from rlhf.rewards.scoring import fingerprint, has_judges
 from rlhf.tracking import logs
+from rlhf.tracking.notebook import in_notebook
 from rlhf.tracking.run_folder.atomic import write_atomic
 from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.tracking.run_folder.folder import refuse_to_overwrite, remove_run
@@ -141,7 +142,8 @@ def _run_merge(stage: MergeStage, pipeline: Path, start: Start) -> None:
         folder = record.folder
         with prefix_errors(f"stages.{folder.path.name}"), record.timeline.span("merge"):
             sources = checked_sources(config, folder.final, key="run.dir")
-            write_merge(config, sources, folder.begin_final(), out=folder.final, quiet=start.mode != "auto")
+            quiet = start.mode != "auto" or in_notebook()
+            write_merge(config, sources, folder.begin_final(), out=folder.final, quiet=quiet)
         folder.commit_final()
     logger.info("%s: merged %s by %s", stage.run.name, ", ".join(config.models), config.method)
 

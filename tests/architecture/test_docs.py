@@ -167,6 +167,11 @@ def test_the_readme_is_short_and_leads_to_every_page() -> None:
     assert sorted([*listed, "README.md"]) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 
+def test_the_page_on_python_names_every_call() -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert not [name for name in rlhf.__all__ if f"rlhf.{name}" not in page]
+
+
 def test_the_settings_of_other_frameworks_are_those_of_the_error_messages() -> None:
     text = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
     assert text.endswith(table()), "replace the table by the output of: python -m rlhf.config.mistakes.synonyms"

@@ -79,7 +79,7 @@ def _draw(
     if sparse:
         for step, value in {*points[:1], *points[-1:]} if shows_values else ():
             axes.annotate(number(value), (step, value), xytext=(0, 7), textcoords="offset points", ha="center")
-        axes.margins(y=0.2)
+        axes.margins(x=0.08, y=0.2)
     axes.set_xlabel("step", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.tick_params(labelsize=8)
