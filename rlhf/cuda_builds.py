@@ -19,8 +19,11 @@ LIBRARIES = (b"libc10_cuda.so", b"libcudart", b"libtorch_cuda.so")
 
 def hide_cuda_builds() -> None:
     """Make each package for CUDA look absent, if torch is built for the CPU. An imported package stays."""
+    loaded = sys.modules.get("transformers.utils.import_utils")
     for name in broken_cuda_builds():
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # None: find_spec and import report it as absent
+        if (known := getattr(loaded, f"is_{name}_available", None)) is not None:
+            known.cache_clear()  # a program that imports transformers first has asked before
 
 
 def broken_cuda_builds() -> Iterator[str]:

@@ -6,7 +6,10 @@ import importlib
 import importlib.util
 import subprocess
 import sys
+from functools import lru_cache
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -53,9 +56,17 @@ def test_without_torch_nothing_is_broken(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_hidden_package_is_absent_and_an_imported_one_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_builds, "broken_cuda_builds", lambda: iter(["torchcodec", "json"]))
     monkeypatch.delitem(sys.modules, "torchcodec", raising=False)
+    is_available = lru_cache(lambda: importlib.util.find_spec("torchcodec") is not None)
+    loaded = SimpleNamespace(is_torchcodec_available=is_available)
+    monkeypatch.setitem(sys.modules, "transformers.utils.import_utils", loaded)
+    monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
+    sys.modules["torchcodec"].__spec__ = ModuleSpec("torchcodec", None)
+    assert is_available()  # a program has imported transformers before
+    del sys.modules["torchcodec"]
     try:
         hide_cuda_builds()
         assert importlib.util.find_spec("torchcodec") is None
+        assert not is_available()
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module("torchcodec")
         assert importlib.import_module("json").dumps(1) == "1"

@@ -19,8 +19,8 @@ from huggingface_hub.errors import StrictDataclassError
 from rlhf.data.templates import ChatTemplate
 from rlhf.deferred import torch, transformers
 from rlhf.errors import UserError
-from rlhf.models.files.small_models import fetched_to
 from rlhf.models.files.folder_check import refuse_strange_folder
+from rlhf.models.files.small_models import fetched_to
 from rlhf.models.quantized import Quantize, is_quantized, keep_storage, quantization_options
 
 if TYPE_CHECKING:
@@ -319,7 +319,9 @@ def _load(path: str, load: Callable[..., T], **options: Any) -> T:
             fix = "Check the name, the network and HF_HUB_OFFLINE, or download it once and name its folder."
             if (known := fetched_to(path)) is not None:
                 fix = f"Make this folder with `rlhf models fetch {known}`."
-            message = f"The model {path} is neither a folder here nor could it be obtained from the hub ({reason}) {fix}"
+            message = (
+                f"The model {path} is neither a folder here nor could it be obtained from the hub ({reason}) {fix}"
+            )
         raise UserError(message) from error
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError) as error:
         raise UserError(_damaged(path, error)) from error
