@@ -99,7 +99,7 @@ def constraints(library: Library) -> str:
 
 def summary(output: str) -> tuple[str, tuple[str, ...]]:
     """Return pytest's last line without the time, and the names of failed tests and broken files."""
-    names = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    names = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
     counts = re.findall(r"^=* ?((?:\d+ \w+(?:, )?)+) in [\d.]+s", output, re.MULTILINE)
     return (counts[-1] if counts else "no result"), tuple(dict.fromkeys(names))
 
@@ -119,7 +119,7 @@ def attempt(name: str, library: Library, folder: Path) -> Result:
     limits = [f"--constraint={folder / 'constraints.txt'}", f"--override={folder / 'overrides.txt'}"]
     resolved = folder / "resolved.txt"
     resolve = [uv, "pip", "compile", "--quiet", f"--python={sys.executable}", *source, *limits]
-    install = [uv, "pip", "install", "--quiet", f"--python={python}", *source, f"--requirement={resolved}"]
+    install = [uv, "pip", "install", "--quiet", f"--python={python}", *source, "--no-deps", f"--requirement={resolved}"]
     newest = "-"
     for step in (
         [*resolve, f"--output-file={resolved}", str(folder / "wanted.in")],

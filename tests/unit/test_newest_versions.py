@@ -15,7 +15,7 @@ from scripts.newest_versions import LIBRARIES, attempt, constraints, summary, ta
 
 OUTPUT = """\
 ..F.
-FAILED tests/unit/test_a.py::test_x[1] - AssertionError
+FAILED tests/unit/test_a.py::test_x[1 2] - AssertionError
 ERROR tests/unit/test_b.py
 1 failed, 3 passed, 1 error in 12.34s
 """
@@ -37,7 +37,7 @@ def test_the_tried_library_alone_is_free() -> None:
 def test_the_last_lines_of_pytest_become_counts_and_names() -> None:
     assert summary(OUTPUT) == (
         "1 failed, 3 passed, 1 error",
-        ("tests/unit/test_a.py::test_x[1]", "tests/unit/test_b.py"),
+        ("tests/unit/test_a.py::test_x[1 2]", "tests/unit/test_b.py"),
     )
     assert summary("4 passed, 1 warning in 3.0s (0:00:03)\n") == ("4 passed, 1 warning", ())
     assert summary("")[0] == "no result"
