@@ -36,7 +36,8 @@ class ModelOnDisk:
 
 
 def find_model(name: str, *, trust_remote_code: bool, device: str) -> ModelOnDisk:
-    """Resolve a hub name or a folder. The dtype is that of config.json, if `device` (`cpu` or `cuda`) multiplies it fast.
+    """Resolve a hub name or a folder. The dtype is that of config.json, if `device` (`cpu` or `cuda`)
+    multiplies it fast.
 
     Raise UserError for a missing model, a model of a different kind, or missing or truncated weights.
     """
