@@ -51,7 +51,7 @@ def test_a_run_asks_a_suite_with_the_weights_of_the_step(tmp_path: Path, ray_loc
         "run": {"name": "suited", "dir": str(tmp_path)},
         "algorithm": {"name": "grpo"},
         "data": {"eval": None},
-        "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "[0-9]"}}},
+        "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
         "train": {"steps": 2, "lr": 1e-2},
         "eval": {"suites": [SUITE], "suite_limit": 1},
     }
