@@ -55,7 +55,7 @@ def test_a_run_asks_a_suite_with_the_weights_of_the_step(tmp_path: Path, ray_loc
         "train": {"steps": 2, "lr": 1e-2},
         "eval": {"suites": [SUITE], "suite_limit": 1},
     }
-    train(write_config(tmp_path / "suited.yaml", changes))
+    train(write_config(tmp_path / "suited.yaml", changes), timeout_s=500.0)
     run = tmp_path / "suited"
     scores = {row["step"]: row.get(f"eval/{SUITE}/score") for row in lines(run / "metrics.jsonl")}
     assert scores[0] is not None
