@@ -114,21 +114,12 @@ def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> li
 
     UserError: an unreadable source, a missing renamed column, no rows, or a dataset too large for this machine.
     """
-    loaded: Iterable[Row]
-    if isinstance(source, TaskSource):
-        name, loaded = source.name, _task_rows(source)
-    elif isinstance(source, PresetSource):
-        name, columns = source.name, None
-        loaded = itertools.islice(_read_preset(source), source.size)
-    else:
-        name = source
-        loaded = (
-            _chained([_shard_of_file(path) for path in files]) if (files := _files(source)) else _read_dataset(source)
-        )
-    rows = list(within_memory(loaded, name))
+    name = source if isinstance(source, str) else source.name
+    shards = _shards(source, columns, streaming=False)
+    rows = list(within_memory(_chained(shards), name))
     if not rows:
         raise UserError(f"{name} has no rows.")
-    return list(_renamed(rows, columns)) if columns else rows
+    return rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,20 +137,22 @@ def open_shards(source: Source, *, columns: Mapping[str, str] | None = None) -> 
 
     UserError: a missing source. The rows of a shard raise UserError for an unreadable part and an invalid row.
     """
+    return _shards(source, columns, streaming=True)
+
+
+def _shards(source: Source, columns: Mapping[str, str] | None, *, streaming: bool) -> list[Shard]:
     if isinstance(source, TaskSource):
-        return [_whole(source.name, partial(_task_rows, source))]
-    if isinstance(source, PresetSource):
-        shards = [_mapped(shard, source) for shard in _shards_of_preset(source)]
+        shards = [_whole(source.name, partial(_task_rows, source))]
+    elif isinstance(source, PresetSource):
+        shards = [_mapped(shard, source) for shard in _shards_of_preset(source, streaming=streaming)]
         if source.size is None:
             return shards
         return [_whole(source.name, lambda: itertools.islice(_chained(shards), source.size))]
-    files = _files(source)
-    shards = (
-        [_shard_of_file(path) for path in files] if files else _shards_of_dataset(*_named_dataset(source), place=source)
-    )
-    if not columns:
-        return shards
-    return [replace(shard, read=partial(_renamed_after, shard, columns)) for shard in shards]
+    elif files := _files(source):
+        shards = [_shard_of_file(path) for path in files]
+    else:
+        shards = _shards_of_dataset(*_named_dataset(source), place=source, streaming=streaming)
+    return [replace(shard, read=partial(_renamed_after, shard, columns)) for shard in shards] if columns else shards
 
 
 def refuse_half_characters(text: str, place: str) -> None:
@@ -206,12 +199,8 @@ def _shard_of_file(path: Path) -> Shard:
 
 
 def _renamed_after(shard: Shard, columns: Mapping[str, str], skip: int) -> Iterator[Row]:
-    return _renamed(shard.read(skip), columns)
-
-
-def _renamed(rows: Iterable[Row], columns: Mapping[str, str]) -> Iterator[Row]:
     renamed = {original: current for current, original in columns.items()}
-    return (_rename(row, columns, renamed) for row in rows)
+    return (_rename(row, columns, renamed) for row in shard.read(skip))
 
 
 def _rename(row: Row, columns: Mapping[str, str], renamed: Mapping[str, str]) -> Row:
@@ -382,8 +371,8 @@ def _read_parquet(path: Path, skip: int) -> Iterator[Row]:
             numbers = itertools.count(start + 1)
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH, row_groups=range(first, len(sizes))):
                 columns = {name: _parquet_column(path, name, batch.column(name)) for name in names}
-                for number, values in zip(numbers, zip(*columns.values(), strict=True), strict=False):
-                    if number > skip:
+                for values in zip(*columns.values(), strict=True):
+                    if (number := next(numbers)) > skip:
                         yield Row(file=str(path), line=number, columns=dict(zip(columns, values, strict=True)))
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is not a Parquet file that can be read: {_one_line(error)}.") from error
@@ -396,10 +385,6 @@ def _parquet_column(path: Path, name: str, column: Any) -> list[Any]:
         kind = _one_line(column.type)[:60]
         reason = f"{type(error).__name__}: {_one_line(error)}"
         raise UserError(f"{path}: column `{name}` ({kind}) cannot be read: {reason}.") from error
-
-
-def _read_dataset(source: str) -> Iterator[Row]:
-    yield from _rows_of_dataset(*_named_dataset(source), place=source)
 
 
 def _named_dataset(source: str) -> tuple[str, str]:
@@ -416,28 +401,16 @@ def _named_dataset(source: str) -> tuple[str, str]:
     return name, split
 
 
-def _read_preset(source: PresetSource) -> Iterator[Row]:
-    """Yield the usable rows of a preset with our columns, from the hub or from the files in `source.path`."""
+def _shards_of_preset(source: PresetSource, *, streaming: bool) -> list[Shard]:
+    """Return the shards of a preset's data set, with its own columns, from the hub or from the files in `path`."""
     preset, split = presets()[source.preset], _split_of(source)
+    how: dict[str, Any] = {"place": source.name, "streaming": streaming}
     if source.path is None:
-        hub = {"subset": preset.subset, "revision": source.revision}
-        return _mapped_rows(_rows_of_dataset(preset.hub, split, place=source.name, **hub), source)
-    if not Path(source.path).is_dir():
-        return _mapped_rows(_read_file(Path(source.path)), source)
-    folder, subset = _folder_of(Path(source.path), preset.subset)
-    return _mapped_rows(_rows_of_dataset(folder, split, subset=subset, place=source.name), source)
-
-
-def _shards_of_preset(source: PresetSource) -> list[Shard]:
-    """Return the shards of a preset's data set, with its own columns."""
-    preset, split = presets()[source.preset], _split_of(source)
-    if source.path is None:
-        hub = {"subset": preset.subset, "revision": source.revision}
-        return _shards_of_dataset(preset.hub, split, place=source.name, **hub)
+        return _shards_of_dataset(preset.hub, split, subset=preset.subset, revision=source.revision, **how)
     if not Path(source.path).is_dir():
         return [_shard_of_file(path) for path in _files(source.path) or [Path(source.path)]]
     folder, subset = _folder_of(Path(source.path), preset.subset)
-    return _shards_of_dataset(folder, split, subset=subset, place=source.name)
+    return _shards_of_dataset(folder, split, subset=subset, **how)
 
 
 def _split_of(source: PresetSource) -> str:
@@ -487,28 +460,21 @@ def _folder_of(folder: Path, subset: str | None) -> tuple[str, str | None]:
     return str(folder / subset if subset is not None and (folder / subset).is_dir() else folder), None
 
 
-def _rows_of_dataset(
-    name: str, split: str, *, place: str, subset: str | None = None, revision: str | None = None
-) -> Iterator[Row]:
-    with _naming_dataset(name):
-        rows = _one_split(name, split, _load_dataset(name, subset=subset, revision=revision, streaming=False))
-        yield from _rows_after(rows, place, 0)
-
-
 def _rows_after(rows: Any, place: str, skip: int) -> Iterator[Row]:
     """Yield the rows of a memory-mapped data set after the first `skip` rows."""
-    for start in range(skip, len(rows), _DATASET_BATCH):
-        part = rows.select(range(start, min(start + _DATASET_BATCH, len(rows)))).to_list()
-        yield from (Row(file=place, line=start + i, columns=columns) for i, columns in enumerate(part, start=1))
+    with _naming_dataset(place):
+        for start in range(skip, len(rows), _DATASET_BATCH):
+            part = rows.select(range(start, min(start + _DATASET_BATCH, len(rows)))).to_list()
+            yield from (Row(file=place, line=start + i, columns=columns) for i, columns in enumerate(part, start=1))
 
 
 def _shards_of_dataset(
-    name: str, split: str, *, place: str, subset: str | None = None, revision: str | None = None
+    name: str, split: str, *, place: str, streaming: bool, subset: str | None = None, revision: str | None = None
 ) -> list[Shard]:
-    """Return the shards of a data set: the files of the hub or of a folder, or the whole of a saved data set."""
+    """Return the shards of a data set: with `streaming` the files of the hub or of a folder, otherwise the whole."""
     with _naming_dataset(name):
-        rows = _one_split(name, split, _load_dataset(name, subset=subset, revision=revision, streaming=True))
-        if hasattr(rows, "select"):  # saved by save_to_disk: memory-mapped
+        rows = _one_split(name, split, _load_dataset(name, subset=subset, revision=revision, streaming=streaming))
+        if hasattr(rows, "select"):  # memory-mapped: not streamed, or saved by save_to_disk
             return [Shard(name=place, read=partial(_rows_after, rows, place))]
         names = [place] if rows.num_shards == 1 else [f"{place}, shard {i + 1}" for i in range(rows.num_shards)]
         parts = [rows.shard(num_shards=rows.num_shards, index=index) for index in range(rows.num_shards)]

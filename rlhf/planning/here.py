@@ -93,8 +93,9 @@ def _data(stage: Stage) -> Iterator[Missing]:
 
 def absent_data(sources: Mapping[str, DataSource]) -> Iterator[Missing]:
     for key, source in sources.items():
-        if isinstance(source, PresetConfig) and source.path is not None and not os.path.exists(source.path):
-            yield Missing(sentence=f"{key}: there is no file or folder {source.path}")
+        path = source.path if isinstance(source, PresetConfig) else None
+        if path is not None and not os.path.exists(path) and not glob.glob(path, recursive=True):
+            yield Missing(sentence=f"{key}: there is no file or folder {path}")
         name = hub_name(source)
         if name is None or (isinstance(source, str) and os.path.exists(source)):
             continue

@@ -39,7 +39,8 @@ class PresetConfig(Section):
     size: int | None = Field(default=None, ge=1)
     """Number of rows, from the first. null: all rows."""
     path: str | None = Field(default=None, min_length=1)
-    """A local file of the split, or a folder with the files of the data set, in place of the hub. null: the hub."""
+    """A local file of the split, a pattern of file names, or a folder with the files of the data set, in place of the
+    hub. null: the hub."""
     revision: str | None = Field(default=None, min_length=1)
     """Commit, tag or branch on the hub. null: the newest."""
 
