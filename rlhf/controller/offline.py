@@ -145,7 +145,8 @@ class OfflineController(TrainingLoop):
             return
         await self.deliver(batch.rows)
         if self.references and not await self.role.read_reference(0, self.references[step - 1], compare=False):
-            raise RunError(f"reference: {self.references[step - 1]} cannot be read. {RESUMES}")
+            path = self.references[step - 1]
+            raise RunError(f"reference: {path} is missing or damaged; remove it, and it is computed again. {RESUMES}")
 
     async def _states(self, dataset: int, plan: MinibatchPlan) -> StatesByRank:
         if self.teacher is None:
@@ -185,25 +186,27 @@ class OfflineController(TrainingLoop):
     async def _provide_streamed_reference(self, folder: Path) -> None:
         """Compute the reference's logprobs of the rows of every step, unless an earlier start of the run has. The rows
         are read twice then: here, and when they are trained on."""
-        stream, steps, start = self.rows, self.config.train.num_steps, self.rows.state()
+        stream, steps = self.rows, self.config.train.num_steps
         assert isinstance(stream, WindowedStream)
-        self.references = []
-        batch = await self._take_batch()
         assert self.deliver is not None
+        stream.restore(self.cursor)  # a lost rank may have ended an earlier attempt in the middle of the rows
+        batch = await self._take_batch()
         await self.deliver(batch.rows)
         name = f"{await self.role.reference_key(0)}-{stream.fingerprint}"
         self.references = [folder / f"{name}-{step:06d}.safetensors" for step in range(1, steps + 1)]
+        missing = {path for path in self.references if not path.exists()}
         for step, path in enumerate(self.references, start=1):
-            if all(later.exists() for later in self.references[step - 1 :]):
+            if not missing:
                 break
             if step > 1:
                 batch = await self._take_batch()
                 await self.deliver(batch.rows)
-            if not path.exists():
+            if path in missing:
                 columns = await self.role.reference_logprobs(0, batch.plan)
                 await self.role.store_reference(0, path, columns)
+                missing.remove(path)
             self.record.progress.stage("reference", step, steps)
-        stream.restore(start)
+        stream.restore(self.cursor)
 
     def _chunks(self, rows: Sequence[DataRow]) -> Iterator[Sequence[DataRow]]:
         """Yield adjacent rows of about some micro-batches per rank. Each chunk is a call with a separate deadline."""

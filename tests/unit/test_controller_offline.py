@@ -67,6 +67,7 @@ class Ranks:
         return "key"
 
     async def reference_logprobs(self, dataset: int, plan: MinibatchPlan) -> list[MinibatchPlan]:
+        self.note(f"reference {self.delivered}")
         return [plan]
 
     async def store_reference(self, dataset: int, path: Path, columns: list[MinibatchPlan]) -> None:
@@ -173,10 +174,11 @@ async def test_streamed_rows_are_delivered_before_each_update_and_again_after_a_
     assert ranks.calls == ["snapshot 0", "rows [0, 1]", "update 1", "snapshot 1", *second, *again, *third]
 
 
+@pytest.mark.parametrize("lost", ["none", "reference [2, 3]"])
 async def test_the_reference_of_streamed_rows_is_computed_step_by_step_and_then_read(
-    record: RunRecord, tmp_path: Path
+    record: RunRecord, tmp_path: Path, lost: str
 ) -> None:
-    ranks, data, loaded = Ranks(), rows(7), list[str]()
+    ranks, data, loaded = Ranks(lost=lost), rows(7), list[str]()
 
     async def deliver(taken: Sequence[Any]) -> None:
         ranks.delivered = [data.index(example) for example in taken]
