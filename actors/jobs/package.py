@@ -5,6 +5,7 @@ Relative paths start at the project's folder, in the job as on this machine.
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
@@ -136,7 +137,12 @@ def _named_files(tree: Any, overrides: Sequence[str], *, folder: Path, beside: P
             paths.append(folder / named.partition(":")[0])  # a saved dataset and its split
         path = next((path for path in paths if os.path.isfile(path) or ("data" in key and os.path.isdir(path))), None)
         if path is None:
-            if (is_code or "data" in key) and named.endswith((".py", *FILE_SUFFIXES)):
+            matches = (
+                glob.glob(named, root_dir=folder, recursive=True) if "data" in key and glob.has_magic(named) else []
+            )
+            for match in matches:
+                files |= _below((folder / match).resolve(), folder, place)
+            if not matches and (is_code or "data" in key) and named.endswith((".py", *FILE_SUFFIXES)):
                 raise UserError(f"{place}: {named} does not exist; looked for {' and '.join(map(str, paths))}")
             continue
         files |= _below(path.resolve(), folder, place)

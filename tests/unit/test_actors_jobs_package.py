@@ -175,6 +175,13 @@ def test_a_file_that_the_configuration_names_goes_whatever_it_is_called(folder: 
     assert names("data.train=saved") - EXPECTED == {"saved/rows.arrow"}
 
 
+def test_the_files_of_a_pattern_come_along(folder: Path) -> None:
+    for part in range(2):
+        (folder / f"data/part-{part}.jsonl").write_text("{}\n")
+    assert names("data.train=data/part-*.jsonl") - EXPECTED == {"data/part-0.jsonl", "data/part-1.jsonl"}
+    assert "data.train: none-*.jsonl does not exist" in refused("data.train=none-*.jsonl")
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
