@@ -586,6 +586,14 @@ def test_each_tampered_fact_is_named(tmp_path: Path, fact: str) -> None:
     assert contradiction in contradictions(run)
 
 
+def test_the_prompts_of_a_stream_are_counted(tmp_path: Path) -> None:
+    run = train(tmp_path, max_staleness=1, **RULES["filtered"])
+    of_checkpoint(lambda state: state.update(stream={"streamed": True, "given": state["stream"]["given"]}))(run)
+    assert contradictions(run) == ""
+    of_checkpoint(lambda state: state["stream"].update(given=99))(run)
+    assert "99 prompts were requested up to step 4, and the records have" in contradictions(run)
+
+
 def test_a_run_on_fixed_data_needs_no_ledger(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, "run", resume=False) as run:
         Tracker(run.path).log(1, {"update/loss/mean": 1.0})
