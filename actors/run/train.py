@@ -198,7 +198,9 @@ async def _offline(
             record,
             train_set=inputs.rows,
             rows=stream_of(stage),
-            deliver=lambda rows: policy.load_train_set(put(collated(config, cast("Sequence[OfflineRow]", rows)))),
+            deliver=lambda rows: policy.load_train_set(
+                put(collated(config, cast("Sequence[OfflineRow]", rows), others=inputs.rows))
+            ),
             eval_sets=inputs.eval_sets,
             policy_fingerprint=policy.fingerprint,
             supervisor=supervisor,

@@ -32,7 +32,8 @@ class Reading:
     apply_chat_template: bool
     max_tokens: int  # prompts: data.max_prompt_tokens; offline sequences: data.max_sequence_tokens
     too_long: TooLong = "error"  # cut: remove the beginning of a prompt for rollouts, or the end of a completion
-    max_unusable_fraction: float = 0.0  # maximum share of skipped rows in a data set
+    max_unusable_fraction: float = 0.0  # maximum share of skipped rows in a data set, or in a window of a stream
+    window: int = 0  # rows of a stream's window; the last window of an epoch is shorter. 0: the rows are a whole set
     max_new_tokens: int | None = None  # largest limit that a row may give its responses; None: any
     tasks: bool = False  # string prompts are the tasks of an agent, unchanged
 
@@ -109,7 +110,9 @@ def load_sequences(
         except NotUsable as fault:
             unusable[index] = fault.unusable
     left_out = tuple(unusable[index] for index in sorted(unusable))
-    refuse_too_many(left_out, num_rows=len(rows), max_unusable_fraction=reading.max_unusable_fraction)
+    refuse_too_many(
+        left_out, num_rows=max(len(rows), reading.window), max_unusable_fraction=reading.max_unusable_fraction
+    )
     return LoadedRows(items=tuple(items), unusable=left_out)
 
 

@@ -42,31 +42,32 @@ def load_labelled(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, firs
     return load_sequences(rows, tokenizer, reading, lambda row, writer: [writer.answer(row, "completion")], build)
 
 
-def collate_labelled(labelled: Sequence[Labelled], *, mismatched: bool) -> Pairs:
+def collate_labelled(labelled: Sequence[Labelled], *, mismatched: bool, others: Sequence[Labelled] = ()) -> Pairs:
     """Return flat columns of several answers.
 
     Without `mismatched`, answer i is sequence i. With `mismatched`, answer i is sequence 2i, and sequence 2i + 1 joins
-    the prompt of answer i with the next answer to a different prompt. The joined answer is truncated to the longest
-    sequence of the batch. Raise ValueError for a mismatch within a single prompt.
+    the prompt of answer i with the next answer to a different prompt, in the batch or else in `others`. The joined
+    answer is truncated to the longest sequence of the batch. Raise ValueError for a mismatch within a single prompt.
     """
     return Pairs(
-        examples=collate(_with_mismatched(labelled) if mismatched else labelled),
+        examples=collate(_with_mismatched(labelled, others) if mismatched else labelled),
         prompt_tokens=torch.tensor([item.prompt_tokens for item in labelled], dtype=torch.int64),
         margins=torch.zeros(len(labelled)),
         labels=torch.tensor([item.label for item in labelled], dtype=torch.bool),
     )
 
 
-def _with_mismatched(labelled: Sequence[Labelled]) -> list[Example]:
+def _with_mismatched(labelled: Sequence[Labelled], others: Sequence[Labelled]) -> list[Example]:
     longest = max(item.longest for item in labelled)
-    prompts = [item.token_ids[: item.prompt_tokens] for item in labelled]
+    prompts = [_prompt(item) for item in labelled]
     sequences: list[Example] = []
     for index, item in enumerate(labelled):
-        others = ((index + ahead) % len(labelled) for ahead in range(1, len(labelled)))
-        match = next((i for i in others if prompts[i] != prompts[index]), None)
-        if match is None:
+        places = ((index + ahead) % len(labelled) for ahead in range(1, len(labelled)))
+        match = next((labelled[place] for place in places if prompts[place] != prompts[index]), None)
+        other = match or next((item for item in others if _prompt(item) != prompts[index]), None)
+        if other is None:
             raise ValueError("all answers are to one prompt, so none is to another")
-        other, prompt = labelled[match], item.prompt_tokens
+        prompt = item.prompt_tokens
         answer = other.token_ids[other.prompt_tokens :][: longest - prompt]
         answer_mask = other.loss_mask[other.prompt_tokens :][: longest - prompt]
         swapped = Example(
@@ -76,3 +77,7 @@ def _with_mismatched(labelled: Sequence[Labelled]) -> list[Example]:
         )
         sequences += [item, swapped]
     return sequences
+
+
+def _prompt(item: Labelled) -> tuple[int, ...]:
+    return item.token_ids[: item.prompt_tokens]

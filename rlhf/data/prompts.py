@@ -86,7 +86,9 @@ def load_prompts(
                 turn_end=end if is_chat else None,
             )
         )
-    refuse_too_many(unusable, num_rows=len(rows), max_unusable_fraction=reading.max_unusable_fraction)
+    refuse_too_many(
+        unusable, num_rows=max(len(rows), reading.window), max_unusable_fraction=reading.max_unusable_fraction
+    )
     return LoadedRows(items=tuple(prompts), unusable=tuple(unusable))
 
 

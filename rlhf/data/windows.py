@@ -97,8 +97,9 @@ class _Reader(Generic[T]):
         return self.set.load(found).items[0]
 
     def _rows(self, place: Place, shard: int) -> Iterator[Row]:
-        if self._open is not None and self._open[0] == place:
-            return self._open[1]
+        opened, self._open = self._open, None  # an error below ends the iterator: a second try opens the shard anew
+        if opened is not None and opened[0] == place:
+            return opened[1]
         return iter(self.set.shards[shard].read(place[2]))
 
     def _order(self, epoch: int) -> list[int]:
@@ -162,6 +163,9 @@ class WindowedStream(Generic[T]):
             for index, (of, text) in enumerate(zip(sets, seeds, strict=True))
         ]
         first = [reader.window((0, 0, 0)) for reader in readers]
+        for of, start in zip(sets, first, strict=True):
+            if not start.items:
+                raise UserError(f"{of.name}: none of the first {window:,} rows can be used.")
         self.first = tuple(
             with_id(item, row_id) for start in first for row_id, item in sorted(start.items, key=_row_id)
         )
@@ -214,8 +218,8 @@ class WindowedStream(Generic[T]):
             position.go_to((epoch, at, skip), given)
 
     def order_state(self) -> Mapping[str, Any]:
-        """Return the part of a checkpoint that says which rows were given: unknown without the data."""
-        return {"streamed": True}
+        """Return the number of given rows, for a checkpoint. The rows themselves are unknown without the data."""
+        return {"streamed": True, "given": self._given}
 
 
 DataStream = Stream[T] | WindowedStream[T]

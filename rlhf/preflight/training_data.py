@@ -26,7 +26,7 @@ from rlhf.config.schema.data import DataSource
 from rlhf.config.schema.root import Config
 from rlhf.config.validation.run import problems
 from rlhf.controller.evaluation import EvalSet
-from rlhf.data.examples import Example, collate, load_examples
+from rlhf.data.examples import Example, Reading, collate, load_examples
 from rlhf.data.labelled import Labelled, collate_labelled, load_labelled
 from rlhf.data.preferences import PreferencePair, collate_pairs, load_pairs
 from rlhf.data.sources import Row, open_shards, read_rows
@@ -142,8 +142,8 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path) -> tuple[
     )
     how: dict[str, Any] = {"rewards": specs, "environment": player}
 
-    def load(name: str, rows: Sequence[Row], first_id: int) -> LoadedRows[Prompt]:
-        return prompts_of_rows(rows, name, tokenizer, reading_of(config), first_id=first_id, **how)[0]
+    def load(name: str, rows: Sequence[Row], first_id: int, reading: Reading) -> LoadedRows[Prompt]:
+        return prompts_of_rows(rows, name, tokenizer, reading, first_id=first_id, **how)[0]
 
     sets = _read_sets(config, load, by_row=True, with_id=lambda prompt, row_id: replace(prompt, prompt_id=row_id))
     if sets.stream is None:
@@ -221,9 +221,9 @@ def _refuse_absent_metric(
 
 
 def _offline(config: Config, source: str, tokenizer: Any) -> tuple[Config, OfflineInputs]:
-    load, reading = FORMS[config.algorithm.kind][0], reading_of(config)
+    load = FORMS[config.algorithm.kind][0]
 
-    def load_rows(name: str, rows: Sequence[Row], first_id: int) -> LoadedRows[OfflineRow]:
+    def load_rows(name: str, rows: Sequence[Row], first_id: int, reading: Reading) -> LoadedRows[OfflineRow]:
         with prefix_errors(name):
             loaded = load(rows, tokenizer, reading, first_id=first_id, **config.algorithm.row_options)
         if loaded.unusable:
@@ -253,17 +253,19 @@ def _offline(config: Config, source: str, tokenizer: Any) -> tuple[Config, Offli
 
 def _read_sets(
     config: Config,
-    load: Callable[[str, Sequence[Row], int], LoadedRows[R]],
+    load: Callable[[str, Sequence[Row], int, Reading], LoadedRows[R]],
     *,
     by_row: bool,
     with_id: Callable[[R, int], R] = lambda item, row_id: item,
 ) -> _Sets[R]:
-    """Return all sets of a run. `load` gets a set's key, rows and first id. by_row: ids count unusable rows too."""
+    """Return all sets of a run. `load` gets a set's key, rows, first id and reading. by_row: ids count unusable rows
+    too."""
+    reading = reading_of(config)
 
     def read(name: str, source: DataSource, first_id: int) -> LoadedRows[R]:
         with prefix_errors(name):
             rows = read_rows(source_of(source), columns=config.data.columns)
-        return load(name, rows, first_id)
+        return load(name, rows, first_id, reading)
 
     train: tuple[R, ...] = ()
     stream: WindowedStream[R] | None = None
@@ -291,23 +293,23 @@ def _read_sets(
 def _stream(
     config: Config,
     window: int,
-    load: Callable[[str, Sequence[Row], int], LoadedRows[R]],
+    load: Callable[[str, Sequence[Row], int, Reading], LoadedRows[R]],
     with_id: Callable[[R, int], R],
 ) -> WindowedStream[R]:
     """Open the training sets as a stream, and read the first windows."""
-    sets = []
+    sets, reading = [], replace(reading_of(config), window=window)
     for name, section in train_sets(config).items():
         with prefix_errors(name):
             shards = open_shards(source_of(section.source), columns=config.data.columns)
-        load_set = partial(_load_window, load, name)
+        load_set = partial(_load_window, load, name, reading)
         sets.append(WindowedSet(name=name, shards=shards, load=load_set, weight=section.weight))
     return WindowedStream(sets, seed=config.run.seed, shuffle=config.data.shuffle, window=window, with_id=with_id)
 
 
 def _load_window(
-    load: Callable[[str, Sequence[Row], int], LoadedRows[R]], name: str, rows: Sequence[Row]
+    load: Callable[[str, Sequence[Row], int, Reading], LoadedRows[R]], name: str, reading: Reading, rows: Sequence[Row]
 ) -> LoadedRows[R]:
-    return load(name, rows, 0)
+    return load(name, rows, 0, reading)
 
 
 def _with_steps(config: Config, rows: int) -> Config:
@@ -321,10 +323,15 @@ def _with_steps(config: Config, rows: int) -> Config:
     return converted
 
 
-def collated(config: Config, rows: Sequence[OfflineRow]) -> Examples | Pairs:
-    """Collate rows of a data set into the batch type of the algorithm's workers."""
+def collated(config: Config, rows: Sequence[OfflineRow], *, others: Sequence[OfflineRow] = ()) -> Examples | Pairs:
+    """Collate rows of a data set into the batch type of the algorithm's workers.
+
+    others: rows to compare with if all rows have the same prompt, as may happen in a step of streamed data.
+    """
     algorithm = config.algorithm
-    options = {"mismatched": algorithm.compares_with_divergence} if algorithm.kind == "unpaired" else {}
+    options: dict[str, Any] = {}
+    if algorithm.kind == "unpaired":
+        options = {"mismatched": algorithm.compares_with_divergence, "others": others}
     return FORMS[algorithm.kind][1](rows, **options)
 
 
@@ -361,6 +368,12 @@ def _refuse_too_long(source: str, config: Config, *, longest: int, wanted: int) 
             room = f" in a conversation of rollouts.environment.max_tokens {wanted}"
         if config.rollouts and config.rollouts.agent is not None:
             room = f" in a call of rollouts.agent.max_tokens {wanted}"
+        if config.data.stream_window is not None:
+            key = "data.max_prompt_tokens" if config.rollouts else "data.max_sequence_tokens"
+            raise UserError(
+                f"policy.model {config.policy.model} takes at most {limit} tokens, and a row of streamed data may have "
+                f"{longest} tokens{room}, which makes {wanted}. Lower {key}, or use a model with a longer context."
+            )
         raise UserError(
             f"policy.model {config.policy.model} takes at most {limit} tokens, and the longest sequence of the data "
             f"({longest} tokens{room}) would have {wanted}. Shorten the data, or use a model with a longer context."

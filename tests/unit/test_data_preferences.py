@@ -235,6 +235,19 @@ def test_a_mismatched_answer_is_never_longer_than_the_data(tokenizer: Any) -> No
     assert batch.lengths.tolist() == [6, 6, 6, 3]  # the first prompt leaves room for two tokens of the other answer
 
 
+def test_answers_to_a_single_prompt_are_compared_with_other_rows(tokenizer: Any) -> None:
+    rows = [labelled("ab", "c", True), labelled("ab", "d", False)]
+    items, others = (
+        load_labelled(of, tokenizer, reading()).items for of in (rows, [rows[0], labelled("e", "fg", True)])
+    )
+    with pytest.raises(ValueError, match="all answers are to one prompt"):
+        collate_labelled(items, mismatched=True)
+    batch = collate_labelled(items, mismatched=True, others=others).examples
+    first, mismatched, *_ = batch.token_ids.split(batch.lengths.tolist())
+    assert batch.lengths.tolist() == [4, 4, 4, 4]  # only the rows and their mismatches, no row of the others
+    assert mismatched.tolist() == [*first[:2].tolist(), *b"fg"]
+
+
 def test_labels_in_csv_are_the_words(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_text("prompt,completion,label\na,b,true\na,c,False\n")
     loaded = load_labelled(read_rows(str(tmp_path / "l.csv")), tokenizer, reading())

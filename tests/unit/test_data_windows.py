@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf.data.examples import Example
+import rlhf.data.sources
+from rlhf.data.examples import Example, load_examples
 from rlhf.data.presets import PresetSource
 from rlhf.data.sources import Row, Shard, open_shards, read_rows
 from rlhf.data.stream import Cursor
@@ -23,6 +25,7 @@ from rlhf.data.usable import LoadedRows, NotUsable, Unusable
 from rlhf.data.windows import WindowedSet, WindowedStream
 from rlhf.errors import UserError
 from tests.fixtures.preset_rows import CASES
+from tests.fixtures.rows import reading
 
 held: list[int] = []  # the numbers of rows in memory at once
 
@@ -188,6 +191,61 @@ def test_every_source_gives_the_rows_of_read_rows_after_any_number_of_rows(tmp_p
     assert [row.place for row in shard.read(7)] == [f"{files[0]}:8", f"{files[0]}:9"]
     (renamed,) = open_shards(files[0], columns={"answer": "number"})
     assert next(renamed.read(4)).columns == {"answer": 4}
+
+
+def test_parquet_rows_are_numbered_on_from_batch_to_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rlhf.data.sources, "_PARQUET_BATCH", 4)
+    path = tmp_path / "d.parquet"
+    for rows_per_group in (3, 30):
+        table = pyarrow.Table.from_pylist([{"number": number} for number in range(30)])
+        pyarrow.parquet.write_table(table, path, row_group_size=rows_per_group)
+        (shard,) = open_shards(str(path))
+        for skip in (0, 3, 4, 9, 17, 29, 30, 31):
+            read = [(row.line, row.columns["number"]) for row in shard.read(skip)]
+            assert read == [(number + 1, number) for number in range(skip, 30)]
+
+
+def test_columns_of_a_streamed_task_are_renamed() -> None:
+    task = TaskSource(task="running_totals", split="train", size=2)
+    (shard,) = open_shards(task, columns={"gold": "answer"})
+    assert [row.columns for row in shard.read(0)] == [
+        row.columns for row in read_rows(task, columns={"gold": "answer"})
+    ]
+
+
+def test_no_row_is_passed_over_after_an_error() -> None:
+    fails = [True]
+
+    def read(skip: int) -> Iterator[Row]:
+        for number in range(skip, 9):
+            if number == 5 and fails.pop():
+                raise UserError("the network is down")
+            yield Row(file="f", line=number + 1, columns={"number": number})
+
+    sets = [WindowedSet(name="s", shards=[Shard(name="f", read=read)], load=load)]
+    one = WindowedStream(sets, seed=0, shuffle=False, window=3)
+    assert numbers(one.next(3)) == [0, 1, 2]
+    with pytest.raises(UserError, match="the network is down"):
+        one.next(1)
+    fails.append(False)
+    assert numbers(one.next(3)) == [3, 4, 5]
+
+
+def test_the_short_last_window_may_lose_as_many_rows_as_a_whole_window(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    texts = ["ab", "cd", "ef", "gh", "i" * 99]
+    file.write_text("".join(f'{{"text": "{text}"}}\n' for text in texts), encoding="utf-8")
+    how = reading(max_tokens=20, too_long="skip", max_unusable_fraction=0.25, window=4)
+
+    def examples(window: int) -> WindowedStream[Example]:
+        read = partial(load_examples, tokenizer=tokenizer, reading=replace(how, window=window))
+        sets = [WindowedSet(name="data.train", shards=open_shards(str(file)), load=lambda rows: read(rows))]
+        return WindowedStream(sets, seed=0, shuffle=False, window=window)
+
+    assert [epoch for epoch, _ in examples(4).next(9)] == [0, 0, 0, 0, 1, 1, 1, 1, 2]
+    file.write_text(f'{{"text": "{texts[-1]}"}}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"data\.train: none of the first 4 rows can be used"):
+        examples(4)
 
 
 def test_a_shard_that_lost_rows_is_an_error() -> None:
