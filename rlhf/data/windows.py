@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -23,8 +24,10 @@ from rlhf.data.stream import Cursor, Stream, Tokenized, data_fingerprint
 from rlhf.data.usable import LoadedRows
 from rlhf.errors import UserError
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T", bound=Tokenized)
 
+SLOW_AFTER_S = 30.0  # after which a wait for rows is logged; the data set library limits waits for the network
 Place = tuple[int, int, int]  # epoch, place in the epoch's order of shards, rows of the shard before
 # A row's id is below 2**53, which every JSON reader holds exactly: set, shard, row of the shard.
 _ROW_BITS, _SHARD_BITS, _SET_BITS = 34, 14, 5
@@ -120,6 +123,8 @@ class _Position(Generic[T]):
         """Return epoch, row id and item. The next window is read in a thread while this window is in use."""
         while self.given >= len(self.window.items):
             ahead, self._next = self._next or self._read_ahead(), None
+            if not wait([ahead], SLOW_AFTER_S).done:
+                logger.warning("the run waits for the next rows of %s", self.reader.set.name)
             self.window, self.given = ahead.result(), 0
         if self._next is None:
             self._next = self._read_ahead()
