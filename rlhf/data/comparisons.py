@@ -63,9 +63,9 @@ def preferences_of(source: TaskSource) -> tuple[str | TaskSource | PresetSource,
     if unknown or source.split not in ("train", "eval"):
         problem = f"args has {', '.join(unknown)}" if unknown else "this task has the splits train and eval"
         raise UserError(f"{source.name}: {problem}; the args are data, columns and prompt.")
-    if isinstance(data, Mapping) and {"task", "size"} <= data.keys() <= {"task", "size", "seed", "args"}:
+    if _has_types(data, {"task": str, "size": int, "seed": int, "args": Mapping}) and {"task", "size"} <= data.keys():
         data = TaskSource(**{"split": "pairs", **data})
-    elif isinstance(data, Mapping) and data.get("preset") in presets() and data.keys() <= {"preset", "size", "path"}:
+    elif _has_types(data, {"preset": str, "size": int, "path": str}) and data.get("preset") in presets():
         data = PresetSource(**data)
     if not isinstance(data, str | TaskSource | PresetSource) or not isinstance(columns or {}, Mapping):
         raise UserError(
@@ -76,6 +76,13 @@ def preferences_of(source: TaskSource) -> tuple[str | TaskSource | PresetSource,
     if fields:
         raise UserError(f"{source.name}: args.prompt has no {' and no '.join(fields)}. Write both in the template.")
     return data, columns or {}
+
+
+def _has_types(data: Any, types: Mapping[str, type]) -> bool:
+    """Return whether the data is a mapping of these keys to values of these types, with a size above 0."""
+    if not isinstance(data, Mapping):
+        return False
+    return all(isinstance(value, types.get(name, ())) for name, value in data.items()) and bool(data.get("size", 1) > 0)
 
 
 def preference_prompts(source: TaskSource, rows: Sequence[PreferenceRow]) -> list[dict[str, Any]]:

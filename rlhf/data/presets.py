@@ -167,6 +167,13 @@ def _transcript(text: str) -> list[Columns]:
     return turns
 
 
+def _dialogue(text: str) -> list[Columns]:
+    turns = _transcript(text)
+    if turns[-1]["role"] != "assistant":
+        raise LeftOut("the transcript ends without an answer")
+    return turns
+
+
 def _ranked(answers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     if len(answers) < 2:
         raise LeftOut("there are fewer than two answers")
@@ -181,6 +188,7 @@ _FORMS: dict[str, Callable[..., Any]] = {
     "after_hashes": _after_hashes,
     "best": lambda answers: _ranked(answers)[0]["answer"],
     "by_sign": _by_sign,
+    "dialogue": _dialogue,
     "last_boxed": _last_boxed,
     "sharegpt": _sharegpt,
     "transcript": _transcript,

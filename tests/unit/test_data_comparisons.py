@@ -110,6 +110,9 @@ def test_equal_responses_are_left_out(tmp_path: Path) -> None:
         (PAIR, {"prompt": "{response_a}{response_b}{nobody}"}, r"cannot be filled in .*pairs.jsonl:1 has"),
         (PAIR, {"data": 3}, "args.data is 3, expected a file"),
         (PAIR, {"data": None}, "args.data is None, expected a file"),
+        (PAIR, {"data": {"preset": "hh-rlhf", "size": "9"}}, "args.data is .*expected a file"),
+        (PAIR, {"data": {"preset": ["hh-rlhf"]}}, "args.data is .*expected a file"),
+        (PAIR, {"data": {"task": "running_totals", "size": -1}}, "args.data is .*expected a file"),
         (PAIR, {"file": "x"}, "args has file; the args are data, columns and prompt"),
     ],
 )
