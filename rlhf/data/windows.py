@@ -92,12 +92,12 @@ class _Reader(Generic[T]):
     def item(self, row_id: int) -> T:
         """Return the item of a row, independent of the order."""
         shard, row = divmod(row_id - self._first_id, 1 << _ROW_BITS)
-        found = list(itertools.islice(self.set.shards[shard].read(row), 1))
-        if not found:
+        rows = list(itertools.islice(self.set.shards[shard].read(row), 1))
+        if not rows:
             raise UserError(
                 f"{self.set.shards[shard].name} has no row {row + 1}, which an earlier part of the run had."
             )
-        return self.set.load(found).items[0]
+        return self.set.load(rows).items[0]
 
     def _rows(self, place: Place, shard: int) -> Iterator[Row]:
         opened, self._open = self._open, None  # an error below ends the iterator: a second try opens the shard anew
@@ -196,8 +196,9 @@ class WindowedStream(Generic[T]):
 
     def at(self, row_id: int) -> T:
         """Return the item of a row, independent of the order."""
-        reader = self._sets[row_id >> _SHARD_BITS + _ROW_BITS].reader
-        return self._with_id(self._threads.submit(reader.item, row_id).result(), row_id)
+        position = self._sets[row_id >> _SHARD_BITS + _ROW_BITS]
+        item = dict(position.window.items).get(row_id)  # else the shard is read up to the row
+        return self._with_id(item or self._threads.submit(position.reader.item, row_id).result(), row_id)
 
     def state(self) -> Cursor:
         """Return the cursor of the next item. The epoch is the least of all sets."""

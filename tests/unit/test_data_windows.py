@@ -193,6 +193,13 @@ def test_every_source_gives_the_rows_of_read_rows_after_any_number_of_rows(tmp_p
     assert next(renamed.read(4)).columns == {"answer": 4}
 
 
+def test_a_row_of_the_present_window_is_not_read_again(tmp_path: Path) -> None:
+    one = stream(write(tmp_path, [7]), window=7)
+    held.clear()
+    assert sorted(one.at(row_id).token_ids[0] for row_id in range(7)) == [*range(7)]
+    assert held == []
+
+
 def test_parquet_rows_are_numbered_on_from_batch_to_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rlhf.data.sources, "_PARQUET_BATCH", 4)
     path = tmp_path / "d.parquet"
