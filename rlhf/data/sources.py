@@ -26,7 +26,7 @@ from rlhf.data.comparisons import preference_prompts, preferences_of
 from rlhf.data.memory import within_memory
 from rlhf.data.presets import LeftOut, PresetSource, presets
 from rlhf.data.tasks import COMPARISONS, TaskSource, make_rows
-from rlhf.errors import UserError
+from rlhf.errors import RunError, UserError
 
 logger = logging.getLogger(__name__)
 Source = str | TaskSource | PresetSource
@@ -482,8 +482,15 @@ def _shards_of_dataset(
 
 
 def _streamed(rows: Any, place: str, skip: int) -> Iterator[Row]:
+    """Yield the rows of a shard after the first `skip` rows. RunError: the network or a disk failed meanwhile."""
     with _naming_dataset(place):
-        yield from (Row(file=place, line=i, columns=row) for i, row in enumerate(rows.skip(skip), start=skip + 1))
+        try:
+            yield from (Row(file=place, line=i, columns=row) for i, row in enumerate(rows.skip(skip), start=skip + 1))
+        except OSError as error:
+            raise RunError(
+                f"Dataset {place} can no longer be read ({type(error).__name__}: {_one_line(error)}). A run that has "
+                "begun can be resumed with --resume auto."
+            ) from error
 
 
 def _load_dataset(name: str, *, subset: str | None, revision: str | None, streaming: bool) -> Any:

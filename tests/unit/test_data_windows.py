@@ -23,7 +23,7 @@ from rlhf.data.stream import Cursor
 from rlhf.data.tasks import TaskSource
 from rlhf.data.usable import LoadedRows, NotUsable, Unusable
 from rlhf.data.windows import WindowedSet, WindowedStream
-from rlhf.errors import UserError
+from rlhf.errors import RunError, UserError
 from tests.fixtures.preset_rows import CASES
 from tests.fixtures.rows import reading
 
@@ -236,6 +236,17 @@ def test_no_row_is_passed_over_after_an_error() -> None:
         one.next(1)
     fails.append(False)
     assert numbers(one.next(3)) == [3, 4, 5]
+
+
+def test_a_network_that_fails_while_rows_are_read_is_no_error_of_the_user() -> None:
+    def generate() -> Iterator[dict[str, int]]:
+        yield {"number": 0}
+        raise ConnectionError("no route")
+
+    rows = rlhf.data.sources._streamed(datasets.IterableDataset.from_generator(generate), "owner/name", 0)
+    assert next(rows).place == "owner/name:1"
+    with pytest.raises(RunError, match=r"owner/name can no longer be read \(ConnectionError: no route\)"):
+        next(rows)
 
 
 def test_the_short_last_window_may_lose_as_many_rows_as_a_whole_window(tokenizer: Any, tmp_path: Path) -> None:
