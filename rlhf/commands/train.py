@@ -64,6 +64,9 @@ def train(
     from rlhf.tracking.callbacks import check_callbacks
     from rlhf.tracking.run_folder.folder import refuse_other_run
 
+    check_callbacks(callbacks)
+    if not isinstance(trackers, Sequence):
+        raise UserError(f"trackers: is of type {type(trackers).__name__}, expected a list of trackers")
     loaded = loaded_config(config, overrides)
     logs.configure()
     start = Start(
@@ -75,7 +78,6 @@ def train(
         callbacks=callbacks,
         trackers=trackers,
     )
-    check_callbacks(callbacks)
     if not start.resume and not overwrite:
         for stage in loaded.stages.values():
             refuse_other_run(run_folder(stage))

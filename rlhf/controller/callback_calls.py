@@ -82,7 +82,11 @@ class CallbackCalls:
         waiting, began = asyncio.wrap_future(future), time.monotonic()
         while not waiting.done():
             left_s = callback.timeout_s - (time.monotonic() - began)
-            await asyncio.wait({waiting}, timeout=max(min(SLOW_AFTER_S, left_s), 0.0))
+            try:
+                await asyncio.wait({waiting}, timeout=max(min(SLOW_AFTER_S, left_s), 0.0))
+            except asyncio.CancelledError:
+                self._callbacks = ()  # the thread may be stuck, and the run is ending
+                raise
             late_s = time.monotonic() - began
             if waiting.done():
                 break

@@ -294,7 +294,10 @@ class TrainingLoop(ABC):
         else:
             await self.commit(step)
             logger.info("a checkpoint of step %d is written from the memory of the nodes", step)
-            await self.record.callbacks.call("on_checkpoint", step, self.record.folder.checkpoint(step))
+            try:
+                await self.record.callbacks.call("on_checkpoint", step, self.record.folder.checkpoint(step))
+            except CallbackFailed as failure:  # the run ends as preempted
+                logger.warning("%s", failure)
 
     async def _measure(self) -> None:
         """Add the memory of the roles and nodes, and the throughput of the step."""

@@ -47,7 +47,7 @@ class Callback:
         """Take a whole checkpoint. Later checkpoints may remove it (train.keep_checkpoints)."""
 
     def on_end(self, error: Exception | None) -> None:
-        """End a stage. The final model is in the run's folder, unless `error` ended the stage."""
+        """End a stage. The final model is in the run's folder, unless `error` or the step `until` ended the stage."""
 
 
 EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
@@ -55,6 +55,8 @@ EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 
 def check_callbacks(callbacks: Sequence[Callback]) -> None:
     """Raise UserError for an object that is no callback, or has a method that would never or not be called."""
+    if not isinstance(callbacks, Sequence):
+        raise UserError(f"callbacks: is of type {type(callbacks).__name__}, expected a list of callbacks")
     for index, callback in enumerate(callbacks):
         place = f"callbacks[{index}]"
         if not isinstance(callback, Callback):
@@ -62,7 +64,9 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
                 f"the class {callback.__name__}" if inspect.isclass(callback) else f"of type {type(callback).__name__}"
             )
             raise UserError(f"{place}: is {kind}, expected an instance of a subclass of rlhf.Callback")
-        name = type(callback).__name__
+        name, limit_s = type(callback).__name__, callback.timeout_s
+        if not isinstance(limit_s, int | float) or not limit_s > 0:
+            raise UserError(f"{place}: `{name}.timeout_s` is {limit_s!r}, expected a number of seconds above 0")
         for method in dir(callback):
             if method.startswith("on_") and method not in EVENTS:
                 near = (difflib.get_close_matches(method, EVENTS, n=1) or EVENTS)[0]

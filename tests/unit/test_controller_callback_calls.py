@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from rlhf.errors import Preempted, UserError
 from rlhf.tracking.callbacks import check_callbacks
 from rlhf.tracking.metrics.reductions import Last, Sum
 from rlhf.tracking.run_folder.folder import RunFolder
+from rlhf.tracking.sinks.backends import TrackerBackend
 from rlhf.tracking.sinks.installed import TrackedRun
 from rlhf.tracking.sinks.tracker import Tracker
 from tests.fakes.configs import offline_config
@@ -221,9 +223,36 @@ def test_a_callback_that_hangs_is_named_and_ends_the_run(
     assert f"the callback `Slow.on_step` has run for 0 s, {place}, and the run waits for it" in caplog.text
 
 
-def test_all_calls_come_from_one_thread_beside_the_event_loop() -> None:
-    import threading
+async def test_a_run_that_ends_while_a_callback_hangs_does_not_wait_for_the_callback() -> None:
+    """As for a run that is preempted: the loop is cancelled, and then the stage ends with Preempted."""
+    calls, begun, release = list[str](), threading.Event(), threading.Event()
 
+    class Hanging(rlhf.Callback):
+        def on_step(self, step: int, metrics: Mapping[str, float]) -> None:
+            begun.set()
+            release.wait(20.0)
+
+        def on_end(self, error: Exception | None) -> None:
+            calls.append("end")
+
+    async def follow() -> None:
+        callbacks = CallbackCalls([Hanging()])
+        async with callbacks.following(RUN):
+            step = asyncio.ensure_future(callbacks.call("on_step", 1, {}))
+            assert await asyncio.to_thread(begun.wait, 10.0)
+            step.cancel()
+            await asyncio.wait({step})
+            raise Preempted("a signal")
+
+    try:
+        with pytest.raises(Preempted):
+            await asyncio.wait_for(follow(), 10.0)
+    finally:
+        release.set()
+    assert not calls
+
+
+def test_all_calls_come_from_one_thread_beside_the_event_loop() -> None:
     threads: list[threading.Thread] = []
 
     class Naming(rlhf.Callback):
@@ -256,13 +285,24 @@ async def _asynchronous(self: Any, step: int, metrics: Mapping[str, float]) -> N
     ("callback", "expected"),
     [
         (print, "is of type builtin_function_or_method, expected an instance of a subclass of rlhf.Callback"),
+        (
+            type("Mine", (rlhf.Callback,), {"timeout_s": None})(),
+            "`Mine.timeout_s` is None, expected a number of seconds",
+        ),
         (Recorder, "is the class Recorder, expected an instance of a subclass of rlhf.Callback"),
         (_with("on_steps", lambda self: None), "`Mine.on_steps` is never called; did you mean `on_step`?"),
         (_with("on_step", lambda self: None), "`Mine.on_step` cannot be called as `on_step(step, metrics)`: too many"),
         (_with("on_step", _asynchronous), "`Mine.on_step` is async; a callback is called without an event loop"),
     ],
 )
-def test_what_is_no_callback_is_refused_before_anything_starts(tmp_path: Path, callback: Any, expected: str) -> None:
+def test_what_is_no_callback_is_refused_before_anything_starts(callback: Any, expected: str) -> None:
     with pytest.raises(UserError) as error:
         check_callbacks([Recorder(), callback])
     assert str(error.value).startswith(f"callbacks[1]: {expected}")
+
+
+def test_callbacks_and_trackers_stand_in_a_list() -> None:
+    with pytest.raises(UserError, match=r"^callbacks: is of type Recorder, expected a list"):
+        rlhf.train("run.yaml", callbacks=Recorder())  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^trackers: is of type type, expected a list"):
+        rlhf.train("run.yaml", trackers=TrackerBackend)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from rlhf.controller.callback_calls import CallbackCalls
+from rlhf.controller.callback_calls import CallbackCalls, CallbackFailed
 from rlhf.controller.loop import TrainingLoop, sparing_loaded_objects
 from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import NodeNotReplaced, Preempted, RunError, WorkerLost
@@ -349,3 +349,15 @@ def test_a_run_without_a_node_saves_what_its_ranks_have_kept_if_it_can_be_saved(
     assert without_a_node() == [*STEP_1, "save kept 1", "commit 1"]
     assert without_a_node("save kept 1") == STEP_1
     assert "the state after step 1 could not be saved: save kept 1: lost" in caplog.text
+
+
+def test_a_failing_callback_does_not_hide_that_a_run_is_preempted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(_: CallbackCalls, event: str, *args: Any) -> None:
+        if event == "on_checkpoint":
+            raise CallbackFailed("the callback raised")
+
+    monkeypatch.setattr(CallbackCalls, "call", fail)
+    assert without_a_node() == [*STEP_1, "save kept 1", "commit 1"]
+    assert "the callback raised" in caplog.text
