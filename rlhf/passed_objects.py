@@ -54,12 +54,11 @@ def name_of_code(value: Any, place: str, names: dict[int, str]) -> str:
         is_code = inspect.isroutine(value) or inspect.isclass(value)
         short = (value if is_code else type(value)).__qualname__.rpartition("<locals>.")[2] + "()" * (not is_code)
         module = getattr(value if is_code else type(value), "__module__", None) or "builtins"
-        number, name = 1, f"{PASSED}{short} of {module}"
-        while name in names.values():
+        number, name, passed = 1, f"{PASSED}{short} of {module}", _passed(value, short, place)
+        while name in names.values() or passed_objects.get(name, passed).digest != passed.digest:
             number += 1
             name = f"{PASSED}{short} ({number}) of {module}"
-        passed_objects[name] = _passed(value, short, place)
-        names[id(value)] = name
+        passed_objects[name], names[id(value)] = passed, name
     return names[id(value)]
 
 

@@ -285,10 +285,7 @@ async def _asynchronous(self: Any, step: int, metrics: Mapping[str, float]) -> N
     ("callback", "expected"),
     [
         (print, "is of type builtin_function_or_method, expected an instance of a subclass of rlhf.Callback"),
-        (
-            type("Mine", (rlhf.Callback,), {"timeout_s": None})(),
-            "`Mine.timeout_s` is None, expected a number of seconds",
-        ),
+        (_with("timeout_s", None), "`Mine.timeout_s` is None, expected a number of seconds above 0"),
         (Recorder, "is the class Recorder, expected an instance of a subclass of rlhf.Callback"),
         (_with("on_steps", lambda self: None), "`Mine.on_steps` is never called; did you mean `on_step`?"),
         (_with("on_step", lambda self: None), "`Mine.on_step` cannot be called as `on_step(step, metrics)`: too many"),

@@ -239,7 +239,9 @@ def test_a_call_that_ends_leaves_the_objects_of_a_call_in_progress() -> None:
     with forgotten_afterwards():
         report = forgotten_afterwards()
         report.__enter__()
-        name = named(scaled(1.0))
+        name, function = named(scaled(1.0)), "python object close (2) of test_passed_objects"
+        assert named(scaled(2.0)) == function  # of another call, with an object of the same name
+        assert outcome(name).scores == (3.0,)
         report.__exit__(None, None, None)
         assert name in passed_objects
 
