@@ -186,7 +186,10 @@ class Run(os.PathLike[str]):
         from rlhf.tracking.run_folder.atomic import read_lines
         from rlhf.tracking.run_folder.samples import samples_path
 
-        return read_lines(samples_path(self.folder, step))
+        try:
+            return read_lines(samples_path(self.folder, step))
+        except ValueError as error:
+            raise UserError(f"{error}. Repair or remove that line, so that the rest can be shown.") from error
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:

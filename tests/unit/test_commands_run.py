@@ -126,11 +126,15 @@ def test_a_run_without_a_step_has_empty_tables_and_a_damaged_one_says_so(tmp_pat
         assert run.samples.empty
         assert run.evaluations.empty
         assert "no step yet" in repr(run)
-        with pytest.raises(rlhf.UserError, match="nothing to plot"):
+        with pytest.raises(rlhf.UserError, match=r"metrics.jsonl has no step with a main metric: nothing to plot"):
             run.plot()
     (run.folder / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(rlhf.UserError, match=r"metrics.jsonl:1: the row has no `step`"):
         _ = run.metrics
+    (run.folder / "samples").mkdir(exist_ok=True)
+    (run.folder / "samples/step_000001.jsonl").write_text("{\n")
+    with pytest.raises(rlhf.UserError, match=r"step_000001\.jsonl:1: not JSON: .* Repair or remove that line"):
+        _ = run.samples
     with pytest.raises(rlhf.UserError, match=r"is not a folder\. Name the folder of a run"):
         rlhf.Run(tmp_path / "none")
 

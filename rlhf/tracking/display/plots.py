@@ -50,7 +50,8 @@ def draw_curves(runs: Mapping[str, Path], metrics: Sequence[str]) -> Curves:
     panels = [key for key in names if any(_points(run, key) for run in rows.values())]
     if not panels:
         files = ", ".join(str(folder / "metrics.jsonl") for folder in runs.values())
-        raise UserError(f"{files} has no value of {', '.join(metrics)}: nothing to plot.")
+        what = f"value of {', '.join(metrics)}" if metrics else "step with a main metric"
+        raise UserError(f"{files} has no {what}: nothing to plot.")
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     figure = Curves(figsize=(4.6 * columns, 3.0 * lines), layout="constrained")  # inches
