@@ -143,9 +143,9 @@ def _present(args: argparse.Namespace) -> None:
     from rlhf.evaluation.results import Marks
 
     given = options_given(args)
-    if args.target.endswith((".yaml", ".yml")):
-        refuse_options(given, args.target)
     target = config_or_name(args.target, args.overrides)
+    if not isinstance(target, str):
+        refuse_options(given, args.target)
     evaluation = COMMAND.call(
         args,
         target=target,

@@ -107,6 +107,7 @@ def config(tmp_path: Path, tiny_model: Path) -> str:
         ("eval MODEL --data running_totals train.steps=3", "train.steps=3: sets a key of a configuration"),
         ("eval MODEL --data running_totals --reward last_number --reward-model MODEL", "--reward-model: "),
         ("eval CONFIG --samples 4", "--samples has no effect: "),
+        ("eval recipe:grpo_smollm2 --samples 4", "--samples has no effect: recipe:grpo_smollm2 sets the decoding"),
         ("eval CONFIG --data x.jsonl", "--data has no effect"),
         ("eval CONFIG --model ./none", "--model: The model folder ./none does not exist"),
         ("eval CONFIG --k 9", "--k: is 9, expected 1 to the number of samples, 8"),
