@@ -43,8 +43,8 @@ def loaded_config(config: AnyConfig, overrides: Sequence[str] = ()) -> LoadedCon
     from rlhf.config.files.load import LoadedConfig, checked, from_mapping
     from rlhf.config.schema.root import Config
 
-    if isinstance(config, str | Path):
-        return load_config(config, overrides)
+    if isinstance(config, str | PathLike):
+        return load_config(fspath(config), overrides)
     if isinstance(config, Mapping):
         return from_mapping(config, overrides)
     if not isinstance(config, Config | LoadedConfig):

@@ -97,6 +97,8 @@ def test_a_run_is_a_path(tmp_path: Path) -> None:
     assert run.model == folder / "final"
     assert rlhf.report([run, make_run(tmp_path, "two")]).html.name == "comparison.html"
     assert config_or_name(run) == str(folder)
+    with pytest.raises(rlhf.UserError, match=r"demo: cannot be read: Is a directory"):
+        rlhf.plan(run)
     values = {
         **{"run": {"name": "next"}, "policy": {"model": run.model}, "algorithm": {"name": "sft"}},
         **{"data": {"train": "rows.jsonl"}, "train": {"steps": 1, "lr": 1e-5, "sequences_per_update": 4}},
