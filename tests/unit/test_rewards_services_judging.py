@@ -286,6 +286,12 @@ def test_both_responses_of_a_comparison_without_a_verdict_fail() -> None:
         found = score(["bad", "b", "c", "d", "e"])
     assert sorted(error.sample for error in found.errors) == [0, 1, 4]  # a ring of five
     assert "ends in neither `Answer: A` nor `Answer: B`: 'Both are fine.'" in found.errors[0].message
+    with rewards_of(judge, {"compare": "win_rate", "opponents": 2}, on_error=-1.0) as score:
+        found = score(["bad", "b", "c", "d", "e"])
+    assert found.scores == (-1.0, -1.0, 0.5, 0.5, -1.0)  # c and d have all their games
+    assert len(found.scored_errors) == 3
+    with rewards_of(judge, {"compare": "win_rate", "opponents": "gold"}, on_error=-1.0) as score:
+        assert score(["bad", "b"], {"gold": "g"}).scores == (-1.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ class JudgeConfig(Section):
     one by one."""
     opponents: Annotated[PositiveInt | str | None, NotWith("compare", None)] = None
     """Number of other responses of the group that each response is compared with, or the column with a text that each
-    response is compared with. null: all other responses of the group."""
+    response is compared with. An odd number is raised by one. null: all other responses of the group."""
     samples: int = Field(default=1, ge=1, le=64)
     """Judgements of each question. The mean counts, and `rewards/<name>/agreement/mean` measures their agreement. With
     `compare`, every second judgement sees the two responses in the other order."""

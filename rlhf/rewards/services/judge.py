@@ -181,7 +181,7 @@ def agreement(values: Sequence[float]) -> float:
     """Return the agreement of judgements from 0 to 1: 1 minus the mean distance of two judgements.
 
     For judgements of 0 and 1 this is the share of agreeing pairs: Fleiss (1971), Measuring nominal scale agreement
-    among many raters, eq. 2. Between them, the weights are linear (Cohen 1968). Agreement by chance is not removed.
+    among many raters. Between 0 and 1, the weights are linear (Cohen 1968). Agreement by chance is not removed.
     """
     if len(values) < 2:
         raise ValueError("agreement needs two judgements or more")

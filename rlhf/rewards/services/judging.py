@@ -11,7 +11,7 @@ from rlhf.rewards.processes.pool import Failure, GroupOutcome
 from rlhf.rewards.services.client import Service, ServiceError
 from rlhf.rewards.services.judge import AGREEMENT, CRITERION, PATH, JudgeSpec, agreement, question, verdict
 from rlhf.rewards.services.judgements import Judgements, content_key
-from rlhf.rewards.services.pairwise import games, win_rates, winning_chances
+from rlhf.rewards.services.pairwise import Game, games, win_rates, winning_chances
 from rlhf.types import RESULT_COLUMN, Prompt, RewardErrorKind
 
 Trouble = tuple[RewardErrorKind, str]  # the reason a question has no answer
@@ -55,7 +55,8 @@ async def judged(
 async def _compared(asking: _Asking, responses: Sequence[str]) -> GroupOutcome:
     """Return the value of each response from comparisons. A response alone in its group gets no opinion.
 
-    Equal responses are not compared: each gets half of the game. Both responses of a comparison without a verdict fail.
+    Equal responses are not compared: each gets half of the game. A comparison without a verdict is a failure of its
+    responses, and leaves the values of the other responses to the remaining comparisons.
     """
     spec, count, texts = asking.spec, len(responses), list(responses)
     if isinstance(spec.opponents, str):
@@ -63,31 +64,27 @@ async def _compared(asking: _Asking, responses: Sequence[str]) -> GroupOutcome:
         pairs = [(place, count) if place % 2 == 0 else (count, place) for place in range(count)]
     else:
         pairs = games(count, spec.opponents)
-    if not pairs:
-        return GroupOutcome(scores=(None,) * count, failures=())
     answers = await asyncio.gather(*(asking.both_orders(texts[first], texts[second]) for first, second in pairs))
-    by_game = list(zip(pairs, answers, strict=True))
-    trouble = {
-        place: answer for pair, answer in by_game if isinstance(answer, tuple) for place in pair if place < count
-    }
-    if trouble:
-        failures = tuple(
-            Failure(sample=place, kind=kind, message=text) for place, (kind, text) in sorted(trouble.items())
-        )
-        return GroupOutcome(scores=(None,) * count, failures=failures)
-    won = [fmean(one[""] for one in answer) if answer else 0.5 for answer in answers if not isinstance(answer, tuple)]
-    summary = win_rates if spec.compare == "win_rate" else winning_chances
-    scores = summary(pairs, won, count=len(texts))[:count]
-    if spec.samples < 2:
-        return GroupOutcome(scores=tuple(scores), failures=())
-    agreed = [
-        (pair, agreement([one[""] for one in answer]))
-        for pair, answer in by_game
-        if not isinstance(answer, tuple) and answer
-    ]
-    by_place = [[value for pair, value in agreed if place in pair] for place in range(count)]
-    parts = {AGREEMENT: tuple(fmean(values) if values else None for values in by_place)}
-    return GroupOutcome(scores=tuple(scores), failures=(), parts=parts)
+    failed: dict[int, Trouble] = {}
+    results: dict[Game, float] = {}
+    agreed: list[list[float]] = [[] for _ in texts]
+    for pair, answer in zip(pairs, answers, strict=True):
+        if isinstance(answer, tuple):
+            failed |= {place: answer for place in pair if place < count}
+            continue
+        shares = [one[""] for one in answer]
+        results[pair] = fmean(shares) if shares else 0.5
+        for place in pair if len(shares) > 1 else ():
+            agreed[place].append(agreement(shares))
+    values = (win_rates if spec.compare == "win_rate" else winning_chances)(results, count=len(texts))[:count]
+    means = tuple(fmean(values) if values else None for values in agreed[:count])
+    return GroupOutcome(
+        scores=tuple(None if place in failed else value for place, value in enumerate(values)),
+        failures=tuple(
+            Failure(sample=place, kind=kind, message=text) for place, (kind, text) in sorted(failed.items())
+        ),
+        parts={AGREEMENT: means} if spec.samples > 1 else {},
+    )
 
 
 def _agreement(spec: JudgeSpec, answers: Sequence[Judged]) -> dict[str, tuple[float | None, ...]]:
