@@ -311,6 +311,7 @@ def test_both_responses_of_a_comparison_without_a_verdict_fail() -> None:
         ({"prompt": "{response} {criteria}"}, "there is no `rubric`"),
         ({"rubric": "column", "compare": "win_rate", "prompt": "{criteria}{response_a}{response_b}"}, "two rewards"),
         ({"compare": "win_rate", "prompt": "{response}"}, "must hold {response_a} and {response_b}"),
+        ({"compare": "win_rate", "prompt": "{response_a} {response_b} {result}"}, "two sessions are compared"),
         ({"compare": "bradley_terry", "opponents": "gold"}, "use win_rate"),
         ({"compare": "win_rate", "opponents": 0}, "greater than 0"),
         ({"samples": 2}, "at `request.temperature` 0 all judgements"),
@@ -353,6 +354,12 @@ def test_a_bad_rubric_of_a_row_is_named_with_its_place(value: Any, why: str) -> 
 def test_columns_of_a_rubric_are_checked_before_the_run() -> None:
     rows = [Row(file="d.jsonl", line=1, columns={"prompt": "p", "other": "1"})]
     for judge, missing in (
+        ({"prompt": "{response} {response_b}"}, r"rewards.quality.judge: names \{response_b\}"),
+        ({"rubric": {"a": {"criterion": "{criteria}"}}}, r"rewards.quality.judge: names \{criteria\}"),
+        (
+            {"compare": "win_rate", "prompt": "{response_a} {response_b} {response}"},
+            r"rewards.quality.judge: names \{response\}",
+        ),
         ({"rubric": "rubric"}, r"rewards.quality.judge: names \{rubric\}, and the rows of data.train have other"),
         ({"compare": "win_rate", "opponents": "gold"}, r"rewards.quality.judge: names \{gold\}"),
         ({"rubric": RUBRIC}, r"rewards.quality.judge: names \{answer\}"),

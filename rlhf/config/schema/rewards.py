@@ -153,6 +153,8 @@ class JudgeConfig(Section):
         names = set(placeholders(self.prompt))
         if self.compare is not None:
             if not names >= {"response_a", "response_b"}:
+            if RESULT_COLUMN in names:
+                raise ValueError(f"`prompt` has {{{RESULT_COLUMN}}}, but two sessions are compared; leave it out")
                 raise ValueError("`prompt` must hold {response_a} and {response_b}, since `compare` is set")
         elif not {"response", RESULT_COLUMN} & names:
             raise ValueError("`prompt` must hold {response}, or the {result} of an agent")

@@ -21,7 +21,6 @@ CRITERION = "criterion/"  # begins the names of measured criteria
 MAX_NAMED = 64  # names of criteria in the rows of a data set, since each name is a metric
 CRITERION_NAME = r"[A-Za-z][A-Za-z0-9_-]*"
 _FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")
-_GIVEN = ("", "prompt", "question", "criteria", "response", "response_a", "response_b")  # not columns
 _MAX_READ_CHARS = 65_536  # characters at the end of an answer in which an object is looked for
 
 
@@ -53,11 +52,13 @@ class JudgeSpec:
     @property
     def columns(self) -> tuple[str, ...]:
         """Return the columns of the row used in the question."""
-        given = self.rubric if isinstance(self.rubric, Mapping) else {}
-        texts = [self.prompt, *(criterion.text or "" for criterion in given.values())]
-        names = [name for text in texts for name in _FIELD.findall(text) if name not in _GIVEN]
+        responses = ("response",) if self.compare is None else ("response_a", "response_b")
+        filled = ("prompt", "question", "criteria", *responses)
+        names = [name for name in _FIELD.findall(self.prompt) if name not in filled]
+        for item in self.rubric.values() if isinstance(self.rubric, Mapping) else ():
+            names += _FIELD.findall(item.text or "")
         names += [name for name in (self.rubric, self.opponents) if isinstance(name, str)]
-        return tuple(dict.fromkeys(names))
+        return tuple(dict.fromkeys(filter(None, names)))  # "" stands for a literal brace
 
     def criteria(self, columns: Mapping[str, Any]) -> Mapping[str, Criterion]:
         """Return the criteria for a row, empty without a rubric. ValueError: the column holds no rubric."""
