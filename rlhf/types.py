@@ -344,7 +344,7 @@ class GroupScores:
 
 
 def is_unnamed(name: str) -> bool:
-    """Return whether the name of a measured value ends in the number of a row's criterion without a name."""
+    """Return whether the name of a measured value ends in the number of a criterion in a row's rubric."""
     return "/" in name and name.rpartition("/")[2].isdigit()
 
 

@@ -27,7 +27,7 @@ from rlhf.models.files.tiny import build_tiny_llama, describe_tiny_llama
 from rlhf.rewards.loading import MAX_DEPTH, check_columns, is_nested_too_deep, load_reward
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rewards.services.client import ServiceSpec
-from rlhf.rewards.services.judge import MAX_NAMED, Criterion, JudgeSpec, read_rubric
+from rlhf.rewards.services.judge import Criterion, JudgeSpec, read_rubric
 from rlhf.rewards.services.remote import RemoteReward
 from rlhf.tracking.logs import redact_config
 from rlhf.tracking.sinks.installed import InstalledTracker, TrackedRun, installed_tracker, passed_tracker
@@ -267,24 +267,11 @@ def _check_sent(
             json.dumps(sent if here else None, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise UserError(f"{row.place}: cannot be sent to {key} as JSON: {error}") from error
-    if remote.judge is not None and isinstance(remote.judge.rubric, str):
-        _check_rubrics(remote.judge.rubric, [row for row, here in zip(rows, applies, strict=True) if here], key=key)
-
-
-def _check_rubrics(column: str, rows: Sequence[Row], *, key: str) -> None:
-    """Raise UserError for a row without a valid rubric, or for too many names of criteria in all rows."""
-    names: dict[str, None] = {}
-    for row in rows:
-        try:
-            criteria = read_rubric(row.columns[column])
-        except ValueError as error:
-            raise UserError(f"{row.place}: column `{column}`, the rubric of {key}, {error}") from error
-        names |= {name: None for name in criteria if not name.isdigit()}
-        if len(names) > MAX_NAMED:
-            raise UserError(
-                f"{row.place}: column `{column}`, the rubric of {key}, names the {len(names)}th criterion of the data, "
-                f"{list(names)[-1]!r}, and each name is a metric: at most {MAX_NAMED} are allowed. Leave `name` out."
-            )
+        if here and remote.judge is not None and isinstance(column := remote.judge.rubric, str):
+            try:
+                read_rubric(columns[column])
+            except ValueError as error:
+                raise UserError(f"{row.place}: column `{column}`, the rubric of {key}, {error}") from error
 
 
 def refuse_unused_rewards(

@@ -103,9 +103,9 @@ def test_criteria_of_a_row_in_the_forms_of_public_data_sets() -> None:
     rubric = [
         {"criterion": "names a dose", "points": 6, "tags": ["axis:accuracy"]},  # HealthBench
         {"title": "Pitfall", "description": "invents a source", "weight": -2},  # Rubrics as Rewards
-        {"criterion": "is polite", "weight": 2, "name": "polite"},
+        {"criterion": "is polite", "weight": 2, "name": "polite"},  # further keys are ignored
     ]
-    judge = FakeJudge(lambda text, _: scores(**{"1": 1, "2": 1, "polite": 0}))
+    judge = FakeJudge(lambda text, _: scores(**{"1": 1, "2": 1, "3": 0}))
     with rewards_of(judge, {"rubric": "rubric"}) as score:
         found = score(["a"], {"rubric": rubric})
         assert score(["b"], {"rubric": json.dumps(rubric)}).scores == found.scores
@@ -113,7 +113,7 @@ def test_criteria_of_a_row_in_the_forms_of_public_data_sets() -> None:
     assert found.parts == {
         "quality/criterion/1": (1.0,),
         "quality/criterion/2": (1.0,),
-        "quality/criterion/polite": (0.0,),
+        "quality/criterion/3": (0.0,),
     }
 
 
@@ -334,9 +334,6 @@ def test_bad_settings_of_a_judge(given: dict[str, Any], why: str) -> None:
         ([{"criterion": "a", "weight": "2"}], "has the weight '2' in criterion 1"),
         ('[{"criterion": "a", "weight": NaN}]', "has the weight nan"),
         ([{"criterion": "a", "weight": 0}], "no criterion with a weight above 0"),
-        ([{"criterion": "a", "name": "x"}, {"criterion": "b", "name": "x"}], "two criteria named 'x'"),
-        ([{"criterion": "a", "name": 3}], "has the name 3"),
-        ([{"criterion": "a", "name": "x y"}], "has the name 'x y'"),
     ],
 )
 def test_a_bad_rubric_of_a_row_is_named_with_its_place(value: Any, why: str) -> None:
@@ -354,15 +351,15 @@ def test_a_bad_rubric_of_a_row_is_named_with_its_place(value: Any, why: str) -> 
 def test_columns_of_a_rubric_are_checked_before_the_run() -> None:
     rows = [Row(file="d.jsonl", line=1, columns={"prompt": "p", "other": "1"})]
     for judge, missing in (
+        ({"rubric": "rubric"}, r"rewards.quality.judge: names \{rubric\}, and the rows of data.train have other"),
+        ({"compare": "win_rate", "opponents": "gold"}, r"rewards.quality.judge: names \{gold\}"),
+        ({"rubric": RUBRIC}, r"rewards.quality.judge: names \{answer\}"),
         ({"prompt": "{response} {response_b}"}, r"rewards.quality.judge: names \{response_b\}"),
         ({"rubric": {"a": {"criterion": "{criteria}"}}}, r"rewards.quality.judge: names \{criteria\}"),
         (
             {"compare": "win_rate", "prompt": "{response_a} {response_b} {response}"},
             r"rewards.quality.judge: names \{response\}",
         ),
-        ({"rubric": "rubric"}, r"rewards.quality.judge: names \{rubric\}, and the rows of data.train have other"),
-        ({"compare": "win_rate", "opponents": "gold"}, r"rewards.quality.judge: names \{gold\}"),
-        ({"rubric": RUBRIC}, r"rewards.quality.judge: names \{answer\}"),
         (
             {"rubric": {"a": {"criterion": "x"}, "b": {"function": "math_answer"}}},
             "rewards.quality.judge.rubric.b.function: `math_answer` needs the column `answer`",
@@ -370,15 +367,6 @@ def test_columns_of_a_rubric_are_checked_before_the_run() -> None:
     ):
         with pytest.raises(UserError, match=missing):
             check_rewards(specs_of("http://127.0.0.1:9/v1", judge), rows, "data.train")
-
-
-def test_too_many_names_of_criteria_in_the_rows() -> None:
-    specs = specs_of("http://127.0.0.1:9/v1", {"rubric": "rubric"})
-    rows = [
-        Row(file="d.jsonl", line=n, columns={"rubric": [{"criterion": "a", "name": f"n{n}"}]}) for n in range(1, 70)
-    ]
-    with pytest.raises(UserError, match=r"d.jsonl:65: .* names the 65th criterion of the data, 'n65'"):
-        check_rewards(specs, rows, "data.train")
 
 
 def test_a_request_may_replace_the_schema() -> None:

@@ -13,7 +13,6 @@ from pydantic import Field, JsonValue, PositiveInt, field_validator, model_valid
 from rlhf.data.comparisons import COMPARE_PROMPT
 from rlhf.rewards.failure_rule import ErrorRule
 from rlhf.rewards.functions.table import BUILT_INS
-from rlhf.rewards.services.judge import CRITERION_NAME
 from rlhf.sections import NotWith, OnlyIn, OnlyWith, Section
 from rlhf.tracking.logs import is_secret_name
 from rlhf.types import RESULT_COLUMN
@@ -98,7 +97,7 @@ class JudgeConfig(Section):
     model: str = Field(min_length=1)
     """Name of the model at the endpoint."""
     rubric: (
-        Annotated[dict[Annotated[str, Field(pattern=f"^{CRITERION_NAME}$")], CriterionConfig], Field(min_length=1)]
+        Annotated[dict[Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_-]*$")], CriterionConfig], Field(min_length=1)]
         | Annotated[str, Field(min_length=1)]
         | None
     ) = None
@@ -153,9 +152,9 @@ class JudgeConfig(Section):
         names = set(placeholders(self.prompt))
         if self.compare is not None:
             if not names >= {"response_a", "response_b"}:
+                raise ValueError("`prompt` must hold {response_a} and {response_b}, since `compare` is set")
             if RESULT_COLUMN in names:
                 raise ValueError(f"`prompt` has {{{RESULT_COLUMN}}}, but two sessions are compared; leave it out")
-                raise ValueError("`prompt` must hold {response_a} and {response_b}, since `compare` is set")
         elif not {"response", RESULT_COLUMN} & names:
             raise ValueError("`prompt` must hold {response}, or the {result} of an agent")
         if (self.rubric is not None) != ("criteria" in names):

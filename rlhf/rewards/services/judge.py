@@ -18,8 +18,6 @@ from rlhf.rewards.functions.matching import final_choice
 PATH = "/chat/completions"
 AGREEMENT = "agreement"  # name of a measured value: the agreement of repeated judgements
 CRITERION = "criterion/"  # begins the names of measured criteria
-MAX_NAMED = 64  # names of criteria in the rows of a data set, since each name is a metric
-CRITERION_NAME = r"[A-Za-z][A-Za-z0-9_-]*"
 _FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 _MAX_READ_CHARS = 65_536  # characters at the end of an answer in which an object is looked for
 
@@ -193,8 +191,8 @@ def agreement(values: Sequence[float]) -> float:
 def read_rubric(value: object) -> dict[str, Criterion]:
     """Return the criteria in a row's column: a list of objects with `criterion` and `weight`, or its JSON text.
 
-    `description` (Rubrics as Rewards) and `points` (HealthBench) are the same keys. `name` is optional, and by default
-    the number in the list. Further keys are ignored. ValueError describes what is wrong.
+    `description` (Rubrics as Rewards) and `points` (HealthBench) are the same keys, and further keys are ignored. The
+    name of a criterion is its number in the list. ValueError describes what is wrong.
     """
     if isinstance(value, str):
         try:
@@ -206,19 +204,14 @@ def read_rubric(value: object) -> dict[str, Criterion]:
     criteria: dict[str, Criterion] = {}
     for number, item in enumerate(value, start=1):
         fields = item if isinstance(item, Mapping) else {}
-        text, name = fields.get("criterion", fields.get("description")), fields.get("name") or str(number)
+        text = fields.get("criterion", fields.get("description"))
         weight = fields.get("weight", fields.get("points", 1.0))
         if not isinstance(text, str) or not text.strip():
             shown = _short(json.dumps(item, default=str))
             raise ValueError(f"has {shown} as criterion {number}, expected an object with the text `criterion`")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"has the weight {weight!r:.40} in criterion {number}, expected a finite number")
-        if name != str(number) and not (isinstance(name, str) and re.fullmatch(CRITERION_NAME, name)):
-            rule = "a letter, and then letters, digits, `_` and `-`"
-            raise ValueError(f"has the name {name!r:.40} in criterion {number}, expected {rule}")
-        if name in criteria:
-            raise ValueError(f"has two criteria named {name!r}; give each another name, or none")
-        criteria[name] = Criterion(text=text, weight=float(weight))
+        criteria[str(number)] = Criterion(text=text, weight=float(weight))
     if not any(criterion.weight > 0.0 for criterion in criteria.values()):
         raise ValueError("has no criterion with a weight above 0, so there is no best score; give one such a weight")
     return criteria
