@@ -10,11 +10,14 @@ import itertools
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rlhf.data.presets import PresetSource, presets
 from rlhf.data.tasks import TaskSource
 from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf.data.sources import Row
 
 logger = logging.getLogger(__name__)
 
@@ -40,20 +43,6 @@ def conversation_text(messages: Sequence[Mapping[str, Any]]) -> str:
         return contents[0]
     pairs = zip(messages, contents, strict=True)
     return "\n\n".join(f"{str(message.get('role', '')).capitalize()}: {content}" for message, content in pairs)
-
-
-class PreferenceRow(Protocol):
-    """A row of rlhf.data.sources."""
-
-    @property
-    def columns(self) -> Mapping[str, Any]: ...
-
-    @property
-    def place(self) -> str: ...
-
-    def value(self, column: str) -> Any: ...
-
-    def text(self, column: str) -> str: ...
 
 
 def preferences_of(source: TaskSource) -> tuple[str | TaskSource | PresetSource, Mapping[str, str]]:
@@ -85,7 +74,7 @@ def _has_types(data: Any, types: Mapping[str, type]) -> bool:
     return all(isinstance(value, types.get(name, ())) for name, value in data.items()) and bool(data.get("size", 1) > 0)
 
 
-def preference_prompts(source: TaskSource, rows: Sequence[PreferenceRow]) -> list[dict[str, Any]]:
+def preference_prompts(source: TaskSource, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return the task's rows, with `messages` and `answer`, "A" or "B", from rows of preferences.
 
     The rows' columns are those of preference data: `chosen` and `rejected`, with `prompt` or as conversations with
@@ -110,7 +99,7 @@ def preference_prompts(source: TaskSource, rows: Sequence[PreferenceRow]) -> lis
         values = {**row.columns, "question": question, "response_a": responses[0], "response_b": responses[1]}
         try:
             text = template.format(**values)
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
+        except (LookupError, ValueError, AttributeError, TypeError) as error:
             have = ", ".join(f"{{{column}}}" for column in values)
             problem = f"args.prompt cannot be filled in ({error}); {row.place} has {have}. Double a literal brace."
             raise UserError(f"{name}: {problem}") from error
@@ -119,7 +108,7 @@ def preference_prompts(source: TaskSource, rows: Sequence[PreferenceRow]) -> lis
     return made
 
 
-def _texts(row: PreferenceRow) -> tuple[str, str, str]:
+def _texts(row: Row) -> tuple[str, str, str]:
     """Return the prompt, the chosen and the rejected response of a row as plain text."""
     values = [row.value("chosen"), row.value("rejected")]
     if not all(isinstance(value, list) for value in values):
@@ -142,7 +131,7 @@ def _texts(row: PreferenceRow) -> tuple[str, str, str]:
     return conversation_text(chosen[:first]), conversation_text(chosen[first:]), conversation_text(rejected[first:])
 
 
-def _messages(row: PreferenceRow, column: str) -> list[Mapping[str, Any]]:
+def _messages(row: Row, column: str) -> list[Mapping[str, Any]]:
     messages = row.value(column)
     if not messages or not all(isinstance(message, Mapping) for message in messages):
         raise UserError(f"{row.place}: column `{column}` is {messages!r:.60}, expected a list of messages, not empty.")
