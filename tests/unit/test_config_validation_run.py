@@ -125,6 +125,7 @@ ONLINE_REFUSED = [
     (["train.best_metric=eval/other/score"], "train.best_metric: got 'eval/other/score', expected a metric of an"),
     (["eval.temperature=1.0", "eval.samples_per_prompt=4", "eval.k=[1, 8]"], "has 8, but eval.samples_per_prompt is 4"),
     (["policy.model=stage:sft"], "policy.model: got 'stage:sft', but this run is not a pipeline's stage"),
+    ([*REWARD_MODEL, "reward.members={b: {model: stage:rm}}"], "reward.members.b.model: got 'stage:rm', but this run"),
     (["cluster.address=local"], "cluster.address: is local; a Ray that is"),
     (["rewards.correct.gate=corect"], "rewards.correct.gate: is corect, expected the name of another reward; there"),
     (["rewards.correct.gate=correct"], "rewards.correct.gate: is correct, expected"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt
@@ -143,8 +144,8 @@ class RewardModelConfig(ModelConfig):
     response."""
 
     @property
-    def models(self) -> dict[str, ModelConfig]:
-        """Return the model and all members, each under the key of its name below `reward`."""
-        alone = ModelConfig(**{name: getattr(self, name) for name in ModelConfig.model_fields})
+    def models(self) -> Mapping[str, RewardModelConfig]:
+        """Return the model and all members as separate sections, each under the key of its name below `reward`."""
+        alone = self.model_copy(update={"members": {}})
         names = {f"members.{name}.model": member.model for name, member in self.members.items()}
         return {"model": alone, **{key: alone.model_copy(update={"model": name}) for key, name in names.items()}}

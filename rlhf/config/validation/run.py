@@ -14,7 +14,7 @@ from rlhf.algorithms.online_config import FollowedReferenceConfig, OnlineConfig
 from rlhf.config import derive
 from rlhf.config.derive import Derived
 from rlhf.config.problem import Problem, problem
-from rlhf.config.schema.model import ModelConfig, TrainedModelConfig
+from rlhf.config.schema.model import ModelConfig, RewardModelConfig, TrainedModelConfig
 from rlhf.config.schema.rollouts import RolloutsConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.validation.adapters import adapter_problems
@@ -127,8 +127,10 @@ def _models(config: Config) -> Iterator[Problem]:
         section: ModelConfig | None = getattr(config, role)
         if section is None:
             continue
-        if section.model.startswith("stage:"):
-            yield problem(f"{role}.model", f"{text.format(section.model)} or a model of the hub")
+        models = section.models if isinstance(section, RewardModelConfig) else {"model": section}
+        for key, named in models.items():
+            if named.model.startswith("stage:"):
+                yield problem(f"{role}.{key}", f"{text.format(named.model)} or a model of the hub")
         adapter = section.adapter if isinstance(section, TrainedModelConfig) else None
         if adapter is not None and adapter.startswith("stage:"):
             yield problem(f"{role}.adapter", text.format(adapter))

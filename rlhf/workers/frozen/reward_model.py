@@ -87,9 +87,8 @@ class RewardEnsemble:
 
     def __init__(self, config: RewardModelConfig, place: RankContext, *, max_tokens_per_microbatch: int) -> None:
         self.steps, self.coef = config.steps, config.disagreement_coef
-        alone = config.model_copy(update={"members": {}})
-        configs = [alone, *(alone.model_copy(update={"model": member.model}) for member in config.members.values())]
-        self.models = [RewardModel(one, place, max_tokens_per_microbatch=max_tokens_per_microbatch) for one in configs]
+        limit = max_tokens_per_microbatch
+        self.models = [RewardModel(one, place, max_tokens_per_microbatch=limit) for one in config.models.values()]
 
     def scores(
         self, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], step_ends: Bool[Tensor, " N"] | None
