@@ -203,7 +203,8 @@ class RewardSet:
             else:
                 outcome = _model_outcome(spec, model_scores, model_steps, len(responses))
                 if spec.name in disagreement:
-                    outcome = replace(outcome, parts={"disagreement": tuple(disagreement[spec.name])})
+                    finite = (value if math.isfinite(value) else None for value in disagreement[spec.name])
+                    outcome = replace(outcome, parts={"disagreement": tuple(finite)})
             for failure in outcome.failures:
                 error = _as_error(spec.name, failure, prompt)
                 (errors if spec.score_of_failure(failure.kind) is None else scored_errors).append(error)

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,13 @@ def test_errors_of_functions_and_models_leave_no_scores() -> None:
         ("taste", "not_a_number", 7, 0),
         ("strict", "raised", 7, 1),
     ]
+
+
+def test_an_ensemble_without_a_number_has_no_disagreement() -> None:
+    taste = replace(spec("taste", None), on_error=-1.0)
+    values = {"model_scores": {"taste": [float("nan"), 1.0]}, "disagreement": {"taste": [float("nan"), 0.5]}}
+    scores = scored([taste], ["a", "b"], **values)
+    assert (scores.scores, scores.parts) == ((-1.0, 1.0), {"taste/disagreement": (None, 0.5)})
 
 
 def test_model_scores_must_fit_the_group_and_weights_that_overflow_are_an_error() -> None:
