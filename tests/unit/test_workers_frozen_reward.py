@@ -100,6 +100,11 @@ def test_an_environments_reward_is_one_among_others(worker: RewardWorker) -> Non
     assert scores.scores == (3.0, -2.0)
 
 
+def test_a_judge_reads_the_first_observation_in_place_of_its_mark(worker: RewardWorker) -> None:
+    chat = dataclasses.replace(PROMPT, question="User: {observation}")
+    assert dataclasses.replace(chat, text="go", question="") == worker._as_read(chat, GROUP[0])
+
+
 def test_samples_show_who_said_what(worker: RewardWorker, tmp_path: Path) -> None:
     first, second = written(worker, tmp_path, scored_group())
     assert (first["prompt"], first["response"]) == ("go", "3\nit is 7")

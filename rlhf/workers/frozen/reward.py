@@ -147,7 +147,7 @@ class RewardWorker(ModelWorker):
         """Return the prompt with the first turn written by the environment, for a prompt with a placeholder."""
         if PLACEHOLDER not in prompt.text:
             return prompt
-        return replace(prompt, text=turns_of(rollouts, self.tokenizer)[0][0].text)
+        return replace(prompt, text=turns_of(rollouts, self.tokenizer)[0][0].text, question="")
 
     def texts(self, rollouts: Rollouts) -> list[str]:
         """Decode each response without closing special tokens."""
