@@ -103,10 +103,7 @@ class _Asking:
 
     def __init__(self, service: Service, spec: JudgeSpec, given: Mapping[str, Any], known: Judgements) -> None:
         self.service, self.spec, self.given, self.known = service, spec, given, known
-        scales = {
-            name: item.scale for name, item in ({} if isinstance(spec.rubric, str) else spec.rubric or {}).items()
-        }
-        self.rule = repr((spec.pattern, spec.scale, spec.choices, spec.compare, scales))  # how answers are read
+        self.rule = repr((spec.pattern, spec.scale, spec.choices, spec.compare))  # the rest is in the question
         self.asked: dict[str, asyncio.Future[dict[str, float] | Trouble]] = {}
 
     async def all_repeats(self, values: Mapping[str, Any]) -> Judged:
