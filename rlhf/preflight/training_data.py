@@ -96,8 +96,11 @@ class OnlineInputs:
     probe_ids: tuple[int, ...]
 
     def code(self) -> dict[str, str]:
-        """Return a digest of the code and the arguments of each reward and of the environment or agent, by key."""
-        sources = {f"rewards.{spec.name}": spec.function.source for spec in self.rewards if spec.function is not None}
+        """Return a digest of the code and the arguments of each function of a reward, and of the environment or agent,
+        by key. The criterion of a rubric has the key `rewards.<reward>/<criterion>`.
+        """
+        functions = {name: function for spec in self.rewards for name, function in spec.functions.items()}
+        sources = {f"rewards.{name}": function.source for name, function in functions.items()}
         if self.environment is not None:
             sources[self.environment.key] = self.environment.source
         return {key: source.digest().hex() for key, source in sources.items()}

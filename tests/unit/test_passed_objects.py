@@ -397,19 +397,20 @@ def test_a_resumed_run_says_which_code_has_changed(caplog: pytest.LogCaptureFixt
     """The checkpoint has the digests of its code. Code unknown to the checkpoint counts as unchanged."""
     sources = {
         name: find_code("reward", named(reward))
-        for name, reward in {"same": scaled(1.0), "other": scaled(2.0), "new": scaled(3.0)}.items()
+        for name, reward in {"same": scaled(1.0), "rubric/other": scaled(2.0), "rubric/new": scaled(3.0)}.items()
     }
-    specs = [SimpleNamespace(name=name, function=SimpleNamespace(source=of)) for name, of in sources.items()]
+    functions = {name: SimpleNamespace(source=of) for name, of in sources.items()}
+    specs = [SimpleNamespace(functions={"same": functions.pop("same")}), SimpleNamespace(functions=functions)]
     environment = SimpleNamespace(key="rollouts.environment", source=CodeSource(path=None, name="guess_number"))
     inputs = object.__new__(OnlineInputs)
     object.__setattr__(inputs, "rewards", specs)
     object.__setattr__(inputs, "environment", environment)
     code = inputs.code()
-    assert list(code) == ["rewards.same", "rewards.other", "rewards.new", "rollouts.environment"]
-    before = {"code": {"rewards.same": code["rewards.same"], "rewards.other": "x", "rollouts.environment": "y"}}
+    assert list(code) == ["rewards.same", "rewards.rubric/other", "rewards.rubric/new", "rollouts.environment"]
+    before = {"code": {"rewards.same": code["rewards.same"], "rewards.rubric/other": "x", "rollouts.environment": "y"}}
     with caplog.at_level(logging.WARNING):
         warn_of_changed_code(inputs, before, step=7)
     assert [record.getMessage() for record in caplog.records] == [
-        "the code or the arguments of rewards.other and rollouts.environment have changed since the checkpoint of step "
-        "7; the run uses the new ones"
+        "the code or the arguments of rewards.rubric/other and rollouts.environment have changed since the checkpoint "
+        "of step 7; the run uses the new ones"
     ]
