@@ -240,7 +240,7 @@ def _roles(config: Config, derived: derive.Derived, placement: PlacementPlan) ->
 
 def _names(model: ModelConfig) -> str:
     models = model.models.values() if isinstance(model, RewardModelConfig) else [model]
-    return ", ".join(one.model for one in models)
+    return ", ".join(section.model for section in models)
 
 
 def _role_rows(

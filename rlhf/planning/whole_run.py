@@ -39,21 +39,17 @@ def totals(loaded: LoadedConfig) -> Totals:
     counted = (with_counted_steps(config)[0] for config in loaded.runs.values())
     runs = [config for config in counted if isinstance(config, Config)]
     on_gpus = any(config.cluster.device == "cuda" for config in runs)
-    results = []
     for kind in GPU_TYPES if on_gpus else (None,):
-        count = max(plan_placement(config).total("GPU" if on_gpus else "CPU") for config in runs)
         stages = [_stage(config, loaded, kind) for config in runs]
-        seconds = [stage[1] for stage in stages]
-        results.append(
-            Totals(
-                devices=f"{count:g} {kind or ('CPU' if count == 1 else 'CPUs')}",
-                memory_gib=max(stage[0] for stage in stages) / GIB,
-                minutes=None if None in seconds else sum(filter(None, seconds)) / 60,
-            )
-        )
-        if all(stage[2] for stage in stages):
+        if all(fits for _, _, fits in stages):
             break
-    return results[-1]
+    count = max(plan_placement(config).total("GPU" if on_gpus else "CPU") for config in runs)
+    seconds = [stage[1] for stage in stages]
+    return Totals(
+        devices=f"{count:g} {kind or ('CPU' if count == 1 else 'CPUs')}",
+        memory_gib=max(stage[0] for stage in stages) / GIB,
+        minutes=None if None in seconds else sum(filter(None, seconds)) / 60,
+    )
 
 
 def _stage(config: Config, loaded: LoadedConfig, kind: str | None) -> tuple[float, float | None, bool]:

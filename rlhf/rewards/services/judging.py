@@ -15,7 +15,7 @@ from rlhf.rewards.services.pairwise import Game, games, win_rates, winning_chanc
 from rlhf.types import RESULT_COLUMN, Prompt, RewardErrorKind
 
 Trouble = tuple[RewardErrorKind, str]  # the reason a question has no answer
-Judged = list[dict[str, float]] | Trouble  # the answers to the repeats of a question
+Judged = dict[str, list[float]] | Trouble  # the values of all repeats of a question, by criterion
 
 
 async def judged(
@@ -42,14 +42,14 @@ async def judged(
         for sample, answer in enumerate(answers)
         if isinstance(answer, tuple)
     ]
-    names = list(dict.fromkeys(name for answer in answers if not isinstance(answer, tuple) for name in answer[0]))
-    means = {
-        name: tuple(None if isinstance(answer, tuple) else fmean(one[name] for one in answer) for answer in answers)
-        for name in names
-    }
+    known_values = [{} if isinstance(answer, tuple) else answer for answer in answers]
+    names = dict.fromkeys(name for values in known_values for name in values)
+    means = {name: tuple(fmean(values[name]) if values else None for values in known_values) for name in names}
     scores = means.pop("", (None,) * len(responses))
     parts = {CRITERION + name: values for name, values in means.items()}
-    return GroupOutcome(scores=scores, failures=tuple(failures), parts=parts | _agreement(spec, answers))
+    if spec.samples > 1:
+        parts[AGREEMENT] = tuple(fmean(map(agreement, values.values())) if values else None for values in known_values)
+    return GroupOutcome(scores=scores, failures=tuple(failures), parts=parts)
 
 
 async def _compared(asking: _Asking, responses: Sequence[str]) -> GroupOutcome:
@@ -72,12 +72,12 @@ async def _compared(asking: _Asking, responses: Sequence[str]) -> GroupOutcome:
         if isinstance(answer, tuple):
             failed |= {place: answer for place in pair if place < count}
             continue
-        shares = [one[""] for one in answer]
+        shares = answer.get("", [])
         results[pair] = fmean(shares) if shares else 0.5
         for place in pair if len(shares) > 1 else ():
             agreed[place].append(agreement(shares))
     values = (win_rates if spec.compare == "win_rate" else winning_chances)(results, count=len(texts))[:count]
-    means = tuple(fmean(values) if values else None for values in agreed[:count])
+    means = tuple(fmean(shares) if shares else None for shares in agreed[:count])
     return GroupOutcome(
         scores=tuple(None if place in failed else value for place, value in enumerate(values)),
         failures=tuple(
@@ -85,17 +85,6 @@ async def _compared(asking: _Asking, responses: Sequence[str]) -> GroupOutcome:
         ),
         parts={AGREEMENT: means} if spec.samples > 1 else {},
     )
-
-
-def _agreement(spec: JudgeSpec, answers: Sequence[Judged]) -> dict[str, tuple[float | None, ...]]:
-    """Return the agreement of each question's repeats, as the mean over criteria. Empty without repeats."""
-    if spec.samples < 2:
-        return {}
-    values = [
-        None if isinstance(answer, tuple) else fmean(agreement([one[name] for one in answer]) for name in answer[0])
-        for answer in answers
-    ]
-    return {AGREEMENT: tuple(values)}
 
 
 class _Asking:
@@ -114,13 +103,13 @@ class _Asking:
     async def both_orders(self, first: str, second: str) -> Judged:
         """Return the shares won by the first response. Every second repeat swaps the two. Empty for equal responses."""
         if first == second:
-            return []
+            return {}
         orders = [(second, first) if repeat % 2 else (first, second) for repeat in range(self.spec.samples)]
         rows = [{**self.given, "response_a": a, "response_b": b} for a, b in orders]
         whole = _whole(await asyncio.gather(*(self._once(row, repeat) for repeat, row in enumerate(rows))))
         if isinstance(whole, tuple):
             return whole
-        return [{"": 1.0 - one[""] if repeat % 2 else one[""]} for repeat, one in enumerate(whole)]
+        return {"": [1.0 - share if repeat % 2 else share for repeat, share in enumerate(whole[""])]}
 
     async def _once(self, values: Mapping[str, Any], repeat: int) -> dict[str, float] | Trouble:
         try:
@@ -146,5 +135,10 @@ class _Asking:
 
 
 def _whole(answers: Sequence[dict[str, float] | Trouble]) -> Judged:
-    trouble = next((answer for answer in answers if isinstance(answer, tuple)), None)
-    return trouble or [answer for answer in answers if not isinstance(answer, tuple)]
+    values: dict[str, list[float]] = {}
+    for answer in answers:
+        if isinstance(answer, tuple):
+            return answer
+        for name, value in answer.items():
+            values.setdefault(name, []).append(value)
+    return values

@@ -88,7 +88,7 @@ class RewardEnsemble:
     def __init__(self, config: RewardModelConfig, place: RankContext, *, max_tokens_per_microbatch: int) -> None:
         self.steps, self.coef = config.steps, config.disagreement_coef
         limit = max_tokens_per_microbatch
-        self.models = [RewardModel(one, place, max_tokens_per_microbatch=limit) for one in config.models.values()]
+        self.models = [RewardModel(model, place, max_tokens_per_microbatch=limit) for model in config.models.values()]
 
     def scores(
         self, token_ids: Int[Tensor, " N"], lengths: Int[Tensor, " B"], step_ends: Bool[Tensor, " N"] | None
