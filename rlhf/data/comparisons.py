@@ -61,6 +61,8 @@ def preferences_of(source: TaskSource) -> tuple[str | TaskSource | PresetSource,
             f"{source.name}: args.data is {data!r:.60}, expected a file or data set of preferences, a preset as "
             "{preset: NAME}, or a task as {task: NAME, size: N}; args.columns maps our column names to its names."
         )
+    if columns and isinstance(data, PresetSource):
+        raise UserError(f"{source.name}: args.columns has no effect on a preset, whose columns are renamed. Remove it.")
     fields = [field for field in ("{response_a}", "{response_b}") if field not in str(template or COMPARE_PROMPT)]
     if fields:
         raise UserError(f"{source.name}: args.prompt has no {' and no '.join(fields)}. Write both in the template.")

@@ -115,6 +115,7 @@ def test_equal_responses_are_left_out(tmp_path: Path) -> None:
         (PAIR, {"data": {"task": "running_totals", "size": -1}}, "args.data is .*expected a file"),
         (PAIR, {"data": {"task": "running_totals", "size": "many"}}, "args.data is {'task': 'running_totals', 'size'"),
         (PAIR, {"prompt": "{response_a}{response_b}{chosen[x]}"}, "cannot be filled in"),
+        (PAIR, {"data": {"preset": "ultrafeedback-binarized"}, "columns": {"prompt": "q"}}, "no effect on a preset"),
         (PAIR, {"file": "x"}, "args has file; the args are data, columns and prompt"),
     ],
 )
