@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,6 @@ from rlhf.suites.prompts import Prompts
 from rlhf.suites.reasoning import REASONING_SUITES
 from rlhf.suites.spec import Question, SuiteAnswers, SuiteSpec
 
-MOST_NEW_TOKENS = 256  # of a response, if the task sets no limit: the library's default
 MOST_NAMES = 5
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -216,7 +216,12 @@ def _model(spec: SuiteSpec, client: Client, prompts: Prompts) -> Any:
             return prompts.text(chat_history, add_generation_prompt=add_generation_prompt)
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
-            asks = [_sampled(request.args[0], request.args[1], spec.seed, prompts) for request in requests]
+            repeats: Counter[tuple[str, int, int]] = Counter()  # of a request; each repeat is drawn with another seed
+            asks = []
+            for request in requests:
+                place = request.task_name, request.doc_id, request.idx
+                asks.append(_sampled(request.args[0], request.args[1], spec.seed + repeats[place], prompts))
+                repeats[place] += 1
             return [answer.text for answer in self._note(requests, asks, lambda request, answer: answer.text)]
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -251,13 +256,15 @@ def _model(spec: SuiteSpec, client: Client, prompts: Prompts) -> Any:
     return model
 
 
-def _sampled(context: str, settings: Mapping[str, Any], seed: int, prompts: Prompts) -> Ask:
-    """Return the request for a response, with the task's settings. `do_sample: false` means greedy."""
-    until = settings.get("until") or []
-    most = prompts.room(settings.get("max_gen_toks") or settings.get("max_tokens") or MOST_NEW_TOKENS)
-    drawn = {name: settings[name] for name in _SAMPLING if settings.get(name) is not None}
-    drawn["temperature"] = drawn.get("temperature", 1.0) if settings.get("do_sample") else 0.0
-    stop = [text for text in ([until] if isinstance(until, str) else until) if text]
+def _sampled(context: str, settings: dict[str, Any], seed: int, prompts: Prompts) -> Ask:
+    """Return the request for a response, with the task's settings as the library reads them."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    read = normalize_gen_kwargs(settings)
+    most = prompts.room(read["max_gen_toks"])
+    drawn = {name: read[name] for name in _SAMPLING if read.get(name) is not None}
+    drawn.setdefault("temperature", 1.0 if read["do_sample"] else 0.0)
+    stop = [text for text in read["until"] if text]
     sampling = {"max_tokens": most, "seed": seed, **drawn, **prompts.ends(), **({"stop": stop} if stop else {})}
     return Ask(prompt_ids=prompts.ids(context, most), sampling=sampling)
 

@@ -48,11 +48,12 @@ def copies(tmp_path: Path) -> Path:
     return folder
 
 
-async def ask(spec: SuiteSpec, folder: Path) -> list[SuiteAnswers]:
+async def ask(spec: SuiteSpec, folder: Path, bodies: list[dict[str, Any]]) -> list[SuiteAnswers]:
     """Ask a front that answers 42 to every question, and gives each token of a prompt the log-probability -1."""
 
     async def answer(request: web.Request) -> web.Response:
         body = await request.json()
+        bodies.append(body)
         if "prompt_logprobs" in body:
             entries = [None, *({str(token): {"logprob": -1.0, "rank": 1}} for token in body["prompt"][1:])]
             return web.json_response({"choices": [{"prompt_logprobs": entries}]})
@@ -81,7 +82,7 @@ def test_tasks_of_the_library_grade_responses_and_likelihoods(copies: Path, tiny
     plan = asyncio.run(process.plan_suites(spec))
     assert plan.questions == 11
     assert plan.longest > 256  # a response of gsm8k may have 256 tokens
-    suites = asyncio.run(ask(spec, tmp_path))
+    suites = asyncio.run(ask(spec, tmp_path, []))
     gsm8k, arc = suite_reports(suites, None, seed=0)
     assert {name: estimate.value for name, estimate in gsm8k.metrics.items()} == {
         **dict.fromkeys(("score", "exact_match.strict-match", "exact_match.flexible-extract"), 0.125),
@@ -95,6 +96,17 @@ def test_tasks_of_the_library_grade_responses_and_likelihoods(copies: Path, tiny
     assert arc.metrics["score"].value == pytest.approx(2 / 3)
     assert [question.response for question in suites[1].questions] == ["gas", "ice", "rain"]
     assert "response_tokens" not in arc.metrics
+
+
+def test_each_repeat_of_a_question_has_a_seed(copies: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """The majority of 64 responses is wanted. With one seed, an engine would give the same response 64 times."""
+    bodies: list[dict[str, Any]] = []
+    names = ("gsm8k_cot_self_consistency",)
+    spec = SuiteSpec(names=names, limit=2, seed=5, tokenizer=str(tiny_model), data=str(copies))
+    (suite,) = asyncio.run(ask(spec, tmp_path, bodies))
+    assert sorted(body["seed"] for body in bodies) == sorted([*range(5, 69)] * 2)
+    assert {body["temperature"] for body in bodies} == {0.2}
+    assert len(suite.questions) == 2
 
 
 def test_each_folder_has_its_rows(copies: Path, tiny_model: Path) -> None:
