@@ -26,7 +26,8 @@ SAYS_EVERY_S = 1.0
 
 def main(folder: Path) -> int:
     """Write plan.json without an endpoint, results.jsonl with an endpoint, or failure.json."""
-    sys.stdout, lines = sys.stderr, os.fdopen(os.dup(1), "w", buffering=1)  # libraries print
+    lines = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # libraries and the programs that they start print
     threading.Thread(target=_end_with_parent, daemon=True).start()
     given = json.loads((folder / INPUTS).read_text())
     spec = TypeAdapter(SuiteSpec).validate_python(given["spec"])
