@@ -189,7 +189,8 @@ def prompt_metrics(
     def over_prompts(values: Sequence[float]) -> statistics.Estimate:
         return statistics.mean_estimate(values, seed=seed)
 
-    metrics = {"score": over_prompts([_mean(result.scores) for result in results])} if results[0].scores else {}
+    means = [_mean(result.scores) for result in results if result.scores]
+    metrics = {"score": over_prompts(means)} if means else {}
     names = dict.fromkeys(name for result in results for name in result.by_name)
     for name in [name for name in names if not is_unnamed(name)]:  # others differ from row to row
         opinions = [[v for v in result.by_name.get(name, ()) if v is not None] for result in results]

@@ -24,18 +24,18 @@ def suite_reports(
     reports = []
     for index, suite in enumerate(suites):
         drawn = any(question.response_tokens for question in suite.questions)
-        totals = {name: Estimate(value=value, low=None, high=None) for name, value in suite.totals.items()}
+        other = None if against is None else against[index]
         for report in prompt_reports(
             suite_name(suite),
             _results(suite),
             _UNMARKED,
-            against=None if against is None else _results(against[index]),
+            against=None if other is None else _results(other),
             sources={question.number: _name(question.task) for question in suite.questions if question.task},
             prompt_ids=[question.number for question in suite.questions],
             seed=seed,
         ):
-            ours, theirs = _metrics(report.metrics, drawn), report.against and _metrics(report.against, drawn)
-            reports.append(replace(report, metrics=ours | totals, against=theirs))
+            theirs = None if report.against is None or other is None else _metrics(report.against, other, drawn)
+            reports.append(replace(report, metrics=_metrics(report.metrics, suite, drawn), against=theirs))
     return reports
 
 
@@ -123,7 +123,8 @@ def _result(question: Question) -> PromptResult:
     )
 
 
-def _metrics(metrics: Mapping[str, Estimate], drawn: bool) -> dict[str, Estimate]:
-    """Return the metrics under the library's names. `drawn`: whether the model wrote responses."""
+def _metrics(metrics: Mapping[str, Estimate], suite: SuiteAnswers, drawn: bool) -> dict[str, Estimate]:
+    """Return metrics with the suite's totals, under the library's names. `drawn`: whether the model wrote responses."""
     kept = {name: value for name, value in metrics.items() if drawn or name not in _OF_RESPONSES}
-    return {name.removeprefix("rewards/"): value for name, value in kept.items()}
+    totals = {name: Estimate(value=value, low=None, high=None) for name, value in suite.totals.items()}
+    return {name.removeprefix("rewards/"): value for name, value in kept.items()} | totals

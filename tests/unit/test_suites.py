@@ -215,6 +215,18 @@ def test_two_models_are_compared_question_by_question() -> None:
     assert report.against["score"].value == pytest.approx(1 / 3)
 
 
+def test_a_question_without_a_score_counts_in_the_other_metrics_only() -> None:
+    (report,) = suite_reports([SuiteAnswers(name="s", questions=(question(0, 1.0), question(1, None)))], None, seed=0)
+    assert (report.num_rows, report.metrics["score"].value, report.metrics["response_tokens"].value) == (2, 1.0, 2.0)
+
+
+def test_both_models_have_their_totals() -> None:
+    ours, theirs = (SuiteAnswers(name="s", questions=(question(0, 1.0),), totals={"f1": f1}) for f1 in (0.5, 0.25))
+    (report,) = suite_reports([ours], [theirs], seed=0)
+    assert report.against is not None
+    assert (report.metrics["f1"].value, report.against["f1"].value) == (0.5, 0.25)
+
+
 def test_the_probability_to_be_better_by_hand() -> None:
     assert better_chance([1.0, 0.0], [0.0, 1.0], seed=0) == pytest.approx(0.5, abs=0.02)
     assert better_chance([1.0, 1.0], [1.0, 1.0], seed=0) == 0.5
@@ -238,6 +250,21 @@ def test_a_process_without_results_is_named(
     monkeypatch.setattr(process, "PREPARES_WITHIN_S", 1.0)
     with pytest.raises(error, match=message):
         asyncio.run(process.plan_suites(SuiteSpec(names=("s",), tokenizer="none")))
+
+
+def test_what_a_library_prints_is_no_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "noisy.py").write_text("""\
+import os, pathlib, sys
+from rlhf.suites import program
+
+program.answers_of = lambda *_: (print("a line"), os.system("echo a child"), ([], 7))[2]
+sys.exit(program.main(pathlib.Path(sys.argv[3])))
+""")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path}/noisy.py "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(process.sys, "executable", str(python))
+    assert asyncio.run(process.plan_suites(SuiteSpec(names=("s",), tokenizer="none"))).longest == 7
 
 
 def test_nothing_is_fetched_where_data_comes_from_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
