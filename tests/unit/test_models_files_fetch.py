@@ -43,6 +43,22 @@ def test_when_neither_source_works_both_are_named_and_nothing_is_left(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_two_processes_the_first_one_makes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "m"
+
+    def download(_: object, made: Path) -> str:
+        for place in (made, folder):  # the second is that of the faster process
+            place.mkdir()
+            for name in ("config.json", "model.safetensors", "tokenizer.json"):
+                (place / name).write_text(place.name)
+        return ""
+
+    monkeypatch.setattr(module, "_from_hub", download)
+    assert "already there" in fetch(SMALL_MODELS["smollm2"], folder)
+    assert (folder / "config.json").read_text() == "m"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_a_hub_that_hangs_is_left_after_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def hang(command: list[str], *, timeout: float, **_: object) -> None:
         raise subprocess.TimeoutExpired(command, timeout)

