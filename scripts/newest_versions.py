@@ -106,9 +106,7 @@ def summary(output: str) -> tuple[str, tuple[str, ...]]:
 
 def attempt(name: str, library: Library, folder: Path) -> Result:
     """Install the newest release into `folder` and run the library's tests there."""
-    before = next(
-        (v for p, _, v in (s.partition("==") for s in TESTED.read_text().split()) if p == library.package), "-"
-    )
+    before = version_in(TESTED, library.package)
     python = folder / "environment" / "bin" / "python"
     uv = str(Path(sys.executable).with_name("uv"))
     wheels = os.environ.get("PIP_FIND_LINKS") or os.environ.get("UV_FIND_LINKS")
