@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import random
 import re
 from collections import Counter
@@ -155,7 +156,7 @@ def _question(
     score: float | None = None
     for row in rows:
         for metric in row["metrics"]:
-            if isinstance(row[metric], (bool, int, float)):
+            if isinstance(row[metric], (bool, int, float)) and math.isfinite(row[metric]):
                 name = _metric(metric, row["filter"])
                 values[name] = float(row[metric])
                 if score is None and is_higher_better.get(metric):
@@ -177,13 +178,17 @@ def _question(
 
 
 def _totals(metrics: Mapping[str, Any], questions: Sequence[Question]) -> dict[str, float]:
-    """Return the library's metrics that are no mean over the questions. With a failed question there are none."""
+    """Return the library's metrics that are no mean over the questions. With a failed question there are none.
+
+    A correlation of constant answers is no number, and is left out.
+    """
     if any(question.failure is not None for question in questions):
         return {}
     totals = {}
     for key, value in metrics.items():
         metric, comma, filter_name = key.partition(",")
-        if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+        is_number = isinstance(value, (int, float)) and math.isfinite(value)
+        if not comma or metric.endswith("_stderr") or not is_number:
             continue
         name = _metric(metric, filter_name)
         own = [question.values[name] for question in questions if name in question.values]

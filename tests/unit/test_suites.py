@@ -19,6 +19,7 @@ from rlhf.evaluation.results import Evaluation
 from rlhf.evaluation.statistics import better_chance
 from rlhf.suites import process
 from rlhf.suites.client import Answer, Ask, Client
+from rlhf.suites.harness import _totals
 from rlhf.suites.prompts import Prompts
 from rlhf.suites.reasoning import REASONING_SUITES, ask_reasoning, reasoning_rows
 from rlhf.suites.reports import suite_failures, suite_reports, suite_rows, suite_samples
@@ -218,6 +219,12 @@ def test_two_models_are_compared_question_by_question() -> None:
 def test_a_question_without_a_score_counts_in_the_other_metrics_only() -> None:
     (report,) = suite_reports([SuiteAnswers(name="s", questions=(question(0, 1.0), question(1, None)))], None, seed=0)
     assert (report.num_rows, report.metrics["score"].value, report.metrics["response_tokens"].value) == (2, 1.0, 2.0)
+
+
+def test_only_numbers_become_totals() -> None:
+    """The library's correlation is not a number if all answers are equal, and eval.json holds numbers only."""
+    metrics = {"alias": "s", "f1,none": 0.5, "pearson,none": float("nan"), "f1_stderr,none": "N/A"}
+    assert _totals(metrics, [question(0, 1.0)]) == {"f1": 0.5}
 
 
 def test_both_models_have_their_totals() -> None:
