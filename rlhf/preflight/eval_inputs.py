@@ -183,7 +183,7 @@ def inputs_of_model(
         pass_score=marks.pass_score,
         answer=marks.answers,
         by=marks.by,
-        suites=tuple(dict.fromkeys(suites)),
+        suites=tuple(suites),
         suite_limit=suite_limit,
         suite_data=suite_data,
     )
@@ -279,7 +279,7 @@ def _with_suites(candidate: Candidate, made: ChatTemplate, section: EvaluateConf
     model = candidate.model
     refuse_unservable(model)
     spec = SuiteSpec(
-        names=section.suites,
+        names=tuple(dict.fromkeys(section.suites)),
         limit=section.suite_limit,
         data=section.suite_data,
         seed=decoding.seed,
