@@ -238,10 +238,11 @@ async def _suite_answers(
 
 
 def _identity(model: ModelOnDisk) -> str:
-    """Return a digest of a model's name and, for folders, of the sizes and times of the weight files."""
-    files = [file for folder in (model.base, model.adapter) if folder for file in Path(folder).glob("*.safetensors")]
-    seen = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
-    return hashlib.sha256(repr((model.name, model.base, model.adapter, seen)).encode()).hexdigest()[:16]
+    """Return a digest of a model's name and dtype and, for folders, of the sizes and times of the files."""
+    folders = [Path(folder) for folder in (model.base, model.adapter) if folder is not None]
+    files = sorted(file for folder in folders for file in folder.glob("*") if file.is_file())
+    seen = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((model, seen)).encode()).hexdigest()[:16]
 
 
 def _forget_answers(folder: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import rlhf
 from actors.rollout.engine_actor import RolloutSpec, RolloutWorker
-from actors.run.evaluate import refuse_unusable_results_folder
+from actors.run.evaluate import _identity, refuse_unusable_results_folder
 from rlhf.cli import main
 from rlhf.commands.decoding import decoding_of
 from rlhf.config.files.load import from_mapping, load
@@ -22,6 +22,7 @@ from rlhf.evaluation.decoding import Decoding
 from rlhf.evaluation.passing import PassRule
 from rlhf.evaluation.results import Marking, Marks, marking_of
 from rlhf.extensions import CodeSource
+from rlhf.models.on_disk import find_model
 from rlhf.preflight.eval_inputs import inputs_of_model, inputs_of_run
 from rlhf.preflight.inputs import load_inputs
 from rlhf.rewards.loading import LoadedReward
@@ -360,3 +361,13 @@ def test_results_are_replaced_only_where_that_is_asked_for(tmp_path: Path) -> No
     with pytest.raises(rlhf.UserError, match="replace it with --overwrite"):
         refuse_unusable_results_folder(tmp_path, overwrite=False)
     refuse_unusable_results_folder(tmp_path, overwrite=True)
+
+
+def test_stored_answers_belong_to_a_model_with_its_dtype_and_files(tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    model = find_model(str(folder), trust_remote_code=False, device="cpu")
+    first = _identity(model)
+    assert _identity(model) == first
+    assert _identity(replace(model, dtype="bfloat16")) != first
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    assert _identity(model) != first
