@@ -8,7 +8,6 @@ import logging
 import os
 import secrets
 import sys
-import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from rlhf.errors import RunError, UserError
+from rlhf.process.owned_folders import temporary_folder
 from rlhf.suites.program import FAILURE, INPUTS, PLAN, RESULTS
 from rlhf.suites.spec import LOST, MODEL, Endpoint, SuiteAnswers, SuitePlan, SuiteSpec
 
@@ -28,9 +28,9 @@ _LAST_CHARACTERS = 1500  # of the process's output in a message
 
 async def plan_suites(spec: SuiteSpec) -> SuitePlan:
     """Load the suites without asking a model. UserError: a suite is unknown, or its data cannot be loaded."""
-    with tempfile.TemporaryDirectory(prefix="suites-") as folder:
-        await _run(spec, None, Path(folder), lambda done, total: None, silent_s=PREPARES_WITHIN_S)
-        plan: SuitePlan = TypeAdapter(SuitePlan).validate_json((Path(folder) / PLAN).read_text())
+    with temporary_folder() as folder:
+        await _run(spec, None, folder, lambda done, total: None, silent_s=PREPARES_WITHIN_S)
+        plan: SuitePlan = TypeAdapter(SuitePlan).validate_json((folder / PLAN).read_text())
         return plan
 
 
@@ -53,9 +53,9 @@ async def ask_suites(
     key = secrets.token_urlsafe(32)
     for is_last in (False, True):
         endpoint = Endpoint(urls=tuple(await fronts(key, MODEL)), key=key, deadline_s=deadline_s, answers=stored)
-        with tempfile.TemporaryDirectory(prefix="suites-") as folder:
-            await _run(spec, endpoint, Path(folder), progress, silent_s=PREPARES_WITHIN_S + deadline_s)
-            lines = (Path(folder) / RESULTS).read_text().splitlines()
+        with temporary_folder() as folder:
+            await _run(spec, endpoint, folder, progress, silent_s=PREPARES_WITHIN_S + deadline_s)
+            lines = (folder / RESULTS).read_text().splitlines()
         suites = [TypeAdapter(SuiteAnswers).validate_json(line) for line in lines]
         failures = {suite.name: [q.failure for q in suite.questions if q.failure is not None] for suite in suites}
         if is_last or not any(failure.startswith(LOST) for failed in failures.values() for failure in failed):
