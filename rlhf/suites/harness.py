@@ -221,12 +221,11 @@ def _model(spec: SuiteSpec, client: Client, prompts: Prompts) -> Any:
             return prompts.text(chat_history, add_generation_prompt=add_generation_prompt)
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
-            repeats: Counter[tuple[str, int, int]] = Counter()  # of a request; each repeat is drawn with another seed
+            repeats: Counter[int] = Counter()  # of a request; each repeat is drawn with another seed
             asks = []
             for request in requests:
-                place = request.task_name, request.doc_id, request.idx
-                asks.append(_sampled(request.args[0], request.args[1], spec.seed + repeats[place], prompts))
-                repeats[place] += 1
+                asks.append(_sampled(request.args[0], request.args[1], spec.seed + repeats[id(request)], prompts))
+                repeats[id(request)] += 1
             return [answer.text for answer in self._note(requests, asks, lambda request, answer: answer.text)]
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:

@@ -5,7 +5,7 @@ The rows depend on the version of reasoning-gym in the extra `tasks` and on rlhf
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rlhf.data.tasks import REASONING_GYM, TaskSource, make_rows
@@ -37,7 +37,8 @@ def reasoning_rows(name: str) -> list[dict[str, Any]]:
 
 def ask_reasoning(name: str, spec: SuiteSpec, client: Client, prompts: Prompts) -> SuiteAnswers:
     """Ask all questions, greedily with one response each. The score is that of reasoning-gym for the last number."""
-    rows = _limited(reasoning_rows(name), spec.limit)
+    rows = reasoning_rows(name)  # the tasks take turns
+    rows = rows[: None if spec.limit is None else spec.limit * len(REASONING_SUITES[name])]
     texts = [prompts.text(row["messages"]) for row in rows]
     most = prompts.room(MAX_NEW_TOKENS)
     sampling = {"max_tokens": most, "temperature": 0.0, "seed": spec.seed, **prompts.ends()}
@@ -65,14 +66,3 @@ def ask_reasoning(name: str, spec: SuiteSpec, client: Client, prompts: Prompts) 
             for number, (row, text, answer) in enumerate(zip(rows, texts, answers, strict=True))
         ),
     )
-
-
-def _limited(rows: Sequence[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
-    """Return the first `limit` rows of each task."""
-    seen: dict[str, int] = {}
-    kept = []
-    for row in rows:
-        seen[row["task"]] = seen.get(row["task"], 0) + 1
-        if limit is None or seen[row["task"]] <= limit:
-            kept.append(row)
-    return kept
