@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rlhf.config.files.load import LoadedConfig
@@ -54,8 +53,11 @@ def totals(loaded: LoadedConfig) -> Totals:
 
 def _stage(config: Config, loaded: LoadedConfig, kind: str | None) -> tuple[float, float | None, bool]:
     """Return the bytes of the fullest place, the seconds of all steps, and whether each GPU has room."""
-    nodes = None if kind is None else list(_nodes(config, kind))
-    sizes, placement = sizes_of(loaded, nodes, None), plan_placement(config)
+    placement, nodes = plan_placement(config), None
+    if kind is not None:
+        count = math.ceil(placement.total("GPU") / GPUS_OF_A_NODE)
+        nodes = [Node(cpus=1024.0, gpus=GPUS_OF_A_NODE, kind=kind)] * count
+    sizes = sizes_of(loaded, nodes, None)
     machine = [this_machine(cpus=placement.total("CPU"))] if nodes is None else nodes
     start = "host of " if kind is None else "GPU of "
     fits = places(config, placement, footprints(config, sizes), machine)
@@ -63,11 +65,6 @@ def _stage(config: Config, loaded: LoadedConfig, kind: str | None) -> tuple[floa
     steps = config.train.steps
     seconds = None if steps is None else steps * _step_seconds(config, sizes, nodes)
     return max(place.wanted for place in wanted), seconds, kind is None or all(place.fits for place in wanted)
-
-
-def _nodes(config: Config, kind: str) -> Iterator[Node]:
-    for _ in range(math.ceil(plan_placement(config).total("GPU") / GPUS_OF_A_NODE)):
-        yield Node(cpus=1024.0, gpus=GPUS_OF_A_NODE, kind=kind)
 
 
 def _step_seconds(config: Config, sizes: Sizes, nodes: list[Node] | None) -> float:
