@@ -130,7 +130,7 @@ def test_what_cannot_run_is_refused(tmp_path: Path, rollouts: str, row: dict[str
 
 
 def test_gpt_oss_is_refused(tmp_path: Path) -> None:
-    source = load("agent_search.yaml").stages["grpo"].rollouts
+    source = load("recipe:agent_search").stages["grpo"].rollouts
     GptOssConfig(num_hidden_layers=1).save_pretrained(tmp_path)
     reading: dict[str, Any] = {"tokenizer": "", "trust_remote_code": False, "template": UNCHANGED}
     with pytest.raises(UserError, match=r"rollouts\.agent: agents cannot call .*gpt_oss.* Use another model"):

@@ -321,7 +321,7 @@ def test_a_stage_counts_what_failed_as_a_run_does(
     text = JUDGE.replace("seed: 7}", f"seed: 7, dir: {tmp_path}}}").replace("size: 7", "size: 2")
     loaded = load(written(text, tmp_path / "run.yaml", tiny_model))
     (stage,) = loaded.stages.values()
-    run_evaluation(stage, loaded, resume=False)
+    run_evaluation(stage, loaded, Start())
     folder = run_folder(stage)
     (row,) = read_metrics(folder)
     assert row["rollouts/environment_errors/total"] == row["rollouts/environment_timeouts/total"] == 1.0

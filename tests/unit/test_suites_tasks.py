@@ -123,8 +123,8 @@ def test_each_folder_has_its_rows(copies: Path, tiny_model: Path) -> None:
 def test_a_limit_and_a_missing_data_set(copies: Path, tiny_model: Path) -> None:
     spec = SuiteSpec(names=("gsm8k",), limit=3, tokenizer=str(tiny_model), data=str(copies))
     assert asyncio.run(process.plan_suites(spec)).questions == 3
-    absent = SuiteSpec(names=("ifeval",), tokenizer=str(tiny_model), data=str(copies))
-    with pytest.raises(UserError, match=r"Suite ifeval: data set google/IFEval cannot be loaded: .* hf download"):
+    absent = SuiteSpec(names=("hellaswag",), tokenizer=str(tiny_model), data=str(copies))
+    with pytest.raises(UserError, match=r"Suite hellaswag: data set Rowan/hellaswag cannot be loaded: .* hf download"):
         asyncio.run(process.plan_suites(absent))
 
 
