@@ -17,7 +17,7 @@ _QUOTED = r"\"[^\"]*\"|'[^']*'|\$\(\(.*?\)\)"
 _PART = re.compile(
     r"^[ \t]*read\b[^\n]*?(?P<heredoc>\w+)[ \t]*<<-?[ \t]*['\"]?(?P<end>\w+)['\"]?\n"
     r"(?P<text>.*?)\n[ \t]*(?P=end)[ \t]*$"
-    r"|^[ \t]*(?:export |declare -a )?(?P<array>\w+)\+?=\((?P<items>.*?)\)[ \t]*$"
+    r"|^[ \t]*(?:export |declare -a )?(?P<array>\w+)(?P<more>\+?)=\((?P<items>.*?)\)[ \t]*$"
     rf"|^[ \t]*(?:export |local )?(?P<name>[A-Za-z_]\w*)=(?P<value>(?:{_QUOTED}|[^\s;&|#\"'])*)[ \t]*(?:#[^\n]*)?;?$"
     r"|^(?P<line>[^\n]+)$",
     re.MULTILINE | re.DOTALL,
@@ -41,7 +41,8 @@ def commands(text: str) -> Iterator[list[str]]:
     for part in _PART.finditer(re.sub(r"\\\r?\n", "", text)):
         if name := part["heredoc"] or part["array"]:
             body = re.sub(r"(^|\s)#[^\n]*", r"\1", part["text"] or part["items"])
-            variables[name] = _expand(body, variables)
+            before = variables.get(name, "") if part["more"] else ""
+            variables[name] = f"{before} {_expand(body, variables)}"
         elif part["name"] and re.search(r"\$\((?!\()", part["value"]):
             variables.pop(part["name"], None)  # the output of a command
         elif part["name"]:

@@ -73,8 +73,10 @@ def _command(words: list[str], framework: Framework, path: Path) -> Source | Non
         return None
     launcher, rest = _flags(words[:at]), words[at + 1 :]
     counts = [launcher.get(name) for name in ("num_processes", "nproc_per_node", "num_gpus")]
-    gpus = next((count for given in counts for count in (given, given[0] if isinstance(given, list) else None)
-                 if type(count) is int), None)  # fmt: skip
+    gpus = next((count for count in map(_first_word, counts) if type(count) is int), None)
+    nodes = _first_word(launcher.get("nnodes", launcher.get("num_nodes")))
+    if gpus and type(nodes) is int and "num_processes" not in launcher:  # accelerate counts all nodes together
+        gpus *= nodes
     if framework == "verl":
         pairs = [word.lstrip("+~").partition("=") for word in rest if "=" in word and not word.startswith("-")]
         named = {key: _scalar(value) for key, _, value in pairs}
@@ -121,6 +123,10 @@ def _flags(words: list[str]) -> dict[str, Any]:
             for name, given in flags.items()}  # fmt: skip
 
 
+def _first_word(given: Any) -> Any:
+    return given[0] if isinstance(given, list) else given
+
+
 def _scalar(word: str) -> Any:
     try:
         return from_yaml(word)
@@ -163,6 +169,8 @@ def _python(path: Path, text: str) -> Source:
         tree = ast.parse(text)
     except SyntaxError as error:
         raise UserError(f"{path}:{error.lineno}: is not Python: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a null character, or brackets too deep
+        raise UserError(f"{path}: is not Python: {error}") from None
     method, settings, unread = None, dict[str, Any](), dict[str, str]()
     constants = {
         target.id: node.value
