@@ -1,8 +1,9 @@
 """Apply the rules of a framework (rules/FRAMEWORK.csv): a key of ours, its value, and when.
 
 A value is an expression over the settings by their names, such as `data.train_batch_size * rollout.n`. `method` is the
-trainer, `gpus` the number of GPUs or None, and `online` says whether the trainer samples responses. A rule without a
-key names a setting without a counterpart, with the reason, or a conversion with a difference.
+trainer, `gpus` the number of GPUs or None, and `online` says whether the trainer samples responses. `written` says
+whether the file has a setting; the first name of a row stands for all its names. A rule without a key names a setting
+without a counterpart, with the reason, or a conversion with a difference.
 """
 
 from __future__ import annotations
@@ -34,21 +35,20 @@ def apply_rules(draft: Draft) -> None:
     namespace = {
         **{function.__name__: function for function in (folder_name, base, first, as_list, several, trackers, every,
            data_sets, training_sets, column, modules, parent_unless, own_name, zero_stage, reward_functions,
-           preference_loss)},
+           preference_loss, kl_estimator)},
         "NEVER": NEVER, "NULL": NULL, "BUILT_IN": BUILT_IN, "method": draft.method, "gpus": draft.gpus,
         "online": draft.method in _ONLINE, "setting": draft, "key": draft.values.get,
-        "written": lambda name: name in draft.file, "updates": lambda: _updates(draft.values),
+        "written": lambda name: name in draft.written or name in draft.file, "updates": lambda: _updates(draft.values),
     }  # fmt: skip
     with (Path(__file__).parent / "rules" / f"{draft.framework}.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            names = []
+            names: list[str] = []
             try:
-                when, named = _compiled(row["when"] or "True", draft)
-                names = named
+                when, names = _compiled(row["when"] or "True", draft)
                 if not eval(when, namespace):
                     continue
                 value, of_value = _compiled(row["value"] or "None", draft)
-                names = [*named, *of_value]
+                of_condition, names = names, of_value
                 result = eval(value, namespace) if row["key"] else None
             except _FAILURES as error:
                 text = f"the value cannot be converted to {row['key']} ({type(error).__name__}: {error})"
@@ -56,7 +56,7 @@ def apply_rules(draft: Draft) -> None:
                     draft.lack(name, text)
                 continue
             if row["key"]:
-                draft.put(row["key"], result, *names)
+                draft.put(row["key"], result, *of_condition, *of_value)
             elif row["value"]:
                 draft.lack(row["value"], row["look"])
             else:
@@ -163,9 +163,9 @@ def modules(value: Any) -> Any:
 
 
 def zero_stage(value: Any) -> int | None:
-    """Return the stage in the name of a configuration, such as deepspeed_zero3.yaml. FSDP's full shards are stage 3."""
+    """Return the stage in the name of a configuration, such as deepspeed_zero3.yaml, or the stage like an FSDP mode."""
     match = re.search(r"zero_?([123])", str(value))
-    return int(match[1]) if match else 3 if "full_shard" in str(value) else None
+    return int(match[1]) if match else 3 if "full_shard" in str(value) else 2 if "grad_op" in str(value) else None
 
 
 def own_name(function: Any) -> str:
@@ -183,6 +183,13 @@ def reward_functions(functions: Any, weights: Any) -> dict[str, Any] | None:
         if source := BUILT_IN.get(name, own):
             rewards[name] = {**source, **share}
     return rewards or None
+
+
+def kl_estimator(name: str) -> str:
+    """Return the estimator for a name of verl. With a `+`, verl takes the gradient from k2."""
+    estimators = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
+    estimator = estimators[name.removesuffix("+")]
+    return f"{estimator}_straight_through" if name.endswith("+") and estimator != "k2" else estimator
 
 
 def preference_loss(losses: Any, weights: Any) -> Any:

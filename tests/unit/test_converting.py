@@ -159,6 +159,36 @@ def test_the_penalty_of_verl_keeps_its_place(tmp_path: Path, text: str, kl: tupl
     assert (penalty["coef"], penalty["estimator"], penalty["place"]) == kl
 
 
+@pytest.mark.parametrize(("name", "estimator"), [("k1", "k1"), ("k3", "k3"), ("mse+", "k2"), ("low_var_kl+", "k3")])
+def test_names_of_estimators_of_verl(tmp_path: Path, name: str, estimator: str) -> None:
+    text = "algorithm.adv_estimator=grpo actor_rollout_ref.rollout.n=4 algorithm.use_kl_in_reward=True "
+    assert verl(tmp_path, f"{text} algorithm.kl_penalty={name}")["algorithm"]["kl"]["estimator"] == estimator
+    loss = verl(tmp_path, f"{text} actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_type=k3+")
+    assert loss["algorithm"]["kl"]["estimator"] == "k3_straight_through"
+
+
+def test_an_estimator_without_a_counterpart_is_named(tmp_path: Path) -> None:
+    text = VERL + (
+        "algorithm.adv_estimator=grpo actor_rollout_ref.rollout.n=4 actor_rollout_ref.actor.use_kl_loss=True "
+        "actor_rollout_ref.actor.kl_loss_type=abs"
+    )
+    outcomes = converted(tmp_path, "verl", COMMANDS["verl"].format(text))[1].outcomes
+    assert (outcomes["actor.kl_loss_type"].kind, outcomes["actor.use_kl_loss"].kind) == ("none", "converted")
+
+
+@pytest.mark.parametrize("mode", ["gspo", "sapo", "geo_mean"])
+def test_losses_of_verl_with_a_fixed_aggregation(tmp_path: Path, mode: str) -> None:
+    text = "algorithm.adv_estimator=grpo actor_rollout_ref.rollout.n=4 actor_rollout_ref.actor.loss_agg_mode=token-mean"
+    run = verl(tmp_path, f"{text} actor_rollout_ref.actor.policy_loss.loss_mode={mode}")
+    assert run["algorithm"]["aggregation"] == "sequence_mean_token_mean"
+
+
+def test_the_older_micro_batch_of_verl_counts_all_gpus(tmp_path: Path) -> None:
+    text = "data.max_prompt_length=100 data.max_response_length=100 trainer.n_gpus_per_node=4 "
+    run = verl(tmp_path, text + "actor_rollout_ref.actor.ppo_micro_batch_size=64")
+    assert run["train"]["max_tokens_per_microbatch"] == 64 // 4 * 200
+
+
 def test_dapo_of_verl(tmp_path: Path) -> None:
     text = (
         "algorithm.adv_estimator=grpo actor_rollout_ref.rollout.n=4 data.train_batch_size=32 data.gen_batch_size=64 "
@@ -259,6 +289,14 @@ def test_the_correction_of_openrlhf(tmp_path: Path, kind: str, correction: dict[
     assert run["cluster"]["roles"]["reference"]["colocate_with"] is None
 
 
+def test_losses_of_openrlhf_average_over_tokens_except_gspo(tmp_path: Path) -> None:
+    text = "--rollout.n_samples_per_prompt 4 --algo.advantage.is_correction_enable --algo.advantage.estimator "
+    assert openrlhf(tmp_path, text + "rloo")["algorithm"]["aggregation"] == "token_mean"
+    gspo = openrlhf(tmp_path, text + "group_norm --actor.policy_loss_type gspo")["algorithm"]
+    assert gspo["aggregation"] == "sequence_mean_token_mean"
+    assert (gspo["correction"]["mode"], gspo["correction"]["weights"]) == ("bypass", None)
+
+
 def test_older_options_of_openrlhf_without_dots(tmp_path: Path) -> None:
     text = (
         "--pretrain some/model --prompt_data owner/prompts --remote_rm_url http://127.0.0.1:5000/score "
@@ -339,7 +377,7 @@ def test_losses_of_trl(tmp_path: Path, text: str, name: str, aggregation: str) -
 
 
 def test_ppo_prm_and_bco_of_trl_have_a_place(tmp_path: Path) -> None:
-    text = "--total_episodes 1000 --per_device_train_batch_size 5 --num_mini_batches 2 --kl_coef 0.1"
+    text = "--total_episodes 1000 --per_device_train_batch_size 10 --num_mini_batches 2 --kl_coef 0.1"
     (tmp_path / "run.sh").write_text(f"accelerate launch --num_processes 2 ppo.py {TRL} {text} --reward_model_path rm")
     result = rlhf.convert(tmp_path / "run.sh", "trl")
     run = yaml.safe_load(result.yaml)
@@ -400,6 +438,29 @@ def test_a_configuration_of_trl_and_of_accelerate(tmp_path: Path) -> None:
     assert "name: sft" in rlhf.convert(tmp_path / "sft.yaml", "trl", method="sft").yaml
 
 
+def test_data_types_of_trl(tmp_path: Path) -> None:
+    assert trl(tmp_path, "sft", "--bf16 true --fp16 false")["policy"]["dtype"] == "bfloat16"
+    assert trl(tmp_path, "sft", "--bf16 false --dtype float32")["policy"]["dtype"] == "float32"
+    assert trl(tmp_path, "sft", "--dtype bfloat16 --bf16 false")["policy"]["dtype"] == "bfloat16"
+
+
+def test_settings_of_trl_with_values_without_a_counterpart_are_named(tmp_path: Path) -> None:
+    text = (
+        "--save_strategy epoch --eval_strategy epoch --deepspeed config.json --importance_sampling_level sequence "
+        "--loss_type cispo --lr_scheduler_kwargs '{num_cycles: 2}' --reward_funcs accuracy_reward"
+    )
+    outcomes = converted(tmp_path, "trl", COMMANDS["trl"].format("grpo", TRL + text))[1].outcomes
+    names = ("save_strategy", "eval_strategy", "deepspeed", "importance_sampling_level", "lr_scheduler_kwargs")
+    assert {name: outcomes[name].kind for name in names} == dict.fromkeys(names, "none")
+    smallest = "--learning_rate 1e-5 --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{min_lr: 1.0e-6}'"
+    assert trl(tmp_path, "sft", smallest)["train"]["min_lr_ratio"] == pytest.approx(0.1)
+
+
+def test_the_gpus_of_all_nodes_are_counted(tmp_path: Path) -> None:
+    text = f"torchrun --nproc_per_node=8 --nnodes 2 sft.py {TRL} --per_device_train_batch_size 1"
+    assert converted(tmp_path, "trl", text)[0]["train"]["sequences_per_update"] == 16
+
+
 def test_a_script_is_expanded_without_running_it(tmp_path: Path) -> None:
     text = f"""
     set -x; touch {tmp_path}/ran
@@ -411,6 +472,7 @@ def test_a_script_is_expanded_without_running_it(tmp_path: Path) -> None:
        # --left out
        --two ${{SIZE}}
     )
+    ARGS+=(--more 1)
     read -r -d '' command <<EOF
     tool --x 1 \\
        --y 2
@@ -420,7 +482,7 @@ EOF
     bash -c "inner --z 3"
     """
     found = list(commands(text.replace("\n    ", "\n")))
-    assert ["run", "--one", "/data/sets/a b", "--two", "9", "--three", "${1}"] in found
+    assert ["run", "--one", "/data/sets/a b", "--two", "9", "--more", "1", "--three", "${1}"] in found
     assert ["tool", "--x", "1", "--y", "2"] in found
     assert ["inner", "--z", "3"] in found
     assert not (tmp_path / "ran").exists()
@@ -463,6 +525,7 @@ def test_a_setting_that_changes_nothing_here_is_told_from_one_that_is_lost(tmp_p
         ("run.sh", "echo hello", "no command that starts trl"),
         ("run.py", "print(1)", "has no call of a Config or a Trainer of TRL"),
         ("run.py", "def broken(", "run.py:1: is not Python"),
+        ("run.py", "x = '\0'", "is not Python"),
         ("run.yaml", "- a list", "must hold a mapping of sections"),
         ("run.sh", "trl sft --config gone.yaml", "reads --config gone.yaml, and there is no such file"),
         ("run.sh", "accelerate launch own_script.py --learning_rate 1", "give --method with one of"),
