@@ -50,6 +50,8 @@ def convert_file(path: Path, framework: Framework, *, method: str | None, gpus: 
     if source.zero_stage is not None:
         draft.put("cluster.roles.policy.zero_stage", source.zero_stage)
     missing = [f"{'.'.join(problem.key)}: {shorten(problem.text, 160)}" for problem in draft.fit()]
+    if source.has_branches:
+        missing.append("the script has `if` or `case`, and all branches are read; check the values that they set")
     tree = nested(draft.values)
     for key in NEEDED:
         section, _, name = key.partition(".")

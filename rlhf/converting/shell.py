@@ -22,7 +22,8 @@ _PART = re.compile(
     r"|^(?P<line>[^\n]+)$",
     re.MULTILINE | re.DOTALL,
 )
-_VARIABLE = re.compile(r"\$\{(\w+|[@*#])(?:\[[@*]\])?(?::?[-=]([^{}]*)|,,|\^\^)?\}|\$(\w+|[@*#])")
+_VARIABLE = re.compile(r"\$\{(\w+|[@*#])(?:\[[@*]\])?(?:(:?)[-=]([^{}]*)|,,|\^\^)?\}|\$(\w+|[@*#])")
+_WHOLE_ARRAY = re.compile(r'"(\$\{\w+\[@\]\})"')  # the items are words of their own
 _ARITHMETIC = re.compile(r"\$\(\(([\w\s+*/%()-]*)\)\)")
 _OUTPUT = re.compile(r"\$\([^()]*\)")
 _KEPT = "\0"  # stands for the `$` of a variable without a value
@@ -56,11 +57,13 @@ def commands(text: str) -> Iterator[list[str]]:
 
 def _expand(text: str, variables: dict[str, str]) -> str:
     def value(match: re.Match[str]) -> str:
-        name = match[1] or match[3]
-        return variables.get(name, match[2] if match[2] is not None else f"{_KEPT}{{{name}}}")
+        name, default = match[1] or match[4], match[3]
+        if name not in variables or (match[2] and not variables[name]):  # `:-` also replaces an empty value
+            return f"{_KEPT}{{{name}}}" if default is None else default
+        return variables[name]
 
     for _ in range(20):  # from the inside out
-        before, text = text, _VARIABLE.sub(value, text)
+        before, text = text, _VARIABLE.sub(value, _WHOLE_ARRAY.sub(r"\1", text))
         text = _OUTPUT.sub("", _ARITHMETIC.sub(lambda match: _number(match[1], variables), text))
         if text == before:
             break

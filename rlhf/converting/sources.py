@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Source:
     gpus: int | None = None  # processes that the launcher starts; None: the file does not say
     unread: dict[str, str] = field(default_factory=dict)  # settings without a value, with the reason
     zero_stage: int | None = None
+    has_branches: bool = False  # a script with `if` or `case`, of which all branches are read
 
 
 def read_source(path: Path, framework: Framework) -> Source:
@@ -57,7 +58,7 @@ def read_source(path: Path, framework: Framework) -> Source:
     if not found:
         kinds = "a YAML file, or a shell script with the command" + (", or a Python script" * (framework == "trl"))
         raise UserError(f"{path}: no command that starts {framework}; `rlhf convert --from {framework}` reads {kinds}")
-    return found[0]
+    return replace(found[0], has_branches=re.search(r"^\s*(?:if|case)\s", text, re.MULTILINE) is not None)
 
 
 def _command(words: list[str], framework: Framework, path: Path) -> Source | None:

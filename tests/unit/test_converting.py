@@ -477,15 +477,38 @@ def test_a_script_is_expanded_without_running_it(tmp_path: Path) -> None:
     tool --x 1 \\
        --y 2
 EOF
+    EMPTY=${{EMPTY:-}}
     run ${{ARGS[@]}} --three $1 $@ > log 2>&1 | tee file
+    other "${{ARGS[@]}}" "${{EMPTY:-5}}"
     $command
     bash -c "inner --z 3"
     """
     found = list(commands(text.replace("\n    ", "\n")))
     assert ["run", "--one", "/data/sets/a b", "--two", "9", "--more", "1", "--three", "${1}"] in found
+    assert ["other", "--one", "/data/sets/a b", "--two", "9", "--more", "1", "5"] in found
     assert ["tool", "--x", "1", "--y", "2"] in found
     assert ["inner", "--z", "3"] in found
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_script_with_branches_and_quoted_arrays_of_verl(tmp_path: Path) -> None:
+    text = """
+    DATA=(
+        data.train_files="['a.parquet', 'b.parquet']"
+        data.train_batch_size=${BATCH:-64}
+    )
+    REWARD=(reward.custom_reward_function.path=own.py)
+    if [ -n "$BATCH" ]; then
+        DATA+=(data.max_prompt_length=99)
+    fi
+    python3 -m verl.trainer.main_ppo \\
+        "${DATA[@]}" \\
+        "${REWARD[@]}" actor_rollout_ref.model.path=some/model "$@"
+    """
+    run, result = converted(tmp_path, "verl", text.replace("\n    ", "\n"))
+    assert (run["rollouts"]["prompts_per_step"], run["data"]["max_prompt_tokens"]) == (64, 99)
+    assert [*run["rewards"]] == ["custom"]
+    assert any("all branches are read" in remark for remark in result.remarks)
 
 
 def test_a_variable_without_a_value_is_named(tmp_path: Path) -> None:
