@@ -28,6 +28,7 @@ METHODS: dict[Framework, tuple[str, ...]] = {
 }
 _REFERENCE = r"\$\{[^{}]*[.:][^{}]*\}|\?\?\?"  # to another setting, or a missing value, in a file of Hydra
 _LORA = {"r": "lora_r", "target_modules": "lora_target_modules", "modules_to_save": "lora_modules_to_save"}
+_LOADED = {"path": "dataset_name", "name": "dataset_config", "split": "dataset_train_split"}
 _ARGUMENTS = {"model": "model_name_or_path", "reward_funcs": "reward_funcs", "reward_model": "reward_model_path"}
 
 
@@ -184,18 +185,17 @@ def _python(path: Path, text: str) -> Source:
         if not isinstance(node, ast.Call) or not (kind or name == "load_dataset"):
             continue
         if name == "load_dataset":
-            splits = [
-                ("dataset_train_split", word.value.elts[0] if isinstance(word.value, ast.List) else word.value)
-                for word in node.keywords
-                if word.arg == "split"
-            ]
-            given = dict([("dataset_name", node.args[0]), *splits]) if node.args else {}
+            loaded = dict(zip(("path", "name"), node.args, strict=False))
+            loaded |= {str(word.arg): word.value for word in node.keywords}
+            given = {_LOADED[arg]: value for arg, value in loaded.items() if arg in _LOADED}
+            if isinstance(split := given.get("dataset_train_split"), ast.List) and split.elts:
+                given["dataset_train_split"] = split.elts[0]
         elif name == "LoraConfig":
             given = {_LORA.get(str(word.arg), str(word.arg)): word.value for word in node.keywords}
             settings["use_peft"] = True
         elif kind and kind[1].lower() in METHODS["trl"]:
             method = kind[1].lower()
-            words = {str(word.arg): word.value for word in node.keywords}
+            words = {word.arg or f"**{ast.unparse(word.value)}": word.value for word in node.keywords}
             given = (
                 words if kind[2] == "Config" else {_ARGUMENTS[arg]: words[arg] for arg in words if arg in _ARGUMENTS}
             )
@@ -205,7 +205,7 @@ def _python(path: Path, text: str) -> Source:
             value = constants.get(value.id, value) if isinstance(value, ast.Name) else value
             try:
                 settings.setdefault(key, ast.literal_eval(value))
-            except ValueError:
+            except (ValueError, TypeError):
                 if key == "reward_funcs":
                     items = value.elts if isinstance(value, ast.List) else [value]
                     settings[key] = [f"{path.name}:{ast.unparse(item)}" for item in items]

@@ -425,6 +425,16 @@ def test_a_python_script_of_trl_is_read_and_not_run(tmp_path: Path) -> None:
     assert any("signature" in remark for remark in result.remarks)
 
 
+def test_a_python_script_with_a_subset_and_a_mapping_of_arguments(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        'rows = load_dataset("owner/data", "main", split=[])\nargs = SFTConfig(optim={[]: 1}, **shared)\n'
+    )
+    outcomes = rlhf.convert(tmp_path / "train.py", "trl").outcomes
+    assert {name: outcomes[name].kind for name in ("dataset_config", "optim", "**shared")} == dict.fromkeys(
+        ("dataset_config", "optim", "**shared"), "none"
+    )
+
+
 def test_a_configuration_of_trl_and_of_accelerate(tmp_path: Path) -> None:
     (tmp_path / "sft.yaml").write_text("model_name_or_path: some/model\ndataset_name: owner/data\nmax_length: 256\n")
     (tmp_path / "zero.yaml").write_text("num_processes: 2\ndeepspeed_config: {zero_stage: 3}\n")
