@@ -37,14 +37,14 @@ def unknown_key(
     path, value = (*section, word), _value_at(values, (*section, word))
     if word == "<<":
         return [Problem(path, "merge keys (`<<`) are not supported; write the keys out")]
-    if section == ("reward",) and "rewards" in known and isinstance(value, Mapping):
-        text = f"rewards by name belong to `rewards`; `reward` is the reward model. Write `rewards.{word}`."
-        return [Problem(path, text, meant=("reward.model",))]
     settings = list(_settings_below(path, value, known))
     if any(setting.text != _UNKNOWN for setting in settings) and (
         word in _FOREIGN_SECTIONS or not nearest(word, names)
     ):
         return settings
+    if section == ("reward",) and "rewards" in known and isinstance(value, Mapping):
+        text = f"rewards by name belong to `rewards`; `reward` is the reward model. Write `rewards.{word}`."
+        return [Problem(path, text, meant=("reward.model",))]
     synonym = _synonym(path, known)
     if synonym is not None:
         return [_of_synonym(path, synonym)]
