@@ -33,7 +33,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {  # reward functions of TRL
 def apply_rules(draft: Draft) -> None:
     """Put the keys of all rules that hold, in the order of the file: a later rule replaces an earlier one."""
     namespace = {
-        **{function.__name__: function for function in (folder_name, base, first, as_list, several, trackers, every,
+        **{function.__name__: function for function in (folder_name, base, first, as_list, trackers, every,
            data_sets, training_sets, column, modules, parent_unless, own_name, zero_stage, reward_functions,
            preference_loss, kl_estimator)},
         "NEVER": NEVER, "NULL": NULL, "BUILT_IN": BUILT_IN, "method": draft.method, "gpus": draft.gpus,
@@ -119,10 +119,6 @@ def trackers(names: Any, project: Any) -> dict[str, Any] | None:
     return {name: {keys[name]: project} if project else {} for name in as_list(names) if name in keys} or None
 
 
-def several(value: Any) -> bool:
-    return isinstance(data_sets(value), dict)
-
-
 def every(value: Any, per_step: float = 1, steps: int | None = None) -> int | None:
     """Convert optimizer steps between two events, -1 for never, to steps of `per_step` optimizer steps. A value below 1
     is a share of the run's `steps`."""
@@ -163,7 +159,7 @@ def modules(value: Any) -> Any:
 
 
 def zero_stage(value: Any) -> int | None:
-    """Return the stage in the name of a configuration, such as deepspeed_zero3.yaml, or the stage like an FSDP mode."""
+    """Return the stage in a name such as deepspeed_zero3.yaml. FSDP shards all (3), or gradients and states (2)."""
     match = re.search(r"zero_?([123])", str(value))
     return int(match[1]) if match else 3 if "full_shard" in str(value) else 2 if "grad_op" in str(value) else None
 

@@ -48,7 +48,8 @@ def read_source(path: Path, framework: Framework) -> Source:
     """Read a file. UserError: no file, no run of the framework in the file, or a file of an unknown kind."""
     if path.suffix in (".yaml", ".yml"):
         values = read_file(path, needs=f"the settings of a run of {framework}").values
-        return Source(_method_of_tree(values, framework), dict(_flat(values, framework)))
+        of_verl = "rl" if {"actor_rollout_ref", "algorithm"} & values.keys() else "sft"
+        return Source(of_verl if framework == "verl" else None, dict(_flat(values, framework)))
     try:
         text = path.read_bytes()[: MAX_MIB * 2**20].decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -73,16 +74,19 @@ def _command(words: list[str], framework: Framework, path: Path) -> Source | Non
             break
     if at < 0:
         return None
-    launcher, rest = _flags(words[:at]), words[at + 1 :]
+    flags, rest = _flags(words[:at]), words[at + 1 :]
+    launcher = {name: given[0] if isinstance(given, list) else given for name, given in flags.items()}
     counts = [launcher.get(name) for name in ("num_processes", "nproc_per_node", "num_gpus")]
-    gpus = next((count for count in map(_first_word, counts) if type(count) is int), None)
-    nodes = _first_word(launcher.get("nnodes", launcher.get("num_nodes")))
+    gpus = next((count for count in counts if type(count) is int), None)
+    nodes = launcher.get("nnodes", launcher.get("num_nodes"))
     if gpus and type(nodes) is int and "num_processes" not in launcher:  # accelerate counts all nodes together
         gpus *= nodes
     if framework == "verl":
-        pairs = [word.lstrip("+~").partition("=") for word in rest if "=" in word and not word.startswith("-")]
-        named = {key: _scalar(value) for key, _, value in pairs}
-        return Source("sft" if "sft" in str(method) else "rl", dict(_flat(_tree(named), framework)), gpus)
+        pairs = [
+            word.lstrip("+~").partition("=") for word in rest if "=" in word and not word.startswith(("-", "hydra."))
+        ]
+        named = {key.removeprefix("actor_rollout_ref."): _scalar(value) for key, _, value in pairs}
+        return Source("sft" if "sft" in str(method) else "rl", dict(_flat(named, framework)), gpus)
     settings = _flags(rest)
     file = settings.pop("config", None) if framework == "trl" else None
     if isinstance(file, str):
@@ -125,27 +129,11 @@ def _flags(words: list[str]) -> dict[str, Any]:
             for name, given in flags.items()}  # fmt: skip
 
 
-def _first_word(given: Any) -> Any:
-    return given[0] if isinstance(given, list) else given
-
-
 def _scalar(word: str) -> Any:
     try:
         return from_yaml(word)
     except UserError:
         return word
-
-
-def _tree(named: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for key, value in named.items():
-        node = tree
-        *sections, last = key.split(".")
-        for section in sections:
-            inner = node.setdefault(section, {})
-            node = inner if isinstance(inner, dict) else {}
-        node[last] = value
-    return tree
 
 
 def _flat(values: Mapping[str, Any], framework: Framework, at: str = "") -> Iterator[tuple[str, Any]]:
@@ -157,12 +145,6 @@ def _flat(values: Mapping[str, Any], framework: Framework, at: str = "") -> Iter
                 yield from _flat(value, framework, f"{name}." if name != "actor_rollout_ref" else "")
         elif framework != "verl" or not (name in ("hydra", "defaults") or re.fullmatch(_REFERENCE, str(value))):
             yield name, value
-
-
-def _method_of_tree(values: Mapping[str, Any], framework: Framework) -> str | None:
-    if framework == "verl":
-        return "rl" if {"actor_rollout_ref", "algorithm"} & values.keys() else "sft"
-    return None
 
 
 def _python(path: Path, text: str) -> Source:
