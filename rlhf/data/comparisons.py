@@ -10,7 +10,7 @@ import itertools
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from rlhf.data.presets import PresetSource, presets
 from rlhf.data.tasks import TaskSource
@@ -69,7 +69,7 @@ def preferences_of(source: TaskSource) -> tuple[str | TaskSource | PresetSource,
     return data, columns or {}
 
 
-def _has_types(data: Any, types: Mapping[str, type]) -> bool:
+def _has_types(data: Any, types: Mapping[str, type]) -> TypeGuard[dict[str, Any]]:
     """Return whether the data is a mapping of these keys to values of these types, with a size above 0."""
     if not isinstance(data, Mapping):
         return False

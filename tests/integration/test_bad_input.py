@@ -152,6 +152,7 @@ def test_a_run_folder_that_is_in_use_damaged_or_finished(capsys: pytest.CaptureF
     assert "start again under another run.name, because there is no undamaged checkpoint before this one" in said
     shutil.rmtree(folder)
     (folder / "final").mkdir(parents=True)  # the folder of a finished run
+    (folder / "metrics.jsonl").touch()
     assert "r already holds a finished run: its result is in final/; choose another run.name" in refused(capsys, run)
     assert main(["train", run, "--resume", "auto"]) == 0  # starts no Ray
     assert not (tmp_path / "r" / "checkpoints").exists()

@@ -21,6 +21,7 @@ from rlhf.evaluation.results import Marking, Marks, PromptResult
 from rlhf.preflight.candidates import Candidate
 from rlhf.preflight.eval_inputs import EvalInputs, inputs_of_run
 from rlhf.preflight.inputs import load_inputs
+from rlhf.preflight.start import Start
 from rlhf.preflight.training_data import OfflineInputs, OnlineInputs
 from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.suites.spec import SuiteAnswers

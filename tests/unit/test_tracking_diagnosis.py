@@ -23,7 +23,7 @@ from tests.fixtures.sources import ROOT
 Rows = list[dict[str, Any]]
 
 
-def diagnose(rows: Rows) -> list[Finding]:
+def diagnose(rows: Rows) -> tuple[Finding, ...]:
     diagnosis = Diagnosis()
     for row in rows:
         diagnosis.add(row)
@@ -174,12 +174,12 @@ def test_a_symptom_is_found_where_it_is_and_nowhere_else(kind: str) -> None:
     found = {one.kind: one for one in diagnose(ill)}
     assert kind in found
     assert 0 <= found[kind].first_step <= found[kind].last_step <= ill[-1]["step"]
-    assert diagnose(well) == []
+    assert diagnose(well) == ()
 
 
 def test_a_healthy_run_and_an_empty_run_have_no_finding() -> None:
     for run in (real("healthy_grpo"), [], [{"step": 0, "time_s": 0.0}]):
-        assert diagnose(run) == []
+        assert diagnose(run) == ()
 
 
 def test_a_run_that_hacks_its_reward_is_found_out() -> None:
@@ -209,7 +209,7 @@ def test_a_fall_from_a_peak_is_told_soon() -> None:
 def test_what_may_go_either_way_is_no_result(metric: str) -> None:
     """DPO lowers the rewards of both responses; a calibration error is better small, and noisy."""
     for values in ((0.5, 0.45, 0.3, 0.2, 0.1), (0.1, 0.2, 0.3, 0.4, 0.5)):
-        assert diagnose(evaluated(40, *values, every=10, key=f"eval/heldout/{metric}")) == []
+        assert diagnose(evaluated(40, *values, every=10, key=f"eval/heldout/{metric}")) == ()
 
 
 def test_the_numbers_and_steps_are_those_of_the_series() -> None:
