@@ -267,4 +267,4 @@ def test_the_sweep_file_of_the_page_starts_a_run(tmp_path: Path) -> None:
     shown.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "WANDB_RUN_ID": "x7k2"}
     said = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, check=True).stdout
-    assert said == "train configs/sft_smollm2.yaml tracking.wandb=online run.name=x7k2 train.lr=0.001\n"
+    assert said == "train recipe:sft_smollm2 tracking.wandb=online run.name=x7k2 train.lr=0.001\n"
