@@ -61,7 +61,9 @@ def test_eval_of_a_run_finds_what_is_known(
     found = told["sets"]["sums"]
     assert (found["num_rows"], found["num_failed"]) == (4, 0)
     right = {"score", "rewards/correct", "pass@1", "pass@2", "maj@2", "win_rate"}
-    assert {name: one["value"] for name, one in found["metrics"].items()} == {
+    values = {name: one["value"] for name, one in found["metrics"].items()}
+    assert 0.75 < values.pop("better") < 0.95  # by a bootstrap of three won prompts and one lost
+    assert values == {
         **dict.fromkeys(right, 0.75),
         "truncated": 0.0,
         "response_tokens": 2.0,  # the digit and the end of sequence

@@ -41,7 +41,7 @@ class Rank:
         self.results = {"__ray_call__": ("127.0.0.1", 1), "start": "fingerprint", "update_on": {}, **results}
 
     def __getattr__(self, method: str) -> Any:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **_: Any) -> Any:
             self.calls[method] = arguments
             if method != "__ray_call__":
                 self.notes.append(f"{method} {self.number} {' '.join(map(str, arguments))}".strip())

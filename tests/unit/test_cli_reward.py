@@ -295,7 +295,10 @@ def test_it_serves_until_it_is_told_to_end() -> None:
     ("words", "why"),
     [
         (["serve-reward", "no_such"], "there is no reward `no_such`"),
-        (["serve-reward", "last_number", "run.seed=1"], "sets a key of a configuration, but last_number is not a YAML"),
+        (
+            ["serve-reward", "last_number", "run.seed=1"],
+            "sets a key of a configuration, but last_number is neither a YAML",
+        ),
         (["reward", "CONFIG", "--file", "missing.jsonl"], "missing.jsonl does not exist"),
     ],
 )
