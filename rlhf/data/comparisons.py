@@ -10,14 +10,11 @@ import itertools
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 from rlhf.data.presets import PresetSource, presets
 from rlhf.data.tasks import TaskSource
 from rlhf.errors import UserError
-
-if TYPE_CHECKING:
-    from rlhf.data.sources import Row
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +40,20 @@ def conversation_text(messages: Sequence[Mapping[str, Any]]) -> str:
         return contents[0]
     pairs = zip(messages, contents, strict=True)
     return "\n\n".join(f"{str(message.get('role', '')).capitalize()}: {content}" for message, content in pairs)
+
+
+class PreferenceRow(Protocol):
+    """A row of rlhf.data.sources."""
+
+    @property
+    def columns(self) -> Mapping[str, Any]: ...
+
+    @property
+    def place(self) -> str: ...
+
+    def value(self, column: str) -> Any: ...
+
+    def text(self, column: str) -> str: ...
 
 
 def preferences_of(source: TaskSource) -> tuple[str | TaskSource | PresetSource, Mapping[str, str]]:
@@ -76,7 +87,7 @@ def _has_types(data: Any, types: Mapping[str, type]) -> TypeGuard[dict[str, Any]
     return all(isinstance(value, types.get(name, ())) for name, value in data.items()) and bool(data.get("size", 1) > 0)
 
 
-def preference_prompts(source: TaskSource, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def preference_prompts(source: TaskSource, rows: Sequence[PreferenceRow]) -> list[dict[str, Any]]:
     """Return the task's rows, with `messages` and `answer`, "A" or "B", from rows of preferences.
 
     The rows' columns are those of preference data: `chosen` and `rejected`, with `prompt` or as conversations with
@@ -110,7 +121,7 @@ def preference_prompts(source: TaskSource, rows: Sequence[Row]) -> list[dict[str
     return made
 
 
-def _texts(row: Row) -> tuple[str, str, str]:
+def _texts(row: PreferenceRow) -> tuple[str, str, str]:
     """Return the prompt, the chosen and the rejected response of a row as plain text."""
     values = [row.value("chosen"), row.value("rejected")]
     if not all(isinstance(value, list) for value in values):
@@ -133,7 +144,7 @@ def _texts(row: Row) -> tuple[str, str, str]:
     return conversation_text(chosen[:first]), conversation_text(chosen[first:]), conversation_text(rejected[first:])
 
 
-def _messages(row: Row, column: str) -> list[Mapping[str, Any]]:
+def _messages(row: PreferenceRow, column: str) -> list[Mapping[str, Any]]:
     messages = row.value(column)
     if not messages or not all(isinstance(message, Mapping) for message in messages):
         raise UserError(f"{row.place}: column `{column}` is {messages!r:.60}, expected a list of messages, not empty.")

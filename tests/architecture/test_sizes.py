@@ -30,7 +30,7 @@ MOST_LINES = {
     "rlhf/config": 6022,
     "rlhf/controller": 4548,
     "rlhf/converting": 749,
-    "rlhf/data": 3435,
+    "rlhf/data": 3446,
     "rlhf/engine": 2314,
     "rlhf/evaluation": 800,
     "rlhf/merging": 658,
