@@ -89,7 +89,7 @@ class Draft:
             self.outcomes[written] = SettingOutcome("none", text)
 
     def fit(self) -> list[Problem]:
-        """Remove keys that the schema refuses in this run, then defaults that change nothing. Return other problems."""
+        """Remove keys refused by the schema in this run, then written defaults. Return all other problems."""
         while True:
             config = parse(with_placeholders(self.values))
             found = list(config if isinstance(config, tuple) else problems(config))

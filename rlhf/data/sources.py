@@ -124,7 +124,7 @@ def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> li
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """A part of a source that is read from its beginning to its end, such as a file."""
+    """A part of a source, such as a file, read from beginning to end."""
 
     name: str
     read: Callable[[int], Iterator[Row]]  # the rows after the first rows, whose number is the argument
@@ -174,7 +174,7 @@ def _task_rows(source: TaskSource) -> Iterator[Row]:
 
 
 def _whole(name: str, read: Callable[[], Iterator[Row]]) -> Shard:
-    """Return a single shard whose first rows are skipped one by one."""
+    """Return a source as a single shard. Skipping rows reads each skipped row."""
     return Shard(name=name, read=lambda skip: itertools.islice(read(), skip, None))
 
 

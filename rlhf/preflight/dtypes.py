@@ -1,4 +1,4 @@
-"""Say which data types the device chose, and keep those of a run that continues on another kind of CPU."""
+"""Name the data types chosen by the device. A run that continues on another kind of CPU keeps its data types."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_every_block_has_a_known_language() -> None:
 
 
 def stand_in(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a call that only checks its arguments. A run that it returns has the attributes of a run."""
+    """Return a call that checks the arguments and starts no work. The result has the attributes of a run."""
 
     def checked(*arguments: Any, **options: Any) -> Any:
         inspect.signature(call).bind(*arguments, **options)

@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parent / "passed_objects_script.py"
 
 
 def start(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
-    """Run a copy of the script, and return what its callback and its tracker have noted."""
+    """Run a copy of the script, and return the notes of the script's callback and tracker."""
     (folder / "script.py").write_text(SCRIPT.read_text(encoding="utf-8"), encoding="utf-8")
     (folder / "beside.py").write_text("LIMIT = 30\n", encoding="utf-8")
     prompts = "".join(json.dumps({"prompt": f"{letter} {{observation}}"}) + "\n" for letter in "abc")

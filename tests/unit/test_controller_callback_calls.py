@@ -1,4 +1,4 @@
-"""Callbacks follow the loop, stop it, and end it with an error that names their line."""
+"""Callbacks follow the loop and may stop the loop. The error of a failed callback names the line."""
 
 from __future__ import annotations
 

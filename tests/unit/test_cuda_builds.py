@@ -18,7 +18,7 @@ from rlhf.cuda_builds import broken_cuda_builds, hide_cuda_builds
 
 
 def install(folder: Path, *, torch_cuda: str, libraries: dict[str, bytes]) -> None:
-    """Write packages with one shared library each, and a torch that names the CUDA version of its build."""
+    """Write packages with one shared library each, and a torch package with the CUDA version of the build."""
     (folder / "torch").mkdir()
     (folder / "torch/__init__.py").touch()
     (folder / "torch/version.py").write_text(f"cuda: Optional[str] = {torch_cuda}\nhip: Optional[str] = None\n")

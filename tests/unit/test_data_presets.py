@@ -1,4 +1,4 @@
-"""Each preset maps the rows of its public data set, and its reward tells a right answer from a wrong one."""
+"""Each preset maps the rows of a public data set, and the preset's reward tells right answers from wrong answers."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class RewardModel(FrozenWorker):
 
 
 class RewardEnsemble:
-    """The reward model of a worker with all its members. Each scores every response, one model after the other."""
+    """The reward models of a worker. All models score every response, one model after another."""
 
     def __init__(self, config: RewardModelConfig, place: RankContext, *, max_tokens_per_microbatch: int) -> None:
         self.steps, self.coef = config.steps, config.disagreement_coef
