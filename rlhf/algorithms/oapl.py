@@ -8,15 +8,13 @@ from typing import Literal
 from pydantic import Field
 
 from rlhf.algorithms.algorithm import Responses
-from rlhf.algorithms.grpo import GroupRelative
-from rlhf.algorithms.microbatch import PolicyMicrobatch, Surrogate
-from rlhf.algorithms.online import SequenceOutcomes, unclipped
-from rlhf.algorithms.online_config import Aggregation, LossKLConfig, OnlineConfig
+from rlhf.algorithms.online import SequenceOutcomes
+from rlhf.algorithms.whole_responses import WholeResponses, WholeResponsesConfig
 from rlhf.deferred import Float, Tensor
 from rlhf.objectives import advantages, weighted_loss
 
 
-class OAPLConfig(OnlineConfig):
+class OAPLConfig(WholeResponsesConfig):
     """Optimal advantage-based policy optimisation with a lagged inference policy. Needs neither ratio nor clip."""
 
     name: Literal["oapl"]
@@ -25,29 +23,21 @@ class OAPLConfig(OnlineConfig):
     exp(advantage / beta): smaller values move further."""
     value_temperature: float = Field(default=1.0, gt=0.0)
     """Temperature t of the group's value t * log(mean(exp(score / t))), beta_1 of the paper."""
-    kl: LossKLConfig = LossKLConfig()
-    aggregation: Aggregation = "sequence_mean_token_sum"
-
-    @property
-    def has_ratio(self) -> bool:
-        return True
 
     def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
         """Yield keys that would change the weight of single tokens, which would break the square of a response."""
+        yield from super().problems(responses)
         correction = self.correction
         if correction is not None and (correction.mode != "bypass" or correction.rejects):
             text = "weights or rejects tokens, but oapl regresses whole responses of any age; give {mode: bypass} alone"
             yield "algorithm.correction", text
-        if self.top_entropy_fraction is not None:
-            text = f"is {self.top_entropy_fraction}, but oapl regresses whole responses; set it to null"
-            yield "algorithm.top_entropy_fraction", text
 
 
-class OAPL(GroupRelative):
+class OAPL(WholeResponses):
     """The loss is (beta * log-ratio - A)^2 of each response, A the score minus the soft value of its group.
 
     Deviation from the paper: the old policy is the trainer's at the start of the update, not the sampler, unless
-    correction.mode is bypass. With an agent each training sequence of a session is regressed separately.
+    correction.mode is bypass.
     """
 
     config: OAPLConfig
@@ -57,6 +47,6 @@ class OAPL(GroupRelative):
         temperature = self.config.value_temperature
         return advantages.soft_value_centered(outcomes.scores, group_size=outcomes.group_size, temperature=temperature)
 
-    def surrogate(self, batch: PolicyMicrobatch) -> Surrogate:
-        columns = (batch.logprobs, batch.old_logprobs, batch.advantages, batch.response_mask, batch.lengths)
-        return unclipped(batch, weighted_loss.advantage_regression(*columns, beta=self.config.beta))
+    def response_loss(self, *columns: Tensor) -> Float[Tensor, " N"]:
+        """Return the square of each response's distance to the advantage."""
+        return weighted_loss.advantage_regression(*columns, beta=self.config.beta)

@@ -47,7 +47,6 @@ from rlhf.rollouts.environments.conversations import Conversations, EnvironmentS
 from rlhf.rollouts.records.spans import Played, Sampled, assemble
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.types import (
-    ONLY_TEACHER,
     BatchPlan,
     GroupRequest,
     GroupScores,
@@ -177,9 +176,10 @@ class Reference(FakeReference):
         *,
         only: frozenset[int] | None = None,
         temperatures: Mapping[int, float] | None = None,
+        **options: Any,
     ) -> list[RemoteColumns[TokenValues]]:
         rollouts: list[Any] = [group.rollouts for group in groups]
-        *columns, _ = self.worker.logprobs(only, temperatures or {}, *rollouts)
+        *columns, _ = self.worker.logprobs(only, temperatures or {}, *rollouts, **options)
         return [replace(group.columns, ref=column) for group, column in zip(groups, columns, strict=True)]
 
     async def offload(self) -> None:
@@ -195,18 +195,6 @@ class Teacher(Reference):
     role: Role = "teacher"
 
     worker: OnlineTeacherWorker
-
-    async def logprobs(
-        self,
-        groups: Sequence[CompletedGroup],
-        *,
-        only: frozenset[int] | None = None,
-        temperatures: Mapping[int, float] | None = None,
-        teacher: str = ONLY_TEACHER,
-    ) -> list[RemoteColumns[TokenValues]]:
-        rollouts: list[Any] = [group.rollouts for group in groups]
-        *columns, _ = self.worker.logprobs(only, temperatures or {}, *rollouts, teacher=teacher)
-        return [replace(group.columns, ref=column) for group, column in zip(groups, columns, strict=True)]
 
     async def states(self, plan: MinibatchPlan, groups: Sequence[CompletedGroup]) -> Any:
         found: list[Any] = []

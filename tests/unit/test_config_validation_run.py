@@ -91,7 +91,7 @@ ONLINE_REFUSED = [
     (["algorithm={name: pass_at_k, baseline: leave_one_out, k: 5}"], "algorithm.k: is 5 and must be at most 4"),
     (["algorithm={name: oapl, correction: {preset: token_tis}}"], "algorithm.correction: weights or rejects tokens"),
     (["algorithm={name: oapl, correction: {mode: bypass, off_policy_mask: 0.1}}"], "give {mode: bypass} alone"),
-    (["algorithm={name: real, advantage_clip: 1}"], "advantage_clip: is 1.0, but real classifies whole responses; set"),
+    (["algorithm={name: real, advantage_clip: 1}"], "advantage_clip: is 1.0, but real learns whole responses; set"),
     ([*ALONE, "algorithm={name: reinforce, baseline: response_mean}"], "is response_mean, but a step has a single res"),
     (["algorithm={name: topr, correction: {preset: bypass_pg_is}}"], "is policy_gradient, which replaces the loss of"),
     (["algorithm={name: real, correction: {preset: bypass_pg_is}}"], "is policy_gradient, which replaces the loss of"),
@@ -108,7 +108,7 @@ ONLINE_REFUSED = [
     ),
     (["algorithm={name: a_star_po}", "data.stream_window=64"], "a_star_po estimates the values of all prompts before"),
     (["algorithm={name: a_star_po}", "reference.model=a/b"], "a_star_po samples its values from the policy before tr"),
-    (["algorithm={name: oapl, top_entropy_fraction: 0.2}"], "top_entropy_fraction: is 0.2, but oapl regresses whole"),
+    (["algorithm={name: oapl, top_entropy_fraction: 0.2}"], "top_entropy_fraction: is 0.2, but oapl learns whole"),
     ([*STREAMED, "algorithm={name: reinforce, baseline: response_mean}"], "reinforce needs the whole batch first: its"),
     ([*STREAMED, "algorithm={name: grpo, correction: {preset: m2po}}"], "grpo needs the whole batch first: it chooses"),
     (

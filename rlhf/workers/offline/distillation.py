@@ -4,38 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf.algorithms.distillation import Distillation
-from rlhf.config.derive import has_named_teachers, teachers
+from rlhf.config.derive import has_named_teachers
 from rlhf.models.packed.forward import distillation_loss
 from rlhf.objectives.distillation import weighted_divergence_sum
 from rlhf.roles import Metrics
 from rlhf.tracking.metrics.reductions import Mean, Reduction
-from rlhf.types import Examples, TeacherColumn, VocabularyHead
-from rlhf.workers.lessons import Lesson, by_teacher, lessons_of, taught
+from rlhf.types import Examples, TeacherColumn
+from rlhf.workers.lessons import Lesson, by_teacher, lessons_of
 from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.offline.offline_worker import ExamplesWorker, OfflineBatch
+from rlhf.workers.taught import TaughtWorker
 from rlhf.workers.trained import Measure
 
 
-class DistillationWorker(ExamplesWorker[Examples]):
+class DistillationWorker(TaughtWorker, ExamplesWorker[Examples]):
     """Divergence from each row's teacher at the tokens in the loss mask, averaged over the whole optimizer step."""
 
     family = Distillation
     algorithm: Distillation
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.teachers = teachers(self.config)
-        self.heads: dict[str, VocabularyHead] = {}  # of teachers that return states
-
-    def take_teacher(self, name: str, head: VocabularyHead) -> None:
-        """Keep a teacher's vocabulary head. Called once for each teacher, before the first step."""
-        self.heads[name] = head.to(self.device)
 
     def shared(self, batch: OfflineBatch[Examples], states: Sequence[TeacherColumn]) -> list[Lesson]:
         if not batch.rows:
@@ -48,15 +39,13 @@ class DistillationWorker(ExamplesWorker[Examples]):
     ) -> tuple[Tensor, Measure]:
         """Return the divergence from the teachers, plus any cross-entropy of the algorithm."""
         config, trains, num_tokens = self.algorithm.config, torch.is_grad_enabled(), batch.plan.num_tokens
-        whole_mask = batch.examples.loss_mask
-        mask = whole_mask[microbatch.tokens]
-        device = self.device
+        mask = batch.examples.loss_mask[microbatch.tokens]
         loss, *columns = self.engine.forward(
             distillation_loss,
             self.part(batch.examples.token_ids, microbatch),
             microbatch.lengths.to(self.device),
             mask=mask.to(self.device),
-            taught=taught(shared, microbatch, whole_mask, teachers=self.teachers, heads=self.heads, device=device),
+            taught=self.taught(shared, microbatch, batch.examples.loss_mask),
             divergence_sum=partial(weighted_divergence_sum, self.algorithm.divergence, sft_coef=config.sft_coef),
             temperature=config.temperature,
             token_weight=1.0 / num_tokens,

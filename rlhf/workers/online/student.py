@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -15,36 +15,28 @@ from torch import Tensor
 
 from rlhf.algorithms.microbatch import PolicyMicrobatch
 from rlhf.algorithms.on_policy_distillation import RolloutDistillation
-from rlhf.config.derive import has_named_teachers, teachers
+from rlhf.config.derive import has_named_teachers
 from rlhf.models.packed.forward import distillation_loss, policy_logprobs, policy_logprobs_only
 from rlhf.objectives.distillation import sampled_divergence_sum, teacher_advantages
 from rlhf.objectives.masking import masked_sum, moments, to_tokens
 from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics.reductions import Mean, Reduction, Sum
-from rlhf.types import BatchPlan, MinibatchPlan, Rollouts, TeacherColumn, TokenSignals, TokenValues, VocabularyHead
-from rlhf.workers.lessons import Lesson, lessons_of, taught
+from rlhf.types import BatchPlan, MinibatchPlan, Rollouts, TeacherColumn, TokenSignals, TokenValues
+from rlhf.workers.lessons import Lesson, lessons_of
 from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.online.online_worker import OnlineWorker
 from rlhf.workers.online.token_signals import Column, unknown_signals
 from rlhf.workers.online.update_metrics import advantage_metrics, sampler_metrics, update_metrics
+from rlhf.workers.taught import TaughtWorker
 from rlhf.workers.trained import Measure
 
 
-class StudentWorker(OnlineWorker):
+class StudentWorker(TaughtWorker, OnlineWorker):
     """Receives a batch of rollouts, learns the teachers' predictions on the batch, and publishes the weights."""
 
     role = "policy"
     family: ClassVar[type[RolloutDistillation]] = RolloutDistillation
     algorithm: RolloutDistillation
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.teachers = teachers(self.config)
-        self.heads: dict[str, VocabularyHead] = {}  # of teachers that return states
-
-    def take_teacher(self, name: str, head: VocabularyHead) -> None:
-        """Keep a teacher's vocabulary head. Called once before the first step, if the run uses hidden states."""
-        self.heads[name] = head.to(self.device)
 
     def prepare(self, plan: BatchPlan, *parts: Rollouts | TokenValues) -> tuple[tuple[SequenceReport, ...], Metrics]:
         """Receive this rank's share of a batch. Collective.
@@ -130,12 +122,11 @@ class StudentWorker(OnlineWorker):
     def _whole(self, microbatch: Microbatch, plan: MinibatchPlan, lessons: Sequence[Lesson]) -> tuple[Tensor, Measure]:
         """Return a micro-batch's divergence over the vocabulary or its likeliest tokens, and the metrics."""
         _, _, mask = self.columns(self.share, microbatch)
-        held: dict[str, Any] = {"teachers": self.teachers, "heads": self.heads, "device": self.device}
         loss, logprobs, teacher_logprobs, entropy = self.forward(
             distillation_loss,
             self.share,
             microbatch,
-            taught=taught(lessons, microbatch, self.share.rollouts.response_mask, **held),
+            taught=self.taught(lessons, microbatch, self.share.rollouts.response_mask),
             divergence_sum=partial(sampled_divergence_sum, self.algorithm.divergence),
             temperature=self.rollouts_config.temperature,
             token_weight=1.0 / plan.num_tokens,

@@ -1,0 +1,33 @@
+"""Base of the ranks that learn the predictions of the models of `teacher`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from rlhf.config import derive
+from rlhf.models.packed.forward import Taught
+from rlhf.types import VocabularyHead
+from rlhf.workers.lessons import Lesson, taught
+from rlhf.workers.microbatches import Microbatch
+from rlhf.workers.trained import TrainedWorker
+
+
+class TaughtWorker(TrainedWorker):
+    """A student's rank, with the teachers by name, and the vocabulary heads of the teachers that return states."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.teachers = derive.teachers(self.config)
+        self.heads: dict[str, VocabularyHead] = {}
+
+    def take_teacher(self, name: str, head: VocabularyHead) -> None:
+        """Keep a teacher's vocabulary head. Called for each teacher before the first step, if the run uses states."""
+        self.heads[name] = head.to(self.device)
+
+    def taught(self, lessons: Sequence[Lesson], microbatch: Microbatch, mask: Bool[Tensor, " N"]) -> list[Taught]:
+        """Return the teachers' predictions of a micro-batch's tokens in mask, on the device."""
+        return taught(lessons, microbatch, mask, teachers=self.teachers, heads=self.heads, device=self.device)
