@@ -31,6 +31,7 @@ from rlhf.data.row import Row, shown
 from rlhf.data.templates import read_template
 from rlhf.errors import UserError
 from rlhf.models.files.tiny import build_tiny_llama, describe_tiny_llama
+from rlhf.models.files.tiny_vision import KINDS, build_tiny_vision
 from rlhf.rewards.loading import MAX_DEPTH, check_columns, is_nested_too_deep, load_reward
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rewards.services.client import ServiceSpec
@@ -70,12 +71,18 @@ def in_options() -> Iterator[None]:
 
 
 def local_model(name: str, folder: Path, *, seed: int, weights: bool = True) -> str:
-    """Return the name; for tiny:llama, return a folder of that seed, created below `folder` if missing.
+    """Return the name; for tiny:KIND, return a folder of that seed, created below `folder` if missing.
 
-    weights: whether the folder gets weights. Without weights the folder serves only the checks before a run.
+    weights: whether the folder of tiny:llama gets weights. Without weights the folder serves only the checks before a
+    run. Raise UserError for an unknown kind.
     """
-    if name != TINY:
+    prefix, _, kind = name.partition(":")
+    if prefix != "tiny":
         return name
+    if name != TINY:
+        if kind not in KINDS:
+            raise UserError(f"{name} is no tiny model. Use {TINY}, or one that sees: tiny:{', tiny:'.join(KINDS)}.")
+        return str(build_tiny_vision(folder / "models" / f"tiny-{kind}-{seed}", kind, seed=seed))
     if not weights:
         return str(describe_tiny_llama(folder / "models" / "tiny-llama"))
     return str(build_tiny_llama(folder / "models" / f"tiny-llama-{seed}", seed=seed))

@@ -49,7 +49,7 @@ class ModelConfig(Section):
 
     model: str = Field(min_length=1)
     """A Hugging Face name, a local folder, `stage:NAME` (the result of an earlier stage), or `tiny:llama` (the small
-    model of the quickstart, created from run.seed)."""
+    model of the quickstart, created from run.seed). `tiny:qwen3_vl` and other `tiny:KIND` are small models that see."""
     revision: str | None = Field(default=None, min_length=1)
     """Branch, tag or commit of a model on the hub. null: the main branch."""
     dtype: Dtype = "bfloat16"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -49,21 +50,29 @@ _SHAPE = {
     "max_position_embeddings": MAX_LENGTH,
 }
 _DESCRIPTION = "tiny_llama_described.json"  # name of a file in a folder without weights
-_RECIPE = "tiny_llama.json"  # name of the file with the folder's arguments, so that it is never taken for another model
+_RECIPE = "tiny_model.json"  # name of the file with the folder's arguments, so that it is never taken for another model
 
 
 def build_tiny_llama(folder: Path, *, seed: int, tied: bool = False) -> Path:
     """Make the model folder, or reuse a folder made from the same seed. Return `folder`. The weights are float32.
 
+    Raise UserError if `folder` exists and holds anything else.
+    """
+    recipe = json.dumps({"seed": seed, "tied": tied})
+    return made_once(folder, recipe, lambda partial: _write(partial, seed=seed, tied=tied))
+
+
+def made_once(folder: Path, recipe: str, write: Callable[[Path], None]) -> Path:
+    """Make a tiny model's folder with `write`, or reuse a folder with the same recipe. Return `folder`.
+
     The folder appears complete or not at all, also when several processes make the folder at once. Raise UserError if
     `folder` exists and holds anything else.
     """
-    recipe = json.dumps({"seed": seed, "tied": tied})
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            _write(partial, seed=seed, tied=tied)
+            write(partial)
             (partial / _RECIPE).write_text(recipe)
             partial.chmod(0o755)
             partial.rename(folder)
@@ -107,9 +116,14 @@ def described_config(folder: Path) -> DescribedConfig | None:
     return DescribedConfig(**json.loads(path.read_text())) if path.is_file() else None
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with 256 bytes as ids 0-255, the special tokens, and reserved tokens, so every id decodes."""
-    specials = [PAD, EOS, SYSTEM, USER, ASSISTANT]
+def byte_tokenizer(
+    specials: Sequence[str] = (), *, chat_template: str = CHAT_TEMPLATE, named: Mapping[str, str] | None = None
+) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with 256 bytes as ids 0-255, the special tokens, and reserved tokens, so every id decodes.
+
+    specials: further special tokens, in place of reserved ones. named: attributes of the tokenizer for some of them.
+    """
+    specials = [PAD, EOS, SYSTEM, USER, ASSISTANT, *specials]
     reserved = [f"<|reserved_{i}|>" for i in range(VOCAB_SIZE - 256 - len(specials))]
     backend = Tokenizer(BPE(vocab={letter: byte for byte, letter in enumerate(_byte_letters())}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -119,7 +133,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=backend,
         pad_token=PAD,
         eos_token=EOS,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
+        extra_special_tokens=dict(named or {}),
         padding_side="left",
         model_max_length=MAX_LENGTH,
         clean_up_tokenization_spaces=False,

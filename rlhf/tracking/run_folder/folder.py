@@ -353,7 +353,7 @@ def _is_of_a_start(path: Path) -> bool:
     if path.name in ("checkpoints", "samples", "evals"):
         return path.is_dir() and not any(path.iterdir())
     if path.name == "models":  # the tiny models that the checks of the input have made
-        return path.is_dir() and all("tiny-llama-" in child.name for child in path.iterdir())
+        return path.is_dir() and all("tiny-" in child.name for child in path.iterdir())
     return any(map(path.match, (".lock", f"{_SCRATCH}*", *_LEFTOVERS)))
 
 
