@@ -430,16 +430,26 @@ class RewardError:
 class MinibatchPlan:
     """One optimizer step, or chunk of an evaluation: each rank's sequences, and the counts that divide the losses.
 
-    The counts cover the whole step, or the whole evaluation set.
+    The counts cover the whole step, or the whole evaluation set. A negative id stands for a given response
+    of a prompt.
     """
 
     sequences_by_rank: tuple[tuple[int, ...], ...]  # ids of the samples of each data-parallel rank
     num_tokens: int  # sampled tokens, over all ranks; for pairs, of the chosen responses
     num_sequences: int  # samples, over all ranks; an agent's session counts once
     teachers: Mapping[int, str] = field(default_factory=dict)  # by sequence id; empty: there is a single teacher
+    given_share: float = 0.0  # of the given responses in the loss
+    num_given_tokens: int = 0  # learned tokens of given responses, part of num_tokens
 
     def teacher_of(self, sequence_id: int) -> str:
         return self.teachers.get(sequence_id, ONLY_TEACHER)
+
+    def weight_of(self, *, is_given: bool) -> float:
+        """Return the weight of a token's loss in the mean over num_tokens, so that both kinds get their shares."""
+        if not self.given_share:
+            return 1.0
+        count = self.num_given_tokens if is_given else self.num_tokens - self.num_given_tokens
+        return (self.given_share if is_given else 1.0 - self.given_share) * self.num_tokens / max(count, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ class Responses:
 
     samples_per_prompt: int
     prompts_per_step: int
+    updates_per_step: int  # in one epoch over a batch
     trained_per_prompt: int
     trained_key: str  # the configuration key behind trained_per_prompt
     max_tokens: int  # of one response
@@ -113,6 +114,11 @@ class AlgorithmConfig(Section):
     @property
     def reads_given_responses(self) -> bool:
         """Whether an online run also learns from responses in the rows of the prompts."""
+        return False
+
+    @property
+    def needs_given_responses(self) -> bool:
+        """Whether every row of the prompts must have a response."""
         return False
 
     @property

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf.algorithms.algorithm import Algorithm, AlgorithmConfig, Kind
+from rlhf.algorithms.algorithm import Algorithm, AlgorithmConfig, Kind, Responses
 from rlhf.algorithms.distillation import TaughtConfig, divergence_of
 from rlhf.algorithms.grpo import GROUP_STD_EPS
 from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
@@ -15,6 +16,8 @@ from rlhf.algorithms.online_config import ClippedConfig
 from rlhf.deferred import Float, Tensor
 from rlhf.objectives import advantages, distillation
 from rlhf.sections import OnlyWith
+
+WHOLE = OnlyWith("divergence", "forward_kl", "reverse_kl", "jsd")
 
 
 class RolloutDistillationConfig(AlgorithmConfig):
@@ -59,8 +62,27 @@ class OnPolicyDistillationConfig(RolloutDistillationConfig, TaughtConfig):
 
     kind: ClassVar[Kind] = "sampled_distillation"
     name: Literal["on_policy_distillation"]
-    top_k: Annotated[int | None, OnlyWith("divergence", "forward_kl", "reverse_kl", "jsd")] = Field(default=None, ge=1)
+    top_k: Annotated[int | None, WHOLE] = Field(default=None, ge=1)
     """Compare the teacher's k likeliest tokens, and all other tokens as one outcome. null: the whole vocabulary."""
+    on_policy_share: Annotated[float, WHOLE] = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of the student's responses in the loss of each optimizer step (lambda of GKD). Given responses have
+    the rest: column `completion`, or the assistant's turn at the end of `messages`. Every row needs one then."""
+
+    @property
+    def reads_given_responses(self) -> bool:
+        return self.on_policy_share < 1.0
+
+    @property
+    def needs_given_responses(self) -> bool:
+        return self.reads_given_responses
+
+    def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
+        """Yield optimizer steps without a given response."""
+        most = responses.prompts_per_step
+        if self.reads_given_responses and responses.updates_per_step > most:
+            text = f"is {self.on_policy_share}, but a step has {responses.updates_per_step} optimizer steps and gives "
+            text += f"{most} responses, one for each prompt; set train.sequences_per_update to at least "
+            yield "algorithm.on_policy_share", f"{text}{responses.samples_per_prompt}"
 
 
 class RolloutDistillation(Algorithm):
@@ -86,8 +108,9 @@ class RolloutDistillation(Algorithm):
 class OnPolicyDistillation(RolloutDistillation):
     """Learning from frozen models on rollouts.
 
-    Deviations from GKD: 1. all responses are the student's, and the data gives none; 2. several optimizer steps may
-    train on a single batch.
+    Deviations from GKD: 1. every optimizer step has both kinds of responses, with their exact shares of the loss, where
+    GKD draws one kind for each batch: the expected gradient is the same; 2. several optimizer steps may train on a
+    single batch; 3. sampling and loss have the same temperature.
     """
 
     config: OnPolicyDistillationConfig

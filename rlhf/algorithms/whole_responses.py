@@ -1,4 +1,4 @@
-"""Base of the algorithms that learn a whole response by the sum of the response's log-ratios."""
+"""Base of the algorithms on whole responses, by the sum of a response's log-ratios."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WholeResponsesConfig(OnlineConfig):
         return True
 
     def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
-        """Yield keys that would change single tokens, or the advantages that the loss is derived from."""
+        """Yield keys with an effect on single tokens, or on advantages with a fixed meaning."""
         for key in self.refused_keys:
             if (value := getattr(self, key)) is not None:
                 text = f"is {value}, but {self.name} learns whole responses; set it to null"

@@ -102,6 +102,33 @@ def plan_given(
     )
 
 
+def with_given(plan: BatchPlan, given: Sequence[RolloutInfo], *, share: float, seed: int) -> BatchPlan:
+    """Return the plan with the given responses, each in one minibatch, and with their share of each loss.
+
+    The composition of a minibatch depends on (seed, step) alone.
+    """
+    ordered = [[info] for info in sorted(given, key=lambda info: -info.sequence_id)]
+    drawn = draw_minibatches(ordered, step=plan.step, seed=seed, num_minibatches=len(plan.minibatches))
+    drawn += [[]] * (len(plan.minibatches) - len(drawn))
+
+    def mixed(minibatch: MinibatchPlan, chosen: Sequence[RolloutInfo]) -> MinibatchPlan:
+        by_rank = balance([info.num_tokens for info in chosen], len(minibatch.sequences_by_rank))
+        num_given = sum(info.num_response_tokens for info in chosen)
+        return replace(
+            minibatch,
+            sequences_by_rank=tuple(
+                (*sampled, *(chosen[place].sequence_id for place in places))
+                for sampled, places in zip(minibatch.sequences_by_rank, by_rank, strict=True)
+            ),
+            num_tokens=minibatch.num_tokens + num_given,
+            num_sequences=minibatch.num_sequences + len(chosen),
+            given_share=share,
+            num_given_tokens=num_given,
+        )
+
+    return replace(plan, minibatches=tuple(map(mixed, plan.minibatches, drawn)))
+
+
 def temperatures(groups: Sequence[ScoredGroup]) -> dict[int, float]:
     """Return the temperatures set by prompts, by sequence id."""
     return {

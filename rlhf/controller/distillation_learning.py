@@ -1,4 +1,4 @@
-"""Learn from a teacher's prediction at every token sampled by the student.
+"""Learn from a teacher's prediction at every token sampled by the student, or given with the prompts.
 
 batch plan -> teacher's logprobs -> minibatches -> updates (of the sampled tokens alone), or
 batch plan -> minibatches -> teacher's states -> updates (over the whole vocabulary)
@@ -18,11 +18,12 @@ from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.on_policy_distillation import OnPolicyDistillation
 from rlhf.config.derive import has_named_teachers, responses_per_step, teacher_of, teachers
 from rlhf.config.schema.root import Config
-from rlhf.controller.batches import plan_batch
+from rlhf.controller.batches import plan_batch, with_given
 from rlhf.controller.evaluation import mean_logprobs
 from rlhf.controller.learning import Columns, Learning, OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
 from rlhf.roles import CompletedGroup, RemoteColumns, ScoredGroup, StatesByRank
+from rlhf.rollouts.records.given import given_sequence
 from rlhf.types import BatchPlan, TokenValues
 
 
@@ -47,7 +48,10 @@ class DistillationLearning(Learning):
         config, record, policy = self.config, self.record, self.roles.policy
         groups = self.scores.normalized(groups)
         answered = [scored.group for scored in groups]
-        plan = self._plan(groups, step)
+        given: list[CompletedGroup] = []
+        if self.algorithm.config.reads_given_responses:
+            given = [_given(group) for group in answered]
+        plan = self._plan(groups, given, step)
         with record.stage(self.teacher.role):
             teacher_columns: Columns = []
             if not self.reads_states:
@@ -56,28 +60,33 @@ class DistillationLearning(Learning):
             draws: Any = self.rollouts.model_dump(include={"temperature", "samples_per_prompt"})
             means = await mean_logprobs(shown, self.config, self.teacher, **draws)
         with record.stage("experience"):
-            record.add((await policy.prepare(plan, answered, teacher_columns)).metrics)
+            record.add((await policy.prepare(plan, [*answered, *given], teacher_columns)).metrics)
         order = self.visits(len(plan.minibatches), step)
         if self.reads_states:
-            await self._update_all(order, plan, answered)
+            await self._update_all(order, plan, [*answered, *given])
         else:
             for minibatch in order:
                 await self._update(minibatch)
         trained = frozenset(info.sequence_id for scored in groups for info in scored.group.infos)
         return Signals(trained=trained, teacher_logprobs=means)
 
-    def _plan(self, groups: Sequence[ScoredGroup], step: int) -> BatchPlan:
+    def _plan(self, groups: Sequence[ScoredGroup], given: Sequence[CompletedGroup], step: int) -> BatchPlan:
         """Return the step's minibatches. Their scores are the terms added to the advantages of a response's tokens."""
+        seed = self.config.run.seed
         plan = plan_batch(
             groups,
             step=step,
-            seed=self.config.run.seed,
+            seed=seed,
             num_minibatches=responses_per_step(self.rollouts) // self.config.train.sequences_per_update,
             num_ranks=self.roles.policy.num_ranks,
             kl_coef=0.0,
         )
+        if given:
+            share = 1.0 - self.algorithm.config.on_policy_share
+            plan = with_given(plan, [info for group in given for info in group.infos], share=share, seed=seed)
         if has_named_teachers(self.config):
-            owners = {info.sequence_id: self._teacher_of(s.group) for s in groups for info in s.group.infos}
+            every = [*(scored.group for scored in groups), *given]
+            owners = {info.sequence_id: self._teacher_of(group) for group in every for info in group.infos}
             plan = replace(plan, minibatches=tuple(replace(one, teachers=owners) for one in plan.minibatches))
         if not self.algorithm.config.reward_coef:
             return replace(plan, scores={})
@@ -119,3 +128,9 @@ class DistillationLearning(Learning):
             else:
                 await self._update(minibatch, states)
                 states = () if following is None else await states_of(following)
+
+
+def _given(group: CompletedGroup) -> CompletedGroup:
+    """Return the given response of a group's prompt. Few tokens go to each rank by value."""
+    rollouts, info = given_sequence(group.request)
+    return CompletedGroup(request=group.request, rollouts=rollouts, infos=(info,))

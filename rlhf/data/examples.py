@@ -36,6 +36,7 @@ class Reading:
     window: int = 0  # rows of a stream's window; the last window of an epoch is shorter. 0: the rows are a whole set
     max_new_tokens: int | None = None  # largest limit that a row may give its responses; None: any
     max_given_tokens: int | None = None  # of a prompt with its given response; None: given responses are not read
+    needs_given: bool = False  # whether every row must have a given response
     teacher_column: str | None = None  # with the name of an example's teacher; None: there is a single teacher
     tasks: bool = False  # string prompts are the tasks of an agent, unchanged
     privileged: str | None = None  # template of the prompt of a policy that teaches itself

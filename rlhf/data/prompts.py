@@ -102,9 +102,18 @@ def given_responses(rows: Sequence[Row], tokenizer: Any, reading: Reading) -> di
     """Return the response of each row that has one, by the row's place, tokenised as for supervised learning.
 
     The response is the last assistant's turn of `messages`, or else column `completion`. UserError names a row whose
-    response is empty, or is longer with its prompt than reading.max_given_tokens.
+    response is empty, is longer with its prompt than reading.max_given_tokens, or is absent but needed.
     """
     answered = [row for row in rows if row.columns.get("completion") is not None or _ends_answered(row)]
+    if reading.needs_given and len(answered) < len(rows):
+        places = {row.place for row in answered}
+        first = next(row.place for row in rows if row.place not in places)
+        raise UserError(
+            f"{first}: the row has no given response, but algorithm.on_policy_share below 1 also learns the teacher's "
+            "predictions on given responses. Add column `completion`, or an assistant's turn at the end of `messages`, "
+            "remove the row, or set the key to 1. If a column has another name, set data.columns: {completion: "
+            "ITS_NAME}."
+        )
     given: dict[str, GivenResponse] = {}
 
     def build(index: int, row: Row, sequences: Sequence[Sequence[Tokens]]) -> Example:

@@ -136,6 +136,7 @@ def reading_of(config: Config) -> Reading:
         max_unusable_fraction=data.max_unusable_fraction,
         max_new_tokens=None if config.rollouts is None else config.rollouts.max_new_tokens,
         max_given_tokens=config.train.max_tokens_per_microbatch if config.algorithm.reads_given_responses else None,
+        needs_given=config.algorithm.needs_given_responses,
         teacher_column=teacher_column(config),
     )
 

@@ -150,7 +150,8 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path) -> tuple[
     taught = _privileged_reading(config, source)
 
     def load(name: str, rows: Sequence[Row], first_id: int, reading: Reading) -> LoadedRows[Prompt]:
-        reading = reading if name.startswith("data.eval.") else replace(reading, **taught)
+        is_eval = name.startswith("data.eval.")
+        reading = replace(reading, needs_given=False) if is_eval else replace(reading, **taught)
         return prompts_of_rows(rows, name, tokenizer, reading, first_id=first_id, **how)[0]
 
     sets = _read_sets(config, load, by_row=True, with_id=lambda prompt, row_id: replace(prompt, prompt_id=row_id))

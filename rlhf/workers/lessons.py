@@ -20,9 +20,10 @@ from rlhf.workers.microbatches import Microbatch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lesson:
-    """The predictions of one teacher for a batch."""
+    """The predictions of one teacher for the sampled, or the given, sequences of a batch."""
 
     teacher: str
+    weight: float  # of a token's loss, beside the teacher's weight
     column: TeacherColumn
     rows: Int[Tensor, " N"]  # of the column, for each token of the batch; -1: the teacher does not predict the token
 
@@ -40,18 +41,22 @@ def lessons_of(
     Each of `given` has samples of one teacher, in any order. `mask` is True at the tokens of `ids` that are learned.
     ValueError: a teacher returned another number of tokens.
     """
-    owners = [plan.teacher_of(i) for i in batch.sequence_ids.tolist()]
+
+    def kind(sequence_id: int) -> tuple[str, bool]:
+        return plan.teacher_of(sequence_id), sequence_id < 0
+
+    kinds = [kind(i) for i in batch.sequence_ids.tolist()]
     lessons = []
-    for teacher in dict.fromkeys(plan.teacher_of(i) for i in ids):
-        own = [i for i in ids if plan.teacher_of(i) == teacher]
+    for teacher, is_given in dict.fromkeys(map(kind, ids)):
+        own = [i for i in ids if kind(i) == (teacher, is_given)]
         parts = [part for part in given if len(part.lengths) and plan.teacher_of(int(part.sequence_ids[0])) == teacher]
         column = _gathered(parts, own)
-        belongs = torch.tensor([owner == teacher for owner in owners]).repeat_interleave(batch.lengths) & mask
+        belongs = torch.tensor([one == (teacher, is_given) for one in kinds]).repeat_interleave(batch.lengths) & mask
         if int(column.lengths.sum()) != int(belongs.sum()):
             returned, learned = int(column.lengths.sum()), int(belongs.sum())
             raise ValueError(f"the teacher returned {returned} states for {learned} tokens in the loss mask")
         rows = torch.where(belongs, belongs.cumsum(0) - 1, -1)
-        lessons.append(Lesson(teacher=teacher, column=column, rows=rows))
+        lessons.append(Lesson(teacher=teacher, weight=plan.weight_of(is_given=is_given), column=column, rows=rows))
     return lessons
 
 
@@ -76,7 +81,8 @@ def taught(
         places = (rows >= 0).nonzero()[:, 0]
         if len(places):
             teacher = _teacher(lesson.column, rows[places], heads.get(lesson.teacher), device)
-            found.append(Taught(places=places.to(device), teacher=teacher, weight=teachers[lesson.teacher].weight))
+            weight = teachers[lesson.teacher].weight * lesson.weight
+            found.append(Taught(places=places.to(device), teacher=teacher, weight=weight))
     return found
 
 

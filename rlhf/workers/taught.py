@@ -1,4 +1,4 @@
-"""Base of the ranks that learn the predictions of the models of `teacher`."""
+"""Base of the ranks of a student of the models in `teacher`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlhf.workers.trained import TrainedWorker
 
 
 class TaughtWorker(TrainedWorker):
-    """A student's rank, with the teachers by name, and the vocabulary heads of the teachers that return states."""
+    """A student's rank, with the teachers by name, and their vocabulary heads if the run uses hidden states."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

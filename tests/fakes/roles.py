@@ -129,7 +129,7 @@ class FakePolicy(FakeTrained, roles.PolicyRole):
         self.plan, self.references = plan, list(ref_logprobs)
         self.rollouts = [group.rollouts for group in groups]
         self.portions.append(plan)
-        self.note(f"prepare {', '.join(self.rollouts)}")
+        self.note(f"prepare {', '.join(map(str, self.rollouts))}")
         ids = [i for rank in range(self.ranks) for i in plan.sequences_of(rank)] if self.reports else []
         reports = [
             roles.SequenceReport(sequence_id=i, kl_ref=self.kl, mean_old_logprob=-1.0, mean_ref_logprob=None)

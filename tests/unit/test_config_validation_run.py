@@ -354,6 +354,12 @@ TAUGHT_REFUSED = [
     ([WHOLE, "algorithm.beta=0.1"], "algorithm.beta: has no effect here: algorithm.divergence is forward_kl"),
     (["algorithm.beta=0.1"], "algorithm.beta: has no effect here: algorithm.divergence is sampled_reverse_kl"),
     (["algorithm.clip_high=0.1", "train.sequences_per_update=32"], "has no effect here: the batch of 32 responses"),
+    (["algorithm.on_policy_share=0.5"], "on_policy_share: has no effect here: algorithm.divergence is sampled_reverse"),
+    ([WHOLE, "algorithm.on_policy_share=0"], "algorithm.on_policy_share: got 0, expected a number > 0"),
+    (
+        [WHOLE, "algorithm.on_policy_share=0.5", "train.sequences_per_update=2"],
+        "is 0.5, but a step has 16 optimizer steps and gives 8 responses, one for each prompt; set train.sequences_per",
+    ),
     (["algorithm.top_k=8"], "algorithm.top_k: has no effect here: algorithm.divergence is sampled_reverse_kl"),
     (["reward_policy.timeout_s=6"], "reward_policy: has no effect here: there are no rewards; remove it, or name"),
     (["rollouts.dynamic_sampling={}"], "rollouts.dynamic_sampling: has no effect here: there are no rewards"),

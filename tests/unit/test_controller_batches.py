@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 
 from rlhf.controller.batches import only, plan_batch, plan_given, plan_pairs, visits
+from rlhf.controller.batches import with_given as with_given_responses
 from rlhf.roles import ScoredGroup
+from rlhf.rollouts.records.given import given_sequence
 from rlhf.types import BatchPlan, GivenBatch, GivenResponse, GroupScores
 from tests.fakes.groups import completed_group, group_request
 
@@ -227,3 +229,31 @@ def test_a_step_may_have_few_given_responses_or_none() -> None:
     alone = found.for_rank(1)
     assert [len(by_rank[0]) for by_rank in alone.responses] == [0, 0]
     assert (alone.num_tokens, alone.share) == (found.num_tokens, 0.3)
+
+
+def test_given_responses_join_the_minibatches_whatever_the_ranks() -> None:
+    infos = [given_sequence(scored.group.request)[1] for scored in with_given(5)]
+    first = None
+    for ranks in (1, 2, 3):
+        sampled = plan(ranks)
+        found = with_given_responses(sampled, infos, share=0.25, seed=0)
+        chosen = [{i for i in ids if i < 0} for ids in members(found)]
+        first = first or chosen
+        assert chosen == first
+        assert sorted(chosen[0] | chosen[1]) == [-9, -7, -5, -3, -1]  # after prompts with two samples each
+        for before, after, ids in zip(sampled.minibatches, found.minibatches, chosen, strict=True):
+            learned = sum(info.num_response_tokens for info in infos if info.sequence_id in ids)
+            assert (after.num_given_tokens, after.given_share) == (learned, 0.25)
+            assert after.num_tokens - before.num_tokens == learned
+            weights = [after.weight_of(is_given=is_given) for is_given in (True, False)]
+            counts = learned, before.num_tokens
+            shares = [weight * count / after.num_tokens for weight, count in zip(weights, counts, strict=True)]
+            assert shares == pytest.approx([0.25, 0.75])
+    assert len({str(with_given_responses(plan(1, step=step), infos, share=0.25, seed=0)) for step in range(8)}) > 1
+
+
+def test_a_minibatch_without_a_given_response_keeps_the_share_of_its_samples() -> None:
+    (info,) = (given_sequence(scored.group.request)[1] for scored in with_given(5)[:1])
+    found = with_given_responses(plan(1), [info], share=0.25, seed=0)
+    (alone,) = (one for one in found.minibatches if not one.num_given_tokens)
+    assert alone.weight_of(is_given=False) == 0.75

@@ -15,7 +15,7 @@ from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.rollout_report import group_samples, rollout_metrics
 from rlhf.roles import ScoredGroup
 from rlhf.tracking.run_folder.folder import RunFolder
-from rlhf.types import BatchPlan
+from rlhf.types import BatchPlan, GivenResponse
 from tests.fakes.configs import online_config
 from tests.fakes.groups import scored_groups
 from tests.fakes.records import quiet_record
@@ -125,6 +125,23 @@ def by_column() -> list[ScoredGroup]:
         request = replace(scored.group.request, prompt=prompt)
         found.append(replace(scored, group=replace(scored.group, request=request)))
     return found
+
+
+def test_given_responses_learn_from_the_teacher_of_their_row(folder: RunFolder) -> None:
+    run = Run(folder, teacher=NAMED, teacher_column="source", divergence="reverse_kl", on_policy_share=0.75)
+    found = []
+    for scored in by_column():
+        given = GivenResponse(token_ids=(1, 2, 3, 4), loss_mask=(False, False, True, True))
+        prompt = replace(scored.group.request.prompt, given=given)
+        found.append(replace(scored, group=replace(scored.group, request=replace(scored.group.request, prompt=prompt))))
+    asyncio.run(run.learning.learn(found, 1))
+    owners = {i: SOURCES[i // SAMPLES] for i in range(8)} | {-1 - SAMPLES * i: name for i, name in enumerate(SOURCES)}
+    assert all(one.teachers == owners for one in run.plan.minibatches)
+    assert [(one.given_share, one.num_given_tokens) for one in run.plan.minibatches] == [(0.25, 4), (0.25, 4)]
+    ids = sorted(i for one in run.plan.minibatches for share in one.sequences_by_rank for i in share)
+    assert ids == [-7, -5, -3, -1, *range(8)]
+    asked = [sorted(i for share in one.sequences_by_rank for i in share) for one in run.plan.minibatches]
+    assert {call for call in run.calls if call.startswith("teach")} == {f"teach {ids}" for ids in asked}
 
 
 @pytest.mark.parametrize("divergence", ["sampled_reverse_kl", "reverse_kl"])

@@ -207,6 +207,8 @@ def test_given_responses_that_cannot_be_learned_are_refused(tokenizer: Any) -> N
         given(tokenizer, {"prompt": "a", "completion": "b" * 31})
     with pytest.raises(UserError, match="completion"):
         given(tokenizer, {"prompt": "a", "completion": ""})
+    with pytest.raises(UserError, match=r"d.jsonl:2: the row has no given response, but algorithm.on_policy_share"):
+        given(tokenizer, {"prompt": "a", "completion": "b"}, {"prompt": "a"}, needs_given=True)
     with pytest.raises(UserError, match="the conversation ends with the assistant's turn"):  # of other algorithms
         load(tokenizer, {"messages": [USER, YES]})
     assert [prompt.given for prompt in load(tokenizer, {"prompt": "a", "completion": "b"})] == [None]

@@ -386,3 +386,22 @@ def test_an_algorithm_of_given_responses_needs_one_in_the_data(tmp_path: Path) -
     inputs = stage(tmp_path, GRPO, chord).inputs
     assert isinstance(inputs, OnlineInputs)
     assert [prompt.given is not None for prompt in inputs.prompts] == [False] * 4 + [True] * 4
+
+
+def test_a_mixture_with_given_responses_needs_one_in_each_training_row(tmp_path: Path) -> None:
+    prompts = [{"prompt": f"{number}+1=", "answer": str(number + 1)} for number in range(4)]
+    answered = [{**row, "completion": row["answer"]} for row in prompts]
+    write(tmp_path / "b.jsonl", prompts)
+    taught = [
+        "algorithm={name: on_policy_distillation, divergence: jsd, on_policy_share: 0.5}",
+        "teacher={model: 'tiny:llama', dtype: float32}",
+        f"data={{train: {tmp_path}/a.jsonl, eval: {tmp_path}/b.jsonl, max_prompt_tokens: 32}}",
+    ]
+    write(tmp_path / "a.jsonl", [*answered[:2], prompts[2]])
+    with pytest.raises(UserError, match=r"a.jsonl:3: the row has no given response, but algorithm.on_policy_share"):
+        stage(tmp_path, GRPO, *taught)
+    write(tmp_path / "a.jsonl", answered)
+    inputs = stage(tmp_path, GRPO, *taught).inputs
+    assert isinstance(inputs, OnlineInputs)
+    assert all(prompt.given is not None for prompt in inputs.prompts)
+    assert [prompt.given for prompt in inputs.eval_sets["heldout"].prompts] == [None] * 4

@@ -5,6 +5,7 @@ The expected gradients are those of a plain loop over unpacked sequences.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ import torch
 
 from rlhf.agents.trees import assemble_sessions
 from rlhf.config import derive
+from rlhf.controller.batches import with_given
 from rlhf.controller.rollout_scorer import request_for
 from rlhf.models.packed.row_layout import row_layout
 from rlhf.objectives.distillation import Divergence, forward_kl, generalized_jsd, reverse_kl
-from rlhf.tracking.metrics.declarations import results
-from rlhf.types import BatchPlan, MinibatchPlan, Prompt, Rollouts
+from rlhf.rollouts.records.given import given_sequence
+from rlhf.tracking.metrics.declarations import merge_metrics, results
+from rlhf.types import BatchPlan, GivenResponse, MinibatchPlan, Prompt, RolloutInfo, Rollouts
 from rlhf.workers.frozen.teacher import OnlineTeacherWorker
 from rlhf.workers.frozen.top_settings import top_of
 from rlhf.workers.online.student import StudentWorker
@@ -48,6 +51,19 @@ class Worker(StudentWorker):
     def __init__(self, config: Any, model: Any) -> None:
         super().__init__(config, PLACE, optimizer_steps=1)
         self.layout, self.engine = row_layout(model), engine_of(model)
+
+
+GIVEN = (
+    GivenResponse(token_ids=(1, 2, 20, 21, 22), loss_mask=(False, False, True, True, True)),
+    GivenResponse(token_ids=(5, 6, 7, 8, 9), loss_mask=(False, True, False, False, True)),  # a demonstration of 2 turns
+)
+
+
+def given(number: int) -> tuple[Rollouts, RolloutInfo]:
+    """Return a given response of the prompt, with the id -1 - number."""
+    prompt = replace(PROMPT, given=GIVEN[number])
+    request = request_for(prompt, group_id=number, first_sequence_id=number, samples=1, run_seed=0)
+    return given_sequence(request)
 
 
 def rollouts(*sessions: Any) -> Rollouts:
@@ -98,6 +114,15 @@ def distributions(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return logprobs
 
 
+def divergences(ours: torch.Tensor, theirs: torch.Tensor, name: str, top_k: int | None) -> torch.Tensor:
+    """Return the divergence of each row, over the teacher's likeliest tokens if top_k is given."""
+    if top_k is not None:
+        kept = theirs.topk(top_k).indices
+        pair = [x.exp().gather(-1, kept) for x in (ours, theirs)]
+        ours, theirs = (torch.cat([x, 1.0 - x.sum(-1, keepdim=True)], -1).log() for x in pair)
+    return DIVERGENCES[name](ours, theirs)
+
+
 @pytest.mark.parametrize("tokens", [100, 9])
 @pytest.mark.parametrize(
     ("divergence", "top_k"),
@@ -130,11 +155,7 @@ def test_every_sampled_token_of_a_session_learns_from_the_teacher_of_its_row(
         if divergence == "sampled_reverse_kl":
             terms = -(other - own.detach()) * own
         else:
-            if top_k is not None:
-                kept = theirs.topk(top_k).indices
-                pair = [x.exp().gather(-1, kept) for x in (ours, theirs)]
-                ours, theirs = (torch.cat([x, 1.0 - x.sum(-1, keepdim=True)], -1).log() for x in pair)
-            terms = DIVERGENCES[divergence](ours, theirs)
+            terms = divergences(ours, theirs, divergence, top_k)
         (WEIGHTS[name] / 10 * terms.sum()).backward()
     torch.testing.assert_close(found, gradient(student), rtol=1e-4, atol=1e-6)
     whole = gaps["math"] + gaps["code"]
@@ -163,3 +184,48 @@ def test_a_minibatch_restricted_by_a_grammar_makes_no_optimizer_step() -> None:
     worker.prepare(plan(empty), rollouts(BRANCHED, restricted))
     assert results(worker.update(0)) == {"update/without_tokens/total": 1.0}
     assert all(p.grad is None for p in held["model"].parameters())
+
+
+@pytest.mark.parametrize(("tokens", "ranks"), [(100, 1), (9, 1), (9, 2)])
+@pytest.mark.parametrize(("divergence", "top_k"), [("forward_kl", None), ("reverse_kl", 4), ("jsd", None)])
+def test_given_responses_have_their_share_of_the_loss(
+    divergence: str, top_k: int | None, tokens: int, ranks: int
+) -> None:
+    settings = {"on_policy_share": 0.3} if top_k is None else {"on_policy_share": 0.3, "top_k": top_k}
+    sampled, pairs = rollouts(), [given(0), given(1)]
+    owners = {**OWNERS, -1: "code", -2: "math"}
+    whole = plan().minibatches[0]
+    shares = ((0, 1), ()) if ranks == 2 else ((0, 1),)
+    planned = with_given(plan(replace(whole, sequences_by_rank=shares)), [info for _, info in pairs], share=0.7, seed=0)
+    planned = replace(planned, minibatches=tuple(replace(one, teachers=owners) for one in planned.minibatches))
+    (minibatch,) = planned.minibatches
+    assert (minibatch.num_tokens, minibatch.num_given_tokens) == (15, 5)
+    parts = [sampled, *(batch for batch, _ in pairs)]
+    total, seen = torch.zeros(()), []
+    for rank in range(ranks):
+        worker, held, teacher, models = workers(tokens, divergence=divergence, **settings)
+        worker.data_rank = rank
+        if ranks == 2:
+            worker.engine.max_over_ranks = lambda value: 4  # type: ignore[method-assign]
+        ids = planned.sequences_of(rank)
+        own = {name: [i for i in ids if owners[i] == name] for name in WEIGHTS}
+        states: list[Any] = [teacher.states([one], *parts, teacher=name)[0] for name, one in own.items() if one]
+        worker.prepare(planned.for_rank(rank), *parts)
+        seen.append(worker.update(0, *states))
+        total = total + gradient(held["model"])
+        assert worker.token_signals([0])[1] == (19 if 0 in ids else 0)  # a samples file has no given response
+    student = held["model"]
+    student.zero_grad(set_to_none=True)
+    nll = 0.0
+    for batch, share, count in ((sampled, 0.3, 10), (parts[1], 0.7, 5), (parts[2], 0.7, 5)):
+        for row, sample in enumerate(batch.sequence_ids.tolist()):
+            alone, name = batch.take([row]), owners[sample]
+            places = alone.response_mask.nonzero()[:, 0] - 1
+            ours, theirs = (distributions(model, alone.token_ids)[places] for model in (student, models[name]))
+            if sample < 0:
+                nll -= float(ours.gather(-1, alone.token_ids[places + 1][:, None]).sum().detach()) / 5
+            (share / count * WEIGHTS[name] * divergences(ours, theirs, divergence, top_k).sum()).backward()
+    torch.testing.assert_close(total, gradient(student), rtol=1e-4, atol=1e-6)
+    metrics = results(merge_metrics(seen))
+    assert metrics["update/given_share"] == 0.7
+    assert metrics["update/given_nll/mean"] == pytest.approx(nll, rel=1e-4)

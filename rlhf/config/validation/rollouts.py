@@ -182,6 +182,7 @@ def _responses(config: Config, rollouts: RolloutsConfig) -> Responses:
     return Responses(
         samples_per_prompt=rollouts.samples_per_prompt,
         prompts_per_step=rollouts.prompts_per_step,
+        updates_per_step=derive.rows_per_step(config, rollouts) // config.train.sequences_per_update,
         trained_per_prompt=trained,
         trained_key=trained_key,
         max_tokens=rollouts.max_response_tokens,

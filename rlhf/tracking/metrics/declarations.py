@@ -206,9 +206,9 @@ update/policy_loss/mean | 1 | Mean | online advantages | Policy term of the loss
 update/kl_loss/mean | nats | Mean | online advantages reference optional | KL term (`kl.place: loss`)
 update/given_loss/mean | 1 | Mean | online advantages optional | Loss of a learned token of the given responses (chord),
     before its share; `update/loss` is that of the rollouts
-update/given_nll/mean | nats | Mean | online advantages optional | Cross-entropy of a learned token of the given
-    responses
-update/given_share | 1 | Last | online advantages optional | Share of the given responses in the loss (`algorithm.mu`)
+update/given_nll/mean | nats | Mean | online optional | Cross-entropy of a learned token of the given responses
+update/given_share | 1 | Last | online optional | Share of the given responses in the loss (`algorithm.mu`, or 1 -
+    `algorithm.on_policy_share`)
 update/imitation_loss/mean | nats | Mean | online advantages optional | Negative log-probability of the tokens of right
     responses (`algorithm.imitation`)
 update/value_loss/mean | 1 | Mean | online critic | Critic's loss

@@ -10,7 +10,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlhf.algorithms.microbatch import PolicyMicrobatch
@@ -20,7 +20,7 @@ from rlhf.models.packed.forward import distillation_loss, policy_logprobs, polic
 from rlhf.objectives.distillation import sampled_divergence_sum, teacher_advantages
 from rlhf.objectives.masking import masked_sum, moments, to_tokens
 from rlhf.roles import Metrics, SequenceReport
-from rlhf.tracking.metrics.reductions import Mean, Reduction, Sum
+from rlhf.tracking.metrics.reductions import Last, Mean, Reduction, Sum
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts, TeacherColumn, TokenSignals, TokenValues
 from rlhf.workers.lessons import Lesson, lessons_of
 from rlhf.workers.microbatches import Microbatch
@@ -122,6 +122,7 @@ class StudentWorker(TaughtWorker, OnlineWorker):
     def _whole(self, microbatch: Microbatch, plan: MinibatchPlan, lessons: Sequence[Lesson]) -> tuple[Tensor, Measure]:
         """Return a micro-batch's divergence over the vocabulary or its likeliest tokens, and the metrics."""
         _, _, mask = self.columns(self.share, microbatch)
+        sampled = self._sampled_mask(microbatch)
         loss, logprobs, teacher_logprobs, entropy = self.forward(
             distillation_loss,
             self.share,
@@ -134,12 +135,15 @@ class StudentWorker(TaughtWorker, OnlineWorker):
         self._keep(microbatch, logprobs, teacher_logprobs, None)
 
         def measure() -> Metrics:
-            sampled = int(mask.sum())
             metrics: dict[str, Reduction] = {
-                "update/loss/mean": Mean(total=float(loss.detach()) * plan.num_tokens, count=sampled),
-                "update/entropy/mean": Mean(total=float(masked_sum(entropy, mask)), count=sampled),
+                "update/loss/mean": Mean(total=float(loss.detach()) * plan.num_tokens, count=int(mask.sum())),
+                "update/entropy/mean": Mean(total=float(masked_sum(entropy, sampled)), count=int(sampled.sum())),
                 "update/tokens/total": Sum(total=len(microbatch.tokens)),
             }
+            if plan.given_share:
+                given = mask & ~sampled
+                nll = Mean(total=-float(masked_sum(logprobs, given)), count=int(given.sum()))
+                metrics |= {"update/given_nll/mean": nll, "update/given_share": Last(value=plan.given_share)}
             if self.observes:
                 metrics |= self._observed(logprobs, teacher_logprobs, microbatch)
             return metrics
@@ -161,6 +165,11 @@ class StudentWorker(TaughtWorker, OnlineWorker):
         if advantages is not None:
             self.seen.advantages[microbatch.tokens] = advantages.float().cpu()
 
+    def _sampled_mask(self, microbatch: Microbatch) -> Bool[Tensor, " n"]:
+        """Return True for tokens sampled by the student, not for tokens of given responses."""
+        rollouts = self.share.rollouts
+        return self.part(rollouts.response_mask & (rollouts.versions >= 0), microbatch)
+
     def _lessons(self, plan: MinibatchPlan, states: Sequence[TeacherColumn]) -> list[Lesson]:
         """Return the teachers' predictions of this rank's part of a minibatch."""
         rollouts, ids = self.share.rollouts, plan.sequences_by_rank[self.data_rank]
@@ -170,8 +179,8 @@ class StudentWorker(TaughtWorker, OnlineWorker):
     def _observed(
         self, logprobs: Float[Tensor, " n"], teacher_logprobs: Float[Tensor, " n"], microbatch: Microbatch
     ) -> dict[str, Reduction]:
-        """Measure the gaps between the student before training, sampler and teacher on a micro-batch's tokens."""
-        _, lengths, mask = self.columns(self.share, microbatch)
+        """Measure the gaps between the student before training, sampler and teacher on the sampled tokens."""
+        lengths, mask = microbatch.lengths.to(self.device), self._sampled_mask(microbatch)
         rollout_logprobs = self.part(self.share.rollouts.rollout_logprobs, microbatch)
         gaps = logprobs - teacher_logprobs
         kl = {"kl_teacher": mask}
