@@ -282,6 +282,7 @@ class OnlineTeacherRole(GpuGuest, Protocol):
     """The frozen teachers of a student trained on the student's responses."""
 
     role: Role
+    present: str | None  # the teacher of the last request, which is on the devices; None: no request yet
 
     async def logprobs(
         self, groups: Sequence[CompletedGroup], *, temperatures: Mapping[int, float], teacher: str

@@ -21,8 +21,10 @@ class _Teacher(ModelGroup, WorkerPool):
     """Workers that give the student's ranks the teachers' predictions and vocabulary heads."""
 
     role: Role = "teacher"
+    present: str | None = None  # the teacher of the last request, which is on the devices; None: no request yet
 
     async def head(self, teacher: str) -> Ref[VocabularyHead]:
+        self.present = teacher
         columns = await self.columns(
             0, lambda h: h.head.options(num_returns=2).remote(teacher=teacher), "start", work=("head", teacher)
         )
@@ -35,7 +37,7 @@ class _Teacher(ModelGroup, WorkerPool):
         length_of: Callable[[int], int],
         request: Callable[[Callable[..., Any], Sequence[Sequence[int]]], Any],
     ) -> StatesByRank:
-        """Return columns for each rank, with each row of the rank once. The teachers take turns.
+        """Return columns for each rank, with each row of the rank once. The teachers take turns, the present one first.
 
         A teacher's rows are distributed by equal work. `request` calls a method of a worker with the worker's rows for
         each rank.
@@ -45,8 +47,10 @@ class _Teacher(ModelGroup, WorkerPool):
         for row, rank in rows:
             of_teachers.setdefault(plan.teacher_of(row), []).append((row, rank))
         num_ranks = len(plan.sequences_by_rank)
+        names = sorted(of_teachers, key=lambda name: (name != self.present, name))
+        self.present = names[-1] if names else self.present
         columns = await all_results(
-            [self._states(own, name, num_ranks, length_of, request) for name, own in sorted(of_teachers.items())]
+            [self._states(of_teachers[name], name, num_ranks, length_of, request) for name in names]
         )
         return [[column for of_teacher in columns for column in of_teacher[rank]] for rank in range(num_ranks)]
 
@@ -115,12 +119,14 @@ class OnlineTeacherWorkers(_Teacher, ReferenceWorkers):
         temperatures: Mapping[int, float] | None = None,
         teacher: str = ONLY_TEACHER,
     ) -> list[RemoteColumns[TokenValues]]:
+        self.present = teacher
         return await self.columns_of_groups(groups, only, temperatures or {}, teacher=teacher)
 
     async def mean_logprobs(
         self, rollouts: Sequence[Ref[Rollouts]], *, temperature: float, samples_per_prompt: int, teacher: str
     ) -> Mapping[int, float]:
         """Return the means by sequence id. The workers share the batches evenly."""
+        self.present = teacher
         shares = balance([1] * len(rollouts), min(len(self.handles), len(rollouts)))
 
         def compute(worker: int, share: Sequence[int]) -> Awaitable[Mapping[int, float]]:

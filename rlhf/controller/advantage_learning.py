@@ -12,7 +12,6 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from rlhf.algorithms import algorithm_of
@@ -230,7 +229,7 @@ class AdvantageLearning(ReferencedLearning):
 
         async def logprobs() -> Columns:
             async with in_turn:
-                return await self.columns.take(trained, partial(self.reference_logprobs, trained))
+                return await self.columns.take(trained, self.reference_logprobs)
 
         critic_plan = plan if critic is None else self.plan(trained, plan.step, critic, plan.steps)
 

@@ -9,22 +9,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 
 from rlhf.algorithms import algorithm_of
 from rlhf.algorithms.on_policy_distillation import OnPolicyDistillation
-from rlhf.config.derive import has_named_teachers, responses_per_step, teacher_of, teachers
+from rlhf.config.derive import has_named_teachers, is_served, responses_per_step, teacher_of
 from rlhf.config.schema.root import Config
 from rlhf.controller.batches import plan_batch, with_given
-from rlhf.controller.evaluation import mean_logprobs
+from rlhf.controller.evaluation import in_turn, mean_logprobs
 from rlhf.controller.learning import Columns, Learning, OnlineRoles, Signals
 from rlhf.controller.record import RunRecord
-from rlhf.roles import CompletedGroup, RemoteColumns, ScoredGroup, StatesByRank
+from rlhf.roles import CompletedGroup, ScoredGroup, StatesByRank
 from rlhf.rollouts.records.given import given_sequence
-from rlhf.types import BatchPlan, TokenValues
+from rlhf.types import BatchPlan
 
 
 class DistillationLearning(Learning):
@@ -40,12 +39,17 @@ class DistillationLearning(Learning):
         self.is_ahead = config.cluster.roles.teacher.colocate_with is None
 
     def arrived(self, scored: ScoredGroup) -> None:
-        """Begin the teacher's log-probabilities of the group if the teacher has separate hardware."""
-        if self.is_ahead and not self.reads_states:
-            self.columns.begin(scored, self._logprobs([scored.group]))
+        """Begin the teacher's log-probabilities of the group if the teacher has separate hardware.
+
+        The groups of a teacher that is not on the devices wait for the step, so that teachers take turns once a step.
+        """
+        if not self.is_ahead or self.reads_states:
+            return
+        if is_served(self.config) or self.teacher.present in (None, self._teacher_of(scored.group)):
+            self.columns.begin(scored, self._logprobs([scored]))
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
-        config, record, policy = self.config, self.record, self.roles.policy
+        record, policy = self.record, self.roles.policy
         groups = self.scores.normalized(groups)
         answered = [scored.group for scored in groups]
         given: list[CompletedGroup] = []
@@ -53,12 +57,7 @@ class DistillationLearning(Learning):
             given = [_given(group) for group in answered]
         plan = self._plan(groups, given, step)
         with record.stage(self.teacher.role):
-            teacher_columns: Columns = []
-            if not self.reads_states:
-                teacher_columns = await self.columns.take(groups, partial(self._logprobs, answered))
-            shown = answered[: -(-config.tracking.samples_per_step // self.rollouts.samples_per_prompt)]
-            draws: Any = self.rollouts.model_dump(include={"temperature", "samples_per_prompt"})
-            means = await mean_logprobs(shown, self.config, self.teacher, **draws)
+            teacher_columns, means = await self._teachers_values(groups)
         with record.stage("experience"):
             record.add((await policy.prepare(plan, [*answered, *given], teacher_columns)).metrics)
         order = self.visits(len(plan.minibatches), step)
@@ -100,14 +99,26 @@ class DistillationLearning(Learning):
     def _teacher_of(self, group: CompletedGroup) -> str:
         return teacher_of(self.config, group.request.prompt.columns)
 
-    async def _logprobs(self, groups: Sequence[CompletedGroup]) -> Columns:
-        """Return a column of log-probabilities for each group, in order. The teachers take turns."""
-        columns: dict[int, RemoteColumns[TokenValues]] = {}
-        for name in teachers(self.config):
-            own = [group for group in groups if self._teacher_of(group) == name]
-            found = await self.teacher.logprobs(own, temperatures={}, teacher=name) if own else []
-            columns |= {group.request.group_id: column for group, column in zip(own, found, strict=True)}
-        return [columns[group.request.group_id] for group in groups]
+    async def _teachers_values(self, groups: Sequence[ScoredGroup]) -> tuple[Columns, dict[int, float]]:
+        """Return the columns of log-probabilities, if used, and the means of the samples to write, by sequence id.
+
+        Each teacher has one turn.
+        """
+        config, columns, means = self.config, Columns(), dict[int, float]()
+        num_shown = -(-config.tracking.samples_per_step // self.rollouts.samples_per_prompt)
+        draws: Any = self.rollouts.model_dump(include={"temperature", "samples_per_prompt"})
+        for name in in_turn(config, self.teacher):
+            if not self.reads_states:
+                of_teacher = [scored for scored in groups if self._teacher_of(scored.group) == name]
+                columns += await self.columns.take(of_teacher, self._logprobs)
+            shown = [one.group for one in groups[:num_shown] if self._teacher_of(one.group) == name]
+            means |= await mean_logprobs(shown, config, self.teacher, **draws)
+        return columns, means
+
+    async def _logprobs(self, groups: Sequence[ScoredGroup]) -> Columns:
+        """Return a column of log-probabilities for each group. All groups have the same teacher."""
+        name = self._teacher_of(groups[0].group)
+        return await self.teacher.logprobs([scored.group for scored in groups], temperatures={}, teacher=name)
 
     async def _update(self, minibatch: int, states: StatesByRank = ()) -> None:
         with self.record.stage("update"):

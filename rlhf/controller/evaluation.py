@@ -159,6 +159,11 @@ async def compare_with_teacher(
                     record.add({f"eval/{name}/kl_teacher/{of}": mean})
 
 
+def in_turn(config: Config, teacher: OnlineTeacherRole) -> list[str]:
+    """Return the teachers in the order of the fewest changes on the devices: the present teacher is first."""
+    return sorted(teachers(config), key=lambda name: name != teacher.present)
+
+
 async def mean_logprobs(
     groups: Sequence[CompletedGroup],
     config: Config,
@@ -169,7 +174,7 @@ async def mean_logprobs(
 ) -> Mapping[int, float]:
     """Return the mean log-probability of each response under the teacher of its prompt, by sequence id."""
     means: dict[int, float] = {}
-    for name in teachers(config):
+    for name in in_turn(config, teacher):
         own = [group.rollouts for group in groups if teacher_of(config, group.request.prompt.columns) == name]
         if own:
             means |= await teacher.mean_logprobs(

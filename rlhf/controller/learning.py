@@ -69,13 +69,16 @@ class ColumnsByGroup:
         """Begin to compute the columns of a group, in place of earlier columns."""
         self._computing[scored.group.request.group_id] = asyncio.create_task(work)
 
-    async def take(self, groups: Sequence[ScoredGroup], compute: Callable[[], Awaitable[Columns]]) -> Columns:
-        """Return the columns of the groups, in order. If a group was not begun, compute all columns now."""
-        ids = [scored.group.request.group_id for scored in groups]
-        if not self._computing.keys() >= set(ids):
-            return await compute()
-        computing = [self._computing[group_id] for group_id in ids]
-        return [column for columns in await asyncio.gather(*computing) for column in columns]
+    async def take(
+        self, groups: Sequence[ScoredGroup], compute: Callable[[Sequence[ScoredGroup]], Awaitable[Columns]]
+    ) -> Columns:
+        """Return the columns of the groups: the begun ones, and then those of the remaining groups, computed now."""
+        computing = self._computing
+        begun = [one for one in groups if one.group.request.group_id in computing]
+        left = [one for one in groups if one.group.request.group_id not in computing]
+        computed = await compute(left) if left else []
+        ready = await asyncio.gather(*(computing[one.group.request.group_id] for one in begun))
+        return [column for columns in [*ready, computed] for column in columns]
 
     def forget(self, groups: Sequence[ScoredGroup]) -> None:
         """Forget the columns of trained groups, or of groups without used responses."""

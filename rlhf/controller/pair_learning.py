@@ -72,7 +72,7 @@ class PairLearning(ReferencedLearning):
             num_minibatches=self.num_minibatches,
             num_ranks=policy.num_ranks,
         )
-        references = await self.columns.take(pairs, lambda: self.reference_logprobs(pairs))
+        references = await self.columns.take(pairs, self.reference_logprobs)
         self.record.add((await policy.prepare(plan, groups, references)).metrics)
         return len(plan.minibatches)
 

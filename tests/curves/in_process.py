@@ -196,6 +196,10 @@ class Teacher(Reference):
 
     worker: OnlineTeacherWorker
 
+    @property
+    def present(self) -> str | None:
+        return self.worker.present
+
     async def states(self, plan: MinibatchPlan, groups: Sequence[CompletedGroup]) -> Any:
         found: list[Any] = []
         for teacher in sorted({plan.teacher_of(i) for i in plan.sequences_by_rank[0]}):

@@ -216,10 +216,21 @@ class FakeTeacher(FakeMember, roles.OnlineTeacherRole):
     def __init__(self, calls: list[str] | None = None) -> None:
         super().__init__(calls)
         self.means_of: dict[str, Any] = {}  # the arguments of the last `mean_logprobs`
+        self.turns: list[str] = []  # the teachers in the order of their turns on the devices
+
+    @property
+    def present(self) -> str | None:
+        return self.turns[-1] if self.turns else None
+
+    def take_turn(self, teacher: str) -> None:
+        if teacher != self.present:
+            self.turns.append(teacher)
 
     async def logprobs(
         self, groups: Sequence[roles.CompletedGroup], *, temperatures: Mapping[int, float], teacher: str
     ) -> list[Any]:
+        self.take_turn(teacher)
+        self.note(f"{teacher} of {', '.join(group.rollouts for group in groups)}")
         return [f"{teacher} of {group.rollouts}" for group in groups]
 
     async def states(self, plan: types.MinibatchPlan, groups: Sequence[roles.CompletedGroup]) -> Any:
@@ -235,6 +246,7 @@ class FakeTeacher(FakeMember, roles.OnlineTeacherRole):
         samples_per_prompt: int,
         teacher: str,
     ) -> Mapping[int, float]:
+        self.take_turn(teacher)
         self.means_of = {
             "rollouts": list(rollouts),
             "temperature": temperature,

@@ -388,6 +388,8 @@ def test_the_rows_of_each_teacher_are_asked_for_in_turn() -> None:
     ]
     assert by_rank[0] == ["states of [2]", "states of []", "states of [0]", "states of [4]"]
     assert by_rank[1] == ["states of []", "states of [3]", "states of []", "states of []"]
+    asyncio.run(teacher.states(plan, groups))
+    assert [call[0] for call in workers[0].calls] == ["code", "math", "math", "code"]  # the present one is first
 
 
 def test_a_repeated_row_is_computed_once_for_each_rank() -> None:

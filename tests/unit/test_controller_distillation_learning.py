@@ -31,12 +31,19 @@ def groups(*scores: Sequence[float]) -> list[ScoredGroup]:
 
 class Run:
     def __init__(
-        self, folder: RunFolder, *, apart: bool = False, samples: int = 3, teacher: Any = None, **algorithm: Any
+        self,
+        folder: RunFolder,
+        *,
+        apart: bool = False,
+        samples: int = 3,
+        teacher: Any = None,
+        temperature: float = 0.8,
+        **algorithm: Any,
     ) -> None:
         self.config = online_config(
             teacher=teacher or {"model": "n"},
             algorithm={"name": "on_policy_distillation", **algorithm},
-            rollouts={"samples_per_prompt": SAMPLES, "temperature": 0.8},
+            rollouts={"samples_per_prompt": SAMPLES, "temperature": temperature},
             rewards={},
             train={"sequences_per_update": 4, "epochs_per_batch": 2},
             eval={"temperature": 0.0, "samples_per_prompt": SAMPLES},
@@ -150,9 +157,38 @@ def test_each_prompt_learns_from_the_teacher_in_its_column(folder: RunFolder, di
     asyncio.run(run.learning.learn(by_column(), 1))
     owners = {i: SOURCES[i // SAMPLES] for i in range(8)}
     assert all(one.teachers == owners for one in run.plan.minibatches)
-    asked = [f"{name} of group {i}" for i, name in enumerate(SOURCES)] if divergence == "sampled_reverse_kl" else []
-    assert run.student.references == asked
+    asked = ["math of group 0", "math of group 2", "code of group 1", "code of group 3"]
+    assert run.student.references == (asked if divergence == "sampled_reverse_kl" else [])
     assert (run.teacher.means_of["teacher"], run.teacher.means_of["rollouts"]) == ("code", ["group 1", "group 3"])
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_teachers_on_the_same_devices_take_turns_once_a_step(folder: RunFolder, served: bool) -> None:
+    """Groups of the two teachers arrive alternately. The groups of the present teacher are computed at once."""
+    url = {"url": "http://127.0.0.1:1/v1"} if served else {}
+    named = {name: section | url for name, section in NAMED.items()}
+    algorithm = {"teacher_column": "source", "samples": 8}
+    run = Run(folder, apart=True, teacher=named, temperature=1.0 if served else 0.8, **algorithm)
+    num_steps, ahead = 3, []
+
+    async def steps() -> None:
+        for step in range(1, num_steps + 1):
+            run.calls.clear()
+            for scored in by_column():
+                run.learning.arrived(scored)
+                await asyncio.sleep(0)
+            ahead.append([call for call in run.calls if " of group" in call])
+            await run.learning.learn(by_column(), step)
+            run.learning.end_step(by_column(), Signals())
+            assert sorted(run.student.references) == sorted(f"{name} of group {i}" for i, name in enumerate(SOURCES))
+
+    asyncio.run(steps())
+    if served:  # servers hold their models, so nothing changes place
+        assert all(len(of_step) == 4 for of_step in ahead)
+    else:
+        own = [["math of group 0", "math of group 2"], ["code of group 1", "code of group 3"]]
+        assert ahead == [own[0], own[1], own[0]]
+        assert run.teacher.turns == ["math", "code", "math", "code"]
 
 
 def test_held_out_responses_are_compared_with_the_teacher_of_their_row(folder: RunFolder) -> None:

@@ -102,8 +102,8 @@ async def test_the_columns_of_a_group_that_is_requested_again_are_forgotten(tmp_
     async def none() -> list[RemoteColumns[TokenValues]]:
         return []
 
-    async def anew() -> Any:
-        return ["anew"]
+    async def anew(left: Sequence[ScoredGroup]) -> Any:
+        return ["anew"] * len(left)
 
     def arrived(scored: ScoredGroup) -> None:
         kept[scored.group.request.group_id] = scored

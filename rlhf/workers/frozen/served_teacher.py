@@ -25,6 +25,7 @@ class _ServedWorker(StatesWorker):
     ) -> None:
         ModelWorker.__init__(self, place)
         self.served, self.top = served, top
+        self.present = next(iter(served))
 
     def start(self) -> None:
         """Do nothing: the servers hold the models."""
