@@ -72,6 +72,7 @@ class ScoredGroup:
     group: CompletedGroup
     scores: GroupScores
     greedy_score: float | None = None  # of a greedy response to the same prompt; None: not requested
+    greedy_tokens: int = 0  # number of sampled tokens in the greedy response
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,7 +283,10 @@ class OnlineTeacherRole(GpuGuest, Protocol):
     """The frozen teachers of a student trained on the student's responses."""
 
     role: Role
-    present: str | None  # the teacher of the last request, which is on the devices; None: no request yet
+
+    @property
+    def present(self) -> str | None:
+        """Return the teacher of the last request, which is on the devices. None: no request yet."""
 
     async def logprobs(
         self, groups: Sequence[CompletedGroup], *, temperatures: Mapping[int, float], teacher: str

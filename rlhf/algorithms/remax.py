@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
+from rlhf.algorithms.algorithm import Responses
 from rlhf.algorithms.online import OnlineAlgorithm, SequenceOutcomes
 from rlhf.algorithms.online_config import Aggregation, ClippedConfig, RewardKLConfig
 from rlhf.deferred import Float, Tensor
@@ -22,9 +24,16 @@ class ReMaxConfig(ClippedConfig):
     def compares_responses(self) -> bool:
         return False  # a response is compared only with the greedy response
 
+    def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
+        """Yield a length penalty that compares responses, which the greedy response cannot have."""
+        if self.length_penalty is not None and self.length_penalty.by != "band":
+            text = f"is {self.length_penalty.by}, which compares the responses to a prompt, but remax compares each"
+            yield "algorithm.length_penalty.by", f"{text} response with the greedy response alone; set by: band"
+
 
 class ReMax(OnlineAlgorithm):
-    """A single response to a prompt is enough. The greedy response is scored by the same rewards and never trained on.
+    """A single response to a prompt is enough. The greedy response is scored by the same rewards, with the same length
+    penalty, and never trained on.
 
     Deviations from the paper: 1. a KL penalty in the reward is subtracted from the whole score, whereas the paper gives
     each token the penalties from the token on; 2. if a batch takes several optimizer steps, token ratios are clipped as

@@ -30,7 +30,7 @@ from rlhf.rollouts.records.spool import drop_untrained, stored_groups
 from rlhf.tracking.metrics.reductions import Sum
 from rlhf.tracking.run_folder.atomic import make_folder, write_aside
 from rlhf.tracking.run_folder.errors import ErrorRecord
-from rlhf.types import GroupRequest, GroupScores, Prompt, RewardError, Sampling
+from rlhf.types import GroupRequest, Prompt, RewardError, Sampling
 
 T = TypeVar("T")
 ARCHIVE = "groups.tar"  # of the groups in a checkpoint
@@ -268,7 +268,7 @@ class RolloutScorer:
     async def add_greedy_baseline(
         self, groups: Sequence[ScoredGroup], sampling: Sampling, *, step: int, version: int
     ) -> list[ScoredGroup]:
-        """Return the groups with the score of one greedy response to each prompt, by the same rewards.
+        """Return the groups with score and length of one greedy response to each prompt, by the same rewards.
 
         In flight, newer weights than the group's may sample the greedy response. A group without a scored greedy
         response carries that response's errors.
@@ -280,8 +280,8 @@ class RolloutScorer:
         ]
         greedy_sampling = replace(sampling, temperature=0.0, top_p=1.0, top_k=None, min_p=0.0)
         answers = await self.score_all(requests, greedy_sampling, step=step, version=version) if requests else []
-        scores = {scored.group.request.group_id - GREEDY_GROUPS: scored.scores for scored in answers}
-        return [_with_greedy(scored, scores.get(scored.group.request.group_id)) for scored in groups]
+        greedy = {scored.group.request.group_id - GREEDY_GROUPS: scored for scored in answers}
+        return [_with_greedy(scored, greedy.get(scored.group.request.group_id)) for scored in groups]
 
     async def score(
         self, group: CompletedGroup, sampling: Sampling, *, step: int, version: int, split: str = "train"
@@ -322,8 +322,11 @@ def _files(folder: Path, *, start: int, begun: Collection[int]) -> list[Path]:
     return whole + [path for path, group_id in begun_groups(folder).items() if group_id in begun]
 
 
-def _with_greedy(group: ScoredGroup, greedy: GroupScores | None) -> ScoredGroup:
+def _with_greedy(group: ScoredGroup, greedy: ScoredGroup | None) -> ScoredGroup:
     """Return the group with the score or the errors of the greedy response."""
     if greedy is None:
         return group
-    return replace(group, scores=greedy) if greedy.errors else replace(group, greedy_score=greedy.scores[0])
+    if greedy.scores.errors:
+        return replace(group, scores=greedy.scores)
+    tokens = greedy.group.infos[0].num_response_tokens
+    return replace(group, greedy_score=greedy.scores.scores[0], greedy_tokens=tokens)

@@ -45,13 +45,21 @@ class TrainingScores:
 
     @staticmethod
     def shaped(groups: Sequence[ScoredGroup], algorithm: OnlineAlgorithm, *, max_new_tokens: int) -> list[ScoredGroup]:
-        """Return whole groups with the scores after the algorithm's length penalty."""
+        """Return whole groups with the scores after the algorithm's length penalty, also of greedy responses."""
+
+        def after(scores: Sequence[float], num_tokens: Sequence[int]) -> list[float]:
+            lengths, size = torch.tensor(num_tokens), len(scores)
+            shaped: list[float] = algorithm.shaped(
+                _column(scores), lengths, group_size=size, max_new_tokens=max_new_tokens
+            ).tolist()
+            return shaped
+
         results = []
         for scored in groups:
-            scores, infos = scored.scores.scores, scored.group.infos
-            num_tokens = torch.tensor([info.num_response_tokens for info in infos])
-            shaped = algorithm.shaped(_column(scores), num_tokens, group_size=len(infos), max_new_tokens=max_new_tokens)
-            results.append(replace(scored, scores=replace(scored.scores, scores=tuple(shaped.tolist()))))
+            tokens, greedy = [info.num_response_tokens for info in scored.group.infos], scored.greedy_score
+            scores = replace(scored.scores, scores=tuple(after(scored.scores.scores, tokens)))
+            baseline = None if greedy is None else after([greedy], [scored.greedy_tokens])[0]
+            results.append(replace(scored, scores=scores, greedy_score=baseline))
         return results
 
     def by_reward(self, groups: Sequence[ScoredGroup]) -> dict[str, list[float | None]]:

@@ -112,6 +112,15 @@ def _self_teacher_terms(config: Config, shape: Shape, how: memory.Training) -> l
     return terms
 
 
+def _teacher_heads(config: Config, sizes: Sizes) -> list[memory.Term]:
+    """Return the memory of the teachers' vocabulary heads, which each rank of the student keeps."""
+    named, terms = derive.has_named_teachers(config), []
+    for key, model in derive.held_models(config, "teacher").items():
+        name = f"head of {key.removesuffix('.model')}" if named else "teacher's head"
+        terms.append(memory.weights_term(name, sizes.of(model.model).embedding, _itemsize(model), stays=True))
+    return terms
+
+
 def _adapted(shape: Shape, lora: LoraConfig) -> int:
     """Return the trained parameters of an adapter. Of whole modules, only embedding and head are counted."""
     tables = sum(name.rpartition(".")[2] in ("embed_tokens", "lm_head") for name in lora.modules_to_save)
@@ -139,6 +148,8 @@ def _trained(name: Role, model: PolicyConfig | CriticConfig, config: Config, siz
         terms.append(_published(config, shape, how))
     if name == "policy" and isinstance(config.algorithm, SelfTeaching):
         terms += _self_teacher_terms(config, shape, how)
+    if name == "policy" and derive.reads_teacher_heads(config):
+        terms += _teacher_heads(config, sizes)
     if name in derive.shares_engines_gpus(config):
         terms.append(_put_aside(terms))
     if derive.restarts_gangs(config):

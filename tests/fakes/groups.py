@@ -60,7 +60,9 @@ def scored_groups(
         by_name = {"right": tuple(values), "short": tuple(-score for score in reversed(values))} if values else {}
         result = GroupScores(scores=tuple(values), by_name=by_name, errors=())
         group = completed_group(request, f"group {index}", tokens=tokens)
-        scored.append(ScoredGroup(group=group, scores=result, greedy_score=None if greedy is None else greedy[index]))
+        baseline = None if greedy is None else greedy[index]
+        length = rollout_info(0).num_response_tokens
+        scored.append(ScoredGroup(group=group, scores=result, greedy_score=baseline, greedy_tokens=length))
     return scored
 
 

@@ -230,7 +230,7 @@ class FakeTeacher(FakeMember, roles.OnlineTeacherRole):
         self, groups: Sequence[roles.CompletedGroup], *, temperatures: Mapping[int, float], teacher: str
     ) -> list[Any]:
         self.take_turn(teacher)
-        self.note(f"{teacher} of {', '.join(group.rollouts for group in groups)}")
+        self.note(f"{teacher} of {', '.join(str(group.rollouts) for group in groups)}")
         return [f"{teacher} of {group.rollouts}" for group in groups]
 
     async def states(self, plan: types.MinibatchPlan, groups: Sequence[roles.CompletedGroup]) -> Any:

@@ -179,6 +179,7 @@ ONLINE_REFUSED = [
     (["rewards.correct.gate=correct"], "rewards.correct.gate: is correct, expected"),
     (["rewards.correct.normalize=group", *SINGLE], "is group, but rollouts.samples_per_prompt is 1"),
     (["algorithm={name: remax}", "rewards.correct.normalize=group"], "is group, but algorithm remax compares with the"),
+    (["algorithm={name: remax, length_penalty: {by: group}}"], "length_penalty.by: is group, which compares the"),
     (["rewards.taste={url: 'http://h/', credit: step}"], "rewards.taste: `credit: step` needs a function that is not"),
     (["rewards.won={environment: true, on_error: 0.0}"], "rewards.won: `on_error` may be `fail` or `drop` where an"),
     (["algorithm={name: rloo, mask_truncated: true}"], "is true and algorithm.kl.place is reward, but rloo also"),

@@ -194,6 +194,18 @@ def test_a_penalty_in_the_reward_is_felt_before_the_comparison(folder: RunFolder
     assert results(merge_metrics([rollout_metrics(found, version=0)]))["rewards/greedy/mean"] == 1.0
 
 
+def test_a_greedy_response_has_the_length_penalty_of_the_sampled_ones(folder: RunFolder) -> None:
+    penalty = {"by": "band", "start": 1, "end": 5, "weight": 1.0}  # 3 tokens: 0.5; scores below 1 lose nothing
+    run = Run(folder, {"name": "remax", "length_penalty": penalty, "kl": {"coef": 0.0}}, per_update=12)
+    first, second, third = scored_groups(FIRST, SECOND, FLAT, greedy=[1.0, 0.0, 2.0])
+    signals = run.learn([first, second, replace(third, greedy_tokens=9)])
+    expected = [0.0, 2.5, 0.5, 1.5], [4.5, 0.0, 0.0, 0.0], [0.5] * 4
+    greedy = 0.5, 0.0, 1.0
+    for group, (scores, baseline) in enumerate(zip(expected, greedy, strict=True)):
+        found = [signals.advantages[4 * group + i] for i in range(4)]
+        assert found == pytest.approx([score - baseline for score in scores])
+
+
 def test_gdpo_is_told_each_reward_and_its_weight(folder: RunFolder) -> None:
     run = Run(folder, {"name": "gdpo"}, per_update=12)
     signals = run.learn(scored_groups(FIRST, SECOND, FLAT))

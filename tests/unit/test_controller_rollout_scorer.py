@@ -185,6 +185,7 @@ def test_each_prompt_is_answered_greedily_too_and_that_is_taken_up_again(tmp_pat
     found = ask_with_greedy(scorer, sampling)
     assert [one.group.request.group_id for one in found] == [5, 6]
     assert [one.greedy_score for one in found] == [0.0, 1.0]
+    assert [one.greedy_tokens for one in found] == [1, 1]
     assert sorted(reward.scored) == [5, 6, 5 + GREEDY_GROUPS, 6 + GREEDY_GROUPS]
     engines: Any = scorer.rollout
     assert engines.samplings[1] == Sampling(max_new_tokens=4, temperature=0.0, stop=(";",))

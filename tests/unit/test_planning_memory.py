@@ -330,6 +330,32 @@ def test_each_member_of_an_ensemble_of_reward_models_has_its_weights() -> None:
     assert nbytes[1] - nbytes[0] == 2 * 2 * 7_070_622_720
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "named", "heads"),
+    [
+        # vocabulary times hidden size, in two bytes: 151,936 * 896 and 152,064 * 3584
+        ({"divergence": "reverse_kl"}, True, {"head of small": 2 * 136_134_656, "head of large": 2 * 544_997_376}),
+        ({"divergence": "reverse_kl"}, False, {"teacher's head": 2 * 136_134_656}),
+        ({"divergence": "reverse_kl", "top_k": 64}, True, {}),
+        ({"divergence": "sampled_reverse_kl"}, True, {}),
+    ],
+)
+def test_a_student_keeps_the_heads_of_all_teachers(
+    algorithm: dict[str, Any], named: bool, heads: dict[str, int]
+) -> None:
+    small, large = {"model": "Qwen/Qwen2.5-0.5B-Instruct"}, {"model": "Qwen/Qwen2.5-7B-Instruct"}
+    by = {"teacher_column": "who"} if named else {}
+    changes = {
+        "algorithm": {"name": "on_policy_distillation", **algorithm, **by},
+        "teacher": {"small": small, "large": large} if named else small,
+        "cluster": {"device": "cuda"},
+    }
+    (policy,) = (one for one in footprints(parse({**RUN, **changes}), Sizes()) if one.role == "policy")
+    found = {term.name: term.nbytes for term in policy.terms if "head of" in term.name or "teacher's" in term.name}
+    assert found == heads
+    assert all(term.place == "device" and term.stays for term in policy.terms if term.name in heads)
+
+
 def test_the_largest_of_several_teachers_is_on_the_gpu_and_all_are_on_the_host() -> None:
     teachers = {"small": {"model": "Qwen/Qwen2.5-0.5B-Instruct"}, "large": {"model": "Qwen/Qwen2.5-7B-Instruct"}}
     algorithm = {"name": "on_policy_distillation", "teacher_column": "who"}
