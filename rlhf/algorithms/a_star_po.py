@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,7 @@ from rlhf.objectives import advantages, weighted_loss
 class AStarPOConfig(OnlineConfig):
     """Policy optimisation by regression on the optimal advantage. One response per prompt is enough."""
 
+    first_correction: ClassVar[str | None] = None
     name: Literal["a_star_po"]
     beta: float = Field(default=1e-3, gt=0.0)
     """Weight of a response's log-ratio to the reference, beta_2 of the paper. The learnt policy is the reference times

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,7 @@ from rlhf.objectives import advantages, weighted_loss
 class OAPLConfig(WholeResponsesConfig):
     """Optimal advantage-based policy optimisation with a lagged inference policy. Needs neither ratio nor clip."""
 
+    first_correction: ClassVar[str | None] = "{mode: bypass}"
     name: Literal["oapl"]
     beta: float = Field(default=1e-3, gt=0.0)
     """Weight of a response's log-ratio in the regression, beta_2 of the paper. The learnt policy is the sampler times

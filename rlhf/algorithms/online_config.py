@@ -104,6 +104,7 @@ class OnlineConfig(FollowedReferenceConfig):
     critic_reuse_keys: ClassVar[tuple[str, ...]] = ()  # keys without effect in a batch's first optimizer step
     takes_steps: ClassVar[StepUse] = None  # use of step rewards: as rewards of the last token of each step, or as
     # advantages of all tokens up to it; None: step rewards are not supported
+    first_correction: ClassVar[str | None] = "{preset: token_tis}"  # proposed in messages; None: no correction is taken
     kl: KLConfig = KLConfig()
     """Penalty towards the reference model."""
     entropy: EntropyConfig = EntropyConfig()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from rlhf.config import derive
 from rlhf.config.files.dump import dump_yaml
 from rlhf.config.files.load import from_mapping
 from rlhf.config.yaml_tree import from_yaml
+from rlhf.errors import UserError
 from rlhf.objectives.costs import fast_dtype
 from rlhf.planning.report import render_plan
 from tests.fixtures.configs import CUDA, GRPO, LORA, ONLINE, PAIRS, SFT, changed, refusal
@@ -47,6 +49,15 @@ CENTERED = "algorithm.correction={preset: score_centering}"
 BESIDE = "cluster.roles.rollout.colocate_with=policy"
 REWARD_APART = "cluster.roles.reward.colocate_with=policy"
 BY_STEP = "rewards={f: {function: 'f.py:g', credit: step}}"
+
+
+def problems(text: str, overrides: list[str]) -> list[str]:
+    """Return the problems of a YAML text with overrides."""
+    try:
+        changed(text, overrides)
+    except UserError as error:
+        return str(error).splitlines()
+    return []
 
 
 def with_servers(servers: str) -> str:
@@ -159,7 +170,7 @@ ONLINE_REFUSED = [
     (["algorithm.kl={coef: 0, adaptive: {target: 1}}"], "algorithm.kl.coef is 0: it would stay 0"),
     # 1 - 0.2 * 32 / 6 = -0.07; with 7 the coefficient is 0.09
     (["algorithm.kl.adaptive={target: 1, horizon: 6}"], "by 107%, to 0 or below; set 7 or more"),
-    (["algorithm.correction={}"], "algorithm.correction: corrects nothing: name a preset"),
+    (["algorithm.correction={}"], "algorithm.correction: corrects nothing; give {preset: token_tis}"),
     (["algorithm.correction={mode: bypass, weights: token_truncated}"], "correction.mode is bypass: the clipped ratio"),
     (["algorithm={name: gpg, correction: {preset: bypass_clip}}"], "is bypass, but algorithm gpg has no importance"),
     (["algorithm.correction={reject: {geometric_mean_ratio: [1.1, 2]}}"], "got [1.1, 2.0], expected [low, high] with"),
@@ -445,6 +456,51 @@ POSSIBLE = {
 @pytest.mark.parametrize(("base", "overrides"), [(base, row) for base in POSSIBLE for row in POSSIBLE[base]])
 def test_possible_relations_pass(base: str, overrides: list[str]) -> None:
     changed(BASES[base], overrides)
+
+
+SITUATIONS = (
+    ["rollouts.max_staleness=1"],
+    ["rollouts.repetition_penalty=1.2"],
+    ["rollouts.oversample=1.5", "rollouts.carry_over=true"],
+    ["algorithm.correction={}"],
+    ["algorithm.correction={mode: bypass}"],
+    ["algorithm.correction={mode: policy_gradient, weights: token_truncated}"],
+    ["algorithm.mask_truncated=true"],
+    [BY_STEP],
+    STREAMED,
+)
+REMEDY = re.compile(r"(?:set|or|give|write) (?:([a-z_.]+) to )?(\{.*?\}|[a-z0-9_.]+?)(?=[,;]|\.? |\.?$)")
+
+
+def remedies(line: str) -> list[str]:
+    """Return the overrides that a message proposes: a value for the key of the message or for another key."""
+    key, _, text = re.sub(r"^argument '.*?': (?=[a-z_]+[.:])|^config: ", "", line).partition(": ")
+    proposed = text.rpartition("; ")[2]
+    whole = {name.rpartition(".")[2]: name for name in re.findall(r"[a-z_]+(?:\.[a-z_]+)+", text)}
+    found = []
+    for name, value in REMEDY.findall(proposed):
+        target = key if name in ("", "it") else whole.get(name, f"{key.rpartition('.')[0]}.{name}")
+        if re.match(r"\{|\d|none|null|true|false|bypass|decoupled|loss|in_flight", value):
+            found.append(f"{target if '.' not in name else name}={value}")
+    return found
+
+
+def test_every_proposed_value_passes() -> None:
+    """A message proposes no value that the same checks refuse."""
+    tried = 0
+    for name, algorithm in ALGORITHMS.items():
+        if algorithm.config_class().kind != "advantages" or name == "pass_at_k":
+            continue
+        for situation in SITUATIONS:
+            overrides = [f"algorithm={{name: {name}}}", *situation, *([GAME] if name == "gigpo" else [])]
+            for line in problems(ONLINE, overrides):
+                for remedy in remedies(line):
+                    key = remedy.partition("=")[0]
+                    kept = [override for override in overrides if override.partition("=")[0] != key]
+                    # a second fault of the same value may be left, but none that the remedy makes
+                    assert len(problems(ONLINE, [*kept, remedy])) < len(problems(ONLINE, overrides)), (line, remedy)
+                    tried += 1
+    assert tried > 50
 
 
 FROM_SCORES = [

@@ -40,9 +40,12 @@ def asynchrony_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Pr
 
 def _correction(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     key = f"max_staleness {rollouts.max_staleness}" if rollouts.max_staleness else "carry_over"
-    if isinstance(config.algorithm, OnlineConfig) and "correction" not in config.algorithm.model_fields_set:
+    algorithm = config.algorithm
+    if not isinstance(algorithm, OnlineConfig) or algorithm.first_correction is None:
+        return
+    if "correction" not in algorithm.model_fields_set:
         text = f"is missing, and with rollouts.{key} the policy trains on responses of earlier weights"
-        fix = "give {preset: token_tis}, or write none to train without a correction"
+        fix = f"give {algorithm.first_correction}, or write none to train without a correction"
         yield problem("algorithm.correction", f"{text}; {fix}")
 
 

@@ -209,7 +209,8 @@ def loss_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]
         yield problem("algorithm.kl.estimator", text)
     if algorithm.mask_truncated and kl.coef > 0.0 and kl.place == "reward" and config.algorithm.compares_responses:
         text = f"is true and algorithm.kl.place is reward, but {algorithm.name} also compares masked responses"
-        yield problem("algorithm.mask_truncated", f"{text}, whose KL is not computed; set algorithm.kl.place to loss")
+        fix = f"set algorithm.kl to {{coef: {kl.coef:g}, place: loss, estimator: k2}}"
+        yield problem("algorithm.mask_truncated", f"{text}, whose KL is not computed; {fix}")
     if entropy.adaptive is not None and entropy.coef > entropy.adaptive.max_coef:
         text = f"is {entropy.coef:g}, above algorithm.entropy.adaptive.max_coef {entropy.adaptive.max_coef:g}; lower it"
         yield problem("algorithm.entropy.coef", text)
@@ -229,5 +230,5 @@ def _penalty(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
         correction = algorithm.correction
         if correction is None or (correction.weights is None and correction.mode != "bypass"):
             text = f"is {penalty:g}, but algorithm {config.algorithm.name} {trained}"
-            fix = "set algorithm.correction.preset to token_tis, which corrects the difference by weights, or set 1"
+            fix = f"set algorithm.correction to {algorithm.first_correction}, which compares with the sampler, or set 1"
             yield problem(key, f"{text}; {fix}")

@@ -185,16 +185,19 @@ def _algorithm(config: Config, facts: Derived) -> Iterator[Problem]:
     if isinstance(algorithm, OnlineConfig) and config.rollouts is not None:
         correction, adaptive = algorithm.correction, algorithm.kl.adaptive
         if correction is not None and not correction.rejects:
-            if correction.mode == "decoupled" and correction.weights is None:
-                text = "corrects nothing: name a preset (token_tis is a good first one), choose weights or a mode"
-                yield problem("algorithm.correction", f"{text}, or reject")
+            if correction.mode == "decoupled" and correction.weights is None and algorithm.first_correction is not None:
+                text = (
+                    f"corrects nothing; give {algorithm.first_correction}, or another preset, weights, mode or reject"
+                )
+                yield problem("algorithm.correction", text)
             if correction.mode == "bypass" and not algorithm.has_ratio:
                 text = f"is bypass, but algorithm {algorithm.name} has no importance ratio that it would act on"
                 yield problem("algorithm.correction.mode", f"{text}; set policy_gradient and choose weights, or reject")
         has_own_loss = algorithm.has_ratio and not algorithm.off_policy_keys  # no key says that the loss is replaced
         if correction is not None and correction.mode == "policy_gradient" and has_own_loss:
             text = f"is policy_gradient, which replaces the loss of algorithm {algorithm.name}"
-            yield problem("algorithm.correction.mode", f"{text}; set bypass or decoupled, or use grpo")
+            fits = "bypass" if correction.weights is None else "decoupled"  # bypass has no weights
+            yield problem("algorithm.correction.mode", f"{text}; set {fits}, or use grpo")
         # adaptive_kl_coef lowers the coefficient by at most 0.2 * rows / horizon of it
         if adaptive is not None and algorithm.kl.coef > 0.0 and 5 * adaptive.horizon <= rows:
             lowers = f"a step of {rows} responses can lower the coefficient by {0.2 * rows / adaptive.horizon:.0%}"
