@@ -65,7 +65,8 @@ class RankState:
             for name, state in self.states().items()
         }
         counters = {name: getattr(self._engine, name) for name in _COUNTERS}
-        return {"states": states, "counters": counters, "random": random_state()}
+        period = 0 if self.shadow is None else self.shadow.period
+        return {"states": states, "counters": counters, "random": random_state(), "period": period}
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """Complete the state after the tensors were replaced. Collective."""
@@ -73,6 +74,8 @@ class RankState:
             state.update(values["states"][name])
         for name, count in values["counters"].items():
             setattr(self._engine, name, count)
+        if self.shadow is not None:
+            self.shadow.period = values["period"]
         self._spread_masters()
         restore_random_state(values["random"])
 

@@ -20,6 +20,7 @@ from rlhf.engine.gathering import whole_numel
 from rlhf.errors import UserError
 from rlhf.tracking.run_folder.atomic import write_aside
 
+_PERIOD = "period"  # in the metadata of a file
 _FILE = "teacher_{:05d}.safetensors"  # in a checkpoint, by rank; below stage 3 rank 0 writes for all
 
 
@@ -29,6 +30,7 @@ class ShadowWeights:
     def __init__(self, engine: Any, *, sharded: bool, average: bool) -> None:
         """Copy the present weights of a DeepSpeed engine. An average is kept in float32."""
         module: nn.Module = engine.module.module
+        self.period = 0  # number of the period that the copies belong to, for a user with periods
         self._optimizer, self._sharded = engine.optimizer, sharded
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.copies = {
@@ -77,7 +79,8 @@ class ShadowWeights:
         rank = dist.get_rank()
         if self._sharded or rank == 0:
             content = {name: copy.cpu().contiguous() for name, copy in self.copies.items()}
-            write_aside(folder / _FILE.format(rank), lambda aside: save_file(content, aside))
+            period = {_PERIOD: str(self.period)}
+            write_aside(folder / _FILE.format(rank), lambda aside: save_file(content, aside, metadata=period))
 
     def load(self, folder: Path) -> None:
         """Restore the copies, also from a checkpoint of other ranks. Raise UserError if a file is damaged.
@@ -98,6 +101,7 @@ class ShadowWeights:
                 f"The checkpoint {folder} has no weights of the teacher for this run. Resume with the saved values of "
                 "algorithm.teacher_weights and policy.lora, or start a new run."
             )
+        self.period = int((parts[0].metadata() or {}).get(_PERIOD, 0))
         for name, copy in self.copies.items():
             tensors = [part.get_tensor(name).flatten() for part in parts]
             whole = torch.cat(tensors)[: whole_numel(self._parameters[name])]

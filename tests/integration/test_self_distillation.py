@@ -246,6 +246,29 @@ def resume_rank(rank: int, world_size: int, *, config: Config, folder: Path, res
     return train(worker, 3)
 
 
+def late_rank(rank: int, world_size: int, *, config: Config, folder: Path) -> list[dict[str, Tensor]]:
+    """Return the trained weights after two steps, and the teacher's in step 4: unbroken, and from a checkpoint."""
+    worker = built(config, rank, world_size)
+    train(worker, 1), train(worker, 2)
+    worker.save(folder)
+    found = [{name: p.detach().clone() for name, p in worker.engine.module.named_parameters()}]
+    for loads in (False, True):
+        if loads:
+            worker.load(folder)
+        train(worker, 4)  # no response is taught in step 3, so the ranks get no batch
+        found.append({name: copy.clone() for name, copy in worker.self_teacher.shadow.copies.items()})
+    return found
+
+
+@pytest.mark.timeout(600)
+def test_a_snapshot_due_in_a_skipped_step_is_taken_in_the_next(model: Path, gangs: Gangs, tmp_path: Path) -> None:
+    config = config_of(FORMS["snapshot"] | {"teacher_every": 2}, model, str(tmp_path), zero_stage=0)
+    ((due, *teachers),) = gangs[1].run(late_rank, config=config, folder=tmp_path / "checkpoint")
+    for teacher in teachers:
+        assert {name.removeprefix("model.") for name in teacher} == {name.removeprefix("model.") for name in due}
+        assert all(torch.equal(a, b) for a, b in zip(teacher.values(), due.values(), strict=True))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", [0, 3])

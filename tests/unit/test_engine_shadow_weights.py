@@ -44,6 +44,15 @@ def test_a_whole_copy_is_joined_from_the_shares_of_other_ranks(tmp_path: Path, m
     assert half.copies["w"].tolist() == [3.0, 4.0, 0.0]  # as rank 1
 
 
+def test_the_period_of_the_copies_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    written, read = shadow_of(torch.ones(2)), shadow_of(torch.ones(2))
+    written.period = 3
+    written.save(tmp_path)
+    read.load(tmp_path)
+    assert read.period == 3
+
+
 def test_damaged_and_missing_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="has no weights of the teacher for this run"):
         shadow_of(torch.zeros(5)).load(tmp_path)

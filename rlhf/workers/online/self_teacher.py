@@ -74,13 +74,18 @@ class SelfTeacher:
 
     @contextmanager
     def _weights(self, plan: BatchPlan) -> Iterator[None]:
-        """Use the teacher's weights in the block. The step may be one that begins with a new snapshot."""
+        """Use the teacher's weights in the block. The first pass of a period begins with a new snapshot.
+
+        Steps without a taught response make no update, so a later pass of the period copies the same weights.
+        """
         if self.shadow is None:
             yield
             return
-        every, before = self.section.teacher_every, plan.step - 1
-        if self.section.teacher_weights == "snapshot" and every is not None and before and before % every == 0:
+        every = self.section.teacher_every
+        period = 0 if every is None else (plan.step - 1) // every
+        if period > self.shadow.period:
             self.shadow.renew()
+            self.shadow.period = period
         with self.shadow.in_use():
             yield
 
