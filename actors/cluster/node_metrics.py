@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -17,6 +18,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.cluster.placement import Placement
+from rlhf.process.stopping import start_thread
 from rlhf.roles import Metrics
 from rlhf.tracking.metrics.reductions import Reduction
 from rlhf.tracking.metrics.system import NodeSampler
@@ -37,11 +39,12 @@ class Nodes:
         self.addresses = _addresses()
         self._late: dict[str, ObjectRef[Any]] = {}
         self._failed: set[str] = set()  # nodes whose actor has ended
-        self._start_actors()
+        self._looking: Future[dict[str, str]] | None = None  # a search for new nodes that has not returned yet
+        self._start_actors(self._new_nodes())
 
     async def use(self) -> Metrics:
         """Return the metrics `system/*` of each node for the time since the node's last answer."""
-        self._start_actors()
+        await self._find_new_nodes()
         metrics = _named(self.addresses[self.here], self.sampler.take())
         for node_metrics in await asyncio.gather(*map(self._asked, list(self.others))):
             metrics |= node_metrics
@@ -56,13 +59,24 @@ class Nodes:
             ray.kill(handle)
         self.others = {}
 
-    def _start_actors(self) -> None:
+    async def _find_new_nodes(self) -> None:
+        """Start an actor on each new node. The search asks Ray's GCS, which may be lost while the run goes on."""
+        limit_s = ANSWER_WITHIN_S if self._looking is None else LATE_ANSWER_WITHIN_S
+        looking = self._looking or start_thread(self._new_nodes, "new nodes")[0]
+        done, _ = await asyncio.wait([asyncio.wrap_future(looking)], timeout=limit_s)
+        self._looking = None if done else looking
+        if done:
+            self._start_actors(looking.result())
+
+    def _new_nodes(self) -> dict[str, str]:
+        """Return the addresses of nodes without an actor, by Ray's id of the node."""
         new = self.placement.nodes() - self.others.keys() - self._failed - {self.here}
-        if not new:
-            return
-        self.addresses |= _addresses()
+        return {node: address for node, address in _addresses().items() if node in new} if new else {}
+
+    def _start_actors(self, new: Mapping[str, str]) -> None:
+        self.addresses |= new
         remote = ray.remote(NodeSampler)
-        for node in sorted(new & self.addresses.keys()):
+        for node in sorted(new):
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)
             self.others[node] = remote.options(num_cpus=0, max_restarts=0, scheduling_strategy=strategy).remote()
 

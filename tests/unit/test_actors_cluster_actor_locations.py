@@ -166,6 +166,23 @@ async def test_a_node_that_replaces_a_lost_one_is_measured(monkeypatch: pytest.M
     assert run.asked == [FIRST, FIRST, SECOND, SECOND], "a node whose actor failed is not asked again"
 
 
+async def test_a_search_for_nodes_that_does_not_return_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's GCS stands still for a while, in which a node joins."""
+    run, answers = Run(monkeypatch), threading.Event()
+    found = run.nodes.placement.nodes
+
+    def nodes() -> set[str]:
+        assert answers.wait(30.0)
+        return found()
+
+    slow: Any = SimpleNamespace(nodes=nodes)
+    run.nodes.placement = slow
+    run.placed.add(SECOND)
+    assert await run.measured() == await run.measured() == {HERE, FIRST}
+    answers.set()
+    assert await run.measured() == {HERE, FIRST, SECOND}
+
+
 async def test_a_late_node_is_left_out_only_until_its_answer_is_there(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
