@@ -337,6 +337,14 @@ class StepReward:
     value: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A turn of the policy in a conversation, or a call in an agent's session."""
+
+    end: int  # index in the sample of the turn's last token; several sequences follow each other
+    state: str  # a digest of the observation before the turn, equal for equal observations
+
+
 RESULT_COLUMN = "result"  # the name under which rewards get the result of an agent's session
 
 
@@ -364,7 +372,7 @@ class RolloutInfo:
     num_turns: int = 1  # turns of the policy
     num_environment_tokens: int = 0  # tokens between the policy's turns; shared tokens count once
     environment_rewards: tuple[StepReward, ...] | None = None  # per turn; None: no environment, or a failure
-    anchors: tuple[str, ...] = ()  # a digest of the observation before each turn; empty: no environment, or a failure
+    turns: tuple[Turn, ...] = ()  # of a conversation or a session, in the order of play; empty: none, or a failure
     environment_error: RewardError | None = None  # of an environment or an agent
     session: SessionEnd | None = None  # of an agent; None: no agent
 
@@ -484,6 +492,7 @@ class BatchPlan:
     entropy_coef: float = 0.0
     temperatures: Mapping[int, float] = field(default_factory=dict)  # by sequence id, for prompts with a temperature
     steps: Mapping[int, tuple[StepReward, ...]] = field(default_factory=dict)  # by sequence id, with training values
+    turns: Mapping[int, tuple[StepReward, ...]] = field(default_factory=dict)  # advantages of turns, by sequence id
     portion: int = 0  # index of the portion in its batch
     given: GivenBatch | None = None  # None: the rollouts are the whole batch
     imitation: Mapping[int, float] = field(default_factory=dict)  # weights of the supervised loss, by sequence id
@@ -508,6 +517,7 @@ class BatchPlan:
             scores={i: self.scores[i] for i in received if i in self.scores},
             temperatures={i: self.temperatures[i] for i in received if i in self.temperatures},
             steps={i: self.steps[i] for i in received if i in self.steps},
+            turns={i: self.turns[i] for i in received if i in self.turns},
             given=None if self.given is None else self.given.for_rank(rank),
             imitation={i: self.imitation[i] for i in received if i in self.imitation},
         )

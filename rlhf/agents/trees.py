@@ -8,8 +8,9 @@ same tokens. Nothing depends on the order of the calls, and nothing is tokenised
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from rlhf.agents.calls import AgentRun, Call
 from rlhf.data.prefix_tree import TokenIds, common_length, shared_with_earlier
 from rlhf.deferred import torch
-from rlhf.types import GroupRequest, RolloutInfo, Rollouts
+from rlhf.types import GroupRequest, RolloutInfo, Rollouts, Turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,7 @@ class TrainingSequence:
 
     calls: tuple[int, ...]  # indices of the calls whose tokens are trained here, in their order
     ends: tuple[int, ...]  # position after the last token of each of these calls
+    states: tuple[str, ...]  # for each of these calls, a digest of the tokens read since the continued call's response
     token_ids: npt.NDArray[np.int32]
     trained: npt.NDArray[np.bool_]  # sampled in one of the calls, by a free choice
     logprobs: npt.NDArray[np.float32]  # by the sampler; 0 for other tokens
@@ -52,7 +54,15 @@ def training_sequences(calls: Sequence[Call]) -> list[TrainingSequence]:
         while chain[-1] in next_calls:
             chain.append(next_calls[chain[-1]])
     chains.sort(key=lambda chain: -len(chain))  # chains of one length stay in the order of their tokens
-    return [_sequence(calls, [order[place] for place in chain], whole[order[chain[-1]]]) for chain in chains]
+    states = {
+        i: _state(calls[i].prompt_ids[0 if parent is None else len(whole[order[parent]]) :])
+        for i, parent in zip(order, parents, strict=True)
+    }
+    return [_sequence(calls, [order[place] for place in chain], whole[order[chain[-1]]], states) for chain in chains]
+
+
+def _state(read: TokenIds) -> str:
+    return hashlib.blake2b(read.tobytes(), digest_size=8).hexdigest()
 
 
 def _sort_key(call: Call, whole: TokenIds) -> tuple[bytes, int, bytes, bytes, bytes]:
@@ -78,7 +88,9 @@ def _parents(calls: Sequence[Call], wholes: Sequence[TokenIds]) -> list[int | No
     return parents
 
 
-def _sequence(calls: Sequence[Call], chain: Sequence[int], token_ids: npt.NDArray[np.int32]) -> TrainingSequence:
+def _sequence(
+    calls: Sequence[Call], chain: Sequence[int], token_ids: npt.NDArray[np.int32], states: Mapping[int, str]
+) -> TrainingSequence:
     trained = np.zeros(len(token_ids), np.bool_)
     logprobs = np.zeros(len(token_ids), np.float32)
     versions = np.full(len(token_ids), -1, np.int32)
@@ -92,6 +104,7 @@ def _sequence(calls: Sequence[Call], chain: Sequence[int], token_ids: npt.NDArra
     return TrainingSequence(
         calls=tuple(chain),
         ends=tuple(ends),
+        states=tuple(states[i] for i in chain),
         token_ids=token_ids,
         trained=trained,
         logprobs=logprobs,
@@ -122,7 +135,7 @@ def assemble_sessions(request: GroupRequest, sessions: Sequence[AgentRun]) -> tu
 def _sequences(session: AgentRun, request: GroupRequest) -> list[TrainingSequence]:
     prompt = session.calls[0].prompt_ids if session.calls else np.array(request.prompt.token_ids, np.int32)
     trained = [sequence for sequence in training_sequences(session.calls) if sequence.trained.any()]
-    return trained or [_sequence((), (), prompt)]
+    return trained or [_sequence((), (), prompt, {})]
 
 
 def _info(sample_id: int, session: AgentRun, sequences: Sequence[TrainingSequence]) -> RolloutInfo:
@@ -143,4 +156,16 @@ def _info(sample_id: int, session: AgentRun, sequences: Sequence[TrainingSequenc
         mean_logprob=float(logprobs.mean(dtype=np.float64)) if len(logprobs) else 0.0,
         num_turns=len(session.calls),
         num_environment_tokens=num_tokens - num_prompt_tokens - len(logprobs),
+        turns=_turns(sequences),
     )
+
+
+def _turns(sequences: Sequence[TrainingSequence]) -> tuple[Turn, ...]:
+    """Return the session's calls in the order of finishing, whatever sequences have their tokens."""
+    turns: dict[int, Turn] = {}
+    start = 0
+    for sequence in sequences:
+        for call, end, state in zip(sequence.calls, sequence.ends, sequence.states, strict=True):
+            turns[call] = Turn(end=start + end - 1, state=state)
+        start += len(sequence.token_ids)
+    return tuple(turns[call] for call in sorted(turns))

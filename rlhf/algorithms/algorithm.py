@@ -108,7 +108,7 @@ class AlgorithmConfig(Section):
 
     @property
     def compares_turns(self) -> bool:
-        """Whether turns of conversations are compared from equal states, which only an environment knows."""
+        """Whether turns of conversations or sessions are compared from equal states."""
         return False
 
     @property

@@ -15,7 +15,7 @@ from rlhf.objectives import advantages
 
 
 class GiGPOConfig(ClippedConfig):
-    """Group-in-group policy optimisation, for rollouts.environment."""
+    """Group-in-group policy optimisation, for conversations with an environment and sessions of an agent."""
 
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["gigpo"]
@@ -36,9 +36,10 @@ class GiGPOConfig(ClippedConfig):
 class GiGPO(GroupRelative):
     """A token has the advantage of its conversation plus the advantage of its turn.
 
-    Turns of a prompt's conversations are compared if the same observation stands before them. Deviations from the
-    paper: 1. the state is the text of the last observation, as in the authors' code; 2. the part of the score that no
-    turn has earned is a reward of the last turn.
+    Turns of a prompt's conversations are compared if the same observation stands before them. A call is a turn of an
+    agent's session, and the tokens read since the continued call's response are the observation. Deviations from the
+    paper: 1. the state is the last observation, as in the authors' code; 2. the last turn has the part of the score
+    without a turn as a reward.
     """
 
     config: GiGPOConfig

@@ -105,13 +105,16 @@ class AdvantageLearning(ReferencedLearning):
         """Choose the responses to train on and, unless there are none, compute their experience."""
         record = self.record
         kept, steps = self.scores.by_step(self._kept(groups), self.algorithm.step_terms)
+        turns: Mapping[int, tuple[StepReward, ...]] = {}
         if self.algorithm.config.compares_turns:
-            kept, steps = self.scores.by_turn(kept, steps, self.algorithm.turn_advantages)
+            kept, turns = self.scores.by_turn(kept, steps, self.algorithm.turn_advantages)
+            steps = {}
         trained = self._not_masked(kept)
         if self.leaves_out:
             total, count = (sum(len(scored.group.infos) for scored in some) for some in (trained, groups))
             record.add({"advantages/kept/fraction": Mean(total=total, count=count)})
-        plan = self._with_supervision(self.plan(trained, step, self.roles.policy, steps), groups)
+        plan = replace(self.plan(trained, step, self.roles.policy, steps), turns=turns)
+        plan = self._with_supervision(plan, groups)
         report = PrepareReport(sequences=(), metrics={})
         advantages: Mapping[int, float] = {}
         prompts: list[RemoteColumns[PrivilegedPrompts]] = []

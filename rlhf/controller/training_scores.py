@@ -104,36 +104,37 @@ class TrainingScores:
         steps: Mapping[int, tuple[StepReward, ...]],
         turn_advantages: Callable[[Tensor, Tensor, Sequence[str]], Tensor],
     ) -> tuple[list[ScoredGroup], dict[int, tuple[StepReward, ...]]]:
-        """Return the groups with their whole scores, and the credit of each turn by sequence id.
+        """Return the groups with their whole scores, and the advantage of each turn by sequence id.
 
         `groups` and `steps` are the results of `by_step`. A turn's reward is the sum of its steps; the last turn also
-        gets the remaining score. A token's advantage is the sum of the credits of the turns from its own on, so a
-        turn's credit is its advantage minus the advantage of the next turn.
+        gets the remaining score. The turns are in the order of play, and in a session with several sequences this is
+        not the order of the tokens.
         """
         whole: list[ScoredGroup] = []
-        credits: dict[int, tuple[StepReward, ...]] = {}
+        by_sequence: dict[int, tuple[StepReward, ...]] = {}
         for scored in groups:
             infos, scores = scored.group.infos, list(scored.scores.scores)
-            ends = [[turn.end for turn in info.environment_rewards or ()] for info in infos]
-            rewards = [[0.0] * len(turns) for turns in ends]
+            rewards = [[0.0] * len(info.turns) for info in infos]
             for place, info in enumerate(infos):
-                if ends[place]:
+                order = sorted(range(len(info.turns)), key=lambda turn, turns=info.turns: turns[turn].end)  # type: ignore[misc]
+                ends = [info.turns[turn].end for turn in order]
+                if ends:
                     rewards[place][-1] = scores[place]
                 for step in steps.get(info.sequence_id, ()):
                     scores[place] += step.value
-                    if ends[place]:  # a conversation that failed before a turn has none
-                        rewards[place][bisect_left(ends[place], step.end)] += step.value
+                    if ends:  # a conversation that failed before a turn has none
+                        rewards[place][order[bisect_left(ends, step.end)]] += step.value
             flat = _column([reward for turns in rewards for reward in turns])
-            counts = torch.tensor([len(turns) for turns in ends])
-            anchors = [anchor for info in infos for anchor in info.anchors]
-            values = turn_advantages(flat, counts, anchors).split(counts.tolist())
-            for info, turns, of_turns in zip(infos, ends, values, strict=True):
-                differences = -of_turns.diff(append=of_turns.new_zeros(1)) if turns else of_turns
-                credits[info.sequence_id] = tuple(
-                    StepReward(end=end, value=value) for end, value in zip(turns, differences.tolist(), strict=True)
+            counts = torch.tensor([len(info.turns) for info in infos])
+            states = [turn.state for info in infos for turn in info.turns]
+            values = turn_advantages(flat, counts, states).split(counts.tolist())
+            for info, of_turns in zip(infos, values, strict=True):
+                by_sequence[info.sequence_id] = tuple(
+                    StepReward(end=turn.end, value=value)
+                    for turn, value in zip(info.turns, of_turns.tolist(), strict=True)
                 )
             whole.append(replace(scored, scores=replace(scored.scores, scores=tuple(scores))))
-        return whole, credits
+        return whole, by_sequence
 
     def outcomes(self, groups: Sequence[ScoredGroup], scores: Sequence[float]) -> SequenceOutcomes:
         """Return the outcomes of groups of equal size. `scores` covers all responses, in the order of the groups."""
@@ -169,8 +170,8 @@ class TrainingScores:
             return len(set(scored.scores.scores)) == 1
         (scored,) = self.shaped([scored], algorithm, max_new_tokens=config.rollouts.max_response_tokens)
         if config.algorithm.compares_turns:
-            _, credits = self.by_turn(*self.by_step([scored], algorithm.step_terms), algorithm.turn_advantages)
-            if any(abs(turn.value) > FLAT_BELOW for turns in credits.values() for turn in turns):
+            _, compared = self.by_turn(*self.by_step([scored], algorithm.step_terms), algorithm.turn_advantages)
+            if any(abs(turn.value) > FLAT_BELOW for turns in compared.values() for turn in turns):
                 return False
         return algorithm.is_flat(self.outcomes([scored], scored.scores.scores))
 

@@ -108,10 +108,27 @@ def test_a_session_is_one_sample_however_many_sequences_it_has() -> None:
     # 63 63 65 33 66 67, and 35 68: 8 tokens without the shared ones, of which 2 are the prompt and 4 are sampled
     assert (branched.num_prompt_tokens, branched.num_response_tokens, branched.num_environment_tokens) == (2, 4, 2)
     assert (branched.num_tokens, branched.mean_logprob) == (8, -2.5)
+    assert [turn.end for turn in branched.turns] == [2, 5, 10]  # the last tokens of the calls, in the order of play
+    assert [turn.end for turn in single.turns] == [2]
     assert (branched.min_version, branched.max_version) == (3, 5)
     assert (single.sequence_id, single.num_tokens, single.finish_reason) == (5, 3, "stop")
     assert response_texts(rollouts, byte_tokenizer(), turn_end=None) == ["A\nBC\nD", "E"]  # the texts that rewards read
     assert [len(spans) for spans in token_spans(rollouts)] == [6, 2]
+
+
+def test_calls_after_equal_observations_have_equal_states() -> None:
+    def states(*calls: Call) -> list[str]:
+        _, (info,) = assemble_sessions(REQUEST, [session(*calls)])
+        return [turn.state for turn in info.turns]
+
+    start, tool, other, again = states(
+        call([1, 2], [3]), call([1, 2, 3, 9], [4, 5]), call([1, 2, 3, 9, 4, 5, 8], [6]), call([1, 2], [7])
+    )
+    assert start == again != tool != other  # a retry reads the same prompt
+    assert states(call([1, 2], [8]), call([1, 2, 8, 9], [4])) == [start, tool]  # the same result after another call
+    branch = states(call([1], [2]), call([1, 2, 9], [3, 3]), call([1, 2, 9], [4]), call([7, 9], [5]))
+    assert branch[1] == branch[2] == tool  # two branches continue one call
+    assert branch[3] not in (tool, start)  # a sub-agent reads its whole prompt
 
 
 def test_a_session_without_a_sampled_token_has_its_prompt() -> None:

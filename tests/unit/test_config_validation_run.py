@@ -263,7 +263,6 @@ ONLINE_REFUSED = [
     ([URL, "rollouts.agent.memory_gib=2"], "has no effect here"),
     ([AGENT, "rollouts.agent.sandbox=true"], "rollouts.agent.sandbox: has no effect here: rollouts.agent.command"),
     (["algorithm={name: gigpo}"], "gigpo, which compares turns by the observation before them; set rollouts.envir"),
-    ([AGENT, "algorithm={name: gigpo}"], "gigpo, which compares turns by the observation before them; set rollouts.e"),
     ([AGENT, "algorithm={name: chord}"], "chord, which learns from a given response to each prompt, not from"),
     ([GAME, "algorithm={name: chord}"], "not from conversations; remove rollouts.environment, or use grpo"),
     ([AGENT, "rollouts.environment={name: guess_number, max_tokens: 180}"], "give one of `environment` and"),

@@ -1,10 +1,9 @@
-"""Turns of conversations get credits whose sums from a turn on are the turn's advantage."""
+"""Turns of conversations, and calls of agents' sessions, get the advantages of the algorithm."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from rlhf.config.schema.rewards import RewardConfig
 from rlhf.controller.batches import only
 from rlhf.controller.training_scores import TrainingScores
 from rlhf.roles import ScoredGroup
-from rlhf.types import StepReward
+from rlhf.types import StepReward, Turn
 from tests.fakes.groups import scored_groups
 from tests.unit.test_controller_advantage_learning import Run
 
@@ -28,7 +27,8 @@ def conversations(scores: Sequence[float], *, steps: bool) -> ScoredGroup:
     infos = []
     for info, ends in zip(scored.group.infos, ENDS, strict=True):
         rewards = tuple(StepReward(end=end, value=0.0) for end in ends) or None
-        infos.append(replace(info, environment_rewards=rewards, anchors=tuple("abc"[: len(ends)])))
+        turns = tuple(Turn(end=end, state=state) for end, state in zip(ends, "abc", strict=False))
+        infos.append(replace(info, environment_rewards=rewards, turns=turns))
     told = scored.scores
     if steps:
         of_first = (StepReward(end=4, value=0.25), StepReward(end=9, value=0.0), StepReward(end=13, value=0.0))
@@ -38,7 +38,7 @@ def conversations(scores: Sequence[float], *, steps: bool) -> ScoredGroup:
 
 
 def credited(scored: ScoredGroup) -> tuple[Any, dict[int, list[float]], list[Any]]:
-    """Return the scores left, the sums of credits from each turn on, and the arguments of the algorithm."""
+    """Return the whole scores, the advantages of the turns, and the arguments of the algorithm."""
     scores = TrainingScores({"right": RewardConfig(function="f"), "short": RewardConfig(function="f", weight=0.0)})
     asked: list[Any] = []
 
@@ -47,18 +47,31 @@ def credited(scored: ScoredGroup) -> tuple[Any, dict[int, list[float]], list[Any
         return torch.arange(1.0, 1.0 + len(rewards), dtype=torch.float64) ** 2
 
     groups, steps = scores.by_step([scored], lambda rewards: rewards)
-    (whole,), credits = scores.by_turn(groups, steps, turn_advantages)
-    sums = {i: [*accumulate(step.value for step in reversed(turns))][::-1] for i, turns in credits.items()}
-    assert [tuple(step.end for step in credits[i]) for i in range(3)] == list(ENDS)
-    return whole.scores.scores, sums, asked
+    (whole,), found = scores.by_turn(groups, steps, turn_advantages)
+    assert [[turn.end for turn in found[i]] for i in range(3)] == [
+        [turn.end for turn in info.turns] for info in scored.group.infos
+    ]
+    return whole.scores.scores, {i: [turn.value for turn in turns] for i, turns in found.items()}, asked
 
 
 @pytest.mark.parametrize(("steps", "first"), [(False, [0.0, 0.0, 1.0]), (True, [0.25, 0.0, 0.75])])
-def test_credits_sum_to_the_advantages_of_the_turns(steps: bool, first: list[float]) -> None:
-    scores, sums, asked = credited(conversations((1.0, 0.5, 0.0), steps=steps))
+def test_each_turn_gets_its_advantage(steps: bool, first: list[float]) -> None:
+    scores, advantages, asked = credited(conversations((1.0, 0.5, 0.0), steps=steps))
     assert scores == pytest.approx((1.0, 0.5, 0.0))  # whole again
-    assert sums == {0: [1.0, 4.0, 9.0], 1: [16.0, 25.0], 2: []}
+    assert advantages == {0: [1.0, 4.0, 9.0], 1: [16.0, 25.0], 2: []}
     assert asked == [([*map(pytest.approx, [*first, 0.0, 0.5])], [3, 2, 0], ["a", "b", "c", "a", "b"])]
+
+
+def test_calls_of_a_session_are_in_the_order_of_play() -> None:
+    scored = conversations((1.0, 0.5, 0.0), steps=True)
+    first, *others = scored.group.infos
+    # the third sequence of the sample has the first call: the tokens 10 to 13
+    calls = tuple(Turn(end=end, state=state) for end, state in ((13, "a"), (4, "b"), (9, "c")))
+    scored = replace(scored, group=replace(scored.group, infos=(replace(first, turns=calls), *others)))
+    scores, _, asked = credited(scored)
+    assert scores == pytest.approx((1.0, 0.5, 0.0))
+    # the step of 0.25 ends at token 4, in the second call; the last call in the order of play gets the rest
+    assert asked == [([*map(pytest.approx, [0.0, 0.25, 0.75, 0.0, 0.5])], [3, 2, 0], ["a", "b", "c", "a", "b"])]
 
 
 def test_gigpo_adds_turns_to_conversations(folder: Any) -> None:
@@ -67,7 +80,9 @@ def test_gigpo_adds_turns_to_conversations(folder: Any) -> None:
     signals = run.learn([conversations((1.0, 0.5, 0.0), steps=False)])
     assert [signals.advantages[i] for i in range(3)] == pytest.approx([0.5, 0.0, -0.5])
     # turns `a` and `b` have the returns 1 and 0.5; turn `c` is compared with no other
-    assert run.steps == {0: [0.0, 0.25, 0.0], 1: [0.0, -0.25], 2: []}
+    turns = {i: [turn.value for turn in turns] for i, turns in run.plan.turns.items()}
+    assert turns == {0: [0.25, 0.25, 0.0], 1: [-0.25, -0.25], 2: []}
+    assert not run.plan.steps
 
 
 @pytest.mark.parametrize(("gamma", "is_flat"), [(1.0, 1.0), (0.9, 0.0)])

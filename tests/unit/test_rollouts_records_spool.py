@@ -31,6 +31,7 @@ from rlhf.types import (
     Sampling,
     SessionEnd,
     StepReward,
+    Turn,
 )
 from tests.fakes.groups import INFO, PROMPT, REQUEST, ROLLOUTS, SAMPLING
 
@@ -78,7 +79,7 @@ NO_TOKENS = replace(INFO, num_response_tokens=0)  # a grammar has restricted all
     ("infos", "is_trained"),
     [
         ((replace(INFO, environment_rewards=(StepReward(end=1, value=0.5),)),), True),
-        ((replace(INFO, anchors=("a", "b")),), True),
+        ((replace(INFO, turns=(Turn(end=1, state="a"), Turn(end=3, state="b"))),), True),
         ((replace(INFO, session=END),), True),
         ((INFO, NO_TOKENS), True),
         ((NO_TOKENS,), False),

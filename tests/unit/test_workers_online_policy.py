@@ -13,12 +13,15 @@ import pytest
 import torch
 
 from rlhf.agents.trees import assemble_sessions
+from rlhf.config.schema.rewards import RewardConfig
 from rlhf.config.schema.root import Config
 from rlhf.controller.rollout_scorer import request_for
+from rlhf.controller.training_scores import TrainingScores
 from rlhf.models.packed.forward import hidden_states, policy_logprobs, policy_logprobs_only
 from rlhf.models.packed.row_layout import row_layout
+from rlhf.roles import CompletedGroup, ScoredGroup
 from rlhf.tracking.metrics.declarations import merge_metrics, results
-from rlhf.types import BatchPlan, MinibatchPlan, Prompt, RankedRollouts, Rollouts, StepReward, TokenValues
+from rlhf.types import BatchPlan, GroupScores, MinibatchPlan, Prompt, RankedRollouts, Rollouts, StepReward, TokenValues
 from rlhf.workers.online.critic import CriticWorker
 from rlhf.workers.online.policy import PolicyWorker
 from rlhf.workers.online.streamed import StreamedPolicyWorker
@@ -195,6 +198,31 @@ def test_a_step_reward_counts_through_the_sequences_of_its_session() -> None:
     found = worker.prepared.advantages[rollouts().response_mask].tolist()
     # the first call's tokens come before both the second call and the branch; the branch's token only before its step
     assert found == [1.5, 1.5, 0.5, 0.0, 1.0, 4.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_gigpo_compares_the_calls_of_sessions_that_read_the_same() -> None:
+    """The calls of the first session return 0.25, 0.5, 1 and 2 at gamma 0.5, and those of the second -0.5 and -1.
+
+    The first calls read the same prompt, and the third call of the first session, in a branch, reads the same result
+    as the second call of the other session.
+    """
+    algorithm: Any = {"name": "gigpo", "gamma": 0.5}
+    worker = worker_of(tiny_model("llama"), **algorithm)
+    other = session(call([1, 2], [3]), call([1, 2, 3, 10], [9]))
+    request = request_for(PROMPT, group_id=0, first_sequence_id=0, samples=2, run_seed=0)
+    batch, infos = assemble_sessions(request, [BRANCHED, other])
+    scored = ScoredGroup(
+        group=CompletedGroup(request=request, rollouts=batch, infos=infos),
+        scores=GroupScores(scores=(2.0, -1.0), by_name={"r": (2.0, -1.0)}, errors=()),
+    )
+    scores = TrainingScores({"r": RewardConfig(function="f")})
+    _, turns = scores.by_turn([scored], {}, worker.algorithm.turn_advantages)
+    turns = {i: tuple(reversed(of_sample)) for i, of_sample in turns.items()}  # any order has the same tokens
+    worker.prepare(plan(turns=turns), batch)
+    worker.set_advantages({0: 0.0, 1: 10.0})
+    found = worker.prepared.advantages
+    assert found[batch.response_mask].tolist() == [0.375, 0.375, 0.0, 0.0, 1.0, 0.0, 0.0, 10 - 0.375, 10 - 1.0]
+    assert not found[~batch.response_mask].any()
 
 
 def test_a_sessions_report_covers_all_of_its_sequences() -> None:

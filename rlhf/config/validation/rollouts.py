@@ -47,9 +47,9 @@ def group_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem
     yield from (problem(key, text) for key, text in problems)
     if algorithm.num_value_samples:
         yield from _values_problems(config)
-    if config.algorithm.compares_turns and rollouts.environment is None:
+    if config.algorithm.compares_turns and rollouts.environment is None and rollouts.agent is None:
         text = f"is {config.algorithm.name}, which compares turns by the observation before them"
-        yield problem("algorithm.name", f"{text}; set rollouts.environment, or use grpo")
+        yield problem("algorithm.name", f"{text}; set rollouts.environment or rollouts.agent, or use grpo")
     player = "agent" if rollouts.agent is not None else "environment" if rollouts.environment is not None else None
     if config.algorithm.reads_given_responses and player is not None:
         text = f"is {config.algorithm.name}, which learns from a given response to each prompt, not from conversations"

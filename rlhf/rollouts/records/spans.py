@@ -23,6 +23,7 @@ from rlhf.types import (
     Rollouts,
     RoutedRollouts,
     StepReward,
+    Turn,
 )
 
 if TYPE_CHECKING:
@@ -105,7 +106,10 @@ def assemble(request: GroupRequest, conversations: Sequence[Played]) -> tuple[Ro
                 num_turns=len(turns),
                 num_environment_tokens=len(ids) - start - prompt - len(sampled_logprobs),
                 environment_rewards=rewards,
-                anchors=played.anchors,
+                turns=tuple(
+                    Turn(end=end, state=state)
+                    for end, state in zip(ends if played.anchors else (), played.anchors, strict=True)
+                ),
                 environment_error=played.error,
             )
         )

@@ -28,6 +28,7 @@ from rlhf.types import (
     Sampling,
     SessionEnd,
     StepReward,
+    Turn,
     oldest_version,
 )
 
@@ -145,10 +146,10 @@ def read_group(
 
 def _info(row: dict[str, Any]) -> RolloutInfo:
     rewards, error = row.pop("environment_rewards"), row.pop("environment_error")
-    session, anchors = row.pop("session", None), tuple(row.pop("anchors"))
+    session, turns = row.pop("session", None), row.pop("turns")
     return RolloutInfo(
         **row,
-        anchors=anchors,
+        turns=tuple(Turn(**turn) for turn in turns),
         environment_rewards=None if rewards is None else tuple(StepReward(**reward) for reward in rewards),
         environment_error=None if error is None else RewardError(**error),
         session=None if session is None else SessionEnd(**session | {"broken": tuple(session["broken"])}),

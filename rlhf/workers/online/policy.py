@@ -162,6 +162,8 @@ class PolicyWorker(OnlineWorker):
             advantages = torch.where(mask, to_tokens(per_sequence, lengths, num_tokens=len(mask)), 0.0)
             if share.plan.steps:
                 advantages = advantages + reward_to_go(self._step_rewards(share), mask, lengths, gamma=1.0)
+            if share.plan.turns and share.ids:
+                advantages = advantages + torch.where(mask, self._of_turns(share), 0.0)
         else:
             old_values = TokenValues.gather(values, share.plan.received_by(self.data_rank)).values if values else None
             rewards = self._token_rewards(prepared)
@@ -353,6 +355,20 @@ class PolicyWorker(OnlineWorker):
         ends = torch.tensor(places, dtype=torch.int64)
         values = torch.tensor([step.value for of_sample in steps for step in of_sample])
         return with_branch_rewards(step_rewards(ends, values, share.rollouts.response_mask), share.rollouts)
+
+    def _of_turns(self, share: Share) -> Float[Tensor, " N"]:
+        """Return for each sampled token the advantage of its turn: the first turn that ends there or later."""
+        lengths = share.rollouts.sample_lengths
+        stops = lengths.cumsum(0).tolist()
+        starts = (lengths.cumsum(0) - lengths).tolist()
+        ends: list[int] = []
+        values: list[float] = []
+        for sequence_id, start, stop in zip(share.ids, starts, stops, strict=True):
+            turns = sorted(share.plan.turns.get(sequence_id, ()), key=lambda turn: turn.end)
+            ends += [*(start + turn.end for turn in turns), stop]  # the sample's remaining tokens are of no turn
+            values += [*(turn.value for turn in turns), 0.0]
+        places = torch.searchsorted(torch.tensor(ends), torch.arange(int(lengths.sum())))
+        return torch.tensor(values)[places]
 
     def _moments_over_ranks(self, local_moments: Moments) -> Moments:
         """Merge the moments of all ranks' values. Every rank gets the same result."""
