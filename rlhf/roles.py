@@ -182,7 +182,7 @@ class RolloutRole(MeasuredRole, Protocol):
 
     @property
     def num_working(self) -> int:
-        """Return the number of engines that answer."""
+        """Return the number of answering engines."""
 
     async def fronts(self, key: str, name: str) -> Sequence[str]:
         """Return the base URLs of the engines' HTTP fronts, which admit calls with the key under a model's name. Only

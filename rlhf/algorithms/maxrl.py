@@ -22,7 +22,7 @@ class MaxRLConfig(ClippedConfig):
     """Penalty towards the reference model."""
 
     def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
-        """Yield a length penalty that makes scores negative."""
+        """Yield a length penalty for negative scores."""
         penalty = self.length_penalty
         if penalty is not None and penalty.by == "whole_group":
             text = "is whole_group, which lowers scores of 0, but maxrl needs scores of at least 0; set group"

@@ -10,7 +10,7 @@ from rlhf.algorithms.privileged import SelfTeaching
 
 
 class SelfDistillationConfig(SelfTeaching, RolloutDistillationConfig):
-    """Keys of every algorithm whose policy distils itself."""
+    """Keys of every algorithm of a policy as its own teacher."""
 
     kind: ClassVar[Kind] = "self_distillation"
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class SelfDistillationLearning(Learning):
-    """Trains on the responses that have a teacher."""
+    """Trains on the responses with a teacher."""
 
     def __init__(self, config: Config, roles: OnlineRoles, record: RunRecord) -> None:
         super().__init__(config, roles, record)

@@ -109,7 +109,7 @@ class Pause:
             return list(self._waits.values())
 
     def hear(self, who: str, shortages: Iterable[Shortage]) -> None:
-        """Record the shortages that another process waits for."""
+        """Record the shortages of another process."""
         shortage = next(iter(shortages), None)
         if shortage is None:
             self.end(who)

@@ -428,7 +428,7 @@ def _roles(config: Config, inputs: OnlineInputs) -> tuple[OnlineRoles, RewardWor
         max_tokens_per_microbatch=tokens,
     )
     reward, engine = RewardWorker(settings, PLACE), Engine(config.policy.model, worker)
-    if inputs.environment is not None:
+    if isinstance(inputs.environment, EnvironmentSpec):
         engine = Conversing(config.policy.model, worker, inputs.environment)
     roles: Any = {"policy": Policy(worker), "rollout": engine, "reward": Reward(reward)}
     if "critic" in derive.needs(config):

@@ -16,7 +16,7 @@ from transformers.core_model_loading import PrefixChange, WeightConverter, Weigh
 
 
 def missing_settings(config: Any) -> dict[str, Any]:
-    """Return the settings missing in this config that vLLM needs, and that transformers neither reads nor writes."""
+    """Return the settings missing in this config for vLLM, neither read nor written by transformers."""
     settings: Mapping[str, Any] = {}
     if config.model_type == "deepseek_v3":  # else vLLM gives the routers no bias of choice, and scores by a softmax
         settings = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}

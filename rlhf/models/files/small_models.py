@@ -16,7 +16,7 @@ class SmallModel:
 
     @property
     def folder(self) -> Path:
-        """Return the default folder, which the recipes name."""
+        """Return the default folder, as in the recipes."""
         return Path("models") / self.repo.rpartition("/")[2]
 
 

@@ -357,7 +357,7 @@ class PolicyWorker(OnlineWorker):
         return with_branch_rewards(step_rewards(ends, values, share.rollouts.response_mask), share.rollouts)
 
     def _of_turns(self, share: Share) -> Float[Tensor, " N"]:
-        """Return for each sampled token the advantage of its turn: the first turn that ends there or later."""
+        """Return for each sampled token the advantage of its turn: the first turn with an end there or later."""
         lengths = share.rollouts.sample_lengths
         stops = lengths.cumsum(0).tolist()
         starts = (lengths.cumsum(0) - lengths).tolist()
