@@ -35,13 +35,19 @@ class ToldCalls:
 def parsed_as_stream(
     parser: Any, text: str, ids: Sequence[int], request: Any, prompt_ids: Sequence[int]
 ) -> tuple[str | None, list[FunctionCall]]:
-    """Return the content and the calls from a fresh parser of vLLM for a stream of one part."""
-    calls = ToldCalls()
-    delta = parser.parse_delta(text, [*ids], request, [*prompt_ids], finished=True)
-    if delta is not None:
-        calls.add(delta)
-    content = None if delta is None else delta.content
-    return content, [FunctionCall(name=name, arguments=arguments) for name, arguments in calls.pairs()]
+    """Return the content and the calls from a fresh parser of vLLM for a stream of one part and an empty last part.
+
+    With text in the last part, the parser would complete a call without arguments to `{}`.
+    """
+    calls, contents = ToldCalls(), list[str]()
+    for part, part_ids in ((text, [*ids]), ("", list[int]())):
+        delta = parser.parse_delta(part, part_ids, request, [*prompt_ids], finished=not part)
+        if delta is not None:
+            calls.add(delta)
+            contents.append(delta.content or "")
+    return "".join(contents) or None, [
+        FunctionCall(name=name, arguments=arguments) for name, arguments in calls.pairs()
+    ]
 
 
 def ending_as_sampled(

@@ -398,6 +398,13 @@ async def test_a_call_that_is_cut_off_has_its_arguments_so_far(
         assert [(block.type, block.name) for block in message.content] == [("tool_use", "add")]
 
 
+async def test_a_call_that_is_cut_off_before_its_arguments_has_none(parts: EngineParts) -> None:
+    async with fronted(parts, '<tool_call>\n{"name": "add", "argum...', tool_parser="hermes") as (_, _, client, _):
+        expected = ("", "", [("add", "")], "length")
+        assert await chatted(client, tools=[TOOL]) == expected
+        assert await chatted(client, tools=[TOOL], stream=True) == expected
+
+
 async def test_what_json_lacks_in_a_call_is_no_error(parts: EngineParts) -> None:
     written = '{"a": [NaN, -Infinity, 1e999, 2.5], "b": "x\\ud800"}'
     async with in_session(parts, CALL.replace('{"a": 1}', written)) as (front, _, client, other):
