@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import torch
@@ -82,13 +85,24 @@ def init_distributed(place: RankContext, master_addr: str, master_port: int) -> 
             f"Rank {place.rank} of {place.world_size} could not join its group at {master_addr}:{master_port} "
             f"({backend}, deadline {place.deadline_s:g} s): {error}"
         ) from error
-    import deepspeed  # reads DS_ACCELERATOR when it is imported
-
+    deepspeed = _imported_deepspeed()  # reads DS_ACCELERATOR when it is imported
     if not on_gpu:
         # DeepSpeed would compile an all-reduce for ranks of one CPU host here, and this all-reduce waits without a
         # deadline. On a GPU even reading this table would probe compilers for every DeepSpeed kernel.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout)
+
+
+def _imported_deepspeed() -> Any:
+    """Import DeepSpeed without the MLflow of its autotuner, which takes seconds to import and is not used here."""
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # None: an import reports it as absent
+    try:
+        return importlib.import_module("deepspeed")
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
 
 
 def set_deadline(deadline_s: float) -> None:

@@ -17,7 +17,6 @@ from rlhf.config.schema.merge import MergeConfig, in_effect
 from rlhf.config.validation.merge import merge_problems
 from rlhf.config.yaml_tree import to_yaml
 from rlhf.errors import RunError, UserError
-from rlhf.merging.adapters import check_combinable, combine_adapters, fold_adapter
 from rlhf.merging.sources import (
     MergeSource,
     check_distinct,
@@ -85,8 +84,12 @@ def checked_sources(config: MergeConfig, out: Path, *, key: str) -> list[MergeSo
 def write_merge(config: MergeConfig, sources: Sequence[MergeSource], folder: Path, *, out: Path, quiet: bool) -> None:
     """Write the whole result into the empty folder `folder`, to be renamed to `out` later."""
     if config.output == "adapter":
+        from rlhf.merging.adapters import combine_adapters  # with peft, which takes seconds
+
         combine_adapters(config, sources, folder)
     elif config.method == "fold":
+        from rlhf.merging.adapters import fold_adapter
+
         fold_adapter(sources[0], folder, dtype=getattr(torch, config.dtype), shard_bytes=shard_bytes(config))
     else:
         with tempfile.TemporaryDirectory(prefix=".folded-", dir=folder) as scratch:
@@ -98,6 +101,8 @@ def write_merge(config: MergeConfig, sources: Sequence[MergeSource], folder: Pat
 def check_fit(config: MergeConfig, sources: Sequence[MergeSource]) -> None:
     """Check for an equal architecture and vocabulary, or a common base of adapters. UserError names two models."""
     if config.output == "adapter":
+        from rlhf.merging.adapters import check_combinable  # with peft, which takes seconds
+
         check_combinable(sources, method=config.method, rank=config.rank)
     elif config.method == "passthrough":
         check_stackable(sources)
@@ -128,6 +133,8 @@ def _merge_whole(config: MergeConfig, sources: Sequence[MergeSource], folder: Pa
     folders = {source.name: source.folder for source in sources}
     for source in sources:
         if source.adapter is not None:
+            from rlhf.merging.adapters import fold_adapter  # with peft, which takes seconds
+
             folders[source.name] = scratch / source.name
             fold_adapter(source, folders[source.name], dtype=torch.float32, shard_bytes=shard_bytes(config))
     run_mergekit(config, folders, folder, quiet=quiet)

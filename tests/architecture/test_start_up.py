@@ -1,6 +1,7 @@
 """A command imports heavy modules only when needed: not for help, a refused configuration or a plan.
 
-The checks of a plan's inputs need a tokenizer, but no torch for the tiny model.
+The checks of a plan's inputs need a tokenizer, but no torch for the tiny model. A run's driver needs torch, and leaves
+peft, DeepSpeed and vLLM to the workers.
 """
 
 from __future__ import annotations
@@ -68,3 +69,10 @@ def test_nothing_heavy_is_imported_for_help_a_refusal_or_a_plan() -> None:
     for name, (code, imported) in results["commands"].items():
         assert code == (2 if name in REFUSED else 0), name
         assert HEAVY & set(imported) == NEEDED.get(name, set()), name
+
+
+def test_the_driver_of_a_run_leaves_the_workers_libraries_alone() -> None:
+    code = "import json, sys; import actors.run.train; print(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert not {"bitsandbytes", "deepspeed", "mergekit", "peft", "vllm"} & set(json.loads(done.stdout.splitlines()[-1]))
