@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,13 @@ from rlhf.tracking.display.progress_live import open_progress
 from rlhf.tracking.logs import written_to
 from rlhf.tracking.run_folder.atomic import write_atomic
 from rlhf.tracking.run_folder.environment import record_environment
-from rlhf.tracking.run_folder.folder import RunFolder
+from rlhf.tracking.run_folder.folder import RunFolder, images_folder
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.tracking.sinks.backends import TrackerBackend
 from rlhf.tracking.sinks.tensorboard_backend import open_tensorboard
 from rlhf.tracking.sinks.tracker import Tracker
 from rlhf.tracking.sinks.wandb_backend import open_wandb
+from rlhf.vision.thumbnails import thumbnail
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +158,7 @@ def _backends(stage: Stage, folder: Path, after: int | None, trackers: Sequence[
             tags=settings.wandb_tags,
             config=from_yaml(dump_yaml(stage)),
             checkpoints=settings.wandb_checkpoints,
+            image_of=partial(thumbnail, images_folder(folder)),
         )
         backends.append(wandb)
     return [*backends, *installed_trackers(stage, trackers, done_steps=after)]

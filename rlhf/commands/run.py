@@ -16,6 +16,7 @@ from rlhf.errors import UserError
 
 if TYPE_CHECKING:
     import pandas  # type: ignore[import-untyped]
+    from PIL.Image import Image
 
     from rlhf.tracking.diagnosis.findings import Findings
     from rlhf.tracking.display.plots import Curves
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from rlhf.viewing.runs import RunPlace
     from rlhf.viewing.summary import MetricsSoFar
 
-_FIRST = ("split", "prompt", "response", "columns", "score", "scores", "advantage", "truncated")  # columns of samples
+# of the columns of samples
+_FIRST = ("split", "prompt", "images", "response", "columns", "score", "scores", "advantage", "truncated")
 
 
 @dataclass(frozen=True, repr=False)
@@ -107,7 +109,18 @@ class Run(os.PathLike[str]):
         if not 0 <= row < len(rows):
             raise UserError(f"{self.folder} has {len(rows)} samples of step {step}, and row is {row}.")
         columns = rows[row].get("tokens") or {}
-        return pandas.DataFrame({name: column for name, column in columns.items() if name != "sequences" and column})
+        table = pandas.DataFrame({name: column for name, column in columns.items() if name != "sequences" and column})
+        return table.astype({"ids": "Int64"}) if None in (columns.get("ids") or ()) else table  # no id: of an image
+
+    def image(self, name: str) -> Image:
+        """Return an image of a prompt or a turn in RGB, by its name in column `images` of `samples`.
+
+        UserError: `name` is not the name of an image. RunError: the folder lacks the image, or the file was changed.
+        """
+        from rlhf.tracking.run_folder.folder import images_folder
+        from rlhf.vision.thumbnails import whole_image
+
+        return whole_image(images_folder(self._place().path), name)
 
     @property
     def evaluations(self) -> pandas.DataFrame:

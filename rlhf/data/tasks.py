@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rlhf.data.environment_tasks import ENVIRONMENT_TASKS
+from rlhf.data.shapes import SHAPES, Scene, scenes
 from rlhf.errors import UserError
 
 Split = Literal["sft", "pairs", "labelled", "steps", "train", "eval"]
@@ -49,7 +50,8 @@ def make_rows(source: TaskSource) -> list[Columns]:
     With `args.shows_answer` a prompt of running_totals begins with the answer, and a completion repeats the answer.
     Rows of environments (rlhf.data.environment_tasks) may repeat, since only the games are drawn at random. Every row
     has `answer` and `task`. running_totals has a string `prompt`. reasoning_gym has `messages`, in split sft up to the
-    assistant's answer, and the columns for the scorer: `question`, `answer`, `metadata`.
+    assistant's answer, and the columns for the scorer: `question`, `answer`, `metadata`. shapes has a string `prompt`
+    and `images`, an encoded PNG.
 
     All splits with responses share the questions. Split sft has `completion`. Split pairs has `chosen`, `rejected` and
     `reference`, a copy of the chosen answer. Split labelled has `completion` and `label`, with right and wrong answers
@@ -80,13 +82,15 @@ def make_rows(source: TaskSource) -> list[Columns]:
 def _maker(name: str) -> Callable[[TaskSource], list[Columns]]:
     if name == RUNNING_TOTALS:
         return _running_totals
+    if name == SHAPES:
+        return _shapes
     if name.startswith(REASONING_GYM):
         return _reasoning_gym
     if name in ENVIRONMENT_TASKS:
         return _environment_rows
     if name == COMPARISONS:  # made by rlhf.data.sources, which reads the preferences
         raise UserError(f"Task `{COMPARISONS}` cannot be joined with other tasks: name two data sets in data.train.")
-    known = ", ".join([RUNNING_TOTALS, COMPARISONS, *ENVIRONMENT_TASKS])
+    known = ", ".join([RUNNING_TOTALS, SHAPES, COMPARISONS, *ENVIRONMENT_TASKS])
     raise UserError(f"Task `{name}` is unknown; the tasks are {known} and {REASONING_GYM}NAME.")
 
 
@@ -156,6 +160,31 @@ def careless_totals(digits: tuple[int, ...]) -> str:
     """Return the totals without carrying: (8, 3, 8, 4) -> `1,9,3`. The totals are right only if no sum reaches 10."""
     totals = itertools.accumulate(digits, lambda total, digit: total // 10 * 10 + (total % 10 + digit) % 10)
     return ",".join(map(str, list(totals)[1:]))
+
+
+def _shapes(source: TaskSource) -> list[Columns]:
+    if source.split == "steps":
+        raise UserError(f"{source.name}: its answers have no steps; {RUNNING_TOTALS} has that split.")
+    wanted = "sft" if source.split in ("pairs", "labelled") else source.split
+    drawn: dict[Scene, Columns] = {}
+    for scene in itertools.islice(scenes(source.seed, source.args), _DRAWS_A_ROW * max(source.size, 20)):
+        if len(drawn) == source.size:
+            break
+        if scene in drawn or _split_of(repr(scene)) != wanted:
+            continue
+        row: Columns = {"prompt": scene.question, "images": [{"bytes": scene.image()}], "answer": scene.answer}
+        if source.split == "sft":
+            row["completion"] = scene.answer
+        elif source.split in ("pairs", "labelled"):
+            others = [answer for answer in scene.answers if answer != scene.answer]
+            row |= _responses(source.split, scene.answer, random.Random(repr(scene)).choice(others), len(drawn))
+        drawn[scene] = row | {"task": SHAPES}
+    if len(drawn) < source.size:
+        raise UserError(
+            f"{source.name} has about {len(drawn)} distinct images with these args; size: {source.size} asks for more. "
+            "Lower size, or raise args.pixels."
+        )
+    return list(drawn.values())
 
 
 _SYSTEM_PROMPT = "Answer with the result only."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -18,23 +19,28 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rlhf.errors import UserError
+from rlhf.errors import RunError, UserError
 from rlhf.tracking.diagnosis.findings import Findings
 from rlhf.tracking.display.plots import plot_curves
 from rlhf.tracking.metrics.declarations import is_declared
 from rlhf.tracking.run_folder.atomic import write_atomic
+from rlhf.tracking.run_folder.folder import images_folder
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.tracking.sinks.tracker import read_metrics
 from rlhf.viewing.runs import RunPlace, RunPlaces
 from rlhf.viewing.samples import SampleFiles, SampleIndex
 from rlhf.viewing.server import DECLARED, STATIC
 from rlhf.viewing.summary import MetricsSoFar, intact_rows, summary_of
+from rlhf.vision.thumbnails import CONTENT_TYPE, encoded_thumbnail
 
 MOST_POINTS = 1500  # of a curve
 MOST_PROMPTS = 8  # of a set
 MOST_RESPONSES = 2  # to a prompt at a step
 MOST_TOKENS = 4000  # of a response, or characters of a text
 MOST_ERRORS = 300
+MOST_IMAGES = 64
+MOST_IMAGE_BYTES = 2 * 2**20  # of all images
+_IMAGE_SIDE = 160  # pixels
 _NUM_PANELS = 6
 _FRAME_PIXELS = 720  # height in a notebook
 _SCANNED_STEPS = 25  # sample files at each end to search for the same prompt
@@ -114,6 +120,7 @@ def _answers(
     runs: Sequence[RunPlace], rows: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Mapping[str, MetricsSoFar]
 ) -> dict[str, Any]:
     samples = {run.name: _samples(run, rows[run.name]) for run in runs}
+    shown = {run.path: [row for of in samples[run.name].values() for row in of["whole"]] for run in runs}
     return {
         "runs": [{**run.state(), "steps": list(samples[run.name])} for run in runs],
         "metrics": DECLARED,
@@ -122,7 +129,28 @@ def _answers(
         "samples": {f"{name} {step}": of for name, steps in samples.items() for step, of in steps.items()},
         "limits": f"This report holds at most {MOST_PROMPTS} prompts of a set at two steps, and {MOST_RESPONSES} "
         f"responses to each.",
+        "images": _images(shown),
     }
+
+
+def _images(shown: Mapping[Path, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
+    """Return small versions of the shown responses' images as data URIs by name. shown: responses by run folder.
+
+    A missing or damaged image is left out.
+    """
+    places = {name: path for path, rows in shown.items() for row in rows for name in row.get("images") or ()}
+    images: dict[str, str] = {}
+    room = MOST_IMAGE_BYTES
+    for name, path in itertools.islice(places.items(), MOST_IMAGES):
+        try:
+            data = encoded_thumbnail(images_folder(path), name, side=_IMAGE_SIDE)
+        except (UserError, RunError):
+            continue
+        room -= len(data)
+        if room < 0:
+            break
+        images[name] = f"data:{CONTENT_TYPE};base64,{base64.b64encode(data).decode()}"
+    return images
 
 
 def _errors(folder: Path) -> Any:
@@ -249,7 +277,10 @@ def page(answers: Mapping[str, Any]) -> str:
     data = json.dumps(answers, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     body = f'<body><script id="answers" type="application/json">{data}</script>'
     whole = _LINK.sub(inline, _read("index.html").replace("<body>", body))
-    policy = f"default-src 'none'; script-src {' '.join(allowed['script'])}; style-src {' '.join(allowed['style'])}"
+    policy = (
+        f"default-src 'none'; img-src data:; script-src {' '.join(allowed['script'])}; "
+        f"style-src {' '.join(allowed['style'])}"
+    )
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
     return whole.replace('<meta charset="utf-8">', head, 1)
 

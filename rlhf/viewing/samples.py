@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ MOST_WHOLE = 16  # responses in one answer
 _MOST_INDEXED = 20_000  # indexed responses, over all files
 _TOKENS = b', "tokens": {"texts": '  # cannot occur within a JSON string, where quotes are escaped
 _SHORT = ("group_id", "prompt_id", "sample", "model", "score", "scores", "advantage", "preferred", "truncated")
+_IMAGE = re.compile(r"\[image [0-9a-f]{15}\]")  # in the text of a prompt
 _PREVIEW = 160  # characters of a prompt
 _SEEN = 60  # characters at the beginning of a preview, enough to distinguish prompts
 _COLUMN = 40  # characters of a column behind the preview of a prompt that other groups have too
@@ -32,6 +34,7 @@ class PromptPreview:
     preview: str
     row: str  # the part of the data row that other groups with this prompt lack; empty: none
     hash: str  # of the whole prompt, to compare the prompts of two steps
+    images: tuple[str, ...]  # names of the distinct images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +87,7 @@ def _version(path: Path) -> str:
 def _read_index(path: Path, version: str) -> SampleIndex:
     spans, rows, bad, begin = [], [], 0, 0
     prompts: dict[str, str] = {}
+    images: dict[str, tuple[str, ...]] = {}
     columns: dict[str, dict[str, str]] = {}
     with path.open("rb") as file:
         for line in file:
@@ -93,19 +97,23 @@ def _read_index(path: Path, version: str) -> SampleIndex:
             else:
                 prompts.setdefault(row["group"], row.pop("prompt"))
                 columns.setdefault(row["group"], row.pop("columns"))
+                images.setdefault(row["group"], row.pop("images"))
                 rows.append(row)
                 spans.append((begin, len(line)))
             begin += len(line)
-    previews = _previews(prompts, columns)
+    previews = _previews(prompts, columns, images)
     return SampleIndex(version=version, spans=tuple(spans), rows=tuple(rows), prompts=previews, bad_lines=bad)
 
 
-def _previews(prompts: Mapping[str, str], columns: Mapping[str, Mapping[str, str]]) -> dict[str, PromptPreview]:
-    """Return for each prompt the distinctive part.
+def _previews(
+    whole: Mapping[str, str], columns: Mapping[str, Mapping[str, str]], images: Mapping[str, tuple[str, ...]]
+) -> dict[str, PromptPreview]:
+    """Return for each prompt the distinctive part of its text.
 
     The common beginning of all prompts, such as a system prompt, is left out. Prompts that still begin with the same
-    words are shown from the first different word. Groups with equal prompts are shown by the columns of the rows.
+    words are shown from the first different word. Groups with equal texts are shown by the columns of the rows.
     """
+    prompts = {group: _IMAGE.sub(" ", prompt) for group, prompt in whole.items()}
     texts = sorted(set(prompts.values()))
     start = _differing_word(texts[0], texts[-1]) if len(texts) > 1 else 0
     starts = dict.fromkeys(texts, start)
@@ -122,9 +130,10 @@ def _previews(prompts: Mapping[str, str], columns: Mapping[str, Mapping[str, str
     for group, prompt in prompts.items():
         begin = starts[prompt]
         shown = ("…" if begin else "") + prompt[begin : begin + _PREVIEW]
-        digest = sha256(prompt.encode("utf-8", "replace")).hexdigest()[:16]
+        content = " ".join([whole[group], *images[group]])
+        digest = sha256(content.encode("utf-8", "replace")).hexdigest()[:16]
         row = _differing_columns(columns[group], rows[prompt])
-        previews[group] = PromptPreview(preview=shown, row=row, hash=digest)
+        previews[group] = PromptPreview(preview=shown, row=row, hash=digest, images=images[group])
     return previews
 
 
@@ -153,4 +162,6 @@ def _short(line: bytes) -> dict[str, Any] | None:
     group = f"{split}:{row.get('group_id', row.get('prompt_id', ''))}"
     tokens, given = row.get("response_tokens"), row.get("columns")
     columns = {name: str(value)[:_COLUMN] for name, value in given.items()} if isinstance(given, dict) else {}
-    return {**short, "split": split, "group": group, "tokens": tokens, "prompt": row["prompt"], "columns": columns}
+    images = tuple(map(str, row["images"])) if isinstance(row.get("images"), list) else ()
+    own = {"split": split, "group": group, "tokens": tokens, "prompt": row["prompt"], "columns": columns}
+    return {**short, **own, "images": images}

@@ -7,6 +7,7 @@ GET  /api/metrics?run=        rows of metrics.jsonl from a position on; /api/err
 GET  /api/summary?run=        the overview of a run
 GET  /api/samples?run=&step=  short forms of a step's responses
 GET  /api/responses?...&at=   some responses in full
+GET  /api/image?run=&name=    a small version of an image in the run's folder
 """
 
 from __future__ import annotations
@@ -22,17 +23,20 @@ from pathlib import Path
 
 from aiohttp import web
 
-from rlhf.errors import UserError
+from rlhf.errors import RunError, UserError
 from rlhf.serving import gives_token, is_same_secret, serve_until_interrupted, serving_token, stranger
 from rlhf.tracking.metrics.declarations import METRICS
+from rlhf.tracking.run_folder.folder import images_folder
 from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.viewing.runs import RunPlace, RunPlaces
 from rlhf.viewing.samples import MOST_WHOLE, SampleFiles
 from rlhf.viewing.summary import Summaries
 from rlhf.viewing.tail import read_chunk
+from rlhf.vision.thumbnails import CONTENT_TYPE, encoded_thumbnail
 
 STATIC = Path(__file__).parent / "static"
 _COOKIE = "rlhf-view"
+_FOREVER = "private, max-age=31536000, immutable"  # the name of an image changes with the content
 _OPEN = ("/", "/login", "/favicon.ico")
 _HEADERS = {
     "Content-Security-Policy": (
@@ -68,6 +72,7 @@ class RunViewer:
         get("/api/summary", self._summary)
         get("/api/samples", self._samples)
         get("/api/responses", self._responses)
+        get("/api/image", self._image)
         app.router.add_post("/login", self._login)
         app.router.add_static("/static", STATIC)
         return app
@@ -79,7 +84,8 @@ class RunViewer:
             response = self._refusal(request) or await handler(request)
         except web.HTTPException as error:
             response = _error(error.status, error.reason)
-        response.headers.update(_HEADERS)
+        for name, value in _HEADERS.items():
+            response.headers.setdefault(name, value)
         return response
 
     def _refusal(self, request: web.Request) -> web.Response | None:
@@ -150,6 +156,14 @@ class RunViewer:
         if lines is None:
             raise web.HTTPConflict(reason="the samples of this step were written again")
         return web.Response(body=lines, content_type="application/jsonl")
+
+    async def _image(self, request: web.Request) -> web.Response:
+        folder = images_folder(self._run(request).path)
+        try:
+            data = await asyncio.to_thread(encoded_thumbnail, folder, request.query.get("name", ""))
+        except (UserError, RunError) as error:
+            raise web.HTTPNotFound(reason="no such image") from error
+        return web.Response(body=data, content_type=CONTENT_TYPE, headers={"Cache-Control": _FOREVER})
 
     def _run(self, request: web.Request) -> RunPlace:
         run = self.runs.by_name().get(request.query.get("run", ""))

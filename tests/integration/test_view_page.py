@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import warnings
@@ -13,13 +14,16 @@ from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestServer
+from PIL import Image
 
 import rlhf
 from rlhf.tracking.run_folder.atomic import append_line, write_lines
 from rlhf.tracking.run_folder.errors import ErrorRecord, write_error
-from rlhf.tracking.run_folder.samples import SampleRecord, SampleSequence, samples_path, write_samples
+from rlhf.tracking.run_folder.samples import SampleRecord, SampleSequence, SampleTurn, samples_path, write_samples
 from rlhf.viewing.runs import RunPlaces
 from rlhf.viewing.server import RunViewer
+from rlhf.vision.keys import image_name
+from rlhf.vision.store import ImageStore
 from tests.fakes.samples import sample_record, sample_tokens
 from tests.integration.browser import PROGRAMS, Page, browser, program
 
@@ -369,3 +373,57 @@ async def test_a_token_lets_a_browser_in(runs: list[Path]) -> None:
         await page.call("Page.navigate", url="about:blank")
         await page.open(url)  # the cookie is enough
         await page.until("document.querySelectorAll('.chart').length")
+
+
+def images_run(folder: Path) -> tuple[str, str]:
+    """Write a run whose prompt shows an image, and whose first response sees a further one. Return their names."""
+    store, names = ImageStore(folder / "images"), []
+    for colour, size in (("red", (32, 32)), ("blue", (600, 300))):
+        data = io.BytesIO()
+        Image.new("RGB", size, colour).save(data, "PNG")
+        names.append(image_name(store.add(data.getvalue())))
+    first, second = names
+    lost, ids = "0" * 15, (5, None, None, None, 6)
+    tokens = sample_tokens("up", f"[image {second}]", "", "", "<b>", ids=ids, sampled=(True, *[False] * 4))
+    prompt = f"<|user|>[image {first}]What colour? [image {lost}]<|assistant|>"
+    turns = (SampleTurn(role="prompt", text=prompt, tokens=9, sampled=False),)
+    turns += (SampleTurn(role="environment", text=f"see [image {second}]", tokens=4, sampled=False),)
+    records = [
+        sample_record("up<b>", prompt=prompt, sample=0, images=(first, second), tokens=tokens),
+        sample_record(f"[image {second}]", prompt=prompt, sample=1, images=(first, second), turns=turns),
+    ]
+    write_samples(samples_path(folder, 1), records)
+    append_line(folder / "metrics.jsonl", {"step": 1, "time_s": 2.0, "rewards/score/mean": 0.1})
+    return first, second
+
+
+def is_loaded(selector: str, width: int) -> str:
+    return f"document.querySelector({selector!r}).naturalWidth === {width}"
+
+
+async def test_images_stand_in_prompts_tokens_and_turns(tmp_path: Path) -> None:
+    """A mark in a text of the data that names no image of the response stays text."""
+    folder = tmp_path / "one"
+    folder.mkdir()
+    first, second = images_run(folder)
+    async with shown(folder) as (page, url):
+        await page.open(url + "#tab=samples")
+        await page.until(is_loaded(".prompt .image img", 32))
+        await page.until(is_loaded(".preview img.small", 32))
+        prompt = await page.value(text_of(".prompt pre"))
+        assert first in prompt
+        assert f"[image {'0' * 15}]" in prompt
+        await page.until(is_loaded(".tokens .image img", 256))
+        assert await page.value(text_of(".tokens")) == f"policy\nup\nenvironment (not trained)\n{second} x 3 tokens<b>"
+        await page.until(is_loaded(".turn.environment:not(.tokens *) .image img", 256))
+        written = rlhf.report(folder, out=tmp_path / "page.html").html
+        await page.open(f"file://{written}#tab=samples")
+        await page.until(is_loaded(".prompt .image img", 32))
+        await page.until(is_loaded(".tokens .image img", 160))
+        page.requested.remove(f"file://{written}")  # the page itself, and nothing else
+        (folder / "images" / second).unlink()
+        await page.open(f"{url}?again#tab=samples")
+        await page.until(
+            "document.querySelector('.prompt .image img') && !document.querySelector('.tokens .image img')"
+        )
+        page.wrong.clear()  # the missing image

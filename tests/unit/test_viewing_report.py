@@ -98,7 +98,7 @@ def test_model_text_is_no_markup_and_damaged_numbers_are_left_out(tmp_path: Path
         assert tag not in ("img", "link", "iframe")
         assert not [name for name in attributes if name in ("src", "href") or name.startswith("on")]
     policy = next(str(attributes["content"]) for _, attributes in page.elements if "http-equiv" in attributes)
-    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert policy.startswith("default-src 'none'; img-src data:; script-src 'sha256-")
     assert "unsafe" not in policy
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf.rollouts.records.spans import shared_in_sample, token_spans
 from rlhf.tracking.run_folder.samples import SampleSequence, SampleTokens, SampleTurn
 from rlhf.types import Rollouts, TokenSignals
+from rlhf.vision.keys import image_keys, image_name
 
 _DIGITS = 6  # significant digits of a token's numbers in a samples file
 _INCOMPLETE = "\ufffd"  # replacement for the bytes of an incomplete character
@@ -27,7 +28,8 @@ class Transcript:
 
     response: str
     turns: tuple[SampleTurn, ...]
-    tokens: SampleTokens
+    images: tuple[str, ...]  # names of the distinct images in the prompt and the turns, in order
+    tokens: SampleTokens  # last, since rlhf.viewing.samples reads lines up to here
 
 
 def response_texts(rollouts: Rollouts, tokenizer: Any, *, turn_end: int | None) -> list[str]:
@@ -78,7 +80,21 @@ def transcripts(
     """Return the transcripts of the samples at `places`, with the training signals of each token, if any."""
     texts, turns = response_texts(rollouts, tokenizer, turn_end=turn_end), turns_of(rollouts, tokenizer)
     rows = zip(places, tokens_of(rollouts, places, signals, tokenizer), strict=True)
-    return [Transcript(response=texts[place], turns=turns[place], tokens=tokens) for place, tokens in rows]
+    ids = rollouts.sample_ids
+    return [
+        Transcript(
+            response=texts[place],
+            turns=turns[place],
+            tokens=tokens,
+            images=_images(rollouts.of_samples([ids[place]])),
+        )
+        for place, tokens in rows
+    ]
+
+
+def _images(sample: Rollouts) -> tuple[str, ...]:
+    found = sample.token_ids[sample.token_ids < 0]
+    return tuple(map(image_name, image_keys(found.tolist())))
 
 
 def step_ends(
@@ -177,7 +193,7 @@ def _tokens(sample: Rollouts, signals: TokenSignals | None, tokenizer: Any) -> S
 
     return SampleTokens(
         texts=tuple(token_texts(ids, tokenizer)),
-        ids=tuple(ids),
+        ids=tuple(None if token < 0 else token for token in ids),
         sampled=tuple(mask),
         rollout_logprobs=column(sample.rollout_logprobs),
         old_logprobs=optional_column(None if signals is None else signals.old_logprobs),

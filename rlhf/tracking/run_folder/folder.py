@@ -28,6 +28,7 @@ from rlhf.tracking.sinks.tracker import read_metrics
 logger = logging.getLogger(__name__)
 _STEP = re.compile(r"step_(\d{6,})")
 _SCRATCH = ".own-"
+_IMAGES = "images"  # stays when a run is replaced, since the checks of the new run have written there
 _LEFTOVERS = (".*.partial", ".*.removed")  # of a killed run
 _PARTS = (  # of a run folder; the first file marks a run folder, and is removed last
     "config.resolved.yaml",
@@ -35,6 +36,11 @@ _PARTS = (  # of a run folder; the first file marks a run folder, and is removed
     *("log.txt", "wandb_run_id", "report.html", "eval.json", "processes.json"),
     *("samples", "judgements", "evals", "checkpoints", "references", "tensorboard", "wandb", "final"),
 )
+
+
+def images_folder(folder: Path) -> Path:
+    """Return the folder of a run's images. The checks before a run write the images of the data, also for actors."""
+    return folder.absolute() / _IMAGES
 
 
 def evaluation_path(folder: Path, step: int) -> Path:

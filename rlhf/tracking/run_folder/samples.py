@@ -50,13 +50,14 @@ class SampleTokens:
     """Everything after the prompt, token by token, in columns of equal length.
 
     The joined texts are the whole response, with special tokens written out. A token that ends within a character is
-    the empty string, and the token that completes the character holds the whole character. None in place of a column:
-    the run, or an evaluation response, has no such numbers. None in a column: this token has no number, such as an
-    environment's token.
+    the empty string, and the token that completes the character holds the whole character. The first position of an
+    image holds the image's mark, and the other positions the empty string. None in place of a column: the run, or an
+    evaluation response, has no such numbers. None in a column: this token has no number, such as an environment's
+    token.
     """
 
     texts: tuple[str, ...]
-    ids: tuple[int, ...]
+    ids: tuple[int | None, ...]  # None: a position of an image
     sampled: tuple[bool, ...]  # the response mask: only sampled tokens are trained on
     rollout_logprobs: tuple[float | None, ...]  # by the engine while sampling
     old_logprobs: tuple[float | None, ...] | None  # by the trainer, with the weights at the start of the step
@@ -95,6 +96,7 @@ class SampleRecord:
     broken: tuple[str, ...] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)  # of the data row, for the rewards
     result: Any = None  # of an agent's session, for the rewards
+    images: tuple[str, ...] = ()  # names of the distinct images in the prompt and the turns, in order
     # length in characters of each value that was shortened to its beginning, by `columns.NAME` or `result`
     shortened: Mapping[str, int] = field(default_factory=dict)
     privileged_prompt: str | None = None  # of a policy that teaches itself; the policy never saw it while sampling

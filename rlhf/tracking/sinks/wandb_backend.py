@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,10 +26,12 @@ from rlhf.tracking.sinks.backends import TrackedStep, TrackerBackend
 
 if TYPE_CHECKING:
     import wandb
+    from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
 _MARGIN_S = 10.0  # our deadlines come so much later than W&B's, and cover everything else
+MOST_IMAGES = 4  # of a row
 MOST_ROWS = 64  # rows in a step's table of one split; samples/ has all rows
 _USERS_DATA_DIR = os.environ.get("WANDB_DATA_DIR")
 
@@ -46,13 +48,14 @@ def open_wandb(
     group: str | None = None,
     tags: Sequence[str] = (),
     checkpoints: bool = False,
+    image_of: Callable[[str], Image] | None = None,
     timeout_s: float = 60.0,
 ) -> WandbBackend:
     """Start, or after a resume continue, the run folder's W&B run (with the id in <folder>/wandb_run_id).
 
     `config` is masked before leaving the process, and gets the state of the repository as `git`. checkpoints: store
-    checkpoints and the final model as artifacts. UserError: online without credentials. RunError: W&B did not start
-    within timeout_s.
+    checkpoints and the final model as artifacts. image_of: returns a small version of an image by its name; None: the
+    tables name images. UserError: online without credentials. RunError: W&B did not start within timeout_s.
     """
     import wandb
 
@@ -106,7 +109,7 @@ def open_wandb(
         ) from error
     run.define_metric("step")
     run.define_metric("*", step_metric="step")  # W&B's counter restarts at 0 in a resumed offline run
-    return WandbBackend(run, folder, checkpoints=checkpoints)
+    return WandbBackend(run, folder, checkpoints=checkpoints, image_of=image_of)
 
 
 class WandbBackend(TrackerBackend):
@@ -114,8 +117,10 @@ class WandbBackend(TrackerBackend):
 
     name = "W&B"
 
-    def __init__(self, run: wandb.Run, folder: Path, *, checkpoints: bool) -> None:
-        self._run, self._folder, self._checkpoints = run, folder, checkpoints
+    def __init__(
+        self, run: wandb.Run, folder: Path, *, checkpoints: bool, image_of: Callable[[str], Image] | None
+    ) -> None:
+        self._run, self._folder, self._checkpoints, self._image_of = run, folder, checkpoints, image_of
 
     def log(self, step: TrackedStep) -> None:
         """Queue one row with histograms and tables of samples. W&B's background process writes or sends the row."""
@@ -127,8 +132,34 @@ class WandbBackend(TrackerBackend):
             form = trimmed(histogram)
             row[key] = wandb.Histogram(np_histogram=(form["counts"], form["edges"]))
         for split, (columns, rows) in tables(step.samples()).items():
+            if "images" in columns:
+                columns, rows = self._with_images(columns, rows)
             row[f"samples/{split}"] = wandb.Table(columns=columns, data=rows, allow_mixed_types=True)
         self._run.log(row)
+
+    def _with_images(self, columns: list[str], rows: list[list[Any]]) -> tuple[list[str], list[list[Any]]]:
+        """Return a table with a column for each of a row's first images, behind the column of their names."""
+        import wandb
+
+        names = [str(row[columns.index("images")]).split() for row in rows]
+        shown = min(max(map(len, names)), MOST_IMAGES) if self._image_of is not None else 0
+        made: dict[str, wandb.Image | None] = {}
+
+        def image(name: str) -> wandb.Image | None:
+            if name not in made and self._image_of is not None:
+                try:
+                    made[name] = wandb.Image(self._image_of(name), caption=name)
+                except (RunError, UserError) as error:
+                    logger.warning("W&B does not show image %s: %s", name, error)
+                    made[name] = None
+            return made[name]
+
+        columns = [*columns, *(f"image_{i}" for i in range(1, shown + 1))]
+        pictured = [
+            [*row, *(image(of[i]) if i < len(of) else None for i in range(shown))]
+            for row, of in zip(rows, names, strict=True)
+        ]
+        return columns, pictured
 
     def alert(self, severity: Severity, title: str, text: str) -> None:
         self._run.alert(title=title[:63], text=text, level="ERROR" if severity == "failure" else "WARN")
@@ -180,6 +211,7 @@ def tables(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[str], l
     """Return columns and rows of a table for each split of a step's samples, with at most MOST_ROWS rows.
 
     Secrets are masked. An evaluation stage writes a set in place of the split. Only examples with a response are shown.
+    If a row has images, column `images` has the names of each row's images with spaces between them.
     """
     by_split: dict[str, list[Mapping[str, Any]]] = {}
     for sample in samples:
@@ -188,16 +220,18 @@ def tables(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[str], l
     tables_by_split = {}
     for split, rows in by_split.items():
         rewards = sorted({name for row in rows for name in row.get("scores") or {}})
-        cells = [_cells(row, rewards) for row in rows[:MOST_ROWS]]
+        has_images = any(row.get("images") for row in rows[:MOST_ROWS])
+        cells = [_cells(row, rewards, has_images=has_images) for row in rows[:MOST_ROWS]]
         tables_by_split[split] = (list(cells[0]), [list(row.values()) for row in cells])
     return tables_by_split
 
 
-def _cells(row: Mapping[str, Any], rewards: Sequence[str]) -> dict[str, Any]:
+def _cells(row: Mapping[str, Any], rewards: Sequence[str], *, has_images: bool) -> dict[str, Any]:
     scores, old = row.get("scores") or {}, _mean_logprob(row, "old")
     return {
         **{name: row.get(name) for name in ("group_id", "sample")},
         **{name: redact(row[name]) for name in ("prompt", "response")},
+        **({"images": " ".join(row.get("images") or ())} if has_images else {}),
         "score": row.get("score"),
         **{f"score/{name}": scores.get(name) for name in rewards},
         **{name: row.get(name) for name in ("advantage", "response_tokens", "truncated")},

@@ -147,6 +147,9 @@ export async function samplesOf(run, step) {
   return saved ? saved.samples[`${run} ${step}`] : (await ask("samples", { run, step })).json();
 }
 
+// The address of a small version of an image. Undefined: a report does not hold this image.
+export const imageSource = (run, name) => (saved ? saved.images[name] : `/api/image?${new URLSearchParams({ run, name })}`);
+
 const AT_ONCE = 16; // the server's limit
 
 export async function responsesOf(run, step, version, places) {

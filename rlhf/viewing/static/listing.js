@@ -36,8 +36,8 @@ export function groupsOf(listing, split, filter, step, errors) {
     if (row.split !== split) return;
     const key = row.group;
     if (!groups.has(key)) {
-      const { preview, row: told, hash } = listing.prompts[key];
-      groups.set(key, { key, promptId: row.prompt_id, preview, told, hash, rows: [], places: [], hits: 0 });
+      const { preview, row: told, hash, images } = listing.prompts[key];
+      groups.set(key, { key, promptId: row.prompt_id, preview, told, hash, images, rows: [], places: [], hits: 0 });
     }
     const group = groups.get(key);
     group.rows.push(row);

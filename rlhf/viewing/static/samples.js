@@ -3,6 +3,7 @@
 import { html, useEffect, useMemo, useRef, useState } from "./vendor/htm-preact.module.js";
 import { Check, Choice } from "./fields.js";
 import { number, signed, visible } from "./format.js";
+import { SmallImages, TextWithImages } from "./images.js";
 import { saved } from "./api.js";
 import { failed, groupsOf, isFilter, NO_FILTER, passes, splitsOf, useListing, useResponses } from "./listing.js";
 import { COLOURS, drawTokens, scaleOf, tip } from "./tokens.js";
@@ -22,7 +23,7 @@ function Dots({ rows, low, high }) {
   </span>`;
 }
 
-function GroupList({ groups, chosen, choose }) {
+function GroupList({ run, groups, chosen, choose }) {
   const list = useRef();
   useEffect(() => {
     list.current?.querySelector("[aria-selected=true]")?.scrollIntoView({ block: "nearest" });
@@ -40,7 +41,7 @@ function GroupList({ groups, chosen, choose }) {
         data-group=${group.key}
         onClick=${() => choose(group.key)}
       >
-        <span class="preview">${previewOf(group.preview)}</span>
+        <span class="preview"><${SmallImages} run=${run} names=${group.images} />${previewOf(group.preview)}</span>
         ${group.told && html`<span class="preview told">${visible(group.told)}</span>`}
         <span class="sum">
           <${Dots} rows=${group.rows} low=${low} high=${high} />
@@ -52,13 +53,13 @@ function GroupList({ groups, chosen, choose }) {
   </div>`;
 }
 
-function Tokens({ response, colour, scale, theme }) {
+function Tokens({ run, response, colour, scale, theme }) {
   const root = useRef();
   const [all, setAll] = useState(false);
   const [left, setLeft] = useState(0);
   useEffect(
-    () => setLeft(drawTokens(root.current, response.tokens, colour, scale, all)),
-    [response, colour, scale, all, theme],
+    () => setLeft(drawTokens(root.current, response.tokens, colour, scale, all, run)),
+    [response, colour, scale, all, run, theme],
   );
   const over = (event) => {
     const span = event.target.closest?.("[data-i]");
@@ -69,13 +70,13 @@ function Tokens({ response, colour, scale, theme }) {
     ${left > 0 && html`<button class="more" onClick=${() => setAll(true)}>${left} more tokens</button>`}`;
 }
 
-function Turns({ turns }) {
+function Turns({ run, turns, images }) {
   return html`<div class="text">
     ${turns.slice(1).map(
       (turn, i) =>
         html`<div key=${i} class=${turn.sampled ? "turn policy" : "turn environment"}>
           <div class="who">${turn.role}</div>
-          ${visible(turn.text)}
+          <${TextWithImages} run=${run} text=${turn.text} names=${images} />
         </div>`,
     )}
   </div>`;
@@ -91,7 +92,7 @@ function Value({ name, value, whole }) {
   </div>`;
 }
 
-function Card({ response, row, colour, scale, focused, dim, hasError, theme }) {
+function Card({ run, response, row, colour, scale, focused, dim, hasError, theme }) {
   const root = useRef();
   useEffect(() => {
     if (focused) root.current.scrollIntoView({ block: "nearest", inline: "nearest" });
@@ -124,9 +125,9 @@ function Card({ response, row, colour, scale, focused, dim, hasError, theme }) {
       ${response.preferred === false && html`<span class="chip bad">rejected</span>`}
     </header>
     ${response.tokens
-      ? html`<${Tokens} ...${{ response, colour, scale, theme }} />`
+      ? html`<${Tokens} ...${{ run, response, colour, scale, theme }} />`
       : response.turns?.length
-        ? html`<${Turns} turns=${response.turns} />`
+        ? html`<${Turns} run=${run} turns=${response.turns} images=${response.images} />`
         : html`<div class="text">${visible(response.response ?? "")}</div>`}
     ${response.privileged_prompt != null &&
     html`<${Value} name="the teacher's prompt (the policy did not see it)" value=${response.privileged_prompt} />`}
@@ -147,7 +148,7 @@ function Side({ labelled, tone, run, step, group, colour, scale, responses, erro
         const row = group.rows[i];
         return html`<${Card}
           key=${`${run} ${step} ${group.key} ${i}`}
-          ...${{ response, row, colour, scale, theme }}
+          ...${{ run, response, row, colour, scale, theme }}
           focused=${focus === i}
           dim=${!passes(row, filter, step, errors)}
           hasError=${failed(errors, step, row)}
@@ -240,7 +241,7 @@ export function Samples({ place, go, runs, content, tick, theme, focus, filter, 
   const names = runs.map((run) => [run.name, run.name]);
   const colours = Object.entries(COLOURS).map(([name, { label }]) => [name, label]);
   const look = { colour, scale, filter, theme, labelled: place.compare };
-  const { columns = {}, shortened = {} } = gotA.responses?.[0] ?? {};
+  const { columns = {}, shortened = {}, images = group?.images } = gotA.responses?.[0] ?? {};
   const prompt = gotA.responses?.[0]?.prompt ?? group?.preview ?? "";
   useEffect(() => tip.hide(), [place.step, group?.key]);
   useEffect(() => {
@@ -295,13 +296,13 @@ export function Samples({ place, go, runs, content, tick, theme, focus, filter, 
     ${missing()
       ? html`<p class="empty">${missing()}</p>`
       : html`<div class="board">
-          <${GroupList} groups=${groups} chosen=${group?.key} choose=${(key) => go({ group: key, sample: 0 })} />
+          <${GroupList} run=${place.run} groups=${groups} chosen=${group?.key} choose=${(key) => go({ group: key, sample: 0 })} />
           <div class="detail">
             <details class="prompt" open>
               <summary>
                 prompt ${group?.promptId ?? ""} <small>${group ? `${group.rows.length} responses, median ${number(median(group.rows.map((row) => row.tokens ?? 0)))} tokens` : ""}</small>
               </summary>
-              <pre>${visible(prompt)}</pre>
+              <pre><${TextWithImages} run=${place.run} text=${prompt} names=${images} before /></pre>
               ${Object.entries(columns).map(
                 ([name, value]) =>
                   html`<${Value} key=${name} name=${name} value=${value} whole=${shortened[`columns.${name}`]} />`,

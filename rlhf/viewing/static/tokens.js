@@ -1,6 +1,7 @@
 // A response token by token: its colour, and the numbers of the token under the pointer.
 
 import { number, signed, visible } from "./format.js";
+import { imageElement, nameIn } from "./images.js";
 import { drawParts } from "./sessions.js";
 
 const at = (column, i) => (column ? (column[i] ?? null) : null);
@@ -52,10 +53,23 @@ function spanOf(text, i) {
 
 const FIRST = 3000; // tokens to draw at once
 
-// Fills an element with the tokens of a response, as text and never as HTML. Returns the number of tokens left out.
-export function drawTokens(root, tokens, colour, scale, all) {
+// The number of positions of the image that begins with token i.
+function lengthOfImage(tokens, i) {
+  let end = i + 1;
+  while (end < tokens.ids.length && tokens.ids[end] === null && tokens.texts[end] === "") end++;
+  return end - i;
+}
+
+// Fills an element with the tokens of a response, as text and never as HTML, and each image as a single part. Returns
+// the number of tokens left out.
+export function drawTokens(root, tokens, colour, scale, all, run) {
   const count = all ? tokens.ids.length : Math.min(tokens.ids.length, FIRST);
   drawParts(root, tokens, count, (block, i) => {
+    if (tokens.ids[i] === null) {
+      const name = nameIn(tokens.texts[i]);
+      if (name) block.append(imageElement(run, name, lengthOfImage(tokens, i)));
+      return;
+    }
     const span = spanOf(tokens.texts[i], i);
     paint(span, colour.of(tokens, i), colour, scale);
     block.append(span);

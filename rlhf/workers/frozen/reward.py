@@ -217,11 +217,15 @@ class RewardWorker(ModelWorker):
             decoded = transcripts(columns, places, self.tokenizer, turn_end=self.turn_end, signals=signals)
             for record, transcript in zip(group, decoded, strict=True):
                 record = _with_token_means(record, transcript.tokens)
-                record = replace(record, response=transcript.response, tokens=transcript.tokens)
+                record = replace(
+                    record, response=transcript.response, tokens=transcript.tokens, images=transcript.images
+                )
                 prompt = self._privileged_text(privileged, columns.sample_ids[record.sample])
                 record = replace(record, privileged_prompt=prompt)
+                if record.turns is not None or record.images:  # the text of the prompt does not name the images
+                    record = replace(record, prompt=transcript.turns[0].text)
                 if record.turns is not None:
-                    record = replace(record, prompt=transcript.turns[0].text, turns=transcript.turns)
+                    record = replace(record, turns=transcript.turns)
                 whole.append(record)
         write_samples(path, whole)
 
