@@ -44,10 +44,11 @@ class RunContext:
     rewards: tuple[RewardSpec, ...] = ()
     judgements: Path | None = None  # folder for the answers of judges
     tokenizer_class: type[Any] | None = None  # of the policy. None: it comes with the model's own code
+    images: Path | None = None  # folder of the run's images
     folders: MemoryFolders | None = None  # of the snapshots of trained ranks; None: they take none
 
     def spawn(self, role: Role, worker: type, *args: Any, **options: Any) -> tuple[list[ActorHandle[Any]], SpawnOne]:
-        options["longest_sequence"] = self.longest_sequence
+        options |= {"longest_sequence": self.longest_sequence, "images": self.images}
         return spawn(self.config.cluster, self.placement, role, worker, *args, **options)
 
     def gang(self, gang: type[G], rank: type[TrainedWorker], *args: Any, **options: Any) -> G:
@@ -114,7 +115,9 @@ def _reward(run: RunContext) -> RewardWorkers:
         max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
         judgements=run.judgements,
     )
-    return RewardWorkers.create(config.cluster, run.placement, settings, longest_sequence=run.longest_sequence)
+    return RewardWorkers.create(
+        config.cluster, run.placement, settings, longest_sequence=run.longest_sequence, images=run.images
+    )
 
 
 # In the order in which the groups start and stop. The engines are leased with the run's placement: see EnginePool.

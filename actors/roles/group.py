@@ -313,19 +313,20 @@ def spawn(
     worker: type,
     *args: Any,
     longest_sequence: int,
+    images: Path | None = None,
     concurrency: int = 1,
     **options: Any,
 ) -> tuple[list[ActorHandle[Any]], SpawnOne]:
     """Create an actor for each rank of a role. Return the actors, and a function that creates the actor of a rank anew.
 
     The arguments of an actor are `args`, the rank's context, and `options`. `longest_sequence`: most tokens of a
-    sequence, for the frequencies of the model's RoPE.
+    sequence, for the frequencies of the model's RoPE. `images`: the folder of the run's images.
     """
     remote = ray.remote(worker)
 
     def create(context: RankContext) -> ActorHandle[Any]:
         settings = placement.options(role, context.rank, worker_environment(context), concurrency=concurrency)
-        given = replace(context, longest_sequence=longest_sequence)
+        given = replace(context, longest_sequence=longest_sequence, images=images)
         handle: ActorHandle[Any] = remote.options(**settings).remote(*args, given, **options)
         return handle
 

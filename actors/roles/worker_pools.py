@@ -71,9 +71,16 @@ class RewardWorkers(WorkerPool):
 
     @classmethod
     def create(
-        cls, cluster: ClusterConfig, placement: Placement, settings: RewardSettings, *, longest_sequence: int
+        cls,
+        cluster: ClusterConfig,
+        placement: Placement,
+        settings: RewardSettings,
+        *,
+        longest_sequence: int,
+        images: Path | None = None,
     ) -> RewardWorkers:
-        options = {"concurrency": settings.concurrency, "longest_sequence": longest_sequence}
+        options: dict[str, Any] = {"longest_sequence": longest_sequence, "images": images}
+        options["concurrency"] = settings.concurrency
         spawned = spawn(cluster, placement, cls.role, RewardWorker, settings, **options)
         return cls(*spawned, settings=settings, deadline_s=cluster.call_timeout_s)
 

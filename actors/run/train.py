@@ -181,7 +181,13 @@ async def _offline(
         await refuse_small_shared_memory(config, placement)
         supervisor = Supervisor(config.cluster.restarts, record, placement.plan.slots)
         length = inputs.longest_sequence
-        context = RunContext(config=config, placement=placement, longest_sequence=length, supervisor=supervisor)
+        context = RunContext(
+            config=config,
+            placement=placement,
+            longest_sequence=length,
+            supervisor=supervisor,
+            images=record.folder.path.absolute() / "images",
+        )
         roles = build_roles(context, groups)
         record.progress.stage(f"starting {_names(placement.plan)}")
         await asyncio.gather(*[g.start(deadline_s=config.cluster.start_timeout_s) for g in roles.values()])
@@ -237,6 +243,7 @@ async def _online(
             placement=lease.placement,
             longest_sequence=inputs.max_model_len,
             supervisor=supervisor,
+            images=record.folder.path.absolute() / "images",
             rewards=inputs.rewards,
             judgements=record.folder.judgements() if has_judges(inputs.rewards) else None,
             tokenizer_class=None if config.policy.trust_remote_code else type(stage.tokenizer),

@@ -40,9 +40,9 @@ from rlhf.types import ONLY_TEACHER
 MAX_ENGINE_RANK = 512  # largest adapter rank in vLLM
 
 
-def adapter_options(lora: LoraConfig) -> dict[str, Any]:
+def adapter_options(lora: LoraConfig, *, vision_lr: float | None = None) -> dict[str, Any]:
     """Return the arguments of rlhf.models.adapters.lora.add_lora, without options for training and quantization."""
-    return lora.model_dump(exclude={"lora_plus_ratio", "quantize"})
+    return {**lora.model_dump(exclude={"lora_plus_ratio", "quantize"}), "vision": vision_lr is not None}
 
 
 def needs_reference_logprobs(config: Config) -> bool:

@@ -8,6 +8,7 @@ import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -32,6 +33,7 @@ class RankContext:
     threads: int
     deadline_s: float
     longest_sequence: int | None = None  # most tokens of a sequence of the run. None: no limit is known
+    images: Path | None = None  # folder of the run's images. None: outside a run
 
     def torch_device(self) -> torch.device:
         return torch.device("cuda", 0) if self.device == "cuda" else torch.device("cpu")

@@ -6,9 +6,10 @@ import time
 from typing import Any
 
 import torch
-import transformers
 
 from rlhf.models.files.folder_check import num_experts
+from rlhf.models.files.loading import class_of
+from rlhf.vision.kinds import is_vision_weight
 
 
 def flops_per_token(config: Any, sequence_length: float) -> float:
@@ -16,12 +17,13 @@ def flops_per_token(config: Any, sequence_length: float) -> float:
 
     There are 6 for each weight in a product (Kaplan et al., arXiv:2001.08361, section 2.1), with a tied embedding
     counted once, as the head. Of a mixture, the experts chosen for a token count. Causal attention adds 6 * layers *
-    heads * head size * length, since attention sees half the sequence on average.
+    heads * head size * length, since attention sees half the sequence on average. A token of an image costs as much as
+    any other; the passes of the vision tower are left out.
     """
-    config = config.get_text_config()
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    weights: int = sum(p.numel() for p in model.parameters())
+        model = class_of(config, scalar=False).from_config(config)
+    config = config.get_text_config()
+    weights: int = sum(p.numel() for name, p in model.named_parameters() if not is_vision_weight(name))
     if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
         weights -= model.get_input_embeddings().weight.numel()  # a look-up
     if experts := num_experts(config.to_dict()):

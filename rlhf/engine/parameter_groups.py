@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from rlhf.engine.training_engine import OptimizerSettings
+from rlhf.vision.kinds import is_vision_weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +33,8 @@ def parameter_groups(module: nn.Module, settings: OptimizerSettings) -> list[Par
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # of the whole, where ranks have shares
         in_block = any(part.isdigit() for part in name.split("."))
         key = (
-            settings.lora_plus_ratio if ".lora_B." in name else 1.0,
+            (settings.lora_plus_ratio if ".lora_B." in name else 1.0)
+            * (settings.vision_ratio if is_vision_weight(name) else 1.0),
             settings.weight_decay > 0.0 and dimensions >= 2,
             settings.name == "muon" and dimensions == 2 and in_block,
         )

@@ -30,6 +30,7 @@ class OptimizerSettings:
 
     grad_clip is the largest global gradient norm; None: no clipping. Norms and biases do not decay.
     lora_plus_ratio: rate of the B matrices of adapters, as a multiple of lr (LoRA+, arXiv:2402.12354).
+    vision_ratio: rate of a vision tower and projector, as a multiple of lr.
     """
 
     name: OptimizerName = "adamw"
@@ -39,6 +40,7 @@ class OptimizerSettings:
     weight_decay: float = 0.0
     grad_clip: float | None = 1.0
     lora_plus_ratio: float = 1.0
+    vision_ratio: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

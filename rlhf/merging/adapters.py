@@ -20,6 +20,7 @@ from rlhf.merging.sources import MergeSource
 from rlhf.models.adapters.config import adapted_modules, load_adapter_config
 from rlhf.models.adapters.lora import with_merged_adapter
 from rlhf.models.files.export import name_padding
+from rlhf.models.files.loading import class_of
 
 COMBINED = "combined"
 _ADDS_FACTORS = frozenset({"linear", "ties", "dare_linear", "dare_ties"})
@@ -146,7 +147,6 @@ def _peft_errors(message: str) -> Iterator[None]:
 def _load_base(source: MergeSource) -> Any:
     """Load the base model of an adapter. An adapter for sequence classification gets a base with a scalar head."""
     assert source.adapter is not None
-    kind, options = transformers.AutoModelForCausalLM, {}
-    if source.adapter.is_scored:
-        kind, options = transformers.AutoModelForSequenceClassification, {"num_labels": 1}
+    options = {"num_labels": 1} if source.adapter.is_scored else {}
+    kind = class_of(source.config, scalar=source.adapter.is_scored)
     return kind.from_pretrained(str(source.folder), dtype=torch.float32, use_safetensors=True, **options)

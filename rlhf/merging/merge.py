@@ -174,9 +174,10 @@ def _add_tokenizer(config: MergeConfig, sources: Sequence[MergeSource], folder: 
     if config.output == "model":
         name_padding(load_model_config(str(folder)), tokenizer)
     tokenizer.save_pretrained(folder)
-    file = donor.folder / "generation_config.json"
-    if config.output == "model" and file.is_file():
-        shutil.copyfile(file, folder / file.name)
+    if config.output == "model":
+        for file in (donor.folder / "generation_config.json", *donor.folder.glob("*processor_config.json")):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
 
 
 def _donor(config: MergeConfig, sources: Sequence[MergeSource]) -> MergeSource:

@@ -23,6 +23,11 @@ def refuse_unquantizable(key: str, architecture: Any, *, device: Literal["cpu", 
 
     On a CPU bitsandbytes 0.50 dequantises a weight wrongly unless the rows are whole blocks of 64.
     """
+    if getattr(architecture, "vision_config", None) is not None:
+        raise UserError(
+            f"{key}: is nf4, but no test has run with a vision model in 4 bits. Set it to null, and use a smaller "
+            "model or more memory."
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             f"{key}: is nf4, but bitsandbytes, which stores weights in 4 bits, is not installed here. "

@@ -106,6 +106,10 @@ def _refuse_untrainable(
     if lora is not None and lora.quantize is not None:
         whole = load_model_config(model.model, trust_remote_code=remote)
         refuse_unquantizable(f"{section}.lora.quantize", whole, device=config.cluster.device)
+    if model.vision_lr is not None and getattr(shape, "vision_config", None) is None:
+        raise UserError(
+            f"{section}.vision_lr: is {model.vision_lr:g}, but {model.model} has no vision tower. Remove it."
+        )
     routed = {"router_balance_coef": model.router_balance_coef}
     if isinstance(model, PolicyConfig):
         routed["router_replay"] = model.router_replay
@@ -121,8 +125,9 @@ def _refuse_untrainable(
         from rlhf.models.adapters.lora import refuse_unfit  # imports peft, which takes seconds
 
         whole = load_model_config(model.model, trust_remote_code=remote)
+        options = adapter_options(lora, vision_lr=model.vision_lr)
         try:
-            refuse_unfit(whole, scalar=is_scalar, trust_remote_code=remote, **adapter_options(lora))
+            refuse_unfit(whole, scalar=is_scalar, trust_remote_code=remote, **options)
         except UserError as error:
             raise UserError(f"{section}.{error}") from error
 

@@ -135,7 +135,7 @@ class Scorer:
             self.tokenizer = load_tokenizer(held.tokenizer, **options)
             self.apply_chat_template = held.apply_chat_template
             self.turn_end = turn_end(self.tokenizer)
-            alone = {"rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1}
+            alone: dict[str, Any] = {"rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1}
             place = RankContext(**alone, device=held.device, threads=torch.get_num_threads(), deadline_s=0.0)
             self.model = RewardEnsemble(held.config, place, max_tokens_per_microbatch=held.max_tokens_per_microbatch)
         self.specs = scoring.specs

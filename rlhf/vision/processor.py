@@ -7,10 +7,12 @@ the processor: a string in place of an image would make the processor open a fil
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from rlhf.deferred import Tensor, torch, transformers
@@ -118,12 +120,18 @@ class ImageProcessing:
 
         Pixels are float32 on the host. Without images the result is empty.
         """
-        each = [self._processed(image) for image in images]
-        return {name: _joined([inputs[name] for inputs in each], _axis(each[0])) for name in (each[0] if each else ())}
+        return joined_inputs([self._processed(image) for image in images])
 
     def plain_ids(self, token_ids: Sequence[int]) -> list[int]:
         """Return the token ids with `image_token_id` in place of images, as a model's embedding takes them."""
         return [self.image_token_id if token < 0 else token for token in token_ids]
+
+    def save(self, folder: Path) -> None:
+        """Write the settings of the processor into a model's folder, without its tokenizer and chat template."""
+        with TemporaryDirectory() as aside:
+            self._processor.save_pretrained(aside)
+            for path in Path(aside).glob("*processor_config.json"):
+                shutil.copyfile(path, folder / path.name)
 
     def _expansion(self, width: int, height: int) -> tuple[int, ...]:
         from PIL import Image
@@ -151,6 +159,11 @@ class ImageProcessing:
                 f"({type(error).__name__}: {str(error)[:200]}). Use another image."
             ) from error
         return called
+
+
+def joined_inputs(each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the model's inputs for several images in order, from the inputs of each."""
+    return {name: _joined([inputs[name] for inputs in each], _axis(each[0])) for name in (each[0] if each else ())}
 
 
 def _image_token_id(config: Any) -> int:

@@ -24,6 +24,7 @@ from rlhf.engine.snapshot_copies import CopyPlace
 from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings, TrainingEngine
 from rlhf.models.files.loading import architecture_fingerprint, load_causal_lm
 from rlhf.models.packed.forward import policy_logprobs_only
+from rlhf.models.packed.images import open_images
 from rlhf.models.packed.rope import fix_frequencies
 from rlhf.models.packed.row_check import check_rows
 from rlhf.models.packed.row_layout import row_layout
@@ -91,6 +92,7 @@ class TrainedWorker(ModelWorker):
                 offload_parameters=self.device.type == "cuda" and "parameters" in offload,
             ):
                 module = load_trained_model(self.model_config, type(self).load_model, self.device)
+            open_images(module, self.place.images)
             if self.place.longest_sequence is not None:
                 fix_frequencies(module, self.place.longest_sequence)
             self.fingerprint = architecture_fingerprint(module.config)
@@ -105,6 +107,7 @@ class TrainedWorker(ModelWorker):
                     weight_decay=train.weight_decay,
                     grad_clip=train.grad_clip,
                     lora_plus_ratio=1.0 if lora is None else lora.lora_plus_ratio,
+                    vision_ratio=(self.model_config.vision_lr or self.lr) / self.lr,
                 ),
                 schedule=ScheduleSettings(
                     kind=train.lr_schedule,

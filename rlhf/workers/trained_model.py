@@ -14,6 +14,7 @@ from rlhf.config.schema.model import CriticConfig, PolicyConfig
 from rlhf.config.schema.root import Config
 from rlhf.models.files.export import export_adapter, export_model
 from rlhf.models.files.loading import load_tokenizer
+from rlhf.vision.kinds import is_vision_weight
 from rlhf.workers.model_worker import torch_dtype
 
 
@@ -29,13 +30,22 @@ def load_trained_model(model: PolicyConfig | CriticConfig, load_model: Callable[
         device=device,
     )
     if lora is None:
+        if model.vision_lr is None:
+            freeze_vision(module)
         return module
     from rlhf.models.adapters.folder import load_trainable_adapter  # with peft, which takes seconds
     from rlhf.models.adapters.lora import add_lora
 
     if model.adapter is not None:
         return load_trainable_adapter(module, Path(model.adapter), dropout=lora.dropout)
-    return add_lora(module, **adapter_options(lora))
+    return add_lora(module, **adapter_options(lora, vision_lr=model.vision_lr))
+
+
+def freeze_vision(module: torch.nn.Module) -> None:
+    """Leave the vision tower and the projector of a model out of training."""
+    for name, parameter in module.named_parameters():
+        if is_vision_weight(name):
+            parameter.requires_grad_(False)
 
 
 def load_policy_tokenizer(config: Config) -> Any:

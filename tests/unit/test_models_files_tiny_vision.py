@@ -20,7 +20,9 @@ from rlhf.preflight.sources import local_model
 PARTS = [{"type": "image"}, {"type": "text", "text": "what?"}]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ("qwen3_vl", "gemma3") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_a_model_of_each_kind_sees_the_image_that_its_template_marks(kind: str, tmp_path: Path) -> None:
     folder = build_tiny_vision(tmp_path / "m", kind, seed=0)
     processor: Any = AutoProcessor.from_pretrained(folder)

@@ -77,6 +77,9 @@ class TrainedModelConfig(ModelConfig):
     """Folder of a trained LoRA adapter of this model in peft's format, or `stage:NAME`. Training continues from this
     adapter, and needs `lora: {}` in the same section. Rank, alpha, layers and kind come from the folder, and the
     policy's reference is the model with this adapter."""
+    vision_lr: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """Learning rate of the vision tower and the projector, or with `lora` of their adapters. The rate follows the run's
+    schedule. null: tower and projector stay as they are."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. Recomputing saves memory and takes about a third more time."""
     router_balance_coef: float = Field(default=0.0, ge=0.0)

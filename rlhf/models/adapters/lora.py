@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from rlhf.errors import UserError
 from rlhf.models.adapters.config import load_adapter_config
-from rlhf.models.files.loading import split_revision, whole
+from rlhf.models.files.loading import class_of, split_revision, whole
 from rlhf.models.files.weights import ADAPTER, INITIAL, is_pissa
 from rlhf.models.routers.recording import routers_of
+from rlhf.vision.kinds import is_vision_weight
 
 Init = Literal["default", "pissa"]
 
@@ -47,20 +48,22 @@ def add_lora(
     dora: bool = False,
     init: Init = "default",
     modules_to_save: Sequence[str] = (),
+    vision: bool = False,
 ) -> Any:
     """Return the model with an adapter. Only the adapter, modules_to_save and a scalar head are trainable.
 
     The adapter starts as the identity. `target_modules`: names of linear layers, or "all-linear" for all but the head.
     `target_parameters`: names of stacked experts. `layers`: numbers of the blocks to adapt; None: all.
-    `modules_to_save`: names of modules to train whole. A head tied to a trained embedding stays tied. Raise UserError
-    for an unknown name or number, or if peft cannot keep the head tied.
+    `modules_to_save`: names of modules to train whole. `vision`: adapt a vision tower and the projector too. A head
+    tied to a trained embedding stays tied. Raise UserError for an unknown name or number, or if peft cannot keep the
+    head tied.
     """
     base, revision = split_revision(model.config._name_or_path)
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=_linear_names(model) if isinstance(target_modules, str) else list(target_modules),
+        target_modules=_targets(model, target_modules, vision=vision),
         target_parameters=list(target_parameters) or None,
         layers_to_transform=None if layers is None else list(layers),
         use_rslora=rslora,
@@ -107,10 +110,12 @@ def refuse_unfit(architecture: Any, *, scalar: bool, trust_remote_code: bool = F
 
 def model_of(architecture: Any, *, scalar: bool = False, trust_remote_code: bool) -> Any:
     """Return a model of the config, with random weights. scalar: with a head of one value."""
-    kind = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM
     architecture = copy.deepcopy(architecture)
     if scalar:
         architecture.num_labels = 1
+    kind = class_of(architecture, scalar=scalar)
+    if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+        return kind(architecture)
     return kind.from_config(architecture, trust_remote_code=trust_remote_code)
 
 
@@ -228,10 +233,22 @@ def _head(model: Any) -> Any:
     return model.score if hasattr(model, "score") else model.get_output_embeddings()
 
 
-def _linear_names(model: Any) -> list[str]:
+def _targets(model: Any, names: str | Sequence[str], *, vision: bool) -> list[str]:
+    """Return the names of the layers to adapt. Without `vision`, a name also found in a tower becomes a path."""
+    wanted = _linear_names(model, vision=vision) if isinstance(names, str) else list(names)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    in_tower = {name.rpartition(".")[2] for name in linear if is_vision_weight(name)}
+    if vision or in_tower.isdisjoint(wanted):
+        return wanted
+    paths = [name for name in linear if name.rpartition(".")[2] in in_tower and not is_vision_weight(name)]
+    return [name for name in wanted if name not in in_tower] + [p for p in paths if p.rpartition(".")[2] in wanted]
+
+
+def _linear_names(model: Any, *, vision: bool = False) -> list[str]:
     """Return the last names of all linear layers, except the head, routers, and layers that no name can select."""
     others = {_head(model), *(part for router in routers_of(model) for part in router.modules())}
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module not in others}
+    linear = linear if vision else {name for name in linear if not is_vision_weight(name)}
     names = {name.rpartition(".")[2] for name in linear}
     unfit = {"out_proj"} if model.config.model_type in _WITHOUT_OUT_PROJ else set()
     unfit.add("dt_proj")  # Mamba layers read the weight of dt_proj directly, so an adapter would do nothing

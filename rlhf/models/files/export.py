@@ -25,6 +25,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from rlhf.models.files.hub_names import missing_settings
 from rlhf.models.files.loading import has_score_head
 from rlhf.models.files.weights import ADAPTER
+from rlhf.models.packed.images import image_reader
 from rlhf.process.disk_full import when_there_is_room
 from rlhf.tracking.run_folder.atomic import make_folder, write_aside, write_atomic
 
@@ -44,6 +45,8 @@ def export_model(
 ) -> None:
     """Write a folder for from_pretrained: safetensors (several files above shard_bytes), configs, tokenizer, any code.
 
+    A vision model's folder has the settings of its image processor too.
+
     A tied head is left out, as transformers expects. An existing folder is replaced. dtype: of the weights.
     """
     config = copy.deepcopy(model.config)
@@ -51,9 +54,12 @@ def export_model(
     config.use_cache = True  # off while training
     config.update(missing_settings(config))
     name_padding(config, tokenizer)
+    reader = image_reader(model)
     with appearing(folder) as partial:
         _write_shards(partial, named_weights, shard_bytes=shard_bytes)
         when_there_is_room(partial, lambda: _save_model_settings(partial, model, config, tokenizer))
+        if reader is not None:
+            when_there_is_room(partial, lambda: reader.processing.save(partial))
 
 
 def export_adapter(folder: Path, named_weights: Iterable[tuple[str, Tensor]], model: Any, tokenizer: Any) -> None:

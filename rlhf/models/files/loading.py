@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +23,7 @@ from rlhf.errors import UserError
 from rlhf.models.files.folder_check import refuse_strange_folder
 from rlhf.models.files.small_models import fetched_to
 from rlhf.models.quantized import Quantize, is_quantized, keep_storage, quantization_options
+from rlhf.vision.kinds import vision_kind
 
 if TYPE_CHECKING:
     from torch import nn
@@ -153,7 +155,7 @@ def no_reward_head(path: str, what: str) -> UserError:
 def refuse_no_language_model(path: str, *, trust_remote_code: bool = False) -> None:
     """Raise UserError for a model without a language-model head: a new head is random. Reads the config alone."""
     config = load_model_config(path, trust_remote_code=trust_remote_code)
-    if not _is_causal_lm(config):
+    if vision_kind(config) is None and not _is_causal_lm(config):
         classes = ", ".join(config.architectures or []) or f"model of type {config.model_type}"
         raise UserError(
             f"The model {path} is a {classes}, not a causal language model: it has no head for the next token. Name "
@@ -193,7 +195,7 @@ def load_scalar_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool 
 def _with_all_weights(path: str, *, scalar: bool, trust_remote_code: bool, **options: Any) -> Any:
     """Load a model. Raise UserError if a weight is missing or has another shape, except for a new scalar head."""
     config = load_model_config(path, trust_remote_code=trust_remote_code)
-    auto = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM
+    auto = class_of(config, scalar=scalar)
     made_new = {"score.weight"} if scalar and not has_score_head(config) else set()
     if scalar:
         config.num_labels = 1
@@ -216,7 +218,48 @@ def _with_all_weights(path: str, *, scalar: bool, trust_remote_code: bool, **opt
         shapes = [f"{name} is {list(stored)}, expected {list(wanted)}" for name, stored, wanted in other]
         raise UserError(f"The weights of the model {path} do not fit its config.json: {_some(shapes)}. Get it again.")
     model.config.name_or_path = path  # transformers leaves out the revision
+    if vision_kind(config) is not None:
+        from rlhf.models.packed.images import ImageReader, set_image_reader
+        from rlhf.vision.processor import ImageProcessing
+
+        processing = ImageProcessing.of_model(path)
+        assert processing is not None
+        set_image_reader(model, ImageReader(processing))
     return model
+
+
+def class_of(config: Any, *, scalar: bool) -> Any:
+    """Return the class, or automatic class, of a model of this config. scalar: with a linear head of one value.
+
+    Raise UserError for a vision model of an unknown kind.
+    """
+    sees = vision_kind(config) is not None
+    if not scalar:
+        return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+    if not sees or type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return transformers.AutoModelForSequenceClassification
+    return _vision_scorer(config.model_type)
+
+
+@cache
+def _vision_scorer(model_type: str) -> Any:
+    """Return the class of a vision model's layers with a scalar head, as transformers has one for language models.
+
+    The files of the model with a vocabulary head have the same names of weights, so transformers converts both alike.
+    """
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+    from transformers.modeling_layers import GenericForSequenceClassification
+
+    whole_model: Any = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[transformers.CONFIG_MAPPING[model_type]]
+    parent = next(base for base in whole_model.__mro__ if base.__name__.endswith("PreTrainedModel"))
+    name = whole_model.__name__.replace("ForConditionalGeneration", "ForSequenceClassification")
+    if (conversions := get_checkpoint_conversion_mapping(whole_model.__name__)) is not None:
+        register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
+    members = {"base_model_prefix": "model", "__module__": whole_model.__module__}
+    return type(name, (GenericForSequenceClassification, parent), members)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -149,10 +149,12 @@ def weight_sources(model: nn.Module) -> list[WeightSource]:
 
 def published_names(config: Any) -> frozenset[str]:
     """Return the names of all weights in the files of a model of this config. Empty: unknown to transformers."""
-    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    sees = getattr(config, "vision_config", None) is not None
+    known = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if sees else transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in known:
         return frozenset()
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = known[type(config)](config)
     return frozenset(name for source in weight_sources(model) for name, _ in source.published())
 
 

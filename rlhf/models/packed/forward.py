@@ -17,6 +17,16 @@ from torch import Tensor, nn
 
 from rlhf.models.packed.attention import ATTENTION
 from rlhf.models.packed.branches import Branches, positions, predecessors
+from rlhf.models.packed.images import (
+    DRAWN,
+    ImageReader,
+    image_positions,
+    image_reader,
+    needs_tower,
+    sampled_tokens,
+    seen_row,
+    token_types,
+)
 from rlhf.models.packed.packed_row import PackedRow, computing, keeps_row_order
 from rlhf.models.packed.rope import refuse_beyond_trained_length
 from rlhf.models.packed.row_layout import RowLayout, row_layout, rows_of
@@ -45,10 +55,15 @@ def hidden_states(
     In a row shared by ranks only the tokens of this rank's `own_part` are returned. noise_alpha: NEFTune's
     scale of noise on the embeddings; None: no noise.
     """
-    body = body_of(model)
     layout = row_layout(model)
     if branches is not None and layout < RowLayout.SHARED_PROMPTS:
         raise ValueError(f"the sequences of {type(model).__name__} cannot share prompts: each must hold its own")
+    reader = image_reader(model)
+    if reader is not None:
+        if noise_alpha is not None or current_group() is not None:
+            raise ValueError("a vision model takes neither NEFTune's noise nor rows shared by ranks")
+        # the token of an empty micro-batch, which may be a part of an image
+        token_ids = token_ids.masked_fill((token_ids < 0) & (lengths == 1).repeat_interleave(lengths), 0)
     token_ids, lengths, branches = filled_up(token_ids, lengths, branches)
     sizes: list[int] = lengths.tolist()
     rows = rows_of(model)
@@ -59,14 +74,14 @@ def hidden_states(
         states = [own_hidden_states(model, ids, noise_alpha=noise_alpha) for ids in token_ids.split(sizes)]
         return torch.cat(states)[own_part(len(token_ids))]
     if branches is not None or token_ids.is_cuda:
-        return row_states(body, token_ids, sizes, branches, noise_alpha=noise_alpha)
+        return row_states(model, token_ids, sizes, branches, noise_alpha=noise_alpha)
     if sizes == sorted(sizes) or current_group() is not None or keeps_row_order():
-        return row_states(body, token_ids, sizes, None, noise_alpha=noise_alpha)
+        return row_states(model, token_ids, sizes, None, noise_alpha=noise_alpha)
     order = sorted(range(len(sizes)), key=sizes.__getitem__)  # brings equal lengths together
     starts = (lengths.cumsum(0) - lengths).tolist()
     tokens = torch.cat([torch.arange(starts[i], starts[i] + sizes[i], device=token_ids.device) for i in order])
     by_length = [sizes[i] for i in order]
-    hidden = row_states(body, token_ids[tokens], by_length, None, noise_alpha=noise_alpha)
+    hidden = row_states(model, token_ids[tokens], by_length, None, noise_alpha=noise_alpha)
     return hidden.index_select(0, tokens.argsort())
 
 
@@ -74,12 +89,21 @@ def own_hidden_states(
     model: nn.Module, token_ids: Int[Tensor, " n"], *, noise_alpha: float | None = None
 ) -> Float[Tensor, "n H"]:
     """Return the last hidden states of one sequence by transformers' own forward pass."""
-    body, rows = body_of(model), rows_of(model)
+    body, rows, reader = body_of(model), rows_of(model), image_reader(model)
     if rows is not None:
         _set_attention(body, rows.own_attention)
-    given = _inputs(body, token_ids[None], [len(token_ids)], slice(None), noise_alpha)
-    hidden: Tensor = body(**given, use_cache=False).last_hidden_state[0]
-    return hidden
+    if reader is None:
+        given = _inputs(body, token_ids[None], [len(token_ids)], slice(None), noise_alpha)
+        hidden: Tensor = body(**given, use_cache=False).last_hidden_state[0]
+        return hidden
+    longer = token_ids
+    if needs_tower(model) and not bool((token_ids < 0).any()):
+        longer = torch.cat([token_ids, token_ids.new_tensor(reader.expansion(max(DRAWN)))])  # unseen by the others
+    row = seen_row(reader, longer)
+    with sampled_tokens(body, row, reader.processing.image_token_id):
+        outputs = body(input_ids=row.token_ids[None], **row.images, **token_types(body, row), use_cache=False)
+    states: Tensor = outputs.last_hidden_state[0, : len(token_ids)]
+    return states
 
 
 def body_of(model: Any) -> Any:
@@ -89,33 +113,61 @@ def body_of(model: Any) -> Any:
 
 
 def row_states(
-    body: Any,
+    model: Any,
     token_ids: Int[Tensor, " N"],
     lengths: Sequence[int],
     tree: Branches | None,
     *,
     noise_alpha: float | None = None,
-    places: Int[Tensor, " N"] | None = None,
+    moved: tuple[int, int] | None = None,
 ) -> Float[Tensor, "N H"]:
     """Return the last hidden states of one packed row, or of this rank's `own_part` of the row.
 
-    places: each token's position in the sequence. None: the positions follow from lengths and tree.
+    Positions in the sequences follow from lengths and tree. moved: the index of one token, and another position.
     """
+    body, reader = body_of(model), image_reader(model)
     _set_attention(body, ATTENTION)
-    if places is None:
-        places = positions(lengths, tree, device=token_ids.device)
-    row = PackedRow(
-        lengths=lengths,
-        branches=tree,
-        borders=borders(lengths, tree, device=token_ids.device) if token_ids.is_cuda else None,
-        group=current_group(),
-    )
+    if reader is not None:
+        return _seen_states(model, body, reader, token_ids, lengths, tree, moved)
+    places = positions(lengths, tree, device=token_ids.device)
+    if moved is not None:
+        places[moved[0]] = moved[1]
     local = own_part(len(token_ids))
     given = _inputs(body, token_ids[None, local], lengths, local, noise_alpha)
-    with computing(row):
+    with computing(_packed_row(token_ids, lengths, tree)):
         outputs = body(**given, position_ids=places[None, local], use_cache=False)
     hidden: Tensor = outputs.last_hidden_state[0]
     return hidden
+
+
+def _seen_states(
+    model: nn.Module,
+    body: Any,
+    reader: ImageReader,
+    token_ids: Int[Tensor, " N"],
+    lengths: Sequence[int],
+    tree: Branches | None,
+    moved: tuple[int, int] | None,
+) -> Float[Tensor, "N H"]:
+    """Return the last hidden states of one packed row of a vision model."""
+    num_tokens = len(token_ids)
+    if needs_tower(model) and not bool((token_ids < 0).any()):
+        drawn = reader.expansion(max(DRAWN))  # a further sequence, left out of the result
+        token_ids, lengths = torch.cat([token_ids, token_ids.new_tensor(drawn)]), [*lengths, len(drawn)]
+        tree = None if tree is None else [*tree, None]
+    row = seen_row(reader, token_ids)
+    places = image_positions(body, reader, row, token_ids, lengths, tree)
+    if moved is not None:
+        places[..., moved[0]] = moved[1]
+    with computing(_packed_row(token_ids, lengths, tree)), sampled_tokens(body, row, reader.processing.image_token_id):
+        outputs = body(input_ids=row.token_ids[None], **row.images, position_ids=places, use_cache=False)
+    hidden: Tensor = outputs.last_hidden_state[0, :num_tokens]
+    return hidden
+
+
+def _packed_row(token_ids: Int[Tensor, " N"], lengths: Sequence[int], tree: Branches | None) -> PackedRow:
+    on_gpu = borders(lengths, tree, device=token_ids.device) if token_ids.is_cuda else None
+    return PackedRow(lengths=lengths, branches=tree, borders=on_gpu, group=current_group())
 
 
 def _inputs(
@@ -383,6 +435,14 @@ def _spread(values: Tensor, positions: Tensor, size: int) -> Tensor:
     return summed(values.new_zeros(size, *values.shape[1:]).index_copy(0, positions, values))
 
 
+def attention_of(body: Any) -> str:
+    """Return the name of the attention function of the language model's layers."""
+    name: str = body.config.get_text_config()._attn_implementation
+    return name
+
+
 def _set_attention(body: Any, name: str) -> None:
-    if body.config._attn_implementation != name:
-        body.set_attn_implementation(name)
+    """Set the attention function of the language model. The attention of a vision tower stays."""
+    if attention_of(body) != name:
+        sees = getattr(body.config, "vision_config", None) is not None
+        body.set_attn_implementation({"text_config": name} if sees else name)

@@ -14,9 +14,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf.errors import UserError
-from rlhf.models.packed.branches import Branch, Branches, positions
+from rlhf.models.packed.branches import Branch, Branches
 from rlhf.models.packed.by_sequence import mixers_of, separate_sequences
-from rlhf.models.packed.forward import body_of, hidden_states, own_hidden_states, policy_logprobs_only, row_states
+from rlhf.models.packed.forward import (
+    attention_of,
+    body_of,
+    hidden_states,
+    own_hidden_states,
+    policy_logprobs_only,
+    row_states,
+)
+from rlhf.models.packed.images import DRAWN, image_reader
 from rlhf.models.packed.rope import trained_length
 from rlhf.models.packed.row_layout import RowLayout, Rows, expected_layout, rows_of, set_rows
 from rlhf.models.packed.sequence_parallel import current_group, filled_up, whole_row
@@ -43,11 +51,11 @@ def check_rows(model: Any, device: torch.device) -> RowLayout:
     Ranks with shards of the weights or shared rows call this together.
     """
     known = rows_of(model)
-    own_attention = body_of(model).config._attn_implementation if known is None else known.own_attention
+    own_attention = attention_of(body_of(model)) if known is None else known.own_attention
     set_rows(model, Rows(layout=RowLayout.ONE_BY_ONE, own_attention=own_attention))
     tokens = _some_tokens(model, device)
     own_states = _own_states(model, tokens)
-    _refuse_other_head(model, tokens)
+    _refuse_other_head(model, [ids for ids in tokens if not bool((ids < 0).any())])
     config = model.config.to_dict()
     if (sentence := untested_model(config)) is not None:
         _log.warning("%s: %s", type(model).__name__, sentence)
@@ -106,9 +114,10 @@ def _measured(
         return RowLayout.ONE_BY_ONE, f"its packed pass beside a token at the last position {failure}"
     if layout is RowLayout.PACKED:
         return layout, reason
-    branched = [part[PROMPT:] if index == 1 else part for index, part in enumerate(tokens)]
-    branches = [Branch(of=0, length=PROMPT) if index == 1 else None for index in range(len(tokens))]
-    branched_states = [own_states[0], own_states[1][PROMPT:], *own_states[2:]]
+    shared = PROMPT if len(tokens) == len(LENGTHS) else len(tokens[0]) - LENGTHS[0] + PROMPT  # an image is shared too
+    branched = [part[shared:] if index == 1 else part for index, part in enumerate(tokens)]
+    branches = [Branch(of=0, length=shared) if index == 1 else None for index in range(len(tokens))]
+    branched_states = [own_states[0], own_states[1][shared:], *own_states[2:]]
     if failure := _failure(tolerance, branched_states, lambda: _states(model, branched, branches)):
         return RowLayout.PACKED, f"its pass over a shared prompt {failure}"
     return layout, reason
@@ -146,10 +155,9 @@ def _states_beside_last_position(model: Any, tokens: Sequence[Tensor]) -> Float[
     """
     sizes = [*map(len, tokens), 1]
     row, lengths, _ = filled_up(torch.cat([*tokens, tokens[0][:1]]), torch.tensor(sizes), None)
-    places = positions(lengths.tolist(), None, device=row.device)
     last = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # BLOOM has none
-    places[sum(sizes) - 1] = (last or len(row)) - 1
-    states = row_states(body_of(model), row, lengths.tolist(), None, places=places)
+    moved = sum(sizes) - 1, (last or len(row)) - 1
+    states = row_states(model, row, lengths.tolist(), None, moved=moved)
     return whole_row(states, len(row))[: sum(sizes) - 1]
 
 
@@ -175,12 +183,20 @@ def _refuse_other_head(model: Any, tokens: Sequence[Int[Tensor, " n"]]) -> None:
 
 
 def _some_tokens(model: Any, device: torch.device) -> list[Int[Tensor, " n"]]:
-    """Return random sequences. The first two begin with the same tokens. The global random state stays."""
+    """Return random sequences. The first two begin with the same tokens. The global random state stays.
+
+    A vision model gets sequences with images first: one image that the first two share, then two images.
+    """
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(model.config.get_text_config().vocab_size, _MOST_TOKENS)
     first, second, *rest = (torch.randint(vocabulary, (n,), generator=generator) for n in LENGTHS)
     second[:PROMPT] = first[:PROMPT]
-    return [ids.to(device) for ids in (first, second, *rest)]
+    tokens = [first, second, *rest]
+    if (reader := image_reader(model)) is not None:
+        one, other = (torch.tensor(reader.expansion(key)) for key in DRAWN)
+        seeing = [torch.cat([ids[:PROMPT], one, ids[PROMPT:]]) for ids in tokens[:2]]
+        tokens = [*seeing, torch.cat([other, rest[0], one]), *tokens]
+    return [ids.to(device) for ids in tokens]
 
 
 def _tolerance(model: Any) -> float:

@@ -12,6 +12,7 @@ from enum import IntEnum
 from typing import Any
 
 from rlhf.errors import UserError
+from rlhf.vision.kinds import KINDS
 
 
 class RowLayout(IntEnum):
@@ -84,6 +85,8 @@ def expected_layout(config: Mapping[str, Any]) -> tuple[RowLayout, str]:
     Unknown kinds of models are expected to share prompts; the check of the loaded model decides.
     """
     text, kind, layers = _parts_of(config)
+    if (seeing := KINDS.get(config.get("model_type", ""))) is not None and seeing.sees_both_ways:
+        return RowLayout.ONE_BY_ONE, f"the tokens of an image of {seeing.name} see each other in both directions"
     if other_layers := sorted(layers - _ATTENTION_LAYERS - _MIXING_LAYERS):
         return RowLayout.ONE_BY_ONE, f"{kind} has layers of type {', '.join(other_layers)}"
     if kind in _ONE_BY_ONE:
@@ -118,7 +121,9 @@ def refuse_unpackable(config: Mapping[str, Any], sequence_parallel: int) -> None
     """Raise UserError if ranks are to share rows of a model unfit for packing."""
     layout, reason = expected_layout(config)
     _, kind, layers = _parts_of(config)
-    if layers - _ATTENTION_LAYERS or (kind in _HYBRID and not layers):
+    if config.get("vision_config"):
+        layout, reason = RowLayout.ONE_BY_ONE, "the images of a row are not divided among ranks"
+    elif layers - _ATTENTION_LAYERS or (kind in _HYBRID and not layers):
         layout, reason = RowLayout.ONE_BY_ONE, f"{kind} {_MIXES}"
     elif kind in _SINKS:
         layout, reason = RowLayout.ONE_BY_ONE, f"{kind} has attention sinks"

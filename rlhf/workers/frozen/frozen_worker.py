@@ -12,6 +12,7 @@ from rlhf.config.schema.model import ReferenceConfig, RewardModelConfig, Teacher
 from rlhf.engine.distributed import RankContext
 from rlhf.models.files.loading import load_causal_lm
 from rlhf.models.on_disk import ModelOnDisk
+from rlhf.models.packed.images import open_images
 from rlhf.models.packed.rope import fix_frequencies
 from rlhf.models.packed.row_check import check_rows
 from rlhf.models.packed.row_layout import row_layout
@@ -38,6 +39,7 @@ class FrozenWorker(ModelWorker):
         self.host_weights: list[Tensor] = []
         with self.explaining("start"):
             self.model = self.load_module(model).to(self.device).eval().requires_grad_(False)
+            open_images(self.model, self.place.images)
             if self.place.longest_sequence is not None:
                 fix_frequencies(self.model, self.place.longest_sequence)
             check_rows(self.model, self.device)
