@@ -126,11 +126,13 @@ def _load_run(written: Config, loaded: LoadedConfig, made: StageResults, *, weig
 
 
 def _refuse_unfit_servers(stage: StageInputs) -> None:
-    """Raise UserError if a teacher's server has another tokenizer or returns too few tokens. RunError: no answer."""
+    """Raise UserError if a teacher's server has another tokenizer, or returns or reads too few tokens. RunError: no
+    answer."""
     config, top = stage.config, top_of(stage.config)
     for name, served in served_models(config).items():
         with prefix_errors(f"{'.'.join(teacher_keys(config)[name])}.url"):
-            served.refuse_unfit(stage.tokenizer, top_k=0 if top is None else top.k)
+            longest = stage.inputs.longest_sequence
+            served.refuse_unfit(stage.tokenizer, longest_sequence=longest, top_k=0 if top is None else top.k)
 
 
 def _asks_the_hub(config: Config, finals: Mapping[str, str]) -> bool:

@@ -95,7 +95,8 @@ class OnlineInputs:
     marking: Marking  # how held-out responses are graded
     rewards: tuple[RewardSpec, ...]
     environment: EnvironmentSpec | AgentSpec | None
-    max_model_len: int  # longest prompt with longest response, or longest conversation, in tokens
+    longest_sequence: int  # longest prompt with longest response, longest conversation or given response, in tokens
+    max_model_len: int  # tokens of the engines' longest sequence, also of suites
     probe_ids: tuple[int, ...]
 
     def code(self) -> dict[str, str]:
@@ -176,7 +177,8 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path) -> tuple[
             "`completion`, or an assistant's turn at the end of `messages`. If a column has another name, set "
             "data.columns: {completion: ITS_NAME}."
         )
-    _refuse_too_long(source, config, longest=longest, wanted=max(max_model_len, *given, 0))
+    longest_sequence = max(max_model_len, *given, 0)
+    _refuse_too_long(source, config, longest=longest, wanted=longest_sequence)
     suites = _suites(source, config)
     if suites is not None:
         max_model_len = max(max_model_len, run_async(plan_suites(suites)).longest)
@@ -191,6 +193,7 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path) -> tuple[
         marking=marking,
         rewards=specs,
         environment=None if player is None else player.spec,
+        longest_sequence=longest_sequence,
         max_model_len=max_model_len,
         probe_ids=tuple(probe[: min(PROBE_TOKENS, max_model_len - 1)]),
     )

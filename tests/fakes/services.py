@@ -82,11 +82,23 @@ class TeacherService:
     Position t of its result predicts token t + 1. `tokenizer` reads prompts of text.
     """
 
-    def __init__(self, tokenizer: Any, logprobs_of: Callable[[list[int]], Any], *, size: int, name: str = "m") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        logprobs_of: Callable[[list[int]], Any],
+        *,
+        size: int,
+        name: str = "m",
+        longest: int | None = 10**6,
+    ) -> None:
         self.tokenizer, self.logprobs_of, self.size, self.name = tokenizer, logprobs_of, size, name
+        self.longest = longest  # None: the server does not say
         self.bodies: list[dict[str, Any]] = []
 
     async def __call__(self, request: web.Request) -> web.Response:
+        if request.method == "GET":
+            card = {"id": self.name} | ({} if self.longest is None else {"max_model_len": self.longest})
+            return web.json_response({"data": [{"id": "elsewhere", "max_model_len": 1}, card]})
         body = await request.json()
         self.bodies.append(body)
         ids, k = body["prompt"], body["prompt_logprobs"]

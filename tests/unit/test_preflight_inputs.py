@@ -179,7 +179,7 @@ def test_each_row_names_its_teacher(folder: Path, row: dict[str, Any], says: str
 
 def test_checks_alone_ask_no_server_of_a_teacher(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(ServedModel, "refuse_unfit", lambda self, tokenizer, *, top_k: asked.append(self.name))
+    monkeypatch.setattr(ServedModel, "refuse_unfit", lambda self, tokenizer, **_: asked.append(self.name))
     write(folder / "b.jsonl", [{"prompt": "x", "answer": "y"}])
     tree = yaml.safe_load(GRPO.replace("DIR", str(folder)))
     shared = {name: tree.pop(name) for name in ("run", "policy")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -166,14 +167,14 @@ def test_the_same_tokenizer_is_accepted_and_another_is_named(tiny_model: Path) -
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     service = teacher_service(tiny_model)
     with model_at(service) as model:
-        model.refuse_unfit(tokenizer)
+        model.refuse_unfit(tokenizer, longest_sequence=9)
     texts = [body["prompt"] for body in service.bodies if isinstance(body["prompt"], str)]
     special = [token for text in texts for token in tokenizer(text, add_special_tokens=False).input_ids[1:]]
     assert {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()} <= {*special}
     other = teacher_service(tiny_model, tokenizer=byte_bpe(300), size=10**6)
     other.logprobs_of = lambda ids: torch.zeros(len(ids), 300)
     with model_at(other) as model, pytest.raises(UserError) as refused:
-        model.refuse_unfit(tokenizer)
+        model.refuse_unfit(tokenizer, longest_sequence=9)
     text = str(refused.value)
     assert f"the tokenizer of m at {model.service.url} is not the policy's, {tokenizer.name_or_path}" in text
     assert "the server reads" in text
@@ -184,18 +185,18 @@ def test_fewer_token_ids_are_refused(tiny_model: Path) -> None:
     size = max(tokenizer.get_vocab().values()) + 1
     service = teacher_service(tiny_model, size=size - 1)
     with model_at(service) as model, pytest.raises(UserError, match=rf"has {size} tokens.*out of vocabulary"):
-        model.refuse_unfit(tokenizer)
+        model.refuse_unfit(tokenizer, longest_sequence=9)
 
 
 def test_a_server_that_fails_in_the_checks_is_not_said_to_have_another_tokenizer(tiny_model: Path) -> None:
     good = teacher_service(tiny_model)
 
     async def failing(request: web.Request) -> web.StreamResponse:
-        is_text = isinstance((await request.json())["prompt"], str)
-        return await good(request) if is_text else web.Response(status=503)
+        is_good = request.method == "GET" or isinstance((await request.json())["prompt"], str)
+        return await good(request) if is_good else web.Response(status=503)
 
     with model_at(failing, deadline_s=0.3, timeout_s=0.2) as model, pytest.raises(RunError) as failed:
-        model.refuse_unfit(AutoTokenizer.from_pretrained(tiny_model))
+        model.refuse_unfit(AutoTokenizer.from_pretrained(tiny_model), longest_sequence=9)
     assert str(failed.value).startswith(f"{model.service.url}: no answer within 0.3 s")
 
 
@@ -235,7 +236,7 @@ def test_a_refusal_is_final(tiny_model: Path) -> None:
         model.scored([[1, 9]], [[1]])
     assert len(service.bodies) == 1
     with model_at(service, name="other") as model, pytest.raises(UserError, match=r"HTTP 404: .*no model other"):
-        model.refuse_unfit(AutoTokenizer.from_pretrained(tiny_model))
+        model.refuse_unfit(AutoTokenizer.from_pretrained(tiny_model), longest_sequence=9)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +272,7 @@ def test_the_gradient_is_that_of_a_plain_loop_over_sequences(
     tiny_model: Path, tmp_path: Path, max_tokens: int, top_k: int | None
 ) -> None:
     teacher = teacher_service(build_tiny_llama(tmp_path / "teacher", seed=1))
-    overrides = [f"train.max_tokens_per_microbatch={max_tokens}"]
+    overrides = [f"train.max_tokens_per_microbatch={max_tokens}", f"policy.model={tiny_model}"]
     if top_k is not None:
         overrides += [f"algorithm.top_k={top_k}", "algorithm.divergence=forward_kl"]
     (config,) = changed(STUDENT, overrides).runs.values()
@@ -316,10 +317,54 @@ def test_a_server_with_fewer_alternatives_is_refused_before_the_run(tiny_model: 
     good = teacher_service(tiny_model)
 
     async def limited(request: web.Request) -> web.StreamResponse:
-        if (await request.json())["prompt_logprobs"] > 20:
+        if request.method == "POST" and (await request.json())["prompt_logprobs"] > 20:
             return web.json_response({"error": {"message": "greater than max allowed: 20"}}, status=400)
         return await good(request)
 
     told = r"does not return the 64 likeliest tokens \(algorithm.top_k\): HTTP 400: .*max allowed: 20"
     with model_at(limited) as model, pytest.raises(UserError, match=told):
-        model.refuse_unfit(AutoTokenizer.from_pretrained(tiny_model), top_k=64)
+        model.refuse_unfit(AutoTokenizer.from_pretrained(tiny_model), longest_sequence=9, top_k=64)
+
+
+@pytest.mark.parametrize(("longest", "fits"), [(None, True), (10, True), (9, False)])
+def test_a_server_of_shorter_sequences_is_refused_before_the_run(
+    tiny_model: Path, longest: int | None, fits: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The protocol samples a token after each sequence."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    with model_at(teacher_service(tiny_model, longest=longest)) as model, caplog.at_level("INFO"):
+        if fits:
+            model.refuse_unfit(tokenizer, longest_sequence=9)
+            assert ("does not say how long the sequences of m may be" in caplog.text) is (longest is None)
+            return
+        with pytest.raises(UserError) as refused:
+            model.refuse_unfit(tokenizer, longest_sequence=9)
+    text = f"the sequences of m at {model.service.url} have at most 9 tokens (max_model_len), and the run's longest "
+    assert text + "sequence has 9 and needs room for one more. Start the server with 10 or more" in str(refused.value)
+
+
+def test_a_server_without_a_list_of_models_is_accepted(tiny_model: Path) -> None:
+    good = teacher_service(tiny_model)
+
+    async def bare(request: web.Request) -> web.StreamResponse:
+        return web.Response(status=404) if request.method == "GET" else await good(request)
+
+    with model_at(bare) as model:
+        model.refuse_unfit(AutoTokenizer.from_pretrained(tiny_model), longest_sequence=10**9)
+
+
+def test_a_token_beyond_the_students_head_is_named_with_the_server(tiny_model: Path, tmp_path: Path) -> None:
+    student = build_tiny_llama(tmp_path / "student", seed=1)
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(config | {"vocab_size": 256}))
+    service = teacher_service(tiny_model)
+    service.logprobs_of = lambda ids: torch.arange(300.0).expand(len(ids), -1).log_softmax(-1)  # 299 is likeliest
+    top = Top(k=3, temperature=1.0, student=PolicyConfig(model=str(student)))
+    with model_at(service) as model:
+        asking = ServedOnlineTeacherWorker({ONLY_TEACHER: model}, PLACE, **OPTIONS, top=top)
+        with pytest.raises(RunError) as failed:
+            asking.states([(0,)], batch(0))
+    told = (
+        "the model m names token 299 among the 3 likeliest (algorithm.top_k), and the student's head has 256 tokens. "
+    )
+    assert str(failed.value).startswith(f"{model.service.url}: {told}Serve a model whose head is no larger")

@@ -85,7 +85,11 @@ class Service:
             return f"it cannot be reached ({_describe_error(error, self.spec.timeout_s)})"
 
     async def post(self, body: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-        """Return the JSON object answered by the service.
+        """Return the JSON object answered by the service. ServiceError as of `request`."""
+        return await self.request("POST", path, body)
+
+    async def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the JSON object answered by the service to a GET or a POST.
 
         ServiceError `unavailable`: no attempt was answered before the deadline. `refused`: no attempt would help.
         """
@@ -97,7 +101,7 @@ class Service:
                         try:
                             async with self._breaker.turn():
                                 attempts += 1
-                                return await self._attempt(body, path)
+                                return await self._attempt(method, path, body)
                         except _FailedAttempt as error:
                             last = str(error)
                             pause_s = min(FIRST_PAUSE_S * 2 ** min(attempts - 1, 10), LONGEST_PAUSE_S)
@@ -106,10 +110,10 @@ class Service:
                 text = f"no answer within {self.spec.deadline_s:g} s, after {attempts} attempts; the last: {last}"
                 raise ServiceError("unavailable", text) from None
 
-    async def _attempt(self, body: Mapping[str, Any], path: str) -> dict[str, Any]:
-        timeout = aiohttp.ClientTimeout(total=self.spec.timeout_s)
+    async def _attempt(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+        options: Any = {"timeout": aiohttp.ClientTimeout(total=self.spec.timeout_s), "allow_redirects": False}
         try:
-            async with self._session.post(self._url(path), json=body, timeout=timeout, allow_redirects=False) as answer:
+            async with self._session.request(method, self._url(path), json=body, **options) as answer:
                 text = await self._text(answer)
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError, OSError) as error:
             raise _FailedAttempt(_describe_error(error, self.spec.timeout_s), is_down=True) from error

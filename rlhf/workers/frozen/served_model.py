@@ -7,6 +7,7 @@ protocol. A server's values have temperature 1, and no value of another temperat
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +20,10 @@ from rlhf.process.stopping import run_async
 from rlhf.rewards.services.client import Service, ServiceError, ServiceSpec
 
 T = TypeVar("T")
-PATH = "/completions"
+logger = logging.getLogger(__name__)
+PATH, MODELS_PATH = "/completions", "/models"
 MAX_ANSWER_BYTES = 2**28  # 32,000 tokens with 64 alternatives each take about 200 MB
+MAX_TOKENS = 2**31  # token ids are int32
 TOKENS_AT_ONCE = 256  # special tokens in a text for comparison; some tokenizers have thousands
 PROBES = (
     "The quick brown fox jumps over 13 lazy dogs, doesn't it?",
@@ -48,11 +51,17 @@ class ServedModel:
     name: str
 
     def scored(
-        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], *, top_k: int = 0
+        self,
+        sequences: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        *,
+        top_k: int = 0,
+        vocabulary: int = MAX_TOKENS,
     ) -> list[ScoredTokens]:
         """Return the log-probabilities of the tokens at `positions` of each sequence, given the tokens before them.
 
-        Sequences are sent one by one, up to `max_in_flight` at once. RunError: no usable answer before the deadline.
+        Sequences are sent one by one, up to `max_in_flight` at once. RunError: no usable answer before the deadline, or
+        one of the likeliest tokens is not below `vocabulary`, the rows of the student's head.
         """
         bodies = [{"prompt": list(tokens), "prompt_logprobs": top_k} for tokens in sequences]
         reads = [
@@ -60,15 +69,27 @@ class ServedModel:
             for tokens, chosen in zip(sequences, positions, strict=True)
         ]
         try:
-            return run_async(self._ask(bodies, reads))
+            scored = run_async(self._ask(bodies, reads))
         except ServiceError as error:
             raise RunError(f"{self.service.url}: {error}") from error
+        largest = max((int(one.top_ids.max()) for one in scored if one.top_ids.numel()), default=0)
+        if largest >= vocabulary:
+            raise RunError(
+                f"{self.service.url}: the model {self.name} names token {largest} among the {top_k} likeliest "
+                f"(algorithm.top_k), and the student's head has {vocabulary} tokens. Serve a model whose head is no "
+                "larger than the student's, lower algorithm.top_k, or use on_policy_distillation with divergence "
+                "sampled_reverse_kl, which compares the sampled tokens alone."
+            )
+        return scored
 
-    def refuse_unfit(self, tokenizer: Any, *, top_k: int = 0) -> None:
+    def refuse_unfit(self, tokenizer: Any, *, longest_sequence: int, top_k: int = 0) -> None:
         """Raise UserError if the server reads some texts as different tokens, knows fewer token ids, or refuses top_k.
+
+        Also if the server's sequences are shorter than the run's longest one.
 
         The texts are prose, code, numbers, several scripts, and all special tokens. RunError: no answer in time.
         """
+        self._refuse_short(longest_sequence)
         both = f"the tokenizer of {self.name} at {self.service.url} is not the policy's, {tokenizer.name_or_path}"
         fix = "Serve a model with the policy's tokenizer"
         self._compare(PROBES, tokenizer, both, fix)
@@ -81,6 +102,39 @@ class ServedModel:
         if top_k:
             told = f"{self.service.url} does not return the {top_k} likeliest tokens (algorithm.top_k)"
             self._probe([{"prompt": [0, 0], "prompt_logprobs": top_k}], _positions, refused=told)
+
+    def _refuse_short(self, longest_sequence: int) -> None:
+        """Raise UserError if the server says that its sequences are shorter than the run's with a token more."""
+        limit, needed = self._longest_of_server(), longest_sequence + 1  # the protocol samples a token
+        if limit is None:
+            logger.info("%s does not say how long the sequences of %s may be", self.service.url, self.name)
+        elif limit < needed:
+            raise UserError(
+                f"the sequences of {self.name} at {self.service.url} have at most {limit} tokens (max_model_len), and "
+                f"the run's longest sequence has {longest_sequence} and needs room for one more. Start the server with "
+                f"{needed} or more (--max-length of rlhf serve, --max-model-len of vllm serve), or shorten the run's "
+                "sequences."
+            )
+
+    def _longest_of_server(self) -> int | None:
+        """Return max_model_len of /v1/models, or None if the server does not have the page or the number."""
+
+        async def ask() -> dict[str, Any]:
+            service = Service(self.service)
+            try:
+                return await service.request("GET", MODELS_PATH)
+            finally:
+                await service.close()
+
+        try:
+            models = run_async(ask()).get("data")
+        except ServiceError as error:
+            if error.kind == "unavailable":
+                raise RunError(f"{self.service.url}: {error}") from error
+            return None
+        known = [one for one in models if isinstance(one, dict)] if isinstance(models, list) else []
+        limit = next((one.get("max_model_len") for one in known if one.get("id") == self.name), None)
+        return limit if isinstance(limit, int) else None
 
     def _compare(self, texts: Sequence[str], tokenizer: Any, both: str, fix: str) -> None:
         """Raise UserError if the server reads a text as other tokens. The first token of a text is not compared."""

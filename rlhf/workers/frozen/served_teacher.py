@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf.engine.distributed import RankContext
 from rlhf.types import Examples, Rollouts, TeacherColumn, TopLogprobs
-from rlhf.workers.frozen.served_model import ScoredTokens, ServedModel
+from rlhf.workers.frozen.served_model import MAX_TOKENS, ScoredTokens, ServedModel
 from rlhf.workers.frozen.teacher import OnlineTeacherWorker, StatesWorker, TeacherWorker
 from rlhf.workers.frozen.top_settings import Top
 from rlhf.workers.microbatches import SharedPrefixes
@@ -80,7 +80,8 @@ class _ServedWorker(StatesWorker):
             if places
         }
         served = self.served[self.present]
-        answers = served.scored(*zip(*asked.values(), strict=True), top_k=top_k) if asked else []
+        rows = self.student_rows if top_k else MAX_TOKENS
+        answers = served.scored(*zip(*asked.values(), strict=True), top_k=top_k, vocabulary=rows) if asked else []
         none = ScoredTokens(
             logprobs=torch.zeros(0),
             top_ids=torch.zeros(0, top_k, dtype=torch.int32),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,15 +51,20 @@ class StatesWorker(FrozenWorker):
 
     def start(self) -> None:
         """Load all teachers. The last one stays on the device."""
-        if self.top is not None:
-            student = load_model_config(self.top.student.model, trust_remote_code=self.top.student.trust_remote_code)
-            self.student_rows: int = student.get_text_config().vocab_size
         for number, (name, model) in enumerate(self.models.items()):
             if number:
                 self._park()
             self.model_config = model
             super().start()
             self.present = name
+
+    @cached_property
+    def student_rows(self) -> int:
+        """Return the number of rows of the student's head. Only for teachers that return likeliest tokens."""
+        assert self.top is not None
+        student = load_model_config(self.top.student.model, trust_remote_code=self.top.student.trust_remote_code)
+        rows: int = student.get_text_config().vocab_size
+        return rows
 
     def take_turn(self, teacher: str) -> None:
         """Bring a teacher to the device, in place of the present one."""
