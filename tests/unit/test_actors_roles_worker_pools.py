@@ -15,6 +15,7 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 from ray.exceptions import RayActorError
 
 from actors.cluster.processes import Processes
@@ -27,7 +28,9 @@ from rlhf.errors import RunError, WorkerLost
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rewards.services.client import ServiceSpec
 from rlhf.rewards.services.remote import RemoteReward
-from rlhf.types import ONLY_TEACHER, MinibatchPlan
+from rlhf.roles import CompletedGroup
+from rlhf.rollouts.records.spans import Played, Sampled, assemble
+from rlhf.types import ONLY_TEACHER, MinibatchPlan, RankedRollouts, RewardError
 from tests.fakes.calls import method, ref, settle
 from tests.fakes.groups import completed_group, group_request
 
@@ -109,6 +112,23 @@ def test_work_that_takes_too_long_counts_and_waiting_for_a_worker_does_not() -> 
     score([Handle(takes_s=0.4), Handle(takes_s=0.4)], groups=10)
     with pytest.raises(RunError, match=r"reward rank 0 did not answer within 2 s \(the limits of the rewards and"):
         score([Handle(takes_s=3.0)], groups=1)
+
+
+@pytest.mark.parametrize("num_failed", [1, 2])
+async def test_a_group_with_a_failed_conversation_is_not_scored_and_so_not_trained(num_failed: int) -> None:
+    """A conversation that fails before its first turn has no columns of the sampler, such as likeliest tokens."""
+    request = group_request(0, samples=2)
+    error = RewardError(reward="environment", kind="raised", message="no", prompt_id=0, sample=0)
+    top = torch.tensor([[7, 9]]), torch.tensor([[-1.0, -2.0]])
+    turn = Sampled(token_ids=(7,), logprobs=(-1.0,), versions=(0,), finish_reason="stop", top=top)
+    failed = Played(prompt_token_ids=(1, 2), spans=(), finish_reason="length", error=error)
+    played = Played(prompt_token_ids=(1, 2), spans=(turn,), finish_reason="stop")
+    rollouts, infos = assemble(request, [failed, played if num_failed == 1 else failed])
+    assert isinstance(rollouts, RankedRollouts) is (num_failed == 1)
+    workers = RewardWorkers(cast("Any", [handle := Handle()]), settings=settings(TASTE), deadline_s=1.5)
+    scores = await workers.score(CompletedGroup(request=request, rollouts=cast("Any", rollouts), infos=infos))
+    assert (scores.scores, scores.errors) == ((), (error,) * num_failed)
+    assert (handle.asked, handle.given) == (0, [])
 
 
 def test_services_are_asked_about_many_groups_at_once_and_not_about_rows_of_others() -> None:

@@ -1,0 +1,187 @@
+"""Several teachers, likeliest tokens and score centering have one gradient on any number of ranks.
+
+AdamW's first step from a gradient g is g / (|g| + eps) at a rate of 1. With an eps of 1, equal weights after a step
+mean equal gradients, also where ranks hold shares of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf.config.derive import teachers
+from rlhf.config.schema.root import Config
+from rlhf.data.packing import balance
+from rlhf.models.files.tiny import VOCAB_SIZE, build_tiny_llama
+from rlhf.types import BatchPlan, MinibatchPlan, RankedRollouts, Rollouts
+from rlhf.workers.frozen.teacher import OnlineTeacherWorker
+from rlhf.workers.frozen.top_settings import top_of
+from rlhf.workers.online.policy import PolicyWorker
+from rlhf.workers.online.student import StudentWorker
+from tests.integration.gang_workers import MOST_NEW, PROMPT, SAMPLES, build_models, rollouts_of, worker_config
+from tests.integration.rank_gang import Gangs, place_of
+
+GROUPS, TEMPERATURE, KEPT = 4, 0.7, 8
+HALVES = (tuple(range(7)), tuple(range(7, 12)))
+OWNERS = {i: ("math", "code")[i // SAMPLES % 2] for i in range(GROUPS * SAMPLES)}
+ADVANTAGES = {i: (-1.0) ** i * (1 + 0.2 * i) for i in range(GROUPS * SAMPLES)}
+CENTERED = {"name": "grpo", "correction": {"preset": "score_centering", "center_top_k": KEPT, "max_ratio": 1.5}}
+TAUGHT = {"name": "on_policy_distillation", "teacher_column": "source"}
+FORMS: dict[str, dict[str, Any]] = {
+    "sampled": TAUGHT,
+    "states": {**TAUGHT, "divergence": "reverse_kl"},
+    "top": {**TAUGHT, "divergence": "jsd", "beta": 0.3, "top_k": 5},
+    "centered": CENTERED,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `student`, `teacher` and `second`."""
+    folder = build_models(tmp_path_factory.mktemp("models"))
+    build_tiny_llama(folder / "second", seed=9)
+    return folder
+
+
+def config_of(form: str, models: Path, folder: str, *, tokens: int = 4096, **layout: Any) -> Config:
+    policy = layout.pop("policy", {})
+    named = {
+        "math": {"model": str(models / "teacher"), "dtype": "float32", "weight": 0.5},
+        "code": {"model": str(models / "second"), "dtype": "float32", "weight": 2.0},
+    }
+    own = {"teacher": named} if form != "centered" else {}
+    return worker_config(
+        FORMS[form],
+        str(models / "student"),
+        folder,
+        tokens=tokens,
+        policy=policy,
+        rollouts={"prompts_per_step": GROUPS, "temperature": TEMPERATURE},
+        train={"steps": 1, "lr": 1.0, "eps": 1.0, "sequences_per_update": 6},
+        cluster={"roles": {"policy": layout}},
+        **own,
+    )
+
+
+def ranked(group: int) -> RankedRollouts:
+    """Return a group's responses with the likeliest tokens of a random sampler."""
+    plain, random = rollouts_of(group), torch.Generator().manual_seed(100 + group)
+    sampler = torch.randn(len(plain.token_ids), VOCAB_SIZE, generator=random).log_softmax(-1)
+    top, mask = sampler.topk(KEPT), plain.response_mask
+    given = {name: getattr(plain, name) for name in ("sequence_ids", "lengths", *Rollouts.columns())}
+    given["rollout_logprobs"] = sampler.gather(1, plain.token_ids[:, None])[:, 0].where(mask, 0.0)
+    top_ids, top_logprobs = top.indices.int().where(mask[:, None], 0), top.values.where(mask[:, None], 0.0)
+    return RankedRollouts(**given, top_ids=top_ids, top_logprobs=top_logprobs)
+
+
+def plan_of(given: Rollouts, *, ranks: int, owners: Mapping[int, str]) -> BatchPlan:
+    tokens = [int(mask.sum()) for mask in given.response_mask.split(given.lengths.tolist())]
+    minibatches = tuple(
+        MinibatchPlan(
+            sequences_by_rank=tuple(
+                tuple(half[i] for i in share) for share in balance([9.0, *[1.0] * (len(half) - 1)], ranks)
+            ),
+            num_tokens=sum(tokens[i] for i in half),
+            num_sequences=len(half),
+            teachers=owners,
+        )
+        for half in HALVES
+    )
+    return BatchPlan(step=1, minibatches=minibatches, scores={}, kl_coef=0.0)
+
+
+def weights_of(worker: Any) -> dict[str, Tensor]:
+    lora = worker.config.policy.lora is not None
+    named = worker.engine.named_adapter_weights if lora else worker.engine.named_weights
+    return {name: weight.clone() for name, weight in named(torch.float32)}
+
+
+def taught_rank(rank: int, world_size: int, *, config: Config) -> list[dict[str, Tensor]]:
+    """Return the weights before and after an update on each half of a batch, which two teachers share."""
+    place, algorithm = place_of(rank, world_size), config.algorithm
+    worker = StudentWorker(config, place, optimizer_steps=2)
+    worker.build()
+    options: dict[str, Any] = {"temperature": TEMPERATURE, "samples_per_prompt": SAMPLES}
+    options["max_tokens_per_microbatch"] = config.train.max_tokens_per_microbatch
+    teacher = OnlineTeacherWorker(teachers(config), place, top=top_of(config), **options)
+    teacher.start()
+    for name in teachers(config) if getattr(algorithm, "reads_teacher_heads", False) else ():
+        worker.take_teacher(name, teacher.head(teacher=name)[0])
+    given = [rollouts_of(group) for group in range(GROUPS)]
+    whole = Rollouts.gather(given, range(GROUPS * SAMPLES))
+    plan = plan_of(whole, ranks=config.cluster.roles.policy.data_parallel_ranks, owners=OWNERS)
+    logprobs: list[Any] = []
+    if not worker.algorithm.config.reads_teacher_states:
+        for name, own in (("math", given[::2]), ("code", given[1::2])):
+            logprobs += teacher.logprobs(None, {}, *own, teacher=name)[:-1]
+    worker.prepare(plan, *given, *logprobs)
+    found = [weights_of(worker)]
+    for half, minibatch in enumerate(plan.minibatches):
+        columns: list[Any] = []
+        ids = minibatch.sequences_by_rank[worker.data_rank]
+        for name in ("math", "code") if not logprobs else ():
+            own_ids = [i for i in ids if OWNERS[i] == name]
+            columns += teacher.states([own_ids], *given, teacher=name)[:-1] if own_ids else []
+        worker.update(half, *columns)
+        found.append(weights_of(worker))
+    return found
+
+
+def centered_rank(rank: int, world_size: int, *, config: Config) -> list[dict[str, Tensor]]:
+    """Return the weights before and after an update on each half of a batch."""
+    worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=2)
+    worker.build()
+    given = [ranked(group) for group in range(GROUPS)]
+    whole = Rollouts.gather(given, range(GROUPS * SAMPLES))
+    plan = plan_of(whole, ranks=config.cluster.roles.policy.data_parallel_ranks, owners={})
+    worker.prepare(replace(plan, scores=ADVANTAGES), *given)
+    worker.set_advantages(ADVANTAGES)
+    found = [weights_of(worker)]
+    for half in range(len(HALVES)):
+        worker.update(half)
+        found.append(weights_of(worker))
+    return found
+
+
+LORA = {"policy": {"lora": {"rank": 4}}}
+QUICK = [("top", {"zero_stage": 3}), ("centered", {"zero_stage": 2})]
+CASES = [
+    ("sampled", {"zero_stage": 3}),
+    ("states", {"zero_stage": 3}),
+    ("states", {"zero_stage": 1, **LORA}),
+    ("states", {"zero_stage": 0, "sequence_parallel": 2}),
+    ("top", {"zero_stage": 3, **LORA}),
+    ("top", {"zero_stage": 0, "sequence_parallel": 2}),
+    ("centered", {"zero_stage": 3}),
+    ("centered", {"zero_stage": 1, **LORA}),
+    ("centered", {"zero_stage": 0, "sequence_parallel": 2}),
+]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("form", "layout"),
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES)],
+    ids=["-".join([form, *map(str, layout.values())]) for form, layout in QUICK + CASES],
+)
+def test_two_ranks_have_the_gradient_of_one(
+    form: str, layout: dict[str, Any], models: Path, gangs: Gangs, tmp_path: Path
+) -> None:
+    learn = centered_rank if form == "centered" else taught_rank
+    own = {"policy": layout["policy"]} if "policy" in layout else {}
+    (one,) = gangs[1].run(learn, config=config_of(form, models, str(tmp_path), **own))
+    shared = config_of(form, models, str(tmp_path), tokens=PROMPT + 2 * MOST_NEW, workers=2, **layout)
+    two = gangs[2].run(learn, config=shared)[0]
+    for update, (alone, together) in enumerate(zip(one, two, strict=True)):
+        assert alone.keys() == together.keys()
+        if update:
+            moved = max(float((alone[name] - one[update - 1][name]).abs().max()) for name in alone)
+            assert moved > 1e-3
+        difference = max(float((alone[name] - together[name]).abs().max()) for name in alone)
+        assert difference < 1e-6, update
