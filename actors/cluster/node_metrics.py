@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -39,7 +38,7 @@ class Nodes:
         self.addresses = _addresses()
         self._late: dict[str, ObjectRef[Any]] = {}
         self._failed: set[str] = set()  # nodes whose actor has ended
-        self._looking: Future[dict[str, str]] | None = None  # a search for new nodes that has not returned yet
+        self._looking: asyncio.Future[dict[str, str]] | None = None  # a search for new nodes that has not returned yet
         self._start_actors(self._new_nodes())
 
     async def use(self) -> Metrics:
@@ -62,8 +61,8 @@ class Nodes:
     async def _find_new_nodes(self) -> None:
         """Start an actor on each new node. The search asks Ray's GCS, which may be lost while the run goes on."""
         limit_s = ANSWER_WITHIN_S if self._looking is None else LATE_ANSWER_WITHIN_S
-        looking = self._looking or start_thread(self._new_nodes, "new nodes")[0]
-        done, _ = await asyncio.wait([asyncio.wrap_future(looking)], timeout=limit_s)
+        looking = self._looking or asyncio.wrap_future(start_thread(self._new_nodes, "new nodes")[0])
+        done, _ = await asyncio.wait([looking], timeout=limit_s)
         self._looking = None if done else looking
         if done:
             self._start_actors(looking.result())
