@@ -26,7 +26,6 @@ class RoleEntry:
     stages: tuple[str, ...] = ()  # stages of a step with work for the role, besides the stage of the role's name
     metrics_of: str = ""  # trait of the metrics of runs with the role, in words
     hosts: bool = False  # other roles may share the role's bundles
-    predicts_all_tokens: bool = False  # so the role's vocabulary must not have more tokens than the policy's
 
 
 ROLES: Mapping[Role, RoleEntry] = {
@@ -36,7 +35,6 @@ ROLES: Mapping[Role, RoleEntry] = {
     "teacher": RoleEntry(
         kind="frozen",
         metrics_of="a teacher scores the sampled responses (on-policy distillation)",
-        predicts_all_tokens=True,
     ),
     "reward": RoleEntry(kind="scoring"),
     "rollout": RoleEntry(kind="engines", hosts=True, stages=("rollouts", "weight_sync", "prompt_values")),

@@ -29,6 +29,7 @@ from rlhf.types import (
     Rollouts,
     Sampling,
     TeacherColumn,
+    TeacherPrompt,
     TokenSignals,
     TokenValues,
 )
@@ -63,6 +64,12 @@ class CompletedGroup:
     def columns(self) -> RemoteColumns[Rollouts]:
         """Return the columns of the responses."""
         return RemoteColumns(ref=self.rollouts, sequence_ids=tuple(info.sequence_id for info in self.infos))
+
+
+def teacher_prompts(groups: Sequence[CompletedGroup]) -> dict[int, TeacherPrompt]:
+    """Return the prompts of teachers with another tokenizer, by the ids of the responses."""
+    prompts = [(group, group.request.prompt.teacher_prompt) for group in groups]
+    return {info.sequence_id: prompt for group, prompt in prompts if prompt is not None for info in group.infos}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,9 +304,12 @@ class OnlineTeacherRole(GpuGuest, Protocol):
         """Return what each sample's teacher predicts for a minibatch's sampled tokens."""
 
     async def mean_logprobs(
-        self, rollouts: Sequence[Ref[Rollouts]], *, temperature: float, samples_per_prompt: int, teacher: str
+        self, groups: Sequence[CompletedGroup], *, temperature: float, samples_per_prompt: int, teacher: str
     ) -> Mapping[int, float]:
-        """Return the mean of a teacher's log-probabilities of the sampled tokens, by sequence id."""
+        """Return the mean of a teacher's log-probabilities of the sampled tokens, by sequence id.
+
+        A response that could not be compared with a teacher of another tokenizer is left out.
+        """
 
 
 class TrainedRole(GpuGuest, Protocol):

@@ -240,7 +240,21 @@ class TopLogprobs(Ragged):
     token_logprobs: Float[Tensor, " N"]  # float32, of the token itself, which may be none of the k
 
 
-TeacherColumn = LearntStates | TopLogprobs
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanStates(Ragged):
+    """The predictions of a teacher with another tokenizer, one row for each token in the loss mask.
+
+    `lengths` counts loss-mask tokens only. A span is a text that both tokenizers write with whole tokens
+    (rlhf.data.spans). Its values stand in the row of the student's last token; all other rows hold 0.
+    """
+
+    hidden: Float[Tensor, "N H"]  # the teacher's state that predicts the last teacher's token of the span
+    before: Float[Tensor, " N"]  # float32, the teacher's log-probability of the span's tokens before the last one
+    logprobs: Float[Tensor, " N"]  # float32, of the whole span
+    num_tokens: Int[Tensor, " N"]  # int32, the student's tokens in the span; 0: no span ends here
+
+
+TeacherColumn = LearntStates | TopLogprobs | SpanStates
 ONLY_TEACHER = "teacher"  # the name of a run's single teacher
 
 
@@ -252,10 +266,12 @@ class VocabularyHead:
     bias: Float[Tensor, " V"] | None
     softcap: float | None
     logit_scale: float
+    pairs: Int[Tensor, "P 2"] | None = None
+    # ids (student's, teacher's) of the tokens for the same text; None: the student has the same vocabulary
 
     def to(self, device: torch.device) -> Self:
-        bias = None if self.bias is None else self.bias.to(device)
-        return replace(self, weight=self.weight.to(device), bias=bias)
+        bias, pairs = (None if x is None else x.to(device) for x in (self.bias, self.pairs))
+        return replace(self, weight=self.weight.to(device), bias=bias, pairs=pairs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,6 +298,14 @@ class GivenResponse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherPrompt:
+    """A prompt in the tokens of a teacher with another tokenizer."""
+
+    token_ids: tuple[int, ...]
+    end: int  # token with which the teacher ends a response
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """A prompt, tokenised once, with the columns of the data row for the rewards."""
 
@@ -296,6 +320,7 @@ class Prompt:
     turn_end: int | None = None  # token ending a response in the template; None: the model's end tokens
     given: GivenResponse | None = None  # None: the row has no response, or the algorithm reads no responses
     privileged: PrivilegedDraft | None = None  # of a policy that teaches itself; engines get None
+    teacher_prompt: TeacherPrompt | None = None  # None: the teacher has the policy's tokenizer; engines get None
 
     @property
     def non_token_bytes(self) -> bytes:
@@ -320,7 +345,10 @@ class GroupRequest:
 
     def for_engine(self) -> GroupRequest:
         """Return the request without the teacher's prompt."""
-        return self if self.prompt.privileged is None else replace(self, prompt=replace(self.prompt, privileged=None))
+        prompt = self.prompt
+        if prompt.privileged is None and prompt.teacher_prompt is None:
+            return self
+        return replace(self, prompt=replace(prompt, privileged=None, teacher_prompt=None))
 
     def drawn_by(self, sampling: Sampling) -> Sampling:
         """Return the defaults with the prompt's limit, and in training with the request's temperature."""

@@ -26,7 +26,7 @@ from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.frozen.reward import RewardSettings
 from rlhf.workers.frozen.served_teacher import ServedOnlineTeacherWorker, ServedTeacherWorker
 from rlhf.workers.frozen.teacher import OnlineTeacherWorker, TeacherWorker
-from rlhf.workers.frozen.top_settings import top_of
+from rlhf.workers.frozen.top_settings import spans_of, top_of
 from rlhf.workers.online.critic import CriticWorker
 from rlhf.workers.trained import TrainedWorker
 
@@ -88,7 +88,7 @@ def _reference(run: RunContext) -> WorkerGroup:
 
 
 def _teacher(run: RunContext) -> WorkerGroup:
-    config, options = run.config, {"top": top_of(run.config)}
+    config, options = run.config, {"top": top_of(run.config), "spans": spans_of(run.config)}
     if served := served_models(config):
         is_online = config.algorithm.is_online
         worker = ServedOnlineTeacherWorker if is_online else ServedTeacherWorker

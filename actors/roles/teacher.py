@@ -13,8 +13,8 @@ from actors.roles.group import ModelGroup, WorkerPool, all_results
 from actors.roles.worker_pools import ReferenceWorkers
 from rlhf.data.packing import balance
 from rlhf.role_table import Role
-from rlhf.roles import CompletedGroup, Ref, RemoteColumns, StatesByRank
-from rlhf.types import ONLY_TEACHER, Examples, MinibatchPlan, Rollouts, TeacherColumn, TokenValues, VocabularyHead
+from rlhf.roles import CompletedGroup, Ref, RemoteColumns, StatesByRank, teacher_prompts
+from rlhf.types import ONLY_TEACHER, Examples, MinibatchPlan, TeacherColumn, TokenValues, VocabularyHead
 
 
 class _Teacher(ModelGroup, WorkerPool):
@@ -82,15 +82,28 @@ class TeacherWorkers(_Teacher):
     """The teacher role of a run on fixed data, with all teachers."""
 
     sets: Sequence[Ref[Examples]] = ()
+    translations: Sequence[Ref[Examples]] = ()
     lengths: Sequence[Sequence[int]] = ()  # tokens of each row of each data set
 
-    async def load_data(self, sets: Sequence[Ref[Examples]], *, lengths: Sequence[Sequence[int]]) -> None:
-        """Map the data sets into each worker's memory. `lengths` holds the tokens of each row of each set."""
-        self.sets, self.lengths = sets, lengths
+    async def load_data(
+        self,
+        sets: Sequence[Ref[Examples]],
+        *,
+        lengths: Sequence[Sequence[int]],
+        translations: Sequence[Ref[Examples]] = (),
+    ) -> None:
+        """Map the data sets into each worker's memory. `lengths` holds the tokens of each row of each set.
+
+        `translations` are the sets in the tokens of each row's teacher, for teachers with another tokenizer.
+        """
+        self.sets, self.lengths, self.translations = sets, lengths, translations
         await self.each(lambda h: h.load_data.remote(*sets), "data")
+        if translations:
+            await self.each(lambda h: h.load_translations.remote(*translations), "data")
 
     def _start_calls(self, handle: ActorHandle[Any]) -> list[ObjectRef[Any]]:
-        return [*super()._start_calls(handle), handle.load_data.remote(*self.sets)]
+        translated = [handle.load_translations.remote(*self.translations)] if self.translations else []
+        return [*super()._start_calls(handle), handle.load_data.remote(*self.sets), *translated]
 
     async def states(self, dataset: int, plan: MinibatchPlan) -> StatesByRank:
         """Return columns for each rank. Each worker packs its rows of a teacher together."""
@@ -106,8 +119,8 @@ class OnlineTeacherWorkers(_Teacher, ReferenceWorkers):
         group_of = {info.sequence_id: place for place, group in enumerate(groups) for info in group.infos}
 
         def request(states: Callable[..., Any], shares: Sequence[Sequence[int]]) -> Any:
-            wanted = sorted({group_of[i] for share in shares for i in share})
-            return states(shares, *(groups[place].rollouts for place in wanted))
+            wanted = [groups[place] for place in sorted({group_of[i] for share in shares for i in share})]
+            return states(shares, *(group.rollouts for group in wanted), prompts=teacher_prompts(wanted))
 
         return await self.states_by_rank(plan, lengths.__getitem__, request)
 
@@ -123,17 +136,19 @@ class OnlineTeacherWorkers(_Teacher, ReferenceWorkers):
         return await self.columns_of_groups(groups, only, temperatures or {}, teacher=teacher)
 
     async def mean_logprobs(
-        self, rollouts: Sequence[Ref[Rollouts]], *, temperature: float, samples_per_prompt: int, teacher: str
+        self, groups: Sequence[CompletedGroup], *, temperature: float, samples_per_prompt: int, teacher: str
     ) -> Mapping[int, float]:
-        """Return the means by sequence id. The workers share the batches evenly."""
+        """Return the means by sequence id. The workers share the groups evenly."""
         self.present = teacher
-        shares = balance([1] * len(rollouts), min(len(self.handles), len(rollouts)))
+        shares = balance([1] * len(groups), min(len(self.handles), len(groups)))
 
         def compute(worker: int, share: Sequence[int]) -> Awaitable[Mapping[int, float]]:
-            given = [rollouts[i] for i in share]
+            given, prompts = [groups[i].rollouts for i in share], teacher_prompts([groups[i] for i in share])
             return self.ask(
                 worker,
-                lambda h: h.mean_logprobs.remote(temperature, samples_per_prompt, *given, teacher=teacher),
+                lambda h: h.mean_logprobs.remote(
+                    temperature, samples_per_prompt, *given, teacher=teacher, prompts=prompts
+                ),
                 self.role,
                 work=("mean_logprobs", teacher, tuple(share)),
             )

@@ -47,7 +47,7 @@ from rlhf.preflight.merge import with_local_models
 from rlhf.preflight.run_folder import check_folders, continue_from, refuse_other_checkpoint, stream_of
 from rlhf.preflight.sources import tracked_run
 from rlhf.preflight.start import Start
-from rlhf.preflight.training_data import OfflineInputs, OfflineRow, OnlineInputs, collated
+from rlhf.preflight.training_data import OfflineInputs, OfflineRow, OnlineInputs, collated, translated_sets
 from rlhf.process.driver_parent import unrecorded_deaths
 from rlhf.process.stopping import StopRequest, current_request, run_async
 from rlhf.rewards.scoring import fingerprint, has_judges
@@ -196,7 +196,9 @@ async def _offline(
         data = [put(collated(config, rows)) for rows in sets]
         await policy.load_data(data)
         if teacher is not None:
-            await teacher.load_data(data, lengths=[[row.longest for row in rows] for rows in sets])
+            lengths = [[row.longest for row in rows] for rows in sets]
+            translations = [put(rows) for rows in translated_sets(sets)]
+            await teacher.load_data(data, lengths=lengths, translations=translations)
             await _give_heads(stage, policy, teacher)
         controller = OfflineController(
             config,

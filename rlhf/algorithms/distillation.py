@@ -51,7 +51,13 @@ class DistillationConfig(TaughtConfig):
 
 
 class Distillation(Algorithm):
-    """The loss is a divergence over the whole vocabulary plus a supervised term."""
+    """The loss is a divergence over the whole vocabulary plus a supervised term.
+
+    A teacher with another tokenizer is compared over spans of text, as in GOLD (rlhf.data.spans). Deviations from TRL's
+    GOLD: 1. the sum over spans is divided by the learned tokens of the optimizer step; 2. tokens with the same bytes
+    are the same; 3. the ends of both models are a pair; 4. special tokens inside a response, and tokens after the last
+    common end, are left out.
+    """
 
     config: DistillationConfig
 

@@ -151,7 +151,7 @@ async def compare_with_teacher(
             theirs = await mean_logprobs([scored.group for scored in groups], config, teacher, **draws)
             for scored in groups:
                 of = teacher_of(config, scored.group.request.prompt.columns)
-                infos = scored.group.infos
+                infos = [info for info in scored.group.infos if info.sequence_id in theirs]
                 gaps = [info.num_response_tokens * (info.mean_logprob - theirs[info.sequence_id]) for info in infos]
                 mean = Mean(total=sum(gaps), count=sum(info.num_response_tokens for info in infos))
                 record.add({f"eval/{name}/kl_teacher": mean})
@@ -175,7 +175,7 @@ async def mean_logprobs(
     """Return the mean log-probability of each response under the teacher of its prompt, by sequence id."""
     means: dict[int, float] = {}
     for name in in_turn(config, teacher):
-        own = [group.rollouts for group in groups if teacher_of(config, group.request.prompt.columns) == name]
+        own = [group for group in groups if teacher_of(config, group.request.prompt.columns) == name]
         if own:
             means |= await teacher.mean_logprobs(
                 own, temperature=temperature, samples_per_prompt=samples_per_prompt, teacher=name

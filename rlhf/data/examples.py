@@ -7,17 +7,19 @@ an example is tokenised exactly as in `rlhf.data.prompts`, so training and sampl
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from rlhf.data.chat import read_messages
 from rlhf.data.row import Row
 from rlhf.data.segments import Segment, Tokens, Writer, answer_text, encode_segments
+from rlhf.data.spans import Translator, num_ranges
 from rlhf.data.usable import LoadedRows, NotUsable, Unusable, refuse_too_many
 from rlhf.deferred import torch
 from rlhf.errors import UserError
-from rlhf.types import Examples
+from rlhf.types import ONLY_TEACHER, Examples
 
 T = TypeVar("T")
 
@@ -41,6 +43,12 @@ class Reading:
     tasks: bool = False  # string prompts are the tasks of an agent, unchanged
     privileged: str | None = None  # template of the prompt of a policy that teaches itself
     max_privileged_tokens: int = 0  # of such a prompt
+    translators: Mapping[str, Translator] = field(default_factory=dict)  # of teachers with another tokenizer, by name
+
+    def translator(self, row: Row) -> Translator | None:
+        """Return the translator of a row's teacher. None: the row has no teacher with another tokenizer."""
+        name = ONLY_TEACHER if self.teacher_column is None else str(row.columns[self.teacher_column])
+        return self.translators.get(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +59,7 @@ class Example:
     token_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]  # True if the token is learned; always False for the first token
     teacher: str = ""  # the name of the example's teacher; empty: there is a single teacher
+    translated: Example | None = None  # in the teacher's tokens; None: the teacher has the student's tokenizer
 
     @property
     def non_token_bytes(self) -> bytes:
@@ -86,7 +95,45 @@ def load_examples(rows: Sequence[Row], tokenizer: Any, reading: Reading, *, firs
         column = reading.teacher_column
         return example if column is None else replace(example, teacher=str(row.columns[column]))
 
-    return load_sequences(rows, tokenizer, reading, lambda row, writer: [_segments(row, writer)], build)
+    loaded = load_sequences(rows, tokenizer, reading, lambda row, writer: [_segments(row, writer)], build)
+    return _translated(loaded, rows, reading) if reading.translators else loaded
+
+
+def _translated(loaded: LoadedRows[Example], rows: Sequence[Row], reading: Reading) -> LoadedRows[Example]:
+    """Add each example in the tokens of the teacher's tokenizer, written with the teacher's own chat template.
+
+    A longer example than the teacher takes loses the end. UserError: a row's conversation has other turns in the
+    teacher's template, or its prompt leaves the teacher no token to predict.
+    """
+    left_out = {unusable.place for unusable in loaded.unusable}
+    used = [row for row in rows if row.place not in left_out]
+    examples = list(loaded.items)
+    for name, translator in reading.translators.items():
+        chosen = [index for index, row in enumerate(used) if reading.translator(row) is translator]
+        plain = replace(reading, translators={}, max_tokens=sys.maxsize, max_unusable_fraction=0.0)
+        theirs = load_examples([used[index] for index in chosen], translator.teacher, plain).items
+        for index, example in zip(chosen, theirs, strict=True):
+            most, place = translator.max_tokens, used[index].place
+            if num_ranges(example.loss_mask) != num_ranges(examples[index].loss_mask):
+                raise UserError(
+                    f"{place}: the chat template of teacher {name} divides the row into other turns than the policy's "
+                    "template. Use a teacher with the policy's tokenizer for this row."
+                )
+            if example.prompt_tokens >= most:
+                raise UserError(teacher_prompt_problem(place, example.prompt_tokens, most))
+            cut = Example(
+                example_id=example.example_id, token_ids=example.token_ids[:most], loss_mask=example.loss_mask[:most]
+            )
+            examples[index] = replace(examples[index], translated=cut)
+    return replace(loaded, items=tuple(examples))
+
+
+def teacher_prompt_problem(place: str, num_tokens: int, most: int) -> str:
+    """Return the message for a prompt that is too long in the teacher's tokens."""
+    return (
+        f"{place}: the prompt has {num_tokens} tokens of the teacher's tokenizer, and train.max_tokens_per_microbatch "
+        f"and the teacher's context hold a sequence of {most} tokens. Shorten the prompt, or raise the limit."
+    )
 
 
 def load_sequences(

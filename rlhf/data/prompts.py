@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.data import privileged
@@ -26,14 +26,14 @@ from rlhf.data.chat import (
     with_system_prompt,
 )
 from rlhf.data.comparisons import conversation_text
-from rlhf.data.examples import Example, Reading, load_sequences, mark
+from rlhf.data.examples import Example, Reading, load_sequences, mark, teacher_prompt_problem
 from rlhf.data.row import Row
 from rlhf.data.segments import Segment, Tokens, Writer, answer_text
 from rlhf.data.tokenization import encode, encode_raw, raw_beginning
 from rlhf.data.usable import LoadedRows, NotUsable, Unusable, refuse_too_many
 from rlhf.errors import UserError
 from rlhf.limits import MAX_TEMPERATURE, MIN_TEMPERATURE
-from rlhf.types import GivenResponse, PrivilegedDraft, Prompt
+from rlhf.types import GivenResponse, PrivilegedDraft, Prompt, TeacherPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def load_prompts(
         if not token_ids:
             raise UserError(f"{row.place}: the prompt {draft.text!r:.40} has no tokens.")
         try:
-            text, token_ids = _fit(draft, token_ids, tokenizer, reading)
+            fitted, token_ids = _fit(draft, token_ids, tokenizer, reading)
         except NotUsable as fault:
             unusable.append(fault.unusable)
             continue
@@ -81,7 +81,7 @@ def load_prompts(
             Prompt(
                 prompt_id=number,
                 token_ids=tuple(token_ids),
-                text=text,
+                text=fitted.text,
                 columns={name: value for name, value in row.columns.items() if name != "prompt"},
                 temperature=_temperature(row),
                 max_new_tokens=_max_new_tokens(row, reading),
@@ -90,6 +90,7 @@ def load_prompts(
                 turn_end=end if is_chat else None,
                 given=given.get(row.place),
                 privileged=_privileged(draft, tokenizer, reading),
+                teacher_prompt=_teacher_prompt(fitted, tokenizer, reading),
             )
         )
     refuse_too_many(
@@ -176,11 +177,11 @@ def _beginning(tokenizer: Any, reading: Reading) -> str:
     return "" if reading.tasks else raw_beginning(tokenizer)
 
 
-def _fit(draft: _Draft, token_ids: list[int], tokenizer: Any, reading: Reading) -> tuple[str, list[int]]:
-    """Return the text and tokens within the limit. NotUsable if the prompt cannot or should not be truncated."""
+def _fit(draft: _Draft, token_ids: list[int], tokenizer: Any, reading: Reading) -> tuple[_Draft, list[int]]:
+    """Return the prompt and tokens within the limit. NotUsable if the prompt cannot or should not be truncated."""
     place, limit = draft.row.place, reading.max_tokens
     if len(token_ids) <= limit:
-        return draft.text, token_ids
+        return draft, token_ids
     problem = f"the prompt has {len(token_ids)} tokens, more than data.max_prompt_tokens: {limit}"
     if reading.too_long == "error":
         raise UserError(f"{place}: {problem}. Raise it, shorten the prompt, or set data.too_long to cut or skip.")
@@ -190,13 +191,13 @@ def _fit(draft: _Draft, token_ids: list[int], tokenizer: Any, reading: Reading) 
         beginning = _beginning(tokenizer, reading)
         first = token_ids[:1] if beginning else []
         kept = token_ids[len(token_ids) - limit + len(first) :]
-        return beginning + str(tokenizer.decode(kept, skip_special_tokens=False)), [*first, *kept]
+        return replace(draft, text=beginning + str(tokenizer.decode(kept, skip_special_tokens=False))), [*first, *kept]
     messages = draft.messages
     while messages := _without_oldest(messages):
         text = render(messages, tokenizer, add_generation_prompt=True, place=place, tools=draft.tools)
         (token_ids,) = encode([text], tokenizer)
         if len(token_ids) <= limit:
-            return text, token_ids
+            return replace(draft, text=text, messages=messages), token_ids
     raise NotUsable(place, f"{problem}, and its last user's turn with the system prompt has {len(token_ids)}")
 
 
@@ -228,6 +229,25 @@ def _privileged(draft: _Draft, tokenizer: Any, reading: Reading) -> PrivilegedDr
             "the prompt with a response. Shorten the row or the template, or raise the limit."
         )
     return PrivilegedDraft(text=text, max_tokens=reading.max_privileged_tokens)
+
+
+def _teacher_prompt(draft: _Draft, tokenizer: Any, reading: Reading) -> TeacherPrompt | None:
+    """Return the prompt of a teacher with another tokenizer, in the teacher's chat template if the prompt is a chat."""
+    translator = reading.translator(draft.row) if reading.translators else None
+    if translator is None:
+        return None
+    teacher, place = translator.teacher, draft.row.place
+    if draft.messages is None:
+        (token_ids,) = encode_raw([draft.text.removeprefix(_beginning(tokenizer, reading))], teacher)
+        end = teacher.eos_token_id
+    else:
+        require_template(teacher, f"{place}: teacher")
+        text = render(draft.messages, teacher, add_generation_prompt=True, place=place, tools=draft.tools)
+        (token_ids,) = encode([text], teacher)
+        end = translator.teacher_turn_end
+    if not 0 < len(token_ids) < translator.max_tokens:
+        raise UserError(teacher_prompt_problem(place, len(token_ids), translator.max_tokens))
+    return TeacherPrompt(token_ids=tuple(token_ids), end=int(end))
 
 
 def _without_oldest(messages: Sequence[Message]) -> Sequence[Message]:

@@ -1,9 +1,10 @@
 """Compute divergences between a student's and a teacher's next-token distributions.
 
 Divergences take log-probabilities over a common support, the last axis. The sums take the student's hidden states with
-the teacher's hidden states or largest log-probabilities, and hold the logits of a few hundred rows at a time. Only the
-student gets a gradient. On-policy distillation from sampled
-tokens alone (arXiv:2306.08543; TRL's sampled_token) needs teacher_advantages in a policy gradient.
+the teacher's hidden states or largest log-probabilities, and hold the logits of a few hundred rows at a time. A teacher
+with another tokenizer is compared at the ends of spans (rlhf.objectives.spans). Only the student gets a gradient.
+On-policy distillation from sampled tokens alone (arXiv:2306.08543; TRL's sampled_token) needs teacher_advantages in a
+policy gradient.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rlhf.objectives.logprobs import chunked_logprobs_only
+from rlhf.objectives.spans import hybrid_distance
 from rlhf.objectives.vocabulary_head import Factors, Head, HeadOptions, chunks, sum_over_rows
 
 Divergence = Callable[[Tensor, Tensor], Tensor]  # (student_logprobs, teacher_logprobs) over the last axis
@@ -96,7 +99,37 @@ class TeacherTop:
         return TeacherTop(ids=self.ids[rows], logprobs=self.logprobs[rows], token_logprobs=self.token_logprobs[rows])
 
 
-Teacher = TeacherStates | TeacherTop
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherSpans:
+    """The predictions of a teacher with another tokenizer for spans of adjacent rows. A span stands in the last row."""
+
+    last: TeacherStates  # predicts the teacher's last token of the span
+    before: Float[Tensor, " N"]  # the teacher's log-probability of the span's tokens before the last one
+    logprobs: Float[Tensor, " N"]  # of the whole span
+    num_rows: Int[Tensor, " N"]  # of the span; 0: no span ends in this row
+    pairs: Int[Tensor, "P 2"]  # ids (student's, teacher's) of the tokens for the same text
+
+    def rows(self, rows: Int[Tensor, " n"], *, count: int) -> TeacherSpans:
+        """Return the predictions of some rows, which hold whole spans. `count`: tokens of the student."""
+        return replace(
+            self,
+            last=self.last.rows(rows, count=len(self.last.weight)),
+            before=self.before[rows],
+            logprobs=self.logprobs[rows],
+            num_rows=self.num_rows[rows],
+        )
+
+    def earlier(self) -> tuple[Int[Tensor, " e"], Int[Tensor, " e"]]:
+        """Return the rows of spans before the last row, and the last row of each one's span."""
+        ends = self.num_rows.nonzero()[:, 0]
+        sizes = self.num_rows[ends] - 1
+        owners = ends.repeat_interleave(sizes)
+        firsts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        places = torch.arange(len(owners), device=owners.device) - firsts
+        return owners - sizes.repeat_interleave(sizes) + places, owners
+
+
+Teacher = TeacherStates | TeacherTop | TeacherSpans
 
 
 def binned(logprobs: Float[Tensor, "*B V"], ids: Int[Tensor, "*B k"]) -> Float[Tensor, "*B k+1"]:
@@ -159,15 +192,17 @@ def weighted_divergence_sum(
     The loss is token_weight times the sum of divergence_weight * divergence - sft_coef * logprob. logprobs are the
     targets' log-probabilities at temperature 1, and is_top1 is True for targets with the largest logit. Both models'
     logits are divided by temperature (GKD does not multiply the loss by the squared temperature). With the teacher's k
-    largest log-probabilities the divergence is over k + 1 outcomes: the k tokens and all others together. ValueError if
-    rows or vocabularies differ: slice both heads to the shared tokens.
+    largest log-probabilities the divergence is over k + 1 outcomes: the k tokens and all others together. With spans it
+    is the hybrid distance of each span, in the span's last row. ValueError if rows or vocabularies differ: slice both
+    heads to the shared tokens.
     """
     head = Head(**options)
-    compared = _compared(teacher, like=(hidden, weight), temperature=head.temperature)
+    compared = _compared(divergence, teacher, like=(hidden, weight), temperature=head.temperature)
+    before = _before(teacher, hidden, weight, targets, **options)
 
-    def of_rows(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def of_rows(logits: Tensor, rows: slice, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_p = logits.log_softmax(-1)
-        divergences = divergence(*compared(log_p, rows))
+        divergences, _ = compared(log_p, rows, before)
         kept = log_p if sft_coef else log_p.detach()
         plain = kept if head.temperature == 1.0 else (kept * head.temperature).log_softmax(-1)
         logprobs = plain.gather(-1, targets[rows, None])[:, 0]
@@ -176,7 +211,7 @@ def weighted_divergence_sum(
         losses = losses - sft_coef * logprobs if sft_coef else losses
         return token_weight * losses, torch.stack([divergences, logprobs, is_top1], dim=-1)
 
-    loss, columns = sum_over_rows(of_rows, hidden, weight, head)
+    loss, columns = sum_over_rows(of_rows, hidden, weight, head, numbers=before)
     divergences, logprobs, is_top1 = columns.unbind(-1)
     return loss, divergences, logprobs, is_top1.bool()
 
@@ -195,25 +230,31 @@ def sampled_divergence_sum(
     """Return (loss, student logprobs, teacher logprobs, student entropies) of the sampled tokens, at the temperature.
 
     The loss is token_weight times divergence_weight times the sum of divergences, over the outcomes of
-    `weighted_divergence_sum`. Only the loss has a gradient. Each head is applied once.
+    `weighted_divergence_sum`. Only the loss has a gradient. Each head is applied once to a row, but twice to a row of a
+    span before the last. The teacher's log-probability of a span stands in the last row, less the student's of the rows
+    before; further rows have nan.
     """
     head = Head(**options)
-    compared = _compared(teacher, like=(hidden, weight), temperature=head.temperature)
+    compared = _compared(divergence, teacher, like=(hidden, weight), temperature=head.temperature)
+    before = _before(teacher, hidden, weight, sampled, **options)
 
-    def of_rows(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def of_rows(logits: Tensor, rows: slice, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_p = logits.log_softmax(-1)
-        ours, theirs = compared(log_p, rows)
+        divergences, theirs = compared(log_p, rows, before)
         detached, tokens = log_p.detach(), sampled[rows, None]
         of_student = detached.gather(-1, tokens)[:, 0]
         if isinstance(teacher, TeacherTop):
             of_teacher = teacher.token_logprobs[rows].to(logits.dtype)
+        elif before is not None and isinstance(teacher, TeacherSpans):
+            of_teacher = teacher.logprobs[rows].to(logits.dtype) - before.detach()
+            of_teacher = torch.where(teacher.num_rows[rows] > 0, of_teacher, torch.nan)
         else:
             of_teacher = theirs.gather(-1, tokens)[:, 0]
         entropies = torch.special.entr(detached.exp()).sum(-1)
-        losses = token_weight * divergence_weight * divergence(ours, theirs)
+        losses = token_weight * divergence_weight * divergences
         return losses, torch.stack([of_student, of_teacher, entropies], dim=-1)
 
-    loss, columns = sum_over_rows(of_rows, hidden, weight, head)
+    loss, columns = sum_over_rows(of_rows, hidden, weight, head, numbers=before)
     logprobs, teacher_columns, entropies = columns.unbind(-1)
     return loss, logprobs, teacher_columns, entropies
 
@@ -229,44 +270,95 @@ def teacher_advantages(
     return torch.where(mask, teacher_logprobs - logprobs.detach(), 0.0)
 
 
+Compared = Callable[[Tensor, slice, Tensor | None], tuple[Tensor, Tensor]]
+
+
 def _compared(
-    teacher: Teacher, *, like: tuple[Tensor, Tensor], temperature: float | Tensor
-) -> Callable[[Tensor, slice], tuple[Tensor, Tensor]]:
-    """Return a function from some rows' log-probabilities of the student to both models' over the same outcomes.
+    divergence: Divergence, teacher: Teacher, *, like: tuple[Tensor, Tensor], temperature: float | Tensor
+) -> Compared:
+    """Return a function from some rows' log-probabilities of the student to (divergences, teacher's log-probabilities).
 
     ValueError if rows or vocabularies differ.
     """
     hidden, weight = like
     if isinstance(teacher, TeacherTop):
-        return _compared_at_top(teacher, num_rows=len(hidden), vocabulary=len(weight))
+        return _compared_at_top(divergence, teacher, num_rows=len(hidden), vocabulary=len(weight))
+    if isinstance(teacher, TeacherSpans):
+        return _compared_at_spans(divergence, teacher, num_rows=len(hidden), temperature=temperature)
     if (len(hidden), len(weight)) != (len(teacher.hidden), len(teacher.weight)):
         raise ValueError(
             f"a divergence needs one teacher row a student row and one vocabulary, got {len(hidden)} and "
             f"{len(teacher.hidden)} rows over {len(weight)} and {len(teacher.weight)} tokens"
         )
-    head = Head(temperature=temperature, softcap=teacher.softcap, logit_scale=teacher.logit_scale)
-    with torch.no_grad():
-        factors = Factors.of(teacher.hidden, teacher.weight, teacher.bias)
+    predicted = _predicted(teacher, temperature=temperature)
 
-    def of_rows(log_p: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            return log_p, head.logits(factors, rows).log_softmax(-1).to(log_p.dtype)
+    def of_rows(log_p: Tensor, rows: slice, _: Tensor | None) -> tuple[Tensor, Tensor]:
+        theirs = predicted(rows).to(log_p.dtype)
+        return divergence(log_p, theirs), theirs
 
     return of_rows
 
 
-def _compared_at_top(
-    teacher: TeacherTop, *, num_rows: int, vocabulary: int
-) -> Callable[[Tensor, slice], tuple[Tensor, Tensor]]:
-    if len(teacher.ids) != num_rows:
-        raise ValueError(
-            f"a divergence needs one teacher row a student row, got {num_rows} and {len(teacher.ids)} rows"
-        )
+def _predicted(states: TeacherStates, *, temperature: float | Tensor) -> Callable[[slice], Tensor]:
+    """Return a function from some rows to the teacher's log-probabilities, without a gradient."""
+    head = Head(temperature=temperature, softcap=states.softcap, logit_scale=states.logit_scale)
+    with torch.no_grad():
+        factors = Factors.of(states.hidden, states.weight, states.bias)
+
+    def of_rows(rows: slice) -> Tensor:
+        with torch.no_grad():
+            return head.logits(factors, rows).log_softmax(-1)
+
+    return of_rows
+
+
+def _compared_at_top(divergence: Divergence, teacher: TeacherTop, *, num_rows: int, vocabulary: int) -> Compared:
+    _refuse_other_count(num_rows, len(teacher.ids))
     if teacher.ids.numel() and int(teacher.ids.max()) >= vocabulary:
         raise ValueError(f"the teacher names token {int(teacher.ids.max())}, the student has {vocabulary} tokens")
 
-    def of_rows(log_p: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        theirs = with_tail(teacher.logprobs[rows], vocabulary=vocabulary)
-        return binned(log_p, teacher.ids[rows]), theirs.to(log_p.dtype)
+    def of_rows(log_p: Tensor, rows: slice, _: Tensor | None) -> tuple[Tensor, Tensor]:
+        theirs = with_tail(teacher.logprobs[rows], vocabulary=vocabulary).to(log_p.dtype)
+        return divergence(binned(log_p, teacher.ids[rows]), theirs), theirs
 
     return of_rows
+
+
+def _compared_at_spans(
+    divergence: Divergence, teacher: TeacherSpans, *, num_rows: int, temperature: float | Tensor
+) -> Compared:
+    _refuse_other_count(num_rows, len(teacher.num_rows))
+    predicted = _predicted(teacher.last, temperature=temperature)
+
+    def of_rows(log_p: Tensor, rows: slice, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert before is not None
+        ends = teacher.num_rows[rows].nonzero()[:, 0]
+        theirs = (predicted(rows) + teacher.before[rows, None]).to(log_p.dtype)[ends]
+        ours = (log_p + before[:, None]).index_select(0, ends)
+        distances = hybrid_distance(ours, theirs, teacher.pairs, divergence=divergence)
+        return torch.zeros_like(log_p[:, 0]).index_copy(0, ends, distances), theirs
+
+    return of_rows
+
+
+def _refuse_other_count(num_rows: int, count: int) -> None:
+    if num_rows != count:
+        raise ValueError(f"a divergence needs one teacher row a student row, got {num_rows} and {count} rows")
+
+
+def _before(
+    teacher: Teacher,
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    tokens: Int[Tensor, " N"],
+    **options: Unpack[HeadOptions],
+) -> Float[Tensor, " N"] | None:
+    """Return the student's log-probability of a span's tokens before the last one, in the last row; 0 in other rows.
+
+    None: the teacher's rows are no spans.
+    """
+    if not isinstance(teacher, TeacherSpans):
+        return None
+    rows, owners = teacher.earlier()
+    logprobs = chunked_logprobs_only(hidden.index_select(0, rows), weight, tokens[rows], **options)
+    return logprobs.new_zeros(len(hidden)).index_add(0, owners, logprobs)

@@ -153,52 +153,61 @@ class _SumOverRows(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        numbers: Tensor | None,
         head: Head,
-        function: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+        function: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
         factors = Factors.of(hidden, weight, bias)
         gradients = ProductGradients(factors, needed=ctx.needs_input_grad[:3])
-        is_needed = any(ctx.needs_input_grad[:3])
+        is_needed = any(ctx.needs_input_grad[:4])
         terms, columns = [], []
+        of_numbers = None if numbers is None else torch.zeros_like(numbers)
 
         def gradient_of(rows: slice) -> tuple[Tensor, Tensor] | None:
             logits = head.logits(factors, rows).requires_grad_(is_needed)
+            given = [] if numbers is None else [numbers[rows].detach().requires_grad_(is_needed)]
             with torch.set_grad_enabled(is_needed):
-                of_rows, column = function(logits, rows)
+                of_rows, column = function(logits, rows, *given)
             terms.append(of_rows.detach())
             columns.append(column.detach())
             if not is_needed:
                 return None
-            (grad,) = torch.autograd.grad(of_rows, logits, torch.ones_like(of_rows))
+            grad, *further = torch.autograd.grad(of_rows, [logits, *given], torch.ones_like(of_rows))
+            if of_numbers is not None:
+                (of_numbers[rows],) = further
             return grad, logits.detach()
 
         gradients.collect(len(hidden), head, gradient_of)
         if not terms:
             gradient_of(slice(0, 0))  # for the shapes of the results
-        ctx.save_for_backward(*gradients.totals(hidden.dtype, weight.dtype))
+        ctx.save_for_backward(*gradients.totals(hidden.dtype, weight.dtype), of_numbers)
         column = torch.cat(columns)
         ctx.mark_non_differentiable(column)
         return torch.cat(terms).sum(), column
 
     @staticmethod
-    def backward(ctx: Any, outer: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        hidden, weight, bias = (g if g is None else g * outer.to(g.dtype) for g in ctx.saved_tensors)
-        return hidden, weight, bias, None, None
+    def backward(
+        ctx: Any, outer: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]:
+        hidden, weight, bias, numbers = (g if g is None else g * outer.to(g.dtype) for g in ctx.saved_tensors)
+        return hidden, weight, bias, numbers, None, None
 
 
 def sum_over_rows(
-    function: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+    function: Callable[..., tuple[Tensor, Tensor]],
     hidden: Float[Tensor, "N H"],
     weight: Float[Tensor, "V H"],
     head: Head,
+    *,
+    numbers: Float[Tensor, " N"] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "N ..."]]:
     """Return (sum of the rows' terms, further values per row without gradient) of function(logits of some rows, row
-    slice).
+    slice). With `numbers`, the third argument of the function is the numbers of these rows.
 
-    The logits are as in logprobs.py. The gradient reaches hidden, weight and bias; all other inputs of the function
-    are data. The function must treat rows independently, must not change the argument, and must be differentiable by
-    autograd. Head and function are evaluated once, so the terms must contain the weights. The cost is memory for a
-    gradient of the head's weight between the forward and the backward pass.
+    The logits are as in logprobs.py. The gradient reaches hidden, weight, bias and numbers; all other inputs of the
+    function are data. The function must treat rows independently, must not change the argument, and must be
+    differentiable by autograd. Head and function are evaluated once, so the terms must contain the weights. The cost is
+    memory for a gradient of the head's weight between the forward and the backward pass.
     """
-    results: tuple[Tensor, Tensor] = _SumOverRows.apply(hidden, weight, head.bias, head, function)
+    results: tuple[Tensor, Tensor] = _SumOverRows.apply(hidden, weight, head.bias, numbers, head, function)
     return results

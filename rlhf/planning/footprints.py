@@ -12,7 +12,7 @@ from rlhf.config.schema.cluster import TrainedResources
 from rlhf.config.schema.model import CriticConfig, LoraConfig, ModelConfig, PolicyConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.transports import TRANSPORTS
-from rlhf.objectives.costs import multiplies_bfloat16_fast
+from rlhf.objectives.costs import CHUNK_ROWS, multiplies_bfloat16_fast
 from rlhf.planning import memory
 from rlhf.planning.shapes import Shape, find_shape
 from rlhf.role_table import ROLES, Role
@@ -112,12 +112,20 @@ def _self_teacher_terms(config: Config, shape: Shape, how: memory.Training) -> l
     return terms
 
 
-def _teacher_heads(config: Config, sizes: Sizes) -> list[memory.Term]:
-    """Return the memory of the teachers' vocabulary heads, which each rank of the student keeps."""
+def _teacher_heads(config: Config, student: Shape, tokens: int, sizes: Sizes) -> list[memory.Term]:
+    """Return the memory of the teachers' vocabulary heads, which each rank of the student keeps.
+
+    Over another vocabulary the rank also sorts the probabilities of both models: 40 bytes for each token of a chunk.
+    """
     named, terms = derive.has_named_teachers(config), []
     for key, model in derive.held_models(config, "teacher").items():
         name = f"head of {key.removesuffix('.model')}" if named else "teacher's head"
         terms.append(memory.weights_term(name, sizes.of(model.model).embedding, _itemsize(model), stays=True))
+    vocabularies = {sizes.of(model.model).vocab for model in derive.held_models(config, "teacher").values()}
+    if others := vocabularies - {student.vocab}:
+        rows, entries = min(tokens, CHUNK_ROWS), max(*others, student.vocab)
+        says = f"40 bytes for each of {rows} rows of {entries:,} probabilities"
+        terms.append(memory.Term("sorted probabilities", 40.0 * rows * entries, says, phase="step"))
     return terms
 
 
@@ -149,7 +157,7 @@ def _trained(name: Role, model: PolicyConfig | CriticConfig, config: Config, siz
     if name == "policy" and isinstance(config.algorithm, SelfTeaching):
         terms += _self_teacher_terms(config, shape, how)
     if name == "policy" and derive.reads_teacher_heads(config):
-        terms += _teacher_heads(config, sizes)
+        terms += _teacher_heads(config, shape, how.tokens, sizes)
     if name in derive.shares_engines_gpus(config):
         terms.append(_put_aside(terms))
     if derive.restarts_gangs(config):

@@ -37,6 +37,7 @@ from rlhf.models.on_disk import may_ask_the_hub
 from rlhf.preflight.engine_args import refuse_unknown_engine_args
 from rlhf.preflight.eval_inputs import inputs_of_stage
 from rlhf.preflight.models import StageResults, check_models, refuse_other_results, with_adapters, with_sources
+from rlhf.preflight.other_tokenizers import load_translators
 from rlhf.preflight.sources import check_rewards, installed_trackers, load_rewards, served_models, with_template
 from rlhf.preflight.training_data import OfflineInputs, OnlineInputs, load_training_data
 from rlhf.types import RESULT_COLUMN
@@ -111,7 +112,9 @@ def _load_run(written: Config, loaded: LoadedConfig, made: StageResults, *, weig
     template = chat_template(config)
     template.apply_checked(tokenizer, key="data")
     refuse_runaway_template(tokenizer)
-    config, inputs = load_training_data(config, source, tokenizer, beside=Path(loaded.source).resolve().parent)
+    translators = load_translators(config, made, tokenizer)
+    beside = Path(loaded.source).resolve().parent
+    config, inputs = load_training_data(config, source, tokenizer, beside=beside, translators=translators)
     final = str(final_folder(written))
     made.finals[final] = source
     made.tokenizers[final] = tokenizer_source

@@ -24,6 +24,7 @@ from rlhf.config.schema.root import Config
 from rlhf.config.yaml_tree import Key
 from rlhf.controller.loop import trained_models
 from rlhf.data.row import Row
+from rlhf.data.spans import words_of
 from rlhf.data.templates import ChatTemplate
 from rlhf.errors import UserError, prefix_errors
 from rlhf.models.files.folder_check import num_experts, refuse_broken_weights
@@ -173,7 +174,7 @@ def _refuse_other_head(path: str, shape: Any) -> None:
 def _refuse_other_vocabulary(section: Role, path: str, policy: str, trust_remote_code: bool) -> None:
     """Raise UserError if a model maps the policy's token ids to different tokens.
 
-    A model without a tokenizer is accepted. A role that predicts every token may have no additional tokens.
+    A model without a tokenizer is accepted, and so is a teacher with any (see rlhf.preflight.other_tokenizers).
     """
     if path == policy:
         return
@@ -182,25 +183,14 @@ def _refuse_other_vocabulary(section: Role, path: str, policy: str, trust_remote
         other = load_tokenizer(path, trust_remote_code=trust_remote_code)
     except UserError:
         size = load_model_config(path, trust_remote_code=trust_remote_code).get_text_config().vocab_size
-        fits = size >= len(_words(tokenizer))
+        fits = size >= len(words_of(tokenizer))
     else:
-        policy_vocabulary, theirs = tokenizer.get_vocab(), other.get_vocab()
-        fits = _words(tokenizer).items() <= theirs.items()
-        if ROLES[section].predicts_all_tokens:
-            fits = fits and _words(other).items() <= policy_vocabulary.items()
+        fits = section == "teacher" or words_of(tokenizer).items() <= other.get_vocab().items()
     if not fits:
         raise UserError(
             f"{path} has another vocabulary than policy.model {policy}, but gets its token ids; name a model with "
             "the same tokenizer"
         )
-
-
-def _words(tokenizer: Any) -> dict[str, int]:
-    """Return the tokens without a pure padding token, which training often adds and no sequence contains."""
-    words: dict[str, int] = tokenizer.get_vocab()
-    if tokenizer.pad_token != tokenizer.eos_token:
-        words.pop(tokenizer.pad_token, None)
-    return words
 
 
 def _refuse_other_kind(section: Role, key: str, folder: str, config: Config, *, trained_by: str | None) -> None:

@@ -33,6 +33,7 @@ from rlhf.data.labelled import Labelled, collate_labelled, load_labelled
 from rlhf.data.preferences import PreferencePair, collate_pairs, load_pairs
 from rlhf.data.row import Row, shown
 from rlhf.data.sources import open_shards, read_rows
+from rlhf.data.spans import Translator
 from rlhf.data.steps import StepLabelled, collate_steps, load_step_labelled
 from rlhf.data.stream import MixtureShare, Tokenized
 from rlhf.data.usable import LoadedRows, Unusable
@@ -123,17 +124,20 @@ class OfflineInputs:
 
 
 def load_training_data(
-    config: Config, source: str, tokenizer: Any, *, beside: Path
+    config: Config, source: str, tokenizer: Any, *, beside: Path, translators: Mapping[str, Translator]
 ) -> tuple[Config, OnlineInputs | OfflineInputs]:
     """Return the inputs of a run, and the configuration with epochs converted to steps.
 
     source: the folder or name of the policy's model. beside: the folder searched for code before the current one.
+    translators: of the teachers with another tokenizer, by name.
     """
-    online = config.algorithm.is_online
-    return _online(config, source, tokenizer, beside) if online else _offline(config, source, tokenizer)
+    reading = replace(reading_of(config), translators=translators)
+    if config.algorithm.is_online:
+        return _online(config, source, tokenizer, beside, reading)
+    return _offline(config, source, tokenizer, reading)
 
 
-def _online(config: Config, source: str, tokenizer: Any, beside: Path) -> tuple[Config, OnlineInputs]:
+def _online(config: Config, source: str, tokenizer: Any, beside: Path, reading: Reading) -> tuple[Config, OnlineInputs]:
     rollouts, settings = config.rollouts, config.eval
     assert rollouts is not None
     refuse_absent_tokens(rollouts.stop_token_ids, tokenizer, key="rollouts.stop_token_ids")
@@ -155,7 +159,9 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path) -> tuple[
         reading = replace(reading, needs_given=False) if is_eval else replace(reading, **taught)
         return prompts_of_rows(rows, name, tokenizer, reading, first_id=first_id, **how)[0]
 
-    sets = _read_sets(config, load, by_row=True, with_id=lambda prompt, row_id: replace(prompt, prompt_id=row_id))
+    sets = _read_sets(
+        config, load, reading, by_row=True, with_id=lambda prompt, row_id: replace(prompt, prompt_id=row_id)
+    )
     if sets.stream is None:
         refuse_unused_rewards(specs, (prompt.columns for prompt in sets.train))
     config = _with_steps(config, len(sets.train))
@@ -251,7 +257,7 @@ def _refuse_absent_metric(
                 raise UserError(f"train.best_metric: {text}")
 
 
-def _offline(config: Config, source: str, tokenizer: Any) -> tuple[Config, OfflineInputs]:
+def _offline(config: Config, source: str, tokenizer: Any, reading: Reading) -> tuple[Config, OfflineInputs]:
     load = FORMS[config.algorithm.kind][0]
 
     def load_rows(name: str, rows: Sequence[Row], first_id: int, reading: Reading) -> LoadedRows[OfflineRow]:
@@ -261,7 +267,7 @@ def _offline(config: Config, source: str, tokenizer: Any) -> tuple[Config, Offli
             logger.warning("%s: %d of %d rows cannot be used and are left out", name, len(loaded.unusable), len(rows))
         return loaded
 
-    sets = _read_sets(config, load_rows, by_row=False)
+    sets = _read_sets(config, load_rows, reading, by_row=False)
     rows, held_out = sets.train, sets.held_out
     for name, group in {"data.train": rows, **{f"data.eval.{name}": group for name, group in held_out.items()}}.items():
         prompts = {row.token_ids[: row.prompt_tokens] for row in group if isinstance(row, Labelled)}
@@ -285,13 +291,13 @@ def _offline(config: Config, source: str, tokenizer: Any) -> tuple[Config, Offli
 def _read_sets(
     config: Config,
     load: Callable[[str, Sequence[Row], int, Reading], LoadedRows[R]],
+    reading: Reading,
     *,
     by_row: bool,
     with_id: Callable[[R, int], R] = lambda item, row_id: item,
 ) -> _Sets[R]:
     """Return all sets of a run. `load` gets a set's key, rows, first id and reading. by_row: ids count unusable rows
     too."""
-    reading = reading_of(config)
 
     def read(name: str, source: DataSource, first_id: int) -> LoadedRows[R]:
         with prefix_errors(name):
@@ -304,7 +310,7 @@ def _read_sets(
     shares: list[MixtureShare] = []
     unusable: list[Unusable] = []
     if config.data.stream_window is not None:
-        stream = _stream(config, config.data.stream_window, load, with_id)
+        stream = _stream(config, config.data.stream_window, load, reading, with_id)
         train = stream.first
     else:
         for name, section in train_sets(config).items():
@@ -326,10 +332,11 @@ def _stream(
     config: Config,
     window: int,
     load: Callable[[str, Sequence[Row], int, Reading], LoadedRows[R]],
+    reading: Reading,
     with_id: Callable[[R, int], R],
 ) -> WindowedStream[R]:
     """Open the training sets as a stream, and read the first windows."""
-    sets, reading = [], replace(reading_of(config), window=window)
+    sets, reading = [], replace(reading, window=window)
     for name, section in train_sets(config).items():
         with prefix_errors(name):
             shards = open_shards(source_of(section.source), columns=config.data.columns)
@@ -385,6 +392,17 @@ def collated(config: Config, rows: Sequence[OfflineRow], *, others: Sequence[Off
     if algorithm.kind == "unpaired":
         options = {"mismatched": algorithm.compares_with_divergence, "others": others}
     return FORMS[algorithm.kind][1](rows, **options)
+
+
+def translated_sets(sets: Sequence[Sequence[OfflineRow]]) -> list[Examples]:
+    """Return the data sets in the tokens of each row's teacher, or nothing without a teacher of another tokenizer.
+
+    A row whose teacher has the policy's tokenizer keeps the policy's tokens.
+    """
+    examples = [[row for row in rows if isinstance(row, Example)] for rows in sets]
+    if all(row.translated is None for rows in examples for row in rows):
+        return []
+    return [collate([row.translated or row for row in rows]) for rows in examples]
 
 
 def _suites(source: str, config: Config) -> SuiteSpec | None:

@@ -36,7 +36,8 @@ _EVALUATION = re.compile("eval/[^/]+/(score|loss|accuracy|kl_teacher)")
 _MOST_EVALUATIONS = 3  # among the main metrics
 _MAIN = (
     *("rewards/score/mean", "experience/kl_ref/mean", "update/entropy/mean", "preference/accuracy/mean"),
-    *("update/loss/mean", "experience/kl_teacher/mean", "rollouts/response_tokens/mean", "update/grad_norm"),
+    *("update/loss/mean", "experience/kl_teacher/mean", "update/compared/fraction", "rollouts/response_tokens/mean"),
+    "update/grad_norm",
     *("update/token_accuracy/mean", "preference/margin/mean", "rollouts/truncated/fraction"),
     *("experience/rollout_logprob_diff/mean", "update/clip_fraction/mean", "update/explained_variance"),
     *("throughput/tokens_per_s", "time/step_s"),

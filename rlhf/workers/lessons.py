@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from rlhf.config.schema.model import TeacherConfig
 from rlhf.models.packed.forward import Taught
-from rlhf.objectives.distillation import Teacher, TeacherStates, TeacherTop
+from rlhf.objectives.distillation import Teacher, TeacherSpans, TeacherStates, TeacherTop
 from rlhf.tracking.metrics.reductions import Mean, Reduction
-from rlhf.types import LearntStates, MinibatchPlan, Ragged, TeacherColumn, TopLogprobs, VocabularyHead
+from rlhf.types import LearntStates, MinibatchPlan, Ragged, SpanStates, TeacherColumn, TopLogprobs, VocabularyHead
 from rlhf.workers.microbatches import Microbatch
 
 
@@ -61,8 +61,9 @@ def lessons_of(
 
 
 def _gathered(parts: Sequence[TeacherColumn], ids: Sequence[int]) -> TeacherColumn:
-    states = [part for part in parts if isinstance(part, LearntStates)]
-    return LearntStates.gather(states, ids) if states else TopLogprobs.gather(cast("list[TopLogprobs]", parts), ids)
+    form: type[Any] = type(parts[0]) if parts else LearntStates
+    column: TeacherColumn = form.gather(parts, ids)
+    return column
 
 
 def taught(
@@ -89,14 +90,19 @@ def taught(
 def _teacher(
     column: TeacherColumn, rows: Int[Tensor, " n"], head: VocabularyHead | None, device: torch.device
 ) -> Teacher:
-    if not isinstance(column, LearntStates):
+    if isinstance(column, TopLogprobs):
         ids, logprobs, of_tokens = (x[rows].to(device) for x in (column.ids, column.logprobs, column.token_logprobs))
         return TeacherTop(ids=ids, logprobs=logprobs, token_logprobs=of_tokens)
     assert head is not None
     hidden = column.hidden[rows].to(device)
-    return TeacherStates(
+    states = TeacherStates(
         hidden=hidden, weight=head.weight, bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale
     )
+    if isinstance(column, LearntStates):
+        return states
+    assert head.pairs is not None
+    before, logprobs, num_rows = (x[rows].to(device) for x in (column.before, column.logprobs, column.num_tokens))
+    return TeacherSpans(last=states, before=before, logprobs=logprobs, num_rows=num_rows, pairs=head.pairs)
 
 
 def by_teacher(
@@ -108,3 +114,16 @@ def by_teacher(
         own = values[lesson.rows[microbatch.tokens] >= 0]
         means[f"{name}/{lesson.teacher}/mean"] = Mean(total=float(own.sum()), count=len(own))
     return means
+
+
+def compared(lessons: Sequence[Lesson], microbatch: Microbatch) -> dict[str, Mean]:
+    """Return the fraction of a micro-batch's learned tokens that could be compared, by teacher."""
+    fractions: dict[str, Mean] = {}
+    for lesson in lessons:
+        rows = lesson.rows[microbatch.tokens]
+        rows, column = rows[rows >= 0], lesson.column
+        count = int(column.num_tokens[rows].sum()) if isinstance(column, SpanStates) else len(rows)
+        fraction = Mean(total=count, count=len(rows))
+        earlier = fractions.get(lesson.teacher)
+        fractions[lesson.teacher] = fraction if earlier is None else earlier.merge(fraction)
+    return fractions

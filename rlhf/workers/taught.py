@@ -10,8 +10,9 @@ from torch import Tensor
 
 from rlhf.config import derive
 from rlhf.models.packed.forward import Taught
+from rlhf.tracking.metrics.reductions import Mean, Reduction
 from rlhf.types import VocabularyHead
-from rlhf.workers.lessons import Lesson, taught
+from rlhf.workers.lessons import Lesson, compared, taught
 from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.trained import TrainedWorker
 
@@ -31,3 +32,15 @@ class TaughtWorker(TrainedWorker):
     def taught(self, lessons: Sequence[Lesson], microbatch: Microbatch, mask: Bool[Tensor, " N"]) -> list[Taught]:
         """Return the teachers' predictions of a micro-batch's tokens in mask, on the device."""
         return taught(lessons, microbatch, mask, teachers=self.teachers, heads=self.heads, device=self.device)
+
+    def compared(self, lessons: Sequence[Lesson], microbatch: Microbatch) -> dict[str, Reduction]:
+        """Return metrics of the tokens that could be compared, or none if all teachers have the student's tokenizer."""
+        if all(head.pairs is None for head in self.heads.values()):
+            return {}
+        of = compared(lessons, microbatch)
+        metrics: dict[str, Reduction] = {"compared/fraction": Mean(total=0.0, count=0)}
+        for name, fraction in of.items():
+            metrics["compared/fraction"] = metrics["compared/fraction"].merge(fraction)
+            if derive.has_named_teachers(self.config) and fraction.count:
+                metrics[f"compared_by_teacher/{name}/fraction"] = fraction
+        return metrics

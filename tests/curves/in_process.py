@@ -42,6 +42,7 @@ from rlhf.roles import (
     PrepareReport,
     RemoteColumns,
     SampleSelection,
+    teacher_prompts,
 )
 from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec
 from rlhf.rollouts.records.spans import Played, Sampled, assemble
@@ -60,7 +61,7 @@ from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.frozen.reward import RewardSettings, RewardWorker
 from rlhf.workers.frozen.served_teacher import ServedOnlineTeacherWorker
 from rlhf.workers.frozen.teacher import OnlineTeacherWorker
-from rlhf.workers.frozen.top_settings import top_of
+from rlhf.workers.frozen.top_settings import spans_of, top_of
 from rlhf.workers.online.critic import CriticWorker
 from rlhf.workers.online.pairs import OnlinePreferenceWorker
 from rlhf.workers.online.policy import PolicyWorker
@@ -205,13 +206,16 @@ class Teacher(Reference):
         for teacher in sorted({plan.teacher_of(i) for i in plan.sequences_by_rank[0]}):
             own = [i for i in plan.sequences_by_rank[0] if plan.teacher_of(i) == teacher]
             rollouts: list[Any] = [group.rollouts for group in groups]
-            found.append(self.worker.states([own], *rollouts, teacher=teacher)[0])
+            prompts = teacher_prompts(groups)
+            found.append(self.worker.states([own], *rollouts, teacher=teacher, prompts=prompts)[0])
         return [found]
 
     async def mean_logprobs(
-        self, rollouts: Sequence[Any], *, temperature: float, samples_per_prompt: int, teacher: str
+        self, groups: Sequence[CompletedGroup], *, temperature: float, samples_per_prompt: int, teacher: str
     ) -> Mapping[int, float]:
-        return self.worker.mean_logprobs(temperature, samples_per_prompt, *rollouts, teacher=teacher)
+        rollouts: list[Any] = [group.rollouts for group in groups]
+        options: Any = {"teacher": teacher, "prompts": teacher_prompts(groups)}
+        return self.worker.mean_logprobs(temperature, samples_per_prompt, *rollouts, **options)
 
 
 class Reward(FakeRewards):
@@ -439,7 +443,8 @@ def _roles(config: Config, inputs: OnlineInputs) -> tuple[OnlineRoles, RewardWor
     if config.teacher is not None:
         served = served_models(config)
         form: Any = ServedOnlineTeacherWorker if served else OnlineTeacherWorker
-        roles["teacher"] = Teacher(form(served or derive.teachers(config), PLACE, top=top_of(config), **sequences))
+        returns: Any = {"top": top_of(config), "spans": spans_of(config)}
+        roles["teacher"] = Teacher(form(served or derive.teachers(config), PLACE, **returns, **sequences))
         for name in derive.teachers(config) if derive.reads_teacher_heads(config) else ():
             worker.take_teacher(name, roles["teacher"].worker.head(teacher=name)[0])
     return OnlineRoles(**roles), reward

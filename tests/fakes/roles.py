@@ -240,7 +240,7 @@ class FakeTeacher(FakeMember, roles.OnlineTeacherRole):
 
     async def mean_logprobs(
         self,
-        rollouts: Sequence[roles.Ref[types.Rollouts]],
+        groups: Sequence[roles.CompletedGroup],
         *,
         temperature: float,
         samples_per_prompt: int,
@@ -248,12 +248,12 @@ class FakeTeacher(FakeMember, roles.OnlineTeacherRole):
     ) -> Mapping[int, float]:
         self.take_turn(teacher)
         self.means_of = {
-            "rollouts": list(rollouts),
+            "rollouts": [group.rollouts for group in groups],
             "temperature": temperature,
             "samples_per_prompt": samples_per_prompt,
             "teacher": teacher,
         }
-        return {i: -2.0 - i for i in range(samples_per_prompt * len(rollouts))}
+        return {i: -2.0 - i for i in range(samples_per_prompt * len(groups))}
 
 
 def failed_reward(prompt_id: int, reward: str = "r") -> types.RewardError:

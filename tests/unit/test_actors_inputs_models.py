@@ -18,7 +18,7 @@ from rlhf.models.adapters.lora import add_lora
 from rlhf.models.files.export import export_adapter
 from rlhf.models.files.loading import load_causal_lm, load_tokenizer
 from rlhf.models.files.weights import adapter_sources
-from rlhf.preflight.inputs import load_inputs
+from rlhf.preflight.inputs import StageInputs, load_inputs
 from rlhf.preflight.models import with_adapters
 from tests.fakes.runs import PAIRS, loaded, ppo, refusal
 from tests.fixtures.models import changed_copy
@@ -96,17 +96,20 @@ def test_a_role_must_read_the_policys_tokens(tiny_model: Path, models: Path, tmp
         assert load_inputs(ppo(tmp_path, tiny_model, critic={"model": str(models / name)}))
 
 
-def test_a_teacher_has_the_students_tokens_and_no_others(tiny_model: Path, models: Path, tmp_path: Path) -> None:
+def test_a_teacher_with_other_tokens_is_compared_over_spans(tiny_model: Path, models: Path, tmp_path: Path) -> None:
     data = tmp_path / "sft.jsonl"
     data.write_text("".join(json.dumps({"prompt": row["prompt"], "completion": row["chosen"]}) + "\n" for row in PAIRS))
-    distilled = {"algorithm": {"name": "distillation"}, "data": {"train": str(data)}}
 
-    def run(teacher: str) -> Any:
+    def run(teacher: str, **keys: Any) -> Any:
+        distilled = {"algorithm": {"name": "distillation", **keys}, "data": {"train": str(data)}}
         return loaded(tmp_path, **distilled, policy={"model": str(tiny_model)}, teacher={"model": teacher})
 
     for name in ("other_words", "more_words"):
-        words = f"{models}/{name} has another vocabulary than policy.model {tiny_model}"
-        assert refusal(run(str(models / name))).startswith(f"teacher.model: {words}")
+        words = f"{models}/{name} has another tokenizer than policy.model {tiny_model}, but algorithm.top_k compares"
+        assert refusal(run(str(models / name), top_k=4)).startswith(f"teacher.model: {words}")
+        (stage,) = load_inputs(run(str(models / name)))
+        assert isinstance(stage, StageInputs)
+        assert all(row.translated is not None for row in stage.inputs.rows)  # type: ignore[union-attr]
     assert refusal(run(str(models / "encoder"))).startswith(f"teacher.model: The model {models}/encoder is a BertModel")
     for folder in (models / "no_words", tiny_model):
         assert load_inputs(run(str(folder)))
@@ -115,18 +118,22 @@ def test_a_teacher_has_the_students_tokens_and_no_others(tiny_model: Path, model
 def test_in_a_pipeline_the_stage_is_named_and_a_result_has_the_vocabulary_of_its_policy(
     tiny_model: Path, models: Path, tmp_path: Path
 ) -> None:
-    def pipeline(first: str, algorithm: str, second: str, **sections: Any) -> Any:
+    def pipeline(first: str, name: str, second: str, *, keys: dict[str, Any] | None = None, **sections: Any) -> Any:
         data = tmp_path / "rows.jsonl"
         data.write_text("".join(json.dumps(row | {"completion": row["chosen"]}) + "\n" for row in PAIRS))
         shared = {"data": {"train": str(data)}, "train": TRAIN}
         trained = {**shared, "policy": {"model": first}, "algorithm": {"name": "sft"}}
         return two_stages(
-            tmp_path, trained, {**shared, "policy": {"model": second}, "algorithm": {"name": algorithm}, **sections}
+            tmp_path,
+            trained,
+            {**shared, "policy": {"model": second}, "algorithm": {"name": name, **(keys or {})}, **sections},
         )
 
     words, tiny = str(models / "other_words"), str(tiny_model)
-    message = refusal(pipeline(words, "distillation", tiny, teacher={"model": "stage:a"}))
-    assert message.startswith(f"stages.b: teacher.model: {words} has another vocabulary")
+    message = refusal(pipeline(words, "distillation", tiny, keys={"top_k": 4}, teacher={"model": "stage:a"}))
+    assert message.startswith("stages.b: teacher.model: ")
+    assert "/final has another tokenizer than policy.model" in message
+    assert load_inputs(pipeline(words, "distillation", tiny, teacher={"model": "stage:a"}))
     assert refusal(pipeline(tiny, "dpo", str(models / "encoder"))).startswith("stages.b: policy.model: The model ")
 
 

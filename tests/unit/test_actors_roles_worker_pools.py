@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
@@ -30,7 +31,7 @@ from rlhf.rewards.services.client import ServiceSpec
 from rlhf.rewards.services.remote import RemoteReward
 from rlhf.roles import CompletedGroup
 from rlhf.rollouts.records.spans import Played, Sampled, assemble
-from rlhf.types import ONLY_TEACHER, MinibatchPlan, RankedRollouts, RewardError
+from rlhf.types import ONLY_TEACHER, MinibatchPlan, RankedRollouts, RewardError, TeacherPrompt
 from tests.fakes.calls import method, ref, settle
 from tests.fakes.groups import completed_group, group_request
 
@@ -377,9 +378,11 @@ class TeacherWorker:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
+        self.prompts: dict[int, Any] = {}  # of the last call
         self.states = SimpleNamespace(options=lambda num_returns: SimpleNamespace(remote=self.call))
 
-    def call(self, shares: list[list[int]], *given: str, teacher: str) -> list[Any]:
+    def call(self, shares: list[list[int]], *given: str, teacher: str, prompts: Any = None) -> list[Any]:
+        self.prompts = prompts
         self.calls.append((shares, *given) if teacher == ONLY_TEACHER else (teacher, shares, *given))
         return [*(f"states of {share}" for share in shares), ref(1)]
 
@@ -393,6 +396,18 @@ def test_a_worker_of_the_teacher_is_handed_the_groups_of_its_rows() -> None:
     # the rows have 12, 8 and 7 tokens: the first worker gets row 0, the second gets rows 4 and 5
     assert [worker.calls for worker in workers] == [[([[0], []], "group 0")], [([[4], [5]], "group 2")]]
     assert by_rank == [["states of [0]", "states of [4]"], ["states of []", "states of [5]"]]
+
+
+def test_a_teacher_with_another_tokenizer_gets_the_prompts_in_its_tokens() -> None:
+    worker = TeacherWorker()
+    teacher = OnlineTeacherWorkers(cast("Any", [worker]), deadline_s=60.0)
+    groups = [answered_group(0, 0, 1), answered_group(1, 2, 3)]
+    prompt = TeacherPrompt(token_ids=(7, 8), end=1)
+    request = replace(groups[1].request, prompt=replace(groups[1].request.prompt, teacher_prompt=prompt))
+    groups[1] = replace(groups[1], request=request)
+    plan = MinibatchPlan(sequences_by_rank=((0, 2),), num_tokens=9, num_sequences=2)
+    asyncio.run(teacher.states(plan, groups))
+    assert worker.prompts == {2: prompt, 3: prompt}
 
 
 def test_the_rows_of_each_teacher_are_asked_for_in_turn() -> None:

@@ -120,7 +120,7 @@ OF_A_SERVER = NotWith("url", None, because="the run holds the teacher")
 
 
 class TeacherConfig(ModelConfig):
-    """The frozen teacher of a student: a language model with the policy's tokenizer, in the run or behind a URL."""
+    """The frozen teacher of a student: a language model in the run, or one with the policy's tokenizer behind a URL."""
 
     url: ServiceUrl | None = None
     """A server of the teacher that returns vLLM's `prompt_logprobs`, such as `http://127.0.0.1:8702/v1` of

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from rlhf.data.spans import byte_letters
 from rlhf.deferred import torch, transformers
 from rlhf.errors import UserError
 
@@ -125,7 +126,7 @@ def byte_tokenizer(
     """
     specials = [PAD, EOS, SYSTEM, USER, ASSISTANT, *specials]
     reserved = [f"<|reserved_{i}|>" for i in range(VOCAB_SIZE - 256 - len(specials))]
-    backend = Tokenizer(BPE(vocab={letter: byte for byte, letter in enumerate(_byte_letters())}, merges=[]))
+    backend = Tokenizer(BPE(vocab={letter: byte for byte, letter in enumerate(byte_letters())}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials + reserved])
@@ -139,13 +140,6 @@ def byte_tokenizer(
         model_max_length=MAX_LENGTH,
         clean_up_tokenization_spaces=False,
     )
-
-
-def _byte_letters() -> list[str]:
-    """Return ByteLevel's letter for each byte: the byte itself if printable, else the next free character from 256."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    free = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(free)) for byte in range(256)]
 
 
 def _write(folder: Path, *, seed: int, tied: bool) -> None:

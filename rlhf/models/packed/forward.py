@@ -32,7 +32,7 @@ from rlhf.models.packed.rope import refuse_beyond_trained_length
 from rlhf.models.packed.row_layout import RowLayout, row_layout, rows_of
 from rlhf.models.packed.sequence_parallel import current_group, filled_up, own_part, summed
 from rlhf.models.packed.varlen import borders
-from rlhf.objectives.distillation import Teacher, TeacherTop, top_logprobs
+from rlhf.objectives.distillation import Teacher, TeacherStates, TeacherTop, top_logprobs
 from rlhf.objectives.logprobs import (
     chunked_logprobs,
     chunked_logprobs_and_collisions,
@@ -308,6 +308,22 @@ def learnt_states(
     return summed(whole.index_copy(0, mask.cumsum(0)[chosen] - 1, hidden))
 
 
+def learnt_states_and_logprobs(
+    model: nn.Module,
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    mask: Bool[Tensor, " N"],
+    branches: Branches | None = None,
+    temperature: float,
+) -> tuple[Float[Tensor, "n H"], Float[Tensor, " n"]]:
+    """Return the last hidden states predicting the tokens in mask, and the log-probabilities of these tokens."""
+    chosen, before = _masked_positions(mask, lengths, branches)
+    hidden = hidden_states(model, token_ids, lengths, branches).index_select(0, before)
+    options = {"temperature": temperature, **lm_head_settings(model)}
+    return hidden, chunked_logprobs_only(hidden, lm_head_weight(model), token_ids[chosen], **options)
+
+
 def vocabulary_head(model: Any) -> VocabularyHead:
     """Return a copy of the model's head, to use after the weights have changed. The head must be whole."""
     settings = lm_head_settings(model)
@@ -375,7 +391,7 @@ def distillation_loss(
         rows = own[places]
         at = (rows >= 0).nonzero()[:, 0]
         is_whole = len(at) == len(places)
-        count = len(weight) if isinstance(one.teacher, TeacherTop) else min(len(weight), len(one.teacher.weight))
+        count = min(len(weight), len(one.teacher.weight)) if isinstance(one.teacher, TeacherStates) else len(weight)
 
         def common(rows: Tensor) -> Tensor:
             return rows if len(rows) == count else rows[:count]  # a slice would have a gradient of the same size

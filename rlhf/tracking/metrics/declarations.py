@@ -147,7 +147,8 @@ experience/kl_ref/mean | nats | Mean | online reference | KL(policy || reference
     estimator
 experience/privileged/fraction | 1 | Mean | online self_taught | Fraction of the responses that have a privileged prompt
 experience/kl_teacher/mean | nats | Mean | online taught | KL(policy || teacher) per sampled token, estimated by
-    old_logprobs - teacher_logprobs; only over the step's first minibatch if the divergence covers the whole vocabulary
+    old_logprobs - teacher_logprobs; only over the step's first minibatch if the divergence covers the whole vocabulary;
+    per span of text, of both models' tokens, if the teacher has another tokenizer
 experience/kl_by_teacher/<teacher>/mean | nats | Mean | online teacher teachers optional | The same over the responses
     of one teacher's rows; absent in a step without such rows
 experience/kl_coef | 1 | Last | online advantages reference | Coefficient of the KL to the reference in this step
@@ -229,6 +230,10 @@ update/token_accuracy/mean | 1 | Mean | sft | Tokens in the loss mask with the h
 update/divergence/mean | nats | Mean | distillation | Divergence from the teacher at a token in the loss mask
 update/divergence_by_teacher/<teacher>/mean | nats | Mean | distillation teachers optional | Divergence from one teacher
     at a token of its rows; absent in a step without such rows
+update/compared/fraction | 1 | Mean | all optional | Learned tokens in a span of text that both tokenizers write with
+    whole tokens, so that the teachers are compared there, if a teacher has another tokenizer
+update/compared_by_teacher/<teacher>/fraction | 1 | Mean | teachers optional | The same over the tokens of one teacher's
+    rows
 update/nll/mean | nats | Mean | distillation | Negative log-probability of a token in the loss mask
 update/step_accuracy/mean | 1 | Mean | steps | Response steps whose label and score have the same sign
 update/tokens/total | tokens | Sum | all | Tokens passed forward and backward, all epochs

@@ -29,6 +29,7 @@ class FrozenWorker(ModelWorker):
         super().__init__(place)
         self.model_config = model
         self.max_tokens = max_tokens_per_microbatch
+        self.longest_sequence = place.longest_sequence  # None: no sequence of a run is computed
 
     def start(self) -> None:
         config = self.model_config
@@ -40,8 +41,8 @@ class FrozenWorker(ModelWorker):
         with self.explaining("start"):
             self.model = self.load_module(model).to(self.device).eval().requires_grad_(False)
             open_images(self.model, self.place.images)
-            if self.place.longest_sequence is not None:
-                fix_frequencies(self.model, self.place.longest_sequence)
+            if self.longest_sequence is not None:
+                fix_frequencies(self.model, self.longest_sequence)
             check_rows(self.model, self.device)
 
     def offload(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,7 +22,7 @@ class _ServedWorker(StatesWorker):
     """Returns the log-probabilities of each teacher's server, at temperature 1."""
 
     def __init__(
-        self, served: Mapping[str, ServedModel], place: RankContext, *, top: Top | None = None, **_: float
+        self, served: Mapping[str, ServedModel], place: RankContext, *, top: Top | None = None, **_: Any
     ) -> None:
         ModelWorker.__init__(self, place)
         self.served, self.top = served, top
@@ -105,7 +106,7 @@ class ServedOnlineTeacherWorker(_ServedWorker, OnlineTeacherWorker):
         *,
         samples_per_prompt: int,
         top: Top | None = None,
-        **options: float,
+        **options: Any,
     ) -> None:
         super().__init__(served, place, top=top, **options)
         self.temperature, self.samples_per_prompt = 1.0, samples_per_prompt

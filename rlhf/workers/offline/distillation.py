@@ -59,6 +59,7 @@ class DistillationWorker(TaughtWorker, ExamplesWorker[Examples]):
             losses: dict[str, Reduction] = {"loss/mean": total if trains else divergence}
             if trains:
                 losses["divergence/mean"] = divergence
+            losses |= self.compared(shared, microbatch)
             if has_named_teachers(self.config):
                 losses |= by_teacher("divergence_by_teacher", columns[0].cpu(), shared, microbatch)
             return {**losses, "nll/mean": Mean(total=-logprob.total, count=count), "token_accuracy/mean": top1}

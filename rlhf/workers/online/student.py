@@ -144,6 +144,7 @@ class StudentWorker(TaughtWorker, OnlineWorker):
                 given = mask & ~sampled
                 nll = Mean(total=-float(masked_sum(logprobs, given)), count=int(given.sum()))
                 metrics |= {"update/given_nll/mean": nll, "update/given_share": Last(value=plan.given_share)}
+            metrics |= {f"update/{name}": share for name, share in self.compared(lessons, microbatch).items()}
             if self.observes:
                 metrics |= self._observed(logprobs, teacher_logprobs, microbatch)
             return metrics
@@ -183,15 +184,16 @@ class StudentWorker(TaughtWorker, OnlineWorker):
         lengths, mask = microbatch.lengths.to(self.device), self._sampled_mask(microbatch)
         rollout_logprobs = self.part(self.share.rollouts.rollout_logprobs, microbatch)
         gaps = logprobs - teacher_logprobs
-        kl = {"kl_teacher": mask}
+        known = mask & ~gaps.isnan()  # nan: a teacher with another tokenizer has no value at the token
+        kl = {"kl_teacher": known}
         if has_named_teachers(self.config):
             places = self.part(self.teacher_of, microbatch)
-            kl |= {f"kl_by_teacher/{name}": mask & (places == place) for place, name in enumerate(self.teachers)}
+            kl |= {f"kl_by_teacher/{name}": known & (places == place) for place, name in enumerate(self.teachers)}
         return {
             **sampler_metrics(logprobs, rollout_logprobs, mask, lengths, lags=self.part(self.share.lags, microbatch)),
             **{
                 f"experience/{name}/mean": Mean(total=float(masked_sum(gaps, own)), count=int(own.sum()))
                 for name, own in kl.items()
-                if name == "kl_teacher" or bool(own.any())
+                if bool(own.any())
             },
         }
