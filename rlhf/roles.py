@@ -18,6 +18,7 @@ from rlhf.tracking.run_folder.samples import SampleRecord
 from rlhf.types import (
     BatchPlan,
     Examples,
+    GivenBatch,
     GroupRequest,
     GroupScores,
     MemoryReport,
@@ -246,6 +247,7 @@ class NodesRole(Protocol):
 
 
 StatesByRank = Sequence[Sequence[Ref[TeacherColumn]]]  # for each data-parallel rank, the columns with its rows
+GivenByRank = Sequence[Sequence[GivenBatch]]  # for each data-parallel rank, its given responses as the only entry
 
 
 class GpuGuest(MeasuredRole, Protocol):
@@ -361,8 +363,9 @@ class PolicyRole(TrainedRole, Protocol):
     async def accumulate(self, minibatch: int) -> None:
         """Compute the gradient of the part of a minibatch in the portions prepared so far (train.streamed)."""
 
-    async def update(self, minibatch: int, states: StatesByRank = ()) -> Metrics:
-        """Make one optimizer step on a minibatch of the prepared batch. `states`: the teacher's, if any."""
+    async def update(self, minibatch: int, inputs: StatesByRank | GivenByRank = ()) -> Metrics:
+        """Make one optimizer step on a minibatch of the prepared batch. `inputs`: the teacher's states, or the given
+        responses, if any."""
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
         """Return the training signals of the tokens of these sequences in the prepared batch, by rank."""

@@ -490,19 +490,11 @@ class MinibatchPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GivenBatch:
-    """Given responses learned beside the rollouts of a batch."""
+    """A rank's given responses, learned beside the rollouts of an optimizer step."""
 
     share: float  # of the loss, above 0; the loss of the rollouts has the rest
-    responses: tuple[tuple[tuple[GivenResponse, ...], ...], ...]  # by minibatch and data-parallel rank
-    num_tokens: tuple[int, ...]  # learned tokens of each minibatch, over all ranks
-
-    def for_rank(self, rank: int) -> Self:
-        """Return the batch without the responses of other ranks."""
-        own = tuple(
-            tuple(responses if index == rank else () for index, responses in enumerate(by_rank))
-            for by_rank in self.responses
-        )
-        return replace(self, responses=own)
+    num_tokens: int  # learned tokens, over all ranks; 0: the step has no given response
+    responses: tuple[GivenResponse, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -522,7 +514,6 @@ class BatchPlan:
     steps: Mapping[int, tuple[StepReward, ...]] = field(default_factory=dict)  # by sequence id, with training values
     turns: Mapping[int, tuple[StepReward, ...]] = field(default_factory=dict)  # advantages of turns, by sequence id
     portion: int = 0  # index of the portion in its batch
-    given: GivenBatch | None = None  # None: the rollouts are the whole batch
     imitation: Mapping[int, float] = field(default_factory=dict)  # weights of the supervised loss, by sequence id
 
     def sequences_of(self, rank: int) -> tuple[int, ...]:
@@ -546,7 +537,6 @@ class BatchPlan:
             temperatures={i: self.temperatures[i] for i in received if i in self.temperatures},
             steps={i: self.steps[i] for i in received if i in self.steps},
             turns={i: self.turns[i] for i in received if i in self.turns},
-            given=None if self.given is None else self.given.for_rank(rank),
             imitation={i: self.imitation[i] for i in received if i in self.imitation},
         )
 

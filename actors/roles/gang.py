@@ -29,6 +29,7 @@ from rlhf.roles import (
     AdvantagesReport,
     Arithmetic,
     CompletedGroup,
+    GivenByRank,
     Metrics,
     PrepareReport,
     Ref,
@@ -190,12 +191,17 @@ class Gang(ModelGroup):
         return [(plans[rank // self.sequence_parallel], *own) for rank, own in refs]
 
     async def _step(
-        self, methods: Sequence[Any], states: StatesByRank, stage: str, *args: Any, snapshot: int | None = None
+        self,
+        methods: Sequence[Any],
+        inputs: StatesByRank | GivenByRank,
+        stage: str,
+        *args: Any,
+        snapshot: int | None = None,
     ) -> Metrics:
-        """Call a method of each rank, with the teacher's states of the rank's rows if there is a teacher. Merge the
+        """Call a method of each rank, with the teacher's states or the given responses of the rank, if any. Merge the
         metrics. `snapshot`: the step of which the ranks take a snapshot right afterwards."""
         refs = [
-            method.remote(*args, *(states[rank // self.sequence_parallel] if states else ()))
+            method.remote(*args, *(inputs[rank // self.sequence_parallel] if inputs else ()))
             for rank, method in enumerate(methods)
         ]
         if snapshot is not None:
@@ -281,8 +287,8 @@ class PolicyGang(Gang):
     async def accumulate(self, minibatch: int) -> None:
         await self.all([h.accumulate.remote(minibatch) for h in self.handles], "update")
 
-    async def update(self, minibatch: int, states: StatesByRank = ()) -> Metrics:
-        return await self._step([h.update for h in self.handles], states, "update", minibatch)
+    async def update(self, minibatch: int, inputs: StatesByRank | GivenByRank = ()) -> Metrics:
+        return await self._step([h.update for h in self.handles], inputs, "update", minibatch)
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
         arguments = [(tuple(sequences),)] * len(self.handles)

@@ -51,11 +51,6 @@ class Chord(GroupRelative):
 
     config: ChordConfig
 
-    @property
-    def whole_batch_needed_for(self) -> str | None:
-        """Return the reason to wait for the whole batch: given responses are dealt over its minibatches."""
-        return super().whole_batch_needed_for or "given responses are learned with a whole minibatch"
-
     def given_share(self, step: int) -> float:
         """Return mu of a step."""
         decay = self.config.mu_decay

@@ -27,7 +27,7 @@ from rlhf.controller.privileged import contexts_of, privileged_prompts
 from rlhf.controller.record import RunRecord
 from rlhf.objectives.kl import adaptive_kl_coef
 from rlhf.objectives.selection import best, most_spread
-from rlhf.roles import PrepareReport, Ref, RemoteColumns, ScoredGroup, SequenceReport, TrainedRole
+from rlhf.roles import GivenByRank, PrepareReport, Ref, RemoteColumns, ScoredGroup, SequenceReport, TrainedRole
 from rlhf.tracking.metrics.reductions import Last, Mean
 from rlhf.types import BatchPlan, PrivilegedPrompts, RolloutInfo, StepReward
 
@@ -70,9 +70,10 @@ class AdvantageLearning(ReferencedLearning):
 
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
         """Run the stages of the module's docstring. If no response is chosen, the step makes no update."""
-        return await self.update_from([await self.prepare(groups, step)], step)
+        return await self.update_from([await self.prepare(groups, step)], groups, step)
 
-    async def update_from(self, parts: Sequence[Experience], step: int) -> Signals:
+    async def update_from(self, parts: Sequence[Experience], groups: Sequence[ScoredGroup], step: int) -> Signals:
+        """Make the updates of a batch from the experience of all portions. `groups`: the whole batch."""
         trained = [part for part in parts if part.plan.scores]
         if not trained and any(part.is_chosen for part in parts):
             logger.warning(
@@ -82,9 +83,11 @@ class AdvantageLearning(ReferencedLearning):
             logger.warning("step %d: no response reaches algorithm.min_score, so the policy is not updated", step)
         elif not any(minibatch.num_tokens for part in trained for minibatch in part.plan.minibatches):
             logger.warning("step %d: a grammar restricted all responses that are kept, so nothing is updated", step)
+        num_minibatches = len(trained[0].plan.minibatches) if trained else 0
+        given = self._given(groups, step, num_minibatches=num_minibatches)
         with self.record.stage("update"):
-            for minibatch in self.visits(len(trained[0].plan.minibatches) if trained else 0, step):
-                await self._update(minibatch, step)
+            for minibatch in self.visits(num_minibatches, step):
+                await self._update(minibatch, step, given[minibatch] if given else ())
         return Signals(
             trained=frozenset(i for part in trained for i in part.plan.scores),
             reports={s.sequence_id: s for part in trained for s in part.report.sequences},
@@ -114,7 +117,7 @@ class AdvantageLearning(ReferencedLearning):
             total, count = (sum(len(scored.group.infos) for scored in some) for some in (trained, groups))
             record.add({"advantages/kept/fraction": Mean(total=total, count=count)})
         plan = replace(self.plan(trained, step, self.roles.policy, steps), turns=turns)
-        plan = self._with_supervision(plan, groups)
+        plan = self._with_imitation(plan, groups)
         report = PrepareReport(sequences=(), metrics={})
         advantages: Mapping[int, float] = {}
         prompts: list[RemoteColumns[PrivilegedPrompts]] = []
@@ -201,19 +204,22 @@ class AdvantageLearning(ReferencedLearning):
         )
         return replace(plan, steps=steps)
 
-    def _with_supervision(self, plan: BatchPlan, groups: Sequence[ScoredGroup]) -> BatchPlan:
-        """Return the plan with the responses to imitate, sampled or given with the prompts of the step, if there are
-        any. The reported scores decide which sampled responses are right."""
-        if self.algorithm.imitates:
-            reported = (zip(scored.group.infos, scored.scores.scores, strict=True) for scored in groups)
-            weight = self.algorithm.imitation_weight
-            by_sequence = {info.sequence_id: weight(score) for pairs in reported for info, score in pairs}
-            plan = replace(plan, imitation=by_sequence)
-        share = self.algorithm.given_share(plan.step)
-        if not share or not plan.minibatches:
+    def _with_imitation(self, plan: BatchPlan, groups: Sequence[ScoredGroup]) -> BatchPlan:
+        """Return the plan with the responses to imitate, if there are any. The reported scores decide on each."""
+        if not self.algorithm.imitates:
             return plan
-        shape = {"num_minibatches": len(plan.minibatches), "num_ranks": self.roles.policy.num_ranks}
-        return replace(plan, given=plan_given(groups, share=share, step=plan.step, seed=self.config.run.seed, **shape))
+        reported = (zip(scored.group.infos, scored.scores.scores, strict=True) for scored in groups)
+        weight = self.algorithm.imitation_weight
+        return replace(plan, imitation={info.sequence_id: weight(score) for pairs in reported for info, score in pairs})
+
+    def _given(self, groups: Sequence[ScoredGroup], step: int, *, num_minibatches: int) -> list[GivenByRank]:
+        """Return the given responses of the batch's prompts by minibatch. Empty: the step learns from none."""
+        share = self.algorithm.given_share(step)
+        if not share or not num_minibatches:
+            return []
+        shape = {"num_minibatches": num_minibatches, "num_ranks": self.roles.policy.num_ranks}
+        dealt = plan_given(groups, share=share, step=step, seed=self.config.run.seed, **shape)
+        return [[[of_rank] for of_rank in by_rank] for by_rank in dealt]
 
     async def _experience(
         self,
@@ -288,18 +294,18 @@ class AdvantageLearning(ReferencedLearning):
         self.record.add({"experience/privileged/fraction": Mean(total=taught, count=count)})
         return await privileged_prompts(self.roles.reward, trained, contexts)
 
-    async def _update(self, minibatch: int, step: int) -> None:
+    async def _update(self, minibatch: int, step: int, given: GivenByRank) -> None:
         """Make one optimizer step of each trained role. Roles with separate hardware update concurrently."""
         policy, critic = self.roles.policy, self.roles.critic
         if critic is None:
-            self.record.add(await policy.update(minibatch))
+            self.record.add(await policy.update(minibatch, given))
         elif step <= self.algorithm.config.critic_only_steps:
             self.record.add(await critic.update(minibatch))
         elif self.config.cluster.roles.critic.colocate_with is not None:
-            self.record.add(await policy.update(minibatch))
+            self.record.add(await policy.update(minibatch, given))
             self.record.add(await critic.update(minibatch))
         else:
-            for metrics in await asyncio.gather(policy.update(minibatch), critic.update(minibatch)):
+            for metrics in await asyncio.gather(policy.update(minibatch, given), critic.update(minibatch)):
                 self.record.add(metrics)
 
     def _adapt_kl(self, reports: Sequence[SequenceReport], *, num_sequences: int) -> None:

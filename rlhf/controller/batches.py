@@ -79,27 +79,29 @@ def draw_minibatches(groups: Sequence[Sequence[T]], *, step: int, seed: int, num
 
 def plan_given(
     groups: Sequence[ScoredGroup], *, share: float, step: int, seed: int, num_minibatches: int, num_ranks: int
-) -> GivenBatch | None:
-    """Distribute the given responses of the groups' prompts over minibatches and ranks. None: there is no response.
+) -> list[list[GivenBatch]]:
+    """Distribute the given responses of the groups' prompts over minibatches, and over ranks.
 
     The composition of a minibatch depends on (seed, step) alone.
     """
     prompts = [one.group.request for one in sorted(groups, key=lambda one: one.group.request.first_sequence_id)]
     given = [[request.prompt.given] for request in prompts if request.prompt.given is not None]
-    if not given:
-        return None
-    drawn = draw_minibatches(given, step=step, seed=seed, num_minibatches=num_minibatches)
-    drawn += [[]] * (num_minibatches - len(drawn))
 
-    def by_rank(chosen: Sequence[GivenResponse]) -> tuple[tuple[GivenResponse, ...], ...]:
+    def by_rank(chosen: Sequence[GivenResponse]) -> list[GivenBatch]:
         shares = balance([len(response.token_ids) for response in chosen], num_ranks)
-        return tuple(tuple(chosen[place] for place in places) for places in shares)
+        count = sum(sum(response.loss_mask) for response in chosen)
+        return [
+            GivenBatch(share=share, num_tokens=count, responses=tuple(chosen[place] for place in places))
+            for places in shares
+        ]
 
-    return GivenBatch(
-        share=share,
-        responses=tuple(by_rank(chosen) for chosen in drawn),
-        num_tokens=tuple(sum(sum(response.loss_mask) for response in chosen) for chosen in drawn),
-    )
+    return [by_rank(chosen) for chosen in _drawn(given, step=step, seed=seed, num_minibatches=num_minibatches)]
+
+
+def _drawn(given: Sequence[Sequence[T]], *, num_minibatches: int, **seeds: int) -> list[list[T]]:
+    """Draw the given responses of each minibatch. With few responses some minibatches have none."""
+    drawn = draw_minibatches(given, num_minibatches=num_minibatches, **seeds)
+    return drawn + [[]] * (num_minibatches - len(drawn))
 
 
 def with_given(plan: BatchPlan, given: Sequence[RolloutInfo], *, share: float, seed: int) -> BatchPlan:
@@ -108,8 +110,7 @@ def with_given(plan: BatchPlan, given: Sequence[RolloutInfo], *, share: float, s
     The composition of a minibatch depends on (seed, step) alone.
     """
     ordered = [[info] for info in sorted(given, key=lambda info: -info.sequence_id)]
-    drawn = draw_minibatches(ordered, step=plan.step, seed=seed, num_minibatches=len(plan.minibatches))
-    drawn += [[]] * (len(plan.minibatches) - len(drawn))
+    drawn = _drawn(ordered, step=plan.step, seed=seed, num_minibatches=len(plan.minibatches))
 
     def mixed(minibatch: MinibatchPlan, chosen: Sequence[RolloutInfo]) -> MinibatchPlan:
         by_rank = balance([info.num_tokens for info in chosen], len(minibatch.sequences_by_rank))

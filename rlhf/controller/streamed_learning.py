@@ -92,7 +92,7 @@ class StreamedAdvantageLearning(AdvantageLearning):
         if left := [scored for scored in groups if scored.group.request.group_id not in self._seen]:
             await self._add_portion(left, step)
         portions, self.portions, self._seen = self.portions, [], set()
-        return await self.update_from(portions, step)
+        return await self.update_from(portions, groups, step)
 
     def begin_again(self) -> None:
         """Forget the gradients of a begun step after the loss of ranks."""

@@ -53,7 +53,9 @@ def load_prompts(
     the beginning, and whether given responses are read. A skipped row still counts in the numbering. UserError names
     the invalid row.
     """
-    given = given_responses(rows, tokenizer, reading) if reading.max_given_tokens is not None else {}
+    given = {}
+    if reading.max_given_tokens is not None:
+        given = given_responses(rows, tokenizer, reading, tools=tools)
     drafts = [_draft(row, tokenizer, reading, tools=read_tools(row) or tools) for row in rows]
     chat = iter(encode([draft.text for draft in drafts if draft.messages is not None], tokenizer))
     raw = iter(encode_raw([draft.text for draft in drafts if draft.messages is None], tokenizer))
@@ -99,11 +101,14 @@ def load_prompts(
     return LoadedRows(items=tuple(prompts), unusable=tuple(unusable))
 
 
-def given_responses(rows: Sequence[Row], tokenizer: Any, reading: Reading) -> dict[str, GivenResponse]:
+def given_responses(
+    rows: Sequence[Row], tokenizer: Any, reading: Reading, *, tools: Sequence[Message] | None = None
+) -> dict[str, GivenResponse]:
     """Return the response of each row that has one, by the row's place, tokenised as for supervised learning.
 
-    The response is the last assistant's turn of `messages`, or else column `completion`. UserError names a row whose
-    response is empty, is longer with its prompt than reading.max_given_tokens, or is absent but needed.
+    The response is the last assistant's turn of `messages`, or else column `completion`. A list of messages in the
+    column is a demonstration of several turns. UserError names a row whose response is empty, is longer with its prompt
+    than reading.max_given_tokens, or is absent but needed. `tools`: of rows without a column of tools.
     """
     answered = [row for row in rows if row.columns.get("completion") is not None or _ends_answered(row)]
     if reading.needs_given and len(answered) < len(rows):
@@ -127,7 +132,12 @@ def given_responses(rows: Sequence[Row], tokenizer: Any, reading: Reading) -> di
         given[row.place] = GivenResponse(token_ids=example.token_ids, loss_mask=example.loss_mask)
         return example
 
-    load_sequences(answered, tokenizer, reading, lambda row, writer: [_given_segments(row, writer)], build)
+    def write(row: Row, writer: Writer) -> list[list[Segment]]:
+        return [_given_segments(row, writer, tools)]
+
+    left_out = load_sequences(answered, tokenizer, reading, write, build).unusable
+    if reading.needs_given and left_out:
+        raise UserError(f"{left_out[0].place}: {left_out[0].reason}, but every row needs a given response.")
     return given
 
 
@@ -135,13 +145,26 @@ def _ends_answered(row: Row) -> bool:
     return "messages" in row.columns and read_messages(row, system_prompt=None)[-1]["role"] == ASSISTANT
 
 
-def _given_segments(row: Row, writer: Writer) -> list[Segment]:
-    if "messages" not in row.columns:
+def _given_segments(row: Row, writer: Writer, tools: Sequence[Message] | None) -> list[Segment]:
+    turns = row.columns.get("completion")
+    if "messages" in row.columns:
+        messages = read_messages(row, system_prompt=writer.system_prompt)
+    elif isinstance(turns, list):
+        if not writer.apply_chat_template:
+            raise UserError(
+                f"{row.place}: column `completion` is a list of messages, but data.apply_chat_template: false leaves "
+                "column `prompt` as a raw text. Set the key to true, or give a text."
+            )
+        messages = with_system_prompt([{"role": "user", "content": row.text("prompt")}], writer.system_prompt)
+    else:
         return writer.answer(row, "completion")
-    messages = read_messages(row, system_prompt=writer.system_prompt)
-    if messages[-1]["role"] != ASSISTANT:
-        messages = [*messages, {"role": ASSISTANT, "content": answer_text(row, "completion")}]
-    return writer.conversation(row, messages, first=len(messages) - 1)
+    if messages[-1]["role"] == ASSISTANT:
+        return writer.conversation(row, messages, first=len(messages) - 1, tools=tools)
+    if isinstance(turns, list):
+        answer = read_messages(row, column="completion", system_prompt=None)
+    else:
+        answer = [{"role": ASSISTANT, "content": answer_text(row, "completion")}]
+    return writer.conversation(row, [*messages, *answer], first=len(messages), tools=tools)
 
 
 def skipped_rows(prompts: Sequence[Prompt]) -> list[int]:

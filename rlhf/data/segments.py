@@ -100,7 +100,9 @@ class Writer:
         text = raw_prompt(text, place=row.place, system_prompt=self.system_prompt, beginning=self._beginning)
         return [Segment(self._ended(text), True, is_raw=True)]
 
-    def conversation(self, row: Row, messages: Sequence[Message], *, first: int = 0) -> list[Segment]:
+    def conversation(
+        self, row: Row, messages: Sequence[Message], *, first: int = 0, tools: Sequence[Message] | None = None
+    ) -> list[Segment]:
         """Return a conversation up to the last learned turn.
 
         The learned turns are the assistant's from message `first` on, except with `train: false`. A turn begins at the
@@ -112,7 +114,7 @@ class Writer:
         if no turn is learned, or if nothing comes before the first learned turn.
         """
         require_template(self.tokenizer, row.place)
-        tools = read_tools(row)
+        tools = read_tools(row) or tools
         turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == ASSISTANT and m.get("train", True)]
         if not turns:
             raise NotUsable(row.place, "the conversation has no assistant's turn to be learnt")

@@ -48,6 +48,7 @@ from rlhf.preflight.sources import load_rewards, reading_of, refuse_absent_token
 from rlhf.process.stopping import run_async
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
+from rlhf.rollouts.environments.turns import PLACEHOLDER
 from rlhf.suites.process import plan_suites
 from rlhf.suites.spec import SuiteSpec
 from rlhf.types import Examples, Pairs, Prompt
@@ -176,7 +177,14 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path, reading: 
     _refuse_absent_metric(config, specs, eval_sets, marking)
     longest = sets.longest(lambda prompt: len(prompt.token_ids), limit=config.data.max_prompt_tokens)
     max_model_len = rollouts.longest_sequence(longest)
-    given = [len(prompt.given.token_ids) for prompt in sets.train if prompt.given is not None]
+    shown = [prompt for prompt in sets.train if prompt.given is not None]
+    given = [len(prompt.given.token_ids) for prompt in shown if prompt.given is not None]
+    if rollouts.environment is not None and any(PLACEHOLDER in prompt.text for prompt in shown):
+        raise UserError(
+            f"data.train: a prompt with a given response has {PLACEHOLDER}, the place of the environment's first "
+            "observation, but a response from the data follows the prompt as written. Write the observation into the "
+            f"prompt and let `reset` return none, or learn from rollouts alone."
+        )
     if config.algorithm.reads_given_responses and not given:
         raise UserError(
             f"data.train: no row has a given response, from which algorithm {config.algorithm.name} learns: column "

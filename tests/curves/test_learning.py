@@ -211,12 +211,14 @@ def warm_player(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return imitate(folder, [demonstration(row) for row in rows], steps=GAME_WARM_STEPS)
 
 
-async def trained(model: Path, folder: Path, changes: dict[str, Any]) -> tuple[list[dict[str, Any]], Path]:
+async def trained(
+    model: Path, folder: Path, changes: dict[str, Any], *overrides: str
+) -> tuple[list[dict[str, Any]], Path]:
     """Return the rows of a run of the recipe, and the run's folder."""
     own = {"run": {"name": "game", "dir": str(folder), "seed": 0}, "policy": {"model": str(model), "dtype": "float32"}}
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(merge(merge(GAME, own), changes), sort_keys=False), encoding="utf-8")
-    path = await run(load(config, []))
+    path = await run(load(config, overrides))
     return list(read_metrics(path)), path
 
 
@@ -240,6 +242,24 @@ async def test_conversations_pass_through_the_whole_loop(alone: None, tmp_path: 
         roles = [turn["role"] for turn in sample["turns"]]
         assert roles == ["prompt", "policy", *["environment", "policy"] * (len(roles) // 2 - 1)]
         assert sum(turn["tokens"] for turn in sample["turns"] if turn["sampled"]) == sample["response_tokens"]
+
+
+async def test_demonstrations_are_learned_beside_conversations(alone: None, tmp_path: Path) -> None:
+    games = {5: [("assistant", "4"), ("user", "higher"), ("assistant", "5")], 1: [("assistant", "1")]}
+    rows = [
+        {"prompt": "?", "secret": secret, "completion": [{"role": role, "content": text} for role, text in turns]}
+        for secret, turns in games.items()
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    small = {
+        "data": {"eval": {"size": 2}},
+        "rollouts": {"prompts_per_step": 2, "samples_per_prompt": 2},
+        "train": {"steps": 1, "sequences_per_update": 4, "warmup_steps": 0, "checkpoint_every": 1},
+    }
+    own = ["algorithm={name: chord, mu: 0.4}", f"data.train={tmp_path}/rows.jsonl"]
+    found, _ = await trained(build_tiny_llama(tmp_path / "model", seed=0), tmp_path, small, *own)
+    assert found[-1]["update/given_share"] == 0.4
+    assert 4.0 < found[-1]["update/given_nll/mean"] < 7.0  # of an untrained model, on the assistant's turns
 
 
 @pytest.mark.slow

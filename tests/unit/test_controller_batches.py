@@ -203,7 +203,7 @@ def with_given(count: int) -> list[ScoredGroup]:
     return found
 
 
-def plan_of_given(count: int, *, ranks: int, step: int = 1, order: int = 1) -> GivenBatch | None:
+def plan_of_given(count: int, *, ranks: int, step: int = 1, order: int = 1) -> list[list[GivenBatch]]:
     shape = {"num_minibatches": 2, "num_ranks": ranks}
     return plan_given(with_given(count)[::order], share=0.3, step=step, seed=0, **shape)
 
@@ -212,23 +212,21 @@ def test_every_given_response_is_learned_once_whatever_the_ranks() -> None:
     plans = [plan_of_given(4, ranks=1), plan_of_given(4, ranks=2), plan_of_given(4, ranks=3, order=-1)]
     first = None
     for found in plans:
-        assert found is not None
-        members = [sorted(one.token_ids[0] for rank in by_rank for one in rank) for by_rank in found.responses]
+        members = [sorted(one.token_ids[0] for rank in by_rank for one in rank.responses) for by_rank in found]
         first = first or members
         assert members == first
         assert sorted(members[0] + members[1]) == [1, 2, 3, 4]
-        assert found.num_tokens == tuple(map(sum, members))
+        for by_rank, numbers in zip(found, members, strict=True):
+            assert {(rank.num_tokens, rank.share) for rank in by_rank} == {(sum(numbers), 0.3)}
     assert len({str(plan_of_given(4, ranks=1, step=step)) for step in range(8)}) > 1
 
 
 def test_a_step_may_have_few_given_responses_or_none() -> None:
-    assert plan_of_given(0, ranks=2) is None
+    nothing = GivenBatch(share=0.3, num_tokens=0, responses=())
+    assert plan_of_given(0, ranks=2) == [[nothing, nothing], [nothing, nothing]]  # the rollouts keep 0.7
     found = plan_of_given(1, ranks=2)
-    assert found is not None
-    assert sorted(found.num_tokens) == [0, 1]
-    alone = found.for_rank(1)
-    assert [len(by_rank[0]) for by_rank in alone.responses] == [0, 0]
-    assert (alone.num_tokens, alone.share) == (found.num_tokens, 0.3)
+    assert sorted([rank.num_tokens for rank in by_rank] for by_rank in found) == [[0, 0], [1, 1]]
+    assert sum(len(rank.responses) for by_rank in found for rank in by_rank) == 1
 
 
 def test_given_responses_join_the_minibatches_whatever_the_ranks() -> None:

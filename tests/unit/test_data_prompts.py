@@ -196,6 +196,12 @@ def test_given_responses_follow_their_prompts_token_by_token(tokenizer: Any) -> 
     chat = ("<|user|>hi<|eos|><|assistant|>", "yes<|eos|>")
     rows = [{"prompt": "hi", "completion": "yes"}, {"messages": [USER, YES]}, {"messages": [USER], "completion": "yes"}]
     assert given(tokenizer, *rows) == [chat] * 3
+    several = [YES, USER, {"role": "assistant", "content": "no"}]
+    shown = ("<|user|>hi<|eos|><|assistant|><|user|>hi<|eos|><|assistant|>", "yes<|eos|>no<|eos|>")
+    assert given(tokenizer, {"prompt": "hi", "completion": several}, {"messages": [USER], "completion": several}) == [
+        shown,
+        shown,
+    ]
     first, second = load(tokenizer, raw, {"prompt": "8+3=", "completion": "12"}, max_given_tokens=20)
     assert first.non_token_bytes != second.non_token_bytes  # a resumed run needs the same responses
 
@@ -209,6 +215,11 @@ def test_given_responses_that_cannot_be_learned_are_refused(tokenizer: Any) -> N
         given(tokenizer, {"prompt": "a", "completion": ""})
     with pytest.raises(UserError, match=r"d.jsonl:2: the row has no given response, but algorithm.on_policy_share"):
         given(tokenizer, {"prompt": "a", "completion": "b"}, {"prompt": "a"}, needs_given=True)
+    with pytest.raises(UserError, match=r"d.jsonl:1: column `completion` is a list of messages, but data.apply_chat"):
+        given(tokenizer, {"prompt": "a", "completion": [YES]}, apply_chat_template=False)
+    empty = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}]
+    with pytest.raises(UserError, match=r"d.jsonl:2: .* is empty, but every row needs a given response"):
+        given(tokenizer, *empty, needs_given=True, max_unusable_fraction=0.9)
     with pytest.raises(UserError, match="the conversation ends with the assistant's turn"):  # of other algorithms
         load(tokenizer, {"messages": [USER, YES]})
     assert [prompt.given for prompt in load(tokenizer, {"prompt": "a", "completion": "b"})] == [None]

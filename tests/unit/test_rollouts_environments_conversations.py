@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from rlhf.controller.rollout_scorer import request_for
+from rlhf.data.prompts import load_prompts
 from rlhf.errors import ChildLost, UserError
 from rlhf.extensions import CodeSource
 from rlhf.models.files.tiny import byte_tokenizer
@@ -26,6 +27,7 @@ from rlhf.rollouts.environments.tool_calls import ToolCall
 from rlhf.rollouts.environments.tool_servers import ToolServer
 from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled
 from rlhf.types import FinishReason, GroupRequest, Prompt, Sampling
+from tests.fixtures.rows import as_rows, reading
 
 T = TypeVar("T")
 MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"
@@ -101,6 +103,19 @@ def test_turns_alternate_until_the_environment_is_done() -> None:
     seed = request().seeds[0]
     assert [one[1] for one in script.asked] == [seed, turn_seed(seed, 1), turn_seed(seed, 2)]
     assert script.asked[1][0] == (*b"?3", EOS, *b"higher")  # each turn is sampled after the whole earlier conversation
+
+
+def test_a_demonstration_has_the_tokens_of_the_conversation_it_shows() -> None:
+    turns = [("assistant", "3"), ("user", "higher"), ("assistant", "9"), ("user", "lower"), ("assistant", "7")]
+    row = {"prompt": "?", "secret": 7, "completion": [{"role": role, "content": text} for role, text in turns]}
+    (prompt,) = load_prompts(
+        as_rows(row), byte_tokenizer(), reading(apply_chat_template=True, max_given_tokens=90)
+    ).items
+    (played,) = play(request(text=prompt.text, secret=7), Script("3", "9", "7"))
+    spans = [(prompt.token_ids, False), *((span.token_ids, isinstance(span, Sampled)) for span in played.spans)]
+    assert prompt.given is not None
+    assert prompt.given.token_ids == tuple(token for ids, _ in spans for token in ids)
+    assert prompt.given.loss_mask == tuple(sampled for ids, sampled in spans for _ in ids)
 
 
 def test_turns_after_equal_observations_have_equal_anchors() -> None:

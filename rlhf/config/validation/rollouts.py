@@ -50,10 +50,9 @@ def group_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem
     if config.algorithm.compares_turns and rollouts.environment is None and rollouts.agent is None:
         text = f"is {config.algorithm.name}, which compares turns by the observation before them"
         yield problem("algorithm.name", f"{text}; set rollouts.environment or rollouts.agent, or use grpo")
-    player = "agent" if rollouts.agent is not None else "environment" if rollouts.environment is not None else None
-    if config.algorithm.reads_given_responses and player is not None:
-        text = f"is {config.algorithm.name}, which learns from a given response to each prompt, not from conversations"
-        yield problem("algorithm.name", f"{text}; remove rollouts.{player}, or use grpo")
+    if config.algorithm.reads_given_responses and rollouts.agent is not None:
+        text = "is set, but an agent writes the prompts of its calls, and a given response follows the prompt of a row"
+        yield problem("rollouts.agent", f"{text}; remove it, or learn from rollouts alone")
 
 
 def _values_problems(config: Config) -> Iterator[Problem]:

@@ -28,10 +28,19 @@ from rlhf.objectives.rewards import step_rewards, token_rewards
 from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import ExplainedVariance, Last, Mean, Reduction, Sum
-from rlhf.types import BatchPlan, PrivilegedPrompts, RankedRollouts, Rollouts, RoutedRollouts, TokenSignals, TokenValues
+from rlhf.types import (
+    BatchPlan,
+    GivenBatch,
+    PrivilegedPrompts,
+    RankedRollouts,
+    Rollouts,
+    RoutedRollouts,
+    TokenSignals,
+    TokenValues,
+)
 from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.online.branch_credit import with_branch_rewards
-from rlhf.workers.online.given import GivenMinibatch, given_minibatches
+from rlhf.workers.online.given import GivenMinibatch, given_minibatch
 from rlhf.workers.online.normalisation import Normalisation
 from rlhf.workers.online.online_worker import OnlineWorker, Share
 from rlhf.workers.online.self_teacher import SelfTeacher
@@ -60,7 +69,6 @@ class PreparedShare:
     old_entropy: Column = None  # None: not needed
     advantages: Float[Tensor, " N"]
     selections: Selections
-    given: tuple[GivenMinibatch | None, ...] = ()  # by minibatch; empty: the batch has no given responses
     imitation: Column = None  # weights of the supervised loss; None: there is no such loss
     observes: bool = True  # whether the next update measures the gap between trainer and sampler
 
@@ -131,7 +139,6 @@ class PolicyWorker(OnlineWorker):
             trainer_logprobs=unknown(len(rollouts.token_ids)),
             advantages=unknown(len(rollouts.token_ids)),
             selections=Selections(),
-            given=given_minibatches(plan.given, self.data_rank, self.split),
         )
         reads_kl = config.kl.place == "reward" or config.kl.adaptive is not None
         is_read = self.algorithm.reads_whole_step or (ref_logprobs is not None and reads_kl)
@@ -218,32 +225,37 @@ class PolicyWorker(OnlineWorker):
             advantages=prepared.advantages,
         )
 
-    def update(self, minibatch: int) -> Metrics:
-        """Run an optimizer step on a minibatch of the prepared batch. Collective.
+    def update(self, minibatch: int, given: GivenBatch | None = None) -> Metrics:
+        """Run an optimizer step on a minibatch of the prepared batch, and on any given responses. Collective.
 
-        Without a trained token there is no loss and no optimizer step: weights and schedule stay the same.
+        Without a trained token there is no loss and no optimizer step: weights and schedule stay the same. The
+        load-balancing loss of a mixture is a mean over both kinds of sequences.
         """
         share = self.prepared.share
         counts = self.counts(share.plan.minibatches[minibatch])
         if not counts.num_tokens:
             return self.without_tokens()
-        given = self.prepared.given[minibatch] if self.prepared.given else None
-        weight = 1.0 if given is None else 1.0 - given.share
+        learned, weight = given_minibatch(given, self.split), 1.0 if given is None else 1.0 - given.share
         normalisation = Normalisation(counts=counts, mode=self.algorithm.config.aggregation)
 
         def compute(microbatch: Microbatch) -> tuple[Tensor, Measure]:
             loss, measure = self.loss(self.prepared, normalisation, microbatch)
             return weight * loss, measure
 
-        parts = self.accumulate_gradient(share.microbatches[minibatch], compute, ends=given is None)
-        if given is not None:
-            parts += self.accumulate_gradient(given.microbatches, partial(self._given_loss, given), ends=True)
+        microbatches = share.microbatches[minibatch]
+        losses = [compute] * len(microbatches)
+        if learned is not None:
+            microbatches = (*microbatches, *learned.microbatches)
+            losses += [partial(self.given_loss, learned)] * len(learned.microbatches)
+        of_each = iter(losses)
+        parts = self.accumulate_gradient(microbatches, lambda microbatch: next(of_each)(microbatch), ends=True)
         self.prepared.observes = False
         return self.end_step(parts, normalisation)
 
-    def end_step(self, parts: Sequence[Metrics], normalisation: Normalisation) -> Metrics:
-        """Update the weights by the whole gradient. Return the metrics of the step. Collective."""
-        metrics = merge_metrics([*map(normalisation.measured, parts), self.step_optimizer(normalisation.divisor)])
+    def end_step(self, parts: Sequence[Metrics], normalisation: Normalisation, *, weight: float = 1.0) -> Metrics:
+        """Update the weights by the whole gradient times `weight`. Return the metrics of the step. Collective."""
+        report = self.step_optimizer(normalisation.divisor / weight)
+        metrics = merge_metrics([*map(normalisation.measured, parts), report])
         if self.self_teacher is not None:
             self.self_teacher.after_update()
         return metrics
@@ -256,8 +268,10 @@ class PolicyWorker(OnlineWorker):
         terms, observed = self._microbatch_loss(prepared, microbatch, counts)
         return terms.loss, lambda: self._update_metrics(prepared, terms, microbatch, counts.num_tokens) | observed
 
-    def _given_loss(self, given: GivenMinibatch, microbatch: Microbatch) -> tuple[Tensor, Measure]:
-        """Return a micro-batch's share of the loss of the given responses, and the metrics. Collective."""
+    def given_loss(
+        self, given: GivenMinibatch, microbatch: Microbatch, *, scale: float = 1.0
+    ) -> tuple[Tensor, Measure]:
+        """Return a micro-batch's share of the given responses' loss, times `scale`, and the metrics. Collective."""
         mask = given.examples.loss_mask[microbatch.tokens]
         token_ids, lengths = self.part(given.examples.token_ids, microbatch), microbatch.lengths.to(self.device)
         at = mask.to(self.device)
@@ -269,11 +283,11 @@ class PolicyWorker(OnlineWorker):
             return {
                 "update/given_loss/mean": Mean(total=float(terms.detach().sum()), count=count),
                 "update/given_nll/mean": Mean(total=nll, count=count),
-                "update/given_share": Last(value=given.share),
+                "update/given_share": Last(value=given.batch.share),
                 "update/tokens/total": Sum(total=len(microbatch.tokens)),
             }
 
-        return given.share / given.num_tokens * terms.sum(), measure
+        return scale * given.batch.share / given.batch.num_tokens * terms.sum(), measure
 
     def _update_metrics(
         self, prepared: PreparedShare, terms: LossTerms, microbatch: Microbatch, step_tokens: int

@@ -3,7 +3,8 @@
     portion -> prepare -> advantages -> accumulate, for each portion; then update
 
 `accumulate` adds the gradient of a portion before the next portion has arrived. The divisors of the loss are not known
-yet. Losses are therefore sums, and the optimizer step divides the gradient.
+yet. Losses are therefore sums, and the optimizer step divides the gradient. Given responses come with the update, when
+the divisor is known.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Sequence
 from functools import partial
 
 from rlhf.roles import Metrics, SequenceReport
-from rlhf.types import BatchPlan, PrivilegedPrompts, Rollouts, TokenSignals, TokenValues
+from rlhf.types import BatchPlan, GivenBatch, PrivilegedPrompts, Rollouts, TokenSignals, TokenValues
 from rlhf.workers.microbatches import padded
+from rlhf.workers.online.given import given_minibatch
 from rlhf.workers.online.normalisation import Normalisation
 from rlhf.workers.online.policy import PolicyWorker, PreparedShare
 
@@ -41,15 +43,19 @@ class StreamedPolicyWorker(PolicyWorker):
         if self._normalisation(minibatch, self.portions[self.num_accumulated :]).counts.num_tokens:
             self._accumulate(minibatch, ends=False)
 
-    def update(self, minibatch: int) -> Metrics:
+    def update(self, minibatch: int, given: GivenBatch | None = None) -> Metrics:
         normalisation = self._normalisation(minibatch, self.portions)
         if not normalisation.counts.num_tokens:
             return self.without_tokens()
-        self._accumulate(minibatch, ends=True)
+        learned, weight = given_minibatch(given, self.split), 1.0 if given is None else 1.0 - given.share
+        self._accumulate(minibatch, ends=learned is None)
+        if learned is not None:
+            compute = partial(self.given_loss, learned, scale=normalisation.divisor / weight)
+            self.measured += self.accumulate_gradient(learned.microbatches, compute, ends=True)
         parts, self.measured, self.num_accumulated = self.measured, [], 0
         for portion in self.portions:
             portion.observes = False
-        return self.end_step(parts, normalisation)
+        return self.end_step(parts, normalisation, weight=weight)
 
     def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
         signals = TokenSignals.joined([self.signals(portion, sequences) for portion in self.portions])
