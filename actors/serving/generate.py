@@ -9,8 +9,10 @@ from typing import Literal
 
 from actors.serving.offline import load_servable, serving
 from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.config.schema.data import PromptFormat
 from rlhf.data.chat import Message, render, require_template, turn_end, with_system_prompt
 from rlhf.data.examples import Reading
+from rlhf.data.images import RowImages
 from rlhf.data.prompts import load_prompts
 from rlhf.data.row import Row
 from rlhf.data.sources import read_rows
@@ -18,12 +20,13 @@ from rlhf.data.tokenization import encode
 from rlhf.errors import UserError
 from rlhf.evaluation.decoding import Decoding, Generation
 from rlhf.preflight.models import ANY_LENGTH, refuse_too_long
-from rlhf.preflight.sources import in_options, refuse_absent_tokens
+from rlhf.preflight.sources import in_options, refuse_absent_tokens, row_images
+from rlhf.process.owned_folders import temporary_folder
 from rlhf.tracking import logs
 from rlhf.types import Prompt
 
 CHAT_TOKENS = 8192  # of a conversation if the model allows more: the engine's cache has to hold it
-_READ = ("prompt", "messages", "tools", "max_new_tokens")
+_READ = ("prompt", "messages", "images", "image", "tools", "max_new_tokens")
 
 
 def generate_responses(
@@ -39,11 +42,26 @@ def generate_responses(
     UserError before anything starts if the model, the data or their lengths are wrong.
     """
     logs.configure("WARNING")
+    with temporary_folder() as images:
+        return _responses(name, source, decoding, images, device=device, trust_remote_code=trust_remote_code)
+
+
+def _responses(
+    name: str,
+    source: Sequence[str] | Path,
+    decoding: Decoding,
+    images: Path,
+    *,
+    device: Literal["cpu", "cuda"],
+    trust_remote_code: bool,
+) -> list[Generation]:
+    """Return the responses. images: the folder that gets the images of the prompts."""
     with in_options():
-        rows = _rows(source, decoding.columns)
         model, tokenizer = load_servable(
             name, trust_remote_code=trust_remote_code, device=device, template=decoding.template
         )
+        of_rows = row_images(model.base, images, PromptFormat())
+        rows = _rows(source, decoding.columns, of_rows)
         refuse_absent_tokens(decoding.stop_token_ids, tokenizer, key="--stop-token-id")
         prompts = load_prompts(
             rows,
@@ -53,6 +71,7 @@ def generate_responses(
                 apply_chat_template=decoding.apply_chat_template,
                 max_tokens=ANY_LENGTH,
                 max_new_tokens=decoding.max_new_tokens,
+                images=of_rows,
             ),
         ).items
     refuse_too_long(prompts, rows, model, max_new_tokens=decoding.max_new_tokens)
@@ -102,7 +121,7 @@ def chat(
             reply(answer.response)
 
 
-def _rows(source: Sequence[str] | Path, columns: Mapping[str, str]) -> list[Row]:
+def _rows(source: Sequence[str] | Path, columns: Mapping[str, str], images: RowImages | None) -> list[Row]:
     """Return the rows without columns for rewards."""
     if isinstance(source, Path):
 
@@ -111,7 +130,7 @@ def _rows(source: Sequence[str] | Path, columns: Mapping[str, str]) -> list[Row]
                 return row
             return replace(row, columns={name: value for name, value in row.columns.items() if name in _READ})
 
-        return [read(row) for row in read_rows(str(source), columns=columns)]
+        return [read(row) for row in read_rows(str(source), columns=columns, images=images)]
     if not source:
         raise UserError("there are no prompts")
     return [Row(file="prompt", line=i, columns={"prompt": text}) for i, text in enumerate(source, start=1)]

@@ -96,29 +96,32 @@ def evaluate(
 
     from actors.run.evaluate import evaluate_inputs, refuse_unusable_results_folder
     from rlhf.preflight.eval_inputs import inputs_of_model, inputs_of_run
+    from rlhf.process.owned_folders import temporary_folder
     from rlhf.tracking import logs
 
     logs.configure()
-    if isinstance(measured, str):
-        inputs = inputs_of_model(
-            measured,
-            data=data,
-            rewards=rewards,
-            reward_model=model_name(reward_model),
-            against=model_name(against),
-            decoding=decoding or decoding_of(measured, {}, only=OF_SUITES if names and not data else None),
-            suites=names,
-            suite_limit=suite_limit,
-            suite_data=suite_data,
-            marks=marking,
-            device=device or "cpu",
-            trust_remote_code=trust_remote_code,
-        )
-    else:
-        with measured.located():
-            inputs = inputs_of_run(measured, model=model_name(model), against=model_name(against), marks=marking)
-    refuse_unusable_results_folder(folder, overwrite=overwrite)
-    return evaluate_inputs(inputs, folder)
+    with temporary_folder() as images:
+        if isinstance(measured, str):
+            inputs = inputs_of_model(
+                measured,
+                data=data,
+                rewards=rewards,
+                reward_model=model_name(reward_model),
+                against=model_name(against),
+                decoding=decoding or decoding_of(measured, {}, only=OF_SUITES if names and not data else None),
+                suites=names,
+                suite_limit=suite_limit,
+                suite_data=suite_data,
+                marks=marking,
+                device=device or "cpu",
+                trust_remote_code=trust_remote_code,
+                images=images,
+            )
+        else:
+            with measured.located():
+                inputs = inputs_of_run(measured, model=model_name(model), against=model_name(against), marks=marking)
+        refuse_unusable_results_folder(folder, overwrite=overwrite)
+        return evaluate_inputs(inputs, folder)
 
 
 def _results_folder(target: LoadedConfig | str, out: Path | None) -> Path:

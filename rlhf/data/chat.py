@@ -12,6 +12,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
+from rlhf.data.images import read_part_text, text_of
 from rlhf.data.row import Row, refuse_half_characters
 from rlhf.data.tokenization import special_tokens
 from rlhf.data.usable import NotUsable
@@ -21,6 +22,7 @@ Message = Mapping[str, Any]
 
 ASSISTANT = "assistant"
 _USER, _SENTINEL = {"role": "user", "content": "Hello."}, "qzsentinelzq"
+_PARTS_ALONE: dict[str, bool] = {}  # by template
 
 
 def read_messages(
@@ -28,8 +30,9 @@ def read_messages(
 ) -> list[Message]:
     """Return a column's conversation, with the system prompt first. UserError names the invalid message.
 
-    A message has the strings `role` and `content`. An assistant's message may have `tool_calls` in place of content,
-    and a tool's content may be empty. All other fields go to the template except nulls (filled in by Parquet).
+    A message has the strings `role` and `content`. Content may also be a list of parts, texts and read images; texts
+    alone become a string. An assistant's message may have `tool_calls` in place of content, and a tool's content may be
+    empty. All other fields go to the template except nulls (filled in by Parquet).
     `arguments` of a tool call given as JSON text become an object, as in the engine's server. Raise NotUsable if an
     assistant's message is empty.
     """
@@ -51,7 +54,10 @@ def _message(row: Row, column: str, number: int, message: object) -> Message:
         fields = {name: value for name, value in message.items() if value is not None or name == "content"}
     if not fields.get("tool_calls"):
         fields.pop("tool_calls", None)
-    role, content, calls = fields.get("role"), fields.get("content"), fields.get("tool_calls")
+    if isinstance(fields.get("content"), list):
+        fields["content"] = _read_parts(row, where, fields["content"])
+    role, given, calls = fields.get("role"), fields.get("content"), fields.get("tool_calls")
+    content = text_of(given) if isinstance(given, list) else given
     if not isinstance(role, str) or not role.strip() or not isinstance(content, str | None):
         raise _invalid_message(row, where, message)
     if calls and role == ASSISTANT:
@@ -71,6 +77,21 @@ def _message(row: Row, column: str, number: int, message: object) -> Message:
     for text in (role, content or ""):
         refuse_half_characters(text, f"{row.place}: {where}")
     return fields
+
+
+def _read_parts(row: Row, where: str, parts: Sequence[Any]) -> str | list[Any]:
+    """Return the parts of a content, or the joined texts of a content without images."""
+    read: list[dict[str, Any]] = []
+    for number, part in enumerate(parts, start=1):
+        if isinstance(part, Mapping) and part.get("type") == "image" and isinstance(part.get("key"), int):
+            read.append({"type": "image", "key": part["key"]})
+        elif isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
+            raise UserError(
+                f"{row.place}: part {number} of {where} is an image, and only text is read here. Remove it."
+            )
+        else:
+            read.append({"type": "text", "text": read_part_text(part, f"{row.place}: part {number} of {where}")})
+    return read if any(part["type"] == "image" for part in read) else "".join(part["text"] for part in read)
 
 
 def _invalid_message(row: Row, where: str, message: object) -> UserError:
@@ -160,7 +181,8 @@ def render(
     tools: Sequence[Message] | None = None,
 ) -> str:
     """Return the conversation as text, special tokens written out. UserError if the template refuses."""
-    shown = [{name: value for name, value in message.items() if name != "train"} for message in messages]
+    parts_alone = _writes_parts_alone(tokenizer)
+    shown = [_for_template(message, parts_alone=parts_alone) for message in messages]
     how = {"tools": tools, "tokenize": False, "add_generation_prompt": add_generation_prompt}
     template = f"{place}: the chat template of {tokenizer.name_or_path}"
     try:
@@ -170,6 +192,35 @@ def render(
     except (TemplateError, TypeError, ValueError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"{template} refuses the roles {roles}: {error}.") from error
+
+
+def _for_template(message: Message, *, parts_alone: bool) -> dict[str, Any]:
+    """Return a message as templates read messages: without our fields, and with parts in place of a string if asked."""
+    fields = {name: value for name, value in message.items() if name != "train"}
+    content = fields.get("content")
+    if isinstance(content, list):
+        fields["content"] = [{name: value for name, value in part.items() if name != "key"} for part in content]
+    elif parts_alone and isinstance(content, str):
+        fields["content"] = [{"type": "text", "text": content}]
+    return fields
+
+
+def _writes_parts_alone(tokenizer: Any) -> bool:
+    """Return whether the template loses the text of a string, and writes the text of a part. LLaVA's templates do."""
+    template = repr(tokenizer.chat_template)
+    if template not in _PARTS_ALONE:
+        forms: list[Any] = [_SENTINEL, [{"type": "text", "text": _SENTINEL}]]
+        as_string, as_part = (_is_written(content, tokenizer) for content in forms)
+        _PARTS_ALONE[template] = as_part and not as_string
+    return _PARTS_ALONE[template]
+
+
+def _is_written(content: Any, tokenizer: Any) -> bool:
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    except (TemplateError, TypeError, ValueError):
+        return False
+    return _SENTINEL in str(text)
 
 
 def raw_prompt(text: str, *, place: str, system_prompt: str | None, beginning: str) -> str:

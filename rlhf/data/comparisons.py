@@ -12,6 +12,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeGuard
 
+from rlhf.data.images import has_images, text_of
 from rlhf.data.presets import PresetSource, presets
 from rlhf.data.tasks import TaskSource
 from rlhf.errors import UserError
@@ -35,7 +36,7 @@ Which response is better? Give your reasons in a few sentences, then end with a 
 
 def conversation_text(messages: Sequence[Mapping[str, Any]]) -> str:
     """Return messages as plain text. A single message is its content, and several get their roles."""
-    contents = [str(message.get("content") or "") for message in messages]
+    contents = [text_of(message.get("content")) for message in messages]
     if len(messages) == 1:
         return contents[0]
     pairs = zip(messages, contents, strict=True)
@@ -122,7 +123,9 @@ def preference_prompts(source: TaskSource, rows: Sequence[PreferenceRow]) -> lis
 
 
 def _texts(row: PreferenceRow) -> tuple[str, str, str]:
-    """Return the prompt, the chosen and the rejected response of a row as plain text."""
+    """Return the prompt, the chosen and the rejected response of a row as plain text. UserError for images."""
+    if has_images(row, strict=True):
+        raise UserError(f"{row.place}: holds an image, and comparisons are made of texts alone. Use other preferences.")
     values = [row.value("chosen"), row.value("rejected")]
     if not all(isinstance(value, list) for value in values):
         prompt = row.columns.get("prompt")

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from rlhf.data.chat import read_messages
+from rlhf.data.images import RowImages, with_images
 from rlhf.data.row import Row
-from rlhf.data.segments import Segment, Tokens, Writer, answer_text, encode_segments
+from rlhf.data.segments import Segment, Tokens, Writer, answer_text, encode_segments, expand_images
 from rlhf.data.spans import Translator, num_ranges
 from rlhf.data.usable import LoadedRows, NotUsable, Unusable, refuse_too_many
 from rlhf.deferred import torch
@@ -43,6 +44,7 @@ class Reading:
     tasks: bool = False  # string prompts are the tasks of an agent, unchanged
     privileged: str | None = None  # template of the prompt of a policy that teaches itself
     max_privileged_tokens: int = 0  # of such a prompt
+    images: RowImages | None = None  # None: the model reads text alone
     translators: Mapping[str, Translator] = field(default_factory=dict)  # of teachers with another tokenizer, by name
 
     def translator(self, row: Row) -> Translator | None:
@@ -136,6 +138,18 @@ def teacher_prompt_problem(place: str, num_tokens: int, most: int) -> str:
     )
 
 
+def rows_with_images(rows: Sequence[Row], reading: Reading) -> list[Row]:
+    """Return the rows with read images. UserError: the teacher of a row with images has another tokenizer."""
+    read = [with_images(row, reading.images) for row in rows]
+    for row in read if reading.translators else ():
+        if row.images is not None and reading.translator(row) is not None:
+            raise UserError(
+                f"{row.place}: holds an image, and a teacher with another tokenizer reads text alone. Remove the "
+                "image, or use a teacher with the policy's tokenizer for this row."
+            )
+    return read
+
+
 def load_sequences(
     rows: Sequence[Row],
     tokenizer: Any,
@@ -148,7 +162,13 @@ def load_sequences(
     `write` splits a row into sequences for tokenisation and `build`. Both may raise NotUsable to leave a row out.
     UserError for too many rows left out.
     """
-    writer = Writer(tokenizer, system_prompt=reading.system_prompt, apply_chat_template=reading.apply_chat_template)
+    writer = Writer(
+        tokenizer,
+        system_prompt=reading.system_prompt,
+        apply_chat_template=reading.apply_chat_template,
+        images=reading.images,
+    )
+    rows = rows_with_images(rows, reading)
     unusable: dict[int, Unusable] = {}
     written: dict[int, Sequence[Sequence[Segment]]] = {}
     for index, row in enumerate(rows):
@@ -160,8 +180,11 @@ def load_sequences(
     items: list[T] = []
     for index, sequences in written.items():
         tokens = list(itertools.islice(encoded, len(sequences)))
+        row = rows[index]
+        pairs = zip(tokens, sequences, strict=True)
         try:
-            items.append(build(len(items), rows[index], tokens))
+            with_keys = [expand_images(of, segments[0].images, reading.images, row.place) for of, segments in pairs]
+            items.append(build(len(items), row, with_keys))
         except NotUsable as fault:
             unusable[index] = fault.unusable
     left_out = tuple(unusable[index] for index in sorted(unusable))

@@ -19,7 +19,8 @@ from rlhf.data.row import Row, shown
 from rlhf.errors import UserError
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-_PARQUET_BATCH = 4096  # rows per decoded batch
+_PARQUET_BATCH = 4096  # rows per decoded batch; fewer if rows hold images
+_BATCH_BYTES = 64 * 2**20  # of a decoded batch
 
 
 def rows_of_file(path: Path, skip: int = 0) -> Iterator[Row]:
@@ -37,6 +38,11 @@ def rows_of_file(path: Path, skip: int = 0) -> Iterator[Row]:
         raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {one_line(error.strerror or error)}.") from error
+
+
+def rows_at_once(num_bytes: int, num_rows: int, *, most: int) -> int:
+    """Return how many rows to decode together, given the size of all rows, so that a batch stays small."""
+    return max(1, min(most, _BATCH_BYTES * num_rows // max(num_bytes, 1)))
 
 
 def _read_jsonl(path: Path, skip: int) -> Iterator[Row]:
@@ -171,7 +177,9 @@ def _read_parquet(path: Path, skip: int) -> Iterator[Row]:
             first = bisect.bisect_right(ends, skip)  # the row group of the first row that is wanted
             start = ends[first - 1] if first else 0
             numbers = itertools.count(start + 1)
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH, row_groups=range(first, len(sizes))):
+            num_bytes = sum(file.metadata.row_group(group).total_byte_size for group in range(len(sizes)))
+            size = rows_at_once(num_bytes, ends[-1] if ends else 0, most=_PARQUET_BATCH)
+            for batch in file.iter_batches(batch_size=size, row_groups=range(first, len(sizes))):
                 columns = {name: _parquet_column(path, name, batch.column(name)) for name in names}
                 for values in zip(*columns.values(), strict=True):
                     if (number := next(numbers)) > skip:

@@ -14,14 +14,13 @@ from typing import Any
 
 from rlhf.data.chat import ASSISTANT, read_messages
 from rlhf.data.examples import Example, Reading, collate, fit, load_sequences, mark
+from rlhf.data.images import GOLD
 from rlhf.data.row import Row
 from rlhf.data.segments import Segment, Tokens, Writer
 from rlhf.data.usable import LoadedRows, NotUsable
 from rlhf.deferred import torch
 from rlhf.errors import UserError
 from rlhf.types import Pairs
-
-GOLD = "reference"  # column name in public data sets of triples; unrelated to the reference model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

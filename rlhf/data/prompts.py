@@ -26,7 +26,8 @@ from rlhf.data.chat import (
     with_system_prompt,
 )
 from rlhf.data.comparisons import conversation_text
-from rlhf.data.examples import Example, Reading, load_sequences, mark, teacher_prompt_problem
+from rlhf.data.examples import Example, Reading, load_sequences, mark, rows_with_images, teacher_prompt_problem
+from rlhf.data.images import expanded, keys_of, placed, placed_raw
 from rlhf.data.row import Row
 from rlhf.data.segments import Segment, Tokens, Writer, answer_text
 from rlhf.data.tokenization import encode, encode_raw, raw_beginning
@@ -53,6 +54,7 @@ def load_prompts(
     the beginning, and whether given responses are read. A skipped row still counts in the numbering. UserError names
     the invalid row.
     """
+    rows = rows_with_images(rows, reading)
     given = {}
     if reading.max_given_tokens is not None:
         given = given_responses(rows, tokenizer, reading, tools=tools)
@@ -71,11 +73,13 @@ def load_prompts(
     unusable: list[Unusable] = []
     for number, draft in enumerate(drafts, start=first_id):
         row, is_chat = draft.row, draft.messages is not None
+        if reading.tasks and draft.images:
+            raise UserError(f"{row.place}: has images, and the task of an agent is text alone. Remove the images.")
         token_ids = next(chat if is_chat else raw)
         if not token_ids:
             raise UserError(f"{row.place}: the prompt {draft.text!r:.40} has no tokens.")
         try:
-            fitted, token_ids = _fit(draft, token_ids, tokenizer, reading)
+            fitted, token_ids = _fit(draft, _with_keys(draft, token_ids, reading), token_ids, tokenizer, reading)
         except NotUsable as fault:
             unusable.append(fault.unusable)
             continue
@@ -182,11 +186,18 @@ class _Draft:
     messages: Sequence[Message] | None  # None for raw text
     tools: Sequence[Message] | None
 
+    @property
+    def images(self) -> tuple[int, ...]:
+        """Return the keys of the prompt's images, in order."""
+        return (self.row.images or ()) if self.messages is None else keys_of(self.messages)
+
 
 def _draft(row: Row, tokenizer: Any, reading: Reading, *, tools: Sequence[Message] | None) -> _Draft:
     messages = _messages(row, reading)
     if messages is None:
-        text = row.text("prompt", alternative="messages")
+        text = placed_raw(
+            row.text("prompt", alternative="messages"), row.images or (), reading.images, f"{row.place}: the prompt"
+        )
         beginning = _beginning(tokenizer, reading)
         text = raw_prompt(text, place=row.place, system_prompt=reading.system_prompt, beginning=beginning)
     else:
@@ -200,8 +211,17 @@ def _beginning(tokenizer: Any, reading: Reading) -> str:
     return "" if reading.tasks else raw_beginning(tokenizer)
 
 
-def _fit(draft: _Draft, token_ids: list[int], tokenizer: Any, reading: Reading) -> tuple[_Draft, list[int]]:
-    """Return the prompt and tokens within the limit. NotUsable if the prompt cannot or should not be truncated."""
+def _with_keys(draft: _Draft, token_ids: Sequence[int], reading: Reading) -> list[int]:
+    return expanded(token_ids, draft.images, reading.images, draft.row.place)
+
+
+def _fit(
+    draft: _Draft, token_ids: list[int], plain: Sequence[int], tokenizer: Any, reading: Reading
+) -> tuple[_Draft, list[int]]:
+    """Return the prompt and tokens within the limit. NotUsable if the prompt cannot or should not be truncated.
+
+    `plain` are the tokens before the expansion of images. An image stays whole or goes whole.
+    """
     place, limit = draft.row.place, reading.max_tokens
     if len(token_ids) <= limit:
         return draft, token_ids
@@ -212,16 +232,37 @@ def _fit(draft: _Draft, token_ids: list[int], tokenizer: Any, reading: Reading) 
         raise NotUsable(place, problem)
     if draft.messages is None:
         beginning = _beginning(tokenizer, reading)
-        first = token_ids[:1] if beginning else []
-        kept = token_ids[len(token_ids) - limit + len(first) :]
-        return replace(draft, text=beginning + str(tokenizer.decode(kept, skip_special_tokens=False))), [*first, *kept]
+        first = list(plain[:1]) if beginning else []
+        kept, full = _end_within(limit - len(first), draft, plain[len(first) :], reading)
+        if not kept:
+            raise NotUsable(place, f"{problem}, and its last image alone has more")
+        return replace(draft, text=beginning + str(tokenizer.decode(kept, skip_special_tokens=False))), [*first, *full]
     messages = draft.messages
     while messages := _without_oldest(messages):
         text = render(messages, tokenizer, add_generation_prompt=True, place=place, tools=draft.tools)
-        (token_ids,) = encode([text], tokenizer)
+        (plain,) = encode([text], tokenizer)
+        token_ids = _with_keys(replace(draft, messages=messages), plain, reading)
         if len(token_ids) <= limit:
             return replace(draft, text=text, messages=messages), token_ids
     raise NotUsable(place, f"{problem}, and its last user's turn with the system prompt has {len(token_ids)}")
+
+
+def _end_within(
+    limit: int, draft: _Draft, plain: Sequence[int], reading: Reading
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the longest end of a text's tokens that fits with all images of this end, unexpanded and expanded."""
+    if not draft.images or reading.images is None:
+        return plain[len(plain) - limit :], plain[len(plain) - limit :]
+    of_model, store = reading.images.processing, reading.images.reader.store
+    sizes = [len(of_model.expansion(*store.size(key))) for key in draft.images]
+    start, room, kept = len(plain), limit, len(draft.images)
+    while start:
+        is_image = plain[start - 1] == of_model.placeholder_id
+        room -= sizes[kept - 1] if is_image else 1
+        if room < 0:
+            break
+        start, kept = start - 1, kept - is_image
+    return plain[start:], expanded(plain[start:], draft.images[kept:], reading.images, draft.row.place)
 
 
 def _privileged(draft: _Draft, tokenizer: Any, reading: Reading) -> PrivilegedDraft | None:
@@ -229,6 +270,11 @@ def _privileged(draft: _Draft, tokenizer: Any, reading: Reading) -> PrivilegedDr
     if reading.privileged is None:
         return None
     row, messages = draft.row, draft.messages
+    if draft.images:
+        raise UserError(
+            f"{row.place}: the prompt has images, and algorithm.privileged.template writes text alone. Remove the "
+            "images, or use an algorithm without a privileged prompt."
+        )
     if messages is None:
         beginning = _beginning(tokenizer, reading)
         text = privileged.draft(reading.privileged, draft.text.removeprefix(beginning), row.columns, place=row.place)
@@ -319,7 +365,8 @@ def _messages(row: Row, reading: Reading) -> list[Message] | None:
     if "messages" not in row.columns:
         if reading.tasks or not reading.apply_chat_template:
             return None
-        user = {"role": "user", "content": row.text("prompt", alternative="messages")}
+        text = row.text("prompt", alternative="messages")
+        user = {"role": "user", "content": placed(text, row.images or (), f"{row.place}: the prompt")}
         return with_system_prompt([user], reading.system_prompt)
     if "prompt" in row.columns:
         raise UserError(f"{row.place}: has both `prompt` and `messages`; one of them is the prompt, remove the other.")

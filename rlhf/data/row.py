@@ -19,6 +19,7 @@ class Row:
     line: int  # counted from 1: a line of the file, or a row if the format has no lines
     columns: Mapping[str, Any]
     renamed: Mapping[str, str] = field(default_factory=dict)  # the dataset's column name -> our column name
+    images: tuple[int, ...] | None = None  # keys of the images beside a string prompt; None: not read yet, or no images
 
     @property
     def place(self) -> str:

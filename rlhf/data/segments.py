@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from rlhf.data.chat import (
     tool_name,
     with_system_prompt,
 )
+from rlhf.data.images import RowImages, expanded, keys_of, placed, placed_raw, text_of
 from rlhf.data.row import Row
 from rlhf.data.tokenization import Continuation, encode, encode_raw, raw_beginning, special_tokens
 from rlhf.data.usable import NotUsable
@@ -38,6 +39,7 @@ class Segment:
     text: str
     learn: bool
     is_raw: bool = False  # written without a template; set only on the first segment of a sequence
+    images: tuple[int, ...] = ()  # keys of all images of the sequence; set only on the first segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +53,20 @@ class Tokens:
 class Writer:
     """Render the columns of a row as segments of text: the prompt first, then segments with and without learning."""
 
-    def __init__(self, tokenizer: Any, *, system_prompt: str | None, apply_chat_template: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        system_prompt: str | None,
+        apply_chat_template: bool,
+        images: RowImages | None = None,
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(f"The tokenizer of {tokenizer.name_or_path} has no end-of-sequence token to be learnt.")
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self.apply_chat_template = apply_chat_template
+        self.images = images
         self._beginning = raw_beginning(tokenizer)
         self._special = special_tokens(tokenizer)
 
@@ -88,15 +98,23 @@ class Writer:
 
     def strings(self, row: Row, prompt: str, answer: str) -> list[Segment]:
         """Return a prompt and the answer, as two turns of a conversation or unchanged without the chat template."""
+        keys, where = row.images or (), f"{row.place}: the prompt"
         if self.apply_chat_template:
-            turns = [{"role": "user", "content": prompt}, {"role": ASSISTANT, "content": answer}]
+            turns: list[Message] = [{"role": "user", "content": placed(prompt, keys, where)}]
+            turns.append({"role": ASSISTANT, "content": answer})
             messages = with_system_prompt(turns, self.system_prompt)
             return self.conversation(row, messages, first=len(messages) - 1)
+        prompt = placed_raw(prompt, keys, self.images, where)
         prompt = raw_prompt(prompt, place=row.place, system_prompt=self.system_prompt, beginning=self._beginning)
-        return [Segment(prompt, False, is_raw=True), Segment(self._ended(answer), True)]
+        return [Segment(prompt, False, is_raw=True, images=keys), Segment(self._ended(answer), True)]
 
     def text(self, row: Row, text: str) -> list[Segment]:
-        """Return a text to be learned unchanged, with the end-of-sequence token."""
+        """Return a text to be learned unchanged, with the end-of-sequence token. UserError: the row has images."""
+        if row.images:
+            raise UserError(
+                f"{row.place}: column `text` is learnt as a whole, and images are not learnt. Name the prompt and the "
+                "answer: columns `prompt` and `completion`, or `messages`."
+            )
         text = raw_prompt(text, place=row.place, system_prompt=self.system_prompt, beginning=self._beginning)
         return [Segment(self._ended(text), True, is_raw=True)]
 
@@ -134,6 +152,7 @@ class Writer:
             segments += [Segment(before[done:], False), Segment(turn, True)]
             done = end
         refuse_unmentioned_tools(tools, segments[0].text, self.tokenizer, row.place)
+        segments[0] = replace(segments[0], images=keys_of(messages[: turns[-1]]))
         return segments
 
     def _end_of_turn(self, row: Row, index: int, before: str, after: str, later: str, following: int) -> int:
@@ -183,10 +202,34 @@ def _missing_part(message: Message, turn: str) -> str:
     """Return the part of a message missing from the rendered turn, ignoring white space, or an empty string."""
     written = "".join(turn.split())
     for field in ("content", "reasoning_content"):
-        if "".join((message.get(field) or "").split()) not in written:
+        if "".join(text_of(message.get(field)).split()) not in written:
             return f"`{field}`"
     calls = map(tool_name, message.get("tool_calls", ()))
     return next((f"the call of `{name}`" for name in calls if name not in turn), "")
+
+
+def expand_images(
+    sequence: Sequence[Tokens], keys: Sequence[int], images: RowImages | None, place: str
+) -> tuple[Tokens, ...]:
+    """Return the tokens of a sequence with placeholders expanded to images, in order.
+
+    UserError: the numbers of placeholders and images differ, or a learned turn holds a placeholder.
+    """
+    if images is None:
+        return tuple(sequence)
+    placeholder, begun = images.processing.placeholder_id, 0
+    result = []
+    for number, segment in enumerate(sequence):
+        ended = begun + segment.ids.count(placeholder) if number + 1 < len(sequence) else len(keys)
+        if segment.learn and placeholder in segment.ids:
+            raise UserError(
+                f"{place}: the answer holds the text {images.processing.placeholder}, which stands for an image in "
+                "this model. Remove the text."
+            )
+        ids = expanded(segment.ids, keys[begun:ended], images, place)
+        result.append(Tokens(tuple(ids), segment.learn))
+        begun = ended
+    return tuple(result)
 
 
 def encode_segments(sequences: Sequence[Sequence[Segment]], tokenizer: Any) -> Iterator[tuple[Tokens, ...]]:

@@ -9,7 +9,7 @@ import glob
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.comparisons import preference_prompts, preferences_of
-from rlhf.data.files import FILE_SUFFIXES, one_line, rows_of_file
+from rlhf.data.files import FILE_SUFFIXES, one_line, rows_at_once, rows_of_file
+from rlhf.data.images import RowImages, with_images
 from rlhf.data.memory import within_memory
 from rlhf.data.presets import LeftOut, PresetSource, presets
 from rlhf.data.row import Row
@@ -27,20 +28,23 @@ from rlhf.errors import RunError, UserError
 logger = logging.getLogger(__name__)
 Source = str | TaskSource | PresetSource
 
-_DATASET_BATCH = 10_000  # rows per decoded batch
+_DATASET_BATCH = 10_000  # rows per decoded batch; fewer if rows hold images
 
 
-def read_rows(source: Source, *, columns: Mapping[str, str] | None = None) -> list[Row]:
+def read_rows(
+    source: Source, *, columns: Mapping[str, str] | None = None, images: RowImages | None = None
+) -> list[Row]:
     """Return all rows of a file, a saved or named dataset, a preset, or a task.
 
     `columns` maps our column names to the dataset's names, except in a preset, which has our names. A string with the
     ending .jsonl, .json, .csv or .parquet is a file. An existing folder is a saved dataset, and every remaining string
-    is a Hugging Face dataset. Both kinds of dataset take `:SPLIT` after the name. CSV values stay text.
+    is a Hugging Face dataset. Both kinds of dataset take `:SPLIT` after the name. CSV values stay text. With `images`,
+    each row's images go into the store as the row is read, so that the rows hold no encoded image.
 
     UserError: an unreadable source, a missing renamed column, no rows, or a dataset too large for this machine.
     """
     name = source if isinstance(source, str) else source.name
-    shards = _shards(source, columns, streaming=False)
+    shards = _shards(source, columns, images, streaming=False)
     rows = list(within_memory(_chained(shards), name))
     if not rows:
         raise UserError(f"{name} has no rows.")
@@ -56,28 +60,47 @@ class Shard:
     size: int = 0  # bytes, to notice a changed file; 0: not known
 
 
-def open_shards(source: Source, *, columns: Mapping[str, str] | None = None) -> list[Shard]:
+def open_shards(
+    source: Source, *, columns: Mapping[str, str] | None = None, images: RowImages | None = None
+) -> list[Shard]:
     """Return the shards of a source as in `read_rows`, without reading rows. A data set of the hub is not downloaded
     as a whole: its rows come over the network.
 
     UserError: a missing source. The rows of a shard raise UserError for an unreadable part and an invalid row.
     """
-    return _shards(source, columns, streaming=True)
+    return _shards(source, columns, images, streaming=True)
 
 
-def _shards(source: Source, columns: Mapping[str, str] | None, *, streaming: bool) -> list[Shard]:
+def _shards(
+    source: Source, columns: Mapping[str, str] | None, images: RowImages | None, *, streaming: bool
+) -> list[Shard]:
+    shards = _shards_of(source, streaming=streaming)
+    if columns and not isinstance(source, PresetSource):
+        shards = [replace(shard, read=partial(_renamed_after, shard, columns)) for shard in shards]
+    if images is not None:
+        shards = [replace(shard, read=partial(_with_images_after, shard, images)) for shard in shards]
+    if isinstance(source, PresetSource) and source.size is not None:
+        return [_whole(source.name, partial(_first, shards, source.size))]
+    return shards
+
+
+def _first(shards: Sequence[Shard], count: int) -> Iterator[Row]:
+    return itertools.islice(_chained(shards), count)
+
+
+def _with_images_after(shard: Shard, images: RowImages, skip: int) -> Iterator[Row]:
+    return (with_images(row, images) for row in shard.read(skip))
+
+
+def _shards_of(source: Source, *, streaming: bool) -> list[Shard]:
+    """Return the shards of a source with its columns and all its rows."""
     if isinstance(source, TaskSource):
-        shards = [_whole(source.name, partial(_task_rows, source))]
-    elif isinstance(source, PresetSource):
-        shards = [_mapped(shard, source) for shard in _shards_of_preset(source, streaming=streaming)]
-        if source.size is None:
-            return shards
-        return [_whole(source.name, lambda: itertools.islice(_chained(shards), source.size))]
-    elif files := _files(source):
-        shards = [_shard_of_file(path) for path in files]
-    else:
-        shards = _shards_of_dataset(*_named_dataset(source), place=source, streaming=streaming)
-    return [replace(shard, read=partial(_renamed_after, shard, columns)) for shard in shards] if columns else shards
+        return [_whole(source.name, partial(_task_rows, source))]
+    if isinstance(source, PresetSource):
+        return [_mapped(shard, source) for shard in _shards_of_preset(source, streaming=streaming)]
+    if files := _files(source):
+        return [_shard_of_file(path) for path in files]
+    return _shards_of_dataset(*_named_dataset(source), place=source, streaming=streaming)
 
 
 def _task_rows(source: TaskSource) -> Iterator[Row]:
@@ -214,8 +237,9 @@ def _folder_of(folder: Path, subset: str | None) -> tuple[str, str | None]:
 def _rows_after(rows: Any, place: str, skip: int) -> Iterator[Row]:
     """Yield the rows of a memory-mapped data set after the first `skip` rows."""
     with _naming_dataset(place):
-        for start in range(skip, len(rows), _DATASET_BATCH):
-            part = rows.select(range(start, min(start + _DATASET_BATCH, len(rows)))).to_list()
+        size = rows_at_once(rows.data.nbytes, len(rows), most=_DATASET_BATCH)
+        for start in range(skip, len(rows), size):
+            part = rows.select(range(start, min(start + size, len(rows)))).to_list()  # images stay encoded
             yield from (Row(file=place, line=start + i, columns=columns) for i, columns in enumerate(part, start=1))
 
 
@@ -228,6 +252,7 @@ def _shards_of_dataset(
         if hasattr(rows, "select"):  # memory-mapped: not streamed, or saved by save_to_disk
             return [Shard(name=place, read=partial(_rows_after, rows, place))]
         names = [place] if rows.num_shards == 1 else [f"{place}, shard {i + 1}" for i in range(rows.num_shards)]
+        rows = rows.decode(False)  # images stay encoded
         parts = [rows.shard(num_shards=rows.num_shards, index=index) for index in range(rows.num_shards)]
     return [Shard(name=text, read=partial(_streamed, part, text)) for text, part in zip(names, parts, strict=True)]
 

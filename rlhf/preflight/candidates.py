@@ -25,7 +25,7 @@ from rlhf.preflight.environments import KEY as ENVIRONMENT_KEY
 from rlhf.preflight.environments import check_lengths
 from rlhf.preflight.models import ANY_LENGTH, refuse_too_long
 from rlhf.preflight.prompts import Player, load_player, read_prompts
-from rlhf.preflight.sources import REWARD_KEY, refuse_absent_tokens
+from rlhf.preflight.sources import REWARD_KEY, refuse_absent_tokens, row_images
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.suites.spec import SuiteSpec
@@ -98,6 +98,7 @@ class SetReader:
     reading: Reading
     rewards: Sequence[RewardSpec]
     beside: Path  # the folder searched for code before the current one
+    images: Path  # the folder that gets the images of the sets
 
     def candidate(self, model: ModelOnDisk, made: ChatTemplate) -> Candidate:
         """Return the sets in a model's tokens. `made` holds template changes of an earlier stage that has not run."""
@@ -106,11 +107,10 @@ class SetReader:
         refuse_runaway_template(tokenizer)
         refuse_absent_tokens(self.decoding.stop_token_ids, tokenizer, key="stop_token_ids")
         sources = {name: source_of(data) for name, data in self.section.sets.items()}
+        reading = replace(self.reading, images=row_images(model.base, self.images, self.section))
         if not self.rewards:
-            return Candidate(
-                model=model,
-                examples={name: self._examples(name, source, tokenizer, model) for name, source in sources.items()},
-            )
+            examples = {n: self._examples(n, source, tokenizer, model, reading) for n, source in sources.items()}
+            return Candidate(model=model, examples=examples)
         refuse_unservable(model)
         player = load_player(
             self.section.environment,
@@ -122,7 +122,7 @@ class SetReader:
             template=self.decoding.template,
             keys=(self.names.environment, self.names.agent),
         )
-        prompts = {name: self._prompts(name, source, tokenizer, model, player) for name, source in sources.items()}
+        prompts = {n: self._prompts(n, source, tokenizer, model, reading, player) for n, source in sources.items()}
         split: dict[str, Mapping[int, str]] = {}
         for name, group in prompts.items() if self.section.by is not None else ():
             key = self.names.sets.format(name)
@@ -131,11 +131,17 @@ class SetReader:
         return Candidate(model=model, prompts=prompts, sources=split, environment=spec)
 
     def _prompts(
-        self, name: str, source: Source, tokenizer: Any, model: ModelOnDisk, player: Player | None
+        self,
+        name: str,
+        source: Source,
+        tokenizer: Any,
+        model: ModelOnDisk,
+        reading: Reading,
+        player: Player | None,
     ) -> tuple[Prompt, ...]:
         """Return a set's prompts. Raise UserError if the model has no room for a prompt with its response."""
         key, most = self.names.sets.format(name), self.decoding.max_new_tokens
-        reading = replace(self.reading, max_new_tokens=most)
+        reading = replace(reading, max_new_tokens=most)
         loaded, rows = read_prompts(
             source,
             key,
@@ -153,13 +159,15 @@ class SetReader:
                 check_lengths(player.spec, loaded.items, rows, model, max_new_tokens=most)
         return loaded.items
 
-    def _examples(self, name: str, source: Source, tokenizer: Any, model: ModelOnDisk) -> tuple[Example, ...]:
+    def _examples(
+        self, name: str, source: Source, tokenizer: Any, model: ModelOnDisk, reading: Reading
+    ) -> tuple[Example, ...]:
         """Return a set's examples. Raise UserError if an example is too long for the model."""
         key = self.names.sets.format(name)
         with prefix_errors(key):
-            rows = read_rows(source, columns=self.section.columns)
+            rows = read_rows(source, columns=self.section.columns, images=reading.images)
         with prefix_errors(f"{key} (without rewards its completions are measured)"):
-            loaded = load_examples(rows, tokenizer, self.reading)
+            loaded = load_examples(rows, tokenizer, reading)
             if loaded.unusable:
                 text = "%s: %d of %d rows cannot be used and are left out"
                 logger.warning(text, key, len(loaded.unusable), len(rows))

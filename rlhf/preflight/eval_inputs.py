@@ -33,6 +33,7 @@ from rlhf.process.stopping import run_async
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.suites.process import plan_suites
 from rlhf.suites.spec import SuiteSpec
+from rlhf.tracking.run_folder.folder import images_folder
 
 logger = logging.getLogger(__name__)
 TASK_ROWS = 200  # rows of `--data TASK` without a size
@@ -49,6 +50,7 @@ class EvalInputs:
     reward_policy: RewardPolicy
     max_tokens_per_microbatch: int
     cluster: ClusterConfig
+    images: Path  # the folder with the images of the sets
 
 
 def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | None, marks: Marks) -> EvalInputs:
@@ -88,6 +90,7 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
         cluster=stage.cluster,
         beside=Path(loaded.source).resolve().parent,
         models=loaded.folder,
+        images=images_folder(loaded.folder),
         tokenizer=stage.policy.tokenizer,
     )
 
@@ -121,6 +124,7 @@ def inputs_of_stage(stage: EvaluationStage, loaded: LoadedConfig, *, made: Stage
         cluster=stage.cluster,
         beside=Path(loaded.source).resolve().parent,
         models=loaded.folder,
+        images=images_folder(loaded.folder),
         made=made,
     )
 
@@ -154,11 +158,15 @@ def inputs_of_model(
     marks: Marks,
     device: Literal["cpu", "cuda"],
     trust_remote_code: bool,
+    images: Path,
     suites: Sequence[str] = (),
     suite_limit: int | None = None,
     suite_data: str | None = None,
 ) -> EvalInputs:
-    """Return the inputs for evaluating a model on named data: prompts with rewards, examples without; and on suites."""
+    """Return the inputs for evaluating a model on named data: prompts with rewards, examples without; and on suites.
+
+    images: the folder that gets the images of the data.
+    """
     sets, configs = _named_sets(data) if data or not suites else {}, _named_rewards(rewards)
     if rewards and not data and suites:
         raise UserError(
@@ -189,7 +197,15 @@ def inputs_of_model(
     )
     with in_options():
         cluster = ClusterConfig(device=device)
-        return _load(section, IN_OPTIONS, seed=decoding.seed, cluster=cluster, beside=Path.cwd(), decoding=decoding)
+        return _load(
+            section,
+            IN_OPTIONS,
+            seed=decoding.seed,
+            cluster=cluster,
+            beside=Path.cwd(),
+            images=images,
+            decoding=decoding,
+        )
 
 
 def _named_sets(data: Sequence[str]) -> dict[str, DataSource]:
@@ -225,6 +241,7 @@ def _load(
     seed: int,
     cluster: ClusterConfig,
     beside: Path,  # the folder searched for code before the current folder
+    images: Path,  # the folder that gets the images of the sets
     models: Path | None = None,  # the folder for tiny:llama; None: this model is not available
     reading: Reading | None = None,  # `reading` and `decoding` replace the section's settings
     decoding: Decoding | None = None,
@@ -240,7 +257,15 @@ def _load(
     )
     memory_gib = section.reward_policy.memory_gib
     rewards = load_rewards(section.rewards, beside=beside, memory_gib=memory_gib, key=names.rewards)
-    reader = SetReader(section=section, names=names, decoding=decoding, reading=reading, rewards=rewards, beside=beside)
+    reader = SetReader(
+        section=section,
+        names=names,
+        decoding=decoding,
+        reading=reading,
+        rewards=rewards,
+        beside=beside,
+        images=images,
+    )
     candidates, results = [], made or StageResults()
     for key, wanted in ((names.model, section.model), (names.against, section.against)):
         if wanted is None:
@@ -269,6 +294,7 @@ def _load(
         reward_policy=section.reward_policy,
         max_tokens_per_microbatch=max(section.max_tokens_per_microbatch, longest),
         cluster=cluster,
+        images=images,
     )
 
 

@@ -22,8 +22,9 @@ from rlhf.config.files.load import LoadedConfig
 from rlhf.config.schema.data import DataSource
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.root import Config
-from rlhf.config.schema.stages import MergeStage, final_folder
+from rlhf.config.schema.stages import MergeStage, final_folder, run_folder
 from rlhf.data.files import FILE_SUFFIXES
+from rlhf.data.images import RowImages, has_images
 from rlhf.data.sources import open_shards, read_rows
 from rlhf.data.templates import UNCHANGED
 from rlhf.deferred import transformers
@@ -38,8 +39,16 @@ from rlhf.preflight.engine_args import refuse_unknown_engine_args
 from rlhf.preflight.eval_inputs import inputs_of_stage
 from rlhf.preflight.models import StageResults, check_models, refuse_other_results, with_adapters, with_sources
 from rlhf.preflight.other_tokenizers import load_translators
-from rlhf.preflight.sources import check_rewards, installed_trackers, load_rewards, served_models, with_template
+from rlhf.preflight.sources import (
+    check_rewards,
+    installed_trackers,
+    load_rewards,
+    row_images,
+    served_models,
+    with_template,
+)
 from rlhf.preflight.training_data import OfflineInputs, OnlineInputs, load_training_data
+from rlhf.tracking.run_folder.folder import images_folder
 from rlhf.types import RESULT_COLUMN
 from rlhf.workers.frozen.top_settings import top_of
 
@@ -52,6 +61,7 @@ class StageInputs:
     written: Config  # as written by the user; saved in the run folder
     inputs: OnlineInputs | OfflineInputs
     tokenizer: Any  # the policy's
+    images: RowImages | None = None  # None: the policy reads text alone
 
 
 CheckedStage = StageInputs | MergeStage | EvaluationStage
@@ -81,15 +91,19 @@ def load_inputs(loaded: LoadedConfig, *, only_checks: bool = False, trackers: Se
                 inputs_of_stage(stage, loaded, made=made)
                 stages.append(stage)
             else:
-                ready = _load_run(stage, loaded, made, weights=weights)
+                folder = loaded.folder if only_checks else run_folder(stage)
+                ready = _load_run(stage, loaded, made, weights=weights, images=images_folder(folder))
                 if not only_checks:
                     _refuse_unfit_servers(ready)
                 stages.append(ready)
     return stages
 
 
-def _load_run(written: Config, loaded: LoadedConfig, made: StageResults, *, weights: bool) -> StageInputs:
-    """Return the inputs of a training run, and add the properties of the trained model to `made`."""
+def _load_run(written: Config, loaded: LoadedConfig, made: StageResults, *, weights: bool, images: Path) -> StageInputs:
+    """Return the inputs of a training run, and add the properties of the trained model to `made`.
+
+    images: the folder that gets the images of the data.
+    """
     config = with_template(with_sources(written, loaded.folder, weights=weights))
     refuse_other_results(config, made)
     config = with_adapters(config, made.adapters)
@@ -113,8 +127,11 @@ def _load_run(written: Config, loaded: LoadedConfig, made: StageResults, *, weig
     template.apply_checked(tokenizer, key="data")
     refuse_runaway_template(tokenizer)
     translators = load_translators(config, made, tokenizer)
+    with prefix_errors("policy.model"):
+        of_rows = row_images(source, images, config.data)
     beside = Path(loaded.source).resolve().parent
-    config, inputs = load_training_data(config, source, tokenizer, beside=beside, translators=translators)
+    how: dict[str, Any] = {"translators": translators, "images": of_rows}
+    config, inputs = load_training_data(config, source, tokenizer, beside=beside, **how)
     final = str(final_folder(written))
     made.finals[final] = source
     made.tokenizers[final] = tokenizer_source
@@ -125,7 +142,7 @@ def _load_run(written: Config, loaded: LoadedConfig, made: StageResults, *, weig
         made.restacked.add(final)
     if written.algorithm.has_scalar_head:
         made.scored[final] = written.algorithm.short_name
-    return StageInputs(config=config, written=written, inputs=inputs, tokenizer=tokenizer)
+    return StageInputs(config=config, written=written, inputs=inputs, tokenizer=tokenizer, images=of_rows)
 
 
 def _refuse_unfit_servers(stage: StageInputs) -> None:
@@ -170,4 +187,5 @@ def check_files_and_rewards(loaded: LoadedConfig) -> None:
                         read = chain.from_iterable(shard.read(0) for shard in shards)
                         rows = list(islice(read, window))
                 if specs:
-                    check_rewards(specs, rows, key, of_sessions=(RESULT_COLUMN,) if is_agent else ())
+                    added = [RESULT_COLUMN] * is_agent + ["images"] * all(map(has_images, rows))
+                    check_rewards(specs, rows, key, of_sessions=added)

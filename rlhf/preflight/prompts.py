@@ -10,6 +10,7 @@ from typing import Any
 from rlhf.agents.runners import KEY as AGENT_KEY
 from rlhf.config.schema.rollouts import AgentConfig, EnvironmentConfig
 from rlhf.data.examples import Reading
+from rlhf.data.images import with_images
 from rlhf.data.prompts import load_prompts
 from rlhf.data.row import Row
 from rlhf.data.sources import Source, read_rows
@@ -60,7 +61,7 @@ def read_prompts(
     Skipped rows are counted in the log. The rewards get an agent's result besides the columns of the rows.
     """
     with prefix_errors(key):
-        rows = read_rows(source, columns=columns)
+        rows = read_rows(source, columns=columns, images=reading.images)
     options: dict[str, Any] = {"rewards": rewards, "reward_key": reward_key, "environment": environment}
     return prompts_of_rows(rows, key, tokenizer, reading, first_id=first_id, **options)
 
@@ -78,6 +79,8 @@ def prompts_of_rows(
 ) -> tuple[LoadedRows[Prompt], list[Row]]:
     """Return the prompts of rows as `read_prompts` does."""
     is_agent = isinstance(environment, LoadedAgent)
+    with prefix_errors(key):
+        rows = [with_images(row, reading.images) for row in rows]
     check_rewards(rewards, rows, key, key=reward_key, of_sessions=(RESULT_COLUMN,) if is_agent else ())
     if environment is not None:
         environment.check_rows(rows, key)

@@ -27,6 +27,7 @@ from rlhf.config.schema.stages import run_folder
 from rlhf.config.schema.train import Grading
 from rlhf.config.yaml_tree import from_yaml
 from rlhf.data.examples import Reading
+from rlhf.data.images import RowImages
 from rlhf.data.row import Row, shown
 from rlhf.data.templates import read_template
 from rlhf.errors import UserError
@@ -39,6 +40,9 @@ from rlhf.rewards.services.judge import Criterion, JudgeSpec, read_rubric
 from rlhf.rewards.services.remote import RemoteReward
 from rlhf.tracking.logs import redact_config
 from rlhf.tracking.sinks.installed import InstalledTracker, TrackedRun, installed_tracker, passed_tracker
+from rlhf.vision.processor import ImageProcessing
+from rlhf.vision.reading import ImageCollector, ImageLimits
+from rlhf.vision.store import ImageStore
 from rlhf.workers.frozen.served_model import MAX_ANSWER_BYTES, ServedModel
 
 TINY = "tiny:llama"
@@ -113,6 +117,20 @@ def with_template(config: Config) -> Config:
         return config
     text = read_template(config.data.chat_template, key="data.chat_template")
     return config.model_copy(update={"data": config.data.model_copy(update={"chat_template": text})})
+
+
+def row_images(model: str, folder: Path, settings: PromptFormat) -> RowImages | None:
+    """Return the reader of images for a model's folder or name. None: the model reads text alone.
+
+    folder: where the store of images is, created with the first image.
+    """
+    processing = ImageProcessing.of_model(model)
+    if processing is None:
+        return None
+    limits = ImageLimits(
+        max_images=settings.max_images, max_pixels=settings.max_image_pixels, hosts=settings.image_hosts
+    )
+    return RowImages(processing, ImageCollector(ImageStore(folder.absolute()), limits))
 
 
 def refuse_absent_tokens(token_ids: Sequence[int], tokenizer: Any, *, key: str) -> None:

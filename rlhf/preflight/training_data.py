@@ -29,6 +29,7 @@ from rlhf.config.schema.root import Config
 from rlhf.config.validation.run import problems
 from rlhf.controller.evaluation import EvalSet
 from rlhf.data.examples import Example, Reading, collate, load_examples
+from rlhf.data.images import RowImages
 from rlhf.data.labelled import Labelled, collate_labelled, load_labelled
 from rlhf.data.preferences import PreferencePair, collate_pairs, load_pairs
 from rlhf.data.row import Row, shown
@@ -52,6 +53,7 @@ from rlhf.rollouts.environments.turns import PLACEHOLDER
 from rlhf.suites.process import plan_suites
 from rlhf.suites.spec import SuiteSpec
 from rlhf.types import Examples, Pairs, Prompt
+from rlhf.vision.keys import without_images
 
 OfflineRow = Example | PreferencePair | StepLabelled | Labelled
 
@@ -125,14 +127,21 @@ class OfflineInputs:
 
 
 def load_training_data(
-    config: Config, source: str, tokenizer: Any, *, beside: Path, translators: Mapping[str, Translator]
+    config: Config,
+    source: str,
+    tokenizer: Any,
+    *,
+    beside: Path,
+    translators: Mapping[str, Translator],
+    images: RowImages | None,
 ) -> tuple[Config, OnlineInputs | OfflineInputs]:
     """Return the inputs of a run, and the configuration with epochs converted to steps.
 
     source: the folder or name of the policy's model. beside: the folder searched for code before the current one.
     translators: of the teachers with another tokenizer, by name.
+    images: None if the policy reads text alone.
     """
-    reading = replace(reading_of(config), translators=translators)
+    reading = replace(reading_of(config), translators=translators, images=images)
     if config.algorithm.is_online:
         return _online(config, source, tokenizer, beside, reading)
     return _offline(config, source, tokenizer, reading)
@@ -196,7 +205,7 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path, reading: 
     suites = _suites(source, config)
     if suites is not None:
         max_model_len = max(max_model_len, run_async(plan_suites(suites)).longest)
-    probe = [token for prompt in sets.train[:PROBE_TOKENS] for token in prompt.token_ids]
+    probe = [token for prompt in sets.train[:PROBE_TOKENS] for token in without_images(prompt.token_ids)]
     return config, OnlineInputs(
         prompts=sets.train,
         stream=sets.stream,
@@ -309,7 +318,7 @@ def _read_sets(
 
     def read(name: str, source: DataSource, first_id: int) -> LoadedRows[R]:
         with prefix_errors(name):
-            rows = read_rows(source_of(source), columns=config.data.columns)
+            rows = read_rows(source_of(source), columns=config.data.columns, images=reading.images)
         _refuse_unknown_teachers(config, name, rows)
         return load(name, rows, first_id, reading)
 
@@ -347,7 +356,7 @@ def _stream(
     sets, reading = [], replace(reading, window=window)
     for name, section in train_sets(config).items():
         with prefix_errors(name):
-            shards = open_shards(source_of(section.source), columns=config.data.columns)
+            shards = open_shards(source_of(section.source), columns=config.data.columns, images=reading.images)
         load_set = partial(_load_window, config, load, name, reading)
         sets.append(WindowedSet(name=name, shards=shards, load=load_set, weight=section.weight))
     return WindowedStream(sets, seed=config.run.seed, shuffle=config.data.shuffle, window=window, with_id=with_id)

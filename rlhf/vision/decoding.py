@@ -1,7 +1,7 @@
-"""Decode the encoded bytes of an image: the only place of this project that does.
+"""Decode the encoded bytes of an image. No other module of this project decodes images.
 
-The bytes come from data sets and requests, so nothing in them is trusted. The header is read before any pixel, only
-five formats are known, and each failure is a UserError that says what is wrong with the image.
+The bytes come from data sets and requests, so no field is trusted. The header is read before any pixel, only five
+formats are known, and each failure is a UserError with the fault of the image.
 """
 
 from __future__ import annotations
@@ -60,6 +60,12 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
             pixels.alpha_composite(with_alpha)
         rgb = pixels.convert("RGB")
         return rgb if turn is None else rgb.transpose(Image.Transpose[turn])
+
+
+def mime_type(data: bytes) -> str:
+    """Return the MIME type of a checked image, by its first bytes."""
+    starts = {b"\x89PNG": "png", b"\xff\xd8": "jpeg", b"GIF8": "gif", b"BM": "bmp"}
+    return f"image/{next((name for start, name in starts.items() if data.startswith(start)), 'webp')}"
 
 
 def _size(image: Image, max_pixels: int) -> tuple[int, int]:

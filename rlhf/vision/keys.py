@@ -1,7 +1,7 @@
 """Name images by their content, and write images into token ids.
 
-A position whose embedding comes from an image holds `-key` in the token ids of prompts, sequences and batches. All
-other positions hold ordinary token ids. Equal token ids therefore mean equal words and equal images.
+In the token ids of prompts, sequences and batches, each embedded position of an image holds `-key`. All remaining
+positions hold ordinary token ids. Equal token ids therefore mean equal words and equal images.
 """
 
 from __future__ import annotations
@@ -28,5 +28,5 @@ def image_keys(token_ids: Iterable[int]) -> tuple[int, ...]:
 
 
 def without_images(token_ids: Sequence[int]) -> list[int]:
-    """Return the token ids without the positions of images, for a tokenizer that decodes them to text."""
+    """Return the token ids without the positions of images, for decoding to text."""
     return [token for token in token_ids if token >= 0]

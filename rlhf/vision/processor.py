@@ -28,9 +28,9 @@ _FAILURES = (ArithmeticError, AttributeError, ImportError, LookupError, OSError,
 
 
 class ImageProcessing:
-    """The image side of a model: which tokens stand for an image, and which inputs its forward pass takes.
+    """The image side of a model: the tokens of an image, and the inputs of the model's forward pass.
 
-    Each image is processed alone, so neither its tokens nor its pixels depend on other images of a prompt.
+    Each image is processed alone, so tokens and pixels of an image never depend on a prompt's further images.
     """
 
     def __init__(self, name: str, processor: Any, config: Any) -> None:
@@ -39,7 +39,7 @@ class ImageProcessing:
         self.model_type = str(config.model_type)
         self._processor = processor
         self.placeholder = str(processor.image_token)
-        """The text that the chat template writes for an image: the text of one special token."""
+        """The text of an image as written by the chat template: a single special token."""
         self.placeholder_id = int(processor.tokenizer.convert_tokens_to_ids(self.placeholder))
         self.image_token_id = int(_image_token_id(config))
         self._sized = lru_cache(maxsize=4096)(self._expansion)
@@ -77,15 +77,15 @@ class ImageProcessing:
 
     @property
     def typed_tokens(self) -> tuple[str, ...]:
-        """Return the texts that stand for an image, which no text of a data set may hold."""
+        """Return the texts of an image's tokens. No text of a data set may hold such a text."""
         tokenizer = self._processor.tokenizer
         return tuple(dict.fromkeys((self.placeholder, str(tokenizer.convert_ids_to_tokens(self.image_token_id)))))
 
     def expansion(self, width: int, height: int) -> tuple[int, ...]:
-        """Return the token ids that replace the placeholder of an image of this size, in pixels.
+        """Return the token ids in place of the placeholder, for an image of this size in pixels.
 
-        Positions whose embedding comes from the image hold `image_token_id`. The tokens before, between and behind
-        hold their ids. UserError: the processor refuses the size.
+        The embedded positions of the image hold `image_token_id`. The tokens before, between and behind are ordinary.
+        UserError: the processor refuses the size.
         """
         return self._sized(width, height)
 
@@ -172,7 +172,7 @@ def _image_token_id(config: Any) -> int:
 
 
 def _axis(inputs: Mapping[str, Tensor]) -> int:
-    """Return the axis that counts images or tiles. Idefics3 and SmolVLM put a batch of one in front."""
+    """Return the axis of images or tiles. Idefics3 and SmolVLM put a batch of one in front."""
     return 1 if "pixel_attention_mask" in inputs else 0
 
 

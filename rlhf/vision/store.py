@@ -1,4 +1,4 @@
-"""Store the encoded images of a run by content, so that each image travels once and every process reads by key."""
+"""Store the encoded images of a run by content. Each image travels once, and every process reads by key."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class ImageStore:
         return image
 
     def _has(self, key: int, data: bytes) -> bool:
-        """Return whether the store holds these bytes. A file damaged by a crash counts as missing."""
+        """Return whether the store holds the bytes. A file damaged by a crash counts as missing."""
         make_folder(self.folder, parents=True, exist_ok=True)
         try:
             present = self.path(key).read_bytes()

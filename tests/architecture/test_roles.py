@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 MOST_FILES: dict[Role, int] = {"critic": 6, "reference": 6, "teacher": 6, "policy": 29, "reward": 32, "rollout": 14}
 
 OTHER_MEANINGS = {
-    ("reference", "rlhf/data/preferences.py"),  # a column of public data sets
+    ("reference", "rlhf/data/images.py"),  # a column of public data sets
     ("reference", "rlhf/data/tasks.py"),  # the same column
     ("reference", "actors/roles/gang.py"),  # the stage in which the policy computes it, named in errors
     ("reference", "rlhf/controller/offline.py"),  # the same stage, in the progress display

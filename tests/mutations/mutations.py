@@ -392,4 +392,32 @@ MUTATIONS = (
         "        self._store(key, Answer(failure=failure), endpoint.answers)\n        return Answer(failure=failure)",
         "unit/test_suites.py",
     ),
+    _mutation(
+        "an address inside the cluster is fetched",
+        "rlhf/vision/fetching.py",
+        "return parsed.is_global and not parsed.is_multicast and not parsed.is_reserved",
+        "return True",
+        "unit/test_vision_reading.py",
+    ),
+    _mutation(
+        "the images of a row are used in reverse order",
+        "rlhf/data/images.py",
+        "remaining = iter(self._keys)",
+        "remaining = iter(self._keys[::-1])",
+        "unit/test_data_images.py",
+    ),
+    _mutation(
+        "a prompt loses half an image",
+        "rlhf/data/prompts.py",
+        "room -= sizes[kept - 1] if is_image else 1",
+        "room -= 1",
+        "unit/test_data_images.py",
+    ),
+    _mutation(
+        "an image lies on its side",
+        "rlhf/vision/decoding.py",
+        "rgb if turn is None else rgb.transpose(Image.Transpose[turn])",
+        "rgb",
+        "unit/test_vision_store.py",
+    ),
 )

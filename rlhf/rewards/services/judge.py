@@ -6,18 +6,24 @@ answer, and an unreadable answer is a failure, never a low score.
 
 from __future__ import annotations
 
+import base64
+import itertools
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from rlhf.errors import RunError
 from rlhf.rewards.functions.matching import final_choice
+from rlhf.vision.decoding import mime_type
 
 PATH = "/chat/completions"
 AGREEMENT = "agreement"  # name of a measured value: the agreement of repeated judgements
 CRITERION = "criterion/"  # begins the names of measured criteria
+IMAGES = "images"  # the field of a prompt, and the column, with the images of the row
 _FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 _MAX_READ_CHARS = 65_536  # characters at the end of an answer in which an object is looked for
 
@@ -77,12 +83,38 @@ def question(spec: JudgeSpec, values: Mapping[str, Any], *, repeat: int = 0) -> 
         f"- {name} ({item.scale[0]} to {item.scale[1]}): {item.text if is_literal else _fill(item.text or '', values)}"
         for name, item in judged.items()
     ]
-    content = _fill(spec.prompt, {**values, "criteria": "\n".join(lines)})
+    filling = {**values, "criteria": "\n".join(lines)}
+    content = _with_images(spec.prompt, filling)
     system = [] if spec.system is None else [{"role": "system", "content": spec.system}]
     body = {**spec.request, "model": spec.model, "messages": [*system, {"role": "user", "content": content}]}
     if repeat and isinstance(body.get("seed"), int):
         body["seed"] += repeat
     return ({"response_format": _format(judged)} if judged else {}) | body
+
+
+def _with_images(template: str, values: Mapping[str, Any]) -> str | list[dict[str, Any]]:
+    """Return the content of a request: a text, or with the row's images in place of `{images}` OpenAI's parts.
+
+    RunError: the file of an image is gone.
+    """
+    places = [match.span() for match in _FIELD.finditer(template) if match[1] == IMAGES]
+    if not places:
+        return _fill(template, values)
+    parts: list[dict[str, Any]] = []
+    for start, end in itertools.pairwise([(0, 0), *places, (len(template), len(template))]):
+        if filled := _fill(template[start[1] : end[0]], values):
+            parts.append({"type": "text", "text": filled})
+        if end in places:
+            parts += [{"type": "image_url", "image_url": {"url": _data_uri(path)}} for path in values[IMAGES]]
+    return parts
+
+
+def _data_uri(path: str) -> str:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise RunError(f"The image {path} for a judge cannot be read: {error.strerror}.") from error
+    return f"data:{mime_type(data)};base64,{base64.b64encode(data).decode()}"
 
 
 def verdict(spec: JudgeSpec, columns: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, float]:

@@ -356,6 +356,8 @@ def remove_run(path: Path) -> None:
 
 def _is_of_a_start(path: Path) -> bool:
     """Return whether this file or folder remains from a start that failed before the run began."""
+    if path.name == _IMAGES:
+        return path.is_dir()
     if path.name in ("checkpoints", "samples", "evals"):
         return path.is_dir() and not any(path.iterdir())
     if path.name == "models":  # the tiny models that the checks of the input have made
