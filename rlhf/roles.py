@@ -295,7 +295,7 @@ class OnlineTeacherRole(GpuGuest, Protocol):
 
     @property
     def present(self) -> str | None:
-        """Return the teacher of the last request, which is on the devices. None: no request yet."""
+        """Return the teacher on the devices: the teacher of the last request. None: no request yet."""
 
     async def logprobs(
         self, groups: Sequence[CompletedGroup], *, temperatures: Mapping[int, float], teacher: str

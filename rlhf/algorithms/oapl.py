@@ -26,7 +26,7 @@ class OAPLConfig(WholeResponsesConfig):
     """Temperature t of the group's value t * log(mean(exp(score / t))), beta_1 of the paper."""
 
     def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
-        """Yield keys that would change the weight of single tokens, which would break the square of a response."""
+        """Yield keys with an effect on single tokens, since the loss is the square of a response."""
         yield from super().problems(responses)
         correction = self.correction
         if correction is not None and (correction.mode != "bypass" or correction.rejects):

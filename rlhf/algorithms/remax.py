@@ -25,7 +25,7 @@ class ReMaxConfig(ClippedConfig):
         return False  # a response is compared only with the greedy response
 
     def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
-        """Yield a length penalty that compares responses, which the greedy response cannot have."""
+        """Yield a length penalty with a comparison: the greedy response has no group."""
         if self.length_penalty is not None and self.length_penalty.by != "band":
             text = f"is {self.length_penalty.by}, which compares the responses to a prompt, but remax compares each"
             yield "algorithm.length_penalty.by", f"{text} response with the greedy response alone; set by: band"

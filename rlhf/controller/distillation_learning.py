@@ -41,7 +41,7 @@ class DistillationLearning(Learning):
     def arrived(self, scored: ScoredGroup) -> None:
         """Begin the teacher's log-probabilities of the group if the teacher has separate hardware.
 
-        The groups of a teacher that is not on the devices wait for the step, so that teachers take turns once a step.
+        The groups of all other teachers wait for the step, so teachers take turns once a step.
         """
         if not self.is_ahead or self.reads_states:
             return

@@ -72,7 +72,7 @@ class ColumnsByGroup:
     async def take(
         self, groups: Sequence[ScoredGroup], compute: Callable[[Sequence[ScoredGroup]], Awaitable[Columns]]
     ) -> Columns:
-        """Return the columns of the groups: the begun ones, and then those of the remaining groups, computed now."""
+        """Return the columns of the groups: first the begun columns, and then the remaining columns, computed now."""
         computing = self._computing
         begun = [one for one in groups if one.group.request.group_id in computing]
         left = [one for one in groups if one.group.request.group_id not in computing]

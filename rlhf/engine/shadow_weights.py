@@ -25,7 +25,7 @@ _FILE = "teacher_{:05d}.safetensors"  # in a checkpoint, by rank; below stage 3 
 
 
 class ShadowWeights:
-    """Copies of the trained weights, which can take the weights' place for a pass."""
+    """Copies of the trained weights, to take the weights' place for a pass."""
 
     def __init__(self, engine: Any, *, sharded: bool, average: bool) -> None:
         """Copy the present weights of a DeepSpeed engine. An average is kept in float32."""

@@ -113,7 +113,7 @@ def _self_teacher_terms(config: Config, shape: Shape, how: memory.Training) -> l
 
 
 def _teacher_heads(config: Config, student: Shape, tokens: int, sizes: Sizes) -> list[memory.Term]:
-    """Return the memory of the teachers' vocabulary heads, which each rank of the student keeps.
+    """Return the memory of the teachers' vocabulary heads on each rank of the student.
 
     Over another vocabulary the rank also sorts the probabilities of both models: 40 bytes for each token of a chunk.
     """

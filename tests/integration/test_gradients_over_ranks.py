@@ -103,7 +103,7 @@ def weights_of(worker: Any) -> dict[str, Tensor]:
 
 
 def taught_rank(rank: int, world_size: int, *, config: Config) -> list[dict[str, Tensor]]:
-    """Return the weights before and after an update on each half of a batch, which two teachers share."""
+    """Return the weights before and after an update on each half of a batch with two teachers."""
     place, algorithm = place_of(rank, world_size), config.algorithm
     worker = StudentWorker(config, place, optimizer_steps=2)
     worker.build()

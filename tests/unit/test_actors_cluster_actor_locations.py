@@ -167,7 +167,7 @@ async def test_a_node_that_replaces_a_lost_one_is_measured(monkeypatch: pytest.M
 
 
 async def test_a_search_for_nodes_that_does_not_return_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's GCS stands still for a while, in which a node joins."""
+    """A node joins, and Ray's GCS stands still for a while."""
     run, answers = Run(monkeypatch), threading.Event()
     found = run.nodes.placement.nodes
 

@@ -117,7 +117,7 @@ def test_work_that_takes_too_long_counts_and_waiting_for_a_worker_does_not() -> 
 
 @pytest.mark.parametrize("num_failed", [1, 2])
 async def test_a_group_with_a_failed_conversation_is_not_scored_and_so_not_trained(num_failed: int) -> None:
-    """A conversation that fails before its first turn has no columns of the sampler, such as likeliest tokens."""
+    """Before its first turn, a conversation has no columns of the sampler, such as likeliest tokens."""
     request = group_request(0, samples=2)
     error = RewardError(reward="environment", kind="raised", message="no", prompt_id=0, sample=0)
     top = torch.tensor([[7, 9]]), torch.tensor([[-1.0, -2.0]])

@@ -471,7 +471,7 @@ REMEDY = re.compile(r"(?:set|or|give|write) (?:([a-z_.]+) to )?(\{.*?\}|[a-z0-9_
 
 
 def remedies(line: str) -> list[str]:
-    """Return the overrides that a message proposes: a value for the key of the message or for another key."""
+    """Return the overrides proposed by a message: a value for the key of the message or for another key."""
     key, _, text = re.sub(r"^argument '.*?': (?=[a-z_]+[.:])|^config: ", "", line).partition(": ")
     proposed = text.rpartition("; ")[2]
     whole = {name.rpartition(".")[2]: name for name in re.findall(r"[a-z_]+(?:\.[a-z_]+)+", text)}
@@ -484,7 +484,7 @@ def remedies(line: str) -> list[str]:
 
 
 def test_every_proposed_value_passes() -> None:
-    """A message proposes no value that the same checks refuse."""
+    """The same checks refuse no value proposed by a message."""
     tried = 0
     for name, algorithm in ALGORITHMS.items():
         if algorithm.config_class().kind != "advantages" or name == "pass_at_k":

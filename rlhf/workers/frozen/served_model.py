@@ -104,7 +104,7 @@ class ServedModel:
             self._probe([{"prompt": [0, 0], "prompt_logprobs": top_k}], _positions, refused=told)
 
     def _refuse_short(self, longest_sequence: int) -> None:
-        """Raise UserError if the server says that its sequences are shorter than the run's with a token more."""
+        """Raise UserError if the server has no room for the run's longest sequence and a token."""
         limit, needed = self._longest_of_server(), longest_sequence + 1  # the protocol samples a token
         if limit is None:
             logger.info("%s does not say how long the sequences of %s may be", self.service.url, self.name)
