@@ -31,9 +31,16 @@ def unigram_teacher(folder: Path, *, seed: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("settings", ["divergence: forward_kl, top_k: 64", "divergence: sampled_reverse_kl"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "divergence: forward_kl, top_k: 64",
+        "divergence: sampled_reverse_kl",
+        pytest.param("divergence: jsd, on_policy_share: 0.5", marks=pytest.mark.slow),
+    ],
+)
 async def test_each_teacher_moves_its_own_rows(tmp_path: Path, alone: None, settings: str) -> None:
-    rows = [{"prompt": prompt, "source": name} for name, prompt in SOURCES.items()] * 8
+    rows = [{"prompt": prompt, "source": name, "completion": "abc"} for name, prompt in SOURCES.items()] * 8
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     paths = {name: unigram_teacher(tmp_path / name, seed=seed) for seed, name in enumerate(SOURCES, 1)}
     config = tmp_path / "run.yaml"

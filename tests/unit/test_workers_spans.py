@@ -21,6 +21,7 @@ from rlhf.config import derive
 from rlhf.data.examples import Example, Reading, collate, load_examples
 from rlhf.data.row import Row
 from rlhf.data.spans import Translator
+from rlhf.errors import RunError
 from rlhf.models.files.tiny import build_tiny_llama, byte_tokenizer
 from rlhf.models.packed.row_layout import row_layout
 from rlhf.objectives.distillation import forward_kl, generalized_jsd, reverse_kl
@@ -223,6 +224,12 @@ def test_a_response_has_the_mean_over_the_students_compared_tokens(world: World)
         probs = distributions(world.models["other"], OTHER_PROMPT + theirs, len(OTHER_PROMPT))
     logprobs = probs.gather(-1, torch.tensor(theirs)[:, None]).log().sum().item()
     assert means[0] == pytest.approx(logprobs / COMPARED[0], rel=1e-4)
+
+
+def test_a_given_response_of_several_turns_is_refused(world: World) -> None:
+    batch = rollouts_of((0, PROMPT + TEXTS[0][0], (len(PROMPT), len(PROMPT) + 3)))
+    with pytest.raises(RunError, match="a given response has several turns, and a teacher with another tokenizer"):
+        world.online.states([(0,)], batch, teacher="other", prompts=prompts_of(TEXTS))
 
 
 ROWS = [

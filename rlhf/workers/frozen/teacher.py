@@ -19,6 +19,7 @@ from torch import Tensor
 from rlhf.config.schema.model import TeacherConfig
 from rlhf.data.spans import Span, Translator
 from rlhf.engine.distributed import RankContext
+from rlhf.errors import RunError
 from rlhf.models.files.loading import load_model_config
 from rlhf.models.packed.forward import (
     learnt_states,
@@ -267,9 +268,15 @@ class OnlineTeacherWorker(StatesWorker, ReferenceWorker):
         return self.span_columns(_examples(rollouts), _examples(translated), sizes, prefixes)
 
     def _translated(self, rollouts: Rollouts, prompts: Mapping[int, TeacherPrompt]) -> Rollouts:
-        """Return the responses after the teacher's prompts, in the teacher's tokens."""
+        """Return the responses after the teacher's prompts, in the teacher's tokens. RunError: a response has several
+        turns."""
         given = [prompts[i] for i in rollouts.sequence_ids.tolist()]
         sizes = rollouts.lengths.tolist()
+        if any(int((mask[1:] & ~mask[:-1]).sum()) > 1 for mask in rollouts.response_mask.split(sizes)):
+            raise RunError(
+                "column `completion`: a given response has several turns, and a teacher with another tokenizer reads "
+                "responses of a single turn. Remove such rows, or name a teacher with the policy's tokenizer."
+            )
         sampled = zip(rollouts.token_ids.split(sizes), rollouts.response_mask.split(sizes), strict=True)
         written = self.translators[self.present].responses(
             [prompt.token_ids for prompt in given],
