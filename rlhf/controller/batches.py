@@ -114,7 +114,7 @@ def with_given(plan: BatchPlan, given: Sequence[RolloutInfo], *, share: float, s
 
     def mixed(minibatch: MinibatchPlan, chosen: Sequence[RolloutInfo]) -> MinibatchPlan:
         by_rank = balance([info.num_tokens for info in chosen], len(minibatch.sequences_by_rank))
-        num_given = sum(info.num_response_tokens for info in chosen)
+        num_given = sum(given.num_response_tokens for given in chosen)
         return replace(
             minibatch,
             sequences_by_rank=tuple(

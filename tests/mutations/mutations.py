@@ -162,6 +162,27 @@ MUTATIONS = (
         "unit/test_agents_trees.py",
     ),
     _mutation(
+        "a call's state is its whole history",
+        "rlhf/agents/trees.py",
+        "calls[i].prompt_ids[0 if parent is None else len(whole[order[parent]]) :]",
+        "calls[i].prompt_ids",
+        "unit/test_agents_trees.py",
+    ),
+    _mutation(
+        "given responses have the share of the samples",
+        "rlhf/types.py",
+        "(self.given_share if is_given else 1.0 - self.given_share)",
+        "(1.0 - self.given_share if is_given else self.given_share)",
+        "unit/test_controller_batches.py",
+    ),
+    _mutation(
+        "a streamed batch forgets the divisor of its given responses",
+        "rlhf/workers/online/streamed.py",
+        "scale=normalisation.divisor / weight",
+        "scale=1.0 / weight",
+        "unit/test_workers_online_given.py",
+    ),
+    _mutation(
         "a call continues another one whose tokens differ",
         "rlhf/agents/trees.py",
         "        while open_lengths and open_lengths[-1] > common:\n",
