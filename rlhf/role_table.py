@@ -26,6 +26,7 @@ class RoleEntry:
     stages: tuple[str, ...] = ()  # stages of a step with work for the role, besides the stage of the role's name
     metrics_of: str = ""  # trait of the metrics of runs with the role, in words
     hosts: bool = False  # other roles may share the role's bundles
+    translates: bool = False  # a model of the role may have another tokenizer than the policy
 
 
 ROLES: Mapping[Role, RoleEntry] = {
@@ -35,6 +36,7 @@ ROLES: Mapping[Role, RoleEntry] = {
     "teacher": RoleEntry(
         kind="frozen",
         metrics_of="a teacher scores the sampled responses (on-policy distillation)",
+        translates=True,
     ),
     "reward": RoleEntry(kind="scoring"),
     "rollout": RoleEntry(kind="engines", hosts=True, stages=("rollouts", "weight_sync", "prompt_values")),

@@ -244,8 +244,8 @@ class TopLogprobs(Ragged):
 class SpanStates(Ragged):
     """The predictions of a teacher with another tokenizer, one row for each token in the loss mask.
 
-    `lengths` counts loss-mask tokens only. A span is a text that both tokenizers write with whole tokens
-    (rlhf.data.spans). Its values stand in the row of the student's last token; all other rows hold 0.
+    `lengths` counts loss-mask tokens only. Both tokenizers write the text of a span with whole
+    tokens (rlhf.data.spans). The values of a span stand in the row of the student's last token; all other rows hold 0.
     """
 
     hidden: Float[Tensor, "N H"]  # the teacher's state that predicts the last teacher's token of the span

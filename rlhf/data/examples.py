@@ -131,7 +131,7 @@ def _translated(loaded: LoadedRows[Example], rows: Sequence[Row], reading: Readi
 
 
 def teacher_prompt_problem(place: str, num_tokens: int, most: int) -> str:
-    """Return the message for a prompt that is too long in the teacher's tokens."""
+    """Return the message for a prompt with too many tokens of the teacher."""
     return (
         f"{place}: the prompt has {num_tokens} tokens of the teacher's tokenizer, and train.max_tokens_per_microbatch "
         f"and the teacher's context hold a sequence of {most} tokens. Shorten the prompt, or raise the limit."

@@ -1,7 +1,7 @@
 """Write texts of a student in the tokens of a teacher with another tokenizer, and match the tokens of both.
 
-A span is a smallest range of bytes at whose end both tokenizers end a token. Positions are bytes, because a token may
-end inside a character. A token of a text never stands for a special token here, so special tokens have no bytes.
+Both tokenizers end a token at the end of a span, and nowhere before inside the span. Positions are bytes, because a
+token may end inside a character. Special tokens have no bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Span:
 def matched_spans(student_ends: Sequence[int], teacher_ends: Sequence[int]) -> list[Span]:
     """Return the spans of two divisions of a text, in order.
 
-    `*_ends` are the positions at which the tokens end, not decreasing. The tokens after the last common position are in
+    `*_ends` are the ends of the tokens, not decreasing. The tokens after the last common position are in
     no span. Source: GOLD, as in TRL 1.16, `ULDLoss._align_by_byte_offsets`.
     """
     spans, i, j, first_i, first_j = [], 0, 0, 0, 0
@@ -93,7 +93,7 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
 
 
 def words_of(tokenizer: Any) -> dict[str, int]:
-    """Return the tokens without a pure padding token, which training often adds and no sequence contains."""
+    """Return the tokens without a pure padding token. Training often adds such a token, and no sequence contains it."""
     words: dict[str, int] = tokenizer.get_vocab()
     if tokenizer.pad_token != tokenizer.eos_token:
         words.pop(tokenizer.pad_token, None)
@@ -109,8 +109,7 @@ def maps_alike(student: Any, teacher: Any) -> bool:
 class Translator:
     """Knows the tokenizers of a student and of a teacher.
 
-    Invariant: a text of the student that the teacher's tokens cannot write exactly is compared up to the first
-    difference.
+    Invariant: two different texts are compared up to the first difference.
     """
 
     def __init__(self, student: Any, teacher: Any, *, max_tokens: int) -> None:
@@ -125,7 +124,7 @@ class Translator:
 
     @property
     def teacher_turn_end(self) -> int:
-        """Return the token with which the teacher ends an answer in a conversation."""
+        """Return the teacher's token for the end of an answer in a conversation."""
         _, (_, end) = self._ends
         return int(self.teacher.eos_token_id if end is None else end)
 
@@ -150,8 +149,8 @@ class Translator:
     ) -> list[tuple[list[int], list[bool]]]:
         """Return each prompt, in the teacher's tokens, with the student's response, and the mask of the response.
 
-        A response is written up to its first bytes that are no UTF-8. A whole response that ends with a special token
-        ends with the token of `ends`. A sequence has at most `max_tokens`.
+        A response is written up to the first bytes outside UTF-8. The token of `ends` replaces a special token at the
+        end of a whole response. A sequence has at most `max_tokens`.
         """
         texts = [self._text(response) for response in responses]
         befores = [self.teacher.decode(prompt[-_CONTEXT:], skip_special_tokens=False) for prompt in prompts]
@@ -166,11 +165,15 @@ class Translator:
 
     def _text(self, response: Sequence[int]) -> tuple[str, bool]:
         """Return the text of sampled tokens, and whether the whole response is text before a special token."""
-        data = b"".join(self._bytes[i] for i in response)
+        data = b"".join(map(self._of_student, response))
         try:
-            return data.decode(), bool(response) and not self._bytes[response[-1]]
+            return data.decode(), bool(response) and not self._of_student(response[-1])
         except UnicodeDecodeError as error:
             return data[: error.start].decode(), False
+
+    def _of_student(self, token_id: int) -> bytes:
+        """Return the bytes of a token, or none for a row of the head without a token."""
+        return self._bytes[token_id] if token_id < len(self._bytes) else b""
 
     def spans(
         self, token_ids: Sequence[int], mask: Sequence[bool], teacher_ids: Sequence[int], teacher_mask: Sequence[bool]
@@ -183,7 +186,7 @@ class Translator:
         spans, ours, theirs = [], 0, 0
         for (start, stop), (first, last) in zip(_ranges(mask), _ranges(teacher_mask), strict=False):
             whole = start == first == 1  # in a text without a prompt, the first token is outside the mask
-            student = [self._bytes[i] for i in token_ids[start - whole : stop]]
+            student = [self._of_student(i) for i in token_ids[start - whole : stop]]
             teacher = [self._teacher_bytes[i] for i in teacher_ids[first - whole : last]]
             spans += [span.moved(ours - whole, theirs - whole) for span in _within(student, teacher, skip=int(whole))]
             ours, theirs = ours + stop - start, theirs + last - first

@@ -110,7 +110,7 @@ class TeacherSpans:
     pairs: Int[Tensor, "P 2"]  # ids (student's, teacher's) of the tokens for the same text
 
     def rows(self, rows: Int[Tensor, " n"], *, count: int) -> TeacherSpans:
-        """Return the predictions of some rows, which hold whole spans. `count`: tokens of the student."""
+        """Return the predictions of some rows with whole spans. `count`: tokens of the student."""
         return replace(
             self,
             last=self.last.rows(rows, count=len(self.last.weight)),

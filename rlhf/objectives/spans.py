@@ -38,7 +38,7 @@ def hybrid_distance(
 ) -> Float[Tensor, "*B"]:
     """Return w * divergence over the tokens of `pairs` + (1 - w) * sorted_distance over all other tokens.
 
-    w is the share of the teacher's tokens that are in a pair (student's id, teacher's id). GOLD's hybrid loss, as in
+    w is the share of the teacher's tokens in a pair (student's id, teacher's id). GOLD's hybrid loss, as in
     TRL 1.16, `ULDLoss._compute_hybrid_uld_loss`. If one side has no other tokens, the second term is 0.
     """
     weight = len(pairs) / teacher_logprobs.shape[-1]
@@ -57,7 +57,7 @@ def hybrid_distance(
 
 
 def _others(ids: Int[Tensor, " P"], size: int) -> Int[Tensor, " R"]:
-    """Return the token ids below `size` that are not in `ids`."""
+    """Return the token ids below `size` without `ids`."""
     is_other = torch.ones(size, dtype=torch.bool, device=ids.device)
     is_other[ids] = False
     return is_other.nonzero()[:, 0]

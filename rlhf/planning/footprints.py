@@ -118,10 +118,10 @@ def _teacher_heads(config: Config, student: Shape, tokens: int, sizes: Sizes) ->
     Over another vocabulary the rank also sorts the probabilities of both models: 40 bytes for each token of a chunk.
     """
     named, terms = derive.has_named_teachers(config), []
-    for key, model in derive.held_models(config, "teacher").items():
-        name = f"head of {key.removesuffix('.model')}" if named else "teacher's head"
-        terms.append(memory.weights_term(name, sizes.of(model.model).embedding, _itemsize(model), stays=True))
-    vocabularies = {sizes.of(model.model).vocab for model in derive.held_models(config, "teacher").values()}
+    for name, model in derive.teachers(config).items():
+        title = f"head of {name}" if named else "teacher's head"
+        terms.append(memory.weights_term(title, sizes.of(model.model).embedding, _itemsize(model), stays=True))
+    vocabularies = {sizes.of(model.model).vocab for model in derive.teachers(config).values()}
     if others := vocabularies - {student.vocab}:
         rows, entries = min(tokens, CHUNK_ROWS), max(*others, student.vocab)
         says = f"40 bytes for each of {rows} rows of {entries:,} probabilities"

@@ -185,7 +185,7 @@ def _refuse_other_vocabulary(section: Role, path: str, policy: str, trust_remote
         size = load_model_config(path, trust_remote_code=trust_remote_code).get_text_config().vocab_size
         fits = size >= len(words_of(tokenizer))
     else:
-        fits = section == "teacher" or words_of(tokenizer).items() <= other.get_vocab().items()
+        fits = ROLES[section].translates or words_of(tokenizer).items() <= other.get_vocab().items()
     if not fits:
         raise UserError(
             f"{path} has another vocabulary than policy.model {policy}, but gets its token ids; name a model with "

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 def load_translators(config: Config, made: StageResults, tokenizer: Any) -> Mapping[str, Translator]:
     """Return a translator for each teacher with another tokenizer. `tokenizer`: the policy's.
 
-    UserError: the run compares such a teacher in a way that needs the same tokens.
+    UserError: a setting of the run needs the same tokens.
     """
     translators = {}
     most = config.train.max_tokens_per_microbatch
@@ -50,7 +50,7 @@ def load_translators(config: Config, made: StageResults, tokenizer: Any) -> Mapp
 
 
 def _problem(config: Config) -> tuple[str, str, str] | None:
-    """Return the key, the rule and the fix of a setting that needs the same tokenizer, or None."""
+    """Return the key, the rule and the fix of a setting for the same tokenizer alone, or None."""
     rollouts = config.rollouts
     if getattr(config.algorithm, "top_k", None) is not None:
         fix = "Set algorithm.top_k to null"

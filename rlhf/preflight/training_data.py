@@ -414,7 +414,7 @@ def collated(config: Config, rows: Sequence[OfflineRow], *, others: Sequence[Off
 def translated_sets(sets: Sequence[Sequence[OfflineRow]]) -> list[Examples]:
     """Return the data sets in the tokens of each row's teacher, or nothing without a teacher of another tokenizer.
 
-    A row whose teacher has the policy's tokenizer keeps the policy's tokens.
+    A row of a teacher with the policy's tokenizer keeps the policy's tokens.
     """
     examples = [[row for row in rows if isinstance(row, Example)] for rows in sets]
     if all(row.translated is None for rows in examples for row in rows):

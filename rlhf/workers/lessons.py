@@ -117,7 +117,7 @@ def by_teacher(
 
 
 def compared(lessons: Sequence[Lesson], microbatch: Microbatch) -> dict[str, Mean]:
-    """Return the fraction of a micro-batch's learned tokens that could be compared, by teacher."""
+    """Return the compared fraction of a micro-batch's learned tokens, by teacher."""
     fractions: dict[str, Mean] = {}
     for lesson in lessons:
         rows = lesson.rows[microbatch.tokens]

@@ -34,7 +34,7 @@ class TaughtWorker(TrainedWorker):
         return taught(lessons, microbatch, mask, teachers=self.teachers, heads=self.heads, device=self.device)
 
     def compared(self, lessons: Sequence[Lesson], microbatch: Microbatch) -> dict[str, Reduction]:
-        """Return metrics of the tokens that could be compared, or none if all teachers have the student's tokenizer."""
+        """Return metrics of the compared tokens, or none if all teachers have the student's tokenizer."""
         if all(head.pairs is None for head in self.heads.values()):
             return {}
         of = compared(lessons, microbatch)

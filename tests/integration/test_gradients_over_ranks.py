@@ -1,4 +1,4 @@
-"""Several teachers, likeliest tokens and score centering have one gradient on any number of ranks.
+"""Several teachers, likeliest tokens, spans of two tokenizers and score centering have one gradient on any ranks.
 
 AdamW's first step from a gradient g is g / (|g| + eps) at a rate of 1. With an eps of 1, equal weights after a step
 mean equal gradients, also where ranks hold shares of the weights.
@@ -19,11 +19,13 @@ from rlhf.config.derive import teachers
 from rlhf.config.schema.root import Config
 from rlhf.data.packing import balance
 from rlhf.models.files.tiny import VOCAB_SIZE, build_tiny_llama
-from rlhf.types import BatchPlan, MinibatchPlan, RankedRollouts, Rollouts
+from rlhf.tracking.metrics.declarations import results
+from rlhf.types import BatchPlan, MinibatchPlan, RankedRollouts, Rollouts, TeacherPrompt
 from rlhf.workers.frozen.teacher import OnlineTeacherWorker
-from rlhf.workers.frozen.top_settings import top_of
+from rlhf.workers.frozen.top_settings import spans_of, top_of
 from rlhf.workers.online.policy import PolicyWorker
 from rlhf.workers.online.student import StudentWorker
+from tests.fixtures.other_tokenizer import build_other
 from tests.integration.gang_workers import MOST_NEW, PROMPT, SAMPLES, build_models, rollouts_of, worker_config
 from tests.integration.rank_gang import Gangs, place_of
 
@@ -37,15 +39,17 @@ FORMS: dict[str, dict[str, Any]] = {
     "sampled": TAUGHT,
     "states": {**TAUGHT, "divergence": "reverse_kl"},
     "top": {**TAUGHT, "divergence": "jsd", "beta": 0.3, "top_k": 5},
+    "spans": {**TAUGHT, "divergence": "jsd"},
     "centered": CENTERED,
 }
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `student`, `teacher` and `second`."""
+    """A folder with `student`, `teacher`, `second`, and `other` with another tokenizer."""
     folder = build_models(tmp_path_factory.mktemp("models"))
     build_tiny_llama(folder / "second", seed=9)
+    build_other(folder / "other", seed=9)
     return folder
 
 
@@ -53,7 +57,7 @@ def config_of(form: str, models: Path, folder: str, *, tokens: int = 4096, **lay
     policy = layout.pop("policy", {})
     named = {
         "math": {"model": str(models / "teacher"), "dtype": "float32", "weight": 0.5},
-        "code": {"model": str(models / "second"), "dtype": "float32", "weight": 2.0},
+        "code": {"model": str(models / ("other" if form == "spans" else "second")), "dtype": "float32", "weight": 2.0},
     }
     own = {"teacher": named} if form != "centered" else {}
     return worker_config(
@@ -109,11 +113,18 @@ def taught_rank(rank: int, world_size: int, *, config: Config) -> list[dict[str,
     worker.build()
     options: dict[str, Any] = {"temperature": TEMPERATURE, "samples_per_prompt": SAMPLES}
     options["max_tokens_per_microbatch"] = config.train.max_tokens_per_microbatch
-    teacher = OnlineTeacherWorker(teachers(config), place, top=top_of(config), **options)
+    teacher = OnlineTeacherWorker(teachers(config), place, top=top_of(config), spans=spans_of(config), **options)
     teacher.start()
     for name in teachers(config) if getattr(algorithm, "reads_teacher_heads", False) else ():
         worker.take_teacher(name, teacher.head(teacher=name)[0])
     given = [rollouts_of(group) for group in range(GROUPS)]
+    if teacher.translators:  # the sampled tokens are printable characters
+        printable = [32 + part.token_ids % 90 for part in given]
+        given = [
+            replace(part, token_ids=ids.where(part.response_mask, part.token_ids))
+            for part, ids in zip(given, printable, strict=True)
+        ]
+    prompts = {i: TeacherPrompt(token_ids=(2, 70, 71), end=1) for i, name in OWNERS.items() if name == "code"}
     whole = Rollouts.gather(given, range(GROUPS * SAMPLES))
     plan = plan_of(whole, ranks=config.cluster.roles.policy.data_parallel_ranks, owners=OWNERS)
     logprobs: list[Any] = []
@@ -127,8 +138,9 @@ def taught_rank(rank: int, world_size: int, *, config: Config) -> list[dict[str,
         ids = minibatch.sequences_by_rank[worker.data_rank]
         for name in ("math", "code") if not logprobs else ():
             own_ids = [i for i in ids if OWNERS[i] == name]
-            columns += teacher.states([own_ids], *given, teacher=name)[:-1] if own_ids else []
-        worker.update(half, *columns)
+            columns += teacher.states([own_ids], *given, teacher=name, prompts=prompts)[:-1] if own_ids else []
+        metrics = results(worker.update(half, *columns))
+        assert metrics.get("update/compared/fraction", 1.0) == 1.0
         found.append(weights_of(worker))
     return found
 
@@ -156,6 +168,8 @@ CASES = [
     ("states", {"zero_stage": 3}),
     ("states", {"zero_stage": 1, **LORA}),
     ("states", {"zero_stage": 0, "sequence_parallel": 2}),
+    ("spans", {"zero_stage": 3}),
+    ("spans", {"zero_stage": 1, **LORA}),
     ("top", {"zero_stage": 3, **LORA}),
     ("top", {"zero_stage": 0, "sequence_parallel": 2}),
     ("centered", {"zero_stage": 3}),

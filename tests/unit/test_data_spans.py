@@ -99,8 +99,8 @@ def test_a_response_is_compared_up_to_bytes_that_are_no_text() -> None:
     assert spans_of([]) == ([], [])
 
 
-def test_a_special_token_inside_a_response_is_not_compared() -> None:
-    special = STUDENT.convert_tokens_to_ids("<|user|>")
+@pytest.mark.parametrize("special", [STUDENT.convert_tokens_to_ids("<|user|>"), 5000])
+def test_a_token_without_text_inside_a_response_is_not_compared(special: int) -> None:
     found, ids = spans_of([*STUDENT("x").input_ids, special, *STUDENT("yz").input_ids, EOS])
     assert TEACHER.convert_ids_to_tokens(ids) == ["x", "y", "z", "[end]"]
     # y follows a token that the teacher does not see, and shares its span
@@ -111,6 +111,13 @@ def test_the_name_of_a_teachers_special_token_ends_the_comparison() -> None:
     found, ids = spans_of([*STUDENT("a[end]b").input_ids, EOS])
     assert ids == TEACHER("a[end]b[end]").input_ids
     assert found == [span((0, 1), (0, 1))]
+
+
+def test_different_texts_are_compared_up_to_the_first_difference() -> None:
+    translator = Translator(STUDENT, TEACHER, max_tokens=100)
+    ours, theirs = [9, 9, *STUDENT("xaz").input_ids, EOS], [9, 9, *TEACHER("xbz").input_ids, END]
+    mask = [False, False, True, True, True, True]
+    assert translator.spans(ours, mask, theirs, mask) == [span((0, 1), (0, 1))]
 
 
 def test_an_end_is_compared_alone_and_only_of_a_whole_text() -> None:

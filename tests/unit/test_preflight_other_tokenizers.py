@@ -1,4 +1,4 @@
-"""rlhf/preflight/other_tokenizers.py: which runs may have a teacher with another tokenizer, and what they read."""
+"""rlhf/preflight/other_tokenizers.py: settings refused beside a teacher with another tokenizer, and its texts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A student learns from a teacher with another tokenizer, beside a teacher with the student's tokenizer.
 
-The expected gradients are those of a plain loop over unpacked sequences, with products of probabilities, and with the
-letters of ByteLevel for the bytes.
+A plain loop over unpacked sequences gives the expected gradients, with products of probabilities, and with the letters
+of ByteLevel for the bytes.
 """
 
 from __future__ import annotations

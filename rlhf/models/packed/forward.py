@@ -317,7 +317,7 @@ def learnt_states_and_logprobs(
     branches: Branches | None = None,
     temperature: float,
 ) -> tuple[Float[Tensor, "n H"], Float[Tensor, " n"]]:
-    """Return the last hidden states predicting the tokens in mask, and the log-probabilities of these tokens."""
+    """Return the last hidden states predicting the tokens in mask, and the tokens' log-probabilities."""
     chosen, before = _masked_positions(mask, lengths, branches)
     hidden = hidden_states(model, token_ids, lengths, branches).index_select(0, before)
     options = {"temperature": temperature, **lm_head_settings(model)}

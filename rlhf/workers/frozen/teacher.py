@@ -77,7 +77,7 @@ class StatesWorker(FrozenWorker):
             self.model_config, self.longest_sequence = model, self.place.longest_sequence
             translator = None
             if self.spans is not None:
-                translator = translator_of(self.spans.student, model, max_tokens=self.max_tokens)
+                translator = translator_of(self.spans, model, max_tokens=self.max_tokens)
             if translator is not None:
                 translators[name], self.longest_sequence = translator, translator.max_tokens
             super().start()
@@ -86,7 +86,7 @@ class StatesWorker(FrozenWorker):
 
     @cached_property
     def student_rows(self) -> int:
-        """Return the number of rows of the student's head. Only for teachers that compare tokens by their ids."""
+        """Return the number of rows of the student's head. Only for teachers compared by token ids."""
         settings = self.top or self.spans
         assert settings is not None
         student = settings.student
@@ -246,7 +246,7 @@ class TeacherWorker(StatesWorker):
 class OnlineTeacherWorker(StatesWorker, ReferenceWorker):
     """The teachers in on-policy distillation. They also compute the log-probabilities of the sampled tokens.
 
-    `prompts` are those of teachers with another tokenizer, by sequence id.
+    `prompts` are in the tokens of teachers with another tokenizer, by sequence id.
     """
 
     def states(

@@ -1,13 +1,14 @@
-"""Say what a run's teachers return in place of states. This module does not import torch."""
+"""Name the values of a run's teachers in place of states. This module does not import torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from rlhf.algorithms.distillation import DistillationConfig, TaughtConfig
-from rlhf.config.derive import reads_teacher_heads
+from rlhf.config.derive import chat_template, reads_teacher_heads
 from rlhf.config.schema.model import ModelConfig, PolicyConfig
 from rlhf.config.schema.root import Config
+from rlhf.data.templates import ChatTemplate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,10 +22,11 @@ class Top:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spans:
-    """Settings of teachers that compare spans of text if their tokenizer is another than the student's."""
+    """Settings of teachers with another tokenizer than the student's, for a comparison of spans of text."""
 
     temperature: float
     student: PolicyConfig
+    template: ChatTemplate  # changes to the student's chat template
 
 
 def top_of(config: Config) -> Top | None:
@@ -37,11 +39,13 @@ def top_of(config: Config) -> Top | None:
 
 def spans_of(config: Config) -> Spans | None:
     """Return the settings of teachers with another tokenizer. None: no teacher of the run may have one."""
-    return Spans(temperature=_temperature(config), student=config.policy) if reads_teacher_heads(config) else None
+    if not reads_teacher_heads(config):
+        return None
+    return Spans(temperature=_temperature(config), student=config.policy, template=chat_template(config))
 
 
 def _temperature(config: Config) -> float:
-    """Return the divisor of the logits that are compared."""
+    """Return the divisor of both models' logits."""
     if config.rollouts is not None:
         return config.rollouts.temperature
     assert isinstance(config.algorithm, DistillationConfig)

@@ -5,19 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.schema.model import PolicyConfig, TeacherConfig
+from rlhf.config.schema.model import TeacherConfig
 from rlhf.data.spans import Translator, maps_alike
 from rlhf.deferred import transformers
 from rlhf.errors import UserError
 from rlhf.models.files.loading import load_model_config, load_tokenizer
 from rlhf.models.files.tiny import described_config
+from rlhf.workers.frozen.top_settings import Spans
 
 
-def translator_of(student: PolicyConfig, teacher: TeacherConfig, *, max_tokens: int) -> Translator | None:
+def translator_of(spans: Spans, teacher: TeacherConfig, *, max_tokens: int) -> Translator | None:
     """Return the translator of a run's teacher, or None for a teacher with the student's tokenizer."""
+    student = spans.student
     if teacher.model in (student.model, student.tokenizer_source):
         return None
-    tokenizer = load_tokenizer(student.tokenizer_source, trust_remote_code=student.trust_remote_code)
+    remote = student.trust_remote_code
+    tokenizer = load_tokenizer(student.tokenizer_source, trust_remote_code=remote, template=spans.template)
     return load_translator(tokenizer, teacher, source=teacher.model, shape=teacher.model, max_tokens=max_tokens)
 
 
