@@ -66,13 +66,17 @@ class ImageReader:
         keys: list[int] = []
         runs, counts = torch.unique_consecutive(token_ids[token_ids < 0], return_counts=True)
         for token, count in zip(runs.tolist(), counts.tolist(), strict=True):
-            if -token not in self._num_positions:
-                self._num_positions[-token] = self.expansion(-token).count(token)
-            num_images, rest = divmod(count, self._num_positions[-token])
+            num_images, rest = divmod(count, self.num_positions(-token))
             if rest:
-                raise ValueError(f"a row holds {count} positions of an image of {self._num_positions[-token]}")
+                raise ValueError(f"a row holds {count} positions of an image of {self.num_positions(-token)}")
             keys += [-token] * num_images
         return keys
+
+    def num_positions(self, key: int) -> int:
+        """Return the number of positions whose embedding comes from the image."""
+        if key not in self._num_positions:
+            self._num_positions[key] = self.expansion(key).count(-key)
+        return self._num_positions[key]
 
     def _opened_store(self) -> ImageStore:
         if self.store is None:
@@ -185,10 +189,18 @@ def image_positions(
 
 
 def _rope_index(body: Any, reader: ImageReader, token_ids: Int[Tensor, " n"]) -> Int[Tensor, "3 n"]:
-    grids = [reader.inputs(key)["image_grid_thw"] for key in reader.keys_in(token_ids)]
-    types = (token_ids < 0).int()[None]
-    index: Tensor = body.get_rope_index(token_ids[None], mm_token_type_ids=types, image_grid_thw=torch.cat(grids))[0]
-    return index[:, 0]
+    """Return the positions of a whole sequence, image by image: transformers takes adjacent images for one."""
+    keys = reader.keys_in(token_ids)
+    last = torch.tensor([reader.num_positions(key) for key in keys]).cumsum(0) - 1
+    ends = ((token_ids < 0).nonzero()[:, 0][last] + 1).tolist()
+    parts, start, place = [], 0, 0
+    for key, end in zip(keys, ends, strict=True):
+        ids = token_ids[None, start:end]
+        grid = reader.inputs(key)["image_grid_thw"]
+        index = body.get_rope_index(ids, mm_token_type_ids=(ids < 0).int(), image_grid_thw=grid)[0][:, 0] + place
+        parts.append(index)
+        start, place = end, int(index.max()) + 1
+    return torch.cat([*parts, (torch.arange(len(token_ids) - start) + place).expand(3, -1)], 1)
 
 
 def needs_tower(model: nn.Module) -> bool:

@@ -1,0 +1,67 @@
+"""Workers train on images, without Ray: a step depends on neither ranks nor micro-batches, at any ZeRO stage.
+
+On two ranks one rank has all images. The other rank must still pass the tower with it where ranks wait for each other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.models.files.tiny_vision import build_tiny_vision
+from rlhf.tracking.metrics.declarations import merge_metrics, results
+from tests.integration.gang_workers import assert_equal
+from tests.integration.rank_gang import Gangs
+from tests.integration.vision_training import train_rank
+
+# The worker, the ZeRO stage, and the tower's learning rate or None: frozen.
+CASES = [
+    ("grpo", 0, 1e-3),
+    ("grpo", 2, None),
+    ("grpo", 3, 1e-3),
+    ("ppo", 3, None),
+    ("ppo", 2, 1e-3),
+    ("sft", 2, 1e-3),
+    ("sft", 3, None),
+    ("dpo", 2, 1e-3),
+    ("reward_model", 3, 1e-3),
+]
+
+
+def trained(gangs: Gangs, folder: Path, kind: str, *, ranks: int, **options: Any) -> tuple[Any, float, float]:
+    """Return the metrics of two steps, and the largest change of a tower's weight and of another weight."""
+    model = str(build_tiny_vision(folder / kind, kind, seed=0))
+    tokens = 4096 if ranks == 1 else 96
+    found = gangs[ranks].run(train_rank, model=model, folder=str(folder), tokens=tokens, **options)
+    steps = [results(merge_metrics([one[i] for one in found])) for i in range(2)]
+    assert all(one[2:] == found[0][2:] for one in found)
+    return steps, found[0][2], found[0][3]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "stage", "vision_lr"), CASES)
+def test_a_step_with_images_depends_on_neither_ranks_nor_microbatches(
+    gangs: Gangs, tmp_path: Path, name: str, stage: int, vision_lr: float | None
+) -> None:
+    options: dict[str, Any] = {"name": name, "vision_lr": vision_lr}
+    one, tower, others = trained(gangs, tmp_path, "qwen3_vl", ranks=1, zero_stage=0, **options)
+    two, tower_of_two, _ = trained(gangs, tmp_path, "qwen3_vl", ranks=2, zero_stage=stage, **options)
+    norm = next(key for key in one[0] if key.endswith("grad_norm"))
+    assert one[0][norm] > 0
+    assert_equal(one, two)
+    assert others > 1e-4
+    assert (tower > 1e-4) == (tower_of_two > 1e-4) == (vision_lr is not None)
+    assert vision_lr is not None or tower == tower_of_two == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_5", "mistral3", "idefics3"])
+def test_other_kinds_of_models_train_sharded_too(gangs: Gangs, tmp_path: Path, kind: str) -> None:
+    options: dict[str, Any] = {"name": "grpo", "vision_lr": 1e-3}
+    one, *_ = trained(gangs, tmp_path, kind, ranks=1, zero_stage=0, **options)
+    two, *_ = trained(gangs, tmp_path, kind, ranks=2, zero_stage=3, **options)
+    assert_equal(one, two)

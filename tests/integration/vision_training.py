@@ -1,0 +1,172 @@
+"""Training on texts and images in one rank of a gang: responses to prompts, pairs, examples, values."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rlhf.config.schema.root import Config
+from rlhf.types import BatchPlan, Examples, MinibatchPlan, Pairs, Rollouts
+from rlhf.vision.kinds import is_vision_weight
+from rlhf.vision.processor import ImageProcessing
+from rlhf.vision.store import ImageStore
+from rlhf.workers.offline.pairs import PreferenceWorker, RewardModelWorker
+from rlhf.workers.offline.referenced import ReferencedPolicy
+from rlhf.workers.offline.supervised import SupervisedWorker
+from rlhf.workers.online.critic import CriticWorker
+from rlhf.workers.online.policy import PolicyWorker
+from tests.fixtures.vision_models import picture
+from tests.integration.gang_workers import worker_config
+from tests.integration.rank_gang import place_of
+
+GROUPS, SAMPLES, ROWS = 4, 2, 4  # groups and rows of even numbers have images, and belong to rank 0 of two
+OFFLINE: Mapping[str, Any] = {"sft": SupervisedWorker, "dpo": PreferenceWorker, "reward_model": RewardModelWorker}
+
+
+def prompt_of(number: int, model: str, folder: Path) -> Tensor:
+    """Return a prompt of text alone, or of a text, one or two images and a text."""
+    processing, store = ImageProcessing.of_model(model), ImageStore(folder / "images")
+    assert processing is not None
+    if number % 2:
+        return torch.tensor([65 + number, 66, 67, 68, 69])
+    keys = [_added(store, picture(c, (48, 32))) for c in (["red", "blue"] if number % 4 else ["green"])]
+    text = [70 + number, 71, *[processing.placeholder_id] * len(keys), 72]
+    return torch.tensor(processing.expand(text, keys, store))
+
+
+def _added(store: ImageStore, image: Image.Image) -> int:
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG")
+    return store.add(encoded.getvalue())
+
+
+def answer_of(number: int, length: int) -> Tensor:
+    random = torch.Generator().manual_seed(number)
+    return torch.randint(3, 250, (length,), generator=random)
+
+
+def rollouts_of(group: int, model: str, folder: Path) -> Rollouts:
+    prompt = prompt_of(group, model, folder)
+    answers = [answer_of(10 * group + i, 3 + i) for i in range(SAMPLES)]
+    mask = torch.cat([torch.arange(len(prompt) + len(answer)) >= len(prompt) for answer in answers])
+    return Rollouts(
+        sequence_ids=torch.arange(group * SAMPLES, (group + 1) * SAMPLES),
+        lengths=torch.tensor([len(prompt) + len(answer) for answer in answers]),
+        token_ids=torch.cat([part for answer in answers for part in (prompt, answer)]),
+        response_mask=mask,
+        rollout_logprobs=torch.where(mask, -5.0, 0.0),
+        versions=torch.where(mask, 0, -1),
+    )
+
+
+def examples_of(model: str, folder: Path, *, answers: int) -> tuple[Examples, list[int]]:
+    parts, masks, lengths, sizes = [], [], [], []
+    for row in range(ROWS):
+        prompt = prompt_of(row, model, folder)
+        sizes.append(len(prompt))
+        for side in range(answers):
+            whole = torch.cat([prompt, answer_of(10 * row + side, 4 + side)])
+            parts.append(whole)
+            masks.append(torch.arange(len(whole)) >= len(prompt))
+            lengths.append(len(whole))
+    ids = torch.arange(len(lengths))
+    examples = Examples(
+        sequence_ids=ids, lengths=torch.tensor(lengths), token_ids=torch.cat(parts), loss_mask=torch.cat(masks)
+    )
+    return examples, sizes
+
+
+def of_rank(numbers: int, ranks: int) -> tuple[tuple[int, ...], ...]:
+    return (tuple(range(numbers)),) if ranks == 1 else (tuple(range(0, numbers, 2)), tuple(range(1, numbers, 2)))
+
+
+def settings(name: str, model: str, folder: Path, *, ranks: int, tokens: int, **options: Any) -> Config:
+    is_online, stage = name in ("grpo", "ppo"), options["zero_stage"]
+    sections: dict[str, Any] = {
+        "policy": {"vision_lr": options["vision_lr"], "lora": options.get("lora")},
+        "cluster": {"roles": {"policy": {"zero_stage": stage}}},
+        "train": {"lr": 1e-3, "sequences_per_update": GROUPS * SAMPLES if is_online else ROWS},
+    }
+    if is_online:
+        sections["data"] = {"max_prompt_tokens": 40}
+        sections["rollouts"] = {"prompts_per_step": GROUPS, "samples_per_prompt": SAMPLES}
+    if name == "ppo":
+        sections["critic"] = {"model": model, "dtype": "float32", "vision_lr": options["vision_lr"]}
+        sections["cluster"]["roles"]["critic"] = {"zero_stage": stage, "workers": ranks}
+    return worker_config(
+        {"name": name}, model, str(folder), workers=ranks, tokens=tokens, is_online=is_online, **sections
+    )
+
+
+def train_rank(
+    rank: int, world_size: int, *, name: str, model: str, folder: str, tokens: int, **options: Any
+) -> list[Any]:
+    """Run one rank: metrics of two optimizer steps on the same batch, and how far tower and layers moved."""
+    path = Path(folder)
+    config = settings(name, model, path, ranks=world_size, tokens=tokens, **options)
+    place = replace(place_of(rank, world_size), images=path / "images")
+    if name == "ppo":
+        assert config.critic is not None
+        worker: Any = CriticWorker(config, config.critic, place, optimizer_steps=2)
+    else:
+        kind = PolicyWorker if name == "grpo" else OFFLINE[name]
+        worker = kind(config, place, optimizer_steps=2)
+    worker.build()
+    before = _weights(worker)
+    steps = _online(worker, model, path) if name in ("grpo", "ppo") else _offline(worker, name, model, path)
+    after = _weights(worker)
+    moved = {name: float((after[name] - before[name]).abs().max()) for name in before}
+    tower = [move for name, move in moved.items() if is_vision_weight(name)]
+    return [*steps, max(tower), max(move for name, move in moved.items() if not is_vision_weight(name))]
+
+
+def _weights(worker: Any) -> dict[str, Tensor]:
+    return {name: weight.clone() for name, weight in worker.engine.named_weights(torch.float32)}
+
+
+def _online(worker: Any, model: str, folder: Path) -> list[Any]:
+    ranks = worker.place.world_size
+    rollouts = [rollouts_of(group, model, folder) for group in range(GROUPS)]
+    groups = of_rank(GROUPS, ranks)
+    sequences = tuple(tuple(i for g in share for i in range(g * SAMPLES, (g + 1) * SAMPLES)) for share in groups)
+    count = sum(int(one.response_mask.sum()) for one in rollouts)
+    minibatch = MinibatchPlan(sequences_by_rank=sequences, num_tokens=count, num_sequences=GROUPS * SAMPLES)
+    scores = {i: float(i % SAMPLES) for i in range(GROUPS * SAMPLES)}
+    plan = BatchPlan(step=1, minibatches=(minibatch, minibatch), scores=scores, kl_coef=0.0, entropy_coef=0.0)
+    plan = replace(plan, minibatches=(minibatch,))
+    if isinstance(worker, CriticWorker):
+        column, _ = worker.values(plan, *rollouts)
+        worker.prepare(replace(column, values=torch.linspace(-1.0, 1.0, len(column.values)).round()))
+    else:
+        worker.prepare(plan, *rollouts)
+        worker.set_advantages({i: 2.0 - (i * 7 % 5) for i in plan.scores})
+    return [worker.update(0), worker.update(0)]
+
+
+def _offline(worker: Any, name: str, model: str, folder: Path) -> list[Any]:
+    ranks = worker.place.world_size
+    examples, sizes = examples_of(model, folder, answers=1 if name == "sft" else 2)
+    data: Any = examples
+    if name != "sft":
+        prompts = torch.tensor(sizes)
+        data = Pairs(
+            examples=examples,
+            prompt_tokens=prompts,
+            margins=torch.zeros(ROWS),
+            labels=torch.ones(ROWS, dtype=torch.bool),
+        )
+    worker.load_data(data)
+    count = int(examples.loss_mask.sum())
+    plan = MinibatchPlan(sequences_by_rank=of_rank(ROWS, ranks), num_tokens=count, num_sequences=ROWS)
+    if isinstance(worker, ReferencedPolicy):
+        columns: list[Any] = [None] * ranks
+        torch.distributed.all_gather_object(columns, worker.reference_logprobs(0, plan)[0])
+        worker.store_reference(0, folder / f"{ranks}.safetensors", *columns)
+    return [worker.update_on(plan), worker.update_on(plan)]
