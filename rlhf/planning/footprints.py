@@ -65,13 +65,14 @@ def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config
     scalar = derive.has_value_head(config, role_name)
     whole = shape.scalar_parameters if scalar else shape.parameters
     lora = model.lora
-    trained = whole if lora is None else _adapted(shape, lora) + (shape.hidden if scalar else 0)
+    tower = shape.tower if model.vision_lr is None else 0  # stays as it is
+    trained = whole - tower if lora is None else _adapted(shape, lora) + (shape.hidden if scalar else 0)
     tokens, accumulates = tokens_of_microbatch(config, role)
     on_gpu = config.cluster.device == "cuda"
     return memory.Training(
         trained=trained,
-        frozen=0 if lora is None else whole,
-        frozen_bytes=0.0 if lora is None else _base_bytes(shape, model, whole),
+        frozen=tower if lora is None else whole,
+        frozen_bytes=float(tower * _itemsize(model)) if lora is None else _base_bytes(shape, model, whole),
         itemsize=_itemsize(model),
         zero_stage=role.zero_stage,
         ranks=role.workers,

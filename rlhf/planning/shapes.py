@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlhf.deferred import torch, transformers
 from rlhf.errors import UserError
 from rlhf.models.files.folder_check import num_experts, read_json_object
 from rlhf.models.files.small_models import SMALL_MODELS, fetched_to
+from rlhf.models.files.tiny_vision import KINDS
+from rlhf.vision.kinds import is_vision_weight
 
 DENSE_CLASSES = ("Llama", "Mistral", "Qwen2", "Qwen3")  # decoders with the layers counted here
 MIXTURES = ("Mixtral", "Qwen3Moe", "Glm4Moe", "GptOss")
 KNOWN_CLASSES = (*DENSE_CLASSES, *MIXTURES)
+_DECODERS = {  # of vision models, by model_type
+    **{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"},
+    **{"qwen2_vl": "Qwen2", "qwen2_5_vl": "Qwen2", "qwen3_vl": "Qwen3"},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +49,7 @@ class Shape:
     shared_ffn: int = 0  # width of the experts that every token passes
     dense_layers: int = 0  # first layers of a mixture, with an MLP of width ffn
     extra: int = 0  # biases and sinks of a layer that are not counted otherwise
+    tower: int = 0  # parameters of a vision tower and projector
 
     @property
     def query(self) -> int:
@@ -92,12 +100,12 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        return self.embedding * (1 if self.tied else 2) + self.block_parameters + self.hidden
+        return self.embedding * (1 if self.tied else 2) + self.block_parameters + self.hidden + self.tower
 
     @property
     def scalar_parameters(self) -> int:
         """Return the number of parameters with a scalar head, as in critics and reward models."""
-        return self.embedding + self.block_parameters + 2 * self.hidden
+        return self.embedding + self.block_parameters + 2 * self.hidden + self.tower
 
     @property
     def _linear_layers(self) -> tuple[tuple[int, int], ...]:
@@ -137,6 +145,8 @@ class Shape:
 
 def shape_of(config: Mapping[str, Any], source: str) -> Shape:
     """Read a shape from config.json values. Raise UserError for an unknown architecture or a missing size."""
+    if config.get("vision_config"):
+        return _seeing_shape(config, source)
     names = config.get("architectures") or []
     kind = str(names[0]) if names else str(config.get("model_type", "no class at all"))
     family = kind.removesuffix("ForCausalLM").removesuffix("ForSequenceClassification")
@@ -161,6 +171,28 @@ def shape_of(config: Mapping[str, Any], source: str) -> Shape:
         qk_norm=family in ("Qwen3", "Qwen3Moe") or bool(config.get("use_qk_norm", False)),
         **(_mixture(family, config, source) if family in MIXTURES else {}),
     )
+
+
+def _seeing_shape(config: Mapping[str, Any], source: str) -> Shape:
+    """Read the shape of a vision model: the decoder's sizes, and the size of its tower."""
+    text: Mapping[str, Any] = config.get("text_config") or config  # older files of Qwen2-VL have no section
+    kind = str(text.get("model_type", config.get("model_type")))
+    if (family := _DECODERS.get(kind.removesuffix("_text"))) is None:
+        known = ", ".join(sorted(_DECODERS))
+        raise UserError(f"{source} has a decoder of type {kind}, whose memory is not modelled; known are {known}")
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    named = {**text, "vision_config": None, "architectures": [f"{family}ForCausalLM"], "tie_word_embeddings": tied}
+    return replace(shape_of(named, source), tower=_tower_parameters(config))
+
+
+def _tower_parameters(config: Mapping[str, Any]) -> int:
+    """Count the parameters outside the decoder, in transformers' model without memory."""
+    from rlhf.models.files.loading import class_of  # takes seconds, like transformers' model
+
+    settings = transformers.AutoConfig.for_model(**config)
+    with torch.device("meta"):
+        model = class_of(settings, scalar=False).from_config(settings)
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if is_vision_weight(name))
 
 
 def _mixture(family: str, config: Mapping[str, Any], source: str) -> dict[str, int]:
@@ -191,6 +223,8 @@ def find_shape(model: str, *, shapes: Path | None, made: Mapping[str, str]) -> S
     """
     if model == "tiny:llama":
         return TINY
+    if model.startswith("tiny:") and model.removeprefix("tiny:") in KINDS:
+        return shape_of(KINDS[model.removeprefix("tiny:")]()[0].to_dict(), "rlhf/models/files/tiny_vision.py")
     if model in made:
         return find_shape(made[model], shapes=shapes, made=made)
     if (stored := find_config(model, shapes=shapes)) is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf.algorithms.sft import SFTConfig
 from rlhf.config.derive import (
     adapter_options,
     has_value_head,
@@ -27,10 +28,12 @@ from rlhf.data.row import Row
 from rlhf.data.spans import words_of
 from rlhf.data.templates import ChatTemplate
 from rlhf.errors import UserError, prefix_errors
+from rlhf.models.adapters.settings import base_of
 from rlhf.models.files.folder_check import num_experts, refuse_broken_weights
 from rlhf.models.files.hub import use_cache_if_silent
 from rlhf.models.files.loading import (
     architecture_fingerprint,
+    is_adapter,
     load_model_config,
     load_tokenizer,
     refuse_missing_weights,
@@ -68,6 +71,9 @@ def check_models(config: Config, made: StageResults, *, vocabulary_of: str) -> N
                     _refuse_other_vocabulary(section, source, vocabulary_of, model.trust_remote_code)
         else:
             _refuse_unusable_model(section, key, model, config, made.finals, vocabulary_of=vocabulary_of)
+            with prefix_errors(f"{section}.{key}"):
+                policy = made.finals.get(config.policy.model, config.policy.model)
+                _refuse_other_sight(model.model, policy, model.trust_remote_code)
 
 
 def _refuse_unusable_model(
@@ -110,6 +116,12 @@ def _refuse_untrainable(
     if model.vision_lr is not None and getattr(shape, "vision_config", None) is None:
         raise UserError(
             f"{section}.vision_lr: is {model.vision_lr:g}, but {model.model} has no vision tower. Remove it."
+        )
+    sees, algorithm = getattr(shape, "vision_config", None) is not None, config.algorithm
+    if sees and isinstance(algorithm, SFTConfig) and algorithm.neftune_alpha is not None:
+        raise UserError(
+            f"algorithm.neftune_alpha: is {algorithm.neftune_alpha:g}, but {model.model} sees images, whose embeddings "
+            "get no noise here. Set it to null."
         )
     routed = {"router_balance_coef": model.router_balance_coef}
     if isinstance(model, PolicyConfig):
@@ -190,6 +202,25 @@ def _refuse_other_vocabulary(section: Role, path: str, policy: str, trust_remote
         raise UserError(
             f"{path} has another vocabulary than policy.model {policy}, but gets its token ids; name a model with "
             "the same tokenizer"
+        )
+
+
+def _refuse_other_sight(path: str, policy: str, trust_remote_code: bool) -> None:
+    """Raise UserError if a policy sees images that a model of another role cannot see, or sees as other tokens."""
+    if path == policy or described_config(Path(policy)) is not None:
+        return
+    if getattr(load_model_config(policy, trust_remote_code=trust_remote_code), "vision_config", None) is None:
+        return
+    from rlhf.vision.processor import ImageProcessing  # with the processors of transformers, which take seconds
+
+    whole = base_of(Path(path))[0] if is_adapter(Path(path)) else path
+    own, other = ImageProcessing.of_model(policy), ImageProcessing.of_model(whole)
+    if own is None or other is None:
+        raise UserError(f"{path} reads text alone, but policy.model {policy} sees images; name a model that sees too")
+    if any(own.expansion(*size) != other.expansion(*size) for size in ((64, 48), (640, 480), (1600, 400))):
+        raise UserError(
+            f"{path} sees an image as other tokens than policy.model {policy}, but gets its token ids; name a model "
+            "with the same image processor"
         )
 
 

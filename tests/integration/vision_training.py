@@ -143,7 +143,8 @@ def _online(worker: Any, model: str, folder: Path) -> list[Any]:
     plan = replace(plan, minibatches=(minibatch,))
     if isinstance(worker, CriticWorker):
         column, _ = worker.values(plan, *rollouts)
-        worker.prepare(replace(column, values=torch.linspace(-1.0, 1.0, len(column.values)).round()))
+        by_sequence = column.sequence_ids.repeat_interleave(column.lengths)
+        worker.prepare(replace(column, values=(by_sequence % 3 - 1).float()))
     else:
         worker.prepare(plan, *rollouts)
         worker.set_advantages({i: 2.0 - (i * 7 % 5) for i in plan.scores})

@@ -288,7 +288,7 @@ def _refuse_unknown_names(model: Any, config: peft.LoraConfig) -> None:
         ("target_modules", config.target_modules, "linear layers", lambda m: isinstance(m, nn.Linear)),
         ("modules_to_save", config.modules_to_save or (), "modules", lambda m: not isinstance(m, nn.ModuleList)),
     ):
-        if missing := sorted(name for name in wanted if not any(map(fits, by_name.get(name, ())))):
+        if missing := sorted(name for name in wanted if not any(map(fits, by_name.get(name.rpartition(".")[2], ())))):
             raise UserError(f"lora.{key}: the model has no {kind} named {', '.join(missing)}.")
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}
     stacks = {name.rpartition(".")[2] for name, shape in shapes.items() if len(shape) == 3}
