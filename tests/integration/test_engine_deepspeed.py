@@ -5,7 +5,9 @@ The loss is a sum over the optimizer step, so the result must not depend on rank
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,11 @@ def load_hostile(rank: int, world_size: int, *, stage: int, dtype: torch.dtype, 
     return messages
 
 
+def mlflow_of(rank: int, world_size: int) -> tuple[bool, bool]:
+    """Return whether MLflow is imported, and whether it can be."""
+    return "mlflow" in sys.modules, importlib.util.find_spec("mlflow") is not None
+
+
 @pytest.fixture(params=[1, 2], ids=lambda n: f"{n}rank")
 def gang(request: pytest.FixtureRequest, gangs: Gangs) -> Gang:
     return gangs[request.param]
@@ -230,3 +237,7 @@ def test_the_optimizer_of_a_resumed_run_has_the_settings_of_its_configuration(
         for same_stage, other_stage in (changed[:2], changed[2:]):
             torch.testing.assert_close(same_stage, other_stage, rtol=1e-4, atol=2e-6)
             assert distance(same_stage, unchanged) > 0.001
+
+
+def test_a_rank_begins_without_mlflow_and_can_import_it(gangs: Gangs) -> None:
+    assert gangs[2].run(mlflow_of) == [(False, True)] * 2
