@@ -74,9 +74,9 @@ def config_of(form: str, models: Path, folder: str, *, tokens: int = 4096, **lay
 
 
 def ranked(group: int) -> RankedRollouts:
-    """Return a group's responses with the likeliest tokens of a random sampler."""
+    """Return a group's responses with the likeliest tokens of a random sampler, sharp enough to truncate weights."""
     plain, random = rollouts_of(group), torch.Generator().manual_seed(100 + group)
-    sampler = torch.randn(len(plain.token_ids), VOCAB_SIZE, generator=random).log_softmax(-1)
+    sampler = (3.0 * torch.randn(len(plain.token_ids), VOCAB_SIZE, generator=random)).log_softmax(-1)
     top, mask = sampler.topk(KEPT), plain.response_mask
     given = {name: getattr(plain, name) for name in ("sequence_ids", "lengths", *Rollouts.columns())}
     given["rollout_logprobs"] = sampler.gather(1, plain.token_ids[:, None])[:, 0].where(mask, 0.0)
