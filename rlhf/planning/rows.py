@@ -63,7 +63,7 @@ def _mean_characters(source: DataSource, config: Config) -> float:
 
 def _characters(value: Any) -> int:
     if isinstance(value, str):
-        return len(value)
+        return 0 if value.startswith("data:image/") else len(value)
     if isinstance(value, Mapping):
         return sum(map(_characters, value.values()))
     return sum(map(_characters, value)) if isinstance(value, list) else 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.derive import source_of
+from rlhf.data.images import has_images
 from rlhf.data.row import Row, shown
 from rlhf.data.sources import read_rows
 from rlhf.errors import UserError
@@ -155,7 +156,13 @@ class _DataOfRun:
                 raise UserError(f"{row.place}: belongs to the set {split}, but {sets}")
             sources = scoring.train_sets if split == "train" else [scoring.eval_sets[split]]
             files = [read_rows(source_of(source), columns=scoring.columns) for source in sources]
-            self.sets[split] = [row for rows in files for row in rows]
+            rows = [row for rows in files for row in rows]
+            if seen := next((row for row in rows if has_images(row, strict=True)), None):
+                raise UserError(
+                    f"{seen.place}: holds an image, and rewards of saved responses read text alone. Let the run or "
+                    "`rlhf eval` score the responses."
+                )
+            self.sets[split] = rows
         return self.sets[split]
 
 

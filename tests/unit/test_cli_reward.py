@@ -91,6 +91,15 @@ def test_samples_of_a_run_get_the_columns_of_its_data(config: str, tmp_path: Pat
             rlhf.reward(config, write(tmp_path / "r.jsonl", [rows[0] | wrong]))
 
 
+def test_samples_of_rows_with_images_are_refused(config: str, tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", [{"prompt": "a", "answer": "xx", "images": ["a.png"]}])
+    tokens = {"texts": ["x"], "sampled": [True], "old_logprobs": [-0.5], "ref_logprobs": None}
+    sample = {"split": "train", "prompt_id": 0, "prompt": "<a>", "response": "xx"}
+    sample |= {"group_id": 3, "response_tokens": 1, "score": 0.0, "tokens": tokens}
+    with pytest.raises(UserError, match=r"data\.jsonl:1: holds an image, and rewards of saved responses read text"):
+        rlhf.reward(config, write(tmp_path / "r.jsonl", [sample]))
+
+
 def test_samples_of_an_agent_are_scored_with_its_results(config: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FOUND)
     of_run = {"split": "train", "prompt_id": 1, "group_id": 3, "response_tokens": 2, "prompt": "<b>", "response": "y"}
