@@ -155,7 +155,7 @@ class PolicyProbe:
 
     version: int
     token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]  # of token_ids[1:]
+    logprobs: tuple[float, ...]  # of token_ids[1:] without images' positions
     dtype: str  # of the weights
 
 
@@ -208,6 +208,10 @@ class RolloutRole(MeasuredRole, Protocol):
     async def prove(self, probe: PolicyProbe) -> float | None:
         """Return the largest difference between the log-probabilities of engines and policy. None: no engine works now.
         Raise RunError if an engine has different weights. Engines that start later must pass the same probe."""
+
+    async def image_effect(self, token_ids: Sequence[int], other_ids: Sequence[int]) -> float | None:
+        """Return the smallest effect, of all engines, of the images of `other_ids` on log-probabilities. None: no
+        engine works. See rlhf.vision.sight.image_effect."""
 
     async def sleep(self, *, keep_weights: bool) -> None:
         """Free the GPU for the trainers (no effect on a CPU). Discarded weights are restored by the next sync."""
@@ -383,7 +387,7 @@ class PolicyRole(TrainedRole, Protocol):
         """Free the memory of the transfer, once the engines have loaded the weights."""
 
     async def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """Return log-probabilities of token_ids[1:] at temperature 1."""
+        """Return log-probabilities of token_ids[1:] at temperature 1, except at images' positions."""
 
 
 class CriticRole(TrainedRole, Protocol):
@@ -416,6 +420,9 @@ class OfflineRole(TrainedRole, Protocol):
 
     async def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, states: StatesByRank = ()) -> Metrics:
         """Return loss and accuracy on the planned rows of a data set, without an update."""
+
+    async def probe(self, token_ids: Sequence[int]) -> list[float]:
+        """Return log-probabilities of token_ids[1:] at temperature 1, except at images' positions."""
 
     async def reference_key(self, dataset: int) -> str:
         """Return a key for the current weights' logprobs of a data set."""

@@ -26,8 +26,8 @@ def call(
     free = np.ones(len(response), np.bool_)
     free[list(fixed)] = False
     return Call(
-        prompt_ids=np.array(prompt, np.int32),
-        response_ids=np.array(response, np.int32),
+        prompt_ids=np.array(prompt, np.int64),
+        response_ids=np.array(response, np.int64),
         logprobs=-np.arange(first, first + len(response), dtype=np.float32),
         versions=np.full(len(response), version, np.int32),
         free=free,

@@ -11,6 +11,7 @@ from typing import Any
 
 from actors.rollout.engine_actor import RolloutSpec, engine_environment
 from actors.rollout.engine_thread import Aborted, Submission
+from actors.rollout.image_inputs import ImageInputs
 from actors.serving.captured_sessions import CapturedSessions
 from actors.serving.front import Front, FrontSpec, build_front
 from actors.serving.front_engine import EngineParts, FrontEngine
@@ -117,7 +118,7 @@ def dummy_parts(model: Path, max_model_len: int = 1024) -> EngineParts:
     from vllm.renderers import renderer_from_config
     from vllm.v1.engine.input_processor import InputProcessor
 
-    arguments = EngineArgs(model=str(model), enforce_eager=True, **lengths)
+    arguments = EngineArgs(model=str(model), enforce_eager=True, mm_processor_cache_gb=0, **lengths)
     config = arguments.create_engine_config()
     renderer = renderer_from_config(config)
     return EngineParts(
@@ -129,8 +130,8 @@ def dummy_parts(model: Path, max_model_len: int = 1024) -> EngineParts:
     )
 
 
-async def open_front(loop: DummyLoop, parts: EngineParts, spec: FrontSpec) -> Front:
-    """Start a front over a dummy engine."""
+async def open_front(loop: DummyLoop, parts: EngineParts, spec: FrontSpec, images: ImageInputs | None = None) -> Front:
+    """Start a front over a dummy engine. images: of requests, for a model that sees."""
     engine = FrontEngine(loop, parts, ends=spec.turn_ends, lora=lambda: None)
-    sessions = CapturedSessions(lambda prefix: loop.abort([prefix]))
-    return await Front.serve(await build_front(engine, sessions, spec), host="127.0.0.1")
+    sessions = CapturedSessions(lambda prefix: loop.abort([prefix]), takes_images=images is not None)
+    return await Front.serve(await build_front(engine, sessions, spec, images), host="127.0.0.1")

@@ -233,6 +233,11 @@ def _by_sequence(plan: BatchPlan, columns: Sequence[tuple[Ref[T], Any]]) -> list
     """Return one column per data-parallel rank, with the rank's sequences of a plan."""
     return [RemoteColumns(ref=column, sequence_ids=plan.sequences_of(rank)) for rank, (column, _) in enumerate(columns)]
 
+    async def probe(self, token_ids: Sequence[int]) -> list[float]:
+        """Compute the probe on all ranks, since the weights may be sharded."""
+        results: list[list[float]] = await self.each(lambda h: h.probe.remote(tuple(token_ids)), "probe")
+        return results[0]
+
 
 class PolicyGang(Gang):
     """The ranks of an online run's policy."""
@@ -307,11 +312,6 @@ class PolicyGang(Gang):
 
     async def settle(self) -> None:
         await self.all([h.settle.remote() for h in self.handles], "weight sync")
-
-    async def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """Compute the probe on all ranks, since the weights may be sharded."""
-        results: list[list[float]] = await self.each(lambda h: h.probe.remote(tuple(token_ids)), "weight sync")
-        return results[0]
 
 
 class CriticGang(Gang):

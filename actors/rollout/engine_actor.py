@@ -24,6 +24,7 @@ from actors.rollout.engine_spool import EngineSpool, Group
 from actors.rollout.engine_thread import Aborted, EngineLoop, Submission
 from actors.rollout.engine_weights import EngineWeights, SyncReceipt
 from actors.rollout.held_requests import HeldRequests
+from actors.rollout.image_inputs import ImageInputs
 from actors.rollout.tool_calls import VllmToolCalls
 from actors.rollout.vllm_engine import (
     RolloutSpec,
@@ -77,7 +78,8 @@ class RolloutWorker:
     def __init__(self, spec: RolloutSpec) -> None:
         self.spec = spec
         complete = add_experts if spec.records_experts else None
-        self.loop = EngineLoop(lambda: build_engine(spec), name=spec.name, complete=complete)
+        self.images = None if spec.images is None else ImageInputs(spec.model, spec.images)
+        self.loop = EngineLoop(lambda: build_engine(spec), name=spec.name, complete=complete, images=self.images)
         self.calls = EngineCalls(self.loop, deadline_s=spec.call_timeout_s)
         self.held = HeldRequests(self.calls)
         self.weights = EngineWeights(spec, self.calls)
@@ -228,7 +230,8 @@ class RolloutWorker:
         assert isinstance(spec, EnvironmentSpec), "an engine without a front has no agent"
         tokenizer = load_tokenizer(spec.tokenizer, trust_remote_code=spec.trust_remote_code, template=spec.template)
         ends = await self.calls.run(end_tokens, "its end tokens")
-        conversations = Conversations(spec, tokenizer, self._draw, ends)
+        images = None if self.images is None else self.images.of_rows
+        conversations = Conversations(spec, tokenizer, self._draw, ends, images)
         description = await conversations.start()
         if description.tools:
             conversations.parser = VllmToolCalls(spec.tool_parser, tokenizer, description.tools)
@@ -286,8 +289,9 @@ class RolloutWorker:
         return await self.weights.update(manifest, version)
 
     async def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """Return the log-probabilities of token_ids[1:] by the forward pass of rollouts, without the cache.
+        """Return the log-probabilities of token_ids[1:] without images' positions, by the forward pass of rollouts.
 
+        No cached keys and values are read. A cached output of the tower is from the same weights.
         Samples may run meanwhile. The probe waits for no sample, not even during a recomputation of tokens.
         """
         self.weights.refuse_asleep("weights", "cache")
@@ -298,7 +302,8 @@ class RolloutWorker:
         )
         (future,) = self.loop.submit([self._submission("probe-", tuple(token_ids), params, is_first=True)])
         output = await self.calls.wait(future, "the probe")
-        return [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)]
+        logprobs = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
+        return [at[token].logprob for at, token in logprobs if token >= 0]
 
     async def sleep(self, *, keep_weights: bool) -> None:
         await self.weights.sleep(keep_weights=keep_weights)

@@ -25,6 +25,7 @@ from rlhf.models.support import refuse_without_engine
 from rlhf.process.owned_folders import keep_temporary_files_apart
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.types import MemoryReport
+from rlhf.vision.reading import ImageFolder
 
 ASKED_AT_ONCE = 10_000  # calls queued in an engine's actor; vLLM has a separate queue
 
@@ -72,9 +73,13 @@ def start_engines(
     max_model_len: int,
     spool: Path,
     environment: EnvironmentSpec | AgentSpec | None,
+    images: ImageFolder | None = None,
     engine: type[RolloutEngine] = RolloutEngine,
 ) -> RolloutEngines:
-    """Create the engines' actors, without models yet, to wait for the policy's weights."""
+    """Create the engines' actors, without models yet, to wait for the policy's weights.
+
+    images: of the prompts, for a model that sees.
+    """
     role, sync = config.cluster.roles.rollout, weight_sync(config.cluster, one_host=placement.on_one_host())
     spec = replace(
         engine_spec(config, max_model_len=max_model_len, environment=environment),
@@ -82,6 +87,7 @@ def start_engines(
         sender_address=None if placement.on_one_host() else placement.addresses_of(PolicyGang.role)[0],
         colocated=role.colocate_with is not None,
         spool=spool,
+        images=images,
     )
     engines = RolloutEngines(
         *_spawn(spec, config.cluster, placement, engine),
@@ -101,9 +107,13 @@ def serve_engines(
     *,
     max_model_len: int,
     environment: EnvironmentSpec | AgentSpec | None = None,
+    images: ImageFolder | None = None,
     engine: type[RolloutEngine] = RolloutEngine,
 ) -> RolloutEngines:
-    """Create frozen engines for a model on disk, not started yet."""
+    """Create frozen engines for a model on disk, not started yet.
+
+    images: of the prompts, for a model that sees.
+    """
     spec = RolloutSpec(
         model=model.base,
         tokenizer=model.tokenizer,
@@ -114,6 +124,7 @@ def serve_engines(
         lora_rank=model.lora_rank,
         trust_remote_code=model.trust_remote_code,
         environment=environment,
+        images=images,
     )
     return RolloutEngines(*_spawn(spec, cluster, placement, engine), deadline_s=cluster.call_timeout_s)
 

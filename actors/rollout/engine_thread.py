@@ -14,13 +14,14 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 from actors.rollout.continuation import output_so_far, restore_output
+from actors.rollout.image_inputs import ImageInputs
 from actors.rollout.vllm_engine import has_lost_workers, has_step_in_flight, lacks_cache, no_new_steps, put_first
 from rlhf.engine.device_errors import has_lost_device
 from rlhf.engine.memory import advice_on_memory, is_out_of_memory
@@ -31,15 +32,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """A sample to draw: vLLM's input, parameters and adapter under a unique id in the engine's life."""
+    """A sample to draw: a prompt, vLLM's parameters and adapter under a unique id in the engine's life."""
 
     request_id: str
-    prompt_token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...]  # negative: the key of an image whose embedding stands there
     params: Any
     lora: Any  # None: no adapter
     begun: tuple[int, ...] = ()  # first tokens of the response, which an earlier request sampled
     is_first: bool = False  # before all requests that wait in the engine
-    media: Mapping[str, Any] | None = None  # images of the prompt, as vLLM's renderer prepares them
 
 
 class Aborted(RunError):
@@ -50,9 +50,15 @@ class EngineLoop:
     """Runs until `stop` or until the engine fails. Then every waiting and every later call raises RunError."""
 
     def __init__(
-        self, build: Callable[[], Any], *, name: str, complete: Callable[[Any, Any], None] | None = None
+        self,
+        build: Callable[[], Any],
+        *,
+        name: str,
+        complete: Callable[[Any, Any], None] | None = None,
+        images: ImageInputs | None = None,
     ) -> None:
         self.name = name
+        self._images = images  # None: prompts are text alone
         self._complete = complete  # gets the engine and each output finished in the last step
         self.last_step = time.monotonic()
         self.is_paused = False  # no step begins; set in this thread, by a call that must be repeated first
@@ -120,9 +126,7 @@ class EngineLoop:
                     internal_id = engine.add_request(
                         sample.request_id,
                         {
-                            "type": "token",
-                            "prompt_token_ids": [*sample.prompt_token_ids, *sample.begun],
-                            **(sample.media or {}),
+                            **self._input_of(engine, [*sample.prompt_token_ids, *sample.begun]),
                             "cache_salt": engine.get_weight_version(),  # no block of other weights is reused
                         },
                         sample.params,
@@ -140,6 +144,13 @@ class EngineLoop:
 
         self._enqueue(add).add_done_callback(lambda done: _fail(futures, done.exception()))
         return futures
+
+    def _input_of(self, engine: Any, token_ids: list[int]) -> dict[str, Any]:
+        if self._images is not None:
+            return self._images.input_of(engine, token_ids)
+        if min(token_ids, default=0) < 0:
+            raise RunError(f"{self.name}: a prompt has an image, and the engine takes text alone")
+        return {"type": "token", "prompt_token_ids": token_ids}
 
     def abort(self, prefixes: Sequence[str], *, keeps: bool = False) -> Future[int]:
         """Drop the requests with an id that begins with a given prefix. Return the number of dropped requests.

@@ -17,6 +17,7 @@ from rlhf.rollouts.environments.conversations import Conversations, EnvironmentS
 from rlhf.rollouts.records.spans import Played, Sampled
 from rlhf.tracking import logs
 from rlhf.types import Prompt, Sampling
+from rlhf.vision.keys import decoded
 
 
 class Left(Exception):
@@ -54,17 +55,17 @@ async def _play(
 
     async def draw(group_id: int, tokens: tuple[int, ...], seed: int, sampling: Sampling, end: int | None) -> Sampled:
         nonlocal shown
-        show(tokenizer.decode(list(tokens[shown:]), skip_special_tokens=False))
+        show(decoded(tokens[shown:], tokenizer))
         text = await asyncio.to_thread(next, lines, None)
         if text is None:
             raise Left
-        before = tokenizer.decode(list(tokens[-1:]), skip_special_tokens=False)
+        before = decoded(tokens[-1:], tokenizer)
         ids = [*continuation.encode([(before, text)])[0], tokenizer.eos_token_id if end is None else end]
         ids = ids[: sampling.max_new_tokens]
         shown = len(tokens) + len(ids)
         return Sampled(token_ids=tuple(ids), logprobs=(0.0,) * len(ids), versions=(0,) * len(ids), finish_reason="stop")
 
-    conversations = Conversations(environment, tokenizer, draw)
+    conversations = Conversations(environment, tokenizer, draw, images=stage.images)
     description = await conversations.start()
     try:
         if description.tools:

@@ -29,6 +29,7 @@ from rlhf.controller.weight_sync import check_probe
 from rlhf.errors import RESUMES, RunError, WorkerLost
 from rlhf.roles import PolicyProbe
 from rlhf.types import MemoryReport
+from rlhf.vision.sight import image_effect
 
 Call = Callable[[ActorHandle[Any]], Any]  # returns the reference to a result
 MOST_MISSES = 3  # failures of an engine to find published weights: more mean that the node cannot see them
@@ -272,6 +273,17 @@ class ReplaceableEngines(WorkerPool):
             if self.handles[engine] in self._received:  # and no successor of it waits meanwhile
                 self._unsynced.pop(engine).set_result(None)
         return max(differences, default=None)
+
+    async def image_effect(self, token_ids: Sequence[int], other_ids: Sequence[int]) -> float | None:
+        """Return the smallest effect, of all engines, of the images of `other_ids` on log-probabilities. None: no
+        engine works."""
+        own = await self._probed(tuple(token_ids))
+        other = await self._probed(tuple(other_ids))
+        effects = [image_effect(own[engine], other[engine], token_ids) for engine in own.keys() & other.keys()]
+        return min(effects, default=None)
+
+    async def _probed(self, token_ids: tuple[int, ...]) -> dict[int, list[float]]:
+        return await self.present(lambda h: h.probe.remote(token_ids), "weight sync", among=self._received)
 
     async def start_profile(self) -> None:
         await self.present(lambda h: h.start_profile.remote(), "profile")

@@ -24,6 +24,7 @@ from rlhf.agents.sessions import AgentSpec
 from rlhf.errors import RunError, UserError
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.types import Sampling
+from rlhf.vision.reading import ImageFolder
 
 KvAfterUpdate = Literal["recompute", "keep"]  # keys and values computed by the weights before an update
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # supported by vLLM
@@ -56,6 +57,7 @@ class RolloutSpec:
     top_logprobs: int = 0  # most likeliest tokens that a request may ask for with each sampled token
     engine_args: Mapping[str, Any] = field(default_factory=dict)  # more of vLLM's EngineArgs, by its names
     sender_address: str | None = None  # of the host that broadcasts the weights; None: all on one host
+    images: ImageFolder | None = None  # of the prompts; None: the engine takes text alone
     spool: Path | None = None  # finished groups are kept here
     spools_failures: bool = False  # also groups whose environment failed, which a fixed one could play again
     carries_over: bool = False  # a cancelled group is kept in the spool, for a later request that continues it
@@ -143,6 +145,9 @@ def build_engine(spec: RolloutSpec) -> Any:
         # vLLM's operation for CPUs turns a query wrongly whose heads stand apart.
         compilation_config={"custom_ops": ["-rotary_embedding"]} if cpu and heads_stand_apart(config) else {},
         enable_return_routed_experts=spec.records_experts and not cpu,
+        limit_mm_per_prompt=_limits_of(spec.images),
+        mm_processor_cache_gb=0,  # images are kept once, see image_inputs
+        skip_mm_profiling=cpu,  # the cache's size is given
         worker_extension_cls="actors.weights.vllm_extension.WorkerExtension",
         weight_transfer_config=None if spec.is_frozen else WeightTransferConfig(backend=f"rlhf_{spec.transport}"),
         disable_log_stats=True,
@@ -164,6 +169,10 @@ def build_engine(spec: RolloutSpec) -> Any:
     if spec.records_experts and cpu:
         engine.collective_rpc("record_experts")
     return engine
+
+
+def _limits_of(images: ImageFolder | None) -> dict[str, int]:
+    return {} if images is None else {"image": images.limits.max_images, "video": 0, "audio": 0}
 
 
 def lacks_cache(error: BaseException) -> bool:
@@ -351,6 +360,8 @@ def _scheduler(engine: Any) -> Any:
 
 def _finish(engine: Any, version: int, checksums: Sequence[str], *, keep_cache: bool) -> LoadedWeights:
     engine.set_weight_version(str(version))
+    if engine.model_config.is_multimodal_model:
+        engine.reset_encoder_cache()  # outputs of the tower, by the images' hashes
     scheduler = _scheduler(engine)
     cache = scheduler.kv_cache_manager
     if keep_cache:

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from actors.cluster.placement import Placement, reserve
 from actors.roles.group import WorkerGroup
@@ -26,6 +25,7 @@ from rlhf.config.schema.root import Config
 from rlhf.config.transports import TRANSPORTS
 from rlhf.errors import RunError
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
+from rlhf.vision.reading import ImageFolder
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,13 @@ class EnginePool:
     kept: EngineLease | None = None
 
     async def lease(
-        self, config: Config, *, max_model_len: int, spool: Path, environment: EnvironmentSpec | AgentSpec | None
+        self,
+        config: Config,
+        *,
+        max_model_len: int,
+        spool: Path,
+        environment: EnvironmentSpec | AgentSpec | None,
+        images: ImageFolder | None = None,
     ) -> EngineLease:
         """Return the placement and engines of a run: matching kept engines, or else new engines before their start."""
         key, lent = engines_key(config, max_model_len, environment), self.kept
@@ -48,10 +54,17 @@ class EnginePool:
             return lent
         self.close()
         placement = await reserve(config)
-        of_run: dict[str, Any] = {"max_model_len": max_model_len, "spool": spool, "environment": environment}
-        engine = engine_for(environment, with_suites=bool(config.eval.suites))
-        engines = start_engines(config, placement, engine=engine, **of_run)
+        engines = start_engines(
+            config,
+            placement,
+            max_model_len=max_model_len,
+            spool=spool,
+            environment=environment,
+            images=images,
+            engine=engine_for(environment, with_suites=bool(config.eval.suites)),
+        )
         whole = config.policy.lora is None and environment is None and config.cluster.device == "cpu"
+        whole = whole and images is None  # which belong to the run's folder
         may_stay = self.keeps and whole and engines.sync is not None and TRANSPORTS[engines.sync.method].stays
         may_stay = may_stay and not engines.is_elastic
         return EngineLease(key=key, placement=placement, engines=engines, may_stay=may_stay)

@@ -45,6 +45,7 @@ from rlhf.evaluation.voting import AnswerForm, answer_of
 from rlhf.models.on_disk import ModelOnDisk
 from rlhf.preflight.candidates import Candidate
 from rlhf.preflight.eval_inputs import EvalInputs, inputs_of_stage
+from rlhf.preflight.exchanged import SUFFIX
 from rlhf.preflight.start import Start
 from rlhf.process.stopping import run_async
 from rlhf.rewards.failure_rule import ends_run, held_out_rules
@@ -141,6 +142,7 @@ async def _evaluate(
         sets += suite_reports(suites[0], suites[1] if len(suites) > 1 else None, seed=inputs.decoding.seed)
         for candidate, answers in zip(inputs.candidates, suites, strict=True):
             rows += suite_rows(candidate.model.name, answers)
+    _warn_of_blindness(rows)
     names, passing = [candidate.model.name for candidate in inputs.candidates], inputs.marking.passing
     evaluation = Evaluation(
         model=names[0],
@@ -151,6 +153,18 @@ async def _evaluate(
         sets=tuple(sets),
     )
     return evaluation, rows
+
+
+def _warn_of_blindness(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Warn if a model's results do not change with exchanged images (`exchange_images`)."""
+    results: dict[tuple[str, str], list[Any]] = {}
+    for row in rows:
+        if "set" in row:
+            results.setdefault((row["model"], row["set"]), []).append(row.get("response", row.get("logprob")))
+    for (model, name), own in results.items():
+        if results.get((model, f"{name}{SUFFIX}")) == own:
+            what = "%s cannot see its images: all results on %s are the same with exchanged images"
+            logger.warning(f"{what}. Check the vision tower and the processor in the model's folder", model, name)
 
 
 async def _answers(
@@ -169,6 +183,7 @@ async def _answers(
             placement,
             max_model_len=candidate.longest_sequence(decoding.max_new_tokens),
             environment=candidate.environment,
+            images=candidate.images,
             engine=engine_for(candidate.environment, with_suites=candidate.suites is not None),
         )
         groups.append(engines)

@@ -39,6 +39,8 @@ from rlhf.controller.offline import OfflineController
 from rlhf.controller.online import OnlineController
 from rlhf.controller.record import RunRecord
 from rlhf.controller.supervisor import Supervisor
+from rlhf.data.images import RowImages
+from rlhf.data.preferences import PreferencePair
 from rlhf.errors import RunError, UserError, prefix_errors
 from rlhf.merging.merge import checked_sources, write_merge
 from rlhf.models.files.publish import push_folder
@@ -57,6 +59,7 @@ from rlhf.tracking.run_folder.atomic import write_atomic
 from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.tracking.run_folder.folder import refuse_to_overwrite, remove_run
 from rlhf.viewing.model_card import write_model_card
+from rlhf.vision.sight import exchanged_images
 
 logger = logging.getLogger(__name__)
 SHOWN_ONLINE: tuple[str, ...] = (
@@ -214,6 +217,10 @@ async def _offline(
             supervisor=supervisor,
             teacher=teacher,
         )
+        seeing = [ids for row in inputs.rows if min(ids := _tokens(row)) < 0]
+        if seeing and not config.algorithm.has_scalar_head:
+            own = min(seeing, key=len)
+            await controller.check_sight(own, _with_other_images(own, stage.images))
         if needs_reference_logprobs(config):
             await controller.provide_reference()
         async with ending_rebuilds(roles.values()):
@@ -233,7 +240,11 @@ async def _online(
     """Start the roles of a run with rollouts, and yield the controller. The roles end with the block."""
     config = stage.config
     lease = await ENGINE_POOL.lease(
-        config, max_model_len=inputs.max_model_len, spool=record.folder.spool, environment=inputs.environment
+        config,
+        max_model_len=inputs.max_model_len,
+        spool=record.folder.spool,
+        environment=inputs.environment,
+        images=None if stage.images is None else stage.images.reader.place,
     )
     nodes = record.nodes = Nodes(lease.placement)
     groups: list[Stoppable] = [nodes]
@@ -272,6 +283,7 @@ async def _online(
             suites=inputs.suites,
             marking=inputs.marking,
             probe_ids=inputs.probe_ids,
+            other_ids=_with_other_images(inputs.probe_ids, stage.images),
             policy_fingerprint=policy.fingerprint,
             supervisor=supervisor,
             rewards_fingerprint=fingerprint(inputs.rewards, model=repr(roles[RewardWorkers.role].settings.model)),
@@ -280,6 +292,18 @@ async def _online(
         )
         async with ending_rebuilds([*roles.values(), lease.engines]):
             yield controller, lease.placement
+
+
+def _with_other_images(token_ids: Sequence[int], images: RowImages | None) -> tuple[int, ...]:
+    """Return the token ids with other images, or nothing without an image or a text behind."""
+    if images is None or min(token_ids) >= 0 or token_ids[-1] < 0:
+        return ()
+    return exchanged_images(token_ids, images.reader.store)
+
+
+def _tokens(row: OfflineRow) -> tuple[int, ...]:
+    """Return the tokens of a row's prompt and answer, or of a pair's chosen answer."""
+    return row.examples[0].token_ids if isinstance(row, PreferencePair) else row.token_ids
 
 
 def _names(plan: PlacementPlan) -> str:

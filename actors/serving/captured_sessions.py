@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from rlhf.types import Sampling
 MAX_OPEN_REQUESTS = 64  # of one session, of any kind
 _JSON = json.JSONEncoder(default=str)  # made once: `json.dumps` would make an encoder for each text
 Message = Mapping[str, Any]
-Tokens = npt.NDArray[np.int32]
+Tokens = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class Draw:
     prompt_ids: Tokens
     response_ids: Tokens
     logprobs: npt.NDArray[np.float32]
-    versions: Tokens
+    versions: npt.NDArray[np.int32]
     restriction: Restriction | None  # the reason for a grammar that restricted the tokens; None: no grammar
     finish_reason: str
     stop: str  # the stop string at the end of the tokens, which the text lacks; empty: none
@@ -231,7 +231,7 @@ class CapturedSession:
         Of several such calls, return the shortest response, since it has no further reasoning. If the client repeats no
         reasoning, return a call that continues the previous known turn, or the newest call.
         """
-        whole = np.array([] if known is None or len(indices) == 1 else self.tokens(known), dtype=np.int32)
+        whole = np.array([] if known is None or len(indices) == 1 else self.tokens(known), dtype=np.int64)
 
         def fit(index: int) -> tuple[bool, int, bool, int]:
             repeats = bool(reasoning) and reasoning in self._draws[index].text
@@ -279,8 +279,9 @@ class CapturedSession:
 class CapturedSessions:
     """The open sessions of an engine by their keys. `abort` drops the engine's requests with a prefix."""
 
-    def __init__(self, abort: Callable[[str], object]) -> None:
+    def __init__(self, abort: Callable[[str], object], *, takes_images: bool = False) -> None:
         self._abort = abort
+        self._takes_images = takes_images
         self._open: dict[str, CapturedSession] = {}
         self._serial = itertools.count(1)
 
@@ -288,6 +289,7 @@ class CapturedSessions:
         """Accept calls with this key. Calls are sampled with the run's settings, not with the client's."""
         if key in self._open:
             raise ValueError("the key of a session is used already")
+        limits = replace(limits, takes_images=self._takes_images)
         session = self._open[key] = CapturedSession(sampling, limits, f"session{next(self._serial)}-")
         return session
 

@@ -17,7 +17,11 @@ class ServingEngine(RolloutEngine):
         """Start the front and return its base URL. Only this machine reaches the front, unless `caller` is another."""
         here = str(ray.util.get_node_ip_address())
         self.front = await Front.open(
-            self.calls, spec, lora=lambda: self.weights.lora, host="127.0.0.1" if here == caller else here
+            self.calls,
+            spec,
+            lora=lambda: self.weights.lora,
+            host="127.0.0.1" if here == caller else here,
+            images=self.images,
         )
         return self.front.base_url
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.rollout.engine_calls import EngineCalls
+from actors.rollout.image_inputs import ImageInputs
 from actors.rollout.vllm_engine import added_tokens, end_tokens
 from actors.serving.captured_sessions import CURRENT_CALL, CapturedSessions
 from actors.serving.front_engine import EngineParts, FrontEngine
@@ -58,12 +59,20 @@ class Front:
         self._closing = asyncio.create_task(close_idle(server.server_state.connections))
 
     @classmethod
-    async def open(cls, calls: EngineCalls, spec: FrontSpec, *, lora: Callable[[], Any], host: str) -> Front:
-        """Start the front of a started engine, at a free port of `host`."""
+    async def open(
+        cls,
+        calls: EngineCalls,
+        spec: FrontSpec,
+        *,
+        lora: Callable[[], Any],
+        host: str,
+        images: ImageInputs | None = None,
+    ) -> Front:
+        """Start the front of a started engine, at a free port of `host`. images: None: requests are text alone."""
         parts = await calls.run(engine_parts, "the parts of its front")
         engine = FrontEngine(calls.loop, parts, ends=spec.turn_ends, lora=lora)
-        sessions = CapturedSessions(lambda prefix: calls.loop.abort([prefix]))
-        return await cls.serve(await build_front(engine, sessions, spec), host=host)
+        sessions = CapturedSessions(lambda prefix: calls.loop.abort([prefix]), takes_images=images is not None)
+        return await cls.serve(await build_front(engine, sessions, spec, images), host=host)
 
     @classmethod
     async def serve(cls, app: Gateway, *, host: str) -> Front:
@@ -164,7 +173,9 @@ def engine_parts(engine: Any) -> EngineParts:
     )
 
 
-async def build_front(engine: FrontEngine, sessions: CapturedSessions, spec: FrontSpec) -> Gateway:
+async def build_front(
+    engine: FrontEngine, sessions: CapturedSessions, spec: FrontSpec, images: ImageInputs | None = None
+) -> Gateway:
     """Return vLLM's application around an engine, behind the gateway. RunError: a parser does not fit the model."""
     from fastapi import FastAPI
     from vllm.entrypoints.anthropic.api_router import attach_router as attach_messages
@@ -187,7 +198,11 @@ async def build_front(engine: FrontEngine, sessions: CapturedSessions, spec: Fro
     state = app.state
     state.args, state.engine_client, state.tool_server = _arguments(spec, tool_parser, reasoning_parser), engine, None
     state.openai_serving_models = OpenAIServingModels(engine, [BaseModelPath(name=spec.name, model_path=model.model)])
-    state.online_renderer = _renderer(engine, spec, tool_parser, reasoning_parser)
+    renderer = state.online_renderer = _renderer(engine, spec, tool_parser, reasoning_parser)
+    if images is not None:
+        from actors.serving.request_images import RequestImages
+
+        renderer.images = RequestImages(images)
     await init_generate_state(engine, state, state.args, None, ("generate",), {})
     _hear_answers(state)
     for attach in (attach_chat, attach_completions, attach_responses, attach_messages, attach_models):

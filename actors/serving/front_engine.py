@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from actors.rollout.engine_thread import Submission
-from actors.serving.captured_sessions import CURRENT_CALL, CapturedSession, Draw, ServedCall, Tokens
+from actors.serving.captured_sessions import CURRENT_CALL, CapturedSession, Draw, ServedCall
 from actors.serving.refusals import RefusedCall
 from actors.vllm_patches.grammar_time import STEP_S
 from rlhf.errors import RunError
@@ -111,7 +111,7 @@ class FrontEngine:
             if params.structured_outputs is not None and any(part.finish_reason == "error" for part in output.outputs):
                 raise RefusedCall(NO_TEXT, param="response_format")
             cut = [part for part in output.outputs if part.finish_reason == "length"]
-            call.cut |= {part.index: np.array(part.token_ids, dtype=np.int32) for part in cut}
+            call.cut |= {part.index: np.array(part.token_ids, dtype=np.int64) for part in cut}
             if call.session is not None:
                 for part in output.outputs:
                     responses.setdefault(part.index, _Response()).follow(part)
@@ -144,13 +144,11 @@ class FrontEngine:
 
     async def _draw(self, name: str, prompt: Any, params: Any) -> AsyncIterator[Any]:
         queue = self._waiting[name] = asyncio.Queue()
-        media = {key: value for key, value in prompt.items() if key not in ("prompt_token_ids", "cache_salt")}
         submission = Submission(
             request_id=name,
             prompt_token_ids=tuple(prompt["prompt_token_ids"]),
             params=params,
             lora=self.lora(),
-            media=media if prompt["type"] == "multimodal" else None,
         )
         (future,) = self.loop.submit([submission])
         future.add_done_callback(lambda done: self._events.call_soon_threadsafe(queue.put_nowait, done))
@@ -181,17 +179,17 @@ class FrontEngine:
 def _capture(
     session: CapturedSession, call: ServedCall, given: Sequence[int], params: Any, responses: Mapping[int, _Response]
 ) -> None:
-    prompt_ids = np.array(given, dtype=np.int32)
+    prompt_ids = np.array(given, dtype=np.int64)
     for _, response in sorted(responses.items()):
         if not response.ids:
             continue  # dropped before its first token
         end = response.end
-        versions: Tokens = np.zeros(len(response.ids), dtype=np.int32)
+        versions = np.zeros(len(response.ids), dtype=np.int32)
         for span in end.weight_versions or ():
             versions[span.start : span.end] = int(span.version)
         draw = Draw(
             prompt_ids=prompt_ids,
-            response_ids=np.array(response.ids, dtype=np.int32),
+            response_ids=np.array(response.ids, dtype=np.int64),
             logprobs=np.array(response.logprobs, dtype=np.float32),
             versions=versions,
             restriction=None if params.structured_outputs is None else call.restriction or "structured_outputs",

@@ -21,6 +21,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 
 from actors.serving.captured_sessions import CURRENT_CALL, CapturedSession, KnownTurn, ServedCall
 from actors.serving.refusals import RefusedCall
+from actors.serving.request_images import RequestImages
 from actors.vllm_patches.cut_calls import ToldCalls, parsed_as_stream
 from rlhf.agents.calls import Restriction
 from rlhf.data.turn_ends import TurnEnds
@@ -38,18 +39,22 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
 
     turn_ends: Collection[int] = ()  # tokens with which the template ends a turn
     model_ends: Collection[int] = ()  # tokens with which the model ends a response by itself
+    images: RequestImages | None = None  # None: requests are text alone
 
     @cached_property
     def _ends(self) -> TurnEnds:
         return TurnEnds(self.renderer.get_tokenizer(), self.turn_ends, self.model_ends)
 
     async def preprocess_chat(self, request: Any, messages: list[Any], *args: Any, **options: Any) -> Any:
-        """Return vLLM's input for a conversation."""
+        """Return vLLM's input for a conversation, with the keys of images at embedded positions."""
         call = CURRENT_CALL.get()
         call.is_chat = True
+        if self.images is not None:
+            messages = await asyncio.to_thread(self.images.take, messages)
+        elif has_non_text_content(messages):
+            raise RefusedCall("`messages` hold more than text, and this model reads text alone", param="messages")
+        ids: list[int] | None = None
         if call.session is not None:
-            if has_non_text_content(messages):
-                raise RefusedCall("`messages` hold more than text, and a session takes text alone", param="messages")
             _take_limits(request, call)
             call.restriction = asked_restriction(request)
             tools = [options.get("tool_dicts"), request.chat_template_kwargs]
@@ -58,23 +63,28 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
                 ids = await self._continued(call.session, request, messages, known, options)
                 if ids is not None:
                     call.session.most_tokens(call, len(ids))
-                    request.kv_transfer_params = {"prompt_token_ids": ids}  # vLLM then renders nothing
+                    request.kv_transfer_params = {"prompt_token_ids": [max(0, i) for i in ids]}  # vLLM renders nothing
                 else:
                     call.broke = "rewritten turn"
             elif known is not None:
                 call.broke = "open turn"
         _bind_arguments(request)
         asked = {name: getattr(request, name) for name in _GRAMMARS if hasattr(request, name)}
+        if self.images is not None and ids is None:
+            self.images.refuse_marks(messages)
+        read = [{"role": "user", "content": ""}] if ids is not None else self._shown(messages)
         with _ending_session():
             try:
-                rendered = await super().preprocess_chat(request, messages, *args, **options)
+                conversation, (prompt,) = await super().preprocess_chat(request, read, *args, **options)
             except RecursionError as error:
                 message = "`messages`, such as the arguments of a call, or `tools` are nested too deeply to be read"
                 raise RefusedCall(message, param="messages") from error
         if call.session is not None and call.restriction is None:
             for name, value in asked.items():
                 setattr(request, name, value)  # some of vLLM's parsers set a grammar for every request with tools
-        return rendered
+        if ids is None and self.images is not None:
+            ids = self.images.embedded(prompt, messages)
+        return conversation, [prompt if ids is None else {"type": "token", "prompt_token_ids": ids}]
 
     async def preprocess_completion(self, request: Any, *args: Any, **options: Any) -> Any:
         """Return vLLM's inputs for prompts without a template."""
@@ -99,6 +109,8 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
         """Return a prompt that continues a known turn. None: the template does not write the turn unchanged."""
         marked = [{"role": "assistant", "content": _PLACE}]
         before, behind = messages[: known.start], messages[known.end :]
+        if self.images is not None:
+            self.images.refuse_marks(behind)
         tail = _behind(self._render(request, [*before, *marked, *behind], options))
         if tail is None:  # the template wants to see the calls that a tool's results answer
             end = _behind(self._render(request, [*before, *marked], options, is_whole=False))
@@ -110,9 +122,13 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
         ids = session.tokens(known)
         encode = partial(self._ends.tokens_behind, ids[-1:], tail, added=known.added)
         try:  # a long text must not keep other requests waiting
-            return ids + (await asyncio.to_thread(encode) if len(tail + known.added) > LONG_TEXT else encode())
+            added = await asyncio.to_thread(encode) if len(tail + known.added) > LONG_TEXT else encode()
         except UserError:  # the tokenizer joins the text with any text before it
             return None
+        return ids + (added if self.images is None else self.images.expand(added, behind))
+
+    def _shown(self, messages: list[Any]) -> list[Any]:
+        return messages if self.images is None else self.images.shown(messages)
 
     def _render(
         self, request: Any, messages: list[Any], options: dict[str, Any], *, is_whole: bool = True
@@ -124,7 +140,8 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
         if not is_whole:
             params.chat_template_kwargs["add_generation_prompt"] = False
         try:
-            _, rendered = self.renderer.render_messages(messages, params)  # not in a thread: waking one takes longer
+            # Not in a thread: waking one takes longer.
+            _, rendered = self.renderer.render_messages(self._shown(messages), params)
         except ValueError:
             return None
         text: str | None = rendered.get("prompt")
@@ -257,4 +274,4 @@ def _whole(text: str) -> str:
 
 def _hear(ids: Sequence[int], content: str | None, calls: list[tuple[str, str]], request: Any) -> None:
     told = calls[:1] if request.parallel_tool_calls is False else calls
-    CURRENT_CALL.get().hear(np.array(ids, dtype=np.int32), content, told)
+    CURRENT_CALL.get().hear(np.array(ids, dtype=np.int64), content, told)

@@ -76,7 +76,8 @@ def _responses(
         ).items
     refuse_too_long(prompts, rows, model, max_new_tokens=decoding.max_new_tokens)
     longest = max(len(prompt.token_ids) for prompt in prompts) + decoding.max_new_tokens
-    with serving(model, tokenizer, ClusterConfig(device=device), max_model_len=longest) as served:
+    place = None if of_rows is None else of_rows.reader.place
+    with serving(model, tokenizer, ClusterConfig(device=device), max_model_len=longest, images=place) as served:
         return served.answer(prompts, decoding)
 
 

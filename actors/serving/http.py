@@ -19,7 +19,7 @@ import logging
 import secrets
 import signal
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +35,15 @@ from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.data.chat import turn_end
 from rlhf.errors import RunError
 from rlhf.models.on_disk import ModelOnDisk
+from rlhf.process.owned_folders import temporary_folder
 from rlhf.serving import BODY_S, END_WITHIN_S, gives_token, serve_until_interrupted, stranger
+from rlhf.vision.processor import ImageProcessing
+from rlhf.vision.reading import ImageFolder, ImageLimits
 
 logger = logging.getLogger(__name__)
 
 MAX_WAITING = 1024  # unanswered requests; more are refused with 429
+IMAGES_KEPT_S = 3600.0  # of requests, much longer than a request waits for the engine
 LAST_S = END_WITHIN_S - 1.0  # for running requests when the server gets a signal
 
 
@@ -53,6 +57,7 @@ class ServerSpec:
     token: str | None  # None: no token is needed
     tool_parser: str | None = None  # vLLM's name; None: chosen by the model
     reasoning_parser: str | None = None  # the same
+    image_hosts: tuple[str, ...] = ()  # from which images of requests are fetched by https
 
 
 class ModelServer:
@@ -176,7 +181,16 @@ def serve_model(
     ready: Callable[[str], None],
 ) -> None:
     """Serve a model until interrupted. `ready` is called with the address, the base URL for clients."""
-    with suppress(_Terminated), serving(model, tokenizer, cluster, max_model_len=spec.max_length) as served:
+    with ExitStack() as stack:
+        stack.enter_context(suppress(_Terminated))
+        folder = stack.enter_context(temporary_folder())
+        sees = ImageProcessing.of_model(model.base) is not None
+        images = (
+            ImageFolder(folder=folder, limits=ImageLimits(hosts=spec.image_hosts), kept_s=IMAGES_KEPT_S)
+            if sees
+            else None
+        )
+        served = stack.enter_context(serving(model, tokenizer, cluster, max_model_len=spec.max_length, images=images))
         key, end = secrets.token_urlsafe(32), turn_end(tokenizer)
         front = FrontSpec(
             name=spec.name,

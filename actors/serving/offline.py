@@ -33,6 +33,7 @@ from rlhf.process.stopping import run_async
 from rlhf.roles import CompletedGroup
 from rlhf.rollouts.records.texts import response_texts
 from rlhf.types import GroupRequest, Prompt, Rollouts, Sampling
+from rlhf.vision.reading import ImageFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +92,20 @@ def load_servable(
 
 
 @contextmanager
-def serving(model: ModelOnDisk, tokenizer: Any, cluster: ClusterConfig, *, max_model_len: int) -> Iterator[Served]:
-    """Yield engines with the model, for the length of the block."""
+def serving(
+    model: ModelOnDisk,
+    tokenizer: Any,
+    cluster: ClusterConfig,
+    *,
+    max_model_len: int,
+    images: ImageFolder | None = None,
+) -> Iterator[Served]:
+    """Yield engines with the model, for the length of the block. images: of the prompts, for a model that sees."""
     with connected(cluster), asyncio.Runner() as runner, ExitStack() as stack:
         placement = run_async(reserve_roles({RolloutEngines.role}, cluster, with_reward_model=False), runner)
-        engines = serve_engines(model, cluster, placement, max_model_len=max_model_len, engine=ServingEngine)
+        engines = serve_engines(
+            model, cluster, placement, max_model_len=max_model_len, images=images, engine=ServingEngine
+        )
         context = ending([engines], placement.release, heartbeat_timeout_s=cluster.heartbeat_timeout_s)
         runner.run(context.__aenter__())
         stack.push(lambda *failure: runner.run(context.__aexit__(*failure)))

@@ -22,6 +22,8 @@ _NOT_HERE: Mapping[str, str] = {
     "cache_salt": "the engine sets it",
     "priority": "requests are answered in the order of their arrival",
     "mm_payload": "send images as image_url",
+    "mm_processor_kwargs": "the model's processor decides how images are resized",
+    "media_io_kwargs": "images have one decoder",
     "vllm_xargs": "they are vLLM's own",
     "chat_template": "the server sets it (rlhf serve --chat-template FILE)",
     "watermarking": "the tokens are the model's",

@@ -1,8 +1,8 @@
-"""Correct two of vLLM's models, which are wrong on every device. Each model is corrected right after creation."""
+"""Correct some of vLLM's models, which are wrong on every device. Each model is corrected right after creation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,7 +49,20 @@ def embed_for_layers(model: Any) -> None:
     model.forward = forward_with_embeddings
 
 
+def nest_vision_model(model: Any) -> None:
+    """Let the tower's weights have the names that transformers writes since 5.0, without `vision_model`."""
+    load, old, new = model.load_weights, "vision_tower.", "vision_tower.vision_model."
+
+    def nested(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights:
+            yield (name if new in name else name.replace(old, new, 1)), weight
+
+    model.load_weights = lambda weights: load(nested(weights))
+
+
 CORRECTIONS: dict[str, Callable[[Any], None]] = {
     "AXK1ForCausalLM": spare_unused_norms,
+    "Gemma3ForConditionalGeneration": nest_vision_model,
     "Gemma3nForCausalLM": embed_for_layers,
+    "LlavaOnevisionForConditionalGeneration": nest_vision_model,
 }

@@ -22,8 +22,8 @@ Restriction = Literal["tool_choice", "response_format", "structured_outputs"]
 class Call:
     """A call of the model. The columns have an entry for each token of the response."""
 
-    prompt_ids: npt.NDArray[np.int32]  # the exact tokens that the model read
-    response_ids: npt.NDArray[np.int32]  # the exact tokens that the model sampled
+    prompt_ids: npt.NDArray[np.int64]  # the exact tokens that the model read; negative: the key of an image
+    response_ids: npt.NDArray[np.int64]  # the exact tokens that the model sampled
     logprobs: npt.NDArray[np.float32]  # by the sampler while sampling
     versions: npt.NDArray[np.int32]  # weight version that sampled the token
     free: npt.NDArray[np.bool_]  # False where a grammar restricted the choice: the token is not trained

@@ -19,11 +19,13 @@ class SessionLimits:
     max_tokens: int  # prompt and response of one call
     seed: int  # the seed of the first call; the seeds of later calls are derived from this seed
     concurrent_calls: int = MAX_CONCURRENT_CALLS
+    takes_images: bool = False  # a request may hold images as data URIs
 
     @property
     def max_request_bytes(self) -> int:
         """Return the limit of a request's body, and of the bodies of all open requests together."""
-        return min(MAX_REQUEST_BYTES, 2**20 + _BYTES_OF_TOKEN * self.max_tokens)
+        text = 2**20 + _BYTES_OF_TOKEN * self.max_tokens
+        return MAX_REQUEST_BYTES if self.takes_images else min(MAX_REQUEST_BYTES, text)
 
     @property
     def max_request_parts(self) -> int:

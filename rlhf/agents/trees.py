@@ -29,7 +29,7 @@ class TrainingSequence:
     calls: tuple[int, ...]  # indices of the calls whose tokens are trained here, in their order
     ends: tuple[int, ...]  # position after the last token of each of these calls
     states: tuple[str, ...]  # for each of these calls, a digest of the tokens read since the continued call's response
-    token_ids: npt.NDArray[np.int32]
+    token_ids: npt.NDArray[np.int64]
     trained: npt.NDArray[np.bool_]  # sampled in one of the calls, by a free choice
     logprobs: npt.NDArray[np.float32]  # by the sampler; 0 for other tokens
     versions: npt.NDArray[np.int32]  # weight version that sampled the token; -1 for other tokens
@@ -89,7 +89,7 @@ def _parents(calls: Sequence[Call], wholes: Sequence[TokenIds]) -> list[int | No
 
 
 def _sequence(
-    calls: Sequence[Call], chain: Sequence[int], token_ids: npt.NDArray[np.int32], states: Mapping[int, str]
+    calls: Sequence[Call], chain: Sequence[int], token_ids: npt.NDArray[np.int64], states: Mapping[int, str]
 ) -> TrainingSequence:
     trained = np.zeros(len(token_ids), np.bool_)
     logprobs = np.zeros(len(token_ids), np.float32)
@@ -133,7 +133,7 @@ def assemble_sessions(request: GroupRequest, sessions: Sequence[AgentRun]) -> tu
 
 
 def _sequences(session: AgentRun, request: GroupRequest) -> list[TrainingSequence]:
-    prompt = session.calls[0].prompt_ids if session.calls else np.array(request.prompt.token_ids, np.int32)
+    prompt = session.calls[0].prompt_ids if session.calls else np.array(request.prompt.token_ids, np.int64)
     trained = [sequence for sequence in training_sequences(session.calls) if sequence.trained.any()]
     return trained or [_sequence((), (), prompt, {})]
 

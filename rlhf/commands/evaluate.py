@@ -154,7 +154,13 @@ def _present(args: argparse.Namespace) -> None:
         target=target,
         overrides=(),
         decoding=_decoding(target, given, args) if isinstance(target, str) else None,
-        marks=Marks(ks=args.ks, pass_score=args.pass_score, answers=args.answers, by=args.by),
+        marks=Marks(
+            ks=args.ks,
+            pass_score=args.pass_score,
+            answers=args.answers,
+            by=args.by,
+            exchange_images=bool(args.exchange_images),
+        ),
     )
     if args.json:
         write_stdout(json.dumps(evaluation.to_json(), indent=2) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ def serve(
     chat_template: str | None = None,
     tool_parser: str | None = None,
     reasoning_parser: str | None = None,
+    image_hosts: Sequence[str] = (),
     device: Literal["cpu", "cuda"] = "cpu",
     trust_remote_code: bool = False,
     ready: Callable[[str], None] = lambda url: None,
@@ -53,6 +54,8 @@ def serve(
         chat_template (FILE): a Jinja file in place of the model's chat template.
         tool_parser (NAME): vLLM's parser of the model's tool calls; chosen by the model if not given.
         reasoning_parser (NAME): vLLM's parser of the model's reasoning; chosen by the model if not given.
+        image_hosts (HOST): a host from which the server fetches images of requests by https; none if not given, so that
+            requests hold their images.
     """
     from actors.serving.http import ServerSpec, serve_model
     from actors.serving.offline import load_servable
@@ -72,6 +75,9 @@ def serve(
     for flag, (value, lowest) in least.items():
         if value is not None and value < lowest:
             raise UserError(f"{flag}: is {value}, expected {lowest} or more")
+    for host_name in image_hosts:
+        if not all(part.replace("-", "").isalnum() for part in host_name.split(".")):
+            raise UserError(f"--image-hosts: {host_name!r:.60} is no name of a host, such as images.example.com")
     if not 0.0 < deadline_s <= 900_000.0:
         raise UserError(f"--deadline-s: is {deadline_s:g}, expected more than 0, up to 900000")
     if kv_cache_gib is not None and device == "cuda":
@@ -99,6 +105,7 @@ def serve(
         token=token,
         tool_parser=tool_parser,
         reasoning_parser=reasoning_parser,
+        image_hosts=tuple(image_hosts),
     )
     serve_model(served, tokenizer, spec, ClusterConfig.model_validate(cluster), host=host, port=port, ready=ready)
 

@@ -94,8 +94,13 @@ def saved_rank(lora: LoraConfig) -> int:
     return 2 * lora.rank if lora.init == "pissa" else lora.rank
 
 
-def merged_because(lora: LoraConfig) -> str | None:
-    """Return why the engines get all weights with the adapter merged, or None for the adapter alone."""
+def merged_because(lora: LoraConfig, *, vision: bool) -> str | None:
+    """Return why the engines get all weights with the adapter merged, or None for the adapter alone.
+
+    vision: the adapter adapts the vision tower too.
+    """
+    if vision:
+        return "not all of vLLM's models take an adapter of their vision tower"
     if lora.dora:
         return "vLLM takes no DoRA"
     if lora.modules_to_save:
@@ -111,7 +116,8 @@ def merged_because(lora: LoraConfig) -> str | None:
 
 def ships_adapter(config: Config) -> bool:
     """Return whether only the adapter is sent to the engines. The engines then have the base model."""
-    return config.policy.lora is not None and merged_because(config.policy.lora) is None
+    lora, vision = config.policy.lora, config.policy.vision_lr is not None
+    return lora is not None and merged_because(lora, vision=vision) is None
 
 
 def uses_reward_model(config: Config) -> bool:

@@ -31,6 +31,7 @@ from rlhf.roles import Metrics, OfflineRole, Ref, StatesByRank, TeacherRole
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import Last
 from rlhf.types import MinibatchPlan, TokenValues
+from rlhf.vision.sight import image_effect, refuse_blindness
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,13 @@ class OfflineController(TrainingLoop):
             return ()
         with self.record.stage(self.teacher.role):
             return await self.teacher.states(dataset, plan)
+
+    async def check_sight(self, token_ids: Sequence[int], other_ids: Sequence[int]) -> None:
+        """Raise RunError if the model gives equal log-probabilities for a row's own and other images."""
+        own, other = await self.role.probe(token_ids), await self.role.probe(other_ids)
+        effect = image_effect(own, other, token_ids)
+        refuse_blindness(token_ids, policy=effect, engine=None)
+        self.record.add({"update/image_effect": Last(value=effect)})
 
     async def provide_reference(self) -> None:
         """Give the role the logprobs of every data set by the policy before training, from disk or computed once. Must

@@ -76,6 +76,7 @@ class OnlineController(TrainingLoop):
         eval_sets: Mapping[str, EvalSet],
         marking: Marking,
         probe_ids: Sequence[int],
+        other_ids: Sequence[int] = (),
         policy_fingerprint: str,
         supervisor: Supervisor,
         rewards_fingerprint: str,
@@ -83,7 +84,12 @@ class OnlineController(TrainingLoop):
         environment_fingerprint: str = "",
         code: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Create a loop before the first step. `code`: digests of users' code by key, for a checkpoint."""
+        """Create a loop before the first step.
+
+        Args:
+            other_ids: probe_ids with other images, to check once that policy and engines see images.
+            code: digests of users' code by key, for a checkpoint.
+        """
         assert config.rollouts is not None
         present = {field.name: getattr(roles, field.name) for field in fields(roles)}
         scored = bool(config.rewards)
@@ -103,6 +109,7 @@ class OnlineController(TrainingLoop):
         self.suites = suites
         self.marking = marking
         self.probe_ids = probe_ids
+        self.other_ids = other_ids  # empty after the check
         self.rollouts = config.rollouts
         given = self.rollouts.model_dump(include=set(Sampling.__dataclass_fields__))
         self.sampling = Sampling(**given, top_logprobs=sampler_top_tokens(config))
@@ -309,7 +316,9 @@ class OnlineController(TrainingLoop):
                 probe_ids=self.probe_ids,
                 dtype=self.config.policy.dtype,
                 hand_over=self._to_engines,
+                other_ids=self.other_ids,
             )
+        self.other_ids = ()
         record.add(metrics)
         self.scorer.weights = version, checksum
         self.is_published = True

@@ -4,8 +4,10 @@
 
 Three checks can each stop the run. The engines' version must be the published version, and the checksum of the bytes
 read must match the bytes written (the rollout role checks both). Trainer and engine must agree on the logprobs of a
-fixed probe. A shared GPU passes from trainer to engine between the two probes: the trainer's probe needs the weights
-there, the engine's probe the cache. An engine that replaces a lost engine between two syncs passes the same checks.
+fixed probe, which has an image if the prompts have images. The first sync of a start also exchanges the probe's images,
+so that a policy or an engine that sees no images is noticed. A shared GPU passes from trainer to engine between the two
+probes: the trainer's probe needs the weights there, the engine's probe the cache. An engine that replaces a lost engine
+between two syncs passes the same checks.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 from rlhf.errors import RunError, WorkerLost
 from rlhf.roles import Metrics, PolicyProbe, PolicyRole, RolloutRole
 from rlhf.tracking.metrics.reductions import Last, Max, Reduction, Sum
+from rlhf.vision.sight import image_effect, refuse_blindness
 
 # Largest accepted mean |difference| per token between kernels of one dtype. In bfloat16, correct engines differ by
 # about 0.04; one stale matrix after a large update gives 0.4 or more. Rounding hides small updates, but version and
@@ -35,9 +38,15 @@ async def sync_weights(
     probe_ids: Sequence[int],
     dtype: str,
     hand_over: Callable[[], Awaitable[None]],
+    other_ids: Sequence[int] = (),
 ) -> tuple[str, Metrics]:
     """Send the policy's weights to the engines. RunError: the engines hold different weights afterwards. Return the
-    checksum and the metrics. `hand_over` is called when the policy no longer needs a shared GPU."""
+    checksum and the metrics.
+
+    Args:
+        hand_over: is called when the policy no longer needs a shared GPU.
+        other_ids: probe_ids with other images. RunError: policy or engines do not tell the images apart.
+    """
     began = time.perf_counter()
     await rollout.withdraw_weights()
     manifest = await policy.publish(version)
@@ -49,6 +58,7 @@ async def sync_weights(
     await policy.settle()
     synced = time.perf_counter()
     logprobs = tuple(await policy.probe(probe_ids))  # sequential: both may share their cores
+    other_logprobs = await policy.probe(other_ids) if other_ids else []
     await hand_over()
     probe = PolicyProbe(version=version, token_ids=tuple(probe_ids), logprobs=logprobs, dtype=dtype)
     worst = await _prove(policy, rollout, probe)
@@ -60,6 +70,13 @@ async def sync_weights(
     }
     if worst is not None:
         metrics["weight_sync/probe_max_diff"] = Max(value=worst)
+    if other_ids:
+        policy_effect = image_effect(logprobs, other_logprobs, probe_ids)
+        engine_effect = await rollout.image_effect(probe_ids, other_ids)
+        refuse_blindness(probe_ids, policy=policy_effect, engine=engine_effect)
+        metrics["weight_sync/image_effect_policy"] = Last(value=policy_effect)
+        if engine_effect is not None:
+            metrics["weight_sync/image_effect_engine"] = Last(value=engine_effect)
     return checksum, metrics
 
 

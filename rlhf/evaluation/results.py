@@ -59,12 +59,14 @@ class Marks:
         pass_score (X): the score from which a response passes, in place of a value of 1 of the judging function.
         answers: the part of a response used as a vote in maj@k.
         by (COLUMN): report each value of this column as well as the whole set.
+        exchange_images: measure each set with images once more, where each row has the image of another row.
     """
 
     ks: tuple[int, ...] | None = None
     pass_score: float | None = None
     answers: AnswerForm | None = None
     by: str | None = None
+    exchange_images: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -251,7 +251,10 @@ def _sync(config: Config) -> str:
         text += f"; {other.method} if they are placed on one"
     if lora is None:
         return text
-    alone, why = "the adapter alone, as a folder", derive.merged_because(lora)
+    alone, why = (
+        "the adapter alone, as a folder",
+        derive.merged_because(lora, vision=config.policy.vision_lr is not None),
+    )
     if config.policy.adapter is not None:
         return f"{alone}, unless it is of a kind that vLLM does not take; then merged, by {text}"
     return alone if why is None else f"all weights, the adapter merged ({why}), by {text}"

@@ -11,6 +11,7 @@ from typing import Any
 from rlhf.agents.limits import ProcessLimits
 from rlhf.agents.sessions import COMMAND, FUNCTION, AgentSpec
 from rlhf.config.schema.rollouts import AgentConfig
+from rlhf.data.images import RowImages
 from rlhf.data.row import Row
 from rlhf.data.templates import ChatTemplate
 from rlhf.errors import UserError, prefix_errors
@@ -47,7 +48,7 @@ class LoadedAgent:
             except (TypeError, ValueError) as error:
                 raise UserError(f"{row.place}: cannot be sent to {self.spec.key} as JSON: {error}") from error
 
-    def check_prompt(self, prompt: Prompt, tokenizer: Any, data: str) -> None:
+    def check_prompt(self, prompt: Prompt, tokenizer: Any, data: str, images: RowImages | None) -> None:
         """Do nothing: an agent works with a model only."""
 
 

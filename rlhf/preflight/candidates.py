@@ -23,6 +23,7 @@ from rlhf.models.files.template_check import refuse_runaway_template
 from rlhf.models.on_disk import ModelOnDisk, refuse_unservable
 from rlhf.preflight.environments import KEY as ENVIRONMENT_KEY
 from rlhf.preflight.environments import check_lengths
+from rlhf.preflight.exchanged import with_exchanged
 from rlhf.preflight.models import ANY_LENGTH, refuse_too_long
 from rlhf.preflight.prompts import Player, load_player, read_prompts
 from rlhf.preflight.sources import REWARD_KEY, refuse_absent_tokens, row_images
@@ -30,6 +31,7 @@ from rlhf.rewards.scoring import RewardSpec
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.suites.spec import SuiteSpec
 from rlhf.types import Prompt
+from rlhf.vision.reading import ImageFolder
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class Candidate:
     examples: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
     sources: Mapping[str, Mapping[int, str]] = field(default_factory=dict)  # of split sets: prompt id to source
     environment: EnvironmentSpec | AgentSpec | None = None  # None: single turns
+    images: ImageFolder | None = None  # None: the model reads text alone
     suites: SuiteSpec | None = None  # None: no suites
     suite_tokens: int = 0  # of the longest prompt of a suite with its response
 
@@ -68,6 +71,7 @@ class Names:
     rewards: str = f"evaluate.{REWARD_KEY}"
     reward_model: str = "evaluate.reward.model"
     by: str = "evaluate.by"
+    exchange: str = "evaluate.exchange_images"
     template: str = "evaluate"
     environment: str = "evaluate.environment"
     agent: str = "evaluate.agent"
@@ -80,12 +84,13 @@ IN_RUN = Names(
     rewards=REWARD_KEY,
     reward_model="reward.model",
     by="eval.by",
+    exchange="eval.exchange_images",
     template="data",
     environment=ENVIRONMENT_KEY,
     agent=AGENT_KEY,
 )
 _OPTIONS = {"model": "MODEL", "sets": "--data {}", "rewards": "--reward {}", "reward_model": "--reward-model"}
-IN_OPTIONS = replace(IN_RUN, **_OPTIONS, by="--by")
+IN_OPTIONS = replace(IN_RUN, **_OPTIONS, by="--by", exchange="--exchange-images")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +115,8 @@ class SetReader:
         reading = replace(self.reading, images=row_images(model.base, self.images, self.section))
         if not self.rewards:
             examples = {n: self._examples(n, source, tokenizer, model, reading) for n, source in sources.items()}
+            if self.section.exchange_images:
+                examples = with_exchanged(examples, reading.images, key=self.names.exchange)
             return Candidate(model=model, examples=examples)
         refuse_unservable(model)
         player = load_player(
@@ -123,12 +130,15 @@ class SetReader:
             keys=(self.names.environment, self.names.agent),
         )
         prompts = {n: self._prompts(n, source, tokenizer, model, reading, player) for n, source in sources.items()}
+        if self.section.exchange_images:
+            prompts = with_exchanged(prompts, reading.images, key=self.names.exchange)
         split: dict[str, Mapping[int, str]] = {}
         for name, group in prompts.items() if self.section.by is not None else ():
             key = self.names.sets.format(name)
             split[name] = source_names(group, str(self.section.by), key=self.names.by, data=key)
         spec = None if player is None else player.spec
-        return Candidate(model=model, prompts=prompts, sources=split, environment=spec)
+        images = None if reading.images is None else reading.images.reader.place
+        return Candidate(model=model, prompts=prompts, sources=split, environment=spec, images=images)
 
     def _prompts(
         self,

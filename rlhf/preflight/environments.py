@@ -10,6 +10,7 @@ from typing import Any
 from rlhf.agents.sessions import AgentSpec
 from rlhf.config.schema.rollouts import EnvironmentConfig
 from rlhf.data.chat import read_tools, tool_name
+from rlhf.data.images import RowImages
 from rlhf.data.row import Row
 from rlhf.data.templates import ChatTemplate
 from rlhf.errors import UserError, prefix_errors
@@ -20,6 +21,7 @@ from rlhf.process.stopping import run_async
 from rlhf.rollouts.environments.built_in import BUILT_INS
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.rollouts.environments.host import EnvironmentFailure
+from rlhf.rollouts.environments.observations import Observation
 from rlhf.rollouts.environments.process import Description
 from rlhf.rollouts.environments.turns import ChatTurns, first_prompt
 from rlhf.types import Prompt
@@ -56,13 +58,13 @@ class LoadedEnvironment:
                     f"{', '.join(tool_names) or 'no tools'}."
                 )
 
-    def check_prompt(self, prompt: Prompt, tokenizer: Any, data: str) -> None:
+    def check_prompt(self, prompt: Prompt, tokenizer: Any, data: str, images: RowImages | None) -> None:
         """Raise UserError if a conversation with this prompt cannot begin."""
         if prompt.is_chat:
             ChatTurns(tokenizer, with_tools=bool(self.description.tools))
         try:
             observation = run_async(_first_observation(self.spec, prompt))
-            first_prompt(prompt, observation, tokenizer)
+            first_prompt(prompt, observation, tokenizer, images)
         except (EnvironmentFailure, ValueError) as error:
             raise UserError(f"{self.spec.key}: with the first row of {data}, {error}.") from error
 
@@ -134,7 +136,7 @@ async def _describe(spec: EnvironmentSpec) -> Description:
         await host.stop()
 
 
-async def _first_observation(spec: EnvironmentSpec, prompt: Prompt) -> str:
+async def _first_observation(spec: EnvironmentSpec, prompt: Prompt) -> Observation:
     host = spec.host()
     try:
         description = await host.start()

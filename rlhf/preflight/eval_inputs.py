@@ -69,6 +69,7 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
             raise UserError(f"data.eval: {loaded.source} names no held-out set; give one or evaluate a model on --data")
     given: dict[str, Any] = {"model": model, "against": against, "k": marks.ks}
     given |= {"pass_score": marks.pass_score, "answer": marks.answers, "by": marks.by}
+    given["exchange_images"] = marks.exchange_images or None
     changes = {key: value for key, value in given.items() if value is not None}
     section = stage.evaluate if isinstance(stage, EvaluationStage) else as_evaluation(stage)
     _refuse_without_rewards(section.rewards, against, marks, suites=section.suites)
@@ -191,6 +192,7 @@ def inputs_of_model(
         pass_score=marks.pass_score,
         answer=marks.answers,
         by=marks.by,
+        exchange_images=marks.exchange_images,
         suites=tuple(suites),
         suite_limit=suite_limit,
         suite_data=suite_data,
@@ -346,7 +348,7 @@ def _decoding(section: EvaluateConfig, seed: int, *, template_key: str) -> Decod
 def _refuse_without_rewards(
     rewards: Mapping[str, RewardConfig], against: str | None, marks: Marks, *, suites: Sequence[str]
 ) -> None:
-    if not rewards and ((against is not None and not suites) or marks != Marks()):
+    if not rewards and ((against is not None and not suites) or replace(marks, exchange_images=False) != Marks()):
         raise UserError(
             "--against, --by, --k, --answer and --pass-score have no effect: no reward scores responses; give a reward"
         )

@@ -95,6 +95,6 @@ def prompts_of_rows(
     if loaded.unusable:
         logger.warning("%s: %d of %d prompts are too long and are left out", key, len(loaded.unusable), len(rows))
     if environment is not None and loaded.items:
-        environment.check_prompt(loaded.items[0], tokenizer, key)
+        environment.check_prompt(loaded.items[0], tokenizer, key, reading.images)
     left_out = {unusable.place for unusable in loaded.unusable}
     return loaded, [row for row in rows if row.place not in left_out]

@@ -44,6 +44,7 @@ from rlhf.evaluation.results import Marking, Marks, marking_of
 from rlhf.evaluation.sources import source_names
 from rlhf.models.files.loading import load_model_config
 from rlhf.models.files.tiny import described_config
+from rlhf.preflight.exchanged import with_exchanged
 from rlhf.preflight.prompts import load_player, prompts_of_rows
 from rlhf.preflight.sources import load_rewards, reading_of, refuse_absent_tokens, refuse_unused_rewards
 from rlhf.process.stopping import run_async
@@ -53,7 +54,7 @@ from rlhf.rollouts.environments.turns import PLACEHOLDER
 from rlhf.suites.process import plan_suites
 from rlhf.suites.spec import SuiteSpec
 from rlhf.types import Examples, Pairs, Prompt
-from rlhf.vision.keys import without_images
+from rlhf.vision.sight import small_image
 
 OfflineRow = Example | PreferencePair | StepLabelled | Labelled
 
@@ -69,6 +70,7 @@ FORMS: Mapping[Kind, tuple[Callable[..., LoadedRows[Any]], Callable[..., Example
     "unpaired": (load_labelled, collate_labelled),
 }
 PROBE_TOKENS = 64
+PROBE_TAIL = 16  # ordinary tokens behind a prompt with images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +179,7 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path, reading: 
     config = _with_steps(config, len(sets.train))
     _refuse_useless_data(config, sets)
     eval_sets = {}
-    for name, group in sets.held_out.items():
+    for name, group in _held_out(config, sets, reading.images).items():
         column, key = settings.by, f"data.eval.{name}"
         sources = {} if column is None else source_names(group, column, key="eval.by", data=key)
         eval_sets[name] = EvalSet(prompts=group, sources=sources)
@@ -205,7 +207,6 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path, reading: 
     suites = _suites(source, config)
     if suites is not None:
         max_model_len = max(max_model_len, run_async(plan_suites(suites)).longest)
-    probe = [token for prompt in sets.train[:PROBE_TOKENS] for token in without_images(prompt.token_ids)]
     return config, OnlineInputs(
         prompts=sets.train,
         stream=sets.stream,
@@ -218,8 +219,29 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path, reading: 
         environment=None if player is None else player.spec,
         longest_sequence=longest_sequence,
         max_model_len=max_model_len,
-        probe_ids=tuple(probe[: min(PROBE_TOKENS, max_model_len - 1)]),
+        probe_ids=_probe_ids(sets.train, max_model_len, None if player is None else reading.images),
     )
+
+
+def _held_out(config: Config, sets: _Sets[R], images: RowImages | None) -> Mapping[str, tuple[R, ...]]:
+    held_out = sets.held_out
+    return with_exchanged(held_out, images, key="eval.exchange_images") if config.eval.exchange_images else held_out
+
+
+def _probe_ids(prompts: Sequence[Prompt], max_model_len: int, added: RowImages | None) -> tuple[int, ...]:
+    """Return the tokens whose log-probabilities verify a weight sync.
+
+    If prompts have images, the shortest such prompt is taken whole, with text that depends on the image behind.
+    Otherwise the images that an environment or an agent may add (`added`) are represented by one of our own.
+    """
+    seeing = [prompt.token_ids for prompt in prompts if min(prompt.token_ids) < 0]
+    if added is not None and not seeing:
+        key = added.reader.store.add(small_image())
+        seeing = [tuple(added.processing.expand([added.processing.placeholder_id], [key], added.reader.store))]
+    if seeing:
+        return (*min(seeing, key=len), *range(PROBE_TAIL))[: max_model_len - 1]
+    text = [token for prompt in prompts[:PROBE_TOKENS] for token in prompt.token_ids]
+    return tuple(text[: min(PROBE_TOKENS, max_model_len - 1)])
 
 
 def _privileged_reading(config: Config, source: str) -> dict[str, Any]:
@@ -299,7 +321,7 @@ def _offline(config: Config, source: str, tokenizer: Any, reading: Reading) -> t
         rows=rows,
         stream=sets.stream,
         shares=sets.shares,
-        eval_sets=held_out,
+        eval_sets=_held_out(config, sets, reading.images),
         unusable=sets.unusable,
         longest_sequence=longest,
     )

@@ -7,7 +7,9 @@ positions hold ordinary token ids. Equal token ids therefore mean equal words an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 _DIGITS = 15  # hexadecimal digits of a sha256: 60 bits, so that -key is an int64
 
@@ -25,6 +27,26 @@ def image_name(key: int) -> str:
 def image_keys(token_ids: Iterable[int]) -> tuple[int, ...]:
     """Return the keys of the distinct images in token ids, in the order of their first positions."""
     return tuple(dict.fromkeys(-token for token in token_ids if token < 0))
+
+
+def image_mark(key: int) -> str:
+    """Return what stands for an image in a text for people."""
+    return f"[image {image_name(key)}]"
+
+
+def runs(token_ids: Iterable[int]) -> Iterator[tuple[int | None, list[int]]]:
+    """Yield the runs of token ids in order: of one image with the image's key, and of text with None."""
+    for key, run in itertools.groupby(token_ids, lambda token: min(token, 0)):
+        yield -key or None, list(run)
+
+
+def decoded(token_ids: Iterable[int], tokenizer: Any, *, skip_special_tokens: bool = False) -> str:
+    """Return token ids as text, with a mark in place of each run of an image."""
+    texts = (
+        str(tokenizer.decode(run, skip_special_tokens=skip_special_tokens)) if key is None else image_mark(key)
+        for key, run in runs(token_ids)
+    )
+    return "".join(texts)
 
 
 def without_images(token_ids: Sequence[int]) -> list[int]:

@@ -36,6 +36,18 @@ class ImageLimits:
     hosts: tuple[str, ...] = ()  # names of hosts that https addresses may have
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageFolder:
+    """A folder of images with limits, from which any process opens a reader."""
+
+    folder: Path
+    limits: ImageLimits
+    kept_s: float | None = None  # after which images of requests are removed; None: images are part of a run
+
+    def reader(self) -> ImageCollector:
+        return ImageCollector(ImageStore(self.folder), self.limits)
+
+
 class ImageCollector:
     """Reads images into a store. An image is decoded once, and an address is fetched once, also over restarts."""
 
@@ -44,6 +56,11 @@ class ImageCollector:
         self.limits = limits
         self._checked: set[int] = set()
         self._files: dict[tuple[str, int, int], int] = {}  # path, time of the last change, size -> key
+
+    @property
+    def place(self) -> ImageFolder:
+        """Return the folder and the limits, for readers in other processes."""
+        return ImageFolder(folder=self.store.folder, limits=self.limits)
 
     def add(self, value: object, *, place: str, folder: Path | None) -> int:
         """Store an image and return its key. UserErrors begin with `place`.

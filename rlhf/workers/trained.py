@@ -198,14 +198,14 @@ class TrainedWorker(ModelWorker):
         return {norm: Mean.of([report.grad_norm]), rate: Last(value=report.lr)}
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """Return the log-probabilities of token_ids[1:] at temperature 1, to verify a weight sync. Collective."""
+        """Return the log-probabilities of token_ids[1:] at temperature 1, except at images' positions. Collective."""
         ids = torch.tensor(list(token_ids), device=self.device)
-        mask = torch.ones_like(ids, dtype=torch.bool)
+        mask = ids >= 0
         mask[0] = False
         with torch.no_grad():
             lengths = torch.tensor([len(ids)], device=self.device)
             logprobs = self.engine.forward(policy_logprobs_only, ids, lengths, mask=mask)
-        result: list[float] = logprobs[1:].float().tolist()
+        result: list[float] = logprobs[mask].float().tolist()
         return result
 
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -382,6 +382,9 @@ class FakeEngines(FakeMember, roles.RolloutRole):
         logprobs = [self.worst] * (len(probe.token_ids) - 1)
         return check_probe(probe.logprobs, logprobs, engine=1, version=probe.version, dtype=probe.dtype)
 
+    async def image_effect(self, token_ids: Sequence[int], other_ids: Sequence[int]) -> float | None:
+        return None
+
     async def sleep(self, *, keep_weights: bool) -> None:
         self.note("sleep with weights" if keep_weights else "sleep")
 

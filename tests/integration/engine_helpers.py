@@ -36,6 +36,11 @@ class BreakableEngine(RolloutWorker):
 
     async def interrupt(self, group_ids: Sequence[int], tokens: int) -> None:
         """Cancel groups once a response in the engine has `tokens` tokens."""
+        await self.until_tokens(tokens)
+        await self.cancel(group_ids)
+
+    async def until_tokens(self, tokens: int) -> None:
+        """Wait until a response in the engine has `tokens` tokens."""
 
         def longest(engine: Any) -> int:
             states = engine.output_processor.request_states.values()
@@ -43,7 +48,6 @@ class BreakableEngine(RolloutWorker):
 
         while await self.calls.run(longest, "a response") < tokens:
             pass
-        await self.cancel(group_ids)
 
     async def steps_seen(self, count: int) -> list[bool]:
         """Return whether the engine had a step in flight before some calls."""

@@ -441,4 +441,18 @@ MUTATIONS = (
         "rgb",
         "unit/test_vision_store.py",
     ),
+    _mutation(
+        "a sync keeps what the old vision tower has computed",
+        "actors/rollout/vllm_engine.py",
+        "        engine.reset_encoder_cache()  # outputs of the tower, by the images' hashes\n",
+        "        pass\n",
+        "integration/test_engine_images.py",
+    ),
+    _mutation(
+        "an image that vLLM expands otherwise is accepted",
+        "actors/rollout/image_inputs.py",
+        "if start < 0 or ids[start:end] != ours:",
+        "if start < 0:",
+        "unit/test_actors_rollout_image_inputs.py",
+    ),
 )

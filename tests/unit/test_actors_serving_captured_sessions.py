@@ -22,7 +22,7 @@ def open_session(**limits: Any) -> CapturedSession:
 
 
 def draw(prompt: list[int], response: list[int], *, text: str = "yes", stop: str = "", restriction: Any = None) -> Draw:
-    prompt_ids, response_ids = np.array(prompt, dtype=np.int32), np.array(response, dtype=np.int32)
+    prompt_ids, response_ids = np.array(prompt, dtype=np.int64), np.array(response, dtype=np.int64)
     logprobs, versions = np.full(len(response), -1.0, dtype=np.float32), np.full(len(response), 3, dtype=np.int32)
     columns: Any = {"prompt_ids": prompt_ids, "response_ids": response_ids, "logprobs": logprobs, "versions": versions}
     return Draw(**columns, restriction=restriction, finish_reason="stop", stop=stop, text=text)

@@ -434,7 +434,7 @@ async def test_a_closed_session_and_a_client_that_leaves_drop_their_calls(parts:
         await until(lambda: not loop.waiting)
 
 
-async def test_an_engine_gets_the_images_of_a_prompt_and_the_adapter_and_its_death_is_told(parts: EngineParts) -> None:
+async def test_an_engine_gets_the_adapter_and_its_death_is_told(parts: EngineParts) -> None:
     from vllm import SamplingParams
 
     async with fronted(parts, "yes") as (_, loop, client, _):
@@ -444,10 +444,10 @@ async def test_an_engine_gets_the_images_of_a_prompt_and_the_adapter_and_its_dea
     loop = DummyLoop(TOKENIZER, saying("yes"))
     engine = FrontEngine(loop, parts, ends=(), lora=lambda: "lora")
     CURRENT_CALL.set(ServedCall(None, "served1-"))
-    image = {"type": "multimodal", "prompt_token_ids": [1], "mm_kwargs": "pixels", "cache_salt": "the client's"}
-    assert [output.finished async for output in engine.generate(image, SamplingParams(), "id")] == [True]
+    prompt = {"type": "token", "prompt_token_ids": [1], "cache_salt": "the client's"}
+    assert [output.finished async for output in engine.generate(prompt, SamplingParams(), "id")] == [True]
     (asked,) = loop.asked
-    assert (asked.media, asked.lora) == ({"type": "multimodal", "mm_kwargs": "pixels"}, "lora")
+    assert (asked.prompt_token_ids, asked.lora) == ((1,), "lora")
     loop.on_step([])  # nothing waits
 
 

@@ -142,9 +142,10 @@ def test_a_critic_that_is_not_named_is_as_the_policy() -> None:
 def test_what_of_an_adapter_travels(lora: dict[str, Any], rank: int, why: str | None) -> None:
     made = config(GRPO, policy={"model": "m", "lora": lora})
     assert saved_rank(made.policy.lora) == rank
-    assert merged_because(made.policy.lora) == why
+    assert merged_because(made.policy.lora, vision=made.policy.vision_lr is not None) == why
     assert ships_adapter(made) == (why is None)
     assert not ships_adapter(config(GRPO))
+    assert not ships_adapter(config(GRPO, policy={"model": "m", "lora": {"rank": 8}, "vision_lr": 1e-5}))
 
 
 def test_a_single_evaluation_set_is_called_heldout() -> None:

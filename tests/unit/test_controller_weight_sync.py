@@ -9,6 +9,7 @@ import pytest
 from rlhf.controller.weight_sync import check_probe, sync_weights
 from rlhf.errors import RunError, WorkerLost
 from rlhf.roles import PolicyProbe
+from rlhf.tracking.metrics.reductions import Last
 from tests.fakes.roles import FakeEngines, FakePolicy
 
 
@@ -106,3 +107,47 @@ def test_a_proof_that_waits_for_the_weights_of_a_lost_rank_shows_its_loss() -> N
     policy.memory = memory
     with pytest.raises(WorkerLost):
         asyncio.run(sync_weights(policy, engines, version=4, probe_ids=[1], dtype="float32", hand_over=policy.settle))
+
+
+@pytest.mark.parametrize(
+    ("policy_moves", "engine_moves", "why"),
+    [
+        (0.5, 0.49, None),
+        (0.5, None, None),  # no engine works now
+        (0.0, 0.0, "the model cannot see its images"),
+        (0.5, 0.0, "the engine cannot see its images"),
+    ],
+)
+def test_a_start_ends_if_other_images_change_nothing(
+    policy_moves: float, engine_moves: float | None, why: str | None
+) -> None:
+    """The probe is an image and two tokens behind; the policy's log-probabilities move with the image's key."""
+    own, other = (-7, 1, 2), (-8, 1, 2)
+    handed_over: list[str] = []
+
+    async def probe(token_ids: Any) -> list[float]:
+        assert not handed_over, "the GPU is the engine's already"
+        return [-1.0, -1.0] if tuple(token_ids) == own else [-1.0 - policy_moves, -1.0 + policy_moves]
+
+    async def effect(token_ids: Any, other_ids: Any) -> float | None:
+        return engine_moves
+
+    async def prove(probe: PolicyProbe) -> float:
+        assert probe.logprobs == (-1.0, -1.0)
+        return 0.0
+
+    async def hand_over() -> None:
+        handed_over.append("")
+
+    engines: Any = FakeEngines()
+    engines.prove, engines.image_effect = prove, effect
+    policy: Any = FakePolicy(engines.calls)
+    policy.probe = probe
+    given: Any = {"version": 0, "probe_ids": own, "other_ids": other, "dtype": "float32", "hand_over": hand_over}
+    if why is not None:
+        with pytest.raises(RunError, match=why):
+            asyncio.run(sync_weights(policy, engines, **given))
+        return
+    _, metrics = asyncio.run(sync_weights(policy, engines, **given))
+    assert metrics["weight_sync/image_effect_policy"] == Last(value=pytest.approx(policy_moves))
+    assert ("weight_sync/image_effect_engine" in metrics) == (engine_moves is not None)

@@ -7,15 +7,17 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 import pytest
+from transformers import AutoTokenizer
 
 from rlhf.controller.rollout_scorer import request_for
+from rlhf.data.images import RowImages
 from rlhf.data.prompts import load_prompts
 from rlhf.errors import ChildLost, UserError
 from rlhf.extensions import CodeSource
@@ -27,7 +29,12 @@ from rlhf.rollouts.environments.tool_calls import ToolCall
 from rlhf.rollouts.environments.tool_servers import ToolServer
 from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled
 from rlhf.types import FinishReason, GroupRequest, Prompt, Sampling
+from rlhf.vision.keys import image_keys
+from rlhf.vision.processor import ImageProcessing
+from rlhf.vision.reading import ImageCollector, ImageLimits
+from rlhf.vision.store import ImageStore
 from tests.fixtures.rows import as_rows, reading
+from tests.vision_models import processor_folder
 
 T = TypeVar("T")
 MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"
@@ -446,3 +453,72 @@ def test_a_fingerprint_is_that_of_the_code_and_the_limits(tmp_path: Path) -> Non
     assert replace(used, processes=1).fingerprint() == first
     path.write_text("b")
     assert used.fingerprint() != first
+
+
+# Images
+
+LOOK = """
+from PIL import Image
+
+class Look:
+    def reset(self, seed):
+        return [{"type": "text", "text": "red:"}, {"type": "image", "image": Image.new("RGB", (48, 32), "red")}]
+
+    def step(self, response):
+        if response == "wrong":
+            return [{"type": "image", "image": "/etc/hostname"}], 0.0, False
+        if response == "typed":
+            return "<|image_pad|>", 0.0, False
+        return [{"type": "image", "image": Image.new("RGB", (48, 32), "blue")}], 1.0, response == "end"
+"""
+
+
+def look(tmp_path: Path, says: Sequence[str], images: RowImages | None) -> tuple[Played, Any]:
+    (tmp_path / "look.py").write_text(LOOK)
+    tokenizer = AutoTokenizer.from_pretrained(processor_folder(tmp_path / "model", "qwen3_vl"))
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "{observation}"}], tokenize=False, add_generation_prompt=True
+    )
+    prompt = Prompt(prompt_id=3, token_ids=(1,), text=text, columns={}, is_chat=True)
+    asked = request_for(prompt, group_id=0, first_sequence_id=0, samples=1, run_seed=0)
+
+    async def run() -> Played:
+        used = spec(source=CodeSource(path=str(tmp_path / "look.py"), name="Look"))
+        conversations = Conversations(used, tokenizer, Script(*says), images=images)
+        await conversations.start()
+        try:
+            (played,) = await conversations.play(asked, Sampling(max_new_tokens=8))
+            return played
+        finally:
+            await conversations.stop()
+
+    return asyncio.run(asyncio.wait_for(run(), 60.0)), tokenizer
+
+
+def test_images_of_an_environment_stand_in_the_tokens_of_the_conversation(tmp_path: Path) -> None:
+    processor_folder(tmp_path / "model", "qwen3_vl")
+    processing = ImageProcessing.of_model(str(tmp_path / "model"))
+    assert processing is not None
+    store = ImageStore(tmp_path / "images")
+    played, tokenizer = look(tmp_path, ("go", "end"), RowImages(processing, ImageCollector(store, ImageLimits())))
+    assert played.error is None
+    (red,), (blue,) = image_keys(played.prompt_token_ids), image_keys(played.spans[1].token_ids)
+    assert store.image(red).getpixel((0, 0)) == (255, 0, 0)
+    assert store.image(blue).getpixel((0, 0)) == (0, 0, 255)
+    shown = "<|vision_start|>" + 6 * "<|image_pad|>" + "<|vision_end|>"
+    ids = processing.plain_ids(played.prompt_token_ids)
+    assert tokenizer.decode(ids) == f"<|user|>red:{shown}<|eos|><|assistant|>"
+    ids = processing.plain_ids(played.spans[1].token_ids)
+    assert tokenizer.decode(ids) == f"<|user|>{shown}<|eos|><|assistant|>"
+    assert len(set(played.anchors)) == 2
+
+    for says, why in (("wrong", "observation has the part"), ("typed", "has 1 placeholders")):
+        failed, _ = look(tmp_path, (says,), RowImages(processing, ImageCollector(store, ImageLimits())))
+        assert failed.error is not None
+        assert why in failed.error.message
+
+
+def test_a_model_without_a_tower_gets_no_images(tmp_path: Path) -> None:
+    played, _ = look(tmp_path, ("go",), None)
+    assert played.error is not None
+    assert "the model reads text alone" in played.error.message

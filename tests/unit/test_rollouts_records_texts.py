@@ -17,6 +17,7 @@ from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled, assemble, token_spans
 from rlhf.rollouts.records.texts import character_ends, response_texts, step_ends, token_texts, turns_of
 from rlhf.types import Prompt, RankedRollouts, RewardError, Rollouts, RoutedRollouts, StepReward
+from rlhf.vision.keys import decoded
 
 TEXT = "Zürich  日本\n\n👩\u200d👧 naïve <|eos|>"
 
@@ -37,6 +38,13 @@ def test_a_character_stands_with_the_token_that_completes_it(tokenizer: Any) -> 
         texts = token_texts(ids, tokenizer)
         assert len(texts) == len(ids)
         assert "".join(texts) == tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def test_an_image_stands_with_its_mark_at_its_first_token(tokenizer: Any) -> None:
+    ids = [*b"a", -0xABC, -0xABC, *"ü".encode(), -0xDEF]
+    texts = token_texts(ids, tokenizer)
+    assert texts == ["a", "[image 000000000000abc]", "", "", "ü", "[image 000000000000def]"]
+    assert decoded(ids, tokenizer) == "".join(texts)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,9 @@ class Grading(Section):
     by: Annotated[str | None, OnlyIn("responses")] = Field(default=None, min_length=1)
     """A column whose values split each set. Each subset is reported in addition to the whole, as `SET.VALUE`. null: no
     split."""
+    exchange_images: bool = False
+    """Measure each set with images once more, as `SET.exchanged`, where each row has the image of another row. A model
+    that sees does worse there."""
     suites: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], OnlyIn("engines")] = ()
     """Suites of questions by name: `reasoning-basic`, or tasks and groups of lm-evaluation-harness, such as `gsm8k`."""
     suite_limit: Annotated[int | None, OnlyIn("engines"), OF_SUITES] = Field(default=None, ge=1)

@@ -16,9 +16,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
+from rlhf.data.images import RowImages
 from rlhf.data.templates import UNCHANGED, ChatTemplate
+from rlhf.errors import UserError
 from rlhf.extensions import CodeSource
 from rlhf.rollouts.environments.host import Conversation, EnvironmentFailure, EnvironmentHost, Step
+from rlhf.rollouts.environments.observations import Observation
 from rlhf.rollouts.environments.process import Description
 from rlhf.rollouts.environments.tool_calls import ToolCallParser, read_calls
 from rlhf.rollouts.environments.tool_servers import ToolServer
@@ -36,13 +39,16 @@ class Environment(Protocol):
     called concurrently.
     """
 
-    def reset(self, seed: int, **columns: Any) -> str | None:
+    def reset(self, seed: int, **columns: Any) -> str | list[dict[str, Any]] | None:
         """Begin a conversation and return the first observation, or None if the prompt is complete.
+
+        An observation with images is a list of parts: `{"type": "text", "text": ...}` and `{"type": "image", "image":
+        ...}`, where an image is one of Pillow or the bytes of its file.
 
         All conversations of a group have the same seed and columns, and must begin with the same observation.
         """
 
-    def step(self, response: str) -> tuple[str | list[str], float, bool]:
+    def step(self, response: str) -> tuple[str | list[Any], float, bool]:
         """Take a turn of the policy and return (observation, reward, done).
 
         With tools, `step` also takes `tool_calls`, a list of `{name, arguments}`. The observation may then be a list
@@ -92,8 +98,16 @@ class Conversations:
     sampling settings and the token at the end of a turn. `ends` are the model's end tokens.
     """
 
-    def __init__(self, spec: EnvironmentSpec, tokenizer: Any, draw: Draw, ends: Collection[int] = ()) -> None:
+    def __init__(
+        self,
+        spec: EnvironmentSpec,
+        tokenizer: Any,
+        draw: Draw,
+        ends: Collection[int] = (),
+        images: RowImages | None = None,
+    ) -> None:
         self.spec = spec
+        self.images = images  # None: the model reads text alone
         self.tokenizer = tokenizer
         self.ends = ends
         self.draw = draw
@@ -156,8 +170,8 @@ class Conversations:
                 f"{game.observation!r:.80}: it may depend only on the seed and the columns",
             )
         try:
-            token_ids = first_prompt(prompt, observation, self.tokenizer)
-        except ValueError as error:
+            token_ids = first_prompt(prompt, observation, self.tokenizer, self.images)
+        except (ValueError, UserError) as error:
             raise EnvironmentFailure("raised", str(error)) from error
         if len(token_ids) >= self.spec.max_tokens:
             raise EnvironmentFailure(
@@ -173,7 +187,7 @@ class Conversations:
         tokens = played.prompt_token_ids
         spans: list[Sampled | InsertedSpan] = []
         rewards: list[float] = []
-        observation: str | tuple[str, ...] = game.observation or ""
+        observation: Observation | tuple[Observation, ...] = game.observation or ""
         anchors: list[str] = []
         for turn in range(self.spec.max_turns):
             room = min(game.sampling.max_new_tokens, self.spec.max_tokens - len(tokens))
@@ -188,7 +202,10 @@ class Conversations:
             ended = replace(played, spans=tuple(spans), rewards=tuple(rewards), anchors=tuple(anchors))
             if step.done:
                 return replace(ended, finish_reason="stop")
-            inserted = writer.after(sampled.token_ids, step.observation)
+            try:
+                inserted = writer.after(sampled.token_ids, step.observation)
+            except UserError as error:
+                raise EnvironmentFailure("raised", str(error)) from error
             tokens = (*tokens, *sampled.token_ids, *inserted)
             if turn + 1 == self.spec.max_turns or len(tokens) >= self.spec.max_tokens:
                 break
@@ -209,8 +226,11 @@ class Conversations:
     def _writer(self, prompt: Prompt) -> TurnWriter:
         chat, tools = prompt.is_chat, bool(self.description.tools)
         if chat not in self._writers:
-            writer = ChatTurns(self.tokenizer, with_tools=tools, ends=self.ends) if chat else RawTurns(self.tokenizer)
-            self._writers[chat] = writer
+            self._writers[chat] = (
+                ChatTurns(self.tokenizer, with_tools=tools, ends=self.ends, images=self.images)
+                if chat
+                else RawTurns(self.tokenizer, self.images)
+            )
         return self._writers[chat]
 
 
@@ -220,10 +240,10 @@ class _Game:
 
     request: GroupRequest
     sampling: Sampling
-    observation: str | None = None
+    observation: Observation | None = None
 
 
-def _anchor(observation: str | tuple[str, ...]) -> str:
+def _anchor(observation: Observation | tuple[Observation, ...]) -> str:
     """Return a digest that is equal for equal observations. One text and a list with this text differ."""
     return hashlib.blake2b(repr(observation).encode(), digest_size=8).hexdigest()
 

@@ -22,6 +22,7 @@ from typing import Any, get_args
 from rlhf.errors import ChildLost, UserError
 from rlhf.extensions import CodeSource
 from rlhf.rewards.processes.process import MAX_LOG_LINES, ChildProcess, place_in
+from rlhf.rollouts.environments.observations import Observation, read_observation
 from rlhf.rollouts.environments.process import NUMBER, SIZE, Description
 from rlhf.rollouts.environments.tool_servers import CLOSE_WITHIN_S, ToolServer
 from rlhf.types import RewardErrorKind
@@ -39,7 +40,7 @@ MAX_MESSAGE_CHARS = 2000  # of a failure: the code chooses it, and may write hal
 class Step:
     """The environment's answer to a turn of the policy."""
 
-    observation: str | tuple[str, ...]  # a tuple holds a result for each tool call
+    observation: Observation | tuple[Observation, ...]  # a tuple holds a result for each tool call
     reward: float
     done: bool
 
@@ -260,6 +261,13 @@ def _reply(data: bytes) -> dict[str, Any]:
     return reply
 
 
+def _observation(answer: Mapping[str, Any]) -> Observation | tuple[Observation, ...]:
+    try:
+        return read_observation(answer["observation"])
+    except (TypeError, ValueError) as error:  # the code controls its process, and may send anything
+        raise EnvironmentFailure("raised", f"the observation cannot be read: {error}") from error
+
+
 def _end_unwanted(opening: asyncio.Future[Conversation]) -> None:
     if not opening.cancelled() and opening.exception() is None:
         _ending.add(task := asyncio.ensure_future(opening.result().end()))
@@ -281,10 +289,10 @@ class Conversation:
         self._writer = writer
         self._dead = False
 
-    async def reset(self, seed: int, columns: Mapping[str, Any]) -> str:
+    async def reset(self, seed: int, columns: Mapping[str, Any]) -> Observation:
         """Return the first observation, or an empty string."""
         answer = await self.call("reset", more_s=self._description.servers_limit_s, seed=seed, columns=dict(columns))
-        return answer["observation"]  # type: ignore[no-any-return]
+        return _observation(answer)  # type: ignore[return-value]  # no result of a tool call
 
     async def step(self, response: str, tool_calls: Sequence[Mapping[str, Any]] | None = None) -> Step:
         """Send a turn of the policy. `tool_calls` is None if the environment has no tools."""
@@ -294,9 +302,7 @@ class Conversation:
         limits_s = self._description.server_limits_s
         more_s = sum(limits_s.get(call["name"], 0.0) for call in tool_calls or ())
         answer = await self.call("step", more_s=more_s, turn=turn)
-        seen = answer["observation"]
-        observation = tuple(seen) if isinstance(seen, list) else seen
-        return Step(observation=observation, reward=answer["reward"], done=answer["done"])
+        return Step(observation=_observation(answer), reward=answer["reward"], done=answer["done"])
 
     async def end(self) -> None:
         """Call the environment's `close`, then end all processes."""

@@ -8,12 +8,14 @@ torch here, directly or through another module.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ctypes
 import errno
 import gc
 import importlib
 import inspect
+import io
 import json
 import math
 import numbers
@@ -128,10 +130,39 @@ def _reset(environment: Any, seed: int, columns: Mapping[str, Any]) -> dict[str,
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed % 2**32)
     observation = environment.reset(seed=seed, **columns)
-    if not isinstance(observation, str | None):
+    if not isinstance(observation, str | None) and not _has_parts(observation):
         raise ProtocolViolation(f"reset returned {observation!r:.80}, expected a text or None")
-    (observation or "").encode()  # UnicodeEncodeError for half a character
-    return {"observation": observation or ""}
+    return {"observation": _sendable(observation)}
+
+
+def _has_parts(observation: Any) -> bool:
+    """Return whether an observation is a list of parts, as messages with images have."""
+    return isinstance(observation, list) and bool(observation) and all(isinstance(x, Mapping) for x in observation)
+
+
+def _sendable(observation: Any) -> Any:
+    """Return a text, or a list of parts with each image as base64. ProtocolViolation: a part is neither."""
+    if not _has_parts(observation):
+        (observation or "").encode()  # UnicodeEncodeError for half a character
+        return observation or ""
+    return [_sendable_part(part) for part in observation]
+
+
+def _sendable_part(part: Mapping[str, Any]) -> dict[str, str]:
+    if part.get("type") == "text" and isinstance(text := part.get("text"), str) and text:
+        text.encode()
+        return {"text": text}
+    image = part.get("image") if part.get("type") == "image" else None
+    if image is not None and callable(getattr(image, "save", None)):  # an image of Pillow, which is not imported here
+        encoded = io.BytesIO()
+        image.save(encoded, "PNG")
+        image = encoded.getvalue()
+    if not isinstance(image, bytes) or not image:
+        raise ProtocolViolation(
+            f"an observation has the part {dict(part)!r:.80}, expected {{'type': 'text', 'text': TEXT}} or {{'type': "
+            "'image', 'image': IMAGE}, where IMAGE is an image of Pillow or the bytes of its file"
+        )
+    return {"image": base64.b64encode(image).decode()}
 
 
 def _step(environment: Any, **turn: Any) -> dict[str, Any]:
@@ -140,8 +171,10 @@ def _step(environment: Any, **turn: Any) -> dict[str, Any]:
         raise ProtocolViolation(f"step returned {returned!r:.80}, expected (observation, reward, done)")
     observation, reward, done = returned
     count = len(turn.get("tool_calls") or ())
-    results = observation if isinstance(observation, list) else [observation]
-    if results is observation and (len(results) != count or not all(isinstance(result, str) for result in results)):
+    results = observation if isinstance(observation, list) and (count or not _has_parts(observation)) else [observation]
+    if results is observation and (
+        len(results) != count or not all(isinstance(result, str) or _has_parts(result) for result in results)
+    ):
         raise ProtocolViolation(f"step returned {observation!r:.80} for {count} tool calls, expected a text for each")
     if not isinstance(observation, str | list | None):
         raise ProtocolViolation(f"step returned the observation {observation!r:.80}, expected a text")
@@ -151,9 +184,9 @@ def _step(environment: Any, **turn: Any) -> dict[str, Any]:
         raise ProtocolViolation("step returned no observation and is not done, so the policy has nothing to answer")
     if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
         return {"kind": "not_a_number", "message": f"step returned {reward!r:.80} as reward, expected a finite number"}
-    for text in results:
-        (text or "").encode()  # UnicodeEncodeError for half a character
-    return {"observation": observation or "", "reward": float(reward), "done": bool(done)}
+    sendable = [_sendable(result) for result in results]
+    shown = sendable if results is observation else sendable[0]
+    return {"observation": shown, "reward": float(reward), "done": bool(done)}
 
 
 class HostedEnvironment:

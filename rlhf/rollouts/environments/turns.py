@@ -11,9 +11,11 @@ from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 from rlhf.data.chat import ASSISTANT, Message, render, require_template, text_after_turn, turn_end
+from rlhf.data.images import RowImages
 from rlhf.data.tokenization import Continuation, encode, encode_raw
 from rlhf.data.turn_ends import TurnEnds
 from rlhf.errors import UserError
+from rlhf.rollouts.environments.observations import Observation, Seen, expanded_observations, message_of
 from rlhf.types import Prompt
 
 PLACEHOLDER = "{observation}"  # position of the first observation in a prompt
@@ -29,14 +31,20 @@ class TurnWriter(Protocol):
 
     stop_token: int | None
 
-    def after(self, sampled: Sequence[int], observation: str | tuple[str, ...]) -> tuple[int, ...]:
-        """Return the tokens after a sampled turn. Several observations are the results of tool calls."""
+    def after(self, sampled: Sequence[int], observation: Observation | tuple[Observation, ...]) -> tuple[int, ...]:
+        """Return the tokens after a sampled turn. Several observations are the results of tool calls.
+
+        UserError: images cannot be shown to this model.
+        """
 
 
-def first_prompt(prompt: Prompt, observation: str, tokenizer: Any) -> tuple[int, ...]:
+def first_prompt(
+    prompt: Prompt, observation: Observation, tokenizer: Any, images: RowImages | None = None
+) -> tuple[int, ...]:
     """Return the prompt's tokens with the first observation inserted.
 
-    ValueError for an observation without a placeholder, or a placeholder without an observation.
+    ValueError for an observation without a placeholder, or a placeholder without an observation. UserError: the prompt
+    has images already, or the model takes no images.
     """
     if PLACEHOLDER not in prompt.text:
         if observation:
@@ -45,9 +53,21 @@ def first_prompt(prompt: Prompt, observation: str, tokenizer: Any) -> tuple[int,
         return prompt.token_ids
     if not observation:
         raise ValueError(f"reset returned no observation, but the prompt has {PLACEHOLDER}")
+    if min(prompt.token_ids) < 0:
+        raise UserError(f"the prompt has images and {PLACEHOLDER}. Let reset return the images, or leave them out.")
     tokenise = encode if prompt.is_chat else encode_raw
-    (token_ids,) = tokenise([prompt.text.replace(PLACEHOLDER, observation)], tokenizer)
-    return tuple(token_ids)
+    text = observation if isinstance(observation, str) else _written(observation, tokenizer)
+    (token_ids,) = tokenise([prompt.text.replace(PLACEHOLDER, text)], tokenizer)
+    return tuple(expanded_observations(token_ids, [observation], images))
+
+
+def _written(observation: Seen, tokenizer: Any) -> str:
+    """Return an observation with images as the chat template writes the observation in a user's turn."""
+    require_template(tokenizer, _KEY)
+    part = render([message_of("user", Seen((_OBSERVATION,)))], tokenizer, add_generation_prompt=False, place=_KEY)
+    whole = render([message_of("user", observation)], tokenizer, add_generation_prompt=False, place=_KEY)
+    before, _, after = part.partition(_OBSERVATION)
+    return whole.removeprefix(before).removesuffix(after)
 
 
 class RawTurns:
@@ -55,15 +75,20 @@ class RawTurns:
 
     stop_token: int | None = None
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, images: RowImages | None = None) -> None:
         self.tokenizer = tokenizer
+        self.images = images
         self._continuation = Continuation(tokenizer)
 
-    def after(self, sampled: Sequence[int], observation: str | tuple[str, ...]) -> tuple[int, ...]:
-        text = observation if isinstance(observation, str) else "\n".join(observation)
+    def after(self, sampled: Sequence[int], observation: Observation | tuple[Observation, ...]) -> tuple[int, ...]:
+        results = observation if isinstance(observation, tuple) else (observation,)
+        texts = [result for result in results if isinstance(result, str)]
+        if len(texts) < len(results):
+            raise UserError("an observation has an image, and only a chat template says where images stand.")
+        text = "\n".join(texts)
         before = self.tokenizer.decode(list(sampled[-1:]), skip_special_tokens=False)
         (token_ids,) = self._continuation.encode([(before, text)])
-        return tuple(token_ids)
+        return tuple(expanded_observations(token_ids, (), self.images))
 
 
 class ChatTurns:
@@ -71,10 +96,18 @@ class ChatTurns:
 
     stop_token: int | None
 
-    def __init__(self, tokenizer: Any, *, with_tools: bool, ends: Collection[int] = ()) -> None:
-        """Check the template. `ends`: the model's end tokens, besides the end tokens of template and tokenizer."""
+    def __init__(
+        self, tokenizer: Any, *, with_tools: bool, ends: Collection[int] = (), images: RowImages | None = None
+    ) -> None:
+        """Check the template.
+
+        Args:
+            ends: the model's end tokens, besides the end tokens of template and tokenizer.
+            images: puts the images of observations into token ids. None: the model reads text alone.
+        """
         require_template(tokenizer, _KEY)
         self.tokenizer = tokenizer
+        self.images = images
         self.stop_token = turn_end(tokenizer)
         if self.stop_token is None:
             tail = self._text_after_turn([], add_generation_prompt=False)
@@ -84,12 +117,11 @@ class ChatTurns:
         if with_tools:
             self._check([{"role": "tool", "content": _OBSERVATION}])
 
-    def after(self, sampled: Sequence[int], observation: str | tuple[str, ...]) -> tuple[int, ...]:
-        if isinstance(observation, str):
-            messages = [{"role": "user", "content": observation}]
-        else:
-            messages = [{"role": "tool", "content": result} for result in observation]
-        return self._tokens(sampled, messages)
+    def after(self, sampled: Sequence[int], observation: Observation | tuple[Observation, ...]) -> tuple[int, ...]:
+        role = "tool" if isinstance(observation, tuple) else "user"
+        results = observation if isinstance(observation, tuple) else (observation,)
+        token_ids = self._tokens(sampled, [message_of(role, result) for result in results])
+        return tuple(expanded_observations(token_ids, results, self.images))
 
     def _tokens(self, sampled: Sequence[int], messages: Sequence[Message]) -> tuple[int, ...]:
         """Return the template's tokens from the end of a sampled turn to the beginning of the next."""

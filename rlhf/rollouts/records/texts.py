@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf.rollouts.records.spans import shared_in_sample, token_spans
 from rlhf.tracking.run_folder.samples import SampleSequence, SampleTokens, SampleTurn
 from rlhf.types import Rollouts, TokenSignals
-from rlhf.vision.keys import image_keys, image_name
+from rlhf.vision.keys import decoded, image_keys, image_mark, image_name, runs
 
 _DIGITS = 6  # significant digits of a token's numbers in a samples file
 _INCOMPLETE = "\ufffd"  # replacement for the bytes of an incomplete character
@@ -132,7 +132,7 @@ def turns_of(rollouts: Rollouts, tokenizer: Any) -> list[tuple[SampleTurn, ...]]
         tuple(
             SampleTurn(
                 role="policy" if sampled else "prompt" if index == 0 else "environment",
-                text=tokenizer.decode(ids, skip_special_tokens=False),
+                text=decoded(ids, tokenizer),
                 tokens=len(ids),
                 sampled=sampled,
             )
@@ -146,9 +146,20 @@ def token_texts(ids: Sequence[int], tokenizer: Any, *, skip_special_tokens: bool
     """Return a text for each token, special tokens written out or empty. The texts joined are the text of all tokens.
 
     A token ending within a character is an empty string. The token completing the character has the whole character,
-    unless the sequence ends within the character.
+    unless the sequence ends within the character. The first token of an image has the image's mark.
     """
+    return [
+        text
+        for key, run in runs(ids)
+        for text in (
+            _texts_of_run(run, tokenizer, skip_special_tokens=skip_special_tokens)
+            if key is None
+            else (image_mark(key), *[""] * (len(run) - 1))
+        )
+    ]
 
+
+def _texts_of_run(ids: Sequence[int], tokenizer: Any, *, skip_special_tokens: bool) -> list[str]:
     def text(start: int, end: int) -> str:
         return str(tokenizer.decode(ids[start:end], skip_special_tokens=skip_special_tokens))
 

@@ -246,6 +246,8 @@ update/router_entropy | 1 | ExpertEntropy | all optional | Entropy of the expert
     over layers: 1 is even (for mixtures as `policy.model`)
 update/router_balance_loss | 1 | Mean | all optional | Balance loss of a sequence before its coefficient: 1 is even
     (`policy.router_balance_coef`)
+update/image_effect | nats | Last | all optional | Mean |difference| of the log-probabilities of a row's text with its
+    own and with other images, at a start. Near 0 the run ends
 update/lr | 1 | Last | all | Learning rate of the last optimizer step
 update/critic_grad_norm | 1 | Mean | online critic | Norm of the critic's gradient before clipping, mean over optimizer
     steps
@@ -278,6 +280,9 @@ eval/<set>/<metric> | 1 | - | eval | A value on a held-out set, before training 
 weight_sync/version | version | Last | online | Version of the weights that the engines hold now
 weight_sync/probe_max_diff | nats | Max | online | Largest |logprob| difference of engine and trainer on the probe after
     a sync
+weight_sync/image_effect_policy | nats | Last | online optional | Mean |difference| of the log-probabilities of the
+    probe's text with its own and with other images in the policy, at the first sync of a start. Near 0 the run ends
+weight_sync/image_effect_engine | nats | Last | online optional | The same in the engine with the smallest difference
 
 time/engines_idle/fraction | 1 | Last | online | Part of the step in which the engines answered no prompt of training
 time/trainer_waits_s | s | Sum | online | Time in which training waited for responses

@@ -40,6 +40,7 @@ from rlhf.types import (
     StepReward,
     TokenSignals,
 )
+from rlhf.vision.keys import decoded
 from rlhf.workers.model_worker import ModelWorker
 
 
@@ -235,7 +236,7 @@ class RewardWorker(ModelWorker):
         of_response = next((part for part in prompts if sequence_id in part.sample_ids), None)
         if of_response is None:
             return None
-        return redact(self.tokenizer.decode(of_response.of_samples([sequence_id]).token_ids.tolist()))
+        return redact(decoded(of_response.of_samples([sequence_id]).token_ids.tolist(), self.tokenizer))
 
     def stop(self) -> None:
         self.rewards.close()

@@ -1,0 +1,117 @@
+"""Runs on images through the real actors: each mode of rollouts, a kill with the same bits after, and blind models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.errors import RunError
+from rlhf.tracking.run_folder.atomic import read_lines
+from tests.integration.faults import kill_all, wait_for
+from tests.integration.recipes import one_thread, rows, start, train_here, without_clocks, write_config
+from tests.seen_logprobs import png
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+CHANGES: dict[str, Any] = {
+    "policy": {"model": "tiny:qwen3_vl"},
+    "algorithm": {"name": "grpo", "kl": {"coef": 0.05}, "correction": {"preset": "token_tis"}},
+    "eval": {"exchange_images": True},
+    "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9a-z].*"}}},
+    "train": {"steps": 3},
+    "cluster": {"roles": one_thread("policy", "reference", "rollout")},
+}
+MODES: dict[str, dict[str, Any]] = {
+    "turns": {},
+    "pipelined": {"rollouts": {"max_staleness": 2}},
+    "recompute": {"rollouts": {"max_staleness": 2, "weight_updates": "in_flight"}},
+    "keep": {"rollouts": {"max_staleness": 2, "weight_updates": "in_flight", "kv_after_update": "keep"}},
+    "streamed": {"train": {"streamed": True}},
+    "carry_over": {"rollouts": {"oversample": 1.5, "carry_over": True}},
+}
+
+
+def config_of(folder: Path, changes: dict[str, Any]) -> tuple[Path, Path]:
+    """Write a configuration with a prompt per image, some prompts without an image and some with two."""
+    (folder / "images").mkdir(parents=True)
+    lines = []
+    for row in range(24):
+        images = [f"images/{row}_{i}.png" for i in range((1, 1, 2, 0)[row % 4])]
+        for i, name in enumerate(images):
+            (folder / name).write_bytes(png(10 * row + i, 48 if i else 64, 32))
+        content = [{"type": "image", "image": name} for name in images] + [{"type": "text", "text": "Colour?"}]
+        lines.append(json.dumps({"messages": [{"role": "user", "content": content}]}))
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    (folder / "eval.jsonl").write_text("\n".join(lines[:4]))
+    data = {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl")}
+    data |= {"apply_chat_template": True, "max_prompt_tokens": 100}
+    base = {**CHANGES, "data": data, "run": {"name": "run", "dir": str(folder), "seed": 3}}
+    merged = {key: {**base.get(key, {}), **changes.get(key, {})} for key in {**base, **changes}}
+    return write_config(folder / "run.yaml", merged), folder / "run"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_engine_and_trainer_see_the_same_images(mode: str, ray_local: None, tmp_path: Path) -> None:
+    config, run = config_of(tmp_path, MODES[mode])
+    train_here(config)
+    found = rows(run)
+    assert len(found) >= 3
+    for row in found[1:]:
+        assert row["experience/rollout_logprob_diff/max"] < 1e-3
+        assert row["weight_sync/probe_max_diff"] < 1e-4
+    effects = [row for row in found if "weight_sync/image_effect_policy" in row]
+    assert len(effects) == 1  # at the first sync
+    assert effects[0]["weight_sync/image_effect_policy"] == pytest.approx(
+        effects[0]["weight_sync/image_effect_engine"], rel=0.05
+    )
+    assert any("eval/heldout.exchanged/score" in row for row in found)
+
+
+def test_a_run_on_fixed_data_tells_how_much_its_images_matter(ray_local: None, tmp_path: Path) -> None:
+    (tmp_path / "red.png").write_bytes(png(1))
+    row = {"prompt": "Which colour?", "images": ["red.png"], "completion": "red"}
+    (tmp_path / "train.jsonl").write_text("\n".join([json.dumps(row)] * 8))
+    config = {
+        "run": {"name": "run", "dir": str(tmp_path), "seed": 0},
+        "policy": {"model": "tiny:qwen3_vl", "dtype": "float32"},
+        "algorithm": {"name": "sft"},
+        "data": {"train": str(tmp_path / "train.jsonl")},
+        "train": {"steps": 2, "sequences_per_update": 4, "lr": 1e-3},
+        "cluster": {"object_store_gib": 0.25, "start_timeout_s": 200.0},
+    }
+    train_here(write_config(tmp_path / "run.yaml", config, base={}))
+    assert [row["update/image_effect"] > 1e-6 for row in rows(tmp_path / "run") if "update/image_effect" in row] == [
+        True
+    ]
+
+
+def test_a_killed_run_on_images_repeats_its_steps(ray_local: None, tmp_path: Path) -> None:
+    config, run = config_of(
+        tmp_path, {"rollouts": {"max_staleness": 2}, "train": {"steps": 100, "checkpoint_every": 3}}
+    )
+    process = start(config)
+    wait_for(run / "metrics.jsonl", 6, timeout_s=600)
+    kill_all(process.pid)
+    process.wait(timeout=30)
+    before = without_clocks(read_lines(run / "metrics.jsonl"))
+    for own in run.glob(".own-*"):
+        shutil.rmtree(own)
+    train_here(config, "--resume", "step_000003", f"train.steps={len(before) - 1}")
+    again = [{k: v for k, v in row.items() if "image_effect" not in k} for row in without_clocks(rows(run))]
+    assert again == [{k: v for k, v in row.items() if "image_effect" not in k} for row in before]
+
+
+def test_a_blind_model_ends_the_run(ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor of the model gives every image the same pixels, in the trainer and in the engine."""
+    config, run = config_of(tmp_path, {})
+    train_here(config, "train.steps=1")
+    model = next((run / "models").iterdir())
+    settings = model / "processor_config.json"
+    processor = json.loads(settings.read_text())
+    processor["image_processor"]["rescale_factor"] = 0.0
+    settings.write_text(json.dumps(processor))
+    with pytest.raises(RunError, match="the model cannot see its images"):
+        train_here(config, f"policy.model={model}", "run.name=blind")
