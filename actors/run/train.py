@@ -57,7 +57,7 @@ from rlhf.tracking import logs
 from rlhf.tracking.notebook import in_notebook
 from rlhf.tracking.run_folder.atomic import write_atomic
 from rlhf.tracking.run_folder.errors import ErrorRecord
-from rlhf.tracking.run_folder.folder import refuse_to_overwrite, remove_run
+from rlhf.tracking.run_folder.folder import images_folder, refuse_to_overwrite, remove_run
 from rlhf.viewing.model_card import write_model_card
 from rlhf.vision.sight import exchanged_images
 
@@ -189,7 +189,7 @@ async def _offline(
             placement=placement,
             longest_sequence=length,
             supervisor=supervisor,
-            images=record.folder.path.absolute() / "images",
+            images=images_folder(record.folder.path),
         )
         roles = build_roles(context, groups)
         record.progress.stage(f"starting {_names(placement.plan)}")
@@ -256,7 +256,7 @@ async def _online(
             placement=lease.placement,
             longest_sequence=inputs.max_model_len,
             supervisor=supervisor,
-            images=record.folder.path.absolute() / "images",
+            images=images_folder(record.folder.path),
             rewards=inputs.rewards,
             judgements=record.folder.judgements() if has_judges(inputs.rewards) else None,
             tokenizer_class=None if config.policy.trust_remote_code else type(stage.tokenizer),

@@ -16,7 +16,6 @@ from rlhf.deferred import torch, transformers
 from rlhf.errors import UserError
 from rlhf.models.files.folder_check import num_experts, read_json_object
 from rlhf.models.files.small_models import SMALL_MODELS, fetched_to
-from rlhf.models.files.tiny_vision import KINDS
 from rlhf.vision.kinds import is_vision_weight
 
 DENSE_CLASSES = ("Llama", "Mistral", "Qwen2", "Qwen3")  # decoders with the layers counted here
@@ -223,8 +222,11 @@ def find_shape(model: str, *, shapes: Path | None, made: Mapping[str, str]) -> S
     """
     if model == "tiny:llama":
         return TINY
-    if model.startswith("tiny:") and model.removeprefix("tiny:") in KINDS:
-        return shape_of(KINDS[model.removeprefix("tiny:")]()[0].to_dict(), "rlhf/models/files/tiny_vision.py")
+    if model.startswith("tiny:"):
+        from rlhf.models.files.tiny_vision import KINDS  # with tokenizers
+
+        if (make := KINDS.get(model.removeprefix("tiny:"))) is not None:
+            return shape_of(make()[0].to_dict(), "rlhf/models/files/tiny_vision.py")
     if model in made:
         return find_shape(made[model], shapes=shapes, made=made)
     if (stored := find_config(model, shapes=shapes)) is not None:

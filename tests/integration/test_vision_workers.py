@@ -1,6 +1,6 @@
 """Workers train on images, without Ray: a step depends on neither ranks nor micro-batches, at any ZeRO stage.
 
-On two ranks one rank has all images. The other rank must still pass the tower with it where ranks wait for each other.
+Of two ranks, the first has all images. The second must still pass an image through the tower where ranks wait there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rlhf.models.files.tiny_vision import build_tiny_vision
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from tests.integration.gang_workers import assert_equal
 from tests.integration.rank_gang import Gangs
-from tests.integration.vision_training import train_rank
+from tests.integration.vision_training import resume_rank, train_rank
 
 # The worker, the ZeRO stage, and the tower's learning rate or None: frozen.
 CASES = [
@@ -65,3 +65,19 @@ def test_other_kinds_of_models_train_sharded_too(gangs: Gangs, tmp_path: Path, k
     one, *_ = trained(gangs, tmp_path, kind, ranks=1, zero_stage=0, **options)
     two, *_ = trained(gangs, tmp_path, kind, ranks=2, zero_stage=3, **options)
     assert_equal(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("stage", "vision_lr"), [(2, None), (3, None), (2, 1e-3)])
+def test_a_resumed_model_goes_on_with_the_same_numbers(
+    gangs: Gangs, tmp_path: Path, stage: int, vision_lr: float | None
+) -> None:
+    """A checkpoint leaves a frozen tower out. An export takes the tower from the model's folder."""
+    model = str(build_tiny_vision(tmp_path / "m", "qwen2_vl", seed=0))
+    (tmp_path / "saved").mkdir()
+    shared: dict[str, Any] = {"model": model, "folder": str(tmp_path), "saved": str(tmp_path / "saved")}
+    shared |= {"tokens": 96, "zero_stage": stage, "vision_lr": vision_lr}
+    first, again = (gangs[2].run(resume_rank, saves=saves, **shared) for saves in (True, False))
+    steps = [[results(merge_metrics([rank[1] for rank in ranks]))] for ranks in (first, again)]
+    assert_equal(*steps, rel=1e-9)

@@ -13,6 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from rlhf.config.schema.root import Config
+from rlhf.engine.consolidation import load_trained_weights
+from rlhf.models.files.loading import load_causal_lm
+from rlhf.models.files.weights import weight_sources
 from rlhf.types import BatchPlan, Examples, MinibatchPlan, Pairs, Rollouts
 from rlhf.vision.kinds import is_vision_weight
 from rlhf.vision.processor import ImageProcessing
@@ -22,6 +25,7 @@ from rlhf.workers.offline.referenced import ReferencedPolicy
 from rlhf.workers.offline.supervised import SupervisedWorker
 from rlhf.workers.online.critic import CriticWorker
 from rlhf.workers.online.policy import PolicyWorker
+from rlhf.workers.trained_model import load_trained_model
 from tests.fixtures.vision_models import picture
 from tests.integration.gang_workers import worker_config
 from tests.integration.rank_gang import place_of
@@ -125,6 +129,28 @@ def train_rank(
     moved = {name: float((after[name] - before[name]).abs().max()) for name in before}
     tower = [move for name, move in moved.items() if is_vision_weight(name)]
     return [*steps, max(tower), max(move for name, move in moved.items() if not is_vision_weight(name))]
+
+
+def resume_rank(
+    rank: int, world_size: int, *, model: str, folder: str, saved: str, tokens: int, saves: bool, **options: Any
+) -> list[Any]:
+    """Run one rank: make a step and save, or load; then the next step's metrics. Compare an export with the weights."""
+    path = Path(folder)
+    config = settings("grpo", model, path, ranks=world_size, tokens=tokens, **options)
+    place = replace(place_of(rank, world_size), images=path / "images")
+    worker = PolicyWorker(config, place, optimizer_steps=4)
+    worker.build()
+    if saves:
+        _online(worker, model, path)
+        worker.save(Path(saved))
+        weights = _weights(worker)
+        module = load_trained_model(config.policy, load_causal_lm, worker.device)
+        load_trained_weights(module, Path(saved), dtype=torch.float32)
+        exported = {name: weight for source in weight_sources(module) for name, weight in source.published()}
+        assert all(torch.equal(weights[name], exported[name]) for name in weights)
+    else:
+        worker.load(Path(saved))
+    return _online(worker, model, path)
 
 
 def _weights(worker: Any) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf.models.files.loading import load_causal_lm
 from rlhf.models.files.tiny_vision import KINDS
 from rlhf.models.packed.branches import Branch
 from rlhf.models.packed.forward import hidden_states
@@ -30,7 +32,7 @@ QUESTIONS: list[tuple[list[Any], list[int]]] = [
 ALONE = {"llava_onevision": QUESTIONS[1:]}
 
 
-# Two with positions of three axes, one of them with linear attention, and one whose images see both ways.
+# Positions of three axes; the same with linear attention; images that see both ways.
 QUICK = ("qwen3_vl", "qwen3_5", "gemma3")
 
 
@@ -147,3 +149,15 @@ def test_processed_images_are_kept_up_to_a_size(tmp_path: Path) -> None:
         for key in keys * 2:
             reader.inputs(key)
         assert len(calls) == expected
+
+
+def test_recomputed_layers_give_the_same_gradient(tmp_path: Path) -> None:
+    states, gradients = [], []
+    for recomputes in (False, True):
+        folder = tmp_path / str(recomputes)
+        sees = seeing("qwen3_vl", folder, load=partial(load_causal_lm, gradient_checkpointing=recomputes))
+        ids = [sees.ids(*row) for row in QUESTIONS]
+        states.append(hidden_states(sees.model, torch.cat(ids), torch.tensor([*map(len, ids)])))
+        gradients.append(gradient(sees.model, states[-1]))
+    assert torch.equal(*states)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6)

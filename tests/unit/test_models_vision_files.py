@@ -33,7 +33,7 @@ from rlhf.vision.kinds import is_vision_weight, vision_kind
 from rlhf.workers.trained_model import freeze_vision
 from tests.fixtures.vision_models import picture
 
-QUICK = ("qwen2_vl", "mistral3")  # the first has other names in files than in memory, the second shares names of layers
+QUICK = ("qwen2_vl", "mistral3")  # the names of Qwen2-VL differ in files; towers of Mistral 3 share names of layers
 CASES = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 
 
@@ -99,6 +99,13 @@ def test_an_adapter_leaves_the_tower_out_unless_asked(folder: Path, tmp_path: Pa
     again = load_trainable_adapter(load_causal_lm(str(folder), dtype=torch.float32), tmp_path / "a", dropout=0.0)
     weights, others = dict(model.named_parameters()), dict(again.named_parameters())
     assert all(torch.equal(weights[name], others[name]) for name in adapted)
+    explicit = add_lora(load_causal_lm(str(folder), dtype=torch.float32), **options, target_modules=["q_proj"])
+    assert len(written(adapter_sources(explicit))) == 4  # A and B of two layers
+    linear = {name for name, module in explicit.named_modules() if isinstance(module, nn.Linear)}
+    last = {sees: {n.rpartition(".")[2] for n in linear if is_vision_weight(n) is sees} for sees in (True, False)}
+    targets = ["q_proj", min(last[True] - last[False])]
+    with pytest.raises(UserError, match=r"lora\.target_modules: .* are layers of the vision tower alone"):
+        add_lora(load_causal_lm(str(folder), dtype=torch.float32), **options, target_modules=targets)
     seeing = add_lora(load_causal_lm(str(folder), dtype=torch.float32), **options, vision=True)
     assert any(is_vision_weight(name) for name, p in seeing.named_parameters() if p.requires_grad)
     with torch.device("meta"):
