@@ -61,7 +61,7 @@ def _check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
     if any(need.hub_name is None for need in missing) or (hub_names and why_silent()):
         lines = "".join(f"  {need.sentence}\n" for need in missing)
         return f"  not checked, since `rlhf train` does not start on this machine:\n{lines}"
-    from rlhf.preflight.inputs import check_files_and_rewards, load_inputs
+    from rlhf.preflight.inputs import StageInputs, check_files_and_rewards, load_inputs
     from rlhf.process.owned_folders import temporary_folder
 
     if hub_names:
@@ -71,8 +71,9 @@ def _check_inputs(loaded: LoadedConfig, *, cluster: str | None) -> str:
         lines = "".join(f"  not checked: {name} {text}\n" for name in hub_names)
         return f"  checked: data files and rewards of training stages\n{lines}"
     with temporary_folder() as folder, loaded.located():  # the tiny model is written to that folder
-        load_inputs(replace(loaded, folder=folder), only_checks=True)
-    return "  checked: `rlhf train` accepts them\n"
+        stages = load_inputs(replace(loaded, folder=folder), only_checks=True)
+    notes = dict.fromkeys(note for stage in stages if isinstance(stage, StageInputs) for note in stage.notes)
+    return "".join(["  checked: `rlhf train` accepts them\n", *(f"  {note}\n" for note in notes)])
 
 
 def _loaded_run(config: AnyConfig, overrides: Sequence[str]) -> LoadedConfig:

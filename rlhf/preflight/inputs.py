@@ -16,6 +16,7 @@ from rlhf.config.derive import (
     loaded_models,
     source_of,
     teacher_keys,
+    teachers,
     train_sets,
 )
 from rlhf.config.files.load import LoadedConfig
@@ -38,7 +39,7 @@ from rlhf.models.on_disk import may_ask_the_hub
 from rlhf.preflight.engine_args import refuse_unknown_engine_args
 from rlhf.preflight.eval_inputs import inputs_of_stage
 from rlhf.preflight.models import StageResults, check_models, refuse_other_results, with_adapters, with_sources
-from rlhf.preflight.other_tokenizers import load_translators
+from rlhf.preflight.other_tokenizers import load_translators, sentence
 from rlhf.preflight.sources import (
     check_rewards,
     installed_trackers,
@@ -62,6 +63,7 @@ class StageInputs:
     inputs: OnlineInputs | OfflineInputs
     tokenizer: Any  # the policy's
     images: RowImages | None = None  # None: the policy reads text alone
+    notes: tuple[str, ...] = ()  # sentences on teachers with another tokenizer
 
 
 CheckedStage = StageInputs | MergeStage | EvaluationStage
@@ -142,7 +144,8 @@ def _load_run(written: Config, loaded: LoadedConfig, made: StageResults, *, weig
         made.restacked.add(final)
     if written.algorithm.has_scalar_head:
         made.scored[final] = written.algorithm.short_name
-    return StageInputs(config=config, written=written, inputs=inputs, tokenizer=tokenizer, images=of_rows)
+    notes = tuple(sentence(teachers(config)[name], translator) for name, translator in translators.items())
+    return StageInputs(config=config, written=written, inputs=inputs, tokenizer=tokenizer, images=of_rows, notes=notes)
 
 
 def _refuse_unfit_servers(stage: StageInputs) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf.config import derive
+from rlhf.config.schema.model import TeacherConfig
 from rlhf.config.schema.root import Config
 from rlhf.data.spans import Translator
 from rlhf.errors import UserError, prefix_errors
@@ -39,14 +40,17 @@ def load_translators(config: Config, made: StageResults, tokenizer: Any) -> Mapp
                     f"{fix}, or name a teacher with the same tokenizer."
                 )
         translators[name] = translator
-        logger.info(
-            "teacher %s has another tokenizer than the policy: both are compared over spans of text, by %d common "
-            "tokens and by the order of the probabilities of all others; update/compared/fraction is the share of "
-            "tokens in such spans",
-            teacher.model,
-            len(translator.pairs),
-        )
+        logger.info("%s", sentence(teacher, translator))
     return translators
+
+
+def sentence(teacher: TeacherConfig, translator: Translator) -> str:
+    """Return a sentence on a teacher with another tokenizer, for the log and for the plan."""
+    return (
+        f"teacher {teacher.model} has another tokenizer than the policy: both are compared over spans of text, by "
+        f"{len(translator.pairs)} common tokens and by the order of the probabilities of all others; "
+        "update/compared/fraction is the share of tokens in such spans"
+    )
 
 
 def _problem(config: Config) -> tuple[str, str, str] | None:

@@ -53,9 +53,10 @@ def run(
     return loaded(tmp_path, **given | sections | {"train": train})
 
 
-def inputs(config: Any) -> Any:
+def inputs(config: Any, *, notes: int | None = None) -> Any:
     (stage,) = load_inputs(config, only_checks=True)
     assert isinstance(stage, StageInputs)
+    assert notes is None or len(stage.notes) == notes
     return stage.inputs
 
 
@@ -63,7 +64,7 @@ def test_a_prompt_is_written_in_the_teachers_template(
     tmp_path: Path, other: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="rlhf")
-    found = inputs(run(tmp_path, other))
+    found = inputs(run(tmp_path, other), notes=1)
     assert isinstance(found, OnlineInputs)
     first, second = found.prompts
     assert second.teacher_prompt is None
@@ -108,7 +109,7 @@ def test_rows_of_fixed_data_are_read_with_both_tokenizers(tmp_path: Path, other:
     assert TEACHER.decode(ids) == "[role]system: the[end][role]user: 12[end][role]assistant: abcd[end]"
     assert TEACHER.decode(ids[both.loss_mask[: len(ids)]]) == "abcd[end]"
     same = run(tmp_path, other, online=False, teacher={name: {"model": "tiny:llama"} for name in ("other", "same")})
-    assert translated_sets([inputs(same).rows]) == []
+    assert translated_sets([inputs(same, notes=0).rows]) == []
 
 
 @pytest.mark.parametrize(
