@@ -14,7 +14,7 @@ from rlhf.models.files.tiny_vision import build_tiny_vision
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from tests.integration.gang_workers import assert_equal
 from tests.integration.rank_gang import Gangs
-from tests.integration.vision_training import resume_rank, train_rank
+from tests.integration.vision_training import imitate_rank, resume_rank, train_rank
 
 # The worker, the ZeRO stage, and the tower's learning rate or None: frozen.
 CASES = [
@@ -81,3 +81,11 @@ def test_a_resumed_model_goes_on_with_the_same_numbers(
     first, again = (gangs[2].run(resume_rank, saves=saves, **shared) for saves in (True, False))
     steps = [[results(merge_metrics([rank[1] for rank in ranks]))] for ranks in (first, again)]
     assert_equal(*steps, rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_file_of_rows_with_images_teaches_what_only_the_images_tell(gangs: Gangs, tmp_path: Path) -> None:
+    (losses,) = gangs[1].run(imitate_rank, folder=str(tmp_path), steps=30)
+    assert losses[0] > 10.0
+    assert losses[-1] < 1.0  # a blind model guesses one of four colours: at best log(4) = 1.39 nats an answer

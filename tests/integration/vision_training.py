@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rlhf.config.files.load import load
 from rlhf.config.schema.root import Config
 from rlhf.engine.consolidation import load_trained_weights
 from rlhf.models.files.loading import load_causal_lm
 from rlhf.models.files.weights import weight_sources
+from rlhf.preflight.inputs import StageInputs, load_inputs
+from rlhf.preflight.training_data import OfflineInputs, collated
+from rlhf.tracking.metrics.declarations import merge_metrics, results
+from rlhf.tracking.run_folder.folder import images_folder
 from rlhf.types import BatchPlan, Examples, MinibatchPlan, Pairs, Rollouts
 from rlhf.vision.kinds import is_vision_weight
 from rlhf.vision.processor import ImageProcessing
@@ -151,6 +157,36 @@ def resume_rank(
     else:
         worker.load(Path(saved))
     return _online(worker, model, path)
+
+
+def imitate_rank(rank: int, world_size: int, *, folder: str, steps: int) -> list[float]:
+    """Imitate the colours of squares, read from a file of rows with images. Return the loss of each step."""
+    path = Path(folder)
+    rows = []
+    for i, colour in enumerate(("red", "blue", "green", "yellow") * 4):
+        picture(colour).save(path / f"{i}.png")
+        question = [{"type": "image", "image": f"{i}.png"}, {"type": "text", "text": "Colour?"}]
+        answer = {"role": "assistant", "content": colour}
+        rows.append({"messages": [{"role": "user", "content": question}, answer]})
+    (path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (path / "run.yaml").write_text(
+        f"run: {{name: colours, dir: {folder}}}\n"
+        "policy: {model: 'tiny:qwen3_vl', dtype: float32, vision_lr: 0.003}\n"
+        f"algorithm: {{name: sft}}\ndata: {{train: {folder}/rows.jsonl}}\n"
+        f"train: {{steps: {steps}, lr: 0.003, sequences_per_update: 16, max_tokens_per_microbatch: 300}}\n"
+    )
+    (stage,) = load_inputs(load(path / "run.yaml", []))
+    assert isinstance(stage, StageInputs)
+    assert isinstance(stage.inputs, OfflineInputs)
+    place = replace(place_of(rank, world_size), images=images_folder(path / "colours"))
+    worker = SupervisedWorker(stage.config, place, optimizer_steps=steps)
+    worker.build()
+    data: Any = collated(stage.config, stage.inputs.rows)
+    worker.load_data(data)
+    count, num_rows = int(data.loss_mask.sum()), len(stage.inputs.rows)
+    plan = MinibatchPlan(sequences_by_rank=(tuple(range(num_rows)),), num_tokens=count, num_sequences=num_rows)
+    losses = [results(merge_metrics([worker.update_on(plan)]))["update/loss/mean"] for _ in range(steps)]
+    return [loss * count / num_rows for loss in losses]
 
 
 def _weights(worker: Any) -> dict[str, Tensor]:
