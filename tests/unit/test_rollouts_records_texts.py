@@ -15,9 +15,9 @@ from rlhf.controller.rollout_scorer import request_for
 from rlhf.errors import RunError
 from rlhf.models.files.tiny import byte_tokenizer
 from rlhf.rollouts.records.spans import InsertedSpan, Played, Sampled, assemble, token_spans
-from rlhf.rollouts.records.texts import character_ends, response_texts, step_ends, token_texts, turns_of
+from rlhf.rollouts.records.texts import character_ends, response_texts, step_ends, token_texts, transcripts, turns_of
 from rlhf.types import Prompt, RankedRollouts, RewardError, Rollouts, RoutedRollouts, StepReward
-from rlhf.vision.keys import decoded
+from rlhf.vision.keys import decoded, image_name
 
 TEXT = "Zürich  日本\n\n👩\u200d👧 naïve <|eos|>"
 
@@ -208,3 +208,21 @@ def test_the_likeliest_tokens_stand_at_the_sampled_tokens_of_all_turns() -> None
     assert rollouts.top_ids.tolist() == ids
     assert torch.equal(rollouts.top_logprobs, -rollouts.top_ids.float())
     assert not isinstance(assemble(REQUEST, [played, ONE_TURN])[0], RankedRollouts)  # one turn has none
+
+
+def test_samples_name_images_and_hold_no_position_of_an_image(tokenizer: Any) -> None:
+    """A prompt with one image, and an observation with the same image and another one."""
+    first, second = 0xABC, 0xDEF
+    played = replace(
+        TWO_TURNS,
+        prompt_token_ids=(63, -first, -first),
+        spans=(sampled(65, 257), InsertedSpan(token_ids=(-second, -second, -first)), sampled(66)),
+    )
+    prompt = replace(PROMPT, token_ids=played.prompt_token_ids)
+    rollouts, _ = assemble(replace(REQUEST, prompt=prompt), [played, replace(played, spans=(sampled(67),), rewards=(0.0,))])
+    two, one = transcripts(rollouts, [0, 1], tokenizer, turn_end=None)
+    names = tuple(map(image_name, (first, second)))
+    assert (two.images, one.images) == (names, names[:1])
+    assert two.tokens.ids == (65, 257, None, None, None, 66)
+    assert two.tokens.texts == ("A", "<|eos|>", f"[image {names[1]}]", "", f"[image {names[0]}]", "B")
+    assert [turn.text for turn in two.turns][::2] == [f"?[image {names[0]}]", f"[image {names[1]}][image {names[0]}]"]
