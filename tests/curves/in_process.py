@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from actors.run.run_record import recording
@@ -29,6 +30,7 @@ from rlhf.data.stream import Stream
 from rlhf.engine.distributed import RankContext, init_distributed
 from rlhf.evaluation.voting import AnswerForm
 from rlhf.models.files.loading import load_tokenizer
+from rlhf.models.packed.forward import hidden_states, lm_head_weight
 from rlhf.preflight.inputs import StageInputs, load_inputs
 from rlhf.preflight.sources import served_models
 from rlhf.preflight.training_data import OnlineInputs
@@ -301,6 +303,13 @@ class Engine(FakeEngines):
         (group,) = [group async for group in self.generate([request], sampling, version=self.version)]
         return group
 
+    def next_logits(self, rows: Sequence[list[int]]) -> Tensor:
+        """Return the logits of the token after each row."""
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        logits: Tensor = self.model(ids).logits[range(len(rows)), [len(row) - 1 for row in rows]]
+        return logits
+
     def sample(self, asked: Sequence[tuple[tuple[int, ...], int, Sampling]]) -> list[Sampled]:
         """Sample a turn after each token, by the token's seed. All turns are one batch, padded on the right."""
         end = self.model.generation_config.eos_token_id
@@ -312,11 +321,8 @@ class Engine(FakeEngines):
             for i, (_, _, sampling) in enumerate(asked)
             if len(drawn[i]) < sampling.max_new_tokens and not (drawn[i] and drawn[i][-1][0] == end)
         ]:
-            rows = [[*asked[i][0], *(token for token, _ in drawn[i])] for i in open_ones]
-            longest = max(map(len, rows))
-            ids = torch.tensor([row + [end] * (longest - len(row)) for row in rows])
             with torch.no_grad():
-                logits = self.model(ids).logits[range(len(rows)), [len(row) - 1 for row in rows]]
+                logits = self.next_logits([[*asked[i][0], *(token for token, _ in drawn[i])] for i in open_ones])
             scales = torch.tensor([asked[i][2].temperature or 1.0 for i in open_ones])
             for i, logprobs in zip(open_ones, (logits / scales[:, None]).log_softmax(-1), strict=True):
                 if asked[i][2].temperature == 0.0:
@@ -341,6 +347,34 @@ class Engine(FakeEngines):
             )
             for turn, top in zip(drawn, tops or [None] * len(drawn), strict=True)
         ]
+
+
+class Seeing(Engine):
+    """The rollout role of a policy that sees. The model is the policy's own, and computes packed rows."""
+
+    def __init__(self, policy: TrainedWorker) -> None:
+        FakeEngines.__init__(self)
+        self.policy = policy
+        self.version = -1
+
+    async def update_weights(self, manifest: FakeManifest) -> None:
+        self.model = self.policy.engine.module
+        self.version = int(manifest)
+
+    async def prove(self, probe: PolicyProbe) -> float:
+        return 0.0
+
+    def next_logits(self, rows: Sequence[list[int]]) -> Tensor:
+        return seen_logits(self.model, rows)
+
+
+def seen_logits(model: Any, rows: Sequence[list[int]]) -> Tensor:
+    """Return the logits of the token after each row. Equal rows are computed once."""
+    distinct = list(dict.fromkeys(map(tuple, rows)))
+    lengths = torch.tensor(list(map(len, distinct)))
+    ids = torch.tensor([token for row in distinct for token in row])
+    logits = hidden_states(model, ids, lengths)[lengths.cumsum(0) - 1] @ lm_head_weight(model).T
+    return logits[[distinct.index(tuple(row)) for row in rows]]
 
 
 class Conversing(Engine):
@@ -388,7 +422,8 @@ async def run(
     inputs = stage.inputs
     assert isinstance(inputs, OnlineInputs)
     with recording(stage.written, resume=resume) as (record, step):
-        roles, reward = _roles(stage.config, inputs)
+        images = None if stage.images is None else stage.images.reader.store.folder
+        roles, reward = _roles(stage.config, inputs, images)
         controller = OnlineController(
             stage.config,
             watch(roles),
@@ -414,10 +449,10 @@ async def run(
         return record.folder.path
 
 
-def _roles(config: Config, inputs: OnlineInputs) -> tuple[OnlineRoles, RewardWorker]:
+def _roles(config: Config, inputs: OnlineInputs, images: Path | None) -> tuple[OnlineRoles, RewardWorker]:
     assert config.rollouts is not None
     rank = StreamedPolicyWorker if config.train.streamed else WORKERS[config.algorithm.kind]
-    worker: Any = rank(config, PLACE, optimizer_steps=derive.policy_optimizer_steps(config))
+    worker: Any = rank(config, replace(PLACE, images=images), optimizer_steps=derive.policy_optimizer_steps(config))
     tokens = config.train.max_tokens_per_microbatch
     sequences: Any = config.rollouts.model_dump(include={"temperature", "samples_per_prompt"})
     sequences["max_tokens_per_microbatch"] = tokens
@@ -431,7 +466,8 @@ def _roles(config: Config, inputs: OnlineInputs) -> tuple[OnlineRoles, RewardWor
         memory_gib=config.reward_policy.memory_gib,
         max_tokens_per_microbatch=tokens,
     )
-    reward, engine = RewardWorker(settings, PLACE), Engine(config.policy.model, worker)
+    reward = RewardWorker(settings, PLACE)
+    engine = Engine(config.policy.model, worker) if images is None else Seeing(worker)
     if isinstance(inputs.environment, EnvironmentSpec):
         engine = Conversing(config.policy.model, worker, inputs.environment)
     roles: Any = {"policy": Policy(worker), "rollout": engine, "reward": Reward(reward)}
