@@ -234,6 +234,9 @@ def find_shape(model: str, *, shapes: Path | None, made: Mapping[str, str]) -> S
         return shape_of(config, str(path))
     if (name := fetched_to(model)) is not None:  # not fetched yet
         model = SMALL_MODELS[name].repo
+    if model in _SEEING_TABLE:
+        decoder, tower = _SEEING_TABLE[model]
+        return replace(shape_of(_known(*decoder), f"the built-in table ({model})"), tower=tower)
     if model in _MIXTURE_TABLE or model in _TABLE:
         config = _known(*_TABLE[model]) if model in _TABLE else dict(_MIXTURE_TABLE[model])
         return shape_of(config, f"the built-in table ({model})")
@@ -305,6 +308,12 @@ _TABLE: Mapping[str, tuple[str, int, int, int, int, int, int, int, bool]] = {
 def _known(family: str, *sizes: int, **experts: int) -> dict[str, Any]:
     return {"architectures": [f"{family}ForCausalLM"], **dict(zip(_SIZES, sizes, strict=True)), **experts}
 
+
+# The decoder as in _TABLE, and the parameters of tower and projector.
+_SEEING_TABLE: Mapping[str, tuple[tuple[str, int, int, int, int, int, int, int, bool], int]] = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": (_TABLE["Qwen/Qwen2.5-3B-Instruct"], 668_684_288),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (_TABLE["Qwen/Qwen2.5-7B-Instruct"], 676_550_144),
+}
 
 TINY = shape_of(_known("Llama", 96, 256, 3, 4, 2, 32, 320, False), "rlhf/models/files/tiny.py")
 

@@ -21,7 +21,7 @@ from rlhf.planning.footprints import Sizes, footprints, tokens_of_microbatch, tr
 from rlhf.planning.lengths import Lengths
 from rlhf.planning.memory import GIB, Assumed, Footprint, activation_bytes, head_bytes, kv_bytes_per_token
 from rlhf.planning.rates import Stage
-from rlhf.planning.shapes import _MIXTURE_TABLE, _TABLE, TINY, Shape, find_shape, shape_of
+from rlhf.planning.shapes import _MIXTURE_TABLE, _SEEING_TABLE, _TABLE, TINY, Shape, find_shape, shape_of
 from rlhf.planning.time import system_of, training_stages
 from rlhf.planning.transfers import snapshots, staging
 from tests.fixtures.sources import ROOT
@@ -73,6 +73,8 @@ def term(footprint: Footprint, name: str) -> float:
 
 
 def test_the_tables_have_the_published_sizes() -> None:
+    seeing = {model: shape(model).parameters for model in _SEEING_TABLE}
+    assert list(seeing.values()) == [3_754_622_976, 8_292_166_656]
     assert {model: shape(model).parameters for model in _TABLE} == dict(zip(_TABLE, PUBLISHED, strict=True))
     for model, (total, active) in zip(_MIXTURE_TABLE, PUBLISHED_MIXTURES, strict=True):
         rounding = 0.01 if isinstance(total, float) else 0.0

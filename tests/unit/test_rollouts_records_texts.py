@@ -219,7 +219,9 @@ def test_samples_name_images_and_hold_no_position_of_an_image(tokenizer: Any) ->
         spans=(sampled(65, 257), InsertedSpan(token_ids=(-second, -second, -first)), sampled(66)),
     )
     prompt = replace(PROMPT, token_ids=played.prompt_token_ids)
-    rollouts, _ = assemble(replace(REQUEST, prompt=prompt), [played, replace(played, spans=(sampled(67),), rewards=(0.0,))])
+    rollouts, _ = assemble(
+        replace(REQUEST, prompt=prompt), [played, replace(played, spans=(sampled(67),), rewards=(0.0,))]
+    )
     two, one = transcripts(rollouts, [0, 1], tokenizer, turn_end=None)
     names = tuple(map(image_name, (first, second)))
     assert (two.images, one.images) == (names, names[:1])
