@@ -222,6 +222,11 @@ class Gang(ModelGroup):
         reports: list[Arithmetic] = await self.all([h.arithmetic.remote() for h in self.handles], "start")
         return replace(reports[0], peak_flops=sum(report.peak_flops for report in reports))
 
+    async def probe(self, token_ids: Sequence[int]) -> list[float]:
+        """Compute the probe on all ranks, since the weights may be sharded."""
+        results: list[list[float]] = await self.each(lambda h: h.probe.remote(tuple(token_ids)), "probe")
+        return results[0]
+
     async def stop(self) -> None:
         if not self.processes.ended:
             stops = [h.stop.remote() for h in self.handles]
@@ -232,11 +237,6 @@ class Gang(ModelGroup):
 def _by_sequence(plan: BatchPlan, columns: Sequence[tuple[Ref[T], Any]]) -> list[RemoteColumns[T]]:
     """Return one column per data-parallel rank, with the rank's sequences of a plan."""
     return [RemoteColumns(ref=column, sequence_ids=plan.sequences_of(rank)) for rank, (column, _) in enumerate(columns)]
-
-    async def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """Compute the probe on all ranks, since the weights may be sharded."""
-        results: list[list[float]] = await self.each(lambda h: h.probe.remote(tuple(token_ids)), "probe")
-        return results[0]
 
 
 class PolicyGang(Gang):
