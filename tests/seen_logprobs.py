@@ -58,7 +58,7 @@ class SeenModel:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def prompt(self, *parts: str | bytes) -> tuple[int, ...]:
-        """Return the token ids of one turn of a user, with texts and encoded images."""
+        """Return the token ids of a user's turn, with texts and encoded images."""
         content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in parts]
         messages = [{"role": "user", "content": content}]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -67,7 +67,7 @@ class SeenModel:
         return tuple(self.processing.expand(ids, keys, self.store))
 
     def model(self, *, seed: int, std: float = 0.08) -> Any:
-        """Return the model after a random step of all weights, so that stale weights and other images show."""
+        """Return the model after a random step of all weights, so that stale weights and exchanged images show."""
         model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype=torch.float32).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -76,7 +76,7 @@ class SeenModel:
         return model
 
     def logprobs(self, model: Any, token_ids: Sequence[int]) -> Tensor:
-        """Return the log-probability of each token given the tokens before, by transformers on one sequence."""
+        """Return the log-probability of each token given the tokens before, by transformers on a single sequence."""
         plain = torch.tensor([self.processing.plain_ids(token_ids)])
         kinds = torch.tensor([[int(token < 0) for token in token_ids]])
         marks = {"mm_token_type_ids": kinds} if hasattr(model.model, "get_rope_index") else {}

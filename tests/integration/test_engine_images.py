@@ -59,7 +59,7 @@ def asked(token_ids: tuple[int, ...], group_id: int, samples: int = 3) -> GroupR
 
 
 def prompts_of(seen: SeenModel) -> list[tuple[int, ...]]:
-    """Return prompts with no, one and two images, two of them with other images and one with equal images."""
+    """Return prompts without an image, with an image and with two images, also with equal images."""
     return [
         seen.prompt("How are you?"),
         seen.prompt(RED, "Which colour is it?"),
@@ -120,7 +120,7 @@ def test_other_expansions_than_vllms_are_refused(seeing: Any, seen: SeenModel, s
 def test_updates_in_flight_change_the_tower_of_running_samples(
     keeps: str, seen: SeenModel, sender: ShmSender, ray_local: None
 ) -> None:
-    """Tokens after an update are by the new weights, with the new tower's outputs or with the old keys and values."""
+    """Tokens after an update are sampled by the new weights, with the new tower's outputs or with the old keys and values."""
     old, new = seen.model(seed=1), seen.model(seed=2)
     group = asked(seen.prompt(RED, "Tell a long story about the picture."), 1, samples=8)
     longer = replace(SAMPLING, max_new_tokens=200)
@@ -200,7 +200,7 @@ KINDS = [kind for kind in TINY_KINDS if kind not in ("gemma3", "qwen3_5")]  # no
 def test_engines_see_as_transformers_with_every_kind(
     kind: str, sender: ShmSender, ray_local: None, tmp_path: Path
 ) -> None:
-    """The numbers of docs/models.md: with the folder's weights, and after a sync of other weights."""
+    """The numbers of docs/models.md: with the folder's weights, and after a sync of changed weights."""
     seen = SeenModel(build_tiny_vision(tmp_path / "model", kind, seed=0), tmp_path / "images")
     with engine(spec(seen.folder, images=seen.place)) as handle:
         for version, model in enumerate((seen.model(seed=0, std=0.0), seen.model(seed=1)), start=1):

@@ -1,4 +1,4 @@
-"""Images are exchanged for others of equal size, and models that see no difference are told apart by their place."""
+"""Images are exchanged for different images of equal size, and the place of a blind model is named."""
 
 from __future__ import annotations
 
