@@ -120,7 +120,7 @@ def test_other_expansions_than_vllms_are_refused(seeing: Any, seen: SeenModel, s
 def test_updates_in_flight_change_the_tower_of_running_samples(
     keeps: str, seen: SeenModel, sender: ShmSender, ray_local: None
 ) -> None:
-    """Tokens after an update are sampled by the new weights, with the new tower's outputs or with the old keys and values."""
+    """Tokens after an update are sampled by the new weights, with the new tower or with old keys and values."""
     old, new = seen.model(seed=1), seen.model(seed=2)
     group = asked(seen.prompt(RED, "Tell a long story about the picture."), 1, samples=8)
     longer = replace(SAMPLING, max_new_tokens=200)

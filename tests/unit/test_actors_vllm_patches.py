@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import actors.vllm_patches
 from actors.vllm_patches import inspection
+from actors.vllm_patches.models import nest_vision_model
 from rlhf.models.files.tiny import byte_tokenizer
 
 pytest.importorskip("vllm")
@@ -126,6 +127,22 @@ def test_a_x_k1() -> None:
     (build,) = [node for node in layer.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
     always = [ast.unparse(node.targets[0]) for node in build.body if isinstance(node, ast.Assign)]
     assert "self.post_mlp_layernorm" in always
+
+
+def test_towers() -> None:
+    from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditionalGeneration
+
+    tower = class_in("model_executor/models/siglip.py", "SiglipVisionModel")
+    (build,) = [node for node in tower.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+    assert "self.vision_model" in [ast.unparse(n.targets[0]) for n in build.body if isinstance(n, ast.Assign)]
+    mapper = LlavaOnevisionForConditionalGeneration.hf_to_vllm_mapper
+    assert mapper.apply_list(["model.vision_tower.encoder.weight"]) == ["vision_tower.encoder.weight"]
+    loaded: list[str] = []
+    model = SimpleNamespace(load_weights=lambda weights: loaded.extend(name for name, _ in weights))
+    nest_vision_model(model)
+    names = ["model.vision_tower.encoder.w", "model.vision_tower.vision_model.encoder.w", "lm_head.weight"]
+    model.load_weights((name, BIAS) for name in names)
+    assert loaded == ["model.vision_tower.vision_model.encoder.w"] * 2 + ["lm_head.weight"]
 
 
 def test_bias_in_files() -> None:
