@@ -70,12 +70,11 @@ def test_the_images_of_all_sets_are_in_the_run_folder(folder: Path) -> None:
     assert evaluated.images == images_folder(folder / "demo")
 
 
-def test_rewards_get_the_files_and_the_probe_gets_text(folder: Path) -> None:
+def test_rewards_get_the_files_of_the_images(folder: Path) -> None:
     (stage,) = load_inputs(_loaded(folder, GRPO, "data.max_prompt_tokens=128"))
     inputs = stage.inputs
     assert isinstance(inputs, OnlineInputs)
     assert [Path(path).read_bytes() for path in inputs.prompts[0].columns["images"]] == [RED]
-    assert all(token >= 0 for token in inputs.probe_ids)
 
 
 def test_checks_alone_write_nothing_into_the_run_folder(folder: Path) -> None:
