@@ -1,7 +1,7 @@
 """Several teachers, likeliest tokens, spans of two tokenizers and score centering have one gradient on any ranks.
 
-AdamW's first step from a gradient g is g / (|g| + eps) at a rate of 1. With an eps of 1, equal weights after a step
-mean equal gradients, also where ranks hold shares of the weights.
+AdamW's first step from a gradient g is rate * g / (|g| + eps). With rate = eps the step is about g for a small g, so
+equal weights after a step mean equal gradients, also where ranks hold shares of the weights.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.integration.rank_gang import Gangs, place_of
 GROUPS, TEMPERATURE, KEPT = 4, 0.7, 8
 HALVES = (tuple(range(7)), tuple(range(7, 12)))
 OWNERS = {i: ("math", "code")[i // SAMPLES % 2] for i in range(GROUPS * SAMPLES)}
-ADVANTAGES = {i: (-1.0) ** i * (1 + 0.2 * i) for i in range(GROUPS * SAMPLES)}
+ADVANTAGES = {i: (-1.0) ** i * (0.3 + 0.05 * i) for i in range(GROUPS * SAMPLES)}
 CENTERED = {"name": "grpo", "correction": {"preset": "score_centering", "center_top_k": KEPT, "max_ratio": 1.5}}
 TAUGHT = {"name": "on_policy_distillation", "teacher_column": "source"}
 FORMS: dict[str, dict[str, Any]] = {
@@ -67,7 +67,7 @@ def config_of(form: str, models: Path, folder: str, *, tokens: int = 4096, **lay
         tokens=tokens,
         policy=policy,
         rollouts={"prompts_per_step": GROUPS, "temperature": TEMPERATURE},
-        train={"steps": 1, "lr": 1.0, "eps": 1.0, "sequences_per_update": 6},
+        train={"steps": 1, "lr": 0.1, "eps": 0.1, "sequences_per_update": 6},
         cluster={"roles": {"policy": layout}},
         **own,
     )
