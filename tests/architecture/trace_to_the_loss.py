@@ -96,7 +96,7 @@ class Handle:
 async def online(stage: StageInputs, inputs: OnlineInputs, record: RunRecord) -> AsyncIterator[Any]:
     """Yield the controller of a run whose roles are in this process."""
     with mock.patch.dict(in_process.WORKERS, {"advantages": PolicyRank}):
-        roles, _ = in_process._roles(stage.config, inputs)
+        roles, _ = in_process._roles(stage.config, inputs, None)
     rank: PolicyRank = roles.policy.worker  # type: ignore[attr-defined]
     manifest = FakeManifest(0)
     rank.sender = SimpleNamespace(publish=lambda *_: manifest, send=lambda *_: None, settle=lambda: None)  # type: ignore[assignment]

@@ -70,7 +70,7 @@ class Acting(Engine):
         return AgentRun(calls=calls, result="5")
 
     def _forced(self, context: tuple[int, ...], tokens: tuple[int, ...]) -> Sampled:
-        """Return given tokens as if they had been sampled: an untrained model would never call a tool."""
+        """Return given tokens as samples: an untrained model would never call a tool."""
         logprobs = distributions(self.model, context, tokens).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
         self.seen.append((context, tokens))
         return Sampled(

@@ -1,4 +1,4 @@
-"""A tiny model that sees learns what images show: imitation, then GRPO. With other images it can only guess.
+"""A tiny vision model learns to read images: imitation, then GRPO. With exchanged images the model can only guess.
 
 The settings are those of configs/vision_quickstart.yaml. Workers, objectives and loop of GRPO are those of a run.
 """
