@@ -73,8 +73,8 @@ def _checked(target: str, hosts: Collection[str], url: str) -> tuple[str, int]:
         raise UserError(f"{leads}{_shown(target)} is not fetched: only https addresses without a user name are.")
     if host not in {name.lower() for name in hosts}:
         raise UserError(
-            f"{leads}{_shown(target)} is not fetched: the host is not in data.image_hosts. Add {host} to the list, or "
-            "name a file."
+            f"{leads}{_shown(target)} is not fetched: the host is not in data.image_hosts (--image-hosts of `rlhf "
+            f"serve`). Add {host}, or give the image itself."
         )
     return host, port
 

@@ -136,7 +136,10 @@ class ImageCollector:
 
     def _add_url(self, url: str) -> int:
         if url[:7].lower() == "file://":
-            raise UserError(f"{url[:200]!r} is an address of a local file, which is never opened. Write a path.")
+            raise UserError(
+                f"{url[:200]!r} is an address of a local file, which is never opened. Write a path "
+                "(in a data set), or the image itself as a data URI."
+            )
         remembered = self.store.folder / "addresses" / hashlib.sha256(url.encode()).hexdigest()
         if remembered.is_file():
             key = int(remembered.read_text(), 16)
