@@ -195,6 +195,7 @@ class SleepingEngine(FakeEngine):
     def __init__(self) -> None:
         super().__init__()
         self.sleeping: set[str] = set()
+        self.model_config = SimpleNamespace(is_multimodal_model=False)
         pool = SimpleNamespace(cached_block_hash_to_block={})
         scheduler = SimpleNamespace(kv_cache_manager=SimpleNamespace(block_pool=pool))
         self.engine_core.engine_core.scheduler = scheduler

@@ -52,7 +52,7 @@ def test_a_loss_without_a_clip_must_be_defined() -> None:
 
 STREAMED = {
     "grpo", "dr_grpo", "gspo", "cispo", "gmpo", "sapo", "rloo", "opo", "dapo", "luspo", "vespo", "reinforce",
-    "dppo", "dro", "topr", "oapl", "a_star_po", "real", "pass_at_k", "raft", "fipo", "maxrl", "gigpo", "rlsd",
+    "dppo", "dro", "topr", "oapl", "a_star_po", "real", "pass_at_k", "raft", "fipo", "maxrl", "gigpo", "rlsd", "chord",
 }  # fmt: skip
 
 

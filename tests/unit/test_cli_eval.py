@@ -219,7 +219,9 @@ def test_without_rewards_completions_are_measured(tiny_model: Path, tmp_path: Pa
     data.write_text('{"prompt": "a", "completion": "b"}\n')
     nothing: dict[str, Any] = {"rewards": [], "reward_model": None, "against": None, "marks": Marks()}
     nothing |= {"decoding": Decoding(temperature=0.0, apply_chat_template=False)}
-    inputs = inputs_of_model(str(tiny_model), data=[str(data)], device="cpu", trust_remote_code=False, **nothing)
+    inputs = inputs_of_model(
+        str(tiny_model), data=[str(data)], device="cpu", trust_remote_code=False, images=tmp_path, **nothing
+    )
     (candidate,) = inputs.candidates
     assert candidate.prompts == {}
     assert len(candidate.examples["examples"]) == 1

@@ -263,7 +263,6 @@ ONLINE_REFUSED = [
     ([AGENT, "rollouts.agent.sandbox=true"], "rollouts.agent.sandbox: has no effect here: rollouts.agent.command"),
     (["algorithm={name: gigpo}"], "gigpo, which compares turns by the observation before them; set rollouts.envir"),
     ([AGENT, "algorithm={name: chord}"], "rollouts.agent: is set, but an agent writes the prompts of its calls, and a"),
-    ([GAME, "algorithm={name: chord}"], "not from conversations; remove rollouts.environment, or use grpo"),
     ([AGENT, "rollouts.environment={name: guess_number, max_tokens: 180}"], "give one of `environment` and"),
     ([URL, "rollouts.agent.tools={mcp: [{url: 'http://b/mcp'}]}"], "agent.tools: has no effect here: rollouts.agent"),
     ([AGENT, "rollouts.agent.max_tokens=149"], "rollouts.agent.max_tokens: is 149 and must hold a prompt and one"),

@@ -176,7 +176,7 @@ async def test_without_a_checkpoint_a_run_in_flight_takes_up_what_its_first_weig
     monkeypatch.setattr("rlhf.controller.online.sync_weights", sync_weights)
     controller, _ = published(synced=synced)
     controller.config = SimpleNamespace(policy=SimpleNamespace(dtype="float32"))
-    controller.probe_ids, controller.in_flight = (), in_flight
+    controller.probe_ids, controller.other_ids, controller.in_flight = (), (), in_flight
     controller.record = SimpleNamespace(
         folder=SimpleNamespace(spool=tmp_path),
         progress=SimpleNamespace(stage=lambda _: None),

@@ -145,7 +145,9 @@ def test_names_are_those_of_the_installed_vllm() -> None:
 
 def test_every_argument_that_the_project_sets_is_owned_or_may_be_changed() -> None:
     changeable = "async_scheduling attention_backend block_size compilation_config enable_chunked_prefill "
-    changeable += "enable_prefix_caching hf_overrides max_num_batched_tokens override_generation_config"
+    changeable += (
+        "enable_prefix_caching hf_overrides max_num_batched_tokens override_generation_config skip_mm_profiling"
+    )
     ours = keywords("actors/rollout/vllm_engine.py", "EngineArgs")
     assert ours - set(changeable.split()) <= OWNED.keys() <= known_engine_args()
 
