@@ -22,6 +22,7 @@ from rlhf.data.prompts import load_prompts
 from rlhf.errors import ChildLost, UserError
 from rlhf.extensions import CodeSource
 from rlhf.models.files.tiny import byte_tokenizer
+from rlhf.models.files.tiny_vision import build_tiny_vision
 from rlhf.rollouts.environments import host as module
 from rlhf.rollouts.environments.conversations import Conversations, EnvironmentSpec, turn_seed
 from rlhf.rollouts.environments.host import EnvironmentHost
@@ -34,7 +35,6 @@ from rlhf.vision.processor import ImageProcessing
 from rlhf.vision.reading import ImageCollector, ImageLimits
 from rlhf.vision.store import ImageStore
 from tests.fixtures.rows import as_rows, reading
-from tests.vision_models import processor_folder
 
 T = TypeVar("T")
 MOODY = Path(__file__).parents[1] / "fixtures" / "environments" / "moody.py"
@@ -475,7 +475,7 @@ class Look:
 
 def look(tmp_path: Path, says: Sequence[str], images: RowImages | None) -> tuple[Played, Any]:
     (tmp_path / "look.py").write_text(LOOK)
-    tokenizer = AutoTokenizer.from_pretrained(processor_folder(tmp_path / "model", "qwen3_vl"))
+    tokenizer = AutoTokenizer.from_pretrained(build_tiny_vision(tmp_path / "model", "qwen3_vl", seed=0))
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "{observation}"}], tokenize=False, add_generation_prompt=True
     )
@@ -496,7 +496,7 @@ def look(tmp_path: Path, says: Sequence[str], images: RowImages | None) -> tuple
 
 
 def test_images_of_an_environment_stand_in_the_tokens_of_the_conversation(tmp_path: Path) -> None:
-    processor_folder(tmp_path / "model", "qwen3_vl")
+    build_tiny_vision(tmp_path / "model", "qwen3_vl", seed=0)
     processing = ImageProcessing.of_model(str(tmp_path / "model"))
     assert processing is not None
     store = ImageStore(tmp_path / "images")
