@@ -27,7 +27,7 @@ MOST_LINES = {
     "rlhf/agents": 1307,
     "rlhf/algorithms": 4065,
     "rlhf/commands": 2563,
-    "rlhf/config": 6371,
+    "rlhf/config": 6373,
     "rlhf/controller": 5093,
     "rlhf/converting": 749,
     "rlhf/data": 4633,
@@ -46,7 +46,7 @@ MOST_LINES = {
     "rlhf/sweeps": 445,
     "rlhf/tracking": 5598,
     "rlhf/viewing": 1286,
-    "rlhf/vision": 1076,
+    "rlhf/vision": 1079,
     "rlhf/workers": 4576,
     "tests": 1629,
     "tests/architecture": 1998,
@@ -55,11 +55,11 @@ MOST_LINES = {
     "tests/fakes": 1346,
     "tests/fixtures": 1885,
     "tests/gpu": 619,
-    "tests/integration": 12634,
+    "tests/integration": 12635,
     "tests/mutations": 547,
     "tests/parity": 3278,
     "tests/property": 786,
-    "tests/unit": 46964,
+    "tests/unit": 46968,
 }
 
 
