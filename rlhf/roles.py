@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+from rlhf.adapters import AdamStep, AdapterShape, LossReport, LossRows, NamedLoss, SampleAnswer, SampleRequest
 from rlhf.evaluation.voting import AnswerForm
 from rlhf.role_table import Role
 from rlhf.tracking.metrics.reductions import Reduction
@@ -436,3 +437,62 @@ class OfflineRole(TrainedRole, Protocol):
     async def read_reference(self, dataset: int, path: Path, *, compare: bool = True) -> bool:
         """Load stored columns. Return False if the file is damaged or, with `compare`, belongs to different weights
         than the current."""
+
+
+class AdaptersRole(MeasuredRole, Protocol):
+    """The policy of clients with their own loops: the ranks hold a base model and train many adapters of the model.
+
+    An adapter has its own weights, optimizer state and gradient. Calls for different adapters may come in any order;
+    their numbers are independent. UserError: the client must change the call, and the adapter stays as before.
+    """
+
+    async def create(self, adapter: str, shape: AdapterShape) -> None:
+        """Make a new adapter. UserError: the name is taken, or the shape does not fit."""
+
+    async def remove(self, adapter: str) -> None:
+        """Forget an adapter."""
+
+    async def forward_backward(
+        self, adapter: str, rows: LossRows, loss: NamedLoss, *, forward_only: bool = False
+    ) -> LossReport:
+        """Add the gradient of the loss to the adapter's gradient. `forward_only`: compute the loss alone.
+
+        After a UserError or RunError the adapter's gradient is dropped, and so is the next optimizer step.
+        """
+
+    async def optim_step(self, adapter: str, step: AdamStep) -> float:
+        """Update the adapter by its gradient, and drop the gradient. Return the gradient's norm before clipping.
+
+        UserError: no gradient, or the gradient was dropped or is not finite.
+        """
+
+    async def save(self, adapter: str, folder: Path) -> None:
+        """Save the adapter with the optimizer's state, for an exact continuation. The gradient is not saved."""
+
+    async def load(self, adapter: str, folder: Path, *, optimizer: bool) -> None:
+        """Restore a saved adapter of the same shape, and drop the gradient. `optimizer`: its state too."""
+
+    async def export(self, adapter: str, folder: Path) -> str:
+        """Write the adapter alone as peft's folder, in its own rank. Return the checksum of the weights' file."""
+
+    async def probe(self, adapter: str | None, token_ids: Sequence[int]) -> list[float]:
+        """Return log-probabilities of token_ids[1:] at temperature 1. None: of the base model."""
+
+
+class AdapterEnginesRole(MeasuredRole, Protocol):
+    """The engines of clients with their own loops. They sample from the base model and from many adapters at once."""
+
+    async def load(self, adapter: str, folder: Path, *, checksum: str, probe: PolicyProbe) -> float:
+        """Load an exported adapter under a name, in all engines. Return the largest difference from the probe.
+
+        RunError: an engine read another file, or gives other log-probabilities than the policy.
+        """
+
+    async def unload(self, adapter: str) -> None:
+        """Forget an adapter after its running samples."""
+
+    async def sample(self, adapter: str | None, request: SampleRequest) -> SampleAnswer:
+        """Draw the samples of a request. None: from the base model. UserError: the request cannot be answered."""
+
+    async def end_tokens(self) -> tuple[int, ...]:
+        """Return the tokens at which the model ends a sample."""
