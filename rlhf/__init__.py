@@ -30,6 +30,7 @@ from rlhf.commands.run import Run
 from rlhf.commands.serve import serve
 from rlhf.commands.serve_reward import serve_reward
 from rlhf.commands.shared import load_config
+from rlhf.commands.start import start
 from rlhf.commands.submit import follow_job, job_status, stop_job, submit
 from rlhf.commands.sweep import sweep
 from rlhf.commands.train import train
@@ -46,5 +47,5 @@ __all__ = [
     "Callback", "Interrupted", "Preempted", "Run", "RunError", "StopRun", "UserError", "cluster_doctor", "convert",
     "dashboard", "doctor", "evaluate", "export", "fetch_model", "follow_job", "generate", "job_status", "load_config",
     "load_merge", "merge", "plan", "play", "quickstart", "recipes", "report", "reward", "serve", "serve_reward",
-    "show_recipe", "stop_job", "submit", "sweep", "tested_versions", "train", "view",
+    "show_recipe", "start", "stop_job", "submit", "sweep", "tested_versions", "train", "view",
 ]  # fmt: skip

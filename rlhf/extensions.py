@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from rlhf.errors import UserError
 
-Kind = Literal["algorithm", "reward", "environment", "agent", "tracker"]
+Kind = Literal["algorithm", "reward", "environment", "agent", "tracker", "loss"]
 
 MAX_ERROR_CHARS = 500
 # Frames of these files are not shown as the place of an error, because they only call the user's code.

@@ -24,9 +24,11 @@ from rlhf.types import (
     GroupScores,
     MemoryReport,
     MinibatchPlan,
+    OwnLoss,
     Pairs,
     PrivilegedContext,
     PrivilegedPrompts,
+    Prompt,
     RolloutInfo,
     Rollouts,
     Sampling,
@@ -82,6 +84,10 @@ class ScoredGroup:
     scores: GroupScores
     greedy_score: float | None = None  # of a greedy response to the same prompt; None: not requested
     greedy_tokens: int = 0  # number of sampled tokens in the greedy response
+
+    @property
+    def prompt(self) -> Prompt:
+        return self.group.request.prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,6 +331,10 @@ class TrainedRole(GpuGuest, Protocol):
     @property
     def num_ranks(self) -> int: ...
 
+    async def optim_step(self) -> Metrics:
+        """Update the weights by the gradient of `forward_backward`. Return the norm of the gradient and the learning
+        rate. Without a trained token there is no step."""
+
     async def save(self, folder: Path) -> None:
         """Save the full training state, for an exact continuation."""
 
@@ -365,12 +375,22 @@ class PolicyRole(TrainedRole, Protocol):
     ) -> AdvantagesReport:
         """Give the last prepared tokens the advantage of their sequence. None: estimate it from the critic's values."""
 
-    async def accumulate(self, minibatch: int) -> None:
-        """Compute the gradient of the part of a minibatch in the portions prepared so far (train.streamed)."""
+    async def forward_backward(
+        self,
+        minibatch: int,
+        inputs: StatesByRank | GivenByRank = (),
+        *,
+        ends: bool = True,
+        loss: OwnLoss | None = None,
+    ) -> Metrics:
+        """Add the gradient of a minibatch of the prepared batch. With train.streamed, the batch is what was prepared so
+        far, and the metrics come at the end.
 
-    async def update(self, minibatch: int, inputs: StatesByRank | GivenByRank = ()) -> Metrics:
-        """Make one optimizer step on a minibatch of the prepared batch. `inputs`: the teacher's states, or the given
-        responses, if any."""
+        Args:
+            inputs: the teacher's states, or the given responses, if any.
+            ends: whether `optim_step` follows.
+            loss: replaces the policy loss of an algorithm with advantages.
+        """
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
         """Return the training signals of the tokens of these sequences in the prepared batch, by rank."""
@@ -400,8 +420,8 @@ class CriticRole(TrainedRole, Protocol):
     async def prepare(self, plan: BatchPlan, returns: Sequence[RemoteColumns[TokenValues]]) -> None:
         """Load the targets of the batch given to `values`, with the same plan."""
 
-    async def update(self, minibatch: int) -> Metrics:
-        """Make one optimizer step on a minibatch of the prepared batch."""
+    async def forward_backward(self, minibatch: int) -> Metrics:
+        """Compute the gradient of a minibatch of the prepared batch."""
 
 
 class OfflineRole(TrainedRole, Protocol):

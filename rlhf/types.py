@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from rlhf.deferred import torch
+from rlhf.extensions import CodeSource
+from rlhf.sections import Section
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -423,6 +425,14 @@ class RolloutInfo:
 def oldest_version(infos: Sequence[RolloutInfo]) -> int | None:
     """Return the oldest version of any sampled token. None: the responses have no token."""
     return min((info.min_version for info in infos if info.num_response_tokens), default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnLoss:
+    """A policy loss in place of the algorithm's: the section of another algorithm, or a function, not yet loaded."""
+
+    section: Section | None = None
+    source: CodeSource | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

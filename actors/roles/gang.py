@@ -37,7 +37,7 @@ from rlhf.roles import (
     StatesByRank,
 )
 from rlhf.tracking.metrics.declarations import merge_metrics
-from rlhf.types import BatchPlan, Examples, MinibatchPlan, Pairs, TokenSignals, TokenValues, VocabularyHead
+from rlhf.types import BatchPlan, Examples, MinibatchPlan, OwnLoss, Pairs, TokenSignals, TokenValues, VocabularyHead
 
 T = TypeVar("T")
 BROADCAST_LIMIT_S = 110.0  # of weights, so that a run notices within two minutes that a member is lost
@@ -57,6 +57,8 @@ def free_address(actor: object, one_host: bool) -> tuple[str, int]:
 
 class Gang(ModelGroup):
     """Ranks 0 to n - 1 of one role, with the methods common to all trained roles."""
+
+    updating = "update"  # the name of this stage in messages
 
     def __init__(
         self,
@@ -197,16 +199,20 @@ class Gang(ModelGroup):
         stage: str,
         *args: Any,
         snapshot: int | None = None,
+        **options: Any,
     ) -> Metrics:
         """Call a method of each rank, with the teacher's states or the given responses of the rank, if any. Merge the
         metrics. `snapshot`: the step of which the ranks take a snapshot right afterwards."""
         refs = [
-            method.remote(*args, *(inputs[rank // self.sequence_parallel] if inputs else ()))
+            method.remote(*args, *(inputs[rank // self.sequence_parallel] if inputs else ()), **options)
             for rank, method in enumerate(methods)
         ]
         if snapshot is not None:
             self._snapshot_calls[snapshot] = self._send_snapshot(snapshot)
         return merge_metrics(self.distinct(await self.all(refs, stage)))
+
+    async def optim_step(self) -> Metrics:
+        return await self._step([h.optim_step for h in self.handles], (), self.updating)
 
     async def save(self, folder: Path) -> None:
         await self.all([h.save.remote(folder) for h in self.handles], "checkpoint")
@@ -289,11 +295,17 @@ class PolicyGang(Gang):
             returns=tuple(_by_sequence(plan, columns)),
         )
 
-    async def accumulate(self, minibatch: int) -> None:
-        await self.all([h.accumulate.remote(minibatch) for h in self.handles], "update")
-
-    async def update(self, minibatch: int, inputs: StatesByRank | GivenByRank = ()) -> Metrics:
-        return await self._step([h.update for h in self.handles], inputs, "update", minibatch)
+    async def forward_backward(
+        self,
+        minibatch: int,
+        inputs: StatesByRank | GivenByRank = (),
+        *,
+        ends: bool = True,
+        loss: OwnLoss | None = None,
+    ) -> Metrics:
+        options: dict[str, Any] = {} if ends else {"ends": False}  # ranks with another kind of loss take no option
+        options |= {} if loss is None else {"loss": loss}
+        return await self._step([h.forward_backward for h in self.handles], inputs, self.updating, minibatch, **options)
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Ref[TokenSignals]]:
         arguments = [(tuple(sequences),)] * len(self.handles)
@@ -318,6 +330,7 @@ class CriticGang(Gang):
     """The ranks of an online run's critic."""
 
     role: Role = "critic"
+    updating = "critic update"
 
     async def values(self, plan: BatchPlan, groups: Sequence[CompletedGroup]) -> list[RemoteColumns[TokenValues]]:
         shares = self._shares(plan, [group.columns for group in groups])
@@ -327,9 +340,8 @@ class CriticGang(Gang):
         columns = zip(self.handles, self._by_rank(plan, returns), strict=True)
         await self.all([handle.prepare.remote(*own) for handle, own in columns], "advantages")
 
-    async def update(self, minibatch: int) -> Metrics:
-        results = await self.all([h.update.remote(minibatch) for h in self.handles], "critic update")
-        return merge_metrics(self.distinct(results))
+    async def forward_backward(self, minibatch: int) -> Metrics:
+        return await self._step([h.forward_backward for h in self.handles], (), self.updating, minibatch)
 
 
 class OfflineGang(Gang):

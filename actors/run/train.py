@@ -84,7 +84,7 @@ def launch(loaded: LoadedConfig, start: Start) -> None:
     if start.until is not None and (loaded.is_pipeline or not loaded.runs):
         raise UserError(f"--until: {loaded.source} is a pipeline, which has no single count of steps")
     if start.overwrite:
-        _refuse_to_overwrite(loaded)
+        refuse_overwrite(loaded)
     else:
         check_folders(loaded.stages.values(), start)
     left = [stage for stage in loaded.stages.values() if not (start.resume and result_of(stage).exists())]
@@ -106,7 +106,7 @@ def launch(loaded: LoadedConfig, start: Start) -> None:
     _run_stages(loaded, stages, left, start)
 
 
-def _refuse_to_overwrite(loaded: LoadedConfig) -> None:
+def refuse_overwrite(loaded: LoadedConfig) -> None:
     """Raise UserError unless every stage's folder is free, or holds a removable run."""
     for stage in loaded.stages.values():
         if stage.run.mirror is not None:
@@ -163,7 +163,7 @@ async def _run_stage(stage: StageInputs, request: StopRequest, start: Start) -> 
             unusable = ErrorRecord(step=0, stage="data", kind="unusable", message=row.reason, source=row.place)
             record.tracker.log_error(unusable)
         running = (
-            _online(stage, inputs, record) if isinstance(inputs, OnlineInputs) else _offline(stage, inputs, record)
+            online_roles(stage, inputs, record) if isinstance(inputs, OnlineInputs) else _offline(stage, inputs, record)
         )
         with listed_in(record.folder.processes):
             run = tracked_run(stage.written, done_steps=step)
@@ -234,7 +234,7 @@ async def _give_heads(stage: StageInputs, policy: Any, teacher: Any) -> None:
 
 
 @asynccontextmanager
-async def _online(
+async def online_roles(
     stage: StageInputs, inputs: OnlineInputs, record: RunRecord
 ) -> AsyncIterator[tuple[OnlineController, Placement]]:
     """Start the roles of a run with rollouts, and yield the controller. The roles end with the block."""
@@ -332,8 +332,12 @@ async def _carry_out(
             call_timeout_s=controller.config.cluster.call_timeout_s,
             draining_node=partial(draining_node, lambda: {*nodes(), here}),
         )
-    if not is_done:
-        return
+    if is_done:
+        await write_final(controller)
+
+
+async def write_final(controller: OnlineController | OfflineController) -> Path:
+    """Write the model to final/ in the run's folder, and return that folder."""
     folder, aside = controller.record.folder, await controller.export()
     if not any(aside.iterdir()):
         raise RunError(f"export: nothing was written to {aside}; the ranks see another file system than the driver")
@@ -342,3 +346,4 @@ async def _carry_out(
     final = folder.commit_final()
     if run.repository is not None:
         push_folder(final, run.repository)
+    return final

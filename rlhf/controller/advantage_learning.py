@@ -27,7 +27,17 @@ from rlhf.controller.privileged import contexts_of, privileged_prompts
 from rlhf.controller.record import RunRecord
 from rlhf.objectives.kl import adaptive_kl_coef
 from rlhf.objectives.selection import best, most_spread
-from rlhf.roles import GivenByRank, PrepareReport, Ref, RemoteColumns, ScoredGroup, SequenceReport, TrainedRole
+from rlhf.roles import (
+    CriticRole,
+    GivenByRank,
+    PolicyRole,
+    PrepareReport,
+    Ref,
+    RemoteColumns,
+    ScoredGroup,
+    SequenceReport,
+    TrainedRole,
+)
 from rlhf.tracking.metrics.reductions import Last, Mean
 from rlhf.types import BatchPlan, PrivilegedPrompts, RolloutInfo, StepReward
 
@@ -46,6 +56,16 @@ class Experience:
     report: PrepareReport
     advantages: Mapping[int, float]  # by sequence id
     privileged: tuple[Ref[PrivilegedPrompts], ...] = ()
+
+
+def signals_of(parts: Sequence[Experience]) -> Signals:
+    """Return the signals of the trained portions of a batch."""
+    return Signals(
+        trained=frozenset(i for part in parts for i in part.plan.scores),
+        reports={s.sequence_id: s for part in parts for s in part.report.sequences},
+        advantages={i: value for part in parts for i, value in part.advantages.items()},
+        privileged=tuple(ref for part in parts for ref in part.privileged),
+    )
 
 
 class AdvantageLearning(ReferencedLearning):
@@ -84,16 +104,11 @@ class AdvantageLearning(ReferencedLearning):
         elif not any(minibatch.num_tokens for part in trained for minibatch in part.plan.minibatches):
             logger.warning("step %d: a grammar restricted all responses that are kept, so nothing is updated", step)
         num_minibatches = len(trained[0].plan.minibatches) if trained else 0
-        given = self._given(groups, step, num_minibatches=num_minibatches)
+        given = self.given(groups, step, num_minibatches=num_minibatches)
         with self.record.stage("update"):
             for minibatch in self.visits(num_minibatches, step):
                 await self._update(minibatch, step, given[minibatch] if given else ())
-        return Signals(
-            trained=frozenset(i for part in trained for i in part.plan.scores),
-            reports={s.sequence_id: s for part in trained for s in part.report.sequences},
-            advantages={i: value for part in trained for i, value in part.advantages.items()},
-            privileged=tuple(ref for part in trained for ref in part.privileged),
-        )
+        return signals_of(trained)
 
     def end_step(self, groups: Sequence[ScoredGroup], signals: Signals) -> None:
         super().end_step(groups, signals)
@@ -104,8 +119,11 @@ class AdvantageLearning(ReferencedLearning):
             self.entropy.adapt(self.record.row().get("update/entropy/mean"))  # None while only the critic is trained
         self._adapt_kl(list(signals.reports.values()), num_sequences=len(signals.trained))
 
-    async def prepare(self, groups: Sequence[ScoredGroup], step: int) -> Experience:
-        """Choose the responses to train on and, unless there are none, compute their experience."""
+    async def prepare(
+        self, groups: Sequence[ScoredGroup], step: int, own: Mapping[int, float] | None = None
+    ) -> Experience:
+        """Choose the responses to train on and, unless there are none, compute their experience. `own` advantages by
+        sequence id replace the algorithm's."""
         record = self.record
         kept, steps = self.scores.by_step(self._kept(groups), self.algorithm.step_terms)
         turns: Mapping[int, tuple[StepReward, ...]] = {}
@@ -124,7 +142,7 @@ class AdvantageLearning(ReferencedLearning):
         with record.stage("experience"):
             if trained:
                 prompts = await self._privileged_prompts(trained, groups)
-                report, advantages = await self._experience(plan, kept, trained, prompts)
+                report, advantages = await self._experience(plan, kept, trained, prompts, own)
         return Experience(
             is_chosen=bool(kept),
             plan=plan,
@@ -212,7 +230,7 @@ class AdvantageLearning(ReferencedLearning):
         weight = self.algorithm.imitation_weight
         return replace(plan, imitation={info.sequence_id: weight(score) for pairs in reported for info, score in pairs})
 
-    def _given(self, groups: Sequence[ScoredGroup], step: int, *, num_minibatches: int) -> list[GivenByRank]:
+    def given(self, groups: Sequence[ScoredGroup], step: int, *, num_minibatches: int) -> list[GivenByRank]:
         """Return the given responses of the batch's prompts by minibatch. Empty: the step learns from none."""
         share = self.algorithm.given_share(step)
         if not share or not num_minibatches:
@@ -227,6 +245,7 @@ class AdvantageLearning(ReferencedLearning):
         kept: Sequence[ScoredGroup],
         trained: Sequence[ScoredGroup],
         prompts: Sequence[RemoteColumns[PrivilegedPrompts]],
+        own: Mapping[int, float] | None,
     ) -> tuple[PrepareReport, Mapping[int, float]]:
         """Compute reference logprobs, values, old logprobs and advantages. `kept` holds all scores to compare.
         `trained` holds the same groups without masked responses, `prompts` those of a policy that teaches itself."""
@@ -257,10 +276,10 @@ class AdvantageLearning(ReferencedLearning):
             for sequence in report.sequences:
                 if sequence.kl_ref is not None:
                     scores[sequence.sequence_id] -= plan.kl_coef * sequence.kl_ref
-        by_sequence = self.algorithm.sequence_advantages(self._outcomes(kept, list(scores.values())))
-        advantages = await roles.policy.set_advantages(
-            plan, None if by_sequence is None else dict(zip(scores, by_sequence.tolist(), strict=True)), values
-        )
+        if own is None:
+            estimated = self.algorithm.sequence_advantages(self._outcomes(kept, list(scores.values())))
+            own = None if estimated is None else dict(zip(scores, estimated.tolist(), strict=True))
+        advantages = await roles.policy.set_advantages(plan, own, values)
         if critic is not None:
             await critic.prepare(critic_plan, advantages.returns)
         self.record.add(report.metrics)
@@ -296,17 +315,20 @@ class AdvantageLearning(ReferencedLearning):
 
     async def _update(self, minibatch: int, step: int, given: GivenByRank) -> None:
         """Make one optimizer step of each trained role. Roles with separate hardware update concurrently."""
-        policy, critic = self.roles.policy, self.roles.critic
+        policy, trained = self.roles.policy, self.trained(step)
+        updates = [self.update(role, minibatch, *([given] if role is policy else [])) for role in trained]
+        if self.config.cluster.roles.critic.colocate_with is None:
+            await asyncio.gather(*updates)
+            return
+        for update in updates:
+            await update
+
+    def trained(self, step: int) -> list[PolicyRole | CriticRole]:
+        """Return the roles that a step updates."""
+        critic = self.roles.critic
         if critic is None:
-            self.record.add(await policy.update(minibatch, given))
-        elif step <= self.algorithm.config.critic_only_steps:
-            self.record.add(await critic.update(minibatch))
-        elif self.config.cluster.roles.critic.colocate_with is not None:
-            self.record.add(await policy.update(minibatch, given))
-            self.record.add(await critic.update(minibatch))
-        else:
-            for metrics in await asyncio.gather(policy.update(minibatch, given), critic.update(minibatch)):
-                self.record.add(metrics)
+            return [self.roles.policy]
+        return [critic] if step <= self.algorithm.config.critic_only_steps else [self.roles.policy, critic]
 
     def _adapt_kl(self, reports: Sequence[SequenceReport], *, num_sequences: int) -> None:
         adaptive = self.algorithm.config.kl.adaptive

@@ -254,10 +254,8 @@ class TrainingLoop(ABC):
             await callbacks.call("on_step", self.step, self.row)
         except CallbackFailed as error:
             failure = error
-        if (failure or callbacks.stopped) and self.checkpoint_step < self.step:
-            await self.despite_losses(self._save)
-            await self.commit(self.step)
-            await self.record.prune(self.config.train.keep_checkpoints)
+        if failure or callbacks.stopped:
+            await self.save_step()
         if failure is not None:
             raise CallbackFailed(
                 f"{failure} A checkpoint of step {self.step} is written. {RESUMES}"
@@ -299,7 +297,20 @@ class TrainingLoop(ABC):
             except CallbackFailed as failure:  # the run ends as preempted
                 logger.warning("%s", failure)
 
-    async def _measure(self) -> None:
+    async def finish_step(self, step: int, *, has_throughput: bool) -> None:
+        """Measure and log a step whose updates another loop has made."""
+        await self._measure(has_throughput=has_throughput)
+        self.step = self.trained_step = step
+        self._log_step()
+
+    async def save_step(self) -> None:
+        """Write a checkpoint of the last logged step, unless there is one."""
+        if self.checkpoint_step < self.step:
+            await self.despite_losses(self._save)
+            await self.commit(self.step)
+            await self.record.prune(self.config.train.keep_checkpoints)
+
+    async def _measure(self, *, has_throughput: bool = True) -> None:
         """Add the memory of the roles and nodes, and the throughput of the step."""
         record = self.record
 
@@ -310,6 +321,8 @@ class TrainingLoop(ABC):
 
         await self.despite_losses(measure_memory)
         await record.system()
+        if not has_throughput:
+            return
         row = record.row()
         tokens, mean_length = self.trained_tokens(row)
         rate = row.get("update/tokens/total", 0.0) / row["time/update_s"]  # 0 while only the critic is trained

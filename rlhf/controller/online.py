@@ -119,7 +119,7 @@ class OnlineController(TrainingLoop):
         self.scorer = RolloutScorer(
             roles.rollout, roles.reward, record, rewards_fingerprint=rewards_fingerprint, in_flight=self.in_flight
         )
-        collector = Collector(config, prompts, self.scorer, record, self.sampling)
+        collector = self.collector = Collector(config, prompts, self.scorer, record, self.sampling)
         collector.outdated = self.learning.columns.forget
         if config.train.streamed or self.rollouts.max_staleness:
             collector.arrived = self.learning.arrived
@@ -138,7 +138,7 @@ class OnlineController(TrainingLoop):
     async def begin(self) -> None:
         """Prepare the roles, and give the engines their first weights."""
         await super().begin()
-        await self._sync(self.step)
+        await self.sync(self.step)
         learning = self.learning
         if isinstance(learning, AdvantageLearning) and self.config.algorithm.num_value_samples and self.step == 0:
             assert isinstance(self.prompts, Stream), "data.stream_window is refused"
@@ -158,7 +158,7 @@ class OnlineController(TrainingLoop):
 
     async def end(self) -> None:
         """Load the trained roles onto shared GPUs, and prepare the policy for export."""
-        await self._to_trainers(*TRAINED_ROLES, keep_weights=False)
+        await self.to_trainers(*TRAINED_ROLES, keep_weights=False)
         await super().end()
 
     async def train_step(self, step: int) -> None:
@@ -170,7 +170,7 @@ class OnlineController(TrainingLoop):
         self.batches.request(step)
         batch = await self._take(attempt)
         attempt.groups, attempt.waited_s = batch.collected.groups, time.perf_counter() - began - attempt.busy_s
-        self._measure_rollouts(batch, step)
+        self.measure_rollouts(batch, step)
         await self.despite_losses(partial(self._learn_and_sync, attempt), oldest=step - 1)
         for metrics in attempt.metrics:
             self.record.add(metrics)
@@ -184,7 +184,7 @@ class OnlineController(TrainingLoop):
         updates -> snapshot -> batches ahead are whole -> reference -> weight sync -> snapshot is whole
         """
         step = attempt.step
-        await self._to_trainers(*GUESTS_OF_ENGINES, keep_weights=False)
+        await self.to_trainers(*GUESTS_OF_ENGINES, keep_weights=False)
         await self._update(attempt)
         began = time.perf_counter()
         await self._with_weights(self.batches.until_weights_may_change(), partial(self._go_back, attempt))
@@ -193,7 +193,7 @@ class OnlineController(TrainingLoop):
         if self.learning.renews_reference(step):
             await self.wait_for_snapshots()  # after the renewal, the step cannot be repeated with the old reference
             await self.learning.renew_reference(step)
-        await self._sync(step)
+        await self.sync(step)
         await self.wait_for_snapshots()  # after a later loss, no rank must need the batch again
 
     async def _update(self, attempt: StepAttempt) -> None:
@@ -202,7 +202,7 @@ class OnlineController(TrainingLoop):
             await self.batches.during(attempt.learn())
             await self.take_snapshot(attempt.step)
 
-    def _measure_rollouts(self, batch: Batch, step: int) -> None:
+    def measure_rollouts(self, batch: Batch, step: int) -> None:
         record, collected = self.record, batch.collected
         for metrics in batch.metrics:
             record.add(metrics)
@@ -240,7 +240,7 @@ class OnlineController(TrainingLoop):
         """Sync the weights of the last step again after the loss of the publishing ranks."""
         if not self.is_published:
             with self.record.apart([], is_shown=True):  # the last step has measured this version
-                await self.despite_losses(partial(self._sync, self.step))
+                await self.despite_losses(partial(self.sync, self.step))
 
     async def _go_back(self, attempt: StepAttempt) -> None:
         """Restore the state before the updates of the step in progress, and publish these weights again."""
@@ -300,7 +300,7 @@ class OnlineController(TrainingLoop):
             streaming.cancel()
             await asyncio.gather(taking, streaming, return_exceptions=True)
 
-    async def _sync(self, version: int) -> None:
+    async def sync(self, version: int) -> None:
         """Sync the weights to the engines, verify the weights, and hand the GPU to the engines."""
         roles, record = self.roles, self.record
         if self.sharing:  # free the GPU memory cached by torch, which the engines need
@@ -326,7 +326,7 @@ class OnlineController(TrainingLoop):
             await asyncio.to_thread(retain_sampled_by, record.folder.spool, version, checksum)
         await self.batches.synced(version)
 
-    async def _to_trainers(self, *names: Role, keep_weights: bool) -> None:
+    async def to_trainers(self, *names: Role, keep_weights: bool) -> None:
         """On shared GPUs, put the engines to sleep and reload the named roles."""
         if self.sharing:
             await self.roles.rollout.sleep(keep_weights=keep_weights)
@@ -344,7 +344,7 @@ class OnlineController(TrainingLoop):
         if not self.sharing.intersection(names):
             yield
             return
-        await self._to_trainers(*names, keep_weights=True)
+        await self.to_trainers(*names, keep_weights=True)
         yield
         await self._offload(*names)
         await self.roles.rollout.wake("weights")
@@ -377,6 +377,13 @@ class OnlineController(TrainingLoop):
     async def checkpoint(self, *, is_best: bool) -> None:
         """Write a checkpoint, and delete the stored responses covered by the checkpoint."""
         await super().checkpoint(is_best=is_best)
+        self._forget_covered()
+
+    async def save_step(self) -> None:
+        await super().save_step()
+        self._forget_covered()
+
+    def _forget_covered(self) -> None:
         state = self.batches.state()
         self.scorer.retain_from(first_untrained_group(state), begun=begun_requests(state))
 

@@ -57,7 +57,7 @@ class PairLearning(ReferencedLearning):
             minibatches = await self._prepare(pairs, step) if pairs else 0
         with record.stage("update"):
             for minibatch in self.visits(minibatches, step):
-                record.add(await self.roles.policy.update(minibatch))
+                await self.update(self.roles.policy, minibatch)
         preferred = {info.sequence_id: place == 0 for pair in pairs for place, info in enumerate(pair.group.infos)}
         return Signals(trained=frozenset(preferred), preferred=preferred)
 

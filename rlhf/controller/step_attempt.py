@@ -55,9 +55,13 @@ class StepAttempt:
                 learning.columns.forget(self.groups)  # begun columns may be lost too, or incomplete
                 self.groups = await self._restored(self.groups)
                 raise _as_loss_of_rank(lost) from lost
-            shown = [i for selection in self._samples() for i in selection.sequence_ids if i in self.signals.trained]
-            signals = await learning.roles.policy.token_signals(shown) if shown else ()
-            self._columns = (*signals, *self.signals.privileged)
+            await self.read_signals()
+
+    async def read_signals(self) -> None:
+        """Read the training signals of the samples to write from the policy's ranks."""
+        shown = [i for selection in self._samples() for i in selection.sequence_ids if i in self.signals.trained]
+        signals = await self._learning.roles.policy.token_signals(shown) if shown else ()
+        self._columns = (*signals, *self.signals.privileged)
 
     def begin_again(self) -> None:
         """Forget the updates: the trained ranks have the state before the step again."""

@@ -83,7 +83,7 @@ class StreamedAdvantageLearning(AdvantageLearning):
             await self._add_portion(groups, step)
             if self.portions[-1].plan.scores:
                 with self.record.stage("update"):
-                    await self.roles.policy.accumulate(first_visited)
+                    await self.roles.policy.forward_backward(first_visited, ends=False)
             busy_s += time.perf_counter() - began
         self.arrivals.begin()
         return busy_s

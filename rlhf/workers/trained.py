@@ -48,6 +48,7 @@ class TrainedWorker(ModelWorker):
     step_metric: ClassVar[str] = "update/{}"  # names of the gradient norm and the learning rate
     load_model: ClassVar[Callable[..., Any]] = staticmethod(load_causal_lm)
     family: ClassVar[type[Algorithm]]  # class of the algorithms known to the worker
+    divisor: float | None = None  # of the gradient for the next optimizer step; None: there is no gradient
 
     def __init__(
         self, config: Config, place: RankContext, *, optimizer_steps: int, model: CriticConfig | None = None
@@ -147,11 +148,19 @@ class TrainedWorker(ModelWorker):
         microbatches = split_microbatches(sizes, rows, max_tokens=budget, prefixes=prefixes, layout=self.layout)
         return tuple(padded(microbatches, self.engine.max_over_ranks(len(microbatches)), sequences=padding))
 
-    def optimize(
+    def whole_gradient(
         self, microbatches: Sequence[Microbatch], compute: Callable[[Microbatch], tuple[Tensor, Measure]]
     ) -> Metrics:
-        """Make an optimizer step with the sum of the micro-batches' losses. Collective."""
-        return merge_metrics([*self.accumulate_gradient(microbatches, compute, ends=True), self.step_optimizer()])
+        """Compute the gradient of an optimizer step: of the sum of the micro-batches' losses. Collective."""
+        metrics = merge_metrics(self.accumulate_gradient(microbatches, compute, ends=True))
+        self.divisor = 1.0
+        return metrics
+
+    def optim_step(self) -> Metrics:
+        """Update the weights by the computed gradient. No trained token, no step: weights and schedule stay the same.
+        Return the metrics of the step. Collective."""
+        divisor, self.divisor = self.divisor, None
+        return {} if divisor is None else self.step_optimizer(divisor)
 
     def accumulate_gradient(
         self, microbatches: Sequence[Microbatch], compute: Callable[[Microbatch], tuple[Tensor, Measure]], *, ends: bool

@@ -142,7 +142,7 @@ def way() -> list[str]:
         node = SimpleNamespace(get_node_id=lambda: "here")
         with (
             mock.patch.object(train, "connected", return_value=nullcontext()),
-            mock.patch.object(train, "_online", online),
+            mock.patch.object(train, "online_roles", online),
             mock.patch.object(train.ray, "get_runtime_context", return_value=node),
             mock.patch.object(equations, "clipped_loss", note),
             suppress(LossReached),

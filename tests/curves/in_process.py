@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from actors.run.own_loop import read_prompt
 from actors.run.run_record import recording
+from actors.run.train import write_final
 from rlhf.config import derive
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.schema.root import Config
 from rlhf.controller.learning import OnlineRoles
 from rlhf.controller.online import OnlineController
+from rlhf.controller.own_loop import OwnLoop
 from rlhf.controller.supervisor import Supervisor
 from rlhf.controller.weight_sync import check_probe
 from rlhf.data.stream import Stream
@@ -104,7 +109,7 @@ class Trained(FakeTrained):
         super().__init__()
         self.ranks, self.worker = 1, worker
         self.memory_folder = tempfile.TemporaryDirectory(dir="/dev/shm")
-        for name in ("take_snapshot", "newest_snapshot", "restore_snapshot", "save", "load", "export"):
+        for name in ("take_snapshot", "newest_snapshot", "restore_snapshot", "save", "load", "export", "optim_step"):
             setattr(self, name, awaited(getattr(worker, name)))
         self.build()
 
@@ -133,11 +138,8 @@ class Policy(Trained, FakePolicy):
         column = RemoteColumns(ref=returns, sequence_ids=plan.sequences_of(0))
         return AdvantagesReport(mean_advantages=means, metrics=metrics, returns=(column,))
 
-    async def accumulate(self, minibatch: int) -> None:
-        self.worker.accumulate(minibatch)
-
-    async def update(self, minibatch: int, states: Sequence[Any] = ()) -> Metrics:
-        return merge_metrics([self.worker.update(minibatch, *(states[0] if states else ()))])
+    async def forward_backward(self, minibatch: int, states: Sequence[Any] = (), **options: Any) -> Metrics:
+        return merge_metrics([self.worker.forward_backward(minibatch, *(states[0] if states else ()), **options)])
 
     async def token_signals(self, sequences: Sequence[int]) -> list[Any]:
         return [self.worker.token_signals(sequences)[0]]
@@ -158,8 +160,8 @@ class Critic(Trained):
         columns: list[Any] = [column.ref for column in returns]
         self.worker.prepare(*columns)
 
-    async def update(self, minibatch: int) -> Metrics:
-        return merge_metrics([self.worker.update(minibatch)])
+    async def forward_backward(self, minibatch: int) -> Metrics:
+        return merge_metrics([self.worker.forward_backward(minibatch)])
 
 
 class Reference(FakeReference):
@@ -417,6 +419,39 @@ async def run(
     loaded: LoadedConfig, *, watch: Callable[[OnlineRoles], OnlineRoles] = lambda roles: roles, resume: bool = False
 ) -> Path:
     """Run without Ray and return the folder. The process must have joined a gang of one. watch: wraps the roles."""
+    async with started(loaded, watch=watch, resume=resume) as (controller, _):
+        await controller.run()
+        await controller.export()
+        return controller.record.folder.path
+
+
+@asynccontextmanager
+async def looped(loaded: LoadedConfig, **options: Any) -> AsyncIterator[OwnLoop]:
+    """Offer the roles to a loop of one's own without Ray, as rlhf.start does."""
+    async with started(loaded, **options) as (controller, stage):
+        assert isinstance(stage.inputs, OnlineInputs)
+
+        async def fetch(ref: Any) -> Any:
+            return ref
+
+        loop = OwnLoop(
+            controller,
+            tokenizer=stage.tokenizer,
+            fetch=fetch,
+            read=partial(read_prompt, stage, stage.inputs),
+            write_final=partial(write_final, controller),
+            written=stage.written,
+        )
+        await loop.begin()
+        yield loop
+        loop.end()
+
+
+@asynccontextmanager
+async def started(
+    loaded: LoadedConfig, *, watch: Callable[[OnlineRoles], OnlineRoles] = lambda roles: roles, resume: bool = False
+) -> AsyncIterator[tuple[OnlineController, StageInputs]]:
+    """Start the roles of a run in this process, and yield the controller."""
     (stage,) = await asyncio.to_thread(load_inputs, loaded)  # this function has its own event loops
     assert isinstance(stage, StageInputs)
     inputs = stage.inputs
@@ -439,14 +474,12 @@ async def run(
         try:
             if step is not None:
                 await controller.restore(step)
-            await controller.run()
-            await controller.export()
+            yield controller, stage
         finally:
             reward.stop()
             rollout: Any = roles.rollout
             if isinstance(rollout, Conversing):
                 await rollout.stop()
-        return record.folder.path
 
 
 def _roles(config: Config, inputs: OnlineInputs, images: Path | None) -> tuple[OnlineRoles, RewardWorker]:

@@ -28,8 +28,8 @@ from tests.curves.in_process import run
 from tests.fakes.calls import settle
 from tests.integration.recipes import merge, without_clocks
 
-CRITIC = ["values", "prepare", "update", "save", "take_snapshot"]
-UPDATE = ["prepare", "set_advantages", "update", "token_signals"]
+CRITIC = ["values", "prepare", "forward_backward", "optim_step", "save", "take_snapshot"]
+UPDATE = ["prepare", "set_advantages", "forward_backward", "optim_step", "token_signals"]
 POLICY = [*UPDATE, "publish", "probe", "save", "newest_snapshot", "memory", "export"]
 METHODS = [("critic", method) for method in CRITIC] + [("policy", method) for method in POLICY]
 RANKS = {key: 1 if key[1] in ("save", "export") else 1 + place % 5 for place, key in enumerate(METHODS)}
@@ -141,7 +141,7 @@ async def test_a_rank_or_tokens_may_be_lost_in_every_stage_and_the_driver_may_be
     killed = folder.with_name("killed")
 
     def watch(roles: OnlineRoles) -> OnlineRoles:
-        after_call(roles, "policy", "update", STEPS, lambda: shutil.copytree(folder, killed, symlinks=True))
+        after_call(roles, "policy", "optim_step", STEPS, lambda: shutil.copytree(folder, killed, symlinks=True))
         return roles
 
     unbroken = await finished(folder, "run", watch=watch)
@@ -166,7 +166,7 @@ async def test_a_rank_or_tokens_may_be_lost_in_every_stage_and_the_driver_may_be
 async def test_a_streamed_step_begins_again_after_a_loss(alone: None, folder: Path) -> None:
     """Portions differ after a loss, so sums differ by rounding. A large epsilon stops Adam from amplifying it."""
     streamed = merge(merge(PPO, STREAMED), GRPO)
-    ranks = {("policy", "prepare"): 1, ("policy", "accumulate"): 2, ("policy", "update"): 3}
+    ranks = {("policy", "prepare"): 1, ("policy", "forward_backward"): 2, ("policy", "optim_step"): 3}
     results, lost = {("policy", "prepare"): 6, ("reference", "logprobs"): 4}, Counter[Any]()
     unbroken = await finished(folder, "run", streamed, one_by_one)
     broken = await finished(

@@ -62,6 +62,9 @@ class FakeTrained(FakeMember, roles.TrainedRole):
     def num_ranks(self) -> int:
         return self.ranks
 
+    async def optim_step(self) -> roles.Metrics:
+        return {}
+
     async def save(self, folder: Path) -> None:
         self.note(f"save {folder}")
 
@@ -147,12 +150,19 @@ class FakePolicy(FakeTrained, roles.PolicyRole):
         self.advantages = by_sequence
         return roles.AdvantagesReport(mean_advantages=by_sequence or {}, metrics={}, returns=())
 
-    async def accumulate(self, minibatch: int) -> None:
-        self.note(f"accumulate {minibatch}")
-
-    async def update(self, minibatch: int, states: roles.StatesByRank = ()) -> roles.Metrics:
+    async def forward_backward(
+        self,
+        minibatch: int,
+        inputs: roles.StatesByRank | roles.GivenByRank = (),
+        *,
+        ends: bool = True,
+        loss: types.OwnLoss | None = None,
+    ) -> roles.Metrics:
+        if not ends:
+            self.note(f"accumulate {minibatch}")
+            return {}
         self.updates.append(minibatch)
-        self.note(f"update {minibatch} by {states}" if states else f"update {minibatch}")
+        self.note(f"update {minibatch} by {inputs}" if inputs else f"update {minibatch}")
         if self.slow:
             await asyncio.sleep(0)
             await asyncio.sleep(0)

@@ -26,6 +26,7 @@ from rlhf.workers.frozen.top_settings import spans_of, top_of
 from rlhf.workers.online.policy import PolicyWorker
 from rlhf.workers.online.student import StudentWorker
 from tests.fixtures.other_tokenizer import build_other
+from tests.fixtures.workers import make_update
 from tests.integration.gang_workers import MOST_NEW, PROMPT, SAMPLES, build_models, rollouts_of, worker_config
 from tests.integration.rank_gang import Gangs, place_of
 
@@ -139,7 +140,7 @@ def taught_rank(rank: int, world_size: int, *, config: Config) -> list[dict[str,
         for name in ("math", "code") if not logprobs else ():
             own_ids = [i for i in ids if OWNERS[i] == name]
             columns += teacher.states([own_ids], *given, teacher=name, prompts=prompts)[:-1] if own_ids else []
-        metrics = results(worker.update(half, *columns))
+        metrics = results(make_update(worker, half, *columns))
         assert metrics.get("update/compared/fraction", 1.0) == 1.0
         found.append(weights_of(worker))
     return found
@@ -156,7 +157,7 @@ def centered_rank(rank: int, world_size: int, *, config: Config) -> list[dict[st
     worker.set_advantages(ADVANTAGES)
     found = [weights_of(worker)]
     for half in range(len(HALVES)):
-        worker.update(half)
+        make_update(worker, half)
         found.append(weights_of(worker))
     return found
 

@@ -31,7 +31,16 @@ from tests.integration.recipes import ONLINE, merge, write_config
 
 LARGE = "Qwen/Qwen2.5-7B-Instruct"
 GPU_GIB = 80.0
-PASSES = {"prepare", "set_advantages", "update", "values", "logprobs", "states", "mean_logprobs"}
+PASSES = {
+    "prepare",
+    "set_advantages",
+    "forward_backward",
+    "optim_step",
+    "values",
+    "logprobs",
+    "states",
+    "mean_logprobs",
+}
 Calls = Sequence[tuple[str, str]]  # role and method
 
 REWARDS: dict[str, Any] = {"correct": {"function": "last_number"}}

@@ -24,6 +24,7 @@ from rlhf.tracking.metrics.declarations import expected_metrics
 from rlhf.types import ONLY_TEACHER, BatchPlan, MinibatchPlan, Rollouts
 from rlhf.workers.frozen.teacher import OnlineTeacherWorker
 from rlhf.workers.online.student import StudentWorker
+from tests.fixtures.workers import make_update
 from tests.integration.gang_workers import (
     BETA,
     PROMPT,
@@ -111,7 +112,7 @@ def train_rank(rank: int, world_size: int, *, config: Config) -> list[Any]:
         own = plan.minibatches[half].sequences_by_rank[worker.data_rank]
         # each of two teachers has every second sequence
         states = [] if sampled else [teacher.states([own[n::2]], *given)[0] for n in (0, 1)]
-        found.append(worker.update(half, *states))
+        found.append(make_update(worker, half, *states))
     first = plan.minibatches[0].sequences_by_rank[worker.data_rank]
     signals, _ = worker.token_signals(first)  # the first update at least saw every value
     mask = Rollouts.gather(given, first).response_mask

@@ -23,6 +23,7 @@ from rlhf.workers.frozen.reference import ReferenceWorker
 from rlhf.workers.offline.pairs import PreferenceWorker
 from rlhf.workers.online.pairs import OnlinePreferenceWorker
 from tests.fakes.groups import rollout_info
+from tests.fixtures.workers import make_update
 from tests.integration.gang_workers import (
     GROUPS,
     MOST_NEW,
@@ -93,7 +94,7 @@ def learn(
         *references, count = other.logprobs(wanted, {}, *rollouts)
         assert count == sum(info.num_prompt_tokens + info.num_response_tokens for pair in pairs for info in pair)
     worker.prepare(plan, *rollouts, *references)
-    found = [worker.update(minibatch) for minibatch in range(len(plan.minibatches))]
+    found = [make_update(worker, minibatch) for minibatch in range(len(plan.minibatches))]
     own = plan.sequences_of(rank)
     told, _ = worker.token_signals(own)
     for ids, shows in zip([one.sequences_by_rank[rank] for one in plan.minibatches], (True, False), strict=False):

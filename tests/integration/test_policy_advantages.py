@@ -17,6 +17,7 @@ from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts, StepReward, TokenValues
 from rlhf.workers.online.policy import PolicyWorker
+from tests.fixtures.workers import make_update
 from tests.integration.gang_workers import GROUPS, PROMPT, SAMPLES, rollouts_of, worker_config
 from tests.integration.rank_gang import Gang, place_of
 
@@ -67,7 +68,7 @@ def credit(
     if not shares[rank]:
         assert [float(one.abs().sum()) for one in per_token] == [0.0]
     found = {i: one.tolist() for i, one in zip(shares[rank], per_token, strict=False)}
-    return found, worker.update(0) if name == "raft" else {}
+    return found, make_update(worker, 0) if name == "raft" else {}
 
 
 @pytest.mark.timeout(300)

@@ -22,6 +22,7 @@ from rlhf.roles import ScoredGroup
 from rlhf.types import GroupScores, Rollouts
 from rlhf.workers.online.policy import PolicyWorker
 from tests.fakes.groups import completed_group, group_request
+from tests.fixtures.workers import make_update
 from tests.integration.gang_workers import (
     GROUPS,
     MOST_NEW,
@@ -82,7 +83,7 @@ def learn(
     assert {report.sequence_id for report in reports} == set(plan.sequences_of(rank))
     by_sequence = {i: (i % SAMPLES) - 1.0 + 0.1 * i for i in range(GROUPS * SAMPLES)}
     _, (_, signals) = worker.set_advantages(by_sequence)
-    first, second = (worker.update(minibatch) for minibatch in range(2))
+    first, second = (make_update(worker, minibatch) for minibatch in range(2))
     return [{**prepared, **signals}, first, second]
 
 

@@ -26,6 +26,7 @@ from rlhf.types import BatchPlan, MinibatchPlan, Prompt, RolloutInfo, Rollouts, 
 from rlhf.workers.online.policy import PolicyWorker
 from rlhf.workers.online.streamed import StreamedPolicyWorker
 from tests.agent_sessions import call, session
+from tests.fixtures.workers import make_update
 from tests.integration.gang_workers import (
     GROUPS,
     MOST_NEW,
@@ -76,7 +77,7 @@ def learn(rank: int, world_size: int, *, algorithm: dict[str, Any], model: str, 
     _, (_, found) = worker.set_advantages(by_sequence)
     count = int(worker.prepared.share.rollouts.response_mask.sum())
     done = {"advantages/mean": Mean(total=float(worker.prepared.advantages.sum()), count=count)}
-    return [found, done, *(worker.update(minibatch) for minibatch in range(2))]
+    return [found, done, *(make_update(worker, minibatch) for minibatch in range(2))]
 
 
 Learn = Callable[..., list[dict[str, float]]]
@@ -157,7 +158,7 @@ def learn_sessions(
     reports, metrics = worker.prepare(plan, *(rollouts for rollouts, _ in groups))
     assert sorted(report.sequence_id for report in reports) == sorted(plan.sequences_of(rank))
     _, (means, advantages) = worker.set_advantages({i: 2.0 - (i * 7 % 5) for i in plan.scores})
-    return [metrics, advantages, *(worker.update(minibatch) for minibatch in range(2))], sorted(means)
+    return [metrics, advantages, *(make_update(worker, minibatch) for minibatch in range(2))], sorted(means)
 
 
 @pytest.mark.slow
@@ -238,12 +239,12 @@ def learn_streamed(
             parts.append(worker.prepare(portion_of(plan, groups, index), *map(rollouts_of, groups))[1])
             parts.append(worker.set_advantages({i: 2.0 - (i * 7 % 5) for i in plan.scores})[1][1])
             if isinstance(worker, StreamedPolicyWorker) and index < len(PORTIONS) - 1:
-                worker.accumulate(visits[0])
+                worker.forward_backward(visits[0], ends=False)
         if (
             isinstance(worker, StreamedPolicyWorker) and number == 2
         ):  # the last portion is in the gradient too, so an empty pass must end it
-            worker.accumulate(visits[0])
-        parts += [worker.update(minibatch) for minibatch in visits]
+            worker.forward_backward(visits[0], ends=False)
+        parts += [make_update(worker, minibatch) for minibatch in visits]
     weights = {name: weight.clone() for name, weight in worker.weights(torch.float32)}
     signals, _ = worker.token_signals(tuple(plan.scores))
     return parts, weights, signals

@@ -21,6 +21,7 @@ from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.types import BatchPlan, MinibatchPlan, PrivilegedPrompts, Rollouts
 from rlhf.workers.online.policy import PolicyWorker
 from rlhf.workers.online.self_taught import SelfTaughtWorker
+from tests.fixtures.workers import make_update
 from tests.integration.gang_workers import PROMPT, SAMPLES, assert_equal, divergence, merged, rollouts_of, worker_config
 from tests.integration.rank_gang import Gangs, place_of
 
@@ -86,7 +87,7 @@ def train(worker: Any, step: int) -> list[Any]:
     worker.prepare(plan, *parts, *(prompts_of(group) for group in range(GROUPS)))
     if isinstance(worker, PolicyWorker):
         worker.set_advantages(ADVANTAGES)
-    return [worker.update(half) for half in range(len(HALVES))]
+    return [make_update(worker, half) for half in range(len(HALVES))]
 
 
 def train_rank(rank: int, world_size: int, *, config: Config, steps: int = 2) -> list[Any]:

@@ -33,6 +33,7 @@ from rlhf.workers.online.critic import CriticWorker
 from rlhf.workers.online.policy import PolicyWorker
 from rlhf.workers.trained_model import load_trained_model
 from tests.fixtures.vision_models import picture
+from tests.fixtures.workers import make_update
 from tests.integration.gang_workers import worker_config
 from tests.integration.rank_gang import place_of
 
@@ -210,7 +211,7 @@ def _online(worker: Any, model: str, folder: Path) -> list[Any]:
     else:
         worker.prepare(plan, *rollouts)
         worker.set_advantages({i: 2.0 - (i * 7 % 5) for i in plan.scores})
-    return [worker.update(0), worker.update(0)]
+    return [make_update(worker, 0), make_update(worker, 0)]
 
 
 def _offline(worker: Any, name: str, model: str, folder: Path) -> list[Any]:

@@ -125,9 +125,9 @@ def test_a_rank_that_fails_or_is_late_is_named_with_the_limit_that_it_had(
 
 def test_the_metrics_of_ranks_that_share_microbatches_count_once() -> None:
     """Ranks 0 and 1 share micro-batches of 3 tokens, ranks 2 and 3 micro-batches of 4."""
-    ranks = [Rank(update={"update/tokens/total": Sum(total=tokens)}) for tokens in (3, 3, 4, 4)]
+    ranks = [Rank(forward_backward={"update/tokens/total": Sum(total=tokens)}) for tokens in (3, 3, 4, 4)]
     gang = gang_of(PolicyGang, *ranks, sequence_parallel=2)
-    assert asyncio.run(gang.update(0)) == {"update/tokens/total": Sum(total=7)}
+    assert asyncio.run(gang.forward_backward(0)) == {"update/tokens/total": Sum(total=7)}
 
 
 class Folders:

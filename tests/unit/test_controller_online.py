@@ -108,7 +108,7 @@ def published(*, engines_have: int = 2, **batches: Any) -> tuple[Any, Ends]:
     controller.trained = {"policy": ends}
     controller.step, controller.trained_step, controller.is_published = 2, 2, True
     controller.scorer = SimpleNamespace(weights=(engines_have, "sum"))
-    controller.record, controller.sharing, controller._sync = LEARNING["record"], frozenset(), sync
+    controller.record, controller.sharing, controller.sync = LEARNING["record"], frozenset(), sync
     controller.supervisor, controller.survives = SimpleNamespace(recover=rebuilt), True
     controller.batches = SimpleNamespace(during=during, **batches)
     controller.learning = SimpleNamespace(**LEARNING, learn=learn, renew_reference=renew)
@@ -152,7 +152,7 @@ async def test_weights_that_are_published_again_after_a_restart_leave_no_metrics
         ends.calls.append(f"sync {version}")
         record.add({"weight_sync/probe_max_diff": Max(value=1.0)})
 
-    controller.record, controller.is_published, controller._sync = record, False, sync
+    controller.record, controller.is_published, controller.sync = record, False, sync
     await controller._publish_anew()
     assert (ends.calls, record.parts) == (["sync 2"], [])
 
@@ -183,7 +183,7 @@ async def test_without_a_checkpoint_a_run_in_flight_takes_up_what_its_first_weig
         timeline=SimpleNamespace(span=lambda *_: nullcontext()),
         add=lambda _: None,
     )
-    await OnlineController._sync(controller, version)
+    await OnlineController.sync(controller, version)
     assert at_sync == [group_path(tmp_path, *place) for place in ((0, 0), (1, 0), (2, 3))][:num_kept]
 
 
@@ -340,7 +340,7 @@ async def test_engines_and_the_roles_on_their_gpus_take_turns(sharing: tuple[str
     controller: Any = OnlineController.__new__(OnlineController)
     controller.roles = OnlineRoles(**roles, rollout=FakeEngines(calls), reward=roles["policy"])
     controller.sharing = frozenset(sharing)
-    await controller._to_trainers(*EVERYONE, keep_weights=False)
+    await controller.to_trainers(*EVERYONE, keep_weights=False)
     await controller._to_engines()
     back = [f"{name} comes back" for name in sharing]
     assert calls == (["sleep", *back, "policy leaves", "cache wakes"] if sharing else [])

@@ -31,7 +31,7 @@ from rlhf.workers.online.student import StudentWorker
 from tests.byte_tokenizers import byte_bpe
 from tests.fakes.services import FakeService, Handler, TeacherService, served
 from tests.fixtures.configs import changed
-from tests.fixtures.workers import PLACE, engine_of, gradient, random_examples, rollouts_of
+from tests.fixtures.workers import PLACE, engine_of, gradient, make_update, random_examples, rollouts_of
 
 EXAMPLES = random_examples()
 OPTIONS: dict[str, Any] = {"temperature": 1.0, "samples_per_prompt": 2, "max_tokens_per_microbatch": 64}
@@ -289,10 +289,10 @@ def test_the_gradient_is_that_of_a_plain_loop_over_sequences(
         asking: Any = ServedOnlineTeacherWorker({ONLY_TEACHER: model}, PLACE, top=top_of(config), **OPTIONS)
         if top_k is None:
             student.prepare(plan, *given, *asking.logprobs(None, {}, *given)[:-1])
-            student.update(0)
+            make_update(student, 0)
         else:
             student.prepare(plan, *given)
-            student.update(0, *asking.states([minibatch.sequences_by_rank[0]], *given)[:-1])
+            make_update(student, 0, *asking.states([minibatch.sequences_by_rank[0]], *given)[:-1])
 
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     sequences = [ids for part in given for ids in part.token_ids.split(part.lengths.tolist())]

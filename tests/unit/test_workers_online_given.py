@@ -12,7 +12,7 @@ from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.models.routers.recording import RoutingRecord, routers_of
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import BatchPlan, GivenBatch, GivenResponse, MinibatchPlan
-from tests.fixtures.workers import gradient, rollouts_of
+from tests.fixtures.workers import gradient, make_update, rollouts_of
 from tests.tiny_architectures import tiny_model
 from tests.unit.test_workers_online_policy import StreamedWorker, worker_of
 
@@ -45,7 +45,7 @@ def updated(
     worker.data_rank = rank
     worker.prepare(plan.for_rank(rank), rollouts())
     worker.set_advantages(ADVANTAGES)
-    return dict(worker.update(0, batch))
+    return dict(make_update(worker, 0, batch))
 
 
 def by_hand(model: Any, *, by_uncertainty: bool) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_without_given_responses_the_update_is_grpos() -> None:
     worker = worker_of(model, name="grpo")
     worker.prepare(plan(), rollouts())
     worker.set_advantages(ADVANTAGES)
-    worker.update(0)
+    make_update(worker, 0)
     assert torch.equal(found, gradient(model))
     assert "update/given_share" not in metrics
 
@@ -138,8 +138,8 @@ def test_a_streamed_batch_has_the_gradient_of_the_whole_batch(
             rollouts().of_samples([sequence_id]),
         )
         worker.set_advantages(of_portion)
-        worker.accumulate(0)
-    found = results(worker.update(0, batch))
+        worker.forward_backward(0, ends=False)
+    found = results(make_update(worker, 0, batch))
     torch.testing.assert_close(gradient(model) / divisors[0], expected, rtol=1e-4, atol=1e-7)
     names = ["update/loss/mean", *["update/given_loss/mean", "update/given_nll/mean"] * bool(responses)]
     assert [found[name] for name in names] == pytest.approx([whole[name] for name in names], rel=1e-4)
@@ -154,7 +154,7 @@ def test_the_load_balancing_loss_is_one_mean_over_all_sequences() -> None:
         worker.model_config = worker.model_config.model_copy(update={"router_balance_coef": coef})
         worker.prepare(plan(), rollouts())
         worker.set_advantages(ADVANTAGES)
-        metrics: Any = worker.update(0, given())
+        metrics: Any = make_update(worker, 0, given())
         counts.append(metrics["update/router_balance_loss"].count if coef else 0)
         gradients.append(gradient_of_all(model))
     assert counts == [0, 5]

@@ -27,7 +27,7 @@ from rlhf.workers.online.policy import PolicyWorker
 from rlhf.workers.online.streamed import StreamedPolicyWorker
 from tests.agent_sessions import call, session
 from tests.fakes.configs import online_config
-from tests.fixtures.workers import PLACE, engine_of, gradient
+from tests.fixtures.workers import PLACE, engine_of, gradient, make_update
 from tests.tiny_architectures import tiny_model
 
 PROMPT = Prompt(prompt_id=0, token_ids=(1, 2), text="", columns={})
@@ -87,7 +87,7 @@ def test_a_session_has_the_weight_of_one_response(aggregation: str, weights: tup
     worker.prepare(plan(), rollouts())
     _, (means, _) = worker.set_advantages(advantages)
     assert means == pytest.approx(advantages)
-    metrics = results(worker.update(0))
+    metrics = results(make_update(worker, 0))
     found = gradient(model)
     batch = rollouts()
     model.zero_grad(set_to_none=True)
@@ -115,7 +115,7 @@ def test_the_signals_of_a_session_are_what_the_only_update_saw_in_all_of_its_seq
     worker.prepare(plan(), rollouts())
     worker.set_advantages({0: 2.0, 1: -1.0})
     assert worker.prepared.old_logprobs is None  # only the update computes them
-    worker.update(0)
+    make_update(worker, 0)
     signals, size = worker.token_signals((99, 0))
     assert size == 9 + 6 + 4
     assert signals.sequence_ids.tolist() == [0, 0, 0]
@@ -152,7 +152,7 @@ def test_right_sessions_are_imitated_by_the_mean_over_their_tokens(tokens: int) 
     critic.prepare(returns)
     assert critic.returns.tolist() == returns.values.tolist()
     worker.prepared.advantages.zero_()
-    metrics = results(worker.update(0))
+    metrics = results(make_update(worker, 0))
     found = gradient(model)
     model.zero_grad(set_to_none=True)
     right, total = batch.of_samples([0]), 0.0
@@ -237,7 +237,7 @@ def test_a_sessions_report_covers_all_of_its_sequences() -> None:
     chosen = worker.prepared.selections.high_entropy
     assert chosen is not None
     assert int(chosen.sum()) == 5
-    merge_metrics([worker.update(0)])
+    merge_metrics([make_update(worker, 0)])
 
 
 RESTRICTED = session(call([1, 2], [16, 17, 18], fixed=range(3)))
@@ -265,10 +265,10 @@ def test_a_minibatch_without_a_trained_token_makes_no_optimizer_step(selection: 
         worker.prepare(*halves())
         worker.set_advantages({0: 2.0, 1: -1.0})
         if isinstance(worker, StreamedWorker):
-            worker.accumulate(0)
-        assert results(worker.update(0)) == {"update/without_tokens/total": 1.0}
+            worker.forward_backward(0, ends=False)
+        assert results(make_update(worker, 0)) == {"update/without_tokens/total": 1.0}
         assert all(weight.grad is None for weight in model.parameters())
-        metrics = results(worker.update(1))
+        metrics = results(make_update(worker, 1))
         assert metrics["update/grad_norm"] == 1.0
         gradients.append(gradient(model) / (7 if streams else 1))  # the step of an engine divides a sum by its tokens
     torch.testing.assert_close(gradients[0], gradients[-1])
@@ -277,7 +277,7 @@ def test_a_minibatch_without_a_trained_token_makes_no_optimizer_step(selection: 
 def test_the_critic_makes_no_optimizer_step_without_a_trained_token() -> None:
     critic = object.__new__(CriticWorker)
     critic.share = SimpleNamespace(plan=halves()[0])  # type: ignore[assignment]
-    assert critic.update(0) == {}
+    assert make_update(critic, 0) == {}
 
 
 def test_the_advantage_of_a_single_trained_token_is_centered_only() -> None:
@@ -305,7 +305,7 @@ def test_a_centered_loss_is_that_of_whole_distributions(tokens: int) -> None:
     worker = worker_of(model, tokens=tokens, name="grpo", correction=correction)
     worker.prepare(plan(), ranked)
     worker.set_advantages(advantages)
-    merge_metrics([worker.update(0)])
+    merge_metrics([make_update(worker, 0)])
     found = gradient(model)
     model.zero_grad(set_to_none=True)
     for row, sample in enumerate(batch.sequence_ids.tolist()):

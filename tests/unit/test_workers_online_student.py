@@ -25,7 +25,7 @@ from rlhf.workers.frozen.top_settings import top_of
 from rlhf.workers.online.student import StudentWorker
 from tests.agent_sessions import call, session
 from tests.fakes.configs import online_config
-from tests.fixtures.workers import PLACE, engine_of, gradient
+from tests.fixtures.workers import PLACE, engine_of, gradient, make_update
 from tests.tiny_architectures import tiny_model
 
 PROMPT = Prompt(prompt_id=0, token_ids=(1, 2), text="", columns={})
@@ -137,11 +137,11 @@ def test_every_sampled_token_of_a_session_learns_from_the_teacher_of_its_row(
     if divergence == "sampled_reverse_kl":
         told = [teacher.logprobs(None, {}, batch.of_samples([i]), teacher=name)[0] for i, name in OWNERS.items()]
         worker.prepare(plan(), batch, *told)  # type: ignore[arg-type]
-        metrics = results(worker.update(0))
+        metrics = results(make_update(worker, 0))
     else:
         states = [teacher.states([(i,)], batch, teacher=name)[0] for i, name in OWNERS.items()]
         worker.prepare(plan(), batch)
-        metrics = results(worker.update(0, *states))  # type: ignore[arg-type]
+        metrics = results(make_update(worker, 0, *states))  # type: ignore[arg-type]
     found = gradient(student)
     student.zero_grad(set_to_none=True)
     gaps: dict[str, list[float]] = {"math": [], "code": []}
@@ -171,9 +171,9 @@ def test_a_rank_without_a_sequence_of_a_minibatch_passes_no_token() -> None:
     here = MinibatchPlan(sequences_by_rank=((0,), ()), num_tokens=7, num_sequences=1, teachers=OWNERS)
     worker.engine.max_over_ranks = lambda value: 1  # type: ignore[method-assign]
     worker.prepare(plan(there, here), rollouts())
-    worker.update(0)
+    make_update(worker, 0)
     assert not gradient(held["model"]).any()
-    worker.update(1, teacher.states([(0,)], rollouts(), teacher="math")[0])  # type: ignore[arg-type]
+    make_update(worker, 1, teacher.states([(0,)], rollouts(), teacher="math")[0])  # type: ignore[arg-type]
     assert gradient(held["model"]).any()
 
 
@@ -182,7 +182,7 @@ def test_a_minibatch_restricted_by_a_grammar_makes_no_optimizer_step() -> None:
     restricted = session(call([1, 2], [16, 17, 18], fixed=range(3)))
     empty = MinibatchPlan(sequences_by_rank=((1,),), num_tokens=0, num_sequences=1, teachers=OWNERS)
     worker.prepare(plan(empty), rollouts(BRANCHED, restricted))
-    assert results(worker.update(0)) == {"update/without_tokens/total": 1.0}
+    assert results(make_update(worker, 0)) == {"update/without_tokens/total": 1.0}
     assert all(p.grad is None for p in held["model"].parameters())
 
 
@@ -211,7 +211,7 @@ def test_given_responses_have_their_share_of_the_loss(
         own = {name: [i for i in ids if owners[i] == name] for name in WEIGHTS}
         states: list[Any] = [teacher.states([one], *parts, teacher=name)[0] for name, one in own.items() if one]
         worker.prepare(planned.for_rank(rank), *parts)
-        seen.append(worker.update(0, *states))
+        seen.append(make_update(worker, 0, *states))
         total = total + gradient(held["model"])
         assert worker.token_signals([0])[1] == (19 if 0 in ids else 0)  # a samples file has no given response
     student = held["model"]

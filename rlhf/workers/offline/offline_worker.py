@@ -75,6 +75,10 @@ class OfflineWorker(TrainedWorker, ABC, Generic[B]):
 
     def update_on(self, plan: MinibatchPlan, *states: TeacherColumn) -> Metrics:
         """Run an optimizer step on the plan's rows of the training set. `states`: a teacher's, if any. Collective."""
+        return merge_metrics([self.gradient_on(plan, *states), self.optim_step()])
+
+    def gradient_on(self, plan: MinibatchPlan, *states: TeacherColumn) -> Metrics:
+        """Compute the gradient of an optimizer step on the plan's rows of the training set. Collective."""
         batch = self.step_batch(0, plan)
         shared = self.shared(batch, states)
 
@@ -88,7 +92,7 @@ class OfflineWorker(TrainedWorker, ABC, Generic[B]):
 
             return loss, named
 
-        return self.optimize(batch.microbatches, compute)
+        return self.whole_gradient(batch.microbatches, compute)
 
     @torch.no_grad()
     def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, *states: TeacherColumn) -> Metrics:

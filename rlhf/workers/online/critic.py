@@ -47,8 +47,8 @@ class CriticWorker(OnlineWorker):
         held = self.share.plan.received_by(self.data_rank)
         self.returns: Float[Tensor, " N"] = TokenValues.gather(returns, held).values
 
-    def update(self, minibatch: int) -> Metrics:
-        """Run an optimizer step on a minibatch of the batch, unless no token is trained. Collective."""
+    def forward_backward(self, minibatch: int) -> Metrics:
+        """Compute the gradient of a minibatch of the batch, unless no token is trained. Collective."""
         plan = self.share.plan.minibatches[minibatch]
         if not plan.num_tokens:
             return {}
@@ -75,7 +75,7 @@ class CriticWorker(OnlineWorker):
 
             return terms.loss, measure
 
-        return self.optimize(self.share.microbatches[minibatch], compute)
+        return self.whole_gradient(self.share.microbatches[minibatch], compute)
 
 
 def _values(model: Any, token_ids: Tensor, lengths: Tensor, *, branches: Any, **_: Any) -> Tensor:

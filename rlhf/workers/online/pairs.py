@@ -76,8 +76,8 @@ class OnlinePreferenceWorker(PreferenceWorker):
             self.references[0] = TokenValues.gather(references, list(ids))
         return (), {}
 
-    def update(self, minibatch: int) -> Metrics:
-        metrics = self.update_on(self.plans[minibatch])
+    def forward_backward(self, minibatch: int) -> Metrics:
+        metrics = self.gradient_on(self.plans[minibatch])
         observed, self.observed, self.observes = self.observed, [], False
         return merge_metrics([metrics, *observed])
 

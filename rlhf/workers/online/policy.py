@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlhf.algorithms.microbatch import LossTerms, PolicyMicrobatch, StepCounts
 from rlhf.algorithms.online import OnlineAlgorithm, reference_kl
+from rlhf.algorithms.own_loss import with_own_loss
 from rlhf.algorithms.privileged import SelfTeaching
 from rlhf.config.derive import reference_is_adapter_off
 from rlhf.models.packed.forward import policy_logprobs, policy_logprobs_only
@@ -31,6 +32,7 @@ from rlhf.tracking.metrics.reductions import ExplainedVariance, Last, Mean, Redu
 from rlhf.types import (
     BatchPlan,
     GivenBatch,
+    OwnLoss,
     PrivilegedPrompts,
     RankedRollouts,
     Rollouts,
@@ -38,7 +40,7 @@ from rlhf.types import (
     TokenSignals,
     TokenValues,
 )
-from rlhf.workers.microbatches import Microbatch
+from rlhf.workers.microbatches import Microbatch, padded
 from rlhf.workers.online.branch_credit import with_branch_rewards
 from rlhf.workers.online.given import GivenMinibatch, given_minibatch
 from rlhf.workers.online.normalisation import Normalisation
@@ -81,6 +83,7 @@ class PolicyWorker(OnlineWorker):
     algorithm: OnlineAlgorithm
     replay: RouterReplay | None = None
     self_teacher: SelfTeacher | None = None
+    is_open = False  # whether a further pass must mark the end of the gradient
 
     def build(self) -> str:
         """Load the model, and replay the choices of the sampler's routers if the run does."""
@@ -225,11 +228,17 @@ class PolicyWorker(OnlineWorker):
             advantages=prepared.advantages,
         )
 
-    def update(self, minibatch: int, given: GivenBatch | None = None) -> Metrics:
-        """Run an optimizer step on a minibatch of the prepared batch, and on any given responses. Collective.
+    def forward_backward(
+        self, minibatch: int, given: GivenBatch | None = None, *, ends: bool = True, loss: OwnLoss | None = None
+    ) -> Metrics:
+        """Add the gradient of a minibatch of the prepared batch, and of any given responses. Collective.
 
-        Without a trained token there is no loss and no optimizer step: weights and schedule stay the same. The
-        load-balancing loss of a mixture is a mean over both kinds of sequences.
+        Without a trained token there is no loss and no gradient. The load-balancing loss of a mixture is a mean over
+        both kinds of sequences.
+
+        Args:
+            ends: whether the optimizer step follows.
+            loss: replaces the algorithm's policy loss.
         """
         share = self.prepared.share
         counts = self.counts(share.plan.minibatches[minibatch])
@@ -237,10 +246,11 @@ class PolicyWorker(OnlineWorker):
             return self.without_tokens()
         learned, weight = given_minibatch(given, self.split), 1.0 if given is None else 1.0 - given.share
         normalisation = Normalisation(counts=counts, mode=self.algorithm.config.aggregation)
+        algorithm = self.algorithm if loss is None else with_own_loss(self.algorithm, loss)
 
         def compute(microbatch: Microbatch) -> tuple[Tensor, Measure]:
-            loss, measure = self.loss(self.prepared, normalisation, microbatch)
-            return weight * loss, measure
+            share_of_loss, measure = self.loss(self.prepared, normalisation, microbatch, algorithm)
+            return weight * share_of_loss, measure
 
         microbatches = share.microbatches[minibatch]
         losses = [compute] * len(microbatches)
@@ -248,24 +258,34 @@ class PolicyWorker(OnlineWorker):
             microbatches = (*microbatches, *learned.microbatches)
             losses += [partial(self.given_loss, learned)] * len(learned.microbatches)
         of_each = iter(losses)
-        parts = self.accumulate_gradient(microbatches, lambda microbatch: next(of_each)(microbatch), ends=True)
+        parts = self.accumulate_gradient(microbatches, lambda microbatch: next(of_each)(microbatch), ends=ends)
         self.prepared.observes = False
-        return self.end_step(parts, normalisation)
+        self.divisor, self.is_open = 1.0, not ends
+        return merge_metrics(map(normalisation.measured, parts))
 
-    def end_step(self, parts: Sequence[Metrics], normalisation: Normalisation, *, weight: float = 1.0) -> Metrics:
-        """Update the weights by the whole gradient times `weight`. Return the metrics of the step. Collective."""
-        report = self.step_optimizer(normalisation.divisor / weight)
-        metrics = merge_metrics([*map(normalisation.measured, parts), report])
+    def optim_step(self) -> Metrics:
+        if self.divisor is None:
+            return {}
+        if self.is_open:
+            some = Normalisation(counts=self.counts(self.prepared.share.plan.minibatches[0]), mode="token_mean")
+            self.accumulate_gradient(tuple(padded((), 1)), partial(self.loss, self.prepared, some), ends=True)
+            self.is_open = False
+        metrics = super().optim_step()
         if self.self_teacher is not None:
             self.self_teacher.after_update()
         return metrics
 
     def loss(
-        self, prepared: PreparedShare, normalisation: Normalisation, microbatch: Microbatch
+        self,
+        prepared: PreparedShare,
+        normalisation: Normalisation,
+        microbatch: Microbatch,
+        algorithm: OnlineAlgorithm | None = None,
     ) -> tuple[Tensor, Measure]:
-        """Return a micro-batch's share of the loss, and the function that measures the micro-batch."""
+        """Return a micro-batch's share of the loss, and the function that measures the micro-batch. `algorithm`
+        replaces the configured algorithm."""
         counts = normalisation.of_losses
-        terms, observed = self._microbatch_loss(prepared, microbatch, counts)
+        terms, observed = self._microbatch_loss(prepared, microbatch, counts, algorithm or self.algorithm)
         return terms.loss, lambda: self._update_metrics(prepared, terms, microbatch, counts.num_tokens) | observed
 
     def given_loss(
@@ -393,7 +413,7 @@ class PolicyWorker(OnlineWorker):
         return merge_moments([Moments(count=int(n), mean=mean, squared_deviation=total) for n, mean, total in rows])
 
     def _microbatch_loss(
-        self, prepared: PreparedShare, microbatch: Microbatch, counts: StepCounts
+        self, prepared: PreparedShare, microbatch: Microbatch, counts: StepCounts, algorithm: OnlineAlgorithm
     ) -> tuple[LossTerms, dict[str, Reduction]]:
         """Return the loss of a micro-batch and, in the first update, the experience metrics missing after `prepare`."""
         share, config = prepared.share, self.algorithm.config
@@ -431,7 +451,7 @@ class PolicyWorker(OnlineWorker):
             sample_tokens=self.sample_tokens(share, microbatch),
             **top,
         )
-        terms = self.algorithm.policy_loss(batch, counts, kl_coef=share.plan.kl_coef)
+        terms = algorithm.policy_loss(batch, counts, kl_coef=share.plan.kl_coef)
         if not prepared.observes or not microbatch.rows:
             return terms, {}
         now = logprobs.detach()

@@ -61,8 +61,10 @@ class SelfTaughtWorker(StudentWorker):
         self.states, self.heads[ONLY_TEACHER] = self.self_teacher.states(share, self.prompts)
         return share, None
 
-    def update(self, minibatch: int, *states: TeacherColumn) -> Metrics:
-        """Run an optimizer step on a minibatch of the batch. Collective."""
-        metrics = super().update(minibatch, *([] if self.states is None else [self.states]))
+    def forward_backward(self, minibatch: int, *states: TeacherColumn) -> Metrics:
+        return super().forward_backward(minibatch, *([] if self.states is None else [self.states]))
+
+    def optim_step(self) -> Metrics:
+        metrics = super().optim_step()
         self.self_teacher.after_update()
         return metrics

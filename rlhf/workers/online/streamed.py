@@ -1,10 +1,10 @@
 """One rank of a policy trained on a batch in portions (train.streamed).
 
-    portion -> prepare -> advantages -> accumulate, for each portion; then update
+    portion -> prepare -> advantages -> gradient, for each portion; then the optimizer step
 
-`accumulate` adds the gradient of a portion before the next portion has arrived. The divisors of the loss are not known
-yet. Losses are therefore sums, and the optimizer step divides the gradient. Given responses come with the update, when
-the divisor is known.
+The gradient of a portion is added before the next portion has arrived. The divisors of the loss are not known yet.
+Losses are therefore sums, and the optimizer step divides the gradient. Given responses come last, when the divisor is
+known.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from rlhf.roles import Metrics, SequenceReport
-from rlhf.types import BatchPlan, GivenBatch, PrivilegedPrompts, Rollouts, TokenSignals, TokenValues
+from rlhf.tracking.metrics.declarations import merge_metrics
+from rlhf.types import BatchPlan, GivenBatch, OwnLoss, PrivilegedPrompts, Rollouts, TokenSignals, TokenValues
 from rlhf.workers.microbatches import padded
 from rlhf.workers.online.given import given_minibatch
 from rlhf.workers.online.normalisation import Normalisation
@@ -35,15 +36,18 @@ class StreamedPolicyWorker(PolicyWorker):
         self.portions.append(self.prepared)
         return result
 
-    def accumulate(self, minibatch: int) -> None:
-        """Add the newest portions of a minibatch to the sum. Collective.
+    def forward_backward(
+        self, minibatch: int, given: GivenBatch | None = None, *, ends: bool = True, loss: OwnLoss | None = None
+    ) -> Metrics:
+        """Add the newest portions of a minibatch to the sum. Return the metrics of all portions at the end. Collective.
 
         Portions without a trained token wait for a portion with trained tokens: there may be no optimizer step.
         """
-        if self._normalisation(minibatch, self.portions[self.num_accumulated :]).counts.num_tokens:
-            self._accumulate(minibatch, ends=False)
-
-    def update(self, minibatch: int, given: GivenBatch | None = None) -> Metrics:
+        assert loss is None, "rlhf.start refuses streamed batches"
+        if not ends:
+            if self._normalisation(minibatch, self.portions[self.num_accumulated :]).counts.num_tokens:
+                self._accumulate(minibatch, ends=False)
+            return {}
         normalisation = self._normalisation(minibatch, self.portions)
         if not normalisation.counts.num_tokens:
             return self.without_tokens()
@@ -55,7 +59,8 @@ class StreamedPolicyWorker(PolicyWorker):
         parts, self.measured, self.num_accumulated = self.measured, [], 0
         for portion in self.portions:
             portion.observes = False
-        return self.end_step(parts, normalisation, weight=weight)
+        self.divisor = normalisation.divisor / weight
+        return merge_metrics(map(normalisation.measured, parts))
 
     def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
         signals = TokenSignals.joined([self.signals(portion, sequences) for portion in self.portions])

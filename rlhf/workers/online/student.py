@@ -63,8 +63,8 @@ class StudentWorker(TaughtWorker, OnlineWorker):
         self.seen = unknown_signals(self.share.rollouts)  # as measured before training
         return (), {}
 
-    def update(self, minibatch: int, *states: TeacherColumn) -> Metrics:
-        """Run an optimizer step on a minibatch of the batch. `states`: the teachers', if used. Collective."""
+    def forward_backward(self, minibatch: int, *states: TeacherColumn) -> Metrics:
+        """Compute the gradient of a minibatch of the batch. `states`: the teachers', if used. Collective."""
         plan = self.share.plan.minibatches[minibatch]
         if not plan.num_tokens:
             return self.without_tokens()
@@ -78,7 +78,7 @@ class StudentWorker(TaughtWorker, OnlineWorker):
                 return self._sampled(microbatch, plan)
             return self._whole(microbatch, plan, lessons)
 
-        return self.optimize(self.share.microbatches[minibatch], compute)
+        return self.whole_gradient(self.share.microbatches[minibatch], compute)
 
     def token_signals(self, sequences: Sequence[int]) -> tuple[TokenSignals, int]:
         """Return the signals from before training for this rank's subset of `sequences`, and the number of tokens."""

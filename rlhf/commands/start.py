@@ -1,0 +1,71 @@
+"""Start the roles of a run for a loop of your own in Python: `async with rlhf.start(CONFIG) as loop`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from rlhf.commands.shared import AnyConfig, loaded_config
+from rlhf.errors import UserError
+from rlhf.extensions import refuse_start
+from rlhf.passed_objects import forgotten_afterwards
+
+if TYPE_CHECKING:
+    from rlhf.controller.own_loop import OwnLoop
+    from rlhf.tracking.sinks.backends import TrackerBackend
+
+_open: list[str] = []  # the name of the run with an open block
+
+
+@asynccontextmanager
+async def start(
+    config: AnyConfig,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    trackers: Sequence[TrackerBackend | type[TrackerBackend]] = (),
+) -> AsyncIterator[OwnLoop]:
+    """Start the roles of an online run, and yield them to a loop of your own. They end with the block.
+
+    The engines have the policy's weights when the block begins. An exception in the block ends the roles at once, and
+    the run's folder records the exception. After Ctrl-C the run counts as stopped.
+
+    Args:
+        config: of one online run, as `rlhf.train` takes it. `overrides` changes its keys.
+        resume: continue from the newest checkpoint that `OwnLoop.save` wrote, if there is one.
+        overwrite: replace the run in the folder of run.name.
+        quiet: show no progress.
+        trackers: views, besides the trackers of the configuration.
+
+    Raises:
+        UserError: the input is wrong, or another block of `rlhf.start` is open in this process.
+        RunError: a role failed. WorkerLost: a process of a role is lost; the message names the role and the rank.
+    """
+    refuse_start("rlhf.start")
+    if _open:
+        raise UserError(
+            f"rlhf.start: the block of run {_open[0]} is still open in this process. Leave that block first."
+        )
+    from rlhf.config.schema.stages import run_folder
+    from rlhf.preflight.start import Start
+    from rlhf.tracking import logs
+    from rlhf.tracking.run_folder.folder import refuse_other_run
+
+    with forgotten_afterwards():
+        loaded = loaded_config(config, overrides)
+        logs.configure()
+        if not resume and not overwrite:
+            for stage in loaded.stages.values():
+                refuse_other_run(run_folder(stage))
+        from actors.run.own_loop import own_loop
+
+        options = Start(resume=resume, overwrite=overwrite, mode="quiet" if quiet else "auto", trackers=trackers)
+        _open.append(loaded.name)
+        try:
+            async with own_loop(loaded, options) as loop:
+                yield loop
+        finally:
+            _open.clear()

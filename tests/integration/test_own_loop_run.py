@@ -1,0 +1,142 @@
+"""Loops of the user run with Ray, real ranks and real engines: the examples, a lost rank, an exception, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rlhf.commands.run import Run
+from rlhf.tracking.sinks.tracker import read_metrics
+from tests.integration.recipes import without_clocks
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+SMALL = ["train.steps=3", "rollouts.prompts_per_step=4", "train.sequences_per_update=16"]
+SCRIPT = """
+import asyncio, json, os, signal, sys, time
+import rlhf
+
+async def main():
+    async with rlhf.start("examples/loops/letters.yaml", sys.argv[2:]) as loop:
+        async with loop.next_step():
+            groups = await loop.sample()
+            try:
+                async with rlhf.start("examples/loops/letters.yaml", ["run.name=second"]):
+                    pass
+            except rlhf.UserError as error:
+                print("second:", error)
+            await loop.experience(groups)
+            await loop.forward_backward()
+            await loop.optim_step()
+            await loop.sync()
+        print("a step is done", flush=True)
+        async with loop.next_step():
+            await loop.experience(await loop.sample())
+            if sys.argv[1] == "raise":
+                raise ValueError("the loop is wrong")
+            if sys.argv[1] == "wait":
+                await asyncio.sleep(300)
+            processes = json.loads((loop.folder / "processes.json").read_text())
+            os.kill(rank_of(processes), signal.SIGKILL)
+            await loop.forward_backward()
+
+def rank_of(node):
+    if isinstance(node, dict) and node.get("role") == "policy" and "pid" in node:
+        return node["pid"]
+    inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
+    return next((found for found in map(rank_of, inner) if found), None)
+
+asyncio.run(main())
+"""
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, *words]
+
+
+def settings(folder: Path, name: str) -> list[str]:
+    return [f"run.dir={folder}", f"run.name={name}", *SMALL]
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return without_clocks(list(read_metrics(folder)))
+
+
+def finished(folder: Path, name: str, *words: str) -> Run:
+    done = subprocess.run(
+        command(*words, *settings(folder, name)), cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Run(folder / name)
+
+
+def test_the_examples_loop_gives_the_numbers_of_the_command(tmp_path: Path) -> None:
+    own = finished(tmp_path, "own", "examples/loops/grpo.py")
+    trained = finished(tmp_path, "trained", "-m", "rlhf.cli", "train", "examples/loops/letters.yaml")
+    assert own.state == trained.state == "finished"
+    assert len(rows(own.folder)) == 3
+    assert rows(own.folder) == rows(trained.folder)
+    names = ["final/model.safetensors", "samples/step_000003.jsonl"]
+    assert all((own.folder / name).read_bytes() == (trained.folder / name).read_bytes() for name in names)
+    assert "share" in own.report(tmp_path / "page.html").path.read_text(encoding="utf-8")
+
+
+def test_the_curriculum_runs(tmp_path: Path) -> None:
+    run = finished(tmp_path, "curriculum", "examples/loops/curriculum.py")
+    assert run.state == "finished"
+    assert set(run.samples["columns/kind"]) == {"digits", "vowels", "x"}
+
+
+def started(folder: Path, mode: str) -> subprocess.Popen[str]:
+    """Start the script, and wait for its first step."""
+    words = command("-c", SCRIPT, mode, *settings(folder, mode))
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = [process.stdout.readline(), process.stdout.readline()]
+    assert lines[0].startswith(f"second: rlhf.start: the block of run {mode} is still open"), lines
+    assert lines[1] == "a step is done\n"
+    return process
+
+
+def errors(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "errors.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "text"),
+    [("raise", "ValueError", "the loop is wrong"), ("lose", "WorkerLost", "update: policy rank 0")],
+)
+def test_an_exception_or_a_lost_rank_ends_the_roles(tmp_path: Path, mode: str, kind: str, text: str) -> None:
+    process = started(tmp_path, mode)
+    children = psutil.Process(process.pid).children(recursive=True)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert text in said
+    (error,) = errors(tmp_path / mode)
+    assert (error["kind"], error["step"]) == (kind, 2)
+    assert text in error["message"]
+    assert Run(tmp_path / mode).state == "failed"
+    assert not psutil.wait_procs(children, timeout=20)[1]
+
+
+def test_ctrl_c_ends_the_roles(tmp_path: Path) -> None:
+    process = started(tmp_path, "wait")
+    children = psutil.Process(process.pid).children(recursive=True)
+    time.sleep(2.0)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=90)
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert "KeyboardInterrupt" in said
+    assert time.monotonic() - began < 60
+    assert Run(tmp_path / "wait").state == "stopped"
+    assert [row["step"] for row in rows(tmp_path / "wait")] == [1]
+    assert not psutil.wait_procs(children, timeout=20)[1]
