@@ -13,8 +13,8 @@ import torch
 
 from rlhf.engine.engine_record import EngineRecord
 from rlhf.engine.frozen_weights import digest_over_ranks, load_initial_copies
-from rlhf.engine.partitions import Sharding
-from rlhf.engine.resharding import TAG, elements, explains_damage, read_rank, refuse_other_weights, written_partitions
+from rlhf.engine.partitions import Sharding, elements
+from rlhf.engine.resharding import TAG, explains_damage, read_rank, refuse_other_weights, written_partitions
 from rlhf.engine.snapshot_checkpoint import SNAPSHOTS, is_of_snapshots, read_snapshot
 from rlhf.models.files.loading import architecture_fingerprint
 from rlhf.models.files.weights import initial_copies

@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlhf.adapters import AdamStep
 from rlhf.engine.distributed import set_deadline
 from rlhf.engine.engine_record import EngineRecord
 from rlhf.engine.frozen_weights import digest_of_base, digest_over_ranks, load_initial_copies, save_initial_copies
 from rlhf.engine.gathering import whole_numel, whole_weights
 from rlhf.engine.optimizers import make_optimizer
 from rlhf.engine.parameter_groups import parameter_groups
-from rlhf.engine.partitions import SUB_GROUP_ELEMENTS
+from rlhf.engine.partitions import SUB_GROUP_ELEMENTS, TENANT_STAGES
 from rlhf.engine.randomness import load_random_state, save_random_state
 from rlhf.engine.rank_state import RankState
 from rlhf.engine.resharding import TAG, take_over
@@ -33,6 +34,7 @@ from rlhf.engine.shadow_weights import ShadowWeights
 from rlhf.engine.snapshot_checkpoint import SNAPSHOTS, is_of_snapshots, read_snapshot
 from rlhf.engine.snapshot_copies import CopyPlace, fetch_copies
 from rlhf.engine.snapshots import Snapshots
+from rlhf.engine.swapping import Swapping
 from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings, StepReport
 from rlhf.errors import RunError, UserError
 from rlhf.models.files.loading import architecture_fingerprint
@@ -92,6 +94,7 @@ class DeepSpeedEngine:
         names = {p: name for name, p in module.named_parameters()}
         self._groups = [{names[p]: whole_numel(p) for p in group.parameters} for group in groups]
         self._lr_ratios = [group.lr_ratio for group in groups]
+        self._decays = [group.decays for group in groups]
         self._optimizer = make_optimizer(groups, optimizer)
         self._engine, *_ = deepspeed.initialize(
             model=_Caller(module),
@@ -167,7 +170,12 @@ class DeepSpeedEngine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * dist.get_world_size())  # DeepSpeed divides by this number
 
-    def step(self, divisor: float = 1.0) -> StepReport:
+    def end_gradient(self) -> None:
+        self._nonfinite_losses = 0
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.allreduce_gradients()
+
+    def step(self, divisor: float = 1.0, *, adam: AdamStep | None = None) -> StepReport:
         self._finish_snapshot()
         step = self._steps + 1
         nonfinite = int(self.all_reduce_sum(torch.tensor(self._nonfinite_losses, device=self.device)))
@@ -175,11 +183,11 @@ class DeepSpeedEngine:
         if nonfinite:
             nonfinite //= self._sequence_parallel  # every rank of the group counted the row
             raise RunError(f"The loss of {nonfinite} micro-batches was not finite in optimizer step {step}.")
-        lr = self._settings.lr * lr_factor(self._schedule, step)
+        lr = self._settings.lr * lr_factor(self._schedule, step) if adam is None else adam.lr
         for group, ratio in zip(self._optimizer.param_groups, self._lr_ratios, strict=True):
             group["lr"] = lr * ratio
-        with self._gradient_divided(divisor):
-            clipped = self._clip() if self._clips_itself else None
+        with self._gradient_divided(divisor), self._settings_of(adam) as clip:
+            clipped = self._clip(clip) if self._clips_itself else None
             if clipped is None or clipped < float("inf"):
                 self._engine.step()
         norm = float(self._engine.get_global_grad_norm()) if clipped is None else clipped
@@ -206,12 +214,41 @@ class DeepSpeedEngine:
                 gradient.div_(divisor)
         yield
 
-    def _clip(self) -> float:
+    @contextmanager
+    def _settings_of(self, adam: AdamStep | None) -> Iterator[float | None]:
+        """Use a step's own settings, if any, in the block. Yield the largest norm of the gradient."""
+        if adam is None:
+            yield self._settings.grad_clip
+            return
+        optimizer = self._engine.optimizer
+        clip = getattr(optimizer, "clip_grad", 0.0)
+        with self._own_settings():
+            for group, decays in zip(self._optimizer.param_groups, self._decays, strict=True):
+                group.update(betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay if decays else 0.0)
+            if not self._clips_itself:
+                optimizer.clip_grad = adam.grad_clip or 0.0
+            try:
+                yield adam.grad_clip
+            finally:
+                if not self._clips_itself:
+                    optimizer.clip_grad = clip
+
+    def _clip(self, largest: float | None) -> float:
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
-        if self._settings.grad_clip is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self._settings.grad_clip, norm)
+        if largest is not None:
+            nn.utils.clip_grads_with_norm_(parameters, largest, norm)
         return float(norm)
+
+    def open_swapping(self) -> Swapping:
+        if self._zero_stage not in TENANT_STAGES:
+            raise UserError(
+                f"cluster.roles.policy.zero_stage: is {self._zero_stage}, and adapters can take turns at stage 0 or 3 "
+                "alone. For adapters, stages 1 and 2 save next to nothing: remove the key."
+            )
+        if self._offload or self._settings.name != "adamw":
+            raise UserError("Adapters can take turns with optimizer adamw and without offload alone.")
+        return Swapping(self._engine, self._state, groups=self._groups, zero_stage=self._zero_stage)
 
     def keep_shadow(self, *, average: bool) -> ShadowWeights:
         """Copy the trained weights, and keep the copies in snapshots and checkpoints. Call before open_snapshots."""
@@ -292,7 +329,7 @@ class DeepSpeedEngine:
 
     @contextmanager
     def _own_settings(self) -> Iterator[None]:
-        """Keep the optimizer's settings, such as betas and weight decay. DeepSpeed would load the saved settings."""
+        """Restore the optimizer's settings after the block, such as betas. DeepSpeed would load the saved settings."""
         own = [{key: group[key] for key in group if key != "params"} for group in self._optimizer.param_groups]
         yield
         for group, settings in zip(self._optimizer.param_groups, own, strict=True):

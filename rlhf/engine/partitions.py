@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Groups = Sequence[Mapping[str, int]]  # elements of each parameter by name, in the optimizer's order
 
 SUB_GROUP_ELEMENTS = 10**9  # at stage 3, a rank's part of a group is cut into masters of about this size
+TENANT_STAGES = (0, 3)  # at which several tenants can share an engine (rlhf.engine.swapping)
 _ALIGNMENT = 2  # at stages 1 and 2, each part of a group has a multiple of so many elements
 
 
@@ -44,6 +49,11 @@ class Piece:
     def within(self, begin: int, end: int) -> Piece:
         """Return the elements from `begin` to `end`, counted in the parameter."""
         return replace(self, start=begin, numel=end - begin, offset=self.offset + begin - self.start)
+
+
+def elements(tensor: Tensor, piece: Piece) -> Tensor:
+    """Return the elements of a piece in a master, or in a state of the same size. Nothing is copied."""
+    return tensor.detach().view(-1).narrow(0, piece.offset, piece.numel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,7 +76,7 @@ class RankState:
             setattr(self._engine, name, count)
         if self.shadow is not None:
             self.shadow.period = values["period"]
-        self._spread_masters()
+        self.spread_masters()
         restore_random_state(values["random"])
 
     def move_rest(self, device: torch.device, *, with_optimizer: bool) -> None:
@@ -93,7 +93,7 @@ class RankState:
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(device)
 
-    def _spread_masters(self) -> None:
+    def spread_masters(self) -> None:
         """Set the weights of the passes from the float32 weights, as after an optimizer step."""
         wrapped = self._engine.optimizer
         if self._zero_stage == 3:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf.engine.engine_record import EngineRecord
-from rlhf.engine.partitions import Partition, Piece, Sharding, partitions_of
+from rlhf.engine.partitions import Partition, Piece, Sharding, elements, partitions_of
 from rlhf.engine.rank_state import RankState
 from rlhf.engine.snapshot_checkpoint import SNAPSHOTS, read_snapshot
 from rlhf.errors import RunError, UserError
@@ -136,10 +136,6 @@ def copy_elements(
                 value.copy_(saved)
             else:
                 elements(value, target).copy_(elements(saved, source))
-
-
-def elements(tensor: Tensor, piece: Piece) -> Tensor:
-    return tensor.detach().view(-1).narrow(0, piece.offset, piece.numel)
 
 
 def _copy_states(state: RankState, file: RankFile) -> dict[str, dict[str, Any]]:

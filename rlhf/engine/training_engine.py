@@ -14,8 +14,10 @@ from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from rlhf.adapters import AdamStep
 from rlhf.engine.shadow_weights import ShadowWeights
 from rlhf.engine.snapshot_copies import CopyPlace
+from rlhf.engine.swapping import Swapping
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -84,11 +86,21 @@ class TrainingEngine(Protocol):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of this rank's share of the step's loss. last: the step's last micro-batch. Collective."""
 
-    def step(self, divisor: float = 1.0) -> StepReport:
+    def end_gradient(self) -> None:
+        """Complete the gradient over the ranks if no backward pass was marked as the last. Collective.
+
+        The caller has checked that the losses are finite.
+        """
+
+    def step(self, divisor: float = 1.0, *, adam: AdamStep | None = None) -> StepReport:
         """Update the weights by the gradient, divided by `divisor` and then clipped. Collective.
 
-        Raise RunError, with the weights unchanged, if loss or gradient are not finite.
+        `adam`: settings for this step alone, in place of the engine's settings and schedule. Raise RunError, with the
+        weights unchanged, if loss or gradient are not finite.
         """
+
+    def open_swapping(self) -> Swapping:
+        """Let several tenants share the engine in turns. UserError: the engine cannot exchange its state."""
 
     def keep_shadow(self, *, average: bool) -> ShadowWeights:
         """Copy the trained weights for a policy that teaches itself. Snapshots and checkpoints hold the copies."""

@@ -169,13 +169,14 @@ def renormalised(
 def chunked_logprobs_only(
     hidden: Float[Tensor, "N H"],
     weight: Float[Tensor, "V H"],
-    targets: Int[Tensor, " N"],
+    targets: Int[Tensor, "N ..."],
     **options: Unpack[HeadOptions],
-) -> Float[Tensor, " N"]:
+) -> Float[Tensor, "N ..."]:
     """Return the logprobs of `chunked_logprobs` without computing the entropy."""
     head = Head(**options)
-    logprobs: Tensor = _ChunkedLogprobs.apply(hidden, weight, head.bias, targets[:, None], head, frozenset())[0]
-    return logprobs[:, 0]
+    columns = targets[:, None] if targets.ndim == 1 else targets
+    logprobs: Tensor = _ChunkedLogprobs.apply(hidden, weight, head.bias, columns, head, frozenset())[0]
+    return logprobs.view(targets.shape)
 
 
 def chunked_logprobs_and_collisions(

@@ -9,9 +9,13 @@ The ratio comes from importance_ratio or from sequence_ratios.py. With one optim
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+Bound = TypeVar("Bound", float, Tensor)  # of the ratios: a number, or a value for each token
 
 
 def importance_ratio(
@@ -26,8 +30,8 @@ def clipped_loss(
     advantages: Float[Tensor, "*N"],
     mask: Bool[Tensor, "*N"],
     *,
-    clip_low: float,
-    clip_high: float,
+    clip_low: Bound,
+    clip_high: Bound,
 ) -> Float[Tensor, "*N"]:
     """Return PPO's clipped objective -min(ratio * A, clip(ratio) * A) (arXiv:1707.06347, eq. 7, negated).
 
@@ -56,8 +60,8 @@ def clipped_ratios(
     advantages: Float[Tensor, "*N"],
     mask: Bool[Tensor, "*N"],
     *,
-    clip_low: float,
-    clip_high: float,
+    clip_low: Bound,
+    clip_high: Bound,
 ) -> tuple[Bool[Tensor, "*N"], Bool[Tensor, "*N"]]:
     """Return two masks of clipped gradients for the clip fraction: below 1 - clip_low, and above 1 + clip_high.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf.objectives.kl import binary_kl
 from rlhf.objectives.masking import sequence_counts, sequence_sums, to_tokens
-from rlhf.objectives.policy_loss import reinforce
+from rlhf.objectives.policy_loss import Bound, reinforce
 
 
 def cispo(
@@ -24,8 +24,8 @@ def cispo(
     advantages: Float[Tensor, "*N"],
     mask: Bool[Tensor, "*N"],
     *,
-    min_ratio: float,
-    max_ratio: float,
+    min_ratio: Bound,
+    max_ratio: Bound,
 ) -> Float[Tensor, "*N"]:
     """Return REINFORCE weighted by the ratio clipped to [min_ratio, max_ratio] (MiniMax-M1, arXiv:2506.13585, eq. 4).
 

@@ -280,11 +280,11 @@ def with_adapters(config: Config, ours: Mapping[str, LoraConfig]) -> Config:
         section: PolicyConfig | CriticConfig | None = getattr(config, name)
         if section is None or section.adapter is None or section.lora is None:
             continue
-        from rlhf.models.adapters.folder import AdapterShape, read_adapter_shape  # imports peft, which takes seconds
+        from rlhf.models.adapters.folder import SavedShape, read_adapter_shape  # imports peft, which takes seconds
 
         if section.adapter in ours:
             made = ours[section.adapter]
-            names = [field.name for field in dataclasses.fields(AdapterShape)]
+            names = [field.name for field in dataclasses.fields(SavedShape)]
             shape = {name: getattr(made, name) for name in names} | {"rank": saved_rank(made)}
         else:
             with prefix_errors(f"{name}.adapter"):

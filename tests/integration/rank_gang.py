@@ -92,9 +92,10 @@ def _seed() -> None:
 class Gang:
     """Ranks for running functions together. The gang has failed as soon as a rank has failed."""
 
-    def __init__(self, world_size: int, device: torch.device = CPU) -> None:
+    def __init__(self, world_size: int, device: torch.device = CPU, *, deadline_s: float = DEADLINE_S) -> None:
         context = multiprocessing.get_context("spawn")
         port = free_port()
+        self.deadline_s = deadline_s  # of a function
         pipes = [context.Pipe() for _ in range(world_size)]
         self.has_failed = False
         self.connections = [ours for ours, _ in pipes]
@@ -112,7 +113,8 @@ class Gang:
             connection.send((function, options))
         results = []
         for rank, connection in enumerate(self.connections):
-            assert connection.poll(DEADLINE_S), f"rank {rank} did not finish {function.__name__} in {DEADLINE_S:g} s"
+            limit_s = self.deadline_s
+            assert connection.poll(limit_s), f"rank {rank} did not finish {function.__name__} in {limit_s:g} s"
             error, result = connection.recv()
             assert error is None, f"rank {rank}: {error}"
             results.append(result)

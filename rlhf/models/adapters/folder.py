@@ -68,7 +68,7 @@ def read_adapter_config(folder: Path) -> peft.LoraConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterShape:
+class SavedShape:
     """Properties of an adapter needed for shipping it to engines."""
 
     rank: int
@@ -79,10 +79,10 @@ class AdapterShape:
     target_parameters: tuple[str, ...]
 
 
-def read_adapter_shape(folder: Path) -> AdapterShape:
+def read_adapter_shape(folder: Path) -> SavedShape:
     """Return the shape of an adapter folder. Raise UserError as in `read_adapter_config`."""
     config = read_adapter_config(folder)
-    return AdapterShape(
+    return SavedShape(
         rank=config.r,
         alpha=config.lora_alpha,
         rslora=config.use_rslora,

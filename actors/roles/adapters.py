@@ -1,0 +1,112 @@
+"""The gang of ranks that train many adapters of one base model (rlhf.roles.AdaptersRole)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from actors.cluster.placement import Placement
+from actors.cluster.waiting import put
+from actors.roles.gang import Gang
+from actors.roles.group import spawn
+from actors.weights.adapter import WEIGHTS, file_checksum
+from rlhf.adapters import AdamStep, AdapterShape, LossReport, LossRows, NamedLoss
+from rlhf.config.schema.root import Config
+from rlhf.role_table import Role
+from rlhf.types import MemoryReport
+from rlhf.workers.adapters.adapter_worker import AdapterWorker, RowsReport, merged_report
+
+
+class AdapterRank(AdapterWorker):
+    """One rank as an actor."""
+
+    def export_adapter(self, name: str, folder: Path) -> str | None:  # type: ignore[override]
+        """Write the adapter. Return the checksum of the weights' file; None on all ranks but 0. Collective."""
+        super().export_adapter(name, folder)
+        return file_checksum(folder / WEIGHTS) if self.place.rank == 0 else None
+
+
+class AdapterRanks(Gang):
+    """The ranks, as a gang that starts, ends and is measured like any other."""
+
+    role: Role = AdapterWorker.role
+
+
+class AdaptersGang:
+    """Implements rlhf.roles.AdaptersRole. A call goes to all ranks at once, so that all have the calls in one order.
+
+    The adapters are in the memory of the ranks: a lost rank ends them all.
+    """
+
+    def __init__(self, ranks: AdapterRanks) -> None:
+        self.ranks = ranks
+
+    async def start(self, *, deadline_s: float) -> None:
+        """Connect the ranks and load the base model."""
+        await self.ranks.start(deadline_s=deadline_s)
+
+    async def restart(self) -> None:
+        """End all ranks and start new ranks in their places, without adapters."""
+        await self.ranks.restart()
+
+    async def create(self, adapter: str, shape: AdapterShape) -> None:
+        await self.ranks.each(lambda h: h.create.remote(adapter, shape), "update")
+
+    async def remove(self, adapter: str) -> None:
+        await self.ranks.each(lambda h: h.remove.remote(adapter), "update")
+
+    async def forward_backward(
+        self, adapter: str, rows: LossRows, loss: NamedLoss, *, forward_only: bool = False
+    ) -> LossReport:
+        stored = put(rows)
+        reports: list[RowsReport] = await self.ranks.each(
+            lambda h: h.forward_backward.remote(adapter, stored, loss, forward_only=forward_only), "update"
+        )
+        return merged_report(reports)
+
+    async def drop_gradient(self, adapter: str, reason: str) -> None:
+        await self.ranks.each(lambda h: h.drop_gradient.remote(adapter, reason), "update")
+
+    async def optim_step(self, adapter: str, step: AdamStep) -> float:
+        norms: list[float] = await self.ranks.each(lambda h: h.step_adapter.remote(adapter, step), "update")
+        return norms[0]
+
+    async def save(self, adapter: str, folder: Path) -> None:
+        await self.ranks.each(lambda h: h.save_adapter.remote(adapter, folder), "checkpoint")
+
+    async def load(self, adapter: str, folder: Path, *, optimizer: bool) -> None:
+        await self.ranks.each(lambda h: h.load_adapter.remote(adapter, folder, optimizer=optimizer), "resume")
+
+    async def export(self, adapter: str, folder: Path) -> str:
+        checksums: list[str] = await self.ranks.each(lambda h: h.export_adapter.remote(adapter, folder), "export")
+        return checksums[0]
+
+    async def probe(self, adapter: str | None, token_ids: Sequence[int]) -> list[float]:
+        ids = list(token_ids)
+        results: list[list[float]] = await self.ranks.each(lambda h: h.probe_adapter.remote(adapter, ids), "probe")
+        return results[0]
+
+    async def memory(self) -> MemoryReport:
+        return await self.ranks.memory()
+
+    async def stop(self) -> None:
+        await self.ranks.stop()
+
+    def end(self) -> None:
+        self.ranks.end()
+
+
+def create_adapters_gang(config: Config, placement: Placement, *, longest_sequence: int) -> AdaptersGang:
+    """Create the actors of the ranks. Call `start` next. `config`: from rlhf.config.adapter_ranks.ranks_config."""
+    spawned = spawn(
+        config.cluster,
+        placement,
+        AdapterRanks.role,
+        AdapterRank,
+        config,
+        optimizer_steps=1,
+        longest_sequence=longest_sequence,
+    )
+    ranks = AdapterRanks(*spawned, deadline_s=config.cluster.call_timeout_s, one_host=placement.on_one_host())
+    ranks.placement = placement
+    return AdaptersGang(ranks)

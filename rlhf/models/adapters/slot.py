@@ -1,0 +1,98 @@
+"""One physical adapter that many clients' adapters use in turns.
+
+An adapter of rank r has the first r rows of each A and columns of each B in the slot, whose rank is the largest. All
+other rows and columns are zero, also those of layers that are not adapted. Zero rows of A beside zero columns of B have
+no gradient, and Adam with weight decay leaves zeros: an adapter never grows beyond its rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from rlhf.adapters import AdapterShape
+from rlhf.errors import UserError
+from rlhf.models.files.weights import ADAPTER
+
+
+class AdapterSlot:
+    """The LoRA layers of a model from rlhf.models.adapters.lora.add_lora with plain LoRA on linear layers."""
+
+    def __init__(self, model: Any) -> None:
+        """Read the layers. Each is a part of the attention if it is below a module with `Attention` in its class."""
+        self._model = model
+        self.rank: int = model.peft_config[ADAPTER].r
+        modules = dict(model.named_modules())
+        self._layers: dict[str, Any] = {n: m for n, m in modules.items() if isinstance(m, LoraLayer)}
+        attention = tuple(f"{n}." for n, m in modules.items() if "Attention" in type(m).__name__)
+        self._in_attention = frozenset(name for name in self._layers if name.startswith(attention))
+
+    def layers(self, shape: AdapterShape) -> dict[str, Any]:
+        """Return the layers that an adapter adapts, by their paths. Raise UserError for a shape that does not fit."""
+        if not 1 <= shape.rank <= self.rank:
+            raise UserError(f"rank: is {shape.rank}, expected 1 to {self.rank}, the largest rank here (lora.rank).")
+        if not 0.0 < shape.alpha < math.inf:
+            raise UserError(f"alpha: is {shape.alpha:g}, expected a finite number > 0.")
+        layers = {
+            name: layer
+            for name, layer in self._layers.items()
+            if (shape.attention if name in self._in_attention else shape.mlp)
+        }
+        if not layers:
+            raise UserError("An adapter must adapt the attention or the layers between, and the model must have such.")
+        return layers
+
+    def initial(self, shape: AdapterShape) -> dict[str, Tensor]:
+        """Return the initial weights by parameter, in the slot's rank. A is random as in peft, and B is zero."""
+        generator = torch.Generator().manual_seed(shape.seed)
+        weights: dict[str, Tensor] = {}
+        for name, layer in self.layers(shape).items():
+            bound = 1.0 / math.sqrt(layer.in_features)
+            drawn = torch.empty(shape.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+            weights[_parameter(name, "A")] = drawn
+            weights[_parameter(name, "B")] = torch.zeros(layer.out_features, shape.rank)
+        return self.padded(shape, weights)
+
+    def padded(self, shape: AdapterShape, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return values for all parameters of the slot, from values of the adapted layers in the adapter's rank."""
+        values: dict[str, Tensor] = {}
+        for name, layer in self._layers.items():
+            a, b = torch.zeros(self.rank, layer.in_features), torch.zeros(layer.out_features, self.rank)
+            if _parameter(name, "A") in weights:
+                a[: shape.rank] = weights[_parameter(name, "A")]
+                b[:, : shape.rank] = weights[_parameter(name, "B")]
+            values |= {_parameter(name, "A"): a, _parameter(name, "B"): b}
+        return values
+
+    def trimmed(self, shape: AdapterShape, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the values of the adapted layers in the adapter's rank: the inverse of `padded`."""
+        weights: dict[str, Tensor] = {}
+        for name in self.layers(shape):
+            weights[_parameter(name, "A")] = values[_parameter(name, "A")][: shape.rank].contiguous()
+            weights[_parameter(name, "B")] = values[_parameter(name, "B")][:, : shape.rank].contiguous()
+        return weights
+
+    def scale(self, shape: AdapterShape) -> None:
+        """Multiply the adapter's part of each layer by alpha / rank from now on."""
+        for layer in self._layers.values():
+            layer.scaling[ADAPTER] = shape.alpha / shape.rank
+
+    def config(self, shape: AdapterShape) -> Any:
+        """Return peft's config of an adapter, with names of layers, or paths where a name is of both kinds."""
+        config = copy.deepcopy(self._model.peft_config[ADAPTER])
+        adapted = self.layers(shape)
+        others = {name.rpartition(".")[2] for name in self._layers.keys() - adapted.keys()}
+        names = {name.rpartition(".")[2] for name in adapted}
+        config.r, config.lora_alpha, config.inference_mode = shape.rank, shape.alpha, True
+        config.target_modules = set(adapted) if names & others else names
+        return config
+
+
+def _parameter(layer: str, matrix: str) -> str:
+    return f"{layer}.lora_{matrix}.{ADAPTER}.weight"

@@ -1,0 +1,1 @@
+"""Ranks that train many adapters of one base model, for clients with their own loops."""

@@ -1,0 +1,265 @@
+"""One rank of a policy with many adapters, trained by clients with their own loops.
+
+The base model has one physical adapter. Each call first puts the client's adapter there, with optimizer state and
+gradient (rlhf.engine.swapping). Calls come to all ranks in the same order; each rank computes its share of the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf.adapters import AdamStep, AdapterShape, LossReport, LossRows, NamedLoss
+from rlhf.algorithms.sft import SFT
+from rlhf.data.packing import balance
+from rlhf.engine.swapping import MOMENTS, Tenant, WholeState
+from rlhf.errors import RunError, UserError
+from rlhf.models.packed.forward import masked_columns
+from rlhf.objectives.client_losses import checked_settings, client_loss
+from rlhf.objectives.logprobs import chunked_logprobs_only
+from rlhf.workers.adapters.client_rows import Limits, ScoredRows, refuse_bad_rows
+from rlhf.workers.microbatches import Microbatch
+from rlhf.workers.model_worker import torch_dtype
+from rlhf.workers.trained import TrainedWorker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsReport:
+    """The result of a rank's rows."""
+
+    rows: tuple[int, ...]  # indices into the client's rows
+    losses: tuple[float, ...]  # of each row
+    logprobs: tuple[Float[Tensor, "n K"], ...]  # of each row
+    metrics: Mapping[str, float]
+
+
+@dataclass(slots=True, kw_only=True)
+class HeldAdapter:
+    """A client's adapter on this rank."""
+
+    shape: AdapterShape
+    tenant: Tenant
+    dropped_because: str | None = None  # of the gradient, since the last optimizer step
+
+
+class AdapterWorker(TrainedWorker):
+    """Trains the adapter named by each call. UserErrors are raised on all ranks alike, before any rank computes."""
+
+    role = "policy"
+    family = SFT  # of the configuration, which names no loss here
+
+    def build(self) -> str:
+        from rlhf.models.adapters.slot import AdapterSlot  # with peft, which takes seconds
+
+        fingerprint = super().build()
+        self.slot = AdapterSlot(self.engine.module)
+        self.swapping = self.engine.open_swapping()
+        self.adapters: dict[str, HeldAdapter] = {}
+        return fingerprint
+
+    def create(self, name: str, shape: AdapterShape) -> None:
+        """Make a new adapter. UserError: the name is taken, or the shape does not fit."""
+        if name in self.adapters:
+            raise UserError(f"There is an adapter {name} already. Choose another name.")
+        weights = self.slot.initial(shape)
+        zeros = {key: torch.zeros_like(value) for key, value in weights.items()}
+        state = WholeState(weights=weights, moments=dict.fromkeys(MOMENTS, zeros), steps=0)
+        self.adapters[name] = HeldAdapter(shape=shape, tenant=self.swapping.made(state))
+
+    def remove(self, name: str) -> None:
+        self.swapping.forget(self._adapter(name).tenant)
+        del self.adapters[name]
+
+    def forward_backward(self, name: str, rows: LossRows, loss: NamedLoss, *, forward_only: bool = False) -> RowsReport:
+        """Add the gradient of a loss to the adapter's gradient. Return the results of this rank's rows. Collective."""
+        adapter = self._adapter(name)
+        if forward_only:
+            with torch.no_grad():
+                return self._forward(adapter, rows, loss)
+        with self._dropping_gradient(adapter):
+            return self._forward(adapter, rows, loss)
+
+    def drop_gradient(self, name: str, reason: str) -> None:
+        """Drop the gradient. The next optimizer step fails with this reason, since its batch would lack a part."""
+        self._drop(self._adapter(name), reason)
+
+    def step_adapter(self, name: str, step: AdamStep) -> float:
+        """Update the adapter, and return the gradient's norm. UserError: no gradient to use, or bad settings."""
+        adapter = self._adapter(name)
+        reason, adapter.dropped_because = adapter.dropped_because, None
+        if reason is not None:
+            self.swapping.drop_gradient(adapter.tenant)
+            raise UserError(
+                f"The gradient was dropped, because a part of the batch failed: {reason} Send the whole batch again."
+            )
+        if not adapter.tenant.has_gradient:
+            raise UserError("There is no gradient: call forward_backward before optim_step.")
+        _refuse_bad_step(step)
+        self._use(adapter)
+        self.engine.end_gradient()
+        try:
+            return self.engine.step(adam=step).grad_norm
+        except RunError as error:
+            raise UserError("The gradient is not finite: it was dropped, and the weights are as before.") from error
+        finally:
+            self.swapping.changed()
+            self.swapping.drop_gradient(adapter.tenant)
+
+    def save_adapter(self, name: str, folder: Path) -> None:
+        """Write a checkpoint of the adapter. Rank 0 writes. Collective."""
+        from rlhf.workers.adapters.adapter_files import write_adapter_state  # with peft, which takes seconds
+
+        adapter = self._adapter(name)
+        state = self.swapping.whole(adapter.tenant)
+        if self.place.rank == 0:
+            write_adapter_state(folder, state, adapter.shape, slot=self.slot, model=self.engine.module)
+
+    def load_adapter(self, name: str, folder: Path, *, optimizer: bool) -> None:
+        """Restore a checkpoint of an adapter of the same shape, and drop the gradient."""
+        from rlhf.workers.adapters.adapter_files import read_adapter_state
+
+        adapter = self._adapter(name)
+        options: dict[str, Any] = {"slot": self.slot, "model": self.engine.module, "optimizer": optimizer}
+        state = read_adapter_state(folder, adapter.shape, **options)
+        self.swapping.forget(adapter.tenant)
+        adapter.tenant, adapter.dropped_because = self.swapping.made(state), None
+
+    def export_adapter(self, name: str, folder: Path) -> None:
+        """Write the adapter as peft's folder, in the model's dtype. Rank 0 writes. Collective."""
+        from rlhf.workers.adapters.adapter_files import write_export
+
+        adapter, dtype = self._adapter(name), torch_dtype(self.model_config.dtype)
+        state = self.swapping.whole(adapter.tenant)
+        if self.place.rank == 0:
+            write_export(folder, state, adapter.shape, slot=self.slot, dtype=dtype)
+
+    def probe_adapter(self, name: str | None, token_ids: Sequence[int]) -> list[float]:
+        """Return log-probabilities of token_ids[1:] at temperature 1. None: of the base model. Collective."""
+        from rlhf.models.adapters.lora import adapter_disabled
+
+        if name is not None:
+            self._use(self._adapter(name))
+            return self.probe(token_ids)
+        with adapter_disabled(self.engine.module):
+            return self.probe(token_ids)
+
+    def _adapter(self, name: str) -> HeldAdapter:
+        if name not in self.adapters:
+            raise UserError(f"There is no adapter {name}. Create it first.")
+        return self.adapters[name]
+
+    def _use(self, adapter: HeldAdapter) -> None:
+        self.swapping.use(adapter.tenant)
+        self.slot.scale(adapter.shape)
+
+    def _drop(self, adapter: HeldAdapter, reason: str) -> None:
+        self.swapping.drop_gradient(adapter.tenant)
+        adapter.dropped_because = reason
+
+    @contextmanager
+    def _dropping_gradient(self, adapter: HeldAdapter) -> Iterator[None]:
+        """Drop the adapter's gradient if the block fails, since the sum would lack a part."""
+        try:
+            yield
+        except (UserError, RunError) as error:
+            self._drop(adapter, str(error))
+            raise
+
+    def _limits(self) -> Limits:
+        budget, longest = self.config.train.max_tokens_per_microbatch, self.place.longest_sequence
+        vocabulary: int = self.engine.module.config.get_text_config().vocab_size
+        if longest is None or budget < longest:
+            return Limits(vocabulary=vocabulary, longest=budget, longest_because="the budget of a micro-batch")
+        return Limits(vocabulary=vocabulary, longest=longest, longest_because="the longest sequence here")
+
+    def _forward(self, adapter: HeldAdapter, rows: LossRows, loss: NamedLoss) -> RowsReport:
+        settings = checked_settings(loss.name, loss.settings)
+        refuse_bad_rows(rows, loss.name, self._limits())
+        scored = ScoredRows.of(rows)
+        own = balance(scored.lengths.tolist(), self.resources.data_parallel_ranks)[self.data_rank]
+        self._use(adapter)
+        trains = torch.is_grad_enabled()
+        results: dict[int, tuple[float, Tensor]] = {}
+        metrics: dict[str, float] = {}
+        num_nonfinite = 0
+        for microbatch in self.split(scored.lengths, own):
+            with self.explaining("update", microbatch):
+                terms, logprobs, clipped = self._terms(scored, microbatch, loss.name, settings)
+                if trains:
+                    adapter.tenant.has_gradient = True
+                    self.engine.backward(terms.sum(), last=False)
+            values, lengths = terms.detach().double().sum(1), microbatch.lengths.tolist()
+            num_nonfinite += int(not values.isfinite().all())
+            of_rows = zip(values.cpu().split(lengths), logprobs.detach().float().cpu().split(lengths), strict=True)
+            for row, (losses, columns) in zip(microbatch.rows, of_rows, strict=False):  # an empty one has no rows
+                results[row] = float(losses.sum()), columns[1:].clone()
+            if microbatch.rows:
+                _add(metrics, tokens=float((terms != 0).sum()))
+                if clipped is not None:
+                    _add(metrics, clipped_tokens=float(clipped.sum()))
+        if int(self.engine.all_reduce_sum(torch.tensor(num_nonfinite, device=self.device))):
+            raise UserError(f"The loss {loss.name} is not finite for these rows. Check their columns and the adapter.")
+        losses, columns = zip(*(results[row] for row in own), strict=True) if own else ((), ())
+        return RowsReport(rows=tuple(own), losses=losses, logprobs=columns, metrics=metrics)
+
+    def _terms(
+        self, scored: ScoredRows, microbatch: Microbatch, loss: str, settings: Mapping[str, float]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the terms of the loss, the log-probabilities, and the clipped terms of a micro-batch's tokens."""
+        lengths, mask = microbatch.lengths.to(self.device), self.part(scored.mask, microbatch)
+        if not microbatch.rows:
+            mask = torch.zeros_like(mask)
+        targets = None if scored.targets is None else self.part(scored.targets, microbatch)
+        (logprobs,) = self.engine.forward(
+            masked_columns,
+            self.part(scored.token_ids, microbatch),
+            lengths,
+            mask=mask,
+            of_rows=chunked_logprobs_only,
+            targets=targets,
+        )
+        logprobs = logprobs[:, None] if logprobs.ndim == 1 else logprobs
+        columns = {name: self.part(column, microbatch) for name, column in scored.columns.items()}
+        found = client_loss(loss, logprobs, columns, mask=mask, lengths=lengths, settings=settings)
+        return found.terms, logprobs, found.clipped
+
+
+def merged_report(reports: Sequence[RowsReport]) -> LossReport:
+    """Return the result of all ranks, with the log-probabilities in the order of the client's rows."""
+    parts = [part for one in reports for part in zip(one.rows, one.losses, one.logprobs, strict=True)]
+    parts.sort(key=lambda part: part[0])
+    metrics: dict[str, float] = {}
+    for one in reports:
+        _add(metrics, **one.metrics)
+    return LossReport(
+        loss=sum(loss for _, loss, _ in parts),
+        logprobs=torch.cat([logprobs for _, _, logprobs in parts]),
+        metrics=metrics,
+    )
+
+
+def _add(metrics: dict[str, float], **values: float) -> None:
+    for name, value in values.items():
+        metrics[name] = metrics.get(name, 0.0) + value
+
+
+def _refuse_bad_step(step: AdamStep) -> None:
+    """Raise UserError for settings with which AdamW is not defined. An eps of 0 would divide zero by zero."""
+    rules = {
+        "lr": (step.lr, 0.0 <= step.lr < float("inf"), "a finite number >= 0"),
+        "beta1": (step.betas[0], 0.0 <= step.betas[0] < 1.0, "a number from 0 to below 1"),
+        "beta2": (step.betas[1], 0.0 <= step.betas[1] < 1.0, "a number from 0 to below 1"),
+        "eps": (step.eps, 0.0 < step.eps < float("inf"), "a finite number > 0"),
+        "weight_decay": (step.weight_decay, 0.0 <= step.weight_decay < float("inf"), "a finite number >= 0"),
+        "grad_clip": (step.grad_clip, step.grad_clip is None or step.grad_clip > 0.0, "a number > 0, or none"),
+    }
+    for name, (value, is_good, expected) in rules.items():
+        if not is_good:
+            raise UserError(f"{name}: is {value}, expected {expected}.")

@@ -1,0 +1,120 @@
+"""Check a client's rows, and align the rows to the token that is scored, as the forward pass needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlhf.adapters import LossRows
+from rlhf.errors import UserError
+from rlhf.objectives.client_losses import BOUNDS, LOSSES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Limits of a row."""
+
+    vocabulary: int
+    longest: int  # tokens with the last target
+    longest_because: str  # names the limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredRows:
+    """B rows, each followed by one more token, with M = sum(lengths) tokens. Columns are aligned to the scored token.
+
+    The first token of a row is not scored.
+    """
+
+    token_ids: Int[Tensor, " M"]
+    lengths: Int[Tensor, " B"]
+    mask: Bool[Tensor, " M"]
+    targets: Int[Tensor, "M K"] | None  # None: K = 1, and each target is the next token of the row
+    columns: Mapping[str, Float[Tensor, "M K"]]
+
+    @classmethod
+    def of(cls, rows: LossRows) -> ScoredRows:
+        """Move each column by one place. The token after a row is the row's last target."""
+        ends = rows.lengths.cumsum(0) - 1
+        lengths, count = rows.lengths + 1, len(rows.token_ids)
+        row_of = torch.arange(len(lengths)).repeat_interleave(rows.lengths)
+        scored = torch.arange(count) + row_of + 1  # the places in the longer rows
+        token_ids = torch.empty(count + len(lengths), dtype=torch.int64)
+        token_ids[scored - 1] = rows.token_ids.long()
+        token_ids[ends + torch.arange(len(lengths)) + 1] = rows.targets[ends, 0].long()
+        targets = torch.zeros(len(token_ids), rows.targets.shape[1], dtype=torch.int64)
+        targets[scored] = rows.targets.long()
+        mask = torch.zeros(len(token_ids), dtype=torch.bool)
+        mask[scored] = True
+        shifted = targets.shape[1] == 1 and bool((targets[mask, 0] == token_ids[mask]).all())
+        columns = {}
+        for name, values in rows.columns.items():
+            columns[name] = torch.zeros(targets.shape)
+            columns[name][scored] = values.float()
+        return cls(
+            token_ids=token_ids, lengths=lengths, mask=mask, targets=None if shifted else targets, columns=columns
+        )
+
+
+def refuse_bad_rows(rows: LossRows, loss: str, limits: Limits) -> None:
+    """Raise UserError for rows that a loss cannot use. The message names row and column."""
+    of, num_rows, lengths = LOSSES[loss], len(rows.lengths), rows.lengths.tolist()
+    if not num_rows:
+        raise UserError("There are no rows. Send at least one.")
+    for index, length in enumerate(lengths):
+        if length < 1:
+            raise UserError(f"Row {index} has no tokens. Leave it out.")
+        if length + 1 > limits.longest:
+            raise UserError(
+                f"Row {index} has {length} tokens, and {length + 1} with its last target; {limits.longest_because} is "
+                f"{limits.longest}. Make the row shorter."
+            )
+    if rows.targets.ndim != 2 or not rows.targets.shape[1]:
+        raise UserError(f"targets: the shape is {list(rows.targets.shape)}, expected [tokens, targets per token].")
+    shape = (sum(lengths), rows.targets.shape[1])
+    for name, column in (("tokens", rows.token_ids), ("targets", rows.targets)):
+        if len(column) != shape[0]:
+            raise UserError(f"{name}: there are {len(column)} for {num_rows} rows with {shape[0]} tokens in all.")
+        if column.is_floating_point() or column.dtype == torch.bool:
+            raise UserError(f"{name}: must be integers, not {str(column.dtype).removeprefix('torch.')}.")
+        bad = (column < 0) | (column >= limits.vocabulary)
+        if bool(bad.any()):
+            place, value = _first(bad, column)
+            raise UserError(
+                f"Row {_row(lengths, place)}: {name} has {int(value)}, and the model's tokens are 0 to "
+                f"{limits.vocabulary - 1}."
+            )
+    for name in of.columns:
+        if name not in rows.columns:
+            raise UserError(f"{name}: {loss} needs this column, and the rows lack it. Give it for every row.")
+    for name, column in rows.columns.items():
+        if name not in (*of.columns, *of.optional):
+            known = ", ".join((*of.columns, *of.optional))
+            raise UserError(f"{name}: {loss} has no use for this column; it takes {known}. Leave it out.")
+        if tuple(column.shape) != shape:
+            raise UserError(f"{name}: the shape is {list(column.shape)}, and the targets have {list(shape)}.")
+        bad = ~column.isfinite()
+        if bool(bad.any()):
+            place, value = _first(bad, column)
+            raise UserError(f"Row {_row(lengths, place)}: {name} has {float(value)}, expected finite numbers.")
+    if BOUNDS[0] in rows.columns and BOUNDS[1] in rows.columns:
+        bad = rows.columns[BOUNDS[0]] > rows.columns[BOUNDS[1]]
+        if bool(bad.any()):
+            place, _ = _first(bad, bad)
+            raise UserError(f"Row {_row(lengths, place)}: {BOUNDS[0]} is above {BOUNDS[1]}.")
+    if loss == "gspo" and shape[1] != 1:
+        raise UserError(f"targets: gspo takes one target for each token, not {shape[1]}.")
+
+
+def _first(bad: Tensor, column: Tensor) -> tuple[int, Tensor]:
+    """Return the first bad place of a column, and the value there."""
+    first = int(bad.reshape(-1).int().argmax())
+    return first // (bad.numel() // len(bad)), column.reshape(-1)[first]
+
+
+def _row(lengths: list[int], place: int) -> int:
+    return int(torch.searchsorted(torch.tensor(lengths).cumsum(0), place, right=True))

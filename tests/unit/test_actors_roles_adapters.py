@@ -1,0 +1,79 @@
+"""The gang sends each call to all ranks, and joins what the ranks return."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from actors.roles import adapters
+from rlhf.adapters import AdamStep, AdapterShape, LossRows, NamedLoss
+from rlhf.workers.adapters.adapter_worker import RowsReport
+
+
+class Method:
+    def __init__(self, rank: int, name: str, calls: list[Any]) -> None:
+        self.rank, self.name, self.calls = rank, name, calls
+
+    def remote(self, *args: Any, **options: Any) -> Any:
+        self.calls.append((self.rank, self.name))
+        values: dict[str, Any] = {
+            "forward_backward": RowsReport(
+                rows=(1 - self.rank,),
+                losses=(float(self.rank),),
+                logprobs=(torch.full((1, 1), 1.0 * self.rank),),
+                metrics={"tokens": 1.0},
+            ),
+            "step_adapter": 2.5,
+            "export_adapter": "checksum" if self.rank == 0 else None,
+            "probe_adapter": [-1.0],
+        }
+        return values.get(self.name)
+
+
+class Handle:
+    def __init__(self, rank: int, calls: list[Any]) -> None:
+        self.rank, self.calls = rank, calls
+
+    def __getattr__(self, name: str) -> Method:
+        return Method(self.rank, name, self.calls)
+
+
+class Ranks:
+    """Two ranks that answer at once."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    async def each(self, send: Callable[[Any], Any], stage: str) -> list[Any]:
+        return [send(Handle(rank, self.calls)) for rank in range(2)]
+
+
+def test_calls_go_to_all_ranks_and_results_are_joined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(adapters, "put", lambda value: value)
+    ranks: Any = Ranks()
+    gang = adapters.AdaptersGang(ranks)
+    rows = LossRows(
+        token_ids=torch.tensor([1, 2]), lengths=torch.tensor([1, 1]), targets=torch.tensor([[2], [3]]), columns={}
+    )
+
+    async def work() -> None:
+        await gang.create("a", AdapterShape(rank=2))
+        report = await gang.forward_backward("a", rows, NamedLoss(name="cross_entropy"))
+        assert (report.loss, report.logprobs[:, 0].tolist(), report.metrics) == (1.0, [1.0, 0.0], {"tokens": 2.0})
+        assert await gang.optim_step("a", AdamStep(lr=0.1)) == 2.5
+        await gang.drop_gradient("a", "why")
+        await gang.save("a", tmp_path)
+        await gang.load("a", tmp_path, optimizer=True)
+        assert await gang.export("a", tmp_path) == "checksum"
+        assert await gang.probe(None, (1, 2)) == [-1.0]
+        await gang.remove("a")
+
+    asyncio.run(work())
+    names = ["create", "forward_backward", "step_adapter", "drop_gradient", "save_adapter", "load_adapter"]
+    names += ["export_adapter", "probe_adapter", "remove"]
+    assert ranks.calls == [(rank, name) for name in names for rank in range(2)]

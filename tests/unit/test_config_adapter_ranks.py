@@ -1,0 +1,44 @@
+"""The configuration of ranks with many adapters, and the keys that such ranks refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rlhf.config.adapter_ranks import ranks_config
+from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.config.schema.model import PolicyConfig
+from rlhf.config.schema.root import Config
+from rlhf.config.schema.run import RunConfig
+from rlhf.errors import UserError
+
+
+def derived(policy: dict[str, Any], roles: dict[str, Any]) -> Config:
+    section = PolicyConfig.model_validate({"model": "tiny:llama", "lora": {"rank": 8}, **policy})
+    cluster = ClusterConfig.model_validate({"device": "cpu", "roles": {"policy": roles}})
+    return ranks_config(section, RunConfig(name="service", seed=3), cluster, max_tokens_per_microbatch=512)
+
+
+def test_the_ranks_get_model_seed_and_budget() -> None:
+    config = derived({}, {"workers": 2})
+    assert (config.policy.lora is not None and config.policy.lora.rank, config.run.seed) == (8, 3)
+    assert config.train.max_tokens_per_microbatch == 512
+    assert (config.cluster.roles.policy.zero_stage, config.cluster.roles.policy.workers) == (0, 2)
+    assert derived({}, {"zero_stage": 3}).cluster.roles.policy.zero_stage == 3
+
+
+@pytest.mark.parametrize(
+    ("policy", "roles", "expected"),
+    [
+        ({"lora": None}, {}, "policy.lora: is missing"),
+        ({"lora": {"rank": 8, "dropout": 0.1, "dora": True}}, {}, "policy.lora: dora, dropout cannot be set here"),
+        ({"vision_lr": 1e-5}, {}, "policy.vision_lr: has no effect"),
+        ({}, {"zero_stage": 2}, "zero_stage: is 2, and adapters take turns at stage 0 or 3"),
+        ({}, {"workers": 2, "sequence_parallel": 2}, "sequence_parallel: clients' rows"),
+        ({}, {"zero_stage": 3, "offload": ["optimizer"]}, "offload: the states"),
+    ],
+)
+def test_keys_without_a_meaning_are_refused(policy: dict[str, Any], roles: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        derived(policy, roles)

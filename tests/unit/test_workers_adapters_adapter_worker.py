@@ -1,0 +1,187 @@
+"""A client's loss through packed rows equals a plain loop over single rows, in float64, with its gradients."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from rlhf.adapters import AdapterShape, LossReport, LossRows, NamedLoss
+from rlhf.engine.swapping import Tenant
+from rlhf.errors import UserError
+from rlhf.models.adapters.lora import add_lora
+from rlhf.models.adapters.slot import AdapterSlot
+from rlhf.models.packed.row_check import check_rows
+from rlhf.models.packed.row_layout import row_layout
+from rlhf.objectives.client_losses import LOSSES, checked_settings, client_loss
+from rlhf.workers.adapters.adapter_worker import AdapterWorker, HeldAdapter, RowsReport, merged_report
+from tests.fixtures.workers import PLACE, engine_of
+from tests.integration.rank_gang import small_config
+
+CPU = torch.device("cpu")
+SHAPE = AdapterShape(rank=3, alpha=6.0)
+LENGTHS = [7, 3, 11, 5, 1]
+
+
+class Worker(AdapterWorker):
+    """A worker on one rank, with the model as the engine and one adapter."""
+
+    def __init__(self, model: Any, *, budget: int) -> None:
+        self.config: Any = SimpleNamespace(train=SimpleNamespace(max_tokens_per_microbatch=budget))
+        self.place = replace(PLACE, longest_sequence=12)
+        self.resources: Any = SimpleNamespace(data_parallel_ranks=1)
+        self.data_rank, self.device, self.engine, self.layout = 0, CPU, engine_of(model), row_layout(model)
+        self.slot = AdapterSlot(model)
+        self.swapping: Any = SimpleNamespace(use=lambda tenant: None, drop_gradient=lambda tenant: model.zero_grad())
+        self.adapters = {"mine": HeldAdapter(shape=SHAPE, tenant=Tenant(tensors={}))}
+
+
+def adapted() -> Any:
+    """Return a model with a slot of rank 4 that holds a random adapter of rank 3."""
+    torch.manual_seed(0)
+    model = add_lora(LlamaForCausalLM(small_config()), rank=4, alpha=4.0, dropout=0.0).train()
+    slot = AdapterSlot(model)
+    values = slot.initial(SHAPE)
+    values = slot.padded(SHAPE, {n: torch.randn_like(v) * 0.2 for n, v in slot.trimmed(SHAPE, values).items()})
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in values.items():
+            named[name].copy_(value)
+    slot.scale(SHAPE)
+    return model
+
+
+def drawn(loss: str, *, targets: int, shifted: bool) -> LossRows:
+    generator = torch.Generator().manual_seed(3)
+    shape = (sum(LENGTHS), targets)
+    tokens = torch.randint(40, shape[:1], generator=generator)
+    wanted = torch.randint(40, shape, generator=generator)
+    if shifted:
+        ends = torch.tensor(LENGTHS).cumsum(0) - 1
+        inside = [place for place in range(shape[0]) if place not in ends.tolist()]
+        wanted[inside, 0] = tokens[[place + 1 for place in inside]]
+    columns: dict[str, Tensor] = {"weights": torch.rand(shape, generator=generator)}
+    if LOSSES[loss].columns:
+        columns["advantages"] = torch.rand(shape, generator=generator) - 0.5
+        columns["logprobs"] = -torch.rand(shape, generator=generator) * 3.0 - 2.0
+    if loss == "gspo":
+        columns["sequence_ratio_mask"] = torch.ones(shape)
+    return LossRows(token_ids=tokens, lengths=torch.tensor(LENGTHS), targets=wanted, columns=columns)
+
+
+def plain_logprobs(model: Any, rows: LossRows) -> list[Tensor]:
+    """Return the log-probabilities of the targets of each row, computed alone by the model's own forward pass."""
+    found, begin = [], 0
+    for length in LENGTHS:
+        own = slice(begin, begin + length)
+        logits = model(input_ids=rows.token_ids[own][None], use_cache=False).logits[0]
+        found.append(logits.log_softmax(-1).gather(-1, rows.targets[own]))
+        begin += length
+    return found
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Any, Any]:
+    """Return the model for packed rows, and a copy for single rows."""
+    plain = adapted()
+    packed = copy.deepcopy(plain)
+    check_rows(packed, CPU)
+    return packed.double(), plain.double()
+
+
+def assert_equal(report: LossReport, packed: Any, loss: Tensor, logprobs: list[Tensor], plain: Any) -> None:
+    assert report.loss == pytest.approx(float(loss), rel=1e-9)
+    torch.testing.assert_close(report.logprobs, torch.cat(logprobs).float(), rtol=1e-6, atol=1e-6)
+    loss.backward()
+    ours, theirs = gradients(packed), gradients(plain)
+    assert ours.keys() == theirs.keys()
+    assert len(ours) == 2 * 7 * 2
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-9)
+    assert max(float(gradient.abs().max()) for gradient in theirs.values()) > 1e-3
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("targets", "shifted", "budget"), [(1, True, 1000), (1, False, 14), (3, False, 20)])
+def test_every_loss_and_its_gradient_equal_a_loop_over_single_rows(
+    models: tuple[Any, Any], loss: str, targets: int, shifted: bool, budget: int
+) -> None:
+    if loss == "gspo" and targets > 1:
+        pytest.skip("one target for each token")
+    packed, plain = models
+    rows = drawn(loss, targets=targets, shifted=shifted)
+    report = merged_report([Worker(packed, budget=budget).forward_backward("mine", rows, NamedLoss(name=loss))])
+    logprobs, total, begin = plain_logprobs(plain, rows), torch.zeros((), dtype=torch.float64), 0
+    for length, own in zip(LENGTHS, logprobs, strict=True):
+        columns = {name: column[begin : begin + length] for name, column in rows.columns.items()}
+        options: dict[str, Any] = {"mask": torch.ones(length, dtype=torch.bool), "lengths": torch.tensor([length])}
+        total = total + client_loss(loss, own, columns, settings=checked_settings(loss, {}), **options).terms.sum()
+        begin += length
+    assert_equal(report, packed, total, [one.detach() for one in logprobs], plain)
+
+
+def test_a_custom_loss_by_log_probabilities_out_and_gradients_in(models: tuple[Any, Any]) -> None:
+    packed, plain = models
+    rows = replace(drawn("cross_entropy", targets=1, shifted=True), columns={})
+    worker = Worker(packed, budget=30)
+
+    def custom(logprobs: list[Tensor]) -> Tensor:  # couples the rows
+        sums = torch.stack([one.sum() for one in logprobs])
+        return -torch.nn.functional.logsigmoid(0.1 * (sums[0] - sums[1:])).sum() + sums.var()
+
+    first = merged_report([worker.forward_backward("mine", rows, NamedLoss(name="cross_entropy"), forward_only=True)])
+    assert not gradients(packed)
+    given = first.logprobs.double().requires_grad_()
+    custom(list(given.split(LENGTHS))).backward()
+    assert given.grad is not None
+    weighted = replace(rows, columns={"weights": -given.grad})
+    worker.forward_backward("mine", weighted, NamedLoss(name="cross_entropy"))
+    custom(plain_logprobs(plain, rows)).backward()
+    ours, theirs = gradients(packed), gradients(plain)
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-6, atol=1e-6)  # weights came in float32
+
+
+def test_padding_of_the_slot_has_no_gradient(models: tuple[Any, Any]) -> None:
+    packed, _ = models
+    Worker(packed, budget=30).forward_backward("mine", drawn("ppo", targets=1, shifted=True), NamedLoss(name="ppo"))
+    found = gradients(packed)
+    assert all(not bool(g[3:].any()) for name, g in found.items() if ".lora_A." in name)
+    assert all(not bool(g[:, 3:].any()) for name, g in found.items() if ".lora_B." in name)
+
+
+def test_a_failed_part_of_a_batch_drops_the_whole_batch(models: tuple[Any, Any]) -> None:
+    packed, _ = models
+    worker, good, loss = Worker(packed, budget=30), drawn("ppo", targets=1, shifted=True), NamedLoss(name="ppo")
+    overflowing = dict(good.columns) | {"logprobs": torch.full_like(good.columns["logprobs"], -2e3)}
+    is_loss = NamedLoss(name="importance_sampling")
+    worker.forward_backward("mine", good, loss)
+    with pytest.raises(UserError, match="importance_sampling is not finite for these rows"):
+        worker.forward_backward("mine", replace(good, columns=overflowing), is_loss)
+    assert not gradients(packed)
+    assert worker.adapters["mine"].dropped_because is not None
+    with pytest.raises(UserError, match="no 'nonsense' here"):
+        worker.forward_backward("mine", good, NamedLoss(name="nonsense"), forward_only=True)
+    assert "not finite" in worker.adapters["mine"].dropped_because
+
+
+def test_reports_of_ranks_are_joined_in_the_order_of_the_rows() -> None:
+    one = RowsReport(rows=(0, 3), losses=(1.0, 8.0), logprobs=(torch.ones(2, 1), torch.full((1, 1), 4.0)), metrics={})
+    two = RowsReport(rows=(1, 2), losses=(2.0, 4.0), logprobs=(torch.zeros(1, 1),) * 2, metrics={"tokens": 3.0})
+    idle = RowsReport(rows=(), losses=(), logprobs=(), metrics={})
+    report = merged_report([one, idle, two])
+    assert report.loss == 15.0
+    assert report.logprobs[:, 0].tolist() == [1.0, 1.0, 0.0, 0.0, 4.0]
+    assert report.metrics == {"tokens": 3.0}
