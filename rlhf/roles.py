@@ -486,6 +486,9 @@ class AdaptersRole(MeasuredRole, Protocol):
         UserError: no gradient, or the gradient was dropped or is not finite.
         """
 
+    async def drop_gradient(self, adapter: str, reason: str) -> None:
+        """Drop the adapter's gradient. The next optimizer step fails with the reason."""
+
     async def save(self, adapter: str, folder: Path) -> None:
         """Save the adapter with the optimizer's state, for an exact continuation. The gradient is not saved."""
 

@@ -116,19 +116,32 @@ def serve_until_interrupted(
     port: int,
     ready: Callable[[str], None],
     drops_abandoned: bool = False,
+    decompresses: bool = True,
+    failure: Callable[[], Exception | None] = lambda: None,
 ) -> signal.Signals:
     """Serve until the first signal, and return the signal. `ready` is called with the address, without a path.
 
-    drops_abandoned: whether to cancel a request after its caller has gone.
+    drops_abandoned: whether to cancel a request after its caller has gone. decompresses: whether bodies are
+    decompressed before the application reads the bodies. failure: returns the error that ends the server, once there
+    is an error.
     """
     runner = web.AppRunner(
-        application, access_log=None, shutdown_timeout=END_WITHIN_S, handler_cancellation=drops_abandoned
+        application,
+        access_log=None,
+        shutdown_timeout=END_WITHIN_S,
+        handler_cancellation=drops_abandoned,
+        auto_decompress=decompresses,
     )
-    return run_stoppable(lambda request: run_async(_serve(runner, host, port, ready, request)))
+    return run_stoppable(lambda request: run_async(_serve(runner, host, port, ready, request, failure)))
 
 
 async def _serve(
-    runner: web.AppRunner, host: str, port: int, ready: Callable[[str], None], request: StopRequest
+    runner: web.AppRunner,
+    host: str,
+    port: int,
+    ready: Callable[[str], None],
+    request: StopRequest,
+    failure: Callable[[], Exception | None],
 ) -> signal.Signals:
     connections = Connections()
     runner.app.middlewares.insert(0, connections.middleware)
@@ -142,6 +155,8 @@ async def _serve(
             raise _cannot_listen(host, port, error) from error
         ready(f"http://{f'[{host}]' if ':' in host else host}:{runner.addresses[0][1]}")
         while request.signal is None:
+            if (failed := failure()) is not None:
+                raise failed
             await asyncio.sleep(LOOK_EVERY_S)
         return request.signal
     finally:

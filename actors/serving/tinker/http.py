@@ -1,0 +1,303 @@
+"""The routes of `rlhf tinker`, below /api/v1, and /metrics for Prometheus.
+
+The routes read bodies, check keys, and turn errors into the statuses of the protocol. After 400 to 404 the client ends
+the call, after 408, 429 and 5xx the client tries again, and 410 means a lost session or result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any
+from urllib.parse import quote
+
+from aiohttp import web
+
+from rlhf.deferred import DeferredModule
+from rlhf.errors import RunError, StorageFull, UserError
+from rlhf.hosting import bodies
+from rlhf.hosting.checkpoints import Checkpoint, expiry
+from rlhf.hosting.request_line import Forgotten, Result
+from rlhf.hosting.service import NotFound, TinkerService, TooMany
+from rlhf.hosting.sessions import Gone
+from rlhf.serving import BODY_S, is_same_secret, stranger
+
+zstandard = DeferredModule("zstandard")
+logger = logging.getLogger(__name__)
+API = "/api/v1"
+MOST_BODY = 1 << 28
+URL_S = 3600  # validity of the URL of a checkpoint's file
+PROTOBUF = "application/x-protobuf"
+MOST_LISTED = 1000
+OWNER = web.RequestKey("owner", str)  # name for the key of a request
+CLIENT_CONFIG = {
+    "pjwt_auth_enabled": False,
+    "parallel_fwdbwd_chunks": True,
+    "proto_compress_fwdbwd": True,
+    "use_pyqwest_transport": False,
+    "sample_use_retrieve_futures": True,
+    "sample_join_sampling_session": True,
+    "custom_loss_server_side": False,
+}
+DYNAMIC_CONFIG = {"refresh_interval_sec": 300, "sample_cancel_enabled": True}
+UNSUPPORTED = {
+    "create_custom_loss": "custom losses run in the client (forward_backward_custom)",
+    "copy_weights": "checkpoints are not copied between projects",
+    "unload_model": "a finished session frees its models",
+}
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Call = Callable[[TinkerService, str, bytes], Any]  # with the caller's key and the body
+
+
+class TinkerServer:
+    """The web application. `opened` is entered in the application's event loop, before the first request.
+
+    keys: open the server; empty: the server answers every caller on this machine.
+    """
+
+    service: TinkerService
+
+    def __init__(self, opened: AbstractAsyncContextManager[TinkerService], keys: Sequence[str]) -> None:
+        self._opened, self._keys = opened, tuple(keys)
+        self._secret = secrets.token_bytes(32)
+
+    async def _open(self, application: web.Application) -> AsyncIterator[None]:
+        async with self._opened as self.service:
+            yield
+
+    def application(self) -> web.Application:
+        app = web.Application(client_max_size=MOST_BODY, middlewares=[self._guard])
+        app.cleanup_ctx.append(self._open)
+        get, post = app.router.add_get, partial(self._post, app)
+        get("/metrics", self._metrics)
+        get(f"{API}/healthz", self._health)
+        get(f"{API}/get_server_capabilities", self._capabilities)
+        post("client/config", lambda service, owner, body: CLIENT_CONFIG)
+        post("client/dynamic_config", lambda service, owner, body: DYNAMIC_CONFIG)
+        post("telemetry", lambda service, owner, body: {"status": "accepted"})
+        post("create_session", TinkerService.create_session)
+        post("session_heartbeat", TinkerService.heartbeat)
+        post("create_model", TinkerService.create_model)
+        post("load_weights", TinkerService.load_weights)
+        post("get_info", TinkerService.info)
+        post("forward_backward", TinkerService.forward_backward)
+        for call in ("optim_step", "save_weights", "save_weights_for_sampler", "save_weights_external"):
+            post(call, partial(_submit, call))
+        post("create_sampling_session", TinkerService.create_sampler)
+        post("join_sampling_session", TinkerService.join_sampler)
+        post("asample", TinkerService.sample)
+        post("retrieve_future", _retrieve)
+        post("retrieve_futures", TinkerService.retrieve_many)
+        post("cancel_future", TinkerService.cancel)
+        post("weights_info", TinkerService.weights_info)
+        for call, why in UNSUPPORTED.items():
+            post(call, partial(_refuse, call, why))
+        app.router.add_post(f"{API}/sessions/{{session}}/finish", self._finish)
+        get(f"{API}/sessions", self._sessions)
+        get(f"{API}/sessions/{{session}}", self._session)
+        get(f"{API}/samplers/{{sampler}}", self._sampler)
+        get(f"{API}/training_runs", self._runs)
+        get(f"{API}/training_runs/{{model}}", self._run)
+        get(f"{API}/checkpoints", self._all_checkpoints)
+        get(f"{API}/training_runs/{{model}}/checkpoints", self._checkpoints)
+        checkpoint = f"{API}/training_runs/{{model}}/checkpoints/{{kind}}/{{name}}"
+        app.router.add_delete(checkpoint, self._delete)
+        app.router.add_put(f"{checkpoint}/ttl", self._set_ttl)
+        get(f"{checkpoint}/external_weights_urls", self._urls)
+        get(f"{API}/files/{{expires}}/{{signature}}/{{model}}/{{kind}}/{{name}}/{{file:.+}}", self._file)
+        app.router.add_route("*", f"{checkpoint}/publish", partial(self._refuse_route, "publishing checkpoints"))
+        app.router.add_route("*", "/{path:.*}", self._unknown)
+        return app
+
+    def _post(self, app: web.Application, path: str, call: Call) -> None:
+        async def handler(request: web.Request) -> web.StreamResponse:
+            answer = call(self.service, request[OWNER], await _read(request))
+            if asyncio.iscoroutine(answer):
+                answer = await answer
+            if isinstance(answer, web.StreamResponse):
+                return answer
+            return web.Response(status=204) if answer is None else web.json_response(answer)
+
+        app.router.add_post(f"{API}/{path}", handler)
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Check the key, and return every error as JSON with a reason: an empty 400 would count as a proxy's."""
+        headers: dict[str, str] = {}
+        try:
+            request[OWNER] = self._owner(request)
+            response = await handler(request)
+            self.service.counters.add("http_responses_total", status=str(response.status))
+            return response
+        except web.HTTPException as error:
+            status, why = error.status, error.reason
+        except NotFound as error:
+            status, why = 404, str(error)
+        except (Gone, Forgotten) as error:
+            status, why = 410, str(error)
+        except TooMany as error:
+            status, why = 429, str(error)
+        except UserError as error:
+            status, why = 400, str(error)
+            headers["x-should-retry"] = "false"
+        except StorageFull as error:
+            status, why = 503, str(error)
+        except RunError as error:
+            status, why = 500, str(error)
+            logger.error("%s: %s", request.path, error)
+        self.service.counters.add("http_responses_total", status=str(status))
+        return web.json_response({"detail": why}, status=status, headers=headers)
+
+    def _owner(self, request: web.Request) -> str:
+        """Return a name for the caller's key. Everything made with a key is visible to this key alone."""
+        if request.path.startswith(f"{API}/files/") or request.path == f"{API}/healthz":
+            return ""  # the URL of a file is signed
+        key = request.headers.get("x-api-key") or request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if self._keys:
+            if not any([is_same_secret(key, known) for known in self._keys]):
+                raise web.HTTPUnauthorized(reason="give the server's key as api_key, or as TINKER_API_KEY")
+        elif (why := stranger(request)) is not None:
+            raise web.HTTPForbidden(reason=why)
+        return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:16]
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(text=self.service.metrics_page())
+
+    async def _capabilities(self, request: web.Request) -> web.Response:
+        settings = self.service.settings
+        model = {"model_name": settings.model, "max_context_length": settings.max_length}
+        return web.json_response({"supported_models": [model | {"trainable": True, "sampleable": True}]})
+
+    async def _finish(self, request: web.Request) -> web.Response:
+        await self.service.finish_session(request[OWNER], request.match_info["session"], await _read(request))
+        return web.json_response({})
+
+    async def _sessions(self, request: web.Request) -> web.Response:
+        return web.json_response(self.service.list_sessions(request[OWNER], **_page(request)))
+
+    async def _session(self, request: web.Request) -> web.Response:
+        return web.json_response(self.service.session(request[OWNER], request.match_info["session"]))
+
+    async def _sampler(self, request: web.Request) -> web.Response:
+        return web.json_response(self.service.sampler(request[OWNER], request.match_info["sampler"]))
+
+    async def _runs(self, request: web.Request) -> web.Response:
+        return web.json_response(self.service.training_runs(request[OWNER], **_page(request)))
+
+    async def _run(self, request: web.Request) -> web.Response:
+        return web.json_response(self.service.training_run(request[OWNER], request.match_info["model"]))
+
+    async def _all_checkpoints(self, request: web.Request) -> web.Response:
+        listed, page = self.service.listed_checkpoints(request[OWNER]), _page(request)
+        chosen = listed[page["offset"] : page["offset"] + page["limit"]]
+        return web.json_response({"checkpoints": chosen, "cursor": page | {"total_count": len(listed)}})
+
+    async def _checkpoints(self, request: web.Request) -> web.Response:
+        listed = self.service.listed_checkpoints(request[OWNER], request.match_info["model"])
+        return web.json_response({"checkpoints": listed})
+
+    def _checkpoint(self, request: web.Request) -> Checkpoint:
+        return self.service.checkpoint(request[OWNER], "tinker://{model}/{kind}/{name}".format(**request.match_info))
+
+    async def _delete(self, request: web.Request) -> web.Response:
+        self.service.checkpoints.delete(self._checkpoint(request))
+        return web.Response(status=204)
+
+    async def _set_ttl(self, request: web.Request) -> web.Response:
+        ttl = bodies.TimeToLive.read(await _read(request)).ttl_seconds
+        self.service.checkpoints.set_expiry(self._checkpoint(request), expiry(ttl))
+        return web.Response(status=204)
+
+    async def _urls(self, request: web.Request) -> web.Response:
+        """Return a signed URL for each file. A download by such a URL needs no key."""
+        checkpoint = self._checkpoint(request)
+        if checkpoint.kind != "external_weights":
+            raise UserError(f"{checkpoint.path}: only external_weights have URLs; save_weights_external makes them")
+        expires = int(time.time()) + URL_S
+        of = f"{quote(checkpoint.model_id)}/{checkpoint.kind}/{checkpoint.name}"
+        urls = {}
+        for file in self.service.checkpoints.files(checkpoint):
+            signature = self._signature(expires, checkpoint.path, file)
+            urls[file] = f"{request.url.origin()}{API}/files/{expires}/{signature}/{of}/{quote(file)}"
+        until = datetime.now(UTC) + timedelta(seconds=URL_S)
+        return web.json_response({"urls": urls, "expires": until.isoformat()})
+
+    def _signature(self, expires: int, path: str, file: str) -> str:
+        return hmac.new(self._secret, f"{expires}\n{path}\n{file}".encode(), hashlib.sha256).hexdigest()
+
+    async def _file(self, request: web.Request) -> web.StreamResponse:
+        part = request.match_info
+        path, file = "tinker://{model}/{kind}/{name}".format(**part), part["file"]
+        expires = int(part["expires"]) if part["expires"].isdigit() else 0
+        if not is_same_secret(part["signature"], self._signature(expires, path, file)) or expires < time.time():
+            raise web.HTTPForbidden(reason="the URL is not signed by this start of the server, or has expired")
+        known = {checkpoint.path: checkpoint for checkpoint in self.service.checkpoints.all()}
+        if path not in known or file not in self.service.checkpoints.files(known[path]):
+            raise NotFound(f"{path} has no file {file}")
+        return web.FileResponse(self.service.checkpoints.content(known[path]) / file)
+
+    async def _refuse_route(self, what: str, request: web.Request) -> web.Response:
+        raise UserError(f"{what} is not supported here")
+
+    async def _unknown(self, request: web.Request) -> web.Response:
+        raise NotFound(f"{request.method} {request.path} is not supported here; docs/tinker.md lists what is")
+
+
+async def _submit(call: str, service: TinkerService, owner: str, body: bytes) -> dict[str, Any]:
+    """Accept a request of a model with a body in JSON."""
+    asked = bodies.Addressed.read(body)
+    return await service.submit(owner, call, asked.model_id, asked.seq_id, bodies.canonical(body))
+
+
+async def _retrieve(service: TinkerService, owner: str, body: bytes) -> web.Response:
+    result: Result | None = await service.retrieve(owner, body)
+    if result is None:  # the client asks again at once, and needs no warning
+        return web.json_response({"type": "try_again", "queue_state": "active"}, status=408)
+    return web.Response(body=result.body, content_type=PROTOBUF if result.is_protobuf else "application/json")
+
+
+def _refuse(call: str, why: str, service: TinkerService, owner: str, body: bytes) -> None:
+    raise UserError(f"{call} is not supported here: {why}")
+
+
+def _page(request: web.Request) -> dict[str, int]:
+    page = {}
+    for name, default in (("limit", 20), ("offset", 0)):
+        text = request.query.get(name, str(default))
+        if not text.isdigit():
+            raise UserError(f"{name}: is {text!r:.40}, expected a whole number")
+        page[name] = int(text)
+    return page | {"limit": min(page["limit"], MOST_LISTED)}
+
+
+async def _read(request: web.Request) -> bytes:
+    """Return the body of a request, decompressed. UserError: the body is too large, or not compressed by zstd."""
+    try:
+        async with asyncio.timeout(BODY_S):
+            body = await request.read()
+    except TimeoutError as error:
+        raise web.HTTPRequestTimeout(reason=f"the body did not arrive within {BODY_S:g} s") from error
+    encoding = request.headers.get("Content-Encoding", "identity")
+    if encoding == "identity":
+        return body
+    if encoding != "zstd":
+        raise UserError(f"Content-Encoding {encoding:.40} is not supported here; use zstd")
+    try:
+        size = zstandard.frame_content_size(body)
+        if not 0 <= size <= MOST_BODY:
+            raise UserError(f"the body has {size} bytes, and this server takes up to {MOST_BODY}")
+        content: bytes = zstandard.ZstdDecompressor().decompress(body, max_output_size=MOST_BODY)
+    except zstandard.ZstdError as error:
+        raise UserError(f"the body is not compressed by zstd: {error}") from error
+    return content

@@ -1,0 +1,306 @@
+"""Translate the JSON bodies of the protocol into calls of a policy and of engines.
+
+Unknown and unsupported fields are refused by name, so no wish of a client is ignored silently.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rlhf.adapters import AdamStep, AdapterShape, SampleRequest
+from rlhf.errors import UserError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+PATH = re.compile(r"tinker://([^/]+)/(weights|sampler_weights|external_weights)/([^/]+)")
+LEAST_TTL_S, MOST_TTL_S = 3600, 10 * 366 * 86400
+
+
+class Body(BaseModel):
+    """The body of a request. The client writes the field `type` into every body."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    type: str | None = None
+
+    @classmethod
+    def read(cls, body: bytes) -> Self:
+        """Return the checked body. UserError names the first wrong field."""
+        try:
+            return cls.model_validate_json(body or b"{}")
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"])) or "the body"
+            if first["type"] == "extra_forbidden":
+                raise UserError(f"{place}: this server does not support the field") from error
+            raise UserError(f"{place}: {first['msg']}, got {first['input']!r:.80}") from error
+
+
+def canonical(body: bytes) -> bytes:
+    """Return a checked body in the same form for every repetition of a request."""
+    return json.dumps(json.loads(body), sort_keys=True).encode()
+
+
+class CreateSession(Body):
+    tags: tuple[str, ...] = ()
+    user_metadata: dict[str, Any] | None = None
+    sdk_version: str = ""
+    project_id: str | None = None
+    display_name: str | None = None
+
+
+class SessionOnly(Body):
+    session_id: str
+
+
+class LoraBody(Body):
+    rank: int = Field(ge=1)
+    seed: int | None = None
+    train_unembed: bool = True  # without effect: the server says so when a session begins
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+class OptimizerBody(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: str = "adamw"
+
+
+class CreateModel(Body):
+    session_id: str
+    model_seq_id: int = Field(ge=0)
+    base_model: str
+    user_metadata: dict[str, Any] | None = None
+    lora_config: LoraBody | None = None
+    optimizer_config: OptimizerBody = OptimizerBody()
+
+
+class LoadWeights(Body):
+    model_id: str | None = None
+    seq_id: int | None = None
+    session_id: str | None = None
+    model_seq_id: int | None = None
+    base_model: str | None = None
+    user_metadata: dict[str, Any] | None = None
+    path: str
+    optimizer: bool
+    optimizer_config: OptimizerBody | None = None
+    weights_access_token: None = None
+
+
+class Adam(Body):
+    learning_rate: float = Field(default=1e-4, ge=0.0, allow_inf_nan=False)
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
+    eps: float = Field(default=1e-12, ge=0.0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    grad_clip_norm: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+
+
+class OfModel(Body):
+    model_id: str
+    seq_id: int = Field(ge=1)
+
+
+class Addressed(Body):
+    """The place of a request in a model's line. All else is checked in the request's turn."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+
+    model_id: str
+    seq_id: int = Field(ge=1)
+
+
+class OptimStep(OfModel):
+    adam_params: Adam | None = None
+    optimizer_params: OptimizerBody | None = None
+
+
+class Stored(OfModel):
+    user_metadata: dict[str, str] | None = None
+    ttl_seconds: int | None = Field(default=None, ge=LEAST_TTL_S, le=MOST_TTL_S)
+
+
+class SaveWeights(Stored):
+    path: str | None = None
+    overwrite: bool = False
+
+
+class SaveForSampler(Stored):
+    path: str | None = None
+    sampling_session_seq_id: int | None = Field(default=None, ge=0)
+    kind: str = "snapshot"
+
+
+class SaveExternal(Stored):
+    path: str
+    age_encryption_recipients: tuple[str, ...] | None = None
+
+
+class CreateSampler(Body):
+    session_id: str
+    sampling_session_seq_id: int = Field(ge=0)
+    base_model: str | None = None
+    model_path: str | None = None
+
+
+class JoinSampler(Body):
+    sampling_session_id: str
+
+
+class Chunk(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)  # of images and audio
+
+    type: str = "encoded_text"
+    tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
+
+
+class PromptBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    chunks: tuple[Chunk, ...]
+
+
+class SamplingParams(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_tokens: int | None = Field(default=None, ge=1)
+    seed: int | None = None
+    stop: str | tuple[int, ...] | tuple[str, ...] | None = None
+    temperature: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    top_k: int = -1
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+
+
+class Sample(Body):
+    sampling_session_id: str | None = None
+    seq_id: int | None = Field(default=None, ge=0)
+    num_samples: int = Field(default=1, ge=1, le=4096)
+    prompt: PromptBody
+    sampling_params: SamplingParams = SamplingParams()
+    base_model: str | None = None
+    model_path: str | None = None
+    prompt_logprobs: bool | None = None
+    topk_prompt_logprobs: int = Field(default=0, ge=0)
+    topk_sample_logprobs: int = Field(default=0, ge=0)
+    target_prompt_logprobs: dict[str, Any] | None = None
+    prompt_alt_tokens_k: int = 0
+    prompt_logprobs_last_n: int | None = Field(default=None, ge=1)
+    record_stability_info: bool | None = None
+
+
+class Future(Body):
+    request_id: str
+    allow_metadata_only: bool = False
+
+
+class FuturesTarget(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["sampling_session"] = "sampling_session"
+    sampling_session_id: str
+    cloned_sampler_id: int = 0
+
+
+class Futures(Body):
+    target: FuturesTarget
+    prev_cursor: int = 0
+    timeout: float | None = None
+    retrieved_request_ids: tuple[str, ...] = ()
+
+
+class TinkerPath(Body):
+    tinker_path: str
+
+
+class TimeToLive(Body):
+    ttl_seconds: Annotated[int, Field(ge=LEAST_TTL_S, le=MOST_TTL_S)] | None = None
+
+
+def adapter_shape(lora: LoraBody | None, *, seed: int) -> AdapterShape:
+    """Return the shape of a client's adapter. UserError: the client wants to train all weights."""
+    if lora is None:
+        raise UserError("lora_config is missing: this server trains LoRA adapters only")
+    if not (lora.train_mlp or lora.train_attn):
+        raise UserError("lora_config: train_mlp and train_attn are both false, so nothing would be trained")
+    chosen = seed if lora.seed is None else lora.seed
+    return AdapterShape(rank=lora.rank, attention=lora.train_attn, mlp=lora.train_mlp, seed=chosen)
+
+
+def refuse_other_optimizer(optimizer: OptimizerBody | None) -> None:
+    if optimizer is not None and optimizer.type != "adamw":
+        raise UserError(f"the optimizer {optimizer.type} is not supported here; use adamw (tinker.AdamParams)")
+
+
+def adam_step(body: OptimStep) -> AdamStep:
+    """Return the settings of an optimizer step. UserError: another optimizer than Adam."""
+    refuse_other_optimizer(body.optimizer_params)
+    adam = body.adam_params
+    if adam is None:
+        raise UserError("adam_params is missing; use adamw (tinker.AdamParams)")
+    return AdamStep(
+        lr=adam.learning_rate,
+        betas=(adam.beta1, adam.beta2),
+        eps=adam.eps,
+        weight_decay=adam.weight_decay,
+        grad_clip=adam.grad_clip_norm or None,
+    )
+
+
+def sample_request(body: Sample, *, seed: int, max_length: int) -> SampleRequest:
+    """Return the call of the engines for a request. `seed` is used if the client gave no seed."""
+    for name in ("target_prompt_logprobs", "prompt_alt_tokens_k"):
+        if getattr(body, name):
+            raise UserError(f"{name} is not supported here")
+    if body.record_stability_info:
+        raise UserError("record_stability_info is not supported here; train with another loss than stable_reinforce")
+    tokens: list[int] = []
+    for chunk in body.prompt.chunks:
+        if chunk.type != "encoded_text":
+            raise UserError(f"prompt: has a chunk of the kind {chunk.type}; this server takes only encoded_text")
+        tokens.extend(chunk.tokens)
+    params = body.sampling_params
+    if not 0 < len(tokens) < max_length:
+        raise UserError(f"prompt: has {len(tokens)} tokens, and this server takes 1 to {max_length - 1}")
+    if body.prompt_logprobs_last_n is not None and not body.prompt_logprobs:
+        raise UserError("prompt_logprobs_last_n needs prompt_logprobs")
+    stop = (params.stop,) if isinstance(params.stop, str) else params.stop or ()
+    return SampleRequest(
+        token_ids=tuple(tokens),
+        num_samples=body.num_samples,
+        max_tokens=min(params.max_tokens or max_length, max_length - len(tokens)),
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k if params.top_k > 0 else None,
+        seed=seed if params.seed is None else params.seed,
+        stop=tuple(word for word in stop if isinstance(word, str)),
+        stop_token_ids=tuple(token for token in stop if isinstance(token, int)),
+        ends_at_eos=params.stop is None,
+        prompt_logprobs=bool(body.prompt_logprobs),
+        top_prompt_logprobs=body.topk_prompt_logprobs,
+        top_logprobs=body.topk_sample_logprobs,
+    )
+
+
+def scored_from(body: Sample, length: int) -> int:
+    """Return the index of the first scored token of a prompt."""
+    return 0 if body.prompt_logprobs_last_n is None else max(length - body.prompt_logprobs_last_n, 0)
+
+
+def checkpoint_name(name: str | None, *, seq_id: int) -> str:
+    """Return the name of a checkpoint. UserError: the name cannot be a folder's name."""
+    if name is None:
+        return f"seq{seq_id:06d}"
+    if not _NAME.fullmatch(name):
+        raise UserError(f"path: {name!r:.140} must be 1 to 128 letters, digits, dots, hyphens and underscores")
+    return name
+
+
+def new_seed() -> int:
+    """Return a random seed, for samples without a seed of the client."""
+    return secrets.randbelow(2**31)

@@ -1,0 +1,207 @@
+"""Checkpoints of clients: tinker://MODEL/KIND/NAME is a folder, whole or absent, with a record and checksums.
+
+    weights           an adapter with the optimizer's state, to continue from
+    sampler_weights   the adapter alone in peft's format, for the engines
+    external_weights  the same, for download
+
+A checkpoint is visible to the owner's key alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from rlhf.adapters import AdapterShape
+from rlhf.errors import UserError
+from rlhf.hosting.bodies import PATH
+from rlhf.tracking.run_folder.atomic import read_object, sync, sync_tree, write_atomic
+from rlhf.tracking.run_folder.manifest import Manifest, find_damage
+
+RECORD = "record.json"
+ADAPTER = "adapter"  # the folder of the content
+KINDS: Mapping[str, str] = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
+
+
+def adapter_name(model_id: str) -> str:
+    """Return a model's name for folders, ranks and engines."""
+    return model_id.replace(":", "-")
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """The description of a checkpoint besides the content."""
+
+    model_id: str
+    kind: str
+    name: str
+    owner: str
+    seq_id: int  # of the request that made the checkpoint
+    base_model: str
+    shape: AdapterShape
+    created: str
+    size: int = 0  # bytes of the content
+    expires: str | None = None
+    user_metadata: Mapping[str, str] | None = None
+    checksum: str | None = None  # of the adapter's weights, for the engines
+    probe: Mapping[str, Any] = field(default_factory=dict)  # token_ids and logprobs by the policy, for the engines
+
+    @property
+    def path(self) -> str:
+        return f"tinker://{self.model_id}/{self.kind}/{self.name}"
+
+    @property
+    def is_expired(self) -> bool:
+        return self.expires is not None and datetime.fromisoformat(self.expires) < datetime.now(UTC)
+
+    def as_listed(self) -> dict[str, Any]:
+        """Return the entry of the checkpoint in a listing of the protocol."""
+        return {
+            "checkpoint_id": f"{self.kind}/{self.name}",
+            "checkpoint_type": KINDS[self.kind],
+            "time": self.created,
+            "tinker_path": self.path,
+            "size_bytes": self.size,
+            "public": False,
+            "user_metadata": self.user_metadata,
+            "expires_at": self.expires,
+        }
+
+
+def expiry(ttl_seconds: int | None) -> str | None:
+    return None if ttl_seconds is None else (datetime.now(UTC) + timedelta(seconds=ttl_seconds)).isoformat()
+
+
+class Checkpoints:
+    """All checkpoints of a server, in the folders of their models below `root`."""
+
+    def __init__(self, root: Path, *, quota: int) -> None:
+        """Read the records. quota: most bytes of all checkpoints of a key."""
+        self.root = root
+        self.quota = quota
+        self._known: dict[str, Checkpoint] = {}
+        for kind in KINDS:
+            for file in root.glob(f"*/{kind}/*/{RECORD}"):
+                if not file.parent.name.startswith(".") and (values := read_object(file)) is not None:
+                    checkpoint = Checkpoint(**values | {"shape": AdapterShape(**values["shape"])})
+                    self._known[checkpoint.path] = checkpoint
+            for leftover in root.glob(f"*/{kind}/.*"):
+                shutil.rmtree(leftover)
+
+    def folder(self, checkpoint: Checkpoint) -> Path:
+        return self.root / adapter_name(checkpoint.model_id) / checkpoint.kind / checkpoint.name
+
+    def content(self, checkpoint: Checkpoint) -> Path:
+        return self.folder(checkpoint) / ADAPTER
+
+    def find(self, path: str, owner: str) -> Checkpoint:
+        """Return a checkpoint of an owner. UserError: there is none, or the path has another form."""
+        if not PATH.fullmatch(path):
+            raise UserError(f"{path!r:.200} is no path of a checkpoint, such as tinker://MODEL/weights/NAME")
+        checkpoint = self._known.get(path)
+        if checkpoint is None or checkpoint.owner != owner or checkpoint.is_expired:
+            raise UserError(f"there is no checkpoint {path} of this key")
+        return checkpoint
+
+    def sound(self, checkpoint: Checkpoint) -> Path:
+        """Return the content of a checkpoint after reading every byte. UserError: the content is damaged."""
+        if (damage := find_damage(self.folder(checkpoint), step=None)) is not None:
+            raise UserError(f"{checkpoint.path}: {damage}")
+        return self.content(checkpoint)
+
+    def of_owner(self, owner: str, model_id: str | None = None) -> list[Checkpoint]:
+        """Return the checkpoints of an owner, or of a model of the owner, the newest first."""
+        mine = [
+            checkpoint
+            for checkpoint in self._known.values()
+            if checkpoint.owner == owner and model_id in (None, checkpoint.model_id) and not checkpoint.is_expired
+        ]
+        return sorted(mine, key=lambda checkpoint: (checkpoint.created, checkpoint.path), reverse=True)
+
+    def all(self) -> list[Checkpoint]:
+        return list(self._known.values())
+
+    def refuse_over_quota(self, owner: str) -> None:
+        """Raise UserError if an owner's checkpoints take the whole quota."""
+        used = sum(checkpoint.size for checkpoint in self._known.values() if checkpoint.owner == owner)
+        if used >= self.quota:
+            raise UserError(
+                f"the checkpoints of this key take {used / 2**30:.2f} GiB of {self.quota / 2**30:g} GiB "
+                "(service.checkpoint_gib); delete some first"
+            )
+
+    async def make(
+        self, draft: Checkpoint, write: Callable[[Path], Awaitable[Mapping[str, Any]]], *, overwrites: bool
+    ) -> Checkpoint:
+        """Let `write` fill a folder, and return the checkpoint with the fields returned by `write`.
+
+        A repeated request gets the same checkpoint again. UserError: the name is taken, or the quota is used up.
+        """
+        present = self._known.get(draft.path)
+        if present is not None and present.seq_id == draft.seq_id:
+            return present
+        if present is not None and not overwrites and not present.is_expired:
+            raise UserError(f"{draft.path} exists; choose another name, or set overwrite")
+        self.refuse_over_quota(draft.owner)
+        target = self.folder(draft)
+        aside = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        try:
+            fields = await write(aside / ADAPTER)
+            size = sum(file.stat().st_size for file in aside.rglob("*") if file.is_file())
+            checkpoint = Checkpoint(**_fields(draft) | dict(fields) | {"size": size})
+            _write_record(aside, checkpoint)
+            Manifest.of(aside, step=None).write(aside)
+            sync_tree(aside)
+            if present is not None:
+                self.delete(present)
+            aside.rename(target)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        sync(target.parent)
+        self._known[checkpoint.path] = checkpoint
+        return checkpoint
+
+    def set_expiry(self, checkpoint: Checkpoint, expires: str | None) -> None:
+        changed = Checkpoint(**_fields(checkpoint) | {"expires": expires})
+        _write_record(self.folder(changed), changed)
+        Manifest.of(self.folder(changed), step=None).write(self.folder(changed))
+        self._known[changed.path] = changed
+
+    def delete(self, checkpoint: Checkpoint) -> None:
+        folder = self.folder(checkpoint)
+        gone = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone)
+        self._known.pop(checkpoint.path, None)
+
+    def delete_expired(self) -> list[Checkpoint]:
+        expired = [checkpoint for checkpoint in self._known.values() if checkpoint.is_expired]
+        for checkpoint in expired:
+            self.delete(checkpoint)
+        return expired
+
+    def files(self, checkpoint: Checkpoint) -> Iterator[str]:
+        """Yield the names of the files of the content, relative to the content."""
+        content = self.content(checkpoint)
+        yield from sorted(str(path.relative_to(content)) for path in content.rglob("*") if path.is_file())
+
+
+def _fields(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__}
+
+
+def _write_record(folder: Path, checkpoint: Checkpoint) -> None:
+    write_atomic(folder / RECORD, json.dumps(asdict(checkpoint), indent=2) + "\n")

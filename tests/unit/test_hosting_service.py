@@ -1,0 +1,412 @@
+"""The server without its network, before fake ranks and engines: a single client, several clients, and kills."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tinker import types
+from tinker.proto.request_conv import forward_backward_request_to_proto
+from tinker.proto.response_conv import deserialize_forward_backward_output, deserialize_sample_response
+
+from rlhf.errors import RunError, UserError
+from rlhf.hosting import training
+from rlhf.hosting.request_line import Result
+from rlhf.hosting.service import NotFound, TinkerService
+from rlhf.hosting.sessions import Gone
+from rlhf.viewing.runs import RunPlaces
+from tests.fakes.adapters import FakeAdapters, FakeEngines
+from tests.fakes.tinker_server import MODEL, opened
+
+ROWS = ([1, 2, 3, 4], [5, 6, 7])
+
+
+class Client:
+    """A client with a session, with the numbers of the official client."""
+
+    def __init__(self, service: TinkerService, owner: str = "alice") -> None:
+        self.service, self.owner = service, owner
+        self.session_id: str = service.create_session(owner, b"{}")["session_id"]
+        self.models = self.samplers = 0
+
+    async def create(self, **lora: Any) -> Model:
+        asked = {
+            "session_id": self.session_id,
+            "model_seq_id": self.models,
+            "base_model": MODEL,
+            "lora_config": {"rank": 2, "seed": 1, **lora},
+        }
+        self.models += 1
+        answer = await self.service.create_model(self.owner, json.dumps(asked).encode())
+        await self.json(answer)
+        return Model(self, answer["model_id"])
+
+    async def result(self, answer: dict[str, Any]) -> Result:
+        return await self.of(answer["request_id"])
+
+    async def of(self, request_id: str) -> Result:
+        found = await self.service.retrieve(self.owner, json.dumps({"request_id": request_id}).encode())
+        assert found is not None
+        return found
+
+    async def json(self, answer: dict[str, Any]) -> dict[str, Any]:
+        result = await self.result(answer)
+        values: dict[str, Any] = json.loads(result.body)
+        return values
+
+    def sampler(self, path: str | None = None) -> str:
+        asked = {"session_id": self.session_id, "sampling_session_seq_id": self.samplers}
+        self.samplers += 1
+        body = json.dumps(asked | ({"base_model": MODEL} if path is None else {"model_path": path}))
+        return str(self.service.create_sampler(self.owner, body.encode())["sampling_session_id"])
+
+    async def sample(self, sampler: str, seq_id: int, **params: Any) -> dict[str, Any]:
+        asked = {
+            "sampling_session_id": sampler,
+            "seq_id": seq_id,
+            "prompt": {"chunks": [{"tokens": [1, 2]}]},
+            "sampling_params": {"max_tokens": 4, "stop": []} | params,
+        }
+        return await self.service.sample(self.owner, json.dumps(asked).encode())
+
+
+class Model:
+    def __init__(self, client: Client, model_id: str, seq_id: int = 0) -> None:
+        self.client, self.model_id, self.seq_id = client, model_id, seq_id
+
+    async def post(self, call: str, **fields: Any) -> dict[str, Any]:
+        self.seq_id += 1
+        body = json.dumps({"model_id": self.model_id, "seq_id": self.seq_id, **fields}).encode()
+        return await self.client.service.submit(self.client.owner, call, self.model_id, self.seq_id, body)
+
+    async def forward_backward(
+        self, rows: Sequence[list[int]] = ROWS, *, seq_id: int | None = None, forward_only: bool = False
+    ) -> dict[str, Any]:
+        if seq_id is None:
+            self.seq_id += 1
+            seq_id = self.seq_id
+        inputs: list[Any] = [{"target_tokens": row[1:], "weights": [1.0] * (len(row) - 1)} for row in rows]
+        data = [
+            types.Datum(model_input=types.ModelInput.from_ints(row[:-1]), loss_fn_inputs=given)
+            for row, given in zip(rows, inputs, strict=True)
+        ]
+        given = types.ForwardBackwardInput(data=data, loss_fn="cross_entropy")
+        asked = types.ForwardBackwardRequest(forward_backward_input=given, model_id=self.model_id, seq_id=seq_id)
+        message = forward_backward_request_to_proto(asked)
+        message.forward_only = forward_only
+        return await self.client.service.forward_backward(self.client.owner, message.SerializeToString())
+
+    async def optim_step(self, lr: float = 0.1) -> dict[str, Any]:
+        return await self.post("optim_step", adam_params={"learning_rate": lr})
+
+    async def loss(self, answer: dict[str, Any]) -> float:
+        result = await self.client.result(answer)
+        assert result.is_protobuf, result.body
+        return float(deserialize_forward_backward_output(result.body).metrics["loss:sum"])
+
+    async def train(self, steps: int) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            losses.append(await self.loss(await self.forward_backward()))
+            assert "metrics" in await self.client.json(await self.optim_step())
+        return losses
+
+
+@asynccontextmanager
+async def serving(folder: Path, **changes: Any) -> AsyncIterator[tuple[TinkerService, FakeAdapters, FakeEngines]]:
+    """A server with fake ranks and engines. The end of the block is as sudden as a kill."""
+    policy, engines = FakeAdapters(), FakeEngines()
+    async with opened(folder, policy, engines, **changes) as service:
+        yield service, policy, engines
+
+
+async def test_a_loop_lowers_the_loss_and_writes_a_run(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (service, _, _):
+        client = Client(service)
+        model = await client.create()
+        losses = await model.train(5)
+        assert losses == sorted(losses, reverse=True)
+        sampler = (await client.json(await model.post("save_weights_for_sampler", sampling_session_seq_id=0)))[
+            "sampling_session_id"
+        ]
+        await client.result(await client.sample(sampler, 0))
+        await model.train(1)
+        folder = tmp_path / model.model_id.replace(":", "-")
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+        assert [row["update/loss/mean"] for row in rows[:5]] == losses
+        assert {row["update/tokens/total"] for row in rows} == {5}
+        (sample,) = map(json.loads, (folder / "samples" / "step_000006.jsonl").read_text().splitlines())
+        assert sample["prompt"] == "1 2"
+        (run,) = RunPlaces([tmp_path]).by_name().values()
+        assert (run.path.name, run.word(), run.sample_steps()) == (folder.name, "running", [6])
+
+
+async def test_half_a_batch_is_never_trained(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (service, policy, _):
+        client = Client(service)
+        model, twin = await client.create(), await client.create()
+        answers = [await model.forward_backward(rows) for rows in ([[1, 2]], [[3, 99]], [[5] * 90], [[6, 7]])]
+        step = await model.optim_step()
+        kinds = [(await client.result(answer)).failure for answer in answers]
+        assert kinds == [None, "user", "user", None]  # refused by the ranks, and before the ranks
+        failed = await client.json(step)
+        assert failed["category"] == "user"
+        assert "the gradient was dropped, because request 3 failed: datum 0: has 89 tokens" in failed["error"]
+        assert await model.train(2) == await twin.train(2)
+        policy.broken = RunError("a rank broke")
+        assert (await client.json(await model.forward_backward()))["category"] == "server"
+        assert (await client.json(await model.optim_step()))["category"] == "user"
+        assert (await client.json(await model.optim_step()))["error"].startswith("there is no gradient")
+        assert await model.train(2) == await twin.train(2)
+        other = await client.json(await model.post("optim_step", optimizer_params={"type": "dimuon"}))
+        assert other == {
+            "category": "user",
+            "error": "the optimizer dimuon is not supported here; use adamw (tinker.AdamParams)",
+        }
+
+
+async def test_chunks_that_arrive_early_wait_for_the_first(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (service, policy, _):
+        client = Client(service)
+        model, twin = await client.create(), await client.create()
+        late = [await model.forward_backward([row], seq_id=seq_id) for row, seq_id in zip(ROWS, (3, 2), strict=True)]
+        await asyncio.sleep(0.05)
+        assert ("forward_backward", model.model_id.replace(":", "-")) not in policy.calls
+        first = await model.forward_backward([[8, 9]], seq_id=1)
+        again = await model.forward_backward([ROWS[0]], seq_id=3)  # sent again, because the answer was lost
+        assert again == late[0]
+        total = sum([await model.loss(answer) for answer in (first, *late)])
+        assert total == pytest.approx(await twin.loss(await twin.forward_backward([[8, 9], *ROWS])), rel=1e-6)
+        with pytest.raises(UserError, match="seq_id 3 was used for another request"):
+            await model.forward_backward([[1, 1]], seq_id=3)
+
+
+async def test_nothing_is_lost_or_applied_twice_by_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client continues after kills at random places, with the losses of a quiet run."""
+    monkeypatch.setattr(training, "SAVE_AFTER_S", 0.0005)  # some states are saved, and some requests are repeated
+    async with serving(tmp_path / "quiet") as (service, _, _):
+        model = await Client(service).create()
+        expected = await model.train(30)
+    rng, owner = random.Random(3), "alice"
+    losses: list[float] = []
+    pending: list[dict[str, Any]] = []
+    session_id, model_id, seq_id, kills = "", "", 0, 0
+    while len(losses) < 30:
+        async with serving(tmp_path / "killed") as (service, _, _):
+            if not session_id:
+                client = Client(service, owner)
+                model = await client.create()
+                session_id, model_id = client.session_id, model.model_id
+            client = Client(service, owner)
+            model = Model(client, model_id, seq_id)
+            for _ in range(rng.randrange(1, 6)):
+                if len(losses) + len(pending) < 30:
+                    pending.append(await model.forward_backward())
+                    await model.optim_step()
+                if rng.random() < 0.5 and pending:
+                    losses.append(await model.loss(pending.pop(0)))
+            while len(losses) + len(pending) == 30 and pending:
+                losses.append(await model.loss(pending.pop(0)))
+            seq_id, kills = model.seq_id, kills + 1
+    assert kills > 5
+    assert losses == expected
+    rows = (tmp_path / "killed" / model_id.replace(":", "-") / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert (tmp_path / "killed" / model_id.replace(":", "-") / "state").exists()
+
+
+async def test_a_failure_is_repeated_as_a_failure_after_a_kill(tmp_path: Path) -> None:
+    async with serving(tmp_path / "a") as (service, policy, _):
+        client = Client(service)
+        model = await client.create()
+        await model.train(1)
+        await client.result(await model.forward_backward())
+        policy.broken = RunError("only once")
+        assert (await client.result(await model.forward_backward())).failure == "server"
+    async with serving(tmp_path / "a") as (service, _, _):
+        again = Model(Client(service), model.model_id, model.seq_id)
+        assert (await again.client.result(await again.optim_step())).failure == "user"
+        losses = await again.train(1)
+    async with serving(tmp_path / "b") as (service, _, _):
+        twin = await Client(service).create()
+        assert (await twin.train(2))[1:] == losses
+
+
+async def test_states_and_samplers(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (service, _, engines):
+        client = Client(service)
+        model = await client.create(rank=3)
+        await model.train(2)
+        path = (await client.json(await model.post("save_weights", path="two")))["path"]
+        assert path == f"tinker://{model.model_id}/weights/two"
+        taken = await client.json(await model.post("save_weights", path="two"))
+        assert (taken["category"], "exists; choose another name" in taken["error"]) == ("user", True)
+        assert (await client.json(await model.post("save_weights", path="two", overwrite=True)))["path"] == path
+        named = (await client.json(await model.post("save_weights_for_sampler", path="s")))["path"]
+        following = await model.train(1)
+        for optimizer in (True, False):
+            asked = {
+                "session_id": client.session_id,
+                "model_seq_id": client.models,
+                "path": path,
+                "optimizer": optimizer,
+            }
+            client.models += 1
+            answer = await service.load_weights("alice", json.dumps(asked).encode())
+            assert (await client.json(answer))["model_id"] == answer["model_id"]
+            loaded = Model(client, answer["model_id"])
+            assert service.info("alice", json.dumps({"model_id": loaded.model_id}).encode())["lora_rank"] == 3
+            assert await loaded.train(1) == following
+            second = await loaded.train(1)
+            assert (second == await model.train(1)) is optimizer
+        sampler = client.sampler(named)
+        drawn = deserialize_sample_response((await client.result(await client.sample(sampler, 0, seed=5))).body)
+        base = deserialize_sample_response((await client.result(await client.sample(client.sampler(), 0, seed=5))).body)
+        assert drawn.sequences[0].logprobs != base.sequences[0].logprobs
+        await client.result(await client.sample(client.sampler(named), 0))
+        assert len(engines.loads) == 1
+        with pytest.raises(UserError, match="samplers need weights of save_weights_for_sampler"):
+            client.sampler(path)
+        with pytest.raises(NotFound, match="there is no checkpoint"):
+            client.sampler(f"tinker://{model.model_id}/sampler_weights/other")
+        (folder,) = tmp_path.glob("*/sampler_weights/s/adapter")
+        next(folder.glob("*.safetensors")).write_bytes(b"other")
+        service.adapters._loading.clear()
+        damaged = await client.json(await client.sample(sampler, 1))
+        assert "is damaged" in damaged["error"] or "has 5 bytes" in damaged["error"]
+
+
+async def test_an_unanswered_sample_is_drawn_again_with_its_seed(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (service, _, engines):
+        client = Client(service)
+        sampler = client.sampler()
+        engines.held = asyncio.Event()
+        answer = await client.sample(sampler, 0)
+        request = service._sampler(service.sessions.samplers[sampler]).line.requests[0]
+        assert await client.sample(sampler, 0) == answer  # joins, and keeps the first seed
+    async with serving(tmp_path) as (service, _, engines):
+        await Client(service).result(answer)
+        assert engines.seeds == [request.seed]
+
+
+async def test_a_sampling_session_is_polled_as_a_whole_and_cancelled(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (service, _, engines):
+        client = Client(service)
+        sampler = client.sampler()
+
+        async def poll(cursor: int, clone: int = 0) -> dict[str, Any]:
+            target = {"sampling_session_id": sampler, "cloned_sampler_id": clone}
+            asked = {"target": target, "prev_cursor": cursor, "timeout": 5.0 if clone == 0 else 0}
+            return await service.retrieve_many("alice", json.dumps(asked).encode())
+
+        engines.held = asyncio.Event()
+        first, second = [await client.sample(sampler, seq_id) for seq_id in (0, 1)]
+        other = await client.sample(sampler, 3_000_000_000)
+        waiting = asyncio.ensure_future(poll(0))
+        await service.cancel("alice", json.dumps({"request_id": second["request_id"]}).encode())
+        told = await waiting
+        assert told["completions"] == [{"state": "failed", "request_id": second["request_id"]}]
+        cancelled = await client.json(second)
+        assert cancelled == {"error": "the client cancelled the request", "category": "user"}
+        engines.held.set()
+        later = await poll(told["cursor"])
+        assert [done["request_id"] for done in later["completions"]] == [first["request_id"]]
+        await client.result(other)
+        assert [done["request_id"] for done in (await poll(0, clone=3))["completions"]] == [other["request_id"]]
+    async with serving(tmp_path) as (service, _, _):
+        again = await poll(later["cursor"])  # of an earlier start
+        assert {done["request_id"] for done in again["completions"]} == {first["request_id"], second["request_id"]}
+
+
+async def test_models_take_turns_on_the_ranks(tmp_path: Path) -> None:
+    async with serving(tmp_path / "wide") as (service, _, _):
+        client = Client(service)
+        expected = [await (await client.create(seed=seed)).train(3) for seed in range(4)]
+    async with serving(tmp_path / "narrow", max_adapters=2) as (service, policy, _):
+        client = Client(service)
+        models = [await client.create(seed=seed) for seed in range(4)]
+        losses: list[list[float]] = [[] for _ in models]
+        for _ in range(3):
+            answers = [await model.forward_backward() for model in models]
+            steps = [await model.optim_step() for model in models]
+            for index, model in enumerate(models):
+                losses[index].append(await model.loss(answers[index]))
+                await client.result(steps[index])
+            assert len(policy.adapters) <= 2
+        assert losses == expected
+
+
+async def test_idle_models_go_to_disk_and_finished_sessions_end(tmp_path: Path) -> None:
+    async with serving(tmp_path, idle_s=0.0) as (service, policy, _):
+        client = Client(service)
+        model, twin = await client.create(), await client.create()
+        first = await model.train(2)
+        await client.result(await model.forward_backward())  # a gradient waits for its optimizer step
+        await asyncio.sleep(0.01)
+        await service.keep_house()
+        assert policy.adapters == {}
+        assert 'models{place="disk"} 2' in service.metrics_page()
+        await client.result(await model.optim_step())
+        whole = await twin.train(4)
+        assert first + await model.train(1) == [*whole[:2], whole[3]]
+        saved = await client.json(await model.post("save_weights", path="kept"))
+        await service.finish_session("alice", client.session_id, b'{"reason": {"type": "success"}}')
+        assert policy.adapters == {}
+        for call in (
+            lambda: service.heartbeat("alice", json.dumps({"session_id": client.session_id}).encode()),
+            lambda: service.info("alice", json.dumps({"model_id": model.model_id}).encode()),
+        ):
+            with pytest.raises(Gone):
+                call()
+        with pytest.raises(Gone, match="is finished"):
+            await model.optim_step()
+    async with serving(tmp_path) as (service, _, _):
+        assert service.checkpoint("alice", saved["path"]).name == "kept"
+        assert service.training_run("alice", model.model_id)["last_checkpoint"]["tinker_path"] == saved["path"]
+        with pytest.raises(Gone):
+            await model.client.service.submit("alice", "optim_step", model.model_id, 99, b"{}")
+
+
+async def test_keys_see_their_own_things_and_have_quotas(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_models=1, checkpoint_bytes=500) as (service, _, _):
+        alice, bob = Client(service), Client(service, "bob")
+        model = await alice.create()
+        with pytest.raises(UserError, match="this key has 1 models, the most of a key"):
+            await alice.create()
+        await bob.create()
+        path = (await alice.json(await model.post("save_weights", path="one")))["path"]
+        await alice.json(await model.post("save_weights", path="two"))
+        full = await alice.json(await model.post("save_weights", path="three"))
+        assert "the checkpoints of this key take 0.00 GiB" in full["error"]
+        assert [c["checkpoint_id"] for c in service.listed_checkpoints("alice")] == ["weights/two", "weights/one"]
+        assert service.listed_checkpoints("bob") == service.list_sessions("carol", limit=9, offset=0)["sessions"] == []
+        for call in (
+            lambda: service.checkpoint("bob", path),
+            lambda: service.info("bob", json.dumps({"model_id": model.model_id}).encode()),
+            lambda: service.training_run("bob", model.model_id),
+            lambda: service.session("bob", alice.session_id),
+        ):
+            with pytest.raises(NotFound):
+                call()
+        with pytest.raises(NotFound):
+            await service.retrieve("bob", json.dumps({"request_id": f"{model.model_id}:0"}).encode())
+
+
+async def test_a_model_that_was_not_created_fails_every_request(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (service, _, _):
+        client = Client(service)
+        asked = {"session_id": client.session_id, "model_seq_id": 0, "base_model": MODEL, "lora_config": {"rank": 99}}
+        answer = await service.create_model("alice", json.dumps(asked).encode())
+        failed = await client.json(answer)
+        assert failed == {"error": "rank 99 is more than policy.lora.rank = 8", "category": "user"}
+        model = Model(client, answer["model_id"])
+        assert "was never created" in (await client.json(await model.forward_backward()))["error"]
+        with pytest.raises(UserError, match="base_model 'other' is not served here; the model is fakes/tiny"):
+            await service.create_model("alice", json.dumps(asked | {"base_model": "other"}).encode())
