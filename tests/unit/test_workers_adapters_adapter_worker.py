@@ -150,8 +150,8 @@ def test_a_custom_loss_by_log_probabilities_out_and_gradients_in(models: tuple[A
     worker.forward_backward("mine", weighted, NamedLoss(name="cross_entropy"))
     custom(plain_logprobs(plain, rows)).backward()
     ours, theirs = gradients(packed), gradients(plain)
-    for name, gradient in theirs.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-6, atol=1e-6)  # weights came in float32
+    error = torch.nn.utils.get_total_norm([ours[name] - gradient for name, gradient in theirs.items()])
+    assert error < 1e-6 * torch.nn.utils.get_total_norm(theirs.values())  # log-probabilities and weights are float32
 
 
 def test_padding_of_the_slot_has_no_gradient(models: tuple[Any, Any]) -> None:
