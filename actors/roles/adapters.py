@@ -1,4 +1,4 @@
-"""The gang of ranks that train many adapters of one base model (rlhf.roles.AdaptersRole)."""
+"""The gang of ranks for many adapters of one base model (rlhf.roles.AdaptersRole)."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class AdapterRank(AdapterWorker):
 
 
 class AdapterRanks(Gang):
-    """The ranks, as a gang that starts, ends and is measured like any other."""
+    """The ranks, started, ended and measured like any gang."""
 
     role: Role = AdapterWorker.role
 
 
 class AdaptersGang:
-    """Implements rlhf.roles.AdaptersRole. A call goes to all ranks at once, so that all have the calls in one order.
+    """Implements rlhf.roles.AdaptersRole. A call goes to all ranks at once, for the same order of calls on all ranks.
 
     The adapters are in the memory of the ranks: a lost rank ends them all.
     """

@@ -1,4 +1,4 @@
-"""Derive the configuration of ranks that train many adapters, from the sections of a service."""
+"""Derive the configuration of the ranks of a service for many adapters."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def ranks_config(
 ) -> Config:
     """Return the configuration of the ranks. policy.lora.rank is the largest rank of an adapter.
 
-    Loss and settings of the optimizer come with each call of a client. Raise UserError for a key that the ranks cannot
-    follow, by its name.
+    Loss and settings of the optimizer come with each call of a client. Raise UserError, with the name of the key,
+    for a key without a meaning there.
     """
     if policy.lora is None:
         raise UserError("policy.lora: is missing, and clients train adapters alone. Set policy.lora.rank.")

@@ -93,7 +93,7 @@ class Swapping:
         self._present, tenant.gradient = tenant, None
 
     def changed(self) -> None:
-        """Note that an optimizer step has changed the present tenant's state."""
+        """Note a change of the present tenant's state by an optimizer step."""
         self._is_changed = True
 
     def drop_gradient(self, tenant: Tenant) -> None:

@@ -1,7 +1,7 @@
-"""Compute the losses that a client's own loop names: those of the Tinker API (tinker-docs.thinkingmachines.ai).
+"""Compute the losses named by a client's own loop, as in the Tinker API (tinker-docs.thinkingmachines.ai).
 
 A loss is the sum of terms, one for each scored token; clients normalise through weights and advantages. A column of a
-client has a value for each of K targets at each of N places. Every loss may have `weights`, which multiply the terms.
+client has a value for each of K targets at each of N places. Every loss may have `weights` as factors of the terms.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Terms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientLoss:
-    """A loss and what it takes."""
+    """A loss with its columns and settings."""
 
     terms: Callable[[Scored], Terms]
     columns: tuple[str, ...] = ("logprobs", "advantages")  # that every call must have
@@ -66,7 +66,7 @@ class ClientLoss:
 
     @property
     def optional(self) -> tuple[str, ...]:
-        """Return the columns that a call may have besides the required columns."""
+        """Return the columns allowed besides the required columns."""
         return (WEIGHTS, *(BOUNDS if BOUNDS[0] in self.settings else ()))
 
 

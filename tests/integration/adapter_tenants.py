@@ -1,4 +1,4 @@
-"""Ranks of a gang that train adapters by real DeepSpeed engines, for tests/integration/test_adapter_ranks.py."""
+"""Train adapters on the ranks of a gang by real DeepSpeed engines, for tests/integration/test_adapter_ranks.py."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def random_calls(count: int, *, seed: int) -> list[Call]:
 
 
 def results_of(worker: AdapterWorker, calls: Sequence[Call], folder: Path) -> dict[str, list[Any]]:
-    """Make the calls in order. Return what each adapter's calls returned, and each adapter's state at the end."""
+    """Make the calls in order. Return the results of each adapter's calls, and each adapter's state at the end."""
     names = [name for name in SHAPES if any(call[0] == name for call in calls)]
     found: dict[str, list[Any]] = {name: [] for name in names}
     for name in names:
@@ -142,7 +142,7 @@ def interleaved(
     rank: int, ranks: int, *, model: str, stage: int, dtype: str, count: int, folder: Path
 ) -> dict[str, tuple[int, int, int]]:
     """Run random calls of all adapters, and then of each adapter alone. Return for each adapter the numbers of
-    results, of different results, and of padding other than zero."""
+    results, of different results, and of nonzero padding."""
     worker = worker_of(model, rank, ranks, stage=stage, dtype=dtype)
     calls = random_calls(count, seed=stage)
     together = results_of(worker, calls, folder)
@@ -223,7 +223,7 @@ def _as_rows(examples: Examples, num_tokens: int) -> LossRows:
 def trained_and_exported(
     rank: int, ranks: int, *, model: str, stage: int, folder: Path
 ) -> tuple[list[float], WholeState, LossReport]:
-    """Train an adapter, save and export it, and go on. Return a probe, the state, and the report after the save."""
+    """Train an adapter, save and export, and go on. Return a probe, the state, and the report after the save."""
     worker = worker_of(model, rank, ranks, stage=stage)
     worker.create("three", SHAPES["three"])
     worker.create("one", SHAPES["one"])
@@ -246,7 +246,7 @@ def continued(worker: AdapterWorker) -> LossReport:
 
 
 def loaded(rank: int, ranks: int, *, model: str, stage: int, folder: Path) -> tuple[WholeState, LossReport, list[str]]:
-    """Load the saved adapter into new ranks. Return the state, the report after one more step, and errors."""
+    """Load the saved adapter into new ranks. Return the state, the report after a further step, and errors."""
     worker = worker_of(model, rank, ranks, stage=stage)
     worker.create("three", SHAPES["three"])
     worker.load_adapter("three", folder / "state", optimizer=True)
@@ -272,7 +272,7 @@ def load_error(rank: int, ranks: int, *, model: str, shape: AdapterShape, folder
 
 
 def faults(rank: int, ranks: int, *, model: str, stage: int) -> list[Any]:
-    """Make one adapter fail in several ways beside a good one. Return the messages, and the good one's result."""
+    """Make a bad adapter fail in several ways beside a good adapter. Return the messages, and the norm of the good."""
     worker = worker_of(model, rank, ranks, stage=stage)
     for name in ("bad", "good"):
         worker.create(name, SHAPES["one"])

@@ -1,4 +1,4 @@
-"""Adapters that take turns on real ranks: the same bits as alone, a supervised run's steps, and folders for peft."""
+"""Adapters take turns on real ranks: the same bits as alone, a supervised run's steps, and folders for peft."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_an_adapter_has_the_same_bits_beside_others(
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_ten_thousand_calls_cross_nothing(tmp_path: Path) -> None:
-    """Four adapters on a model of one small layer, on one rank."""
+    """Four adapters share a model of a single small layer."""
     model = LlamaForCausalLM(small_config(vocab_size=VOCAB_SIZE, num_hidden_layers=1))
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")

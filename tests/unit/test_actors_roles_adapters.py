@@ -1,4 +1,4 @@
-"""The gang sends each call to all ranks, and joins what the ranks return."""
+"""The gang sends each call to all ranks, and joins the results of the ranks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Handle:
 
 
 class Ranks:
-    """Two ranks that answer at once."""
+    """Two ranks with immediate answers."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []

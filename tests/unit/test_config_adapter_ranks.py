@@ -1,4 +1,4 @@
-"""The configuration of ranks with many adapters, and the keys that such ranks refuse."""
+"""The configuration of ranks with many adapters, and the keys without a meaning there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each loss that a client names, against a plain loop over rows, targets and tokens in float64."""
+"""Each loss of a client, against a plain loop over rows, targets and tokens in float64."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ LENGTHS = [7, 3, 11, 5, 1]
 
 
 class Worker(AdapterWorker):
-    """A worker on one rank, with the model as the engine and one adapter."""
+    """A worker of a single rank, with the model as the engine and an adapter."""
 
     def __init__(self, model: Any, *, budget: int) -> None:
         self.config: Any = SimpleNamespace(train=SimpleNamespace(max_tokens_per_microbatch=budget))

@@ -1,8 +1,8 @@
-"""One physical adapter that many clients' adapters use in turns.
+"""One physical adapter, used by many clients' adapters in turns.
 
-An adapter of rank r has the first r rows of each A and columns of each B in the slot, whose rank is the largest. All
-other rows and columns are zero, also those of layers that are not adapted. Zero rows of A beside zero columns of B have
-no gradient, and Adam with weight decay leaves zeros: an adapter never grows beyond its rank.
+An adapter of rank r has the first r rows of each A and columns of each B in the slot of the largest rank. All further
+rows and columns are zero, and so are all layers without the adapter. Zero rows of A beside zero columns of B have no
+gradient, and Adam with weight decay leaves zeros: an adapter never grows beyond its rank.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class AdapterSlot:
         self._in_attention = frozenset(name for name in self._layers if name.startswith(attention))
 
     def layers(self, shape: AdapterShape) -> dict[str, Any]:
-        """Return the layers that an adapter adapts, by their paths. Raise UserError for a shape that does not fit."""
+        """Return the adapted layers by their paths. Raise UserError for a shape without a place in the slot."""
         if not 1 <= shape.rank <= self.rank:
             raise UserError(f"rank: is {shape.rank}, expected 1 to {self.rank}, the largest rank here (lora.rank).")
         if not 0.0 < shape.alpha < math.inf:

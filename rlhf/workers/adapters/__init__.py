@@ -1,1 +1,1 @@
-"""Ranks that train many adapters of one base model, for clients with their own loops."""
+"""Train many adapters of one base model, for clients with their own loops."""

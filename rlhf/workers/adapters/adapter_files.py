@@ -31,7 +31,7 @@ RECORD, OPTIMIZER = "adapter_state.json", "optimizer.safetensors"
 
 
 class AdapterRecord(BaseModel):
-    """What a checkpoint of an adapter is of."""
+    """Shape, base and optimizer steps of the adapter in a checkpoint."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
@@ -83,9 +83,9 @@ def write_adapter_state(folder: Path, state: WholeState, shape: AdapterShape, *,
 def read_adapter_state(
     folder: Path, shape: AdapterShape, *, slot: AdapterSlot, model: Any, optimizer: bool
 ) -> WholeState:
-    """Return the state of a checkpoint. `optimizer`: with moments and steps, which are otherwise zero.
+    """Return the state of a checkpoint. Without `optimizer`, moments and steps are zero.
 
-    Raise UserError for a folder that is damaged, or is of another adapter.
+    Raise UserError for a damaged folder, or a different adapter.
     """
     if (damage := find_damage(folder, step=None)) is not None:
         raise UserError(f"The adapter in {folder} cannot be loaded: {damage} Load another checkpoint.")

@@ -251,7 +251,7 @@ def _add(metrics: dict[str, float], **values: float) -> None:
 
 
 def _refuse_bad_step(step: AdamStep) -> None:
-    """Raise UserError for settings with which AdamW is not defined. An eps of 0 would divide zero by zero."""
+    """Raise UserError for settings outside of AdamW's domain. An eps of 0 would divide zero by zero."""
     rules = {
         "lr": (step.lr, 0.0 <= step.lr < float("inf"), "a finite number >= 0"),
         "beta1": (step.betas[0], 0.0 <= step.betas[0] < 1.0, "a number from 0 to below 1"),

@@ -1,4 +1,4 @@
-"""Check a client's rows, and align the rows to the token that is scored, as the forward pass needs them."""
+"""Check a client's rows, and align the columns to the scored token, as needed by the forward pass."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ScoredRows:
 
 
 def refuse_bad_rows(rows: LossRows, loss: str, limits: Limits) -> None:
-    """Raise UserError for rows that a loss cannot use. The message names row and column."""
+    """Raise UserError, with row and column, for rows without a meaning for the loss."""
     of, num_rows, lengths = LOSSES[loss], len(rows.lengths), rows.lengths.tolist()
     if not num_rows:
         raise UserError("There are no rows. Send at least one.")
