@@ -477,7 +477,8 @@ class AdaptersRole(MeasuredRole, Protocol):
     ) -> LossReport:
         """Add the gradient of the loss to the adapter's gradient. `forward_only`: compute the loss alone.
 
-        After a UserError or RunError the adapter's gradient is dropped, and so is the next optimizer step.
+        After a UserError or RunError the adapter's gradient is dropped, and so is the next optimizer step. A failed
+        call with `forward_only` changes nothing.
         """
 
     async def optim_step(self, adapter: str, step: AdamStep) -> float:
