@@ -295,12 +295,15 @@ class RolloutWorker:
         Samples may run meanwhile. The probe waits for no sample, not even during a recomputation of tokens.
         """
         self.weights.refuse_asleep("weights", "cache")
+        return await self._probed(token_ids, self.weights.lora)
+
+    async def _probed(self, token_ids: Sequence[int], lora: Any) -> list[float]:
         from vllm import SamplingParams
 
         params = SamplingParams(
             max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True
         )
-        (future,) = self.loop.submit([self._submission("probe-", tuple(token_ids), params, is_first=True)])
+        (future,) = self.loop.submit([self._submission("probe-", tuple(token_ids), params, lora=lora, is_first=True)])
         output = await self.calls.wait(future, "the probe")
         logprobs = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
         return [at[token].logprob for at, token in logprobs if token >= 0]
@@ -357,10 +360,8 @@ class RolloutWorker:
 
     def _submission(self, kind: str, token_ids: tuple[int, ...], params: Any, **more: Any) -> Submission:
         self._serial += 1
-        lora = self.weights.lora
-        return Submission(
-            request_id=f"{kind}{self._serial}", prompt_token_ids=token_ids, params=params, lora=lora, **more
-        )
+        more = {"lora": self.weights.lora, **more}
+        return Submission(request_id=f"{kind}{self._serial}", prompt_token_ids=token_ids, params=params, **more)
 
     def _submissions(self, request: GroupRequest, sampling: Sampling, begun: Sequence[Begun]) -> list[Submission]:
         """Return the samples to draw: the rest of each unfinished response."""

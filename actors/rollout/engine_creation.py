@@ -90,7 +90,7 @@ def start_engines(
         images=images,
     )
     engines = RolloutEngines(
-        *_spawn(spec, config.cluster, placement, engine),
+        *spawn_engines(spec, config.cluster, placement, engine),
         sync=sync,
         deadline_s=config.cluster.call_timeout_s,
         tensor_parallel=role.tensor_parallel,
@@ -126,10 +126,10 @@ def serve_engines(
         environment=environment,
         images=images,
     )
-    return RolloutEngines(*_spawn(spec, cluster, placement, engine), deadline_s=cluster.call_timeout_s)
+    return RolloutEngines(*spawn_engines(spec, cluster, placement, engine), deadline_s=cluster.call_timeout_s)
 
 
-def _spawn(
+def spawn_engines(
     common: RolloutSpec, cluster: ClusterConfig, placement: Placement, engine: type[RolloutEngine] = RolloutEngine
 ) -> tuple[list[ActorHandle[Any]], SpawnOne]:
     """Create an actor for each slot. Return the actors, and a function that creates the actor of a slot anew.

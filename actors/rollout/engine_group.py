@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from actors.cluster.actor_locations import lost_nodes
 from actors.cluster.waiting import ended, explain, stacks_at, within
 from actors.roles.gang import PolicyGang
 from actors.roles.group import END_WITHIN_S, STOP_LIMIT, SpawnOne
-from actors.rollout.dispatch import Dispatch, GroupWork, shares
+from actors.rollout.dispatch import Dispatch, GroupWork, Slot, shares
 from actors.rollout.elastic_engines import ElasticEngines
 from rlhf.config.derive import WeightSync
 from rlhf.config.transports import TRANSPORTS, Transport
@@ -254,25 +255,33 @@ class RolloutEngines(ElasticEngines):
             if slot is None:
                 break
             handle = self.handles[slot.engine]
-            infos: tuple[RolloutInfo, ...] | None = None
-            self.unanswered[slot.engine].add(request.group_id)
-            try:
+            with self._at_work(request.group_id, slot, dispatch) as lengths:
                 if request.group_id in self._cancelled:
                     break
                 rollouts, scalars = handle.answer.options(num_returns=2).remote(request.for_engine(), sampling, oldest)
-                infos = await self._answered(scalars, slot.engine, dispatch)
-            except WorkerLost as lost:
-                self.begin_rebuild(slot.engine, handle, lost)  # closes the engine before its room is given back
-                urgent = True
-                continue
-            finally:
-                self.unanswered[slot.engine].discard(request.group_id)
-                dispatch.leave(slot, [info.num_tokens_after_prompt for info in infos or ()])
+                try:
+                    infos: tuple[RolloutInfo, ...] | None = await self._answered(scalars, slot.engine, dispatch)
+                except WorkerLost as lost:
+                    self.begin_rebuild(slot.engine, handle, lost)  # closes the engine before its room is given back
+                    urgent = True
+                    continue
+                lengths += [info.num_tokens_after_prompt for info in infos or ()]
             self._note_success(slot.engine)
             if infos is None or request.group_id in self._cancelled:
                 break
             return CompletedGroup(request=request, rollouts=rollouts, infos=infos)
         return None
+
+    @contextmanager
+    def _at_work(self, key: int, slot: Slot, dispatch: Dispatch) -> Iterator[list[int]]:
+        """Note that an engine works on a group during the block, which may add the lengths of the responses."""
+        self.unanswered[slot.engine].add(key)
+        lengths: list[int] = []
+        try:
+            yield lengths
+        finally:
+            self.unanswered[slot.engine].discard(key)
+            dispatch.leave(slot, lengths)
 
     async def restored(self, group: CompletedGroup, sampling: Sampling) -> CompletedGroup:
         while True:

@@ -10,9 +10,9 @@ from actors.rollout.engine_calls import EngineCalls
 from actors.rollout.vllm_engine import (
     LoadedWeights,
     RolloutSpec,
-    adapter_request,
     load_adapter,
     load_weights,
+    policy_adapter,
     serve_own_weights,
 )
 from actors.weights import WeightManifest
@@ -120,7 +120,7 @@ class EngineWeights:
                 f"{place}: {loaded.reusable_blocks} blocks of keys and values that earlier weights computed are still "
                 "cached for requests that start now"
             )
-        self.lora = adapter_request(manifest) if is_adapter else None
+        self.lora = policy_adapter(manifest) if is_adapter else None
         self.version, self.checksum = loaded.version, loaded.checksums[0]
         return SyncReceipt(version=loaded.version, checksum=loaded.checksums[0])
 

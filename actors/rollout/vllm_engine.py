@@ -50,6 +50,7 @@ class RolloutSpec:
     tensor_parallel: int = 1
     enforce_eager: bool = True
     lora_rank: int | None = None  # then an adapter is synced, not the weights
+    max_adapters: int = 1  # that may have running samples at once
     kv_after_update: KvAfterUpdate | None = None  # of running samples; None: weights never change while samples run
     colocated: bool = False  # takes turns with a trainer on the same GPUs
     trust_remote_code: bool = False
@@ -138,7 +139,7 @@ def build_engine(spec: RolloutSpec) -> Any:
         max_logprobs=max(EngineArgs.max_logprobs, spec.top_logprobs),
         enable_lora=spec.lora_rank is not None,
         max_lora_rank=next(rank for rank in LORA_RANKS if rank >= (spec.lora_rank or 1)),
-        max_loras=1,
+        max_loras=spec.max_adapters,
         trust_remote_code=spec.trust_remote_code,
         hf_overrides=model_settings(config),
         override_generation_config=generation_settings(config),
@@ -227,13 +228,16 @@ def kv_cache_tokens(engine: Any) -> int:
     return int(cache.num_gpu_blocks * cache.block_size)
 
 
-def sampling_params(sampling: Sampling, seed: int, *, turn_end: int | None, added: Mapping[str, int]) -> Any:
+def sampling_params(
+    sampling: Sampling, seed: int, *, turn_end: int | None, added: Mapping[str, int], **more: Any
+) -> Any:
     """Return vLLM's parameters for one sample.
 
     Args:
         turn_end: a token that ends the sample, besides the model's end token.
         added: the result of `added_tokens`. A stop string equal to an added token ends the sample by its id. Only if an
             added token lies within a longer stop string do added tokens become part of the text searched by vLLM.
+        more: further parameters of vLLM.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -256,6 +260,7 @@ def sampling_params(sampling: Sampling, seed: int, *, turn_end: int | None, adde
         logprobs=sampling.top_logprobs,  # besides the sampled token's
         flat_logprobs=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        **more,
     )
 
 
@@ -270,14 +275,11 @@ class LoadedWeights:
 
 def serve_own_weights(engine: Any, spec: RolloutSpec) -> Any:
     """Mark a frozen engine's weights as version 0 and load any adapter. Return vLLM's name for the adapter, or None."""
-    from vllm.lora.request import LoRARequest
-
     engine.set_weight_version("0")
     if spec.adapter is None:
         return None
-    request = LoRARequest("adapter", 1, spec.adapter)
-    if not engine.add_lora(request):
-        raise RunError(f"{spec.name}: vLLM did not load the adapter in {spec.adapter}")
+    request = adapter_request("adapter", 1, spec.adapter)
+    add_adapter(engine, request)
     return request
 
 
@@ -292,19 +294,33 @@ def load_weights(engine: Any, manifest: WeightManifest, *, keep_cache: bool) -> 
 def load_adapter(engine: Any, manifest: WeightManifest, *, keep_cache: bool) -> LoadedWeights:
     """Load a published LoRA adapter from its folder, over the previous adapter, also for running samples."""
     checksum = file_checksum(Path(manifest.fields["folder"]) / WEIGHTS)
-    if not engine.add_lora(adapter_request(manifest, load_inplace=True)):
-        raise RunError(f"vLLM did not load the adapter in {manifest.fields['folder']}")
+    add_adapter(engine, policy_adapter(manifest, load_inplace=True))
     return _finish(engine, manifest.version, [checksum], keep_cache=keep_cache)
 
 
-def adapter_request(manifest: WeightManifest, *, load_inplace: bool = False) -> Any:
+def policy_adapter(manifest: WeightManifest, *, load_inplace: bool = False) -> Any:
     """Return vLLM's name for the policy's adapter.
 
     load_inplace: load the adapter again. In the requests of samples, vLLM would load the folder in every step.
     """
+    return adapter_request("policy", 1, manifest.fields["folder"], load_inplace=load_inplace)
+
+
+def adapter_request(name: str, number: int, folder: str, *, load_inplace: bool = False) -> Any:
+    """Return vLLM's name for an adapter. Cached keys and values belong to name and folder, weights to the number."""
     from vllm.lora.request import LoRARequest
 
-    return LoRARequest("policy", 1, manifest.fields["folder"], load_inplace=load_inplace)
+    return LoRARequest(name, number, folder, load_inplace=load_inplace)
+
+
+def add_adapter(engine: Any, request: Any) -> None:
+    """Load an adapter from its folder. RunError: vLLM refuses the adapter."""
+    try:
+        is_loaded = engine.add_lora(request)
+    except (ValueError, KeyError, OSError) as error:
+        raise RunError(f"vLLM cannot load the adapter in {request.lora_path}: {error}") from error
+    if not is_loaded:
+        raise RunError(f"vLLM did not load the adapter in {request.lora_path}")
 
 
 def reset_caches(engine: Any) -> None:

@@ -7,7 +7,7 @@ module         without the module, vLLM                                         
 drafts_cpu     accepts drafts on a CPU by temperatures from unset memory         drafts
 generators     draws the numbers of a continued response again on a CPU          first_runner
 experts_cpu    does not return the experts of a CPU engine                       first_runner
-lora_cpu       copies an adapter's matrices for each token on a CPU              adapter
+lora_cpu       copies matrices for each token on a CPU, and adapts base tokens   adapter, base_tokens
 models         lacks embeddings of Gemma 3n and towers' names, wants unused norms     gemma_3n, a_x_k1, towers
 router_biases  drops the biases among the experts of a file                      bias_in_files
 routers_cpu    drops or refuses biases without groups of experts on a CPU        bias_without_groups

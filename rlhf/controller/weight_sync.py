@@ -120,11 +120,16 @@ async def _show_loss(policy: PolicyRole, error: RunError) -> None:
 
 def check_probe(ours: Sequence[float], theirs: Sequence[float], *, engine: int, version: int, dtype: str) -> float:
     """Return the largest |difference| in nats. RunError: the mean exceeds numerical differences or is not finite."""
+    return compare_probe(ours, theirs, who=f"weight sync to version {version}: rollout engine {engine}", dtype=dtype)
+
+
+def compare_probe(ours: Sequence[float], theirs: Sequence[float], *, who: str, dtype: str) -> float:
+    """Return the largest |difference| in nats, as `check_probe`. `who` names the engine in the error."""
     diffs = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
     mean = sum(diffs) / len(diffs)
     if not mean <= PROBE_TOLERANCE[dtype]:
         raise RunError(
-            f"weight sync to version {version}: rollout engine {engine} gives other log-probabilities than the policy "
+            f"{who} gives other log-probabilities than the policy "
             f"(mean difference {mean:.4f} nats over {len(diffs)} probe tokens, at most {PROBE_TOLERANCE[dtype]} is "
             f"rounding in {dtype}). Its weights are not the policy's, so the run stops before it trains on its samples."
         )

@@ -135,6 +135,16 @@ class Engine:
         return self.probes()
 
 
+def supervisor() -> Supervisor:
+    """Return the supervisor of engines alone, without a run folder."""
+    record: Any = SimpleNamespace(
+        step=0,
+        tracker=SimpleNamespace(log_error=lambda error: None, alert=lambda *text: None),
+        timeline=SimpleNamespace(span=lambda *names: nullcontext()),
+    )
+    return Supervisor(Restarts(), record, ("rollout",))
+
+
 class Engines(RolloutEngines):
     """Engines with successors from a list, as soon as the test allows."""
 
@@ -145,12 +155,7 @@ class Engines(RolloutEngines):
         self.replaced: list[int] = []
         self.may_start = asyncio.Event()
         self.may_start.set()
-        record: Any = SimpleNamespace(
-            step=0,
-            tracker=SimpleNamespace(log_error=lambda error: None, alert=lambda *text: None),
-            timeline=SimpleNamespace(span=lambda *names: nullcontext()),
-        )
-        self.supervisor = Supervisor(Restarts(), record, ("rollout",))
+        self.supervisor = supervisor()
 
     async def _restart(self, rank: int) -> None:
         self.replaced.append(rank)

@@ -102,7 +102,7 @@ def spec(model: Path, **changes: Any) -> RolloutSpec:
 
 @contextmanager
 def engine(
-    values: RolloutSpec, *, num_gpus: float = 0.0, worker: type[BreakableEngine] = BreakableEngine
+    values: RolloutSpec, *, num_gpus: float = 0.0, worker: type[RolloutWorker] = BreakableEngine
 ) -> Iterator[Any]:
     """Yield a started engine's actor handle. The engine must never share a process with a trainer."""
     ray.cloudpickle.register_pickle_by_value(__import__(__name__))

@@ -105,7 +105,8 @@ def test_data_are_read_with_the_tokenizer_that_replaces_the_policys(tiny_model: 
 
 def test_engines_get_the_tokenizer(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     specs = []
-    monkeypatch.setattr(actors.rollout.engine_creation, "_spawn", lambda spec, *_: specs.append(spec) or ([], None))
+    module = actors.rollout.engine_creation
+    monkeypatch.setattr(module, "spawn_engines", lambda spec, *_: specs.append(spec) or ([], None))
     policy = {"model": "org/name", "revision": "v2", "tokenizer": "org/words@v3"}
     config = local(ppo(tmp_path, tiny_model, policy=policy), tmp_path)
     place: Any = SimpleNamespace(on_one_host=lambda: True)

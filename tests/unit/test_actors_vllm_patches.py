@@ -101,6 +101,43 @@ def test_adapter() -> None:
     assert largest.values >= tokens * rank * width
 
 
+def test_base_tokens() -> None:
+    wrapper = PunicaWrapperCPU(4, 4, "cpu")
+    mapping: Any = SimpleNamespace(index_mapping=(5, 0), prompt_mapping=(5, 0), is_prefill=True)
+    wrapper.update_metadata(mapping, [5], 1, 10)
+    y, lora = torch.zeros(2, 4), torch.ones(1, 1, 4, 4)
+    wrapper.add_lora_linear(y, torch.ones(2, 4), (lora,), (lora,), 1.0, (4,))
+    assert y[1].any()  # without an adapter
+
+
+def test_each_token_gets_its_own_adapter() -> None:
+    from actors.vllm_patches.lora_cpu import SharedAdapterWrapper
+
+    generator = torch.Generator().manual_seed(0)
+    slots, rank, width, sizes = 3, 4, 8, (8, 6)
+    x = torch.randn(9, width, generator=generator)
+    lora_a = [torch.randn(slots, 1, rank, width, generator=generator) for _ in sizes]
+    lora_b = [torch.randn(slots, 1, size, rank, generator=generator) for size in sizes]
+    slot_of = {7: 0, 5: 2}
+    for index in ((5, 5, 7, 0, 5, 0, 7, 7, 5), (5,) * 9, (0,) * 9):
+        wrapper = SharedAdapterWrapper(16, 16, "cpu")
+        wrapper.update_metadata(
+            SimpleNamespace(index_mapping=index, prompt_mapping=index, is_prefill=True), [7, None, 5], slots, 10
+        )
+        linear, embedded, logits = torch.ones(9, sum(sizes)), torch.ones(9, 6), torch.ones(9, 8)
+        wrapper.add_lora_linear(linear, x, lora_a, lora_b, 1.0, sizes)
+        wrapper.add_lora_embedding(embedded, x[:, :rank], lora_b[1])
+        wrapper.add_lora_logits(logits, x, lora_a[0], lora_b[0], 1.0)
+        for row, adapter in enumerate(index):
+            slot = slot_of.get(adapter)
+            pairs = list(zip(lora_a, lora_b, strict=True))
+            parts = [b[0, 0, :, 0] * 0.0 if slot is None else b[slot, 0] @ a[slot, 0] @ x[row] for a, b in pairs]
+            torch.testing.assert_close(linear[row], 1.0 + torch.cat(parts))
+            torch.testing.assert_close(logits[row], 1.0 + parts[0])
+            of_token = 0.0 if slot is None else lora_b[1][slot, 0] @ x[row, :rank]
+            torch.testing.assert_close(embedded[row], 1.0 + of_token + torch.zeros(6))
+
+
 def test_gemma_3n() -> None:
     from vllm.model_executor.models.gemma3n import Gemma3nForCausalLM, Gemma3nSelfDecoder
 

@@ -1,0 +1,221 @@
+"""Engines of a frozen base model that sample from many LoRA adapters at once, for clients with their own loops."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from random import SystemRandom
+from typing import Any, Literal
+
+from ray.actor import ActorHandle
+
+from actors.cluster.placement import Placement
+from actors.cluster.waiting import CALL_LIMIT, within
+from actors.roles.group import SpawnOne
+from actors.rollout.adapter_shelf import AdapterShelf, ServedAdapter
+from actors.rollout.client_samples import (
+    MOST_TOP,
+    SEEDS,
+    ServedModel,
+    answer_of,
+    sample_limit,
+    sample_params,
+    served_model,
+)
+from actors.rollout.dispatch import GroupWork
+from actors.rollout.engine_creation import RolloutEngine, spawn_engines
+from actors.rollout.engine_group import RolloutEngines
+from actors.rollout.vllm_engine import LORA_RANKS, RolloutSpec
+from rlhf.adapters import SampleAnswer, SampleRequest
+from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.errors import RunError, UserError, WorkerLost
+from rlhf.models.files.loading import load_model_config
+from rlhf.roles import PolicyProbe
+
+MOST_LOSSES = 2  # engines that one request may lose: more, and the request is the likely cause
+
+
+class AdapterEngine(RolloutEngine):
+    """An engine as a Ray actor, with up to `spec.max_adapters` adapters in memory."""
+
+    def __init__(self, spec: RolloutSpec) -> None:
+        super().__init__(spec)
+        self.adapters = AdapterShelf(self.calls, room=spec.max_adapters, probed=self._probed)
+
+    async def served_model(self) -> ServedModel:
+        return await self.calls.run(served_model, "its model")
+
+    async def load_adapter(self, adapter: ServedAdapter) -> float:
+        return await self.adapters.load(adapter)
+
+    async def unload_adapter(self, number: int) -> None:
+        await self.adapters.remove(number)
+
+    async def sample(self, adapter: ServedAdapter | None, request: SampleRequest, limit: int) -> SampleAnswer:
+        """Draw the samples of a request with a seed in one batch, each of at most `limit` tokens."""
+        kind = f"client{self._serial}-"
+        async with nullcontext() if adapter is None else self.adapters.held(adapter) as lora:
+            all_params = sample_params(request, limit, self._added)
+            samples = [self._submission(kind, request.token_ids, params, lora=lora) for params in all_params]
+            futures = self.loop.submit(samples)
+            try:
+                outputs = await asyncio.gather(*[self.calls.wait(future, "a client's samples") for future in futures])
+            except ValueError as error:  # by vLLM, before the first step
+                raise UserError(f"The request cannot be sampled: {error}") from error
+            except RunError:
+                self.loop.abort([kind])
+                raise
+        return answer_of(request, outputs)
+
+
+class AdapterEngines(RolloutEngines):
+    """The engines, whose adapters are known by name. See AdapterEnginesRole.
+
+    A request goes to the engine with the least outstanding work, and brings a description of the adapter. An engine
+    without the adapter in memory, such as the successor of a lost engine, reads and proves the adapter first.
+
+    The log-probabilities of a sample are those of the sampling distribution: after temperature, top_k and top_p. At
+    temperature 0 they are those of temperature 1. The log-probabilities of a prompt are at temperature 1. The same
+    request with a seed gives the same samples, unless rounding decides, which depends on the other requests of a step.
+    """
+
+    def __init__(
+        self, handles: Sequence[ActorHandle[Any]], spawn_one: SpawnOne | None = None, *, deadline_s: float
+    ) -> None:
+        super().__init__(handles, spawn_one, deadline_s=deadline_s)
+        self.is_replaceable = self.gives_published = True
+        self._adapters: dict[str, ServedAdapter | None] = {}  # None: being loaded
+        self._users = Counter[int]()  # requests by the adapter's number
+        self._left = asyncio.Event()  # a request has ended
+        self._numbers, self._requests = itertools.count(1), itertools.count(1)
+        self._model: ServedModel | None = None
+
+    async def load(self, adapter: str, folder: Path, *, checksum: str, probe: PolicyProbe) -> float:
+        """Load an exported adapter, whose folder must stay until `unload` has returned."""
+        if adapter in self._adapters:
+            raise UserError(f"An adapter named {adapter} is loaded already. Unload it first, or use another name.")
+        served = ServedAdapter(name=adapter, number=next(self._numbers), folder=folder, checksum=checksum, probe=probe)
+        self._adapters[adapter] = None
+        try:
+            found: dict[int, float] = {}
+            while not found:
+                await self.any_working()
+                found = await self.present(lambda h: h.load_adapter.remote(served), "adapters")
+            self._adapters[adapter] = served
+        finally:
+            if self._adapters[adapter] is None:
+                del self._adapters[adapter]
+        return max(found.values())
+
+    async def unload(self, adapter: str) -> None:
+        served = self._known(adapter)
+        del self._adapters[adapter]
+        while self._users[served.number]:
+            self._left.clear()
+            try:
+                await within(self._left.wait(), self.deadline_s)
+            except TimeoutError as error:
+                late = f"no sample ended in {self.deadline_s:.0f} s ({CALL_LIMIT})"
+                raise RunError(f"adapters: {adapter} still has running samples, and {late}") from error
+        del self._users[served.number]
+        await self.present(lambda h: h.unload_adapter.remote(served.number), "adapters")
+
+    async def sample(self, adapter: str | None, request: SampleRequest) -> SampleAnswer:
+        limit = sample_limit(request, await self._served_model())
+        served = None if adapter is None else self._known(adapter)
+        if request.seed is None:  # not an engine's: two engines may begin with the same seed
+            request = replace(request, seed=SystemRandom().randrange(SEEDS))
+        if served is None:
+            return await self._sample(None, request, limit)
+        self._users[served.number] += 1
+        try:
+            return await self._sample(served, request, limit)
+        finally:
+            self._users[served.number] -= 1
+            self._left.set()
+
+    async def end_tokens(self) -> tuple[int, ...]:
+        return (await self._served_model()).end_tokens
+
+    async def _sample(self, adapter: ServedAdapter | None, request: SampleRequest, limit: int) -> SampleAnswer:
+        """Draw the samples. After the loss of an engine, another one draws them with the same seeds."""
+        dispatch, losses = await self._dispatching(), 0
+        work = GroupWork(prompt_tokens=len(request.token_ids), samples=request.num_samples, limit=limit)
+        while True:
+            key = next(self._requests)
+            slot = await dispatch.enter(key, work, urgent=losses > 0)
+            assert slot is not None, "nothing drops a client's request"
+            handle = self.handles[slot.engine]
+            with self._at_work(key, slot, dispatch) as lengths:
+                try:
+                    drawn: SampleAnswer = await self._answered(
+                        handle.sample.remote(adapter, request, limit), slot.engine, dispatch
+                    )
+                except WorkerLost as lost:
+                    self.begin_rebuild(slot.engine, handle, lost)  # closes the engine before its room is given back
+                    losses += 1
+                    if losses == MOST_LOSSES:
+                        raise RunError(f"{losses} engines were lost at the request. {lost.reason}") from lost
+                    continue
+                lengths += [len(sequence.token_ids) for sequence in drawn.sequences]
+            self._note_success(slot.engine)
+            return drawn
+
+    def _known(self, adapter: str) -> ServedAdapter:
+        served = self._adapters.get(adapter)
+        if served is None:
+            raise UserError(f"No adapter named {adapter} is loaded. Load it first, or sample again from a loaded one.")
+        return served
+
+    async def _served_model(self) -> ServedModel:
+        while self._model is None:
+            await self.any_working()
+            found = await self.present(lambda h: h.served_model.remote(), "adapters")
+            self._model = next(iter(found.values()), None)
+        return self._model
+
+    async def _give_weights(self, rank: int) -> None:
+        """Give a successor nothing: each request brings the description of its adapter."""
+
+
+def serve_adapters(
+    model: str,
+    cluster: ClusterConfig,
+    placement: Placement,
+    *,
+    dtype: Literal["bfloat16", "float16", "float32"],
+    max_length: int,
+    rank: int,
+    max_adapters: int,
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
+) -> AdapterEngines:
+    """Create engines for adapters of a base model, not started yet.
+
+    Args:
+        model: Hugging Face folder or name.
+        max_length: most tokens of a prompt with a sample.
+        rank: the largest rank of an adapter.
+        max_adapters: adapters that may have running samples at once in an engine. More can be loaded.
+        tokenizer: folder or name; None: the model's own.
+    """
+    if rank > LORA_RANKS[-1]:
+        raise UserError(f"policy.lora.rank is {rank}, but engines take adapters up to rank {LORA_RANKS[-1]}.")
+    vocabulary = load_model_config(model, trust_remote_code=trust_remote_code).get_text_config().vocab_size
+    spec = RolloutSpec(
+        model=model,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        max_model_len=max_length,
+        transport=None,
+        lora_rank=rank,
+        max_adapters=max_adapters,
+        top_logprobs=min(MOST_TOP, vocabulary),
+        trust_remote_code=trust_remote_code,
+    )
+    return AdapterEngines(*spawn_engines(spec, cluster, placement, AdapterEngine), deadline_s=cluster.call_timeout_s)

@@ -1,0 +1,143 @@
+"""The LoRA adapters in the memory of one engine.
+
+An engine has room for a few adapters. An idle adapter gives way to a requested one, and is read again when requested.
+Each time the file must have the bytes that the policy wrote, and the engine must give the policy's log-probabilities of
+the probe, before the first sample. vLLM itself would read an evicted adapter during a step, without a check of the
+bytes, and a missing folder would end the engine. So vLLM never gets more adapters than it has room for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from actors.rollout.engine_calls import EngineCalls
+from actors.rollout.vllm_engine import adapter_request, add_adapter
+from actors.weights.adapter import WEIGHTS
+from rlhf.controller.weight_sync import compare_probe
+from rlhf.errors import RunError, UserError
+from rlhf.roles import PolicyProbe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedAdapter:
+    """An exported adapter. The number is never given to another adapter, so no engine takes other bytes for it."""
+
+    name: str
+    number: int
+    folder: Path
+    checksum: str  # sha256 of the weights' file
+    probe: PolicyProbe
+
+    def for_engine(self) -> Any:
+        """Return vLLM's name for the adapter. vLLM's prefix cache keeps adapters apart by this name."""
+        return adapter_request(f"{self.name}#{self.number}", self.number, str(self.folder))
+
+
+class AdapterShelf:
+    """The adapters that an engine holds. `probed` returns the engine's log-probabilities of a text by an adapter."""
+
+    def __init__(
+        self, calls: EngineCalls, *, room: int, probed: Callable[[Sequence[int], Any], Awaitable[list[float]]]
+    ) -> None:
+        self.calls = calls
+        self.room = room
+        self._probed = probed
+        self._users: dict[int, int] = {}  # running requests by the adapter's number, the last used adapter last
+        self._door = asyncio.Lock()  # in order of arrival: an adapter that waits for room is not overtaken
+        self._left = asyncio.Event()
+
+    @asynccontextmanager
+    async def held(self, adapter: ServedAdapter) -> AsyncIterator[Any]:
+        """Yield vLLM's name for an adapter, which stays in memory during the block."""
+        async with self._entered():
+            if adapter.number not in self._users:
+                await self._bring(adapter)
+            self._users[adapter.number] = self._users.pop(adapter.number) + 1
+        try:
+            yield adapter.for_engine()
+        finally:
+            self._users[adapter.number] -= 1
+            self._left.set()
+
+    async def load(self, adapter: ServedAdapter) -> float:
+        """Read an adapter, and return the largest difference from the policy's probe.
+
+        RunError: the file has other bytes, or the engine gives other log-probabilities than the policy.
+        """
+        async with self._entered():
+            return await self._bring(adapter)
+
+    async def remove(self, number: int) -> None:
+        """Forget an adapter without running requests."""
+        async with self._entered():
+            if self._users.get(number) == 0:
+                await self._drop(number)
+
+    @asynccontextmanager
+    async def _entered(self) -> AsyncIterator[None]:
+        await self.calls.within(self._door.acquire(), "the adapters before")
+        try:
+            yield
+        finally:
+            self._door.release()
+
+    async def _bring(self, adapter: ServedAdapter) -> float:
+        await self._make_room()
+        who = f"{self.calls.loop.name} with adapter {adapter.name}"
+        await self.calls.within(asyncio.to_thread(_refuse_other_file, adapter, who), "the file of an adapter")
+        lora, is_proven = adapter.for_engine(), False
+        try:
+            await self.calls.run(lambda engine: add_adapter(engine, lora), "an adapter")
+            theirs = await self._probed(adapter.probe.token_ids, lora)
+            difference = compare_probe(adapter.probe.logprobs, theirs, who=who, dtype=adapter.probe.dtype)
+            is_proven = True
+        finally:
+            if not is_proven:
+                await self._remove(adapter.number)
+        self._users[adapter.number] = 0
+        return difference
+
+    async def _make_room(self) -> None:
+        while len(self._users) >= self.room:
+            idle = next((number for number, users in self._users.items() if users == 0), None)
+            if idle is None:
+                self._left.clear()
+                await self.calls.within(self._left.wait(), f"one of {self.room} adapters to have no running samples")
+            else:
+                await self._drop(idle)
+
+    async def _drop(self, number: int) -> None:
+        del self._users[number]
+        await self._remove(number)
+
+    async def _remove(self, number: int) -> None:
+        await self.calls.run(lambda engine: engine.remove_lora(number), "the end of an adapter")
+
+
+def _refuse_other_file(adapter: ServedAdapter, who: str) -> None:
+    path = adapter.folder / WEIGHTS
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != adapter.checksum:
+            raise RunError(
+                f"{who} read {path} with checksum {found}, but the policy wrote {adapter.checksum}. The file was "
+                "changed or damaged after the export. Export the adapter again."
+            )
+        with safe_open(path, framework="np") as weights:
+            names = list(weights.keys())
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{who} cannot read {path}: {error}") from error
+    if head := next((name for name in names if "lm_head" in name), None):
+        raise UserError(
+            f"{path} adapts the output layer ({head}), where vLLM scores prompts wrongly with several adapters. Train "
+            "an adapter of the layers of attention and mlp alone."
+        )

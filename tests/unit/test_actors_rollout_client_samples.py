@@ -1,0 +1,51 @@
+"""Requests of clients that no engine can answer are refused with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from actors.rollout.client_samples import MOST_SAMPLES, MOST_TOP, ServedModel, sample_limit
+from rlhf.adapters import SampleRequest
+from rlhf.errors import UserError
+
+MODEL = ServedModel(vocabulary=50, max_length=10, end_tokens=(2,))
+
+
+def request(**values: Any) -> SampleRequest:
+    return SampleRequest(**{"token_ids": (1, 2, 49), **values})
+
+
+def test_the_limit_of_a_sample() -> None:
+    assert sample_limit(request(), MODEL) == 7
+    assert sample_limit(request(max_tokens=7), MODEL) == 7
+    assert sample_limit(request(max_tokens=1, num_samples=MOST_SAMPLES, top_logprobs=MOST_TOP), MODEL) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"token_ids": ()}, "the prompt is empty"),
+        ({"token_ids": (1, 50)}, r"prompt has token 50, .* vocabulary: ids are 0 to 49"),
+        ({"token_ids": (-3,)}, "prompt has token -3"),
+        ({"stop_token_ids": (2**40,)}, "stop has token 1099511627776"),
+        ({"token_ids": (1,) * 10}, "a prompt of 10 tokens and max_tokens of 1 or more are more than the 10 tokens"),
+        ({"max_tokens": 8}, "a prompt of 3 tokens and max_tokens of 8 are more than the 10 tokens"),
+        ({"max_tokens": 0}, "max_tokens is 0, but must be 1 to 10"),
+        ({"num_samples": 0}, "num_samples is 0, but must be 1 to"),
+        ({"num_samples": 10**9}, "num_samples is 1000000000"),
+        ({"temperature": -0.1}, "temperature is -0.1, but must be 0 to 2"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 2.5}, "temperature is 2.5"),
+        ({"top_p": 0.0}, "top_p is 0.0, but must be above 0 and at most 1"),
+        ({"top_p": float("nan")}, "top_p is nan"),
+        ({"top_k": 0}, "top_k is 0, but must be 1 to"),
+        ({"stop": ("a", "")}, "a stop text is empty"),
+        ({"top_logprobs": 129}, "top_logprobs is 129, but must be 0 to 128"),
+        ({"top_prompt_logprobs": -1}, "top_prompt_logprobs is -1"),
+    ],
+)
+def test_impossible_requests_are_refused(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        sample_limit(request(**values), MODEL)
