@@ -1,4 +1,4 @@
-"""Measure vision models in the trainer: packed rows and shared prompts with images against single sequences.
+"""Measure vision models: rows and shared prompts of the trainer, and vLLM's engines, against single sequences.
 
 The models are tiny and random, in float32, with weights four times as large as usual (rlhf/models/files/tiny_vision).
 `python benchmarks/vision.py docs/models.md` writes the table into the page; without a page the table is printed.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from rlhf.models.packed.row_layout import RowLayout
 from rlhf.vision.kinds import KINDS as NAMES
 from rlhf.vision.kinds import is_vision_weight
 from tests.fixtures.vision_models import Seeing, picture, seeing
+from tests.integration.seen_engine import engine_differences
 
 TITLES = (
     "kind",
@@ -35,6 +37,8 @@ TITLES = (
     "shared image against single, nats",
     "tower's gradient",
     "another image, nats",
+    "engine, nats",
+    "engine after a sync, nats",
 )
 LAYOUTS = {
     RowLayout.ONE_BY_ONE: "one by one",
@@ -60,6 +64,8 @@ class Measured:
     shared: float | None
     gradient: float
     effect: float
+    engine: float
+    synced_engine: float
 
 
 def logprobs(model: Any, ids: Sequence[Tensor], branches: Any = None) -> Tensor:
@@ -109,12 +115,15 @@ def measure(kind: str, folder: Path) -> Measured:
             branches = [None, *[Branch(of=0, length=prompt)] * 2]
             expected = [own_logprobs(sees, [BLUE, "Colour?"], a, cut=c) for a, c in zip(ANSWERS, cuts, strict=True)]
             shared = _worst(logprobs(sees.model, branched, branches), torch.cat(expected))
+    before, after = engine_differences(kind, folder / "engine")
     return Measured(
         layout=layout,
         packed=_worst(packed, single),
         shared=shared,
         gradient=float((gradient - wanted).norm() / wanted.norm()),
         effect=_worst(red, blue),
+        engine=before,
+        synced_engine=after,
     )
 
 
@@ -131,6 +140,7 @@ def table(kinds: Sequence[str]) -> str:
         model_type = "llava" if kind == "pixtral" else kind
         shared = "-" if row.shared is None else f"{row.shared:.0e}"
         numbers = [f"{row.packed:.0e}", shared, f"{row.gradient:.0e}", f"{row.effect:.2f}"]
+        numbers += [f"{row.engine:.0e}", f"{row.synced_engine:.0e}"]
         lines.append([NAMES[model_type].name, f"`{model_type}`", LAYOUTS[row.layout], *numbers])
         sys.stderr.write(f"{lines[-1]}\n")
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -142,6 +152,7 @@ def main() -> None:
     parser.add_argument("page", nargs="?", type=Path)
     parser.add_argument("--kinds", nargs="*", default=[*KINDS])
     arguments = parser.parse_args()
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     made = table(arguments.kinds)
     if arguments.page is None:
         sys.stdout.write(made)

@@ -29,22 +29,23 @@ def png(seed: int, width: int = 48, height: int = 32) -> bytes:
     return encoded.getvalue()
 
 
+RED, BLUE = png(1), png(2)
+
+
 @contextmanager
 def _masked_by_position(model: Any, is_image: Tensor) -> Iterator[None]:
     """Let transformers put images at these positions alone: a sampled token may be the image's token by chance."""
-    if not hasattr(model, "get_placeholder_mask"):
-        yield
-        return
-    original = model.get_placeholder_mask
+    name = "inputs_merger" if hasattr(model, "inputs_merger") else "get_placeholder_mask"  # Idefics3 has the first
+    original = getattr(model, name)
 
     def mask(input_ids: Tensor, *args: Any, **options: Any) -> Any:
         return original(torch.where(is_image, input_ids, 0), *args, **options)
 
-    model.get_placeholder_mask = mask
+    setattr(model, name, mask)
     try:
         yield
     finally:
-        del model.get_placeholder_mask
+        delattr(model, name)
 
 
 class SeenModel:

@@ -14,7 +14,7 @@ import traceback
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -29,7 +29,6 @@ from rlhf.types import Sampling
 from tests.support_measurements import model_folder, published
 from tests.tiny_architectures import ALL, has_setting
 
-Dtype = Literal["float32", "bfloat16"]
 Row = tuple[list[int], list[int], list[float]]  # a prompt, and the engine's tokens and log-probabilities after it
 TIMEOUT_S = 60.0
 REASONS = (
@@ -72,12 +71,9 @@ def difference(model_type: str, *, frozen: bool = False, **changes: Any) -> str:
     """The largest difference over sampled tokens, or why there is none. `changes`: of the config."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            answer = measure(model_type, Path(folder), "float32", frozen=frozen, **changes)
-            if "requires BF16" in answer:
-                return f"{measure(model_type, Path(folder), 'bfloat16', **changes)} (only in bfloat16)"
+            return measure(model_type, Path(folder), frozen=frozen, **changes)
         except REASONS as error:
             return told(error)
-    return answer
 
 
 def told(error: Exception) -> str:
@@ -93,8 +89,8 @@ def sizes_for_engine(model_type: str) -> dict[str, Any]:
     return sizes | CHANGES.get(model_type, {})
 
 
-def measure(model_type: str, folder: Path, dtype: Dtype, *, frozen: bool = False, **changes: Any) -> str:
-    """Measure in one dtype. The trainer's model is in this process, since engines change transformers' classes."""
+def measure(model_type: str, folder: Path, *, frozen: bool = False, **changes: Any) -> str:
+    """Measure in float32. The trainer's model is in this process, since engines change transformers' classes."""
     source = model_folder(folder, model_type, std=0.02, **sizes_for_engine(model_type) | changes)
     (architecture,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
     if architecture not in vllm.ModelRegistry.get_supported_archs():
@@ -107,17 +103,15 @@ def measure(model_type: str, folder: Path, dtype: Dtype, *, frozen: bool = False
             weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
     sender = ShmSender(rank=0)
     try:
-        model.to(getattr(torch, dtype))
         if frozen:
             model.save_pretrained(folder)
         manifest = None if frozen else sender.publish(published(model), 1)
         assert frozen or manifest is not None
-        rows = _in_a_fork(source, dtype, manifest)
+        rows = _in_a_fork(source, manifest)
     finally:
         sender.close()
     if isinstance(rows, str):
         return rows
-    model.float()
     differences = [
         own_logprobs(model, [*prompt, *tokens])[-len(tokens) :] - torch.tensor(logprobs)
         for prompt, tokens, logprobs in rows
@@ -125,11 +119,11 @@ def measure(model_type: str, folder: Path, dtype: Dtype, *, frozen: bool = False
     return f"{float(torch.cat(differences).abs().max()):.0e}"  # NaN if there is one
 
 
-def _in_a_fork(source: str, dtype: Dtype, manifest: WeightManifest | None) -> str | list[Row]:
+def _in_a_fork(source: str, manifest: WeightManifest | None) -> str | list[Row]:
     """Return the samples of an engine with the published or the folder's weights, or the reason for no samples."""
     context = get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(source, dtype, manifest, theirs))
+    process = context.Process(target=_answer, args=(source, manifest, theirs))
     process.start()
     theirs.close()
     try:
@@ -141,11 +135,11 @@ def _in_a_fork(source: str, dtype: Dtype, manifest: WeightManifest | None) -> st
     return answer
 
 
-def _answer(source: str, dtype: Dtype, manifest: WeightManifest | None, connection: Connection) -> None:
+def _answer(source: str, manifest: WeightManifest | None, connection: Connection) -> None:
     try:
         transport: Transport | None = None if manifest is None else "shm"
         sizes: Any = {"max_model_len": 128, "max_num_seqs": 8, "kv_cache_gib": 0.05}
-        engine = build_engine(RolloutSpec(model=source, dtype=dtype, transport=transport, **sizes))
+        engine = build_engine(RolloutSpec(model=source, dtype="float32", transport=transport, **sizes))
         if manifest is not None:
             load_weights(engine, manifest, keep_cache=False)
         connection.send(sampled(engine))

@@ -24,6 +24,7 @@ from rlhf.agents.sessions import AgentSpec
 from rlhf.errors import RunError, UserError
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.types import Sampling
+from rlhf.vision.kinds import is_never_computed
 from rlhf.vision.reading import ImageFolder
 
 KvAfterUpdate = Literal["recompute", "keep"]  # keys and values computed by the weights before an update
@@ -195,6 +196,7 @@ def _refuse_lost_weights(engine: Any, spec: RolloutSpec, config: Any) -> None:
 
     unread = frozenset.intersection(*engine.collective_rpc("unread_weights"))  # a worker reads only its experts
     lost = sorted(unread & published_names(config)) if unread else []
+    lost = [name for name in lost if not is_never_computed(config, name)]
     if lost:
         raise UserError(
             f"{spec.name}: vLLM has not loaded {len(lost)} weights of {spec.model}, such as {lost[0]}. It would sample "

@@ -4,6 +4,7 @@ A row names a module, what vLLM does without the module, and tests of tests/unit
 fail once vLLM no longer has the defect. `an engine`: no cheap test can tell, so remove the module and test engines.
 
 module         without the module, vLLM                                          tests
+delta_cpu      computes the gated delta rule on a CPU only in bfloat16           delta_rule
 drafts_cpu     accepts drafts on a CPU by temperatures from unset memory         drafts
 generators     draws the numbers of a continued response again on a CPU          first_runner
 experts_cpu    does not return the experts of a CPU engine                       first_runner

@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from actors.vllm_patches.delta_cpu import compute_delta_rule_on_cpu
 from actors.vllm_patches.drafts_cpu import correct_drafts_on_cpu
 from actors.vllm_patches.experts_cpu import RecordedExperts
 from actors.vllm_patches.generators import continue_generators
@@ -29,6 +30,7 @@ for _transport, _class in RECEIVERS.items():
 share_adapter_on_cpu()
 continue_generators()
 correct_drafts_on_cpu()
+compute_delta_rule_on_cpu()
 choose_by_bias_on_cpu()
 load_biases_of_experts()
 note_unread_weights()

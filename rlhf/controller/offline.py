@@ -99,9 +99,12 @@ class OfflineController(TrainingLoop):
         self.cursor = rows.state()
         self.next_batch: StepRows | None = None
         self.last_update: tuple[int, StepRows | None] = 0, None  # step and rows
+        self.sight: Metrics = {}  # of the start, for the row of the first step
 
     async def train_step(self, step: int) -> None:
         """Make one optimizer step. A teacher with separate hardware computes the next rows meanwhile."""
+        self.record.add(self.sight)
+        self.sight = {}
         batch = self.next_batch or await self._take_batch()
         if self.is_ahead and step < self.config.train.num_steps:
             _, self.next_batch = await asyncio.gather(self._update(batch, step), self._take_batch())
@@ -161,7 +164,7 @@ class OfflineController(TrainingLoop):
         own, other = await self.role.probe(token_ids), await self.role.probe(other_ids)
         effect = image_effect(own, other, token_ids)
         refuse_blindness(token_ids, policy=effect, engine=None)
-        self.record.add({"update/image_effect": Last(value=effect)})
+        self.sight = {"update/image_effect": Last(value=effect)}
 
     async def provide_reference(self) -> None:
         """Give the role the logprobs of every data set by the policy before training, from disk or computed once. Must

@@ -5,6 +5,7 @@ A kind is listed after its packed forward pass was measured on a tiny model of t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,11 +49,25 @@ def vision_kind(config: Any) -> VisionKind | None:
     if (kind := KINDS.get(config.model_type)) is not None:
         return kind
     raise UserError(
-        f"A model of type {config.model_type} sees images in a way that is not known here. Use a model of type "
-        f"{', '.join(sorted(KINDS))}, or a language model without a vision tower."
+        f"Vision models of type {config.model_type} cannot be used here: no test has measured how they see images. Use "
+        f"a model of type {', '.join(sorted(KINDS))}, or a language model without a vision tower (docs/models.md)."
     )
 
 
 def is_vision_weight(name: str) -> bool:
     """Return whether a module or parameter belongs to a vision tower or to a projector, by the name in its model."""
     return not _PARTS.isdisjoint(name.split("."))
+
+
+def is_never_computed(config: Any, name: str) -> bool:
+    """Return whether a weight of a model's files is behind the layer of the tower that the model reads.
+
+    LLaVA's kinds read the states behind layer `vision_feature_layer`, before the tower's last norm.
+    """
+    read = getattr(config, "vision_feature_layer", None)
+    if read is None or not is_vision_weight(name):
+        return False
+    num_layers = config.vision_config.num_hidden_layers
+    depth = max(layer % (num_layers + 1) for layer in (read if isinstance(read, list | tuple) else [read]))
+    layer = re.search(r"\.layers?\.(\d+)\.", name)
+    return ".post_layernorm." in name or (layer is not None and int(layer[1]) >= depth)

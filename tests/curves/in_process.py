@@ -422,6 +422,7 @@ async def run(
     async with started(loaded, watch=watch, resume=resume) as (controller, _):
         await controller.run()
         await controller.export()
+        controller.record.folder.commit_final()
         return controller.record.folder.path
 
 

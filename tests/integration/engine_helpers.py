@@ -44,7 +44,7 @@ class BreakableEngine(RolloutWorker):
 
         def longest(engine: Any) -> int:
             states = engine.output_processor.request_states.values()
-            return max(state.detokenizer.num_output_tokens() for state in states)
+            return max((state.detokenizer.num_output_tokens() for state in states), default=0)
 
         while await self.calls.run(longest, "a response") < tokens:
             pass

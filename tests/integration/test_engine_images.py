@@ -17,15 +17,12 @@ from actors.weights.adapter import AdapterSender
 from actors.weights.shm import ShmSender
 from rlhf.controller.weight_sync import check_probe
 from rlhf.errors import RunError
-from rlhf.models.files.tiny_vision import KINDS as TINY_KINDS
-from rlhf.models.files.tiny_vision import build_tiny_vision
-from rlhf.models.files.weights import adapter_sources, weight_sources
-from rlhf.types import GroupRequest, Prompt
+from rlhf.models.files.tiny_vision import KINDS, build_tiny_vision
+from rlhf.models.files.weights import adapter_sources
 from rlhf.vision.sight import exchanged_images, image_effect
 from tests.integration.engine_helpers import SAMPLING, call, engine, sequences, spec, sync
-from tests.seen_logprobs import SeenModel, png
-
-RED, BLUE = png(1), png(2)
+from tests.integration.seen_engine import asked, engine_differences, prompts_of, published, worst
+from tests.seen_logprobs import BLUE, RED, SeenModel
 
 
 @pytest.fixture(scope="module")
@@ -38,45 +35,6 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> SeenModel:
 def seeing(seen: SeenModel, ray_local: None) -> Iterator[Any]:
     with engine(spec(seen.folder, images=seen.place)) as handle:
         yield handle
-
-
-@pytest.fixture
-def sender() -> Iterator[ShmSender]:
-    sender = ShmSender(rank=0)
-    yield sender
-    sender.close()
-
-
-def published(sender: ShmSender, model: Any, version: int) -> Any:
-    weights = (weight for source in weight_sources(model) for weight in source.published())
-    return sender.publish(weights, version)
-
-
-def asked(token_ids: tuple[int, ...], group_id: int, samples: int = 3) -> GroupRequest:
-    prompt = Prompt(prompt_id=group_id, token_ids=token_ids, text="", columns={})
-    seeds = tuple(100 * group_id + sample for sample in range(samples))
-    return GroupRequest(group_id=group_id, prompt=prompt, seeds=seeds, first_sequence_id=group_id * samples)
-
-
-def prompts_of(seen: SeenModel) -> list[tuple[int, ...]]:
-    """Return prompts without an image, with an image and with two images, also with equal images."""
-    return [
-        seen.prompt("How are you?"),
-        seen.prompt(RED, "Which colour is it?"),
-        seen.prompt(BLUE, "Which colour is it?"),
-        seen.prompt("Is ", RED, BLUE, " two colours?"),
-        seen.prompt(RED, RED, "Equal?"),
-    ]
-
-
-def worst(seen: SeenModel, model: Any, rollouts: Any) -> float:
-    """Return the largest difference of the sampled tokens' log-probabilities from transformers'."""
-    differences = []
-    for sequence in sequences(rollouts):
-        sampled = sequence["response_mask"]
-        ours = seen.logprobs(model, sequence["token_ids"].tolist())[sampled]
-        differences.append(float((ours - sequence["rollout_logprobs"][sampled]).abs().max()))
-    return max(differences)
 
 
 def test_an_engine_sees_what_the_trainer_sees_after_every_sync(seeing: Any, seen: SeenModel, sender: ShmSender) -> None:
@@ -157,6 +115,7 @@ def test_interrupted_responses_to_images_are_continued(
 ) -> None:
     sampling = replace(SAMPLING, max_new_tokens=60)
     whole = asked(seen.prompt(RED, "Tell me a story."), 1, samples=4)
+    (tmp_path / "spool").mkdir()
     with engine(spec(seen.folder, images=seen.place, spool=tmp_path / "spool", carries_over=True)) as handle:
         model = seen.model(seed=1)
         sync(handle, published(sender, model, 1))
@@ -192,21 +151,7 @@ def test_an_adapter_of_the_language_model_is_sent_alone(seen: SeenModel, ray_loc
             assert worst(seen, policy.get_base_model(), rollouts) > 1e-2
 
 
-KINDS = [kind for kind in TINY_KINDS if kind not in ("gemma3", "qwen3_5")]  # no causal rows; bfloat16 alone on a CPU
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_engines_see_as_transformers_with_every_kind(
-    kind: str, sender: ShmSender, ray_local: None, tmp_path: Path
-) -> None:
-    """The numbers of docs/models.md: with the folder's weights, and after a sync of changed weights."""
-    seen = SeenModel(build_tiny_vision(tmp_path / "model", kind, seed=0), tmp_path / "images")
-    with engine(spec(seen.folder, images=seen.place)) as handle:
-        for version, model in enumerate((seen.model(seed=0, std=0.0), seen.model(seed=1)), start=1):
-            sync(handle, published(sender, model, version))
-            differences = [
-                worst(seen, model, call(handle.generate.remote(asked(token_ids, group_id), SAMPLING))[0])
-                for group_id, token_ids in enumerate(prompts_of(seen))
-            ]
-            assert max(differences) < 1e-4
+def test_engines_see_as_transformers_with_every_kind(kind: str, ray_local: None, tmp_path: Path) -> None:
+    assert max(engine_differences(kind, tmp_path)) < 1e-4

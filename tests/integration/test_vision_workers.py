@@ -26,7 +26,13 @@ CASES = [
     ("sft", 2, 1e-3),
     ("sft", 3, None),
     ("dpo", 2, 1e-3),
+    ("kto", 2, 1e-3),
     ("reward_model", 3, 1e-3),
+    ("process_reward_model", 2, 1e-3),
+    ("streamed", 2, 1e-3),
+    ("online_dpo", 3, 1e-3),
+    ("sampled_teacher", 2, None),
+    ("whole_teacher", 3, 1e-3),
 ]
 
 

@@ -55,13 +55,6 @@ def tied(folder: Path, ray_local: None) -> Iterator[Any]:
         yield handle
 
 
-@pytest.fixture
-def sender() -> Iterator[ShmSender]:
-    sender = ShmSender(rank=0)
-    yield sender
-    sender.close()
-
-
 @contextmanager
 def replaced(handle: Any, module: str, name: str, by: Any) -> Iterator[None]:
     """Let an engine call `by` inside instead of module.name."""

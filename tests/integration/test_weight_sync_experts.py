@@ -59,13 +59,6 @@ def published(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return (weight for source in weight_sources(model) for weight in source.published())
 
 
-@pytest.fixture
-def sender() -> Iterator[ShmSender]:
-    sender = ShmSender(rank=0)
-    yield sender
-    sender.close()
-
-
 @pytest.mark.parametrize(
     "name", ["padded", *(pytest.param(name, marks=pytest.mark.slow) for name in MIXTURES if name != "padded")]
 )

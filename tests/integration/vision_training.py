@@ -13,24 +13,42 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rlhf.config.derive import teachers
 from rlhf.config.files.load import load
 from rlhf.config.schema.root import Config
 from rlhf.engine.consolidation import load_trained_weights
 from rlhf.models.files.loading import load_causal_lm
+from rlhf.models.files.tiny_vision import build_tiny_vision
 from rlhf.models.files.weights import weight_sources
 from rlhf.preflight.inputs import StageInputs, load_inputs
 from rlhf.preflight.training_data import OfflineInputs, collated
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.tracking.run_folder.folder import images_folder
-from rlhf.types import BatchPlan, Examples, MinibatchPlan, Pairs, Rollouts
+from rlhf.types import (
+    ONLY_TEACHER,
+    BatchPlan,
+    Examples,
+    LabelledSteps,
+    MinibatchPlan,
+    Pairs,
+    Rollouts,
+    TokenValues,
+)
 from rlhf.vision.kinds import is_vision_weight
 from rlhf.vision.processor import ImageProcessing
 from rlhf.vision.store import ImageStore
+from rlhf.workers.frozen.teacher import OnlineTeacherWorker
+from rlhf.workers.frozen.top_settings import spans_of, top_of
 from rlhf.workers.offline.pairs import PreferenceWorker, RewardModelWorker
 from rlhf.workers.offline.referenced import ReferencedPolicy
+from rlhf.workers.offline.step_rewards import StepRewardWorker
 from rlhf.workers.offline.supervised import SupervisedWorker
+from rlhf.workers.offline.unpaired import UnpairedWorker
 from rlhf.workers.online.critic import CriticWorker
+from rlhf.workers.online.pairs import OnlinePreferenceWorker
 from rlhf.workers.online.policy import PolicyWorker
+from rlhf.workers.online.streamed import StreamedPolicyWorker
+from rlhf.workers.online.student import StudentWorker
 from rlhf.workers.trained_model import load_trained_model
 from tests.fixtures.vision_models import picture
 from tests.fixtures.workers import make_update
@@ -38,7 +56,25 @@ from tests.integration.gang_workers import worker_config
 from tests.integration.rank_gang import place_of
 
 GROUPS, SAMPLES, ROWS = 4, 2, 4  # groups and rows of even numbers have images, and belong to rank 0 of two
-OFFLINE: Mapping[str, Any] = {"sft": SupervisedWorker, "dpo": PreferenceWorker, "reward_model": RewardModelWorker}
+OFFLINE: Mapping[str, Any] = {
+    "sft": SupervisedWorker,
+    "dpo": PreferenceWorker,
+    "kto": UnpairedWorker,
+    "reward_model": RewardModelWorker,
+    "process_reward_model": StepRewardWorker,
+}
+ONLINE: Mapping[str, Any] = {
+    "grpo": PolicyWorker,
+    "streamed": StreamedPolicyWorker,
+    "online_dpo": OnlinePreferenceWorker,
+    "sampled_teacher": StudentWorker,
+    "whole_teacher": StudentWorker,
+}
+ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
+    "streamed": {"name": "grpo"},
+    "sampled_teacher": {"name": "on_policy_distillation"},
+    "whole_teacher": {"name": "on_policy_distillation", "divergence": "reverse_kl"},
+}
 
 
 def prompt_of(number: int, model: str, folder: Path) -> Tensor:
@@ -99,20 +135,33 @@ def of_rank(numbers: int, ranks: int) -> tuple[tuple[int, ...], ...]:
 
 
 def settings(name: str, model: str, folder: Path, *, ranks: int, tokens: int, **options: Any) -> Config:
-    is_online, stage = name in ("grpo", "ppo"), options["zero_stage"]
+    is_online, stage = name == "ppo" or name in ONLINE, options["zero_stage"]
     sections: dict[str, Any] = {
         "policy": {"vision_lr": options["vision_lr"], "lora": options.get("lora")},
         "cluster": {"roles": {"policy": {"zero_stage": stage}}},
         "train": {"lr": 1e-3, "sequences_per_update": GROUPS * SAMPLES if is_online else ROWS},
     }
+    if name == "online_dpo":
+        sections["train"]["sequences_per_update"] = GROUPS
     if is_online:
         sections["data"] = {"max_prompt_tokens": 40}
         sections["rollouts"] = {"prompts_per_step": GROUPS, "samples_per_prompt": SAMPLES}
+    if name == "streamed":
+        sections["train"]["streamed"] = True
+    if name.endswith("teacher"):
+        sections["teacher"] = {"model": str(build_tiny_vision(folder / "teacher", "qwen3_vl", seed=1))}
+        sections["teacher"]["dtype"] = "float32"
     if name == "ppo":
         sections["critic"] = {"model": model, "dtype": "float32", "vision_lr": options["vision_lr"]}
         sections["cluster"]["roles"]["critic"] = {"zero_stage": stage, "workers": ranks}
     return worker_config(
-        {"name": name}, model, str(folder), workers=ranks, tokens=tokens, is_online=is_online, **sections
+        ALGORITHMS.get(name, {"name": name}),
+        model,
+        str(folder),
+        workers=ranks,
+        tokens=tokens,
+        is_online=is_online,
+        **sections,
     )
 
 
@@ -127,11 +176,10 @@ def train_rank(
         assert config.critic is not None
         worker: Any = CriticWorker(config, config.critic, place, optimizer_steps=2)
     else:
-        kind = PolicyWorker if name == "grpo" else OFFLINE[name]
-        worker = kind(config, place, optimizer_steps=2)
+        worker = {**ONLINE, **OFFLINE}[name](config, place, optimizer_steps=2)
     worker.build()
     before = _weights(worker)
-    steps = _online(worker, model, path) if name in ("grpo", "ppo") else _offline(worker, name, model, path)
+    steps = _offline(worker, name, model, path) if name in OFFLINE else _online(worker, model, path)
     after = _weights(worker)
     moved = {name: float((after[name] - before[name]).abs().max()) for name in before}
     tower = [move for name, move in moved.items() if is_vision_weight(name)]
@@ -204,27 +252,72 @@ def _online(worker: Any, model: str, folder: Path) -> list[Any]:
     scores = {i: float(i % SAMPLES) for i in range(GROUPS * SAMPLES)}
     plan = BatchPlan(step=1, minibatches=(minibatch, minibatch), scores=scores, kl_coef=0.0, entropy_coef=0.0)
     plan = replace(plan, minibatches=(minibatch,))
-    if isinstance(worker, CriticWorker):
+    states: list[Any] = []
+    if isinstance(worker, OnlinePreferenceWorker):
+        references = [
+            TokenValues(sequence_ids=one.sequence_ids, lengths=one.lengths, values=one.rollout_logprobs)
+            for one in rollouts
+        ]
+        worker.prepare(plan, *rollouts, *references)
+    elif isinstance(worker, StudentWorker):
+        states = _taught(worker, plan, rollouts)
+    elif isinstance(worker, StreamedPolicyWorker):
+        _stream(worker, plan, rollouts)
+    elif isinstance(worker, CriticWorker):
         column, _ = worker.values(plan, *rollouts)
         by_sequence = column.sequence_ids.repeat_interleave(column.lengths)
         worker.prepare(replace(column, values=(by_sequence % 3 - 1).float()))
     else:
         worker.prepare(plan, *rollouts)
         worker.set_advantages({i: 2.0 - (i * 7 % 5) for i in plan.scores})
-    return [make_update(worker, 0), make_update(worker, 0)]
+    return [make_update(worker, 0, *states), make_update(worker, 0, *states)]
+
+
+def _taught(worker: StudentWorker, plan: BatchPlan, rollouts: list[Rollouts]) -> list[Any]:
+    """Prepare a batch for a student, with a teacher that sees. Return the teacher's states, if these are learned."""
+    config = worker.config
+    options: dict[str, Any] = {"temperature": 1.0, "samples_per_prompt": SAMPLES, "top": top_of(config)}
+    options |= {"spans": spans_of(config), "max_tokens_per_microbatch": config.train.max_tokens_per_microbatch}
+    teacher = OnlineTeacherWorker(teachers(config), worker.place, **options)
+    teacher.start()
+    if not worker.algorithm.config.reads_teacher_states:
+        worker.prepare(plan, *rollouts, *teacher.logprobs(None, {}, *rollouts)[:-1])
+        return []
+    worker.take_teacher(ONLY_TEACHER, teacher.head()[0])
+    worker.prepare(plan, *rollouts)
+    return [*teacher.states([plan.minibatches[0].sequences_by_rank[worker.data_rank]], *rollouts)[:-1]]
+
+
+def _stream(worker: StreamedPolicyWorker, plan: BatchPlan, rollouts: list[Rollouts]) -> None:
+    """Prepare a batch in two portions, and begin the gradient after the first."""
+    (whole,) = plan.minibatches
+    for portion, part in enumerate((rollouts[: GROUPS // 2], rollouts[GROUPS // 2 :])):
+        own = {i for one in part for i in one.sequence_ids.tolist()}
+        sequences = tuple(tuple(i for i in ids if i in own) for ids in whole.sequences_by_rank)
+        count = sum(int(one.response_mask.sum()) for one in part)
+        minibatch = MinibatchPlan(sequences_by_rank=sequences, num_tokens=count, num_sequences=len(own))
+        scores = {i: plan.scores[i] for i in own}
+        worker.prepare(replace(plan, minibatches=(minibatch,), scores=scores, portion=portion), *part)
+        worker.set_advantages({i: 2.0 - (i * 7 % 5) for i in own})
+        if not portion:
+            worker.forward_backward(0, ends=False)
 
 
 def _offline(worker: Any, name: str, model: str, folder: Path) -> list[Any]:
     ranks = worker.place.world_size
-    examples, sizes = examples_of(model, folder, answers=1 if name == "sft" else 2)
+    examples, sizes = examples_of(model, folder, answers=1 if name in ("sft", "process_reward_model") else 2)
     data: Any = examples
-    if name != "sft":
+    if name == "process_reward_model":
+        at_end = examples.loss_mask & (torch.arange(len(examples.loss_mask)) % 2 == 0)
+        columns = {"sequence_ids": examples.sequence_ids, "lengths": examples.lengths, "token_ids": examples.token_ids}
+        data = examples = LabelledSteps(**columns, loss_mask=at_end, step_labels=at_end & (examples.token_ids % 3 > 0))
+    elif name != "sft":
         prompts = torch.tensor(sizes)
         data = Pairs(
             examples=examples,
             prompt_tokens=prompts,
             margins=torch.zeros(ROWS),
-            labels=torch.ones(ROWS, dtype=torch.bool),
+            labels=torch.arange(ROWS) < 2,  # read by KTO alone
         )
     worker.load_data(data)
     count = int(examples.loss_mask.sum())

@@ -20,9 +20,7 @@ from rlhf.models.files.tiny_vision import build_tiny_vision
 from rlhf.types import Sampling
 from rlhf.vision.reading import ImageFolder, ImageLimits
 from tests.dummy_engine import DummyLoop, dummy_parts, open_front
-from tests.seen_logprobs import SeenModel, png
-
-RED, BLUE = png(1), png(2)
+from tests.seen_logprobs import BLUE, RED, SeenModel, png
 
 
 @pytest.fixture(scope="module")

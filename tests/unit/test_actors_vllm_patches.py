@@ -29,6 +29,7 @@ pytest.importorskip("vllm")
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 from vllm.model_executor.model_loader import reload
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -56,6 +57,16 @@ def test_the_table_names_each_module_and_its_test_here() -> None:
     assert {module for module, _ in TABLE} == {path.stem for path in folder.glob("[!_]*.py")}
     tests = {name.removeprefix("test_") for name in globals()}
     assert {test for _, test in TABLE} - {"an engine"} <= tests
+
+
+def test_delta_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = object.__new__(gdn_attention.GDNAttentionMetadata)
+    batch.num_actual_tokens = 1
+    context = SimpleNamespace(no_compile_layers={"l": SimpleNamespace(prefix="l")}, attn_metadata={"l": batch})
+    monkeypatch.setattr(gdn_attention, "get_forward_context", lambda: context)
+    one = torch.zeros(1, 1)
+    with pytest.raises(AssertionError, match="requires BF16"):
+        gdn_attention.cpu_gdn_attention_core(one, one, one, one, "l")
 
 
 def test_drafts() -> None:

@@ -13,6 +13,7 @@ import torch
 import xgrammar
 from torch import Tensor, nn
 
+from rlhf.errors import RunError
 from rlhf.models.files.tiny import byte_tokenizer
 
 pytest.importorskip("vllm")
@@ -23,6 +24,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.v1.sample import rejection_sampler
 
 from actors.vllm_patches import experts_cpu, grammar_time
+from actors.vllm_patches.delta_cpu import attend_by_sequence
 from actors.vllm_patches.drafts_cpu import repeated_for_drafts
 from actors.vllm_patches.experts_cpu import RecordedExperts
 from actors.vllm_patches.models import embed_for_layers, spare_unused_norms
@@ -45,6 +47,69 @@ def test_every_draft_has_the_parameters_of_its_request(monkeypatch: pytest.Monke
     expected = logits / torch.tensor([0.5, 0.5, 1.0, 2.0, 2.0])[:, None]
     expected[3:, :2] = float("-inf")
     torch.testing.assert_close(found, expected)
+
+
+def test_the_gated_delta_rule_continues_each_sequence_in_float32() -> None:
+    """The rule of arXiv:2412.06464, eq. 10, token by token: S = a S (I - b k k^T) + b v k^T, and the result S q."""
+    torch.manual_seed(0)
+    key_heads, heads, size, width = 1, 2, 4, 4
+    channels = (2 * key_heads + heads) * size
+    layer = SimpleNamespace(
+        conv1d=nn.Conv1d(channels, channels, width, groups=channels, bias=False),
+        kv_cache=(torch.full((5, width - 1, channels), 9.0), torch.full((5, heads, size, size), 9.0)),
+        A_log=torch.randn(heads),
+        dt_bias=torch.randn(heads),
+        rearrange_mixed_qkv=lambda mixed: [
+            part.view(1, len(mixed), -1, size) for part in mixed.split([size * key_heads] * 2 + [size * heads], 1)
+        ],
+    )
+    rows = [torch.randn(length, channels + 2 * heads) for length in (7, 70, 3)]  # channels, b, a
+
+    def expected(row: Tensor) -> Tensor:
+        before = torch.cat([torch.zeros(width - 1, channels), row[:, :channels]])
+        windows = torch.stack([before[t : t + width].T for t in range(len(row))])
+        mixed = nn.functional.silu((windows * layer.conv1d.weight[:, 0]).sum(-1))
+        state, results = torch.zeros(heads, size, size), []
+        for t in range(len(row)):
+            query, key, value = (part[0, 0] for part in layer.rearrange_mixed_qkv(mixed[t : t + 1]))
+            query, key = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (query, key))
+            b = row[t, channels : channels + heads].sigmoid()
+            a = (-layer.A_log.exp() * nn.functional.softplus(row[t, channels + heads :] + layer.dt_bias)).exp()
+            for h in range(heads):
+                forgotten = torch.eye(size) - b[h] * torch.outer(key[0], key[0])
+                state[h] = a[h] * state[h] @ forgotten + b[h] * torch.outer(value[h], key[0])
+            results.append(state @ query[0] * size**-0.5)
+        return torch.stack(results)
+
+    def step(parts: list[tuple[int, slice]], *, decodes: int) -> list[Tensor]:
+        tokens = [rows[i][part] for i, part in parts]
+        ends = torch.tensor([0, *itertools.accumulate(map(len, tokens))])
+        batch = SimpleNamespace(
+            non_spec_query_start_loc=ends,
+            non_spec_state_indices_tensor=torch.tensor([(3, 1, 4)[i] for i, _ in parts]),
+            num_decodes=decodes,
+            num_prefills=len(parts) - decodes,
+            has_initial_state=torch.tensor([part.start > 0 for _, part in parts]),
+        )
+        whole = torch.cat(tokens)
+        out = torch.zeros(len(whole), heads, size)
+        attend_by_sequence(layer, batch, *whole.split([channels, heads, heads], 1), out)
+        return list(out.split([len(part) for part in tokens]))
+
+    with torch.no_grad():
+        first = step([(0, slice(0, 5)), (1, slice(0, 66))], decodes=0)
+        second = step([(1, slice(66, 67)), (0, slice(5, 6)), (2, slice(0, 2))], decodes=2)
+        third = step([(0, slice(6, 7)), (2, slice(2, 3)), (1, slice(67, 70))], decodes=2)
+        found = [
+            [first[0], second[1], third[0]],
+            [first[1], second[0], third[2]],
+            [second[2], third[1]],
+        ]
+        for row, parts in zip(rows, found, strict=True):
+            torch.testing.assert_close(torch.cat(parts), expected(row), rtol=1e-4, atol=1e-5)
+    layer.kv_cache = (torch.zeros(5, width, channels), layer.kv_cache[1])  # wider states, for drafts
+    with pytest.raises(RunError, match=r"policy\.dtype: bfloat16"):
+        step([(0, slice(0, 5))], decodes=0)
 
 
 def test_files_may_lack_norms_and_embeddings_for_layers_are_computed() -> None:

@@ -17,7 +17,7 @@ from rlhf.models.packed.forward import hidden_states
 from rlhf.models.packed.images import CACHED_BYTES, ImageReader, image_reader
 from rlhf.models.packed.row_check import check_rows
 from rlhf.models.packed.row_layout import RowLayout
-from rlhf.vision.kinds import is_vision_weight
+from rlhf.vision.kinds import is_never_computed, is_vision_weight
 from tests.fixtures.vision_models import Seeing, picture, seeing
 
 CPU = torch.device("cpu")
@@ -161,3 +161,17 @@ def test_recomputed_layers_give_the_same_gradient(tmp_path: Path) -> None:
         gradients.append(gradient(sees.model, states[-1]))
     assert torch.equal(*states)
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [-1, -2, [0, 1]])
+def test_weights_behind_the_read_layer_of_a_tower_are_never_computed(layer: int | list[int], tmp_path: Path) -> None:
+    sees = seeing("llava_onevision", tmp_path)
+    sees.model.config.vision_feature_layer = layer
+    if isinstance(layer, list):
+        sees.model.model.multi_modal_projector.linear_1 = torch.nn.Linear(64 * len(layer), 128)
+    sees.own_states([RED, "Colour?"], [1, 2]).sum().backward()
+    weights = dict(sees.model.named_parameters())
+    weights = {name: p for name, p in weights.items() if not name.endswith("k_proj.bias")}  # cancels in the softmax
+    unused = {name for name, p in weights.items() if is_vision_weight(name) and (p.grad is None or not p.grad.any())}
+    assert unused == {name for name in weights if is_never_computed(sees.model.config, name)}
+    assert len(unused) > 1

@@ -36,6 +36,7 @@ _IDEFICS = (
     *("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),
     *(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2)),
 )
+_NEWLINES = ("\n", "\n\n", "\n\n\n", "\n\n\n\n")  # tokens of Gemma's tokenizers, which vLLM's processor looks up
 _PIXTRAL = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
 _SIDE = 64  # pixels of the largest image; larger ones are scaled down
 _TEXT = {
@@ -243,12 +244,12 @@ def _pixtral(kind: str, merge: int, **settings: Any) -> tuple[Any, Any]:
 
 def _gemma3() -> tuple[Any, Any]:
     named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
-    tokenizer = _tokenizer(*named.values(), mark="<start_of_image>", **named)
+    tokenizer = _tokenizer(*named.values(), *_NEWLINES, mark="<start_of_image>", **named)
     config = _config(
         "gemma3",
         tokenizer,
         text={"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64},
-        vision=_TOWER,
+        vision={**_TOWER, "vision_use_head": False},
         mm_tokens_per_image=4,
         image_token_index=tokenizer.image_token_id,
         boi_token_index=tokenizer.boi_token_id,

@@ -249,8 +249,7 @@ def masked_columns(
 
     `targets`: the tokens whose log-probabilities are wanted. None: the tokens themselves.
     """
-    chosen, before = _masked_positions(mask, lengths, branches)
-    hidden = hidden_states(model, token_ids, lengths, branches).index_select(0, before)
+    chosen, hidden = _states_before(model, token_ids, lengths, mask, branches)
     at = temperature[chosen] if isinstance(temperature, Tensor) else temperature
     wanted = (token_ids if targets is None else targets)[chosen]
     columns = of_rows(hidden, lm_head_weight(model), wanted, temperature=at, **lm_head_settings(model))
@@ -276,8 +275,7 @@ def supervised_loss(
     The columns are 0 and False outside mask. by_probability: each term times the token's probability, held constant
     (DFT). noise_alpha: NEFTune's alpha.
     """
-    chosen, before = _masked_positions(mask, lengths)
-    hidden = hidden_states(model, token_ids, lengths, noise_alpha=noise_alpha).index_select(0, before)
+    chosen, hidden = _states_before(model, token_ids, lengths, mask, None, noise_alpha=noise_alpha)
     weights = torch.full_like(chosen, -token_weight, dtype=torch.float32)
     loss, logprobs, is_top1 = weighted_logprob_sum(
         hidden,
@@ -300,8 +298,7 @@ def learnt_states(
     branches: Branches | None = None,
 ) -> Float[Tensor, "n H"]:
     """Return the last hidden states predicting the tokens in mask, in token order. Each rank of a row gets all."""
-    chosen, before = _masked_positions(mask, lengths, branches)
-    hidden = hidden_states(model, token_ids, lengths, branches).index_select(0, before)
+    chosen, hidden = _states_before(model, token_ids, lengths, mask, branches)
     if current_group() is None:
         return hidden
     whole = hidden.new_zeros(int(mask.sum()), hidden.shape[1])
@@ -318,8 +315,7 @@ def learnt_states_and_logprobs(
     temperature: float,
 ) -> tuple[Float[Tensor, "n H"], Float[Tensor, " n"]]:
     """Return the last hidden states predicting the tokens in mask, and the tokens' log-probabilities."""
-    chosen, before = _masked_positions(mask, lengths, branches)
-    hidden = hidden_states(model, token_ids, lengths, branches).index_select(0, before)
+    chosen, hidden = _states_before(model, token_ids, lengths, mask, branches)
     options = {"temperature": temperature, **lm_head_settings(model)}
     return hidden, chunked_logprobs_only(hidden, lm_head_weight(model), token_ids[chosen], **options)
 
@@ -347,8 +343,7 @@ def learnt_top(
 
     The distributions cover the first `vocabulary` rows of the head.
     """
-    chosen, before = _masked_positions(mask, lengths, branches)
-    hidden = hidden_states(model, token_ids, lengths, branches).index_select(0, before)
+    chosen, hidden = _states_before(model, token_ids, lengths, mask, branches)
     weight, settings = lm_head_weight(model)[:vocabulary], lm_head_settings(model)
     settings["bias"] = settings["bias"] if settings["bias"] is None else settings["bias"][:vocabulary]
     return top_logprobs(hidden, weight, token_ids[chosen], k=k, temperature=temperature, **settings)
@@ -380,8 +375,7 @@ def distillation_loss(
     The columns have no gradient and are 0 outside mask. `taught` has one teacher for each token in mask. If a head has
     extra rows without tokens, the distributions of student and teacher use the common rows.
     """
-    chosen, before = _masked_positions(mask, lengths, branches)
-    hidden = hidden_states(model, token_ids, lengths, branches).index_select(0, before)
+    chosen, hidden = _states_before(model, token_ids, lengths, mask, branches)
     weight, settings = lm_head_weight(model), lm_head_settings(model)
     places = mask.cumsum(0)[chosen] - 1  # positions among all tokens in mask; this rank may hold only some of them
 
@@ -432,8 +426,16 @@ def lm_head_settings(model: Any) -> dict[str, Any]:
     }
 
 
-def _masked_positions(mask: Tensor, lengths: Tensor, branches: Branches | None = None) -> tuple[Tensor, Tensor]:
-    """Return (tokens in mask, predecessors) for predecessors on this rank, counted from the rank's first token.
+def _states_before(
+    model: nn.Module,
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    mask: Bool[Tensor, " N"],
+    branches: Branches | None,
+    *,
+    noise_alpha: float | None = None,
+) -> tuple[Int[Tensor, " n"], Float[Tensor, "n H"]]:
+    """Return (tokens in mask, the last hidden states that predict these tokens), for predecessors on this rank.
 
     Raise ValueError if mask holds a sequence's first token.
     """
@@ -441,9 +443,9 @@ def _masked_positions(mask: Tensor, lengths: Tensor, branches: Branches | None =
     if bool(mask[before < 0].any()):
         raise ValueError("mask is True on the first token of a sequence: nothing before it predicts it")
     local = own_part(len(mask))
-    mask = mask & (before >= local.start) & (before < local.stop)
-    chosen = mask.nonzero()[:, 0]
-    return chosen, before[chosen] - local.start
+    chosen = (mask & (before >= local.start) & (before < local.stop)).nonzero()[:, 0]
+    hidden = hidden_states(model, token_ids, lengths, branches, noise_alpha=noise_alpha)
+    return chosen, hidden.index_select(0, before[chosen] - local.start)
 
 
 def _spread(values: Tensor, positions: Tensor, size: int) -> Tensor:

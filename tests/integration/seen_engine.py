@@ -1,0 +1,67 @@
+"""Engines with images beside transformers: prompts, requests, and differences of log-probabilities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from actors.weights.shm import ShmSender
+from rlhf.models.files.tiny_vision import build_tiny_vision
+from rlhf.models.files.weights import weight_sources
+from rlhf.types import GroupRequest, Prompt
+from tests.integration.engine_helpers import SAMPLING, call, engine, sequences, spec, sync
+from tests.seen_logprobs import BLUE, RED, SeenModel
+
+
+def published(sender: ShmSender, model: Any, version: int) -> Any:
+    weights = (weight for source in weight_sources(model) for weight in source.published())
+    return sender.publish(weights, version)
+
+
+def asked(token_ids: tuple[int, ...], group_id: int, samples: int = 3) -> GroupRequest:
+    prompt = Prompt(prompt_id=group_id, token_ids=token_ids, text="", columns={})
+    seeds = tuple(100 * group_id + sample for sample in range(samples))
+    return GroupRequest(group_id=group_id, prompt=prompt, seeds=seeds, first_sequence_id=group_id * samples)
+
+
+def prompts_of(seen: SeenModel) -> list[tuple[int, ...]]:
+    """Return prompts without an image, with an image and with two images, also with equal images."""
+    return [
+        seen.prompt("How are you?"),
+        seen.prompt(RED, "Which colour is it?"),
+        seen.prompt(BLUE, "Which colour is it?"),
+        seen.prompt("Is ", RED, BLUE, " two colours?"),
+        seen.prompt(RED, RED, "Equal?"),
+    ]
+
+
+def worst(seen: SeenModel, model: Any, rollouts: Any) -> float:
+    """Return the largest difference of the sampled tokens' log-probabilities from transformers'."""
+    differences = []
+    for sequence in sequences(rollouts):
+        sampled = sequence["response_mask"]
+        ours = seen.logprobs(model, sequence["token_ids"].tolist())[sampled]
+        differences.append(float((ours - sequence["rollout_logprobs"][sampled]).abs().max()))
+    return max(differences)
+
+
+def engine_differences(kind: str, folder: Path) -> tuple[float, float]:
+    """Return the largest differences in nats of an engine with the folder's weights, and of one after a sync.
+
+    The sync brings other weights for the tower, too. Ray must run.
+    """
+    seen = SeenModel(build_tiny_vision(folder / "model", kind, seed=0), folder / "images")
+
+    def worst_of_all(handle: Any, model: Any) -> float:
+        asks = [handle.generate.remote(asked(ids, number), SAMPLING) for number, ids in enumerate(prompts_of(seen))]
+        return max(worst(seen, model, call(ask)[0]) for ask in asks)
+
+    with engine(spec(seen.folder, images=seen.place, transport=None)) as handle:
+        before = worst_of_all(handle, seen.model(seed=0, std=0.0))
+    sender, model = ShmSender(rank=0), seen.model(seed=1)
+    try:
+        with engine(spec(seen.folder, images=seen.place)) as handle:
+            sync(handle, published(sender, model, 1))
+            return before, worst_of_all(handle, model)
+    finally:
+        sender.close()
