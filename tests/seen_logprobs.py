@@ -6,6 +6,7 @@ import io
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,9 @@ class SeenModel:
         """Return the log-probability of each token given the tokens before, by transformers on a single sequence."""
         plain = torch.tensor([self.processing.plain_ids(token_ids)])
         kinds = torch.tensor([[int(token < 0) for token in token_ids]])
-        marks = {"mm_token_type_ids": kinds} if hasattr(model.model, "get_rope_index") else {}
+        accepted = signature(type(model.model).forward).parameters  # positions of Qwen, and what Gemma sees both ways
+        names = [name for name in ("mm_token_type_ids", "token_type_ids") if name in accepted]
+        marks = {name: kinds for name in names[:1] if bool(kinds.any())}
         images = [self.store.image(key) for key in self._keys(token_ids)]
         with torch.no_grad(), _masked_by_position(model.model, kinds.bool()):
             logits = model(input_ids=plain, **marks, **self.processing.model_inputs(images), use_cache=False).logits
