@@ -9,7 +9,6 @@ bytes, and a missing folder would end the engine. So vLLM never gets more adapte
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from actors.rollout.engine_calls import EngineCalls
 from actors.rollout.vllm_engine import adapter_request, add_adapter
-from actors.weights.adapter import WEIGHTS
+from actors.weights.adapter import WEIGHTS, file_checksum
 from rlhf.controller.weight_sync import compare_probe
 from rlhf.errors import RunError, UserError
 from rlhf.roles import PolicyProbe
@@ -33,7 +32,7 @@ class ServedAdapter:
     name: str
     number: int
     folder: Path
-    checksum: str  # sha256 of the weights' file
+    checksum: str  # of the weights' file, by file_checksum
     probe: PolicyProbe
 
     def for_engine(self) -> Any:
@@ -125,8 +124,7 @@ class AdapterShelf:
 def _refuse_other_file(adapter: ServedAdapter, who: str) -> None:
     path = adapter.folder / WEIGHTS
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_checksum(path)
         if found != adapter.checksum:
             raise RunError(
                 f"{who} read {path} with checksum {found}, but the policy wrote {adapter.checksum}. The file was "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import shutil
 from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+import xxhash
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -41,7 +41,7 @@ class Adapter:
 
     @property
     def checksum(self) -> str:
-        return hashlib.sha256((self.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+        return xxhash.xxh3_64((self.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
     @property
     def probe(self) -> PolicyProbe:
