@@ -33,6 +33,7 @@ from rlhf.commands.shared import load_config
 from rlhf.commands.start import start
 from rlhf.commands.submit import follow_job, job_status, stop_job, submit
 from rlhf.commands.sweep import sweep
+from rlhf.commands.tinker import load_service, tinker
 from rlhf.commands.train import train
 from rlhf.commands.view import view
 from rlhf.cuda_builds import hide_cuda_builds
@@ -46,6 +47,6 @@ hide_cuda_builds()
 __all__ = [
     "Callback", "Interrupted", "Preempted", "Run", "RunError", "StopRun", "UserError", "cluster_doctor", "convert",
     "dashboard", "doctor", "evaluate", "export", "fetch_model", "follow_job", "generate", "job_status", "load_config",
-    "load_merge", "merge", "plan", "play", "quickstart", "recipes", "report", "reward", "serve", "serve_reward",
-    "show_recipe", "start", "stop_job", "submit", "sweep", "tested_versions", "train", "view",
+    "load_merge", "load_service", "merge", "plan", "play", "quickstart", "recipes", "report", "reward", "serve",
+    "serve_reward", "show_recipe", "start", "stop_job", "submit", "sweep", "tested_versions", "tinker", "train", "view",
 ]  # fmt: skip

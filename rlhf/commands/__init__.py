@@ -27,6 +27,7 @@ from rlhf.commands import (
     serve_reward,
     submit,
     sweep,
+    tinker,
     train,
     view,
 )
@@ -45,6 +46,7 @@ COMMANDS: Mapping[str, Command] = {
     "generate": generate.COMMAND,
     "eval": evaluate.COMMAND,
     "serve": serve.COMMAND,
+    "tinker": tinker.COMMAND,
     "reward": reward.COMMAND,
     "play": play.COMMAND,
     "serve-reward": serve_reward.COMMAND,

@@ -129,7 +129,7 @@ def test_commands_parse(page: Path) -> None:
             if config in written_by(page):
                 continue
             file = config_file(config) if config.startswith(PREFIX) else ROOT / config
-            loads = {"merge": rlhf.load_merge, "sweep": load_sweep}
+            loads = {"merge": rlhf.load_merge, "sweep": load_sweep, "tinker": rlhf.load_service}
             of_sweep = args.command == "plan" and "sweep" in read_tree(file).values
             loads.get("sweep" if of_sweep else args.command, rlhf.load_config)(file, args.overrides)
 

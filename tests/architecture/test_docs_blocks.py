@@ -31,7 +31,11 @@ FOLLOWED = {"extending.md", "tutorial.md"}
 PAGES = [page for page in [*sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("*.md")] if page.name not in FOLLOWED]
 OF_OTHER_TOOLS = {"gcsFaultToleranceOptions": "KubeRay", "method": "a sweep of W&B"}  # by the first key
 CODE = re.compile(r"[\w./-]+\.py(?=:\w)")
-WORKING = [name for name in rlhf.__all__ if name not in ("load_config", "load_merge", "plan") and name.islower()]
+WORKING = [
+    name
+    for name in rlhf.__all__
+    if name not in ("load_config", "load_merge", "load_service", "plan") and name.islower()
+]
 RUN: dict[str, Any] = {
     "run": {"name": "page"},
     "policy": {"model": "tiny:llama", "dtype": "float32"},
@@ -143,9 +147,9 @@ def test_yaml_loads(block: Block, folder: Path) -> None:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).touch()
     path = folder / "page.yaml"
-    kind = next((key for key in ("merge", "sweep") if key in values), "run")
+    kind = next((key for key in ("merge", "sweep", "service") if key in values), "run")
     path.write_text(yaml.safe_dump(values if kind != "run" else whole(values), sort_keys=False), encoding="utf-8")
-    {"merge": rlhf.load_merge, "sweep": load_sweep, "run": load}[kind](path)
+    {"merge": rlhf.load_merge, "sweep": load_sweep, "service": rlhf.load_service, "run": load}[kind](path)
 
 
 @pytest.mark.parametrize("block", blocks("json"), ids=str)

@@ -24,6 +24,7 @@ from rlhf.config.schema.data import SOURCES
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.merge import MergeFile
 from rlhf.config.schema.root import Config
+from rlhf.config.schema.service import TinkerConfig
 from rlhf.config.schema.sweep import SweepFile
 from rlhf.sections import Section
 
@@ -33,11 +34,13 @@ TEXT = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")  # with {pl
 def configuration_page() -> str:
     page = _Page()
     document(EvaluationStage)
+    document(TinkerConfig)
     keys = {
         "Config": page.sections(Config),
         "MergeFile": page.sections(MergeFile),
         "EvaluationStage.evaluate": page.keys("evaluate", EvaluationStage.model_fields["evaluate"]),
         "SweepFile": page.sections(SweepFile),
+        "TinkerConfig.service": page.keys("service", TinkerConfig.model_fields["service"]),
     }
     text = TEXT
     for name, section in keys.items():

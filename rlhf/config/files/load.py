@@ -21,9 +21,11 @@ from rlhf.config.pipeline import CODE, names_code, resolve_stages, texts_at
 from rlhf.config.problem import refuse
 from rlhf.config.schema.merge import MergeFile, MergeRun
 from rlhf.config.schema.root import Config
+from rlhf.config.schema.service import TinkerConfig
 from rlhf.config.schema.stages import Stage, run_folder
 from rlhf.config.validation.merge import merge_problems
 from rlhf.config.validation.run import problems
+from rlhf.config.validation.service import service_problems
 from rlhf.config.yaml_tree import Key, Tree, apply_overrides
 from rlhf.errors import UserError
 from rlhf.extensions import find_code
@@ -89,6 +91,8 @@ def resolve(tree: Tree, overrides: Sequence[str], folder: Path) -> LoadedConfig:
         raise UserError(f"{tree.place(('sweep',))}: sweep: is not a section of a run; use `rlhf sweep {tree.source}`")
     if "merge" in tree.values and "stages" not in tree.values:
         raise UserError(f"{tree.place(('merge',))}: merge: is not a section of a run; use `rlhf merge {tree.source}`")
+    if "service" in tree.values:
+        raise UserError(f"{tree.place(('service',))}: service: is no section of a run; use `rlhf tinker {tree.source}`")
     if "evaluate" in tree.values and "stages" not in tree.values:
         text = "is a stage's section; put it into `stages:`, or evaluate a model with `rlhf eval`"
         raise UserError(f"{tree.place(('evaluate',))}: evaluate: {text}")
@@ -200,3 +204,17 @@ def load_merge_file(path: str | Path, overrides: Sequence[str] = ()) -> MergeRun
     refuse(parsed if isinstance(parsed, tuple) else merge_problems(parsed.merge), tree.place)
     assert isinstance(parsed, MergeFile)
     return parsed.merge
+
+
+def load_service_file(path: str | Path, overrides: Sequence[str] = ()) -> TinkerConfig:
+    """Load and check the file of a server with overrides. UserError has a line for each mistake."""
+    tree = read_tree(config_file(path), needs="a server needs the sections run and policy")
+    tree = apply_overrides(tree, overrides)
+    of_runs = sorted({"algorithm", "data", "train", "stages", "merge", "sweep"} & tree.values.keys())
+    if of_runs:
+        at = tree.place((of_runs[0],))
+        raise UserError(f"{at}: {of_runs[0]}: is no section of a server: its clients have their own loops; remove it")
+    parsed = parse_as(TinkerConfig, tree.values)
+    refuse(parsed if isinstance(parsed, tuple) else service_problems(parsed), tree.place)
+    assert isinstance(parsed, TinkerConfig)
+    return parsed

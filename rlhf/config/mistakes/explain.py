@@ -24,6 +24,7 @@ from rlhf.config.preset_settings import with_preset_settings
 from rlhf.config.problem import Problem
 from rlhf.config.schema.model import has_several_teachers
 from rlhf.config.schema.root import Config
+from rlhf.config.schema.service import TinkerConfig
 from rlhf.config.yaml_tree import Key, kind
 from rlhf.errors import UserError
 from rlhf.extensions import is_offered
@@ -56,12 +57,13 @@ def parse(values: dict[str, Any]) -> Config | tuple[Problem, ...]:
 def parse_as(root: type[S], values: dict[str, Any]) -> S | tuple[Problem, ...]:
     """Parse the tree as typed values without conversions, or return every problem of its keys and types."""
     values = dict(with_preset_settings(values)) if root is Config else values
+    has_models = root in (Config, TinkerConfig)
     try:
         form = _form_of(root, values)
     except UserError as error:
         return (Problem(("algorithm", "name"), str(error)),)
     try:
-        parsed = form.model_validate_json(json.dumps(_with_dtypes(values) if root is Config else values), strict=True)
+        parsed = form.model_validate_json(json.dumps(_with_dtypes(values) if has_models else values), strict=True)
         return parsed if form is root else cast("S", root.model_construct(parsed.model_fields_set, **dict(parsed)))
     except ValidationError as error:
         problems: dict[Key, Problem] = {}

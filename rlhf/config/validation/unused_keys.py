@@ -23,6 +23,7 @@ from rlhf.config.schema.data import TaskConfig
 from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.rewards import RewardConfig, drops, functions_of_rubric
 from rlhf.config.schema.root import Config
+from rlhf.config.schema.service import TinkerConfig
 from rlhf.config.yaml_tree import Key, kind
 from rlhf.evaluation.passing import judges
 from rlhf.role_table import ROLES, TRAINED_ROLES
@@ -44,7 +45,7 @@ class Inert:
     is_given: bool = False  # the value comes from elsewhere, and may differ from the key's default
 
 
-def unused_keys(stage: Config | EvaluationStage) -> Iterator[Problem]:
+def unused_keys(stage: Config | EvaluationStage | TinkerConfig) -> Iterator[Problem]:
     """Yield written keys without effect, each once."""
     named: set[Key] = set()
     listed: set[Key] = set()
@@ -71,10 +72,12 @@ def _is_meant(config: Section, inert: Inert) -> bool:
     return not is_default or (inert.is_given and node is not None and node != {})
 
 
-def inert_keys(stage: Config | EvaluationStage) -> Iterator[Inert]:
+def inert_keys(stage: Config | EvaluationStage | TinkerConfig) -> Iterator[Inert]:
     """Yield all keys without effect, sections before single keys."""
     if isinstance(stage, EvaluationStage):
         return _marked(stage, _missing_device(stage.cluster) | _missing_in_evaluation(stage))
+    if isinstance(stage, TinkerConfig):
+        return _marked(stage, _missing_device(stage.cluster) | _missing_in_service(stage))
     return _of_run(stage, derive(stage))
 
 
@@ -248,6 +251,11 @@ def _missing_in_evaluation(stage: EvaluationStage) -> Missing:
         why = f"{_NO_JUDGE} and evaluate.pass_score is null, so no response passes"
         missing["passing scores"] = (why, "set evaluate.pass_score")
     return missing
+
+
+def _missing_in_service(config: TinkerConfig) -> Missing:
+    why = "a server for clients' loops starts policy and rollout alone"
+    return {f"{role} role": (why, "train with it in a run") for role in ROLES.keys() - {*config.needs}}
 
 
 def _missing_rewards(rewards: Mapping[str, RewardConfig]) -> Missing:

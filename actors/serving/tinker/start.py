@@ -1,0 +1,133 @@
+"""Start the ranks and the engines of a server for clients' loops, and serve until a signal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from actors.cluster.connect import connected
+from actors.cluster.placement import reserve_roles
+from actors.roles.adapters import create_adapters_gang
+from actors.roles.group import ending
+from actors.rollout.adapter_engines import serve_adapters
+from actors.serving.tinker.http import TinkerServer
+from rlhf.config.adapter_ranks import ranks_config
+from rlhf.config.schema.model import LoraConfig, PolicyConfig
+from rlhf.config.schema.run import RunConfig
+from rlhf.config.schema.service import TinkerConfig
+from rlhf.errors import UserError, prefix_errors
+from rlhf.hosting import protobuf
+from rlhf.hosting.service import ServiceSettings, TinkerService
+from rlhf.models.files.loading import load_tokenizer
+from rlhf.models.on_disk import ModelOnDisk
+from rlhf.preflight.models import resolve_model
+from rlhf.preflight.sources import local_model
+from rlhf.serving import serve_until_interrupted
+
+GIB = 1 << 30
+PROBE_TEXT = "The quick brown fox jumps over the lazy dog, and 7 times 8 is 56."
+PROBE_TOKENS = 32
+
+
+def server_folder(config: TinkerConfig) -> Path:
+    return (config.run.dir / config.run.name).absolute()
+
+
+def find_base(config: TinkerConfig) -> ModelOnDisk:
+    """Return the base model. UserError: the model does not exist, or does not fit the limits of the server."""
+    folder = server_folder(config)
+    policy, limits = config.policy.as_loaded(), config.service
+    with prefix_errors("policy.model"):
+        name = local_model(policy.model, folder / "service", seed=config.run.seed)
+        model = resolve_model(name, trust_remote_code=policy.trust_remote_code, device=config.cluster.device)
+        if model.adapter is not None:
+            raise UserError(f"{policy.model} is an adapter; name its base model, and let clients load the adapter")
+    if model.max_length is not None and limits.max_length > model.max_length:
+        raise UserError(
+            f"service.max_length: is {limits.max_length}, more than the {model.max_length} tokens of {policy.model}"
+        )
+    if ":" in (limits.model_name or model.base):
+        raise UserError("service.model_name: is missing, and clients cannot use the colon in the model's name; set it")
+    return model
+
+
+def serve_clients(
+    config: TinkerConfig, *, host: str, port: int, token: str | None, ready: Callable[[str], None]
+) -> None:
+    """Serve until interrupted. `ready` is called with the address, the base URL for clients. token: keys of clients,
+    divided by commas; None: any key, from this machine alone."""
+    protobuf.messages()  # fails before anything starts
+    model = find_base(config)
+    tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=config.policy.trust_remote_code)
+    limits = config.service
+    probe_ids = list(tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"])
+    settings = ServiceSettings(
+        model=limits.model_name or model.base,
+        tokenizer=limits.model_name or model.tokenizer,
+        max_length=limits.max_length,
+        max_adapters=limits.max_adapters,
+        max_models=limits.max_models,
+        checkpoint_bytes=int(limits.checkpoint_gib * GIB),
+        idle_s=limits.idle_s,
+        dtype=config.policy.dtype,
+        seed=config.run.seed,
+        probe_ids=probe_ids[: min(PROBE_TOKENS, limits.max_length - 1)],
+    )
+    keys = [] if token is None else [key for key in token.split(",") if key]
+
+    def decode(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens)))
+
+    opened = _service(config, model, settings, decode)
+    server = TinkerServer(opened, keys)
+    with connected(config.cluster):
+        serve_until_interrupted(
+            server.application(),
+            host=host,
+            port=port,
+            ready=ready,
+            decompresses=False,  # the routes do, because aiohttp needs another package for zstd
+            failure=lambda: server.service.lost.result() if server.service.lost.done() else None,
+        )
+
+
+@asynccontextmanager
+async def _service(
+    config: TinkerConfig, model: ModelOnDisk, settings: ServiceSettings, decode: Callable[[Sequence[int]], str]
+) -> AsyncIterator[TinkerService]:
+    """Start the ranks and the engines, and yield the service in front of both."""
+    cluster, limits, trained = config.cluster, config.service, config.policy
+    policy = PolicyConfig(
+        model=model.base,
+        dtype=trained.dtype,
+        trust_remote_code=trained.trust_remote_code,
+        lora=LoraConfig(rank=trained.lora.rank),
+        gradient_checkpointing=trained.gradient_checkpointing,
+    )
+    longest = limits.max_length + 1  # a row and its last target
+    run = RunConfig(name=config.run.name, dir=config.run.dir, seed=config.run.seed)
+    of_ranks = ranks_config(policy, run, cluster, max_tokens_per_microbatch=longest)
+    placement = await reserve_roles(config.needs, cluster, with_reward_model=False)
+    gang = create_adapters_gang(of_ranks, placement, longest_sequence=longest)
+    engines = serve_adapters(
+        model.base,
+        cluster,
+        placement,
+        dtype=trained.dtype,
+        max_length=limits.max_length,
+        rank=trained.lora.rank,
+        max_adapters=limits.max_adapters,
+        tokenizer=model.tokenizer,
+        trust_remote_code=trained.trust_remote_code,
+    )
+    async with ending([gang, engines], placement.release, heartbeat_timeout_s=cluster.heartbeat_timeout_s):
+        await asyncio.gather(
+            gang.start(deadline_s=cluster.start_timeout_s), engines.start(deadline_s=cluster.start_timeout_s)
+        )
+        service = TinkerService(server_folder(config), settings, gang, engines, decode=decode)
+        try:
+            yield service
+        finally:
+            await service.close()

@@ -1,0 +1,60 @@
+"""`rlhf tinker CONFIG`: serve a base model to clients that bring their own loops, by the Tinker protocol."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf.commands.command import Command
+from rlhf.commands.shared import refuse_other_than_file, stoppable, write_stdout
+
+if TYPE_CHECKING:
+    from rlhf.config.schema.service import TinkerConfig
+
+TINKER_PORT = 8703
+
+
+def load_service(path: str | Path, overrides: Sequence[str] = ()) -> TinkerConfig:
+    """Load a YAML file with `section.key=value` overrides, and return the checked configuration of a server."""
+    from rlhf.config.files.load import load_service_file
+
+    refuse_other_than_file(path)
+    return load_service_file(path, overrides)
+
+
+@stoppable
+def tinker(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token_env: str | None = None,
+    ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve a base model to clients with their own loops, by the Tinker protocol, until SIGINT or SIGTERM.
+
+    `ready` is called with the base URL for clients. UserError before anything starts if the configuration or the token
+    is wrong. A server that starts again with the same run.name continues all models.
+
+    Args:
+        config (CONFIG): a YAML file with the sections run and policy, and possibly service and cluster.
+    """
+    from actors.serving.tinker.start import serve_clients
+    from rlhf.serving import refuse_taken, serving_token
+    from rlhf.tracking import logs
+
+    logs.configure()
+    loaded = load_service(config, overrides)
+    token = serving_token(host, token_env)
+    refuse_taken(host, port)
+    serve_clients(loaded, host=host, port=port, token=token, ready=ready)
+
+
+def _present(args: argparse.Namespace) -> None:
+    COMMAND.call(args, ready=lambda url: write_stdout(f"serving {url}\n"))
+
+
+COMMAND = Command(tinker, _present, changes={"config": {"type": str}, "port": {"default": TINKER_PORT}, "ready": None})

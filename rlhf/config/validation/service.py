@@ -1,0 +1,34 @@
+"""Check the relations between the keys of a server for clients with their own loops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlhf.config.problem import Problem, problem
+from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.config.schema.service import TinkerConfig
+from rlhf.config.validation.cluster import cluster_problems
+from rlhf.config.validation.unused_keys import unused_keys
+
+
+def service_problems(config: TinkerConfig) -> tuple[Problem, ...]:
+    return (
+        *unused_keys(config),
+        *_problems(config.cluster),
+        *cluster_problems(config.cluster, config.needs, with_reward_model=False),
+    )
+
+
+def _problems(cluster: ClusterConfig) -> Iterator[Problem]:
+    rollout, policy = cluster.roles.rollout, cluster.roles.policy
+    if cluster.weight_sync != "auto":
+        text = f"is {cluster.weight_sync}, and has no effect here: engines read adapters from files; remove it"
+        yield problem("cluster.weight_sync", text)
+    if rollout.colocate_with is not None:
+        text = "is policy, but clients train and sample at the same time; remove it"
+        yield problem("cluster.roles.rollout.colocate_with", text)
+    if rollout.is_elastic:
+        yield problem("cluster.roles.rollout.engines", "is a range, but this server needs a fixed number of engines")
+    if "zero_stage" in policy.model_fields_set and policy.zero_stage not in (0, 3):
+        text = f"is {policy.zero_stage}, but adapters take turns on the ranks, which needs 0 or 3"
+        yield problem("cluster.roles.policy.zero_stage", text)

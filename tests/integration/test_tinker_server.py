@@ -1,0 +1,105 @@
+"""`rlhf tinker` with real ranks and engines, driven by the official client, over a kill of the server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tinker
+from tinker import types
+
+from rlhf.viewing.runs import RunPlaces
+from tests.integration.rank_gang import free_port
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")]
+FILE = """\
+run: {name: served, dir: FOLDER}
+policy: {model: "tiny:llama", dtype: float32, lora: {rank: 8}}
+service: {max_length: 128}
+cluster: {start_timeout_s: 500, roles: {policy: {cpus: 0.5}, rollout: {cpus: 0.5}}}
+"""
+
+
+class Server:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        (folder / "tinker.yaml").write_text(FILE.replace("FOLDER", str(folder)), encoding="utf-8")
+        self.start()
+
+    def start(self) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "rlhf.cli",
+            "tinker",
+            str(self.folder / "tinker.yaml"),
+            "--port",
+            str(self.port),
+        ]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == f"serving {self.url}\n"
+
+    def end(self, sign: signal.Signals) -> int:
+        os.killpg(self.process.pid, sign)
+        return self.process.wait(120)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    made = Server(tmp_path)
+    yield made
+    if made.process.poll() is None:
+        made.end(signal.SIGKILL)
+
+
+def test_clients_train_and_sample_and_continue_after_a_kill(server: Server) -> None:
+    client = tinker.ServiceClient(base_url=server.url, api_key="tml-x")
+    capabilities = tinker.RestClient(base_url=server.url, api_key="tml-x").get_server_capabilities().result(60)
+    name = capabilities.supported_models[0].model_name
+    assert name is not None
+    model = client.create_lora_training_client(base_model=name, rank=4, seed=1).result(120)
+    tokens = model.get_tokenizer().encode("abcabcabcabc")
+    inputs: Any = {"target_tokens": tokens[1:], "weights": [1.0 / len(tokens)] * (len(tokens) - 1)}
+    row = types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
+
+    def train(trained: tinker.TrainingClient, steps: int) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            made = trained.forward_backward([row], "cross_entropy")
+            stepped = trained.optim_step(types.AdamParams(learning_rate=0.01))
+            losses.append(float(made.result(120).metrics["loss:sum"]))
+            stepped.result(120)
+        return losses
+
+    losses = train(model, 12)
+    assert losses[-1] < 0.95 * losses[0]
+    state = model.save_state("state").result(120).path
+    sampler = model.save_weights_and_get_sampling_client().result(120)
+    scored = sampler.compute_logprobs(types.ModelInput.from_ints(tokens)).result(120)
+    trained = model.forward([row], "cross_entropy").result(120).loss_fn_outputs[0]["logprobs"].data
+    assert [float(value or 0.0) for value in scored[1:]] == pytest.approx(trained, abs=1e-4)
+    before = train(model, 1)
+    pending = model.forward_backward([row], "cross_entropy")
+    stepped = model.optim_step(types.AdamParams(learning_rate=0.01))
+    time.sleep(0.05)
+    server.end(signal.SIGKILL)
+    server.start()
+    after = [float(pending.result(300).metrics["loss:sum"])]
+    stepped.result(300)
+    after += train(model, 1)
+    again = client.create_training_client_from_state_with_optimizer(state).result(120)
+    assert train(again, 3) == before + after  # the bits of a server without a kill
+    assert sampler.compute_logprobs(types.ModelInput.from_ints(tokens)).result(120) == scored
+    client.close("success").result(60)
+    runs = RunPlaces([server.folder / "served"]).by_name()
+    assert len(runs) == 2
+    assert server.end(signal.SIGTERM) == 0
