@@ -10,12 +10,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import psutil
 import pytest
 
+from actors.jobs.submit import Jobs
 from rlhf.commands.run import Run
 from rlhf.tracking.sinks.tracker import read_metrics
 from tests.integration.recipes import without_clocks
+from tests.integration.test_notebooks_run import execute
+from tests.integration.test_submit import head as head
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
@@ -86,7 +90,8 @@ def test_the_examples_loop_gives_the_numbers_of_the_command(tmp_path: Path) -> N
     assert rows(own.folder) == rows(trained.folder)
     names = ["final/model.safetensors", "samples/step_000003.jsonl"]
     assert all((own.folder / name).read_bytes() == (trained.folder / name).read_bytes() for name in names)
-    assert "share" in own.report(tmp_path / "page.html").path.read_text(encoding="utf-8")
+    own.report(tmp_path / "page.html")
+    assert "rewards/share" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_the_curriculum_runs(tmp_path: Path) -> None:
@@ -140,3 +145,44 @@ def test_ctrl_c_ends_the_roles(tmp_path: Path) -> None:
     assert Run(tmp_path / "wait").state == "stopped"
     assert [row["step"] for row in rows(tmp_path / "wait")] == [1]
     assert not psutil.wait_procs(children, timeout=20)[1]
+
+
+CELL = """
+import sys
+import rlhf
+sys.path.insert(0, ROOT)
+from examples.loops.grpo import grpo
+
+async with rlhf.start("examples/loops/letters.yaml", SETTINGS) as loop:
+    await grpo(loop)
+loop.step
+"""
+
+
+def test_a_notebook_awaits_at_the_top_level(tmp_path: Path) -> None:
+    """The second cell uses the loop after its block."""
+    source = CELL.replace("ROOT", repr(str(ROOT))).replace("SETTINGS", repr(settings(tmp_path, "notebook")))
+    cells = [nbformat.v4.new_code_cell(source), nbformat.v4.new_code_cell("await loop.save()")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    execute(notebook, ROOT, allow_errors=True)
+    (shown,) = [one["data"]["text/plain"] for one in notebook.cells[0].outputs if one.output_type == "execute_result"]
+    assert shown == "3"
+    (refused,) = [one for one in notebook.cells[1].outputs if one.output_type == "error"]
+    assert refused["traceback"] == [
+        "UserError: save: the block of rlhf.start has ended. Make the call within the block."
+    ]
+    assert len(rows(tmp_path / "notebook")) == 3
+
+
+def test_a_job_of_a_cluster_joins_the_cluster(head: str, tmp_path: Path) -> None:
+    words = " ".join(settings(tmp_path, "job"))
+    client = Jobs(head)._client
+    job = client.submit_job(entrypoint=f"cd {ROOT} && {sys.executable} examples/loops/grpo.py {words}")
+    until = time.monotonic() + 300
+    while client.get_job_status(job) not in ("SUCCEEDED", "FAILED", "STOPPED"):
+        assert time.monotonic() < until, client.get_job_logs(job)
+        time.sleep(1.0)
+    log = client.get_job_logs(job)
+    assert client.get_job_status(job) == "SUCCEEDED", log[-3000:]
+    assert "connected to the Ray cluster" in log
+    assert Run(tmp_path / "job").state == "finished"
