@@ -96,7 +96,7 @@ def _only_run(loaded: LoadedConfig) -> Config:
 
 
 def _without_snapshots(config: Config) -> Config:
-    """Return the configuration of ranks that are not started again: only the user's loop can repeat the lost work."""
+    """Return the configuration of ranks without a restart: only the user's loop can repeat the lost work."""
     restarts = config.cluster.restarts.model_copy(update={"gang": 0})
     return config.model_copy(update={"cluster": config.cluster.model_copy(update={"restarts": restarts})})
 

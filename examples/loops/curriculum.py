@@ -48,8 +48,12 @@ async def curriculum(loop: OwnLoop) -> list[dict[str, int]]:
 
 
 async def main() -> None:
-    changes = ["run.name=curriculum", "train.sequences_per_update=96", *sys.argv[1:]]
-    async with rlhf.start("examples/loops/letters.yaml", changes) as loop:
+    config = {
+        "base": "examples/loops/letters.yaml",
+        "run": {"name": "curriculum"},
+        "train": {"sequences_per_update": 96},  # one minibatch
+    }
+    async with rlhf.start(config, sys.argv[1:]) as loop:
         for step, counts in enumerate(await curriculum(loop), start=1):
             sys.stdout.write(f"step {step}: {counts}\n")
         await loop.export()

@@ -28,14 +28,14 @@ async def start(
     quiet: bool = False,
     trackers: Sequence[TrackerBackend | type[TrackerBackend]] = (),
 ) -> AsyncIterator[OwnLoop]:
-    """Start the roles of an online run, and yield them to a loop of your own. They end with the block.
+    """Start the roles of an online run, and yield the roles to a loop of your own. The roles end with the block.
 
     The engines have the policy's weights when the block begins. An exception in the block ends the roles at once, and
     the run's folder records the exception. After Ctrl-C the run counts as stopped.
 
     Args:
         config: of one online run, as `rlhf.train` takes it. `overrides` changes its keys.
-        resume: continue from the newest checkpoint that `OwnLoop.save` wrote, if there is one.
+        resume: continue from the newest checkpoint of `OwnLoop.save`, if any.
         overwrite: replace the run in the folder of run.name.
         quiet: show no progress.
         trackers: views, besides the trackers of the configuration.

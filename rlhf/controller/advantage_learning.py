@@ -58,7 +58,7 @@ class Experience:
     privileged: tuple[Ref[PrivilegedPrompts], ...] = ()
 
 
-def signals_of(parts: Sequence[Experience]) -> Signals:
+def training_signals(parts: Sequence[Experience]) -> Signals:
     """Return the signals of the trained portions of a batch."""
     return Signals(
         trained=frozenset(i for part in parts for i in part.plan.scores),
@@ -108,7 +108,7 @@ class AdvantageLearning(ReferencedLearning):
         with self.record.stage("update"):
             for minibatch in self.visits(num_minibatches, step):
                 await self._update(minibatch, step, given[minibatch] if given else ())
-        return signals_of(trained)
+        return training_signals(trained)
 
     def end_step(self, groups: Sequence[ScoredGroup], signals: Signals) -> None:
         super().end_step(groups, signals)
@@ -316,15 +316,19 @@ class AdvantageLearning(ReferencedLearning):
     async def _update(self, minibatch: int, step: int, given: GivenByRank) -> None:
         """Make one optimizer step of each trained role. Roles with separate hardware update concurrently."""
         policy, trained = self.roles.policy, self.trained(step)
-        updates = [self.update(role, minibatch, *([given] if role is policy else [])) for role in trained]
+        updates = [self._update_one(role, minibatch, *([given] if role is policy else [])) for role in trained]
         if self.config.cluster.roles.critic.colocate_with is None:
             await asyncio.gather(*updates)
             return
         for update in updates:
             await update
 
+    async def _update_one(self, role: PolicyRole | CriticRole, minibatch: int, *given: GivenByRank) -> None:
+        self.record.add(await role.forward_backward(minibatch, *given))
+        self.record.add(await role.optim_step())
+
     def trained(self, step: int) -> list[PolicyRole | CriticRole]:
-        """Return the roles that a step updates."""
+        """Return the roles updated in a step."""
         critic = self.roles.critic
         if critic is None:
             return [self.roles.policy]

@@ -122,7 +122,8 @@ class DistillationLearning(Learning):
 
     async def _update(self, minibatch: int, states: StatesByRank = ()) -> None:
         with self.record.stage("update"):
-            await self.update(self.roles.policy, minibatch, states)
+            self.record.add(await self.roles.policy.forward_backward(minibatch, states))
+            self.record.add(await self.roles.policy.optim_step())
 
     async def _update_all(self, order: Sequence[int], plan: BatchPlan, answered: Sequence[CompletedGroup]) -> None:
         """Update from the teacher's states, requested for one minibatch at a time because of the size. A teacher with

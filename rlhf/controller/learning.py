@@ -19,7 +19,6 @@ from rlhf.controller.record import RunRecord
 from rlhf.controller.training_scores import TrainingScores
 from rlhf.roles import (
     CriticRole,
-    GivenByRank,
     OnlineTeacherRole,
     PolicyRole,
     Ref,
@@ -29,7 +28,6 @@ from rlhf.roles import (
     RolloutRole,
     ScoredGroup,
     SequenceReport,
-    StatesByRank,
 )
 from rlhf.types import PrivilegedPrompts, TokenValues
 
@@ -126,11 +124,6 @@ class Learning(ABC):
 
     async def restore(self, state: Mapping[str, Any], step: int) -> None:  # noqa: B027
         """Restore the state of a step's checkpoint."""
-
-    async def update(self, role: PolicyRole | CriticRole, minibatch: int, *inputs: StatesByRank | GivenByRank) -> None:
-        """Make one optimizer step of a trained role on a minibatch of the prepared batch."""
-        self.record.add(await role.forward_backward(minibatch, *inputs))
-        self.record.add(await role.optim_step())
 
     def visits(self, num_minibatches: int, step: int) -> list[int]:
         train, run = self.config.train, self.config.run

@@ -1,8 +1,8 @@
-"""Offer the roles of an online run to a loop that a user writes (rlhf.start).
+"""Offer the roles of an online run to the loop of a user (rlhf.start).
 
     sample -> experience -> forward_backward -> optim_step -> sync, within a step
 
-Each method calls what rlhf.controller.online calls in the same place, so that the same order gives the same numbers.
+The methods make the calls of rlhf.controller.online, so the same order gives the same numbers.
 This module adds the order of the calls, and the row of a step.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.schema.root import Config
-from rlhf.controller.advantage_learning import AdvantageLearning, Experience, signals_of
+from rlhf.controller.advantage_learning import AdvantageLearning, Experience, training_signals
 from rlhf.controller.collect import Outcomes
 from rlhf.controller.learning import OnlineRoles, Signals
 from rlhf.controller.online import OnlineController
@@ -89,7 +89,7 @@ class OwnLoop:
 
     @property
     def num_steps(self) -> int:
-        """Return the steps of the configuration, over which the learning rate follows its schedule."""
+        """Return train.steps, the length of the learning rate's schedule."""
         return self.config.train.num_steps
 
     async def begin(self) -> None:
@@ -130,7 +130,7 @@ class OwnLoop:
     def prompts(self, count: int | None = None) -> list[Prompt]:
         """Return the next prompts of the data, in the shuffled order of the run (default: rollouts.prompts_per_step).
 
-        A checkpoint holds the place, so that a resumed run continues with the next prompt.
+        A checkpoint holds the place, so a resumed run continues with the next prompt.
         """
         with self._calling("prompts"):
             chosen = self._controller.collector.next(
@@ -151,7 +151,7 @@ class OwnLoop:
     async def sample(self, prompts: Sequence[Prompt] | None = None) -> list[ScoredGroup]:
         """Sample rollouts.samples_per_prompt responses to each prompt, and score them by the configuration's rewards.
 
-        Without `prompts`, the batch is that of `rlhf train`: the next prompts, with dynamic sampling, oversampling and
+        Without `prompts`, sample the batch of `rlhf train`: the next prompts, with dynamic sampling, oversampling and
         curriculum as configured. With prompts, a group with a failed reward has `scores.errors` and no score.
 
         Returns:
@@ -186,7 +186,7 @@ class OwnLoop:
             return groups
 
     def _request(self, prompt: Prompt) -> GroupRequest:
-        """Return a request with seeds and sequence ids that no other request of the user has."""
+        """Return a request with seeds and sequence ids of no earlier request."""
         samples, number = self._controller.rollouts.samples_per_prompt, self._controller.collector.next_group
         self._controller.collector.next_group += 1
         return request_for(
@@ -213,7 +213,7 @@ class OwnLoop:
     async def reference_logprobs(self, groups: Sequence[ScoredGroup]) -> list[TokenValues]:
         """Return the reference's log-probability of each token of `rollouts`, for each group, in order.
 
-        UserError: the run has no reference of its own (algorithm.kl.coef above 0, without LoRA).
+        UserError: the run has no separate reference (algorithm.kl.coef above 0, without LoRA).
         """
         with self._calling("reference_logprobs", in_step=True):
             if self.roles.reference is None:
@@ -269,14 +269,14 @@ class OwnLoop:
         """Compute the gradient of a minibatch of the last batch of `experience`, in every trained role.
 
         Args:
-            loss: the policy loss of each token, in place of the configured algorithm's: the name of an algorithm, its
-                section as a mapping, or a function of a micro-batch (rlhf.algorithms.microbatch.PolicyMicrobatch) that
-                returns a tensor of shape [N], or a Surrogate. The function travels to the ranks. Aggregation, KL
-                penalty, correction and entropy bonus stay those of the configuration.
+            loss: the policy loss of each token, in place of the configured algorithm's: the name of an algorithm, the
+                section of an algorithm as a mapping, or a function. The function takes a micro-batch
+                (rlhf.algorithms.microbatch.PolicyMicrobatch), returns a tensor of shape [N] or a Surrogate, and travels
+                to the ranks. Aggregation, KL penalty, correction and entropy bonus follow the configuration.
             accumulate: a further forward_backward comes before `optim_step`, and the gradients add up.
 
         Returns:
-            the metrics of the minibatch, which the step's row gets too.
+            the metrics of the minibatch, also for the step's row.
         """
         with self._calling("forward_backward", in_step=True):
             learning = self._advantages("forward_backward")
@@ -349,7 +349,7 @@ class OwnLoop:
         """Answer and score the evaluation sets, after `sync` in a step, or before the first step.
 
         Returns:
-            `eval/*`, which the row of the step gets too. Before the first step the row is that of step 0.
+            `eval/*`, also for the row of the step. Before the first step, this is the row of step 0.
         """
         with self._calling("evaluate"):
             step = self.step + self._in_step
@@ -377,7 +377,7 @@ class OwnLoop:
     async def load(self, folder: Path) -> None:
         """Load weights and optimizer of a checkpoint, and sync the weights. The place in the data stays."""
         with self._calling("load", in_step=False):
-            if not (folder / "policy").is_dir():
+            if not all((folder / name).is_dir() for name in self._controller.trained):
                 raise UserError(f"load: {folder} is no checkpoint. Give what `save` returned.")
             with self._giving_up("load"):
                 async with self._controller.saving():
@@ -386,7 +386,7 @@ class OwnLoop:
                 await self._controller.sync(self.step)
 
     async def export(self) -> Path:
-        """Write the model to final/ in the run's folder, and return that folder. The run counts as finished."""
+        """Write the model to final/ in the run's folder, and return final/. The run counts as finished."""
         with self._calling("export", in_step=False), self._giving_up("export"):
             final = await self._write_final()
             self._is_stale = bool(self._controller.sharing)
@@ -399,7 +399,7 @@ class OwnLoop:
 
     async def _finish_step(self) -> None:
         controller, step = self._controller, self.step + 1
-        signals = self._signals or signals_of([part for part in self._parts if part.plan.scores])
+        signals = self._signals or training_signals([part for part in self._parts if part.plan.scores])
         sound = [one for one in self._sampled if not one.scores.errors]
         attempt = StepAttempt(step, controller.learning, controller.scorer, controller.sampling)
         attempt.groups, attempt.signals = sound, signals

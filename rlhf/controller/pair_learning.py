@@ -57,7 +57,8 @@ class PairLearning(ReferencedLearning):
             minibatches = await self._prepare(pairs, step) if pairs else 0
         with record.stage("update"):
             for minibatch in self.visits(minibatches, step):
-                await self.update(self.roles.policy, minibatch)
+                record.add(await self.roles.policy.forward_backward(minibatch))
+                record.add(await self.roles.policy.optim_step())
         preferred = {info.sequence_id: place == 0 for pair in pairs for place, info in enumerate(pair.group.infos)}
         return Signals(trained=frozenset(preferred), preferred=preferred)
 

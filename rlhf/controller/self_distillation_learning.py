@@ -56,7 +56,8 @@ class SelfDistillationLearning(Learning):
             record.add((await policy.prepare(plan, [scored.group for scored in taught], prompts)).metrics)
         with record.stage("update"):
             for minibatch in self.visits(len(plan.minibatches), step):
-                await self.update(policy, minibatch)
+                record.add(await policy.forward_backward(minibatch))
+                record.add(await policy.optim_step())
         trained = frozenset(info.sequence_id for scored in taught for info in scored.group.infos)
         return Signals(trained=trained, privileged=tuple(column.ref for column in prompts))
 

@@ -428,7 +428,7 @@ async def run(
 
 @asynccontextmanager
 async def looped(loaded: LoadedConfig, **options: Any) -> AsyncIterator[OwnLoop]:
-    """Offer the roles to a loop of one's own without Ray, as rlhf.start does."""
+    """Offer the roles to a user's loop without Ray, as rlhf.start does."""
     async with started(loaded, **options) as (controller, stage):
         assert isinstance(stage.inputs, OnlineInputs)
 

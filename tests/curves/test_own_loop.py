@@ -103,7 +103,7 @@ async def prepared(loop: OwnLoop) -> None:
 
 
 async def update(loop: OwnLoop, *, loss: Any = None, syncs: bool = True) -> dict[str, float]:
-    """Make a step with one optimizer step. Return the metrics."""
+    """Make a step with a single update. Return the metrics."""
     async with loop.next_step():
         await prepared(loop)
         metrics = await loop.forward_backward(loss=loss)
@@ -195,7 +195,7 @@ async def test_gradients_add_up_before_an_optimizer_step(alone: None, tmp_path: 
 
 
 async def test_a_loss_may_be_named_or_a_function(alone: None, tmp_path: Path) -> None:
-    """While every ratio is 1, all three losses have the same gradient, and the loss of CISPO has another value."""
+    """While every ratio is 1, all three losses have the same gradient, and the loss of CISPO has a different value."""
     found = []
     for number, loss in enumerate((None, own_clip, {"name": "cispo", "max_ratio": 4.0})):
         async with looped(loaded(tmp_path, f"loss{number}")) as loop:

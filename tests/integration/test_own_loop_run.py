@@ -23,7 +23,7 @@ from tests.integration.test_submit import head as head
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
-SMALL = ["train.steps=3", "rollouts.prompts_per_step=4", "train.sequences_per_update=16"]
+SMALL = ["rollouts.prompts_per_step=4", "train.sequences_per_update=16"]
 SCRIPT = """
 import asyncio, json, os, signal, sys, time
 import rlhf
@@ -49,14 +49,8 @@ async def main():
             if sys.argv[1] == "wait":
                 await asyncio.sleep(300)
             processes = json.loads((loop.folder / "processes.json").read_text())
-            os.kill(rank_of(processes), signal.SIGKILL)
+            os.kill(next(one["pid"] for one in processes if one["who"] == "policy rank 0"), signal.SIGKILL)
             await loop.forward_backward()
-
-def rank_of(node):
-    if isinstance(node, dict) and node.get("role") == "policy" and "pid" in node:
-        return node["pid"]
-    inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
-    return next((found for found in map(rank_of, inner) if found), None)
 
 asyncio.run(main())
 """
@@ -67,7 +61,7 @@ def command(*words: str) -> list[str]:
 
 
 def settings(folder: Path, name: str) -> list[str]:
-    return [f"run.dir={folder}", f"run.name={name}", *SMALL]
+    return [f"run.dir={folder}", f"run.name={name}", "train.steps=3", *SMALL]
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -75,16 +69,15 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def finished(folder: Path, name: str, *words: str) -> Run:
-    done = subprocess.run(
-        command(*words, *settings(folder, name)), cwd=ROOT, capture_output=True, text=True, timeout=400
-    )
+    done = subprocess.run(command(*words), cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return Run(folder / name)
 
 
 def test_the_examples_loop_gives_the_numbers_of_the_command(tmp_path: Path) -> None:
-    own = finished(tmp_path, "own", "examples/loops/grpo.py")
-    trained = finished(tmp_path, "trained", "-m", "rlhf.cli", "train", "examples/loops/letters.yaml")
+    own = finished(tmp_path, "own", "examples/loops/grpo.py", *settings(tmp_path, "own"))
+    train = ("-m", "rlhf.cli", "train", "examples/loops/letters.yaml", *settings(tmp_path, "trained"))
+    trained = finished(tmp_path, "trained", *train)
     assert own.state == trained.state == "finished"
     assert len(rows(own.folder)) == 3
     assert rows(own.folder) == rows(trained.folder)
@@ -95,7 +88,7 @@ def test_the_examples_loop_gives_the_numbers_of_the_command(tmp_path: Path) -> N
 
 
 def test_the_curriculum_runs(tmp_path: Path) -> None:
-    run = finished(tmp_path, "curriculum", "examples/loops/curriculum.py")
+    run = finished(tmp_path, "curriculum", "examples/loops/curriculum.py", f"run.dir={tmp_path}", "train.steps=3")
     assert run.state == "finished"
     assert set(run.samples["columns/kind"]) == {"digits", "vowels", "x"}
 
