@@ -42,6 +42,7 @@ async def curriculum(loop: OwnLoop) -> list[dict[str, int]]:
                 await loop.forward_backward()
                 norm = (await loop.optim_step())["update/grad_norm"]
                 norms[kind] = 0.7 * norms[kind] + 0.3 * norm
+            loop.record(**{f"prompts_{kind}": count for kind, count in counts.items()})
             await loop.sync()
         history.append(counts)
     return history

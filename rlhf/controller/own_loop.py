@@ -28,7 +28,8 @@ from rlhf.errors import UserError
 from rlhf.role_table import GUESTS_OF_ENGINES
 from rlhf.roles import Metrics, Ref, ScoredGroup
 from rlhf.rollouts.records.texts import response_texts
-from rlhf.tracking.metrics.declarations import merge_metrics, results
+from rlhf.tracking.metrics.declarations import is_declared, merge_metrics, results
+from rlhf.tracking.metrics.reductions import Last
 from rlhf.types import GroupRequest, Prompt, Rollouts, TokenValues
 
 NEXT = "Begin the next step: `async with loop.next_step():`."
@@ -364,6 +365,15 @@ class OwnLoop:
                 self._record.write_row(0, self._record.row())
                 self._has_row = True
             return {key: value for key, value in found.items() if key.startswith("eval/")}
+
+    def record(self, **numbers: float) -> None:
+        """Add numbers of your own to the step's row, under `own/NAME`."""
+        with self._calling("record", in_step=True):
+            for name, number in numbers.items():
+                if not (math.isfinite(number) and is_declared(f"own/{name}")):
+                    text = "expected a name of letters, digits, _, . and -, and a finite number"
+                    raise UserError(f"record: {name!r} is {number}, {text}.")
+            self._record.add({f"own/{name}": Last(value=float(number)) for name, number in numbers.items()})
 
     async def save(self) -> Path:
         """Write a checkpoint of the last finished step (weights, optimizer, place in the data). Return the folder."""

@@ -120,6 +120,8 @@ async def test_calls_in_the_wrong_order_are_refused_and_change_nothing(loop: Own
 
     await refused(loop.sample(), "sample: belongs into a step")
     await refused(loop.save(), "save: no step has ended yet")
+    with pytest.raises(UserError, match=r"record: belongs into a step"):
+        loop.record(kind=1.0)
     async with loop.next_step() as step:
         assert step == 1
         await refused(loop.save(), "save: belongs after a step's block")
@@ -143,6 +145,8 @@ async def test_calls_in_the_wrong_order_are_refused_and_change_nothing(loop: Own
         await loop.optim_step()
         await refused(loop.sample(loop.prompts(1)), "the engines have older weights. Call sync first")
         await refused(loop.evaluate(), "evaluate: is for a step after `sync`")
+        with pytest.raises(UserError, match=r"record: .kind. is nan, expected a name of letters, digits"):
+            loop.record(kind=float("nan"))
         await loop.sync()
         await refused(loop.sync(), "step 1 has synced its weights already. Begin the next step")
         await loop.forward_backward()
@@ -261,7 +265,7 @@ async def test_the_curriculum_gives_prompts_to_large_gradients(alone: None, tmp_
         history = await curriculum(loop)
     assert history[0] == {"digits": 4, "vowels": 4, "x": 4}
     assert [sum(counts.values()) for counts in history] == [12, 12]
-    assert len(rows(loop.folder)) == 2
+    assert [row["own/prompts_x"] for row in rows(loop.folder)] == [counts["x"] for counts in history]
 
 
 async def test_a_lost_rank_ends_the_loop(loop: OwnLoop) -> None:

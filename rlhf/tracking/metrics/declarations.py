@@ -50,6 +50,7 @@ PLACEHOLDERS: Mapping[str, tuple[str, str]] = {
     "set": (r"[A-Za-z0-9_.-]+", "an evaluation set's name"),
     "metric": (r"[A-Za-z0-9_.@/-]+", "`score`, a reward's name, `loss`, `kl_teacher`, or what the evaluation calls it"),
     "lag": (r"[0-9]+", "a number of versions"),
+    "number": (r"[A-Za-z0-9_.-]+", "a name chosen in your own loop"),
     "reason": (r"[a-z_]+", "why a prompt does not go on: `edited_history`, `other_tools`, `rewritten_turn` or another"),
     "node": (r"[A-Za-z0-9_.-]+", "a node's address in the Ray cluster"),
     "role": ("|".join(("controller", *ROLES)), "a role, or `controller` for the driver"),
@@ -276,6 +277,8 @@ preference/mismatched_kl | nats | Last | preference optional | KTO's estimate of
     summed over a response
 
 eval/<set>/<metric> | 1 | - | eval | A value on a held-out set, before training at step 0
+
+own/<number> | 1 | Last | online optional | A number recorded by your own loop (`loop.record` of `rlhf.start`)
 
 weight_sync/version | version | Last | online | Version of the weights that the engines hold now
 weight_sync/probe_max_diff | nats | Max | online | Largest |logprob| difference of engine and trainer on the probe after
