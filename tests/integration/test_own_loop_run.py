@@ -90,7 +90,9 @@ def test_the_examples_loop_gives_the_numbers_of_the_command(tmp_path: Path) -> N
 def test_the_curriculum_runs(tmp_path: Path) -> None:
     run = finished(tmp_path, "curriculum", "examples/loops/curriculum.py", f"run.dir={tmp_path}", "train.steps=3")
     assert run.state == "finished"
-    assert set(run.samples["columns/kind"]) == {"digits", "vowels", "x"}
+    counts = run.metrics[["own/prompts_digits", "own/prompts_vowels", "own/prompts_x"]]
+    assert list(counts.sum(axis="columns")) == [12.0] * 3
+    assert list(counts.loc[1]) == [4.0] * 3
 
 
 def started(folder: Path, mode: str) -> subprocess.Popen[str]:
