@@ -140,7 +140,8 @@ def table(kinds: Sequence[str]) -> str:
         model_type = "llava" if kind == "pixtral" else kind
         shared = "-" if row.shared is None else f"{row.shared:.0e}"
         numbers = [f"{row.packed:.0e}", shared, f"{row.gradient:.0e}", f"{row.effect:.2f}"]
-        numbers += [f"{row.engine:.0e}", f"{row.synced_engine:.0e}"]
+        refused = " (refused on a CPU)" if NAMES[model_type].sees_both_ways else ""
+        numbers += [f"{row.engine:.0e}{refused}", f"{row.synced_engine:.0e}{refused}"]
         lines.append([NAMES[model_type].name, f"`{model_type}`", LAYOUTS[row.layout], *numbers])
         sys.stderr.write(f"{lines[-1]}\n")
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -40,8 +40,14 @@ def support_by_type() -> Mapping[str, Support]:
 
 
 def refuse_without_engine(config: Mapping[str, Any], *, device: Literal["cpu", "cuda"]) -> None:
-    """Raise UserError for a model type without an engine on this device, according to the table."""
+    """Raise UserError for a model type without an engine on this device, by the table and by measurements of images."""
     kind = config["model_type"]
+    if device == "cpu" and (sees := KINDS.get(kind)) is not None and sees.sees_both_ways:
+        raise UserError(
+            f"no engine on a CPU can sample from models of type {kind}: the tokens of an image attend to each other, "
+            "but in vLLM on a CPU to earlier tokens alone, so the engine would see images otherwise than the policy "
+            "(docs/models.md). Use GPUs, or another model."
+        )
     row = support_by_type().get(kind)
     if row is None or not (row.engines == "none" or (row.engines == "GPU" and device == "cpu")):
         return

@@ -50,3 +50,7 @@ def test_types_that_no_engine_computes_are_refused() -> None:
         refuse_without_engine({"model_type": "mamba"}, device="cpu")
     with pytest.raises(UserError, match="of type longcat_flash: vLLM refuses"):
         refuse_without_engine({"model_type": "longcat_flash"}, device="cuda")
+    refuse_without_engine({"model_type": "gemma3"}, device="cuda")
+    refuse_without_engine({"model_type": "gemma3_text"}, device="cpu")
+    with pytest.raises(UserError, match=r"of type gemma3: .* attend to each other, .* Use GPUs"):
+        refuse_without_engine({"model_type": "gemma3"}, device="cpu")
