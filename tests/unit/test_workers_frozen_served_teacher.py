@@ -31,7 +31,15 @@ from rlhf.workers.online.student import StudentWorker
 from tests.byte_tokenizers import byte_bpe
 from tests.fakes.services import FakeService, Handler, TeacherService, served
 from tests.fixtures.configs import changed
-from tests.fixtures.workers import PLACE, engine_of, gradient, make_update, random_examples, rollouts_of
+from tests.fixtures.workers import (
+    PLACE,
+    assert_same_gradient,
+    engine_of,
+    gradient,
+    make_update,
+    random_examples,
+    rollouts_of,
+)
 
 EXAMPLES = random_examples()
 OPTIONS: dict[str, Any] = {"temperature": 1.0, "samples_per_prompt": 2, "max_tokens_per_microbatch": 64}
@@ -310,7 +318,7 @@ def test_the_gradient_is_that_of_a_plain_loop_over_sequences(
         (loss / count).backward()
     expected = gradient(plain)
     assert float(expected.abs().max()) > 1e-3
-    torch.testing.assert_close(gradient(student.engine.module), expected, rtol=0.0, atol=1e-6)
+    assert_same_gradient(gradient(student.engine.module), expected)
 
 
 def test_a_server_with_fewer_alternatives_is_refused_before_the_run(tiny_model: Path) -> None:

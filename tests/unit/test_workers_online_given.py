@@ -12,7 +12,7 @@ from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.models.routers.recording import RoutingRecord, routers_of
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.types import BatchPlan, GivenBatch, GivenResponse, MinibatchPlan
-from tests.fixtures.workers import gradient, make_update, rollouts_of
+from tests.fixtures.workers import assert_same_gradient, gradient, make_update, rollouts_of
 from tests.tiny_architectures import tiny_model
 from tests.unit.test_workers_online_policy import StreamedWorker, worker_of
 
@@ -67,30 +67,30 @@ def by_hand(model: Any, *, by_uncertainty: bool) -> torch.Tensor:
 @pytest.mark.parametrize("tokens", [100, 9])
 @pytest.mark.parametrize("by_uncertainty", [True, False])
 def test_the_gradient_is_that_of_a_plain_loop(by_uncertainty: bool, tokens: int) -> None:
-    model = tiny_model("llama")
+    model = tiny_model("llama").double()
     metrics = results(updated(model, plan(), given(), tokens=tokens, by_uncertainty=by_uncertainty))
     found = gradient(model)
     model.zero_grad(set_to_none=True)
-    torch.testing.assert_close(found, by_hand(model, by_uncertainty=by_uncertainty), rtol=1e-4, atol=1e-7)
+    assert_same_gradient(found, by_hand(model, by_uncertainty=by_uncertainty))
     assert metrics["update/given_share"] == 0.25
     assert metrics["update/given_nll/mean"] > metrics["update/given_loss/mean"] * (2 if by_uncertainty else 0.99)
 
 
 def test_ranks_share_the_given_responses() -> None:
     """A rank without a given response, or without a rollout, adds nothing and still takes part."""
-    model = tiny_model("llama")
+    model = tiny_model("llama").double()
     updated(model, plan(), given())
     whole = gradient(model).clone()
     for samples in (((0,), (1,)), ((0, 1), ())):
         for shares in ((RESPONSES[:2], RESPONSES[2:]), ((), RESPONSES)):
             model.zero_grad(set_to_none=True)
             parts = [updated(model, plan(samples), given(own), rank=rank) for rank, own in enumerate(shares)]
-            torch.testing.assert_close(gradient(model), whole, rtol=1e-4, atol=1e-7)
+            assert_same_gradient(gradient(model), whole)
             assert results(merge_metrics(parts))["update/given_share"] == 0.25
 
 
 def test_without_given_responses_the_update_is_grpos() -> None:
-    model = tiny_model("llama")
+    model = tiny_model("llama").double()
     metrics = results(updated(model, plan(), None))
     found = gradient(model).clone()
     model.zero_grad(set_to_none=True)
@@ -103,12 +103,12 @@ def test_without_given_responses_the_update_is_grpos() -> None:
 
 
 def test_without_given_responses_in_a_step_the_rollouts_keep_their_share() -> None:
-    model = tiny_model("llama")
+    model = tiny_model("llama").double()
     updated(model, plan(), None)
     whole = gradient(model).clone()
     model.zero_grad(set_to_none=True)
     metrics = results(updated(model, plan(), given((), num_tokens=0)))
-    torch.testing.assert_close(gradient(model), 0.75 * whole, rtol=1e-4, atol=1e-6)
+    assert_same_gradient(gradient(model), 0.75 * whole)
     assert "update/given_share" not in metrics
 
 
@@ -117,7 +117,7 @@ def test_without_given_responses_in_a_step_the_rollouts_keep_their_share() -> No
 def test_a_streamed_batch_has_the_gradient_of_the_whole_batch(
     aggregation: str, responses: tuple[GivenResponse, ...]
 ) -> None:
-    model, batch = tiny_model("llama"), given(responses, num_tokens=6 if responses else 0)
+    model, batch = tiny_model("llama").double(), given(responses, num_tokens=6 if responses else 0)
     whole = results(updated(model, plan(), batch, aggregation=aggregation))
     expected = gradient(model).clone()
     model.zero_grad(set_to_none=True)
@@ -140,7 +140,7 @@ def test_a_streamed_batch_has_the_gradient_of_the_whole_batch(
         worker.set_advantages(of_portion)
         worker.forward_backward(0, ends=False)
     found = results(make_update(worker, 0, batch))
-    torch.testing.assert_close(gradient(model) / divisors[0], expected, rtol=1e-4, atol=1e-7)
+    assert_same_gradient(gradient(model) / divisors[0], expected)
     names = ["update/loss/mean", *["update/given_loss/mean", "update/given_nll/mean"] * bool(responses)]
     assert [found[name] for name in names] == pytest.approx([whole[name] for name in names], rel=1e-4)
 
@@ -170,7 +170,7 @@ def test_the_load_balancing_loss_is_one_mean_over_all_sequences() -> None:
         balance = routing.balance_loss()
         assert balance is not None
         (0.5 / 5 * balance).backward()
-    torch.testing.assert_close(gradients[1] - gradients[0], gradient_of_all(model), rtol=1e-3, atol=1e-6)
+    assert_same_gradient(gradients[1], gradients[0] + gradient_of_all(model))
 
 
 def gradient_of_all(model: Any) -> torch.Tensor:

@@ -25,7 +25,7 @@ from rlhf.workers.frozen.top_settings import top_of
 from rlhf.workers.online.student import StudentWorker
 from tests.agent_sessions import call, session
 from tests.fakes.configs import online_config
-from tests.fixtures.workers import PLACE, engine_of, gradient, make_update
+from tests.fixtures.workers import PLACE, assert_same_gradient, engine_of, gradient, make_update
 from tests.tiny_architectures import tiny_model
 
 PROMPT = Prompt(prompt_id=0, token_ids=(1, 2), text="", columns={})
@@ -86,9 +86,9 @@ def workers(tokens: int, **algorithm: Any) -> tuple[Worker, dict[str, Any], Onli
         rewards={},
         train={"steps": 1, "lr": 1e-2, "sequences_per_update": 2, "max_tokens_per_microbatch": tokens},
     )
-    student = tiny_model("llama")
+    student = tiny_model("llama").double()
     torch.manual_seed(5)
-    models = {"math": type(student)(student.config).eval(), "code": type(student)(student.config).eval()}
+    models = {name: type(student)(student.config).eval().double() for name in ("math", "code")}
     models["code"].requires_grad_(False)
     teacher = OnlineTeacherWorker(
         derive.teachers(config),
@@ -157,7 +157,7 @@ def test_every_sampled_token_of_a_session_learns_from_the_teacher_of_its_row(
         else:
             terms = divergences(ours, theirs, divergence, top_k)
         (WEIGHTS[name] / 10 * terms.sum()).backward()
-    torch.testing.assert_close(found, gradient(student), rtol=1e-4, atol=1e-6)
+    assert_same_gradient(found, gradient(student))
     whole = gaps["math"] + gaps["code"]
     assert metrics["experience/kl_teacher/mean"] == pytest.approx(sum(whole) / 10, rel=1e-3, abs=1e-4)
     for name, own_gaps in gaps.items():
@@ -225,7 +225,7 @@ def test_given_responses_have_their_share_of_the_loss(
             if sample < 0:
                 nll -= float(ours.gather(-1, alone.token_ids[places + 1][:, None]).sum().detach()) / 5
             (share / count * WEIGHTS[name] * divergences(ours, theirs, divergence, top_k).sum()).backward()
-    torch.testing.assert_close(total, gradient(student), rtol=1e-4, atol=1e-6)
+    assert_same_gradient(total, gradient(student))
     metrics = results(merge_metrics(seen))
     assert metrics["update/given_share"] == 0.7
     assert metrics["update/given_nll/mean"] == pytest.approx(nll, rel=1e-4)

@@ -33,7 +33,7 @@ from rlhf.workers.offline.distillation import DistillationWorker
 from rlhf.workers.online.student import StudentWorker
 from tests.fakes.configs import offline_config, online_config
 from tests.fixtures.other_tokenizer import build_other, merging_tokenizer
-from tests.fixtures.workers import PLACE, engine_of, gradient, rollouts_of
+from tests.fixtures.workers import PLACE, assert_same_gradient, engine_of, gradient, make_update, rollouts_of
 
 STUDENT, TEACHER = byte_tokenizer(), merging_tokenizer()
 EOS, END = STUDENT.eos_token_id, TEACHER.eos_token_id
@@ -72,7 +72,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folders["other"] = build_other(folder / "other", seed=3)
     models = {}
     for name, path in folders.items():
-        models[name] = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        models[name] = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
         models[name].requires_grad_(name == "student")
         with torch.no_grad():
             models[name].get_output_embeddings().weight.mul_(8.0)  # else all distributions are nearly even
@@ -164,7 +164,7 @@ def test_the_gradient_is_that_of_a_plain_loop(world: World, divergence: str, tok
             distance = own(p, q).sum()
         if distance.requires_grad:
             (WEIGHTS[OWNERS[i]] * distance / 24).backward()
-    torch.testing.assert_close(found, gradient(student), rtol=1e-4, atol=1e-6)
+    assert_same_gradient(found, gradient(student))
     assert row["update/compared/fraction"] == pytest.approx((sum(COMPARED.values()) + 3) / 24)
     assert row["update/compared_by_teacher/other/fraction"] == pytest.approx(sum(COMPARED.values()) / 21)
     assert row["update/compared_by_teacher/same/fraction"] == 1.0
@@ -197,7 +197,7 @@ def updated(
     plan = MinibatchPlan(sequences_by_rank=(tuple(texts),), num_tokens=count, num_sequences=len(texts), teachers=owners)
     worker.prepare(BatchPlan(step=1, minibatches=(plan,), scores={}, kl_coef=0.0), batch)
     world.models["student"].zero_grad(set_to_none=True)
-    row = results(worker.update(0, *states))
+    row = results(make_update(worker, 0, *states))
     return gradient(world.models["student"]), row
 
 
@@ -292,7 +292,7 @@ def test_fixed_data_is_learned_in_the_teachers_template(world: World) -> None:
     )
     total = WEIGHTS["other"] * sum(terms, torch.zeros(())) + WEIGHTS["same"] * reverse_kl(p, q.detach()).sum()
     (total / num_tokens).backward()
-    torch.testing.assert_close(found, gradient(student), rtol=1e-4, atol=1e-6)
+    assert_same_gradient(found, gradient(student))
     assert row["update/compared/fraction"] == 1.0
     assert row["update/loss/mean"] == pytest.approx(float(total.detach()) / num_tokens, rel=1e-4)
     evaluated = results(worker.evaluate(0, "held", plan, *states))
