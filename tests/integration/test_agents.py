@@ -53,8 +53,9 @@ def long_results(folder: Path) -> dict[str, Any]:
     return {"found": None, "long": {"function": f"{folder}/long.py:long"}}
 
 
-def test_an_unmodified_client_is_trained(tmp_path: Path) -> None:
-    train(config(tmp_path, "search"))
+@pytest.mark.parametrize("name", ["grpo", "gigpo"])
+def test_an_unmodified_client_is_trained(tmp_path: Path, name: str) -> None:
+    train(config(tmp_path, "search", algorithm={"name": name}))
     for row in rows(tmp_path / "search")[1:]:
         # Trainer and sampler agree about every sampled token, so both saw the same tokens at the same places.
         assert row["experience/rollout_logprob_diff/max"] < 1e-4

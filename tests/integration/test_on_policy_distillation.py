@@ -19,12 +19,14 @@ from transformers import AutoModelForCausalLM
 from rlhf.config.derive import teachers
 from rlhf.config.schema.root import Config
 from rlhf.data.packing import balance
-from rlhf.models.files.tiny import VOCAB_SIZE
+from rlhf.models.files.tiny import VOCAB_SIZE, byte_tokenizer
 from rlhf.tracking.metrics.declarations import expected_metrics
+from rlhf.tracking.run_folder.atomic import read_lines
 from rlhf.types import ONLY_TEACHER, BatchPlan, MinibatchPlan, Rollouts
 from rlhf.workers.frozen.teacher import OnlineTeacherWorker
 from rlhf.workers.online.student import StudentWorker
 from tests.fixtures.workers import make_update
+from tests.integration.faults import kill_all, wait_for
 from tests.integration.gang_workers import (
     BETA,
     PROMPT,
@@ -38,7 +40,7 @@ from tests.integration.gang_workers import (
     worker_config,
 )
 from tests.integration.rank_gang import Gangs, place_of
-from tests.integration.recipes import rlhf, rows, train, write_config
+from tests.integration.recipes import merge, one_thread, rlhf, rows, start, train, without_clocks, write_config
 from tests.integration.test_reward_services import running, wait_for_url
 
 GROUPS, LR, TEMPERATURE = 4, 1e-3, 0.7
@@ -262,6 +264,10 @@ def config_file(folder: Path, name: str, models: Path, algorithm: Algorithm, **c
     return write_config(folder / f"{name}.yaml", tree)
 
 
+MIXTURE = {"divergence": "jsd", "top_k": 8, "on_policy_share": 0.5}
+GIVEN = {"train": {"split": "sft"}}  # rows with answers
+
+
 def samples(run: Path, step: int) -> list[dict[str, Any]]:
     text = (run / "samples" / f"step_{step:06d}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
@@ -282,20 +288,51 @@ def unbroken(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pyt
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_teacher_behind_rlhf_serve_teaches_as_one_in_the_run(models: Path, tmp_path: Path) -> None:
-    port, log = "18741", tmp_path / "serve.log"
-    words = [*rlhf(), "serve", str(models / "teacher"), "--name", "t", "--port", port, "--max-length", "256"]
-    overrides = ["rollouts.temperature=1.0", "eval.temperature=0.0", "train.steps=2", "train.checkpoint_every=1"]
+    port, log, teacher_folder = "18741", tmp_path / "serve.log", tmp_path / "teacher"
+    model = AutoModelForCausalLM.from_pretrained(models / "teacher")
+    model.resize_token_embeddings(VOCAB_SIZE)  # a served teacher may name no token that the student lacks
+    model.save_pretrained(teacher_folder)
+    byte_tokenizer().save_pretrained(teacher_folder)
+    held = {"teacher": {"model": str(teacher_folder), "dtype": "float32"}}
+    words = [*rlhf(), "serve", str(teacher_folder), "--name", "t", "--port", port, "--max-length", "256"]
+    overrides = ["rollouts.temperature=1.0", "eval.temperature=0.0", "train.checkpoint_every=1"]
     with running(words, log, OMP_NUM_THREADS="1") as process:
         wait_for_url(f"http://127.0.0.1:{port}/health", process, log, timeout_s=400)
         teacher = {"url": f"http://127.0.0.1:{port}/v1", "model": "t", "http": {"deadline_s": 5, "timeout_s": 5}}
         served = config_file(tmp_path, "served", models, {}, teacher=teacher)
-        train(served, *overrides)
-    train(config_file(tmp_path, "held", models, {}), *overrides)
-    for ours, theirs in zip(rows(tmp_path / "served"), rows(tmp_path / "held"), strict=True):
-        for metric in theirs.keys() & {"experience/kl_teacher/mean", "eval/heldout/kl_teacher"}:
-            assert ours[metric] == pytest.approx(theirs[metric], abs=1e-3)
+        train(served, *overrides, "train.steps=2")
+        mixed = config_file(tmp_path, "served-mixture", models, MIXTURE, teacher=teacher, data=GIVEN)
+        train(mixed, *overrides, "train.steps=2")
+    train(config_file(tmp_path, "held", models, {}, **held), *overrides, "train.steps=2")
+    train(config_file(tmp_path, "held-mixture", models, MIXTURE, data=GIVEN, **held), *overrides, "train.steps=2")
+    compared = {"experience/kl_teacher/mean", "eval/heldout/kl_teacher", "update/given_nll/mean", "update/loss/mean"}
+    for name in ("", "-mixture"):
+        for ours, theirs in zip(rows(tmp_path / f"served{name}"), rows(tmp_path / f"held{name}"), strict=True):
+            for metric in theirs.keys() & compared:
+                assert ours[metric] == pytest.approx(theirs[metric], abs=1e-3), (name, metric)
+    assert rows(tmp_path / "served-mixture")[-1]["update/given_share"] == 0.5
     with pytest.raises(AssertionError, match=r"exit 1[\s\S]*no answer within 5 s"):  # the server is gone
         train(served, *overrides, "train.steps=3", "--resume", "auto")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_mixture_repeats_its_steps_with_shared_weights(models: Path, tmp_path: Path) -> None:
+    """The given responses of a resumed step are those of the killed run, for a student on two ranks with ZeRO-3."""
+    roles = one_thread("rollout", "teacher") | {"policy": {"workers": 2, "zero_stage": 3, "cpus": 0.5, "threads": 1}}
+    changes: dict[str, Any] = {"data": {**GIVEN, "eval": None}, "eval": None, "cluster": {"roles": roles}}
+    changes["train"] = merge(RUN["train"], {"steps": 100, "checkpoint_every": 2})
+    config, run = config_file(tmp_path, "mixture", models, MIXTURE, **changes), tmp_path / "mixture"
+    process = start(config)
+    wait_for(run / "metrics.jsonl", 4, timeout_s=300)  # a step after the first checkpoint at least
+    kill_all(process.pid)
+    process.wait(timeout=30)
+    before = without_clocks(read_lines(run / "metrics.jsonl"))
+    for row in before:
+        assert row["update/given_share"] == 0.5
+        assert row["experience/rollout_logprob_diff/max"] < 1e-3
+    train(config, "--resume", "step_000002", f"train.steps={len(before)}")
+    assert without_clocks(rows(run)) == before
 
 
 @pytest.mark.slow
