@@ -39,7 +39,7 @@ OTHERS = {  # besides a test for each algorithm that learns from scores
     "flash_reinforce": CONFIGS / "flash_reinforce_smollm2.yaml",
     "vapo": CONFIGS / "vapo_smollm2.yaml",
     "short_answers": CONFIGS / "short_answers_smollm2.yaml",
-    **{name: CONFIGS / f"{name}_smollm2.yaml" for name in ("opsd", "sdft", "sdpo")},
+    **{name: CONFIGS / f"{name}_smollm2.yaml" for name in ("opsd", "sdft", "sdpo", "gkd", "m2po", "score_centering")},
 }
 SHOWN = {"privileged": {"template": "{answer};\n\n{prompt}"}}
 GAME = read_tree(CONFIGS / "guessing_game.yaml").values["stages"]["grpo"]
@@ -130,7 +130,7 @@ async def test_the_score_rises(name: str, alone: None, tmp_path: Path, request: 
     changes = CHANGES.get(name, {})
     start = request.getfixturevalue("shown_start" if "privileged" in changes.get("algorithm", {}) else "warm_start")
     taught: dict[str, Any] = {}
-    if name == "chord":
+    if name in ("chord", "gkd"):
         changes = merge(changes, {"data": {"train": right_answers(tmp_path)}})
     if "teacher" in recipe:  # the score is measured, and not learnt from
         taught = {"teacher": {"model": str(request.getfixturevalue("careful_teacher")), "dtype": "float32"}}
