@@ -312,7 +312,7 @@ def test_a_teacher_behind_rlhf_serve_teaches_as_one_in_the_run(models: Path, tmp
                 assert ours[metric] == pytest.approx(theirs[metric], abs=1e-3), (name, metric)
     assert rows(tmp_path / "served-mixture")[-1]["update/given_share"] == 0.5
     with pytest.raises(AssertionError, match=r"exit 1[\s\S]*no answer within 5 s"):  # the server is gone
-        train(served, *overrides, "train.steps=3", "--resume", "auto")
+        train(config_file(tmp_path, "gone", models, {}, teacher=teacher), *overrides, "train.steps=2")
 
 
 @pytest.mark.slow
