@@ -10,17 +10,31 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import ray
 import torch
 import xxhash
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from actors.cluster.placement import reserve_roles
+from actors.roles.adapters import create_adapters_gang
+from actors.roles.group import ending
 from actors.rollout.adapter_engines import AdapterEngine, AdapterEngines, serve_adapters
-from rlhf.adapters import SampleAnswer, SampledSequence, SampleRequest
+from rlhf.adapters import (
+    AdamStep,
+    AdapterShape,
+    LossRows,
+    NamedLoss,
+    SampleAnswer,
+    SampledSequence,
+    SampleRequest,
+)
+from rlhf.config.adapter_ranks import ranks_config
 from rlhf.config.schema.cluster import ClusterConfig
+from rlhf.config.schema.model import PolicyConfig
+from rlhf.config.schema.run import RunConfig
 from rlhf.errors import RunError, UserError
-from rlhf.roles import PolicyProbe
+from rlhf.roles import AdapterEnginesRole, AdaptersRole, PolicyProbe
 from tests.fakes.engine_handles import supervisor
 from tests.integration.engine_helpers import DEADLINE_S, engine, logprobs_of, spec
 
@@ -352,7 +366,7 @@ def test_a_successor_answers_with_the_adapters_of_a_killed_engine(
             running = [asyncio.create_task(engines.sample(name, given)) for name, given in asked]
             await asyncio.sleep(0.5)
             assert not any(task.done() for task in running)
-            await engines.processes.end_one(0)
+            ray.kill(engines.handles[0])
             return whole, await asyncio.gather(*running)
         finally:
             engines.end()
@@ -361,3 +375,50 @@ def test_a_successor_answers_with_the_adapters_of_a_killed_engine(
     whole, again = asyncio.run(run())
     tokens = [[answer.sequences[0].token_ids for answer in answers] for answers in (whole, again)]
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.slow
+def test_engines_and_ranks_agree_about_trained_adapters(tiny_model: Path, tmp_path: Path, ray_local: None) -> None:
+    policy = PolicyConfig.model_validate({"model": str(tiny_model), "dtype": "float32", "lora": {"rank": 8}})
+    cluster = ClusterConfig.model_validate({"start_timeout_s": DEADLINE_S})
+    config = ranks_config(policy, RunConfig(name="joined", dir=tmp_path), cluster, max_tokens_per_microbatch=512)
+    shapes = {
+        "a": AdapterShape(rank=4, seed=1),
+        "b": AdapterShape(rank=8, seed=2),
+        "c": AdapterShape(rank=2, mlp=False),
+    }
+
+    async def run() -> list[float]:
+        placement = await reserve_roles(["policy", "rollout"], config.cluster, with_reward_model=False)
+        gang = create_adapters_gang(config, placement, longest_sequence=LENGTH)
+        engines = serve_adapters(
+            str(tiny_model), config.cluster, placement, dtype="float32", max_length=LENGTH, rank=8, max_adapters=2
+        )
+        async with ending([gang, engines], placement.release, heartbeat_timeout_s=120.0):
+            await asyncio.gather(*[role.start(deadline_s=DEADLINE_S) for role in (gang, engines)])
+            return list(await asyncio.gather(*[client(name, shape, gang, engines) for name, shape in shapes.items()]))
+
+    async def client(name: str, shape: AdapterShape, gang: AdaptersRole, engines: AdapterEnginesRole) -> float:
+        """Train on a text, then sample, and score the sample by ranks. Return the largest difference."""
+        await gang.create(name, shape)
+        text = PROBE[shape.rank :] + PROBE
+        for step in range(3):
+            assert (await gang.forward_backward(name, rows(text), NamedLoss(name="cross_entropy"))).loss > 0.0
+            await gang.optim_step(name, AdamStep(lr=0.05))
+            folder = tmp_path / f"{name}{step}"
+            checksum = await gang.export(name, folder)
+            logprobs = tuple(await gang.probe(name, PROBE))
+            probe = PolicyProbe(version=step, token_ids=PROBE, logprobs=logprobs, dtype="float32")
+            assert await engines.load(f"{name}.{step}", folder, checksum=checksum, probe=probe) < 1e-4
+        (sequence,) = (await engines.sample(f"{name}.2", request(LONG, max_tokens=60))).sequences
+        report = await gang.forward_backward(
+            name, rows(LONG + sequence.token_ids), NamedLoss(name="cross_entropy"), forward_only=True
+        )
+        theirs = torch.tensor(sequence.logprobs)
+        return float((report.logprobs[-len(theirs) :, 0] - theirs).abs().max())
+
+    def rows(text: tuple[int, ...]) -> LossRows:
+        ids = torch.tensor(text)
+        return LossRows(token_ids=ids[:-1], lengths=torch.tensor([len(text) - 1]), targets=ids[1:, None])
+
+    assert max(asyncio.run(run())) < 1e-4
