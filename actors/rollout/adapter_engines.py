@@ -21,11 +21,11 @@ from actors.rollout.adapter_shelf import AdapterShelf, ServedAdapter
 from actors.rollout.client_samples import (
     MOST_TOP,
     SEEDS,
-    ServedModel,
-    answer_of,
+    RequestBounds,
+    client_answer,
+    request_bounds,
     sample_limit,
     sample_params,
-    served_model,
 )
 from actors.rollout.dispatch import GroupWork
 from actors.rollout.engine_creation import RolloutEngine, spawn_engines
@@ -47,8 +47,8 @@ class AdapterEngine(RolloutEngine):
         super().__init__(spec)
         self.adapters = AdapterShelf(self.calls, room=spec.max_adapters, probed=self._probed)
 
-    async def served_model(self) -> ServedModel:
-        return await self.calls.run(served_model, "its model")
+    async def request_bounds(self) -> RequestBounds:
+        return await self.calls.run(request_bounds, "its model")
 
     async def load_adapter(self, adapter: ServedAdapter) -> float:
         return await self.adapters.load(adapter)
@@ -70,7 +70,7 @@ class AdapterEngine(RolloutEngine):
             except RunError:
                 self.loop.abort([kind])
                 raise
-        return answer_of(request, outputs)
+        return client_answer(request, outputs)
 
 
 class AdapterEngines(RolloutEngines):
@@ -93,7 +93,7 @@ class AdapterEngines(RolloutEngines):
         self._users = Counter[int]()  # requests by the adapter's number
         self._left = asyncio.Event()  # a request has ended
         self._numbers, self._requests = itertools.count(1), itertools.count(1)
-        self._model: ServedModel | None = None
+        self._bounds: RequestBounds | None = None
 
     async def load(self, adapter: str, folder: Path, *, checksum: str, probe: PolicyProbe) -> float:
         """Load an exported adapter, whose folder must stay until `unload` has returned."""
@@ -126,7 +126,7 @@ class AdapterEngines(RolloutEngines):
         await self.present(lambda h: h.unload_adapter.remote(served.number), "adapters")
 
     async def sample(self, adapter: str | None, request: SampleRequest) -> SampleAnswer:
-        limit = sample_limit(request, await self._served_model())
+        limit = sample_limit(request, await self._request_bounds())
         served = None if adapter is None else self._known(adapter)
         if request.seed is None:  # not an engine's: two engines may begin with the same seed
             request = replace(request, seed=SystemRandom().randrange(SEEDS))
@@ -140,7 +140,7 @@ class AdapterEngines(RolloutEngines):
             self._left.set()
 
     async def end_tokens(self) -> tuple[int, ...]:
-        return (await self._served_model()).end_tokens
+        return (await self._request_bounds()).end_tokens
 
     async def _sample(self, adapter: ServedAdapter | None, request: SampleRequest, limit: int) -> SampleAnswer:
         """Draw the samples. After the loss of an engine, another one draws them with the same seeds."""
@@ -172,12 +172,12 @@ class AdapterEngines(RolloutEngines):
             raise UserError(f"No adapter named {adapter} is loaded. Load it first, or sample again from a loaded one.")
         return served
 
-    async def _served_model(self) -> ServedModel:
-        while self._model is None:
+    async def _request_bounds(self) -> RequestBounds:
+        while self._bounds is None:
             await self.any_working()
-            found = await self.present(lambda h: h.served_model.remote(), "adapters")
-            self._model = next(iter(found.values()), None)
-        return self._model
+            found = await self.present(lambda h: h.request_bounds.remote(), "adapters")
+            self._bounds = next(iter(found.values()), None)
+        return self._bounds
 
     async def _give_weights(self, rank: int) -> None:
         """Give a successor nothing: each request brings the description of its adapter."""

@@ -20,7 +20,7 @@ SEEDS = 2**63  # vLLM takes seeds of 64 bits, and -1 for none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServedModel:
+class RequestBounds:
     """What a request must fit."""
 
     vocabulary: int
@@ -28,19 +28,19 @@ class ServedModel:
     end_tokens: tuple[int, ...]
 
 
-def served_model(engine: Any) -> ServedModel:
-    """Describe the model of an engine."""
-    return ServedModel(
+def request_bounds(engine: Any) -> RequestBounds:
+    """Return the bounds of an engine."""
+    return RequestBounds(
         vocabulary=engine.model_config.get_vocab_size(),
         max_length=engine.model_config.max_model_len,
         end_tokens=tuple(sorted(end_tokens(engine))),
     )
 
 
-def sample_limit(request: SampleRequest, model: ServedModel) -> int:
+def sample_limit(request: SampleRequest, bounds: RequestBounds) -> int:
     """Return the most tokens of a sample. UserError: an engine cannot answer the request."""
-    length, last = len(request.token_ids), model.vocabulary - 1
-    room = model.max_length - length
+    length, last = len(request.token_ids), bounds.vocabulary - 1
+    room = bounds.max_length - length
     limit = room if request.max_tokens is None else request.max_tokens
     wrong: list[str] = []
     if not length:
@@ -51,10 +51,10 @@ def sample_limit(request: SampleRequest, model: ServedModel) -> int:
     if room < max(limit, 1):
         wrong.append(
             f"a prompt of {length} tokens and max_tokens of {limit if room > 0 else '1 or more'} are more than the "
-            f"{model.max_length} tokens of the engine; shorten the prompt or lower max_tokens"
+            f"{bounds.max_length} tokens of the engine; shorten the prompt or lower max_tokens"
         )
     for key, value, least, most in (
-        ("max_tokens", request.max_tokens, 1, model.max_length),
+        ("max_tokens", request.max_tokens, 1, bounds.max_length),
         ("num_samples", request.num_samples, 1, MOST_SAMPLES),
         ("temperature", request.temperature, 0, MOST_TEMPERATURE),
         ("top_k", request.top_k, 1, MOST_TOP_K),
@@ -104,7 +104,7 @@ def sample_params(request: SampleRequest, limit: int, added: Mapping[str, int]) 
     ]
 
 
-def answer_of(request: SampleRequest, outputs: Sequence[Any]) -> SampleAnswer:
+def client_answer(request: SampleRequest, outputs: Sequence[Any]) -> SampleAnswer:
     """Return the answer from vLLM's outputs, one for each sample."""
     prompt = outputs[0].prompt_logprobs  # None: not asked for
     starts = () if prompt is None else prompt.start_indices[1:]  # the first token has nothing before it

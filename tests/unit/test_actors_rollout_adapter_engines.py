@@ -16,7 +16,7 @@ from torch import ones
 from actors.rollout import adapter_shelf
 from actors.rollout.adapter_engines import AdapterEngines
 from actors.rollout.adapter_shelf import AdapterShelf, ServedAdapter
-from actors.rollout.client_samples import ServedModel
+from actors.rollout.client_samples import RequestBounds
 from actors.rollout.engine_calls import EngineCalls
 from actors.weights.adapter import file_checksum
 from rlhf.adapters import SampleAnswer, SampledSequence, SampleRequest
@@ -35,8 +35,8 @@ class ClientEngine(Engine):
         super().__init__(name, samples=8)
         self.asked: list[tuple[int | None, int | None]] = []
 
-    def on_served_model(self) -> ServedModel:
-        return ServedModel(vocabulary=10, max_length=20, end_tokens=(2,))
+    def on_request_bounds(self) -> RequestBounds:
+        return RequestBounds(vocabulary=10, max_length=20, end_tokens=(2,))
 
     def on_load_adapter(self, adapter: ServedAdapter) -> float:
         self.calls.append(f"load {adapter.number}")

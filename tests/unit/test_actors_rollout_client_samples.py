@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from actors.rollout.client_samples import MOST_SAMPLES, MOST_TOP, ServedModel, sample_limit
+from actors.rollout.client_samples import MOST_SAMPLES, MOST_TOP, RequestBounds, sample_limit
 from rlhf.adapters import SampleRequest
 from rlhf.errors import UserError
 
-MODEL = ServedModel(vocabulary=50, max_length=10, end_tokens=(2,))
+BOUNDS = RequestBounds(vocabulary=50, max_length=10, end_tokens=(2,))
 
 
 def request(**values: Any) -> SampleRequest:
@@ -18,9 +18,9 @@ def request(**values: Any) -> SampleRequest:
 
 
 def test_the_limit_of_a_sample() -> None:
-    assert sample_limit(request(), MODEL) == 7
-    assert sample_limit(request(max_tokens=7), MODEL) == 7
-    assert sample_limit(request(max_tokens=1, num_samples=MOST_SAMPLES, top_logprobs=MOST_TOP), MODEL) == 1
+    assert sample_limit(request(), BOUNDS) == 7
+    assert sample_limit(request(max_tokens=7), BOUNDS) == 7
+    assert sample_limit(request(max_tokens=1, num_samples=MOST_SAMPLES, top_logprobs=MOST_TOP), BOUNDS) == 1
 
 
 @pytest.mark.parametrize(
@@ -48,4 +48,4 @@ def test_the_limit_of_a_sample() -> None:
 )
 def test_impossible_requests_are_refused(values: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        sample_limit(request(**values), MODEL)
+        sample_limit(request(**values), BOUNDS)
