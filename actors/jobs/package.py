@@ -19,14 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from actors.jobs.entrypoint import ENVIRONMENT
+from rlhf.config.derive import eval_sets, train_sets
 from rlhf.config.files.base_file import read_tree
 from rlhf.config.files.load import LoadedConfig
 from rlhf.config.files.recipes import RECIPES
 from rlhf.config.pipeline import model_places
+from rlhf.config.schema.data import DataSource
+from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage
 from rlhf.config.yaml_tree import apply_overrides
 from rlhf.data.files import FILE_SUFFIXES
-from rlhf.errors import UserError
+from rlhf.data.images import has_images, image_files
+from rlhf.data.sources import open_shards
+from rlhf.errors import UserError, prefix_errors
 
 LARGEST_MIB = 100  # of all files together: Ray keeps the archive in the head's memory and unpacks it on every node
 # Left out at the top of the folder, independent of .gitignore.
@@ -40,6 +45,7 @@ SECRETS = re.compile(
     re.IGNORECASE,
 )
 SECRET_FOLDERS = frozenset({".aws", ".azure", ".git", ".gnupg", ".kube", ".ssh"})  # .git/config may hold a token
+_SHARED = "Put the images on a disk that every node can read, and write absolute paths into the rows."
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same time for all files: Ray uploads equal archives only once
 
 Key = tuple[str, ...]
@@ -83,6 +89,7 @@ def project_of(config: Path, overrides: Sequence[str], loaded: LoadedConfig) -> 
     for base in dict.fromkeys(path.resolve() for path in tree.bases):
         if base.is_relative_to(folder) or not base.is_relative_to(RECIPES.resolve()):  # a node has the recipes itself
             named |= _below(base, folder, f"{config}: base")
+    named |= _image_files(loaded, folder)
     runs = [stage.run.dir for stage in loaded.stages.values() if not folder.is_relative_to(stage.run.dir)]
     stays = [folder / name for name in STAYS] + [*runs, loaded.folder]
     inside = {name for name in _listed(folder) if not any((folder / name).is_relative_to(place) for place in stays)}
@@ -146,6 +153,49 @@ def _named_files(tree: Any, overrides: Sequence[str], *, folder: Path, beside: P
                 raise UserError(f"{place}: {named} does not exist; looked for {' and '.join(map(str, paths))}")
             continue
         files |= _below(path.resolve(), folder, place)
+    return files
+
+
+def _image_files(loaded: LoadedConfig, folder: Path) -> set[Path]:
+    """Return the images that rows of the project's data name by relative paths, even if left out by .gitignore."""
+    files: set[Path] = set()
+    for name, stage in loaded.stages.items():
+        if isinstance(stage, MergeStage):
+            continue
+        sets: dict[str, DataSource] = {}
+        if isinstance(stage, Config):
+            sets |= {key: mixed.source for key, mixed in train_sets(stage).items()}
+            sets |= {f"data.eval.{key}": source for key, source in eval_sets(stage).items()}
+        else:
+            sets |= {f"evaluate.data.{key}": source for key, source in stage.evaluate.sets.items()}
+        columns = stage.data.columns if isinstance(stage, Config) else stage.evaluate.columns
+        for key, source in sets.items():
+            if isinstance(source, str) and source.endswith(FILE_SUFFIXES) and not os.path.isabs(source):
+                with prefix_errors(f"stages.{name}.{key}" if loaded.is_pipeline else key):
+                    files |= _images_of(source, columns, folder)
+    return files
+
+
+def _images_of(source: str, columns: Mapping[str, str], folder: Path) -> set[Path]:
+    """Return the images of a data file. UserError: a file is missing or outside, or all are too large."""
+    files: set[Path] = set()
+    for row in (row for shard in open_shards(source, columns=columns) for row in shard.read(0)):
+        for written in image_files(row):
+            if os.path.isabs(written):
+                continue  # on a disk of the cluster
+            path = Path(os.path.normpath(Path(row.file).absolute().parent / Path(written).expanduser()))
+            is_inside = path.is_relative_to(folder) and path.resolve().is_relative_to(folder)
+            if is_inside and path.is_file():
+                files.add(path.relative_to(folder))
+            elif has_images(row, strict=True):
+                what = "does not exist" if is_inside else f"is outside of the project, {folder}"
+                raise UserError(f"{row.place}: the image {path} {what}, and a job gets only its files. {_SHARED}")
+    size = sum((folder / name).stat().st_size for name in files) / 2**20
+    if size > LARGEST_MIB:
+        raise UserError(
+            f"The rows of {source} name {len(files)} images of {size:.0f} MiB, and at most {LARGEST_MIB} MiB go "
+            f"with a job. {_SHARED}"
+        )
     return files
 
 

@@ -57,12 +57,14 @@ from rlhf.suites.reports import suite_failures, suite_reports, suite_rows
 from rlhf.suites.spec import SuiteAnswers
 from rlhf.tracking.run_folder.atomic import write_atomic, write_lines
 from rlhf.tracking.run_folder.errors import write_error
-from rlhf.tracking.run_folder.samples import samples_path
+from rlhf.tracking.run_folder.folder import images_folder
+from rlhf.tracking.run_folder.samples import EVAL_SAMPLES, samples_path
+from rlhf.vision.store import ImageStore
 from rlhf.workers.frozen.likelihood import LikelihoodWorker
 from rlhf.workers.frozen.reward import RewardSettings
 
 logger = logging.getLogger(__name__)
-REPORT, SAMPLES = "eval.json", "samples.jsonl"
+REPORT, SAMPLES = "eval.json", EVAL_SAMPLES
 STORED_ANSWERS = "suite_answers_"  # the beginning of the names of files with answers to suites
 SAYS_EVERY_S = 15.0
 ResponseTexts = Sequence[str] | Sequence[Transcript]  # responses to a prompt; conversations as transcripts
@@ -94,10 +96,18 @@ def evaluate_inputs(inputs: EvalInputs, folder: Path) -> Evaluation:
 
     with connected(inputs.cluster):
         evaluation, rows = run_async(_evaluate(inputs, note, folder))
+    keep_images(rows, inputs.images, folder)
     write_lines(folder / SAMPLES, rows)
     _write_report(folder / REPORT, evaluation)
     _forget_answers(folder)
     return evaluation
+
+
+def keep_images(rows: Sequence[Mapping[str, Any]], images: Path, folder: Path) -> None:
+    """Store the images that the samples name in the folder of the results, for `rlhf view`."""
+    store = ImageStore(images_folder(folder))
+    for name in dict.fromkeys(name for row in rows for name in row.get("images") or ()):
+        store.add_file(images / name)
 
 
 def _write_report(path: Path, evaluation: Evaluation) -> None:
@@ -117,6 +127,7 @@ def run_evaluation(stage: EvaluationStage, loaded: LoadedConfig, start: Start) -
                 note_errors(scored, record, step=0, split=split, model=model)
 
             evaluation, rows = run_async(_evaluate(inputs, note, record.folder.path))
+        keep_images(rows, inputs.images, record.folder.path)
         write_lines(samples_path(record.folder.path, 0), rows)
         metrics = evaluation.to_metrics()
         record.write_row(0, {**record.row(), **metrics})
@@ -210,7 +221,9 @@ async def _answers(
 
         async def judge(name: str, group: CompletedGroup, _: int) -> tuple[ScoredGroup, ResponseTexts]:
             async def read() -> ResponseTexts:
-                return await (reward.texts(group) if candidate.environment is None else reward.transcripts(group))
+                has_images = min(group.request.prompt.token_ids, default=0) < 0  # named and placed by transcripts
+                is_told = candidate.environment is not None or has_images
+                return await (reward.transcripts(group) if is_told else reward.texts(group))
 
             scores, responses = await asyncio.gather(reward.score(group), read())
             scored = ScoredGroup(group=group, scores=scores)

@@ -42,7 +42,9 @@ class RequestImages:
         ]
         count, most = len(self.keys(taken)), self.inputs.reader.limits.max_images
         if count > most:
-            raise RefusedCall(f"`messages` hold {count} images, and the server takes {most}", param="messages")
+            is_of_run = self.inputs.place.kept_s is None
+            limit = f"data.max_images of the run is {most}" if is_of_run else f"the server takes {most}"
+            raise RefusedCall(f"`messages` hold {count} images, and {limit}", param="messages")
         self._remove_old()
         return taken
 

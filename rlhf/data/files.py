@@ -40,6 +40,18 @@ def rows_of_file(path: Path, skip: int = 0) -> Iterator[Row]:
         raise UserError(f"{path} cannot be read: {one_line(error.strerror or error)}.") from error
 
 
+def count_rows_of_file(path: Path) -> int:
+    """Return the number of rows of a file, without holding the rows. Of a Parquet file only the metadata is read."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet  # type: ignore[import-untyped]
+
+        try:
+            return int(pyarrow.parquet.read_metadata(path).num_rows)
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{path} is not a Parquet file that can be read: {one_line(error)}.") from error
+    return sum(1 for _ in rows_of_file(path))
+
+
 def rows_at_once(num_bytes: int, num_rows: int, *, most: int) -> int:
     """Return how many rows to decode together, given the size of all rows, so that a batch stays small."""
     return max(1, min(most, _BATCH_BYTES * num_rows // max(num_bytes, 1)))

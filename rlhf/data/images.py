@@ -9,7 +9,7 @@ text. A row with read images holds keys alone: the encoded bytes are in the stor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -72,6 +72,20 @@ def has_images(row: HasColumns, *, strict: bool = False) -> bool:
         for message in _messages_of(row.columns.get(name))
         for part in _parts_of(message)
     )
+
+
+def image_files(row: Row) -> Iterator[str]:
+    """Yield the paths of files that a row names as images, as written. Whether the files exist is not looked at."""
+    columns = (row.columns.get(name) for name in COLUMNS)
+    values = [item for value in columns for item in (value if isinstance(value, list | tuple) else [value])]
+    for name in _CONVERSATIONS:
+        messages = _messages_of(row.columns.get(name))
+        values += [part for message in messages for part in _parts_of(message) if _is_image(part)]
+    for value in values:
+        if isinstance(value, Mapping):  # in an Image column of a data set, the path beside bytes is a name alone
+            value = None if value.get("bytes") else value.get("image") or value.get("path")
+        if isinstance(value, str) and value and value[:5].lower() != "data:" and "://" not in value[:32]:
+            yield value
 
 
 def keys_of(messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:

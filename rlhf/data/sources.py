@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rlhf.data.comparisons import preference_prompts, preferences_of
-from rlhf.data.files import FILE_SUFFIXES, one_line, rows_at_once, rows_of_file
+from rlhf.data.files import FILE_SUFFIXES, count_rows_of_file, one_line, rows_at_once, rows_of_file
 from rlhf.data.images import RowImages, with_images
 from rlhf.data.memory import within_memory
 from rlhf.data.presets import LeftOut, PresetSource, presets
@@ -45,10 +45,24 @@ def read_rows(
     """
     name = source if isinstance(source, str) else source.name
     shards = _shards(source, columns, images, streaming=False)
-    rows = list(within_memory(_chained(shards), name))
-    if not rows:
-        raise UserError(f"{name} has no rows.")
-    return rows
+    return list(within_memory(_chained(shards), name)) or _refuse_no_rows(source)
+
+
+def count_rows(source: Source) -> int:
+    """Return the number of rows of a source as in `read_rows`, without holding the rows. UserError: no rows."""
+    files = _files(source) if isinstance(source, str) else []
+    rows = (1 for _ in _chained(_shards(source, None, None, streaming=False)))
+    return sum(map(count_rows_of_file, files) if files else rows) or _refuse_no_rows(source)
+
+
+def first_rows(source: Source, count: int, *, columns: Mapping[str, str]) -> list[Row]:
+    """Return the first rows of a source as in `read_rows`, without reading the rest. UserError: no rows."""
+    rows = list(_first(_shards(source, columns, None, streaming=True), count))
+    return rows or _refuse_no_rows(source)
+
+
+def _refuse_no_rows(source: Source) -> NoReturn:
+    raise UserError(f"{source if isinstance(source, str) else source.name} has no rows.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -65,8 +65,8 @@ def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config
     scalar = derive.has_value_head(config, role_name)
     whole = shape.scalar_parameters if scalar else shape.parameters
     lora = model.lora
-    tower = shape.tower if model.vision_lr is None else 0  # stays as it is
-    trained = whole - tower if lora is None else _adapted(shape, lora) + (shape.hidden if scalar else 0)
+    sees, tower = model.vision_lr is not None, shape.tower.parameters if model.vision_lr is None else 0
+    trained = whole - tower if lora is None else _adapted(shape, lora, vision=sees) + (shape.hidden if scalar else 0)
     tokens, accumulates = tokens_of_microbatch(config, role)
     on_gpu = config.cluster.device == "cuda"
     return memory.Training(
@@ -80,6 +80,7 @@ def training(role_name: Role, model: PolicyConfig | CriticConfig, config: Config
         accumulates=accumulates,
         checkpointing=model.gradient_checkpointing,
         lora_rank=None if lora is None else lora.rank,
+        trains_tower=model.vision_lr is not None,
         scalar=scalar,
         keeps_head_gradient=config.algorithm.kind in ("supervised", "distillation"),
         optimizer=config.train.optimizer,
@@ -130,11 +131,11 @@ def _teacher_heads(config: Config, student: Shape, tokens: int, sizes: Sizes) ->
     return terms
 
 
-def _adapted(shape: Shape, lora: LoraConfig) -> int:
+def _adapted(shape: Shape, lora: LoraConfig, *, vision: bool) -> int:
     """Return the trained parameters of an adapter. Of whole modules, only embedding and head are counted."""
     tables = sum(name.rpartition(".")[2] in ("embed_tokens", "lm_head") for name in lora.modules_to_save)
     whole = min(tables, 1 if shape.tied else 2) * shape.embedding
-    return shape.lora_parameters(lora.rank, lora.target_parameters) + whole
+    return shape.lora_parameters(lora.rank, lora.target_parameters, vision=vision) + whole
 
 
 def checkpoint_sizes(config: Config, sizes: Sizes) -> Mapping[Role, float]:

@@ -116,6 +116,7 @@ class Training:
     accumulates: bool  # whether an optimizer step has several micro-batches
     checkpointing: bool
     lora_rank: int | None
+    trains_tower: bool = False  # of a model that sees
     scalar: bool  # a scalar head instead of a vocabulary head
     keeps_head_gradient: bool  # the head's gradient is computed in the forward pass (supervised runs)
     optimizer: str  # train.optimizer
@@ -144,6 +145,20 @@ def activation_bytes(shape: Shape, *, itemsize: int, checkpointing: bool, lora_r
     return shape.layers * shape.hidden * itemsize + layer if checkpointing else shape.layers * layer
 
 
+def tower_bytes(shape: Shape, *, itemsize: int, checkpointing: bool, trained: bool) -> float:
+    """Return the bytes held for the passes of a vision tower, per token of an image.
+
+    The terms are those of `activation_bytes`, with heads as wide as the tower, for each patch of the token. A frozen
+    tower has the rows of one layer at a time.
+    """
+    tower = shape.tower
+    layer = 2 * (4 + 2 * itemsize) * tower.hidden + 5 * tower.hidden * itemsize + 4 * tower.ffn * itemsize
+    if not trained:
+        return tower.patches * layer
+    kept = tower.layers * tower.hidden * itemsize + layer if checkpointing else tower.layers * layer
+    return tower.patches * kept
+
+
 def head_bytes(shape: Shape, *, rows: int, itemsize: int, trains_head: bool, widens: bool) -> float:
     """Return the bytes of the vocabulary head in the backward pass of `rows` rows.
 
@@ -164,10 +179,13 @@ def training_terms(shape: Shape, t: Training) -> list[Term]:
     The first peak is the start of the backward pass: all activations, the head, the gradient bucket. The second is the
     end of the backward pass: the bucket twice, since gradients are reduced in a copy. Stage 3 also peaks in the
     optimizer step, where the gradients become one block, in host memory with optimizer offload. The heap has freed the
-    activations by then, but has no free block of this size.
+    activations by then, but has no free block of this size. The pass of a frozen vision tower, before all else, is a
+    peak too: at most all tokens are of images.
     """
     bucket, summed = _bucket(t), _summed_gradients(t)
     first = [*bucket, _activations(shape, t), *([] if t.scalar else [_head(shape, t)])]
+    tower = [_tower(shape, t)] if shape.tower.parameters else []
+    first += tower if t.trains_tower else []
     if t.accumulates or t.zero_stage in (0, 3):
         first.append(summed)
     last, step = [*bucket, summed], [*bucket, summed]
@@ -184,7 +202,8 @@ def training_terms(shape: Shape, t: Training) -> list[Term]:
         step.append(block)
         if block.place == "host" or not t.on_gpu:  # it exists from the start, or beside free blocks too small for it
             first.append(block)
-    return [*_states(shape, t), *max(first, last, step, key=lambda terms: sum(term.nbytes for term in terms))]
+    peaks = (first, last, step, [*bucket, *tower])
+    return [*_states(shape, t), *max(peaks, key=lambda terms: sum(term.nbytes for term in terms))]
 
 
 def _states(shape: Shape, t: Training) -> list[Term]:
@@ -260,6 +279,12 @@ def _activations(shape: Shape, t: Training) -> Term:
     return Term("activations", t.tokens * each, how, phase="step")
 
 
+def _tower(shape: Shape, t: Training) -> Term:
+    each = tower_bytes(shape, itemsize=t.itemsize, checkpointing=t.checkpointing, trained=t.trains_tower)
+    how = f"{t.tokens:,} tokens of images * {each / 1024:,.0f} KiB"
+    return Term("vision tower", t.tokens * each, how, phase="step")
+
+
 def _head(shape: Shape, t: Training) -> Term:
     trains = t.lora_rank is None
     if t.keeps_head_gradient:  # the logits are freed before the bucket is allocated
@@ -276,9 +301,10 @@ def forward_terms(shape: Shape, *, itemsize: int, tokens: int, scalar: bool, wid
     """Return the terms of a frozen model: weights, one layer's rows, and a chunk of logits."""
     count = shape.scalar_parameters if scalar else shape.parameters
     rows = tokens * itemsize * (4 * shape.hidden + 3 * shape.widest_mlp + 2 * shape.query)
+    tower = tokens * tower_bytes(shape, itemsize=itemsize, checkpointing=False, trained=False)
     terms = [
         weights_term("weights", count, itemsize, in_heap=False),
-        Term("activations", rows, f"{tokens:,} tokens of one layer", phase="step"),
+        Term("activations", max(rows, tower), f"{tokens:,} tokens of one layer", phase="step"),
     ]
     if not scalar:
         each = (4 if widens else itemsize) + 4 + 4  # the product, the logits, and the input of their sum

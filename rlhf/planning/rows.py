@@ -11,7 +11,7 @@ from rlhf.config.derive import sequences_per_row, source_of, train_sets
 from rlhf.config.schema.data import DataSource, TaskConfig
 from rlhf.config.schema.root import Config
 from rlhf.data.files import FILE_SUFFIXES
-from rlhf.data.sources import read_rows
+from rlhf.data.sources import count_rows, first_rows
 from rlhf.data.tasks import REASONING_GYM
 from rlhf.planning.here import absent_data
 
@@ -25,7 +25,7 @@ def rows_here(config: Config) -> int | None:
     sources = {key: source.source for key, source in train_sets(config).items()}
     if list(absent_data(sources)):
         return None
-    return sum(s.size if isinstance(s, TaskConfig) else len(read_rows(source_of(s))) for s in sources.values())
+    return sum(s.size if isinstance(s, TaskConfig) else count_rows(source_of(s)) for s in sources.values())
 
 
 def mean_tokens_here(config: Config) -> float | None:
@@ -54,7 +54,7 @@ def _mean_characters(source: DataSource, config: Config) -> float:
     given = source_of(source)
     if not isinstance(given, str):
         given = replace(given, size=min(given.size or ROWS_MEASURED, ROWS_MEASURED))
-    rows = read_rows(given, columns=config.data.columns)[:ROWS_MEASURED]
+    rows = first_rows(given, ROWS_MEASURED, columns=config.data.columns)
     count = sequences_per_row(config)
     texts = sum(_characters(dict(row.columns)) for row in rows)
     repeated = sum(_characters(row.columns.get("prompt")) for row in rows) * (count - 1)

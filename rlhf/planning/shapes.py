@@ -28,6 +28,18 @@ _DECODERS = {  # of vision models, by model_type
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tower:
+    """Describe a vision tower with its projector. Zeros: the model reads text alone."""
+
+    parameters: int = 0
+    edges: int = 0  # inputs and outputs of the layers that LoRA adapts on request
+    hidden: int = 0
+    ffn: int = 0
+    layers: int = 0
+    patches: int = 0  # of an image for each token of the language model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """Describe a decoder: attention with grouped heads, a gated MLP or a mixture of gated MLPs, two norms a layer."""
 
@@ -48,7 +60,7 @@ class Shape:
     shared_ffn: int = 0  # width of the experts that every token passes
     dense_layers: int = 0  # first layers of a mixture, with an MLP of width ffn
     extra: int = 0  # biases and sinks of a layer that are not counted otherwise
-    tower: int = 0  # parameters of a vision tower and projector
+    tower: Tower = Tower()
 
     @property
     def query(self) -> int:
@@ -99,12 +111,12 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        return self.embedding * (1 if self.tied else 2) + self.block_parameters + self.hidden + self.tower
+        return self.embedding * (1 if self.tied else 2) + self.block_parameters + self.hidden + self.tower.parameters
 
     @property
     def scalar_parameters(self) -> int:
         """Return the number of parameters with a scalar head, as in critics and reward models."""
-        return self.embedding + self.block_parameters + 2 * self.hidden + self.tower
+        return self.embedding + self.block_parameters + 2 * self.hidden + self.tower.parameters
 
     @property
     def _linear_layers(self) -> tuple[tuple[int, int], ...]:
@@ -131,15 +143,16 @@ class Shape:
         factors = mixed * (self.experts * (3 * self.expert_ffn + 2 * self.hidden) + self.experts + self.hidden)
         return sum(map(sum, self._linear_layers)) + factors + tables * (self.vocab + self.hidden) + vectors
 
-    def lora_parameters(self, rank: int, stacks: Collection[str] = ()) -> int:
+    def lora_parameters(self, rank: int, stacks: Collection[str] = (), *, vision: bool = False) -> int:
         """Return the parameters of an adapter on the linear layers of all blocks: rank * (in + out) each.
 
-        stacks: names of stacked experts. Each expert is adapted too.
+        stacks: names of stacked experts. Each expert is adapted too. vision: the tower is adapted too.
         """
         widths = {"gate_up_proj": 2 * self.expert_ffn, "down_proj": self.expert_ffn}
         experts = self.experts * (self.layers - self.dense_layers) if self.experts else 0
         of_stacks = experts * sum(self.hidden + widths.get(name, 0) for name in stacks)
-        return rank * (of_stacks + sum(rows + columns for rows, columns in self._linear_layers))
+        tower = self.tower.edges if vision else 0
+        return rank * (of_stacks + tower + sum(rows + columns for rows, columns in self._linear_layers))
 
 
 def shape_of(config: Mapping[str, Any], source: str) -> Shape:
@@ -181,17 +194,32 @@ def _seeing_shape(config: Mapping[str, Any], source: str) -> Shape:
         raise UserError(f"{source} has a decoder of type {kind}, whose memory is not modelled; known are {known}")
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     named = {**text, "vision_config": None, "architectures": [f"{family}ForCausalLM"], "tie_word_embeddings": tied}
-    return replace(shape_of(named, source), tower=_tower_parameters(config))
+    return replace(shape_of(named, source), tower=_tower_of(config))
 
 
-def _tower_parameters(config: Mapping[str, Any]) -> int:
+def _tower_of(config: Mapping[str, Any]) -> Tower:
     """Count the parameters outside the decoder, in transformers' model without memory."""
     from rlhf.models.files.loading import class_of  # takes seconds, like transformers' model
 
     settings = transformers.AutoConfig.for_model(**config)
     with torch.device("meta"):
         model = class_of(settings, scalar=False).from_config(settings)
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if is_vision_weight(name))
+    parts = {name: part for name, part in model.named_modules() if is_vision_weight(name)}
+    linear = {name.rpartition(".")[2] for name, part in parts.items() if isinstance(part, torch.nn.Linear)}
+    adapted = {name: part for name, part in parts.items() if name.rpartition(".")[2] in linear}  # by names, as LoRA is
+    weights = [part.weight.flatten(1) for name, part in adapted.items() if not name.rpartition(".")[2].isdigit()]
+    vision = settings.vision_config.to_dict()
+    both = {**settings.to_dict(), **vision}
+    hidden = vision.get("embed_dim") or vision["hidden_size"]  # the second is the decoder's width in Qwen2-VL
+    merged = both.get("spatial_merge_size") or both.get("scale_factor") or 1 / both.get("downsample_ratio", 1)
+    return Tower(
+        parameters=sum(weight.numel() for name, weight in model.named_parameters() if is_vision_weight(name)),
+        edges=sum(sum(weight.shape) for weight in weights),
+        hidden=hidden,
+        ffn=vision.get("intermediate_size") or int(hidden * vision["mlp_ratio"]),
+        layers=vision.get("depth") or vision["num_hidden_layers"],
+        patches=round(merged**2),
+    )
 
 
 def _mixture(family: str, config: Mapping[str, Any], source: str) -> dict[str, int]:
@@ -309,10 +337,11 @@ def _known(family: str, *sizes: int, **experts: int) -> dict[str, Any]:
     return {"architectures": [f"{family}ForCausalLM"], **dict(zip(_SIZES, sizes, strict=True)), **experts}
 
 
-# The decoder as in _TABLE, and the parameters of tower and projector.
-_SEEING_TABLE: Mapping[str, tuple[tuple[str, int, int, int, int, int, int, int, bool], int]] = {
-    "Qwen/Qwen2.5-VL-3B-Instruct": (_TABLE["Qwen/Qwen2.5-3B-Instruct"], 668_684_288),
-    "Qwen/Qwen2.5-VL-7B-Instruct": (_TABLE["Qwen/Qwen2.5-7B-Instruct"], 676_550_144),
+_QWEN_TOWER = {"edges": 699_416, "hidden": 1280, "ffn": 3420, "layers": 32, "patches": 4}
+# The decoder as in _TABLE, and the tower with the projector.
+_SEEING_TABLE: Mapping[str, tuple[tuple[str, int, int, int, int, int, int, int, bool], Tower]] = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": (_TABLE["Qwen/Qwen2.5-3B-Instruct"], Tower(parameters=668_684_288, **_QWEN_TOWER)),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (_TABLE["Qwen/Qwen2.5-7B-Instruct"], Tower(parameters=676_550_144, **_QWEN_TOWER)),
 }
 
 TINY = shape_of(_known("Llama", 96, 256, 3, 4, 2, 32, 320, False), "rlhf/models/files/tiny.py")

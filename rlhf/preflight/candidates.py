@@ -26,7 +26,7 @@ from rlhf.preflight.environments import check_lengths
 from rlhf.preflight.exchanged import with_exchanged
 from rlhf.preflight.models import ANY_LENGTH, refuse_too_long
 from rlhf.preflight.prompts import Player, load_player, read_prompts
-from rlhf.preflight.sources import REWARD_KEY, refuse_absent_tokens, row_images
+from rlhf.preflight.sources import REWARD_KEY, refuse_absent_tokens, refuse_image_keys, row_images
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.suites.spec import SuiteSpec
@@ -112,7 +112,9 @@ class SetReader:
         refuse_runaway_template(tokenizer)
         refuse_absent_tokens(self.decoding.stop_token_ids, tokenizer, key="stop_token_ids")
         sources = {name: source_of(data) for name, data in self.section.sets.items()}
-        reading = replace(self.reading, images=row_images(model.base, self.images, self.section))
+        images = row_images(model.base, self.images, self.section)
+        refuse_image_keys(self.section, images, section=self.names.template, model=model.name)
+        reading = replace(self.reading, images=images)
         if not self.rewards:
             examples = {n: self._examples(n, source, tokenizer, model, reading) for n, source in sources.items()}
             if self.section.exchange_images:
@@ -137,8 +139,8 @@ class SetReader:
             key = self.names.sets.format(name)
             split[name] = source_names(group, str(self.section.by), key=self.names.by, data=key)
         spec = None if player is None else player.spec
-        images = None if reading.images is None else reading.images.reader.place
-        return Candidate(model=model, prompts=prompts, sources=split, environment=spec, images=images)
+        folder = None if images is None else images.reader.place
+        return Candidate(model=model, prompts=prompts, sources=split, environment=spec, images=folder)
 
     def _prompts(
         self,

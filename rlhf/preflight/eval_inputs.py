@@ -259,15 +259,8 @@ def _load(
     )
     memory_gib = section.reward_policy.memory_gib
     rewards = load_rewards(section.rewards, beside=beside, memory_gib=memory_gib, key=names.rewards)
-    reader = SetReader(
-        section=section,
-        names=names,
-        decoding=decoding,
-        reading=reading,
-        rewards=rewards,
-        beside=beside,
-        images=images,
-    )
+    how: dict[str, Any] = {"decoding": decoding, "reading": reading, "rewards": rewards}
+    reader = SetReader(section=section, names=names, beside=beside, images=images, **how)
     candidates, results = [], made or StageResults()
     for key, wanted in ((names.model, section.model), (names.against, section.against)):
         if wanted is None:

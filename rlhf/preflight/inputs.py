@@ -44,6 +44,7 @@ from rlhf.preflight.sources import (
     check_rewards,
     installed_trackers,
     load_rewards,
+    refuse_image_keys,
     row_images,
     served_models,
     with_template,
@@ -131,6 +132,7 @@ def _load_run(written: Config, loaded: LoadedConfig, made: StageResults, *, weig
     translators = load_translators(config, made, tokenizer)
     with prefix_errors("policy.model"):
         of_rows = row_images(source, images, config.data)
+    refuse_image_keys(config.data, of_rows, section="data", model=written.policy.model)
     beside = Path(loaded.source).resolve().parent
     how: dict[str, Any] = {"translators": translators, "images": of_rows}
     config, inputs = load_training_data(config, source, tokenizer, beside=beside, **how)

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rlhf.config.derive import (
     uses_reward_model,
 )
 from rlhf.config.files.dump import dump_yaml
-from rlhf.config.schema.data import PromptFormat
+from rlhf.config.schema.data import OF_IMAGES, PromptFormat
 from rlhf.config.schema.evaluate import EvaluateConfig, EvaluationStage
 from rlhf.config.schema.rewards import CriterionConfig, RewardConfig, functions_of_rubric
 from rlhf.config.schema.root import Config
@@ -39,10 +40,12 @@ from rlhf.rewards.services.client import ServiceSpec
 from rlhf.rewards.services.judge import Criterion, JudgeSpec, read_rubric
 from rlhf.rewards.services.remote import RemoteReward
 from rlhf.tracking.logs import redact_config
+from rlhf.tracking.run_folder.folder import images_folder
 from rlhf.tracking.sinks.installed import InstalledTracker, TrackedRun, installed_tracker, passed_tracker
 from rlhf.vision.processor import ImageProcessing
 from rlhf.vision.reading import ImageCollector, ImageLimits
 from rlhf.vision.store import ImageStore
+from rlhf.vision.thumbnails import thumbnail
 from rlhf.workers.frozen.served_model import MAX_ANSWER_BYTES, ServedModel
 
 TINY = "tiny:llama"
@@ -133,6 +136,16 @@ def row_images(model: str, folder: Path, settings: PromptFormat) -> RowImages | 
     return RowImages(processing, ImageCollector(ImageStore(folder.absolute()), limits))
 
 
+def refuse_image_keys(settings: PromptFormat, images: RowImages | None, *, section: str, model: str) -> None:
+    """Raise UserError for a key of images with a value of the user, if the model reads text alone."""
+    for name, field in PromptFormat.model_fields.items() if images is None else ():
+        if OF_IMAGES in field.metadata and getattr(settings, name) != field.default:
+            raise UserError(
+                f"{section}.{name}: has no effect here: {model} reads text alone. Remove the key, or name a model with "
+                "a vision tower."
+            )
+
+
 def refuse_absent_tokens(token_ids: Sequence[int], tokenizer: Any, *, key: str) -> None:
     known = tokenizer.get_vocab().values() if token_ids else ()
     for token in token_ids:
@@ -197,7 +210,9 @@ def load_rewards(
 def tracked_run(stage: Config | EvaluationStage, *, done_steps: int | None) -> TrackedRun:
     """Return what trackers and callbacks learn of a run at the start."""
     config = redact_config(from_yaml(dump_yaml(stage)))
-    return TrackedRun(name=stage.run.name, folder=run_folder(stage), config=config, done_steps=done_steps)
+    folder = run_folder(stage)
+    image_of = partial(thumbnail, images_folder(folder))
+    return TrackedRun(name=stage.run.name, folder=folder, config=config, done_steps=done_steps, image_of=image_of)
 
 
 def installed_trackers(

@@ -6,16 +6,18 @@ import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rlhf.config.derive import source_of
-from rlhf.data.images import has_images
+from rlhf.data.images import RowImages, has_images, with_images
 from rlhf.data.row import Row, shown
 from rlhf.data.sources import read_rows
 from rlhf.errors import UserError
 from rlhf.evaluation.scored import RowError, ScoredFile, ScoredRow
 from rlhf.preflight.sources import check_rewards
+from rlhf.process.owned_folders import temporary_folder
 from rlhf.rewards.scoring import asks_in_flight
 from rlhf.scoring.scorer import Group, Scorer, Scoring
 from rlhf.tracking import logs
@@ -47,8 +49,8 @@ def score_file(scoring: Scoring, file: Path) -> ScoredFile:
     """Return the scores of every row, including failed rewards. UserError names each invalid line."""
     logs.configure("WARNING")
     rows = read_rows(str(file))
-    groups = _groups(_lines(rows, scoring))
-    with Scorer(scoring) as scorer:
+    with temporary_folder() as images, Scorer(scoring) as scorer:
+        groups = _groups(_lines(rows, scoring, images))
         scored = _score(scorer, groups, scoring)
     scored_rows: dict[int, ScoredRow] = {}
     for number, (group, scores) in enumerate(zip(groups, scored, strict=True)):
@@ -88,13 +90,16 @@ def _score(scorer: Scorer, groups: Sequence[FileGroup], scoring: Scoring) -> lis
             raise
 
 
-def _lines(rows: Sequence[Row], scoring: Scoring) -> list[Line]:
-    """Return the rows with the columns for the rewards. UserError names the invalid lines."""
+def _lines(rows: Sequence[Row], scoring: Scoring, images: Path) -> list[Line]:
+    """Return the rows with the columns for the rewards. UserError names the invalid lines.
+
+    images: the folder that gets the images of rows.
+    """
     bad = [text for row in rows if (text := _problem(row)) is not None]
     if bad:
         more = f"\nand {len(bad) - MOST_BAD_ROWS} more" if len(bad) > MOST_BAD_ROWS else ""
         raise UserError("\n".join(bad[:MOST_BAD_ROWS]) + more)
-    data = _DataOfRun(scoring)
+    data = _DataOfRun(scoring, images)
     lines = [data.line_of(row) for row in rows]
     reward_rows = [Row(file=line.row.file, line=line.row.line, columns=line.columns) for line in lines]
     of_sessions = (RESULT_COLUMN,) if all(_has_result(row) for row in rows) else ()
@@ -129,14 +134,16 @@ def _problem(row: Row) -> str | None:
 class _DataOfRun:
     """The data sets of a run's samples, each read on first use."""
 
-    def __init__(self, scoring: Scoring) -> None:
+    def __init__(self, scoring: Scoring, images: Path) -> None:
         self.scoring = scoring
+        self.folder = images
         self.sets: dict[str, list[Row]] = {}
 
     def line_of(self, row: Row) -> Line:
         """Return a row with the row's columns or, for a sample of a run, with the columns of the data row."""
         present = row.columns
         if not _is_sample(present):
+            present = self._seen(row).columns
             columns = {name: value for name, value in present.items() if name not in _RESERVED}
             return Line(row=row, columns=columns, group=repr((present["prompt"], columns)))
         split, number = str(present.get("split", present.get("set"))), int(present["prompt_id"])
@@ -156,14 +163,19 @@ class _DataOfRun:
                 raise UserError(f"{row.place}: belongs to the set {split}, but {sets}")
             sources = scoring.train_sets if split == "train" else [scoring.eval_sets[split]]
             files = [read_rows(source_of(source), columns=scoring.columns) for source in sources]
-            rows = [row for rows in files for row in rows]
-            if seen := next((row for row in rows if has_images(row, strict=True)), None):
-                raise UserError(
-                    f"{seen.place}: holds an image, and rewards of saved responses read text alone. Let the run or "
-                    "`rlhf eval` score the responses."
-                )
-            self.sets[split] = rows
+            self.sets[split] = [self._seen(row) for rows in files for row in rows]
         return self.sets[split]
+
+    def _seen(self, row: Row) -> Row:
+        """Return the row with its images as files, as rewards get them in a run. UserError: the images are wrong."""
+        if self.scoring.images is None or not has_images(row, strict=True):
+            return row
+        return with_images(row, self._images)
+
+    @cached_property
+    def _images(self) -> RowImages | None:
+        assert self.scoring.images is not None
+        return self.scoring.images(self.folder)
 
 
 def _groups(lines: Sequence[Line]) -> list[FileGroup]:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from rlhf.config.schema.rewards import RewardConfig, RewardPolicy
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage
 from rlhf.data.chat import turn_end
+from rlhf.data.images import RowImages
 from rlhf.data.templates import ChatTemplate, read_template
 from rlhf.data.tokenization import Continuation, encode
 from rlhf.engine.distributed import RankContext
 from rlhf.errors import UserError, prefix_errors
 from rlhf.models.files.loading import load_tokenizer
 from rlhf.models.reward_models import refuse_without_head
-from rlhf.preflight.sources import REWARD_KEY, as_evaluation, load_rewards, local_model
+from rlhf.preflight.sources import REWARD_KEY, as_evaluation, load_rewards, local_model, row_images
 from rlhf.rewards.processes.pool import GroupOutcome
 from rlhf.rewards.scoring import RewardSet, RewardSpec
 from rlhf.rollouts.records.texts import step_ends
@@ -61,6 +62,7 @@ class Scoring:
     train_sets: tuple[DataSource, ...]  # training data sets; a run's samples number their concatenated rows
     eval_sets: Mapping[str, DataSource]
     columns: Mapping[str, str]  # our column name -> the dataset's column name
+    images: Callable[[Path], RowImages | None] | None = None  # opens a folder for the images of rows
     reward_key: str = REWARD_KEY
 
 
@@ -108,6 +110,10 @@ def _scoring_of_stage(stage: Config | EvaluationStage, section: EvaluateConfig, 
             device=stage.cluster.device,
             max_tokens_per_microbatch=section.max_tokens_per_microbatch,
         )
+
+    def images(folder: Path) -> RowImages | None:
+        return row_images(local_model(section.model, loaded.folder, seed=stage.run.seed), folder, section)
+
     beside, policy = Path(loaded.source).resolve().parent, section.reward_policy
     return Scoring(
         name=loaded.source,
@@ -117,6 +123,7 @@ def _scoring_of_stage(stage: Config | EvaluationStage, section: EvaluateConfig, 
         train_sets=tuple(mixed.source for mixed in train_sets(stage).values()) if isinstance(stage, Config) else (),
         eval_sets=section.sets,
         columns=section.columns,
+        images=images,
         reward_key=key,
     )
 

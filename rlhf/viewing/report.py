@@ -25,7 +25,6 @@ from rlhf.tracking.display.plots import plot_curves
 from rlhf.tracking.metrics.declarations import is_declared
 from rlhf.tracking.run_folder.atomic import write_atomic
 from rlhf.tracking.run_folder.folder import images_folder
-from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.tracking.sinks.tracker import read_metrics
 from rlhf.viewing.runs import RunPlace, RunPlaces
 from rlhf.viewing.samples import SampleFiles, SampleIndex
@@ -178,14 +177,14 @@ def _samples(run: RunPlace, rows: Sequence[Mapping[str, Any]]) -> dict[int, dict
     steps, files = run.sample_steps(), SampleFiles()
     evaluated = sorted({row["step"] for row in rows if any(key.startswith("eval/") for key in row)} & set(steps))
     scanned = {*steps[:_SCANNED_STEPS], *steps[-_SCANNED_STEPS:], *evaluated[:1], *evaluated[-1:]}
-    indexes = {step: files.index(samples_path(run.path, step)) for step in sorted(scanned)}
+    indexes = {step: files.index(run.samples(step)) for step in sorted(scanned)}
     chosen = sorted({group for pair in _pairs(indexes) for group in (pair.first, pair.last)})
     listings = {}
     for step in sorted({step for step, _ in chosen}):
         index, groups = indexes[step], [group for of, group in chosen if of == step]
         of_group = [[place for place, row in enumerate(index.rows) if row["group"] == group] for group in groups]
         places = [place for places in of_group for place in places[:MOST_RESPONSES]]
-        lines = files.whole(samples_path(run.path, step), index.version, places)
+        lines = files.whole(run.samples(step), index.version, places)
         if lines is not None:  # the run has not written the step again
             prompts = {group: asdict(index.prompts[group]) for group in groups}
             whole = list(map(_response, lines.splitlines()))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
+from rlhf.tracking.run_folder.samples import EVAL_SAMPLES, samples_path
 
 _MARKS = ("metrics.jsonl", "environment.json", "eval.json", ".lock")  # of a run; a pipeline's folder has no such file
 _SAMPLES = re.compile(r"step_(\d{6,})\.jsonl")
@@ -41,12 +42,17 @@ class RunPlace:
             return "failed"
         return "stopped" if _written(self.path / "metrics.jsonl") else "not started"
 
+    def samples(self, step: int) -> Path:
+        """Return the file with the samples of a step. The results of `rlhf eval` are a run with the step 0."""
+        path = samples_path(self.path, step)
+        return self.path / EVAL_SAMPLES if step == 0 and not path.exists() else path
+
     def sample_steps(self) -> list[int]:
         """Return the steps with samples, rising."""
         try:
             names = [path.name for path in (self.path / "samples").iterdir()]
         except OSError:
-            return []
+            return [0] if self.samples(0).exists() else []
         return sorted(int(match[1]) for name in names if (match := _SAMPLES.fullmatch(name)))
 
 

@@ -27,7 +27,6 @@ from rlhf.errors import RunError, UserError
 from rlhf.serving import gives_token, is_same_secret, serve_until_interrupted, serving_token, stranger
 from rlhf.tracking.metrics.declarations import METRICS
 from rlhf.tracking.run_folder.folder import images_folder
-from rlhf.tracking.run_folder.samples import samples_path
 from rlhf.viewing.runs import RunPlace, RunPlaces
 from rlhf.viewing.samples import MOST_WHOLE, SampleFiles
 from rlhf.viewing.summary import Summaries
@@ -131,7 +130,7 @@ class RunViewer:
             raise web.HTTPInternalServerError(reason=f"{run.name}: config.resolved.yaml cannot be read") from error
 
     async def _samples(self, request: web.Request) -> web.Response:
-        path = samples_path(self._run(request).path, _number(request, "step"))
+        path = self._run(request).samples(_number(request, "step"))
         try:
             index = await asyncio.to_thread(self.samples.index, path)
         except OSError as error:
@@ -141,7 +140,7 @@ class RunViewer:
         return web.json_response(listing)
 
     async def _responses(self, request: web.Request) -> web.Response:
-        path = samples_path(self._run(request).path, _number(request, "step"))
+        path = self._run(request).samples(_number(request, "step"))
         try:
             rows = [int(row) for row in request.query.get("at", "").split(",")]
         except ValueError as error:

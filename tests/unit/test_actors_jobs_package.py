@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import socket
@@ -89,6 +90,25 @@ def test_files_go_by_gitignore_and_by_name(folder: Path) -> None:
     (folder / "data" / "mine.py").write_text("from rlhf.algorithms.grpo import GRPO\n\n\nclass Mine(GRPO): ...\n")
     assert names("algorithm={name: 'data/mine.py:Mine'}") == EXPECTED | {"data/mine.py"}
     assert "absent.py" in refused("algorithm={name: 'absent.py:Mine'}")
+
+
+def test_images_that_rows_name_go_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, rows = folder / "data" / "photos" / "a.png", folder / "data" / "train.jsonl"
+    image.parent.mkdir()
+    image.write_bytes(b"1" * 2**20)
+    part = {"type": "image", "image": "photos/a.png"}
+    others = ["data:image/png;base64,AA==", "https://a.example.org/b.png", "/shared/c.png"]
+    prompt = [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}]
+    written = [{"messages": prompt}, {"prompt": "?", "images": others}, {"prompt": "?", "image": "ubuntu"}]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in written))
+    assert names() == EXPECTED | {"data/photos/a.png"}
+    monkeypatch.setattr(actors.jobs.package, "LARGEST_MIB", 0.5)
+    assert re.search(r"data\.train: .*name 1 images of 1 MiB, and at most 0\.5 .* absolute paths", refused())
+    monkeypatch.undo()
+    for wrong, why in (("../../a.png", "outside of the project"), ("photos/gone.png", "does not exist")):
+        monkeypatch.chdir(folder)
+        rows.write_text(json.dumps({"prompt": "?", "images": [wrong]}) + "\n")
+        assert re.search(rf"data\.train: .*train\.jsonl:1: the image .* {why}.* absolute paths", refused())
 
 
 def test_a_repository_inside_of_the_project_goes_too(folder: Path) -> None:

@@ -26,6 +26,7 @@ from rlhf.preflight.inputs import load_inputs
 from rlhf.scoring.http import MAX_BODY_BYTES, RewardServer
 from rlhf.scoring.scorer import Scorer, Scoring, scoring_of_config, scoring_of_function
 from rlhf.serving import serving_token
+from tests.vision_models import drawn, encoded
 
 CONFIG = """\
 run: {name: demo, dir: DIR}
@@ -46,6 +47,12 @@ def length(prompt, response):
 """
 
 
+SEEN = """\
+from PIL import Image
+
+def seen(prompt, response, images):
+    return float(sum(Image.open(path).getpixel((10, 10))[0] for path in images))  # the red of the square
+"""
 FOUND = "def found(prompt, response, result):\n    return float(result['found'])\n"
 
 
@@ -91,13 +98,23 @@ def test_samples_of_a_run_get_the_columns_of_its_data(config: str, tmp_path: Pat
             rlhf.reward(config, write(tmp_path / "r.jsonl", [rows[0] | wrong]))
 
 
-def test_samples_of_rows_with_images_are_refused(config: str, tmp_path: Path) -> None:
-    write(tmp_path / "data.jsonl", [{"prompt": "a", "answer": "xx", "images": ["a.png"]}])
+def test_rewards_get_the_images_of_samples_and_rows_as_files(config: str, tmp_path: Path) -> None:
+    for colour in ("red", "blue"):
+        (tmp_path / f"{colour}.png").write_bytes(encoded(drawn(colour)))
+    write(tmp_path / "data.jsonl", [{"prompt": "a", "answer": "xx", "images": ["red.png", "red.png"]}])
+    (tmp_path / "mine.py").write_text(SEEN)
     tokens = {"texts": ["x"], "sampled": [True], "old_logprobs": [-0.5], "ref_logprobs": None}
     sample = {"split": "train", "prompt_id": 0, "prompt": "<a>", "response": "xx"}
     sample |= {"group_id": 3, "response_tokens": 1, "score": 0.0, "tokens": tokens}
-    with pytest.raises(UserError, match=r"data\.jsonl:1: holds an image, and rewards of saved responses read text"):
-        rlhf.reward(config, write(tmp_path / "r.jsonl", [sample]))
+    sample["images"] = ["0123456789abcde"]  # of the run's folder, with the images of turns
+    of_file = {"prompt": "<image>?", "response": "x", "images": ["blue.png"]}
+    how = [f"rewards={{seen: {{function: '{tmp_path}/mine.py:seen'}}}}", "policy.model=tiny:qwen3_vl"]
+    file = write(tmp_path / "r.jsonl", [sample, of_file])
+    assert [one.score for one in rlhf.reward(config, file, how).rows] == [255.0 * 2, 0.0]
+    with pytest.raises(UserError, match=r"r\.jsonl:1: image 1 of column `images`: .*gone\.png cannot be read"):
+        rlhf.reward(config, write(tmp_path / "r.jsonl", [of_file | {"images": ["gone.png"]}]), how)
+    with pytest.raises(UserError, match=r"r\.jsonl:1: holds an image, and the model reads text alone"):
+        rlhf.reward(config, write(tmp_path / "r.jsonl", [of_file]), how[:1])
 
 
 def test_samples_of_an_agent_are_scored_with_its_results(config: str, tmp_path: Path) -> None:

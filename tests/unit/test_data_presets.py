@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from rlhf.config.schema.data import PromptFormat
 from rlhf.data.examples import load_examples
 from rlhf.data.labelled import load_labelled
 from rlhf.data.preferences import load_pairs
@@ -21,6 +23,9 @@ from rlhf.data.row import Row
 from rlhf.data.sources import read_rows
 from rlhf.data.steps import load_step_labelled
 from rlhf.errors import UserError
+from rlhf.models.files.loading import load_tokenizer
+from rlhf.models.files.tiny_vision import build_tiny_vision
+from rlhf.preflight.sources import row_images
 from rlhf.rewards.functions.table import BUILT_INS
 from tests.fixtures.preset_rows import CASES, Case
 from tests.fixtures.rows import reading
@@ -60,6 +65,10 @@ def test_a_preset_maps_its_columns_and_the_loaders_of_its_uses_take_the_rows(
     rows, preset = rows_of(name, tmp_path), presets()[name]
     assert [dict(row.columns) for row in rows] == [{**mapped, "preset": name} for mapped in CASES[name].mapped]
     how = reading(apply_chat_template=True, max_tokens=1024)
+    if "images" in CASES[name].mapped[0]:
+        model = str(build_tiny_vision(tmp_path / "model", "qwen2_5_vl", seed=0))
+        how = replace(how, images=row_images(model, tmp_path / "images", PromptFormat()))
+        tokenizer = load_tokenizer(model)
     for use in preset.use.split(", "):
         loaded = LOADERS[use](rows, tokenizer, how)
         assert len(loaded.items) == len(rows), use

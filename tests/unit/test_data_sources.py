@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from rlhf.data.row import Row
-from rlhf.data.sources import read_rows
+from rlhf.data.sources import count_rows, first_rows, read_rows
 from rlhf.data.tasks import TaskSource
 from rlhf.errors import UserError
 
@@ -46,12 +46,28 @@ def test_every_format_gives_the_same_rows_and_a_split_is_named_behind_the_folder
     for source in (*in_json, in_csv, str(tmp_path / "d.parquet"), plain, splits):
         rows = read_rows(source)
         assert [dict(r.columns) for r in rows] == ROWS
+        assert count_rows(source) == 2
+        assert first_rows(source, 1, columns={}) == rows[:1]
         assert [r.place for r in rows] == [f"{source}:{line}" for line in ((2, 4) if source == in_csv else (1, 2))]
     assert [r.columns["answer"] for r in read_rows(splits + ":test")] == ["2"]
     with pytest.raises(UserError, match="no split `eval`; it has train, test"):
         read_rows(splits + ":eval")
     with pytest.raises(UserError, match="has no splits"):
         read_rows(plain + ":train")
+
+
+def test_counting_a_parquet_file_reads_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "d.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"image": bytes(range(256)) * 64}] * 3), path)
+    data = bytearray(path.read_bytes())
+    data[4:100] = bytes(96)  # of the rows; the metadata is at the end
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="is not a Parquet file that can be read"):
+        read_rows(str(path))
+    assert count_rows(str(path)) == 3
+    path.write_bytes(b"no")
+    with pytest.raises(UserError, match="is not a Parquet file that can be read"):
+        count_rows(str(path))
 
 
 def test_a_byte_order_mark_and_blank_lines_do_no_harm(tmp_path: Path) -> None:

@@ -93,6 +93,20 @@ def test_a_run_begins_and_is_replaced_with_its_images(folder: Path) -> None:
     assert sorted(path.name for path in (folder / "demo" / "images").iterdir()) == sorted(NAMES)
 
 
+def test_keys_of_images_are_refused_without_a_tower(folder: Path) -> None:
+    for name in ("train", "eval"):
+        (folder / f"{name}.jsonl").write_text(4 * '{"prompt": "a", "completion": "b"}\n')
+    text_alone = "policy.model=tiny:llama"
+    load_inputs(_loaded(folder, SFT, text_alone, "data.max_images=8"))
+    for override in ("data.max_images=2", "data.max_image_pixels=1000", "data.image_hosts=[a.org]"):
+        key = override.partition("=")[0]
+        with pytest.raises(UserError, match=rf"^{key}: has no effect here: tiny:llama reads text alone\. Remove"):
+            load_inputs(_loaded(folder, SFT, text_alone, override))
+        with pytest.raises(UserError, match=rf"^{key}: has no effect here: .* reads text alone\. Remove"):
+            inputs_of_run(_loaded(folder, SFT, text_alone, override), model=None, against=None, marks=Marks())
+        load_inputs(_loaded(folder, SFT, override.replace("1000", "10000")))
+
+
 def test_the_limits_of_the_configuration_hold(folder: Path) -> None:
     for override, words in (
         ("data.max_image_pixels=1000", "48 x 32 pixels, more than 1,000"),

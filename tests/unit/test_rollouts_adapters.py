@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import re
 import socket
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ import pytest
 from rlhf.errors import UserError
 from rlhf.extensions import CodeSource
 from rlhf.rollouts.environments.host import EnvironmentFailure, EnvironmentHost, Step
+from rlhf.rollouts.environments.observations import Seen
+from tests.vision_models import drawn, encoded
 
 PAGE = Path(__file__).parents[2] / "docs" / "environments.md"
 Told = tuple[str, list[Step]]
@@ -105,6 +109,36 @@ def test_a_server_plays_or_fails(server: str) -> None:
         play("http", {"url": "http://127.0.0.1:9"}, {})
     with pytest.raises(UserError, match="expected a URL that begins with http:// or https://"):
         play("http", {"url": "file:///etc/passwd"}, {})
+
+
+def test_a_server_sends_images_in_base64() -> None:
+    image = base64.b64encode(encoded(drawn("red"))).decode()
+    answers = {
+        "/reset": {"session": 1, "observation": [{"type": "image", "image": image}]},
+        "/step": {
+            "observation": [{"type": "text", "text": "?"}, {"type": "image", "image": "%"}],
+            "reward": 0,
+            "done": 0,
+        },
+        "/close": {},
+    }
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(answers[self.path]).encode())
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    first, _ = play("http", {"url": url}, {})
+    assert first == Seen((encoded(drawn("red")),))
+    answers["/reset"]["observation"][0]["image"] = f"data:image/png;base64,{image}"
+    assert play("http", {"url": url}, {})[0] == first
+    with pytest.raises(EnvironmentFailure, match=r"step: .*Error: "):
+        play("http", {"url": url}, {}, "go")
+    server.shutdown()
 
 
 @pytest.fixture

@@ -518,6 +518,19 @@ def test_images_of_an_environment_stand_in_the_tokens_of_the_conversation(tmp_pa
         assert why in failed.error.message
 
 
+def test_a_conversation_has_at_most_the_images_of_the_configuration(tmp_path: Path) -> None:
+    build_tiny_vision(tmp_path / "model", "qwen3_vl", seed=0)
+    processing = ImageProcessing.of_model(str(tmp_path / "model"))
+    assert processing is not None
+    for most, says, why in (
+        (2, ("go", "on", "end"), "the conversation has 3 images, more than data.max_images, 2. Raise data.max_images"),
+        (3, ("go", "on", "end"), None),  # the image behind the last turn is not shown
+    ):
+        reader = ImageCollector(ImageStore(tmp_path / "images"), ImageLimits(max_images=most))
+        played, _ = look(tmp_path, says, RowImages(processing, reader))
+        assert why in played.error.message if why else played.error is None
+
+
 def test_a_model_without_a_tower_gets_no_images(tmp_path: Path) -> None:
     played, _ = look(tmp_path, ("go",), None)
     assert played.error is not None

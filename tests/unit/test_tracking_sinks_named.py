@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from mlflow import MlflowClient
+from PIL import Image
 from swanlab.proto.swanlab.record.v1.record_pb2 import Record
 from swanlab.sdk.internal.core_python.store import DataStoreReader
 
@@ -18,13 +19,13 @@ from rlhf.errors import UserError
 from rlhf.tracking.sinks import installed
 from rlhf.tracking.sinks.backends import TrackedStep
 from rlhf.tracking.sinks.installed import TrackedRun, installed_tracker
-from tests.fixtures.tracking import RESPONSE_TOKENS, exercise
+from tests.fixtures.tracking import RESPONSE_TOKENS, SHOWN, exercise, image_of
 
 CONFIG = {"train": {"lr": 0.5, "betas": [0.9, 0.95]}, "data": {}, "run": {"name": "pipe/grpo"}}
 
 
 def run(folder: Path, done_steps: int | None = None) -> TrackedRun:
-    return TrackedRun(name="pipe/grpo", folder=folder, config=CONFIG, done_steps=done_steps)
+    return TrackedRun(name="pipe/grpo", folder=folder, config=CONFIG, done_steps=done_steps, image_of=image_of)
 
 
 def test_mlflow_has_all_that_a_step_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +53,7 @@ def test_mlflow_has_all_that_a_step_has(tmp_path: Path, monkeypatch: pytest.Monk
     table = json.loads((files / "samples" / "train" / "step_000001.json").read_text())
     (row,) = (dict(zip(table["columns"], row, strict=True)) for row in table["data"])
     assert (row["prompt"], row["response"]) == ("8+3=", "***")
+    assert [Image.open(path).size for path in (files / "images").iterdir()] == [(4, 2)]
     again = installed_tracker("mlflow", {"uri": uri}, run(tmp_path, done_steps=1))
     again.log(TrackedStep(folder=tmp_path, step=3, metrics={"eval/heldout/pass@1": 0.5}, histograms={}))
     again.alert("warning", "probe", "again")
@@ -76,9 +78,9 @@ def test_trackio_has_all_that_a_step_has(
     write = f"""
 from pathlib import Path
 from rlhf.tracking.sinks.installed import TrackedRun, installed_tracker
-from tests.fixtures.tracking import exercise
+from tests.fixtures.tracking import exercise, image_of
 folder = Path({str(tmp_path)!r})
-run = TrackedRun(name="pipe/grpo", folder=folder, config={CONFIG!r}, done_steps=None)
+run = TrackedRun(name="pipe/grpo", folder=folder, config={CONFIG!r}, done_steps=None, image_of=image_of)
 exercise(folder, installed_tracker("trackio", {{}}, run))
 """
     subprocess.run([sys.executable, "-c", write], check=True, timeout=120)  # trackio keeps state in its process
@@ -92,6 +94,8 @@ exercise(folder, installed_tracker("trackio", {{}}, run))
     assert [(row["step"], row["update/lr"]) for row in logs] == [(1, 0.5), (2, 0.25), (2, 0.125)]
     assert sum(logs[0][RESPONSE_TOKENS]["values"]) > 0
     assert {"samples/train", "samples/heldout"} <= logs[0].keys()
+    assert [logs[0][f"images/{split}/1"]["caption"] for split in ("train", "heldout")] == [SHOWN] * 2
+    assert "images/train/2" not in logs[0]
 
 
 def swanlab_records(folder: Path) -> list[Record]:
@@ -126,6 +130,10 @@ def test_swanlab_has_all_that_a_step_has(
     (table,) = folder.rglob(media["samples/train"].value.items[0].filename)
     assert "8+3=" in table.read_text()
     assert "eleven-twelve" not in table.read_text()
+    (shown,) = media["images/train"].value.items
+    assert shown.caption == SHOWN
+    (image,) = folder.rglob(shown.filename)
+    assert Image.open(image).size == (4, 2)
     assert yaml.safe_load((folder / "files" / "config.yaml").read_text())["train"]["value"] == CONFIG["train"]
     assert "of-the-command-line" not in "".join(path.read_text() for path in (folder / "files").iterdir())
 

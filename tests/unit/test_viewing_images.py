@@ -16,6 +16,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from PIL import Image
 
 import rlhf
+from actors.run.evaluate import keep_images
 from rlhf.errors import RunError, UserError
 from rlhf.tracking.run_folder.samples import samples_path, write_samples
 from rlhf.tracking.sinks.backends import TrackedStep
@@ -67,6 +68,24 @@ def run(tmp_path: Path, names: list[str]) -> Path:
 async def client(run: Path) -> Any:
     async with TestClient(TestServer(RunViewer(RunPlaces([run]), None).application())) as made:
         yield made
+
+
+async def test_the_results_of_an_evaluation_show_their_images(tmp_path: Path, names: list[str]) -> None:
+    folder = tmp_path / "evals" / "demo"
+    folder.mkdir(parents=True)
+    (folder / "eval.json").write_text("{}\n")
+    row = {"model": "m", "set": "heldout", "prompt_id": 0, "sample": 0, "prompt": f"[image {names[0]}]?"}
+    row |= {"response": "red", "images": [names[0]]}
+    (folder / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    keep_images([row], tmp_path / "demo" / "images", folder)
+    async with TestClient(TestServer(RunViewer(RunPlaces([folder]), None).application())) as made:
+        assert (await (await made.get("/api/runs")).json())["runs"][0]["steps"] == [0]
+        assert (await made.get("/api/summary", params={"run": "demo"})).status == 200
+        listing = await (await made.get("/api/samples", params={"run": "demo", "step": "0"})).json()
+        assert listing["prompts"]["heldout:0"]["images"] == [names[0]]
+        answer = await made.get("/api/image", params={"run": "demo", "name": names[0]})
+        assert (answer.status, answer.content_type) == (200, "image/webp")
+    assert [path.name for path in (folder / "images").iterdir()] == [names[0]]
 
 
 async def test_the_viewer_scales_images_and_keeps_them(client: TestClient[Any, Any], names: list[str]) -> None:

@@ -75,6 +75,7 @@ def _kind(value: Any) -> str:
 
 OF_THE_TEMPLATE = OnlyWith("apply_chat_template", True, because="only the template puts it before a prompt")
 OF_RENDERED = OnlyIn("rendered prompts")
+OF_IMAGES = OnlyIn("images")  # known once the model is loaded: rlhf.preflight.sources refuses the key then
 ImageHost = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9-]+)+$")]
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 _Name = Annotated[str, Tag("str")]
@@ -131,12 +132,12 @@ class PromptFormat(Section):
     chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
     """Variables of the chat template, such as `enable_thinking: false`. The variables become the template's defaults,
     also in the `final/` of a trained model."""
-    max_images: int = Field(default=8, ge=1)
+    max_images: Annotated[int, OF_IMAGES] = Field(default=8, ge=1)
     """Largest number of images in a row."""
-    max_image_pixels: int = Field(default=50_000_000, ge=1, le=MAX_PIXELS)
+    max_image_pixels: Annotated[int, OF_IMAGES] = Field(default=50_000_000, ge=1, le=MAX_PIXELS)
     """Largest number of pixels, width times height, of an image in the data. The model's processor then resizes the
     image."""
-    image_hosts: tuple[ImageHost, ...] = ()
+    image_hosts: Annotated[tuple[ImageHost, ...], OF_IMAGES] = ()
     """Names of hosts from which the run may fetch images by https. Addresses of other hosts, and redirects to other
     hosts, are errors."""
 

@@ -21,7 +21,7 @@ from rlhf.data.templates import UNCHANGED, ChatTemplate
 from rlhf.errors import UserError
 from rlhf.extensions import CodeSource
 from rlhf.rollouts.environments.host import Conversation, EnvironmentFailure, EnvironmentHost, Step
-from rlhf.rollouts.environments.observations import Observation
+from rlhf.rollouts.environments.observations import Observation, num_images
 from rlhf.rollouts.environments.process import Description
 from rlhf.rollouts.environments.tool_calls import ToolCallParser, read_calls
 from rlhf.rollouts.environments.tool_servers import ToolServer
@@ -184,6 +184,8 @@ class Conversations:
     async def _play_turns(self, conversation: Conversation, game: _Game, sample: int, played: Played) -> Played:
         """Play turns until the environment is done or a limit is reached. The text after the last turn is left out."""
         writer = self._writer(game.request.prompt)
+        given = game.request.prompt.columns.get("images") or () if self.images is not None else ()
+        self._refuse_many_images(shown := len(given) + num_images(game.observation or ""))
         tokens = played.prompt_token_ids
         spans: list[Sampled | InsertedSpan] = []
         rewards: list[float] = []
@@ -209,8 +211,18 @@ class Conversations:
             tokens = (*tokens, *sampled.token_ids, *inserted)
             if turn + 1 == self.spec.max_turns or len(tokens) >= self.spec.max_tokens:
                 break
+            self._refuse_many_images(shown := shown + num_images(step.observation))
             spans.append(InsertedSpan(token_ids=inserted))
         return replace(ended, finish_reason="length")
+
+    def _refuse_many_images(self, count: int) -> None:
+        """Raise EnvironmentFailure if a conversation has more images than the engine takes."""
+        if self.images is not None and count > (most := self.images.reader.limits.max_images):
+            raise EnvironmentFailure(
+                "raised",
+                f"the conversation has {count} images, more than data.max_images, {most}. Raise data.max_images, or "
+                "return fewer images.",
+            )
 
     async def _step(self, conversation: Conversation, sampled: Sampled, writer: TurnWriter) -> Step:
         """Return the environment's step, or the errors of invalid tool calls as the observation."""

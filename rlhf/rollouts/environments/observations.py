@@ -35,6 +35,12 @@ def read_observation(reply: str | list[Any]) -> Observation | tuple[Observation,
     return tuple(Seen(()) if isinstance(seen := read_observation(one), tuple) else seen for one in reply)
 
 
+def num_images(observation: Observation | tuple[Observation, ...]) -> int:
+    """Return the number of images in an observation, or in the results of tool calls."""
+    results = observation if isinstance(observation, tuple) else (observation,)
+    return sum(isinstance(part, bytes) for seen in results if isinstance(seen, Seen) for part in seen.parts)
+
+
 def message_of(role: str, observation: Observation) -> Message:
     """Return the observation as a message for a chat template."""
     if isinstance(observation, str):

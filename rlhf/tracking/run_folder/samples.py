@@ -19,6 +19,7 @@ from rlhf.tracking.run_folder.atomic import read_lines, write_lines
 from rlhf.types import StepReward
 
 MOST_CHARACTERS = 4096  # of a column of the data row, or of an agent's result
+EVAL_SAMPLES = "samples.jsonl"  # of `rlhf eval`, in the folder of the results
 _PROMPT_COLUMNS = ("prompt", "messages", "images")  # shown as the prompt itself
 _TAIL_BYTES = 1 << 20  # searched for the last line, at the end of a samples file
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -23,6 +23,9 @@ from rlhf.extensions import LoadError, find_code, load_code
 from rlhf.passed_objects import code_file
 from rlhf.tracking.diagnosis.findings import Severity
 from rlhf.tracking.sinks.backends import TrackedStep, TrackerBackend
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 BUILT_IN = {  # by the name of the tracker, which is the name of the package and of the extra
     "mlflow": "rlhf.tracking.sinks.mlflow_backend:MlflowTracker",
@@ -38,6 +41,7 @@ class TrackedRun:
     folder: Path
     config: Mapping[str, Any]  # all values in effect, without secrets
     done_steps: int | None  # steps before this start; None for a new run, -1 if a resumed run has no checkpoint
+    image_of: Callable[[str], Image] | None = None  # returns a small version of an image of samples by its name
 
 
 def installed_tracker(name: str, args: Mapping[str, Any], run: TrackedRun) -> InstalledTracker:

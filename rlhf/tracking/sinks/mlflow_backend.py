@@ -1,7 +1,7 @@
 """MLflow as a tracker: `tracking.trackers: {mlflow: {}}`. The module reads no run.
 
-MLflow gets the configuration as parameters, the metrics of each step, tables of samples, alerts, the timeline and, on
-request, the checkpoints. MLflow has no histograms.
+MLflow gets the configuration as parameters, the metrics of each step, tables of samples, small images of samples,
+alerts, the timeline and, on request, the checkpoints. MLflow has no histograms.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rlhf.tracking.diagnosis.findings import Severity
 from rlhf.tracking.run_folder.atomic import write_atomic
 from rlhf.tracking.sinks.backends import TrackedStep, TrackerBackend
 from rlhf.tracking.sinks.installed import TrackedRun
-from rlhf.tracking.sinks.wandb_backend import tables
+from rlhf.tracking.sinks.wandb_backend import shown_images, tables
 
 MOST_PARAMS = 100  # of one request; MLflow refuses more
 MOST_METRICS = 1000
@@ -34,7 +34,7 @@ class MlflowTracker(TrackerBackend):
     ) -> None:
         from mlflow import MlflowClient
 
-        self._folder, self._checkpoints = run.folder, checkpoints
+        self._folder, self._checkpoints, self._image_of = run.folder, checkpoints, run.image_of
         self._client = MlflowClient(uri)
         id_path = run.folder / "mlflow_run_id"
         if run.done_steps is not None and id_path.exists():
@@ -63,9 +63,12 @@ class MlflowTracker(TrackerBackend):
         rows = [Metric(_allowed(key), value, now, step.step) for key, value in values.items()]
         for first in range(0, len(rows), MOST_METRICS):
             self._client.log_batch(self._id, metrics=rows[first : first + MOST_METRICS])
-        for split, (columns, data) in tables(step.samples()).items():
+        for split, (columns, data) in (shown := tables(step.samples())).items():
             table = {"columns": columns, "data": data}
             self._client.log_dict(self._id, table, f"samples/{split}/step_{step.step:06d}.json")
+        for images in shown_images(shown, self._image_of).values():
+            for name, image in images.items():
+                self._client.log_image(self._id, image, artifact_file=f"images/{name}.png")
 
     def alert(self, severity: Severity, title: str, text: str) -> None:
         self._client.set_tag(self._id, f"alert.{title}", f"{severity}: {text}"[:MOST_CHARS])

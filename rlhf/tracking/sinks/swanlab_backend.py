@@ -1,7 +1,7 @@
 """SwanLab as a tracker: `tracking.trackers: {swanlab: {}}`. The module reads no run.
 
-SwanLab gets the configuration, the metrics, tables of samples, and alerts as text. SwanLab has no histograms. Neither
-the command line nor the repository nor the terminal is sent, because they may hold secrets.
+SwanLab gets the configuration, the metrics, tables and small images of samples, and alerts as text. SwanLab has no
+histograms. Neither the command line nor the repository nor the terminal is sent, because they may hold secrets.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rlhf.tracking.diagnosis.findings import Severity
 from rlhf.tracking.run_folder.atomic import write_atomic
 from rlhf.tracking.sinks.backends import TrackedStep, TrackerBackend
 from rlhf.tracking.sinks.installed import TrackedRun
-from rlhf.tracking.sinks.wandb_backend import tables
+from rlhf.tracking.sinks.wandb_backend import shown_images, tables
 
 
 class SwanlabTracker(TrackerBackend):
@@ -39,7 +39,7 @@ class SwanlabTracker(TrackerBackend):
             write_atomic(id_path, uuid.uuid4().hex)
         pipeline, _, stage = run.name.partition("/")
         nothing = {"hardware": False, "runtime": False, "requirements": False, "git": False, "monitor": False}
-        self._step = 0
+        self._step, self._image_of = 0, run.image_of
         self._run = swanlab.init(
             mode=mode,
             log_dir=str(run.folder / "swanlab"),
@@ -60,10 +60,12 @@ class SwanlabTracker(TrackerBackend):
 
         self._step = step.step
         row: dict[str, Any] = {key: value for key, value in step.metrics.items() if value is not None}
-        for split, (columns, data) in tables(step.samples()).items():
+        for split, (columns, data) in (shown := tables(step.samples())).items():
             table = swanlab.echarts.Table()
             table.add(columns, data)
             row[f"samples/{split}"] = table
+        for split, images in shown_images(shown, self._image_of).items():
+            row[f"images/{split}"] = [swanlab.Image(image, caption=name) for name, image in images.items()]
         self._run.log(row, step=step.step)
 
     def alert(self, severity: Severity, title: str, text: str) -> None:

@@ -1,7 +1,8 @@
 """trackio as a tracker: `tracking.trackers: {trackio: {}}`, for `trackio show --project rlhf`. The module reads no run.
 
 trackio writes to a data base below TRACKIO_DIR, or else below the cache folder of Hugging Face, and on request to a
-Space of the hub. trackio gets the configuration, the metrics, histograms, tables of samples and alerts.
+Space of the hub. trackio gets the configuration, the metrics, histograms, tables and small images of samples, and
+alerts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from rlhf.tracking.diagnosis.findings import Severity
 from rlhf.tracking.metrics.histograms import trimmed
 from rlhf.tracking.sinks.backends import TrackedStep, TrackerBackend
 from rlhf.tracking.sinks.installed import TrackedRun
-from rlhf.tracking.sinks.wandb_backend import tables
+from rlhf.tracking.sinks.wandb_backend import shown_images, tables
 
 
 class TrackioTracker(TrackerBackend):
@@ -28,6 +29,7 @@ class TrackioTracker(TrackerBackend):
         modules: tuple[Any, ...] = (trackio, trackio.run, trackio.utils)
         for module in modules:
             module.print = _ignore  # these modules write to stdout, where a program may read this run's progress
+        self._image_of = run.image_of
         pipeline, _, stage = run.name.partition("/")
         self._run = trackio.init(
             project=project,
@@ -48,8 +50,10 @@ class TrackioTracker(TrackerBackend):
         for key, histogram in step.histograms.items():
             form = trimmed(histogram)
             row[key] = trackio.Histogram(np_histogram=(form["counts"], form["edges"]))
-        for split, (columns, data) in tables(step.samples()).items():
+        for split, (columns, data) in (shown := tables(step.samples())).items():
             row[f"samples/{split}"] = trackio.Table(columns=columns, data=data, allow_mixed_types=True)
+        for split, images in shown_images(shown, self._image_of).items():
+            row |= {f"images/{split}/{i}": trackio.Image(images[name], name) for i, name in enumerate(images, start=1)}
         self._run.log(row, step=step.step)
 
     def alert(self, severity: Severity, title: str, text: str) -> None:

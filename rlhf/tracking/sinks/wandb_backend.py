@@ -11,6 +11,7 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _MARGIN_S = 10.0  # our deadlines come so much later than W&B's, and cover everything else
 MOST_IMAGES = 4  # of a row
+MOST_STEP_IMAGES = 16  # of a split, for trackers without images in tables
 MOST_ROWS = 64  # rows in a step's table of one split; samples/ has all rows
 _USERS_DATA_DIR = os.environ.get("WANDB_DATA_DIR")
 
@@ -224,6 +226,24 @@ def tables(samples: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[str], l
         cells = [_cells(row, rewards, has_images=has_images) for row in rows[:MOST_ROWS]]
         tables_by_split[split] = (list(cells[0]), [list(row.values()) for row in cells])
     return tables_by_split
+
+
+def shown_images(
+    by_split: Mapping[str, tuple[list[str], list[list[Any]]]], image_of: Callable[[str], Image] | None
+) -> dict[str, dict[str, Image]]:
+    """Return small images by name for each split of `tables`, the first MOST_STEP_IMAGES of a split.
+
+    image_of: returns a small version of an image by its name. A missing or damaged image is left out, with a warning.
+    """
+    shown: dict[str, dict[str, Image]] = {}
+    for split, (columns, rows) in by_split.items() if image_of is not None else ():
+        names = [str(row[columns.index("images")]).split() for row in rows] if "images" in columns else []
+        for name in islice(dict.fromkeys(chain.from_iterable(names)), MOST_STEP_IMAGES):
+            try:
+                shown.setdefault(split, {})[name] = image_of(name)
+            except (RunError, UserError) as error:
+                logger.warning("A tracker does not show image %s: %s", name, error)
+    return shown
 
 
 def _cells(row: Mapping[str, Any], rewards: Sequence[str], *, has_images: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ the server may have taken the turn.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import urllib.error
@@ -35,16 +36,16 @@ class HttpEnvironment:
         self.timeout_s = timeout_s
         self.session: str | None = None
 
-    def reset(self, seed: int, **columns: Any) -> str | None:
+    def reset(self, seed: int, **columns: Any) -> str | list[Any] | None:
         """Open a session on the server."""
         answer = self._post("reset", {"seed": seed, "columns": columns})
         self.session = answer["session"]
-        return answer["observation"]  # type: ignore[no-any-return]
+        return _with_images(answer["observation"])
 
-    def step(self, response: str) -> tuple[str, float, bool]:
+    def step(self, response: str) -> tuple[str | list[Any] | None, float, bool]:
         """Send a turn of the policy, and return the server's answer."""
         answer = self._post("step", {"session": self.session, "response": response})
-        return answer["observation"], answer["reward"], answer["done"]
+        return _with_images(answer["observation"]), answer["reward"], answer["done"]
 
     def close(self) -> None:
         """Ask the server to end the session."""
@@ -62,3 +63,15 @@ class HttpEnvironment:
         if not isinstance(result, dict):
             raise TypeError(f"{self.url}/{call} answered {result!r:.80}, expected a JSON object")
         return result
+
+
+def _with_images(observation: Any) -> str | list[Any] | None:
+    """Return an observation with the bytes of each image in place of base64. ValueError: a text is not base64."""
+    if not isinstance(observation, list):
+        return observation  # type: ignore[no-any-return]
+    return [
+        {**part, "image": base64.b64decode(part["image"].rpartition(",")[2], validate=True)}  # also of a data URI
+        if isinstance(part, Mapping) and isinstance(part.get("image"), str)
+        else part
+        for part in observation
+    ]
