@@ -22,6 +22,9 @@ from rlhf.config.schema.merge import MergeConfig, MergeRun
 from rlhf.merging import merge as merging
 from rlhf.merging.merge import merge_models
 from rlhf.merging.sources import find_source
+from rlhf.models.files.tiny_vision import build_tiny_vision
+from rlhf.vision.kinds import is_vision_weight
+from rlhf.vision.processor import ImageProcessing
 from tests.fixtures.models import change_json, changed_copy
 from tests.merging_models import make_adapter, make_models, make_reward_adapter, weights
 from tests.tiny_architectures import tiny_model as tiny_architecture
@@ -71,6 +74,22 @@ def test_the_result_is_a_model_folder(tmp_path: Path, models: Path, tied: str) -
     assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
     assert model.generation_config.eos_token_id == tokenizers[1].eos_token_id
     assert [path.name for path in (tmp_path / "merged").iterdir()] == ["it"]
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "idefics3"])
+def test_models_that_see_keep_towers_and_processors(tmp_path: Path, kind: str) -> None:
+    for seed, name in enumerate("ab"):
+        build_tiny_vision(tmp_path / name, kind, seed=seed)
+    out = merge(tmp_path / "out", tmp_path, ["a", "b"], method="linear", dtype="float32")
+    merged, *parts = (weights(tmp_path / name) for name in ("out", "a", "b"))
+    assert merged.keys() == parts[0].keys()
+    assert any(is_vision_weight(name) for name in merged)
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight, (parts[0][name] + parts[1][name]) / 2)
+    before, after = (ImageProcessing.of_model(str(folder)) for folder in (tmp_path / "a", out))
+    assert before is not None
+    assert after is not None
+    assert after.expansion(40, 24) == before.expansion(40, 24)
 
 
 def test_the_record_repeats_the_merge(tmp_path: Path, models: Path) -> None:
