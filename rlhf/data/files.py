@@ -176,8 +176,8 @@ def _without_nul(file: Iterable[str], path: Path) -> Iterator[str]:
 
 
 def _read_parquet(path: Path, skip: int) -> Iterator[Row]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.parquet
 
     try:
         names = pyarrow.parquet.read_schema(path).names

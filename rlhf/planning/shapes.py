@@ -222,7 +222,7 @@ def _tower_of(config: Mapping[str, Any]) -> Tower:
     )
 
 
-def _mixture(family: str, config: Mapping[str, Any], source: str) -> dict[str, int]:
+def _mixture(family: str, config: Mapping[str, Any], source: str) -> dict[str, Any]:
     experts, width = num_experts(config), config.get("moe_intermediate_size") or config["intermediate_size"]
     chosen = config.get("num_experts_per_tok")
     if not experts or not isinstance(chosen, int):

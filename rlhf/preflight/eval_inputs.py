@@ -20,6 +20,7 @@ from rlhf.config.schema.rewards import RewardConfig, RewardPolicy
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.stages import MergeStage, final_folder, run_folder
 from rlhf.data.examples import Reading
+from rlhf.data.shapes import SHAPES
 from rlhf.data.tasks import REASONING_GYM, RUNNING_TOTALS
 from rlhf.data.templates import UNCHANGED, ChatTemplate, read_template
 from rlhf.errors import UserError, prefix_errors
@@ -351,7 +352,7 @@ def _source(text: str) -> tuple[str, DataSource]:
     """Return a set's name and source. TASK[:ROWS] generates rows of the task's eval split, and preset:NAME[:SPLIT] is
     a preset, by default its eval split."""
     task, _, rows = text.partition(":")
-    if task == RUNNING_TOTALS or task.startswith(REASONING_GYM):
+    if task in (RUNNING_TOTALS, SHAPES) or task.startswith(REASONING_GYM):
         if rows and not (rows.isdecimal() and int(rows) > 0):
             raise UserError(f"--data {text}: a number of rows follows the task's name, such as {task}:100")
         return task, TaskConfig(task=task, split="eval", size=int(rows) if rows else TASK_ROWS)

@@ -49,9 +49,10 @@ def score_file(scoring: Scoring, file: Path) -> ScoredFile:
     """Return the scores of every row, including failed rewards. UserError names each invalid line."""
     logs.configure("WARNING")
     rows = read_rows(str(file))
-    with temporary_folder() as images, Scorer(scoring) as scorer:
+    with temporary_folder() as images:
         groups = _groups(_lines(rows, scoring, images))
-        scored = _score(scorer, groups, scoring)
+        with Scorer(scoring) as scorer:
+            scored = _score(scorer, groups, scoring)
     scored_rows: dict[int, ScoredRow] = {}
     for number, (group, scores) in enumerate(zip(groups, scored, strict=True)):
         for sample, place in enumerate(group.rows):

@@ -236,7 +236,9 @@ def shown_images(
     image_of: returns a small version of an image by its name. A missing or damaged image is left out, with a warning.
     """
     shown: dict[str, dict[str, Image]] = {}
-    for split, (columns, rows) in by_split.items() if image_of is not None else ():
+    if image_of is None:
+        return shown
+    for split, (columns, rows) in by_split.items():
         names = [str(row[columns.index("images")]).split() for row in rows] if "images" in columns else []
         for name in islice(dict.fromkeys(chain.from_iterable(names)), MOST_STEP_IMAGES):
             try:
