@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,8 @@ def count_rows_of_file(path: Path) -> int:
     if path.suffix == ".parquet":
         import pyarrow.parquet  # type: ignore[import-untyped]
 
-        try:
+        with suppress(OSError, pyarrow.ArrowException):  # raised again by the reader, with the file's name
             return int(pyarrow.parquet.read_metadata(path).num_rows)
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{path} is not a Parquet file that can be read: {one_line(error)}.") from error
     return sum(1 for _ in rows_of_file(path))
 
 

@@ -62,7 +62,7 @@ def test_counting_a_parquet_file_reads_no_row(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[4:100] = bytes(96)  # of the rows; the metadata is at the end
     path.write_bytes(data)
-    with pytest.raises(UserError, match="is not a Parquet file that can be read"):
+    with pytest.raises(UserError, match=r"d\.parquet cannot be read"):
         read_rows(str(path))
     assert count_rows(str(path)) == 3
     path.write_bytes(b"no")
