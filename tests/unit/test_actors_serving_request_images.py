@@ -143,7 +143,7 @@ SVG = f"data:image/svg+xml;base64,{base64.b64encode(b'<svg></svg>').decode()}"
         ([address("data:image/png;base64,AAAA")], "no image of a known format"),
         ([address(SVG)], "SVG drawing is no image"),
         ([address(uri(RED[:60]))], "damaged or incomplete"),
-        ([part(RED)] * 4, "hold 4 images, and the server takes 3"),
+        ([part(RED)] * 4, r"hold 4 images, and data\.max_images of the run is 3"),
         ([part(RED), {"type": "text", "text": "<|image_pad|>"}], "stands for an image"),
         ([{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}], "there are text and image_url"),
         ([{"type": "image_url", "image_url": None, "uuid": "0123"}], "the field `uuid`"),
