@@ -22,7 +22,7 @@ from rlhf.controller.rollout_scorer import request_for
 from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.tracking.metrics.reductions import Mean
-from rlhf.types import BatchPlan, MinibatchPlan, Prompt, RolloutInfo, Rollouts, StepReward, TokenSignals
+from rlhf.types import BatchPlan, MinibatchPlan, OwnLoss, Prompt, RolloutInfo, Rollouts, StepReward, TokenSignals
 from rlhf.workers.online.policy import PolicyWorker
 from rlhf.workers.online.streamed import StreamedPolicyWorker
 from tests.agent_sessions import call, session
@@ -248,6 +248,44 @@ def learn_streamed(
     weights = {name: weight.clone() for name, weight in worker.weights(torch.float32)}
     signals, _ = worker.token_signals(tuple(plan.scores))
     return parts, weights, signals
+
+
+def learn_summed(
+    rank: int, world_size: int, *, marks: bool, named: bool, model: str, folder: str, **resources: Any
+) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """Make an optimizer step from the gradients of both minibatches. Return metrics and weights.
+
+    Args:
+        marks: let the last gradient mark the end, and not the optimizer step.
+        named: name the configured loss.
+    """
+    train = {"sequences_per_update": GROUPS * SAMPLES // 2, "eps": 1e-3}
+    options: Any = {"workers": world_size, "tokens": 40, "train": train, "cluster": {"roles": {"policy": resources}}}
+    config = worker_config({"name": "grpo"}, model, folder, **options)
+    worker = PolicyWorker(config, place_of(rank, world_size), optimizer_steps=8)
+    worker.build()
+    plan = plan_of(config, world_size)
+    worker.prepare(plan, *map(rollouts_of, range(GROUPS)))
+    worker.set_advantages({i: 2.0 - (i * 7 % 5) for i in plan.scores})
+    loss = OwnLoss(section=config.algorithm) if named else None
+    parts = [worker.forward_backward(0, ends=False, loss=loss), worker.forward_backward(1, ends=marks, loss=loss)]
+    return [*parts, worker.optim_step()], {name: one.clone() for name, one in worker.weights(torch.float32)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_gradients_of_two_minibatches_add_up_over_ranks(gangs: Gangs, tmp_path: Path, zero_stage: int) -> None:
+    """An empty pass of the optimizer step may mark the end, and the configured loss may be named."""
+    model = str(build_tiny_llama(tmp_path / "policy", seed=3))
+    run = partial(gangs[2].run, learn_summed, model=model, folder=str(tmp_path), zero_stage=zero_stage)
+    marked, *further = (run(marks=marks, named=named) for marks, named in ((True, False), (False, False), (True, True)))
+    norm = results(merge_metrics(part for parts, _ in marked for part in parts))["update/grad_norm"]
+    for other in further:
+        found = results(merge_metrics(part for parts, _ in other for part in parts))["update/grad_norm"]
+        assert found == pytest.approx(norm, rel=1e-6)
+        for (_, weights), (_, others) in zip(marked, other, strict=True):
+            torch.testing.assert_close(others, weights, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.timeout(600)
