@@ -134,7 +134,8 @@ async def test_calls_in_the_wrong_order_are_refused_and_change_nothing(loop: Own
         await refused(loop.experience([groups[0], groups[0]]), "experience: a group is there twice")
         await refused(loop.experience(groups, [[1.0]] * 3), r"groups of \[1, 1, 1\] numbers, expected \[4, 4, 4\]")
         await refused(loop.experience(groups, [[float("nan")] * 4] * 3), "an advantage is nan")
-        await loop.experience(groups, [[1.0, -1.0, 0.5, -0.5]] * 3)
+        batch = await loop.experience(groups, [[1.0, -1.0, 0.5, -0.5]] * 3)
+        assert [value for _, value in sorted(batch.advantages.items())] == [1.0, -1.0, 0.5, -0.5] * 3
         await refused(loop.forward_backward(2), "the minibatch is 2, and the batch has 2 minibatches")
         await refused(loop.forward_backward(loss="kl_cov"), "kl_cov is no loss of single micro-batches")
         await refused(loop.forward_backward(loss="gpro"), "loss: algorithm.name: got .gpro.; did you mean .grpo.")
@@ -232,6 +233,7 @@ async def test_prompts_of_ones_own_are_sampled_anew_each_time(loop: OwnLoop) -> 
     assert "update/loss/mean" not in rows(loop.folder)[0]
 
 
+@pytest.mark.slow
 async def test_a_checkpoint_can_be_loaded_and_continued(alone: None, tmp_path: Path) -> None:
     unbroken = await run(loaded(tmp_path, "run"))
     config = loaded(tmp_path, "own")
