@@ -116,6 +116,9 @@ async def test_a_saved_state_shortens_the_log_and_unretrieved_results_stay(
         assert await each.since_saved() == []
         assert (await each.accept(0, "optim_step", b"x" * 1000)).seq_id == 0  # joins, without being run again
         assert each.following == 3
+    line.requests[2].retrieved = 0.0
+    await line.shorten()
+    assert [request.seq_id for request in line_at(tmp_path).ready()] == [3]
 
 
 async def test_a_line_without_an_order_runs_all_at_once_and_forgets(
