@@ -455,4 +455,18 @@ MUTATIONS = (
         "if start < 0:",
         "unit/test_actors_rollout_image_inputs.py",
     ),
+    _mutation(
+        "a server that starts again carries out a request that the saved state already has",
+        "rlhf/hosting/request_line.py",
+        "first = 0 if self.saved is None else self.saved.seq_id + 1",
+        "first = 0 if self.saved is None else self.saved.seq_id",
+        "unit/test_hosting_request_line.py",
+    ),
+    _mutation(
+        "a step follows on half of a client's batch",
+        "rlhf/hosting/training.py",
+        "            await self.shared.policy.drop_gradient(self.name, reason)",
+        "            pass",
+        "unit/test_hosting_service.py",
+    ),
 )
