@@ -112,7 +112,7 @@ def test_a_run_that_loses_a_worker_of_each_role_equals_an_unbroken_one(
 ) -> None:
     """The reward worker dies with the first group, an engine during the rollouts and a rank during an update."""
     config = write_run(tmp_path, "broken", GRPO, TWO_RANKS, EVERY_ROLE, reward=ENDS_ITS_WORKER)
-    kill_during(monkeypatch, "update", rank=1, number=4)
+    kill_during(monkeypatch, "forward_backward", rank=1, number=4)
     kills = {"ReferenceWorker": 1, "RolloutEngine": 2}
     assert_unbroken(tmp_path, config, "reward 0", "reference 0", "rollout 0", "policy 1", kills=kills)
 
@@ -120,7 +120,7 @@ def test_a_run_that_loses_a_worker_of_each_role_equals_an_unbroken_one(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "method"),
-    [({"cluster": {"weight_sync": "gloo"}}, "send"), ({"policy": {"lora": {"rank": 4}}}, "update")],
+    [({"cluster": {"weight_sync": "gloo"}}, "send"), ({"policy": {"lora": {"rank": 4}}}, "optim_step")],
     ids=["broadcast", "lora"],
 )
 def test_a_rank_with_an_adapter_or_in_a_broadcast_is_killed(
