@@ -104,7 +104,9 @@ async def test_a_server_answers_beside_connections_that_send_half_a_request(monk
 
     app.router.add_get("/", health)
     runner = web.AppRunner(app)
-    server = asyncio.create_task(serving._serve(runner, "127.0.0.1", port, lambda address: None, StopRequest()))
+    server = asyncio.create_task(
+        serving._serve(runner, "127.0.0.1", port, lambda address: None, StopRequest(), lambda: None)
+    )
     try:
         async with asyncio.timeout(60.0):
             while True:
