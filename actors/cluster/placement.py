@@ -47,6 +47,7 @@ class Placement:
     group: PlacementGroup
     plan: PlacementPlan
     seats: Seats | None = None  # of engines that join and leave; None: all workers are in the group
+    at_once: bool = False  # whether all roles compute at the same time, and none waits for another
 
     def options(self, role: Role, rank: int, env: Mapping[str, str], *, concurrency: int = 1) -> dict[str, Any]:
         """Return the Ray options of one worker: slot, environment, and no retries of any kind."""
@@ -82,8 +83,10 @@ class Placement:
         return len(self.nodes()) == 1 and (self.seats is None or bool(OWN_RAY.daemons))
 
     def threads(self, role: Role, configured: int | Literal["auto"]) -> list[int]:
-        """Return the compute threads of each worker of a role. auto: the node's cores, divided by its workers."""
-        return _threads(self.nodes_of(role), configured)
+        """Return the compute threads of each worker of a role. auto: the node's cores, divided by its workers of this
+        role, or of all roles `at_once`: threads of two processes on one core would wait for each other."""
+        sharing = [node for other in (self.plan.slots if self.at_once else (role,)) for node in self.nodes_of(other)]
+        return _threads(self.nodes_of(role), configured, sharing)
 
     async def wait_until_whole(self, *, limit_s: float) -> None:
         """Wait until Ray has placed the bundles of lost nodes on new nodes. Raise NodeNotReplaced at the limit."""
@@ -155,7 +158,8 @@ class Seats:
     def threads(self, role: Role, configured: int | Literal["auto"]) -> dict[int, int]:
         """Return the compute threads of each rank's engine. auto: the node's cores, divided by its present engines."""
         nodes = self.nodes()
-        return dict(zip(nodes, _threads(list(nodes.values()), configured), strict=True))
+        places = list(nodes.values())
+        return dict(zip(nodes, _threads(places, configured, places), strict=True))
 
 
 async def reserve(config: Config) -> Placement:
@@ -251,9 +255,10 @@ def _remove(groups: Sequence[PlacementGroup]) -> None:
         remove_placement_group(group)
 
 
-def _threads(nodes: Sequence[str], configured: int | Literal["auto"]) -> list[int]:
+def _threads(nodes: Sequence[str], configured: int | Literal["auto"], sharing: Sequence[str]) -> list[int]:
+    """Return the threads of a worker on each node. `sharing`: the nodes of all workers that share the cores."""
     cores = {node["NodeID"]: int(node["Resources"].get("CPU", 1)) for node in ray.nodes()}
-    return [max(1, cores.get(n, 1) // nodes.count(n)) if configured == "auto" else configured for n in nodes]
+    return [max(1, cores.get(n, 1) // sharing.count(n)) if configured == "auto" else configured for n in nodes]
 
 
 def _is_whole(group: PlacementGroup) -> bool:

@@ -13,13 +13,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 MOST_LINES = {
     "actors": 9,
-    "actors/cluster": 2191,
+    "actors/cluster": 2196,
     "actors/doctor": 989,
     "actors/jobs": 625,
     "actors/roles": 1601,
     "actors/rollout": 3398,
     "actors/run": 1141,
-    "actors/serving": 2830,
+    "actors/serving": 2831,
     "actors/sweeps": 509,
     "actors/vllm_patches": 819,
     "actors/weights": 1026,
@@ -60,7 +60,7 @@ MOST_LINES = {
     "tests/mutations": 561,
     "tests/parity": 3278,
     "tests/property": 786,
-    "tests/unit": 49338,
+    "tests/unit": 49361,
 }
 
 

@@ -14,6 +14,7 @@ import subprocess
 import threading
 from concurrent.futures import Future
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -353,3 +354,16 @@ def test_the_object_store_of_ray_takes_room_and_copies_are_only_warned_about(cap
     assert "copies of other nodes 2.00 + Ray's objects 2.00" in caplog.text
     with pytest.raises(UserError, match=r"--shm-size=8g"):
         judge(SharedMemoryRoom(total=5 * 2**30, free=0, ray=3 * 2**30), snapshots, where="/dev/shm")
+
+
+def test_roles_that_compute_at_the_same_time_divide_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"bundles_to_node_id": {0: "a", 1: "a", 2: "b"}}
+    monkeypatch.setattr(module, "placement_group_table", lambda group: table)
+    nodes = [{"NodeID": name, "Resources": {"CPU": 8.0}} for name in "ab"]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    slots = {"policy": [SimpleNamespace(bundle=0)], "rollout": [SimpleNamespace(bundle=1), SimpleNamespace(bundle=2)]}
+    made = Placement(group=cast("Any", None), plan=cast("Any", SimpleNamespace(slots=slots)))
+    assert (made.threads("policy", "auto"), made.threads("rollout", "auto")) == ([8], [8, 8])
+    at_once = replace(made, at_once=True)
+    assert (at_once.threads("policy", "auto"), at_once.threads("rollout", "auto")) == ([4], [4, 8])
+    assert at_once.threads("rollout", 3) == [3, 3]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from actors.cluster.connect import connected
@@ -109,7 +110,7 @@ async def _service(
     longest = limits.max_length + 1  # a row and its last target
     run = RunConfig(name=config.run.name, dir=config.run.dir, seed=config.run.seed)
     of_ranks = ranks_config(policy, run, cluster, max_tokens_per_microbatch=longest)
-    placement = await reserve_roles(config.needs, cluster, with_reward_model=False)
+    placement = replace(await reserve_roles(config.needs, cluster, with_reward_model=False), at_once=True)
     gang = create_adapters_gang(of_ranks, placement, longest_sequence=longest)
     engines = serve_adapters(
         model.base,

@@ -26,7 +26,7 @@ class RoleResources(Section):
     the node of their host."""
     threads: Annotated[Threads, OnlyIn("cpu")] = "auto"
     """Compute threads of each process on a CPU. auto: the node's cores divided by the number of this role's processes
-    on it."""
+    on it. `rlhf tinker` divides the cores by the processes of all roles, which compute at the same time."""
 
 
 class TrainedResources(RoleResources):
