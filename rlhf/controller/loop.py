@@ -325,7 +325,7 @@ class TrainingLoop(ABC):
             return
         row = record.row()
         tokens, mean_length = self.trained_tokens(row)
-        rate = row.get("update/tokens/total", 0.0) / row["time/update_s"]  # 0 while only the critic is trained
+        rate = row.get("update/tokens/total", 0.0) / row.get("time/update_s", 1.0)  # 0 if the policy is not trained
         record.add(
             {
                 "throughput/tokens_per_s": Last(value=tokens / row["time/step_s"]),
