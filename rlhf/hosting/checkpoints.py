@@ -20,6 +20,7 @@ from typing import Any
 from rlhf.adapters import AdapterShape
 from rlhf.errors import UserError
 from rlhf.hosting.bodies import PATH
+from rlhf.hosting.refusals import NotFound
 from rlhf.tracking.run_folder.atomic import read_object, sync, sync_tree, write_atomic
 from rlhf.tracking.run_folder.manifest import Manifest, find_damage
 
@@ -111,6 +112,18 @@ class Checkpoints:
         if checkpoint is None or checkpoint.owner != owner or checkpoint.is_expired:
             raise UserError(f"there is no checkpoint {path} of this key")
         return checkpoint
+
+    def seen(self, owner: str, path: str) -> Checkpoint:
+        """Return a checkpoint for a call about the checkpoint itself. NotFound: there is none."""
+        try:
+            return self.find(path, owner)
+        except UserError as error:
+            raise NotFound(str(error)) from error
+
+    def listed(self, owner: str, model_id: str | None = None) -> list[dict[str, Any]]:
+        """Return the entries of an owner's checkpoints with a name, the newest first."""
+        stored = self.of_owner(owner, model_id)
+        return [checkpoint.as_listed() for checkpoint in stored if not checkpoint.name.startswith("_")]
 
     def sound(self, checkpoint: Checkpoint) -> Path:
         """Return the content of a checkpoint after reading every byte. UserError: the content is damaged."""

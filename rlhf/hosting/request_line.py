@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.errors import UserError
+from rlhf.hosting.refusals import Forgotten
 from rlhf.hosting.request_log import Frame, RequestLog
 
 KEEP_RETRIEVED_S = 120.0  # a client asks again if the connection broke while a result was on its way
 Category = Literal["user", "server"]
-
-
-class Forgotten(Exception):
-    """The result of a request is no longer kept. The client may send the request anew."""
 
 
 @dataclass(frozen=True, slots=True)

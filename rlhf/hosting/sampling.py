@@ -16,9 +16,9 @@ from rlhf.adapters import SampleAnswer, SampleRequest
 from rlhf.errors import RunError, UserError, WorkerLost
 from rlhf.hosting import bodies, protobuf
 from rlhf.hosting.checkpoints import Checkpoint, Checkpoints, adapter_name
-from rlhf.hosting.counters import Counters
 from rlhf.hosting.request_line import LineRequest, RequestLine, Result
-from rlhf.hosting.sessions import SamplerRecord, Sessions
+from rlhf.hosting.sessions import SamplerRecord
+from rlhf.hosting.shared import Shared
 from rlhf.roles import AdapterEnginesRole, PolicyProbe
 
 logger = logging.getLogger(__name__)
@@ -77,18 +77,16 @@ class Sampler:
     def __init__(
         self,
         record: SamplerRecord,
-        sessions: Sessions,
+        shared: Shared,
         adapters: EngineAdapters,
-        counters: Counters,
         *,
-        max_length: int,
         seen: Seen,
         fail: Callable[[WorkerLost], object],
     ) -> None:
         self.record = record
-        self.line = RequestLine(sessions.requests_of(record), in_order=False)
-        self._adapters, self._counters, self._max_length = adapters, counters, max_length
-        self._seen, self._fail = seen, fail
+        self.line = RequestLine(shared.sessions.requests_of(record), in_order=False)
+        self._adapters, self._seen, self._fail = adapters, seen, fail
+        self._counters, self._max_length = shared.counters, shared.settings.max_length
         self._running: dict[int, asyncio.Task[None]] = {}
         self._finished: list[int] = [r.seq_id for r in self.line.requests.values() if r.result is not None]
         self._since_shortened = 0

@@ -16,11 +16,8 @@ from typing import Any
 from rlhf.errors import UserError
 from rlhf.hosting.bodies import CreateSession
 from rlhf.hosting.checkpoints import now
+from rlhf.hosting.refusals import Gone
 from rlhf.tracking.run_folder.atomic import read_object, write_atomic
-
-
-class Gone(Exception):
-    """The session is over, or was never begun here. The protocol's answer is 410."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -10,116 +10,27 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
-import shutil
 import time
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rlhf.adapters import AdamStep, AdapterShape
 from rlhf.errors import RunError, UserError, WorkerLost
 from rlhf.hosting import bodies, protobuf
-from rlhf.hosting.checkpoints import Checkpoint, Checkpoints, adapter_name, expiry, now
-from rlhf.hosting.counters import Counters
+from rlhf.hosting.checkpoints import adapter_name
+from rlhf.hosting.model_record import ModelRecord
+from rlhf.hosting.model_run import ModelRun, StepSums, begin_run
 from rlhf.hosting.request_line import LineRequest, RequestLine, Result, Saved
-from rlhf.hosting.sessions import SamplerRecord, Sessions
-from rlhf.roles import AdaptersRole
-from rlhf.tracking.run_folder.atomic import read_object, sync_tree, write_atomic
-from rlhf.tracking.run_folder.lock import lock_folder
-from rlhf.tracking.run_folder.manifest import Manifest, find_damage
-from rlhf.tracking.run_folder.samples import SampleRecord, samples_path, write_samples
-from rlhf.tracking.sinks.tracker import Tracker, read_metrics
+from rlhf.hosting.saving import Saving
+from rlhf.hosting.shared import Shared
+from rlhf.hosting.states import SavedStates
 
 logger = logging.getLogger(__name__)
 SAVE_AFTER_S = 60.0  # of work since the last saved state; a restart repeats at most this much
 SAVE_AFTER_BYTES = 1 << 28  # of the log
-SNAPSHOTS_KEPT = 32  # newest samplers without a name, of each model
-SAMPLES_KEPT = 16  # for each optimizer step
-RECORD = "model.json"
-
-
-@dataclass(slots=True, kw_only=True)
-class ModelRecord:
-    """The description of a model besides the weights."""
-
-    model_id: str
-    session_id: str
-    owner: str
-    base_model: str
-    created: str
-    shape: AdapterShape | None = None  # None until the model's first request is carried out
-    user_metadata: Mapping[str, Any] | None = None
-    is_finished: bool = False  # with the session: only the checkpoints are left
-
-    @classmethod
-    def read(cls, file: Path) -> ModelRecord:
-        """Return the record in a file. RunError: the file is damaged."""
-        values = read_object(file)
-        if values is None:
-            raise RunError(f"{file} is damaged. Restore the file from a copy, or remove the folder of this model.")
-        shape = None if values["shape"] is None else AdapterShape(**values["shape"])
-        return cls(**values | {"shape": shape})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shared:
-    """The parts of a server for all models."""
-
-    policy: AdaptersRole
-    checkpoints: Checkpoints
-    sessions: Sessions
-    residents: Residents
-    counters: Counters
-    base_model: str
-    max_length: int
-    probe_ids: Sequence[int]
-    seed: int
-
-
-class Residents:
-    """The models on the ranks, at most `most`. A further model takes the place of the longest idle model."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._models: dict[TrainedModel, None] = {}  # the longest idle first
-        self._freed = asyncio.Condition()
-
-    def __len__(self) -> int:
-        return len(self._models)
-
-    async def admit(self, model: TrainedModel) -> None:
-        """Make room for a model. Wait while every model on the ranks has a turn."""
-        async with self._freed:
-            while len(self._models) >= self._most and model not in self._models:
-                idle = next((other for other in self._models if not other.turn.locked()), None)
-                if idle is None:
-                    await self._freed.wait()
-                    continue
-                async with idle.turn:
-                    await idle.leave_ranks()
-                del self._models[idle]
-            self._models.pop(model, None)
-            self._models[model] = None
-
-    async def end_turn(self) -> None:
-        async with self._freed:
-            self._freed.notify_all()
-
-    def forget(self, model: TrainedModel) -> None:
-        self._models.pop(model, None)
-
-
-@dataclass(slots=True)
-class StepSums:
-    """Sums over the forward_backward calls since the last optimizer step, for the metrics."""
-
-    loss: float = 0.0
-    tokens: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -139,12 +50,10 @@ class TrainedModel:
         self.turn = asyncio.Lock()
         self.line = RequestLine(folder / "requests.log", in_order=True)
         self.step = 0 if self.line.saved is None else self.line.saved.step
-        self.samples: list[SampleRecord] = []
-        self._lock = lock_folder(folder, key="run.name")  # the run counts as running
-        self._tracker = Tracker(folder)
-        self._logged = max((row["step"] for row in read_metrics(folder)), default=0)
+        self.run = ModelRun(folder)
+        self._states = SavedStates(folder / "state")
+        self._saving = Saving(record, shared)
         self._has_gradient = False  # or a dropped gradient, so that the next optimizer step changes the state
-        self._sums = StepSums()
         self._work_s = 0.0  # since the saved state
         self._is_on_ranks = False
 
@@ -152,12 +61,9 @@ class TrainedModel:
     def new(cls, root: Path, record: ModelRecord, shared: Shared) -> TrainedModel:
         """Make the folder of a new model, a run for `rlhf view`."""
         folder = root / adapter_name(record.model_id)
-        folder.mkdir(parents=True, exist_ok=True)
-        shown = f"algorithm: {{name: a client's loop}}\npolicy: {{model: {json.dumps(record.base_model)}}}\n"
-        write_atomic(folder / "config.resolved.yaml", shown)
-        write_atomic(folder / "environment.json", "{}\n")  # its time is the model's begin
+        begin_run(folder, record.base_model)
         model = cls(folder, record, shared)
-        model.write_record()
+        record.write(folder)
         return model
 
     @property
@@ -168,9 +74,6 @@ class TrainedModel:
         """Return the time of the last request or result."""
         log = self.line.log.path
         return datetime.fromtimestamp(log.stat().st_mtime, UTC).isoformat() if log.exists() else self.record.created
-
-    def write_record(self) -> None:
-        write_atomic(self.folder / RECORD, json.dumps(asdict(self.record)) + "\n")
 
     async def work(self) -> None:
         """Carry out the requests of the line in turn, until cancelled. WorkerLost: ranks are lost."""
@@ -190,7 +93,7 @@ class TrainedModel:
                 self._work_s += time.perf_counter() - began
                 result = outcome.result
                 if outcome.saves or (request.call == "optim_step" and self._should_save()):
-                    saved = await self._save(request.seq_id)
+                    saved = await self._saved(request.seq_id)
             except WorkerLost:
                 raise
             except UserError as error:
@@ -205,7 +108,7 @@ class TrainedModel:
                 await self._after_failure(request, result)
             await self.line.finish(request, result, saved)
             if saved is not None:
-                self._remove_states(saved.folder)
+                self._states.keep(saved)
             self._count(request.call, result, time.perf_counter() - began)
         await self.shared.residents.end_turn()
 
@@ -228,7 +131,7 @@ class TrainedModel:
             self._forget_gradient()
 
     def _forget_gradient(self) -> None:
-        self._has_gradient, self._sums = False, StepSums()
+        self._has_gradient, self.run.sums = False, StepSums()
 
     async def _carry_out(self, request: LineRequest) -> CarriedOut:
         match request.call:
@@ -241,23 +144,23 @@ class TrainedModel:
             case "optim_step":
                 return CarriedOut(result=await self._optim_step(bodies.OptimStep.read(request.body)))
             case "save_weights":
-                return CarriedOut(result=await self._save_weights(bodies.SaveWeights.read(request.body)))
+                return CarriedOut(result=await self._saving.weights(bodies.SaveWeights.read(request.body)))
             case "save_weights_for_sampler":
-                return CarriedOut(result=await self._save_for_sampler(bodies.SaveForSampler.read(request.body)))
+                return CarriedOut(result=await self._saving.for_sampler(bodies.SaveForSampler.read(request.body)))
             case "save_weights_external":
-                return CarriedOut(result=await self._save_external(bodies.SaveExternal.read(request.body)))
+                return CarriedOut(result=await self._saving.external(bodies.SaveExternal.read(request.body)))
         raise UserError(f"{request.call} is not supported here")
 
     async def _create(self, body: bodies.CreateModel) -> CarriedOut:
         bodies.refuse_other_optimizer(body.optimizer_config)
-        await self._begin(bodies.adapter_shape(body.lora_config, seed=self.shared.seed + body.model_seq_id))
+        await self._begin(bodies.adapter_shape(body.lora_config, seed=self.shared.settings.seed + body.model_seq_id))
         return CarriedOut(result=Result.of({"model_id": self.record.model_id, "type": "create_model"}))
 
     async def _begin(self, shape: AdapterShape) -> None:
         await self.shared.policy.create(self.name, shape)
         self._is_on_ranks = True
         self.record.shape = shape
-        self.write_record()
+        self.record.write(self.folder)
 
     async def _load(self, body: bodies.LoadWeights) -> CarriedOut:
         checkpoint = self.shared.checkpoints.find(body.path, self.record.owner)
@@ -276,16 +179,17 @@ class TrainedModel:
 
     async def _forward_backward(self, body: bytes) -> Result:
         message = protobuf.parse_loss(body)
-        call = protobuf.loss_call(message, max_length=self.shared.max_length)
+        call = protobuf.loss_call(message, max_length=self.shared.settings.max_length)
         began = time.perf_counter()
         report = await self.shared.policy.forward_backward(
             self.name, call.rows, call.loss, forward_only=call.forward_only
         )
         if not call.forward_only:
             self._has_gradient = True
-            self._sums.loss += report.loss
-            self._sums.tokens += len(call.rows.token_ids)
-            self._sums.seconds += time.perf_counter() - began
+            sums = self.run.sums
+            sums.loss += report.loss
+            sums.tokens += len(call.rows.token_ids)
+            sums.seconds += time.perf_counter() - began
             self.shared.counters.add("trained_tokens_total", len(call.rows.token_ids))
         return Result(protobuf.loss_answer(report, call), is_protobuf=True)
 
@@ -295,95 +199,9 @@ class TrainedModel:
         norm = await self.shared.policy.optim_step(self.name, step)
         self.step += 1
         self.shared.counters.add("optimizer_steps_total")
-        sums = self._sums
+        await self.run.log(self.step, norm=norm, lr=step.lr, seconds=time.perf_counter() - began)
         self._forget_gradient()
-        row = {
-            "update/loss/mean": sums.loss,
-            "update/tokens/total": sums.tokens,
-            "update/grad_norm": norm,
-            "update/lr": step.lr,
-            "time/update_s": sums.seconds + time.perf_counter() - began,
-        }
-        await asyncio.to_thread(self._write_step, row)
         return Result.of({"metrics": {"grad_norm:mean": norm, "lr:mean": step.lr}, "type": "optim_step"})
-
-    def _write_step(self, row: Mapping[str, float]) -> None:
-        if self.step <= self._logged:  # repeated after a kill
-            return
-        self._tracker.log(self.step, row)
-        self._logged = self.step
-        samples, self.samples = self.samples, []
-        if samples:
-            write_samples(samples_path(self.folder, self.step), samples)
-
-    async def _save_weights(self, body: bodies.SaveWeights) -> Result:
-        async def write(content: Path) -> Mapping[str, Any]:
-            await self.shared.policy.save(self.name, content)
-            return {}
-
-        name = bodies.checkpoint_name(body.path, seq_id=body.seq_id)
-        draft = self._draft("weights", name, body)
-        made = await self.shared.checkpoints.make(draft, write, overwrites=body.overwrite)
-        return Result.of({"path": made.path, "type": "save_weights"})
-
-    async def _save_for_sampler(self, body: bodies.SaveForSampler) -> Result:
-        if body.kind != "snapshot":
-            raise UserError(f"kind {body.kind} is not supported here: samplers are snapshots")
-        if body.path is not None:
-            name = bodies.checkpoint_name(body.path, seq_id=body.seq_id)
-            made = await self._export("sampler_weights", name, body)
-            return Result.of({"path": made.path, "type": "save_weights_for_sampler"})
-        if body.sampling_session_seq_id is None:
-            raise UserError("save_weights_for_sampler needs a path or a sampling_session_seq_id")
-        made = await self._export("sampler_weights", f"_{body.seq_id:06d}", body)  # no name of a client begins so
-        sampler = self.shared.sessions.add(
-            SamplerRecord(
-                sampler_id=f"{self.record.session_id}:sample:{body.sampling_session_seq_id}",
-                session_id=self.record.session_id,
-                owner=self.record.owner,
-                base_model=self.record.base_model,
-                model_id=self.record.model_id,
-                source=made.path,
-            )
-        )
-        self._remove_old_snapshots()
-        return Result.of({"sampling_session_id": sampler.sampler_id, "type": "save_weights_for_sampler"})
-
-    async def _save_external(self, body: bodies.SaveExternal) -> Result:
-        if body.age_encryption_recipients is not None:
-            raise UserError("age_encryption_recipients is not supported here")
-        name = bodies.checkpoint_name(body.path, seq_id=body.seq_id)
-        made = await self._export("external_weights", name, body)
-        return Result.of({"path": made.path, "size_bytes": made.size, "type": "save_weights_external"})
-
-    async def _export(self, kind: str, name: str, body: bodies.Stored) -> Checkpoint:
-        async def write(content: Path) -> Mapping[str, Any]:
-            checksum = await self.shared.policy.export(self.name, content)
-            token_ids = list(self.shared.probe_ids)
-            probe = {"token_ids": token_ids, "logprobs": await self.shared.policy.probe(self.name, token_ids)}
-            return {"checksum": checksum, "probe": probe}
-
-        return await self.shared.checkpoints.make(self._draft(kind, name, body), write, overwrites=False)
-
-    def _draft(self, kind: str, name: str, body: bodies.Stored) -> Checkpoint:
-        assert self.record.shape is not None
-        return Checkpoint(
-            model_id=self.record.model_id,
-            kind=kind,
-            name=name,
-            owner=self.record.owner,
-            seq_id=body.seq_id,
-            base_model=self.record.base_model,
-            shape=self.record.shape,
-            created=now(),
-            expires=expiry(body.ttl_seconds),
-            user_metadata=body.user_metadata,
-        )
-
-    def _remove_old_snapshots(self) -> None:
-        of_model = self.shared.checkpoints.of_owner(self.record.owner, self.record.model_id)
-        for checkpoint in [entry for entry in of_model if entry.name.startswith("_")][SNAPSHOTS_KEPT:]:
-            self.shared.checkpoints.delete(checkpoint)
 
     async def _enter_ranks(self, *, new: bool) -> None:
         """Bring the model to the ranks. RunError: the state on the disk is damaged, or a repeated request fails."""
@@ -399,10 +217,7 @@ class TrainedModel:
             self._forget_gradient()
             if (saved := self.line.saved) is not None:
                 self.step = saved.step
-                folder = self.folder / "state" / saved.folder
-                if (damage := await asyncio.to_thread(find_damage, folder, step=saved.step)) is not None:
-                    raise RunError(f"The saved state of the model {self.record.model_id} is damaged: {damage}")
-                await self.shared.policy.load(self.name, folder / "adapter", optimizer=True)
+                await self.shared.policy.load(self.name, await self._states.sound(saved), optimizer=True)
             for request in await self.line.since_saved():
                 await self._repeat(request)
         except BaseException:
@@ -432,10 +247,10 @@ class TrainedModel:
             return
         last = self.line.following - 1
         if not self._has_gradient and (self.line.saved is None or self.line.saved.seq_id < last):
-            saved = await self._save(last)
+            saved = await self._saved(last)
             if saved is not None:
                 await self.line.save(saved)
-                self._remove_states(saved.folder)
+                self._states.keep(saved)
         await self._remove_from_ranks()
 
     async def _remove_from_ranks(self) -> None:
@@ -445,36 +260,22 @@ class TrainedModel:
     def _should_save(self) -> bool:
         return self._work_s > SAVE_AFTER_S or self.line.log.size > SAVE_AFTER_BYTES
 
-    async def _save(self, seq_id: int) -> Saved | None:
+    async def _saved(self, seq_id: int) -> Saved | None:
         """Write the state after a request. None: the state cannot be saved now, so the log goes on growing."""
         saved = Saved(seq_id=seq_id, step=self.step, folder=f"{seq_id:08d}")
-        folder = self.folder / "state" / saved.folder
-        try:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            await self.shared.policy.save(self.name, folder / "adapter")
-            await asyncio.to_thread(_seal, folder, saved.step)
-        except WorkerLost:
-            raise
-        except (RunError, OSError) as error:
-            logger.warning("%s: the state after request %d could not be saved: %s", self.name, seq_id, error)
+        if not await self._states.write(saved, partial(self.shared.policy.save, self.name)):
             return None
         self._work_s = 0.0
         return saved
 
-    def _remove_states(self, kept: str) -> None:
-        for folder in (self.folder / "state").iterdir():
-            if folder.name != kept:
-                shutil.rmtree(folder, ignore_errors=True)
-
     def close(self) -> None:
-        os.close(self._lock)
+        self.run.close()
 
     async def finish(self) -> None:
         """Forget the state of a model of a finished session. The checkpoints and curves stay."""
         async with self.turn:
             self.record.is_finished = True
-            self.write_record()
+            self.record.write(self.folder)
             for request in self.line.requests.values():
                 if request.result is None:
                     request.result = Result.failed("the session is finished", "user")
@@ -483,13 +284,8 @@ class TrainedModel:
                 with suppress(RunError):
                     await self._remove_from_ranks()
             self.shared.residents.forget(self)
-            shutil.rmtree(self.folder / "state", ignore_errors=True)
+            self._states.remove()
             self.line.log.path.unlink(missing_ok=True)
-
-
-def _seal(folder: Path, step: int) -> None:
-    Manifest.of(folder, step=step).write(folder)
-    sync_tree(folder)
 
 
 def _error(result: Result) -> str:

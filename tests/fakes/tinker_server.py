@@ -14,7 +14,8 @@ from pathlib import Path
 from aiohttp import web
 
 from actors.serving.tinker.http import TinkerServer
-from rlhf.hosting.service import ServiceSettings, TinkerService
+from rlhf.hosting.service import TinkerService
+from rlhf.hosting.shared import ServiceSettings
 from tests.fakes.adapters import FakeAdapters, FakeEngines
 
 MODEL = "fakes/tiny"

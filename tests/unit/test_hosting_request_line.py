@@ -11,7 +11,8 @@ import pytest
 
 from rlhf.errors import RunError, UserError
 from rlhf.hosting import request_line
-from rlhf.hosting.request_line import Forgotten, RequestLine, Result, Saved
+from rlhf.hosting.refusals import Forgotten
+from rlhf.hosting.request_line import RequestLine, Result, Saved
 from rlhf.hosting.request_log import Frame, RequestLog
 
 

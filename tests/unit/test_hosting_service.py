@@ -17,9 +17,9 @@ from tinker.proto.response_conv import deserialize_forward_backward_output, dese
 
 from rlhf.errors import RunError, UserError
 from rlhf.hosting import training
+from rlhf.hosting.refusals import Gone, NotFound
 from rlhf.hosting.request_line import Result
-from rlhf.hosting.service import NotFound, TinkerService
-from rlhf.hosting.sessions import Gone
+from rlhf.hosting.service import TinkerService
 from rlhf.viewing.runs import RunPlaces
 from tests.fakes.adapters import FakeAdapters, FakeEngines
 from tests.fakes.tinker_server import MODEL, opened
@@ -43,7 +43,7 @@ class Client:
             "lora_config": {"rank": 2, "seed": 1, **lora},
         }
         self.models += 1
-        answer = await self.service.create_model(self.owner, json.dumps(asked).encode())
+        answer = await self.service.models.create(self.owner, json.dumps(asked).encode())
         await self.json(answer)
         return Model(self, answer["model_id"])
 
@@ -64,7 +64,7 @@ class Client:
         asked = {"session_id": self.session_id, "sampling_session_seq_id": self.samplers}
         self.samplers += 1
         body = json.dumps(asked | ({"base_model": MODEL} if path is None else {"model_path": path}))
-        return str(self.service.create_sampler(self.owner, body.encode())["sampling_session_id"])
+        return str(self.service.samplers.create(self.owner, body.encode())["sampling_session_id"])
 
     async def sample(self, sampler: str, seq_id: int, **params: Any) -> dict[str, Any]:
         asked = {
@@ -73,7 +73,7 @@ class Client:
             "prompt": {"chunks": [{"tokens": [1, 2]}]},
             "sampling_params": {"max_tokens": 4, "stop": []} | params,
         }
-        return await self.service.sample(self.owner, json.dumps(asked).encode())
+        return await self.service.samplers.sample(self.owner, json.dumps(asked).encode())
 
 
 class Model:
@@ -83,7 +83,7 @@ class Model:
     async def post(self, call: str, **fields: Any) -> dict[str, Any]:
         self.seq_id += 1
         body = json.dumps({"model_id": self.model_id, "seq_id": self.seq_id, **fields}).encode()
-        return await self.client.service.submit(self.client.owner, call, self.model_id, self.seq_id, body)
+        return await self.client.service.models.submit(self.client.owner, call, self.model_id, self.seq_id, body)
 
     async def forward_backward(
         self, rows: Sequence[list[int]] = ROWS, *, seq_id: int | None = None, forward_only: bool = False
@@ -100,7 +100,7 @@ class Model:
         asked = types.ForwardBackwardRequest(forward_backward_input=given, model_id=self.model_id, seq_id=seq_id)
         message = forward_backward_request_to_proto(asked)
         message.forward_only = forward_only
-        return await self.client.service.forward_backward(self.client.owner, message.SerializeToString())
+        return await self.client.service.models.forward_backward(self.client.owner, message.SerializeToString())
 
     async def optim_step(self, lr: float = 0.1) -> dict[str, Any]:
         return await self.post("optim_step", adam_params={"learning_rate": lr})
@@ -259,10 +259,10 @@ async def test_states_and_samplers(tmp_path: Path) -> None:
                 "optimizer": optimizer,
             }
             client.models += 1
-            answer = await service.load_weights("alice", json.dumps(asked).encode())
+            answer = await service.models.load_weights("alice", json.dumps(asked).encode())
             assert (await client.json(answer))["model_id"] == answer["model_id"]
             loaded = Model(client, answer["model_id"])
-            assert service.info("alice", json.dumps({"model_id": loaded.model_id}).encode())["lora_rank"] == 3
+            assert service.models.info("alice", json.dumps({"model_id": loaded.model_id}).encode())["lora_rank"] == 3
             assert await loaded.train(1) == following
             second = await loaded.train(1)
             assert (second == await model.train(1)) is optimizer
@@ -289,7 +289,7 @@ async def test_an_unanswered_sample_is_drawn_again_with_its_seed(tmp_path: Path)
         sampler = client.sampler()
         engines.held = asyncio.Event()
         answer = await client.sample(sampler, 0)
-        request = service._sampler(service.sessions.samplers[sampler]).line.requests[0]
+        request = service.samplers.activate(service.sessions.samplers[sampler]).line.requests[0]
         assert await client.sample(sampler, 0) == answer  # joins, and keeps the first seed
     async with serving(tmp_path) as (service, _, engines):
         await Client(service).result(answer)
@@ -310,7 +310,7 @@ async def test_a_sampling_session_is_polled_as_a_whole_and_cancelled(tmp_path: P
         first, second = [await client.sample(sampler, seq_id) for seq_id in (0, 1)]
         other = await client.sample(sampler, 3_000_000_000)
         waiting = asyncio.ensure_future(poll(0))
-        await service.cancel("alice", json.dumps({"request_id": second["request_id"]}).encode())
+        await service.samplers.cancel("alice", json.dumps({"request_id": second["request_id"]}).encode())
         told = await waiting
         assert told["completions"] == [{"state": "failed", "request_id": second["request_id"]}]
         cancelled = await client.json(second)
@@ -361,17 +361,17 @@ async def test_idle_models_go_to_disk_and_finished_sessions_end(tmp_path: Path) 
         assert policy.adapters == {}
         for call in (
             lambda: service.heartbeat("alice", json.dumps({"session_id": client.session_id}).encode()),
-            lambda: service.info("alice", json.dumps({"model_id": model.model_id}).encode()),
+            lambda: service.models.info("alice", json.dumps({"model_id": model.model_id}).encode()),
         ):
             with pytest.raises(Gone):
                 call()
         with pytest.raises(Gone, match="is finished"):
             await model.optim_step()
     async with serving(tmp_path) as (service, _, _):
-        assert service.checkpoint("alice", saved["path"]).name == "kept"
-        assert service.training_run("alice", model.model_id)["last_checkpoint"]["tinker_path"] == saved["path"]
+        assert service.checkpoints.seen("alice", saved["path"]).name == "kept"
+        assert service.models.training_run("alice", model.model_id)["last_checkpoint"]["tinker_path"] == saved["path"]
         with pytest.raises(Gone):
-            await model.client.service.submit("alice", "optim_step", model.model_id, 99, b"{}")
+            await model.client.service.models.submit("alice", "optim_step", model.model_id, 99, b"{}")
 
 
 async def test_keys_see_their_own_things_and_have_quotas(tmp_path: Path) -> None:
@@ -385,12 +385,12 @@ async def test_keys_see_their_own_things_and_have_quotas(tmp_path: Path) -> None
         await alice.json(await model.post("save_weights", path="two"))
         full = await alice.json(await model.post("save_weights", path="three"))
         assert "the checkpoints of this key take 0.00 GiB" in full["error"]
-        assert [c["checkpoint_id"] for c in service.listed_checkpoints("alice")] == ["weights/two", "weights/one"]
-        assert service.listed_checkpoints("bob") == service.list_sessions("carol", limit=9, offset=0)["sessions"] == []
+        assert [c["checkpoint_id"] for c in service.checkpoints.listed("alice")] == ["weights/two", "weights/one"]
+        assert service.checkpoints.listed("bob") == service.list_sessions("carol", limit=9, offset=0)["sessions"] == []
         for call in (
-            lambda: service.checkpoint("bob", path),
-            lambda: service.info("bob", json.dumps({"model_id": model.model_id}).encode()),
-            lambda: service.training_run("bob", model.model_id),
+            lambda: service.checkpoints.seen("bob", path),
+            lambda: service.models.info("bob", json.dumps({"model_id": model.model_id}).encode()),
+            lambda: service.models.training_run("bob", model.model_id),
             lambda: service.session("bob", alice.session_id),
         ):
             with pytest.raises(NotFound):
@@ -403,10 +403,10 @@ async def test_a_model_that_was_not_created_fails_every_request(tmp_path: Path) 
     async with serving(tmp_path) as (service, _, _):
         client = Client(service)
         asked = {"session_id": client.session_id, "model_seq_id": 0, "base_model": MODEL, "lora_config": {"rank": 99}}
-        answer = await service.create_model("alice", json.dumps(asked).encode())
+        answer = await service.models.create("alice", json.dumps(asked).encode())
         failed = await client.json(answer)
         assert failed == {"error": "rank 99 is more than policy.lora.rank = 8", "category": "user"}
         model = Model(client, answer["model_id"])
         assert "was never created" in (await client.json(await model.forward_backward()))["error"]
         with pytest.raises(UserError, match="base_model 'other' is not served here; the model is fakes/tiny"):
-            await service.create_model("alice", json.dumps(asked | {"base_model": "other"}).encode())
+            await service.models.create("alice", json.dumps(asked | {"base_model": "other"}).encode())

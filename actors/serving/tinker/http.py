@@ -25,9 +25,9 @@ from rlhf.deferred import DeferredModule
 from rlhf.errors import RunError, StorageFull, UserError
 from rlhf.hosting import bodies
 from rlhf.hosting.checkpoints import Checkpoint, expiry
-from rlhf.hosting.request_line import Forgotten, Result
-from rlhf.hosting.service import NotFound, TinkerService, TooMany
-from rlhf.hosting.sessions import Gone
+from rlhf.hosting.refusals import Forgotten, Gone, NotFound, TooMany
+from rlhf.hosting.request_line import Result
+from rlhf.hosting.service import TinkerService
 from rlhf.serving import BODY_S, is_same_secret, stranger
 
 zstandard = DeferredModule("zstandard")
@@ -85,18 +85,18 @@ class TinkerServer:
         post("telemetry", lambda service, owner, body: {"status": "accepted"})
         post("create_session", TinkerService.create_session)
         post("session_heartbeat", TinkerService.heartbeat)
-        post("create_model", TinkerService.create_model)
-        post("load_weights", TinkerService.load_weights)
-        post("get_info", TinkerService.info)
-        post("forward_backward", TinkerService.forward_backward)
+        post("create_model", lambda service, owner, body: service.models.create(owner, body))
+        post("load_weights", lambda service, owner, body: service.models.load_weights(owner, body))
+        post("get_info", lambda service, owner, body: service.models.info(owner, body))
+        post("forward_backward", lambda service, owner, body: service.models.forward_backward(owner, body))
         for call in ("optim_step", "save_weights", "save_weights_for_sampler", "save_weights_external"):
             post(call, partial(_submit, call))
-        post("create_sampling_session", TinkerService.create_sampler)
-        post("join_sampling_session", TinkerService.join_sampler)
-        post("asample", TinkerService.sample)
+        post("create_sampling_session", lambda service, owner, body: service.samplers.create(owner, body))
+        post("join_sampling_session", lambda service, owner, body: service.samplers.join(owner, body))
+        post("asample", lambda service, owner, body: service.samplers.sample(owner, body))
         post("retrieve_future", _retrieve)
         post("retrieve_futures", TinkerService.retrieve_many)
-        post("cancel_future", TinkerService.cancel)
+        post("cancel_future", lambda service, owner, body: service.samplers.cancel(owner, body))
         post("weights_info", TinkerService.weights_info)
         for call, why in UNSUPPORTED.items():
             post(call, partial(_refuse, call, why))
@@ -190,25 +190,27 @@ class TinkerServer:
         return web.json_response(self.service.session(request[OWNER], request.match_info["session"]))
 
     async def _sampler(self, request: web.Request) -> web.Response:
-        return web.json_response(self.service.sampler(request[OWNER], request.match_info["sampler"]))
+        return web.json_response(self.service.samplers.describe(request[OWNER], request.match_info["sampler"]))
 
     async def _runs(self, request: web.Request) -> web.Response:
-        return web.json_response(self.service.training_runs(request[OWNER], **_page(request)))
+        return web.json_response(self.service.models.training_runs(request[OWNER], **_page(request)))
 
     async def _run(self, request: web.Request) -> web.Response:
-        return web.json_response(self.service.training_run(request[OWNER], request.match_info["model"]))
+        return web.json_response(self.service.models.training_run(request[OWNER], request.match_info["model"]))
 
     async def _all_checkpoints(self, request: web.Request) -> web.Response:
-        listed, page = self.service.listed_checkpoints(request[OWNER]), _page(request)
+        listed, page = self.service.checkpoints.listed(request[OWNER]), _page(request)
         chosen = listed[page["offset"] : page["offset"] + page["limit"]]
         return web.json_response({"checkpoints": chosen, "cursor": page | {"total_count": len(listed)}})
 
     async def _checkpoints(self, request: web.Request) -> web.Response:
-        listed = self.service.listed_checkpoints(request[OWNER], request.match_info["model"])
+        listed = self.service.checkpoints.listed(request[OWNER], request.match_info["model"])
         return web.json_response({"checkpoints": listed})
 
     def _checkpoint(self, request: web.Request) -> Checkpoint:
-        return self.service.checkpoint(request[OWNER], "tinker://{model}/{kind}/{name}".format(**request.match_info))
+        return self.service.checkpoints.seen(
+            request[OWNER], "tinker://{model}/{kind}/{name}".format(**request.match_info)
+        )
 
     async def _delete(self, request: web.Request) -> web.Response:
         self.service.checkpoints.delete(self._checkpoint(request))
@@ -254,10 +256,8 @@ class TinkerServer:
         raise NotFound(f"{request.method} {request.path} is not supported here; docs/tinker.md lists what is")
 
 
-async def _submit(call: str, service: TinkerService, owner: str, body: bytes) -> dict[str, Any]:
-    """Accept a request of a model with a body in JSON."""
-    asked = bodies.Addressed.read(body)
-    return await service.submit(owner, call, asked.model_id, asked.seq_id, bodies.canonical(body))
+def _submit(call: str, service: TinkerService, owner: str, body: bytes) -> Any:
+    return service.models.submit_json(owner, call, body)
 
 
 async def _retrieve(service: TinkerService, owner: str, body: bytes) -> web.Response:

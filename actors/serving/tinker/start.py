@@ -20,7 +20,8 @@ from rlhf.config.schema.run import RunConfig
 from rlhf.config.schema.service import TinkerConfig
 from rlhf.errors import UserError, prefix_errors
 from rlhf.hosting import protobuf
-from rlhf.hosting.service import ServiceSettings, TinkerService
+from rlhf.hosting.service import TinkerService
+from rlhf.hosting.shared import ServiceSettings
 from rlhf.models.files.loading import load_tokenizer
 from rlhf.models.on_disk import ModelOnDisk
 from rlhf.preflight.models import resolve_model

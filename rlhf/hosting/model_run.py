@@ -1,0 +1,100 @@
+"""Write a client's model as a run for `rlhf view`: a row of curves and a few samples for each optimizer step."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.adapters import SampleAnswer, SampleRequest
+from rlhf.tracking.run_folder.atomic import write_atomic
+from rlhf.tracking.run_folder.lock import lock_folder
+from rlhf.tracking.run_folder.samples import SampleRecord, samples_path, write_samples
+from rlhf.tracking.sinks.tracker import Tracker, read_metrics
+
+SAMPLES_KEPT = 16  # for each optimizer step
+
+
+def begin_run(folder: Path, base_model: str) -> None:
+    """Make the folder of a new model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = f"algorithm: {{name: a client's loop}}\npolicy: {{model: {json.dumps(base_model)}}}\n"
+    write_atomic(folder / "config.resolved.yaml", shown)
+    write_atomic(folder / "environment.json", "{}\n")  # its time is the model's begin
+
+
+@dataclass(slots=True)
+class StepSums:
+    """Sums over the forward_backward calls since the last optimizer step, for the metrics."""
+
+    loss: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class ModelRun:
+    """The run in a model's folder. An optimizer step repeated after a kill is not written again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.sums = StepSums()
+        self._samples: list[SampleRecord] = []
+        self._lock = lock_folder(folder, key="run.name")  # the run counts as running
+        self._tracker = Tracker(folder)
+        self._logged = max((row["step"] for row in read_metrics(folder)), default=0)
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    async def log(self, step: int, *, norm: float, lr: float, seconds: float) -> None:
+        """Write an optimizer step with the sums since the step before."""
+        sums, self.sums = self.sums, StepSums()
+        row = {
+            "update/loss/mean": sums.loss,
+            "update/tokens/total": sums.tokens,
+            "update/grad_norm": norm,
+            "update/lr": lr,
+            "time/update_s": sums.seconds + seconds,
+        }
+        if step > self._logged:
+            await asyncio.to_thread(self._write, step, row)
+
+    def _write(self, step: int, row: dict[str, float]) -> None:
+        self._tracker.log(step, row)
+        self._logged = step
+        samples, self._samples = self._samples, []
+        if samples:
+            write_samples(samples_path(self.folder, step), samples)
+
+    def keep_samples(
+        self, request: SampleRequest, answer: SampleAnswer, *, step: int, decode: Callable[[Sequence[int]], str]
+    ) -> None:
+        """Keep a few samples. The next optimizer step writes the samples. `decode` makes text of tokens."""
+        group = len(self._samples)
+        prompt = decode(request.token_ids) if group < SAMPLES_KEPT else ""
+        for sample, sequence in enumerate(answer.sequences[: SAMPLES_KEPT - group]):
+            self._samples.append(
+                SampleRecord(
+                    split="train",
+                    group_id=group,
+                    prompt_id=group,
+                    sample=sample,
+                    prompt=prompt,
+                    response=decode(sequence.token_ids),
+                    score=None,
+                    scores={},
+                    advantage=None,
+                    preferred=None,
+                    truncated=sequence.finish_reason == "length",
+                    response_tokens=len(sequence.token_ids),
+                    min_version=step,
+                    max_version=step,
+                    mean_rollout_logprob=sum(sequence.logprobs) / max(len(sequence.logprobs), 1),
+                    mean_old_logprob=None,
+                    mean_ref_logprob=None,
+                    mean_teacher_logprob=None,
+                )
+            )

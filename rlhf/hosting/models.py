@@ -1,0 +1,190 @@
+"""Keep the models of all clients, and accept the requests of a model.
+
+Invariant: the call of a request returns after the request is in the model's log.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rlhf.adapters import SampleAnswer, SampleRequest
+from rlhf.errors import UserError
+from rlhf.hosting import bodies, protobuf
+from rlhf.hosting.model_record import RECORD, ModelRecord
+from rlhf.hosting.refusals import Gone, NotFound
+from rlhf.hosting.request_line import RequestLine
+from rlhf.hosting.sessions import SamplerRecord, Session
+from rlhf.hosting.shared import Shared
+from rlhf.hosting.training import TrainedModel
+
+
+class Models:
+    """The models of all sessions. `begin` starts the work of a model."""
+
+    def __init__(self, root: Path, shared: Shared, *, begin: Callable[[TrainedModel], object]) -> None:
+        """Read the models of earlier starts."""
+        self.root, self.shared, self._begin = root, shared, begin
+        self.records: dict[str, ModelRecord] = {}
+        self.running: dict[str, TrainedModel] = {}  # of sessions that are not finished
+        for file in sorted(root.glob(f"*/{RECORD}")):
+            record = ModelRecord.read(file)
+            self.records[record.model_id] = record
+            if not record.is_finished:
+                self._keep(TrainedModel(file.parent, record, shared))
+
+    def _keep(self, model: TrainedModel) -> None:
+        self.records[model.record.model_id] = model.record
+        self.running[model.record.model_id] = model
+        self._begin(model)
+
+    def close(self) -> None:
+        for model in self.running.values():
+            model.close()
+
+    def of_session(self, session: Session) -> list[TrainedModel]:
+        return [model for model in self.running.values() if model.record.session_id == session.session_id]
+
+    async def finish(self, session: Session) -> None:
+        """Finish the models of a session. The states of the models are removed, and the checkpoints stay."""
+        for model in self.of_session(session):
+            del self.running[model.record.model_id]
+            await model.finish()
+            model.close()
+
+    async def create(self, owner: str, body: bytes) -> dict[str, Any]:
+        asked, body = bodies.CreateModel.read(body), bodies.canonical(body)
+        self.shared.settings.refuse_other_model(asked.base_model)
+        return await self._first_request(
+            owner, asked.session_id, asked.model_seq_id, asked.user_metadata, "create_model", body
+        )
+
+    async def load_weights(self, owner: str, body: bytes) -> dict[str, Any]:
+        asked, body = bodies.LoadWeights.read(body), bodies.canonical(body)
+        self.shared.settings.refuse_other_model(asked.base_model)
+        if asked.session_id is None or asked.model_seq_id is None:
+            if asked.model_id is None or asked.seq_id is None:
+                raise UserError("load_weights needs model_id and seq_id, or session_id and model_seq_id")
+            return await self.submit(owner, "load_weights", asked.model_id, asked.seq_id, body)
+        return await self._first_request(
+            owner, asked.session_id, asked.model_seq_id, asked.user_metadata, "load_weights", body
+        )
+
+    async def _first_request(
+        self,
+        owner: str,
+        session_id: str,
+        number: int,
+        metadata: Mapping[str, Any] | None,
+        call: str,
+        body: bytes,
+    ) -> dict[str, Any]:
+        session = self.shared.sessions.find(session_id, owner)
+        model_id = f"{session_id}:train:{number}"
+        if model_id not in self.running:
+            mine = sum(model.record.owner == owner for model in self.running.values())
+            if mine >= self.shared.settings.max_models:
+                raise UserError(f"this key has {mine} models, the most of a key (service.max_models); finish a session")
+            record = ModelRecord(
+                model_id=model_id,
+                session_id=session.session_id,
+                owner=owner,
+                base_model=self.shared.settings.model,
+                created=datetime.now(UTC).isoformat(),
+                user_metadata=metadata,
+            )
+            self._keep(TrainedModel.new(self.root, record, self.shared))
+        return await self.submit(owner, call, model_id, 0, body)
+
+    async def submit(self, owner: str, call: str, model_id: str, seq_id: int, body: bytes) -> dict[str, Any]:
+        """Accept a request of a model. The answer names the future of the result."""
+        model = self._model(owner, model_id)
+        self.shared.sessions.find(model.record.session_id, owner)
+        await model.line.accept(seq_id, call, body)
+        return {"request_id": f"{model_id}:{seq_id}", "model_id": model_id}
+
+    async def submit_json(self, owner: str, call: str, body: bytes) -> dict[str, Any]:
+        """Accept a request with a body in JSON."""
+        asked = bodies.Addressed.read(body)
+        return await self.submit(owner, call, asked.model_id, asked.seq_id, bodies.canonical(body))
+
+    async def forward_backward(self, owner: str, body: bytes) -> dict[str, Any]:
+        message = protobuf.parse_loss(body)
+        if message.seq_id < 1:
+            raise UserError(f"seq_id: is {message.seq_id}, expected 1 or more")
+        canonical = message.SerializeToString(deterministic=True)  # a repeated request may order its maps otherwise
+        return await self.submit(owner, "forward_backward", message.model_id, message.seq_id, canonical)
+
+    def _model(self, owner: str, model_id: str) -> TrainedModel:
+        model = self.running.get(model_id)
+        if model is not None and model.record.owner == owner:
+            return model
+        record = self.records.get(model_id)
+        if record is not None and record.owner == owner:
+            raise Gone(f"the session of the model {model_id} is finished")
+        raise NotFound(f"there is no model {model_id} of this key")
+
+    def info(self, owner: str, body: bytes) -> dict[str, Any]:
+        model_id = json.loads(body)["model_id"]
+        record = self._model(owner, model_id).record
+        if record.shape is None:
+            raise NotFound(f"the model {model_id} was not created")
+        data = {"arch": "causal_lm", "model_name": record.base_model, "tokenizer_id": self.shared.settings.tokenizer}
+        return {
+            "type": "get_info",
+            "model_data": data,
+            "model_id": model_id,
+            "is_lora": True,
+            "lora_rank": record.shape.rank,
+            "model_name": record.base_model,
+        }
+
+    def training_run(self, owner: str, model_id: str) -> dict[str, Any]:
+        record = self.records.get(model_id)
+        if record is None or record.owner != owner:
+            raise NotFound(f"there is no training run {model_id} of this key")
+        return self._as_run(record)
+
+    def training_runs(self, owner: str, *, limit: int, offset: int) -> dict[str, Any]:
+        mine = sorted((r for r in self.records.values() if r.owner == owner), key=lambda r: r.created, reverse=True)
+        cursor = {"offset": offset, "limit": limit, "total_count": len(mine)}
+        return {"training_runs": [self._as_run(r) for r in mine[offset : offset + limit]], "cursor": cursor}
+
+    def _as_run(self, record: ModelRecord) -> dict[str, Any]:
+        stored = self.shared.checkpoints.listed(record.owner, record.model_id)
+        training, sampler = (
+            next((checkpoint for checkpoint in stored if checkpoint["checkpoint_type"] == kind), None)
+            for kind in ("training", "sampler")
+        )
+        model = self.running.get(record.model_id)
+        return {
+            "training_run_id": record.model_id,
+            "base_model": record.base_model,
+            "model_owner": record.owner,
+            "is_lora": True,
+            "lora_rank": None if record.shape is None else record.shape.rank,
+            "last_request_time": record.created if model is None else model.last_request(),
+            "last_checkpoint": training,
+            "last_sampler_checkpoint": sampler,
+            "user_metadata": record.user_metadata,
+        }
+
+    def line(self, owner: str, model_id: str) -> RequestLine | None:
+        """Return the requests of a model. None: there is no such model. Gone: the session of the model is finished."""
+        record = self.records.get(model_id)
+        return None if record is None or record.owner != owner else self._model(owner, model_id).line
+
+    def keep_samples(
+        self,
+        record: SamplerRecord,
+        request: SampleRequest,
+        answer: SampleAnswer,
+        decode: Callable[[Sequence[int]], str],
+    ) -> None:
+        """Hand samples to the sampled model. `decode` makes text of tokens."""
+        model = None if record.model_id is None else self.running.get(record.model_id)
+        if model is not None:
+            model.run.keep_samples(request, answer, step=model.step, decode=decode)

@@ -1,0 +1,46 @@
+"""Hold the settings of a server, and the parts that serve all models and samplers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf.errors import UserError
+from rlhf.hosting.checkpoints import Checkpoints
+from rlhf.hosting.counters import Counters
+from rlhf.hosting.residents import Residents
+from rlhf.hosting.sessions import Sessions
+from rlhf.roles import AdaptersRole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceSettings:
+    """The settings of a server."""
+
+    model: str  # the name in requests
+    tokenizer: str  # name or folder from which the client loads the tokenizer
+    max_length: int  # tokens of a row, and of a prompt with its sample
+    max_adapters: int  # at the same time on the ranks
+    max_models: int  # of a key, in sessions that are not finished
+    checkpoint_bytes: int  # of a key
+    idle_s: float  # without a heartbeat or a request, until the models of a session go to disk
+    dtype: str
+    seed: int
+    probe_ids: Sequence[int]
+
+    def refuse_other_model(self, name: str | None) -> None:
+        """Raise UserError if a request names another base model."""
+        if name not in (None, self.model):
+            raise UserError(f"base_model {name!r:.200} is not served here; the model is {self.model}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """The parts of a server for all models."""
+
+    settings: ServiceSettings
+    policy: AdaptersRole
+    checkpoints: Checkpoints
+    sessions: Sessions
+    residents: Residents
+    counters: Counters
