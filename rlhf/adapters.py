@@ -47,6 +47,15 @@ class NamedLoss:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LossCall:
+    """A forward and backward pass for an adapter, to be computed together with those of other adapters."""
+
+    adapter: str
+    rows: LossRows
+    loss: NamedLoss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LossReport:
     """The result of a forward pass over a client's rows."""
 

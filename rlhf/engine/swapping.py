@@ -92,6 +92,38 @@ class Swapping:
         self._put_gradient(tenant.gradient)
         self._present, tenant.gradient = tenant, None
 
+    @property
+    def can_pack(self) -> bool:
+        """Whether a pass outside of the engine's weights can serve tenants: each rank has all weights and gradients."""
+        return self._stage == 0
+
+    def weights(self, tenant: Tenant) -> dict[str, Tensor]:
+        """Return the trained weights of a tenant by parameter, in float32. At stage 0 alone; nothing is copied."""
+        self._save_present()
+        pieces = self._partition.pieces
+        masters = {piece.parameter: elements(tenant.tensors[_name_of("master", piece)], piece) for piece in pieces}
+        return {name: values.view(self._shapes[name]) for name, values in masters.items()}
+
+    def add_gradient(self, tenant: Tenant, gradient: Mapping[str, Tensor]) -> None:
+        """Add this rank's part of a gradient, computed outside of the engine, to a tenant's. At stage 0 alone.
+
+        `gradient`: the first rows and columns of some parameters, as scaled by the engine; the others have none.
+        """
+        if tenant is self._present:
+            total = self._taken_gradient()
+        else:
+            total = tenant.gradient or [_of_zeros(parameter) for parameter in self._parameters.values()]
+        for name, values in zip(self._parameters, total, strict=True):
+            if name in gradient:
+                own = gradient[name]
+                values[tuple(map(slice, own.shape))] += own
+        if tenant is self._present:
+            for parameter, values in zip(self._parameters.values(), total, strict=True):
+                parameter.grad = values
+        else:
+            tenant.gradient = total
+        tenant.has_gradient = True
+
     def changed(self) -> None:
         """Note a change of the present tenant's state by an optimizer step."""
         self._is_changed = True

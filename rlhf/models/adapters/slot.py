@@ -29,9 +29,9 @@ class AdapterSlot:
         self._model = model
         self.rank: int = model.peft_config[ADAPTER].r
         modules = dict(model.named_modules())
-        self._layers: dict[str, Any] = {n: m for n, m in modules.items() if isinstance(m, LoraLayer)}
+        self.all_layers: dict[str, Any] = {n: m for n, m in modules.items() if isinstance(m, LoraLayer)}
         attention = tuple(f"{n}." for n, m in modules.items() if "Attention" in type(m).__name__)
-        self._in_attention = frozenset(name for name in self._layers if name.startswith(attention))
+        self._in_attention = frozenset(name for name in self.all_layers if name.startswith(attention))
 
     def layers(self, shape: AdapterShape) -> dict[str, Any]:
         """Return the adapted layers by their paths. Raise UserError for a shape without a place in the slot."""
@@ -41,7 +41,7 @@ class AdapterSlot:
             raise UserError(f"alpha: is {shape.alpha:g}, expected a finite number > 0.")
         layers = {
             name: layer
-            for name, layer in self._layers.items()
+            for name, layer in self.all_layers.items()
             if (shape.attention if name in self._in_attention else shape.mlp)
         }
         if not layers:
@@ -55,44 +55,45 @@ class AdapterSlot:
         for name, layer in self.layers(shape).items():
             bound = 1.0 / math.sqrt(layer.in_features)
             drawn = torch.empty(shape.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
-            weights[_parameter(name, "A")] = drawn
-            weights[_parameter(name, "B")] = torch.zeros(layer.out_features, shape.rank)
+            weights[lora_parameter(name, "A")] = drawn
+            weights[lora_parameter(name, "B")] = torch.zeros(layer.out_features, shape.rank)
         return self.padded(shape, weights)
 
     def padded(self, shape: AdapterShape, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return values for all parameters of the slot, from values of the adapted layers in the adapter's rank."""
         values: dict[str, Tensor] = {}
-        for name, layer in self._layers.items():
+        for name, layer in self.all_layers.items():
             a, b = torch.zeros(self.rank, layer.in_features), torch.zeros(layer.out_features, self.rank)
-            if _parameter(name, "A") in weights:
-                a[: shape.rank] = weights[_parameter(name, "A")]
-                b[:, : shape.rank] = weights[_parameter(name, "B")]
-            values |= {_parameter(name, "A"): a, _parameter(name, "B"): b}
+            if lora_parameter(name, "A") in weights:
+                a[: shape.rank] = weights[lora_parameter(name, "A")]
+                b[:, : shape.rank] = weights[lora_parameter(name, "B")]
+            values |= {lora_parameter(name, "A"): a, lora_parameter(name, "B"): b}
         return values
 
     def trimmed(self, shape: AdapterShape, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the values of the adapted layers in the adapter's rank: the inverse of `padded`."""
         weights: dict[str, Tensor] = {}
         for name in self.layers(shape):
-            weights[_parameter(name, "A")] = values[_parameter(name, "A")][: shape.rank].contiguous()
-            weights[_parameter(name, "B")] = values[_parameter(name, "B")][:, : shape.rank].contiguous()
+            weights[lora_parameter(name, "A")] = values[lora_parameter(name, "A")][: shape.rank].contiguous()
+            weights[lora_parameter(name, "B")] = values[lora_parameter(name, "B")][:, : shape.rank].contiguous()
         return weights
 
     def scale(self, shape: AdapterShape) -> None:
         """Multiply the adapter's part of each layer by alpha / rank from now on."""
-        for layer in self._layers.values():
+        for layer in self.all_layers.values():
             layer.scaling[ADAPTER] = shape.alpha / shape.rank
 
     def config(self, shape: AdapterShape) -> Any:
         """Return peft's config of an adapter, with names of layers, or paths where a name is of both kinds."""
         config = copy.deepcopy(self._model.peft_config[ADAPTER])
         adapted = self.layers(shape)
-        others = {name.rpartition(".")[2] for name in self._layers.keys() - adapted.keys()}
+        others = {name.rpartition(".")[2] for name in self.all_layers.keys() - adapted.keys()}
         names = {name.rpartition(".")[2] for name in adapted}
         config.r, config.lora_alpha, config.inference_mode = shape.rank, shape.alpha, True
         config.target_modules = set(adapted) if names & others else names
         return config
 
 
-def _parameter(layer: str, matrix: str) -> str:
+def lora_parameter(layer: str, matrix: str) -> str:
+    """Return the name of the parameter of a layer's A or B."""
     return f"{layer}.lora_{matrix}.{ADAPTER}.weight"

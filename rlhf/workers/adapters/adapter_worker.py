@@ -6,28 +6,33 @@ gradient (rlhf.engine.swapping). Calls come to all ranks in the same order; each
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf.adapters import AdamStep, AdapterShape, LossReport, LossRows, NamedLoss
+from rlhf.adapters import AdamStep, AdapterShape, LossCall, LossReport, LossRows, NamedLoss
 from rlhf.algorithms.sft import SFT
 from rlhf.data.packing import balance
 from rlhf.engine.swapping import MOMENTS, Tenant, WholeState
 from rlhf.errors import RunError, UserError
 from rlhf.models.packed.forward import masked_columns
-from rlhf.objectives.client_losses import checked_settings, client_loss
+from rlhf.models.packed.row_layout import RowLayout
+from rlhf.objectives.client_losses import Terms, checked_settings, client_loss
 from rlhf.objectives.logprobs import chunked_logprobs_only
 from rlhf.workers.adapters.client_rows import Limits, ScoredRows, refuse_bad_rows
+from rlhf.workers.adapters.packed_calls import PackedCalls
 from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.model_worker import torch_dtype
 from rlhf.workers.trained import TrainedWorker
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +45,9 @@ class RowsReport:
     metrics: Mapping[str, float]
 
 
+Outcome = RowsReport | UserError | RunError
+
+
 @dataclass(slots=True, kw_only=True)
 class HeldAdapter:
     """A client's adapter on this rank."""
@@ -47,6 +55,41 @@ class HeldAdapter:
     shape: AdapterShape
     tenant: Tenant
     dropped_because: str | None = None  # of the gradient, since the last optimizer step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedCall:
+    """A call of forward_backward with sound rows."""
+
+    adapter: HeldAdapter
+    scored: ScoredRows
+    loss: str
+    settings: Mapping[str, float]
+
+
+@dataclass(slots=True)
+class RowsSums:
+    """What the passes over a call's rows have found so far."""
+
+    rows: dict[int, tuple[float, Tensor]] = field(default_factory=dict)  # loss and log-probabilities of each row
+    metrics: dict[str, float] = field(default_factory=dict)
+    num_nonfinite: int = 0  # micro-batches
+
+    def add(self, microbatch: Microbatch, logprobs: Float[Tensor, "n K"], found: Terms) -> None:
+        """Add the terms of a micro-batch of the call. A micro-batch without rows has no effect."""
+        values, lengths = found.terms.detach().double().sum(1), microbatch.lengths.tolist()
+        self.num_nonfinite += int(not values.isfinite().all())
+        of_rows = zip(values.cpu().split(lengths), logprobs.detach().float().cpu().split(lengths), strict=True)
+        for row, (losses, columns) in zip(microbatch.rows, of_rows, strict=False):
+            self.rows[row] = float(losses.sum()), columns[1:].clone()
+        if microbatch.rows:
+            _add(self.metrics, tokens=float((found.terms != 0).sum()))
+            if found.clipped is not None:
+                _add(self.metrics, clipped_tokens=float(found.clipped.sum()))
+
+    def report(self) -> RowsReport:
+        losses, columns = zip(*self.rows.values(), strict=True) if self.rows else ((), ())
+        return RowsReport(rows=tuple(self.rows), losses=losses, logprobs=columns, metrics=self.metrics)
 
 
 class AdapterWorker(TrainedWorker):
@@ -82,9 +125,27 @@ class AdapterWorker(TrainedWorker):
         adapter = self._adapter(name)
         if forward_only:
             with torch.no_grad():
-                return self._forward(adapter, rows, loss)
+                return self._forward(self._checked(adapter, rows, loss))
         with self._dropping_gradient(adapter):
-            return self._forward(adapter, rows, loss)
+            return self._forward(self._checked(adapter, rows, loss))
+
+    def can_pack(self) -> bool:
+        """Return whether one pass can serve several adapters: at ZeRO stage 0, if the model takes packed rows."""
+        return self.swapping.can_pack and self.layout is not RowLayout.ONE_BY_ONE
+
+    def forward_backward_packed(self, calls: Sequence[LossCall]) -> list[Outcome]:
+        """Carry out calls for different adapters in one pass over all rows. Collective; `can_pack` must be true.
+
+        Return for each call the result of this rank's rows, or the error of this call. A pass with a number that is
+        not finite, or without enough memory, has no effect: the calls are then carried out one by one.
+        """
+        checked: dict[int, CheckedCall] = {}
+        for index, call in enumerate(calls):
+            with suppress(UserError):  # raised again below
+                checked[index] = self._checked(self._adapter(call.adapter), call.rows, call.loss)
+        reports = self._pack(list(checked.values())) if len(checked) > 1 else ()
+        packed: dict[int, Outcome] = dict(zip(checked, reports, strict=False))
+        return [packed[index] if index in packed else self._alone(call) for index, call in enumerate(calls)]
 
     def drop_gradient(self, name: str, reason: str) -> None:
         """Drop the gradient. The next optimizer step fails with this reason, since its batch would lack a part."""
@@ -179,56 +240,103 @@ class AdapterWorker(TrainedWorker):
             return Limits(vocabulary=vocabulary, longest=budget, longest_because="the budget of a micro-batch")
         return Limits(vocabulary=vocabulary, longest=longest, longest_because="the longest sequence here")
 
-    def _forward(self, adapter: HeldAdapter, rows: LossRows, loss: NamedLoss) -> RowsReport:
+    def _checked(self, adapter: HeldAdapter, rows: LossRows, loss: NamedLoss) -> CheckedCall:
         settings = checked_settings(loss.name, loss.settings)
         refuse_bad_rows(rows, loss.name, self._limits())
-        scored = ScoredRows.of(rows)
-        own = balance(scored.lengths.tolist(), self.resources.data_parallel_ranks)[self.data_rank]
-        self._use(adapter)
-        trains = torch.is_grad_enabled()
-        results: dict[int, tuple[float, Tensor]] = {}
-        metrics: dict[str, float] = {}
-        num_nonfinite = 0
-        for microbatch in self.split(scored.lengths, own):
-            with self.explaining("update", microbatch):
-                terms, logprobs, clipped = self._terms(scored, microbatch, loss.name, settings)
-                if trains:
-                    adapter.tenant.has_gradient = True
-                    self.engine.backward(terms.sum(), last=False)
-            values, lengths = terms.detach().double().sum(1), microbatch.lengths.tolist()
-            num_nonfinite += int(not values.isfinite().all())
-            of_rows = zip(values.cpu().split(lengths), logprobs.detach().float().cpu().split(lengths), strict=True)
-            for row, (losses, columns) in zip(microbatch.rows, of_rows, strict=False):  # an empty one has no rows
-                results[row] = float(losses.sum()), columns[1:].clone()
-            if microbatch.rows:
-                _add(metrics, tokens=float((terms != 0).sum()))
-                if clipped is not None:
-                    _add(metrics, clipped_tokens=float(clipped.sum()))
-        if int(self.engine.all_reduce_sum(torch.tensor(num_nonfinite, device=self.device))):
-            raise UserError(f"The loss {loss.name} is not finite for these rows. Check their columns and the adapter.")
-        losses, columns = zip(*(results[row] for row in own), strict=True) if own else ((), ())
-        return RowsReport(rows=tuple(own), losses=losses, logprobs=columns, metrics=metrics)
+        return CheckedCall(adapter=adapter, scored=ScoredRows.of(rows), loss=loss.name, settings=settings)
 
-    def _terms(
-        self, scored: ScoredRows, microbatch: Microbatch, loss: str, settings: Mapping[str, float]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the terms of the loss, the log-probabilities, and the clipped terms of a micro-batch's tokens."""
-        lengths, mask = microbatch.lengths.to(self.device), self.part(scored.mask, microbatch)
-        if not microbatch.rows:
-            mask = torch.zeros_like(mask)
+    def _alone(self, call: LossCall) -> Outcome:
+        try:
+            return self.forward_backward(call.adapter, call.rows, call.loss)
+        except (UserError, RunError) as error:
+            return error
+
+    def _own(self, scored: ScoredRows) -> list[int]:
+        """Return the rows of this rank."""
+        return balance(scored.lengths.tolist(), self.resources.data_parallel_ranks)[self.data_rank]
+
+    def _forward(self, call: CheckedCall) -> RowsReport:
+        own = self._own(call.scored)
+        self._use(call.adapter)
+        trains = torch.is_grad_enabled()
+        sums = RowsSums()
+        for microbatch in self.split(call.scored.lengths, own):
+            with self.explaining("update", microbatch):
+                logprobs = self._logprobs(call.scored, microbatch)
+                found = self._terms(call, microbatch, logprobs)
+                if trains:
+                    call.adapter.tenant.has_gradient = True
+                    self.engine.backward(found.terms.sum(), last=False)
+            sums.add(microbatch, logprobs, found)
+        if self._is_anywhere(sums.num_nonfinite > 0):
+            raise UserError(f"The loss {call.loss} is not finite for these rows. Check their columns and the adapter.")
+        return sums.report()
+
+    def _pack(self, calls: Sequence[CheckedCall]) -> Sequence[RowsReport]:
+        """Compute the calls in one pass, and divide the gradient among the adapters. Empty: the pass had no effect."""
+        from rlhf.models.adapters.stack import AdapterStack  # with peft, which takes seconds
+
+        weights = [(call.adapter.shape, self.swapping.weights(call.adapter.tenant)) for call in calls]
+        stack = AdapterStack(self.slot, weights, dtype=torch_dtype(self.model_config.dtype), device=self.device)
+        packed = PackedCalls([call.scored for call in calls])
+        sums = [RowsSums() for _ in calls]
+        has_failed = False
+        for microbatch in self.split(packed.joined.lengths, self._own(packed.joined)):
+            if has_failed or not microbatch.rows:
+                continue
+            parts = packed.parts(microbatch)
+            try:
+                with self.explaining("update", parts.whole), stack.computing(parts.owners.to(self.device)):
+                    logprobs = self._logprobs(packed.joined, parts.whole)
+                    total = logprobs.new_zeros(())
+                    for index, part, places in parts.of_calls:
+                        own = logprobs[places.to(self.device), : calls[index].scored.wanted.shape[1]]
+                        found = self._terms(calls[index], part, own)
+                        sums[index].add(part, own, found)
+                        total = total + found.terms.sum()
+                    self.engine.backward(total, last=False)
+            except RunError:  # of memory; the other ranks go on
+                has_failed = True
+        has_failed = has_failed or any(one.num_nonfinite for one in sums) or not stack.has_finite_gradient()
+        if self._is_anywhere(has_failed):
+            logger.warning("A pass for %d adapters failed, or was not finite: they now take turns.", len(calls))
+            return ()
+        for index, call in enumerate(calls):
+            self.swapping.add_gradient(call.adapter.tenant, stack.gradient(index))
+        return [one.report() for one in sums]
+
+    def _is_anywhere(self, fact: bool) -> bool:
+        """Return whether a fact is true on any rank. Collective."""
+        return bool(self.engine.all_reduce_sum(torch.tensor(int(fact), device=self.device)))
+
+    def _logprobs(self, scored: ScoredRows, microbatch: Microbatch) -> Float[Tensor, "n K"]:
+        """Return the log-probabilities of the targets of a micro-batch's tokens."""
         targets = None if scored.targets is None else self.part(scored.targets, microbatch)
         (logprobs,) = self.engine.forward(
             masked_columns,
             self.part(scored.token_ids, microbatch),
-            lengths,
-            mask=mask,
+            microbatch.lengths.to(self.device),
+            mask=self._mask(scored, microbatch),
             of_rows=chunked_logprobs_only,
             targets=targets,
         )
-        logprobs = logprobs[:, None] if logprobs.ndim == 1 else logprobs
-        columns = {name: self.part(column, microbatch) for name, column in scored.columns.items()}
-        found = client_loss(loss, logprobs, columns, mask=mask, lengths=lengths, settings=settings)
-        return found.terms, logprobs, found.clipped
+        return logprobs[:, None] if logprobs.ndim == 1 else logprobs
+
+    def _mask(self, scored: ScoredRows, microbatch: Microbatch) -> Bool[Tensor, " n"]:
+        """Return which tokens of a micro-batch are scored: none of a micro-batch without rows."""
+        mask = self.part(scored.mask, microbatch)
+        return mask if microbatch.rows else torch.zeros_like(mask)
+
+    def _terms(self, call: CheckedCall, microbatch: Microbatch, logprobs: Float[Tensor, "n K"]) -> Terms:
+        """Return the terms of the call's loss for tokens of the call, with these log-probabilities."""
+        return client_loss(
+            call.loss,
+            logprobs,
+            {name: self.part(column, microbatch) for name, column in call.scored.columns.items()},
+            mask=self._mask(call.scored, microbatch),
+            lengths=microbatch.lengths.to(self.device),
+            settings=call.settings,
+        )
 
 
 def merged_report(reports: Sequence[RowsReport]) -> LossReport:

@@ -59,6 +59,11 @@ class ScoredRows:
             token_ids=token_ids, lengths=lengths, mask=mask, targets=None if shifted else targets, columns=columns
         )
 
+    @property
+    def wanted(self) -> Int[Tensor, "M K"]:
+        """The targets, also if each is the next token."""
+        return self.token_ids[:, None] if self.targets is None else self.targets
+
 
 def refuse_bad_rows(rows: LossRows, loss: str, limits: Limits) -> None:
     """Raise UserError, with row and column, for rows without a meaning for the loss."""
