@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from actors.cluster.placement import Placement
 from actors.cluster.waiting import put
+from actors.roles.collecting import Collector
 from actors.roles.gang import Gang
 from actors.roles.group import spawn
 from actors.weights.adapter import WEIGHTS, file_checksum
-from rlhf.adapters import AdamStep, AdapterShape, LossReport, LossRows, NamedLoss
+from rlhf.adapters import AdamStep, AdapterShape, LossCall, LossReport, LossRows, NamedLoss
 from rlhf.config.schema.root import Config
 from rlhf.role_table import Role
 from rlhf.types import MemoryReport
-from rlhf.workers.adapters.adapter_worker import AdapterWorker, RowsReport, merged_report
+from rlhf.workers.adapters.adapter_worker import AdapterWorker, Outcome, RowsReport, merged_outcome, merged_report
+
+logger = logging.getLogger(__name__)
 
 
 class AdapterRank(AdapterWorker):
@@ -38,12 +42,20 @@ class AdaptersGang:
     The adapters are in the memory of the ranks: a lost rank ends them all.
     """
 
-    def __init__(self, ranks: AdapterRanks) -> None:
+    def __init__(self, ranks: AdapterRanks, *, packed_tokens: int = 0) -> None:
+        """`packed_tokens`: of calls of forward_backward to carry out in one pass. 0: each call has its own."""
         self.ranks = ranks
+        self._packed_tokens = packed_tokens
+        self._packing: Collector[LossCall, LossReport] | None = None
 
     async def start(self, *, deadline_s: float) -> None:
         """Connect the ranks and load the base model."""
         await self.ranks.start(deadline_s=deadline_s)
+        if self._packed_tokens and self._packing is None:
+            if all(await self.ranks.each(lambda h: h.can_pack.remote(), "start")):
+                self._packing = Collector(self._carry_out, fits=self._fits)
+            else:
+                logger.warning("The adapters take turns: packed passes need ZeRO stage 0 and a model with packed rows.")
 
     async def restart(self) -> None:
         """End all ranks and start new ranks in their places, without adapters."""
@@ -58,11 +70,32 @@ class AdaptersGang:
     async def forward_backward(
         self, adapter: str, rows: LossRows, loss: NamedLoss, *, forward_only: bool = False
     ) -> LossReport:
+        if self._packing is not None and not forward_only:
+            return await self._packing.call(LossCall(adapter=adapter, rows=rows, loss=loss))
+        return await self._forward_backward(adapter, rows, loss, forward_only=forward_only)
+
+    async def _forward_backward(
+        self, adapter: str, rows: LossRows, loss: NamedLoss, *, forward_only: bool = False
+    ) -> LossReport:
         stored = put(rows)
         reports: list[RowsReport] = await self.ranks.each(
             lambda h: h.forward_backward.remote(adapter, stored, loss, forward_only=forward_only), "update"
         )
         return merged_report(reports)
+
+    async def _carry_out(self, calls: Sequence[LossCall]) -> Sequence[LossReport | BaseException]:
+        if len(calls) == 1:
+            return [await self._forward_backward(calls[0].adapter, calls[0].rows, calls[0].loss)]
+        stored = put(calls)
+        of_ranks: list[list[Outcome]] = await self.ranks.each(
+            lambda h: h.forward_backward_packed.remote(stored), "update"
+        )
+        return [merged_outcome(outcomes) for outcomes in zip(*of_ranks, strict=True)]
+
+    def _fits(self, calls: Sequence[LossCall]) -> bool:
+        """Return whether calls fit in one pass: within the tokens, each row with its last target, one per adapter."""
+        num_tokens = sum(len(call.rows.token_ids) + len(call.rows.lengths) for call in calls)
+        return num_tokens <= self._packed_tokens and len({call.adapter for call in calls}) == len(calls)
 
     async def drop_gradient(self, adapter: str, reason: str) -> None:
         await self.ranks.each(lambda h: h.drop_gradient.remote(adapter, reason), "update")
@@ -96,8 +129,14 @@ class AdaptersGang:
         self.ranks.end()
 
 
-def create_adapters_gang(config: Config, placement: Placement, *, longest_sequence: int) -> AdaptersGang:
-    """Create the actors of the ranks. Call `start` next. `config`: from rlhf.config.adapter_ranks.ranks_config."""
+def create_adapters_gang(
+    config: Config, placement: Placement, *, longest_sequence: int, packed_tokens: int = 0
+) -> AdaptersGang:
+    """Create the actors of the ranks. Call `start` next. `config`: from rlhf.config.adapter_ranks.ranks_config.
+
+    `packed_tokens`: calls of forward_backward that wait at the same time go together up to so many tokens. The caller
+    must then await each call for an adapter before the next.
+    """
     spawned = spawn(
         config.cluster,
         placement,
@@ -109,4 +148,4 @@ def create_adapters_gang(config: Config, placement: Placement, *, longest_sequen
     )
     ranks = AdapterRanks(*spawned, deadline_s=config.cluster.call_timeout_s, one_host=placement.on_one_host())
     ranks.placement = placement
-    return AdaptersGang(ranks)
+    return AdaptersGang(ranks, packed_tokens=packed_tokens)

@@ -15,7 +15,7 @@ class Collector(Generic[Call, Result]):
 
     def __init__(
         self,
-        carry_out: Callable[[Sequence[Call]], Awaitable[Sequence[Result | Exception]]],
+        carry_out: Callable[[Sequence[Call]], Awaitable[Sequence[Result | BaseException]]],
         *,
         fits: Callable[[Sequence[Call]], bool],
     ) -> None:
@@ -35,14 +35,14 @@ class Collector(Generic[Call, Result]):
     async def _carry_out_all(self) -> None:
         while self._waiting:
             taken = self._taken()
-            try:
-                results = await self._carry_out([call for call, _ in taken])
-            except Exception as error:
-                results = [error] * len(taken)
+            carried_out = self._carry_out([call for call, _ in taken])
+            (results,) = await asyncio.gather(carried_out, return_exceptions=True)
+            if isinstance(results, BaseException):
+                results = [results] * len(taken)
             for (_, future), result in zip(taken, results, strict=True):
                 if future.done():  # the caller no longer waits
                     continue
-                if isinstance(result, Exception):
+                if isinstance(result, BaseException):
                     future.set_exception(result)
                 else:
                     future.set_result(result)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf.adapters import AdamStep, AdapterShape, LossReport, LossRows, NamedLoss
+from rlhf.adapters import AdamStep, AdapterShape, LossCall, LossReport, LossRows, NamedLoss
 from rlhf.config.adapter_ranks import ranks_config
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.model import PolicyConfig
@@ -156,6 +156,56 @@ def interleaved(
             kept = worker.slot.padded(shape, worker.slot.trimmed(shape, values))
             padding += sum(int((values[key] != kept[key]).sum()) for key in values)
         summary[name] = (len(results), different, padding)
+    return summary
+
+
+def packed_against_turns(rank: int, ranks: int, *, model: str, dtype: str) -> dict[str, tuple[float, float, float]]:
+    """Compute calls of all adapters in packed passes and in turns, from equal trained adapters, in two rounds.
+
+    Return for each adapter the largest difference of losses and log-probabilities, the norm of the difference of
+    the gradients, and the norm of the gradient.
+    """
+    worker = worker_of(model, rank, ranks, dtype=dtype)
+    of_rounds = [list(SHAPES), ["four", "two"], ["three", "one", "two"]]
+    rounds = [
+        [
+            LossCall(adapter=name, rows=rows_of(9 * at + i, loss), loss=NamedLoss(name=loss))
+            for i, name in enumerate(names)
+            for loss in [LOSSES[(at + i) % len(LOSSES)]]
+        ]
+        for at, names in enumerate(of_rounds)
+    ]
+    reports: list[list[Any]] = []
+    gradients: list[dict[str, Tensor]] = []
+    for packs in (True, False):
+        for name, shape in SHAPES.items():
+            worker.create(name, shape)
+            worker.forward_backward(name, rows_of(3), NamedLoss(name="cross_entropy"))
+            worker.step_adapter(name, AdamStep(lr=0.02))
+        found: list[Any] = []
+        for calls in rounds:
+            if packs:
+                assert worker.can_pack()
+                found += worker.forward_backward_packed(calls)
+            else:
+                found += [worker.forward_backward(call.adapter, call.rows, call.loss) for call in calls]
+        reports.append([joined(worker, [one]) for one in found])
+        gradients.append({})
+        for name, adapter in list(worker.adapters.items()):
+            worker.swapping.use(adapter.tenant)
+            parts = [p.grad.flatten() for p in worker.engine.module.parameters() if p.grad is not None]
+            gradients[-1][name] = worker.engine.all_reduce_sum(torch.cat(parts).double())
+            assert worker.step_adapter(name, AdamStep(lr=0.02)) > 0.0
+            worker.remove(name)
+    summary = {}
+    made = [call for calls in rounds for call in calls]
+    for name in SHAPES:
+        pairs = [pair for call, *pair in zip(made, *reports, strict=True) if call.adapter == name]
+        assert all(one.metrics == two.metrics for one, two in pairs)
+        errors = [abs(one.loss - two.loss) / max(1.0, abs(two.loss)) for one, two in pairs]
+        errors += [float((one.logprobs - two.logprobs).abs().max()) for one, two in pairs]
+        ours, theirs = (of[name] for of in gradients)
+        summary[name] = (max(errors), float((ours - theirs).norm()), float(theirs.norm()))
     return summary
 
 

@@ -43,6 +43,15 @@ def test_an_adapter_has_the_same_bits_beside_others(
         assert all((different, padding) == (0, 0) for _, different, padding in summary.values()), summary
 
 
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-6), pytest.param("bfloat16", 2e-2, marks=pytest.mark.slow)])
+def test_a_packed_pass_equals_turns(gang: Gang, model: str, dtype: str, most: float) -> None:
+    for summary in gang.run(tenants.packed_against_turns, model=model, dtype=dtype):
+        for error, difference, norm in summary.values():
+            assert error <= 5 * most
+            assert difference <= most * norm
+            assert norm > 1e-3
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_ten_thousand_calls_cross_nothing(tmp_path: Path) -> None:

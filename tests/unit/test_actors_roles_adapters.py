@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from actors.roles import adapters
-from rlhf.adapters import AdamStep, AdapterShape, LossRows, NamedLoss
+from rlhf.adapters import AdamStep, AdapterShape, LossCall, LossRows, NamedLoss
+from rlhf.errors import UserError
 from rlhf.workers.adapters.adapter_worker import RowsReport
 
 
@@ -28,11 +29,17 @@ class Method:
                 logprobs=(torch.full((1, 1), 1.0 * self.rank),),
                 metrics={"tokens": 1.0},
             ),
+            "can_pack": True,
             "step_adapter": 2.5,
             "export_adapter": "checksum" if self.rank == 0 else None,
             "probe_adapter": [-1.0],
         }
+        if self.name == "forward_backward_packed":
+            return [self._outcome(call, values["forward_backward"]) for call in args[0]]
         return values.get(self.name)
+
+    def _outcome(self, call: LossCall, report: RowsReport) -> Any:
+        return UserError("bad rows") if call.adapter == "bad" and self.rank == 1 else report
 
 
 class Handle:
@@ -48,6 +55,9 @@ class Ranks:
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
+
+    async def start(self, *, deadline_s: float) -> None:
+        pass
 
     async def each(self, send: Callable[[Any], Any], stage: str) -> list[Any]:
         return [send(Handle(rank, self.calls)) for rank in range(2)]
@@ -77,3 +87,37 @@ def test_calls_go_to_all_ranks_and_results_are_joined(monkeypatch: pytest.Monkey
     names = ["create", "forward_backward", "step_adapter", "drop_gradient", "save_adapter", "load_adapter"]
     names += ["export_adapter", "probe_adapter", "remove"]
     assert ranks.calls == [(rank, name) for name in names for rank in range(2)]
+
+
+def test_calls_that_wait_at_the_same_time_go_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "put", lambda value: value)
+    ranks: Any = Ranks()
+    gang = adapters.AdaptersGang(ranks, packed_tokens=12)
+    one = torch.ones(2, dtype=torch.int64)
+    rows = LossRows(token_ids=one, lengths=one, targets=one[:, None], columns={})  # 4 tokens with the last targets
+
+    async def work() -> list[Any]:
+        await gang.start(deadline_s=1.0)
+        loss = NamedLoss(name="cross_entropy")
+        made = [gang.forward_backward(name, rows, loss) for name in ("a", "a", "bad", "b", "c")]
+        forward = gang.forward_backward("d", rows, loss, forward_only=True)
+        return await asyncio.gather(*made, forward, return_exceptions=True)
+
+    first, second, error, *others = asyncio.run(work())
+    assert isinstance(error, UserError)
+    assert [one.loss for one in (first, second, *others)] == [1.0] * 5
+    names = [name for rank, name in ranks.calls if rank == 0]
+    assert names[0] == "can_pack"
+    assert sorted(names[1:]) == ["forward_backward", "forward_backward_packed", "forward_backward_packed"]
+
+
+def test_adapters_take_turns_where_no_pass_can_serve_several(caplog: pytest.LogCaptureFixture) -> None:
+    class OneByOne(Ranks):
+        async def each(self, send: Callable[[Any], Any], stage: str) -> list[Any]:
+            return [True, False]
+
+    ranks: Any = OneByOne()
+    gang = adapters.AdaptersGang(ranks, packed_tokens=12)
+    asyncio.run(gang.start(deadline_s=1.0))
+    assert gang._packing is None
+    assert "The adapters take turns" in caplog.text

@@ -110,9 +110,9 @@ async def _service(
     )
     longest = limits.max_length + 1  # a row and its last target
     run = RunConfig(name=config.run.name, dir=config.run.dir, seed=config.run.seed)
-    of_ranks = ranks_config(policy, run, cluster, max_tokens_per_microbatch=longest)
+    of_ranks = ranks_config(policy, run, cluster, max_tokens_per_microbatch=max(longest, limits.packed_tokens))
     placement = replace(await reserve_roles(config.needs, cluster, with_reward_model=False), at_once=True)
-    gang = create_adapters_gang(of_ranks, placement, longest_sequence=longest)
+    gang = create_adapters_gang(of_ranks, placement, longest_sequence=longest, packed_tokens=limits.packed_tokens)
     engines = serve_adapters(
         model.base,
         cluster,

@@ -54,6 +54,10 @@ class ServiceConfig(Section):
     max_adapters: int = Field(default=8, ge=1)
     """Most adapters on the ranks at the same time, and most with running samples in an engine. Other adapters wait on
     disk."""
+    packed_tokens: int = Field(default=0, ge=0)
+    """Most tokens of several adapters in one forward and backward pass: calls that wait at the same time go together.
+    Faster for small calls, at ZeRO stage 0; a model's numbers then differ in rounding from those of the model alone.
+    0: the adapters take turns."""
     max_models: int = Field(default=64, ge=1)
     """Most models of one key in sessions that are not finished."""
     checkpoint_gib: float = Field(default=100.0, gt=0.0, allow_inf_nan=False)

@@ -6,6 +6,8 @@ Between the two products a token keeps the values of its own adapter alone, time
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -105,9 +107,8 @@ class AdapterStack:
         return ((inputs[0] * self._factors[members]).to(inputs[0].dtype),)
 
 
-def _linear_like(module: Any, weight: Tensor) -> Any:
-    """Return a linear layer without bias, of the module's class, with another weight."""
-    made: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    made.__class__ = type(module)
-    made.weight = nn.Parameter(weight)
+def _linear_like(module: nn.Linear, weight: Tensor) -> nn.Linear:
+    """Return a linear layer of the module's class with another weight."""
+    made = copy.copy(module)
+    made._parameters, made._forward_pre_hooks = {"weight": nn.Parameter(weight), "bias": None}, OrderedDict()
     return made

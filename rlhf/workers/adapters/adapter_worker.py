@@ -262,8 +262,7 @@ class AdapterWorker(TrainedWorker):
         sums = RowsSums()
         for microbatch in self.split(call.scored.lengths, own):
             with self.explaining("update", microbatch):
-                logprobs = self._logprobs(call.scored, microbatch)
-                found = self._terms(call, microbatch, logprobs)
+                found, logprobs = self._terms(call, microbatch)
                 if trains:
                     call.adapter.tenant.has_gradient = True
                     self.engine.backward(found.terms.sum(), last=False)
@@ -291,7 +290,7 @@ class AdapterWorker(TrainedWorker):
                     total = logprobs.new_zeros(())
                     for index, part, places in parts.of_calls:
                         own = logprobs[places.to(self.device), : calls[index].scored.wanted.shape[1]]
-                        found = self._terms(calls[index], part, own)
+                        found = self._loss(calls[index], part, own)
                         sums[index].add(part, own, found)
                         total = total + found.terms.sum()
                     self.engine.backward(total, last=False)
@@ -327,7 +326,12 @@ class AdapterWorker(TrainedWorker):
         mask = self.part(scored.mask, microbatch)
         return mask if microbatch.rows else torch.zeros_like(mask)
 
-    def _terms(self, call: CheckedCall, microbatch: Microbatch, logprobs: Float[Tensor, "n K"]) -> Terms:
+    def _terms(self, call: CheckedCall, microbatch: Microbatch) -> tuple[Terms, Float[Tensor, "n K"]]:
+        """Return the terms of the call's loss and the log-probabilities of a micro-batch of the call."""
+        logprobs = self._logprobs(call.scored, microbatch)
+        return self._loss(call, microbatch, logprobs), logprobs
+
+    def _loss(self, call: CheckedCall, microbatch: Microbatch, logprobs: Float[Tensor, "n K"]) -> Terms:
         """Return the terms of the call's loss for tokens of the call, with these log-probabilities."""
         return client_loss(
             call.loss,
@@ -351,6 +355,13 @@ def merged_report(reports: Sequence[RowsReport]) -> LossReport:
         logprobs=torch.cat([logprobs for _, _, logprobs in parts]),
         metrics=metrics,
     )
+
+
+def merged_outcome(outcomes: Sequence[Outcome]) -> LossReport | UserError | RunError:
+    """Return the result of all ranks, or the first error."""
+    reports = [one for one in outcomes if isinstance(one, RowsReport)]
+    errors = (one for one in outcomes if not isinstance(one, RowsReport))
+    return next(errors, None) or merged_report(reports)
 
 
 def _add(metrics: dict[str, float], **values: float) -> None:
