@@ -325,10 +325,12 @@ class TrainingLoop(ABC):
             return
         row = record.row()
         tokens, mean_length = self.trained_tokens(row)
-        rate = row.get("update/tokens/total", 0.0) / row.get("time/update_s", 1.0)  # 0 if the policy is not trained
+        record.add({"throughput/tokens_per_s": Last(value=tokens / row["time/step_s"])})
+        if not row.keys() >= {"update/tokens/total", "time/update_s"}:  # the step did not train the policy
+            return
+        rate = row["update/tokens/total"] / row["time/update_s"]
         record.add(
             {
-                "throughput/tokens_per_s": Last(value=tokens / row["time/step_s"]),
                 "throughput/train_tokens_per_s": Last(value=rate),
                 "throughput/mfu": Last(value=self.arithmetic.utilisation(tokens_per_s=rate, mean_length=mean_length)),
             }

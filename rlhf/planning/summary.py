@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import get_args
 
+import yaml
+
 from rlhf.algorithms.online_config import FollowedReferenceConfig
 from rlhf.algorithms.privileged import SelfTeaching
 from rlhf.config import derive
@@ -114,6 +116,8 @@ def _facts(config: Config, derived: derive.Derived) -> Iterator[list[str]]:
     if shared > 1:
         on = f" on {shared} ranks together" if ranks == 1 else f" on each {shared} of {ranks * shared} ranks"
     yield ["micro-batch", f"at most {train.max_tokens_per_microbatch:,} tokens{on}; {most}"]
+    set_keys = config.algorithm.model_dump(mode="json", exclude_defaults=True)
+    yield ["algorithm", yaml.safe_dump(set_keys, default_flow_style=True, sort_keys=False, width=math.inf).strip()]
     yield ["whole run", _whole_run(config)]
     yield ["dtype", _dtypes(config)]
     yield ["learning rate", _learning_rate(config)]
@@ -173,6 +177,11 @@ def _rollout_facts(
         longest = f"{derived.longest_sequence} tokens of a call by {rollouts.agent.name}, at most {calls}"
     yield ["longest sequence", longest]
     yield ["schedule", f"{schedule_of(config)}; correction of old responses: {correction_in_force(config, rollouts)}"]
+    if config.policy.support_replay:
+        yield [
+            "sampler",
+            "top_k, top_p and min_p as in rollouts; the policy's probabilities are among the kept tokens too",
+        ]
 
 
 def _whole_run(config: Config) -> str:

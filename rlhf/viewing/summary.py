@@ -40,6 +40,9 @@ _MAIN = (
     "update/grad_norm",
     *("update/token_accuracy/mean", "preference/margin/mean", "rollouts/truncated/fraction"),
     *("experience/rollout_logprob_diff/mean", "update/clip_fraction/mean", "update/explained_variance"),
+    *("experience/rollout_weight_ess", "experience/rollout_rejected/fraction", "experience/policy_lag/mean"),
+    *("experience/privileged/fraction", "update/divergence/mean", "update/given_nll/mean", "update/kl_loss/mean"),
+    *("update/imitation_loss/mean", "advantages/length_penalty/mean", "advantages/prompt_value/mean"),
     *("throughput/tokens_per_s", "time/step_s"),
 )
 
@@ -184,7 +187,12 @@ def _what(config: Mapping[str, Any]) -> str:
     train, rewards = data.get("train"), config.get("rewards")
     task = train.get("task") if isinstance(train, Mapping) else train
     by = ", ".join(rewards) if isinstance(rewards, Mapping) else None
-    parts = (("", algorithm.get("name")), ("on ", policy.get("model")), ("with ", task), ("by ", by))
+    teacher, correction = config.get("teacher") or {}, algorithm.get("correction") or {}
+    teachers = "itself" if algorithm.get("privileged") else teacher.get("model") or ", ".join(teacher)
+    parts = (
+        *(("", algorithm.get("name")), ("on ", policy.get("model")), ("with ", task), ("by ", by)),
+        *(("taught by ", teachers), ("corrected by ", correction.get("preset") or correction.get("mode"))),
+    )
     return " ".join(f"{word}{part}" for word, part in parts if part) or "no configuration in the folder"
 
 

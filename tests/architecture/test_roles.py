@@ -29,6 +29,7 @@ OTHER_MEANINGS = {
     ("teacher", "rlhf/types.py"),  # the name of a single teacher
     ("teacher", "rlhf/tracking/metrics/declarations.py"),  # stands for a teacher's name in a metric
     ("teacher", "rlhf/config/section_kinds.py"),  # the section
+    ("teacher", "rlhf/viewing/summary.py"),  # the section in the file of a run
     ("reference", "rlhf/workers/offline/referenced.py"),  # the same stage, in errors
 }
 

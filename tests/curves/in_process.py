@@ -326,7 +326,8 @@ class Engine(FakeEngines):
             with torch.no_grad():
                 logits = self.next_logits([[*asked[i][0], *(token for token, _ in drawn[i])] for i in open_ones])
             scales = torch.tensor([asked[i][2].temperature or 1.0 for i in open_ones])
-            for i, logprobs in zip(open_ones, (logits / scales[:, None]).log_softmax(-1), strict=True):
+            for i, plain in zip(open_ones, (logits / scales[:, None]).log_softmax(-1), strict=True):
+                logprobs = truncated(plain, asked[i][2])
                 if asked[i][2].temperature == 0.0:
                     token = int(logprobs.argmax())
                 else:
@@ -349,6 +350,15 @@ class Engine(FakeEngines):
             )
             for turn, top in zip(drawn, tops or [None] * len(drawn), strict=True)
         ]
+
+
+def truncated(logprobs: Tensor, sampling: Sampling) -> Tensor:
+    """Return the log-probabilities over the tokens that top_k and then top_p keep, as vLLM does; -inf elsewhere."""
+    ranked = logprobs.sort(descending=True)
+    kept = torch.arange(len(logprobs)) < (sampling.top_k or len(logprobs))
+    chances = ranked.values.masked_fill(~kept, -torch.inf).softmax(0)
+    kept &= chances.cumsum(0) - chances < sampling.top_p
+    return torch.full_like(logprobs, -torch.inf).scatter(0, ranked.indices[kept], ranked.values[kept]).log_softmax(0)
 
 
 class Seeing(Engine):

@@ -33,13 +33,14 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 PLAYED = {"gigpo"}  # learns from conversations alone
 SCORED = {name for name, one in ALGORITHMS.items() if one.config_class().kind in ("advantages", "sampled_pairs")}
 RECIPES = {name: CONFIGS / f"{name}_smollm2.yaml" for name in sorted(SCORED)}
+NAMED = ["opsd", "sdft", "sdpo", "gkd", "m2po", "score_centering", "bias_corrected_kl", "support_replay"]
 OTHERS = {  # besides a test for each algorithm that learns from scores
     "reinforce_plus_plus_baseline": CONFIGS / "reinforce_plus_plus_baseline_smollm2.yaml",
     "on_policy_distillation": CONFIGS / "on_policy_distill_smollm2.yaml",
     "flash_reinforce": CONFIGS / "flash_reinforce_smollm2.yaml",
     "vapo": CONFIGS / "vapo_smollm2.yaml",
     "short_answers": CONFIGS / "short_answers_smollm2.yaml",
-    **{name: CONFIGS / f"{name}_smollm2.yaml" for name in ("opsd", "sdft", "sdpo", "gkd", "m2po", "score_centering")},
+    **{name: CONFIGS / f"{name}_smollm2.yaml" for name in NAMED},
 }
 SHOWN = {"privileged": {"template": "{answer};\n\n{prompt}"}}
 GAME = read_tree(CONFIGS / "guessing_game.yaml").values["stages"]["grpo"]
@@ -87,6 +88,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "sdft": {"algorithm": SHOWN},
     "sdpo": {"algorithm": {"privileged": {"template": "{better_response};\n\n{prompt}"}}},
     "rlsd": {"algorithm": SHOWN},
+    "support_replay": {"rollouts": {"top_k": 20, "top_p": 0.95}},
     "raft": {"train": {"sequences_per_update": 32}},  # of at most 64 kept groups
 }
 
@@ -137,7 +139,7 @@ async def test_the_score_rises(name: str, alone: None, tmp_path: Path, request: 
     tree = merge(
         {
             "run": {"name": name, "dir": str(tmp_path), "seed": 0},
-            "policy": {"model": str(start), "dtype": "float32"},
+            "policy": {"model": str(start), "dtype": "float32", "support_replay": name == "support_replay"},
             "algorithm": recipe["algorithm"],
             **taught,
             **TASK,
@@ -158,6 +160,10 @@ async def test_the_score_rises(name: str, alone: None, tmp_path: Path, request: 
     before, after = rows[0]["eval/heldout/correct"], rows[-1]["eval/heldout/correct"]
     assert 0.1 < before < 0.6, before
     assert after > before + GAIN, json.dumps({"before": before, "after": after})
+    if name == "support_replay":
+        assert max(row["experience/rollout_logprob_diff/max"] for row in rows[1:]) < 1e-3
+    if name == "bias_corrected_kl":
+        assert rows[-1]["update/kl_loss/mean"] > 0.0
 
 
 def right_answers(folder: Path) -> str:

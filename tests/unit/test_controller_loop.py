@@ -146,6 +146,30 @@ def test_a_checkpoint_is_valid_only_after_its_row() -> None:
     assert loop.checkpoint_step == 5
 
 
+@pytest.mark.parametrize(
+    ("row", "throughput"),
+    [
+        (
+            {"update/tokens/total": 30.0, "time/update_s": 4.0},
+            {"tokens_per_s": 0.5, "train_tokens_per_s": 7.5, "mfu": 15.0},
+        ),
+        ({"time/update_s": 4.0}, {"tokens_per_s": 0.5}),  # the critic alone was trained
+        ({}, {"tokens_per_s": 0.5}),
+    ],
+)
+def test_a_step_without_training_has_no_throughput_of_training(
+    row: dict[str, float], throughput: dict[str, float]
+) -> None:
+    loop, _ = loop_of([])
+    record: Any = loop.record
+    added: dict[str, Any] = {}
+    record.metrics, record.add = row | {"time/step_s": 2.0}, added.update
+    loop.arithmetic = cast(Any, SimpleNamespace(utilisation=lambda *, tokens_per_s, mean_length: 2.0 * tokens_per_s))
+    asyncio.run(loop.finish_step(1, has_throughput=True))
+    found = {name.removeprefix("throughput/"): one.result() for name, one in added.items() if "throughput" in name}
+    assert found == throughput
+
+
 def test_the_named_steps_are_profiled_also_after_a_loss() -> None:
     loop, calls = loop_of([1.0, 2.0], steps=3, profiled=[1, 3])
     assert asyncio.run(loop.run())

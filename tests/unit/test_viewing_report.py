@@ -134,6 +134,23 @@ def test_several_runs_stand_in_one_report(tmp_path: Path, capsys: pytest.Capture
     assert [[one.kind for one in found] for found in written.findings.values()] == [[], ["kl_blow_up"]]
 
 
+@pytest.mark.parametrize(
+    ("added", "named"),
+    [
+        ({"teacher": {"model": "t", "dtype": None}}, "taught by t"),
+        ({"teacher": {"math": {"model": "t"}, "code": {"model": "u"}}}, "taught by math, code"),
+        ({"algorithm": {"name": "opsd", "privileged": {"template": "{prompt}"}}}, "taught by itself"),
+        ({"algorithm": {"name": "grpo", "correction": {"preset": "m2po", "mode": "decoupled"}}}, "corrected by m2po"),
+        ({"algorithm": {"name": "oapl", "correction": {"preset": None, "mode": "bypass"}}}, "corrected by bypass"),
+    ],
+)
+def test_a_report_names_teachers_and_correction(tmp_path: Path, added: dict[str, Any], named: str) -> None:
+    run = make_run(tmp_path, "demo")
+    path = run / "config.resolved.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | added, sort_keys=False))
+    assert Page(rlhf.report(run).html).answers["summaries"]["demo"]["what"].endswith(f" by correct {named}")
+
+
 def test_the_stages_of_a_pipeline_are_runs_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "pipe").mkdir()
     make_run(tmp_path, "pipe/sft")

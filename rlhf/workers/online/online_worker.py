@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf.algorithms.microbatch import StepCounts
 from rlhf.objectives.masking import sequence_counts
+from rlhf.objectives.vocabulary_head import widened
 from rlhf.roles import Metrics
 from rlhf.tracking.metrics.reductions import Sum
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts, TokenValues
@@ -121,7 +122,8 @@ class OnlineWorker(TrainedWorker):
         microbatches = [microbatch for minibatch in share.microbatches for microbatch in minibatch]
         for microbatch, values in self.passes(stage, microbatches, lambda one: self.forward(function, share, one)):
             columns = (values,) if isinstance(values, Tensor) else values
-            results = results or tuple(torch.zeros(len(share.rollouts.token_ids)) for _ in columns)
+            columns = tuple(widened(column).cpu() for column in columns)
+            results = results or tuple(column.new_zeros(len(share.rollouts.token_ids)) for column in columns)
             for result, column in zip(results, columns, strict=True):
-                result[microbatch.tokens] = column.float().cpu()
+                result[microbatch.tokens] = column
         return results

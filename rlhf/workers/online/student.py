@@ -19,6 +19,7 @@ from rlhf.config.derive import has_named_teachers
 from rlhf.models.packed.forward import distillation_loss, policy_logprobs, policy_logprobs_only
 from rlhf.objectives.distillation import sampled_divergence_sum, teacher_advantages
 from rlhf.objectives.masking import masked_sum, moments, to_tokens
+from rlhf.objectives.vocabulary_head import widened
 from rlhf.roles import Metrics, SequenceReport
 from rlhf.tracking.metrics.reductions import Last, Mean, Reduction, Sum
 from rlhf.types import BatchPlan, MinibatchPlan, Rollouts, TeacherColumn, TokenSignals, TokenValues
@@ -89,7 +90,7 @@ class StudentWorker(TaughtWorker, OnlineWorker):
         """Return a micro-batch's loss from advantages of the sampled tokens, and the metrics."""
         _, lengths, mask = self.columns(self.share, microbatch)
         logprobs, entropy = self.forward(policy_logprobs, self.share, microbatch)
-        logprobs, rollout_logprobs = logprobs.float(), self.part(self.share.rollouts.rollout_logprobs, microbatch)
+        logprobs, rollout_logprobs = widened(logprobs), self.part(self.share.rollouts.rollout_logprobs, microbatch)
         old = logprobs.detach() if self.old_logprobs is None else self.part(self.old_logprobs, microbatch)
         assert self.teacher_logprobs is not None
         teacher_logprobs = self.part(self.teacher_logprobs, microbatch)
@@ -101,7 +102,7 @@ class StudentWorker(TaughtWorker, OnlineWorker):
             lengths=lengths,
             response_mask=mask,
             logprobs=logprobs,
-            entropy=entropy.float(),
+            entropy=widened(entropy),
             old_logprobs=old,
             rollout_logprobs=rollout_logprobs,
             ref_logprobs=None,

@@ -1,18 +1,20 @@
-"""Corrections for samples of an older policy in AReaL, OpenRLHF 0.11.2, SkyRL, ROLL and vime."""
+"""Corrections for samples of another policy in AReaL, OpenRLHF 0.11.2, SkyRL, ROLL, vime, NeMo-RL and KONASH."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf.objectives import advantages, corrections, policy_loss, weighted_loss
+from rlhf.objectives.logprobs import chunked_logprobs, renormalised
 from rlhf.objectives.masking import sequence_counts
 from tests.parity.adapters.aggregation import openrlhf_aggregated
 from tests.parity.adapters.policy_losses import Batch
 from tests.parity.case import Adapter, Arguments, Outputs
-from tests.parity.layout import gradient
+from tests.parity.layout import Layout, gradient
 
 
 def areal_m2po(arguments: Arguments) -> Outputs:
@@ -97,11 +99,57 @@ def vime_score_centering(arguments: Arguments) -> Outputs:
     return {"correction": terms, "grad_train_head_logp": gradient(terms.sum(), train)}
 
 
+def skyrl_support(arguments: Arguments) -> Outputs:
+    """Return the log-probabilities over the kept tokens. Ids of -1 pad a row, and a row of padding alone gets 0."""
+    hidden, ids = arguments.variable("logits_or_hidden"), arguments.integers("support_ids")
+    is_head = arguments.has("lm_head_weight")  # without a head, the inputs are logits
+    weight = arguments.tensor("lm_head_weight") if is_head else torch.eye(hidden.shape[1], dtype=hidden.dtype)
+    targets = torch.cat([arguments.integers("sampled_ids")[:, None], ids.clamp(min=0)], dim=1)
+    temperature = arguments.number("temperature") if is_head else 1.0
+    columns, _ = chunked_logprobs(hidden, weight, targets, temperature=temperature)
+    logprobs = renormalised(columns, ids >= 0, (ids >= 0).any(1))
+    return {"logprobs": logprobs, "grad_logits_or_hidden": gradient(logprobs.sum(), hidden)}
+
+
+def konash_oapl(arguments: Arguments) -> Outputs:
+    """Return OAPL's mean loss of sequences, and the value of each group, a sum over the group in KONASH, not a mean."""
+    scores, size = arguments.tensor("rewards"), int(arguments.number("group_size"))
+    temperature, ones = arguments.number("beta_value"), torch.ones(len(scores), dtype=torch.int64)
+    above = temperature * math.log(size)
+    settings: Any = {"group_size": size, "temperature": temperature}
+    targets = advantages.soft_value_centered(scores, **settings) - above
+    kept = arguments.mask("mask", ones.bool())
+    columns = (arguments.tensor("log_probs"), arguments.tensor("ref_log_probs"), targets, kept, ones)
+    losses = weighted_loss.advantage_regression(*columns, beta=arguments.number("beta_kl"))
+    return {"loss": losses.sum() / kept.sum(), "values": advantages.soft_values(scores, **settings) + above}
+
+
+def nemo_oapl_advantages(arguments: Arguments) -> Outputs:
+    settings: Any = {"group_size": int(arguments.number("group_size")), "temperature": arguments.number("vstar_beta")}
+    return {"advantages": advantages.soft_value_centered(arguments.tensor("rewards"), **settings)}
+
+
+def nemo_oapl_loss(arguments: Arguments) -> Outputs:
+    """Return OAPL's mean loss over the valid samples. All columns but the policy's begin with the prompt's token."""
+    mask = arguments.mask("token_mask")[:, 1:] & arguments.mask("sample_mask")[:, None]
+    layout = Layout(mask)
+    rest = (arguments.tensor(name)[:, 1:] for name in ("generation_logprobs", "advantages"))
+    columns = [layout.flat(column) for column in (arguments.tensor("curr_logprobs"), *rest)]
+    losses = weighted_loss.advantage_regression(
+        *columns, layout.mask, layout.lengths, beta=arguments.number("policy_beta")
+    )
+    return {"loss": losses.sum() / arguments.mask("sample_mask").sum()}
+
+
 ADAPTERS: dict[tuple[str, str], Adapter] = {
     ("areal", "_apply_m2po_masking"): areal_m2po,
     ("openrlhf_0112", "PolicyLoss.forward"): openrlhf_trust_region,
     ("openrlhf_0112", "RemoteExperienceMaker.compute_advantages_and_returns"): openrlhf_advantages,
     ("skyrl", "dppo_policy_loss"): skyrl_dppo,
+    ("skyrl", "sample_support_logprobs"): skyrl_support,
     ("roll", "ActorWorker._compute_topr_loss"): roll_topr,
     ("vime", "score_centering_correction"): vime_score_centering,
+    ("konash", "OAPLTrainer.compute_loss"): konash_oapl,
+    ("nemo_rl", "OAPLAdvantageEstimator.compute_advantage"): nemo_oapl_advantages,
+    ("nemo_rl", "OAPLLossFn.__call__"): nemo_oapl_loss,
 }
