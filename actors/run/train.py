@@ -60,6 +60,7 @@ from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.tracking.run_folder.folder import images_folder, refuse_to_overwrite, remove_run
 from rlhf.viewing.model_card import write_model_card
 from rlhf.vision.sight import exchanged_images
+from rlhf.vision.store import PassingImages
 
 logger = logging.getLogger(__name__)
 SHOWN_ONLINE: tuple[str, ...] = (
@@ -162,6 +163,7 @@ async def _run_stage(stage: StageInputs, request: StopRequest, start: Start) -> 
         for row in inputs.unusable if step is None else ():
             unusable = ErrorRecord(step=0, stage="data", kind="unusable", message=row.reason, source=row.place)
             record.tracker.log_error(unusable)
+        record.images = _passing_images(stage, record)
         running = (
             online_roles(stage, inputs, record) if isinstance(inputs, OnlineInputs) else _offline(stage, inputs, record)
         )
@@ -169,6 +171,18 @@ async def _run_stage(stage: StageInputs, request: StopRequest, start: Start) -> 
             run = tracked_run(stage.written, done_steps=step)
             async with running as (controller, placement), record.callbacks.following(run):
                 await _carry_out(controller, request, step=step, until=start.until, nodes=placement.nodes)
+
+
+def _passing_images(stage: StageInputs, record: RunRecord) -> PassingImages | None:
+    """Return what removes the images of conversations. None: no conversation has images, or responses are carried over,
+    which may need their images after any number of steps."""
+    rollouts = stage.config.rollouts
+    if stage.images is None or rollouts is None or rollouts.carry_over:
+        return None
+    if rollouts.environment is None and rollouts.agent is None:
+        return None
+    # The batch of a step is requested at most max_staleness steps earlier; one step more is for late repetitions.
+    return PassingImages(images_folder(record.folder.path), steps=rollouts.max_staleness + 1)
 
 
 @asynccontextmanager

@@ -33,6 +33,7 @@ from rlhf.tracking.run_folder.mirror import Mirror
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.tracking.sinks.tracker import Tracker
 from rlhf.types import MemoryReport
+from rlhf.vision.store import PassingImages
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "controller.json"
@@ -53,6 +54,7 @@ class RunRecord:
     callbacks: CallbackCalls = field(default_factory=CallbackCalls)
     step: int = 0  # the last logged step
     parts: list[Metrics] = field(default_factory=list)
+    images: PassingImages | None = None  # of conversations; None: images stay
     groups: StepGroups | None = None  # of the current step; None: the step trains on no rollouts
 
     def begin_step(self, step: int) -> None:
@@ -61,6 +63,8 @@ class RunRecord:
         self.progress.begin(step)
         self.parts = []
         self.groups = None
+        if self.images is not None:
+            self.images.begin_step()
 
     def add(self, metrics: Metrics) -> None:
         """Add metrics to the current step, or in a block of `apart` to that block's list."""
@@ -153,7 +157,9 @@ class RunRecord:
 
     async def prune(self, keep: int) -> None:
         """Remove all but the newest checkpoints, and start the upload to the mirror, after an upload in progress. An
-        upload reads the checkpoints: while it hangs, no checkpoint is removed."""
+        upload reads the checkpoints: while it hangs, no checkpoint is removed. Remove images that no step needs."""
+        if self.images is not None:
+            self.images.remove()
         if self.mirror is None:
             self.folder.prune(keep)
             return

@@ -20,6 +20,7 @@ class Lengths:
     mean: float = 0.0
     sigma: float = 0.0  # of the logarithm; 0: all lengths are equal
     seen: tuple[int, ...] = ()
+    image_tokens: float | None = None  # of the images of a prompt, on average; None: unknown
 
     def draw(self, random: Random) -> int:
         if self.seen:

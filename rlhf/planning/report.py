@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rlhf.config.derive import eval_sets, loaded_models, max_sequence_tokens, with_steps
@@ -82,7 +83,7 @@ def _estimates(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengt
             "memory, GiB, at most (micro-batches full), of one process or GPU each\n" + _terms(processes),
             *_fits(config, sizes, processes, nodes),
             _disk(config, sizes),
-            *_times(config, sizes, nodes, response_lengths(config, lengths)),
+            *_times(config, sizes, nodes, response_lengths(config, lengths, sizes)),
         ]
     except UserError as error:
         return [*rows, f"no estimate of memory and time: {error}."]
@@ -158,21 +159,22 @@ def _disk(config: Config, sizes: Sizes) -> str:
     return f"disk of the run folder, GiB\n  checkpoints  {_gib(count * checkpoint)}  {count} * ({roles}): {kept}"
 
 
-def response_lengths(config: Config, text: str | None) -> Lengths:
+def response_lengths(config: Config, text: str | None, sizes: Sizes) -> Lengths:
     """Return the lengths of responses as given, or a distribution with half the limit as the mean.
 
     Without rollouts, return the lengths of training sequences: estimated from local rows, or half the limit.
     """
-    if config.rollouts is None:
-        longest = max_sequence_tokens(config)
-        from rlhf.planning.rows import mean_tokens_here  # imports the data set readers
+    from rlhf.planning.rows import image_tokens_here, mean_tokens_here  # imports the data set readers
 
-        mean = mean_tokens_here(config)
-        return Lengths(most=longest, mean=longest / 2 if mean is None else min(mean, float(longest)))
+    sees = bool(sizes.of(config.policy.model).tower.parameters)
+    images = image_tokens_here(config, sizes) if sees else 0.0
+    if config.rollouts is None:
+        longest, mean = max_sequence_tokens(config), mean_tokens_here(config)
+        mean = longest / 2 if mean is None else min(mean + (images or 0.0), float(longest))
+        return Lengths(most=longest, mean=mean, image_tokens=images)
     most = config.rollouts.max_response_tokens
-    if text is not None:
-        return parse_lengths(text, most=most)
-    return Lengths(most=most, mean=most / 2, sigma=0.6)
+    lengths = Lengths(most=most, mean=most / 2, sigma=0.6) if text is None else parse_lengths(text, most=most)
+    return replace(lengths, image_tokens=images)
 
 
 def _times(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengths: Lengths) -> list[str]:
@@ -206,7 +208,9 @@ def _assumed(config: Config, nodes: Sequence[Node] | None, lengths: Lengths) -> 
     has_type = any(node.kind for node in nodes or ())
     guess = "" if has_type or config.cluster.device == "cpu" else f", assumed: --cluster says no type={DEFAULT_GPU}"
     responses = f"; responses {lengths}" if config.algorithm.is_online else f"; sequences of {lengths.mean:,.0f} tokens"
-    return f"on {speed.name}{guess}{responses}"
+    unknown = "; prompts of images alone, which cannot be read here" if lengths.image_tokens is None else ""
+    images = f"; {lengths.image_tokens:,.0f} tokens of images in a prompt" if lengths.image_tokens else unknown
+    return f"on {speed.name}{guess}{responses}{images}"
 
 
 def _stages(config: Config, stages: Sequence[Stage], nodes: Sequence[Node] | None) -> str:

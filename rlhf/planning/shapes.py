@@ -16,18 +16,20 @@ from rlhf.deferred import torch, transformers
 from rlhf.errors import UserError
 from rlhf.models.files.folder_check import num_experts, read_json_object
 from rlhf.models.files.small_models import SMALL_MODELS, fetched_to
+from rlhf.planning.known_models import DENSE_MODELS, MIXTURE_MODELS, SEEING_MODELS, known_config
 from rlhf.vision.kinds import is_vision_weight
 
 DENSE_CLASSES = ("Llama", "Mistral", "Qwen2", "Qwen3")  # decoders with the layers counted here
 MIXTURES = ("Mixtral", "Qwen3Moe", "Glm4Moe", "GptOss")
-KNOWN_CLASSES = (*DENSE_CLASSES, *MIXTURES)
+GEMMA = "Gemma3"  # with four norms a layer; caches of sliding windows are counted as whole
+KNOWN_CLASSES = (*DENSE_CLASSES, GEMMA, *MIXTURES)
 _DECODERS = {  # of vision models, by model_type
     **{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"},
-    **{"qwen2_vl": "Qwen2", "qwen2_5_vl": "Qwen2", "qwen3_vl": "Qwen3"},
+    **{"qwen2_vl": "Qwen2", "qwen2_5_vl": "Qwen2", "qwen3_vl": "Qwen3", "gemma3": GEMMA},
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Tower:
     """Describe a vision tower with its projector. Zeros: the model reads text alone."""
 
@@ -178,30 +180,30 @@ def shape_of(config: Mapping[str, Any], source: str) -> Shape:
         kv_heads=config.get("num_key_value_heads") or heads,
         head_size=config.get("head_dim") or hidden // heads,
         vocab=vocab,
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=bool(config.get("tie_word_embeddings", family == GEMMA)),
         qkv_bias=family == "Qwen2" or bool(config.get("attention_bias", False)),
-        qk_norm=family in ("Qwen3", "Qwen3Moe") or bool(config.get("use_qk_norm", False)),
-        **(_mixture(family, config, source) if family in MIXTURES else {}),
+        qk_norm=family in ("Qwen3", "Qwen3Moe", GEMMA) or bool(config.get("use_qk_norm", False)),
+        **(_mixture(family, config, source) if family in MIXTURES else {"extra": 2 * hidden * (family == GEMMA)}),
     )
 
 
 def _seeing_shape(config: Mapping[str, Any], source: str) -> Shape:
     """Read the shape of a vision model: the decoder's sizes, and the size of its tower."""
-    text: Mapping[str, Any] = config.get("text_config") or config  # older files of Qwen2-VL have no section
-    kind = str(text.get("model_type", config.get("model_type")))
+    settings = transformers.AutoConfig.for_model(**config)  # with the sizes that config.json leaves to transformers
+    text = settings.get_text_config().to_dict()
+    kind = str(text["model_type"])
     if (family := _DECODERS.get(kind.removesuffix("_text"))) is None:
         known = ", ".join(sorted(_DECODERS))
         raise UserError(f"{source} has a decoder of type {kind}, whose memory is not modelled; known are {known}")
-    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
     named = {**text, "vision_config": None, "architectures": [f"{family}ForCausalLM"], "tie_word_embeddings": tied}
-    return replace(shape_of(named, source), tower=_tower_of(config))
+    return replace(shape_of(named, source), tower=_tower_of(settings))
 
 
-def _tower_of(config: Mapping[str, Any]) -> Tower:
+def _tower_of(settings: Any) -> Tower:
     """Count the parameters outside the decoder, in transformers' model without memory."""
     from rlhf.models.files.loading import class_of  # takes seconds, like transformers' model
 
-    settings = transformers.AutoConfig.for_model(**config)
     with torch.device("meta"):
         model = class_of(settings, scalar=False).from_config(settings)
     parts = {name: part for name, part in model.named_modules() if is_vision_weight(name)}
@@ -212,6 +214,8 @@ def _tower_of(config: Mapping[str, Any]) -> Tower:
     both = {**settings.to_dict(), **vision}
     hidden = vision.get("embed_dim") or vision["hidden_size"]  # the second is the decoder's width in Qwen2-VL
     merged = both.get("spatial_merge_size") or both.get("scale_factor") or 1 / both.get("downsample_ratio", 1)
+    if tokens := both.get("mm_tokens_per_image"):  # Gemma's, of each image
+        merged = vision["image_size"] / vision["patch_size"] / tokens**0.5
     return Tower(
         parameters=sum(weight.numel() for name, weight in model.named_parameters() if is_vision_weight(name)),
         edges=sum(sum(weight.shape) for weight in weights),
@@ -262,11 +266,11 @@ def find_shape(model: str, *, shapes: Path | None, made: Mapping[str, str]) -> S
         return shape_of(config, str(path))
     if (name := fetched_to(model)) is not None:  # not fetched yet
         model = SMALL_MODELS[name].repo
-    if model in _SEEING_TABLE:
-        decoder, tower = _SEEING_TABLE[model]
-        return replace(shape_of(_known(*decoder), f"the built-in table ({model})"), tower=tower)
-    if model in _MIXTURE_TABLE or model in _TABLE:
-        config = _known(*_TABLE[model]) if model in _TABLE else dict(_MIXTURE_TABLE[model])
+    if model in SEEING_MODELS:
+        decoder, tower = SEEING_MODELS[model]
+        return replace(shape_of(known_config(*decoder), f"the built-in table ({model})"), tower=Tower(*tower))
+    if model in MIXTURE_MODELS or model in DENSE_MODELS:
+        config = known_config(*DENSE_MODELS[model]) if model in DENSE_MODELS else dict(MIXTURE_MODELS[model])
         return shape_of(config, f"the built-in table ({model})")
     raise UserError(
         f"the sizes of {model} are not known here: there is no {_places(model, shapes)[0]}, it is not in the hub's "
@@ -294,91 +298,4 @@ def hub_folder(kind: str, name: str) -> Path:
     return cache / f"{kind}--{name.replace('/', '--')}"
 
 
-_SIZES = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "vocab_size", "tie_word_embeddings"),
-)
-# Class and _SIZES, from each model's config.json. A test compares the resulting parameters with the published counts.
-_TABLE: Mapping[str, tuple[str, int, int, int, int, int, int, int, bool]] = {
-    "HuggingFaceTB/SmolLM2-135M-Instruct": ("Llama", 576, 1536, 30, 9, 3, 64, 49152, True),
-    "HuggingFaceTB/SmolLM2-360M-Instruct": ("Llama", 960, 2560, 32, 15, 5, 64, 49152, True),
-    "HuggingFaceTB/SmolLM2-1.7B-Instruct": ("Llama", 2048, 8192, 24, 32, 32, 64, 49152, True),
-    "Qwen/Qwen2.5-0.5B-Instruct": ("Qwen2", 896, 4864, 24, 14, 2, 64, 151936, True),
-    "Qwen/Qwen2.5-1.5B-Instruct": ("Qwen2", 1536, 8960, 28, 12, 2, 128, 151936, True),
-    "Qwen/Qwen2.5-3B-Instruct": ("Qwen2", 2048, 11008, 36, 16, 2, 128, 151936, True),
-    "Qwen/Qwen2.5-7B-Instruct": ("Qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False),
-    "Qwen/Qwen2.5-14B-Instruct": ("Qwen2", 5120, 13824, 48, 40, 8, 128, 152064, False),
-    "Qwen/Qwen2.5-32B-Instruct": ("Qwen2", 5120, 27648, 64, 40, 8, 128, 152064, False),
-    "Qwen/Qwen2.5-72B-Instruct": ("Qwen2", 8192, 29568, 80, 64, 8, 128, 152064, False),
-    "Qwen/Qwen3-0.6B": ("Qwen3", 1024, 3072, 28, 16, 8, 128, 151936, True),
-    "Qwen/Qwen3-1.7B": ("Qwen3", 2048, 6144, 28, 16, 8, 128, 151936, True),
-    "Qwen/Qwen3-4B": ("Qwen3", 2560, 9728, 36, 32, 8, 128, 151936, True),
-    "Qwen/Qwen3-4B-Instruct-2507": ("Qwen3", 2560, 9728, 36, 32, 8, 128, 151936, True),
-    "Qwen/Qwen3-8B": ("Qwen3", 4096, 12288, 36, 32, 8, 128, 151936, False),
-    "Qwen/Qwen3-14B": ("Qwen3", 5120, 17408, 40, 40, 8, 128, 151936, False),
-    "Qwen/Qwen3-32B": ("Qwen3", 5120, 25600, 64, 64, 8, 128, 151936, False),
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": ("Qwen2", 1536, 8960, 28, 12, 2, 128, 151936, False),
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": ("Qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False),
-    "meta-llama/Llama-2-7b-hf": ("Llama", 4096, 11008, 32, 32, 32, 128, 32000, False),
-    "meta-llama/Llama-2-13b-hf": ("Llama", 5120, 13824, 40, 40, 40, 128, 32000, False),
-    "meta-llama/Llama-2-70b-hf": ("Llama", 8192, 28672, 80, 64, 8, 128, 32000, False),
-    "meta-llama/Llama-3.1-8B-Instruct": ("Llama", 4096, 14336, 32, 32, 8, 128, 128256, False),
-    "meta-llama/Llama-3.1-70B-Instruct": ("Llama", 8192, 28672, 80, 64, 8, 128, 128256, False),
-    "meta-llama/Llama-3.2-1B-Instruct": ("Llama", 2048, 8192, 16, 32, 8, 64, 128256, True),
-    "meta-llama/Llama-3.2-3B-Instruct": ("Llama", 3072, 8192, 28, 24, 8, 128, 128256, True),
-    "meta-llama/Llama-3.3-70B-Instruct": ("Llama", 8192, 28672, 80, 64, 8, 128, 128256, False),
-    "mistralai/Mistral-7B-Instruct-v0.3": ("Mistral", 4096, 14336, 32, 32, 8, 128, 32768, False),
-    "mistralai/Mistral-Nemo-Instruct-2407": ("Mistral", 5120, 14336, 40, 32, 8, 128, 131072, False),
-    "mistralai/Mistral-Small-24B-Instruct-2501": ("Mistral", 5120, 32768, 40, 32, 8, 128, 131072, False),
-}
-
-
-def _known(family: str, *sizes: int, **experts: int) -> dict[str, Any]:
-    return {"architectures": [f"{family}ForCausalLM"], **dict(zip(_SIZES, sizes, strict=True)), **experts}
-
-
-_QWEN_TOWER = {"edges": 699_416, "hidden": 1280, "ffn": 3420, "layers": 32, "patches": 4}
-# The decoder as in _TABLE, and the tower with the projector.
-_SEEING_TABLE: Mapping[str, tuple[tuple[str, int, int, int, int, int, int, int, bool], Tower]] = {
-    "Qwen/Qwen2.5-VL-3B-Instruct": (_TABLE["Qwen/Qwen2.5-3B-Instruct"], Tower(parameters=668_684_288, **_QWEN_TOWER)),
-    "Qwen/Qwen2.5-VL-7B-Instruct": (_TABLE["Qwen/Qwen2.5-7B-Instruct"], Tower(parameters=676_550_144, **_QWEN_TOWER)),
-}
-
-TINY = shape_of(_known("Llama", 96, 256, 3, 4, 2, 32, 320, False), "rlhf/models/files/tiny.py")
-
-
-def _qwen(*sizes: int, width: int, experts: int = 128) -> Mapping[str, Any]:
-    of_model = {"num_experts": experts, "num_experts_per_tok": 8, "moe_intermediate_size": width}
-    return _known("Qwen3Moe", *sizes, False, **of_model)
-
-
-def _glm(*sizes: int, experts: int, width: int, dense: int, norm: int) -> Mapping[str, Any]:
-    of_model = {"n_routed_experts": experts, "moe_intermediate_size": width, "first_k_dense_replace": dense}
-    of_family = {"n_shared_experts": 1, "num_experts_per_tok": 8, "attention_bias": 1}
-    return _known("Glm4Moe", *sizes, False, use_qk_norm=norm, **of_model, **of_family)
-
-
-def _local(family: str, *sizes: int, experts: int, chosen: int) -> Mapping[str, Any]:
-    counts = {"num_local_experts": experts, "num_experts_per_tok": chosen}
-    return _known(family, *sizes, False, **counts, attention_bias=family == "GptOss")
-
-
-_QWEN3_30B = _qwen(2048, 6144, 48, 32, 4, 128, 151936, width=768)
-_QWEN3_235B = _qwen(4096, 12288, 94, 64, 4, 128, 151936, width=1536)
-_GLM_4_5 = _glm(5120, 12288, 92, 96, 8, 128, 151552, experts=160, width=1536, dense=3, norm=1)
-# Sizes as in _TABLE, then the experts. A test compares all and active parameters with the published counts.
-_MIXTURE_TABLE: Mapping[str, Mapping[str, Any]] = {
-    "Qwen/Qwen3-30B-A3B": _QWEN3_30B,
-    "Qwen/Qwen3-30B-A3B-Instruct-2507": _QWEN3_30B,
-    "Qwen/Qwen3-Coder-30B-A3B-Instruct": _QWEN3_30B,
-    "Qwen/Qwen3-235B-A22B": _QWEN3_235B,
-    "Qwen/Qwen3-235B-A22B-Instruct-2507": _QWEN3_235B,
-    "Qwen/Qwen3-Coder-480B-A35B-Instruct": _qwen(6144, 8192, 62, 96, 8, 128, 151936, width=2560, experts=160),
-    "mistralai/Mixtral-8x7B-Instruct-v0.1": _local("Mixtral", 4096, 14336, 32, 32, 8, 128, 32000, experts=8, chosen=2),
-    "mistralai/Mixtral-8x22B-Instruct-v0.1": _local("Mixtral", 6144, 16384, 56, 48, 8, 128, 32768, experts=8, chosen=2),
-    "zai-org/GLM-4.5-Air": _glm(4096, 10944, 46, 96, 8, 128, 151552, experts=128, width=1408, dense=1, norm=0),
-    "zai-org/GLM-4.5": _GLM_4_5,
-    "zai-org/GLM-4.6": _GLM_4_5,
-    "openai/gpt-oss-20b": _local("GptOss", 2880, 2880, 24, 64, 8, 64, 201088, experts=32, chosen=4),
-    "openai/gpt-oss-120b": _local("GptOss", 2880, 2880, 36, 64, 8, 64, 201088, experts=128, chosen=4),
-}
+TINY = shape_of(known_config("Llama", 96, 256, 3, 4, 2, 32, 320, False), "rlhf/models/files/tiny.py")

@@ -97,7 +97,7 @@ class _Simulation:
             tokens, group = engine.waiting.popleft()
             if group not in engine.computed:
                 engine.computed.add(group)
-                self.stall(engine, self.system.prompt_tokens * self.system.prefill_s)
+                self.stall(engine, self.system.prompt_tokens * self.system.prefill_s + self.system.images_s)
             heapq.heappush(engine.active, (engine.ticks + tokens, group, tokens))
         engine.serial += 1
         if engine.active:
@@ -199,8 +199,9 @@ class _Simulation:
         engine.at = max(engine.at, self.now) + self.system.load_s
         if self.system.recomputes:
             decoded = sum(tokens - (end - engine.ticks) for end, _, tokens in engine.active)
-            prompts = len({group for _, group, _ in engine.active}) * self.system.prompt_tokens
-            self.stall(engine, (decoded + prompts) * self.system.prefill_s)
+            groups = len({group for _, group, _ in engine.active})
+            again_s = (decoded + groups * self.system.prompt_tokens) * self.system.prefill_s
+            self.stall(engine, again_s + groups * self.system.images_s)
 
     def take(self) -> list[int]:
         """Return the groups of the next update. Empty until the groups are answered."""

@@ -48,6 +48,7 @@ class System:
     sync_s: float  # from the update until the engines hold the new weights
     load_s: float  # in flight: pause of the engines within sync_s, without recomputed keys and values
     prefill_s: float = 0.0  # per prompt token, and per token with recomputed keys and values
+    images_s: float = 0.0  # of the vision tower, per prompt
     recomputes: bool = False  # in flight: new weights compute the keys and values again
 
 

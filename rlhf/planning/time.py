@@ -34,6 +34,15 @@ def forward_operations(shape: Shape, length: float) -> float:
     return 2.0 * shape.active_parameters + 2.0 * shape.layers * shape.query * length
 
 
+def tower_operations(shape: Shape, image_tokens: float) -> float:
+    """Return the operations of a vision tower's forward pass over the images of a prompt, at most.
+
+    A patch multiplies all weights of tower and projector, and attends to all patches: the images count as one image.
+    """
+    tower, patches = shape.tower, image_tokens * shape.tower.patches
+    return patches * (2.0 * tower.parameters + 4.0 * tower.layers * tower.hidden * patches)
+
+
 def passes(model: PolicyConfig | CriticConfig) -> float:
     """Return the cost of a training pass in forward passes. Backward takes two, or one without weight gradients."""
     return (2.0 if model.lora is not None else 3.0) + (1.0 if model.gradient_checkpointing else 0.0)
@@ -51,6 +60,7 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
     else:
         mean = config.data.max_prompt_tokens + lengths.average()
         tokens = derived.sequences_per_step * mean
+    prompts = config.train.sequences_per_update if config.rollouts is None else config.rollouts.prompts_per_step
     own_critic = config.algorithm.has_critic and config.cluster.roles.critic.colocate_with is None
     critics = {role: model for role, model in derive.trained_sections(config).items() if not ROLES[role].hosts}
     updates = derived.updates_per_step
@@ -59,13 +69,18 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
     def stage(name: str, role: Role, model: Any, *, trains: bool = False) -> Stage:
         speed, workers = rates(config, nodes, role=role), getattr(config.cluster.roles, role).workers
         each = (passes(model) if trains else 1.0) * forward_operations(sizes.of(model.model), mean)
-        count = tokens * (config.train.epochs_per_batch if trains and online else 1)
+        epochs = config.train.epochs_per_batch if trains and online else 1
+        count = tokens * epochs
+        images = prompts * epochs * tower_operations(sizes.of(model.model), _image_tokens(config, lengths))
+        images *= passes(model) if trains and model.vision_lr is not None else 1.0  # a frozen tower has no gradient
         reached = speed.peak * (speed.train if trains else speed.forward)
         if not trains:
             measured[role] += _microbatches(config, role, tokens)
-        how = f"{count:,.0f} tokens * {each / 1e9:,.4g} GFLOP / ({workers} * {reached / 1e12:,.4g} TFLOP/s)"
+        work = f"{count:,.0f} tokens * {each / 1e9:,.4g} GFLOP"
+        work = f"({work} + {images / 1e12:,.4g} TFLOP of the images)" if images else work
+        how = f"{work} / ({workers} * {reached / 1e12:,.4g} TFLOP/s)"
         late = 1.0 - 1.0 / updates if trains else 0.0
-        return Stage(name, count * each / (workers * reached), how, late)
+        return Stage(name, (count * each + images) / (workers * reached), how, late)
 
     def updating(role: Role, model: Any, name: str) -> list[Stage]:
         update = stage(name, role, model, trains=True)
@@ -93,6 +108,12 @@ def training_stages(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, 
     passes_s = sum(one.seconds for one in experience) + sum(one.seconds * (1.0 - one.late) for one in learning)
     waits = [snapshots(config, sizes, nodes, meanwhile_s=passes_s), staging(config, sizes, nodes)]
     return [*experience, *learning, *(one for one in waits if one is not None)]
+
+
+def _image_tokens(config: Config, lengths: Lengths) -> float:
+    """Return the tokens of a prompt's images. If unknown, all tokens of a prompt are of images."""
+    most = config.data.max_prompt_tokens if config.rollouts is not None else lengths.mean
+    return float(most) if lengths.image_tokens is None else min(lengths.image_tokens, float(most))
 
 
 def _microbatches(config: Config, role: Role, tokens: float) -> int:
@@ -142,13 +163,14 @@ def system_of(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, length
         engines=role.workers,
         colocated=role.colocate_with is not None,
         max_num_seqs=_at_once(config, sizes, prompt + average),
-        base_s=shape.parameters * size / bandwidth + speed.step_s,
+        base_s=(shape.parameters - shape.tower.parameters) * size / bandwidth + speed.step_s,
         each_s=mean * kv_bytes_per_token(shape, itemsize=size) / bandwidth + operations / arithmetic,
         train_tokens_per_s=derive.derive(config).sequences_per_step * (prompt + average) / seconds,
         streamed_share=1.0 - late_s / seconds,  # experience and the first minibatch
         sync_s=sync_s,
         load_s=sync_s / 2,  # the engines go on while the weights are published
         prefill_s=operations / arithmetic,
+        images_s=tower_operations(shape, _image_tokens(config, lengths)) / arithmetic,
         recomputes=config.rollouts.kv_after_update == "recompute",
     )
 

@@ -68,7 +68,7 @@ def _stage(config: Config, loaded: LoadedConfig, kind: str | None) -> tuple[floa
 
 
 def _step_seconds(config: Config, sizes: Sizes, nodes: list[Node] | None) -> float:
-    lengths = response_lengths(config, None)
+    lengths = response_lengths(config, None, sizes)
     if config.rollouts is None:
         return sum(stage.seconds for stage in training_stages(config, sizes, nodes, lengths))
     return simulate(system_of(config, sizes, nodes, lengths), schedule_of(config)).step_s

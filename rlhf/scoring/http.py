@@ -5,7 +5,9 @@ GET /health answers {"status": "ok"}.
 POST /score takes {"prompt": ..., "responses": [...], "columns": {...}, "truncated": [...], "results": [...]}. The
 answer is {"scores": [...], "rewards": {NAME: [...]}}, or {"errors": [{"sample", "kind", "message"}]}.
 
-A request is a single group. Without a token, only this machine is served.
+A request is a single group. Without a token, only this machine is served. Images of the prompt are data URIs in column
+`images`; the rewards get files, which are removed after the request. The server opens no file and no address that a
+request names as an image.
 """
 
 from __future__ import annotations
@@ -15,20 +17,27 @@ import json
 import logging
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from aiohttp import web
 from pydantic import Field, JsonValue
 
 from rlhf.config.mistakes.explain import parse_as
-from rlhf.errors import RunError
+from rlhf.errors import RunError, UserError
+from rlhf.process.owned_folders import temporary_folder
 from rlhf.rewards.loading import MAX_DEPTH, is_nested_too_deep
 from rlhf.rewards.scoring import asks_in_flight
+from rlhf.rewards.services.images import IMAGES, stored_images
 from rlhf.scoring.scorer import Group, Scorer, Scoring
 from rlhf.sections import Section
 from rlhf.serving import gives_token, read_text, serve_until_interrupted, serving_token, stranger
 from rlhf.tracking import logs
 from rlhf.types import RESULT_COLUMN, GroupScores, Prompt
+from rlhf.vision.reading import ImageCollector, ImageLimits
+from rlhf.vision.store import ImageStore
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +64,13 @@ class ScoreRequest(Section):
 class RewardServer:
     """The web application. With `token` None every reachable client may send requests."""
 
-    def __init__(self, scorer: Scorer, scoring: Scoring, token: str | None) -> None:
+    def __init__(self, scorer: Scorer, scoring: Scoring, token: str | None, images: Path) -> None:
         self.scorer = scorer
+        self.folder = images
+        seen = None if scoring.images is None else scoring.images(images)
+        self.limits = (
+            None if seen is None else replace(seen.reader.limits, hosts=())
+        )  # None: the model reads text alone
         self.token = token
         self.waiting = 0
         self.asking = ThreadPoolExecutor(max(asks_in_flight(scoring.specs), 1))
@@ -95,11 +109,15 @@ class RewardServer:
     async def _score(self, request: web.Request) -> web.Response:
         if self.waiting >= MAX_WAITING:
             return _error(503, f"{MAX_WAITING} requests are waiting already")
-        try:
-            group = parse_request(await read_text(request))
-            self._refuse_unfit(group)
-        except ValueError as error:
-            return _error(400, str(error))
+        with TemporaryDirectory(dir=self.folder) as images:
+            try:
+                group = await asyncio.to_thread(self._with_files, parse_request(await read_text(request)), Path(images))
+                self._refuse_unfit(group)
+            except (ValueError, UserError) as error:
+                return _error(400, str(error))
+            return await self._scored(group)
+
+    async def _scored(self, group: Group) -> web.Response:
         self.waiting += 1
         try:
             async with asyncio.timeout(LONGEST_S):
@@ -112,6 +130,23 @@ class RewardServer:
         finally:
             self.waiting -= 1
 
+    def _with_files(self, group: Group, folder: Path) -> Group:
+        """Return the group with files in place of the images in column `images`. UserError: no data URI, or no image.
+
+        For a model of text alone, a column without data URIs holds something else, and stays.
+        """
+        images = group.prompt.columns.get(IMAGES)
+        of_data = any(str(one)[:11] == "data:image/" for one in images) if isinstance(images, list) else False
+        if images is None or (self.limits is None and not of_data):
+            return group
+        reader = ImageCollector(ImageStore(folder), self.limits or ImageLimits())
+        if not isinstance(images, list) or len(images) > reader.limits.max_images:
+            raise UserError(f"columns.{IMAGES}: expected a list of at most {reader.limits.max_images} data URIs")
+        places = [f"columns.{IMAGES}[{number}]" for number in range(len(images))]
+        keys = [reader.add(image, place=place, folder=None) for image, place in zip(images, places, strict=True)]
+        columns = {**group.prompt.columns, IMAGES: [str(reader.store.path(key)) for key in keys]}
+        return replace(group, prompt=replace(group.prompt, columns=columns))
+
     def _refuse_unfit(self, group: Group) -> None:
         """Raise ValueError for columns the rewards cannot score."""
         prompt = group.prompt
@@ -119,6 +154,9 @@ class RewardServer:
         here = {spec.name: spec for spec in self.scorer.specs if spec.applies_to(prompt.columns)}
         if not here:
             raise ValueError("no reward applies to these columns")
+        blind = next((spec.name for spec in here.values() if spec.is_model), None)
+        if blind is not None and stored_images(prompt.columns):
+            raise ValueError(f"the reward model of {blind} gets the text alone here, and columns.{IMAGES} has images")
         for spec in here.values():
             if spec.gate is not None and spec.gate not in here:
                 raise ValueError(f"{spec.gate} does not apply to these columns, and is the gate of {spec.name}")
@@ -174,8 +212,8 @@ def serve_scores(
     """Serve until interrupted. `ready` is called with the address."""
     logs.configure()
     token = serving_token(host, token_env)
-    with Scorer(scoring) as scorer:
-        server = RewardServer(scorer, scoring, token)
+    with temporary_folder() as images, Scorer(scoring) as scorer:
+        server = RewardServer(scorer, scoring, token, images)
         application = server.application()
         try:
             serve_until_interrupted(application, host=host, port=port, ready=lambda at: ready(f"{at}/score"))

@@ -16,9 +16,11 @@ from rlhf.data.row import Row, shown
 from rlhf.data.sources import read_rows
 from rlhf.errors import UserError
 from rlhf.evaluation.scored import RowError, ScoredFile, ScoredRow
+from rlhf.preflight.exchanged import SUFFIX
 from rlhf.preflight.sources import check_rewards
 from rlhf.process.owned_folders import temporary_folder
 from rlhf.rewards.scoring import asks_in_flight
+from rlhf.rewards.services.images import IMAGES, stored_images
 from rlhf.scoring.scorer import Group, Scorer, Scoring
 from rlhf.tracking import logs
 from rlhf.types import RESULT_COLUMN, GroupScores, Prompt
@@ -103,9 +105,25 @@ def _lines(rows: Sequence[Row], scoring: Scoring, images: Path) -> list[Line]:
     data = _DataOfRun(scoring, images)
     lines = [data.line_of(row) for row in rows]
     reward_rows = [Row(file=line.row.file, line=line.row.line, columns=line.columns) for line in lines]
+    _refuse_unseen(scoring, lines)
     of_sessions = (RESULT_COLUMN,) if all(_has_result(row) for row in rows) else ()
     check_rewards(scoring.specs, reward_rows, rows[0].file, key=scoring.reward_key, of_sessions=of_sessions)
     return lines
+
+
+def _refuse_unseen(scoring: Scoring, lines: Sequence[Line]) -> None:
+    """Raise UserError for the first row with images, if a reward model would score the row's text alone."""
+
+    def has_images(line: Line) -> bool:  # a sample names images of turns too
+        return bool(stored_images(line.columns) or (_is_sample(line.row.columns) and line.row.columns.get(IMAGES)))
+
+    seen = next((line for line in lines if has_images(line)), None)
+    blind = next((spec.name for spec in scoring.specs if spec.is_model), None)
+    if seen is not None and blind is not None:
+        raise UserError(
+            f"{seen.row.place}: has images, and the reward model of {blind} gets the text alone here. Score the row "
+            "with functions or judges, or let a run or `rlhf eval` score responses with the reward model."
+        )
 
 
 def _is_sample(columns: Mapping[str, Any]) -> bool:
@@ -148,7 +166,8 @@ class _DataOfRun:
             columns = {name: value for name, value in present.items() if name not in _RESERVED}
             return Line(row=row, columns=columns, group=repr((present["prompt"], columns)))
         split, number = str(present.get("split", present.get("set"))), int(present["prompt_id"])
-        data = self._set(split, row)
+        is_known = split in self.scoring.eval_sets
+        data = self._set(split if is_known else split.removesuffix(SUFFIX), row)  # the exchanged set has the same rows
         if not 0 <= number < len(data):
             name = self.scoring.name
             raise UserError(f"{row.place}: prompt_id is {number}, and {split} has {len(data)} rows in {name}")

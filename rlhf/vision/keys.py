@@ -24,6 +24,11 @@ def image_name(key: int) -> str:
     return f"{key:0{_DIGITS}x}"
 
 
+def is_image_name(name: str) -> bool:
+    """Return whether a file of this name is an image of a store."""
+    return len(name) == _DIGITS and set(name) <= set("0123456789abcdef")
+
+
 def image_keys(token_ids: Iterable[int]) -> tuple[int, ...]:
     """Return the keys of the distinct images in token ids, in the order of their first positions."""
     return tuple(dict.fromkeys(-token for token in token_ids if token < 0))

@@ -38,14 +38,14 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageFolder:
-    """A folder of images with limits, from which any process opens a reader."""
+    """A folder of images with limits, from which an engine opens a reader for the images of conversations."""
 
     folder: Path
     limits: ImageLimits
     kept_s: float | None = None  # after which images of requests are removed; None: images are part of a run
 
     def reader(self) -> ImageCollector:
-        return ImageCollector(ImageStore(self.folder), self.limits)
+        return ImageCollector(ImageStore(self.folder, passing=self.kept_s is None), self.limits)
 
 
 class ImageCollector:

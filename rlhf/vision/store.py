@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from rlhf.vision.keys import image_key, image_name
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+PASSING, _CLOCK = "passing", ".clock"  # a folder in the store's folder, and a file there
 CACHED_BYTES = 256 * 2**20  # of decoded images in a process; an image of one megapixel takes 3 MB
 
 
@@ -24,19 +26,21 @@ class ImageStore:
     """A folder of images, a file for each image, named by the image's key.
 
     A file appears whole or not at all, and never changes. Several processes may add and read at once. A process holds
-    at most `cached_bytes` of decoded images, the last ones used.
+    at most `cached_bytes` of decoded images, the last ones used. The images of a `passing` store have a mark, an empty
+    file of the same name in PASSING, until `keep_passing` removes the mark, or PassingImages the image.
     """
 
-    def __init__(self, folder: Path, *, cached_bytes: int = CACHED_BYTES) -> None:
+    def __init__(self, folder: Path, *, cached_bytes: int = CACHED_BYTES, passing: bool = False) -> None:
         self.folder = folder
         self._cached_bytes = cached_bytes
+        self._passing = passing
         self._decoded: OrderedDict[int, Image] = OrderedDict()
         self._sizes: dict[int, tuple[int, int]] = {}
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave decoded images out of a pickle."""
-        return _opened, (self.folder, self._cached_bytes)
+        return _opened, (self.folder, self._cached_bytes, self._passing)
 
     def path(self, key: int) -> Path:
         """Return the path of an image, whether the file exists or not."""
@@ -48,6 +52,10 @@ class ImageStore:
         RunError: another image has the same key.
         """
         key = image_key(data)
+        mark = self.folder / PASSING / image_name(key)
+        if self._passing and (mark.exists() or not self.path(key).exists()):
+            make_folder(mark.parent, parents=True, exist_ok=True)
+            mark.touch()  # before the look at the image, so that `PassingImages` sees the touch or this sees no image
         if not self._has(key, data):
             write_aside(self.path(key), lambda aside: aside.write_bytes(data), needed=len(data))
         return key
@@ -111,8 +119,59 @@ class ImageStore:
         return present == data
 
 
-def _opened(folder: Path, cached_bytes: int) -> ImageStore:
-    return ImageStore(folder, cached_bytes=cached_bytes)
+def keep_passing(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Keep the images of these names for good, in the folder of a store. None: all images."""
+    for mark in [folder / PASSING / name for name in names] if names is not None else _marks(folder):
+        mark.unlink(missing_ok=True)
+
+
+class PassingImages:
+    """Removes the images of conversations that are in no kept sample and that no later step can need."""
+
+    def __init__(self, folder: Path, *, steps: int) -> None:
+        """Begin with the store's folder. steps: how many steps before the current one may still need their images.
+
+        The images of an earlier start of the run are kept: its unfinished steps may be repeated from stored rollouts.
+        """
+        self._folder = folder
+        self._starts: deque[float] = deque(maxlen=steps + 1)
+        keep_passing(folder)
+
+    def begin_step(self) -> None:
+        """Note the time, on the clock of the folder's disk."""
+        clock = self._folder / PASSING / _CLOCK
+        make_folder(clock.parent, parents=True, exist_ok=True)
+        clock.touch()
+        self._starts.append(clock.stat().st_mtime)
+
+    def remove(self) -> None:
+        """Remove the images that were last added before the first step that may need them."""
+        if len(self._starts) < (self._starts.maxlen or 0):
+            return
+        for mark in _marks(self._folder):
+            path, aside = self._folder / mark.name, self._folder / f".{mark.name}.removed"
+            if self._is_old(mark):
+                path.rename(aside)
+                if self._is_old(mark):
+                    mark.unlink()
+                    aside.unlink()
+                else:  # added again, or kept, meanwhile
+                    aside.rename(path)
+
+    def _is_old(self, mark: Path) -> bool:
+        try:
+            return mark.stat().st_mtime < self._starts[0]
+        except FileNotFoundError:
+            return False
+
+
+def _marks(folder: Path) -> list[Path]:
+    found = (folder / PASSING).iterdir() if (folder / PASSING).is_dir() else ()
+    return [mark for mark in found if mark.name != _CLOCK and (folder / mark.name).exists()]
+
+
+def _opened(folder: Path, cached_bytes: int, passing: bool) -> ImageStore:
+    return ImageStore(folder, cached_bytes=cached_bytes, passing=passing)
 
 
 def _num_bytes(image: Image) -> int:

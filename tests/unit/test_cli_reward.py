@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
@@ -23,9 +24,12 @@ from rlhf.cli import main
 from rlhf.config.files.load import load
 from rlhf.errors import UserError
 from rlhf.preflight.inputs import load_inputs
+from rlhf.process.owned_folders import temporary_folder
+from rlhf.rewards.services.images import sent_columns
 from rlhf.scoring.http import MAX_BODY_BYTES, RewardServer
 from rlhf.scoring.scorer import Scorer, Scoring, scoring_of_config, scoring_of_function
 from rlhf.serving import serving_token
+from rlhf.vision.store import ImageStore
 from tests.vision_models import drawn, encoded
 
 CONFIG = """\
@@ -109,8 +113,13 @@ def test_rewards_get_the_images_of_samples_and_rows_as_files(config: str, tmp_pa
     sample["images"] = ["0123456789abcde"]  # of the run's folder, with the images of turns
     of_file = {"prompt": "<image>?", "response": "x", "images": ["blue.png"]}
     how = [f"rewards={{seen: {{function: '{tmp_path}/mine.py:seen'}}}}", "policy.model=tiny:qwen3_vl"]
-    file = write(tmp_path / "r.jsonl", [sample, of_file])
-    assert [one.score for one in rlhf.reward(config, file, how).rows] == [255.0 * 2, 0.0]
+    exchanged = sample | {"split": "heldout.exchanged"}  # of an evaluation with `exchange_images`
+    file = write(tmp_path / "r.jsonl", [sample, of_file, exchanged])
+    found = rlhf.reward(config, file, how).rows
+    assert [one.score for one in found] == [255.0 * 2, 0.0, 255.0 * 2]
+    assert [one.group for one in found] == [0, 1, 2]
+    with pytest.raises(UserError, match=r"r\.jsonl:1: has images, and the reward model of taste gets the text alone"):
+        rlhf.reward(config, file, [how[1], "rewards={taste: {role: reward}}", "reward.model=tiny:llama"])
     with pytest.raises(UserError, match=r"r\.jsonl:1: image 1 of column `images`: .*gone\.png cannot be read"):
         rlhf.reward(config, write(tmp_path / "r.jsonl", [of_file | {"images": ["gone.png"]}]), how)
     with pytest.raises(UserError, match=r"r\.jsonl:1: holds an image, and the model reads text alone"):
@@ -245,9 +254,11 @@ def test_a_reward_model_scores_the_end_of_a_response(
 
 @asynccontextmanager
 async def served(scoring: Scoring, token: str | None = None) -> AsyncIterator[TestClient]:
-    with Scorer(scoring) as scorer:
-        async with TestClient(TestServer(RewardServer(scorer, scoring, token).application())) as client:
+    with temporary_folder() as images, Scorer(scoring) as scorer:
+        server = RewardServer(scorer, scoring, token, images)
+        async with TestClient(TestServer(server.application())) as client:
             yield client
+        assert not list(images.iterdir())  # images are removed after the request
 
 
 async def test_the_server(config: str) -> None:
@@ -280,6 +291,34 @@ async def test_the_server(config: str) -> None:
         assert (await client.post("/score", data=b"{")).status == 400
         assert (await client.post("/score", data=b" " * (MAX_BODY_BYTES + 1))).status == 413
         assert (await client.get("/else")).status == 404
+
+
+async def test_a_served_function_gets_images_as_files(config: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(SEEN)
+    function = f"{tmp_path}/mine.py:seen"
+    red, blue = (encoded(drawn(colour)) for colour in ("red", "blue"))
+    store = ImageStore(tmp_path / "images")
+    columns = sent_columns({"images": [str(store.path(store.add(image))) for image in (red, blue, red)]})
+    assert columns["images"][1] == f"data:image/png;base64,{base64.b64encode(blue).decode()}"
+    assert sent_columns({"images": ["cat.png"]}) == {"images": ["cat.png"]}  # an ordinary column
+    body = {"prompt": "p", "responses": ["a"], "columns": columns}
+    seeing = load(config, [f"rewards={{seen: {{function: '{function}'}}}}", "policy.model=tiny:qwen3_vl"])
+    for scoring in (scoring_of_function(function), scoring_of_config(seeing)):
+        async with served(scoring) as client:
+            answer = await client.post("/score", json=body)
+            assert await answer.json() == {"scores": [255.0 * 2], "rewards": {"seen": [255.0 * 2]}}
+            for images, why in {
+                ("data:image/png;base64,AAAA",): r"columns\.images\[0\]: .*no image",
+                (*columns["images"][:1], "/etc/passwd"): r"columns\.images\[1\]: '/etc/passwd' is a path",
+                (*columns["images"][:1], "https://example.com/a.png"): r"columns\.images\[1\]: .*example\.com",
+                tuple(columns["images"] * 3): "a list of at most 8 data URIs",
+            }.items():
+                answer = await client.post("/score", json=body | {"columns": {"images": list(images)}})
+                assert answer.status == 400
+                assert re.search(why, (await answer.json())["error"]), await answer.json()
+    async with served(scoring_of_config(seeing)) as client:
+        answer = await client.post("/score", json=body | {"columns": {"images": [str(tmp_path / "red.png")]}})
+        assert answer.status == 400  # no path reaches the rewards of a model that sees
 
 
 async def test_a_served_function_gets_the_result_of_an_agent(tmp_path: Path) -> None:

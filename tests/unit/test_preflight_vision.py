@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
+from rlhf.config.files.load import load
+from rlhf.config.nodes import parse_cluster
+from rlhf.config.schema.root import Config
 from rlhf.errors import UserError
 from rlhf.models.adapters.lora import add_lora
 from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.models.files.tiny_vision import KINDS, build_tiny_vision
+from rlhf.planning.footprints import Sizes
+from rlhf.planning.lengths import Lengths
 from rlhf.planning.memory import tower_bytes
+from rlhf.planning.rates import Stage, rates
+from rlhf.planning.report import response_lengths
+from rlhf.planning.rows import mean_tokens_here
 from rlhf.planning.shapes import find_shape
+from rlhf.planning.time import system_of, tower_operations, training_stages
 from rlhf.preflight.models import StageResults, check_models
 from rlhf.vision.processor import ImageProcessing
+from tests.fixtures.sources import ROOT
 from tests.integration.gang_workers import worker_config
 from tests.vision_models import drawn
 
@@ -102,5 +115,63 @@ def test_the_plan_counts_what_a_trained_tower_keeps(kind: str, tmp_path: Path) -
 
 
 def test_the_plan_refuses_a_decoder_without_a_model_of_its_memory() -> None:
-    with pytest.raises(UserError, match="decoder of type gemma3_text, whose memory is not modelled; known are llama"):
-        find_shape("tiny:gemma3", shapes=None, made={})
+    with pytest.raises(UserError, match="decoder of type qwen3_5_text, whose memory is not modelled; known are gemma3"):
+        find_shape("tiny:qwen3_5", shapes=None, made={})
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "gemma3", "idefics3", "pixtral"])
+def test_the_plan_counts_the_operations_of_the_tower(kind: str, tmp_path: Path) -> None:
+    """Compare with the products that PyTorch counts."""
+    shape, model = find_shape(f"tiny:{kind}", shapes=None, made={}), load_model(tmp_path, kind)
+    processing = ImageProcessing.of_model(str(tmp_path / kind))
+    assert processing is not None
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model.get_image_features(**processing.model_inputs([drawn(size=(64, 64))]))
+    embedded = sum(token == processing.image_token_id for token in processing.expansion(64, 64))
+    assert (
+        0.95 < tower_operations(shape, embedded) / counted.get_total_flops() < 2.0
+    )  # the projector is counted for each patch
+
+
+def planned(folder: Path, *keys: str) -> tuple[Config, Lengths, dict[str, Stage]]:
+    config = next(iter(load(ROOT / "configs" / "vision_quickstart.yaml", [f"run.dir={folder}", *keys]).runs.values()))
+    lengths = response_lengths(config, None, Sizes())
+    return config, lengths, {stage.name: stage for stage in training_stages(config, Sizes(), None, lengths)}
+
+
+def test_the_plan_measures_the_tokens_of_images_and_the_time_of_the_tower(tmp_path: Path) -> None:
+    # The processor enlarges the images to 64 x 64 pixels: 16 patches, of which four make a token.
+    config, lengths, stages = planned(tmp_path)
+    assert lengths.image_tokens == 4.0
+    texts = mean_tokens_here(config)
+    assert texts is not None
+    assert lengths.mean == texts + 4.0
+    shape = find_shape("tiny:qwen3_vl", shapes=None, made={})
+    tower = 3 * 32 * tower_operations(shape, 4.0)  # forward and backward pass of 32 rows
+    _, _, frozen = planned(tmp_path, "stages.sft.policy.vision_lr=null")
+    speed = (
+        tower * 2 / 3 / (stages["update"].seconds - frozen["update"].seconds)
+    )  # the frozen tower has no backward pass
+    assert speed == pytest.approx(rates(config, None, role="policy").peak)
+    assert f"{tower / 1e12:,.4g} TFLOP of the images" in stages["update"].how
+
+
+def test_rows_with_addresses_are_planned_without_fetching(tmp_path: Path) -> None:
+    row = {"prompt": "What?", "image": "https://images.example.org/1.png", "completion": "a cat"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    _, lengths, _ = planned(tmp_path, f"stages.sft.data.train={tmp_path}/rows.jsonl")
+    assert lengths.image_tokens is None
+
+
+def test_images_that_cannot_be_read_here_count_as_the_whole_prompt() -> None:
+    recipe = ROOT / "configs" / "grpo_qwen2_5_vl_2gpu.yaml"
+    config = next(iter(load(recipe, []).runs.values()))
+    lengths, shape = response_lengths(config, None, Sizes()), find_shape(config.policy.model, shapes=None, made={})
+    assert lengths.image_tokens is None
+    nodes = parse_cluster("1*cpu=96,gpu=2,type=h100")
+    system, known = (
+        system_of(config, Sizes(), nodes, replace(lengths, image_tokens=images)) for images in (None, 100.0)
+    )
+    most = tower_operations(shape, config.data.max_prompt_tokens)
+    assert system.images_s / known.images_s == pytest.approx(most / tower_operations(shape, 100.0))
+    assert system.base_s == known.base_s

@@ -36,5 +36,5 @@ def test_images_stand_where_the_prompt_names_them(tmp_path: Path) -> None:
 
 def test_a_prompt_without_images_stays_a_text() -> None:
     assert _content("{response} {{images}}", ["gone"]) == "red {images}"
-    with pytest.raises(RunError, match="The image gone for a judge cannot be read"):
+    with pytest.raises(RunError, match="The image gone for a service cannot be read"):
         _content("{images}", ["gone"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -15,7 +17,7 @@ from rlhf.errors import RunError, UserError
 from rlhf.vision import store as store_module
 from rlhf.vision.decoding import decode, image_size
 from rlhf.vision.keys import image_key, image_name
-from rlhf.vision.store import ImageStore
+from rlhf.vision.store import PASSING, ImageStore, PassingImages, keep_passing
 from tests.vision_models import drawn, encoded
 
 
@@ -168,3 +170,68 @@ def test_what_is_no_image_is_described() -> None:
     drawn().save(tiff, "TIFF")
     with pytest.raises(UserError, match=r"no image of a known format\. Use PNG, JPEG, WEBP, GIF, BMP\."):
         decode(tiff.getvalue())
+
+
+def _age(folder: Path, key: int, seconds: float) -> None:
+    """Move the last time when a conversation added an image into the past."""
+    mark = folder / PASSING / image_name(key)
+    before = mark.stat().st_mtime - seconds
+    os.utime(mark, (before, before))
+
+
+def test_images_of_conversations_are_removed_once_no_step_needs_them(tmp_path: Path) -> None:
+    of_data, engine = ImageStore(tmp_path), pickle.loads(pickle.dumps(ImageStore(tmp_path, passing=True)))
+    prompt, shown, kept, again, late = (encoded(drawn(size=(side, 9))) for side in range(11, 16))
+    own = of_data.add(prompt)
+    assert engine.add(prompt) == own  # also shown in a conversation
+    old, named, repeated = (engine.add(image) for image in (shown, kept, again))
+    images = PassingImages(tmp_path, steps=1)  # a start keeps the images of earlier starts
+    assert not list((tmp_path / PASSING).iterdir())
+    for path in (old, named, repeated):
+        engine.path(path).unlink()
+    old, named, repeated = (engine.add(image) for image in (shown, kept, again))
+    images.begin_step()
+    for key in (old, named, repeated):
+        _age(tmp_path, key, 100.0)
+    images.remove()
+    assert engine.path(old).exists()  # no step has passed
+    images.begin_step()
+    engine.add(again)
+    new = engine.add(late)
+    keep_passing(tmp_path, [image_name(named), image_name(own)])
+    images.remove()
+    found = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert found == {image_name(key) for key in (own, named, repeated, new)}
+    _age(tmp_path, new, 100.0)
+    images.remove()
+    assert not engine.path(new).exists()
+    assert engine.add(late) == new
+    assert engine.read(new) == late
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_an_image_that_is_added_or_kept_while_it_is_removed_stays(
+    keeps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, data = ImageStore(tmp_path, passing=True), encoded(drawn())
+    key, images = engine.add(data), None
+    images = PassingImages(tmp_path, steps=0)
+    engine.path(key).unlink()
+    engine.add(data)
+    _age(tmp_path, key, 100.0)
+    images.begin_step()
+    looks = 0
+    looked = PassingImages._is_old
+
+    def look(self: Any, mark: Path) -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            keep_passing(tmp_path, [mark.name]) if keeps else engine.add(data)
+        return looked(self, mark)
+
+    monkeypatch.setattr(PassingImages, "_is_old", look)
+    images.remove()
+    assert looks == 2
+    assert engine.read(key) == data
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [image_name(key)]

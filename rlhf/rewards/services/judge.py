@@ -6,24 +6,20 @@ answer, and an unreadable answer is a failure, never a low score.
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.errors import RunError
 from rlhf.rewards.functions.matching import final_choice
-from rlhf.vision.decoding import mime_type
+from rlhf.rewards.services.images import IMAGES, data_uri
 
 PATH = "/chat/completions"
 AGREEMENT = "agreement"  # name of a measured value: the agreement of repeated judgements
 CRITERION = "criterion/"  # begins the names of measured criteria
-IMAGES = "images"  # the field of a prompt, and the column, with the images of the row
 _FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 _MAX_READ_CHARS = 65_536  # characters at the end of an answer in which an object is looked for
 
@@ -105,16 +101,8 @@ def _with_images(template: str, values: Mapping[str, Any]) -> str | list[dict[st
         if filled := _fill(template[start[1] : end[0]], values):
             parts.append({"type": "text", "text": filled})
         if end in places:
-            parts += [{"type": "image_url", "image_url": {"url": _data_uri(path)}} for path in values[IMAGES]]
+            parts += [{"type": "image_url", "image_url": {"url": data_uri(path)}} for path in values[IMAGES]]
     return parts
-
-
-def _data_uri(path: str) -> str:
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise RunError(f"The image {path} for a judge cannot be read: {error.strerror}.") from error
-    return f"data:{mime_type(data)};base64,{base64.b64encode(data).decode()}"
 
 
 def verdict(spec: JudgeSpec, columns: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, float]:

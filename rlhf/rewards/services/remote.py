@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast, get_args
 from rlhf.errors import RunError
 from rlhf.rewards.processes.pool import Failure, GroupOutcome
 from rlhf.rewards.services.client import Service, ServiceError, ServiceSpec
+from rlhf.rewards.services.images import sent_columns
 from rlhf.rewards.services.judge import JudgeSpec
 from rlhf.rewards.services.judgements import Judgements
 from rlhf.rewards.services.judging import judged
@@ -133,7 +134,7 @@ class RemoteRewards:
             "prompt": prompt.text,
             "responses": list(responses),
             "truncated": list(truncated),
-            "columns": dict(prompt.columns),
+            "columns": sent_columns(prompt.columns),
             **({"results": list(results)} if results else {}),
         }
         try:

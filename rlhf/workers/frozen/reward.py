@@ -30,6 +30,7 @@ from rlhf.rewards.scoring import RewardSet, RewardSpec, asks_in_flight
 from rlhf.rollouts.environments.turns import PLACEHOLDER
 from rlhf.rollouts.records.texts import Transcript, character_ends, response_texts, step_ends, transcripts, turns_of
 from rlhf.tracking.logs import redact
+from rlhf.tracking.run_folder.folder import images_folder
 from rlhf.tracking.run_folder.samples import SampleRecord, SampleTokens, write_samples
 from rlhf.types import (
     GroupScores,
@@ -41,6 +42,7 @@ from rlhf.types import (
     TokenSignals,
 )
 from rlhf.vision.keys import decoded
+from rlhf.vision.store import keep_passing
 from rlhf.workers.model_worker import ModelWorker
 
 
@@ -229,6 +231,8 @@ class RewardWorker(ModelWorker):
                     record = replace(record, turns=transcript.turns)
                 whole.append(record)
         write_samples(path, whole)
+        folder = images_folder(path.parent.resolve().parent)
+        keep_passing(folder, {name for record in whole for name in record.images})
 
     def _privileged_text(self, prompts: Sequence[PrivilegedPrompts], sequence_id: int) -> str | None:
         """Return the teacher's prompt of a response. Secrets are masked, as in the columns that the prompt repeats.
