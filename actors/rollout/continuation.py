@@ -24,9 +24,9 @@ CUT = "abort"  # vLLM's finish reason of an interrupted request
 
 def rest_params(params: Any, begun: Begun) -> Any:
     """Return vLLM's parameters for the rest of a response."""
-    from actors.vllm_patches.generators import DRAWN  # with vLLM
-
     if begun.token_ids:
+        from actors.vllm_patches.generators import DRAWN  # with vLLM
+
         params.max_tokens -= len(begun.token_ids)
         params.extra_args = {DRAWN: len(begun.token_ids)}
     return params

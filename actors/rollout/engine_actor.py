@@ -94,8 +94,7 @@ class RolloutWorker:
         """Load the model. RunError on failure or after start_timeout_s."""
         if self.spec.sender_address is not None:
             meet_through(self.spec.sender_address)  # before vLLM starts NCCL, which chooses an interface once
-        await self.calls.wait(self.loop.start(), "its start", self.spec.start_timeout_s)
-        self._added = await self.calls.run(added_tokens, "its tokenizer", self.spec.start_timeout_s)
+        await self.open()
         if self.spec.is_frozen:
             await self.weights.serve_own()
         if (environment := self.spec.environment) is not None:
@@ -104,6 +103,23 @@ class RolloutWorker:
             except UserError as error:  # the driver could load it, so this machine differs from the driver's
                 raise RunError(f"{self.spec.name}: {environment.key}: {error}") from error
 
+    async def open(self) -> None:
+        """Start the engine."""
+        await self.calls.wait(self.loop.start(), "its start", self.spec.start_timeout_s)
+        self._added = await self.calls.run(added_tokens, "its tokenizer", self.spec.start_timeout_s)
+
+    async def forget_prefixes(self) -> None:
+        """Forget every cached prefix."""
+        await self.calls.run(reset_caches, "the reset of its caches")
+
+    async def end_tokens(self) -> frozenset[int]:
+        """Return the tokens at which the model ends a response by itself."""
+        return await self.calls.run(end_tokens, "its end tokens")
+
+    def params(self, sampling: Sampling, seed: int, turn_end: int | None) -> Any:
+        """Return the engine's parameters for one sample. `turn_end`: see `sampling_params`."""
+        return sampling_params(sampling, seed, turn_end=turn_end, added=self._added)
+
     async def renew(self, spool: Path) -> bool:
         """Prepare for another run, with `spool` for the run's groups.
 
@@ -111,7 +127,7 @@ class RolloutWorker:
         """
         if self.loop.num_waiting:
             return False
-        await self.calls.run(reset_caches, "the reset of its caches")
+        await self.forget_prefixes()
         self.spool = self._spool_in(spool)
         self.carried = CarriedGroups(spool if self.spec.carries_over else None)
         self.weights.version = None
@@ -229,7 +245,7 @@ class RolloutWorker:
         """Load the environment into this process; with a front, load an agent too. UserError: it cannot be loaded."""
         assert isinstance(spec, EnvironmentSpec), "an engine without a front has no agent"
         tokenizer = load_tokenizer(spec.tokenizer, trust_remote_code=spec.trust_remote_code, template=spec.template)
-        ends = await self.calls.run(end_tokens, "its end tokens")
+        ends = await self.end_tokens()
         images = None if self.images is None else self.images.of_rows
         conversations = Conversations(spec, tokenizer, self._draw, ends, images)
         description = await conversations.start()
@@ -254,7 +270,7 @@ class RolloutWorker:
         self, group_id: int, token_ids: tuple[int, ...], seed: int, sampling: Sampling, turn_end: int | None
     ) -> Sampled:
         """Sample a turn of a conversation."""
-        params = sampling_params(sampling, seed, turn_end=turn_end, added=self._added)
+        params = self.params(sampling, seed, turn_end)
         (future,) = self.loop.submit([self._submission(_prefix(group_id), token_ids, params)])
         output = await self.calls.within(asyncio.shield(asyncio.wrap_future(future)), "a turn of a conversation")
         return response_of(output, Begun()).finished()
@@ -277,7 +293,7 @@ class RolloutWorker:
 
     async def hold(self) -> None:
         """Hold back all later requests, and forget cached prefixes."""
-        await self.calls.run(reset_caches, "the reset of its caches")
+        await self.forget_prefixes()
         self.held.hold()
         self.carried.forget()
 
@@ -374,8 +390,7 @@ class RolloutWorker:
         submissions = []
         for seed, response in zip(request.seeds, begun, strict=True):
             if response.finish_reason is None:
-                params = sampling_params(drawn_by, seed, turn_end=prompt.turn_end, added=self._added)
-                params = rest_params(params, response)
+                params = rest_params(self.params(drawn_by, seed, prompt.turn_end), response)
                 kind = _prefix(request.group_id)
                 submissions.append(self._submission(kind, prompt.token_ids, params, begun=response.token_ids))
         return submissions

@@ -70,7 +70,9 @@ def plan_roles(
             places[role] = [hosts[i % len(hosts)] for i in range(section.workers)]
             continue
         places[role] = list(range(len(bundles), len(bundles) + section.workers))
-        bundles += [{"CPU": section.cpus} | ({"GPU": gpus[role]} if gpus[role] else {})] * section.workers
+        guests = [other for other in placed if getattr(cluster.roles, other).colocate_with == role]
+        most = max(gpus[one] for one in (role, *guests))
+        bundles += [{"CPU": section.cpus} | ({"GPU": most} if most else {})] * section.workers
         labels += [section.node_labels] * section.workers
     tenants = [[role for role, at in places.items() for place in at if place == b] for b in range(len(bundles))]
     with_gpu = [sum(gpus[role] > 0.0 for role in guests) for guests in tenants]

@@ -1,6 +1,6 @@
 """Translate the protocol's protobuf messages: a client's rows and loss, and log-probabilities and samples for a client.
 
-The classes of the messages come from the official client's package. Only this module imports the package.
+The classes of the messages come from the official client's package. No other module of the server imports the package.
 """
 
 from __future__ import annotations

@@ -253,6 +253,8 @@ def _teacher_names(config: Config) -> str:
 
 
 def _sync(config: Config) -> str:
+    if config.policy.tinker is not None:
+        return f"within {config.policy.tinker}, as weights saved for sampling"
     one_host, lora = config.cluster.address is None, config.policy.lora
     choice, other = (derive.weight_sync(config.cluster, one_host=at_once) for at_once in (one_host, not one_host))
     text = f"{choice.method}: {choice.why}"
@@ -276,7 +278,9 @@ def _roles(config: Config, derived: derive.Derived, placement: PlacementPlan) ->
         role: without if model is None else ", ".join(one.model for one in derive.held_models(config, role).values())
         for role, model in models.items()
     }
-    names |= {role: _teacher_names(config) for role in derive.served_roles(config) & names.keys()}
+    names |= {role: _teacher_names(config) for role in derive.served_roles(config) & names.keys() & {"teacher"}}
+    if config.policy.tinker is not None:
+        names |= {role: f"{config.policy.model} at {config.policy.tinker}" for role in ("policy", "rollout")}
     return _role_rows(derived.needs, config.cluster, placement, names)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,20 +23,27 @@ from rlhf.engine.distributed import RankContext, init_distributed, leave_distrib
 from rlhf.engine.flops import flops_per_token, measure_peak_flops
 from rlhf.engine.sharded_loading import shards_as_it_loads
 from rlhf.engine.snapshot_copies import CopyPlace
+from rlhf.engine.tinker_client import TinkerClient, TinkerServer
+from rlhf.engine.tinker_engine import TinkerEngine
 from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings, TrainingEngine
-from rlhf.models.files.loading import architecture_fingerprint, load_causal_lm
+from rlhf.models.files.loading import architecture_fingerprint, load_causal_lm, load_model_config
 from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.models.packed.images import open_images
 from rlhf.models.packed.rope import fix_frequencies
 from rlhf.models.packed.row_check import check_rows
-from rlhf.models.packed.row_layout import row_layout
+from rlhf.models.packed.row_layout import RowLayout, row_layout
 from rlhf.models.routers.recording import RoutingRecord, routers_of
 from rlhf.roles import Arithmetic, Metrics
 from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.tracking.metrics.reductions import ExpertEntropy, ExpertLoad, Last, Mean
 from rlhf.workers.microbatches import Microbatch, SharedPrefixes, padded, split_microbatches
 from rlhf.workers.model_worker import ModelWorker, torch_dtype
-from rlhf.workers.trained_model import load_policy_tokenizer, load_trained_model, write_model_folder
+from rlhf.workers.trained_model import (
+    load_policy_tokenizer,
+    load_trained_model,
+    write_downloaded_adapter,
+    write_model_folder,
+)
 
 Measure = Callable[[], Metrics]
 
@@ -48,14 +57,21 @@ class TrainedWorker(ModelWorker):
     step_metric: ClassVar[str] = "update/{}"  # names of the gradient norm and the learning rate
     load_model: ClassVar[Callable[..., Any]] = staticmethod(load_causal_lm)
     family: ClassVar[type[Algorithm]]  # class of the algorithms known to the worker
+    engine: TrainingEngine
     divisor: float | None = None  # of the gradient for the next optimizer step; None: there is no gradient
 
     def __init__(
-        self, config: Config, place: RankContext, *, optimizer_steps: int, model: CriticConfig | None = None
+        self,
+        config: Config,
+        place: RankContext,
+        *,
+        optimizer_steps: int,
+        model: CriticConfig | None = None,
+        server: TinkerServer | None = None,
     ) -> None:
-        """Store the settings of the role. Without `model`, the policy's section applies."""
+        """Store the settings of the role. Without `model`, the policy's section applies. `server`: holds the model."""
         super().__init__(place)
-        self.config = config
+        self.config, self.server = config, server
         self.algorithm: Any = algorithm_of(config.algorithm, self.family)
         self.model_config: PolicyConfig | CriticConfig = config.policy if model is None else model
         self.resources: TrainedResources = getattr(config.cluster.roles, self.role)
@@ -77,11 +93,17 @@ class TrainedWorker(ModelWorker):
 
     def start(self, master_addr: str, master_port: int) -> str:
         """Join the gang and load the model. Return the architecture's fingerprint."""
-        init_distributed(self.place, master_addr, master_port)
+        if self.server is None:
+            init_distributed(self.place, master_addr, master_port)
         return self.build()
 
     def build(self) -> str:
         """Load the model and wrap the model for training. The process must have joined the gang."""
+        if self.server is not None:
+            self.engine, self.layout = self._engine_of(self.server), RowLayout.PACKED
+            self.fingerprint = architecture_fingerprint(self.engine.module.config)
+            self.tokenizer: Any = load_policy_tokenizer(self.config)
+            return self.fingerprint
         from rlhf.engine.deepspeed import DeepSpeedEngine  # importing DeepSpeed chooses the device
 
         with self.explaining("start"):
@@ -97,28 +119,10 @@ class TrainedWorker(ModelWorker):
             if self.place.longest_sequence is not None:
                 fix_frequencies(module, self.place.longest_sequence)
             self.fingerprint = architecture_fingerprint(module.config)
-            train, lora = self.config.train, self.model_config.lora
-            self.engine: TrainingEngine = DeepSpeedEngine(
+            self.engine = DeepSpeedEngine(
                 module,
-                optimizer=OptimizerSettings(
-                    name=train.optimizer,
-                    lr=self.lr,
-                    betas=train.betas,
-                    eps=train.eps,
-                    weight_decay=train.weight_decay,
-                    grad_clip=train.grad_clip,
-                    lora_plus_ratio=1.0 if lora is None else lora.lora_plus_ratio,
-                    vision_ratio=(self.model_config.vision_lr or self.lr) / self.lr,
-                ),
-                schedule=ScheduleSettings(
-                    kind=train.lr_schedule,
-                    warmup_steps=warmup_steps(train, self.optimizer_steps),
-                    total_steps=self.optimizer_steps,
-                    updates_per_step=updates_per_step(self.config),
-                    min_ratio=train.min_lr_ratio,
-                    cycles=train.lr_cycles,
-                    decay_ratio=train.lr_decay_ratio,
-                ),
+                optimizer=self._optimizer(),
+                schedule=self._schedule(),
                 zero_stage=self.resources.zero_stage,
                 offload=offload,
                 dtype=dtype,
@@ -129,8 +133,55 @@ class TrainedWorker(ModelWorker):
             with torch.no_grad():
                 self.engine.forward(check_rows, self.device)  # after sharding: all ranks run the same passes
             self.layout = row_layout(module)
-        self.tokenizer: Any = load_policy_tokenizer(self.config)
+        self.tokenizer = load_policy_tokenizer(self.config)
         return self.fingerprint
+
+    def _engine_of(self, server: TinkerServer) -> TinkerEngine:
+        """Return the engine of a model behind a server."""
+        policy = self.config.policy
+        assert policy.lora is not None, "servers train adapters"
+        limit_s = self.config.cluster.call_timeout_s / 2  # so that this process, and not the driver, says what is late
+        return TinkerEngine(
+            TinkerClient(server, run=self.config.run.name, limit_s=limit_s),
+            load_model_config(policy.model, trust_remote_code=policy.trust_remote_code),
+            rank=policy.lora.rank,
+            seed=self.config.run.seed,
+            optimizer=self._optimizer(),
+            schedule=self._schedule(),
+        )
+
+    def _optimizer(self) -> OptimizerSettings:
+        train, lora = self.config.train, self.model_config.lora
+        return OptimizerSettings(
+            name=train.optimizer,
+            lr=self.lr,
+            betas=train.betas,
+            eps=train.eps,
+            weight_decay=train.weight_decay,
+            grad_clip=train.grad_clip,
+            lora_plus_ratio=1.0 if lora is None else lora.lora_plus_ratio,
+            vision_ratio=(self.model_config.vision_lr or self.lr) / self.lr,
+        )
+
+    def _schedule(self) -> ScheduleSettings:
+        train = self.config.train
+        return ScheduleSettings(
+            kind=train.lr_schedule,
+            warmup_steps=warmup_steps(train, self.optimizer_steps),
+            total_steps=self.optimizer_steps,
+            updates_per_step=updates_per_step(self.config),
+            min_ratio=train.min_lr_ratio,
+            cycles=train.lr_cycles,
+            decay_ratio=train.lr_decay_ratio,
+        )
+
+    def adapter_off(self) -> AbstractContextManager[None]:
+        """Compute the passes of the block with the model before training: the base of the LoRA policy."""
+        if isinstance(self.engine, TinkerEngine):
+            return self.engine.adapter_off()
+        from rlhf.models.adapters.lora import adapter_disabled  # with peft, which takes seconds
+
+        return adapter_disabled(self.engine.module)
 
     def split(
         self,
@@ -204,7 +255,8 @@ class TrainedWorker(ModelWorker):
         if self.place.rank != 0:
             return {}
         norm, rate = (self.step_metric.format(name) for name in ("grad_norm", "lr"))
-        return {norm: Mean.of([report.grad_norm]), rate: Last(value=report.lr)}
+        norms = {norm: Mean.of([report.grad_norm])} if math.isfinite(report.grad_norm) else {}
+        return {**norms, rate: Last(value=report.lr)}
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
         """Return the log-probabilities of token_ids[1:] at temperature 1, except at images' positions. Collective."""
@@ -246,6 +298,9 @@ class TrainedWorker(ModelWorker):
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder (an adapter folder for LoRA). Rank 0 writes, all ranks gather. Collective."""
+        if isinstance(self.engine, TinkerEngine):
+            write_downloaded_adapter(folder, self.engine.download, self.model_config.model, self.tokenizer)
+            return
         dtype = torch_dtype(self.model_config.dtype)
         weights, alone = self.weights(dtype), self.model_config.lora is not None
         if self.place.rank == 0:
@@ -276,4 +331,6 @@ class TrainedWorker(ModelWorker):
 
     def stop(self) -> None:
         """Leave the gang, so that the process can end or join a new gang."""
+        if isinstance(self.engine, TinkerEngine):
+            self.engine.client.close()
         leave_distributed()

@@ -36,13 +36,10 @@ class SupervisedWorker(ExamplesWorker[Examples]):
         )
 
         def measure() -> Metrics:
-            count, nll, accuracy = int(mask.sum()), -float(logprobs.sum()), float(is_top1.sum())
+            count, nll = int(mask.sum()), -float(logprobs.sum())
             total = float(loss.detach()) * num_tokens if trains else nll
             perplexity = {} if trains else {"perplexity": ExpMean(total=nll, count=count)}
-            return {
-                "loss/mean": Mean(total=total, count=count),
-                **perplexity,
-                "token_accuracy/mean": Mean(total=accuracy, count=count),
-            }
+            hits = {} if is_top1 is None else {"token_accuracy/mean": Mean(total=float(is_top1.sum()), count=count)}
+            return {"loss/mean": Mean(total=total, count=count), **perplexity, **hits}
 
         return loss, measure

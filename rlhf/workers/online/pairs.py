@@ -65,9 +65,7 @@ class OnlinePreferenceWorker(PreferenceWorker):
         self.observes = True
         references = [part for part in parts if isinstance(part, TokenValues)]
         if reference_is_adapter_off(self.config):
-            from rlhf.models.adapters.lora import adapter_disabled  # with peft, which takes seconds
-
-            with adapter_disabled(self.engine.module):
+            with self.adapter_off():
                 references = [self.reference_logprobs(0, minibatch)[0] for minibatch in self.plans]
             if not sequence_ids:
                 unread = torch.zeros(len(examples.token_ids))

@@ -131,9 +131,7 @@ class PolicyWorker(OnlineWorker):
         columns = [part for part in parts if not isinstance(part, PrivilegedPrompts)]
         share, ref_logprobs = self.receive(plan, columns, plan.temperatures)
         if reference_is_adapter_off(self.config):
-            from rlhf.models.adapters.lora import adapter_disabled  # with peft, which takes seconds
-
-            with adapter_disabled(self.engine.module):
+            with self.adapter_off():
                 (ref_logprobs,) = self.compute("reference logprobs", policy_logprobs_only, share)
         config, rollouts = self.algorithm.config, share.rollouts
         self.prepared = prepared = PreparedShare(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -127,11 +128,12 @@ def update_metrics(
         "update/policy_loss/mean": Mean(total=surrogate * step_tokens, count=sampled),
         "update/clip_fraction/mean": Mean(total=clipped, count=sampled),
         "update/kl_old/mean": Mean(total=kl_old, count=sampled),
-        "update/entropy/mean": Mean(total=entropy, count=sampled),
         "update/ratio/max": Max(value=ratio_max),
         "update/ratio/histogram": Histogram(edges=RATIO_EDGES, counts=tuple(ratio_counts)),
         "update/tokens/total": Sum(total=passed),
     }
+    if not math.isnan(entropy):  # nan: a server with the policy returns no entropy
+        metrics["update/entropy/mean"] = Mean(total=entropy, count=sampled)
     if terms.capped_tokens is not None:
         metrics["update/dual_clip_fraction/mean"] = Mean(total=float(terms.capped_tokens), count=sampled)
     if terms.imitation_sum is not None:

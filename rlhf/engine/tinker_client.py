@@ -1,0 +1,137 @@
+"""Speak to a server of the Tinker protocol with the official client. Every wait has a deadline and a clear error.
+
+The client itself repeats requests for five minutes, so a server that comes back in time is not noticed. The package of
+the client is optional, and only this module imports the classes of the client.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+from urllib.parse import urlsplit
+
+from rlhf.errors import RESUMES, RunError, UserError
+
+KEY_VARIABLE = "TINKER_API_KEY"
+PACKAGE = "rlhf[tinker]"
+CONNECT_S = 10.0  # until a server has accepted a connection
+ANSWER_S = 60.0  # until a server has said which models it has
+logger = logging.getLogger(__name__)
+
+
+def client_package() -> Any:
+    """Return the official client's package. UserError: it is not installed."""
+    try:
+        return importlib.import_module("tinker")
+    except ImportError as error:
+        raise UserError(f"policy.tinker: needs the official client: `pip install '{PACKAGE}'` ({error})") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinkerServer:
+    """A server with a base model. The key is a secret."""
+
+    url: str
+    key: str = field(repr=False)
+    base_model: str  # the policy's model: a name on the hub, or a folder
+
+    @classmethod
+    def of(cls, url: str, base_model: str) -> TinkerServer:
+        """Return the server with the key of the environment. UserError: there is no key."""
+        key = os.environ.get(KEY_VARIABLE, "")
+        if not (key.startswith("tml-") and key.isascii() and key.isprintable()):
+            raise UserError(
+                f"policy.tinker: the environment variable {KEY_VARIABLE} must hold a key that begins with `tml-`. "
+                "Export the key of the server; a server without keys takes any, such as tml-anything."
+            )
+        folder = Path(base_model)
+        named = str(folder.resolve()) if folder.is_dir() else base_model
+        return cls(url=url.rstrip("/"), key=key, base_model=named)
+
+    def refuse_unfit(self, *, longest_sequence: int) -> None:
+        """Raise UserError if the server does not answer, lacks the model, or takes shorter sequences only."""
+        _, limit = self.served_model()
+        if limit is not None and longest_sequence > limit:
+            raise UserError(
+                f"policy.tinker: {self.url} takes sequences of at most {limit} tokens, and the run's longest has "
+                f"{longest_sequence}. Shorten the run's sequences, or start the server with a longer limit "
+                "(service.max_length of rlhf tinker)."
+            )
+
+    def served_model(self) -> tuple[str, int | None]:
+        """Return the name of the base model at the server, and the most tokens of a sequence, if the server says so.
+
+        A local folder is the served folder with the same last part, which may be at another place on the server.
+        """
+        self._refuse_closed()
+        tinker = client_package()
+        try:
+            rest = tinker.RestClient(base_url=self.url, api_key=self.key)
+            models = rest.get_server_capabilities().result(timeout=ANSWER_S).supported_models
+        except (tinker.TinkerError, TimeoutError, ValueError, RuntimeError) as error:
+            reason = str(error) or f"no answer within {ANSWER_S:.0f} s"
+            raise UserError(f"policy.tinker: {self.url} does not say which models it serves: {reason}") from error
+        served = {str(model.model_name): model.max_context_length for model in models}
+        last = PurePath(self.base_model).name
+        alike = [name for name in served if PurePath(name).is_absolute() and PurePath(name).name == last]
+        if self.base_model in served:
+            return self.base_model, served[self.base_model]
+        if PurePath(self.base_model).is_absolute() and len(alike) == 1:
+            return alike[0], served[alike[0]]
+        names = ", ".join(sorted(served)) or "no model"
+        raise UserError(
+            f"policy.tinker: {self.url} serves {names}, and policy.model is {self.base_model}. Name a served model as "
+            "policy.model, or start a server for this one."
+        )
+
+    def _refuse_closed(self) -> None:
+        """Raise UserError if nothing listens. The client itself would try for five minutes."""
+        parts = urlsplit(self.url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            socket.create_connection((parts.hostname or "", port), timeout=CONNECT_S).close()
+        except OSError as error:
+            raise UserError(
+                f"policy.tinker: nothing answers at {self.url}: {error}. Start the server first."
+            ) from error
+
+
+class TinkerClient:
+    """A session at a server. `limit_s`: for the answer to one request, with all attempts of the client."""
+
+    def __init__(self, server: TinkerServer, *, run: str, limit_s: float) -> None:
+        """Open a session. UserError: the server does not answer, or lacks the model."""
+        self.server, self.limit_s = server, limit_s
+        self.model, _ = server.served_model()
+        self.types: Any = client_package().types
+        service_client = client_package().ServiceClient
+        self.service: Any = service_client(base_url=server.url, api_key=server.key, user_metadata={"run": run})
+        logger.info("the policy is the model %s at %s", self.model, server.url)
+
+    def wait(self, future: Any, what: str) -> Any:
+        """Return the result of a request. RunError: the server refused it, or stayed away."""
+        from tinker.lib.retryable_exception import RetryableException
+
+        tinker, place = client_package(), f"policy.tinker: {self.server.url}"
+        try:
+            return future.result(timeout=self.limit_s)
+        except TimeoutError as error:
+            raise RunError(f"{place} has not answered {what} within {self.limit_s:.0f} s. {RESUMES}") from error
+        except (tinker.TinkerError, RetryableException, ValueError, RuntimeError) as error:
+            raise RunError(f"{place}: {what} failed: {error} {RESUMES}") from error
+
+    def delete(self, path: str) -> None:
+        """Delete a checkpoint at the server. A failure is only logged: nothing depends on the deletion."""
+        try:
+            self.wait(self.service.create_rest_client().delete_checkpoint_from_tinker_path(path), f"deleting {path}")
+        except RunError as error:
+            logger.warning("%s", error)
+
+    def close(self) -> None:
+        """End the session. Checkpoints stay."""
+        self.wait(self.service.close("success"), "the end of the session")
