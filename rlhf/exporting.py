@@ -61,6 +61,8 @@ def export_checkpoint(
     if config.policy.trust_remote_code and not trust_remote_code:
         text = f"policy.trust_remote_code is true, so the export would run code that comes with {config.policy.model}"
         raise UserError(f"{resolved}: {text}. Repeat it with --trust-remote-code if you trust that model.")
+    if config.policy.tinker is not None:
+        raise UserError(f"{checkpoint} names a state at {config.policy.tinker}. Let the run end, and take its final/.")
     saved_step = int(checkpoint.name.removeprefix("step_"))
     damage = find_damage(checkpoint, step=saved_step)
     if damage is not None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
@@ -332,9 +333,11 @@ class TrainingLoop(ABC):
         record.add(
             {
                 "throughput/train_tokens_per_s": Last(value=rate),
-                "throughput/mfu": Last(value=self.arithmetic.utilisation(tokens_per_s=rate, mean_length=mean_length)),
             }
         )
+        used = self.arithmetic.utilisation(tokens_per_s=rate, mean_length=mean_length)
+        if not math.isnan(used):  # nan: a server holds the policy
+            record.add({"throughput/mfu": Last(value=used)})
 
     def _log_step(self) -> None:
         self.record.add(self.supervisor.metrics())

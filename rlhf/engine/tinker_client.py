@@ -66,7 +66,8 @@ class TinkerServer:
     def served_model(self) -> tuple[str, int | None]:
         """Return the name of the base model at the server, and the most tokens of a sequence, if the server says so.
 
-        A local folder is the served folder with the same last part, which may be at another place on the server.
+        A local folder is the served model with the same last part of the name: a model of the hub, or a folder at
+        another place.
         """
         self._refuse_closed()
         tinker = client_package()
@@ -78,7 +79,7 @@ class TinkerServer:
             raise UserError(f"policy.tinker: {self.url} does not say which models it serves: {reason}") from error
         served = {str(model.model_name): model.max_context_length for model in models}
         last = PurePath(self.base_model).name
-        alike = [name for name in served if PurePath(name).is_absolute() and PurePath(name).name == last]
+        alike = [name for name in served if PurePath(name).name == last]
         if self.base_model in served:
             return self.base_model, served[self.base_model]
         if PurePath(self.base_model).is_absolute() and len(alike) == 1:

@@ -38,7 +38,7 @@ def footprints(config: Config, sizes: Sizes) -> list[memory.Footprint]:
     result = []
     for role in derive.derive(config).needs:
         model, kind = derive.ROLE_USES[role].model(config), ROLES[role].kind
-        if role in derive.served_roles(config) and role != "teacher":
+        if role in derive.served_roles(config) and kind != "frozen":
             terms = memory.with_process([], process=memory.Measured.FORWARD_BYTES, on_gpu=False)
             result.append(memory.Footprint(role=role, workers=1, terms=terms, on_gpu=False))
         elif kind == "engines":

@@ -28,7 +28,7 @@ from rlhf.data.presets import presets
 from rlhf.errors import UserError
 from rlhf.objectives.costs import Dtype, fast_dtype, why_dtype
 from rlhf.planning.schedules import correction_in_force, schedule_of
-from rlhf.role_table import ROLE_ORDER, Role
+from rlhf.role_table import ROLE_ORDER, ROLES, Role
 
 
 def refuse_misfit(loaded: LoadedConfig, nodes: Sequence[Node] | None, cluster: str | None) -> None:
@@ -278,9 +278,9 @@ def _roles(config: Config, derived: derive.Derived, placement: PlacementPlan) ->
         role: without if model is None else ", ".join(one.model for one in derive.held_models(config, role).values())
         for role, model in models.items()
     }
-    names |= {role: _teacher_names(config) for role in derive.served_roles(config) & names.keys() & {"teacher"}}
-    if config.policy.tinker is not None:
-        names |= {role: f"{config.policy.model} at {config.policy.tinker}" for role in ("policy", "rollout")}
+    policy = f"{config.policy.model} at {config.policy.tinker}"
+    for role in derive.served_roles(config) & names.keys():
+        names[role] = _teacher_names(config) if ROLES[role].kind == "frozen" else policy
     return _role_rows(derived.needs, config.cluster, placement, names)
 
 

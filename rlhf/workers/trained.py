@@ -313,10 +313,13 @@ class TrainedWorker(ModelWorker):
         config = self.engine.module.config
         fixed = flops_per_token(config, 0.0)
         side = 4096 if self.device.type == "cuda" else 1536  # a fraction of a second on both
+        peak = math.nan  # of a server
+        if self.server is None:
+            peak = measure_peak_flops(torch_dtype(self.model_config.dtype), self.device, side=side)
         return Arithmetic(
             flops_per_token=fixed,
             flops_per_token_and_length=flops_per_token(config, 1.0) - fixed,
-            peak_flops=measure_peak_flops(torch_dtype(self.model_config.dtype), self.device, side=side),
+            peak_flops=peak,
         )
 
     def offload(self) -> None:

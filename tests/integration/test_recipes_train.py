@@ -50,6 +50,7 @@ def cut(tree: Mapping[str, Any]) -> dict[str, Any]:
     for role in ("policy", "reference", "teacher", "critic"):
         if role in small and not small[role].get("model", "stage:").startswith("stage:"):
             small[role] = {**small[role], "model": "tiny:llama"}
+            small[role].pop("tinker", None)  # the run itself then trains the adapter
     if "data" in small:
         data = dict(small["data"])
         if "train" in data:
