@@ -20,6 +20,7 @@ from rlhf.errors import RESUMES, RunError, UserError
 KEY_VARIABLE = "TINKER_API_KEY"
 PACKAGE = "rlhf[tinker]"
 CONNECT_S = 10.0  # until a server has accepted a connection
+TELL_S = 10.0  # until a server has taken a request on which nothing depends
 ANSWER_S = 60.0  # until a server has said which models it has
 logger = logging.getLogger(__name__)
 
@@ -114,25 +115,29 @@ class TinkerClient:
         self.service: Any = service_client(base_url=server.url, api_key=server.key, user_metadata={"run": run})
         logger.info("the policy is the model %s at %s", self.model, server.url)
 
-    def wait(self, future: Any, what: str) -> Any:
+    def wait(self, future: Any, what: str, *, limit_s: float | None = None) -> Any:
         """Return the result of a request. RunError: the server refused it, or stayed away."""
         from tinker.lib.retryable_exception import RetryableException
 
         tinker, place = client_package(), f"policy.tinker: {self.server.url}"
+        limit_s = self.limit_s if limit_s is None else limit_s
         try:
-            return future.result(timeout=self.limit_s)
+            return future.result(timeout=limit_s)
         except TimeoutError as error:
-            raise RunError(f"{place} has not answered {what} within {self.limit_s:.0f} s. {RESUMES}") from error
+            raise RunError(f"{place} has not answered {what} within {limit_s:.0f} s. {RESUMES}") from error
         except (tinker.TinkerError, RetryableException, ValueError, RuntimeError) as error:
             raise RunError(f"{place}: {what} failed: {error} {RESUMES}") from error
 
     def delete(self, path: str) -> None:
         """Delete a checkpoint at the server. A failure is only logged: nothing depends on the deletion."""
-        try:
-            self.wait(self.service.create_rest_client().delete_checkpoint_from_tinker_path(path), f"deleting {path}")
-        except RunError as error:
-            logger.warning("%s", error)
+        self._tell(self.service.create_rest_client().delete_checkpoint_from_tinker_path(path), f"deleting {path}")
 
     def close(self) -> None:
-        """End the session. Checkpoints stay."""
-        self.wait(self.service.close("success"), "the end of the session")
+        """End the session. Checkpoints stay. A failure is only logged: a server ends idle sessions by itself."""
+        self._tell(self.service.close("success"), "the end of the session")
+
+    def _tell(self, future: Any, what: str) -> None:
+        try:
+            self.wait(future, what, limit_s=TELL_S)
+        except RunError as error:
+            logger.warning("%s", error)

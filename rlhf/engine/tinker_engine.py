@@ -24,9 +24,6 @@ from torch import Tensor, nn
 
 from rlhf.adapters import AdamStep
 from rlhf.engine.schedule import lr_factor
-from rlhf.engine.shadow_weights import ShadowWeights
-from rlhf.engine.snapshot_copies import CopyPlace
-from rlhf.engine.swapping import Swapping
 from rlhf.engine.tinker_client import TinkerClient
 from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings, StepReport
 from rlhf.errors import RESUMES, RunError, UserError
@@ -169,9 +166,6 @@ class TinkerEngine:
                 self._gradient.append((ids, of_row))
         self._passes.clear()
 
-    def end_gradient(self) -> None:
-        """Do nothing: the gradient is sent with the optimizer step."""
-
     def step(self, divisor: float = 1.0, *, adam: AdamStep | None = None) -> StepReport:
         """Send the gradient and the optimizer step. RunError: the server refused one of them."""
         assert adam is None, "clients of a server have their own steps"
@@ -291,40 +285,18 @@ class TinkerEngine:
         return iter(())
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Return the values: there is a single rank."""
-        return values.clone()
+        return values.clone()  # of the only rank
 
     def max_over_ranks(self, value: int) -> int:
-        """Return the value: there is a single rank."""
         return value
 
-    def offload_to_host(self) -> None:
-        """Do nothing: there are no weights here."""
+    def _do_nothing(self) -> None:
+        """There are no weights here to move, and the gradient is sent with the optimizer step."""
 
-    def reload_to_device(self) -> None:
-        """Do nothing: there are no weights here."""
+    end_gradient = offload_to_host = reload_to_device = _do_nothing
 
-    def open_swapping(self) -> Swapping:
-        raise _absent()
+    def _refuse(self, *args: Any, **options: Any) -> Any:
+        raise RunError("policy.tinker: the weights are at the server, so there are no copies of them here.")
 
-    def keep_shadow(self, *, average: bool) -> ShadowWeights:
-        raise _absent()
-
-    def open_snapshots(self, folder: Path, copies: CopyPlace | None = None) -> None:
-        raise _absent()
-
-    def send_snapshots_to(self, place: CopyPlace | None) -> None:
-        raise _absent()
-
-    def take_snapshot(self, step: int) -> str | None:
-        raise _absent()
-
-    def newest_snapshot(self) -> int | None:
-        raise _absent()
-
-    def restore_snapshot(self, step: int) -> None:
-        raise _absent()
-
-
-def _absent() -> RunError:
-    return RunError("policy.tinker: the weights are at the server, so there are no copies of them here.")
+    open_swapping = keep_shadow = open_snapshots = send_snapshots_to = _refuse
+    take_snapshot = newest_snapshot = restore_snapshot = _refuse
