@@ -24,7 +24,7 @@ from actors.rollout.engine_weights import EngineWeights, SyncReceipt
 from actors.rollout.held_requests import HeldRequests
 from actors.weights import WeightManifest
 from rlhf.deferred import transformers
-from rlhf.engine.tinker_client import TinkerClient, TinkerServer
+from rlhf.engine.tinker_client import TinkerClient, TinkerEndpoint
 from rlhf.errors import RESUMES, RunError
 from rlhf.models.files.loading import load_tokenizer, split_revision
 from rlhf.types import Sampling
@@ -36,7 +36,7 @@ SAMPLES_AT_ONCE = 1024  # of one run; the server divides them among its engines
 class TinkerLoop(EngineLoop):
     """Sends each sample to the server in place of an engine. No thread is needed: the client has one."""
 
-    def __init__(self, server: TinkerServer, *, run: str, name: str, limit_s: float) -> None:
+    def __init__(self, server: TinkerEndpoint, *, run: str, name: str, limit_s: float) -> None:
         super().__init__(_no_engine, name=name)
         self._open = partial(TinkerClient, server, run=run, limit_s=limit_s)
         self.client: TinkerClient

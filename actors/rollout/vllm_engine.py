@@ -21,7 +21,7 @@ from actors.vllm_patches.settings import generation_settings, has_mla, heads_sta
 from actors.weights import Transport, WeightManifest
 from actors.weights.adapter import WEIGHTS, file_checksum
 from rlhf.agents.sessions import AgentSpec
-from rlhf.engine.tinker_client import TinkerServer
+from rlhf.engine.tinker_client import TinkerEndpoint
 from rlhf.errors import RunError, UserError
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.types import Sampling
@@ -59,7 +59,7 @@ class RolloutSpec:
     records_experts: bool = False  # that routers choose; a finished response has them
     top_logprobs: int = 0  # most likeliest tokens that a request may ask for with each sampled token
     engine_args: Mapping[str, Any] = field(default_factory=dict)  # more of vLLM's EngineArgs, by its names
-    server: TinkerServer | None = None  # draws the samples in place of an engine
+    server: TinkerEndpoint | None = None  # draws the samples in place of an engine
     sender_address: str | None = None  # of the host that broadcasts the weights; None: all on one host
     images: ImageFolder | None = None  # of the prompts; None: the engine takes text alone
     spool: Path | None = None  # finished groups are kept here

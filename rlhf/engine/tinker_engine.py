@@ -35,6 +35,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Row = tuple[Tensor, Tensor]  # the tokens of a sequence, and the positions of the tokens to score
 STATE = "tinker.json"  # of a checkpoint: the state's path at the server
+CHECKPOINTS = "checkpoints"  # the folder of a run
 SAMPLER_TTL_S = 7 * 86_400  # of weights for sampling, if the run is killed; a live run deletes them earlier
 EXPORT_TTL_S = 3600
 DOWNLOAD_S = 300.0  # without a byte
@@ -237,14 +238,17 @@ class TinkerEngine:
         path = str(self.client.wait(self._model().save_state(self._name("state")), "the state").path)
         make_folder(folder, exist_ok=True)
         write_atomic(folder / STATE, json.dumps({"path": path, "steps": self._steps}) + "\n")
-        kept = {path, *self._states_of(folder.parent.parent)}
-        for gone in self._states - kept:
-            self.client.delete(gone)
-        self._states = (self._states & kept) | {path}
+        run = folder.parents[2]  # of a checkpoint in place, and of one that is being written
+        if (run / CHECKPOINTS).is_dir():
+            kept = {path, *self._states_of(run)}
+            for gone in self._states - kept:
+                self.client.delete(gone)
+            self._states &= kept
+        self._states.add(path)
 
-    def _states_of(self, checkpoints: Path) -> set[str]:
+    def _states_of(self, run: Path) -> set[str]:
         """Return the states named by the checkpoints of a run."""
-        found = [read_object(file) for file in checkpoints.glob(f"*/*/{STATE}")]
+        found = [read_object(file) for file in (run / CHECKPOINTS).glob(f"*/*/{STATE}")]
         return {str(values["path"]) for values in found if values is not None}
 
     def load(self, folder: Path) -> None:
@@ -256,7 +260,7 @@ class TinkerEngine:
         future = self.client.service.create_training_client_from_state_with_optimizer(path)
         self._trained = self.client.wait(future, f"the state {path}")
         self._steps = int(values["steps"])
-        self._states |= self._states_of(folder.parent.parent)
+        self._states |= self._states_of(folder.parents[2])
 
     def download(self, folder: Path) -> None:
         """Write the adapter as peft's files. RunError: the download failed."""

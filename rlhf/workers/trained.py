@@ -23,7 +23,7 @@ from rlhf.engine.distributed import RankContext, init_distributed, leave_distrib
 from rlhf.engine.flops import flops_per_token, measure_peak_flops
 from rlhf.engine.sharded_loading import shards_as_it_loads
 from rlhf.engine.snapshot_copies import CopyPlace
-from rlhf.engine.tinker_client import TinkerClient, TinkerServer
+from rlhf.engine.tinker_client import TinkerClient, TinkerEndpoint
 from rlhf.engine.tinker_engine import TinkerEngine
 from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings, TrainingEngine
 from rlhf.models.files.loading import architecture_fingerprint, load_causal_lm, load_model_config
@@ -67,7 +67,7 @@ class TrainedWorker(ModelWorker):
         *,
         optimizer_steps: int,
         model: CriticConfig | None = None,
-        server: TinkerServer | None = None,
+        server: TinkerEndpoint | None = None,
     ) -> None:
         """Store the settings of the role. Without `model`, the policy's section applies. `server`: holds the model."""
         super().__init__(place)
@@ -136,7 +136,7 @@ class TrainedWorker(ModelWorker):
         self.tokenizer = load_policy_tokenizer(self.config)
         return self.fingerprint
 
-    def _engine_of(self, server: TinkerServer) -> TinkerEngine:
+    def _engine_of(self, server: TinkerEndpoint) -> TinkerEngine:
         """Return the engine of a model behind a server."""
         policy = self.config.policy
         assert policy.lora is not None, "servers train adapters"

@@ -25,10 +25,11 @@ from actors.weights.saved import SavedSender
 from rlhf.adapters import AdapterShape
 from rlhf.config.schema.root import Config
 from rlhf.engine.distributed import RankContext
-from rlhf.engine.tinker_client import TinkerServer
+from rlhf.engine.tinker_client import TinkerEndpoint
 from rlhf.errors import RunError, UserError
 from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.tracking.metrics.declarations import results
+from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.types import BatchPlan, Examples, GroupRequest, MinibatchPlan, Pairs, Prompt, Rollouts, Sampling
 from rlhf.workers.offline.pairs import PreferenceWorker
 from rlhf.workers.offline.supervised import SupervisedWorker
@@ -67,7 +68,7 @@ def config_of(algorithm: dict[str, Any], model: str, folder: Path, url: str, **s
 
 
 def worker_of(kind: Any, config: Config, server: Server) -> Any:
-    at = TinkerServer(url=server.url, key=KEY, base_model=MODEL)
+    at = TinkerEndpoint(url=server.url, key=KEY, base_model=MODEL)
     worker = kind(config, PLACE, optimizer_steps=2, server=at)
     worker.start("", 0)
     return worker
@@ -223,7 +224,7 @@ def test_two_updates_of_a_batch_clip_ratios_and_pay_the_reference(server: Server
 
 def test_a_resumed_run_goes_on_exactly_and_old_states_are_deleted(server: Server, model: str, tmp_path: Path) -> None:
     config = config_of({"name": "sft"}, model, tmp_path, server.url, train={"steps": 9, "lr_schedule": "linear"})
-    rows, folder = random_rows(4, seed=3), tmp_path / "checkpoints"
+    rows, run = random_rows(4, seed=3), RunFolder.open(tmp_path, "run", resume=False)
     plan = MinibatchPlan(sequences_by_rank=((0, 1, 2, 3),), num_tokens=12, num_sequences=4)
 
     def begun() -> Any:
@@ -232,26 +233,31 @@ def test_a_resumed_run_goes_on_exactly_and_old_states_are_deleted(server: Server
         return worker
 
     def saved(worker: Any, step: int) -> Path:
-        (folder / f"step_{step:06d}").mkdir(parents=True)
-        worker.save(folder / f"step_{step:06d}" / "policy")
-        return folder / f"step_{step:06d}" / "policy"
+        aside = run.begin_checkpoint(step)
+        worker.save(aside / "policy")
+        run.seal(run.checkpoint(step), step=step)
+        return run.commit_checkpoint(step) / "policy"
 
     first = begun()
     first.update_on(plan)
     kept = saved(first, 1)
     expected = [results(first.update_on(plan)) for _ in range(2)]
+    last = saved(first, 3)
     again = begun()
     again.load(kept)
     assert [results(again.update_on(plan)) for _ in range(2)] == expected
-    gone = saved(again, 2)
-    path = (gone / "tinker.json").read_text()
-    (gone / "tinker.json").unlink()
-    saved(again, 3)
-    gone.joinpath("tinker.json").write_text(path)
+    path = (last / "tinker.json").read_text()
+    replaced = saved(again, 3)
+    begun().load(replaced)
+    again.update_on(plan)
+    saved(again, 4)
+    begun().load(kept)
+    (replaced / "tinker.json").write_text(path)
     with pytest.raises(RunError, match=r"the state tinker://.* failed: .*there is no checkpoint"):
-        begun().load(gone)
+        begun().load(replaced)
     with pytest.raises(UserError, match="the checkpoint was not made with policy"):
-        begun().load(tmp_path)
+        begun().load(tmp_path / "a" / "b" / "c")
+    run.close()
 
 
 def test_a_server_that_dies_is_waited_for(model: str, tmp_path: Path) -> None:
@@ -273,7 +279,7 @@ def test_a_server_that_dies_is_waited_for(model: str, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"has not answered the log-probabilities within 0 s. The run can be resumed"):
         worker.update_on(plan)
     with pytest.raises(UserError, match=f"policy.tinker: nothing answers at {server.url}"):
-        TinkerServer(url=server.url, key=KEY, base_model=MODEL).refuse_unfit(longest_sequence=8)
+        TinkerEndpoint(url=server.url, key=KEY, base_model=MODEL).refuse_unfit(longest_sequence=8)
 
 
 def test_the_servers_engines_answer_groups(
@@ -288,7 +294,7 @@ def test_the_servers_engines_answer_groups(
     policy.load_data(examples_of(rows, 2))
     policy.update_on(MinibatchPlan(sequences_by_rank=((0, 1, 2, 3),), num_tokens=12, num_sequences=4))
     sender = SavedSender(policy.engine.publish)
-    at = TinkerServer(url=server.url, key=KEY, base_model=MODEL)
+    at = TinkerEndpoint(url=server.url, key=KEY, base_model=MODEL)
     spec = RolloutSpec(model=model, dtype="float32", max_model_len=32, transport="shm", server=at, spool=tmp_path)
     prompt = Prompt(prompt_id=0, token_ids=(1, 2), text="", columns={})
     request = GroupRequest(group_id=0, prompt=prompt, seeds=(5, 5, 6), first_sequence_id=0)
@@ -325,7 +331,7 @@ def test_the_servers_engines_answer_groups(
 
 
 def test_a_start_names_what_does_not_fit(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    at = TinkerServer(url=server.url, key=KEY, base_model=MODEL)
+    at = TinkerEndpoint(url=server.url, key=KEY, base_model=MODEL)
     at.refuse_unfit(longest_sequence=64)
     with pytest.raises(UserError, match="takes sequences of at most 64 tokens, and the run's longest has 65"):
         at.refuse_unfit(longest_sequence=65)
@@ -335,5 +341,5 @@ def test_a_start_names_what_does_not_fit(server: Server, monkeypatch: pytest.Mon
         replace(at, key="tml-eve").refuse_unfit(longest_sequence=8)
     monkeypatch.delenv("TINKER_API_KEY", raising=False)
     with pytest.raises(UserError, match="TINKER_API_KEY must hold a key that begins with `tml-`"):
-        TinkerServer.of(server.url, MODEL)
+        TinkerEndpoint.of(server.url, MODEL)
     assert KEY not in repr(at)

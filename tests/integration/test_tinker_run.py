@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf.engine.tinker_client import TinkerClient, TinkerServer
+from rlhf.engine.tinker_client import TinkerClient, TinkerEndpoint
 from tests.integration.recipes import merge, rows, start, train, write_config
 from tests.integration.test_tinker_server import Server
 
@@ -70,7 +70,7 @@ def initial_adapter(server: Server, model: str, folder: Path) -> Path:
     """Return the adapter with which a run through the server begins, with the seed of the run."""
     from rlhf.engine.tinker_engine import TinkerEngine
 
-    client = TinkerClient(TinkerServer.of(server.url, model), run="initial", limit_s=120.0)
+    client = TinkerClient(TinkerEndpoint.of(server.url, model), run="initial", limit_s=120.0)
     settings: Any = {"optimizer": None, "schedule": None}
     folder.mkdir()
     TinkerEngine(client, None, rank=RANK, seed=SEED, **settings).download(folder)
