@@ -34,7 +34,7 @@ def client_package() -> Any:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TinkerServer:
+class TinkerEndpoint:
     """A server with a base model. The key is a secret."""
 
     url: str
@@ -42,7 +42,7 @@ class TinkerServer:
     base_model: str  # the policy's model: a name on the hub, or a folder
 
     @classmethod
-    def of(cls, url: str, base_model: str) -> TinkerServer:
+    def of(cls, url: str, base_model: str) -> TinkerEndpoint:
         """Return the server with the key of the environment. UserError: there is no key."""
         key = os.environ.get(KEY_VARIABLE, "")
         if not (key.startswith("tml-") and key.isascii() and key.isprintable()):
@@ -106,7 +106,7 @@ class TinkerServer:
 class TinkerClient:
     """A session at a server. `limit_s`: for the answer to one request, with all attempts of the client."""
 
-    def __init__(self, server: TinkerServer, *, run: str, limit_s: float) -> None:
+    def __init__(self, server: TinkerEndpoint, *, run: str, limit_s: float) -> None:
         """Open a session. UserError: the server does not answer, or lacks the model."""
         self.server, self.limit_s = server, limit_s
         self.model, _ = server.served_model()
