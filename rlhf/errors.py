@@ -53,6 +53,17 @@ class ResultsLost(WorkerLost):
     """Results needed by a worker are gone with the node that held the results. The worker itself works."""
 
 
+class AdaptersLost(WorkerLost):
+    """A rank was lost, and all ranks were started again, without the adapters of clients. `loss`: of the rank.
+
+    An adapter comes back by `create` and `load`, and by a repetition of the calls after the saved state.
+    """
+
+    def __init__(self, loss: WorkerLost) -> None:
+        super().__init__(loss.reason, role=loss.role, rank=loss.rank, stage=loss.stage, kind=loss.kind)
+        self.loss = loss
+
+
 class ChildLost(RunError):
     """A process or a GPU needed by a worker was lost. The driver takes the worker for lost."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from rlhf.adapters import AdamStep, AdapterShape, LossReport, LossRows, NamedLoss, SampleAnswer, SampleRequest
+from rlhf.errors import WorkerLost
 from rlhf.evaluation.voting import AnswerForm
 from rlhf.role_table import Role
 from rlhf.tracking.metrics.reductions import Reduction
@@ -464,7 +465,14 @@ class AdaptersRole(MeasuredRole, Protocol):
 
     An adapter has its own weights, optimizer state and gradient. Calls for different adapters may come in any order;
     their numbers are independent. UserError: the client must change the call, and the adapter stays as before.
+    AdaptersLost: the ranks were lost during the call or before, and work again without the adapter.
     """
+
+    def holds(self, adapter: str) -> bool:
+        """Return whether the ranks have an adapter."""
+
+    def forgive(self, losses: Sequence[WorkerLost]) -> None:
+        """Do not count losses of ranks whose cause was a client's request."""
 
     async def create(self, adapter: str, shape: AdapterShape) -> None:
         """Make a new adapter. UserError: the name is taken, or the shape does not fit."""

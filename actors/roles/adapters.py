@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
+
+from ray import ObjectRef
 
 from actors.cluster.placement import Placement
 from actors.cluster.waiting import put
@@ -14,6 +18,8 @@ from actors.roles.group import spawn
 from actors.weights.adapter import WEIGHTS, file_checksum
 from rlhf.adapters import AdamStep, AdapterShape, LossCall, LossReport, LossRows, NamedLoss
 from rlhf.config.schema.root import Config
+from rlhf.controller.supervisor import Supervisor
+from rlhf.errors import AdaptersLost, Preempted, RunError, WorkerLost
 from rlhf.role_table import Role
 from rlhf.types import MemoryReport
 from rlhf.workers.adapters.adapter_worker import AdapterWorker, Outcome, RowsReport, merged_outcome, merged_report
@@ -39,14 +45,21 @@ class AdapterRanks(Gang):
 class AdaptersGang:
     """Implements rlhf.roles.AdaptersRole. A call goes to all ranks at once, for the same order of calls on all ranks.
 
-    The adapters are in the memory of the ranks: a lost rank ends them all.
+    The adapters are in the memory of the ranks: a lost rank ends them all. Then all ranks are started again, once for
+    all calls lost with them. A call for an adapter of the lost ranks never reaches the new ranks.
     """
+
+    supervisor: Supervisor | None = None  # None: a lost rank ends the work
 
     def __init__(self, ranks: AdapterRanks, *, packed_tokens: int = 0) -> None:
         """`packed_tokens`: of calls of forward_backward to carry out in one pass. 0: each call has its own."""
         self.ranks = ranks
         self._packed_tokens = packed_tokens
         self._packing: Collector[LossCall, LossReport] | None = None
+        self._held: set[str] = set()
+        self._lost: dict[str, WorkerLost] = {}  # by adapter, the loss of its ranks
+        self._loss: WorkerLost | None = None  # the last
+        self._restart: asyncio.Task[None] | None = None  # after the last loss
 
     async def start(self, *, deadline_s: float) -> None:
         """Connect the ranks and load the base model."""
@@ -57,15 +70,58 @@ class AdaptersGang:
             else:
                 logger.warning("The adapters take turns: packed passes need ZeRO stage 0 and a model with packed rows.")
 
-    async def restart(self) -> None:
-        """End all ranks and start new ranks in their places, without adapters."""
-        await self.ranks.restart()
+    def holds(self, adapter: str) -> bool:
+        return adapter in self._held
+
+    def forgive(self, losses: Sequence[WorkerLost]) -> None:
+        if self.supervisor is not None:
+            self.supervisor.forgive(losses)
+
+    async def _each(self, adapters: Collection[str], send: Callable[[Any], ObjectRef[Any]], stage: str) -> list[Any]:
+        """Call all ranks. `adapters`: whose presence on the ranks the call needs."""
+        await self._restarted()
+        if gone := [adapter for adapter in adapters if adapter in self._lost]:
+            raise AdaptersLost(self._lost[gone[0]])
+        before = self._loss
+        try:
+            results = await self.ranks.each(send, stage)
+        except WorkerLost as lost:
+            if self.supervisor is None or self.ranks.processes.ended:
+                raise
+            if self._loss is before:
+                self._lost |= dict.fromkeys(self._held, lost)
+                self._held.clear()
+                self._loss, self._restart = lost, asyncio.create_task(self._recover(self.supervisor, lost))
+        except RunError:  # of a peer of the lost rank
+            if self._loss is before:
+                raise
+        if self._loss is before:
+            return results
+        await self._restarted()
+        assert self._loss is not None
+        raise AdaptersLost(self._loss)
+
+    async def _restarted(self) -> None:
+        """Wait for the end of a restart. Raise the failure of the restart."""
+        if self._restart is not None:
+            await asyncio.shield(self._restart)
+
+    async def _recover(self, supervisor: Supervisor, lost: WorkerLost) -> None:
+        try:
+            await supervisor.recover(lost, self.ranks.restart)
+        except WorkerLost:
+            raise
+        except (RunError, Preempted) as error:  # no request can be answered without ranks
+            raise WorkerLost(str(error), role=lost.role, rank=lost.rank, stage=lost.stage, kind=lost.kind) from error
 
     async def create(self, adapter: str, shape: AdapterShape) -> None:
-        await self.ranks.each(lambda h: h.create.remote(adapter, shape), "update")
+        await self._each((), lambda h: h.create.remote(adapter, shape), "update")
+        self._lost.pop(adapter, None)
+        self._held.add(adapter)
 
     async def remove(self, adapter: str) -> None:
-        await self.ranks.each(lambda h: h.remove.remote(adapter), "update")
+        self._held.discard(adapter)
+        await self._each([adapter], lambda h: h.remove.remote(adapter), "update")
 
     async def forward_backward(
         self, adapter: str, rows: LossRows, loss: NamedLoss, *, forward_only: bool = False
@@ -78,8 +134,8 @@ class AdaptersGang:
         self, adapter: str, rows: LossRows, loss: NamedLoss, *, forward_only: bool = False
     ) -> LossReport:
         stored = put(rows)
-        reports: list[RowsReport] = await self.ranks.each(
-            lambda h: h.forward_backward.remote(adapter, stored, loss, forward_only=forward_only), "update"
+        reports: list[RowsReport] = await self._each(
+            [adapter], lambda h: h.forward_backward.remote(adapter, stored, loss, forward_only=forward_only), "update"
         )
         return merged_report(reports)
 
@@ -87,8 +143,8 @@ class AdaptersGang:
         if len(calls) == 1:
             return [await self._forward_backward(calls[0].adapter, calls[0].rows, calls[0].loss)]
         stored = put(calls)
-        of_ranks: list[list[Outcome]] = await self.ranks.each(
-            lambda h: h.forward_backward_packed.remote(stored), "update"
+        of_ranks: list[list[Outcome]] = await self._each(
+            [call.adapter for call in calls], lambda h: h.forward_backward_packed.remote(stored), "update"
         )
         return [merged_outcome(outcomes) for outcomes in zip(*of_ranks, strict=True)]
 
@@ -98,25 +154,27 @@ class AdaptersGang:
         return num_tokens <= self._packed_tokens and len({call.adapter for call in calls}) == len(calls)
 
     async def drop_gradient(self, adapter: str, reason: str) -> None:
-        await self.ranks.each(lambda h: h.drop_gradient.remote(adapter, reason), "update")
+        await self._each([adapter], lambda h: h.drop_gradient.remote(adapter, reason), "update")
 
     async def optim_step(self, adapter: str, step: AdamStep) -> float:
-        norms: list[float] = await self.ranks.each(lambda h: h.step_adapter.remote(adapter, step), "update")
+        norms: list[float] = await self._each([adapter], lambda h: h.step_adapter.remote(adapter, step), "update")
         return norms[0]
 
     async def save(self, adapter: str, folder: Path) -> None:
-        await self.ranks.each(lambda h: h.save_adapter.remote(adapter, folder), "checkpoint")
+        await self._each([adapter], lambda h: h.save_adapter.remote(adapter, folder), "checkpoint")
 
     async def load(self, adapter: str, folder: Path, *, optimizer: bool) -> None:
-        await self.ranks.each(lambda h: h.load_adapter.remote(adapter, folder, optimizer=optimizer), "resume")
+        await self._each([adapter], lambda h: h.load_adapter.remote(adapter, folder, optimizer=optimizer), "resume")
 
     async def export(self, adapter: str, folder: Path) -> str:
-        checksums: list[str] = await self.ranks.each(lambda h: h.export_adapter.remote(adapter, folder), "export")
+        checksums: list[str] = await self._each([adapter], lambda h: h.export_adapter.remote(adapter, folder), "export")
         return checksums[0]
 
     async def probe(self, adapter: str | None, token_ids: Sequence[int]) -> list[float]:
         ids = list(token_ids)
-        results: list[list[float]] = await self.ranks.each(lambda h: h.probe_adapter.remote(adapter, ids), "probe")
+        results: list[list[float]] = await self._each(
+            () if adapter is None else [adapter], lambda h: h.probe_adapter.remote(adapter, ids), "probe"
+        )
         return results[0]
 
     async def memory(self) -> MemoryReport:
@@ -126,6 +184,8 @@ class AdaptersGang:
         await self.ranks.stop()
 
     def end(self) -> None:
+        if self._restart is not None:
+            self._restart.cancel()
         self.ranks.end()
 
 

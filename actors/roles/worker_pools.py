@@ -22,13 +22,13 @@ from actors.roles.group import (
     all_results,
     spawn,
 )
-from actors.roles.suspects import CallLost, Suspects
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.data.examples import Example, collate
 from rlhf.data.packing import balance
 from rlhf.errors import WorkerLost
 from rlhf.evaluation.results import ExampleResult
 from rlhf.evaluation.voting import AnswerForm
+from rlhf.process.suspects import CallLost, Suspects
 from rlhf.rewards.processes.pool import GroupOutcome
 from rlhf.rewards.scoring import ask_deadline_s, asks_in_flight
 from rlhf.rewards.scoring import deadline_s as longest_s

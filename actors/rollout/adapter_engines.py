@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import SystemRandom
 from typing import Any, Literal
@@ -35,9 +36,8 @@ from rlhf.adapters import SampleAnswer, SampleRequest
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.errors import RunError, UserError, WorkerLost
 from rlhf.models.files.loading import load_model_config
+from rlhf.process.suspects import CallLost, Suspects
 from rlhf.roles import PolicyProbe
-
-MOST_LOSSES = 2  # engines that one request may lose: more, and the request is the likely cause
 
 
 class AdapterEngine(RolloutEngine):
@@ -94,6 +94,8 @@ class AdapterEngines(RolloutEngines):
         self._left = asyncio.Event()  # a request has ended
         self._numbers, self._requests = itertools.count(1), itertools.count(1)
         self._bounds: RequestBounds | None = None
+        self._suspects = Suspects()
+        self._caused: list[WorkerLost] = []  # losses by requests, until a further request is answered
 
     async def load(self, adapter: str, folder: Path, *, checksum: str, probe: PolicyProbe) -> float:
         """Load an exported adapter, whose folder must stay until `unload` has returned."""
@@ -143,28 +145,45 @@ class AdapterEngines(RolloutEngines):
         return (await self._request_bounds()).end_tokens
 
     async def _sample(self, adapter: ServedAdapter | None, request: SampleRequest, limit: int) -> SampleAnswer:
-        """Draw the samples. After the loss of an engine, another one draws them with the same seeds."""
-        dispatch, losses = await self._dispatching(), 0
+        """Draw the samples. After the loss of an engine, draw them again with the same seeds.
+
+        Requests lost with two engines are drawn alone, one after the other. RunError: an engine was lost even so.
+        """
+        losses: tuple[WorkerLost, ...] = ()
+        try:
+            return await self._drawn(adapter, request, limit, urgent=False)
+        except CallLost as lost:
+            losses = lost.losses
+        try:
+            return await self._suspects.call(partial(self._drawn, adapter, request, limit, urgent=True))
+        except CallLost as lost:
+            losses += lost.losses
+            self._caused += losses
+            raise RunError(f"{len(losses)} engines were lost at the request. {losses[-1].reason}") from lost
+
+    async def _drawn(
+        self, adapter: ServedAdapter | None, request: SampleRequest, limit: int, *, urgent: bool
+    ) -> SampleAnswer:
+        """Draw the samples in one engine. CallLost: the engine was lost, and is being replaced."""
+        dispatch, key = await self._dispatching(), next(self._requests)
         work = GroupWork(prompt_tokens=len(request.token_ids), samples=request.num_samples, limit=limit)
-        while True:
-            key = next(self._requests)
-            slot = await dispatch.enter(key, work, urgent=losses > 0)
-            assert slot is not None, "nothing drops a client's request"
-            handle = self.handles[slot.engine]
-            with self._at_work(key, slot, dispatch) as lengths:
-                try:
-                    drawn: SampleAnswer = await self._answered(
-                        handle.sample.remote(adapter, request, limit), slot.engine, dispatch
-                    )
-                except WorkerLost as lost:
-                    self.begin_rebuild(slot.engine, handle, lost)  # closes the engine before its room is given back
-                    losses += 1
-                    if losses == MOST_LOSSES:
-                        raise RunError(f"{losses} engines were lost at the request. {lost.reason}") from lost
-                    continue
-                lengths += [len(sequence.token_ids) for sequence in drawn.sequences]
-            self._note_success(slot.engine)
-            return drawn
+        slot = await dispatch.enter(key, work, urgent=urgent)
+        assert slot is not None, "nothing drops a client's request"
+        handle = self.handles[slot.engine]
+        with self._at_work(key, slot, dispatch) as lengths:
+            try:
+                drawn: SampleAnswer = await self._answered(
+                    handle.sample.remote(adapter, request, limit), slot.engine, dispatch
+                )
+            except WorkerLost as lost:
+                self.begin_rebuild(slot.engine, handle, lost)  # closes the engine before its room is given back
+                raise CallLost(self.last_loss.get(slot.engine, lost)) from lost
+            lengths += [len(sequence.token_ids) for sequence in drawn.sequences]
+        self._note_success(slot.engine)
+        if self.supervisor is not None and self._caused:  # the engines work: requests were the cause
+            self.supervisor.forgive(self._caused)
+            self._caused.clear()
+        return drawn
 
     def _known(self, adapter: str) -> ServedAdapter:
         served = self._adapters.get(adapter)

@@ -11,15 +11,17 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Sequence
+from typing import Protocol
 
 from rlhf.config.schema.cluster import Restarts
-from rlhf.controller.record import RunRecord
 from rlhf.errors import NodeNotReplaced, Preempted, RunError, StorageFull, WorkerLost
 from rlhf.process.driver_parent import DriverDeath
 from rlhf.role_table import ROLES, Role, RoleKind
 from rlhf.roles import Metrics
 from rlhf.tracking.metrics.reductions import Sum
 from rlhf.tracking.run_folder.errors import ErrorRecord
+from rlhf.tracking.run_folder.timeline import Timeline
+from rlhf.tracking.sinks.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 DRIVER = "driver"
@@ -27,11 +29,23 @@ ITS_START = "its start"  # the work of a worker that is lost before any work
 UNITS: dict[RoleKind, str] = {"engines": "engine", "trained": "gang", "frozen": "worker", "scoring": "worker"}
 
 
+class LossRecord(Protocol):
+    """The record of a run, or of a server."""
+
+    step: int
+    tracker: Tracker
+    timeline: Timeline
+
+
 class Supervisor:
     """The losses of a run."""
 
-    def __init__(self, restarts: Restarts, record: RunRecord, roles: Iterable[Role]) -> None:
+    def __init__(
+        self, restarts: Restarts, record: LossRecord, roles: Iterable[Role], *, finds_causes: bool = False
+    ) -> None:
+        """Begin to count. `finds_causes`: the caller finds and refuses work that exhausts the memory every time."""
         self.restarts, self.record, self._roles = restarts, record, tuple(roles)
+        self._finds_causes = finds_causes
         self._losses: dict[str, list[tuple[float, WorkerLost]]] = {}  # in the window, by the unit with a common limit
         self._last_work: dict[tuple[Role, int], Hashable] = {}  # at the last loss, if nothing succeeded since
         self._out_of_memory: set[Role] = set()
@@ -115,7 +129,7 @@ class Supervisor:
         if len(losses) > getattr(self.restarts, unit):
             who = "a trained rank" if unit == "gang" else "it"
             reason = f"{who} was lost {len(losses)} times in {self.restarts.window_s:.0f} s (cluster.restarts.{unit})"
-        elif lost.kind == "out_of_memory" and role in self._out_of_memory:
+        elif lost.kind == "out_of_memory" and role in self._out_of_memory and not self._finds_causes:
             reason = "its memory was exhausted twice"
         elif work is not None and work == last_work:
             reason = "it was lost twice in a row at the same work"

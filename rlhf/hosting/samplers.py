@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rlhf.errors import UserError, WorkerLost
+from rlhf.errors import UserError
 from rlhf.hosting import bodies
 from rlhf.hosting.refusals import NotFound, TooMany
 from rlhf.hosting.request_line import RequestLine
@@ -22,10 +22,10 @@ class Samplers:
     """The samplers of all sessions. A sampler without requests is a record alone."""
 
     def __init__(
-        self, shared: Shared, adapters: EngineAdapters, *, seen: Seen, fail: Callable[[WorkerLost], object]
+        self, shared: Shared, adapters: EngineAdapters, *, seen: Seen, ended: Callable[[asyncio.Task[None]], object]
     ) -> None:
-        """Continue the unanswered requests of earlier starts."""
-        self.shared, self._adapters, self._seen, self._fail = shared, adapters, seen, fail
+        """Continue the unanswered requests of earlier starts. `ended` is called with the task of each request."""
+        self.shared, self._adapters, self._seen, self._ended = shared, adapters, seen, ended
         self.active: dict[str, Sampler] = {}
         for record in list(shared.sessions.samplers.values()):
             if shared.sessions.requests_of(record).exists():
@@ -80,7 +80,7 @@ class Samplers:
         """Return the sampler of a record, made at the first use."""
         if record.sampler_id not in self.active:
             self.active[record.sampler_id] = Sampler(
-                record, self.shared, self._adapters, seen=self._seen, fail=self._fail
+                record, self.shared, self._adapters, seen=self._seen, ended=self._ended
             )
         return self.active[record.sampler_id]
 

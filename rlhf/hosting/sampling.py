@@ -81,11 +81,11 @@ class Sampler:
         adapters: EngineAdapters,
         *,
         seen: Seen,
-        fail: Callable[[WorkerLost], object],
+        ended: Callable[[asyncio.Task[None]], object],
     ) -> None:
         self.record = record
         self.line = RequestLine(shared.sessions.requests_of(record), in_order=False)
-        self._adapters, self._seen, self._fail = adapters, seen, fail
+        self._adapters, self._seen, self._ended = adapters, seen, ended
         self._counters, self._max_length = shared.counters, shared.settings.max_length
         self._running: dict[int, asyncio.Task[None]] = {}
         self._finished: list[int] = [r.seq_id for r in self.line.requests.values() if r.result is not None]
@@ -107,6 +107,7 @@ class Sampler:
             task = asyncio.ensure_future(self._answer(request))
             self._running[request.seq_id] = task
             task.add_done_callback(lambda _: self._running.pop(request.seq_id, None))
+            task.add_done_callback(self._ended)
 
     async def cancel(self, seq_id: int) -> None:
         """Stop a request. The result becomes a failure of the client."""
@@ -127,9 +128,8 @@ class Sampler:
         began = time.perf_counter()
         try:
             result = await self._draw(request)
-        except WorkerLost as error:  # the next start of the server draws the request again
-            self._fail(error)
-            return
+        except WorkerLost:  # the next start of the server draws the request again
+            raise
         except UserError as error:
             result = Result.failed(str(error), "user")
         except RunError as error:

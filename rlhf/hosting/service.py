@@ -28,6 +28,7 @@ from rlhf.hosting.sampling import EngineAdapters
 from rlhf.hosting.sessions import SamplerRecord, Sessions
 from rlhf.hosting.shared import ServiceSettings, Shared
 from rlhf.hosting.training import TrainedModel
+from rlhf.process.suspects import Suspects
 from rlhf.roles import AdapterEnginesRole, AdaptersRole
 from rlhf.tracking.run_folder.lock import lock_folder
 
@@ -67,12 +68,14 @@ class TinkerService:
             checkpoints=self.checkpoints,
             sessions=self.sessions,
             residents=self.residents,
+            suspects=Suspects(),
+            caused=[],
             counters=self.counters,
         )
         self._tasks: set[asyncio.Task[None]] = set()
-        self.lost: asyncio.Future[WorkerLost] = asyncio.get_running_loop().create_future()
+        self.lost: asyncio.Future[RunError] = asyncio.get_running_loop().create_future()
         self.models = Models(root, shared, begin=self._work)
-        self.samplers = Samplers(shared, self.adapters, seen=self._keep_samples, fail=self._fail)
+        self.samplers = Samplers(shared, self.adapters, seen=self._keep_samples, ended=self._ended)
         self._run(self._keep_house)
 
     def _work(self, model: TrainedModel) -> None:
@@ -82,20 +85,17 @@ class TinkerService:
         self.models.keep_samples(record, request, answer, self._decode)
 
     def _run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        async def guarded() -> None:
-            try:
-                await work()
-            except WorkerLost as error:
-                self._fail(error)
-
-        task = asyncio.ensure_future(guarded())
+        task = asyncio.ensure_future(work())
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
 
-    def _fail(self, error: WorkerLost) -> None:
-        """End the server. The next start carries the unfinished requests out again."""
-        if not self.lost.done():
-            self.lost.set_result(error)
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """End the server if a task has failed. The next start carries the unfinished requests out again."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not self.lost.done():
+            logger.error("the server ends", exc_info=error)
+            known = error if isinstance(error, RunError) else None
+            self.lost.set_result(known or RunError(f"A task failed: {type(error).__name__}: {error}"))
 
     async def close(self) -> None:
         for task in (tasks := list(self._tasks)):
@@ -161,8 +161,6 @@ class TinkerService:
         request = line.find(int(number)) if line is not None and number.isdigit() else None
         if request is None:
             raise NotFound(f"there is no request {asked.request_id} of this key")
-        if (session := self.sessions.sessions.get(asked.request_id.partition(":")[0])) is not None:
-            session.last_seen = time.monotonic()
         try:
             await asyncio.wait_for(request.finished.wait(), LONG_POLL_S)
         except TimeoutError:
@@ -186,14 +184,12 @@ class TinkerService:
                 logger.error("housekeeping: %s", error)
 
     async def keep_house(self) -> None:
-        """Move the models of idle sessions to disk, and delete expired checkpoints, also from the engines."""
-        for session in self.sessions.sessions.values():
-            if session.finished is None and time.monotonic() - session.last_seen > self.settings.idle_s:
-                for model in self.models.of_session(session):
-                    if model.is_on_ranks and not model.turn.locked() and not model.line.ready():
-                        async with model.turn:
-                            await model.leave_ranks()
-                            self.residents.forget(model)
+        """Move idle models to disk, and delete expired checkpoints, also from the engines."""
+        for model in list(self.models.running.values()):
+            if model.is_idle(self.settings.idle_s):
+                async with model.turn:
+                    await model.leave_ranks()
+                    self.residents.forget(model)
         self.checkpoints.delete_expired()
         await self.adapters.unload_missing()
 

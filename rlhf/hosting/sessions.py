@@ -1,4 +1,4 @@
-"""Hold the sessions of clients and their samplers: the owner, and the time of the last heartbeat.
+"""Hold the sessions of clients and their samplers.
 
 Each session and each sampler is a small file, so a restarted server knows all sessions.
 """
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import secrets
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ class Session:
     user_metadata: Mapping[str, Any] | None = None
     display_name: str | None = None
     finished: Mapping[str, Any] | None = None  # the client's reason
-    last_seen: float = field(default_factory=time.monotonic)  # a heartbeat or a request
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,13 +86,12 @@ class Sessions:
         return session
 
     def find(self, session_id: str, owner: str) -> Session:
-        """Return a running session of an owner, seen now. Gone: the session is over or belongs to another key."""
+        """Return a running session of an owner. Gone: the session is over or belongs to another key."""
         session = self.sessions.get(session_id)
         if session is None or session.owner != owner:
             raise Gone(f"there is no session {session_id} of this key")
         if session.finished is not None:
             raise Gone(f"the session {session_id} is finished")
-        session.last_seen = time.monotonic()
         return session
 
     def finish(self, session: Session, reason: Mapping[str, Any]) -> None:
@@ -102,8 +99,7 @@ class Sessions:
         self._write(session)
 
     def _write(self, session: Session) -> None:
-        values = {key: value for key, value in asdict(session).items() if key != "last_seen"}
-        write_atomic(self.folder / "sessions" / f"{session.session_id}.json", json.dumps(values) + "\n")
+        write_atomic(self.folder / "sessions" / f"{session.session_id}.json", json.dumps(asdict(session)) + "\n")
 
     def add(self, sampler: SamplerRecord) -> SamplerRecord:
         """Add a sampler. A repeated request gets the sampler again. UserError: the number names another sampler."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, WorkerLost
 from rlhf.hosting.checkpoints import Checkpoints
 from rlhf.hosting.counters import Counters
 from rlhf.hosting.residents import Residents
 from rlhf.hosting.sessions import Sessions
+from rlhf.process.suspects import Suspects
 from rlhf.roles import AdaptersRole
 
 
@@ -23,7 +24,7 @@ class ServiceSettings:
     max_adapters: int  # at the same time on the ranks
     max_models: int  # of a key, in sessions that are not finished
     checkpoint_bytes: int  # of a key
-    idle_s: float  # without a heartbeat or a request, until the models of a session go to disk
+    idle_s: float  # without a request of a model, until the model goes to disk
     dtype: str
     seed: int
     probe_ids: Sequence[int]
@@ -43,4 +44,6 @@ class Shared:
     checkpoints: Checkpoints
     sessions: Sessions
     residents: Residents
+    suspects: Suspects  # the requests of models
+    caused: list[WorkerLost]  # losses by requests, until the ranks have proved that they work
     counters: Counters

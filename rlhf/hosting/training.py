@@ -2,7 +2,7 @@
 
 A model without work may go to disk. A model comes back from disk, also after a kill, in two steps: the ranks load the
 last saved state, and repeat the later requests. The results of repeated requests are already known, so a client sees
-each request carried out once.
+each request carried out once. After the loss of a rank, all models come back in this way.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from rlhf.adapters import AdamStep, AdapterShape
-from rlhf.errors import RunError, UserError, WorkerLost
+from rlhf.errors import AdaptersLost, RunError, UserError, WorkerLost
 from rlhf.hosting import bodies, protobuf
 from rlhf.hosting.checkpoints import adapter_name
 from rlhf.hosting.model_record import ModelRecord
@@ -27,6 +27,7 @@ from rlhf.hosting.request_line import LineRequest, RequestLine, Result, Saved
 from rlhf.hosting.saving import Saving
 from rlhf.hosting.shared import Shared
 from rlhf.hosting.states import SavedStates
+from rlhf.process.suspects import CallLost
 
 logger = logging.getLogger(__name__)
 SAVE_AFTER_S = 60.0  # of work since the last saved state; a restart repeats at most this much
@@ -55,7 +56,7 @@ class TrainedModel:
         self._saving = Saving(record, shared)
         self._has_gradient = False  # or a dropped gradient, so that the next optimizer step changes the state
         self._work_s = 0.0  # since the saved state
-        self._is_on_ranks = False
+        self._last_turn = time.monotonic()
 
     @classmethod
     def new(cls, root: Path, record: ModelRecord, shared: Shared) -> TrainedModel:
@@ -68,7 +69,12 @@ class TrainedModel:
 
     @property
     def is_on_ranks(self) -> bool:
-        return self._is_on_ranks
+        return self.shared.policy.holds(self.name)
+
+    def is_idle(self, seconds: float) -> bool:
+        """Return whether the model is on the ranks, and has had no request for a time."""
+        waits = self.turn.locked() or self.line.ready() or time.monotonic() - self._last_turn <= seconds
+        return self.is_on_ranks and not waits
 
     def last_request(self) -> str:
         """Return the time of the last request or result."""
@@ -76,7 +82,7 @@ class TrainedModel:
         return datetime.fromtimestamp(log.stat().st_mtime, UTC).isoformat() if log.exists() else self.record.created
 
     async def work(self) -> None:
-        """Carry out the requests of the line in turn, until cancelled. WorkerLost: ranks are lost."""
+        """Carry out the requests of the line in turn, until cancelled. WorkerLost: the ranks are lost for good."""
         while True:
             self.line.changed.clear()
             while ready := self.line.ready():
@@ -84,33 +90,62 @@ class TrainedModel:
             await self.line.changed.wait()
 
     async def _take_turn(self, request: LineRequest) -> None:
-        async with self.turn:
-            began = time.perf_counter()
-            saved = None
-            try:
-                await self._enter_ranks(new=request.seq_id == 0)
-                outcome = await self._carry_out(request)
-                self._work_s += time.perf_counter() - began
-                result = outcome.result
-                if outcome.saves or (request.call == "optim_step" and self._should_save()):
-                    saved = await self._saved(request.seq_id)
-            except WorkerLost:
-                raise
-            except UserError as error:
-                result = Result.failed(str(error), "user")
-            except RunError as error:
-                logger.error("%s: request %d (%s): %s", self.name, request.seq_id, request.call, error)
-                result = Result.failed(str(error), "server")
-            except Exception as error:
-                logger.exception("%s: request %d (%s)", self.name, request.seq_id, request.call)
-                result = Result.failed(f"{type(error).__name__}: {error}", "server")
-            if result.failure is not None:
-                await self._after_failure(request, result)
-            await self.line.finish(request, result, saved)
-            if saved is not None:
-                self._states.keep(saved)
-            self._count(request.call, result, time.perf_counter() - began)
-        await self.shared.residents.end_turn()
+        """Carry out a request, again if the ranks are lost. A request that was alone at the second loss fails."""
+        try:
+            await self.shared.suspects.call(partial(self._attempt, request))
+        except CallLost as lost:
+            self.shared.caused.extend(lost.losses)
+            often, why = len(lost.losses), lost.losses[-1].reason
+            result = Result.failed(f"{often} times the ranks were lost at this request. {why}", "server")
+            async with self.turn:
+                if request.result is None:
+                    await self.line.finish(request, result)
+                    self._count(request.call, result, 0.0)
+
+    async def _attempt(self, request: LineRequest) -> None:
+        """Carry out a request once. CallLost: the ranks were lost, and work again without this model."""
+        try:
+            async with self.turn:
+                if request.result is not None:  # the session is finished
+                    return
+                began = time.perf_counter()
+                result, saved = await self._outcome(request)
+                await self.line.finish(request, result, saved)
+                if saved is not None:
+                    self._states.keep(saved)
+                self._count(request.call, result, time.perf_counter() - began)
+                if request.call == "forward_backward" and result.failure is None:  # the ranks work
+                    self.shared.policy.forgive(self.shared.caused)
+                    self.shared.caused.clear()
+        except AdaptersLost as lost:
+            raise CallLost(lost.loss) from lost
+        finally:
+            self._last_turn = time.monotonic()
+            await self.shared.residents.end_turn()
+
+    async def _outcome(self, request: LineRequest) -> tuple[Result, Saved | None]:
+        """Return the result of a request, and the state on disk if the state was saved after the request."""
+        began, saved = time.perf_counter(), None
+        try:
+            await self._enter_ranks(new=request.seq_id == 0)
+            outcome = await self._carry_out(request)
+            self._work_s += time.perf_counter() - began
+            result = outcome.result
+            if outcome.saves or (request.call == "optim_step" and self._should_save()):
+                saved = await self._saved(request.seq_id)
+        except WorkerLost:
+            raise
+        except UserError as error:
+            result = Result.failed(str(error), "user")
+        except RunError as error:
+            logger.error("%s: request %d (%s): %s", self.name, request.seq_id, request.call, error)
+            result = Result.failed(str(error), "server")
+        except Exception as error:
+            logger.exception("%s: request %d (%s)", self.name, request.seq_id, request.call)
+            result = Result.failed(f"{type(error).__name__}: {error}", "server")
+        if result.failure is not None:
+            await self._after_failure(request, result)
+        return result, saved
 
     def _count(self, call: str, result: Result, seconds: float) -> None:
         self.shared.counters.add("requests_total", call=call, outcome=result.failure or "ok")
@@ -118,7 +153,7 @@ class TrainedModel:
 
     async def _after_failure(self, request: LineRequest, result: Result) -> None:
         """Never train half a batch: a failed forward_backward drops the gradient, and the next optimizer step fails."""
-        if not self._is_on_ranks:
+        if not self.is_on_ranks:
             return
         if request.call == "forward_backward" and not protobuf.is_forward_only(request.body):
             reason = f"the gradient was dropped, because request {request.seq_id} failed: {_error(result)}"
@@ -158,7 +193,6 @@ class TrainedModel:
 
     async def _begin(self, shape: AdapterShape) -> None:
         await self.shared.policy.create(self.name, shape)
-        self._is_on_ranks = True
         self.record.shape = shape
         self.record.write(self.folder)
 
@@ -168,7 +202,7 @@ class TrainedModel:
             raise UserError(f"{body.path}: a client trains on from tinker://MODEL/weights/NAME, made by save_state")
         bodies.refuse_other_optimizer(body.optimizer_config)
         content = await asyncio.to_thread(self.shared.checkpoints.sound, checkpoint)
-        if not self._is_on_ranks:  # the model's first request
+        if not self.is_on_ranks:  # the model's first request
             await self._begin(checkpoint.shape)
         elif checkpoint.shape != self.record.shape:
             raise UserError(f"{body.path}: has the shape {checkpoint.shape}, and this model {self.record.shape}")
@@ -206,12 +240,11 @@ class TrainedModel:
     async def _enter_ranks(self, *, new: bool) -> None:
         """Bring the model to the ranks. RunError: the state on the disk is damaged, or a repeated request fails."""
         await self.shared.residents.admit(self)
-        if self._is_on_ranks or new:
+        if self.is_on_ranks or new:
             return
         if self.record.shape is None:
             raise UserError("this model was never created: its first request failed")
         await self.shared.policy.create(self.name, self.record.shape)
-        self._is_on_ranks = True
         try:
             self.step = 0
             self._forget_gradient()
@@ -221,7 +254,8 @@ class TrainedModel:
             for request in await self.line.since_saved():
                 await self._repeat(request)
         except BaseException:
-            await self._remove_from_ranks()
+            if self.is_on_ranks:
+                await self.shared.policy.remove(self.name)
             raise
 
     async def _repeat(self, request: LineRequest) -> None:
@@ -243,19 +277,16 @@ class TrainedModel:
 
     async def leave_ranks(self) -> None:
         """Move the model to disk. A gradient without an optimizer step is computed again later."""
-        if not self._is_on_ranks:
+        if not self.is_on_ranks:
             return
-        last = self.line.following - 1
-        if not self._has_gradient and (self.line.saved is None or self.line.saved.seq_id < last):
-            saved = await self._saved(last)
-            if saved is not None:
-                await self.line.save(saved)
-                self._states.keep(saved)
-        await self._remove_from_ranks()
-
-    async def _remove_from_ranks(self) -> None:
-        self._is_on_ranks = False
-        await self.shared.policy.remove(self.name)
+        with suppress(AdaptersLost):  # the log has everything
+            last = self.line.following - 1
+            if not self._has_gradient and (self.line.saved is None or self.line.saved.seq_id < last):
+                saved = await self._saved(last)
+                if saved is not None:
+                    await self.line.save(saved)
+                    self._states.keep(saved)
+            await self.shared.policy.remove(self.name)
 
     def _should_save(self) -> bool:
         return self._work_s > SAVE_AFTER_S or self.line.log.size > SAVE_AFTER_BYTES
@@ -280,9 +311,9 @@ class TrainedModel:
                 if request.result is None:
                     request.result = Result.failed("the session is finished", "user")
                     request.finished.set()
-            if self._is_on_ranks:
+            if self.is_on_ranks:
                 with suppress(RunError):
-                    await self._remove_from_ranks()
+                    await self.shared.policy.remove(self.name)
             self.shared.residents.forget(self)
             self._states.remove()
             self.line.log.path.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +28,7 @@ from rlhf.adapters import (
     SampledSequence,
     SampleRequest,
 )
-from rlhf.errors import RunError, UserError
+from rlhf.errors import AdaptersLost, RunError, UserError, WorkerLost
 from rlhf.roles import PolicyProbe
 from rlhf.types import MemoryReport
 
@@ -68,14 +68,64 @@ def logprobs(adapter: tuple[Tensor, Tensor] | None) -> Tensor:
     return torch.log_softmax(scores, -1)
 
 
-class FakeAdapters:
-    """The policy of clients. `calls` has the calls in their order; `held` keeps forward_backward waiting."""
+class MortalAdapters:
+    """Ranks that may be lost, with all adapters."""
 
     def __init__(self) -> None:
-        self.adapters: dict[str, Adapter] = {}
+        self.adapters: dict[str, Any] = {}
+        self.dies: Callable[[], bool] = lambda: False  # asked before and after each call
+        self.deaths: list[WorkerLost] = []
+        self.forgiven: list[WorkerLost] = []
+        self._lost: set[str] = set()
+
+    def holds(self, adapter: str) -> bool:
+        return adapter in self.adapters
+
+    def forgive(self, losses: Sequence[WorkerLost]) -> None:
+        self.forgiven += losses
+
+    def die(self) -> None:
+        """Lose the ranks with all adapters. New ranks work at once."""
+        reason = f"update: policy rank 0 died ({len(self.deaths)})."
+        self.deaths.append(WorkerLost(reason, role="policy", rank=0, stage="update", kind="died"))
+        self._lost |= self.adapters.keys()
+        self.adapters.clear()
+
+    def refuse_lost(self, adapter: str) -> None:
+        if adapter in self._lost:
+            raise AdaptersLost(self.deaths[-1])
+
+
+def on_ranks(method: Callable[..., Any]) -> Any:
+    """Let a call fail that was lost with the ranks, or that comes for an adapter of lost ranks."""
+
+    async def called(self: MortalAdapters, adapter: str, *args: Any, **options: Any) -> Any:
+        if self.dies():
+            self.die()
+        if method.__name__ != "create":
+            self.refuse_lost(adapter)
+        life = len(self.deaths)
+        result = await method(self, adapter, *args, **options)
+        if self.dies():
+            self.die()
+        if len(self.deaths) > life:
+            raise AdaptersLost(self.deaths[-1])
+        return result
+
+    return called
+
+
+class FakeAdapters(MortalAdapters):
+    """The policy of clients. `calls` has the calls in their order; `held` keeps forward_backward waiting."""
+
+    adapters: dict[str, Adapter]
+
+    def __init__(self) -> None:
+        super().__init__()
         self.calls: list[tuple[str, str]] = []
         self.held: asyncio.Event | None = None
         self.broken: Exception | None = None  # raised once by the next forward_backward
+        self.deadly: int | None = None  # rows with this token end the ranks
         self._turn = asyncio.Lock()
 
     async def memory(self) -> MemoryReport:
@@ -87,18 +137,22 @@ class FakeAdapters:
             raise RunError(f"there is no adapter {name}")
         return self.adapters[name]
 
+    @on_ranks
     async def create(self, adapter: str, shape: AdapterShape) -> None:
         self.calls.append(("create", adapter))
         if shape.rank > MOST_RANK:
             raise UserError(f"rank {shape.rank} is more than policy.lora.rank = {MOST_RANK}")
         if adapter in self.adapters:
             raise UserError(f"the name {adapter} is taken")
+        self._lost.discard(adapter)
         self.adapters[adapter] = Adapter(shape)
 
+    @on_ranks
     async def remove(self, adapter: str) -> None:
         self._adapter("remove", adapter)
         del self.adapters[adapter]
 
+    @on_ranks
     async def forward_backward(
         self, adapter: str, rows: LossRows, loss: NamedLoss, *, forward_only: bool = False
     ) -> LossReport:
@@ -107,6 +161,8 @@ class FakeAdapters:
             await self.held.wait()
         async with self._turn:
             try:
+                if self.deadly is not None and self.deadly in rows.token_ids:
+                    self.die()
                 if self.broken is not None:
                     error, self.broken = self.broken, None
                     raise error
@@ -116,6 +172,7 @@ class FakeAdapters:
                     own.drop("the gradient was dropped, because forward_backward failed")
                 raise
 
+    @on_ranks
     async def optim_step(self, adapter: str, step: AdamStep) -> float:
         own = self._adapter("optim_step", adapter)
         if own.dropped is not None:
@@ -132,9 +189,11 @@ class FakeAdapters:
         own.drop(None)
         return norm
 
+    @on_ranks
     async def drop_gradient(self, adapter: str, reason: str) -> None:
         self._adapter("drop_gradient", adapter).drop(reason)
 
+    @on_ranks
     async def save(self, adapter: str, folder: Path) -> None:
         own = self._adapter("save", adapter)
         folder.mkdir()
@@ -144,6 +203,7 @@ class FakeAdapters:
         save_file(tensors, folder / "state.safetensors")
         (folder / "shape.json").write_text(json.dumps(asdict(own.shape)))
 
+    @on_ranks
     async def load(self, adapter: str, folder: Path, *, optimizer: bool) -> None:
         own = self._adapter("load", adapter)
         if AdapterShape(**json.loads((folder / "shape.json").read_text())) != own.shape:
@@ -161,6 +221,7 @@ class FakeAdapters:
             own.optimizer.load_state_dict(own.optimizer.state_dict() | {"state": state})
         own.drop(None)
 
+    @on_ranks
     async def export(self, adapter: str, folder: Path) -> str:
         own = self._adapter("export", adapter)
         folder.mkdir()
@@ -168,6 +229,7 @@ class FakeAdapters:
         (folder / "adapter_config.json").write_text(json.dumps({"r": own.shape.rank}))
         return checksum(folder)
 
+    @on_ranks
     async def probe(self, adapter: str | None, token_ids: Sequence[int]) -> list[float]:
         own = None if adapter is None else self.adapters[adapter]
         table = logprobs(None if own is None else (own.a.detach(), own.b.detach()))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 
 from actors.roles import adapters
 from rlhf.adapters import AdamStep, AdapterShape, LossCall, LossRows, NamedLoss
-from rlhf.errors import UserError
+from rlhf.errors import AdaptersLost, RunError, UserError, WorkerLost
 from rlhf.workers.adapters.adapter_worker import RowsReport
+from tests.fakes.engine_handles import supervisor
 
 
 class Method:
@@ -121,3 +123,81 @@ def test_adapters_take_turns_where_no_pass_can_serve_several(caplog: pytest.LogC
     asyncio.run(gang.start(deadline_s=1.0))
     assert gang._packing is None
     assert "The adapters take turns" in caplog.text
+
+
+class MortalRanks:
+    """Ranks whose calls wait for the test. `lives` counts the starts."""
+
+    processes = SimpleNamespace(ended=False)
+
+    def __init__(self) -> None:
+        self.lives = 1
+        self.waiting: list[asyncio.Future[list[Any]]] = []
+        self.failure: Exception | None = None  # of a restart
+
+    async def each(self, send: Callable[[Any], Any], stage: str) -> list[Any]:
+        self.waiting.append(asyncio.get_running_loop().create_future())
+        return await self.waiting[-1]
+
+    async def restart(self) -> None:
+        await asyncio.sleep(0)
+        if self.failure is not None:
+            raise self.failure
+        self.lives += 1
+
+    async def answered(self, call: Coroutine[Any, Any, Any], result: list[Any]) -> Any:
+        task = asyncio.ensure_future(call)
+        await asyncio.sleep(0)
+        self.waiting.pop().set_result(result)
+        return await task
+
+
+def lost_rank(rank: int) -> WorkerLost:
+    return WorkerLost(f"update: policy rank {rank} died.", role="policy", rank=rank, stage="update", kind="died")
+
+
+def test_lost_ranks_are_started_once_for_all_calls_and_without_their_adapters() -> None:
+    async def work() -> None:
+        ranks: Any = MortalRanks()
+        gang = adapters.AdaptersGang(ranks)
+        gang.supervisor = supervisor()
+        for name in ("a", "b", "c"):
+            await ranks.answered(gang.create(name, AdapterShape(rank=2)), [None])
+        calls = [asyncio.ensure_future(gang.optim_step(name, AdamStep(lr=0.1))) for name in ("a", "b", "c")]
+        await asyncio.sleep(0)
+        for at, future in enumerate(ranks.waiting[:2]):
+            future.set_exception(lost_rank(at))
+        ranks.waiting[2].set_result([1.0])  # before the loss was seen: the new ranks know nothing of the step
+        for call in calls:
+            with pytest.raises(AdaptersLost, match="policy rank 0 died") as caught:
+                await call
+            assert caught.value.loss.rank == 0
+        assert (ranks.lives, gang.holds("a"), gang.holds("c")) == (2, False, False)
+        sent = len(ranks.waiting)
+        with pytest.raises(AdaptersLost):
+            await gang.probe("b", [1, 2])
+        assert len(ranks.waiting) == sent, "a call of before the loss reaches no new rank"
+        await ranks.answered(gang.create("b", AdapterShape(rank=2)), [None])
+        assert (gang.holds("b"), await ranks.answered(gang.probe("b", [1, 2]), [[-1.0]])) == (True, [-1.0])
+
+    asyncio.run(work())
+
+
+def test_ranks_that_cannot_be_started_again_end_the_work() -> None:
+    async def work() -> None:
+        ranks: Any = MortalRanks()
+        gang = adapters.AdaptersGang(ranks)
+        gang.supervisor = supervisor()
+        await ranks.answered(gang.create("a", AdapterShape(rank=2)), [None])
+        ranks.failure = RunError("no room for it")
+        for _ in range(2):
+            call = asyncio.ensure_future(gang.optim_step("a", AdamStep(lr=0.1)))
+            await asyncio.sleep(0)
+            for future in ranks.waiting:
+                if not future.done():
+                    future.set_exception(lost_rank(1))
+            with pytest.raises(WorkerLost, match="Its successor could not be started: no room") as caught:
+                await call
+            assert not isinstance(caught.value, AdaptersLost)
+
+    asyncio.run(work())

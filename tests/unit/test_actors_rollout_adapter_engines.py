@@ -118,18 +118,23 @@ async def test_a_request_without_a_seed_keeps_its_drawn_seed_after_a_loss() -> N
 
 
 async def test_a_request_that_loses_engines_fails_alone() -> None:
-    first, second, third = (ClientEngine(name) for name in ("first", "second", "third"))
-    engines = ClientEngines(first, successors=(second, third))
-    bad = asked(engines)
+    """The other request is lost with the first two engines too, and is then drawn alone."""
+    first, second, third, fourth = (ClientEngine(name) for name in ("first", "second", "third", "fourth"))
+    engines = ClientEngines(first, successors=(second, third, fourth))
+    bad, good = asked(engines, seed=1), asked(engines, seed=2)
     for engine in (first, second):
-        await until(lambda asked=engine.asked: asked)
+        await until(lambda asked=engine.asked: len(asked) == 2)
         engine.die()
-    with pytest.raises(RunError, match="2 engines were lost at the request"):
-        await bad
-    good = asked(engines)
     await until(lambda: third.asked)
-    third.answer()
+    assert third.asked == [(None, 1)]
+    third.die()
+    with pytest.raises(RunError, match="3 engines were lost at the request"):
+        await bad
+    await until(lambda: fourth.asked)
+    fourth.answer()
     assert await good == ANSWER
+    assert engines.supervisor is not None
+    assert not any(engines.supervisor._losses.values()), "the losses do not count for cluster.restarts"
 
 
 class Shelf:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from rlhf.config.adapter_ranks import ranks_config
 from rlhf.config.schema.model import LoraConfig, PolicyConfig
 from rlhf.config.schema.run import RunConfig
 from rlhf.config.schema.service import TinkerConfig
+from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import UserError, prefix_errors
 from rlhf.hosting import protobuf
 from rlhf.hosting.service import TinkerService
@@ -27,10 +28,22 @@ from rlhf.models.on_disk import ModelOnDisk
 from rlhf.preflight.models import resolve_model
 from rlhf.preflight.sources import local_model
 from rlhf.serving import serve_until_interrupted
+from rlhf.tracking.run_folder.timeline import Timeline
+from rlhf.tracking.sinks.tracker import Tracker
 
 GIB = 1 << 30
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog, and 7 times 8 is 56."
 PROBE_TOKENS = 32
+
+
+class ServerRecord:
+    """The losses of a server: errors.jsonl and timeline.json in a folder."""
+
+    step = 0  # a server has none
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tracker, self.timeline = Tracker(folder), Timeline(folder / "timeline.json")
 
 
 def server_folder(config: TinkerConfig) -> Path:
@@ -124,12 +137,16 @@ async def _service(
         tokenizer=model.tokenizer,
         trust_remote_code=trained.trust_remote_code,
     )
-    async with ending([gang, engines], placement.release, heartbeat_timeout_s=cluster.heartbeat_timeout_s):
+    record = ServerRecord(server_folder(config) / "service")
+    gang.supervisor = engines.supervisor = Supervisor(cluster.restarts, record, config.needs, finds_causes=True)
+    async with AsyncExitStack() as ends:
+        ends.callback(record.timeline.close)
+        ending_roles = ending([gang, engines], placement.release, heartbeat_timeout_s=cluster.heartbeat_timeout_s)
+        await ends.enter_async_context(ending_roles)
         await asyncio.gather(
             gang.start(deadline_s=cluster.start_timeout_s), engines.start(deadline_s=cluster.start_timeout_s)
         )
         service = TinkerService(server_folder(config), settings, gang, engines, decode=decode)
-        try:
-            yield service
-        finally:
-            await service.close()
+        ends.push_async_callback(engines.give_up_rebuilds)
+        ends.push_async_callback(service.close)
+        yield service

@@ -63,7 +63,7 @@ class ServiceConfig(Section):
     checkpoint_gib: float = Field(default=100.0, gt=0.0, allow_inf_nan=False)
     """Most GiB of checkpoints of one key, samplers included."""
     idle_s: float = Field(default=300.0, gt=0.0, allow_inf_nan=False)
-    """Seconds without a heartbeat or a request of a session, until the session's models move to disk."""
+    """Seconds without a request of a model, until the model moves to disk. The model comes back with the next one."""
 
 
 class TinkerConfig(Section):

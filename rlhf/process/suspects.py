@@ -1,7 +1,7 @@
-"""Find the group of responses that ends a reward worker.
+"""Find the call that ends a worker, such as a group of responses to score, or a client's request.
 
-A worker may be lost by chance, or because of a response. So each group in progress at a loss is scored again, alone. If
-a worker is lost once more, the group that was alone is the cause.
+A worker may be lost by chance, or because of a call. So each call in progress at a loss is made again, alone. If the
+worker is lost once more, the call that was alone is the cause.
 """
 
 from __future__ import annotations

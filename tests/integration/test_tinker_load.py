@@ -1,0 +1,98 @@
+"""Several tenants load a Tinker server with random requests: no cross-talk, and nothing lost by kills of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+from aiohttp.test_utils import TestServer
+from transformers import LlamaForCausalLM
+
+from actors.serving.tinker.http import TinkerServer
+from rlhf.models.files.tiny import VOCAB_SIZE, byte_tokenizer
+from tests.fakes.tinker_server import MODEL, opened
+from tests.integration.rank_gang import small_config
+from tests.integration.test_tinker_server import Server
+from tests.integration.tinker_load import Answer, EchoEngines, WorkerAdapters, differing, kinds, run_tenants
+
+pytestmark = pytest.mark.slow
+TENANTS = range(6)
+
+
+@pytest.mark.timeout(3000)
+async def test_ten_thousand_requests_cross_nothing(tmp_path: Path) -> None:
+    """Six tenants share a real rank with room for five adapters, which is lost now and then. Each tenant gets the same
+    bytes alone, from ranks that are never lost."""
+    model = LlamaForCausalLM(small_config(vocab_size=VOCAB_SIZE, num_hidden_layers=1))
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    count, rng = int(os.environ.get("REQUESTS", "1667")), random.Random(0)
+    policy = WorkerAdapters(str(tmp_path / "model"))
+
+    async def results(name: str, *, together: bool, **changes: object) -> list[list[Answer]]:
+        server = TinkerServer(opened(tmp_path / name, policy, EchoEngines(), **changes), [])
+        made = TestServer(server.application())
+        await made.start_server(auto_decompress=False)
+        try:
+            return await run_tenants(str(made.make_url("")), MODEL, TENANTS, count, together=together)
+        finally:
+            await made.close()
+
+    room = {"max_length": 128, "checkpoint_bytes": 1 << 34}
+    try:
+        policy.dies = lambda: rng.random() < 0.0005
+        beside = await results("beside", together=True, max_adapters=5, **room)
+        policy.dies = lambda: False
+        alone = await results("alone", together=False, **room)
+    finally:
+        policy.close()
+    print(len(policy.deaths), sorted(kinds(beside).items()))  # noqa: T201
+    assert len(policy.deaths) > count // 200
+    assert differing(beside, alone) == []
+    assert all(kinds(beside)[kind, True] > count // 20 for kind in ("train", "forward", "step", "load", "sample"))
+
+
+@pytest.mark.timeout(3000)
+@pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")
+def test_ten_kills_of_the_server_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
+    """Four tenants go on while the process of the server is killed. They get the results of a quiet server."""
+    server, count = Server(tmp_path), int(os.environ.get("REQUESTS", "150"))
+    model = str(next((tmp_path / "served" / "service").glob("**/config.json")).parent)
+    try:
+        quiet = asyncio.run(run_tenants(server.url, model, TENANTS[:4], count, together=True))
+        alone = asyncio.run(run_tenants(server.url, model, TENANTS[:4], count // 3, together=False))
+        killed, kills = asyncio.run(with_kills(server, model, count, between=sum(map(len, quiet)) // 11))
+    finally:
+        server.end(signal.SIGTERM)
+    print(kills, sorted(kinds(killed).items()))  # noqa: T201
+    assert kills == 10
+    assert differing(killed, quiet) == []
+    assert differing([answers[: len(again)] for answers, again in zip(quiet, alone, strict=True)], alone) == []
+
+
+async def with_kills(server: Server, model: str, count: int, *, between: int) -> tuple[list[list[Answer]], int]:
+    """Kill the server at random moments, after each `between` results. Return the results, and the number of kills."""
+    seen, kills, rng = 0, list[asyncio.Task[None]](), random.Random(1)
+
+    def kill() -> None:
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait(60)
+        server.start()
+
+    async def kill_soon() -> None:
+        await asyncio.sleep(rng.random())
+        await asyncio.to_thread(kill)
+
+    def count_result() -> None:
+        nonlocal seen
+        seen += 1
+        if seen % between == 0 and len(kills) < 10 and all(task.done() for task in kills):
+            kills.append(asyncio.create_task(kill_soon()))
+
+    results = await run_tenants(server.url, model, TENANTS[:4], count, together=True, seen=count_result)
+    await asyncio.gather(*kills)
+    return results, len(kills)
