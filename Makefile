@@ -112,6 +112,7 @@ benchmarks: smollm2
 	for file in benchmarks/*.py; do
 	  case "$$file" in
 	    */timelines.py) continue ;; # it draws runs that exist already
+	    */cookbook.py) continue ;; # it needs an environment with the tinker-cookbook
 	    */view.py) options=(--folder runs/view-benchmark) ;;
 	    *) options=() ;;
 	  esac
