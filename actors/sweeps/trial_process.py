@@ -12,8 +12,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -31,6 +31,7 @@ class MachineShare:
 
     cores: tuple[int, ...] = ()
     gpus: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)  # of the environment
 
 
 class TrialProcess:
@@ -40,6 +41,7 @@ class TrialProcess:
         self.end_within_s = grace_s + END_WITHIN_S
         self.deadline: float | None = None
         parent = os.getpid()
+        gpus = {"CUDA_VISIBLE_DEVICES": ",".join(share.gpus)} if share.gpus else {}
 
         def before_exec() -> None:  # runs in the child, which has a single thread
             _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
@@ -55,7 +57,7 @@ class TrialProcess:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
-                env={**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(share.gpus)} if share.gpus else {})},
+                env={**os.environ, **gpus, **share.variables},
                 preexec_fn=before_exec,
             )
 

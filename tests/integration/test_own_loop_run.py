@@ -17,7 +17,8 @@ import pytest
 from actors.jobs.submit import Jobs
 from rlhf.commands.run import Run
 from rlhf.tracking.sinks.tracker import read_metrics
-from tests.integration.recipes import without_clocks
+from tests.integration.rank_gang import free_port
+from tests.integration.recipes import ONLINE, PPO, merge, train, weights, without_clocks, write_config
 from tests.integration.test_notebooks_run import execute
 from tests.integration.test_submit import head as head
 
@@ -85,6 +86,91 @@ def test_the_examples_loop_gives_the_numbers_of_the_command(tmp_path: Path) -> N
     assert all((own.folder / name).read_bytes() == (trained.folder / name).read_bytes() for name in names)
     own.report(tmp_path / "page.html")
     assert "rewards/share" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+STEPS = """
+import asyncio, sys
+import rlhf
+
+class Steps(rlhf.tracking.sinks.backends.TrackerBackend):
+    name = "steps"
+    seen = []
+
+    def log(self, step):
+        self.seen.append(step.step)
+
+async def main(config, resume, until):
+    async with rlhf.start(config, resume=resume, trackers=[Steps]) as loop:
+        if not loop.step:
+            await loop.evaluate()
+        while loop.step < until:
+            async with loop.next_step() as step:
+                batch = await loop.experience(await loop.sample())
+                for minibatch in loop.visits(batch):
+                    await loop.forward_backward(minibatch)
+                    await loop.optim_step()
+                await loop.sync()
+                if step % loop.config.eval.every == 0:
+                    await loop.evaluate()
+            if step == 2:
+                await loop.save()
+        if loop.step == loop.num_steps:
+            await loop.export()
+    print("seen", Steps.seen)
+
+import rlhf.tracking.sinks.backends
+asyncio.run(main(sys.argv[1], sys.argv[2] == "resume", int(sys.argv[3])))
+"""
+DIGITS = {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}}
+GRPO = merge(ONLINE, {"algorithm": {"name": "grpo", "kl": {"coef": 0.01}}, "rewards": DIGITS})
+GAME: dict[str, Any] = {
+    "data": {"train": {"task": "guessing_game"}, "eval": {"task": "guessing_game"}},
+    "rollouts": {"environment": {"name": "guess_number", "args": {"high": 7}, "max_turns": 3, "max_tokens": 64}},
+    "rewards": {"won": {"environment": True}},
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"policy": {"lora": {"rank": 4}}}, {**PPO, "policy": {"lora": {"rank": 4}}}, GAME],
+    ids=["adapter", "critic", "environment"],
+)
+def test_a_resumed_loop_gives_the_numbers_of_the_command(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The loop ends after the third step, and continues from the checkpoint of the second."""
+    own, trained = (
+        write_config(tmp_path / f"{name}.yaml", merge(changes, {"run": {"name": name, "dir": str(tmp_path)}}), GRPO)
+        for name in ("own", "trained")
+    )
+    seen = [
+        subprocess.run(
+            command("-c", STEPS, str(own), *words), cwd=ROOT, capture_output=True, text=True, timeout=400, check=True
+        ).stdout.splitlines()[-1]
+        for words in (("start", "3"), ("resume", "4"))
+    ]
+    assert seen == ["seen [0, 1, 2, 3]", "seen [3, 4]"]
+    train(trained)
+    assert len(rows(tmp_path / "own")) == 5
+    assert rows(tmp_path / "own") == rows(tmp_path / "trained")
+    assert weights(tmp_path / "own") == weights(tmp_path / "trained")
+
+
+def test_the_tournament_teaches_both_players(tmp_path: Path) -> None:
+    port = free_port()
+    words = ["-m", "rlhf.cli", "tinker", "examples/loops/server.yaml", f"run.dir={tmp_path}", "--port", str(port)]
+    server = subprocess.Popen(command(*words), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        assert server.stdout.readline() == f"serving http://127.0.0.1:{port}\n"
+        game = command("examples/loops/tournament.py", f"http://127.0.0.1:{port}")
+        lines = subprocess.run(game, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True).stdout.split(
+            "\n"
+        )
+    finally:
+        server.terminate()
+        assert server.wait(60) == 75
+    digits = {name: [float(line.split()[-1]) for line in lines if f" {name} " in line] for name in ("slow", "fast")}
+    assert all(len(shares) == 30 and shares[0] < 0.1 for shares in digits.values())
+    assert digits["fast"][-1] > 0.5
 
 
 def test_the_curriculum_runs(tmp_path: Path) -> None:

@@ -19,14 +19,12 @@ from rlhf.config.schema.model import LoraConfig, PolicyConfig
 from rlhf.config.schema.run import RunConfig
 from rlhf.config.schema.service import TinkerConfig
 from rlhf.controller.supervisor import Supervisor
-from rlhf.errors import UserError, prefix_errors
 from rlhf.hosting import protobuf
 from rlhf.hosting.service import TinkerService
 from rlhf.hosting.shared import ServiceSettings
 from rlhf.models.files.loading import load_tokenizer
 from rlhf.models.on_disk import ModelOnDisk
-from rlhf.preflight.models import resolve_model
-from rlhf.preflight.sources import local_model
+from rlhf.preflight.served_base import find_base, server_folder
 from rlhf.serving import serve_until_interrupted
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.tracking.sinks.tracker import Tracker
@@ -44,28 +42,6 @@ class ServerRecord:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.tracker, self.timeline = Tracker(folder), Timeline(folder / "timeline.json")
-
-
-def server_folder(config: TinkerConfig) -> Path:
-    return (config.run.dir / config.run.name).absolute()
-
-
-def find_base(config: TinkerConfig) -> ModelOnDisk:
-    """Return the base model. UserError: the model does not exist, or does not fit the limits of the server."""
-    folder = server_folder(config)
-    policy, limits = config.policy.as_loaded(), config.service
-    with prefix_errors("policy.model"):
-        name = local_model(policy.model, folder / "service", seed=config.run.seed)
-        model = resolve_model(name, trust_remote_code=policy.trust_remote_code, device=config.cluster.device)
-        if model.adapter is not None:
-            raise UserError(f"{policy.model} is an adapter; name its base model, and let clients load the adapter")
-    if model.max_length is not None and limits.max_length > model.max_length:
-        raise UserError(
-            f"service.max_length: is {limits.max_length}, more than the {model.max_length} tokens of {policy.model}"
-        )
-    if ":" in (limits.model_name or model.base):
-        raise UserError("service.model_name: is missing, and clients cannot use the colon in the model's name; set it")
-    return model
 
 
 def serve_clients(
