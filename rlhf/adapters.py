@@ -1,6 +1,7 @@
 """Define what a client's own loop sends to a policy with many adapters and to its engines, and what comes back.
 
 An adapter is a client's LoRA model on the common base model. A policy carries out the calls of an adapter in order.
+Where ranks train all weights, of one model at a time, this model takes the place of an adapter, with a shape of rank 0.
 """
 
 from __future__ import annotations
@@ -18,11 +19,21 @@ if TYPE_CHECKING:
 class AdapterShape:
     """The shape of a new adapter (arXiv:2106.09685), which starts as the identity."""
 
-    rank: int  # at most the policy's
+    rank: int  # at most the policy's; 0: no adapter, all weights of the model are trained
     alpha: float = 32.0  # the adapter's part is multiplied by alpha / rank
     attention: bool = True  # whether the linear layers of the attention are adapted
     mlp: bool = True  # the same, for the layers between
-    seed: int = 0  # of the initial values
+    seed: int = field(default=0, compare=False)  # of the initial values
+
+    @property
+    def trains_all(self) -> bool:
+        return self.rank == 0
+
+    def __str__(self) -> str:
+        if self.trains_all:
+            return "all weights"
+        parts = [name for name in ("attention", "mlp") if getattr(self, name)]
+        return f"an adapter of {' and '.join(parts)} with rank {self.rank} and alpha {self.alpha:g}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

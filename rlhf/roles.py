@@ -463,7 +463,8 @@ class OfflineRole(TrainedRole, Protocol):
 class AdaptersRole(MeasuredRole, Protocol):
     """The policy of clients with their own loops: the ranks hold a base model and train many adapters of the model.
 
-    An adapter has its own weights, optimizer state and gradient. Calls for different adapters may come in any order;
+    An adapter has its own weights, optimizer state and gradient. Ranks without a place for adapters train all weights,
+    of one model at a time: this model is then meant by an adapter. Calls for different adapters may come in any order;
     their numbers are independent. UserError: the client must change the call, and the adapter stays as before.
     AdaptersLost: the ranks were lost during the call or before, and work again without the adapter.
     """
@@ -505,7 +506,10 @@ class AdaptersRole(MeasuredRole, Protocol):
         """Restore a saved adapter of the same shape, and drop the gradient. `optimizer`: its state too."""
 
     async def export(self, adapter: str, folder: Path) -> str:
-        """Write the adapter alone as peft's folder, in its own rank. Return the checksum of the weights' file."""
+        """Write the adapter alone as peft's folder, in its own rank. Return the checksum of the weights' file.
+
+        A model with all weights trained becomes a Hugging Face folder.
+        """
 
     async def probe(self, adapter: str | None, token_ids: Sequence[int]) -> list[float]:
         """Return log-probabilities of token_ids[1:] at temperature 1. None: of the base model."""

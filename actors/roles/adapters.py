@@ -1,4 +1,4 @@
-"""The gang of ranks for many adapters of one base model (rlhf.roles.AdaptersRole)."""
+"""The gang of ranks for many adapters of one base model, or for one whole model (rlhf.roles.AdaptersRole)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from actors.roles.collecting import Collector
 from actors.roles.gang import Gang
 from actors.roles.group import spawn
 from actors.weights.adapter import WEIGHTS, file_checksum
+from actors.weights.files import files_checksum, mapped_files
 from rlhf.adapters import AdamStep, AdapterShape, LossCall, LossReport, LossRows, NamedLoss
 from rlhf.config.schema.root import Config
 from rlhf.controller.supervisor import Supervisor
@@ -23,6 +24,7 @@ from rlhf.errors import AdaptersLost, Preempted, RunError, WorkerLost
 from rlhf.role_table import Role
 from rlhf.types import MemoryReport
 from rlhf.workers.adapters.adapter_worker import AdapterWorker, Outcome, RowsReport, merged_outcome, merged_report
+from rlhf.workers.adapters.whole_worker import WholeWorker
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,15 @@ class AdapterRank(AdapterWorker):
         """Write the adapter. Return the checksum of the weights' file; None on all ranks but 0. Collective."""
         super().export_adapter(name, folder)
         return file_checksum(folder / WEIGHTS) if self.place.rank == 0 else None
+
+
+class WholeRank(WholeWorker):
+    """One rank as an actor, for all weights of one model."""
+
+    def export_adapter(self, name: str | None, folder: Path) -> str | None:  # type: ignore[override]
+        """Write the model. Return the checksum of the weights' files; None on all ranks but 0. Collective."""
+        super().export_adapter(name, folder)
+        return files_checksum(mapped_files(folder)) if self.place.rank == 0 else None
 
 
 class AdapterRanks(Gang):
@@ -166,8 +177,9 @@ class AdaptersGang:
     async def load(self, adapter: str, folder: Path, *, optimizer: bool) -> None:
         await self._each([adapter], lambda h: h.load_adapter.remote(adapter, folder, optimizer=optimizer), "resume")
 
-    async def export(self, adapter: str, folder: Path) -> str:
-        checksums: list[str] = await self._each([adapter], lambda h: h.export_adapter.remote(adapter, folder), "export")
+    async def export(self, adapter: str | None, folder: Path) -> str:
+        held = () if adapter is None else (adapter,)
+        checksums: list[str] = await self._each(held, lambda h: h.export_adapter.remote(adapter, folder), "export")
         return checksums[0]
 
     async def probe(self, adapter: str | None, token_ids: Sequence[int]) -> list[float]:
@@ -201,7 +213,7 @@ def create_adapters_gang(
         config.cluster,
         placement,
         AdapterRanks.role,
-        AdapterRank,
+        WholeRank if config.policy.lora is None else AdapterRank,
         config,
         optimizer_steps=1,
         longest_sequence=longest_sequence,

@@ -225,16 +225,37 @@ def serve_adapters(
     """
     if rank > LORA_RANKS[-1]:
         raise UserError(f"policy.lora.rank is {rank}, but engines take adapters up to rank {LORA_RANKS[-1]}.")
+    spec = client_spec(
+        model,
+        dtype=dtype,
+        max_length=max_length,
+        tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
+        lora_rank=rank,
+        max_adapters=max_adapters,
+    )
+    return AdapterEngines(*spawn_engines(spec, cluster, placement, AdapterEngine), deadline_s=cluster.call_timeout_s)
+
+
+def client_spec(
+    model: str,
+    *,
+    dtype: Literal["bfloat16", "float16", "float32"],
+    max_length: int,
+    tokenizer: str | None,
+    trust_remote_code: bool,
+    transport: Literal["files"] | None = None,
+    **adapters: int,
+) -> RolloutSpec:
+    """Return the settings of an engine for clients' requests, as far as the cluster does not matter."""
     vocabulary = load_model_config(model, trust_remote_code=trust_remote_code).get_text_config().vocab_size
-    spec = RolloutSpec(
+    return RolloutSpec(
         model=model,
         tokenizer=tokenizer,
         dtype=dtype,
         max_model_len=max_length,
-        transport=None,
-        lora_rank=rank,
-        max_adapters=max_adapters,
+        transport=transport,
         top_logprobs=min(MOST_TOP, vocabulary),
         trust_remote_code=trust_remote_code,
+        **adapters,
     )
-    return AdapterEngines(*spawn_engines(spec, cluster, placement, AdapterEngine), deadline_s=cluster.call_timeout_s)

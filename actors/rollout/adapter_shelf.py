@@ -24,6 +24,8 @@ from rlhf.controller.weight_sync import compare_probe
 from rlhf.errors import RunError, UserError
 from rlhf.roles import PolicyProbe
 
+Probed = Callable[[Sequence[int], Any], Awaitable[list[float]]]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedAdapter:
@@ -43,12 +45,10 @@ class ServedAdapter:
 class AdapterShelf:
     """The adapters that an engine holds. `probed` returns the engine's log-probabilities of a text by an adapter."""
 
-    def __init__(
-        self, calls: EngineCalls, *, room: int, probed: Callable[[Sequence[int], Any], Awaitable[list[float]]]
-    ) -> None:
+    def __init__(self, calls: EngineCalls, *, room: int, probed: Probed) -> None:
         self.calls = calls
         self.room = room
-        self._probed = probed
+        self.probed = probed
         self._users: dict[int, int] = {}  # running requests by the adapter's number, the last used adapter last
         self._door = asyncio.Lock()  # in order of arrival: an adapter that waits for room is not overtaken
         self._left = asyncio.Event()
@@ -61,7 +61,7 @@ class AdapterShelf:
                 await self._bring(adapter)
             self._users[adapter.number] = self._users.pop(adapter.number) + 1
         try:
-            yield adapter.for_engine()
+            yield self.request_of(adapter)
         finally:
             self._users[adapter.number] -= 1
             self._left.set()
@@ -88,20 +88,29 @@ class AdapterShelf:
         finally:
             self._door.release()
 
+    def request_of(self, adapter: ServedAdapter) -> Any:
+        """Return vLLM's name for an adapter, for the requests of samples."""
+        return adapter.for_engine()
+
     async def _bring(self, adapter: ServedAdapter) -> float:
         await self._make_room()
+        difference = await self.read(adapter)
+        self._users[adapter.number] = 0
+        return difference
+
+    async def read(self, adapter: ServedAdapter) -> float:
+        """Let the engine read an adapter, and return the largest difference from the policy's probe."""
         who = f"{self.calls.loop.name} with adapter {adapter.name}"
         await self.calls.within(asyncio.to_thread(_refuse_other_file, adapter, who), "the file of an adapter")
         lora, is_proven = adapter.for_engine(), False
         try:
             await self.calls.run(lambda engine: add_adapter(engine, lora), "an adapter")
-            theirs = await self._probed(adapter.probe.token_ids, lora)
+            theirs = await self.probed(adapter.probe.token_ids, lora)
             difference = compare_probe(adapter.probe.logprobs, theirs, who=who, dtype=adapter.probe.dtype)
             is_proven = True
         finally:
             if not is_proven:
-                await self._remove(adapter.number)
-        self._users[adapter.number] = 0
+                await self.forget(adapter.number)
         return difference
 
     async def _make_room(self) -> None:
@@ -115,9 +124,9 @@ class AdapterShelf:
 
     async def _drop(self, number: int) -> None:
         del self._users[number]
-        await self._remove(number)
+        await self.forget(number)
 
-    async def _remove(self, number: int) -> None:
+    async def forget(self, number: int) -> None:
         await self.calls.run(lambda engine: engine.remove_lora(number), "the end of an adapter")
 
 

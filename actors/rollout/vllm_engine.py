@@ -40,7 +40,7 @@ class RolloutSpec:
     model: str  # Hugging Face folder or name; its weights are replaced at the first sync, unless it is frozen
     dtype: Literal["bfloat16", "float16", "float32"]
     max_model_len: int  # prompt and response, tokens
-    transport: Transport | None  # how weights come. None: never, the engine is frozen: see is_frozen
+    transport: Transport | Literal["files"] | None  # how weights come. None: never, the engine is frozen: see is_frozen
     name: str = "rollout engine"  # in messages, with its number
     max_num_seqs: int = 256  # samples in one step of the engine
     tokenizer: str | None = None  # folder or name of another tokenizer; None: the model's own

@@ -21,11 +21,12 @@ from actors.vllm_patches.router_biases import load_biases_of_experts
 from actors.vllm_patches.routers_cpu import choose_by_bias_on_cpu
 from actors.vllm_patches.unread import note_unread_weights, unread_weights
 from actors.weights import RECEIVERS
+from actors.weights.files import FILES
 from rlhf.engine.memory import peak_memory
 from rlhf.engine.profiling import StepProfiler
 
 PREFIX = "rlhf_"  # vLLM has other backends called nccl and ipc
-for _transport, _class in RECEIVERS.items():
+for _transport, _class in (*RECEIVERS.items(), (FILES, "FilesEngine")):
     WeightTransferEngineFactory.register_engine(PREFIX + _transport, "actors.weights.vllm_receivers", _class)
 share_adapter_on_cpu()
 continue_generators()

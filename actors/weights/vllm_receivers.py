@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from vllm.utils.nccl import unpinned_nccl_env
 
 from actors.weights.broadcast import Method, broadcast, open_group
 from actors.weights.checksum import Checksum
+from actors.weights.files import files_checksum, mapped_files, weights_in
 from actors.weights.ipc import gpu_uuid
 from actors.weights.manifest import WeightManifest, buckets, tensor_view
 from actors.weights.vllm_reload import MeetingInfo, ReloadEngine
@@ -44,6 +46,22 @@ class ShmEngine(ReloadEngine):
 
     def shutdown(self) -> None:
         self.mapped, self.flat = ("", 0, 0), torch.empty(0, dtype=torch.uint8)
+
+
+class FilesEngine(ReloadEngine):
+    """Reads an exported folder in place."""
+
+    def receive(self, manifest: WeightManifest) -> None:
+        """Take the checksum of the files, and load every weight from the same memory."""
+        folder = manifest.fields["folder"]
+        files = mapped_files(Path(folder))
+        self.checksum = files_checksum(files)
+        if self.checksum != manifest.checksum:  # the table of a damaged file may be anything
+            raise RunError(
+                f"the weights in {folder} have the checksum {self.checksum}, but the policy wrote {manifest.checksum}. "
+                "The files were changed or damaged after the export. Export the weights again."
+            )
+        self.load(weight for file in files for weight in weights_in(file))
 
 
 class GlooEngine(ReloadEngine):

@@ -1,4 +1,4 @@
-"""Derive the configuration of the ranks of a service for many adapters."""
+"""Derive the configuration of the ranks of a service for clients: of many adapters, or of one whole model."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from rlhf.errors import UserError
 def ranks_config(
     policy: PolicyConfig, run: RunConfig, cluster: ClusterConfig, *, max_tokens_per_microbatch: int
 ) -> Config:
-    """Return the configuration of the ranks. policy.lora.rank is the largest rank of an adapter.
+    """Return the configuration of the ranks. policy.lora.rank is the largest rank of an adapter. Without policy.lora
+    all weights are trained.
 
     Loss and settings of the optimizer come with each call of a client. Raise UserError, with the name of the key,
     for a key without a meaning there.
     """
-    if policy.lora is None:
-        raise UserError("policy.lora: is missing, and clients train adapters alone. Set policy.lora.rank.")
-    if policy.lora != LoraConfig(rank=policy.lora.rank):
+    if policy.lora is not None and policy.lora != LoraConfig(rank=policy.lora.rank):
         unused = sorted(policy.lora.model_fields_set - {"rank"})
         raise UserError(
             f"policy.lora: {', '.join(unused)} cannot be set here: clients choose all but the largest rank."
         )
     for key in ("adapter", "vision_lr", "router_replay", "support_replay", "router_balance_coef"):
         if getattr(policy, key):
-            raise UserError(f"policy.{key}: has no effect on clients' adapters; remove it.")
+            raise UserError(f"policy.{key}: has no effect on clients' models; remove it.")
     resources = cluster.roles.policy
     if resources.sequence_parallel > 1:
         raise UserError("cluster.roles.policy.sequence_parallel: clients' rows are not shared by ranks; remove it.")
     if resources.offload:
-        raise UserError("cluster.roles.policy.offload: the states of adapters take turns on the device; remove it.")
+        raise UserError("cluster.roles.policy.offload: clients' models stay on the device; remove it.")
     if "zero_stage" not in resources.model_fields_set:
-        resources = resources.model_copy(update={"zero_stage": TENANT_STAGES[0]})
+        divides = policy.lora is None and resources.workers > 1  # an adapter's states are small
+        resources = resources.model_copy(update={"zero_stage": TENANT_STAGES[divides]})
     if resources.zero_stage not in TENANT_STAGES:
         raise UserError(
-            f"cluster.roles.policy.zero_stage: is {resources.zero_stage}, and adapters take turns at stage 0 or 3 "
-            "alone; remove it, or set 3 to divide the base model among the ranks."
+            f"cluster.roles.policy.zero_stage: is {resources.zero_stage}, and clients' models are trained at stage "
+            "0 or 3 alone; remove it, or set 3 to divide the weights among the ranks."
         )
     roles = cluster.roles.model_copy(update={"policy": resources})
     return Config.model_validate(

@@ -37,6 +37,13 @@ class RankState:
             if "step" in state:
                 state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
 
+    def forget_moments(self) -> None:
+        """Set the optimizer's states to those before the first step."""
+        for state in self.states().values():
+            for value in state.values():
+                if torch.is_tensor(value):
+                    value.zero_()
+
     def masters(self) -> list[Tensor]:
         """Return the tensors updated by the optimizer, in the same order in each process."""
         wrapped = self._engine.optimizer

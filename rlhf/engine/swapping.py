@@ -78,6 +78,28 @@ class Swapping:
         steps = next(int(tensor) for name, tensor in tenant.tensors.items() if name.endswith(" step"))
         return WholeState(weights=masters, moments=dict(zip(MOMENTS, moments, strict=True)), steps=steps)
 
+    def only(self) -> Tenant:
+        """Return the tenant of the state that is in the engine, without a copy: no other tenant may come."""
+        self._present, self._is_changed = Tenant(tensors={}), False
+        return self._present
+
+    def restart(self, module: nn.Module | None) -> None:
+        """Forget the optimizer's states, and take the trained weights of a module, if given.
+
+        module: loaded like the engine's, at stage 3 in parts.
+        """
+        self._state.forget_moments()
+        if module is None:
+            return
+        masters, loaded = self._state.masters(), dict(module.named_parameters())
+        with torch.no_grad():
+            for piece in self._partition.pieces:
+                weight: Any = loaded[piece.parameter]
+                at_3 = self._stage == 3
+                part = weight.ds_tensor[: piece.numel] if at_3 else weight.reshape(-1)[piece.start : piece.end]
+                elements(masters[piece.master], piece).copy_(part)
+        self._state.spread_masters()
+
     def use(self, tenant: Tenant) -> None:
         """Put a tenant into the engine, and keep the state of the present tenant. Collective at stage 3."""
         if tenant is self._present:

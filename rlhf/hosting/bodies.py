@@ -58,7 +58,7 @@ class SessionOnly(Body):
 
 
 class LoraBody(Body):
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=0)  # 0: all weights
     seed: int | None = None
     train_unembed: bool = True  # without effect: the server says so when a session begins
     train_mlp: bool = True
@@ -223,9 +223,13 @@ class TimeToLive(Body):
 
 
 def adapter_shape(lora: LoraBody | None, *, seed: int) -> AdapterShape:
-    """Return the shape of a client's adapter. UserError: the client wants to train all weights."""
+    """Return the shape of a client's model. Without an adapter, or with rank 0, all weights are trained."""
     if lora is None:
-        raise UserError("lora_config is missing: this server trains LoRA adapters only")
+        return AdapterShape(rank=0)
+    if lora.rank == 0 and not (lora.train_mlp and lora.train_attn):
+        raise UserError("lora_config: rank 0 trains all weights, so train_mlp and train_attn must be true")
+    if lora.rank == 0:
+        return AdapterShape(rank=0)
     if not (lora.train_mlp or lora.train_attn):
         raise UserError("lora_config: train_mlp and train_attn are both false, so nothing would be trained")
     chosen = seed if lora.seed is None else lora.seed

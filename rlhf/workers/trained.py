@@ -109,12 +109,7 @@ class TrainedWorker(ModelWorker):
         with self.explaining("start"):
             dtype = torch_dtype(self.model_config.dtype)
             offload = frozenset(self.resources.offload)
-            with shards_as_it_loads(
-                zero_stage=self.resources.zero_stage,
-                dtype=dtype,
-                offload_parameters=self.device.type == "cuda" and "parameters" in offload,
-            ):
-                module = load_trained_model(self.model_config, type(self).load_model, self.device)
+            module = self.load_module()
             open_images(module, self.place.images)
             if self.place.longest_sequence is not None:
                 fix_frequencies(module, self.place.longest_sequence)
@@ -182,6 +177,15 @@ class TrainedWorker(ModelWorker):
         from rlhf.models.adapters.lora import adapter_disabled  # with peft, which takes seconds
 
         return adapter_disabled(self.engine.module)
+
+    def load_module(self) -> Any:
+        """Load the model before training. At ZeRO stage 3 each rank has a part of each weight. Collective."""
+        with shards_as_it_loads(
+            zero_stage=self.resources.zero_stage,
+            dtype=torch_dtype(self.model_config.dtype),
+            offload_parameters=self.device.type == "cuda" and "parameters" in self.resources.offload,
+        ):
+            return load_trained_model(self.model_config, type(self).load_model, self.device)
 
     def split(
         self,

@@ -36,8 +36,9 @@ LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
 Call = tuple[str, str, int]  # adapter, what, number
 
 
-def config_of(model: str, *, ranks: int, stage: int, dtype: str) -> Config:
-    policy = PolicyConfig.model_validate({"model": model, "dtype": dtype, "lora": {"rank": 8}})
+def config_of(model: str, *, ranks: int, stage: int, dtype: str, whole: bool = False) -> Config:
+    lora = None if whole else {"rank": 8}
+    policy = PolicyConfig.model_validate({"model": model, "dtype": dtype, "lora": lora})
     cluster = ClusterConfig.model_validate(
         {"device": "cpu", "roles": {"policy": {"workers": ranks, "zero_stage": stage}}}
     )
@@ -231,15 +232,15 @@ def against_supervised(rank: int, ranks: int, *, model: str, stage: int) -> tupl
         steps=0,
     )
     client.adapters["mine"].tenant = client.swapping.made(state)
-    examples = _examples()
-    supervised.load_data(examples)
+    data = examples()
+    supervised.load_data(data)
     for step in range(2):
         chosen = [2 * step, 2 * step + 1, 4]
         by_rank = tuple(tuple(chosen[r::ranks]) for r in range(ranks))
-        num_tokens = int(examples.take(chosen).loss_mask.sum())
+        num_tokens = int(data.take(chosen).loss_mask.sum())
         plan = MinibatchPlan(sequences_by_rank=by_rank, num_tokens=num_tokens, num_sequences=len(chosen))
         supervised.update_on(plan)
-        client.forward_backward("mine", _as_rows(examples.take(chosen), num_tokens), NamedLoss(name="cross_entropy"))
+        client.forward_backward("mine", as_rows(data.take(chosen), num_tokens), NamedLoss(name="cross_entropy"))
         client.step_adapter("mine", AdamStep(**settings))
     ours = client.swapping.whole(client.adapters["mine"].tenant).weights
     theirs = {name: weight.clone() for name, weight in supervised.engine.named_adapter_weights(torch.float32)}
@@ -248,7 +249,7 @@ def against_supervised(rank: int, ranks: int, *, model: str, stage: int) -> tupl
     return difference, change
 
 
-def _examples() -> Examples:
+def examples() -> Examples:
     generator, lengths = torch.Generator().manual_seed(0), torch.tensor([9, 21, 14, 30, 6])
     mask = torch.rand(int(lengths.sum()), generator=generator) < 0.6
     ends = lengths.cumsum(0)
@@ -257,7 +258,7 @@ def _examples() -> Examples:
     return Examples(sequence_ids=torch.arange(5), lengths=lengths, token_ids=token_ids, loss_mask=mask)
 
 
-def _as_rows(examples: Examples, num_tokens: int) -> LossRows:
+def as_rows(examples: Examples, num_tokens: int) -> LossRows:
     """Return a client's rows: all tokens but the last, and the next tokens as targets."""
     sequences = examples.token_ids.split(examples.lengths.tolist())
     masks = examples.loss_mask.split(examples.lengths.tolist())

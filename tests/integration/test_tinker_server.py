@@ -15,7 +15,10 @@ from typing import Any
 import psutil
 import pytest
 import tinker
+import torch
 from tinker import types
+from tinker.cli.commands.checkpoint import _download_external_weights
+from transformers import AutoModelForCausalLM
 
 from rlhf.viewing.runs import RunPlaces
 from tests.integration.rank_gang import free_port
@@ -23,17 +26,17 @@ from tests.integration.rank_gang import free_port
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")]
 FILE = """\
 run: {name: served, dir: FOLDER}
-policy: {model: "tiny:llama", dtype: float32, lora: {rank: 8}}
+policy: {model: "tiny:llama", dtype: float32, lora: LORA}
 service: {max_length: 128}
 cluster: {start_timeout_s: 500, roles: {policy: {cpus: 0.5}, rollout: {cpus: 0.5}}}
 """
 
 
 class Server:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, lora: str = "{rank: 8}") -> None:
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        (folder / "tinker.yaml").write_text(FILE.replace("FOLDER", str(folder)), encoding="utf-8")
+        (folder / "tinker.yaml").write_text(FILE.replace("FOLDER", str(folder)).replace("LORA", lora), encoding="utf-8")
         self.start()
 
     def start(self) -> None:
@@ -61,11 +64,26 @@ class Server:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    made = Server(tmp_path)
+def server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+    made = Server(tmp_path, **getattr(request, "param", {}))
     yield made
     if made.process.poll() is None:
         made.end(signal.SIGKILL)
+
+
+def row_of(tokens: list[int]) -> types.Datum:
+    inputs: Any = {"target_tokens": tokens[1:], "weights": [1.0 / len(tokens)] * (len(tokens) - 1)}
+    return types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
+
+
+def train(trained: tinker.TrainingClient, row: types.Datum, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        made = trained.forward_backward([row], "cross_entropy")
+        stepped = trained.optim_step(types.AdamParams(learning_rate=0.01))
+        losses.append(float(made.result(120).metrics["loss:sum"]))
+        stepped.result(120)
+    return losses
 
 
 def test_clients_train_and_sample_and_continue_after_a_kill(server: Server) -> None:
@@ -75,26 +93,15 @@ def test_clients_train_and_sample_and_continue_after_a_kill(server: Server) -> N
     assert name is not None
     model = client.create_lora_training_client(base_model=name, rank=4, seed=1).result(120)
     tokens = model.get_tokenizer().encode("abcabcabcabc")
-    inputs: Any = {"target_tokens": tokens[1:], "weights": [1.0 / len(tokens)] * (len(tokens) - 1)}
-    row = types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
-
-    def train(trained: tinker.TrainingClient, steps: int) -> list[float]:
-        losses = []
-        for _ in range(steps):
-            made = trained.forward_backward([row], "cross_entropy")
-            stepped = trained.optim_step(types.AdamParams(learning_rate=0.01))
-            losses.append(float(made.result(120).metrics["loss:sum"]))
-            stepped.result(120)
-        return losses
-
-    losses = train(model, 12)
+    row = row_of(tokens)
+    losses = train(model, row, 12)
     assert losses[-1] < 0.95 * losses[0]
     state = model.save_state("state").result(120).path
     sampler = model.save_weights_and_get_sampling_client().result(120)
     scored = sampler.compute_logprobs(types.ModelInput.from_ints(tokens)).result(120)
     trained = model.forward([row], "cross_entropy").result(120).loss_fn_outputs[0]["logprobs"].data
     assert [float(value or 0.0) for value in scored[1:]] == pytest.approx(trained, abs=1e-4)
-    before = train(model, 1)
+    before = train(model, row, 1)
     pending = model.forward_backward([row], "cross_entropy")
     stepped = model.optim_step(types.AdamParams(learning_rate=0.01))
     time.sleep(0.05)
@@ -102,9 +109,9 @@ def test_clients_train_and_sample_and_continue_after_a_kill(server: Server) -> N
     server.start()
     after = [float(pending.result(300).metrics["loss:sum"])]
     stepped.result(300)
-    after += train(model, 1)
+    after += train(model, row, 1)
     again = client.create_training_client_from_state_with_optimizer(state).result(120)
-    assert train(again, 3) == before + after  # the bits of a server without a kill
+    assert train(again, row, 3) == before + after  # the bits of a server without a kill
     assert sampler.compute_logprobs(types.ModelInput.from_ints(tokens)).result(120) == scored
     client.close("success").result(60)
     runs = RunPlaces([server.folder / "served"]).by_name()
@@ -144,4 +151,67 @@ def test_a_lost_rank_and_a_lost_engine_are_replaced(server: Server) -> None:
     assert server.process.poll() is None
     lines = (server.folder / "served" / "service" / "errors.jsonl").read_text().splitlines()
     assert [json.loads(line)["source"] for line in lines] == ["policy 0", "rollout 0", "policy 0"]
+
+
+@pytest.mark.parametrize("server", [{"lora": "null"}], indirect=True)
+def test_a_client_trains_all_weights(server: Server, tmp_path: Path) -> None:
+    """Samplers keep the weights of their time, and a kill changes nothing."""
+    client = tinker.ServiceClient(base_url=server.url, api_key="tml-x")
+    rest = tinker.RestClient(base_url=server.url, api_key="tml-x")
+    name = rest.get_server_capabilities().result(60).supported_models[0].model_name
+    assert name is not None
+    base = client.create_sampling_client(base_model=name).result(120)
+    with pytest.raises(tinker.RequestFailedError, match="all weights are trained here, without adapters"):
+        client.create_lora_training_client(base_model=name, rank=4).result(120)
+    model = client.create_lora_training_client(base_model=name, rank=0).result(120)
+    assert (model.get_info().is_lora, model.get_info().lora_rank) == (False, None)
+    tokens = model.get_tokenizer().encode("abcabcabcabc")
+    row, prompt = row_of(tokens), types.ModelInput.from_ints(tokens)
+
+    def scored(sampler: tinker.SamplingClient) -> list[float]:
+        return [float(value or 0.0) for value in sampler.compute_logprobs(prompt).result(120)[1:]]
+
+    def forward() -> list[float]:
+        return list(model.forward([row], "cross_entropy").result(120).loss_fn_outputs[0]["logprobs"].data)
+
+    times, samplers = [forward()], [base]
+    losses = []
+    for _ in range(3):
+        losses += train(model, row, 4)
+        samplers.append(model.save_weights_and_get_sampling_client().result(120))
+        times.append(forward())
+    assert losses[-1] < 0.95 * losses[0]
+    for at in (0, 3, 1, 2, 0, 1):
+        assert scored(samplers[at]) == pytest.approx(times[at], abs=1e-4), at
+    params = types.SamplingParams(max_tokens=12, seed=3)
+    pending = [samplers[at % 4].sample(prompt, 2, params) for at in range(12)]  # of all samplers at once
+    drawn = [[sequence.tokens for sequence in future.result(300).sequences] for future in pending]
+    assert drawn[:4] == drawn[4:8] == drawn[8:]
+    state = model.save_state("state").result(120).path
+    before = train(model, row, 1)
+    waiting = model.forward_backward([row], "cross_entropy")
+    stepped = model.optim_step(types.AdamParams(learning_rate=0.01))
+    time.sleep(0.05)
+    server.end(signal.SIGKILL)
+    server.start()
+    after = [float(waiting.result(300).metrics["loss:sum"])]
+    stepped.result(300)
+    after += train(model, row, 1)
+    with pytest.raises(tinker.BadRequestError, match="trains all weights, of one model at a time"):
+        client.create_training_client_from_state(state).result(120)
+    model.load_state_with_optimizer(state).result(120)
+    assert train(model, row, 3) == before + after  # the bits of a server without a kill
+    assert scored(samplers[1]) == pytest.approx(times[1], abs=1e-4)
+    exported = model.save_weights_external("out", ttl_seconds=3600).result(120).path
+    options: Any = {"show_progress": False, "format": "json", "renew_ttl_seconds": 3600}
+    _download_external_weights(rest, exported, tmp_path / "out", **options)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        logprobs = whole(input_ids=torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
+    chosen = logprobs.gather(-1, torch.tensor(tokens)[1:, None])[:, 0]
+    assert forward() == pytest.approx(chosen.tolist(), abs=1e-4)
+    client.close("success").result(60)
+    anew = tinker.ServiceClient(base_url=server.url, api_key="tml-x")
+    model = anew.create_lora_training_client(base_model=name, rank=0).result(120)
+    assert forward() == times[0]
     assert server.end(signal.SIGTERM) == 0

@@ -28,15 +28,20 @@ def test_the_ranks_get_model_seed_and_budget() -> None:
     assert derived({}, {"zero_stage": 3}).cluster.roles.policy.zero_stage == 3
 
 
+def test_without_an_adapter_all_weights_are_trained_and_divided_among_several_ranks() -> None:
+    assert derived({"lora": None}, {"workers": 1}).cluster.roles.policy.zero_stage == 0
+    config = derived({"lora": None}, {"workers": 2})
+    assert (config.policy.lora, config.cluster.roles.policy.zero_stage) == (None, 3)
+
+
 @pytest.mark.parametrize(
     ("policy", "roles", "expected"),
     [
-        ({"lora": None}, {}, "policy.lora: is missing"),
         ({"lora": {"rank": 8, "dropout": 0.1, "dora": True}}, {}, "policy.lora: dora, dropout cannot be set here"),
         ({"vision_lr": 1e-5}, {}, "policy.vision_lr: has no effect"),
-        ({}, {"zero_stage": 2}, "zero_stage: is 2, and adapters take turns at stage 0 or 3"),
+        ({}, {"zero_stage": 2}, "zero_stage: is 2, and clients' models are trained at stage 0 or 3"),
         ({}, {"workers": 2, "sequence_parallel": 2}, "sequence_parallel: clients' rows"),
-        ({}, {"zero_stage": 3, "offload": ["optimizer"]}, "offload: the states"),
+        ({}, {"zero_stage": 3, "offload": ["optimizer"]}, "offload: clients' models stay"),
     ],
 )
 def test_keys_without_a_meaning_are_refused(policy: dict[str, Any], roles: dict[str, Any], expected: str) -> None:

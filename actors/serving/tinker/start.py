@@ -7,12 +7,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from actors.cluster.connect import connected
 from actors.cluster.placement import reserve_roles
-from actors.roles.adapters import create_adapters_gang
+from actors.roles.adapters import AdaptersGang, create_adapters_gang
 from actors.roles.group import ending
-from actors.rollout.adapter_engines import serve_adapters
+from actors.rollout.adapter_engines import AdapterEngines, serve_adapters
+from actors.rollout.whole_engines import BASE, serve_snapshots
 from actors.serving.tinker.http import TinkerServer
 from rlhf.config.adapter_ranks import ranks_config
 from rlhf.config.schema.model import LoraConfig, PolicyConfig
@@ -25,6 +27,7 @@ from rlhf.hosting.shared import ServiceSettings
 from rlhf.models.files.loading import load_tokenizer
 from rlhf.models.on_disk import ModelOnDisk
 from rlhf.preflight.served_base import find_base, server_folder
+from rlhf.roles import PolicyProbe
 from rlhf.serving import serve_until_interrupted
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.tracking.sinks.tracker import Tracker
@@ -58,7 +61,8 @@ def serve_clients(
         model=limits.model_name or model.base,
         tokenizer=limits.model_name or model.tokenizer,
         max_length=limits.max_length,
-        max_adapters=limits.max_adapters,
+        max_adapters=1 if config.policy.lora is None else limits.max_adapters,
+        trains_all=config.policy.lora is None,
         max_models=limits.max_models,
         checkpoint_bytes=int(limits.checkpoint_gib * GIB),
         idle_s=limits.idle_s,
@@ -90,11 +94,12 @@ async def _service(
 ) -> AsyncIterator[TinkerService]:
     """Start the ranks and the engines, and yield the service in front of both."""
     cluster, limits, trained = config.cluster, config.service, config.policy
+    largest = trained.lora
     policy = PolicyConfig(
         model=model.base,
         dtype=trained.dtype,
         trust_remote_code=trained.trust_remote_code,
-        lora=LoraConfig(rank=trained.lora.rank),
+        lora=None if largest is None else LoraConfig(rank=largest.rank),
         gradient_checkpointing=trained.gradient_checkpointing,
     )
     longest = limits.max_length + 1  # a row and its last target
@@ -102,17 +107,17 @@ async def _service(
     of_ranks = ranks_config(policy, run, cluster, max_tokens_per_microbatch=max(longest, limits.packed_tokens))
     placement = replace(await reserve_roles(config.needs, cluster, with_reward_model=False), at_once=True)
     gang = create_adapters_gang(of_ranks, placement, longest_sequence=longest, packed_tokens=limits.packed_tokens)
-    engines = serve_adapters(
-        model.base,
-        cluster,
-        placement,
-        dtype=trained.dtype,
-        max_length=limits.max_length,
-        rank=trained.lora.rank,
-        max_adapters=limits.max_adapters,
-        tokenizer=model.tokenizer,
-        trust_remote_code=trained.trust_remote_code,
-    )
+    of_engines: dict[str, Any] = {
+        "dtype": trained.dtype,
+        "max_length": limits.max_length,
+        "tokenizer": model.tokenizer,
+        "trust_remote_code": trained.trust_remote_code,
+    }
+    if largest is None:
+        engines: AdapterEngines = serve_snapshots(model.base, cluster, placement, **of_engines)
+    else:
+        of_engines |= {"rank": largest.rank, "max_adapters": limits.max_adapters}
+        engines = serve_adapters(model.base, cluster, placement, **of_engines)
     record = ServerRecord(server_folder(config) / "service")
     gang.supervisor = engines.supervisor = Supervisor(cluster.restarts, record, config.needs, finds_causes=True)
     async with AsyncExitStack() as ends:
@@ -122,7 +127,17 @@ async def _service(
         await asyncio.gather(
             gang.start(deadline_s=cluster.start_timeout_s), engines.start(deadline_s=cluster.start_timeout_s)
         )
+        if largest is None:
+            await _load_base(gang, engines, server_folder(config) / "service" / "base", settings)
         service = TinkerService(server_folder(config), settings, gang, engines, decode=decode)
         ends.push_async_callback(engines.give_up_rebuilds)
         ends.push_async_callback(service.close)
         yield service
+
+
+async def _load_base(gang: AdaptersGang, engines: AdapterEngines, folder: Path, settings: ServiceSettings) -> None:
+    """Give the engines the snapshot without any training, which comes back after other snapshots."""
+    checksum = await gang.export(None, folder)
+    logprobs = tuple(await gang.probe(None, settings.probe_ids))
+    probe = PolicyProbe(version=0, token_ids=tuple(settings.probe_ids), logprobs=logprobs, dtype=settings.dtype)
+    await engines.load(BASE, folder, checksum=checksum, probe=probe)

@@ -35,10 +35,10 @@ class LargestAdapter(Section):
 
 
 class ServedPolicy(ModelConfig):
-    """The base model of all clients' adapters."""
+    """The base model of all clients' models."""
 
-    lora: LargestAdapter = LargestAdapter()
-    """The largest adapter."""
+    lora: LargestAdapter | None = LargestAdapter()
+    """The largest adapter. null: a client trains all weights, of one model at a time."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. Recomputing saves memory and takes about a third more time."""
 
@@ -53,7 +53,7 @@ class ServiceConfig(Section):
     """Largest number of tokens in a row, and in a prompt with its sample."""
     max_adapters: int = Field(default=8, ge=1)
     """Most adapters on the ranks at the same time, and most with running samples in an engine. Other adapters wait on
-    disk."""
+    disk. Refused without policy.lora, as packed_tokens: a single model is on the ranks."""
     packed_tokens: int = Field(default=0, ge=0)
     """Most tokens of several adapters in one forward and backward pass: calls that wait at the same time go together.
     Faster for small calls, at ZeRO stage 0; a model's numbers then differ in rounding from those of the model alone.

@@ -15,6 +15,7 @@ def service_problems(config: TinkerConfig) -> tuple[Problem, ...]:
     return (
         *unused_keys(config),
         *_problems(config.cluster),
+        *_of_whole_models(config),
         *cluster_problems(config.cluster, config.needs, with_reward_model=False),
     )
 
@@ -22,7 +23,7 @@ def service_problems(config: TinkerConfig) -> tuple[Problem, ...]:
 def _problems(cluster: ClusterConfig) -> Iterator[Problem]:
     rollout, policy = cluster.roles.rollout, cluster.roles.policy
     if cluster.weight_sync != "auto":
-        text = f"is {cluster.weight_sync}, and has no effect here: engines read adapters from files; remove it"
+        text = f"is {cluster.weight_sync}, and has no effect here: engines read weights from files; remove it"
         yield problem("cluster.weight_sync", text)
     if rollout.colocate_with is not None:
         text = "is policy, but clients train and sample at the same time; remove it"
@@ -30,5 +31,11 @@ def _problems(cluster: ClusterConfig) -> Iterator[Problem]:
     if rollout.is_elastic:
         yield problem("cluster.roles.rollout.engines", "is a range, but this server needs a fixed number of engines")
     if "zero_stage" in policy.model_fields_set and policy.zero_stage not in (0, 3):
-        text = f"is {policy.zero_stage}, but adapters take turns on the ranks, which needs 0 or 3"
+        text = f"is {policy.zero_stage}, but clients' models are trained at 0 or 3 alone"
         yield problem("cluster.roles.policy.zero_stage", text)
+
+
+def _of_whole_models(config: TinkerConfig) -> Iterator[Problem]:
+    if config.policy.lora is None and "max_adapters" in config.service.model_fields_set:
+        text = "has no effect without policy.lora: all weights are trained, of one model at a time; remove it"
+        yield problem("service.max_adapters", text)

@@ -35,6 +35,11 @@ class AdapterSlot:
 
     def layers(self, shape: AdapterShape) -> dict[str, Any]:
         """Return the adapted layers by their paths. Raise UserError for a shape without a place in the slot."""
+        if shape.trains_all:
+            raise UserError(
+                f"rank: is 0 or missing, so all weights would be trained, but this server trains adapters: set it to 1 "
+                f"to {self.rank}. A server trains all weights with `policy: {{lora: null}}`."
+            )
         if not 1 <= shape.rank <= self.rank:
             raise UserError(f"rank: is {shape.rank}, expected 1 to {self.rank}, the largest rank here (lora.rank).")
         if not 0.0 < shape.alpha < math.inf:

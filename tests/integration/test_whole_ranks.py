@@ -1,0 +1,69 @@
+"""A client trains all weights on real ranks: a supervised run's steps, exact saves, and the base model again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlhf.models.files.tiny import build_tiny_llama
+from tests.integration import whole_tenants as tenants
+from tests.integration.rank_gang import Gang
+
+STAGES = pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(build_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", seed=0))
+
+
+@STAGES
+def test_steps_equal_those_of_a_supervised_run(gang: Gang, model: str, stage: int) -> None:
+    for difference, change in gang.run(tenants.against_supervised, model=model, stage=stage):
+        assert difference <= 1e-6
+        assert change > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "other"),
+    [
+        (0, "float32", 0),
+        pytest.param(3, "float32", 0, marks=pytest.mark.slow),
+        pytest.param(0, "bfloat16", None, marks=pytest.mark.slow),
+        pytest.param(3, "bfloat16", None, marks=pytest.mark.slow),
+    ],
+)
+def test_a_model_is_saved_and_continued_and_gives_way_to_another(
+    gang: Gang, model: str, tmp_path: Path, stage: int, dtype: str, other: int | None
+) -> None:
+    found = gang.run(tenants.lives, model=model, stage=stage, dtype=dtype, folder=tmp_path)[0]
+    assert found["errors"][0].startswith("These ranks train all weights, of one model at a time, and hold one.")
+    assert all(error.startswith("The base model's weights are no longer here") for error in found["errors"][1:3])
+    assert found["errors"][3].startswith("rank: is 4, but all weights are trained here")
+    assert found["base again"] == found["base"] != found["probe"]
+    assert found["no gradient"].startswith("There is no gradient")
+    assert found["dropped"].startswith("There is no gradient")
+    assert "engine.json" in found["other"]
+    assert found["same steps"]
+    assert tenants.same_reports(found["continued"], found["after"])
+    assert found["weights alone"] == found["probe"]
+    first, second = (len(reports) // 3 for reports in (found["after"], found["without moments"]))
+    assert tenants.same_reports(found["without moments"][:first], found["after"][:second])
+    assert not tenants.same_reports(found["without moments"], found["after"])
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert str(whole.dtype) == f"torch.{dtype}"
+    for name, weight in found["saved"].items():
+        assert torch.equal(whole.get_parameter(name).float(), weight), name
+    if dtype == "float32":
+        ids = torch.arange(1, 30)
+        with torch.no_grad():
+            logprobs = whole(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(found["probe"]), logprobs, rtol=1e-5, atol=1e-5)
+    if other is not None:
+        again = gang.run(tenants.resumed, model=model, stage=other, folder=tmp_path)[0]
+        if other == stage:
+            assert tenants.same_reports(again, found["after"])
+        assert [one.loss for one in again] == pytest.approx([one.loss for one in found["after"]], rel=1e-4)

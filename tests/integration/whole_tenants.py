@@ -1,0 +1,134 @@
+"""Train all weights on the ranks of a gang by real DeepSpeed engines, for tests/integration/test_whole_ranks.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.adapters import AdamStep, AdapterShape, LossReport, NamedLoss
+from rlhf.errors import UserError
+from rlhf.types import MinibatchPlan
+from rlhf.workers.adapters.whole_worker import WholeWorker
+from rlhf.workers.offline.supervised import SupervisedWorker
+from rlhf.workers.trained import TrainedWorker
+from tests.integration.adapter_tenants import as_rows, config_of, examples, joined, rows_of
+from tests.integration.rank_gang import place_of
+
+ALL = AdapterShape(rank=0)
+CROSS_ENTROPY = NamedLoss(name="cross_entropy")
+PROBE = range(1, 30)
+
+
+def worker_of(model: str, rank: int, ranks: int, *, stage: int, dtype: str = "float32") -> WholeWorker:
+    config = config_of(model, ranks=ranks, stage=stage, dtype=dtype, whole=True)
+    worker = WholeWorker(config, replace(place_of(rank, ranks), longest_sequence=40), optimizer_steps=1)
+    worker.build()
+    return worker
+
+
+def weights_of(worker: TrainedWorker) -> dict[str, Tensor]:
+    return {name: weight.clone() for name, weight in worker.engine.named_weights(torch.float32)}
+
+
+def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+def message(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def against_supervised(rank: int, ranks: int, *, model: str, stage: int) -> tuple[float, float]:
+    """Make two optimizer steps as a client and as a supervised run, on the same batches from the same weights.
+
+    Return the largest difference of the weights, and the largest change of a weight by the steps.
+    """
+    settings = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "grad_clip": 0.5}
+    config = config_of(model, ranks=ranks, stage=stage, dtype="float32", whole=True)
+    train = config.train.model_copy(update=settings)
+    place = replace(place_of(rank, ranks), longest_sequence=40)
+    supervised = SupervisedWorker(config.model_copy(update={"train": train}), place, optimizer_steps=10)
+    supervised.build()
+    client = worker_of(model, rank, ranks, stage=stage)
+    client.create("mine", ALL)
+    start, data = weights_of(client), examples()
+    assert difference(start, weights_of(supervised)) == 0.0
+    supervised.load_data(data)
+    for step in range(2):
+        chosen = [2 * step, 2 * step + 1, 4]
+        by_rank = tuple(tuple(chosen[r::ranks]) for r in range(ranks))
+        num_tokens = int(data.take(chosen).loss_mask.sum())
+        plan = MinibatchPlan(sequences_by_rank=by_rank, num_tokens=num_tokens, num_sequences=len(chosen))
+        supervised.update_on(plan)
+        client.forward_backward("mine", as_rows(data.take(chosen), num_tokens), CROSS_ENTROPY)
+        client.step_adapter("mine", AdamStep(**settings))  # type: ignore[arg-type]
+    ours = weights_of(client)
+    return difference(ours, weights_of(supervised)), difference(ours, start)
+
+
+def lives(rank: int, ranks: int, *, model: str, stage: int, dtype: str, folder: Path) -> dict[str, Any]:
+    """Train, save, export and train on; then begin anew, and continue from the save, with and without moments."""
+    worker = worker_of(model, rank, ranks, stage=stage, dtype=dtype)
+    found: dict[str, Any] = {"base": worker.probe_adapter(None, PROBE)}
+    worker.create("one", ALL)
+    first = continued(worker, "one", 4)
+    worker.save_adapter("one", folder / "state")
+    worker.export_adapter("one", folder / "whole")
+    found |= {"probe": worker.probe_adapter("one", PROBE), "saved": weights_of(worker)}
+    found["after"] = continued(worker, "one", 3)
+    worker.forward_backward("one", rows_of(1), CROSS_ENTROPY)  # a gradient that leaves with the model
+    found["errors"] = [
+        message(lambda: worker.create("two", ALL)),
+        message(lambda: worker.probe_adapter(None, PROBE)),
+        message(lambda: worker.export_adapter(None, folder / "base")),
+    ]
+    worker.remove("one")
+    found["errors"].append(message(lambda: worker.create("two", AdapterShape(rank=4))))
+    worker.create("two", ALL)
+    found["base again"] = worker.probe_adapter("two", PROBE)
+    found["no gradient"] = message(lambda: worker.step_adapter("two", AdamStep(lr=0.02)))
+    found["same steps"] = same_reports(first, continued(worker, "two", 4))
+    worker.forward_backward("two", rows_of(2), CROSS_ENTROPY)
+    worker.load_adapter("two", folder / "state", optimizer=True)
+    found["dropped"] = message(lambda: worker.step_adapter("two", AdamStep(lr=0.02)))
+    found["continued"] = continued(worker, "two", 3)
+    worker.load_adapter("two", folder / "state", optimizer=False)
+    found["weights alone"] = worker.probe_adapter("two", PROBE)
+    found["without moments"] = continued(worker, "two", 3)
+    found["other"] = message(lambda: worker.load_adapter("two", folder / "whole", optimizer=True))
+    return found
+
+
+def resumed(rank: int, ranks: int, *, model: str, stage: int, folder: Path) -> list[LossReport]:
+    """Continue from the save in new ranks."""
+    worker = worker_of(model, rank, ranks, stage=stage)
+    worker.create("one", ALL)
+    worker.load_adapter("one", folder / "state", optimizer=True)
+    return continued(worker, "one", 3)
+
+
+def continued(worker: WholeWorker, name: str, steps: int) -> list[LossReport]:
+    """Make steps of two calls each, and return the reports."""
+    reports = []
+    for number in range(10 * steps, 11 * steps):
+        for rows in (rows_of(number), rows_of(number + 1, "importance_sampling")):
+            loss = CROSS_ENTROPY if "advantages" not in rows.columns else NamedLoss(name="importance_sampling")
+            reports.append(joined(worker, [worker.forward_backward(name, rows, loss)]))
+        worker.step_adapter(name, AdamStep(lr=0.01, grad_clip=1.0, weight_decay=0.1))
+    return reports
+
+
+def same_reports(ours: list[LossReport], theirs: list[LossReport]) -> bool:
+    """Compare bit for bit."""
+    pairs = zip(ours, theirs, strict=True)
+    return all(one.loss == two.loss and torch.equal(one.logprobs, two.logprobs) for one, two in pairs)
