@@ -109,6 +109,11 @@ class Checkpoints:
         if not PATH.fullmatch(path):
             raise UserError(f"{path!r:.200} is no path of a checkpoint, such as tinker://MODEL/weights/NAME")
         checkpoint = self._known.get(path)
+        if checkpoint is None and path.rpartition("/")[2].startswith("_"):
+            raise UserError(
+                f"the weights of this sampler are gone: {path} had no name, and only the newest samplers without a "
+                "name are kept; give save_weights_for_sampler a name"
+            )
         if checkpoint is None or checkpoint.owner != owner or checkpoint.is_expired:
             raise UserError(f"there is no checkpoint {path} of this key")
         return checkpoint

@@ -14,7 +14,7 @@ from typing import Any
 from rlhf.adapters import SampleAnswer, SampleRequest
 from rlhf.errors import UserError
 from rlhf.hosting import bodies, protobuf
-from rlhf.hosting.model_record import RECORD, ModelRecord
+from rlhf.hosting.model_record import RECORD, ModelRecord, kind_of
 from rlhf.hosting.refusals import Gone, NotFound
 from rlhf.hosting.request_line import RequestLine
 from rlhf.hosting.sessions import SamplerRecord, Session
@@ -88,6 +88,7 @@ class Models:
             mine = sum(model.record.owner == owner for model in self.running.values())
             if mine >= self.shared.settings.max_models:
                 raise UserError(f"this key has {mine} models, the most of a key (service.max_models); finish a session")
+            self._refuse_second(owner)
             record = ModelRecord(
                 model_id=model_id,
                 session_id=session.session_id,
@@ -98,6 +99,18 @@ class Models:
             )
             self._keep(TrainedModel.new(self.root, record, self.shared))
         return await self.submit(owner, call, model_id, 0, body)
+
+    def _refuse_second(self, owner: str) -> None:
+        """Raise UserError if all weights are trained here, and another model is in use."""
+        settings = self.shared.settings
+        for model in self.running.values() if settings.trains_all else ():
+            if model.is_in_use(settings.idle_s):
+                is_own = model.record.owner == owner
+                which = f"the model {model.record.model_id}" if is_own else "a model of another key"
+                raise UserError(
+                    f"this server trains all weights, of one model at a time, and {which} is in use; train on with "
+                    f"load_state, close the other client, or try again after {settings.idle_s:g} s without its requests"
+                )
 
     async def submit(self, owner: str, call: str, model_id: str, seq_id: int, body: bytes) -> dict[str, Any]:
         """Accept a request of a model. The answer names the future of the result."""
@@ -137,8 +150,7 @@ class Models:
             "type": "get_info",
             "model_data": data,
             "model_id": model_id,
-            "is_lora": True,
-            "lora_rank": record.shape.rank,
+            **kind_of(record.shape),
             "model_name": record.base_model,
         }
 
@@ -164,8 +176,7 @@ class Models:
             "training_run_id": record.model_id,
             "base_model": record.base_model,
             "model_owner": record.owner,
-            "is_lora": True,
-            "lora_rank": None if record.shape is None else record.shape.rank,
+            **kind_of(record.shape),
             "last_request_time": record.created if model is None else model.last_request(),
             "last_checkpoint": training,
             "last_sampler_checkpoint": sampler,

@@ -14,7 +14,7 @@ from rlhf.hosting.request_line import Result
 from rlhf.hosting.sessions import SamplerRecord
 from rlhf.hosting.shared import Shared
 
-SNAPSHOTS_KEPT = 32  # newest samplers without a name, of each model
+SNAPSHOTS_KEPT, WHOLE_SNAPSHOTS_KEPT = 32, 4  # newest samplers without a name, of adapters and of whole models
 
 
 class Saving:
@@ -89,5 +89,6 @@ class Saving:
 
     def _remove_old_snapshots(self) -> None:
         of_model = self.shared.checkpoints.of_owner(self.record.owner, self.record.model_id)
-        for checkpoint in [entry for entry in of_model if entry.name.startswith("_")][SNAPSHOTS_KEPT:]:
+        kept = WHOLE_SNAPSHOTS_KEPT if self.shared.settings.trains_all else SNAPSHOTS_KEPT
+        for checkpoint in [entry for entry in of_model if entry.name.startswith("_")][kept:]:
             self.shared.checkpoints.delete(checkpoint)

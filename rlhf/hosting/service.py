@@ -19,6 +19,7 @@ from rlhf.errors import RunError, WorkerLost
 from rlhf.hosting import bodies
 from rlhf.hosting.checkpoints import Checkpoints
 from rlhf.hosting.counters import Counters
+from rlhf.hosting.model_record import kind_of
 from rlhf.hosting.models import Models
 from rlhf.hosting.refusals import Gone, NotFound
 from rlhf.hosting.request_line import Result
@@ -38,6 +39,7 @@ HOUSEKEEPING_S = 10.0
 UNEMBED = (
     "this server adapts the attention and the MLP; train_unembed, which is true unless you set it, has no effect here"
 )
+ALL_WEIGHTS = "this server trains all weights, of one model at a time: create a LoRA training client with rank=0"
 
 
 class TinkerService:
@@ -109,7 +111,8 @@ class TinkerService:
 
     def create_session(self, owner: str, body: bytes) -> dict[str, Any]:
         session = self.sessions.begin(owner, bodies.CreateSession.read(body))
-        return {"type": "create_session", "session_id": session.session_id, "info_message": UNEMBED}
+        hint = ALL_WEIGHTS if self.settings.trains_all else UNEMBED
+        return {"type": "create_session", "session_id": session.session_id, "info_message": hint}
 
     def heartbeat(self, owner: str, body: bytes) -> dict[str, Any]:
         self.sessions.find(bodies.SessionOnly.read(body).session_id, owner)
@@ -144,9 +147,8 @@ class TinkerService:
         checkpoint = self.checkpoints.seen(owner, bodies.TinkerPath.read(body).tinker_path)
         return {
             "base_model": checkpoint.base_model,
-            "is_lora": True,
-            "lora_rank": checkpoint.shape.rank,
-            "train_unembed": False,
+            **kind_of(checkpoint.shape),
+            "train_unembed": checkpoint.shape.trains_all,
             "train_mlp": checkpoint.shape.mlp,
             "train_attn": checkpoint.shape.attention,
         }

@@ -30,7 +30,8 @@ from rlhf.hosting.states import SavedStates
 from rlhf.process.suspects import CallLost
 
 logger = logging.getLogger(__name__)
-SAVE_AFTER_S = 60.0  # of work since the last saved state; a restart repeats at most this much
+SAVE_AFTER_S = 60.0  # of work since the last saved state, which a restart repeats
+LARGEST_SHARE = 0.1  # of the work's time for saving, so large states are saved less often
 SAVE_AFTER_BYTES = 1 << 28  # of the log
 
 
@@ -57,6 +58,7 @@ class TrainedModel:
         self._has_gradient = False  # or a dropped gradient, so that the next optimizer step changes the state
         self._work_s = 0.0  # since the saved state
         self._last_turn = time.monotonic()
+        self._save_s = 0.0  # of the last save
 
     @classmethod
     def new(cls, root: Path, record: ModelRecord, shared: Shared) -> TrainedModel:
@@ -73,8 +75,15 @@ class TrainedModel:
 
     def is_idle(self, seconds: float) -> bool:
         """Return whether the model is on the ranks, and has had no request for a time."""
-        waits = self.turn.locked() or self.line.ready() or time.monotonic() - self._last_turn <= seconds
-        return self.is_on_ranks and not waits
+        return self.is_on_ranks and not self._works(seconds)
+
+    def is_in_use(self, seconds: float) -> bool:
+        """Return whether the model was created, or is being created, and has had a request lately."""
+        return (self.record.shape is not None or self.line.waiting() > 0) and self._works(seconds)
+
+    def _works(self, seconds: float) -> bool:
+        waits = self.turn.locked() or bool(self.line.ready())
+        return waits or time.monotonic() - self._last_turn <= seconds
 
     def last_request(self) -> str:
         """Return the time of the last request or result."""
@@ -205,7 +214,7 @@ class TrainedModel:
         if not self.is_on_ranks:  # the model's first request
             await self._begin(checkpoint.shape)
         elif checkpoint.shape != self.record.shape:
-            raise UserError(f"{body.path}: has the shape {checkpoint.shape}, and this model {self.record.shape}")
+            raise UserError(f"{body.path}: is {checkpoint.shape}, and this model is {self.record.shape}")
         await self.shared.policy.load(self.name, content, optimizer=body.optimizer)
         self._forget_gradient()
         answer = {"path": body.path, "model_id": self.record.model_id, "type": "load_weights"}
@@ -289,13 +298,16 @@ class TrainedModel:
             await self.shared.policy.remove(self.name)
 
     def _should_save(self) -> bool:
-        return self._work_s > SAVE_AFTER_S or self.line.log.size > SAVE_AFTER_BYTES
+        due = self._work_s > max(SAVE_AFTER_S, self._save_s / LARGEST_SHARE)
+        return due or self.line.log.size > SAVE_AFTER_BYTES
 
     async def _saved(self, seq_id: int) -> Saved | None:
         """Write the state after a request. None: the state cannot be saved now, so the log goes on growing."""
         saved = Saved(seq_id=seq_id, step=self.step, folder=f"{seq_id:08d}")
+        began = time.perf_counter()
         if not await self._states.write(saved, partial(self.shared.policy.save, self.name)):
             return None
+        self._save_s = time.perf_counter() - began
         self._work_s = 0.0
         return saved
 

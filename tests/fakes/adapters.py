@@ -52,8 +52,9 @@ class Adapter:
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.shape.seed)
-        self.a = torch.randn(VOCABULARY, self.shape.rank, generator=generator).requires_grad_()
-        self.b = torch.zeros(self.shape.rank, VOCABULARY).requires_grad_()
+        rank = self.shape.rank or VOCABULARY  # a whole model has the largest
+        self.a = torch.randn(VOCABULARY, rank, generator=generator).requires_grad_()
+        self.b = torch.zeros(rank, VOCABULARY).requires_grad_()
         self.optimizer = torch.optim.AdamW([self.a, self.b], lr=0.0)
         self.has_gradient = False
         self.dropped: str | None = None

@@ -27,6 +27,7 @@ def settings(**changes: object) -> ServiceSettings:
         "tokenizer": MODEL,
         "max_length": 64,
         "max_adapters": 4,
+        "trains_all": False,
         "max_models": 8,
         "checkpoint_bytes": 1 << 20,
         "idle_s": 300.0,

@@ -410,3 +410,92 @@ async def test_a_model_that_was_not_created_fails_every_request(tmp_path: Path) 
         assert "was never created" in (await client.json(await model.forward_backward()))["error"]
         with pytest.raises(UserError, match="base_model 'other' is not served here; the model is fakes/tiny"):
             await service.models.create("alice", json.dumps(asked | {"base_model": "other"}).encode())
+
+
+WHOLE = {"trains_all": True, "max_adapters": 1}
+
+
+async def test_a_client_trains_all_weights_of_one_model(tmp_path: Path) -> None:
+    async with serving(tmp_path, **WHOLE) as (service, _, engines):
+        client = Client(service)
+        model = await client.create(rank=0)
+        described = {"model_id": model.model_id}
+        info = service.models.info("alice", json.dumps(described).encode())
+        assert (info["is_lora"], info["lora_rank"]) == (False, None)
+        run = service.models.training_run("alice", model.model_id)
+        assert (run["is_lora"], run["lora_rank"]) == (False, None)
+        await model.train(3)
+        path = (await client.json(await model.post("save_weights", path="state")))["path"]
+        weights = service.weights_info("alice", json.dumps({"tinker_path": path}).encode())
+        assert (weights["is_lora"], weights["train_unembed"]) == (False, True)
+        samplers = []
+        for number in range(6):
+            asked = await model.post("save_weights_for_sampler", sampling_session_seq_id=number)
+            samplers.append((await client.json(asked))["sampling_session_id"])
+        results = [await client.result(await client.sample(sampler, 0)) for sampler in samplers]
+        assert [result.failure for result in results] == ["user", "user", None, None, None, None]
+        assert b"only the newest samplers without a name are kept" in results[0].body
+        assert len(engines.loads) == 4
+        following = await model.train(2)
+        loaded = await client.json(await model.post("load_weights", path=path, optimizer=True))
+        assert loaded["path"] == path
+        assert await model.train(2) == following
+
+
+async def test_a_second_whole_model_waits_until_the_first_is_idle(tmp_path: Path) -> None:
+    async with serving(tmp_path, **WHOLE) as (service, policy, _):
+        first, other = Client(service), Client(service, "bob")
+        failed = await other.service.models.create(
+            "bob",
+            json.dumps(
+                {
+                    "session_id": other.session_id,
+                    "model_seq_id": 9,
+                    "base_model": "fakes/tiny",
+                    "lora_config": {"rank": 0, "train_mlp": False},
+                }
+            ).encode(),
+        )
+        assert b"rank 0 trains all weights" in (await other.result(failed)).body
+        model = await first.create(rank=0)
+        losses = await model.train(2)
+        with pytest.raises(UserError, match=f"one model at a time, and the model {model.model_id} is in use"):
+            await first.create(rank=0)
+        with pytest.raises(UserError, match="a model of another key is in use"):
+            await other.create(rank=0)
+        service.models.running[model.model_id]._last_turn -= 1e6
+        second = await other.create(rank=0)
+        assert list(policy.adapters) == [second.model_id.replace(":", "-")]
+        assert await second.train(2) == losses
+        third = await model.train(1)  # back from disk
+        assert third[0] < losses[-1]
+        assert list(policy.adapters) == [model.model_id.replace(":", "-")]
+        service.models.running[model.model_id]._last_turn -= 1e6
+        again = await second.train(1)
+        assert again == third
+
+
+async def test_a_state_continues_in_a_model_with_another_seed(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (service, _, _):
+        client = Client(service)
+        one, two = await client.create(seed=1), await client.create(seed=2)
+        await one.train(2)
+        path = (await client.json(await one.post("save_weights", path="state")))["path"]
+        assert (await client.json(await two.post("load_weights", path=path, optimizer=True)))["path"] == path
+        assert await two.train(2) == await one.train(2)
+
+
+async def test_large_states_are_saved_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SAVE_AFTER_S", 0.0)
+    async with serving(tmp_path) as (service, policy, _):
+        model = await Client(service).create()
+        save, saves = policy.save, []
+
+        async def slow(name: str, folder: Path) -> None:
+            saves.append(name)
+            await asyncio.sleep(0.5)
+            await save(name, folder)
+
+        policy.save = slow  # type: ignore[method-assign]
+        await model.train(6)
+        assert len(saves) == 1
