@@ -245,7 +245,7 @@ def client_spec(
     tokenizer: str | None,
     trust_remote_code: bool,
     transport: Literal["files"] | None = None,
-    **adapters: int,
+    **of_adapters: Any,
 ) -> RolloutSpec:
     """Return the settings of an engine for clients' requests, as far as the cluster does not matter."""
     vocabulary = load_model_config(model, trust_remote_code=trust_remote_code).get_text_config().vocab_size
@@ -257,5 +257,5 @@ def client_spec(
         transport=transport,
         top_logprobs=min(MOST_TOP, vocabulary),
         trust_remote_code=trust_remote_code,
-        **adapters,
+        **of_adapters,
     )

@@ -80,8 +80,9 @@ class Swapping:
 
     def only(self) -> Tenant:
         """Return the tenant of the state that is in the engine, without a copy: no other tenant may come."""
-        self._present, self._is_changed = Tenant(tensors={}), False
-        return self._present
+        tenant = Tenant(tensors={})
+        self._present, self._is_changed = tenant, False
+        return tenant
 
     def restart(self, module: nn.Module | None) -> None:
         """Forget the optimizer's states, and take the trained weights of a module, if given.

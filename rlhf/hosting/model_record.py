@@ -15,7 +15,7 @@ from rlhf.tracking.run_folder.atomic import read_object, write_atomic
 RECORD = "model.json"
 
 
-def kind_of(shape: AdapterShape | None) -> dict[str, Any]:
+def lora_fields(shape: AdapterShape | None) -> dict[str, Any]:
     """Return the protocol's words for a shape. None: not known yet."""
     return {"is_lora": shape is None or not shape.trains_all, "lora_rank": shape.rank or None if shape else None}
 

@@ -14,7 +14,7 @@ from typing import Any
 from rlhf.adapters import SampleAnswer, SampleRequest
 from rlhf.errors import UserError
 from rlhf.hosting import bodies, protobuf
-from rlhf.hosting.model_record import RECORD, ModelRecord, kind_of
+from rlhf.hosting.model_record import RECORD, ModelRecord, lora_fields
 from rlhf.hosting.refusals import Gone, NotFound
 from rlhf.hosting.request_line import RequestLine
 from rlhf.hosting.sessions import SamplerRecord, Session
@@ -150,7 +150,7 @@ class Models:
             "type": "get_info",
             "model_data": data,
             "model_id": model_id,
-            **kind_of(record.shape),
+            **lora_fields(record.shape),
             "model_name": record.base_model,
         }
 
@@ -176,7 +176,7 @@ class Models:
             "training_run_id": record.model_id,
             "base_model": record.base_model,
             "model_owner": record.owner,
-            **kind_of(record.shape),
+            **lora_fields(record.shape),
             "last_request_time": record.created if model is None else model.last_request(),
             "last_checkpoint": training,
             "last_sampler_checkpoint": sampler,

@@ -19,7 +19,7 @@ from rlhf.errors import RunError, WorkerLost
 from rlhf.hosting import bodies
 from rlhf.hosting.checkpoints import Checkpoints
 from rlhf.hosting.counters import Counters
-from rlhf.hosting.model_record import kind_of
+from rlhf.hosting.model_record import lora_fields
 from rlhf.hosting.models import Models
 from rlhf.hosting.refusals import Gone, NotFound
 from rlhf.hosting.request_line import Result
@@ -147,7 +147,7 @@ class TinkerService:
         checkpoint = self.checkpoints.seen(owner, bodies.TinkerPath.read(body).tinker_path)
         return {
             "base_model": checkpoint.base_model,
-            **kind_of(checkpoint.shape),
+            **lora_fields(checkpoint.shape),
             "train_unembed": checkpoint.shape.trains_all,
             "train_mlp": checkpoint.shape.mlp,
             "train_attn": checkpoint.shape.attention,

@@ -18,6 +18,7 @@ from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.model import PolicyConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.run import RunConfig
+from rlhf.data.packing import balance
 from rlhf.engine.swapping import MOMENTS, WholeState
 from rlhf.errors import UserError
 from rlhf.models.files.weights import saved_name
@@ -215,7 +216,7 @@ def against_supervised(rank: int, ranks: int, *, model: str, stage: int) -> tupl
 
     Return the largest difference of the weights, and the largest change of a weight by the steps.
     """
-    settings = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "grad_clip": 0.5}
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "grad_clip": 0.5}
     config = config_of(model, ranks=ranks, stage=stage, dtype="float32")
     train = config.train.model_copy(update=settings)
     place = replace(place_of(rank, ranks), longest_sequence=40)
@@ -236,7 +237,8 @@ def against_supervised(rank: int, ranks: int, *, model: str, stage: int) -> tupl
     supervised.load_data(data)
     for step in range(2):
         chosen = [2 * step, 2 * step + 1, 4]
-        by_rank = tuple(tuple(chosen[r::ranks]) for r in range(ranks))
+        shares = balance(data.take(chosen).lengths.tolist(), ranks)  # as the controller's plan
+        by_rank = tuple(tuple(chosen[row] for row in share) for share in shares)
         num_tokens = int(data.take(chosen).loss_mask.sum())
         plan = MinibatchPlan(sequences_by_rank=by_rank, num_tokens=num_tokens, num_sequences=len(chosen))
         supervised.update_on(plan)

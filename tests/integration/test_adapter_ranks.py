@@ -67,10 +67,10 @@ def test_ten_thousand_calls_cross_nothing(tmp_path: Path) -> None:
 
 
 @STAGES
-def test_steps_equal_those_of_a_supervised_run(gang: Gang, model: str, stage: int) -> None:
+def test_steps_have_the_bits_of_a_supervised_run(gang: Gang, model: str, stage: int) -> None:
     for difference, change in gang.run(tenants.against_supervised, model=model, stage=stage):
-        assert difference <= 1e-6
-        assert change > 1e-4
+        assert difference == 0.0
+        assert change > 1e-2
 
 
 @pytest.mark.parametrize(("stage", "other"), [(0, 0), pytest.param(3, 0, marks=pytest.mark.slow)])

@@ -45,6 +45,7 @@ async def test_lost_ranks_lose_no_step_and_repeat_none(
 ) -> None:
     """The ranks die at random moments, before and after calls. The losses are those of quiet ranks."""
     monkeypatch.setattr(training, "SAVE_AFTER_S", 0.01)  # some states are saved, and some requests are repeated
+    monkeypatch.setattr(training, "LARGEST_SHARE", 1.0)
     async with serving(tmp_path / "quiet") as (service, _, _):
         expected = await run_clients(service)
     rng = random.Random(most)

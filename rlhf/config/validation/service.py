@@ -36,6 +36,7 @@ def _problems(cluster: ClusterConfig) -> Iterator[Problem]:
 
 
 def _of_whole_models(config: TinkerConfig) -> Iterator[Problem]:
-    if config.policy.lora is None and "max_adapters" in config.service.model_fields_set:
-        text = "has no effect without policy.lora: all weights are trained, of one model at a time; remove it"
-        yield problem("service.max_adapters", text)
+    for key in ("max_adapters", "packed_tokens"):
+        if config.policy.lora is None and key in config.service.model_fields_set:
+            text = "has no effect without policy.lora: all weights are trained, of one model at a time; remove it"
+            yield problem(f"service.{key}", text)

@@ -289,6 +289,30 @@ def supervised_loss(
     return summed(loss), _spread(logprobs, chosen, len(token_ids)), likeliest
 
 
+def weighted_cross_entropy(
+    model: nn.Module,
+    token_ids: Int[Tensor, " N"],
+    lengths: Int[Tensor, " B"],
+    *,
+    mask: Bool[Tensor, " N"],
+    weights: Float[Tensor, " N"],
+) -> tuple[Float[Tensor, ""], Float[Tensor, " N"]]:
+    """Return (sum of -weights * logprob over the tokens in mask, logprobs without gradient, 0 outside mask).
+
+    For equal weights on some tokens and 0 on all others, the sum and its gradient have the bits of `supervised_loss`.
+    """
+    chosen, hidden = _states_before(model, token_ids, lengths, mask, None)
+    counted = weights[chosen] != 0.0
+    learnt, others = chosen[counted], chosen[~counted]
+    head, settings = lm_head_weight(model), lm_head_settings(model)
+    of_learnt = -weights[learnt]
+    loss, logprobs, _ = weighted_logprob_sum(hidden[counted], head, token_ids[learnt], of_learnt, **settings)
+    with torch.no_grad():
+        rest = chunked_logprobs_only(hidden[~counted], head, token_ids[others], **settings)
+    both = torch.cat([logprobs, rest])
+    return summed(loss), _spread(both, torch.cat([learnt, others]), len(token_ids))
+
+
 def learnt_states(
     model: nn.Module,
     token_ids: Int[Tensor, " N"],

@@ -22,9 +22,9 @@ from rlhf.algorithms.sft import SFT
 from rlhf.data.packing import balance
 from rlhf.engine.swapping import MOMENTS, Tenant, WholeState
 from rlhf.errors import RunError, UserError
-from rlhf.models.packed.forward import masked_columns
+from rlhf.models.packed.forward import masked_columns, weighted_cross_entropy
 from rlhf.models.packed.row_layout import RowLayout
-from rlhf.objectives.client_losses import Terms, checked_settings, client_loss
+from rlhf.objectives.client_losses import WEIGHTS, Terms, checked_settings, client_loss
 from rlhf.objectives.logprobs import chunked_logprobs_only
 from rlhf.workers.adapters.client_rows import Limits, ScoredRows, refuse_bad_rows
 from rlhf.workers.adapters.packed_calls import PackedCalls
@@ -328,6 +328,8 @@ class AdapterWorker(TrainedWorker):
 
     def _terms(self, call: CheckedCall, microbatch: Microbatch) -> tuple[Terms, Float[Tensor, "n K"]]:
         """Return the terms of the call's loss and the log-probabilities of a micro-batch of the call."""
+        if call.loss == "cross_entropy" and call.scored.targets is None and torch.is_grad_enabled():
+            return self._cross_entropy(call.scored, microbatch)
         logprobs = self._logprobs(call.scored, microbatch)
         return self._loss(call, microbatch, logprobs), logprobs
 
@@ -341,6 +343,16 @@ class AdapterWorker(TrainedWorker):
             lengths=microbatch.lengths.to(self.device),
             settings=call.settings,
         )
+
+    def _cross_entropy(self, scored: ScoredRows, microbatch: Microbatch) -> tuple[Terms, Float[Tensor, "n 1"]]:
+        """Return what `_terms` returns, with the gradient of a supervised run bit for bit: of the terms' sum alone."""
+        mask, given = self._mask(scored, microbatch), scored.columns.get(WEIGHTS)
+        weights = mask.float() if given is None else torch.where(mask, self.part(given, microbatch)[:, 0], 0.0)
+        token_ids, lengths = self.part(scored.token_ids, microbatch), microbatch.lengths.to(self.device)
+        loss, logprobs = self.engine.forward(weighted_cross_entropy, token_ids, lengths, mask=mask, weights=weights)
+        terms = -weights * logprobs
+        terms[0] += loss - loss.detach()
+        return Terms(terms=terms[:, None]), logprobs[:, None]
 
 
 def merged_report(reports: Sequence[RowsReport]) -> LossReport:
