@@ -28,7 +28,7 @@ from rlhf.engine.distributed import RankContext
 from rlhf.engine.tinker_client import TinkerEndpoint
 from rlhf.errors import RunError, UserError
 from rlhf.models.files.tiny import build_tiny_llama
-from rlhf.tracking.metrics.declarations import results
+from rlhf.tracking.metrics.declarations import merge_metrics, results
 from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.types import BatchPlan, Examples, GroupRequest, MinibatchPlan, Pairs, Prompt, Rollouts, Sampling
 from rlhf.workers.offline.pairs import PreferenceWorker
@@ -131,12 +131,14 @@ def test_supervised_steps_are_those_of_plain_torch(server: Server, model: str, t
         plan = MinibatchPlan(
             sequences_by_rank=(tuple(range(step * 4, step * 4 + 4)),), num_tokens=count, num_sequences=4
         )
-        metrics = results(worker.update_on(plan))
+        computed = worker.gradient_on(plan)
+        worker.divisor = divisor = step + 1.0  # as of a batch in portions
+        metrics = results(merge_metrics([computed, worker.optim_step()]))
         terms = [plain.table[row[at - 1], row[at]] for row in own for at in range(2, len(row))]
         weights = [float(term.detach().exp()) if loss == "dft" else 1.0 for term in terms]
         expected = -torch.stack([w * term for w, term in zip(weights, terms, strict=True)]).sum() / count
         assert metrics["update/loss/mean"] == pytest.approx(float(expected.detach()), rel=1e-6)
-        assert metrics["update/grad_norm"] == pytest.approx(plain.step(expected), rel=1e-5)
+        assert metrics["update/grad_norm"] == pytest.approx(plain.step(expected / divisor), rel=1e-5)
         assert "update/token_accuracy/mean" not in metrics
     assert_same_weights(worker, plain)
     worker.stop()

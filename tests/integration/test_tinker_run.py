@@ -22,7 +22,7 @@ RANK, SEED = 8, 0
 BASE: dict[str, Any] = {
     "run": {"name": "run", "seed": SEED},
     "data": {"apply_chat_template": False},
-    "train": {"steps": 4, "lr": 1e-3, "max_tokens_per_microbatch": 256, "checkpoint_every": 1, "betas": [0.9, 0.95]},
+    "train": {"steps": 4, "lr": 1e-4, "max_tokens_per_microbatch": 256, "checkpoint_every": 1, "betas": [0.9, 0.95]},
     "cluster": {"object_store_gib": 0.25, "start_timeout_s": 500.0, "call_timeout_s": 300.0},
 }
 GRPO: dict[str, Any] = {

@@ -602,3 +602,12 @@ def test_the_plan_says_what_is_asked_of_the_teacher(overrides: list[str], says: 
     text = render_plan(changed(TAUGHT, overrides))
     assert f"large/model: {says} the sampled tokens" in text or f"large/model at http://h:1/v1: {says}" in text
     assert not [line for line in text.splitlines() if line.split()[:1] == ["reference"]]
+
+
+def test_the_plan_of_a_policy_behind_a_server_counts_neither_its_gpus_nor_its_memory() -> None:
+    text = render_plan(changed(ONLINE, [*TINKER, GRPO, CUDA, *REWARD_MODEL, "policy.model=HuggingFaceTB/SmolLM2-135M"]))
+    cells = [line.split() for line in text.splitlines()]
+    gpus = {line[0]: line[4] for line in cells if line[:1] in (["policy"], ["rollout"], ["reward"]) and len(line) > 5}
+    assert gpus == {"policy": "0", "rollout": "0", "reward": "1"}
+    assert "HuggingFaceTB/SmolLM2-135M at http://h:1" in text
+    assert "within http://h:1, as weights saved for sampling" in text
