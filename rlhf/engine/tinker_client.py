@@ -133,7 +133,7 @@ class TinkerClient:
         self._tell(self.service.create_rest_client().delete_checkpoint_from_tinker_path(path), f"deleting {path}")
 
     def close(self) -> None:
-        """End the session. Checkpoints stay. A failure is only logged: a server ends idle sessions by itself."""
+        """End the session. Checkpoints stay. A failure is only logged: the models of an idle session need no memory."""
         self._tell(self.service.close("success"), "the end of the session")
 
     def _tell(self, future: Any, what: str) -> None:
