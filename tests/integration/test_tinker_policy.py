@@ -41,6 +41,7 @@ from tests.integration.test_tinker_client import KEY, Server
 
 PLACE = RankContext(rank=0, world_size=1, local_rank=0, local_world_size=1, device="cpu", threads=1, deadline_s=60.0)
 LR, RANK, BETA = 0.05, 4, 0.5
+WORKERS: list[Any] = []
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -67,10 +68,20 @@ def config_of(algorithm: dict[str, Any], model: str, folder: Path, url: str, **s
     return worker_config(algorithm, model, str(folder), tokens=40, is_online=is_online, **given)
 
 
+@pytest.fixture(autouse=True)
+def sessions() -> Iterator[None]:
+    """End the sessions of a test: a server limits the models of a key."""
+    yield
+    for worker in WORKERS:
+        worker.engine.client.close()
+    WORKERS.clear()
+
+
 def worker_of(kind: Any, config: Config, server: Server) -> Any:
     at = TinkerEndpoint(url=server.url, key=KEY, base_model=MODEL)
     worker = kind(config, PLACE, optimizer_steps=2, server=at)
     worker.start("", 0)
+    WORKERS.append(worker)
     return worker
 
 
@@ -141,7 +152,6 @@ def test_supervised_steps_are_those_of_plain_torch(server: Server, model: str, t
         assert metrics["update/grad_norm"] == pytest.approx(plain.step(expected / divisor), rel=1e-5)
         assert "update/token_accuracy/mean" not in metrics
     assert_same_weights(worker, plain)
-    worker.stop()
 
 
 def test_pairs_are_compared_as_in_plain_torch(server: Server, model: str, tmp_path: Path) -> None:
@@ -262,6 +272,7 @@ def test_a_resumed_run_goes_on_exactly_and_old_states_are_deleted(server: Server
     run.close()
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_is_waited_for(model: str, tmp_path: Path) -> None:
     server = Server(tmp_path / "server")
     worker = worker_of(SupervisedWorker, config_of({"name": "sft"}, model, tmp_path, server.url), server)
@@ -282,6 +293,7 @@ def test_a_server_that_dies_is_waited_for(model: str, tmp_path: Path) -> None:
         worker.update_on(plan)
     with pytest.raises(UserError, match=f"policy.tinker: nothing answers at {server.url}"):
         TinkerEndpoint(url=server.url, key=KEY, base_model=MODEL).refuse_unfit(longest_sequence=8)
+    WORKERS.clear()
 
 
 def test_the_servers_engines_answer_groups(
