@@ -165,6 +165,11 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path, reading: 
     )
     how: dict[str, Any] = {"rewards": specs, "environment": player}
     taught = _privileged_reading(config, source)
+    if taught and rollouts.environment is not None and reading.images is not None:
+        raise UserError(
+            f"rollouts.environment: may show images to a policy that sees, but the teacher of algorithm "
+            f"{config.algorithm.name} reads text alone. Remove the environment, or take a policy that reads text alone."
+        )
 
     def load(name: str, rows: Sequence[Row], first_id: int, reading: Reading) -> LoadedRows[Prompt]:
         is_eval = name.startswith("data.eval.")
@@ -190,11 +195,12 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path, reading: 
     max_model_len = rollouts.longest_sequence(longest)
     shown = [prompt for prompt in sets.train if prompt.given is not None]
     given = [len(prompt.given.token_ids) for prompt in shown if prompt.given is not None]
-    if rollouts.environment is not None and any(PLACEHOLDER in prompt.text for prompt in shown):
+    fixed = [prompt for prompt in sets.train if prompt.privileged is not None] or shown
+    if rollouts.environment is not None and any(PLACEHOLDER in prompt.text for prompt in fixed):
         raise UserError(
-            f"data.train: a prompt with a given response has {PLACEHOLDER}, the place of the environment's first "
-            "observation, but a response from the data follows the prompt as written. Write the observation into the "
-            f"prompt and let `reset` return none, or learn from rollouts alone."
+            f"data.train: a prompt with a given response or with algorithm.privileged has {PLACEHOLDER}, the place of "
+            "the environment's first observation, but such a prompt is tokenised as written. Write the observation "
+            "into the prompt and let `reset` return none, or learn from rollouts alone."
         )
     if config.algorithm.reads_given_responses and not given:
         raise UserError(
@@ -250,7 +256,7 @@ def _privileged_reading(config: Config, source: str) -> dict[str, Any]:
         return {}
     assert config.rollouts is not None
     limits = [config.train.max_tokens_per_microbatch, _context_length(source, config)]
-    most = min(limit for limit in limits if limit is not None) - config.rollouts.max_new_tokens
+    most = min(limit for limit in limits if limit is not None) - config.rollouts.longest_sequence(0)
     return {"privileged": config.algorithm.privileged_template, "max_privileged_tokens": most}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,14 +125,22 @@ def watching(calls: Calls, *, has_agent: bool) -> Any:
 
 
 def by_hand(
-    calls: Calls, student: Any, teacher: Any, *, divergence: str, top_k: int | None, share: float = 1.0
+    calls: Calls,
+    student: Any,
+    teacher: Any,
+    *,
+    divergence: str,
+    top_k: int | None,
+    share: float = 1.0,
+    told: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda context: context,
 ) -> tuple[float, float]:
-    """Return `share` times the mean loss of the sampled tokens, and the norm of the gradients added so far."""
+    """Return `share` times the mean loss of the sampled tokens, and the norm of the gradients added so far. `told`
+    turns a context into the teacher's context."""
     count, loss = sum(len(tokens) for _, tokens in calls) / share, 0.0
     for context, tokens in calls:
         ours = distributions(student, context, tokens)
         with torch.no_grad():
-            theirs = distributions(teacher, context, tokens)
+            theirs = distributions(teacher, told(context), tokens)
         if divergence == "sampled_reverse_kl":
             own, other = (x.gather(-1, torch.tensor(tokens)[:, None])[:, 0] for x in (ours, theirs))
             surrogate = -(other - own.detach()) * (own - own.detach()).exp()
@@ -156,7 +164,6 @@ async def taught(
     config = {
         "run": {"name": "taught", "dir": str(tmp_path), "seed": 0},
         "policy": {"model": str(models["student"]), "dtype": "float32"},
-        "teacher": {"model": str(models["teacher"]), "dtype": "float32"},
         "algorithm": {"name": "on_policy_distillation", **algorithm},
         "data": {"train": train or {"task": "guessing_game", "split": "train", "size": 8}, "max_prompt_tokens": 16},
         "rollouts": {
@@ -168,6 +175,8 @@ async def taught(
         },
         "train": {"steps": 1, "lr": 1e-4, "sequences_per_update": 4, "max_tokens_per_microbatch": 900},
     }
+    if "privileged" not in algorithm:
+        config["teacher"] = {"model": str(models["teacher"]), "dtype": "float32"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     calls: Calls = []
     folder = await run(load(tmp_path / "run.yaml", []), watch=watching(calls, has_agent=player is AGENT))
@@ -199,6 +208,31 @@ async def test_each_sampled_token_and_no_other_is_taught(
     assert len(calls) == (12 if player is AGENT else row["rollouts/turns/mean"] * 4)
     observed = [len(context) for context, _ in calls]
     assert max(observed) > min(observed) + 10  # results and observations are in the contexts
+
+
+async def test_a_policy_teaches_itself_in_conversations(tmp_path: Path, alone: None) -> None:
+    rows = [{"prompt": "guess", "secret": 2}, {"prompt": "choose", "secret": 5}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    template = {"template": "{prompt} It is {secret}."}
+    algorithm = {"name": "opsd", "divergence": "jsd", "beta": 0.5, "privileged": template}
+    row, calls, (student, _) = await taught(tmp_path, GAME, algorithm, str(tmp_path / "rows.jsonl"))
+    tokenizer = load_tokenizer(str(tmp_path / "student"), trust_remote_code=False)
+
+    def begun(prompt: str) -> tuple[int, ...]:
+        message = [{"role": "user", "content": prompt}]
+        return tuple(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
+
+    prompts = {begun(one["prompt"]): begun(f"{one['prompt']} It is {one['secret']}.") for one in rows}
+
+    def told(context: tuple[int, ...]) -> tuple[int, ...]:
+        (plain,) = [prompt for prompt in prompts if context[: len(prompt)] == prompt]
+        return prompts[plain] + context[len(plain) :]
+
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
+    loss, norm = by_hand(calls, student, teacher, divergence="jsd", top_k=None, told=told)
+    assert row["rollouts/turns/mean"] > 1.0
+    assert row["update/loss/mean"] == pytest.approx(loss, rel=1e-4)
+    assert row["update/grad_norm"] == pytest.approx(norm, rel=1e-6)
 
 
 async def test_given_responses_are_taught_beside_the_samples(tmp_path: Path, alone: None) -> None:

@@ -252,7 +252,7 @@ ONLINE_REFUSED = [
     (["rewards={}"], "rewards: is missing: algorithm ppo needs at least one reward"),
     ([SELF.replace("{answer}", "{better_response}"), *SINGLE], "names {better_response}, but"),
     ([SELF, "rewards={}"], "data.eval: has no score to measure with algorithm opsd"),
-    ([SELF, GAME], "rollouts.environment: is set, but algorithm opsd changes"),
+    ([SELF, AGENT], "rollouts.agent: is set, but algorithm opsd writes one prompt, not one for each call"),
     ([SELF.replace("opsd", "rlsd"), "policy.router_replay=true"], "no engine has routed the tokens of the teacher of"),
     ([SELF, "teacher.model=a/b"], "has no teacher"),
     (["teacher.model=a/b"], "has no teacher; remove it, or use on_policy_distillation"),

@@ -388,6 +388,30 @@ def test_an_algorithm_of_given_responses_needs_one_in_the_data(tmp_path: Path) -
     assert [prompt.given is not None for prompt in inputs.prompts] == [False] * 4 + [True] * 4
 
 
+@pytest.mark.parametrize(
+    ("prompt", "model", "tokens", "says"),
+    [
+        ("go {observation}", "tiny:llama", 128, "or with algorithm.privileged has {observation}, the place of the env"),
+        ("go", "tiny:qwen3_vl", 128, "rollouts.environment: may show images to a policy that sees, but the teacher of"),
+        ("go go go go", "tiny:llama", 64, "tokens, more than 14: train.max_tokens_per_microbatch"),  # 64 - 50
+    ],
+)
+def test_a_policy_that_teaches_itself_in_an_environment_refuses(
+    tmp_path: Path, prompt: str, model: str, tokens: int, says: str
+) -> None:
+    for name in "ab":
+        write(tmp_path / f"{name}.jsonl", [{"prompt": prompt, "secret": 3, "answer": "3"}])
+    changes = [
+        "algorithm={name: sdft, privileged: {template: '{prompt} {secret}'}}",
+        "rollouts.environment={name: guess_number, args: {low: 1, high: 7}, max_tokens: 50}",
+        f"policy.model={model}",
+        f"train.max_tokens_per_microbatch={tokens}",
+        "rewards={won: {environment: true}}",
+    ]
+    with pytest.raises(UserError, match=re.escape(says)):
+        inputs(tmp_path, GRPO, *changes)
+
+
 def test_a_mixture_with_given_responses_needs_one_in_each_training_row(tmp_path: Path) -> None:
     prompts = [{"prompt": f"{number}+1=", "answer": str(number + 1)} for number in range(4)]
     answered = [{**row, "completion": row["answer"]} for row in prompts]

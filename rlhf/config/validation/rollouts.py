@@ -86,10 +86,9 @@ def self_taught_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[P
     algorithm = config.algorithm
     if algorithm.privileged_template is None:
         return
-    for key in ("environment", "agent"):
-        if getattr(rollouts, key) is not None:
-            text = f"is set, but algorithm {algorithm.name} changes the prompt of one turn; remove it"
-            yield problem(f"rollouts.{key}", text)
+    if rollouts.agent is not None:
+        text = f"is set, but algorithm {algorithm.name} writes one prompt, not one for each call; remove it"
+        yield problem("rollouts.agent", text)
     if config.policy.router_replay and algorithm.kind == "advantages":  # replay_problems refuses all other kinds
         text = f"is true, but no engine has routed the tokens of the teacher of {algorithm.name}; set false"
         yield problem("policy.router_replay", text)

@@ -296,7 +296,8 @@ time/<stage>_s | s | Sum | all | Wall time of one stage; stages may overlap
 throughput/tokens_per_s | tokens/s | Last | all | Tokens of the step's batch over `time/step_s`
 throughput/rollout_tokens_per_s | tokens/s | Last | online | Sampled tokens, including those of groups that
     are not trained on, over `time/rollouts_s`
-throughput/train_tokens_per_s | tokens/s | Last | all | `update/tokens/total` over `time/update_s`
+throughput/train_tokens_per_s | tokens/s | Last | all | `update/tokens/total` over `time/update_s`; as the next metric,
+    absent in a step that does not train the policy
 throughput/mfu | 1 | Last | all | The policy's flops in the update, divided by the measured matrix-product flops of its
     ranks
 
