@@ -48,7 +48,8 @@ async def main(url: str, rounds: int) -> None:
     (model, *_) = (await RestClient(base_url=url, api_key=KEY).get_server_capabilities()).supported_models
     players = [await client.create_lora_training_client(model.model_name, rank=8) for _ in RATES]
     for number in range(1, rounds + 1):
-        both = await asyncio.gather(*[answers(player, number) for player in players])
+        seeds = (2 * number, 2 * number + 1)  # with equal seeds, equal policies would tie forever
+        both = await asyncio.gather(*map(answers, players, seeds))
         pairs = list(zip(*[map(points, games) for games in both], strict=True))
         ahead = [float(slow > fast) - float(slow < fast) for slow, fast in pairs]
         rewards = [ahead, [-one for one in ahead]]

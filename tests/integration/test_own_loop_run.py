@@ -17,7 +17,6 @@ import pytest
 from actors.jobs.submit import Jobs
 from rlhf.commands.run import Run
 from rlhf.tracking.sinks.tracker import read_metrics
-from tests.integration.rank_gang import free_port
 from tests.integration.recipes import ONLINE, PPO, merge, train, weights, without_clocks, write_config
 from tests.integration.test_notebooks_run import execute
 from tests.integration.test_submit import head as head
@@ -152,25 +151,6 @@ def test_a_resumed_loop_gives_the_numbers_of_the_command(tmp_path: Path, changes
     assert len(rows(tmp_path / "own")) == 5
     assert rows(tmp_path / "own") == rows(tmp_path / "trained")
     assert weights(tmp_path / "own") == weights(tmp_path / "trained")
-
-
-def test_the_tournament_teaches_both_players(tmp_path: Path) -> None:
-    port = free_port()
-    words = ["-m", "rlhf.cli", "tinker", "examples/loops/server.yaml", f"run.dir={tmp_path}", "--port", str(port)]
-    server = subprocess.Popen(command(*words), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        assert server.stdout.readline() == f"serving http://127.0.0.1:{port}\n"
-        game = command("examples/loops/tournament.py", f"http://127.0.0.1:{port}")
-        lines = subprocess.run(game, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True).stdout.split(
-            "\n"
-        )
-    finally:
-        server.terminate()
-        assert server.wait(60) == 75
-    digits = {name: [float(line.split()[-1]) for line in lines if f" {name} " in line] for name in ("slow", "fast")}
-    assert all(len(shares) == 30 and shares[0] < 0.1 for shares in digits.values())
-    assert digits["fast"][-1] > 0.5
 
 
 def test_the_curriculum_runs(tmp_path: Path) -> None:
