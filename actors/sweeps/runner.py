@@ -187,7 +187,7 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: 
         request = current_request() or StopRequest()
         loop = _Loop(sweep, journal, strategy_of(sweep, journal, known), shares, failures, request)
         try:
-            if base is None:
+            if base is None or not _has_more(journal, known):
                 ended = loop.run()
             else:
                 with BaseServer(base, request) as loop.server:
@@ -211,6 +211,12 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: 
     if result.best is None:
         raise RunError(f"no trial finished with a value of {sweep.metric}: {_failures(result)}")
     return result
+
+
+def _has_more(journal: Journal, known: Sequence[Values] | None) -> bool:
+    """Return whether a trial may be left to run."""
+    trials = journal.trials
+    return known is None or any(n not in trials or trials[n].state == "open" for n in range(len(known)))
 
 
 def _checkpoints(sweep: Sweep, journal: Journal, trials: Sequence[Trial]) -> str:

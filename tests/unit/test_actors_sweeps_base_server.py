@@ -10,12 +10,14 @@ import pytest
 
 from actors.sweeps import base_server
 from actors.sweeps.base_server import MOST_ENDS, BaseServer, base_config
+from actors.sweeps.runner import run_sweep
 from rlhf.config.files.sweep import load_sweep
 from rlhf.config.schema.service import TinkerConfig
 from rlhf.errors import RunError, UserError
 from rlhf.models.files.loading import load_model_config
 from rlhf.process.stopping import StopRequest
-from tests.fixtures.sweeps import RUN, write_sweep
+from rlhf.sweeps.journal import Journal
+from tests.fixtures.sweeps import RUN, write_sweep, wrote
 from tests.integration.recipes import merge
 
 SERVES = "import sys, time; print('serving http://127.0.0.1:' + sys.argv[-1], flush=True); time.sleep(60)"
@@ -40,6 +42,24 @@ def test_rows_are_at_most_as_long_as_the_model_allows(tmp_path: Path) -> None:
     made = base_config(load_sweep(write_sweep(tmp_path, config=run, shared_base=True)), at_once=1)
     assert made.service.max_length == load_model_config(made.service.model_name).max_position_embeddings
     assert made.service.max_length < 100_000
+
+
+def test_a_finished_sweep_starts_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_server, "COMMAND", (sys.executable, "-c", ENDS))
+    run = merge(RUN, {"policy": {"lora": {}}})
+    parameters = {"train.lr": {"values": [0.1, 0.2]}}
+    section = {"config": run, "shared_base": True, "parameters": parameters, "method": {"name": "grid"}}
+    sweep = load_sweep(write_sweep(tmp_path, **section))
+    with Journal.open(sweep, resume=False) as journal:
+        for number in (0, 1):
+            journal.add(number, {"train.lr": 0.1})
+            journal.end(number, "finished")
+            wrote(journal, number, s2=0.5 - number / 10)
+    assert run_sweep(sweep, resume=True).describe_best() == "trial-001"
+    with Journal.open(sweep, resume=True) as journal:
+        journal.end(1, "open")
+    with pytest.raises(RunError, match="did not start"):
+        run_sweep(sweep, resume=True)
 
 
 def ended(made: BaseServer) -> None:

@@ -23,6 +23,7 @@ ADAPTED = merge(
         "cluster": {"roles": {"policy": {"cpus": 0.5, "zero_stage": 3}}, "start_timeout_s": 77.0},
     },
 )
+SERVED = merge(RUN, {"policy": {"lora": {}, "tinker": "http://host:1"}})
 RANKS = {"policy.lora.rank": {"values": [4, 16, 2]}, "run.seed": {"values": [1, 2]}}
 
 
@@ -59,6 +60,7 @@ def test_the_server_gets_the_model_and_a_trial_gets_the_rest(tmp_path: Path) -> 
             {"parameters": {"run.seed": {"values": [1]}}},
             "shared_base: is true, but the run has no policy.lora",
         ),
+        (SERVED, {}, "shared_base: is true, but the run has a server already"),
         (ADAPTED, {"parameters": {"policy.dtype": {"values": ["float32"]}}}, "policy.dtype: is the same in all trials"),
         (ADAPTED, {"parameters": {"cluster.roles.policy.cpus": {"values": [1]}}}, "is the same in all trials"),
         (ADAPTED, {"parameters": {"policy.lora.alpha": {"values": [8.0]}}}, "of sweep.shared_base: .*lora.alpha: is 8"),
@@ -81,7 +83,7 @@ def test_a_pipeline_has_no_shared_base(tmp_path: Path) -> None:
 
 def test_keys_of_a_run_that_no_server_has_are_refused(tmp_path: Path) -> None:
     run = merge(ADAPTED, {"cluster": {"roles": {"policy": {"zero_stage": 2}}}})
-    with pytest.raises(UserError, match=r"sweep\.config: cluster\.roles\.policy\.zero_stage: is 2, but adapters"):
+    with pytest.raises(UserError, match=r"sweep\.config: cluster\.roles\.policy\.zero_stage: is 2, but"):
         server_config(load_sweep(shared(tmp_path, run)), at_once=1)
 
 

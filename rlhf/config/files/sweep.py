@@ -219,6 +219,9 @@ def _run_problems(sweep: Sweep) -> Iterator[Problem]:
         if sweep.base.is_pipeline:
             yield Problem(at, "is true, but sweep.config is a pipeline, whose stages have several models; remove it")
             return
+        if any(run.policy.tinker is not None for run in stages.values()):
+            yield Problem(at, "is true, but the run has a server already (policy.tinker); remove one of them")
+            return
         if any(run.policy.lora is None for run in stages.values()):
             yield Problem(at, "is true, but the run has no policy.lora, and trials share a model by their adapters")
             return
