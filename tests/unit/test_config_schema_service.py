@@ -40,7 +40,10 @@ def _write(folder: Path, text: str) -> Path:
         ("service: {model_name: 'tiny:llama'}\n", "service.model_name"),
         ("cluster: {roles: {critic: {workers: 2}}}\n", "cluster.roles.critic: has no effect here"),
         ("cluster: {weight_sync: gloo}\n", "cluster.weight_sync: is gloo, and has no effect here"),
-        ("cluster: {roles: {policy: {zero_stage: 2}}}\n", "cluster.roles.policy.zero_stage: is 2, .* needs 0 or 3"),
+        (
+            "cluster: {roles: {policy: {zero_stage: 2}}}\n",
+            "policy.zero_stage: is 2, .* trained at 0 or 3",
+        ),
         ("cluster: {roles: {rollout: {engines: {min: 1, max: 2}}}}\n", "cluster.roles.rollout.engines: is a range"),
         ("cluster: {roles: {rollout: {colocate_with: policy}}}\n", "colocate_with: is policy, but clients train"),
         ("cluster: {roles: {rollout: {tensor_parallel: 2}}}\n", "tensor_parallel: has no effect here"),
@@ -57,6 +60,14 @@ def test_only_the_adapters_rank_is_the_servers(tmp_path: Path) -> None:
         load(tmp_path, "", "policy.lora.alpha=3")
     with pytest.raises(UserError, match=r"run\.mirror"):
         load(tmp_path, "", "run.mirror=s3://bucket")
+
+
+def test_without_an_adapter_all_weights_are_trained(tmp_path: Path) -> None:
+    config = rlhf.load_service(_write(tmp_path, BASE), ["policy.lora=null"])
+    assert config.policy.lora is None
+    for key in ("max_adapters", "packed_tokens"):
+        with pytest.raises(UserError, match=rf"service\.{key}: has no effect without policy\.lora"):
+            load(tmp_path, f"service: {{{key}: 4}}\n", "policy.lora=null")
 
 
 def test_a_run_points_at_the_command(tmp_path: Path) -> None:
