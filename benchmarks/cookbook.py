@@ -27,7 +27,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import yaml
@@ -48,7 +47,6 @@ class Recipe(NamedTuple):
     module: str
     arguments: str
     metric: str
-    few: int = 5  # steps in the means before and after
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -56,19 +54,16 @@ RECIPES: Mapping[str, Recipe] = {
         "recipes.chat_sl.train",
         "dataset=no_robots batch_size=32 learning_rate=2e-3 max_length=128 max_steps=30 eval_every=5 save_every=5",
         metric="test/nll",
-        few=1,
     ),
     "preferences": Recipe(
         "recipes.preference.dpo.train",
         "dataset=hhh batch_size=8 learning_rate=5e-4 max_length=128 max_steps=20",
         metric="margin",
-        few=1,
     ),
     "shorter": Recipe(
         "recipes.preference.shorter.train",
         "batch_size=4 group_size=4 learning_rate=5e-4 max_tokens=48 eval_every=0 max_steps=20",
         metric="env/all/ac_tokens_per_turn",
-        few=1,
     ),
     "verifier": Recipe(
         "recipes.math_rl.train",
@@ -82,19 +77,17 @@ RECIPES: Mapping[str, Recipe] = {
         "teacher_model={model} lora_rank=32 group_size=4 groups_per_batch=12 learning_rate=3e-4 max_tokens=5 "
         "max_steps=15 eval_every=0 save_every=0",
         metric="teacher_kl",
-        few=1,
     ),
     "calls": Recipe(
         "recipes.chat_sl.train",
         "dataset=calls.jsonl train_on_what=all_assistant_messages batch_size=4 learning_rate=1e-3 max_length=600 "
-        "max_steps=10 eval_every=0 save_every=0",
+        "max_steps=6 eval_every=0 save_every=0",
         metric="train_mean_nll",
-        few=1,
     ),
     "tools": Recipe(
         "recipes.code_rl.train",
-        "load_checkpoint_path={calls:final:state} group_size=4 groups_per_batch=3 learning_rate=3e-4 max_tokens=48 "
-        "max_steps=12 eval_every=0 save_every=0",
+        "load_checkpoint_path={calls:final:state} group_size=4 groups_per_batch=5 learning_rate=4e-4 max_tokens=48 "
+        "max_steps=9 eval_every=0 save_every=0",
         metric="env/all/reward/total",
     ),
 }
@@ -327,9 +320,8 @@ def table(folder: Path) -> str:
     lines = ["| recipe | metric | before | after | minutes |", "|---|---|---|---|---|"]
     for name, recipe in RECIPES.items():
         values = [value for _, value in curve(folder, name)]
-        before, after = fmean(values[: recipe.few]), fmean(values[-recipe.few :])
         minutes = _read(folder / name / "minutes.json")
-        lines.append(f"| `{recipe.module}` | `{recipe.metric}` | {before:.2f} | {after:.2f} | {minutes:.1f} |")
+        lines.append(f"| `{recipe.module}` | `{recipe.metric}` | {values[0]:.2f} | {values[-1]:.2f} | {minutes:.1f} |")
     base, *trained = _read(folder / EVALUATION / "scores.json").values()
     after = ", ".join(f"{score:.2f}" for score in trained)
     minutes = _read(folder / EVALUATION / "minutes.json")
