@@ -11,7 +11,7 @@ from actors.weights import SENDERS, Meeting, Transport, WeightManifest, WeightSe
 from actors.weights.adapter import AdapterSender
 from actors.weights.saved import SavedSender
 from rlhf.algorithms.algorithm import Kind
-from rlhf.config.derive import ships_adapter
+from rlhf.config.derive import leaves_tower, ships_adapter
 from rlhf.config.files.differences import home, portable
 from rlhf.engine.tinker_engine import TinkerEngine
 from rlhf.models.files.export import adapter_config
@@ -65,7 +65,7 @@ class Publishes(TrainedWorker):
         dtype = torch_dtype(self.model_config.dtype)
         if ships_adapter(self.config):
             return self.engine.named_adapter_weights(dtype)
-        return self.engine.named_weights(dtype)
+        return self.engine.named_weights(dtype, with_tower=not leaves_tower(self.config))
 
     def stop(self) -> None:
         self.sender.close()

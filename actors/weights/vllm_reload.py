@@ -31,6 +31,7 @@ from actors.weights.manifest import WeightManifest
 from actors.weights.staging import Meeting
 from actors.weights.vllm_packed import load_packed, loads_packed
 from rlhf.errors import RunError
+from rlhf.vision.kinds import is_vision_weight
 
 
 @dataclass
@@ -48,12 +49,27 @@ class ManifestInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     manifest: WeightManifest
 
 
+class WithoutTower:
+    """The modules of a model outside a vision tower and projector, in place of the model for vLLM's reload."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """Yield the modules. A parameter of a tower may stand beside the tower, such as LLaVA's `image_newline`."""
+        for name, module in self._model.named_modules():
+            names = [own for own, _ in module.named_parameters(name, recurse=False)] or [name]
+            if not all(map(is_vision_weight, names)):
+                yield module
+
+
 class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ignore[misc]
     """A receiving end for whole, named weights. The worker runs no step between start and finish."""
 
     init_info_cls = MeetingInfo
     update_info_cls = ManifestInfo
     checksum = ""  # of the bytes last received
+    keeps_tower = False  # in this update
 
     def init_transfer_engine(self, init_info: MeetingInfo) -> None:
         """Connect to the sender, if needed by the transport."""
@@ -69,7 +85,15 @@ class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ig
         self.receive(update_info.manifest)
 
     def start_weight_update(self) -> None:
-        """Put the model into loadable form."""
+        """Wait for the manifest, which says what is loaded."""
+
+    def prepare(self, manifest: WeightManifest) -> None:
+        """Put the model into loadable form, without the vision tower if its weights are not published.
+
+        The tower is then the one that the engine has loaded from the model's folder.
+        """
+        self.keeps_tower = not any(map(is_vision_weight, manifest.names))
+        self.part = WithoutTower(self.model) if self.keeps_tower else self.model
         self.packs = loads_packed(self.model, device=self.device, num_workers=self.parallel_config.world_size)
         if not self.packs:
             if self.device.type == "cpu":
@@ -77,7 +101,7 @@ class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ig
             name_loaders(self.model)
             has_failed = forget_parts(self.model)
             untied = {name for name, _ in self.model.named_parameters()}  # the reload takes tied parameters apart
-            initialize_layerwise_reload(self.model)
+            initialize_layerwise_reload(self.part)
             loaded = {name for name, _ in self.model.named_parameters()}  # no longer those derived from others
             if not has_failed:
                 self.wanted = untied & loaded
@@ -86,7 +110,9 @@ class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ig
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive and load. The base class would wait for an accelerator, and a CPU has none."""
-        self.receive_weights(self.parse_update_info(update_info))
+        info = self.parse_update_info(update_info)
+        self.prepare(info.manifest)
+        self.receive_weights(info)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -99,7 +125,8 @@ class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ig
         if loaded is not None:
             places = {name: id(place) for name, place in self.model.named_parameters(remove_duplicate=False)}
             found = {places.get(name) for name in loaded}  # a layer may have two names, and is loaded by one
-            missing = [name for name in self.wanted if places[name] not in found]
+            wanted = [name for name in self.wanted if not (self.keeps_tower and is_vision_weight(name))]
+            missing = [name for name in wanted if places[name] not in found]
             if missing:
                 raise RunError(f"weight sync: no weights were published for the engine's {min(missing)}")
         for name, module in self.model.named_modules():
@@ -114,5 +141,5 @@ class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ig
         if not self.packs:
             for layer in copied_layers(self.model):
                 _layerwise_process(layer, get_layerwise_info(layer))
-            finalize_layerwise_reload(self.model, self.model_config)
+            finalize_layerwise_reload(self.part, self.model_config)
         repack_heads(self.model)

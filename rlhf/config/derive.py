@@ -120,6 +120,14 @@ def ships_adapter(config: Config) -> bool:
     return lora is not None and merged_because(lora, vision=vision) is None
 
 
+def leaves_tower(config: Config) -> bool:
+    """Return whether a sync leaves out the vision tower: the engines keep the frozen tower of the model's folder.
+
+    Engines on the policy's GPUs keep no weights between syncs.
+    """
+    return config.policy.vision_lr is None and "policy" not in shares_engines_gpus(config)
+
+
 def uses_reward_model(config: Config) -> bool:
     """Return whether a reward uses the model of the `reward` section."""
     return any(reward.role == "reward" for reward in config.rewards.values())

@@ -38,7 +38,7 @@ from rlhf.engine.swapping import Swapping
 from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings, StepReport
 from rlhf.errors import RunError, UserError
 from rlhf.models.files.loading import architecture_fingerprint
-from rlhf.models.files.weights import adapter_sources, initial_copies, weight_sources
+from rlhf.models.files.weights import adapter_sources, initial_copies, sources_without_tower, weight_sources
 from rlhf.models.packed.row_layout import refuse_uneven_heads
 from rlhf.models.packed.sequence_parallel import make_group, rows_shared_by
 from rlhf.process.disk_full import when_there_is_room
@@ -265,8 +265,9 @@ class DeepSpeedEngine:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest)
 
-    def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        return whole_weights(weight_sources(self.module), dtype, sharded=self._zero_stage == 3)
+    def named_weights(self, dtype: torch.dtype, *, with_tower: bool = True) -> Iterator[tuple[str, Tensor]]:
+        sources = weight_sources(self.module) if with_tower else sources_without_tower(self.module)
+        return whole_weights(sources, dtype, sharded=self._zero_stage == 3)
 
     def named_adapter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         return whole_weights(adapter_sources(self.module), dtype, sharded=self._zero_stage == 3)

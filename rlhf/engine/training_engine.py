@@ -111,8 +111,11 @@ class TrainingEngine(Protocol):
     def max_over_ranks(self, value: int) -> int:
         """Return the largest value of any rank, such as the number of micro-batches to run. Collective."""
 
-    def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Yield whole weights by their names in files, only parameters in dtype, each until the next. Collective."""
+    def named_weights(self, dtype: torch.dtype, *, with_tower: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Yield whole weights by their names in files, only parameters in dtype, each until the next. Collective.
+
+        with_tower: False leaves out a frozen vision tower and projector.
+        """
 
     def named_adapter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights of the LoRA adapter alone, under peft's names. Collective."""

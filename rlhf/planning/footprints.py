@@ -181,7 +181,7 @@ def _published(config: Config, shape: Shape, how: memory.Training) -> memory.Ter
     if derive.ships_adapter(config):
         how_sent = "the adapter, copied to be written to the run folder"
         return memory.Term("weight sync", how.trained * how.itemsize, how_sent, "host", first_only=True)
-    size = shape.parameters * how.itemsize
+    size = sent_parameters(config, shape) * how.itemsize
     traits = TRANSPORTS[derive.weight_sync(config.cluster, one_host=not config.cluster.address).method]
     if traits.stays:
         return memory.Term("weight sync", size, "all weights in shared memory", "shared")
@@ -189,6 +189,11 @@ def _published(config: Config, shape: Shape, how: memory.Training) -> memory.Ter
         return memory.Term("weight sync", size, "all weights side by side on the GPU", phase="sync")
     bucket, how_sent = max(BUCKET_BYTES, shape.embedding * how.itemsize), "the largest weight, or a bucket of 64 MiB"
     return memory.Term("weight sync", bucket, how_sent, phase="sync", first_only=True)
+
+
+def sent_parameters(config: Config, shape: Shape) -> int:
+    """Return the number of weights in a sync of all weights."""
+    return shape.parameters - derive.leaves_tower(config) * shape.tower.parameters
 
 
 def cache_tokens(config: Config, sizes: Sizes) -> float | None:
@@ -228,7 +233,9 @@ def _engine(config: Config, sizes: Sizes) -> memory.Footprint:
         how = f"{each / 1024:,.0f} KiB a token: {fits:,.0f} tokens, {fits / longest:,.1f} sequences of {longest:,}"
         terms.append(memory.Term("KV cache", max(cache, 0.0), how, phase="step", in_heap=False))
     if not on_gpu and not derive.ships_adapter(config) and config.cluster.address is None:
-        terms.append(memory.Term("weight sync", shape.parameters * size, "the policy's file, mapped", "shared"))
+        terms.append(
+            memory.Term("weight sync", sent_parameters(config, shape) * size, "the policy's file, mapped", "shared")
+        )
     process = memory.with_process(terms, process=memory.Measured.ENGINE_BYTES, on_gpu=on_gpu)
     return memory.Footprint(role="rollout", workers=role.workers * role.tensor_parallel, terms=process, on_gpu=on_gpu)
 

@@ -16,7 +16,7 @@ from rlhf.config import derive
 from rlhf.config.nodes import Node
 from rlhf.config.schema.model import CriticConfig, PolicyConfig
 from rlhf.config.schema.root import Config
-from rlhf.planning.footprints import Sizes, cache_tokens
+from rlhf.planning.footprints import Sizes, cache_tokens, sent_parameters
 from rlhf.planning.lengths import Lengths
 from rlhf.planning.memory import kv_bytes_per_token
 from rlhf.planning.rates import Stage, rates
@@ -137,7 +137,7 @@ def sync_stage(config: Config, sizes: Sizes, nodes: Sequence[Node] | None) -> St
         nbytes, payload = shape.lora_parameters(config.policy.lora.rank) * size, "the adapter"
     else:
         payload = derive.weight_sync(config.cluster, one_host=config.cluster.address is None).method
-        nbytes = shape.parameters * size
+        nbytes = sent_parameters(config, shape) * size
     how = f"2 * {nbytes / 2**30:,.3g} GiB ({payload}, published and sent) / {speed.link / 1e9:g} GB/s + 0.2 s"
     return Stage("weight sync", 2 * nbytes / speed.link + 0.2, how)
 

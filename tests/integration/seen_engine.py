@@ -5,17 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from actors.weights.shm import ShmSender
 from rlhf.models.files.tiny_vision import build_tiny_vision
-from rlhf.models.files.weights import weight_sources
+from rlhf.models.files.weights import sources_without_tower
 from rlhf.types import GroupRequest, Prompt
+from rlhf.vision.kinds import is_vision_weight
+from rlhf.workers.trained_model import freeze_vision
 from tests.integration.engine_helpers import SAMPLING, call, engine, sequences, spec, sync
 from tests.seen_logprobs import BLUE, RED, SeenModel
 
 
 def published(sender: ShmSender, model: Any, version: int) -> Any:
-    weights = (weight for source in weight_sources(model) for weight in source.published())
+    """Publish all weights, or with a frozen tower the weights of the language model."""
+    weights = (weight for source in sources_without_tower(model) for weight in source.published())
     return sender.publish(weights, version)
+
+
+def with_frozen_tower(seen: SeenModel, model: Any) -> Any:
+    """Return the model with the tower of the folder, frozen."""
+    weights = dict(seen.model(seed=0, std=0.0).named_parameters())
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if is_vision_weight(name):
+                weight.copy_(weights[name])
+    freeze_vision(model)
+    return model
 
 
 def asked(token_ids: tuple[int, ...], group_id: int, samples: int = 3) -> GroupRequest:
@@ -48,7 +64,7 @@ def worst(seen: SeenModel, model: Any, rollouts: Any) -> float:
 def engine_differences(kind: str, folder: Path) -> tuple[float, float]:
     """Return the largest differences in nats of an engine with the folder's weights, and of one after a sync.
 
-    The sync brings other weights for the tower, too. Ray must run.
+    The first sync leaves out the frozen tower, and the second brings other weights for the tower, too. Ray must run.
     """
     seen = SeenModel(build_tiny_vision(folder / "model", kind, seed=0), folder / "images")
 
@@ -58,10 +74,12 @@ def engine_differences(kind: str, folder: Path) -> tuple[float, float]:
 
     with engine(spec(seen.folder, images=seen.place, transport=None)) as handle:
         before = worst_of_all(handle, seen.model(seed=0, std=0.0))
-    sender, model = ShmSender(rank=0), seen.model(seed=1)
+    sender, model, frozen = ShmSender(rank=0), seen.model(seed=1), with_frozen_tower(seen, seen.model(seed=2))
     try:
         with engine(spec(seen.folder, images=seen.place)) as handle:
-            sync(handle, published(sender, model, 1))
-            return before, worst_of_all(handle, model)
+            sync(handle, published(sender, frozen, 1))
+            kept = worst_of_all(handle, frozen)
+            sync(handle, published(sender, model, 2))
+            return before, max(kept, worst_of_all(handle, model))
     finally:
         sender.close()

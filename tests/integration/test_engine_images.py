@@ -22,7 +22,7 @@ from rlhf.models.files.weights import adapter_sources
 from rlhf.vision.kinds import KINDS as VISION_KINDS
 from rlhf.vision.sight import exchanged_images, image_effect
 from tests.integration.engine_helpers import SAMPLING, call, engine, sequences, spec, sync
-from tests.integration.seen_engine import asked, engine_differences, prompts_of, published, worst
+from tests.integration.seen_engine import asked, engine_differences, prompts_of, published, with_frozen_tower, worst
 from tests.seen_logprobs import BLUE, RED, SeenModel
 
 
@@ -39,16 +39,21 @@ def seeing(seen: SeenModel, ray_local: None) -> Iterator[Any]:
 
 
 def test_an_engine_sees_what_the_trainer_sees_after_every_sync(seeing: Any, seen: SeenModel, sender: ShmSender) -> None:
-    """The second sync changes the tower alone: outputs of the tower that vLLM has kept would be those of the first."""
+    """The first sync leaves out the frozen tower. The second changes the tower alone: outputs of the tower that vLLM
+    has kept would be those of the first."""
     prompts = prompts_of(seen)
-    model = seen.model(seed=1)
+    model = with_frozen_tower(seen, seen.model(seed=1))
+    sizes = []
     for version in (1, 2):
         if version == 2:
+            model.requires_grad_(True)
             with torch.no_grad():
                 for name, weight in model.named_parameters():
                     if "visual" in name:
                         weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)))
-        sync(seeing, published(sender, model, version))
+        manifest = published(sender, model, version)
+        sizes.append(manifest.nbytes)
+        sync(seeing, manifest)
         for group_id, token_ids in enumerate(prompts):
             rollouts, infos = call(seeing.generate.remote(asked(token_ids, group_id), SAMPLING))
             assert worst(seen, model, rollouts) < 1e-4, (version, group_id)
@@ -60,6 +65,8 @@ def test_an_engine_sees_what_the_trainer_sees_after_every_sync(seeing: Any, seen
         assert check_probe(ours, own, engine=0, version=version, dtype="float32") < 1e-4
         other = call(seeing.probe.remote(exchanged_images(probe, seen.store)))
         assert image_effect(own, other, probe) > 1e-3
+    tower = 4 * sum(weight.numel() for name, weight in model.named_parameters() if "visual" in name)
+    assert tower <= sizes[1] - sizes[0] < 1.02 * tower  # each weight begins at a multiple of 64 bytes
 
 
 def test_other_expansions_than_vllms_are_refused(seeing: Any, seen: SeenModel, sender: ShmSender) -> None:

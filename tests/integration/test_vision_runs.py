@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from rlhf.cli import main
 from rlhf.tracking.run_folder.atomic import read_lines
 from rlhf.vision.keys import image_key, image_name
-from tests.integration.faults import kill_all, wait_for
+from tests.integration.faults import actor_processes, kill_all, once, steps_done, wait_for
 from tests.integration.games import samples
 from tests.integration.recipes import one_thread, rows, start, train_here, without_clocks, write_config
 from tests.seen_logprobs import BLUE, RED, png
@@ -76,6 +78,23 @@ def test_engine_and_trainer_see_the_same_images(mode: str, ray_local: None, tmp_
         effects[0]["weight_sync/image_effect_engine"], rel=0.05
     )
     assert any("eval/heldout.exchanged/score" in row for row in found)
+
+
+def test_an_engine_in_place_of_a_killed_one_sees_with_the_frozen_tower(ray_local: None, tmp_path: Path) -> None:
+    """No sync brings the tower, so the successor has the tower of the model's folder."""
+    config, run = config_of(tmp_path, {"train": {"steps": 4}})
+
+    def kill() -> None:
+        (engine,) = actor_processes("RolloutEngine")
+        os.kill(engine.pid, signal.SIGKILL)
+
+    with once(lambda: steps_done(run) >= 2, kill):
+        train_here(config)
+    found = rows(run)
+    assert sum(row.get("recovery/rollout/total", 0.0) for row in found) == 1.0
+    for row in found[1:]:
+        assert row["experience/rollout_logprob_diff/max"] < 1e-3
+        assert row["weight_sync/probe_max_diff"] < 1e-4
 
 
 def test_a_run_on_fixed_data_tells_how_much_its_images_matter(ray_local: None, tmp_path: Path) -> None:
@@ -157,6 +176,8 @@ def test_an_agent_is_trained_whose_tool_returns_images(ray_local: None, tmp_path
         assert row["agents/broken_prefixes/fraction"] == row["agents/errors/total"] == 0.0
     names = [image_name(image_key(image)) for image in (RED, BLUE)]
     assert all(sample["images"] == names for sample in samples(tmp_path / "run", 2))
+    stored = {path.name for path in (tmp_path / "run" / "images").iterdir() if path.is_file()}
+    assert set(names) <= stored  # named by samples
 
 
 def test_a_blind_model_ends_the_run(ray_local: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

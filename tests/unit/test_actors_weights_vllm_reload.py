@@ -60,22 +60,58 @@ class Plain(nn.Module):
         return names
 
 
-def test_an_update_after_a_failed_one_begins_the_layers_anew() -> None:
+def reloading(model: nn.Module) -> Any:
     from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
-    model = Plain()
     record_metadata_for_reloading(model)
     engine: Any = ReloadEngine.__new__(ReloadEngine)
     engine.model, engine.device, engine.parallel_config = model, torch.device("cpu"), SimpleNamespace(world_size=1)
     engine.model_config = SimpleNamespace(dtype=torch.float32)
+    return engine
+
+
+class Seeing(Plain):
+    """The same model with a tower, and with a parameter of the tower beside the tower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = nn.Sequential(nn.Linear(2, 2))
+        self.image_newline = nn.Parameter(torch.ones(2))
+
+
+def test_a_tower_that_is_not_published_stays_as_loaded() -> None:
+    model = Seeing()
+    engine = reloading(model)
+    before = {name: (parameter.data_ptr(), parameter.clone()) for name, parameter in model.named_parameters()}
+    tower = {"visual.0.weight", "visual.0.bias", "image_newline"}
+    text = {name: torch.zeros_like(weight) for name, (_, weight) in before.items() if name not in tower}
+    engine.prepare(SimpleNamespace(names=tuple(text)))
+    engine.load(iter(text.items()))
+    engine.finish_weight_update()
+    for name, parameter in model.named_parameters():
+        place, weight = before[name]
+        assert torch.equal(parameter, weight if name in tower else text[name]), name
+        assert parameter.data_ptr() == place
+    engine.prepare(SimpleNamespace(names=tuple(text)))
+    with pytest.raises(RunError, match=r"no weights were published for the engine's second\.bias"):
+        engine.load((name, weight) for name, weight in text.items() if name != "second.bias")
+    published = [*text, "visual.0.weight", "visual.0.bias"]  # with a part of the tower all is wanted
+    engine.prepare(SimpleNamespace(names=tuple(published)))
+    with pytest.raises(RunError, match=r"no weights were published for the engine's image_newline"):
+        engine.load((name, before[name][1]) for name in published)
+
+
+def test_an_update_after_a_failed_one_begins_the_layers_anew() -> None:
+    model = Plain()
+    engine = reloading(model)
     names = [name for name, _ in model.named_parameters()]
     weights = {
         name: torch.full_like(parameter, place) for place, (name, parameter) in enumerate(model.named_parameters())
     }
-    engine.start_weight_update()
+    engine.prepare(SimpleNamespace(names=names))
     with pytest.raises(RunError):
         engine.load((name, -weights[name]) for name in names[:3])  # the first layer, and a part of the second
-    engine.start_weight_update()
+    engine.prepare(SimpleNamespace(names=names))
     engine.load(iter(weights.items()))
     engine.finish_weight_update()
     loaded = dict(model.named_parameters())

@@ -25,7 +25,7 @@ from rlhf.models.files.loading import (
     refuse_no_language_model,
 )
 from rlhf.models.files.tiny_vision import KINDS, build_tiny_vision
-from rlhf.models.files.weights import adapter_sources, published_names, weight_sources
+from rlhf.models.files.weights import adapter_sources, published_names, sources_without_tower, weight_sources
 from rlhf.models.packed.images import image_reader
 from rlhf.models.packed.row_layout import refuse_unpackable
 from rlhf.models.quantized import refuse_unquantizable
@@ -72,7 +72,13 @@ def test_an_exported_model_loads_with_its_processor_in_transformers(folder: Path
     assert all(torch.equal(first[name], second[name]) for name in first)
     with torch.no_grad():
         assert torch.equal(model(**first).logits, other(**second).logits)
-    assert published_names(load_model_config(str(folder))) == {name for name, _ in written(weight_sources(model))}
+    names = {name for name, _ in written(weight_sources(model))}
+    assert published_names(load_model_config(str(folder))) == names
+    assert {name for name, _ in written(sources_without_tower(model))} == names  # the tower is trained
+    freeze_vision(model)
+    texts = {name for name, _ in written(sources_without_tower(model))}
+    parts = ("visual.", "vision_", "multi_modal_", "connector", "image_newline")  # of the kinds' files
+    assert texts == {name for name in names if not any(part in name for part in parts)}
 
 
 def test_a_critic_of_a_vision_model_is_written_and_read(folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from rlhf.errors import UserError
 from rlhf.models.adapters.lora import add_lora
 from rlhf.models.files.tiny import build_tiny_llama
 from rlhf.models.files.tiny_vision import KINDS, build_tiny_vision
-from rlhf.planning.footprints import Sizes
+from rlhf.planning.footprints import Sizes, sent_parameters
 from rlhf.planning.lengths import Lengths
 from rlhf.planning.memory import tower_bytes
 from rlhf.planning.rates import Stage, rates
@@ -175,3 +175,11 @@ def test_images_that_cannot_be_read_here_count_as_the_whole_prompt() -> None:
     most = tower_operations(shape, config.data.max_prompt_tokens)
     assert system.images_s / known.images_s == pytest.approx(most / tower_operations(shape, 100.0))
     assert system.base_s == known.base_s
+
+
+def test_a_frozen_tower_is_not_part_of_a_sync() -> None:
+    config = next(iter(load(ROOT / "configs" / "grpo_qwen2_5_vl_2gpu.yaml", []).runs.values()))
+    shape = find_shape(config.policy.model, shapes=None, made={})
+    assert sent_parameters(config, shape) == shape.parameters - 668_684_288
+    trained = config.model_copy(update={"policy": config.policy.model_copy(update={"vision_lr": 1e-5})})
+    assert sent_parameters(trained, shape) == shape.parameters

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rlhf.models.files.hub_names import HubNames
 from rlhf.models.quantized import dequantized
+from rlhf.vision.kinds import is_vision_weight
 
 ADAPTER = "default"  # peft's name for the adapter of a model
 INITIAL = "initial"  # name of the frozen copy of an initial adapter other than the identity
@@ -145,6 +146,14 @@ def weight_sources(model: nn.Module) -> list[WeightSource]:
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set and not name.startswith(replaced):
                 sources.append(WeightSource(_plain(name), (), partial(_itself, buffer), hub_names))
     return sources
+
+
+def sources_without_tower(model: nn.Module) -> list[WeightSource]:
+    """Return all weights of the model but those of a frozen vision tower and projector. A trained part keeps all."""
+    sources = weight_sources(model)
+    if any(weight.requires_grad for name, weight in model.named_parameters() if is_vision_weight(name)):
+        return sources
+    return [source for source in sources if not is_vision_weight(source.name)]
 
 
 def published_names(config: Any) -> frozenset[str]:
