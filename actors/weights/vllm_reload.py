@@ -125,8 +125,8 @@ class ReloadEngine(WeightTransferEngine[MeetingInfo, ManifestInfo]):  # type: ig
         if loaded is not None:
             places = {name: id(place) for name, place in self.model.named_parameters(remove_duplicate=False)}
             found = {places.get(name) for name in loaded}  # a layer may have two names, and is loaded by one
-            wanted = [name for name in self.wanted if not (self.keeps_tower and is_vision_weight(name))]
-            missing = [name for name in wanted if places[name] not in found]
+            published = [name for name in self.wanted if not (self.keeps_tower and is_vision_weight(name))]
+            missing = [name for name in published if places[name] not in found]
             if missing:
                 raise RunError(f"weight sync: no weights were published for the engine's {min(missing)}")
         for name, module in self.model.named_modules():

@@ -279,7 +279,7 @@ class TinkerEngine:
             when_there_is_room(target, partial(target.write_bytes, content))
         self.client.delete(path)
 
-    def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(self, dtype: torch.dtype, *, with_tower: bool = True) -> Iterator[tuple[str, Tensor]]:
         """Yield a stand-in for the weights before training, which are the base model's: its name at the server."""
         text = f"{self.client.server.url} {self.client.model}"
         yield "base_model", torch.tensor(list(text.encode()), dtype=torch.uint8)
