@@ -19,7 +19,7 @@ def call(
     finish_reason: str = "stop",
     ended_s: float = 1.0,
 ) -> Call:
-    """Return a call whose sampled tokens have the log-probabilities -first, -(first + 1), ...
+    """Return a call with sampled tokens of the log-probabilities -first, -(first + 1), ...
 
     fixed: places in the response restricted by a grammar.
     """

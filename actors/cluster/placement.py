@@ -295,7 +295,7 @@ def _has_fixed_size(alive: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def missing_resources(plan: PlacementPlan, alive: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the end of a sentence about resources that an empty cluster of these nodes lacks. None: enough."""
+    """Return the end of a sentence about the resources missing in an empty cluster of the nodes. None: enough."""
     for wanted in plan.labels:
         if not any(wanted.items() <= node["Labels"].items() for node in alive):
             labels = ", ".join(f"{name}={value}" for name, value in wanted.items())

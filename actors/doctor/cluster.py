@@ -123,7 +123,7 @@ def snapshots_of(
 
 
 def hub_models(stages: Sequence[Stage]) -> list[str]:
-    """Return the models that the runs load from the hub: all model names that are no path on this machine."""
+    """Return the models to load from the hub: all model names without a path on this machine."""
     named: dict[str, None] = {}
     for stage in stages:
         for key, section in model_places(stage.model_dump(mode="json")):

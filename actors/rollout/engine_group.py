@@ -344,7 +344,7 @@ class RolloutEngines(ElasticEngines):
 
 
 def _silence(future: asyncio.Future[Any]) -> None:
-    """Cancel the wait for a call, so that asyncio does not log a failure that nothing waits for."""
+    """Cancel the wait for a call. Otherwise asyncio logs a failure without a waiting caller."""
     if not future.cancel() and not future.cancelled():
         future.exception()
 

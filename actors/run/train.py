@@ -174,8 +174,8 @@ async def _run_stage(stage: StageInputs, request: StopRequest, start: Start) -> 
 
 
 def _passing_images(stage: StageInputs, record: RunRecord) -> PassingImages | None:
-    """Return what removes the images of conversations. None: no conversation has images, or responses are carried over,
-    which may need their images after any number of steps."""
+    """Return the remover of images of conversations. None: no conversation has images, or carried-over responses
+    may need their images after any number of steps."""
     rollouts = stage.config.rollouts
     if stage.images is None or rollouts is None or rollouts.carry_over:
         return None

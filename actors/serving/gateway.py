@@ -196,7 +196,7 @@ def _refuse_costly(asked: Mapping[str, Any], most: int) -> None:
 
 
 def _num_responses(body: Mapping[str, Any]) -> int:
-    """Return the number of responses that a request asks for. A number that vLLM will refuse counts as 1.
+    """Return the number of responses asked for by a request. A number refused by vLLM counts as 1.
 
     RefusedCall: the number is too large, or `n` is no integer. vLLM might accept such an `n`, for example the text "2".
     """

@@ -41,7 +41,7 @@ def selects_another(key: Key, below: dict[str, Any], above: dict[str, Any]) -> b
 
 
 def _value(written: Any, below: dict[str, Any], key: Key) -> Any:
-    """Return the value that a key gets, which is the default if null drops the value below."""
+    """Return the value of a key: the default, if null drops the value below."""
     if written is not None or not takes_back(below, key):
         return written
     _, field = _field(key)

@@ -82,7 +82,7 @@ def preferences_of(source: TaskSource) -> tuple[str | TaskSource | PresetSource,
 
 
 def _has_types(data: Any, types: Mapping[str, type]) -> TypeGuard[dict[str, Any]]:
-    """Return whether the data is a mapping of these keys to values of these types, with a size above 0."""
+    """Return whether the data is a mapping of the keys to values of the given types, with a size above 0."""
     if not isinstance(data, Mapping):
         return False
     return all(isinstance(value, types.get(name, ())) for name, value in data.items()) and bool(data.get("size", 1) > 0)

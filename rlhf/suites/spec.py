@@ -1,4 +1,4 @@
-"""Define what the process of suites is given, and what the process returns. Plain values, sent as JSON."""
+"""Define the input and the output of the process of suites. Plain values, sent as JSON."""
 
 from __future__ import annotations
 

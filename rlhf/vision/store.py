@@ -126,7 +126,7 @@ def keep_passing(folder: Path, names: Iterable[str] | None = None) -> None:
 
 
 class PassingImages:
-    """Removes the images of conversations that are in no kept sample and that no later step can need."""
+    """Removes images of conversations as soon as no kept sample and no later step can need them."""
 
     def __init__(self, folder: Path, *, steps: int) -> None:
         """Begin with the store's folder. steps: how many steps before the current one may still need their images.
@@ -145,7 +145,7 @@ class PassingImages:
         self._starts.append(clock.stat().st_mtime)
 
     def remove(self) -> None:
-        """Remove the images that were last added before the first step that may need them."""
+        """Remove the images last added before the first step in need of images."""
         if len(self._starts) < (self._starts.maxlen or 0):
             return
         for mark in _marks(self._folder):

@@ -57,7 +57,7 @@ class Block(NamedTuple):
 
     @property
     def file(self) -> str | None:
-        """Return the file that the block names in its first line."""
+        """Return the file named in the block's first line."""
         named = re.match(r"# (\S+\.py)\n", self.text)
         return named[1] if named else None
 
@@ -66,7 +66,7 @@ class Block(NamedTuple):
 
 
 def blocks(*kinds: str) -> list[Block]:
-    """Return the blocks of all pages in these languages."""
+    """Return the blocks of all pages in the languages."""
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")

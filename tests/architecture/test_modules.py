@@ -43,12 +43,12 @@ def imported(tree: ast.Module, known: Collection[str]) -> Iterator[str]:
 
 
 def import_graph(trees: Mapping[str, ast.Module]) -> dict[str, set[str]]:
-    """Return the modules of the product that each module imports."""
+    """Return the product's modules imported by each module."""
     return {name: (set(imported(tree, trees)) & trees.keys()) - {name} for name, tree in trees.items()}
 
 
 def parts_of(package: str, graph: Mapping[str, Collection[str]]) -> dict[str, set[str]]:
-    """Return the modules and sub-packages of a package that each of them imports."""
+    """Return the imports between the modules and sub-packages of a package."""
     inside, depth = f"{package}.", package.count(".") + 2
     parts: dict[str, set[str]] = {}
     for name in graph:

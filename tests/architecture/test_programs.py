@@ -1,4 +1,4 @@
-"""The programs that no test runs import names that exist: the benchmarks, the examples, and the tests on GPUs."""
+"""The programs that no test runs import existing names: the benchmarks, the examples, and the tests on GPUs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def module_file(name: str) -> Path | None:
 
 @cache
 def names_in(file: Path) -> frozenset[str]:
-    """Return the names that a module defines or imports anywhere."""
+    """Return the names defined or imported anywhere in a module."""
     nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
     kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     found = {node.name for node in nodes if isinstance(node, kinds)}

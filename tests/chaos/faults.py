@@ -219,7 +219,7 @@ class FeignedMemory:
         self._write()
 
     def command(self, command: Sequence[str]) -> list[str]:
-        """Return a command that runs another command with the simulated count."""
+        """Return a command to run another command with the simulated count."""
         kernels = own_oom_kills()
         assert kernels is not None
         script = 'mount --bind "$0" "$1" && shift && exec "$@"'

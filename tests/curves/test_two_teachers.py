@@ -21,7 +21,7 @@ SOURCES = {"math": "1+1", "code": "def"}  # the prompt of each teacher's rows
 
 
 def unigram_teacher(folder: Path, *, seed: int) -> Path:
-    """Write a teacher that predicts the same distribution over the tokens after any text."""
+    """Write a teacher with the same distribution over the tokens after any text."""
     build_tiny_llama(folder, seed=seed)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():

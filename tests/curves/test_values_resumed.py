@@ -1,4 +1,4 @@
-"""A resumed run has the values that were estimated before its first step."""
+"""A resumed run has the values estimated before its first step."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def sample_record(response: str = "4", *, score: float = 1.0, **fields: Any) -> 
 
 
 def sample_tokens(*texts: str, **fields: Any) -> SampleTokens:
-    """Return the tokens of a response that the policy sampled."""
+    """Return the sampled tokens of a response."""
     base: dict[str, Any] = {
         **{"texts": texts, "ids": tuple(range(len(texts))), "sampled": (True,) * len(texts)},
         **{"rollout_logprobs": (-0.1,) * len(texts), "old_logprobs": None, "ref_logprobs": None},

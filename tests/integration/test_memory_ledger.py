@@ -59,7 +59,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 class Recorder:
-    """A role that records all calls."""
+    """Records all calls of a role."""
 
     def __init__(self, name: str, role: Any, calls: list[tuple[str, str]]) -> None:
         self.name, self.recorded, self.calls = name, role, calls

@@ -1,4 +1,4 @@
-"""Real runs with a disk, shared memory or object store that is full for a time, or for good."""
+"""Real runs with a full disk, shared memory or object store, for a time or for good."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Name the models that `rlhf models fetch` can obtain without a model hub, and the folders that the recipes name."""
+"""Name the models that `rlhf models fetch` can obtain without a model hub, and their folders in the recipes."""
 
 from __future__ import annotations
 
