@@ -29,8 +29,9 @@ SHAPES = {
     "all": AdapterShape(rank=3, alpha=6.0, seed=1),
     "attention": AdapterShape(rank=4, alpha=32.0, mlp=False, seed=2),
     "mlp": AdapterShape(rank=1, alpha=5.0, attention=False, seed=3),
+    "small": AdapterShape(rank=2, alpha=3.0, mlp=False, seed=4),
 }
-TARGETS = {"all": 1, "attention": 3, "mlp": 1}
+TARGETS = {"all": 1, "attention": 3, "mlp": 1, "small": 1}
 
 
 class Turns:
@@ -131,8 +132,8 @@ def assert_as_alone(model: Any, calls: list[LossCall], *, budget: int) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_packed_calls_equal_calls_alone(model: Any, monkeypatch: pytest.MonkeyPatch, loss: str, budget: int) -> None:
     losses = list(LOSSES)
-    others = losses[(losses.index(loss) + 1) % len(losses)], losses[(losses.index(loss) + 2) % len(losses)]
-    names = dict(zip(SHAPES, (loss, *others), strict=True))
+    others = [losses[(losses.index(loss) + step) % len(losses)] for step in range(len(SHAPES))]
+    names = dict(zip(SHAPES, others, strict=True))
     calls = [
         call_of(name, of, seed=seed, targets=1 if of == "gspo" else TARGETS[name])
         for seed, (name, of) in enumerate(names.items())
@@ -144,7 +145,7 @@ def test_packed_calls_equal_calls_alone(model: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_models_own_adapter_is_there_again_after_a_pass(model: Any) -> None:
-    calls = [call_of("attention", "ppo", seed=1), call_of("mlp", "dro", seed=2, lengths=(5, 5))]
+    calls = [call_of("attention", "ppo", seed=1), call_of("small", "dro", seed=2, lengths=(5, 5))]
     before = {name: module for name, module in model.named_modules()}
     assert_as_alone(model, calls, budget=1000)
     assert {name: module for name, module in model.named_modules()} == before
@@ -186,18 +187,25 @@ def test_weights_that_are_not_finite_stay_with_their_adapter(model: Any) -> None
     assert bool(packed.gradient("all").isfinite().all())
 
 
-def test_a_pass_without_enough_memory_is_divided_into_turns(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", ["memory", "gradient"])
+def test_a_pass_that_fails_is_divided_into_turns(model: Any, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     packed, turns = Worker(model, budget=1000), Worker(model, budget=1000)
-    forward = packed.engine.forward
+    forward, sizes = packed.engine.forward, [0]
 
     def limited(function: Any, token_ids: Tensor, *args: Any, **options: Any) -> Any:
-        if len(token_ids) > 30:
+        sizes.append(len(token_ids))
+        if sizes[-1] > 30 and fault == "memory":
             raise torch.OutOfMemoryError("too many tokens")
         return forward(function, token_ids, *args, **options)
 
+    def backward(loss: Tensor, last: bool) -> None:
+        (loss * (torch.inf if sizes[-1] > 30 else 1.0)).backward()
+
     monkeypatch.setattr(packed.engine, "forward", limited)
+    monkeypatch.setattr(packed.engine, "backward", backward)
     calls = [call_of("all", "ppo", seed=1), call_of("mlp", "ppo", seed=2)]
     assert all(not isinstance(one, UserError | RunError) for one in packed.forward_backward_packed(calls))
+    assert max(sizes) > 30
     for call in calls:
         turns.forward_backward(call.adapter, call.rows, call.loss)
         assert torch.equal(packed.gradient(call.adapter), turns.gradient(call.adapter))
