@@ -58,7 +58,7 @@ class NamedLoss:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LossCall:
+class AdapterCall:
     """A forward and backward pass for an adapter, to be computed together with those of other adapters."""
 
     adapter: str

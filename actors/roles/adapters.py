@@ -12,12 +12,12 @@ from ray import ObjectRef
 
 from actors.cluster.placement import Placement
 from actors.cluster.waiting import put
-from actors.roles.collecting import Collector
+from actors.roles.collecting import WaitingCalls
 from actors.roles.gang import Gang
 from actors.roles.group import spawn
 from actors.weights.adapter import WEIGHTS, file_checksum
 from actors.weights.files import files_checksum, mapped_files
-from rlhf.adapters import AdamStep, AdapterShape, LossCall, LossReport, LossRows, NamedLoss
+from rlhf.adapters import AdamStep, AdapterCall, AdapterShape, LossReport, LossRows, NamedLoss
 from rlhf.config.schema.root import Config
 from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import AdaptersLost, Preempted, RunError, WorkerLost
@@ -66,7 +66,7 @@ class AdaptersGang:
         """`packed_tokens`: of calls of forward_backward to carry out in one pass. 0: each call has its own."""
         self.ranks = ranks
         self._packed_tokens = packed_tokens
-        self._packing: Collector[LossCall, LossReport] | None = None
+        self._packing: WaitingCalls[AdapterCall, LossReport] | None = None
         self._held: set[str] = set()
         self._lost: dict[str, WorkerLost] = {}  # by adapter, the loss of its ranks
         self._loss: WorkerLost | None = None  # the last
@@ -77,7 +77,7 @@ class AdaptersGang:
         await self.ranks.start(deadline_s=deadline_s)
         if self._packed_tokens and self._packing is None:
             if all(await self.ranks.each(lambda h: h.can_pack.remote(), "start")):
-                self._packing = Collector(self._carry_out, fits=self._fits)
+                self._packing = WaitingCalls(self._carry_out, fits=self._fits)
             else:
                 logger.warning("The adapters take turns: packed passes need ZeRO stage 0 and a model with packed rows.")
 
@@ -138,7 +138,7 @@ class AdaptersGang:
         self, adapter: str, rows: LossRows, loss: NamedLoss, *, forward_only: bool = False
     ) -> LossReport:
         if self._packing is not None and not forward_only:
-            return await self._packing.call(LossCall(adapter=adapter, rows=rows, loss=loss))
+            return await self._packing.call(AdapterCall(adapter=adapter, rows=rows, loss=loss))
         return await self._forward_backward(adapter, rows, loss, forward_only=forward_only)
 
     async def _forward_backward(
@@ -150,7 +150,7 @@ class AdaptersGang:
         )
         return merged_report(reports)
 
-    async def _carry_out(self, calls: Sequence[LossCall]) -> Sequence[LossReport | BaseException]:
+    async def _carry_out(self, calls: Sequence[AdapterCall]) -> Sequence[LossReport | BaseException]:
         if len(calls) == 1:
             return [await self._forward_backward(calls[0].adapter, calls[0].rows, calls[0].loss)]
         stored = put(calls)
@@ -159,7 +159,7 @@ class AdaptersGang:
         )
         return [merged_outcome(outcomes) for outcomes in zip(*of_ranks, strict=True)]
 
-    def _fits(self, calls: Sequence[LossCall]) -> bool:
+    def _fits(self, calls: Sequence[AdapterCall]) -> bool:
         """Return whether calls fit in one pass: within the tokens, each row with its last target, one per adapter."""
         num_tokens = sum(len(call.rows.token_ids) + len(call.rows.lengths) for call in calls)
         return num_tokens <= self._packed_tokens and len({call.adapter for call in calls}) == len(calls)
@@ -206,7 +206,7 @@ def create_adapters_gang(
 ) -> AdaptersGang:
     """Create the actors of the ranks. Call `start` next. `config`: from rlhf.config.adapter_ranks.ranks_config.
 
-    `packed_tokens`: calls of forward_backward that wait at the same time go together up to so many tokens. The caller
+    `packed_tokens`: calls of forward_backward waiting at the same time go together up to so many tokens. The caller
     must then await each call for an adapter before the next.
     """
     spawned = spawn(

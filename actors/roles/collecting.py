@@ -1,4 +1,4 @@
-"""Carry out calls together that wait at the same time."""
+"""Carry out together all calls waiting at the same time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ Call = TypeVar("Call")
 Result = TypeVar("Result")
 
 
-class Collector(Generic[Call, Result]):
-    """Calls that come while others are carried out go together next. So no call waits for another to come."""
+class WaitingCalls(Generic[Call, Result]):
+    """Calls made while others are carried out go together next. No call waits for another to come."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf.adapters import AdamStep, AdapterShape, LossCall, LossReport, LossRows, NamedLoss
+from rlhf.adapters import AdamStep, AdapterCall, AdapterShape, LossReport, LossRows, NamedLoss
 from rlhf.config.adapter_ranks import ranks_config
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.model import PolicyConfig
@@ -171,7 +171,7 @@ def packed_against_turns(rank: int, ranks: int, *, model: str, dtype: str) -> di
     of_rounds = [list(SHAPES), ["four", "two"], ["three", "one", "two"]]
     rounds = [
         [
-            LossCall(adapter=name, rows=rows_of(9 * at + i, loss), loss=NamedLoss(name=loss))
+            AdapterCall(adapter=name, rows=rows_of(9 * at + i, loss), loss=NamedLoss(name=loss))
             for i, name in enumerate(names)
             for loss in [LOSSES[(at + i) % len(LOSSES)]]
         ]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from actors.roles import adapters
-from rlhf.adapters import AdamStep, AdapterShape, LossCall, LossRows, NamedLoss
+from rlhf.adapters import AdamStep, AdapterCall, AdapterShape, LossRows, NamedLoss
 from rlhf.errors import AdaptersLost, RunError, UserError, WorkerLost
 from rlhf.workers.adapters.adapter_worker import RowsReport
 from tests.fakes.engine_handles import supervisor
@@ -40,7 +40,7 @@ class Method:
             return [self._outcome(call, values["forward_backward"]) for call in args[0]]
         return values.get(self.name)
 
-    def _outcome(self, call: LossCall, report: RowsReport) -> Any:
+    def _outcome(self, call: AdapterCall, report: RowsReport) -> Any:
         return UserError("bad rows") if call.adapter == "bad" and self.rank == 1 else report
 
 

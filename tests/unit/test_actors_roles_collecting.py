@@ -1,4 +1,4 @@
-"""Calls that wait at the same time go together, and each gets its own result."""
+"""Calls waiting at the same time go together, and each gets its own result."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from actors.roles.collecting import Collector
+from actors.roles.collecting import WaitingCalls
 
 
-async def all_of(collector: Collector[int, int], calls: Sequence[int]) -> list[Any]:
+async def all_of(collector: WaitingCalls[int, int], calls: Sequence[int]) -> list[Any]:
     return await asyncio.gather(*map(collector.call, calls), return_exceptions=True)
 
 
 def work(carry_out: Callable[[Sequence[int]], Awaitable[Sequence[Any]]], calls: Sequence[int]) -> list[Any]:
     async def run() -> list[Any]:
-        return await asyncio.wait_for(all_of(Collector(carry_out, fits=lambda some: sum(some) <= 10), calls), 10.0)
+        return await asyncio.wait_for(all_of(WaitingCalls(carry_out, fits=lambda some: sum(some) <= 10), calls), 10.0)
 
     return asyncio.run(run())
 
@@ -60,7 +60,7 @@ def test_later_calls_wait_for_the_running_pass_and_a_caller_may_go_away() -> Non
         return list(calls)
 
     async def run() -> list[Any]:
-        collector = Collector(carry_out, fits=lambda some: True)
+        collector = WaitingCalls(carry_out, fits=lambda some: True)
         first = asyncio.create_task(collector.call(1))
         await asyncio.wait_for(begun.wait(), 10.0)
         later = asyncio.create_task(all_of(collector, [2, 3]))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from rlhf.adapters import AdapterShape, LossCall, LossRows, NamedLoss
+from rlhf.adapters import AdapterCall, AdapterShape, LossRows, NamedLoss
 from rlhf.engine.swapping import Tenant
 from rlhf.errors import RunError, UserError
 from rlhf.models.adapters.lora import add_lora
@@ -29,7 +29,7 @@ SHAPES = {
     "all": AdapterShape(rank=3, alpha=6.0, seed=1),
     "attention": AdapterShape(rank=4, alpha=32.0, mlp=False, seed=2),
     "mlp": AdapterShape(rank=1, alpha=5.0, attention=False, seed=3),
-    "small": AdapterShape(rank=2, alpha=3.0, mlp=False, seed=4),
+    "small": AdapterShape(rank=2, alpha=8.0, mlp=False, seed=4),
 }
 TARGETS = {"all": 1, "attention": 3, "mlp": 1, "small": 1}
 
@@ -95,7 +95,9 @@ def model() -> Any:
     return model.double()
 
 
-def call_of(name: str, loss: str, *, seed: int, targets: int = 1, lengths: tuple[int, ...] = (7, 3, 10, 1)) -> LossCall:
+def call_of(
+    name: str, loss: str, *, seed: int, targets: int = 1, lengths: tuple[int, ...] = (7, 3, 10, 1)
+) -> AdapterCall:
     generator = torch.Generator().manual_seed(seed)
     shape = (sum(lengths), targets)
     tokens, wanted = torch.randint(40, shape[:1], generator=generator), torch.randint(40, shape, generator=generator)
@@ -108,10 +110,10 @@ def call_of(name: str, loss: str, *, seed: int, targets: int = 1, lengths: tuple
     if loss == "gspo":
         columns["sequence_ratio_mask"] = torch.ones(shape)
     rows = LossRows(token_ids=tokens, lengths=torch.tensor(lengths), targets=wanted, columns=columns)
-    return LossCall(adapter=name, rows=rows, loss=NamedLoss(name=loss))
+    return AdapterCall(adapter=name, rows=rows, loss=NamedLoss(name=loss))
 
 
-def assert_as_alone(model: Any, calls: list[LossCall], *, budget: int) -> None:
+def assert_as_alone(model: Any, calls: list[AdapterCall], *, budget: int) -> None:
     packed, turns = Worker(model, budget=budget), Worker(model, budget=budget)
     for _ in range(2):  # the second pass adds to the gradients of the first
         outcomes = packed.forward_backward_packed(calls)

@@ -55,7 +55,7 @@ class ServiceConfig(Section):
     """Most adapters on the ranks at the same time, and most with running samples in an engine. Other adapters wait on
     disk. Refused without policy.lora, as packed_tokens: a single model is on the ranks."""
     packed_tokens: int = Field(default=0, ge=0)
-    """Most tokens of several adapters in one forward and backward pass: calls that wait at the same time go together.
+    """Most tokens of several adapters in one forward and backward pass: calls waiting at the same time go together.
     Faster for small calls, at ZeRO stage 0; a model's numbers then differ in rounding from those of the model alone.
     0: the adapters take turns."""
     max_models: int = Field(default=64, ge=1)

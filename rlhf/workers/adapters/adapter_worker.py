@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf.adapters import AdamStep, AdapterShape, LossCall, LossReport, LossRows, NamedLoss
+from rlhf.adapters import AdamStep, AdapterCall, AdapterShape, LossReport, LossRows, NamedLoss
 from rlhf.algorithms.sft import SFT
 from rlhf.data.packing import balance
 from rlhf.engine.swapping import MOMENTS, Tenant, WholeState
@@ -69,7 +69,7 @@ class CheckedCall:
 
 @dataclass(slots=True)
 class RowsSums:
-    """What the passes over a call's rows have found so far."""
+    """The results of the passes over a call's rows so far."""
 
     rows: dict[int, tuple[float, Tensor]] = field(default_factory=dict)  # loss and log-probabilities of each row
     metrics: dict[str, float] = field(default_factory=dict)
@@ -133,7 +133,7 @@ class AdapterWorker(TrainedWorker):
         """Return whether one pass can serve several adapters: at ZeRO stage 0, if the model takes packed rows."""
         return self.swapping.can_pack and self.layout is not RowLayout.ONE_BY_ONE
 
-    def forward_backward_packed(self, calls: Sequence[LossCall]) -> list[Outcome]:
+    def forward_backward_packed(self, calls: Sequence[AdapterCall]) -> list[Outcome]:
         """Carry out calls for different adapters in one pass over all rows. Collective; `can_pack` must be true.
 
         Return for each call the result of this rank's rows, or the error of this call. A pass with a number that is
@@ -245,7 +245,7 @@ class AdapterWorker(TrainedWorker):
         refuse_bad_rows(rows, loss.name, self._limits())
         return CheckedCall(adapter=adapter, scored=ScoredRows.of(rows), loss=loss.name, settings=settings)
 
-    def _alone(self, call: LossCall) -> Outcome:
+    def _alone(self, call: AdapterCall) -> Outcome:
         try:
             return self.forward_backward(call.adapter, call.rows, call.loss)
         except (UserError, RunError) as error:

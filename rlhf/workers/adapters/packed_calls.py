@@ -19,9 +19,9 @@ from rlhf.workers.microbatches import Microbatch
 class Parts:
     """A micro-batch of joined rows, in parts by call."""
 
-    whole: Microbatch  # the shortest rows first, so that the forward pass keeps their order
+    whole: Microbatch  # the shortest rows first: the forward pass keeps this order
     owners: Int[Tensor, " n"]  # the number of each token's call
-    of_calls: Sequence[tuple[int, Microbatch, Bool[Tensor, " n"]]]  # a call, its own micro-batch, and where that is
+    of_calls: Sequence[tuple[int, Microbatch, Bool[Tensor, " n"]]]  # a call, its rows, and their places
 
 
 class PackedCalls:
