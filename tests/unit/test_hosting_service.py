@@ -343,6 +343,27 @@ async def test_models_take_turns_on_the_ranks(tmp_path: Path) -> None:
         assert losses == expected
 
 
+async def test_a_session_may_begin_while_idle_models_go_to_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path, idle_s=0.0) as (service, policy, _):
+        client = Client(service)
+        models = [await client.create(), await client.create()]
+        first = [await model.train(1) for model in models]
+        late: list[Model] = []
+        remove = policy.remove
+
+        async def removing(adapter: str) -> None:
+            await remove(adapter)
+            late.append(await Client(service).create())
+
+        monkeypatch.setattr(policy, "remove", removing)
+        await asyncio.sleep(0.01)
+        await service.keep_house()
+        assert len(late) == 2
+        assert [await model.train(1) for model in late] == first
+
+
 async def test_idle_models_go_to_disk_and_finished_sessions_end(tmp_path: Path) -> None:
     async with serving(tmp_path, idle_s=0.0) as (service, policy, _):
         client = Client(service)
