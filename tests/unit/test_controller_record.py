@@ -8,10 +8,12 @@ import json
 import logging
 import shutil
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -24,6 +26,8 @@ from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.manifest import Manifest
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.tracking.sinks.tracker import Tracker, read_metrics
+from rlhf.vision.store import ImageStore, PassingImages
+from tests.vision_models import drawn, encoded
 
 
 def test_a_wait_is_recorded_when_its_file_can_be_written_again(tmp_path: Path) -> None:
@@ -52,6 +56,19 @@ def test_a_wait_is_recorded_when_its_file_can_be_written_again(tmp_path: Path) -
 def record_of(folder: RunFolder) -> RunRecord:
     nothing = cast(Any, None)
     return RunRecord(folder=folder, tracker=Tracker(folder.path), timeline=nothing, progress=nothing, step=2)
+
+
+async def test_a_checkpoint_removes_the_images_that_no_step_needs(tmp_path: Path) -> None:
+    nothing, images = MagicMock(), ImageStore(tmp_path, passing=True)
+    record = RunRecord(folder=nothing, tracker=nothing, timeline=nothing, progress=nothing)
+    record.images = PassingImages(tmp_path, steps=1)
+    keys = []
+    for step in (1, 2, 3):
+        record.begin_step(step)
+        keys.append(images.add(encoded(drawn(size=(9 + step, 9)))))
+        time.sleep(0.02)  # longer than a tick of the disk's clock
+    await record.prune(1)
+    assert [images.path(key).exists() for key in keys] == [False, True, True]
 
 
 def test_losses_after_the_last_row_are_added_to_the_row(tmp_path: Path) -> None:
