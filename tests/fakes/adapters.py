@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -67,6 +68,22 @@ class Adapter:
 def logprobs(adapter: tuple[Tensor, Tensor] | None) -> Tensor:
     scores = base_scores() if adapter is None else base_scores() + adapter[0] @ adapter[1]
     return torch.log_softmax(scores, -1)
+
+
+def now_and_then(least: int, most: int) -> Callable[[], bool]:
+    """Return a function that is True at random, after `least` to `most` calls with False."""
+    rng = random.Random(least)
+    left = rng.randrange(least)
+
+    def is_now() -> bool:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            return False
+        left = rng.randrange(least, most)
+        return True
+
+    return is_now
 
 
 class MortalAdapters:

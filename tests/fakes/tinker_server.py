@@ -16,6 +16,7 @@ from aiohttp import web
 from actors.serving.tinker.http import TinkerServer
 from rlhf.hosting.service import TinkerService
 from rlhf.hosting.shared import ServiceSettings
+from rlhf.roles import AdapterEnginesRole, AdaptersRole
 from tests.fakes.adapters import FakeAdapters, FakeEngines
 
 MODEL = "fakes/tiny"
@@ -44,7 +45,7 @@ def text_of(tokens: object) -> str:
 
 @asynccontextmanager
 async def opened(
-    folder: Path, policy: FakeAdapters | None = None, engines: FakeEngines | None = None, **changes: object
+    folder: Path, policy: AdaptersRole | None = None, engines: AdapterEnginesRole | None = None, **changes: object
 ) -> AsyncIterator[TinkerService]:
     service = TinkerService(
         folder, settings(**changes), policy or FakeAdapters(), engines or FakeEngines(), decode=text_of

@@ -13,7 +13,9 @@ from aiohttp.test_utils import TestServer
 from transformers import LlamaForCausalLM
 
 from actors.serving.tinker.http import TinkerServer
+from rlhf.hosting import training
 from rlhf.models.files.tiny import VOCAB_SIZE, byte_tokenizer
+from tests.fakes.adapters import now_and_then
 from tests.fakes.tinker_server import MODEL, opened
 from tests.integration.rank_gang import small_config
 from tests.integration.test_tinker_server import Server
@@ -24,17 +26,19 @@ TENANTS = range(6)
 
 
 @pytest.mark.timeout(3000)
-async def test_ten_thousand_requests_cross_nothing(tmp_path: Path) -> None:
-    """Six tenants share a real rank with room for five adapters, which is lost now and then. Each tenant gets the same
-    bytes alone, from ranks that are never lost."""
+async def test_ten_thousand_requests_cross_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six tenants share a real rank, which is lost now and then, and at first has room for five adapters. Each tenant
+    gets the same bytes alone, from ranks that are never lost."""
+    monkeypatch.setattr(training, "SAVE_AFTER_S", 2.0)
     model = LlamaForCausalLM(small_config(vocab_size=VOCAB_SIZE, num_hidden_layers=1))
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    count, rng = int(os.environ.get("REQUESTS", "1667")), random.Random(0)
+    count = int(os.environ.get("REQUESTS", "1667"))
     policy = WorkerAdapters(str(tmp_path / "model"))
 
-    async def results(name: str, *, together: bool, **changes: object) -> list[list[Answer]]:
-        server = TinkerServer(opened(tmp_path / name, policy, EchoEngines(), **changes), [])
+    async def results(name: str, count: int, *, together: bool, room: int = 6) -> list[list[Answer]]:
+        limits = {"max_length": 128, "checkpoint_bytes": 1 << 34, "max_adapters": room}
+        server = TinkerServer(opened(tmp_path / name, policy, EchoEngines(), **limits), [])
         made = TestServer(server.application())
         await made.start_server(auto_decompress=False)
         try:
@@ -42,17 +46,18 @@ async def test_ten_thousand_requests_cross_nothing(tmp_path: Path) -> None:
         finally:
             await made.close()
 
-    room = {"max_length": 128, "checkpoint_bytes": 1 << 34}
     try:
-        policy.dies = lambda: rng.random() < 0.0005
-        beside = await results("beside", together=True, max_adapters=5, **room)
+        policy.dies = now_and_then(count, 2 * count)
+        moved = await results("beside", count // 20, together=True, room=5)
+        beside = await results("beside", count - count // 20, together=True)
         policy.dies = lambda: False
-        alone = await results("alone", together=False, **room)
+        alone = await results("alone", count - count // 20, together=False)
     finally:
         policy.close()
-    print(len(policy.deaths), sorted(kinds(beside).items()))  # noqa: T201
-    assert len(policy.deaths) > count // 200
+    print(len(policy.deaths), sum(map(len, (*moved, *beside))), sorted(kinds(beside).items()))  # noqa: T201
+    assert len(policy.deaths) > 3
     assert differing(beside, alone) == []
+    assert differing(moved, [answers[: len(first)] for answers, first in zip(alone, moved, strict=True)]) == []
     assert all(kinds(beside)[kind, True] > count // 20 for kind in ("train", "forward", "step", "load", "sample"))
 
 

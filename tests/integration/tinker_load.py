@@ -75,7 +75,7 @@ class Answer:
         if self == other or self.kind != "sample" or other.status != self.status:
             return self == other
         one, two = deserialize_sample_response(self.content), deserialize_sample_response(other.content)
-        pairs = [(one.prompt_logprobs, two.prompt_logprobs)]
+        pairs: list[tuple[Any, Any]] = [(one.prompt_logprobs, two.prompt_logprobs)]
         for ours, theirs in zip(one.sequences, two.sequences, strict=True):
             if ours.tokens != theirs.tokens:
                 return False

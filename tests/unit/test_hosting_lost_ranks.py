@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from rlhf.errors import RunError, StorageFull
 from rlhf.hosting import training
 from rlhf.hosting.request_line import RequestLine
+from tests.fakes.adapters import now_and_then
 from tests.unit.test_hosting_service import ROWS, Client, Model, serving
 
 
@@ -48,20 +48,8 @@ async def test_lost_ranks_lose_no_step_and_repeat_none(
     monkeypatch.setattr(training, "LARGEST_SHARE", 1.0)
     async with serving(tmp_path / "quiet") as (service, _, _):
         expected = await run_clients(service)
-    rng = random.Random(most)
-    moment = 20
-
-    def dies() -> bool:
-        """Return True at a random moment, but not while the requests of the last loss are repeated."""
-        nonlocal moment
-        moment -= 1
-        if moment == 0:
-            moment = rng.randrange(30, 60)
-            return True
-        return False
-
     async with serving(tmp_path / "killed", max_adapters=most) as (service, policy, _):
-        policy.dies = dies
+        policy.dies = now_and_then(30, 60)  # later than the repetition of lost requests
         found = await run_clients(service)
         assert len(policy.deaths) > 2
         assert not service.lost.done()
