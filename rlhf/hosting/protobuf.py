@@ -210,7 +210,7 @@ def loss_answer(report: LossReport, call: LossCall) -> bytes:
     answer.metrics["loss:sum"] = report.loss
     for name, value in report.metrics.items():
         answer.metrics[f"{name}:sum"] = value
-    return bytes(answer.SerializeToString())
+    return bytes(answer.SerializeToString(deterministic=True))
 
 
 def sample_answer(samples: SampleAnswer, *, scored_from: int = 0) -> bytes:
@@ -232,7 +232,7 @@ def sample_answer(samples: SampleAnswer, *, scored_from: int = 0) -> bytes:
         )
         if sequence.top is not None:
             _write_top(written.topk_sampled_logprobs, sequence.top)
-    return bytes(answer.SerializeToString())
+    return bytes(answer.SerializeToString(deterministic=True))
 
 
 def _write_top(matrix: pb.TopkLogprobs, rows: Sequence[TopTokens | None]) -> None:
