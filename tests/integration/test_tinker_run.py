@@ -29,7 +29,7 @@ GRPO: dict[str, Any] = {
     "algorithm": {"name": "grpo", "kl": {"coef": 0.05, "estimator": "k3", "place": "loss"}},
     "data": {"train": {"task": "running_totals", "split": "train", "size": 64}, "max_prompt_tokens": 16},
     "rollouts": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 8},
-    "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*[0-9].*"}}},
+    "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
     "train": {"sequences_per_update": 8},
 }
 DPO: dict[str, Any] = {
