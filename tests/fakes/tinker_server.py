@@ -56,8 +56,8 @@ async def opened(
         await service.close()
 
 
-async def serve(folder: Path, port: int, keys: list[str]) -> None:
-    server = TinkerServer(opened(folder), keys)
+async def serve(folder: Path, port: int, keys: list[str], policy: FakeAdapters | None = None) -> None:
+    server = TinkerServer(opened(folder, policy), keys)
     runner = web.AppRunner(server.application(), auto_decompress=False, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port).start()

@@ -31,15 +31,15 @@ pytestmark = [
 class Server:
     """A server to kill and to start again at the same address."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, module: str = "tests.fakes.tinker_server", *arguments: str) -> None:
+        self.folder, self.module, self.arguments = folder, module, arguments
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port: int = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "tests.fakes.tinker_server", str(self.folder), str(self.port), KEY]
+        command = [sys.executable, "-m", self.module, str(self.folder), str(self.port), KEY, *self.arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout is not None
