@@ -16,7 +16,6 @@ from rlhf.data.row import Row
 from rlhf.data.sources import count_rows, first_rows
 from rlhf.data.tasks import REASONING_GYM
 from rlhf.errors import UserError
-from rlhf.models.files.tiny_vision import build_tiny_vision
 from rlhf.planning.footprints import Sizes
 from rlhf.planning.here import absent_data
 from rlhf.planning.shapes import find_config
@@ -70,6 +69,8 @@ def image_tokens_here(config: Config, sizes: Sizes) -> float | None:
 
 def _processing_here(model: str, sizes: Sizes, folder: Path) -> ImageProcessing | None:
     if model.startswith("tiny:"):
+        from rlhf.models.files.tiny_vision import build_tiny_vision  # with tokenizers
+
         return ImageProcessing.of_model(str(build_tiny_vision(folder / "model", model.removeprefix("tiny:"), seed=0)))
     stored = find_config(model, shapes=sizes.shapes)
     if stored is None:
