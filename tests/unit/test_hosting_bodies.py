@@ -104,8 +104,10 @@ def test_the_shape_of_an_adapter() -> None:
     lora = bodies.LoraBody(rank=4, train_mlp=False)
     assert bodies.adapter_shape(lora, seed=9) == AdapterShape(rank=4, mlp=False, seed=9)
     assert bodies.adapter_shape(bodies.LoraBody(rank=4, seed=2), seed=9).seed == 2
-    with pytest.raises(UserError, match="this server trains LoRA adapters only"):
-        bodies.adapter_shape(None, seed=0)
+    assert bodies.adapter_shape(None, seed=9) == bodies.adapter_shape(bodies.LoraBody(rank=0), seed=9)
+    assert bodies.adapter_shape(None, seed=9) == AdapterShape(rank=0)
+    with pytest.raises(UserError, match="rank 0 trains all weights"):
+        bodies.adapter_shape(bodies.LoraBody(rank=0, train_mlp=False), seed=0)
     with pytest.raises(UserError, match="nothing would be trained"):
         bodies.adapter_shape(bodies.LoraBody(rank=4, train_mlp=False, train_attn=False), seed=0)
 
