@@ -62,7 +62,7 @@ class AdapterStack:
     @contextmanager
     def computing(self, owners: Int[Tensor, " N"]) -> Iterator[None]:
         """Use the adapters in the block for a row of N tokens, also in its backward pass. `owners`: of the tokens."""
-        self._factors = {members: self._of_tokens(members, owners) for members in set(self._members.values())}
+        self._factors = {some: self._of_tokens(some, owners) for some in set(self._members.values()) if some}
         before = {}
         try:
             for name, layer in self._layers.items():
