@@ -24,7 +24,7 @@ ADAPTED = merge(
         "algorithm": {"name": "grpo"},
         "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
         "train": {"steps": 6},
-        "cluster": {"start_timeout_s": 500.0},
+        "cluster": {"start_timeout_s": 500.0, "call_timeout_s": 900.0},  # the server is away for a minute or more
     },
 )
 SHARED = {"config": ADAPTED, "parameters": {"policy.lora.rank": {"values": [2, 4]}}, "metric": "eval/heldout/score"}
