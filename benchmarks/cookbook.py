@@ -15,11 +15,13 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import itertools
 import json
 import os
 import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -42,11 +44,15 @@ CODE_TASKS = "agentica-org/DeepCoder-Preview-Dataset"
 
 
 class Recipe(NamedTuple):
-    """A recipe of the cookbook. `{NAME:STEP:KIND}` stands for a checkpoint's path: the state's or the sampler's."""
+    """A recipe of the cookbook. `{NAME:STEP:KIND}` stands for a checkpoint's path: the state's or the sampler's.
+
+    The table has the means of the metric over so many first and last steps: `mean`.
+    """
 
     module: str
     arguments: str
     metric: str
+    mean: int = 1
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -70,6 +76,7 @@ RECIPES: Mapping[str, Recipe] = {
         "loss_fn=importance_sampling load_checkpoint_path={supervised:final:state} group_size=8 groups_per_batch=8 "
         "learning_rate=3e-4 max_tokens=6 max_steps=20 eval_every=0 save_every=0",
         metric="env/all/correct",
+        mean=5,
     ),
     "distillation": Recipe(
         "recipes.distillation.on_policy_distillation",
@@ -81,14 +88,15 @@ RECIPES: Mapping[str, Recipe] = {
     "calls": Recipe(
         "recipes.chat_sl.train",
         "dataset=calls.jsonl train_on_what=all_assistant_messages batch_size=4 learning_rate=1e-3 max_length=600 "
-        "max_steps=6 eval_every=0 save_every=0",
+        "max_steps=16 eval_every=0 save_every=0",
         metric="train_mean_nll",
     ),
     "tools": Recipe(
         "recipes.code_rl.train",
-        "load_checkpoint_path={calls:final:state} group_size=4 groups_per_batch=5 learning_rate=4e-4 max_tokens=48 "
-        "max_steps=9 eval_every=0 save_every=0",
+        "load_checkpoint_path={calls:final:state} group_size=4 groups_per_batch=8 learning_rate=4e-4 max_tokens=64 "
+        "max_steps=12 eval_every=100 save_every=0",
         metric="env/all/reward/total",
+        mean=5,
     ),
 }
 EVALUATION = "evaluation"
@@ -123,13 +131,14 @@ from tinker_cookbook.tokenizer_utils import get_tokenizer
 
 renderer = renderers.get_renderer("qwen3_instruct", get_tokenizer(sys.argv[1]))
 with Path("calls.jsonl").open("w") as file:
-    for line in Path("solved.jsonl").read_text().splitlines():
-        solved = json.loads(line)
-        task = code_env.DeepcoderTask(problem=code_env._build_question(solved), tests=[])
+    for line in Path("tried.jsonl").read_text().splitlines():
+        tried = json.loads(line)
+        task = code_env.DeepcoderTask(problem=code_env._build_question(tried), tests=[])
         start = code_env._initial_messages(task, renderer, code_env.DeepcoderTool(task))
-        call = json.dumps({"name": "check_solution", "arguments": {"code": solved["program"]}})
-        passed = json.dumps({"passed": True, "details": {"status": "Success"}})
-        said = [f"<tool_call>\\n{call}\\n</tool_call>", passed, f"```python\\n{solved['program']}\\n```"]
+        call = json.dumps({"name": "check_solution", "arguments": {"code": tried["first"]}})
+        status = {"status": "Success" if tried["passed"] else "Failed"}
+        result = json.dumps({"passed": tried["passed"], "details": status})
+        said = [f"<tool_call>\\n{call}\\n</tool_call>", result, f"```python\\n{tried['answer']}\\n```"]
         turns = [{"role": role, "content": text} for role, text in zip(("assistant", "tool", "assistant"), said)]
         file.write(json.dumps({"messages": start + turns}) + "\\n")
 """  # writes conversations with calls of the tool that code_rl has, with the prompts of code_rl
@@ -138,7 +147,7 @@ with Path("calls.jsonl").open("w") as file:
 def write_data(folder: Path) -> None:
     """Write the data of all recipes: folders with the names of the datasets, and the task of the evaluation."""
     draw = random.Random(0)
-    sums = [(draw.randint(0, 100), draw.randint(0, 100)) for _ in range(1088)]
+    sums = draw.sample(list(itertools.product(range(101), repeat=2)), 1088)
     said = [(f"What is {first} + {second}?", str(first + second)) for first, second in sums]
     chats = [
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
@@ -173,31 +182,55 @@ def write_data(folder: Path) -> None:
         pairs.append({side: start + answer.format(thing) for side, answer in answers.items()})
     _write(folder / "Anthropic/hh-rlhf/train.jsonl", pairs[:480])
     _write(folder / "Anthropic/hh-rlhf/test.jsonl", pairs[480:])
+    tried = []
+    for _ in range(160):
+        task, passed = _task(draw), draw.random() < 0.3
+        first = task.program if passed else task.wrong
+        answer = task.program if draw.random() < 0.2 else first
+        tried.append({"problem": task.problem, "first": first, "passed": passed, "answer": answer})
+    _write(folder / "tried.jsonl", tried)
+    names = ("primeintellect", "taco", "lcbv5", "codeforces")
+    trained = {name: [_task(draw) for _ in range(100)] for name in names}
+    known = {row["problem"] for row in tried} | {task.problem for tasks in trained.values() for task in tasks}
+    fresh = (task for task in iter(lambda: _task(draw), None) if task.problem not in known)
     configs = []
-    for name in ("primeintellect", "taco", "lcbv5", "codeforces"):
-        tasks = [_task(draw, operations=draw.choice((1, 2))) for _ in range(100)]
-        rows = [{"problem": problem, "tests": json.dumps(tests)} for problem, _, tests in tasks]
-        _write(folder / CODE_TASKS / f"{name}.jsonl", rows)
-        files = [{"split": split, "path": f"{name}.jsonl"} for split in ("train", "test")]
+    for name in names:
+        files = []
+        for split, tasks in (("train", trained[name]), ("test", itertools.islice(fresh, 48))):
+            rows = [{"problem": task.problem, "tests": json.dumps(task.tests)} for task in tasks]
+            _write(folder / CODE_TASKS / f"{name}_{split}.jsonl", rows)
+            files.append({"split": split, "path": f"{name}_{split}.jsonl"})
         configs.append({"config_name": name, "data_files": files})
     readme = folder / CODE_TASKS / "README.md"
     readme.write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n", encoding="utf-8")
-    solved = [_task(draw, operations=1) for _ in range(80)]
-    _write(folder / "solved.jsonl", [{"problem": problem, "program": program} for problem, program, _ in solved])
 
 
-def _task(draw: random.Random, *, operations: int) -> tuple[str, str, list[dict[str, str]]]:
-    """Return a problem of operations on a number, the program that solves the problem, and tests of programs."""
+class _Task(NamedTuple):
+    """A problem of operations on a number, the program that solves the problem, a wrong program, and tests."""
+
+    problem: str
+    program: str
+    wrong: str
+    tests: list[dict[str, str]]
+
+
+def _task(draw: random.Random) -> _Task:
+    """Return a task of one operation or of two. The wrong program has the numbers of the right one, and other signs."""
     signs = {"times": "*", "plus": "+", "minus": "-"}
-    names = [draw.choice(list(signs)), *draw.choices(["plus", "minus"], k=operations - 1)]
-    steps = [(name, draw.randint(2, 9)) for name in names]
-    said = " ".join(f"{name} {number}" for name, number in steps)
-    formula = " ".join(f"{signs[name]} {number}" for name, number in steps)
+    names = [draw.choice(list(signs)), *draw.choices(["plus", "minus"], k=draw.choice((0, 0, 1)))]
+    numbers = draw.choices(range(2, 100), k=len(names))
+
+    def formula(chosen: Iterable[str]) -> str:
+        return " ".join(f"{sign} {number}" for sign, number in zip(chosen, numbers, strict=True))
+
+    right = wrong = formula([signs[name] for name in names])
+    while wrong == right:
+        wrong = formula(draw.choices(list(signs.values()), k=len(names)))
     tests = [
-        {"input": f"{given}\n", "output": f"{eval(f'{given} {formula}')}\n", "testtype": "stdin_stdout"}
-        for given in draw.choices(range(1, 51), k=2)
+        {"input": f"{given}\n", "output": f"{eval(f'{given} {right}')}\n"} for given in draw.choices(range(3, 51), k=2)
     ]
-    return f"Read a number and print the number {said}.\n\n", f"print(int(input()) {formula})", tests
+    problem = f"Read a number and print the number {formula(names)}.\n\n"
+    return _Task(problem, f"print(int(input()) {right})", f"print(int(input()) {wrong})", tests)
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -320,8 +353,9 @@ def table(folder: Path) -> str:
     lines = ["| recipe | metric | before | after | minutes |", "|---|---|---|---|---|"]
     for name, recipe in RECIPES.items():
         values = [value for _, value in curve(folder, name)]
+        first, last = (statistics.fmean(ends) for ends in (values[: recipe.mean], values[-recipe.mean :]))
         minutes = _read(folder / name / "minutes.json")
-        lines.append(f"| `{recipe.module}` | `{recipe.metric}` | {values[0]:.2f} | {values[-1]:.2f} | {minutes:.1f} |")
+        lines.append(f"| `{recipe.module}` | `{recipe.metric}` | {first:.2f} | {last:.2f} | {minutes:.1f} |")
     base, *trained = _read(folder / EVALUATION / "scores.json").values()
     after = ", ".join(f"{score:.2f}" for score in trained)
     minutes = _read(folder / EVALUATION / "minutes.json")
