@@ -442,7 +442,7 @@ class OwnLoop:
         if self._failure is not None:
             raise UserError(f"{call}: {self._failure}.")
         if in_step is not None and in_step is not self._in_step:
-            place = "belongs into a step: `async with loop.next_step():`" if in_step else "belongs after a step's block"
+            place = "belongs in a step: `async with loop.next_step():`" if in_step else "belongs after a step's block"
             raise UserError(f"{call}: {place}.")
         yield
 

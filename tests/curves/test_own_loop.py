@@ -118,9 +118,9 @@ async def test_calls_in_the_wrong_order_are_refused_and_change_nothing(loop: Own
         with pytest.raises(UserError, match=text):
             await call
 
-    await refused(loop.sample(), "sample: belongs into a step")
+    await refused(loop.sample(), "sample: belongs in a step")
     await refused(loop.save(), "save: no step has ended yet")
-    with pytest.raises(UserError, match=r"record: belongs into a step"):
+    with pytest.raises(UserError, match=r"record: belongs in a step"):
         loop.record(kind=1.0)
     async with loop.next_step() as step:
         assert step == 1
