@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import SystemRandom
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from ray.actor import ActorHandle
 
@@ -84,6 +84,9 @@ class AdapterEngines(RolloutEngines):
     request with a seed gives the same samples, unless rounding decides, which depends on the other requests of a step.
     """
 
+    actor: type[AdapterEngine] = AdapterEngine
+    transport: Literal["files"] | None = None  # None: the weights of the base model stay
+
     def __init__(
         self, handles: Sequence[ActorHandle[Any]], spawn_one: SpawnOne | None = None, *, deadline_s: float
     ) -> None:
@@ -96,6 +99,45 @@ class AdapterEngines(RolloutEngines):
         self._bounds: RequestBounds | None = None
         self._suspects = Suspects()
         self._caused: list[WorkerLost] = []  # losses by requests, until a further request is answered
+
+    @classmethod
+    def create(
+        cls,
+        model: str,
+        cluster: ClusterConfig,
+        placement: Placement,
+        *,
+        dtype: Literal["bfloat16", "float16", "float32"],
+        max_length: int,
+        rank: int | None,
+        max_adapters: int,
+        tokenizer: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Self:
+        """Create engines for clients of a base model, not started yet.
+
+        Args:
+            model: Hugging Face folder or name.
+            max_length: most tokens of a prompt with a sample.
+            rank: the largest rank of an adapter; None: there are no adapters.
+            max_adapters: adapters that may have running samples at once in an engine. More can be loaded.
+            tokenizer: folder or name; None: the model's own.
+        """
+        if rank is not None and rank > LORA_RANKS[-1]:
+            raise UserError(f"policy.lora.rank is {rank}, but engines take adapters up to rank {LORA_RANKS[-1]}.")
+        vocabulary = load_model_config(model, trust_remote_code=trust_remote_code).get_text_config().vocab_size
+        spec = RolloutSpec(
+            model=model,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            max_model_len=max_length,
+            transport=cls.transport,
+            lora_rank=rank,
+            max_adapters=max_adapters,
+            top_logprobs=min(MOST_TOP, vocabulary),
+            trust_remote_code=trust_remote_code,
+        )
+        return cls(*spawn_engines(spec, cluster, placement, cls.actor), deadline_s=cluster.call_timeout_s)
 
     async def load(self, adapter: str, folder: Path, *, checksum: str, probe: PolicyProbe) -> float:
         """Load an exported adapter, whose folder must stay until `unload` has returned."""
@@ -200,62 +242,3 @@ class AdapterEngines(RolloutEngines):
 
     async def _give_weights(self, rank: int) -> None:
         """Give a successor nothing: each request brings the description of its adapter."""
-
-
-def serve_adapters(
-    model: str,
-    cluster: ClusterConfig,
-    placement: Placement,
-    *,
-    dtype: Literal["bfloat16", "float16", "float32"],
-    max_length: int,
-    rank: int,
-    max_adapters: int,
-    tokenizer: str | None = None,
-    trust_remote_code: bool = False,
-) -> AdapterEngines:
-    """Create engines for adapters of a base model, not started yet.
-
-    Args:
-        model: Hugging Face folder or name.
-        max_length: most tokens of a prompt with a sample.
-        rank: the largest rank of an adapter.
-        max_adapters: adapters that may have running samples at once in an engine. More can be loaded.
-        tokenizer: folder or name; None: the model's own.
-    """
-    if rank > LORA_RANKS[-1]:
-        raise UserError(f"policy.lora.rank is {rank}, but engines take adapters up to rank {LORA_RANKS[-1]}.")
-    spec = client_spec(
-        model,
-        dtype=dtype,
-        max_length=max_length,
-        tokenizer=tokenizer,
-        trust_remote_code=trust_remote_code,
-        lora_rank=rank,
-        max_adapters=max_adapters,
-    )
-    return AdapterEngines(*spawn_engines(spec, cluster, placement, AdapterEngine), deadline_s=cluster.call_timeout_s)
-
-
-def client_spec(
-    model: str,
-    *,
-    dtype: Literal["bfloat16", "float16", "float32"],
-    max_length: int,
-    tokenizer: str | None,
-    trust_remote_code: bool,
-    transport: Literal["files"] | None = None,
-    **of_adapters: Any,
-) -> RolloutSpec:
-    """Return the settings of an engine for clients' requests, as far as the cluster does not matter."""
-    vocabulary = load_model_config(model, trust_remote_code=trust_remote_code).get_text_config().vocab_size
-    return RolloutSpec(
-        model=model,
-        tokenizer=tokenizer,
-        dtype=dtype,
-        max_model_len=max_length,
-        transport=transport,
-        top_logprobs=min(MOST_TOP, vocabulary),
-        trust_remote_code=trust_remote_code,
-        **of_adapters,
-    )

@@ -6,18 +6,13 @@ samples end, reads the other weights with a proof, and goes on. A request waits 
 
 from __future__ import annotations
 
-from typing import Literal
-
-from actors.cluster.placement import Placement
-from actors.rollout.adapter_engines import AdapterEngine, AdapterEngines, client_spec
+from actors.rollout.adapter_engines import AdapterEngine, AdapterEngines
 from actors.rollout.adapter_shelf import AdapterShelf, Probed, ServedAdapter
 from actors.rollout.engine_calls import EngineCalls
-from actors.rollout.engine_creation import spawn_engines
 from actors.rollout.engine_weights import EngineWeights
 from actors.rollout.vllm_engine import RolloutSpec
 from actors.weights.files import FILES, manifest_of_files
 from rlhf.adapters import SampleAnswer, SampleRequest
-from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.controller.weight_sync import compare_probe
 
 BASE = "base"  # name of the snapshot without any training
@@ -56,30 +51,8 @@ class WholeEngine(AdapterEngine):
 class WholeEngines(AdapterEngines):
     """The engines, whose snapshots are known by name. See AdapterEnginesRole. `BASE` must be loaded first."""
 
+    actor = WholeEngine
+    transport = FILES
+
     async def sample(self, adapter: str | None, request: SampleRequest) -> SampleAnswer:
         return await super().sample(BASE if adapter is None else adapter, request)
-
-
-def serve_snapshots(
-    model: str,
-    cluster: ClusterConfig,
-    placement: Placement,
-    *,
-    dtype: Literal["bfloat16", "float16", "float32"],
-    max_length: int,
-    tokenizer: str | None = None,
-    trust_remote_code: bool = False,
-) -> WholeEngines:
-    """Create engines for snapshots of a model with all weights trained, not started yet. Load `BASE` next.
-
-    The arguments are those of `serve_adapters`.
-    """
-    spec = client_spec(
-        model,
-        dtype=dtype,
-        max_length=max_length,
-        tokenizer=tokenizer,
-        trust_remote_code=trust_remote_code,
-        transport=FILES,
-    )
-    return WholeEngines(*spawn_engines(spec, cluster, placement, WholeEngine), deadline_s=cluster.call_timeout_s)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from actors.cluster.placement import reserve_roles
 from actors.roles.adapters import create_adapters_gang
 from actors.roles.group import ending
-from actors.rollout.adapter_engines import AdapterEngine, AdapterEngines, serve_adapters
+from actors.rollout.adapter_engines import AdapterEngine, AdapterEngines
 from rlhf.adapters import (
     AdamStep,
     AdapterShape,
@@ -353,7 +353,7 @@ def test_a_successor_answers_with_the_adapters_of_a_killed_engine(
     async def run() -> tuple[list[SampleAnswer], list[SampleAnswer]]:
         cluster = ClusterConfig.model_validate({"start_timeout_s": DEADLINE_S, "roles": {"rollout": {"engines": 2}}})
         placement = await reserve_roles(["rollout"], cluster, with_reward_model=False)
-        engines = serve_adapters(
+        engines = AdapterEngines.create(
             str(tiny_model), cluster, placement, dtype="float32", max_length=2000, rank=8, max_adapters=2
         )
         try:
@@ -391,7 +391,7 @@ def test_engines_and_ranks_agree_about_trained_adapters(tiny_model: Path, tmp_pa
     async def run() -> list[float]:
         placement = await reserve_roles(["policy", "rollout"], config.cluster, with_reward_model=False)
         gang = create_adapters_gang(config, placement, longest_sequence=LENGTH)
-        engines = serve_adapters(
+        engines = AdapterEngines.create(
             str(tiny_model), config.cluster, placement, dtype="float32", max_length=LENGTH, rank=8, max_adapters=2
         )
         async with ending([gang, engines], placement.release, heartbeat_timeout_s=120.0):

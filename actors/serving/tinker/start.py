@@ -7,14 +7,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from actors.cluster.connect import connected
 from actors.cluster.placement import reserve_roles
 from actors.roles.adapters import AdaptersGang, create_adapters_gang
 from actors.roles.group import ending
-from actors.rollout.adapter_engines import AdapterEngines, serve_adapters
-from actors.rollout.whole_engines import BASE, serve_snapshots
+from actors.rollout.adapter_engines import AdapterEngines
+from actors.rollout.whole_engines import BASE, WholeEngines
 from actors.serving.tinker.http import TinkerServer
 from rlhf.config.adapter_ranks import ranks_config
 from rlhf.config.schema.model import LoraConfig, PolicyConfig
@@ -107,17 +106,17 @@ async def _service(
     of_ranks = ranks_config(policy, run, cluster, max_tokens_per_microbatch=max(longest, limits.packed_tokens))
     placement = replace(await reserve_roles(config.needs, cluster, with_reward_model=False), at_once=True)
     gang = create_adapters_gang(of_ranks, placement, longest_sequence=longest, packed_tokens=limits.packed_tokens)
-    of_engines: dict[str, Any] = {
-        "dtype": trained.dtype,
-        "max_length": limits.max_length,
-        "tokenizer": model.tokenizer,
-        "trust_remote_code": trained.trust_remote_code,
-    }
-    if largest is None:
-        engines: AdapterEngines = serve_snapshots(model.base, cluster, placement, **of_engines)
-    else:
-        of_engines |= {"rank": largest.rank, "max_adapters": limits.max_adapters}
-        engines = serve_adapters(model.base, cluster, placement, **of_engines)
+    engines = (WholeEngines if largest is None else AdapterEngines).create(
+        model.base,
+        cluster,
+        placement,
+        dtype=trained.dtype,
+        max_length=limits.max_length,
+        rank=None if largest is None else largest.rank,
+        max_adapters=settings.max_adapters,
+        tokenizer=model.tokenizer,
+        trust_remote_code=trained.trust_remote_code,
+    )
     record = ServerRecord(server_folder(config) / "service")
     gang.supervisor = engines.supervisor = Supervisor(cluster.restarts, record, config.needs, finds_causes=True)
     async with AsyncExitStack() as ends:
