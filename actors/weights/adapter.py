@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from actors.weights.manifest import WeightManifest, dtype_name
+from actors.weights.manifest import WeightManifest
 from actors.weights.staging import WeightSender
 from rlhf.errors import RunError, StorageFull
 from rlhf.tracking.run_folder.atomic import write_aside, write_atomic
@@ -51,17 +51,8 @@ class AdapterSender(WeightSender):
             raise
         except (OSError, SafetensorError) as error:
             raise RunError(f"weight sync: the adapter could not be written to {self.folder}: {error}") from error
-        return WeightManifest(
-            version=version,
-            checksum=file_checksum(path),
-            names=tuple(tensors),
-            dtypes=tuple(map(dtype_name, tensors.values())),
-            shapes=tuple(tuple(tensor.shape) for tensor in tensors.values()),
-            offsets=(),
-            nbytes=path.stat().st_size,
-            transport=self.transport,
-            fields={"folder": str(self.folder)},
-        )
+        fields = {"folder": str(self.folder)}
+        return WeightManifest(version=version, checksum=file_checksum(path), transport=self.transport, fields=fields)
 
     def close(self) -> None:
         """Remove the folder. Safe to call twice."""

@@ -65,14 +65,4 @@ def weights_in(file: UInt8[Tensor, " bytes"]) -> Iterator[tuple[str, Tensor]]:
 
 def manifest_of_files(folder: Path, *, checksum: str, version: int) -> WeightManifest:
     """Describe an exported folder. The layout is in the files."""
-    return WeightManifest(
-        version=version,
-        checksum=checksum,
-        names=(),
-        dtypes=(),
-        shapes=(),
-        offsets=(),
-        nbytes=0,
-        transport=FILES,
-        fields={"folder": str(folder)},
-    )
+    return WeightManifest(version=version, checksum=checksum, transport=FILES, fields={"folder": str(folder)})

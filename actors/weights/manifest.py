@@ -20,15 +20,15 @@ ALIGNMENT = 64  # bytes; a cache line, and what vectorised loads like
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightManifest:
-    """One published set of weights. Picklable, a few kilobytes, holds no tensor."""
+    """One published set of weights. Picklable, a few kilobytes, holds no tensor. Files of weights have no layout here."""
 
     version: int
     checksum: str  # of the nbytes of the flat run: see Checksum
-    names: tuple[str, ...]  # Hugging Face names
-    dtypes: tuple[str, ...]  # torch's names, e.g. "bfloat16"
-    shapes: tuple[tuple[int, ...], ...]
-    offsets: tuple[int, ...]  # bytes from the start of the flat run
-    nbytes: int
+    names: tuple[str, ...] = ()  # Hugging Face names
+    dtypes: tuple[str, ...] = ()  # torch's names, e.g. "bfloat16"
+    shapes: tuple[tuple[int, ...], ...] = ()
+    offsets: tuple[int, ...] = ()  # bytes from the start of the flat run
+    nbytes: int = 0
     transport: str
     fields: Mapping[str, Any]  # additional values for this transport's receiver
 

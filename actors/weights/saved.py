@@ -23,14 +23,4 @@ class SavedSender(WeightSender):
         """Save the weights. The path names the saved weights alone, and takes the place of a checksum."""
         iterate(named_weights)
         path = self.save()
-        return WeightManifest(
-            version=version,
-            checksum=path,
-            names=(),
-            dtypes=(),
-            shapes=(),
-            offsets=(),
-            nbytes=0,
-            transport=self.transport,
-            fields={"path": path},
-        )
+        return WeightManifest(version=version, checksum=path, transport=self.transport, fields={"path": path})

@@ -34,8 +34,7 @@ def request(group_id: int) -> GroupRequest:
 
 
 def manifest(version: int, **fields: Any) -> WeightManifest:
-    columns: dict[str, Any] = dict.fromkeys(("names", "dtypes", "shapes", "offsets"), ())
-    values = {"checksum": f"sum {version}", "transport": "shm", "nbytes": 0, "fields": {}, **columns}
+    values = {"checksum": f"sum {version}", "transport": "shm", "fields": {}}
     return WeightManifest(version=version, **{**values, **fields})
 
 
