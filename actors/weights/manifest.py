@@ -20,7 +20,7 @@ ALIGNMENT = 64  # bytes; a cache line, and what vectorised loads like
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightManifest:
-    """One published set of weights. Picklable, a few kilobytes, holds no tensor. Files of weights have no layout here."""
+    """One published set of weights. Picklable, a few kilobytes, holds no tensor. Files have no layout here."""
 
     version: int
     checksum: str  # of the nbytes of the flat run: see Checksum
