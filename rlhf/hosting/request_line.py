@@ -9,18 +9,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.errors import UserError
+from rlhf.errors import RunError, UserError, WorkerLost
 from rlhf.hosting.refusals import Forgotten
 from rlhf.hosting.request_log import Frame, RequestLog
 
 KEEP_RETRIEVED_S = 120.0  # a client asks again if the connection broke while a result was on its way
 Category = Literal["user", "server"]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,22 @@ class Result:
     @classmethod
     def failed(cls, message: str, category: Category) -> Result:
         return cls(json.dumps({"error": message, "category": category}).encode(), failure=category)
+
+    @classmethod
+    async def from_work(cls, work: Awaitable[Result], who: str) -> Result:
+        """Return the result of the work for a request, or the failure for the client. WorkerLost is no failure."""
+        try:
+            return await work
+        except WorkerLost:
+            raise
+        except UserError as error:
+            return cls.failed(str(error), "user")
+        except RunError as error:
+            logger.error("%s: %s", who, error)
+            return cls.failed(str(error), "server")
+        except Exception as error:
+            logger.exception("%s", who)
+            return cls.failed(f"{type(error).__name__}: {error}", "server")
 
 
 @dataclass(slots=True, eq=False)

@@ -6,14 +6,13 @@ A request gets a seed at its arrival. A restarted server draws an unanswered req
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import time
 from collections.abc import Callable
 from typing import Any
 
 from rlhf.adapters import SampleAnswer, SampleRequest
-from rlhf.errors import RunError, UserError, WorkerLost
+from rlhf.errors import RunError, UserError
 from rlhf.hosting import bodies, protobuf
 from rlhf.hosting.checkpoints import Checkpoint, Checkpoints, adapter_name
 from rlhf.hosting.request_line import LineRequest, RequestLine, Result
@@ -21,7 +20,6 @@ from rlhf.hosting.sessions import SamplerRecord
 from rlhf.hosting.shared import Shared
 from rlhf.roles import AdapterEnginesRole, PolicyProbe
 
-logger = logging.getLogger(__name__)
 SHORTEN_AFTER = 512  # finished requests in a sampler's log
 CLONE = 1_000_000_000  # a copied client numbers its requests from a multiple of this number
 Seen = Callable[[SamplerRecord, SampleRequest, SampleAnswer], object]
@@ -126,18 +124,8 @@ class Sampler:
 
     async def _answer(self, request: LineRequest) -> None:
         began = time.perf_counter()
-        try:
-            result = await self._draw(request)
-        except WorkerLost:  # the next start of the server draws the request again
-            raise
-        except UserError as error:
-            result = Result.failed(str(error), "user")
-        except RunError as error:
-            logger.error("%s: request %d: %s", self.record.sampler_id, request.seq_id, error)
-            result = Result.failed(str(error), "server")
-        except Exception as error:
-            logger.exception("%s: request %d", self.record.sampler_id, request.seq_id)
-            result = Result.failed(f"{type(error).__name__}: {error}", "server")
+        # After WorkerLost, the next start of the server draws the request again.
+        result = await Result.from_work(self._draw(request), f"{self.record.sampler_id}: request {request.seq_id}")
         await self._finish(request, result)
         self._counters.add("requests_total", call="asample", outcome=result.failure or "ok")
         self._counters.add("request_seconds_total", time.perf_counter() - began, call="asample")

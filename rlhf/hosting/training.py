@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 from rlhf.adapters import AdamStep, AdapterShape
-from rlhf.errors import AdaptersLost, RunError, UserError, WorkerLost
+from rlhf.errors import AdaptersLost, RunError, UserError
 from rlhf.hosting import bodies, protobuf
 from rlhf.hosting.checkpoints import adapter_name
 from rlhf.hosting.model_record import ModelRecord
@@ -29,18 +27,9 @@ from rlhf.hosting.shared import Shared
 from rlhf.hosting.states import SavedStates
 from rlhf.process.suspects import CallLost
 
-logger = logging.getLogger(__name__)
 SAVE_AFTER_S = 60.0  # of work since the last saved state, which a restart repeats
 LARGEST_SHARE = 0.1  # of the work's time for saving, so large states are saved less often
 SAVE_AFTER_BYTES = 1 << 28  # of the log
-
-
-@dataclass(slots=True, kw_only=True)
-class CarriedOut:
-    """The result of a request, and whether the state should be saved now."""
-
-    result: Result
-    saves: bool = False
 
 
 class TrainedModel:
@@ -134,27 +123,23 @@ class TrainedModel:
 
     async def _outcome(self, request: LineRequest) -> tuple[Result, Saved | None]:
         """Return the result of a request, and the state on disk if the state was saved after the request."""
-        began, saved = time.perf_counter(), None
-        try:
-            await self._enter_ranks(new=request.seq_id == 0)
-            outcome = await self._carry_out(request)
-            self._work_s += time.perf_counter() - began
-            result = outcome.result
-            if outcome.saves or (request.call == "optim_step" and self._should_save()):
-                saved = await self._saved(request.seq_id)
-        except WorkerLost:
-            raise
-        except UserError as error:
-            result = Result.failed(str(error), "user")
-        except RunError as error:
-            logger.error("%s: request %d (%s): %s", self.name, request.seq_id, request.call, error)
-            result = Result.failed(str(error), "server")
-        except Exception as error:
-            logger.exception("%s: request %d (%s)", self.name, request.seq_id, request.call)
-            result = Result.failed(f"{type(error).__name__}: {error}", "server")
+        result = await Result.from_work(
+            self._on_ranks(request), f"{self.name}: request {request.seq_id} ({request.call})"
+        )
         if result.failure is not None:
             await self._after_failure(request, result)
-        return result, saved
+            return result, None
+        is_due = request.call == "optim_step" and self._should_save()
+        if is_due or request.call == "load_weights":  # the client may delete the loaded checkpoint
+            return result, await self._saved(request.seq_id)
+        return result, None
+
+    async def _on_ranks(self, request: LineRequest) -> Result:
+        began = time.perf_counter()
+        await self._enter_ranks(new=request.seq_id == 0)
+        result = await self._carry_out(request)
+        self._work_s += time.perf_counter() - began
+        return result
 
     def _count(self, call: str, result: Result, seconds: float) -> None:
         self.shared.counters.add("requests_total", call=call, outcome=result.failure or "ok")
@@ -177,35 +162,35 @@ class TrainedModel:
     def _forget_gradient(self) -> None:
         self._has_gradient, self.run.sums = False, StepSums()
 
-    async def _carry_out(self, request: LineRequest) -> CarriedOut:
+    async def _carry_out(self, request: LineRequest) -> Result:
         match request.call:
             case "create_model":
                 return await self._create(bodies.CreateModel.read(request.body))
             case "load_weights":
                 return await self._load(bodies.LoadWeights.read(request.body))
             case "forward_backward":
-                return CarriedOut(result=await self._forward_backward(request.body))
+                return await self._forward_backward(request.body)
             case "optim_step":
-                return CarriedOut(result=await self._optim_step(bodies.OptimStep.read(request.body)))
+                return await self._optim_step(bodies.OptimStep.read(request.body))
             case "save_weights":
-                return CarriedOut(result=await self._saving.weights(bodies.SaveWeights.read(request.body)))
+                return await self._saving.weights(bodies.SaveWeights.read(request.body))
             case "save_weights_for_sampler":
-                return CarriedOut(result=await self._saving.for_sampler(bodies.SaveForSampler.read(request.body)))
+                return await self._saving.for_sampler(bodies.SaveForSampler.read(request.body))
             case "save_weights_external":
-                return CarriedOut(result=await self._saving.external(bodies.SaveExternal.read(request.body)))
+                return await self._saving.external(bodies.SaveExternal.read(request.body))
         raise UserError(f"{request.call} is not supported here")
 
-    async def _create(self, body: bodies.CreateModel) -> CarriedOut:
+    async def _create(self, body: bodies.CreateModel) -> Result:
         bodies.refuse_other_optimizer(body.optimizer_config)
         await self._begin(bodies.adapter_shape(body.lora_config, seed=self.shared.settings.seed + body.model_seq_id))
-        return CarriedOut(result=Result.of({"model_id": self.record.model_id, "type": "create_model"}))
+        return Result.of({"model_id": self.record.model_id, "type": "create_model"})
 
     async def _begin(self, shape: AdapterShape) -> None:
         await self.shared.policy.create(self.name, shape)
         self.record.shape = shape
         self.record.write(self.folder)
 
-    async def _load(self, body: bodies.LoadWeights) -> CarriedOut:
+    async def _load(self, body: bodies.LoadWeights) -> Result:
         checkpoint = self.shared.checkpoints.find(body.path, self.record.owner)
         if checkpoint.kind != "weights":
             raise UserError(f"{body.path}: a client trains on from tinker://MODEL/weights/NAME, made by save_state")
@@ -217,8 +202,7 @@ class TrainedModel:
             raise UserError(f"{body.path}: is {checkpoint.shape}, and this model is {self.record.shape}")
         await self.shared.policy.load(self.name, content, optimizer=body.optimizer)
         self._forget_gradient()
-        answer = {"path": body.path, "model_id": self.record.model_id, "type": "load_weights"}
-        return CarriedOut(result=Result.of(answer), saves=True)  # the client may delete the checkpoint
+        return Result.of({"path": body.path, "model_id": self.record.model_id, "type": "load_weights"})
 
     async def _forward_backward(self, body: bytes) -> Result:
         message = protobuf.parse_loss(body)
