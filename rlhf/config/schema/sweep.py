@@ -61,16 +61,18 @@ class AshaMethod(Section):
     trials: int = Field(ge=1, le=10_000)
     """Number of runs to start."""
     grace_steps: int = Field(ge=1)
-    """Steps of a trial before the first comparison. Later ones: at this number times powers of reduction_factor."""
+    """Steps of a trial before the first comparison. Later comparisons are at this number times powers of
+    reduction_factor."""
     reduction_factor: float = Field(default=3.0, gt=1.0)
-    """At each comparison, the best trial of this many continues."""
+    """At each comparison, one in this many trials continues: the best."""
 
 
 Method = GridMethod | RandomMethod | BayesianMethod | AshaMethod
 
 
 class SweepConfig(Section):
-    """Runs with different values of some keys, and how to compare the runs. All files are in `<dir>/<name>/`."""
+    """Runs with different values of some keys, and the metric that compares the runs. All files are in `<dir>/<name>/`.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Folder of the sweep below `dir`, and the W&B group of the trials."""
@@ -93,7 +95,7 @@ class SweepConfig(Section):
     concurrency: int | None = Field(default=None, ge=1)
     """Number of trials at once. null: as many as fit on the machine or the cluster, and 4 with a shared base."""
     max_failures: int | None = Field(default=None, ge=0)
-    """Number of failed trials after which no other trial starts. null: unlimited."""
+    """Number of failed trials that the sweep allows. After more failures no further trial starts. null: unlimited."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Seed of the draws. The runs use `run.seed`."""
 
