@@ -19,7 +19,7 @@ RELATIVE = re.compile(r"\b(that|which|who|whom|whose|what|whatever|those|these)\
 
 
 POINTING = re.compile(r"\b(it|its|they|them|one|ones|other|others)\b", re.IGNORECASE)
-NO_PROSE = re.compile(r"```.*?```|`[^`]*`|^    .*$|^\|.*$", re.DOTALL | re.MULTILINE)  # code and tables of pages
+NO_PROSE = re.compile(r"```[\s\S]*?```|`[^`]*`|^    .*$|^\|.*$", re.MULTILINE)  # code and tables of pages
 # Most relative pronouns and most pointing words in 100 words.
 CEILINGS = {"product": (0.7, 1.1), "tests": (1.0, 1.1), "pages": (1.3, 2.0)}
 
