@@ -71,7 +71,7 @@ Method = GridMethod | RandomMethod | BayesianMethod | AshaMethod
 
 
 class SweepConfig(Section):
-    """Runs with different values of some keys, and the metric that compares the runs. All files are in `<dir>/<name>/`."""
+    """Runs with different values of some keys, and the metric that compares runs. All files are in `<dir>/<name>/`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Folder of the sweep below `dir`, and the W&B group of the trials."""
