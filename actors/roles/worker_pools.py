@@ -67,7 +67,6 @@ class RewardWorkers(WorkerPool):
         self.free = [asyncio.Semaphore(settings.processes) for _ in handles]
         self.free_to_ask = [asyncio.Semaphore(asks_in_flight(settings.specs)) for _ in handles]
         self.suspects = [Suspects() for _ in handles]
-        self.caused: list[list[WorkerLost]] = [[] for _ in handles]  # by groups, since the last scored group
 
     @classmethod
     def create(
@@ -114,7 +113,6 @@ class RewardWorkers(WorkerPool):
                     longest=longest,
                 )
         except CallLost as again:
-            self.caused[worker] += again.losses
             return _ends_its_worker(group, again.losses[-1])
 
     async def _ask(
@@ -143,9 +141,8 @@ class RewardWorkers(WorkerPool):
             except WorkerLost as lost:
                 await self.make_good(worker, handle, lost)
                 raise CallLost(self.last_loss[worker]) from lost
-            if self.supervisor is not None and self.caused[worker]:  # the worker works: the groups were the cause
-                self.supervisor.forgive(self.caused[worker])
-                self.caused[worker].clear()
+            if self.supervisor is not None:  # the worker works: the groups were the cause
+                self.supervisor.forgive(self.suspects[worker].take_caused())
             return answer
 
         return await self.suspects[worker].call(attempt)

@@ -98,7 +98,6 @@ class AdapterEngines(RolloutEngines):
         self._numbers, self._requests = itertools.count(1), itertools.count(1)
         self._bounds: RequestBounds | None = None
         self._suspects = Suspects()
-        self._caused: list[WorkerLost] = []  # losses by requests, until a further request is answered
 
     @classmethod
     def create(
@@ -191,16 +190,15 @@ class AdapterEngines(RolloutEngines):
 
         Requests lost with two engines are drawn alone, one after the other. RunError: an engine was lost even so.
         """
-        losses: tuple[WorkerLost, ...] = ()
         try:
             return await self._drawn(adapter, request, limit, urgent=False)
         except CallLost as lost:
-            losses = lost.losses
+            first = lost.losses
         try:
             return await self._suspects.call(partial(self._drawn, adapter, request, limit, urgent=True))
         except CallLost as lost:
-            losses += lost.losses
-            self._caused += losses
+            self._suspects.caused += first
+            losses = first + lost.losses
             raise RunError(f"{len(losses)} engines were lost at the request. {losses[-1].reason}") from lost
 
     async def _drawn(
@@ -222,9 +220,8 @@ class AdapterEngines(RolloutEngines):
                 raise CallLost(self.last_loss.get(slot.engine, lost)) from lost
             lengths += [len(sequence.token_ids) for sequence in drawn.sequences]
         self._note_success(slot.engine)
-        if self.supervisor is not None and self._caused:  # the engines work: requests were the cause
-            self.supervisor.forgive(self._caused)
-            self._caused.clear()
+        if self.supervisor is not None:  # the engines work: requests were the cause
+            self.supervisor.forgive(self._suspects.take_caused())
         return drawn
 
     def _known(self, adapter: str) -> ServedAdapter:

@@ -71,7 +71,6 @@ class TinkerService:
             sessions=self.sessions,
             residents=self.residents,
             suspects=Suspects(),
-            caused=[],
             counters=self.counters,
         )
         self._tasks: set[asyncio.Task[None]] = set()

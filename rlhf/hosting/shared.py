@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf.errors import UserError, WorkerLost
+from rlhf.errors import UserError
 from rlhf.hosting.checkpoints import Checkpoints
 from rlhf.hosting.counters import Counters
 from rlhf.hosting.residents import Residents
@@ -46,5 +46,4 @@ class Shared:
     sessions: Sessions
     residents: Residents
     suspects: Suspects  # the requests of models
-    caused: list[WorkerLost]  # losses by requests, until the ranks have proved that they work
     counters: Counters

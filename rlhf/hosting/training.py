@@ -92,7 +92,6 @@ class TrainedModel:
         try:
             await self.shared.suspects.call(partial(self._attempt, request))
         except CallLost as lost:
-            self.shared.caused.extend(lost.losses)
             often, why = len(lost.losses), lost.losses[-1].reason
             result = Result.failed(f"{often} times the ranks were lost at this request. {why}", "server")
             async with self.turn:
@@ -113,8 +112,7 @@ class TrainedModel:
                     self._states.keep(saved)
                 self._count(request.call, result, time.perf_counter() - began)
                 if request.call == "forward_backward" and result.failure is None:  # the ranks work
-                    self.shared.policy.forgive(self.shared.caused)
-                    self.shared.caused.clear()
+                    self.shared.policy.forgive(self.shared.suspects.take_caused())
         except AdaptersLost as lost:
             raise CallLost(lost.loss) from lost
         finally:

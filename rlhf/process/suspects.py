@@ -31,6 +31,12 @@ class Suspects:
         self._suspects = 0  # calls to be made again, and the one that is made again
         self._idle, self._cleared = asyncio.Event(), asyncio.Event()
         self._alone = asyncio.Lock()
+        self.caused: list[WorkerLost] = []  # losses by calls that were lost for good, until the worker works again
+
+    def take_caused(self) -> list[WorkerLost]:
+        """Return the losses whose cause was a call, each once. To be called when the worker has carried out a call."""
+        caused, self.caused = self.caused, []
+        return caused
 
     async def call(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Return the result of a call. Repeat a lost call alone. CallLost, with both losses: it was lost again."""
@@ -55,6 +61,7 @@ class Suspects:
                 try:
                     return await attempt()
                 except CallLost as again:
+                    self.caused += (*first, *again.losses)
                     raise CallLost(*first, *again.losses) from again
         finally:
             self._suspects -= 1
