@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,7 @@ class Checkpoints:
         try:
             fields = await write(aside / ADAPTER)
             size = sum(file.stat().st_size for file in aside.rglob("*") if file.is_file())
-            checkpoint = Checkpoint(**_fields(draft) | dict(fields) | {"size": size})
+            checkpoint = replace(draft, size=size, **fields)
             _write_record(aside, checkpoint)
             Manifest.of(aside, step=None).write(aside)
             sync_tree(aside)
@@ -192,7 +192,7 @@ class Checkpoints:
         return checkpoint
 
     def set_expiry(self, checkpoint: Checkpoint, expires: str | None) -> None:
-        changed = Checkpoint(**_fields(checkpoint) | {"expires": expires})
+        changed = replace(checkpoint, expires=expires)
         _write_record(self.folder(changed), changed)
         Manifest.of(self.folder(changed), step=None).write(self.folder(changed))
         self._known[changed.path] = changed
@@ -215,10 +215,6 @@ class Checkpoints:
         """Yield the names of the files of the content, relative to the content."""
         content = self.content(checkpoint)
         yield from sorted(str(path.relative_to(content)) for path in content.rglob("*") if path.is_file())
-
-
-def _fields(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__}
 
 
 def _write_record(folder: Path, checkpoint: Checkpoint) -> None:

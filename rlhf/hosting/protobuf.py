@@ -5,7 +5,7 @@ The classes of the messages come from the official client's package. No other mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,8 @@ def is_forward_only(body: bytes) -> bool:
 
 def loss_call(message: pb.ForwardBackwardRequest, *, max_length: int) -> LossCall:
     """Return the rows and the loss of a message. UserError names the first unusable datum."""
-    written = {name: value.text if value.HasField("text") else value.number for name, value in _settings(message)}
+    settings = message.loss_fn_config_v2.items()
+    written = {name: value.text if value.HasField("text") else value.number for name, value in settings}
     loss = NamedLoss(name=message.loss_fn, settings=written or dict(message.loss_fn_config))
     if not message.data:
         raise UserError("the request has no data")
@@ -104,10 +105,6 @@ def loss_call(message: pb.ForwardBackwardRequest, *, max_length: int) -> LossCal
         columns=_columns(columns, targets, message.loss_fn),
     )
     return LossCall(rows=rows, loss=loss, shapes=tuple(shapes), forward_only=message.forward_only)
-
-
-def _settings(message: pb.ForwardBackwardRequest) -> Iterator[tuple[str, Any]]:
-    yield from message.loss_fn_config_v2.items()
 
 
 def _columns(columns: Sequence[Mapping[str, Any]], targets: Sequence[Any], loss: str) -> dict[str, Any]:
