@@ -6,7 +6,7 @@ Invariant: the call of a request returns after the request is in the model's log
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -188,14 +188,8 @@ class Models:
         record = self.records.get(model_id)
         return None if record is None or record.owner != owner else self._model(owner, model_id).line
 
-    def keep_samples(
-        self,
-        record: SamplerRecord,
-        request: SampleRequest,
-        answer: SampleAnswer,
-        decode: Callable[[Sequence[int]], str],
-    ) -> None:
-        """Hand samples to the sampled model. `decode` makes text of tokens."""
+    def keep_samples(self, record: SamplerRecord, request: SampleRequest, answer: SampleAnswer) -> None:
+        """Hand samples to the sampled model."""
         model = None if record.model_id is None else self.running.get(record.model_id)
         if model is not None:
-            model.run.keep_samples(request, answer, step=model.step, decode=decode)
+            model.run.keep_samples(request, answer, step=model.step, decode=self.shared.decode)

@@ -94,7 +94,11 @@ class Saved:
 
     seq_id: int
     step: int  # optimizer steps so far
-    folder: str  # name of the folder
+
+    @property
+    def folder(self) -> str:
+        """Return the name of the folder."""
+        return f"{self.seq_id:08d}"
 
 
 class RequestLine:
@@ -117,7 +121,7 @@ class RequestLine:
     def _restore(self, frame: Frame) -> None:
         about = frame.about
         if about["frame"] == "saved":
-            self.saved = Saved(seq_id=about["seq_id"], step=about["step"], folder=about["folder"])
+            self.saved = Saved(seq_id=about["seq_id"], step=about["step"])
         elif about["frame"] == "request":
             self.requests[about["seq_id"]] = LineRequest(
                 about["seq_id"], about["call"], frame.body, about["digest"], about["seed"], is_logged=True

@@ -14,7 +14,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.adapters import SampleAnswer, SampleRequest
 from rlhf.errors import RunError, WorkerLost
 from rlhf.hosting import bodies
 from rlhf.hosting.checkpoints import Checkpoints
@@ -26,9 +25,8 @@ from rlhf.hosting.request_line import Result
 from rlhf.hosting.residents import Residents
 from rlhf.hosting.samplers import Samplers
 from rlhf.hosting.sampling import EngineAdapters
-from rlhf.hosting.sessions import SamplerRecord, Sessions
+from rlhf.hosting.sessions import Sessions
 from rlhf.hosting.shared import ServiceSettings, Shared
-from rlhf.hosting.training import TrainedModel
 from rlhf.process.suspects import Suspects
 from rlhf.roles import AdapterEnginesRole, AdaptersRole
 from rlhf.tracking.run_folder.lock import lock_folder
@@ -43,7 +41,7 @@ ALL_WEIGHTS = "this server trains all weights, of one model at a time: create a 
 
 
 class TinkerService:
-    """All sessions, models and samplers. `decode` makes text of tokens, for the samples in the folder."""
+    """All sessions, models and samplers."""
 
     def __init__(
         self,
@@ -55,7 +53,7 @@ class TinkerService:
         decode: Callable[[Sequence[int]], str],
     ) -> None:
         """Read everything written by an earlier start. UserError: another server uses the folder."""
-        self.settings, self._decode = settings, decode
+        self.settings = settings
         lock = root / "service" / "lock"  # `rlhf view` takes a folder with a lock for a run
         lock.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(lock, key="run.name")
@@ -72,18 +70,13 @@ class TinkerService:
             residents=self.residents,
             suspects=Suspects(),
             counters=self.counters,
+            decode=decode,
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self.lost: asyncio.Future[RunError] = asyncio.get_running_loop().create_future()
-        self.models = Models(root, shared, begin=self._work)
-        self.samplers = Samplers(shared, self.adapters, seen=self._keep_samples, ended=self._ended)
+        self.models = Models(root, shared, begin=lambda model: self._run(model.work))
+        self.samplers = Samplers(shared, self.adapters, seen=self.models.keep_samples, ended=self._ended)
         self._run(self._keep_house)
-
-    def _work(self, model: TrainedModel) -> None:
-        self._run(model.work)
-
-    def _keep_samples(self, record: SamplerRecord, request: SampleRequest, answer: SampleAnswer) -> None:
-        self.models.keep_samples(record, request, answer, self._decode)
 
     def _run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         task = asyncio.ensure_future(work())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rlhf.errors import UserError
@@ -47,3 +47,4 @@ class Shared:
     residents: Residents
     suspects: Suspects  # the requests of models
     counters: Counters
+    decode: Callable[[Sequence[int]], str]  # makes text of tokens, for the samples in the folder

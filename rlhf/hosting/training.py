@@ -285,7 +285,7 @@ class TrainedModel:
 
     async def _saved(self, seq_id: int) -> Saved | None:
         """Write the state after a request. None: the state cannot be saved now, so the log goes on growing."""
-        saved = Saved(seq_id=seq_id, step=self.step, folder=f"{seq_id:08d}")
+        saved = Saved(seq_id=seq_id, step=self.step)
         began = time.perf_counter()
         if not await self._states.write(saved, partial(self.shared.policy.save, self.name)):
             return None

@@ -106,10 +106,10 @@ async def test_a_saved_state_shortens_the_log_and_unretrieved_results_stay(
         await line.finish(line.requests[seq_id], Result.of({"seq_id": seq_id}))
     line.requests[0].retrieved = 0.0
     long = line.log.size
-    await line.finish(line.requests[2], Result.of({"seq_id": 2}), Saved(seq_id=2, step=1, folder="s"))
+    await line.finish(line.requests[2], Result.of({"seq_id": 2}), Saved(seq_id=2, step=1))
     assert line.log.size < long
     for each in (line, line_at(tmp_path)):
-        assert each.saved == Saved(seq_id=2, step=1, folder="s")
+        assert each.saved == Saved(seq_id=2, step=1)
         with pytest.raises(Forgotten):
             each.find(0)
         assert [each.requests[seq_id].result for seq_id in (1, 2)] == [Result.of({"seq_id": s}) for s in (1, 2)]
