@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.errors import UserError
-from rlhf.vision.kinds import KINDS
+from rlhf.vision.kinds import SEE_BOTH_WAYS, VISION_KINDS
 
 _TITLES = ("model type", "kind", "sequences", "reward head", "LoRA", "export", "engines", "engine after a sync, nats")
 
@@ -42,7 +42,7 @@ def support_by_type() -> Mapping[str, Support]:
 def refuse_without_engine(config: Mapping[str, Any], *, device: Literal["cpu", "cuda"]) -> None:
     """Raise UserError for a model type without an engine on this device, by the table and by measurements of images."""
     kind = config["model_type"]
-    if device == "cpu" and (sees := KINDS.get(kind)) is not None and sees.sees_both_ways:
+    if device == "cpu" and kind in SEE_BOTH_WAYS:
         raise UserError(
             f"no engine on a CPU can sample from models of type {kind}: the tokens of an image attend to each other, "
             "but in vLLM on a CPU to earlier tokens alone, so the engine would see images otherwise than the policy "
@@ -58,7 +58,7 @@ def refuse_without_engine(config: Mapping[str, Any], *, device: Literal["cpu", "
 def untested_model(config: Mapping[str, Any]) -> str | None:
     """Return the sentence about a model of a type without measurements. None: the type is in the table."""
     kind = (config.get("text_config") or config).get("model_type", "")
-    if kind in support_by_type() or config.get("model_type") in KINDS:
+    if kind in support_by_type() or config.get("model_type") in VISION_KINDS:
         return None
     return (
         f"no test has run with models of type {kind or 'unknown'} (docs/models.md). A worker checks the forward pass "

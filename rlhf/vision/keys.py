@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 _DIGITS = 15  # hexadecimal digits of a sha256: 60 bits, so that -key is an int64
@@ -52,8 +52,3 @@ def decoded(token_ids: Iterable[int], tokenizer: Any, *, skip_special_tokens: bo
         for key, run in runs(token_ids)
     )
     return "".join(texts)
-
-
-def without_images(token_ids: Sequence[int]) -> list[int]:
-    """Return the token ids without the positions of images, for decoding to text."""
-    return [token for token in token_ids if token >= 0]

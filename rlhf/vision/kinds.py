@@ -7,50 +7,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from rlhf.errors import UserError
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VisionKind:
-    """What differs between kinds."""
-
-    name: str  # in messages and tables
-    sees_both_ways: bool = False  # the tokens of an image attend to each other, so a causal row would be wrong
-
-
-KINDS: Mapping[str, VisionKind] = {
-    "gemma3": VisionKind(name="Gemma 3", sees_both_ways=True),
-    "idefics3": VisionKind(name="Idefics3"),
-    "internvl": VisionKind(name="InternVL"),
-    "llava": VisionKind(name="LLaVA, Pixtral"),
-    "llava_onevision": VisionKind(name="LLaVA-OneVision"),
-    "mistral3": VisionKind(name="Mistral 3"),
-    "qwen2_5_vl": VisionKind(name="Qwen2.5-VL"),
-    "qwen2_vl": VisionKind(name="Qwen2-VL"),
-    "qwen3_5": VisionKind(name="Qwen3.5"),
-    "qwen3_vl": VisionKind(name="Qwen3-VL"),
-    "smolvlm": VisionKind(name="SmolVLM"),
-}
+VISION_KINDS = frozenset(
+    {
+        *("gemma3", "idefics3", "internvl", "llava", "llava_onevision", "mistral3"),
+        *("qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "smolvlm"),
+    }
+)
+# The tokens of an image attend to each other, so a causal row would be wrong. The values are names for messages.
+SEE_BOTH_WAYS: Mapping[str, str] = {"gemma3": "Gemma 3"}
 
 # Modules and parameters outside the language model: towers, projectors between tower and language model.
 _PARTS = frozenset({"visual", "vision_model", "connector", "vision_tower", "multi_modal_projector", "image_newline"})
 
 
-def vision_kind(config: Any) -> VisionKind | None:
-    """Return the kind of a model of this config. None: the model reads text alone.
-
-    Raise UserError for a vision model of any other kind.
-    """
+def reads_images(config: Any) -> bool:
+    """Return whether a model of this config reads images. Raise UserError for a vision model of an unknown kind."""
     if getattr(config, "vision_config", None) is None:
-        return None
-    if (kind := KINDS.get(config.model_type)) is not None:
-        return kind
+        return False
+    if config.model_type in VISION_KINDS:
+        return True
     raise UserError(
         f"Vision models of type {config.model_type} cannot be used here: no test has measured how they see images. Use "
-        f"a model of type {', '.join(sorted(KINDS))}, or a language model without a vision tower (docs/models.md)."
+        f"a model of type {', '.join(sorted(VISION_KINDS))}, or a language model without a vision tower "
+        "(docs/models.md)."
     )
 
 

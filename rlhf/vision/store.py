@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ class ImageStore:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave decoded images out of a pickle."""
-        return _opened, (self.folder, self._cached_bytes, self._passing)
+        return partial(ImageStore, cached_bytes=self._cached_bytes, passing=self._passing), (self.folder,)
 
     def path(self, key: int) -> Path:
         """Return the path of an image, whether the file exists or not."""
@@ -168,10 +169,6 @@ class PassingImages:
 def _marks(folder: Path) -> list[Path]:
     found = (folder / PASSING).iterdir() if (folder / PASSING).is_dir() else ()
     return [mark for mark in found if mark.name != _CLOCK and (folder / mark.name).exists()]
-
-
-def _opened(folder: Path, cached_bytes: int, passing: bool) -> ImageStore:
-    return ImageStore(folder, cached_bytes=cached_bytes, passing=passing)
 
 
 def _num_bytes(image: Image) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.errors import UserError
+from rlhf.vision.keys import is_image_name
 from rlhf.vision.store import ImageStore
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 SIDE = 256  # pixels of a thumbnail's longer side
 CONTENT_TYPE = "image/webp"
-_NAME = re.compile(r"[0-9a-f]{15}")
 
 
 def whole_image(folder: Path, name: str) -> Image:
@@ -23,7 +22,7 @@ def whole_image(folder: Path, name: str) -> Image:
 
     UserError: `name` is not the name of an image, such as a path. RunError: the file is missing or was changed.
     """
-    if not _NAME.fullmatch(name):
+    if not is_image_name(name):
         raise UserError(f"{name!r:.40} is not the name of an image, which is 15 hexadecimal digits.")
     return ImageStore(folder).image(int(name, 16))
 

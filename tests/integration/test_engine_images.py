@@ -19,7 +19,7 @@ from rlhf.controller.weight_sync import check_probe
 from rlhf.errors import RunError
 from rlhf.models.files.tiny_vision import KINDS, build_tiny_vision
 from rlhf.models.files.weights import adapter_sources
-from rlhf.vision.kinds import KINDS as VISION_KINDS
+from rlhf.vision.kinds import SEE_BOTH_WAYS
 from rlhf.vision.sight import exchanged_images, image_effect
 from tests.integration.engine_helpers import SAMPLING, call, engine, sequences, spec, sync
 from tests.integration.seen_engine import asked, engine_differences, prompts_of, published, with_frozen_tower, worst
@@ -163,7 +163,7 @@ def test_an_adapter_of_the_language_model_is_sent_alone(seen: SeenModel, ray_loc
 @pytest.mark.parametrize("kind", KINDS)
 def test_engines_see_as_transformers_with_every_kind(kind: str, ray_local: None, tmp_path: Path) -> None:
     differences = engine_differences(kind, tmp_path)
-    if VISION_KINDS[json.loads((tmp_path / "model" / "config.json").read_text())["model_type"]].sees_both_ways:
+    if json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] in SEE_BOTH_WAYS:
         assert min(differences) > 1e-2  # so engines of this kind are refused on a CPU (rlhf/models/support.py)
     else:
         assert max(differences) < 1e-4

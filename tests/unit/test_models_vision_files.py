@@ -29,7 +29,7 @@ from rlhf.models.files.weights import adapter_sources, published_names, sources_
 from rlhf.models.packed.images import image_reader
 from rlhf.models.packed.row_layout import refuse_unpackable
 from rlhf.models.quantized import refuse_unquantizable
-from rlhf.vision.kinds import is_vision_weight, vision_kind
+from rlhf.vision.kinds import is_vision_weight, reads_images
 from rlhf.workers.trained_model import freeze_vision
 from tests.fixtures.vision_models import picture
 
@@ -142,4 +142,4 @@ def test_what_vision_models_cannot_do_is_refused(tmp_path: Path, monkeypatch: py
     for kind in ("owl", "qwen3_vl_moe", "gemma4"):
         config.model_type = kind
         with pytest.raises(UserError, match=rf"of type {kind} cannot be used here: no test.*gemma3, idefics3"):
-            vision_kind(config)
+            reads_images(config)

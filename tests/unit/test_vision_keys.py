@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf.vision.keys import image_key, image_keys, image_name, without_images
+from rlhf.vision.keys import image_key, image_keys, image_name
 
 
 def test_the_key_is_the_first_sixty_bits_of_the_sha256() -> None:
@@ -22,4 +22,3 @@ def test_a_negative_key_fits_into_a_token_id() -> None:
 def test_images_of_token_ids_come_once_in_order() -> None:
     ids = [4, -9, -9, 5, -2, 6, -9]
     assert image_keys(ids) == (9, 2)
-    assert without_images(ids) == [4, 5, 6]

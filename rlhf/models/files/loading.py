@@ -23,7 +23,7 @@ from rlhf.errors import UserError
 from rlhf.models.files.folder_check import refuse_strange_folder
 from rlhf.models.files.small_models import fetched_to
 from rlhf.models.quantized import Quantize, is_quantized, keep_storage, quantization_options
-from rlhf.vision.kinds import vision_kind
+from rlhf.vision.kinds import reads_images
 
 if TYPE_CHECKING:
     from torch import nn
@@ -155,7 +155,7 @@ def no_reward_head(path: str, what: str) -> UserError:
 def refuse_no_language_model(path: str, *, trust_remote_code: bool = False) -> None:
     """Raise UserError for a model without a language-model head: a new head is random. Reads the config alone."""
     config = load_model_config(path, trust_remote_code=trust_remote_code)
-    if vision_kind(config) is None and not _is_causal_lm(config):
+    if not reads_images(config) and not _is_causal_lm(config):
         classes = ", ".join(config.architectures or []) or f"model of type {config.model_type}"
         raise UserError(
             f"The model {path} is a {classes}, not a causal language model: it has no head for the next token. Name "
@@ -218,7 +218,7 @@ def _with_all_weights(path: str, *, scalar: bool, trust_remote_code: bool, **opt
         shapes = [f"{name} is {list(stored)}, expected {list(wanted)}" for name, stored, wanted in other]
         raise UserError(f"The weights of the model {path} do not fit its config.json: {_some(shapes)}. Get it again.")
     model.config.name_or_path = path  # transformers leaves out the revision
-    if vision_kind(config) is not None:
+    if reads_images(config):
         from rlhf.models.packed.images import ImageReader, set_image_reader
         from rlhf.vision.processor import ImageProcessing
 
@@ -233,7 +233,7 @@ def class_of(config: Any, *, scalar: bool) -> Any:
 
     Raise UserError for a vision model of an unknown kind.
     """
-    sees = vision_kind(config) is not None
+    sees = reads_images(config)
     if not scalar:
         return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
     if not sees or type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:

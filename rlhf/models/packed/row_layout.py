@@ -12,7 +12,7 @@ from enum import IntEnum
 from typing import Any
 
 from rlhf.errors import UserError
-from rlhf.vision.kinds import KINDS
+from rlhf.vision.kinds import SEE_BOTH_WAYS
 
 
 class RowLayout(IntEnum):
@@ -85,8 +85,8 @@ def expected_layout(config: Mapping[str, Any]) -> tuple[RowLayout, str]:
     Unknown kinds of models are expected to share prompts; the check of the loaded model decides.
     """
     text, kind, layers = _parts_of(config)
-    if (seeing := KINDS.get(config.get("model_type", ""))) is not None and seeing.sees_both_ways:
-        return RowLayout.ONE_BY_ONE, f"the tokens of an image of {seeing.name} see each other in both directions"
+    if (name := SEE_BOTH_WAYS.get(config.get("model_type", ""))) is not None:
+        return RowLayout.ONE_BY_ONE, f"the tokens of an image of {name} see each other in both directions"
     if other_layers := sorted(layers - _ATTENTION_LAYERS - _MIXING_LAYERS):
         return RowLayout.ONE_BY_ONE, f"{kind} has layers of type {', '.join(other_layers)}"
     if kind in _ONE_BY_ONE:
