@@ -1,4 +1,7 @@
-"""Export a checkpoint of any step as a model folder, in this process alone: no Ray, no ranks, no optimizer."""
+"""Export a checkpoint of a run, or a state of a client's model, as a model folder.
+
+This process works alone: no Ray, no ranks, no optimizer.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,24 @@ from rlhf.config.pipeline import texts_at
 from rlhf.config.schema.root import Config
 from rlhf.engine.consolidation import load_trained_weights
 from rlhf.engine.gathering import whole_weights
+from rlhf.engine.tinker_engine import STATE
 from rlhf.errors import UserError
+from rlhf.hosting.checkpoints import ADAPTER as CONTENT
+from rlhf.hosting.checkpoints import RECORD, Checkpoint
 from rlhf.models.files.loading import load_causal_lm, load_critic
 from rlhf.models.files.publish import push_folder, refuse_unpublishable
 from rlhf.models.files.weights import adapter_sources, weight_sources
 from rlhf.preflight.models import with_adapters, with_sources
 from rlhf.process.owned_folders import temporary_folder
 from rlhf.tracking import logs
+from rlhf.tracking.run_folder.atomic import read_object
 from rlhf.tracking.run_folder.manifest import find_damage
 from rlhf.viewing.model_card import write_model_card
 from rlhf.workers.model_worker import torch_dtype
 from rlhf.workers.trained_model import load_policy_tokenizer, load_trained_model, write_model_folder
 
 logger = logging.getLogger(__name__)
+MOST_NAMED = 5  # states in a message
 
 
 def export_checkpoint(
@@ -36,6 +44,7 @@ def export_checkpoint(
     """Write the policy of a checkpoint (default: the latest) as a Hugging Face or adapter folder.
 
     Args:
+        run: the folder of a run, or of a state that a client of `rlhf tinker` saved.
         merged: write a whole model, with the adapter added to the weights. UserError if the run trained no adapter.
         push_to_hub: upload the folder to this repository of the hub, OWNER/NAME; None uploads nothing.
         trust_remote_code: run code of the run's model or of its algorithm. The run may come from another person, so the
@@ -44,7 +53,21 @@ def export_checkpoint(
     logs.configure()
     if push_to_hub is not None:
         refuse_unpublishable(push_to_hub, key="--push-to-hub")
-    resolved, checkpoint = run / "config.resolved.yaml", _checkpoint(run, step)
+    is_state = (run / RECORD).is_file()
+    checkpoint = run if is_state else _checkpoint(run, step)
+    _refuse_unwritable(folder)
+    if is_state:
+        if step is not None:
+            raise UserError(f"--step: {run} is the state of a client's model, at one step. Leave the option out.")
+        _export_state(run.absolute(), folder, merged=merged, trust_remote_code=trust_remote_code)
+    else:
+        _export_step(run, checkpoint, folder, merged=merged, trust_remote_code=trust_remote_code)
+    logger.info("exported %s to %s", checkpoint.name, folder)
+    if push_to_hub is not None:
+        push_folder(folder, push_to_hub)
+
+
+def _refuse_unwritable(folder: Path) -> None:
     if folder.exists():
         raise UserError(f"{folder} exists already; name a folder that does not")
     try:
@@ -53,6 +76,10 @@ def export_checkpoint(
             pass
     except OSError as error:
         raise UserError(f"{folder} cannot be made: {error.strerror}; name a folder that you can write") from error
+
+
+def _export_step(run: Path, checkpoint: Path, folder: Path, *, merged: bool, trust_remote_code: bool) -> None:
+    resolved = run / "config.resolved.yaml"
     if not trust_remote_code:
         _refuse_code_of_run(resolved)
     config = next(iter(load(resolved).runs.values()))
@@ -61,26 +88,56 @@ def export_checkpoint(
     if config.policy.trust_remote_code and not trust_remote_code:
         text = f"policy.trust_remote_code is true, so the export would run code that comes with {config.policy.model}"
         raise UserError(f"{resolved}: {text}. Repeat it with --trust-remote-code if you trust that model.")
-    if config.policy.tinker is not None:
-        raise UserError(f"{checkpoint} names a state at {config.policy.tinker}. Let the run end, and take its final/.")
     saved_step = int(checkpoint.name.removeprefix("step_"))
     damage = find_damage(checkpoint, step=saved_step)
     if damage is not None:
         raise UserError(f"{damage} Restore the file from a copy, or name another step with --step.")
+    if config.policy.tinker is not None:
+        path = (read_object(checkpoint / "policy" / STATE) or {}).get("path")
+        raise UserError(
+            f"{checkpoint} is the state {path} at {config.policy.tinker}. Continue the run to its end, and take its "
+            f"final/. Or download the state: `TINKER_BASE_URL={config.policy.tinker} TINKER_API_KEY=... tinker "
+            f"checkpoint download {path}`."
+        )
     shared = {name: getattr(config, name) for name in ("run", "policy", "data", "train", "cluster")}
     alone = Config(**shared, algorithm=SFTConfig(name="sft"))  # same model and optimizer as a policy
     if config.algorithm.has_scalar_head:
         alone = alone.model_copy(update={"algorithm": config.algorithm})
-    with temporary_folder() as aside:
-        _write(with_adapters(with_sources(alone, aside), {}), checkpoint, folder, merged=merged)
+    _write(alone, checkpoint / "policy", folder, merged=merged)
     write_model_card(folder, config, run=run, step=saved_step, merged=merged)
-    logger.info("exported %s to %s", checkpoint.name, folder)
-    if push_to_hub is not None:
-        push_folder(folder, push_to_hub)
+
+
+def _export_state(state: Path, folder: Path, *, merged: bool, trust_remote_code: bool) -> None:
+    """Write a state of save_state: of an adapter, whose weights peft reads, or of all weights, as of a run."""
+    if (damage := find_damage(state, step=None)) is not None:
+        raise UserError(f"{damage} Restore the file from a copy, or name another state.")
+    checkpoint, resolved = Checkpoint.read(state), state.parents[1] / "config.resolved.yaml"
+    assert checkpoint is not None, "the record is not damaged"
+    content = state / CONTENT
+    if checkpoint.kind != "weights":
+        raise UserError(f"{state} was not made by save_state. Copy {content}, which is a model folder already.")
+    if merged and checkpoint.shape.trains_all:
+        raise UserError(f"--merged: {state} has all weights, so its model is whole already. Leave it out.")
+    if not resolved.is_file():
+        raise UserError(f"{resolved} is missing, which names the base model. Export a state in the server's folder.")
+    adapter = {} if checkpoint.shape.trains_all else {"lora": {}, "adapter": str(content)}
+    config = Config.model_validate(
+        {
+            "run": {"name": "export"},
+            "policy": read_tree(resolved).values["policy"] | adapter | {"trust_remote_code": trust_remote_code},
+            "algorithm": {"name": "sft"},
+            "data": {"train": "none"},
+            "train": {"steps": 1, "lr": 1.0, "sequences_per_update": 1},
+        }
+    )
+    _write(config, None if adapter else content, folder, merged=merged)
 
 
 def _checkpoint(run: Path, step: int | None) -> Path:
     """Return the folder of a checkpoint of the run, by default the latest. UserError if there is none."""
+    if states := sorted(file.parent for level in ("", "*/") for file in run.glob(f"{level}weights/*/{RECORD}")):
+        named = ", ".join(map(str, states[:MOST_NAMED])) + (", ..." if states[MOST_NAMED:] else "")
+        raise UserError(f"{run} has states of clients' models. Name one of them: {named}")
     if not (run / "checkpoints").is_dir() or not (run / "config.resolved.yaml").exists():
         text = f"{run} is not a run folder: it has no checkpoints/ or config.resolved.yaml"
         raise UserError(f"{text}. Name a run's own folder.")
@@ -102,16 +159,20 @@ def _refuse_code_of_run(resolved: Path) -> None:
                 raise UserError(f"{text}. Repeat it with --trust-remote-code if you trust the file.")
 
 
-def _write(config: Config, checkpoint: Path, folder: Path, *, merged: bool) -> None:
-    policy, dtype = config.policy, torch_dtype(config.policy.dtype)
-    load_model = load_critic if config.algorithm.has_scalar_head else load_causal_lm
-    module = load_trained_model(policy, load_model, _device(config))
-    load_trained_weights(module, checkpoint / "policy", dtype=dtype)
-    adapter_alone = policy.lora is not None and not merged
-    sources = adapter_sources(module) if adapter_alone else weight_sources(module)
-    weights = whole_weights(sources, dtype, sharded=False)
-    tokenizer = load_policy_tokenizer(config)
-    write_model_folder(folder.resolve(), weights, module, tokenizer, dtype=dtype, adapter_alone=adapter_alone)
+def _write(config: Config, trained: Path | None, folder: Path, *, merged: bool) -> None:
+    """Write the model with the trained weights of a folder. None: all trained weights are in policy.adapter."""
+    with temporary_folder() as aside:
+        config = with_adapters(with_sources(config, aside), {})
+        policy, dtype = config.policy, torch_dtype(config.policy.dtype)
+        load_model = load_critic if config.algorithm.has_scalar_head else load_causal_lm
+        module = load_trained_model(policy, load_model, _device(config))
+        if trained is not None:
+            load_trained_weights(module, trained, dtype=dtype)
+        adapter_alone = policy.lora is not None and not merged
+        sources = adapter_sources(module) if adapter_alone else weight_sources(module)
+        weights = whole_weights(sources, dtype, sharded=False)
+        tokenizer = load_policy_tokenizer(config)
+        write_model_folder(folder.resolve(), weights, module, tokenizer, dtype=dtype, adapter_alone=adapter_alone)
 
 
 def _device(config: Config) -> torch.device:

@@ -22,7 +22,7 @@ def export(
     """Write a checkpoint of a run as a Hugging Face folder.
 
     Args:
-        run (RUN): the folder of the run.
+        run (RUN): the folder of the run, or of a state saved by a client of `rlhf tinker`.
         folder (FOLDER): the folder to write.
         step (STEP): the step of the checkpoint; the latest if not given.
         merged: for a run with LoRA, write a whole model with the adapter in its weights instead of an adapter folder.

@@ -56,6 +56,12 @@ class Checkpoint:
     checksum: str | None = None  # of the adapter's weights, for the engines
     probe: Mapping[str, Any] = field(default_factory=dict)  # token_ids and logprobs by the policy, for the engines
 
+    @classmethod
+    def read(cls, folder: Path) -> Checkpoint | None:
+        """Return the description in a checkpoint's folder. None: the folder has no readable description."""
+        values = read_object(folder / RECORD)
+        return None if values is None else cls(**values | {"shape": AdapterShape(**values["shape"])})
+
     @property
     def path(self) -> str:
         return f"tinker://{self.model_id}/{self.kind}/{self.name}"
@@ -92,8 +98,8 @@ class Checkpoints:
         self._known: dict[str, Checkpoint] = {}
         for kind in KINDS:
             for file in root.glob(f"*/{kind}/*/{RECORD}"):
-                if not file.parent.name.startswith(".") and (values := read_object(file)) is not None:
-                    checkpoint = Checkpoint(**values | {"shape": AdapterShape(**values["shape"])})
+                checkpoint = None if file.parent.name.startswith(".") else Checkpoint.read(file.parent)
+                if checkpoint is not None:
                     self._known[checkpoint.path] = checkpoint
             for leftover in root.glob(f"*/{kind}/.*"):
                 shutil.rmtree(leftover)

@@ -18,10 +18,10 @@ from rlhf.tracking.sinks.tracker import Tracker, read_metrics
 SAMPLES_KEPT = 16  # for each optimizer step
 
 
-def begin_run(folder: Path, base_model: str) -> None:
-    """Make the folder of a new model."""
+def begin_run(folder: Path, *, base: str, dtype: str) -> None:
+    """Make the folder of a new model. The configuration is for `rlhf view` and `rlhf export`."""
     folder.mkdir(parents=True, exist_ok=True)
-    shown = f"algorithm: {{name: a client's loop}}\npolicy: {{model: {json.dumps(base_model)}}}\n"
+    shown = f"algorithm: {{name: a client's loop}}\npolicy: {{model: {json.dumps(base)}, dtype: {dtype}}}\n"
     write_atomic(folder / "config.resolved.yaml", shown)
     write_atomic(folder / "environment.json", "{}\n")  # its time is the model's begin
 

@@ -19,6 +19,7 @@ class ServiceSettings:
     """The settings of a server."""
 
     model: str  # the name in requests
+    base: str  # the name on the hub, or the folder on this machine
     tokenizer: str  # name or folder from which the client loads the tokenizer
     max_length: int  # tokens of a row, and of a prompt with its sample
     max_adapters: int  # at the same time on the ranks

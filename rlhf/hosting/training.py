@@ -53,7 +53,7 @@ class TrainedModel:
     def new(cls, root: Path, record: ModelRecord, shared: Shared) -> TrainedModel:
         """Make the folder of a new model, a run for `rlhf view`."""
         folder = root / adapter_name(record.model_id)
-        begin_run(folder, record.base_model)
+        begin_run(folder, base=shared.settings.base, dtype=shared.settings.dtype)
         model = cls(folder, record, shared)
         record.write(folder)
         return model

@@ -25,6 +25,7 @@ MODEL = "fakes/tiny"
 def settings(**changes: object) -> ServiceSettings:
     values: dict[str, object] = {
         "model": MODEL,
+        "base": MODEL,
         "tokenizer": MODEL,
         "max_length": 64,
         "max_adapters": 4,

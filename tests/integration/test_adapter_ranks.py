@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+import rlhf
 from rlhf.models.files.tiny import VOCAB_SIZE, build_tiny_llama, byte_tokenizer
+from tests.fakes.client_states import client_state
 from tests.integration import adapter_tenants as tenants
 from tests.integration.rank_gang import Gang, small_config
 
@@ -82,13 +84,18 @@ def test_a_saved_adapter_goes_on_exactly_and_peft_loads_it(
     assert set(load_file(tmp_path / "peft" / "adapter_model.safetensors")) == set(
         load_file(tmp_path / "state" / "adapter_model.safetensors")
     )
-    for folder in ("peft", "state"):
+    made = client_state(tmp_path / "server", tmp_path / "state", tenants.SHAPES["three"], base=model)
+    rlhf.export(made, tmp_path / "out")
+    rlhf.export(made, tmp_path / "merged", merged=True)
+    for folder in ("peft", "state", "out"):
         alone = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(tmp_path / folder))
         assert alone.peft_config["default"].r == 3
         ids = torch.arange(1, 30)
         with torch.no_grad():
             logprobs = alone(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+            whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids[None]).logits
         torch.testing.assert_close(torch.tensor(probe), logprobs, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(alone(input_ids=ids[None]).logits, whole, rtol=1e-5, atol=1e-5)
     again, same_report, errors = gang.run(tenants.loaded, stage=stage, **options)[0]
     assert tenants.same(state, again)
     assert state.steps == 4

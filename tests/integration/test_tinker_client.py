@@ -204,6 +204,12 @@ def test_listings_and_a_download(client: tinker.ServiceClient, server: Server, t
     options: Any = {"show_progress": False, "format": "json", "renew_ttl_seconds": 3600}
     size = _download_external_weights(rest, exported, tmp_path, **options)
     assert size == sum(file.stat().st_size for file in tmp_path.iterdir())
+    environment = os.environ | {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": KEY}
+    command = [sys.executable, "-m", "tinker.cli", "checkpoint", "download", path, "--output", str(tmp_path / "state")]
+    subprocess.run(command, env=environment, check=True, timeout=120)
+    (folder,) = (tmp_path / "state").iterdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
     rest.delete_checkpoint_from_tinker_path(path).result(60)
     with pytest.raises(tinker.NotFoundError):
         rest.get_weights_info_by_tinker_path(path).result(60)

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import rlhf
 from rlhf.models.files.tiny import build_tiny_llama
+from tests.fakes.client_states import client_state
 from tests.integration import whole_tenants as tenants
 from tests.integration.rank_gang import Gang
 
@@ -57,6 +60,13 @@ def test_a_model_is_saved_and_continued_and_gives_way_to_another(
     assert str(whole.dtype) == f"torch.{dtype}"
     for name, weight in found["saved"].items():
         assert torch.equal(whole.get_parameter(name).float(), weight), name
+    rlhf.export(
+        client_state(tmp_path / "server", tmp_path / "state", tenants.ALL, base=model, dtype=dtype), tmp_path / "out"
+    )
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == whole.dtype
     if dtype == "float32":
         ids = torch.arange(1, 30)
         with torch.no_grad():

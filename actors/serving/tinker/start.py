@@ -58,6 +58,7 @@ def serve_clients(
     probe_ids = list(tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"])
     settings = ServiceSettings(
         model=limits.model_name or model.base,
+        base=model.base,
         tokenizer=limits.model_name or model.tokenizer,
         max_length=limits.max_length,
         max_adapters=1 if config.policy.lora is None else limits.max_adapters,
