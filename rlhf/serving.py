@@ -84,17 +84,34 @@ def _names_this_machine(url: str) -> bool:
     return False
 
 
-async def read_text(request: web.Request) -> str:
-    """Return the body of a request as text. ValueError: a wrong encoding. HTTPRequestTimeout: the body is too late."""
+class BadBody(Exception):
+    """The body of a request did not arrive, or not as the headers say. `status` is for the answer."""
+
+    def __init__(self, why: str, *, status: int) -> None:
+        super().__init__(why)
+        self.status = status
+
+
+async def read_body(request: web.Request) -> bytes:
+    """Return the body of a request. BadBody: the body is too late, broken, or abandoned by a caller who has gone."""
     try:
         async with asyncio.timeout(BODY_S):
-            return await request.text()
+            return await request.read()
     except TimeoutError as error:
-        raise web.HTTPRequestTimeout(reason=f"the body did not arrive within {BODY_S:g} s") from error
-    except (UnicodeDecodeError, LookupError) as error:
-        raise ValueError(f"the body is not text: {error}") from error
+        raise BadBody(f"the body did not arrive within {BODY_S:g} s", status=408) from error
     except web.RequestPayloadError as error:
-        raise ValueError(f"the body is not encoded as the request's headers say: {error}") from error
+        raise BadBody(f"the body is not encoded as the request's headers say: {error}", status=400) from error
+    except ConnectionError as error:
+        raise BadBody("the caller has closed the connection", status=499) from error
+
+
+async def read_text(request: web.Request) -> str:
+    """Return the body of a request as text. BadBody: as in `read_body`, or a wrong encoding."""
+    await read_body(request)
+    try:
+        return await request.text()
+    except (UnicodeDecodeError, LookupError) as error:
+        raise BadBody(f"the body is not text: {error}", status=400) from error
 
 
 def gives_token(request: web.Request, token: str) -> bool:

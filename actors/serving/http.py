@@ -36,7 +36,7 @@ from rlhf.data.chat import turn_end
 from rlhf.errors import RunError
 from rlhf.models.on_disk import ModelOnDisk
 from rlhf.process.owned_folders import temporary_folder
-from rlhf.serving import BODY_S, END_WITHIN_S, gives_token, serve_until_interrupted, stranger
+from rlhf.serving import END_WITHIN_S, BadBody, gives_token, read_body, serve_until_interrupted, stranger
 from rlhf.vision.processor import ImageProcessing
 from rlhf.vision.reading import ImageFolder, ImageLimits
 
@@ -96,6 +96,8 @@ class ModelServer:
             return await handler(request)
         except RefusedCall as error:
             refused = error
+        except BadBody as error:
+            refused = RefusedCall(str(error), status=error.status)
         except NoEngine as error:
             refused = RefusedCall(str(error), status=503)
         except RunError as error:
@@ -124,7 +126,7 @@ class ModelServer:
         """Let an engine answer a request before the deadline, unless too many requests already wait."""
         if len(self.limits) >= MAX_WAITING:
             raise RefusedCall(f"{MAX_WAITING} requests are waiting already", status=429)
-        body = await _read(request)
+        body = await read_body(request)
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": request.headers.get("Content-Type", "")}
         response: web.StreamResponse | None = None
         try:
@@ -158,16 +160,6 @@ class ModelServer:
         if self.is_ending:
             return RefusedCall("the server was told to end", status=503)
         return RefusedCall(f"not answered within {self.spec.deadline_s:g} s (--deadline-s)", status=504)
-
-
-async def _read(request: web.Request) -> bytes:
-    try:
-        async with asyncio.timeout(BODY_S):
-            return await request.read()
-    except TimeoutError as error:
-        raise RefusedCall(f"the body did not arrive within {BODY_S:g} s", status=408) from error
-    except web.RequestPayloadError as error:
-        raise RefusedCall(f"the body is not encoded as the request's headers say: {error}") from error
 
 
 def serve_model(

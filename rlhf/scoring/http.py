@@ -33,7 +33,7 @@ from rlhf.rewards.scoring import asks_in_flight
 from rlhf.rewards.services.images import IMAGES, stored_images
 from rlhf.scoring.scorer import Group, Scorer, Scoring
 from rlhf.sections import Section
-from rlhf.serving import gives_token, read_text, serve_until_interrupted, serving_token, stranger
+from rlhf.serving import BadBody, gives_token, read_text, serve_until_interrupted, serving_token, stranger
 from rlhf.tracking import logs
 from rlhf.types import RESULT_COLUMN, GroupScores, Prompt
 from rlhf.vision.reading import ImageCollector, ImageLimits
@@ -113,6 +113,8 @@ class RewardServer:
             try:
                 group = await asyncio.to_thread(self._with_files, parse_request(await read_text(request)), Path(images))
                 self._refuse_unfit(group)
+            except BadBody as error:
+                return _error(error.status, str(error))
             except (ValueError, UserError) as error:
                 return _error(400, str(error))
             return await self._scored(group)

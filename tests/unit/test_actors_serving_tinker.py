@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 import zstandard
-from aiohttp.test_utils import TestClient, TestServer
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer, unused_port
 from tinker.types import ClientConfigResponse, ClientDynamicConfigResponse
 
 from actors.serving.tinker import http
@@ -132,6 +134,26 @@ async def test_bodies_may_be_compressed_by_zstd(tmp_path: Path) -> None:
             headers = KEY | {"Content-Encoding": encoding}
             answer = await client.post(f"{API}/get_info", data=content, headers=headers)
             assert (answer.status, text in await answer.text()) == (status, True)
+
+
+@pytest.mark.parametrize(("head", "begin"), [("Content-Length: 9", "{"), ("Transfer-Encoding: chunked", "5\r\n{")])
+async def test_a_client_that_leaves_within_a_body_is_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, head: str, begin: str
+) -> None:
+    server = TinkerServer(opened(tmp_path, FakeAdapters()), ())
+    runner = web.AppRunner(server.application(), access_log=None, auto_decompress=False)  # as of `rlhf tinker`
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", port := unused_port()).start()
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"POST {API}/create_session HTTP/1.1\r\nHost: localhost\r\n{head}\r\n\r\n{begin}".encode())
+    await asyncio.sleep(0.2)
+    writer.close()
+    async with asyncio.timeout(10):
+        while 'http_responses_total{status="499"} 1' not in server.service.metrics_page():
+            await asyncio.sleep(0.05)
+    await runner.cleanup()
+    assert caplog.records == []
+    assert server.service.sessions.sessions == {}
 
 
 async def test_a_checkpoint_is_listed_expires_and_is_downloaded_by_signed_urls(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from aiohttp.test_utils import TestClient, TestServer, unused_port
 
 import rlhf.serving as serving
 from rlhf.process.stopping import StopRequest
-from rlhf.serving import Connections, read_text, stranger
+from rlhf.serving import BadBody, Connections, read_text, stranger
 
 
 @asynccontextmanager
@@ -25,8 +25,8 @@ async def echo_server() -> AsyncIterator[TestClient[Any, Any]]:
             return web.Response(status=403, text=refusal)
         try:
             return web.Response(text=await read_text(request))
-        except ValueError as error:
-            return web.Response(status=400, text=str(error))
+        except BadBody as error:
+            return web.Response(status=error.status, text=str(error))
 
     app = web.Application()
     app.router.add_post("/", echo)

@@ -28,7 +28,7 @@ from rlhf.hosting.checkpoints import Checkpoint, expiry
 from rlhf.hosting.refusals import Forgotten, Gone, NotFound, TooMany
 from rlhf.hosting.request_line import Result
 from rlhf.hosting.service import TinkerService
-from rlhf.serving import BODY_S, is_same_secret, stranger
+from rlhf.serving import BadBody, is_same_secret, read_body, stranger
 
 zstandard = DeferredModule("zstandard")
 logger = logging.getLogger(__name__)
@@ -139,6 +139,8 @@ class TinkerServer:
             return response
         except web.HTTPException as error:
             status, why = error.status, error.reason
+        except BadBody as error:
+            status, why = error.status, str(error)
         except NotFound as error:
             status, why = 404, str(error)
         except (Gone, Forgotten) as error:
@@ -283,11 +285,7 @@ def _page(request: web.Request) -> dict[str, int]:
 
 async def _read(request: web.Request) -> bytes:
     """Return the body of a request, decompressed. UserError: the body is too large, or not compressed by zstd."""
-    try:
-        async with asyncio.timeout(BODY_S):
-            body = await request.read()
-    except TimeoutError as error:
-        raise web.HTTPRequestTimeout(reason=f"the body did not arrive within {BODY_S:g} s") from error
+    body = await read_body(request)
     encoding = request.headers.get("Content-Encoding", "identity")
     if encoding == "identity":
         return body
