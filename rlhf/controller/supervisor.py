@@ -49,8 +49,8 @@ class Supervisor:
         self._losses: dict[str, list[tuple[float, WorkerLost]]] = {}  # in the window, by the unit with a common limit
         self._last_work: dict[tuple[Role, int], Hashable] = {}  # at the last loss, if nothing succeeded since
         self._out_of_memory: set[Role] = set()
-        self._recovered: Counter[str] = Counter()  # since the last `metrics`
-        self._seconds = 0.0
+        self.recovered: Counter[str] = Counter()  # by role, since the last `metrics`
+        self.recovery_s = 0.0  # the same, in seconds
 
     async def recover(self, lost: WorkerLost, rebuild: Callable[[], Awaitable[None]], *, work: Hashable = None) -> None:
         """Start the lost worker again by `rebuild`, and record the loss. Raise the loss itself if the run must end.
@@ -77,7 +77,7 @@ class Supervisor:
             ErrorRecord(step=step, stage=lost.stage, kind=lost.kind, message=message, source=source, stack=lost.stack)
         )
         self.record.tracker.alert("warning", f"{role} lost", f"Step {step}: {message}")
-        self._recovered[role] += 1
+        self.recovered[role] += 1
         began = time.perf_counter()
         with self.record.timeline.span("recovery", role):
             try:
@@ -90,7 +90,7 @@ class Supervisor:
                 kind = StorageFull if isinstance(error, StorageFull) else RunError  # Preempted has another exit code
                 raise kind(f"{message} Its successor could not be started: {error}") from error
         took_s = time.perf_counter() - began
-        self._seconds += took_s
+        self.recovery_s += took_s
         logger.info("%s works again after %.1f s", source, took_s)
 
     def succeeded(self, role: Role, rank: int) -> None:
@@ -113,8 +113,8 @@ class Supervisor:
             now, died_at = time.time(), deaths[-1].at
             tracker.alert("warning", f"{DRIVER} lost", deaths[-1].message)
             self.record.timeline.record("recovery", "controller", start_s=died_at, end_s=now)
-            self._recovered["controller"] += len(deaths)
-            self._seconds += now - died_at
+            self.recovered["controller"] += len(deaths)
+            self.recovery_s += now - died_at
             logger.info("the run continues %.1f s after the death of its driver", now - died_at)
 
     def _allow(self, role: Role, lost: WorkerLost, work: Hashable) -> int:
@@ -142,7 +142,7 @@ class Supervisor:
 
     def metrics(self) -> Metrics:
         """Return the recoveries since the last call."""
-        counts = {f"recovery/{role}/total": Sum(total=self._recovered[role]) for role in (*self._roles, "controller")}
-        seconds, self._seconds = self._seconds, 0.0
-        self._recovered.clear()
+        counts = {f"recovery/{role}/total": Sum(total=self.recovered[role]) for role in (*self._roles, "controller")}
+        seconds, self.recovery_s = self.recovery_s, 0.0
+        self.recovered.clear()
         return {**counts, "time/recovery_s": Sum(total=seconds)}

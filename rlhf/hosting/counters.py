@@ -12,12 +12,15 @@ _HELP = {
     "sampled_tokens_total": ("counter", "Tokens sampled"),
     "optimizer_steps_total": ("counter", "Optimizer steps"),
     "http_responses_total": ("counter", "Responses by status"),
+    "recoveries_total": ("counter", "Lost ranks and engines that were started again, by place (ranks, engines)"),
+    "recovery_seconds_total": ("counter", "Seconds of starting ranks and engines again"),
     "sessions": ("gauge", "Sessions that are not finished"),
     "models": ("gauge", "Models of sessions that are not finished, by place (ranks, disk)"),
     "waiting_requests": ("gauge", "Accepted requests without a result"),
     "checkpoint_bytes": ("gauge", "Bytes of all checkpoints"),
 }
 PREFIX = "rlhf_tinker_"
+Gauges = Mapping[tuple[str, str], float]  # values by name and value of the label `place`
 
 
 class Counters:
@@ -29,8 +32,8 @@ class Counters:
     def add(self, name: str, value: float = 1.0, **labels: str) -> None:
         self._sums[name][tuple(labels.items())] += value
 
-    def page(self, gauges: Mapping[tuple[str, str], float]) -> str:
-        """Return the page in Prometheus' text format. gauges: values by name and value of the label `place`."""
+    def page(self, gauges: Gauges) -> str:
+        """Return the page in Prometheus' text format."""
         lines = []
         values = {name: dict(sums) for name, sums in self._sums.items()}
         for (name, place), value in gauges.items():

@@ -17,7 +17,7 @@ from typing import Any
 from rlhf.errors import RunError, WorkerLost
 from rlhf.hosting import bodies
 from rlhf.hosting.checkpoints import Checkpoints
-from rlhf.hosting.counters import Counters
+from rlhf.hosting.counters import Counters, Gauges
 from rlhf.hosting.model_record import lora_fields
 from rlhf.hosting.models import Models
 from rlhf.hosting.refusals import Gone, NotFound
@@ -51,9 +51,13 @@ class TinkerService:
         engines: AdapterEnginesRole,
         *,
         decode: Callable[[Sequence[int]], str],
+        recoveries: Callable[[], Gauges] = dict,
     ) -> None:
-        """Read everything written by an earlier start. UserError: another server uses the folder."""
-        self.settings = settings
+        """Read everything written by an earlier start. UserError: another server uses the folder.
+
+        recoveries: returns the values of ranks and engines for the page of Prometheus.
+        """
+        self.settings, self._recoveries = settings, recoveries
         lock = root / "service" / "lock"  # `rlhf view` takes a folder with a lock for a run
         lock.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(lock, key="run.name")
@@ -199,5 +203,6 @@ class TinkerService:
             ("models", "disk"): float(len(models) - on_ranks),
             ("waiting_requests", ""): float(sum(line.waiting() for line in lines)),
             ("checkpoint_bytes", ""): float(sum(checkpoint.size for checkpoint in self.checkpoints.all())),
+            **self._recoveries(),
         }
         return self.counters.page(gauges)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,9 @@ def test_a_lost_rank_and_a_lost_engine_are_replaced(server: Server) -> None:
     assert server.process.poll() is None
     lines = (server.folder / "served" / "service" / "errors.jsonl").read_text().splitlines()
     assert [json.loads(line)["source"] for line in lines] == ["policy 0", "rollout 0", "policy 0"]
+    page = urllib.request.urlopen(f"{server.url}/metrics", timeout=30).read().decode()
+    assert 'rlhf_tinker_recoveries_total{place="ranks"} 2' in page
+    assert 'rlhf_tinker_recoveries_total{place="engines"} 1' in page
 
 
 @pytest.mark.parametrize("server", [{"lora": "null"}], indirect=True)

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,13 @@ from tinker.types import ClientConfigResponse, ClientDynamicConfigResponse
 
 from actors.serving.tinker import http
 from actors.serving.tinker.http import API, TinkerServer
-from tests.fakes.adapters import FakeAdapters
-from tests.fakes.tinker_server import MODEL, opened
+from actors.serving.tinker.start import ServerRecord, _recoveries
+from rlhf.config.schema.cluster import Restarts
+from rlhf.controller.supervisor import Supervisor
+from rlhf.errors import WorkerLost
+from rlhf.hosting.service import TinkerService
+from tests.fakes.adapters import FakeAdapters, FakeEngines
+from tests.fakes.tinker_server import MODEL, opened, settings, text_of
 
 KEY = {"x-api-key": "tml-alice"}
 
@@ -201,3 +207,21 @@ async def test_the_page_for_prometheus(tmp_path: Path) -> None:
         assert 'rlhf_tinker_models{place="ranks"} 1' in lines
         assert "rlhf_tinker_sessions 1" in lines
         assert all(line.startswith("#") or len(line.rsplit(" ", 1)) == 2 for line in lines)
+
+
+async def test_the_page_counts_the_ranks_and_engines_that_were_started_again(tmp_path: Path) -> None:
+    supervisor = Supervisor(Restarts(), ServerRecord(tmp_path / "record"), ("policy", "rollout"))
+    for rank, role in enumerate(("policy", "rollout", "policy")):
+        lost = WorkerLost("it died.", role=role, rank=rank, stage="update", kind="died")
+        await supervisor.recover(lost, lambda: asyncio.sleep(0.01))
+    policy, engines = FakeAdapters(), FakeEngines()
+    service = TinkerService(
+        tmp_path, settings(), policy, engines, decode=text_of, recoveries=partial(_recoveries, supervisor)
+    )
+    page = service.metrics_page().splitlines()
+    await service.close()
+    supervisor.record.timeline.close()
+    assert 'rlhf_tinker_recoveries_total{place="engines"} 1' in page
+    assert 'rlhf_tinker_recoveries_total{place="ranks"} 2' in page
+    (seconds,) = [float(line.split()[1]) for line in page if line.startswith("rlhf_tinker_recovery_seconds_total")]
+    assert seconds >= 0.03

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from actors.cluster.connect import connected
@@ -21,6 +22,7 @@ from rlhf.config.schema.run import RunConfig
 from rlhf.config.schema.service import TinkerConfig
 from rlhf.controller.supervisor import Supervisor
 from rlhf.hosting import protobuf
+from rlhf.hosting.counters import Gauges
 from rlhf.hosting.service import TinkerService
 from rlhf.hosting.shared import ServiceSettings
 from rlhf.models.files.loading import load_tokenizer
@@ -119,7 +121,8 @@ async def _service(
         trust_remote_code=trained.trust_remote_code,
     )
     record = ServerRecord(server_folder(config) / "service")
-    gang.supervisor = engines.supervisor = Supervisor(cluster.restarts, record, config.needs, finds_causes=True)
+    supervisor = Supervisor(cluster.restarts, record, config.needs, finds_causes=True)
+    gang.supervisor = engines.supervisor = supervisor
     async with AsyncExitStack() as ends:
         ends.callback(record.timeline.close)
         ending_roles = ending([gang, engines], placement.release, heartbeat_timeout_s=cluster.heartbeat_timeout_s)
@@ -129,10 +132,19 @@ async def _service(
         )
         if largest is None:
             await _load_base(gang, engines, server_folder(config) / "service" / "base", settings)
-        service = TinkerService(server_folder(config), settings, gang, engines, decode=decode)
+        recoveries = partial(_recoveries, supervisor)
+        service = TinkerService(server_folder(config), settings, gang, engines, decode=decode, recoveries=recoveries)
         ends.push_async_callback(engines.give_up_rebuilds)
         ends.push_async_callback(service.close)
         yield service
+
+
+def _recoveries(supervisor: Supervisor) -> Gauges:
+    return {
+        ("recoveries_total", "ranks"): float(supervisor.recovered["policy"]),
+        ("recoveries_total", "engines"): float(supervisor.recovered["rollout"]),
+        ("recovery_seconds_total", ""): supervisor.recovery_s,
+    }
 
 
 async def _load_base(gang: AdaptersGang, engines: AdapterEngines, folder: Path, settings: ServiceSettings) -> None:
