@@ -95,7 +95,6 @@ def samples() -> list[SampleRecord]:
             score=0.5,
             scores={"correct": 0.5},
             advantage=0.1,
-            preferred=None,
             truncated=False,
             response_tokens=TOKENS,
             min_version=1,
@@ -103,7 +102,6 @@ def samples() -> list[SampleRecord]:
             mean_rollout_logprob=-0.5,
             mean_old_logprob=-0.5,
             mean_ref_logprob=-0.6,
-            mean_teacher_logprob=None,
             tokens=SampleTokens(
                 texts=("word ",) * TOKENS,
                 ids=tuple(range(TOKENS)),

@@ -65,7 +65,6 @@ def _record(step: int, place: int, tokens: int, draw: random.Random) -> SampleRe
         score=draw.random(),
         scores={"correct": draw.random()},
         advantage=draw.random() - 0.5,
-        preferred=None,
         truncated=draw.random() < 0.1,
         response_tokens=tokens,
         min_version=step,
@@ -73,7 +72,6 @@ def _record(step: int, place: int, tokens: int, draw: random.Random) -> SampleRe
         mean_rollout_logprob=-0.5,
         mean_old_logprob=-0.5,
         mean_ref_logprob=-0.5,
-        mean_teacher_logprob=None,
         tokens=SampleTokens(
             texts=texts,
             ids=tuple(ids),

@@ -84,17 +84,11 @@ class ModelRun:
                     sample=sample,
                     prompt=prompt,
                     response=decode(sequence.token_ids),
-                    score=None,
                     scores={},
-                    advantage=None,
-                    preferred=None,
                     truncated=sequence.finish_reason == "length",
                     response_tokens=len(sequence.token_ids),
                     min_version=step,
                     max_version=step,
                     mean_rollout_logprob=sum(sequence.logprobs) / max(len(sequence.logprobs), 1),
-                    mean_old_logprob=None,
-                    mean_ref_logprob=None,
-                    mean_teacher_logprob=None,
                 )
             )

@@ -62,16 +62,10 @@ def suite_samples(suites: Sequence[SuiteAnswers], *, version: int) -> list[Sampl
             response=question.response,
             score=question.score,
             scores=question.values,
-            advantage=None,
-            preferred=None,
             truncated=question.truncated,
             response_tokens=question.response_tokens,
             min_version=version,
             max_version=version,
-            mean_rollout_logprob=None,
-            mean_old_logprob=None,
-            mean_ref_logprob=None,
-            mean_teacher_logprob=None,
             columns={"target": question.target, **({} if question.task is None else {"task": question.task})},
         )
         for suite in suites

@@ -11,9 +11,8 @@ def sample_record(response: str = "4", *, score: float = 1.0, **fields: Any) -> 
     """Return the record of a response."""
     base: dict[str, Any] = {
         **{"split": "train", "group_id": 3, "prompt_id": 7, "sample": 0, "prompt": "2+2=", "response": response},
-        **{"score": score, "scores": {"correct": score}, "advantage": None, "preferred": None, "truncated": False},
+        **{"score": score, "scores": {"correct": score}, "truncated": False},
         **{"response_tokens": 3, "min_version": 0, "max_version": 0, "mean_rollout_logprob": -0.1},
-        **{"mean_old_logprob": None, "mean_ref_logprob": None, "mean_teacher_logprob": None},
     }
     return SampleRecord(**base | fields)
 

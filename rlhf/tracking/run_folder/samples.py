@@ -78,18 +78,18 @@ class SampleRecord:
     sample: int  # which of the responses to this prompt
     prompt: str
     response: str
-    score: float | None  # weighted sum
+    score: float | None = None  # weighted sum
     scores: Mapping[str, float | None]  # each applicable reward, before its gate and weight; None: no opinion
-    advantage: float | None  # mean over its tokens
-    preferred: bool | None  # whether this is the chosen response of a pair
+    advantage: float | None = None  # mean over its tokens
+    preferred: bool | None = None  # whether this is the chosen response of a pair
     truncated: bool
     response_tokens: int
     min_version: int  # oldest and newest weights among its tokens
     max_version: int
-    mean_rollout_logprob: float | None
-    mean_old_logprob: float | None
-    mean_ref_logprob: float | None
-    mean_teacher_logprob: float | None
+    mean_rollout_logprob: float | None = None
+    mean_old_logprob: float | None = None
+    mean_ref_logprob: float | None = None
+    mean_teacher_logprob: float | None = None
     # of the rewards that are credited by steps; their ends are positions in `tokens`
     steps: Mapping[str, Sequence[StepReward]] = field(default_factory=dict)
     turns: tuple[SampleTurn, ...] | None = None  # of a conversation with an environment
