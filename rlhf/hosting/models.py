@@ -17,7 +17,7 @@ from rlhf.hosting import bodies, protobuf
 from rlhf.hosting.model_record import RECORD, ModelRecord, lora_fields
 from rlhf.hosting.refusals import Gone, NotFound
 from rlhf.hosting.request_line import RequestLine
-from rlhf.hosting.sessions import SamplerRecord, Session
+from rlhf.hosting.sessions import SILENT_S, SamplerRecord, Session
 from rlhf.hosting.shared import Shared
 from rlhf.hosting.training import TrainedModel
 
@@ -85,9 +85,13 @@ class Models:
         session = self.shared.sessions.find(session_id, owner)
         model_id = f"{session_id}:train:{number}"
         if model_id not in self.running:
-            mine = sum(model.record.owner == owner for model in self.running.values())
-            if mine >= self.shared.settings.max_models:
-                raise UserError(f"this key has {mine} models, the most of a key (service.max_models); finish a session")
+            silent = self.shared.sessions.is_silent
+            own = [model.record for model in self.running.values() if model.record.owner == owner]
+            if (count := sum(not silent(record.session_id) for record in own)) >= self.shared.settings.max_models:
+                raise UserError(
+                    f"this key has {count} models, the most of a key (service.max_models); close a client, or wait "
+                    f"{SILENT_S:g} s after the last call of a client that has died"
+                )
             self._refuse_second(owner)
             record = ModelRecord(
                 model_id=model_id,

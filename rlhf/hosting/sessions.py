@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from rlhf.hosting.bodies import CreateSession
 from rlhf.hosting.checkpoints import now
 from rlhf.hosting.refusals import Gone
 from rlhf.tracking.run_folder.atomic import read_object, write_atomic
+
+SILENT_S = 300.0  # the client sends a heartbeat every 10 s, and tries again for five minutes
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,6 +58,8 @@ class Sessions:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._began = time.monotonic()
+        self._called: dict[str, float] = {}  # by session, when the client called last
         self.sessions: dict[str, Session] = {}
         self.samplers: dict[str, SamplerRecord] = {}
         for part in ("sessions", "samplers"):
@@ -82,17 +87,23 @@ class Sessions:
             display_name=body.display_name,
         )
         self.sessions[session_id] = session
+        self._called[session_id] = time.monotonic()
         self._write(session)
         return session
 
     def find(self, session_id: str, owner: str) -> Session:
-        """Return a running session of an owner. Gone: the session is over or belongs to another key."""
+        """Return a running session whose owner calls now. Gone: the session is over or belongs to another key."""
         session = self.sessions.get(session_id)
         if session is None or session.owner != owner:
             raise Gone(f"there is no session {session_id} of this key")
         if session.finished is not None:
             raise Gone(f"the session {session_id} is finished")
+        self._called[session_id] = time.monotonic()
         return session
+
+    def is_silent(self, session_id: str) -> bool:
+        """Return whether a session had neither a heartbeat nor a request for so long that its client must be gone."""
+        return time.monotonic() - self._called.get(session_id, self._began) > SILENT_S
 
     def finish(self, session: Session, reason: Mapping[str, Any]) -> None:
         session.finished = reason

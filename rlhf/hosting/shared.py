@@ -24,7 +24,7 @@ class ServiceSettings:
     max_length: int  # tokens of a row, and of a prompt with its sample
     max_adapters: int  # at the same time on the ranks
     trains_all: bool  # all weights, of one model at a time
-    max_models: int  # of a key, in sessions that are not finished
+    max_models: int  # of a key, of clients that are not gone
     checkpoint_bytes: int  # of a key
     idle_s: float  # without a request of a model, until the model goes to disk
     dtype: str

@@ -395,6 +395,27 @@ async def test_idle_models_go_to_disk_and_finished_sessions_end(tmp_path: Path) 
             await model.client.service.models.submit("alice", "optim_step", model.model_id, 99, b"{}")
 
 
+async def test_the_models_of_a_client_that_died_leave_the_quota(tmp_path: Path) -> None:
+    """A heartbeat keeps the place of a model. The model of a dead client stays, and continues at its next request."""
+    async with serving(tmp_path, max_models=1) as (service, _, _):
+        dead, successor = Client(service), Client(service)
+        model = await dead.create()
+        first = await model.train(1)
+        for _ in range(2):
+            service.sessions._called[dead.session_id] -= 200.0
+            service.heartbeat("alice", json.dumps({"session_id": dead.session_id}).encode())
+        with pytest.raises(UserError, match=r"this key has 1 models, the most of a key .* close a client, or wait"):
+            await successor.create()
+        service.sessions._called[dead.session_id] -= 301.0
+        twin = await successor.create()
+        assert first + await model.train(1) == await twin.train(2)
+        with pytest.raises(UserError, match="this key has 2 models"):
+            await successor.create()
+    async with serving(tmp_path, max_models=1) as (service, _, _):
+        with pytest.raises(UserError, match="this key has 2 models"):  # the clients may come back
+            await Client(service).create()
+
+
 async def test_keys_see_their_own_things_and_have_quotas(tmp_path: Path) -> None:
     async with serving(tmp_path, max_models=1, checkpoint_bytes=500) as (service, _, _):
         alice, bob = Client(service), Client(service, "bob")

@@ -59,7 +59,8 @@ class ServiceConfig(Section):
     Faster for small calls, at ZeRO stage 0; a model's numbers then differ in rounding from those of the model alone.
     0: the adapters take turns."""
     max_models: int = Field(default=64, ge=1)
-    """Most models of one key in sessions that are not finished."""
+    """Most models of one key in sessions that are not finished. The models of a client without a request or heartbeat
+    for 5 minutes do not count, and stay."""
     checkpoint_gib: float = Field(default=100.0, gt=0.0, allow_inf_nan=False)
     """Most GiB of checkpoints of one key, samplers included."""
     idle_s: float = Field(default=300.0, gt=0.0, allow_inf_nan=False)
