@@ -1,17 +1,14 @@
-"""The configuration of ranks with many adapters, and the keys without a meaning there."""
+"""The configuration of ranks with many adapters."""
 
 from __future__ import annotations
 
 from typing import Any
-
-import pytest
 
 from rlhf.config.adapter_ranks import ranks_config
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.model import PolicyConfig
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.run import RunConfig
-from rlhf.errors import UserError
 
 
 def derived(policy: dict[str, Any], roles: dict[str, Any]) -> Config:
@@ -32,18 +29,3 @@ def test_without_an_adapter_all_weights_are_trained_and_divided_among_several_ra
     assert derived({"lora": None}, {"workers": 1}).cluster.roles.policy.zero_stage == 0
     config = derived({"lora": None}, {"workers": 2})
     assert (config.policy.lora, config.cluster.roles.policy.zero_stage) == (None, 3)
-
-
-@pytest.mark.parametrize(
-    ("policy", "roles", "expected"),
-    [
-        ({"lora": {"rank": 8, "dropout": 0.1, "dora": True}}, {}, "policy.lora: dora, dropout cannot be set here"),
-        ({"vision_lr": 1e-5}, {}, "policy.vision_lr: has no effect"),
-        ({}, {"zero_stage": 2}, "zero_stage: is 2, and clients' models are trained at stage 0 or 3"),
-        ({}, {"workers": 2, "sequence_parallel": 2}, "sequence_parallel: clients' rows"),
-        ({}, {"zero_stage": 3, "offload": ["optimizer"]}, "offload: clients' models stay"),
-    ],
-)
-def test_keys_without_a_meaning_are_refused(policy: dict[str, Any], roles: dict[str, Any], expected: str) -> None:
-    with pytest.raises(UserError, match=expected):
-        derived(policy, roles)

@@ -44,6 +44,14 @@ def _write(folder: Path, text: str) -> Path:
             "cluster: {roles: {policy: {zero_stage: 2}}}\n",
             "policy.zero_stage: is 2, .* trained at 0 or 3",
         ),
+        (
+            "cluster: {roles: {policy: {workers: 2, sequence_parallel: 2}}}\n",
+            "policy.sequence_parallel: is 2, but ranks do not share",
+        ),
+        (
+            "cluster: {roles: {policy: {zero_stage: 3, offload: [optimizer]}}}\n",
+            "policy.offload: has optimizer, but clients' models stay",
+        ),
         ("cluster: {roles: {rollout: {engines: {min: 1, max: 2}}}}\n", "cluster.roles.rollout.engines: is a range"),
         ("cluster: {roles: {rollout: {colocate_with: policy}}}\n", "colocate_with: is policy, but clients train"),
         ("cluster: {roles: {rollout: {tensor_parallel: 2}}}\n", "tensor_parallel: has no effect here"),

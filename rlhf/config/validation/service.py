@@ -9,6 +9,7 @@ from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.config.schema.service import TinkerConfig
 from rlhf.config.validation.cluster import cluster_problems
 from rlhf.config.validation.unused_keys import unused_keys
+from rlhf.engine.partitions import TENANT_STAGES
 
 
 def service_problems(config: TinkerConfig) -> tuple[Problem, ...]:
@@ -30,9 +31,15 @@ def _problems(cluster: ClusterConfig) -> Iterator[Problem]:
         yield problem("cluster.roles.rollout.colocate_with", text)
     if rollout.is_elastic:
         yield problem("cluster.roles.rollout.engines", "is a range, but this server needs a fixed number of engines")
-    if "zero_stage" in policy.model_fields_set and policy.zero_stage not in (0, 3):
+    if "zero_stage" in policy.model_fields_set and policy.zero_stage not in TENANT_STAGES:
         text = f"is {policy.zero_stage}, but clients' models are trained at 0 or 3 alone"
         yield problem("cluster.roles.policy.zero_stage", text)
+    if policy.sequence_parallel > 1:
+        text = f"is {policy.sequence_parallel}, but ranks do not share clients' rows; remove it"
+        yield problem("cluster.roles.policy.sequence_parallel", text)
+    if policy.offload:
+        text = f"has {', '.join(policy.offload)}, but clients' models stay on the device; remove it"
+        yield problem("cluster.roles.policy.offload", text)
 
 
 def _of_whole_models(config: TinkerConfig) -> Iterator[Problem]:
