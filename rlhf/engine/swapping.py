@@ -135,7 +135,7 @@ class Swapping:
         if tenant is self._present:
             total = self._taken_gradient()
         else:
-            total = tenant.gradient or [_of_zeros(parameter) for parameter in self._parameters.values()]
+            total = tenant.gradient or [torch.zeros_like(parameter) for parameter in self._parameters.values()]
         for name, values in zip(self._parameters, total, strict=True):
             if name in gradient:
                 own = gradient[name]
@@ -182,7 +182,7 @@ class Swapping:
     def _taken_gradient(self) -> list[Tensor]:
         if self._stage == 3:
             return [self._engine.optimizer.grad_partitions_flat_buffer.clone()]
-        return [_of_zeros(p) if p.grad is None else p.grad for p in self._parameters.values()]
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters.values()]
 
     def _put_gradient(self, gradient: list[Tensor] | None) -> None:
         """Replace the engine's gradient. None: the next backward pass begins a new sum."""
@@ -204,7 +204,3 @@ def _name_of(kind: str, piece: Piece) -> str:
     """Return the name of a tensor in RankState.tensors. kind: `master`, or `state` with the name of a moment."""
     word, _, moment = kind.partition(" ")
     return f"{word} {piece.master} {moment}".rstrip()
-
-
-def _of_zeros(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter)

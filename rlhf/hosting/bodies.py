@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -291,11 +290,6 @@ def sample_request(body: Sample, *, seed: int, max_length: int) -> SampleRequest
     )
 
 
-def scored_from(body: Sample, length: int) -> int:
-    """Return the index of the first scored token of a prompt."""
-    return 0 if body.prompt_logprobs_last_n is None else max(length - body.prompt_logprobs_last_n, 0)
-
-
 def checkpoint_name(name: str | None, *, seq_id: int) -> str:
     """Return the name of a checkpoint. UserError: the name cannot be a folder's name."""
     if name is None:
@@ -303,8 +297,3 @@ def checkpoint_name(name: str | None, *, seq_id: int) -> str:
     if not _NAME.fullmatch(name):
         raise UserError(f"path: {name!r:.140} must be 1 to 128 letters, digits, dots, hyphens and underscores")
     return name
-
-
-def new_seed() -> int:
-    """Return a random seed, for samples without a seed of the client."""
-    return secrets.randbelow(2**31)

@@ -6,7 +6,7 @@ Invariant: the call of a request returns after the request is in the model's log
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,9 @@ class Models:
         for model in self.running.values():
             model.close()
 
-    def of_session(self, session: Session) -> list[TrainedModel]:
-        return [model for model in self.running.values() if model.record.session_id == session.session_id]
-
     async def finish(self, session: Session) -> None:
         """Finish the models of a session. The states of the models are removed, and the checkpoints stay."""
-        for model in self.of_session(session):
+        for model in [model for model in self.running.values() if model.record.session_id == session.session_id]:
             del self.running[model.record.model_id]
             await model.finish()
             model.close()
@@ -58,9 +55,7 @@ class Models:
     async def create(self, owner: str, body: bytes) -> dict[str, Any]:
         asked, body = bodies.CreateModel.read(body), bodies.canonical(body)
         self.shared.settings.refuse_other_model(asked.base_model)
-        return await self._first_request(
-            owner, asked.session_id, asked.model_seq_id, asked.user_metadata, "create_model", body
-        )
+        return await self._first_request(owner, "create_model", asked, body)
 
     async def load_weights(self, owner: str, body: bytes) -> dict[str, Any]:
         asked, body = bodies.LoadWeights.read(body), bodies.canonical(body)
@@ -69,21 +64,14 @@ class Models:
             if asked.model_id is None or asked.seq_id is None:
                 raise UserError("load_weights needs model_id and seq_id, or session_id and model_seq_id")
             return await self.submit(owner, "load_weights", asked.model_id, asked.seq_id, body)
-        return await self._first_request(
-            owner, asked.session_id, asked.model_seq_id, asked.user_metadata, "load_weights", body
-        )
+        return await self._first_request(owner, "load_weights", asked, body)
 
     async def _first_request(
-        self,
-        owner: str,
-        session_id: str,
-        number: int,
-        metadata: Mapping[str, Any] | None,
-        call: str,
-        body: bytes,
+        self, owner: str, call: str, asked: bodies.CreateModel | bodies.LoadWeights, body: bytes
     ) -> dict[str, Any]:
-        session = self.shared.sessions.find(session_id, owner)
-        model_id = f"{session_id}:train:{number}"
+        assert asked.session_id is not None
+        session = self.shared.sessions.find(asked.session_id, owner)
+        model_id = f"{session.session_id}:train:{asked.model_seq_id}"
         if model_id not in self.running:
             silent = self.shared.sessions.is_silent
             own = [model.record for model in self.running.values() if model.record.owner == owner]
@@ -99,7 +87,7 @@ class Models:
                 owner=owner,
                 base_model=self.shared.settings.model,
                 created=datetime.now(UTC).isoformat(),
-                user_metadata=metadata,
+                user_metadata=asked.user_metadata,
             )
             self._keep(TrainedModel.new(self.root, record, self.shared))
         return await self.submit(owner, call, model_id, 0, body)

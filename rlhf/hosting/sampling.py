@@ -92,7 +92,7 @@ class Sampler:
         self.completed = asyncio.Event()  # replaced after each completion
 
     async def accept(self, seq_id: int, body: bytes) -> LineRequest:
-        request = await self.line.accept(seq_id, "asample", body, seed=bodies.new_seed())
+        request = await self.line.accept(seq_id, "asample", body, seed=secrets.randbelow(2**31))
         self.start(request)
         return request
 
@@ -139,7 +139,8 @@ class Sampler:
         answer = await self._adapters.engines.sample(adapter, call)
         self._counters.add("sampled_tokens_total", sum(len(sample.token_ids) for sample in answer.sequences))
         self._seen(self.record, call, answer)
-        start = bodies.scored_from(body, len(call.token_ids))
+        last = body.prompt_logprobs_last_n
+        start = 0 if last is None else max(len(call.token_ids) - last, 0)
         return Result(protobuf.sample_answer(answer, scored_from=start), is_protobuf=True)
 
     async def _finish(self, request: LineRequest, result: Result) -> None:

@@ -7,8 +7,8 @@ gradient (rlhf.engine.swapping). Calls come to all ranks in the same order; each
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,11 +123,13 @@ class AdapterWorker(TrainedWorker):
     def forward_backward(self, name: str, rows: LossRows, loss: NamedLoss, *, forward_only: bool = False) -> RowsReport:
         """Add the gradient of a loss to the adapter's gradient. Return the results of this rank's rows. Collective."""
         adapter = self._adapter(name)
-        if forward_only:
-            with torch.no_grad():
+        try:
+            with torch.set_grad_enabled(not forward_only):
                 return self._forward(self._checked(adapter, rows, loss))
-        with self._dropping_gradient(adapter):
-            return self._forward(self._checked(adapter, rows, loss))
+        except (UserError, RunError) as error:
+            if not forward_only:  # else the sum of the batch would lack a part
+                self._drop(adapter, str(error))
+            raise
 
     def can_pack(self) -> bool:
         """Return whether one pass can serve several adapters: at ZeRO stage 0, if the model takes packed rows."""
@@ -223,15 +225,6 @@ class AdapterWorker(TrainedWorker):
     def _drop(self, adapter: HeldAdapter, reason: str) -> None:
         self.swapping.drop_gradient(adapter.tenant)
         adapter.dropped_because = reason
-
-    @contextmanager
-    def _dropping_gradient(self, adapter: HeldAdapter) -> Iterator[None]:
-        """Drop the adapter's gradient if the block fails, since the sum would lack a part."""
-        try:
-            yield
-        except (UserError, RunError) as error:
-            self._drop(adapter, str(error))
-            raise
 
     def _limits(self) -> Limits:
         budget, longest = self.config.train.max_tokens_per_microbatch, self.place.longest_sequence
