@@ -54,7 +54,7 @@ UNSUPPORTED = {
     "unload_model": "a finished session frees its models",
 }
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Call = Callable[[TinkerService, str, bytes], Any]  # with the caller's key and the body
+Call = Callable[..., Any]  # of the service, with a name for the caller's key, the parts of the path, and the body
 
 
 class TinkerServer:
@@ -76,10 +76,10 @@ class TinkerServer:
     def application(self) -> web.Application:
         app = web.Application(client_max_size=MOST_BODY, middlewares=[self._guard])
         app.cleanup_ctx.append(self._open)
-        get, post = app.router.add_get, partial(self._post, app)
-        get("/metrics", self._metrics)
-        get(f"{API}/healthz", self._health)
-        get(f"{API}/get_server_capabilities", self._capabilities)
+        get, post = partial(self._get, app), partial(self._post, app)
+        app.router.add_get("/metrics", self._metrics)
+        get("healthz", lambda service, owner: {"status": "ok"})
+        get("get_server_capabilities", _capabilities)
         post("client/config", lambda service, owner, body: CLIENT_CONFIG)
         post("client/dynamic_config", lambda service, owner, body: DYNAMIC_CONFIG)
         post("telemetry", lambda service, owner, body: {"status": "accepted"})
@@ -100,26 +100,34 @@ class TinkerServer:
         post("weights_info", TinkerService.weights_info)
         for call, why in UNSUPPORTED.items():
             post(call, partial(_refuse, call, why))
-        app.router.add_post(f"{API}/sessions/{{session}}/finish", self._finish)
-        get(f"{API}/sessions", self._sessions)
-        get(f"{API}/sessions/{{session}}", self._session)
-        get(f"{API}/samplers/{{sampler}}", self._sampler)
-        get(f"{API}/training_runs", self._runs)
-        get(f"{API}/training_runs/{{model}}", self._run)
-        get(f"{API}/checkpoints", self._all_checkpoints)
-        get(f"{API}/training_runs/{{model}}/checkpoints", self._checkpoints)
+        post("sessions/{session}/finish", TinkerService.finish_session)
+        get("sessions", TinkerService.list_sessions, is_paged=True)
+        get("sessions/{session}", TinkerService.session)
+        get("samplers/{sampler}", lambda service, owner, sampler: service.samplers.describe(owner, sampler))
+        get("training_runs", lambda service, owner, **page: service.models.training_runs(owner, **page), is_paged=True)
+        get("training_runs/{model}", lambda service, owner, model: service.models.training_run(owner, model))
+        get("checkpoints", _all_checkpoints, is_paged=True)
+        get("training_runs/{model}/checkpoints", _checkpoints)
         checkpoint = f"{API}/training_runs/{{model}}/checkpoints/{{kind}}/{{name}}"
         app.router.add_delete(checkpoint, self._delete)
         app.router.add_put(f"{checkpoint}/ttl", self._set_ttl)
-        get(f"{checkpoint}/external_weights_urls", self._urls)
-        get(f"{API}/files/{{expires}}/{{signature}}/{{model}}/{{kind}}/{{name}}/{{file:.+}}", self._file)
+        app.router.add_get(f"{checkpoint}/external_weights_urls", self._urls)
+        file = f"{API}/files/{{expires}}/{{signature}}/{{model}}/{{kind}}/{{name}}/{{file:.+}}"
+        app.router.add_get(file, self._file)
         app.router.add_route("*", f"{checkpoint}/publish", partial(self._refuse_route, "publishing checkpoints"))
         app.router.add_route("*", "/{path:.*}", self._unknown)
         return app
 
+    def _get(self, app: web.Application, path: str, call: Call, *, is_paged: bool = False) -> None:
+        async def handler(request: web.Request) -> web.Response:
+            page = _page(request) if is_paged else {}
+            return web.json_response(call(self.service, request[OWNER], *request.match_info.values(), **page))
+
+        app.router.add_get(f"{API}/{path}", handler)
+
     def _post(self, app: web.Application, path: str, call: Call) -> None:
         async def handler(request: web.Request) -> web.StreamResponse:
-            answer = call(self.service, request[OWNER], await _read(request))
+            answer = call(self.service, request[OWNER], *request.match_info.values(), await _read(request))
             if asyncio.iscoroutine(answer):
                 answer = await answer
             if isinstance(answer, web.StreamResponse):
@@ -170,44 +178,8 @@ class TinkerServer:
             raise web.HTTPForbidden(reason=why)
         return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:16]
 
-    async def _health(self, request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok"})
-
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(text=self.service.metrics_page())
-
-    async def _capabilities(self, request: web.Request) -> web.Response:
-        settings = self.service.settings
-        model = {"model_name": settings.model, "max_context_length": settings.max_length}
-        return web.json_response({"supported_models": [model | {"trainable": True, "sampleable": True}]})
-
-    async def _finish(self, request: web.Request) -> web.Response:
-        await self.service.finish_session(request[OWNER], request.match_info["session"], await _read(request))
-        return web.json_response({})
-
-    async def _sessions(self, request: web.Request) -> web.Response:
-        return web.json_response(self.service.list_sessions(request[OWNER], **_page(request)))
-
-    async def _session(self, request: web.Request) -> web.Response:
-        return web.json_response(self.service.session(request[OWNER], request.match_info["session"]))
-
-    async def _sampler(self, request: web.Request) -> web.Response:
-        return web.json_response(self.service.samplers.describe(request[OWNER], request.match_info["sampler"]))
-
-    async def _runs(self, request: web.Request) -> web.Response:
-        return web.json_response(self.service.models.training_runs(request[OWNER], **_page(request)))
-
-    async def _run(self, request: web.Request) -> web.Response:
-        return web.json_response(self.service.models.training_run(request[OWNER], request.match_info["model"]))
-
-    async def _all_checkpoints(self, request: web.Request) -> web.Response:
-        listed, page = self.service.checkpoints.listed(request[OWNER]), _page(request)
-        chosen = listed[page["offset"] : page["offset"] + page["limit"]]
-        return web.json_response({"checkpoints": chosen, "cursor": page | {"total_count": len(listed)}})
-
-    async def _checkpoints(self, request: web.Request) -> web.Response:
-        listed = self.service.checkpoints.listed(request[OWNER], request.match_info["model"])
-        return web.json_response({"checkpoints": listed})
 
     def _checkpoint(self, request: web.Request) -> Checkpoint:
         return self.service.checkpoints.seen(
@@ -256,6 +228,21 @@ class TinkerServer:
 
     async def _unknown(self, request: web.Request) -> web.Response:
         raise NotFound(f"{request.method} {request.path} is not supported here; docs/tinker.md lists what is")
+
+
+def _capabilities(service: TinkerService, owner: str) -> dict[str, Any]:
+    model = {"model_name": service.settings.model, "max_context_length": service.settings.max_length}
+    return {"supported_models": [model | {"trainable": True, "sampleable": True}]}
+
+
+def _checkpoints(service: TinkerService, owner: str, model: str) -> dict[str, Any]:
+    return {"checkpoints": service.checkpoints.listed(owner, model)}
+
+
+def _all_checkpoints(service: TinkerService, owner: str, *, limit: int, offset: int) -> dict[str, Any]:
+    listed = service.checkpoints.listed(owner)
+    cursor = {"limit": limit, "offset": offset, "total_count": len(listed)}
+    return {"checkpoints": listed[offset : offset + limit], "cursor": cursor}
 
 
 def _submit(call: str, service: TinkerService, owner: str, body: bytes) -> Any:
