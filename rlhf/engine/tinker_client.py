@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 from rlhf.errors import RESUMES, RunError, UserError
 
 KEY_VARIABLE = "TINKER_API_KEY"
-PACKAGE = "rlhf[tinker]"
 CONNECT_S = 10.0  # until a server has accepted a connection
 TELL_S = 10.0  # until a server has taken a request on which nothing depends
 ANSWER_S = 60.0  # until a server has said which models it has
@@ -30,7 +29,9 @@ def client_package() -> Any:
     try:
         return importlib.import_module("tinker")
     except ImportError as error:
-        raise UserError(f"policy.tinker: needs the official client: `pip install '{PACKAGE}'` ({error})") from error
+        raise UserError(
+            f"policy.tinker: needs the official client: `pip install 'ray-rlhf[tinker]'` ({error})"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

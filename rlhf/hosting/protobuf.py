@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tinker.proto import tinker_public_pb2 as pb
 
-PACKAGE = "rlhf[tinker]"
 _EMPTY_LOGPROB = -99999.0  # of a cell without a token, by the protocol
 _TYPE = "ArrayRecord"
 MOST_CELLS = 1 << 26  # of one tensor of a client, against sparse tensors of absurd shapes
@@ -32,7 +31,7 @@ def messages() -> Any:
         from tinker.proto import tinker_public_pb2
     except ImportError as error:
         raise UserError(
-            f"rlhf tinker: needs the messages of the official client: `pip install '{PACKAGE}'` ({error})"
+            f"rlhf tinker: needs the messages of the official client: `pip install 'ray-rlhf[tinker]'` ({error})"
         ) from error
     return tinker_public_pb2
 

@@ -34,3 +34,16 @@ def test_the_tested_versions_are_in_the_ranges_of_the_project() -> None:
 def test_markers_and_extras_decide_which_requirements_count() -> None:
     texts = ["a>=1", "b; python_version < '3'", "c[x]; extra == 'y'", "d; extra == 'z'"]
     assert [str(requirement.name) for requirement in requirements(texts, ["y"])] == ["a", "c"]
+
+
+def test_every_advice_to_install_names_an_extra_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    texts = [
+        path.read_text(encoding="utf-8") for folder in ("rlhf", "actors") for path in (ROOT / folder).rglob("*.py")
+    ]
+    advice = [match for text in texts for match in re.findall(r"pip install '([\w-]+)\[(\w[\w,-]*)\]", text)]
+    assert len(advice) > 5
+    wrong = [(name, extra) for name, extra in advice if name != project["name"]]
+    unknown = {extra for _, extras in advice for extra in extras.split(",")} - project["optional-dependencies"].keys()
+    assert not wrong
+    assert not unknown
