@@ -137,14 +137,13 @@ class AdaptersGang:
     async def forward_backward(
         self, adapter: str, rows: LossRows, loss: NamedLoss, *, forward_only: bool = False
     ) -> LossReport:
+        call = AdapterCall(adapter=adapter, rows=rows, loss=loss)
         if self._packing is not None and not forward_only:
-            return await self._packing.call(AdapterCall(adapter=adapter, rows=rows, loss=loss))
-        return await self._forward_backward(adapter, rows, loss, forward_only=forward_only)
+            return await self._packing.call(call)
+        return await self._carry_out_alone(call, forward_only=forward_only)
 
-    async def _forward_backward(
-        self, adapter: str, rows: LossRows, loss: NamedLoss, *, forward_only: bool = False
-    ) -> LossReport:
-        stored = put(rows)
+    async def _carry_out_alone(self, call: AdapterCall, *, forward_only: bool = False) -> LossReport:
+        adapter, stored, loss = call.adapter, put(call.rows), call.loss
         reports: list[RowsReport] = await self._each(
             [adapter], lambda h: h.forward_backward.remote(adapter, stored, loss, forward_only=forward_only), "update"
         )
@@ -152,7 +151,7 @@ class AdaptersGang:
 
     async def _carry_out(self, calls: Sequence[AdapterCall]) -> Sequence[LossReport | BaseException]:
         if len(calls) == 1:
-            return [await self._forward_backward(calls[0].adapter, calls[0].rows, calls[0].loss)]
+            return [await self._carry_out_alone(calls[0])]
         stored = put(calls)
         of_ranks: list[list[Outcome]] = await self._each(
             [call.adapter for call in calls], lambda h: h.forward_backward_packed.remote(stored), "update"

@@ -106,13 +106,10 @@ class OfModel(Body):
     seq_id: int = Field(ge=1)
 
 
-class Addressed(Body):
+class Addressed(OfModel):
     """The place of a request in a model's line. All else is checked in the request's turn."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
-
-    model_id: str
-    seq_id: int = Field(ge=1)
+    model_config = ConfigDict(extra="ignore")
 
 
 class OptimStep(OfModel):

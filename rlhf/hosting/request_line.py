@@ -183,15 +183,10 @@ class RequestLine:
         request.finished.set()
         self.changed.set()
 
-    async def save(self, saved: Saved) -> None:
-        """Begin the log anew at the state after the last finished request."""
+    async def shorten(self, saved: Saved | None = None) -> None:
+        """Drop the results retrieved by clients some time ago. `saved`: a state after the last finished request."""
         async with self._writing:
-            self.saved = saved
-            await self._rewrite()
-
-    async def shorten(self) -> None:
-        """Drop the results retrieved by clients some time ago."""
-        async with self._writing:
+            self.saved = saved or self.saved
             await self._rewrite()
 
     async def _rewrite(self) -> None:

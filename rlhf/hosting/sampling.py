@@ -87,7 +87,6 @@ class Sampler:
         self._counters, self._max_length = shared.counters, shared.settings.max_length
         self._running: dict[int, asyncio.Task[None]] = {}
         self._finished: list[int] = [r.seq_id for r in self.line.requests.values() if r.result is not None]
-        self._since_shortened = 0
         self.epoch = secrets.randbits(30)  # a cursor of an earlier start counts from the beginning
         self.completed = asyncio.Event()  # replaced after each completion
 
@@ -148,9 +147,7 @@ class Sampler:
         self._finished.append(request.seq_id)
         self.completed.set()
         self.completed = asyncio.Event()
-        self._since_shortened += 1
-        if self._since_shortened >= SHORTEN_AFTER:
-            self._since_shortened = 0
+        if len(self._finished) % SHORTEN_AFTER == 0:
             await self.line.shorten()
 
     def completions(self, clone: int, cursor: int) -> tuple[list[dict[str, Any]], int]:

@@ -275,7 +275,7 @@ class TrainedModel:
             if not self._has_gradient and (self.line.saved is None or self.line.saved.seq_id < last):
                 saved = await self._saved(last)
                 if saved is not None:
-                    await self.line.save(saved)
+                    await self.line.shorten(saved)
                     self._states.keep(saved)
             await self.shared.policy.remove(self.name)
 

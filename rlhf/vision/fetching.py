@@ -34,7 +34,7 @@ def fetch_image(url: str, hosts: Collection[str]) -> bytes:
         host, port = _checked(target, hosts, url)
         parts = urlsplit(target)
         address = _public_address(host, port, deadline)
-        connection = _connection(host, port, address, _left(deadline, url))
+        connection = _Pinned(host, port, address, _left(deadline, url))
         status, location, data = _answer(connection, parts.path or "/", parts.query, deadline, url)
         if status not in _REDIRECTS:
             if status != 200:
@@ -55,10 +55,6 @@ class _Pinned(http.client.HTTPSConnection):
     def connect(self) -> None:
         self.sock = socket.create_connection((self._address, self.port), self.timeout)
         self.sock = self._context_of_tls.wrap_socket(self.sock, server_hostname=self.host)
-
-
-def _connection(host: str, port: int, address: str, timeout: float) -> http.client.HTTPConnection:
-    return _Pinned(host, port, address, timeout)
 
 
 def _checked(target: str, hosts: Collection[str], url: str) -> tuple[str, int]:

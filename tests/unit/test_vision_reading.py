@@ -277,7 +277,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         assert (host, port, address) == (HOST, 443, "93.184.216.34")
         return http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=timeout)
 
-    monkeypatch.setattr(fetching, "_connection", connect)
+    monkeypatch.setattr(fetching, "_Pinned", connect)
     resolved = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.216.34", 443))]
     real = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: resolved if host == HOST else real(host, *a, **k))
