@@ -95,7 +95,7 @@ def test_a_saved_adapter_goes_on_exactly_and_peft_loads_it(
             logprobs = alone(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
             whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids[None]).logits
         torch.testing.assert_close(torch.tensor(probe), logprobs, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(alone(input_ids=ids[None]).logits, whole, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(alone(input_ids=ids[None]).logits, whole, rtol=1e-4, atol=1e-4)
     again, same_report, errors = gang.run(tenants.loaded, stage=stage, **options)[0]
     assert tenants.same(state, again)
     assert state.steps == 4
