@@ -41,7 +41,15 @@ class Body(BaseModel):
 
 def canonical(body: bytes) -> bytes:
     """Return a checked body in the same form for every repetition of a request."""
-    return json.dumps(json.loads(body), sort_keys=True).encode()
+    try:
+        return json.dumps(json.loads(body), sort_keys=True).encode()
+    except (ValueError, RecursionError) as error:  # JSON for pydantic, which skips unread fields
+        raise UserError(f"the body: {error}") from error
+
+
+def number_of(text: str) -> int | None:
+    """Return a number in an address. None: the text is no number, or too long for an index."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None
 
 
 class CreateSession(Body):
@@ -54,6 +62,14 @@ class CreateSession(Body):
 
 class SessionOnly(Body):
     session_id: str
+
+
+class FinishSession(Body):
+    model_config = ConfigDict(extra="allow", frozen=True)  # the client's reason
+
+
+class ModelOnly(Body):
+    model_id: str
 
 
 class LoraBody(Body):

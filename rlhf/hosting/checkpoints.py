@@ -9,9 +9,11 @@ A checkpoint is visible to the owner's key alone.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,6 +28,7 @@ from rlhf.tracking.run_folder.manifest import Manifest, find_damage
 
 RECORD = "record.json"
 ADAPTER = "adapter"  # the folder of the content
+EXPIRY = ".expiry.json"  # of a changed expiry; a hidden file is not in the manifest
 KINDS: Mapping[str, str] = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 
 
@@ -60,7 +63,10 @@ class Checkpoint:
     def read(cls, folder: Path) -> Checkpoint | None:
         """Return the description in a checkpoint's folder. None: the folder has no readable description."""
         values = read_object(folder / RECORD)
-        return None if values is None else cls(**values | {"shape": AdapterShape(**values["shape"])})
+        if values is None:
+            return None
+        changes = read_object(folder / EXPIRY) or {}
+        return cls(**values | changes | {"shape": AdapterShape(**values["shape"])})
 
     @property
     def path(self) -> str:
@@ -102,7 +108,7 @@ class Checkpoints:
                 if checkpoint is not None:
                     self._known[checkpoint.path] = checkpoint
             for leftover in root.glob(f"*/{kind}/.*"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def folder(self, checkpoint: Checkpoint) -> Path:
         return self.root / adapter_name(checkpoint.model_id) / checkpoint.kind / checkpoint.name
@@ -174,7 +180,8 @@ class Checkpoints:
         if present is not None and present.seq_id == draft.seq_id:
             return present
         if present is not None and not overwrites and not present.is_expired:
-            raise UserError(f"{draft.path} exists; choose another name, or set overwrite")
+            overwrite = ", or set overwrite" if draft.kind == "weights" else ""
+            raise UserError(f"{draft.path} exists; choose another name{overwrite}")
         self.refuse_over_quota(draft.owner)
         target = self.folder(draft)
         aside = target.with_name(f".{target.name}.partial")
@@ -184,11 +191,9 @@ class Checkpoints:
             fields = await write(aside / ADAPTER)
             size = sum(file.stat().st_size for file in aside.rglob("*") if file.is_file())
             checkpoint = replace(draft, size=size, **fields)
-            _write_record(aside, checkpoint)
-            Manifest.of(aside, step=None).write(aside)
-            sync_tree(aside)
-            if present is not None:
-                self.delete(present)
+            await asyncio.to_thread(_seal, aside, checkpoint)
+            if (replaced := self._known.get(draft.path)) is not None:
+                self.delete(replaced)
             aside.rename(target)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
@@ -198,17 +203,16 @@ class Checkpoints:
         return checkpoint
 
     def set_expiry(self, checkpoint: Checkpoint, expires: str | None) -> None:
-        changed = replace(checkpoint, expires=expires)
-        _write_record(self.folder(changed), changed)
-        Manifest.of(self.folder(changed), step=None).write(self.folder(changed))
-        self._known[changed.path] = changed
+        write_atomic(self.folder(checkpoint) / EXPIRY, json.dumps({"expires": expires}) + "\n")
+        self._known[checkpoint.path] = replace(checkpoint, expires=expires)
 
     def delete(self, checkpoint: Checkpoint) -> None:
         folder = self.folder(checkpoint)
         gone = folder.with_name(f".{folder.name}.removed")
         shutil.rmtree(gone, ignore_errors=True)
-        folder.rename(gone)
-        shutil.rmtree(gone)
+        with suppress(FileNotFoundError):  # removed by hand
+            folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
         self._known.pop(checkpoint.path, None)
 
     def delete_expired(self) -> list[Checkpoint]:
@@ -223,5 +227,7 @@ class Checkpoints:
         yield from sorted(str(path.relative_to(content)) for path in content.rglob("*") if path.is_file())
 
 
-def _write_record(folder: Path, checkpoint: Checkpoint) -> None:
+def _seal(folder: Path, checkpoint: Checkpoint) -> None:
     write_atomic(folder / RECORD, json.dumps(asdict(checkpoint), indent=2) + "\n")
+    Manifest.of(folder, step=None).write(folder)
+    sync_tree(folder)

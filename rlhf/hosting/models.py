@@ -5,7 +5,6 @@ Invariant: the call of a request returns after the request is in the model's log
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +33,11 @@ class Models:
             record = ModelRecord.read(file)
             self.records[record.model_id] = record
             if not record.is_finished:
+                if record.base_model != shared.settings.model:
+                    raise UserError(
+                        f"run.name: {root} has models of {record.base_model}, and this server has "
+                        f"{shared.settings.model}; choose another run.name, or name the same policy.model"
+                    )
                 self._keep(TrainedModel(file.parent, record, shared))
 
     def _keep(self, model: TrainedModel) -> None:
@@ -74,8 +78,8 @@ class Models:
         model_id = f"{session.session_id}:train:{asked.model_seq_id}"
         if model_id not in self.running:
             silent = self.shared.sessions.is_silent
-            own = [model.record for model in self.running.values() if model.record.owner == owner]
-            if (count := sum(not silent(record.session_id) for record in own)) >= self.shared.settings.max_models:
+            own = [model for model in self.running.values() if model.record.owner == owner and model.is_made]
+            if (count := sum(not silent(model.record.session_id) for model in own)) >= self.shared.settings.max_models:
                 raise UserError(
                     f"this key has {count} models, the most of a key (service.max_models); close a client, or wait "
                     f"{SILENT_S:g} s after the last call of a client that has died"
@@ -133,7 +137,7 @@ class Models:
         raise NotFound(f"there is no model {model_id} of this key")
 
     def info(self, owner: str, body: bytes) -> dict[str, Any]:
-        model_id = json.loads(body)["model_id"]
+        model_id = bodies.ModelOnly.read(body).model_id
         record = self._model(owner, model_id).record
         if record.shape is None:
             raise NotFound(f"the model {model_id} was not created")

@@ -11,8 +11,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,7 +151,7 @@ class RequestLine:
             async with self._writing:
                 if not request.is_logged:
                     try:
-                        await asyncio.to_thread(self.log.append, next(request.frames()), is_synced=True)
+                        await _written(partial(self.log.append, next(request.frames()), is_synced=True))
                     except BaseException:
                         self.requests.pop(seq_id, None)
                         raise
@@ -174,7 +175,7 @@ class RequestLine:
         """Log and keep the result of a request. `saved`: the model's state after the request, for a shorter log."""
         async with self._writing:
             if saved is None:
-                await asyncio.to_thread(self.log.append, request.result_frame(result), is_synced=False)
+                await _written(partial(self.log.append, request.result_frame(result), is_synced=False))
             request.result, request.body = result, b""
             if saved is not None:
                 self.saved = saved
@@ -196,7 +197,7 @@ class RequestLine:
                 del self.requests[seq_id]
         frames = [] if self.saved is None else [Frame(about={"frame": "saved", **asdict(self.saved)})]
         frames += [frame for request in self.requests.values() if request.is_logged for frame in request.frames()]
-        await asyncio.to_thread(self.log.replace, frames)
+        await _written(partial(self.log.replace, frames))
 
     def find(self, seq_id: int) -> LineRequest | None:
         """Return a request by number. None: no such request came. Forgotten: the result is no longer kept."""
@@ -216,6 +217,15 @@ class RequestLine:
             for seq_id, known in sorted(self.requests.items())
             if known.result is not None and after < seq_id < self.following
         ]
+
+
+async def _written(write: Callable[[], object]) -> None:
+    """Write in a thread. A cancelled caller still waits for the end of the write, so that writes come in turns."""
+    writing = asyncio.ensure_future(asyncio.to_thread(write))
+    try:
+        await asyncio.shield(writing)
+    finally:
+        await asyncio.wait([writing])
 
 
 def _is_old(request: LineRequest) -> bool:

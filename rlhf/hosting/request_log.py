@@ -68,7 +68,7 @@ class RequestLog:
                 return
             rest = content[begin:end]
             if zlib.crc32(rest) != checksum or length < _LENGTH.size:
-                if end == len(content):
+                if end == len(content) or not content[start:].strip(b"\0"):  # zeros: the power was lost
                     return
                 raise RunError(
                     f"{self.path} is damaged at byte {start}: a frame differs from its checksum, and frames follow. "

@@ -42,6 +42,7 @@ class Samplers:
         checkpoint = None if asked.model_path is None else self.shared.checkpoints.seen(owner, asked.model_path)
         if checkpoint is not None and checkpoint.checksum is None:
             raise UserError(f"{asked.model_path}: samplers need weights of save_weights_for_sampler")
+        self.shared.settings.refuse_other_model(None if checkpoint is None else checkpoint.base_model)
         sampler = self.shared.sessions.add(
             SamplerRecord(
                 sampler_id=f"{session.session_id}:sample:{asked.sampling_session_seq_id}",
@@ -124,7 +125,7 @@ class Samplers:
     async def cancel(self, owner: str, body: bytes) -> None:
         """Stop a request for samples. Requests of models cannot be cancelled."""
         request_id = bodies.Future.read(body).request_id
-        name, _, number = request_id.rpartition(":")
-        record = self.shared.sessions.sampler(name, owner)
-        if record is not None and number.isdigit():
-            await self.activate(record).cancel(int(number))
+        name, _, text = request_id.rpartition(":")
+        record, number = self.shared.sessions.sampler(name, owner), bodies.number_of(text)
+        if record is not None and number is not None:
+            await self.activate(record).cancel(number)

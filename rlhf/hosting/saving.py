@@ -90,5 +90,6 @@ class Saving:
     def _remove_old_snapshots(self) -> None:
         of_model = self.shared.checkpoints.of_owner(self.record.owner, self.record.model_id)
         kept = WHOLE_SNAPSHOTS_KEPT if self.shared.settings.trains_all else SNAPSHOTS_KEPT
-        for checkpoint in [entry for entry in of_model if entry.name.startswith("_")][kept:]:
+        snapshots = [entry for entry in of_model if entry.name.startswith("_")]
+        for checkpoint in sorted(snapshots, key=lambda entry: entry.seq_id)[:-kept]:  # the clock may go back
             self.shared.checkpoints.delete(checkpoint)

@@ -6,11 +6,12 @@ actors.serving.tinker puts HTTP in front.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,18 @@ UNEMBED = (
 ALL_WEIGHTS = "this server trains all weights, of one model at a time: create a LoRA training client with rank=0"
 
 
+@contextmanager
+def locked_server(root: Path) -> Iterator[None]:
+    """Hold the folder of a server. UserError: another server uses the folder."""
+    folder = root / "service" / "lock"  # `rlhf view` takes a folder with a lock for a run
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(folder, key="run.name")
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
 class TinkerService:
     """All sessions, models and samplers."""
 
@@ -53,14 +66,13 @@ class TinkerService:
         decode: Callable[[Sequence[int]], str],
         recoveries: Callable[[], Gauges] = dict,
     ) -> None:
-        """Read everything written by an earlier start. UserError: another server uses the folder.
+        """Read everything written by an earlier start. The caller holds the lock of `locked_server`.
+
+        UserError: the models of the folder have another base model.
 
         recoveries: returns the values of ranks and engines for the page of Prometheus.
         """
         self.settings, self._recoveries = settings, recoveries
-        lock = root / "service" / "lock"  # `rlhf view` takes a folder with a lock for a run
-        lock.mkdir(parents=True, exist_ok=True)
-        self._lock = lock_folder(lock, key="run.name")
         self.counters = Counters()
         self.checkpoints = Checkpoints(root, quota=settings.checkpoint_bytes)
         self.sessions = Sessions(root / "service")
@@ -80,6 +92,10 @@ class TinkerService:
         self.lost: asyncio.Future[RunError] = asyncio.get_running_loop().create_future()
         self.models = Models(root, shared, begin=lambda model: self._run(model.work))
         self.samplers = Samplers(shared, self.adapters, seen=self.models.keep_samples, ended=self._ended)
+        for session_id in {model.record.session_id for model in self.models.running.values()}:
+            session = self.sessions.sessions.get(session_id)
+            if session is not None and session.finished is not None:  # a kill came before the end of the models
+                self._run(partial(self.models.finish, session))
         self._run(self._keep_house)
 
     def _run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -101,7 +117,6 @@ class TinkerService:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.samplers.close()
         self.models.close()
-        os.close(self._lock)
 
     # Sessions
 
@@ -120,7 +135,7 @@ class TinkerService:
         if session is None or session.owner != owner:
             raise Gone(f"there is no session {session_id} of this key")
         if session.finished is None:
-            self.sessions.finish(session, json.loads(body or b"{}"))
+            self.sessions.finish(session, bodies.FinishSession.read(body).model_dump())
             await self.models.finish(session)
         return {}
 
@@ -154,9 +169,10 @@ class TinkerService:
     async def retrieve(self, owner: str, body: bytes) -> Result | None:
         """Return the result of a request, once there is a result. None: the client must ask again."""
         asked = bodies.Future.read(body)
-        name, _, number = asked.request_id.rpartition(":")
+        name, _, text = asked.request_id.rpartition(":")
         line = self.models.line(owner, name) or self.samplers.line(owner, name)
-        request = line.find(int(number)) if line is not None and number.isdigit() else None
+        number = bodies.number_of(text)
+        request = None if line is None or number is None else line.find(number)
         if request is None:
             raise NotFound(f"there is no request {asked.request_id} of this key")
         try:

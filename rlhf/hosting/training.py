@@ -66,9 +66,14 @@ class TrainedModel:
         """Return whether the model is on the ranks, and has had no request for a time."""
         return self.is_on_ranks and not self._works(seconds)
 
+    @property
+    def is_made(self) -> bool:
+        """Whether the model was created, or is being created."""
+        return self.record.shape is not None or self.line.waiting() > 0
+
     def is_in_use(self, seconds: float) -> bool:
-        """Return whether the model was created, or is being created, and has had a request lately."""
-        return (self.record.shape is not None or self.line.waiting() > 0) and self._works(seconds)
+        """Return whether the model is made, and has had a request lately."""
+        return self.is_made and self._works(seconds)
 
     def _works(self, seconds: float) -> bool:
         waits = self.turn.locked() or bool(self.line.ready())
@@ -193,12 +198,18 @@ class TrainedModel:
         if checkpoint.kind != "weights":
             raise UserError(f"{body.path}: a client trains on from tinker://MODEL/weights/NAME, made by save_state")
         bodies.refuse_other_optimizer(body.optimizer_config)
+        self.shared.settings.refuse_other_model(checkpoint.base_model)
         content = await asyncio.to_thread(self.shared.checkpoints.sound, checkpoint)
         if not self.is_on_ranks:  # the model's first request
             await self._begin(checkpoint.shape)
         elif checkpoint.shape != self.record.shape:
             raise UserError(f"{body.path}: is {checkpoint.shape}, and this model is {self.record.shape}")
-        await self.shared.policy.load(self.name, content, optimizer=body.optimizer)
+        try:
+            await self.shared.policy.load(self.name, content, optimizer=body.optimizer)
+        except (UserError, RunError):
+            if self.is_on_ranks:  # with a part of the checkpoint, possibly: state and log have the model
+                await self.shared.policy.remove(self.name)
+            raise
         self._forget_gradient()
         return Result.of({"path": body.path, "model_id": self.record.model_id, "type": "load_weights"})
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from aiohttp import web
 
 from actors.serving.tinker.http import TinkerServer
-from rlhf.hosting.service import TinkerService
+from rlhf.hosting.service import TinkerService, locked_server
 from rlhf.hosting.shared import ServiceSettings
 from rlhf.roles import AdapterEnginesRole, AdaptersRole
 from tests.fakes.adapters import FakeAdapters, FakeEngines
@@ -48,13 +48,14 @@ def text_of(tokens: object) -> str:
 async def opened(
     folder: Path, policy: AdaptersRole | None = None, engines: AdapterEnginesRole | None = None, **changes: object
 ) -> AsyncIterator[TinkerService]:
-    service = TinkerService(
-        folder, settings(**changes), policy or FakeAdapters(), engines or FakeEngines(), decode=text_of
-    )
-    try:
-        yield service
-    finally:
-        await service.close()
+    with locked_server(folder):
+        service = TinkerService(
+            folder, settings(**changes), policy or FakeAdapters(), engines or FakeEngines(), decode=text_of
+        )
+        try:
+            yield service
+        finally:
+            await service.close()
 
 
 async def serve(folder: Path, port: int, keys: list[str], policy: FakeAdapters | None = None) -> None:

@@ -130,12 +130,14 @@ async def test_bodies_may_be_compressed_by_zstd(tmp_path: Path) -> None:
         _, model_id = await new_model(client)
         body = json.dumps({"model_id": model_id}).encode()
         whole = zstandard.ZstdCompressor().compress(body)
+        unsized = zstandard.ZstdCompressor(write_content_size=False).compress(body)
         bomb = zstandard.ZstdCompressor().compress(bytes(http.MOST_BODY + 1))
         for content, encoding, status, text in (
             (whole, "zstd-1", 400, "Content-Encoding zstd-1 is not supported"),
             (whole, "zstd", 200, model_id),
             (whole[:-3], "zstd", 400, "not compressed by zstd"),
             (bomb, "zstd", 400, "this server takes up to"),
+            (unsized, "zstd", 400, "does not give the size of the body"),
         ):
             headers = KEY | {"Content-Encoding": encoding}
             answer = await client.post(f"{API}/get_info", data=content, headers=headers)
@@ -160,6 +162,44 @@ async def test_a_client_that_leaves_within_a_body_is_no_error(
     await runner.cleanup()
     assert caplog.records == []
     assert server.service.sessions.sessions == {}
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+LONG = b"9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        *(("get_info", body, 400) for body in (b"", b"\xff\xfe\0", b"[]", b"null", b'{"model_id": [1]}', DEEP)),
+        *(("create_session", body, 400) for body in (b"[]", b'{"user_metadata": ' + DEEP + b"}", b'{"tags": "x"}')),
+        ("optim_step", b'{"model_id": "MODEL", "seq_id": 1, "x": ' + DEEP + b"}", 400),
+        ("optim_step", b'{"model_id": "MODEL", "seq_id": 1, "x": ' + LONG + b"}", 400),
+        ("retrieve_future", '{"request_id": "MODEL:²"}'.encode(), 404),
+        ("retrieve_future", b'{"request_id": "MODEL:' + LONG + b'"}', 404),
+        ("cancel_future", '{"request_id": "MODEL:²"}'.encode(), 204),
+        ("sessions/SESSION/finish", b"[]", 400),
+        ("sessions/SESSION/finish", b'{"reason": ' + DEEP + b"}", 400),
+        ("forward_backward", b"\xff" * 64, 400),
+    ],
+)
+async def test_a_malformed_body_is_the_fault_of_the_client(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, path: str, body: bytes, status: int
+) -> None:
+    async with serving(tmp_path) as client:
+        session_id, model_id = await new_model(client)
+        body = body.replace(b"MODEL", model_id.encode())
+        answer = await client.post(f"{API}/{path.replace('SESSION', session_id)}", data=body, headers=KEY)
+        assert answer.status == status
+        assert caplog.records == []
+        assert (await post(client, "session_heartbeat", session_id=session_id))[0] == 200
+
+
+@pytest.mark.parametrize("text", ["²", LONG.decode(), "-1", ""])
+async def test_a_malformed_number_of_an_address_is_refused(tmp_path: Path, text: str) -> None:
+    async with serving(tmp_path) as client:
+        assert (await client.get(f"{API}/sessions", params={"limit": text}, headers=KEY)).status == 400
+        assert (await client.get(f"{API}/files/{text or 0}/s/a/weights/b/c")).status == 403
 
 
 async def test_a_checkpoint_is_listed_expires_and_is_downloaded_by_signed_urls(tmp_path: Path) -> None:
@@ -215,8 +255,9 @@ async def test_the_page_counts_the_ranks_and_engines_that_were_started_again(tmp
         lost = WorkerLost("it died.", role=role, rank=rank, stage="update", kind="died")
         await supervisor.recover(lost, lambda: asyncio.sleep(0.01))
     policy, engines = FakeAdapters(), FakeEngines()
+    (tmp_path / "server").mkdir()
     service = TinkerService(
-        tmp_path, settings(), policy, engines, decode=text_of, recoveries=partial(_recoveries, supervisor)
+        tmp_path / "server", settings(), policy, engines, decode=text_of, recoveries=partial(_recoveries, supervisor)
     )
     page = service.metrics_page().splitlines()
     await service.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,28 @@ async def test_a_killed_line_has_all_accepted_requests_and_known_results(tmp_pat
         await again.accept(2, "optim_step", b"other")
 
 
+async def test_a_cancelled_write_ends_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = line_at(tmp_path)
+    await line.accept(0, "optim_step", b"x")
+    append, began, goes_on = line.log.append, threading.Event(), threading.Event()
+
+    def slow(frame: Frame, *, is_synced: bool) -> None:
+        began.set()
+        assert goes_on.wait(10)
+        append(frame, is_synced=is_synced)
+
+    monkeypatch.setattr(line.log, "append", slow)
+    finishing = asyncio.ensure_future(line.finish(line.requests[0], Result.of({})))
+    await asyncio.to_thread(began.wait, 10)
+    finishing.cancel()
+    await asyncio.sleep(0.05)
+    assert not finishing.done()
+    goes_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await finishing
+    assert [frame.about["frame"] for frame in line.log.read()] == ["request", "result"]
+
+
 def test_half_a_frame_at_the_end_is_cut_off(tmp_path: Path) -> None:
     log = RequestLog(tmp_path / "log")
     log.append(Frame(about={"a": 1}, body=b"one"), is_synced=True)
@@ -80,6 +103,9 @@ def test_half_a_frame_at_the_end_is_cut_off(tmp_path: Path) -> None:
         log.path.write_bytes(full[:length])
         assert [frame.body for frame in log.read()] == [b"one"]
         assert log.path.read_bytes() == whole
+    log.path.write_bytes(whole + bytes(100))  # as some file systems leave a file after the loss of power
+    assert [frame.body for frame in log.read()] == [b"one"]
+    assert log.path.read_bytes() == whole
     log.append(Frame(about={}, body=b"three"), is_synced=False)
     assert [frame.body for frame in log.read()] == [b"one", b"three"]
 

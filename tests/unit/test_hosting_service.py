@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from tinker.proto.request_conv import forward_backward_request_to_proto
 from tinker.proto.response_conv import deserialize_forward_backward_output, deserialize_sample_response
 
 from rlhf.errors import RunError, UserError
-from rlhf.hosting import training
+from rlhf.hosting import saving, training
 from rlhf.hosting.refusals import Gone, NotFound
 from rlhf.hosting.request_line import Result
 from rlhf.hosting.service import TinkerService
@@ -414,6 +415,112 @@ async def test_the_models_of_a_client_that_died_leave_the_quota(tmp_path: Path) 
     async with serving(tmp_path, max_models=1) as (service, _, _):
         with pytest.raises(UserError, match="this key has 2 models"):  # the clients may come back
             await Client(service).create()
+
+
+async def test_a_model_that_was_refused_takes_no_place(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_models=1) as (service, _, _):
+        client = Client(service)
+        refused = await client.create(rank=64)
+        with pytest.raises(NotFound, match="was not created"):
+            service.models.info("alice", json.dumps({"model_id": refused.model_id}).encode())
+        assert len(await (await client.create()).train(1)) == 1
+
+
+async def test_a_folder_has_one_server_and_one_base_model(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (service, _, _):
+        client = Client(service)
+        model = await client.create()
+        state = (await client.json(await model.post("save_weights", path="kept")))["path"]
+        sampler = (await client.json(await model.post("save_weights_for_sampler", path="kept")))["path"]
+        with pytest.raises(UserError, match=r"run.name: .* is in use by process"):
+            async with serving(tmp_path):
+                pass
+    with pytest.raises(UserError, match=f"has models of {MODEL}, and this server has other; choose another run.name"):
+        async with serving(tmp_path, model="other"):
+            pass
+    async with serving(tmp_path) as (service, _, _):
+        await service.finish_session("alice", client.session_id, b"")
+    async with serving(tmp_path, model="other") as (service, _, _):
+        later = Client(service)
+        asked = {"session_id": later.session_id, "model_seq_id": 0, "path": state, "optimizer": True}
+        failed = await later.json(await service.models.load_weights("alice", json.dumps(asked).encode()))
+        assert f"base_model '{MODEL}' is not served here" in failed["error"]
+        with pytest.raises(UserError, match="is not served here"):
+            later.sampler(sampler)
+
+
+async def test_a_kill_at_the_end_of_a_session_leaves_no_model(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (service, _, _):
+        client = Client(service)
+        model = await client.create()
+        await model.train(1)
+        service.sessions.finish(service.sessions.sessions[client.session_id], {"reason": "killed after this"})
+    async with serving(tmp_path) as (service, policy, _):
+        async with asyncio.timeout(5):
+            while service.models.running or service.models.records[model.model_id].is_finished is False:
+                await asyncio.sleep(0.01)
+        assert policy.adapters == {}
+    assert list(tmp_path.glob("*-train-*/requests.log")) == []
+
+
+async def test_a_load_that_breaks_off_leaves_the_model_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks of a whole model read a checkpoint into the model itself."""
+    async with serving(tmp_path) as (service, policy, _):
+        client = Client(service)
+        model, twin = await client.create(), await client.create()
+        path = (await client.json(await model.post("save_weights", path="start")))["path"]
+        await model.train(2)
+        await client.result(await model.forward_backward())
+        load = policy.load
+
+        async def breaking(adapter: str, folder: Path, *, optimizer: bool) -> None:
+            await load(adapter, folder, optimizer=optimizer)
+            monkeypatch.setattr(policy, "load", load)
+            raise RunError("a file of the checkpoint could not be read")
+
+        monkeypatch.setattr(policy, "load", breaking)
+        failed = await client.json(await model.post("load_weights", path=path, optimizer=True))
+        assert failed == {"error": "a file of the checkpoint could not be read", "category": "server"}
+        await client.result(await model.optim_step())
+        assert await model.train(1) == (await twin.train(4))[3:]
+
+
+async def test_an_expiry_changes_nothing_else_of_a_checkpoint(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (service, _, _):
+        client = Client(service)
+        model = await client.create()
+        path = (await client.json(await model.post("save_weights", path="kept", ttl_seconds=3600)))["path"]
+        kept = service.checkpoints.seen("alice", path)
+        record = (service.checkpoints.folder(kept) / "record.json").read_bytes()
+        service.checkpoints.set_expiry(kept, None)
+        assert (service.checkpoints.folder(kept) / "record.json").read_bytes() == record
+        service.checkpoints.sound(kept)
+        next(service.checkpoints.content(kept).iterdir()).write_bytes(b"other")
+    async with serving(tmp_path) as (service, _, _):
+        kept = service.checkpoints.seen("alice", path)
+        assert kept.expires is None
+        service.checkpoints.set_expiry(kept, "2999-01-01T00:00:00+00:00")
+        with pytest.raises(UserError, match="has 5 bytes"):  # the new expiry hides no damage
+            service.checkpoints.sound(kept)
+        shutil.rmtree(service.checkpoints.folder(kept))
+        service.checkpoints.delete(service.checkpoints.seen("alice", path))
+        assert service.checkpoints.listed("alice") == []
+
+
+async def test_the_newest_samplers_stay_if_the_clock_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hours = iter(range(23, 0, -1))
+    monkeypatch.setattr(saving, "now", lambda: f"2026-01-01T{next(hours):02d}:00:00+00:00")
+    monkeypatch.setattr(saving, "SNAPSHOTS_KEPT", 2)
+    async with serving(tmp_path) as (service, _, _):
+        client = Client(service)
+        model = await client.create()
+        for number in range(4):
+            answer = await client.json(await model.post("save_weights_for_sampler", sampling_session_seq_id=number))
+            drawn = await client.result(await client.sample(answer["sampling_session_id"], 0))
+            assert drawn.failure is None
+        assert [entry.seq_id for entry in service.checkpoints.of_owner("alice")] == [3, 4]
 
 
 async def test_keys_see_their_own_things_and_have_quotas(tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ class TinkerServer:
     async def _file(self, request: web.Request) -> web.StreamResponse:
         part = request.match_info
         path, file = "tinker://{model}/{kind}/{name}".format(**part), part["file"]
-        expires = int(part["expires"]) if part["expires"].isdigit() else 0
+        expires = bodies.number_of(part["expires"]) or 0
         if not is_same_secret(part["signature"], self._signature(expires, path, file)) or expires < time.time():
             raise web.HTTPForbidden(reason="the URL is not signed by this start of the server, or has expired")
         known = {checkpoint.path: checkpoint for checkpoint in self.service.checkpoints.all()}
@@ -264,9 +264,9 @@ def _page(request: web.Request) -> dict[str, int]:
     page = {}
     for name, default in (("limit", 20), ("offset", 0)):
         text = request.query.get(name, str(default))
-        if not text.isdigit():
+        if (number := bodies.number_of(text)) is None:
             raise UserError(f"{name}: is {text!r:.40}, expected a whole number")
-        page[name] = int(text)
+        page[name] = number
     return page | {"limit": min(page["limit"], MOST_LISTED)}
 
 
@@ -280,7 +280,9 @@ async def _read(request: web.Request) -> bytes:
         raise UserError(f"Content-Encoding {encoding:.40} is not supported here; use zstd")
     try:
         size = zstandard.frame_content_size(body)
-        if not 0 <= size <= MOST_BODY:
+        if size < 0:
+            raise UserError("the frame of zstd does not give the size of the body, which this server needs")
+        if size > MOST_BODY:
             raise UserError(f"the body has {size} bytes, and this server takes up to {MOST_BODY}")
         content: bytes = zstandard.ZstdDecompressor().decompress(body, max_output_size=MOST_BODY)
     except zstandard.ZstdError as error:

@@ -23,7 +23,7 @@ from rlhf.config.schema.service import TinkerConfig
 from rlhf.controller.supervisor import Supervisor
 from rlhf.hosting import protobuf
 from rlhf.hosting.counters import Gauges
-from rlhf.hosting.service import TinkerService
+from rlhf.hosting.service import TinkerService, locked_server
 from rlhf.hosting.shared import ServiceSettings
 from rlhf.models.files.loading import load_tokenizer
 from rlhf.models.on_disk import ModelOnDisk
@@ -54,6 +54,11 @@ def serve_clients(
     """Serve until interrupted. `ready` is called with the address, the base URL for clients. token: keys of clients,
     divided by commas; None: any key, from this machine alone."""
     protobuf.messages()  # fails before anything starts
+    with locked_server(server_folder(config)):
+        _serve(config, host=host, port=port, token=token, ready=ready)
+
+
+def _serve(config: TinkerConfig, *, host: str, port: int, token: str | None, ready: Callable[[str], None]) -> None:
     model = find_base(config)
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=config.policy.trust_remote_code)
     limits = config.service
