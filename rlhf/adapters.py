@@ -1,6 +1,6 @@
 """Define what a client's own loop sends to a policy with many adapters and to its engines, and what comes back.
 
-An adapter is a client's LoRA model on the common base model. A policy carries out the calls of an adapter in order.
+An adapter is a client's LoRA model on the common base model. A policy executes the calls of an adapter in order.
 Where ranks train all weights, of one model at a time, this model takes the place of an adapter, with a shape of rank 0.
 """
 

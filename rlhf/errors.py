@@ -11,7 +11,7 @@ LossKind = Literal["died", "hung", "out_of_memory"]
 
 
 class _WithoutTraceback:
-    """An error with a text for the user. A notebook shows the text alone."""
+    """An error with a text for the user. A notebook shows only the text."""
 
     def _render_traceback_(self) -> list[str]:
         """Return the lines that IPython shows in place of a traceback."""

@@ -145,7 +145,7 @@ def _find_passed(kind: Kind, name: str, *, args: Mapping[str, Any], key: str) ->
 
 
 def is_offered(kind: Kind, name: str) -> bool:
-    """Return whether an installed package or the calling script offers the name, or the name is a file alone."""
+    """Return whether an installed package or the calling script offers the name, or the name is only a file."""
     return name.endswith(".py") or name.startswith(PASSED) or bool(entry_points(group=f"rlhf.{kind}s", name=name))
 
 

@@ -191,10 +191,10 @@ class RolloutRole(MeasuredRole, Protocol):
         """Return whether an engine can load the last publication at any time before the next publication."""
 
     async def weights_are_missing(self) -> None:
-        """Wait until the successor of a lost engine needs the last publication although its process is gone."""
+        """Wait until the successor of a lost engine needs the last publication, but the publishing process is gone."""
 
     def offer_weights(self, manifest: WeightManifest) -> None:
-        """Give successors of lost engines a repeated last publication. All other engines have these weights."""
+        """Give successors of lost engines a repeated last publication. All remaining engines have these weights."""
 
     @property
     def num_working(self) -> int:
@@ -360,7 +360,7 @@ class TrainedRole(GpuGuest, Protocol):
         """Write a Hugging Face folder, or an adapter folder."""
 
     async def arithmetic(self) -> Arithmetic:
-        """Measure the hardware's throughput now. Nothing else should run meanwhile."""
+        """Measure the hardware's throughput now. Nothing else should run during the measurement."""
 
 
 class PolicyRole(TrainedRole, Protocol):
@@ -464,9 +464,9 @@ class AdaptersRole(MeasuredRole, Protocol):
     """The policy of clients with their own loops: the ranks hold a base model and train many adapters of the model.
 
     An adapter has its own weights, optimizer state and gradient. Ranks without a place for adapters train all weights,
-    of one model at a time: this model is then meant by an adapter. Calls for different adapters may come in any order;
-    their numbers are independent. UserError: the client must change the call, and the adapter stays as before.
-    AdaptersLost: the ranks were lost during the call or before, and work again without the adapter.
+    of one model at a time. Then "adapter" means this model. Calls for different adapters may come in any order; their
+    numbers are independent. UserError: the client must change the call, and the adapter stays as before. AdaptersLost:
+    the ranks were lost during the call or before, and work again without the adapter.
     """
 
     def holds(self, adapter: str) -> bool:
@@ -521,7 +521,7 @@ class AdapterEnginesRole(MeasuredRole, Protocol):
     async def load(self, adapter: str, folder: Path, *, checksum: str, probe: PolicyProbe) -> float:
         """Load an exported adapter under a name, in all engines. Return the largest difference from the probe.
 
-        RunError: an engine read another file, or gives other log-probabilities than the policy.
+        RunError: an engine read a different file, or computes different log-probabilities than the policy.
         """
 
     async def unload(self, adapter: str) -> None:

@@ -246,8 +246,8 @@ class TopLogprobs(Ragged):
 class SpanStates(Ragged):
     """The predictions of a teacher with another tokenizer, one row for each token in the loss mask.
 
-    `lengths` counts loss-mask tokens only. Both tokenizers write the text of a span with whole
-    tokens (rlhf.data.spans). The values of a span stand in the row of the student's last token; all other rows hold 0.
+    `lengths` counts loss-mask tokens only. Both tokenizers write the text of a span with whole tokens
+    (rlhf.data.spans). The values of a span are in the row of the student's last token, and all remaining rows are 0.
     """
 
     hidden: Float[Tensor, "N H"]  # the teacher's state that predicts the last teacher's token of the span
@@ -474,7 +474,8 @@ class RewardError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MinibatchPlan:
-    """One optimizer step, or chunk of an evaluation: each rank's sequences, and the counts that divide the losses.
+    """A plan of an optimizer step, or of a chunk of an evaluation: each rank's sequences, and the counts that divide
+    the losses.
 
     The counts cover the whole step, or the whole evaluation set. A negative id stands for a given response
     of a prompt.

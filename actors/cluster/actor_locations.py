@@ -108,7 +108,7 @@ def forget(actors: Iterable[str]) -> None:
 
 
 def _write_lists() -> None:
-    """Write the lists of the processes. On a full disk the list is lost, but the run goes on."""
+    """Write the lists of the processes. On a full disk the list is lost, but the run continues."""
     actors = [{"who": place.who, "node": place.address, "pid": place.pid} for place in _LOCATIONS.values()]
     rows = [{"who": "driver", "node": None, "pid": os.getpid()}, *actors]
     for path in _LISTS:

@@ -218,7 +218,7 @@ def _remove_dead_sessions(temp: Path) -> None:
 
 def _lock_of_dead(session: Path) -> int | None:
     """Return the lock of a session whose process is dead. None: the process lives, or belongs to another program."""
-    with contextlib.suppress(FileNotFoundError):  # another start has removed it meanwhile
+    with contextlib.suppress(FileNotFoundError):  # another start has removed the file
         return locked(session) if not session.is_symlink() and (session / LOCK).exists() else None
     return None
 

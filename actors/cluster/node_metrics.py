@@ -59,7 +59,7 @@ class Nodes:
         self.others = {}
 
     async def _find_new_nodes(self) -> None:
-        """Start an actor on each new node. Ray's GCS may be lost during the search while the run goes on."""
+        """Start an actor on each new node. Ray's GCS may be lost during the search while the run continues."""
         limit_s = ANSWER_WITHIN_S if self._looking is None else LATE_ANSWER_WITHIN_S
         looking = self._looking or asyncio.wrap_future(start_thread(self._new_nodes, "new nodes")[0])
         done, _ = await asyncio.wait([looking], timeout=limit_s)

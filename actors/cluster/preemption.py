@@ -41,7 +41,7 @@ async def run_loop(
     call_timeout_s: float,
     draining_node: DrainingNode,
 ) -> T:
-    """Run a loop that ends by itself after a stop request. Return the loop's result.
+    """Run a loop that ends after a stop request. Return the loop's result.
 
     Args:
         grace_s: the time limit of the loop after the request. Ctrl-C has no limit, since a second Ctrl-C ends the loop.

@@ -1,6 +1,6 @@
 """Track the processes of a group's actors, and end the processes with the group or before a successor takes over.
 
-ray.kill only sends a request: a stopped process holds memory and ports for seconds, or forever if Ray ends meanwhile.
+ray.kill only sends a request: a stopped process holds memory and ports for seconds, or forever if Ray ends before.
 So processes on the driver's host are killed directly.
 """
 

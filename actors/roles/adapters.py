@@ -63,7 +63,7 @@ class AdaptersGang:
     supervisor: Supervisor | None = None  # None: a lost rank ends the work
 
     def __init__(self, ranks: AdapterRanks, *, packed_tokens: int = 0) -> None:
-        """`packed_tokens`: of calls of forward_backward to carry out in one pass. 0: each call has its own."""
+        """`packed_tokens`: of calls of forward_backward in one pass. 0: each call has a separate pass."""
         self.ranks = ranks
         self._packed_tokens = packed_tokens
         self._packing: WaitingCalls[AdapterCall, LossReport] | None = None

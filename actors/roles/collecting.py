@@ -1,4 +1,4 @@
-"""Carry out together all calls waiting at the same time."""
+"""Execute together all calls that wait at the same time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 
 class WaitingCalls(Generic[Call, Result]):
-    """Calls made while others are carried out go together next. No call waits for another to come."""
+    """Calls that arrive while earlier calls run are executed together next. No call waits for a later call."""
 
     def __init__(
         self,
@@ -22,7 +22,7 @@ class WaitingCalls(Generic[Call, Result]):
         """`carry_out` returns a result or an error for each call. `fits`: whether calls can go together."""
         self._carry_out, self._fits = carry_out, fits
         self._waiting: list[tuple[Call, asyncio.Future[Result]]] = []
-        self._work: asyncio.Task[None] | None = None  # carries out the calls, whichever caller goes away
+        self._work: asyncio.Task[None] | None = None  # executes the calls, even if a caller is cancelled
 
     async def call(self, call: Call) -> Result:
         """Return the result of a call, or raise its error."""

@@ -387,7 +387,7 @@ class OfflineGang(Gang):
         return [column for column, _ in columns]
 
     async def store_reference(self, dataset: int, path: Path, columns: Sequence[Ref[TokenValues]]) -> None:
-        """Give every rank all reference columns, since each step deals the data set's rows to the ranks anew."""
+        """Give every rank all reference columns, since each step deals the data set's rows to the ranks again."""
         await self.all([h.store_reference.remote(dataset, path, *columns) for h in self.handles], "reference")
         self.references = {**self.references, dataset: path}
 

@@ -189,7 +189,7 @@ class WorkerPool(WorkerGroup):
         self.last_loss: dict[int, WorkerLost] = {}  # by rank, the last loss that the supervisor has counted
 
     async def start(self, *, deadline_s: float) -> None:
-        """Load what each worker needs. A worker lost meanwhile is started again."""
+        """Load what each worker needs. A worker that is lost during the call is started again."""
         self.start_deadline_s = deadline_s
         await all_results([self._first_start(rank, deadline_s) for rank in range(len(self.handles))])
 
@@ -317,7 +317,7 @@ def spawn(
     concurrency: int = 1,
     **options: Any,
 ) -> tuple[list[ActorHandle[Any]], SpawnOne]:
-    """Create an actor for each rank of a role. Return the actors, and a function that creates the actor of a rank anew.
+    """Create an actor for each rank of a role. Return the actors, and a function that creates a rank's actor again.
 
     The arguments of an actor are `args`, the rank's context, and `options`. `longest_sequence`: most tokens of a
     sequence, for the frequencies of the model's RoPE. `images`: the folder of the run's images.

@@ -37,7 +37,7 @@ class Publishes(TrainedWorker):
     def open_weights(
         self, transport: Transport, meeting: Meeting | None, adapter: Path | None, num_engines: int
     ) -> None:
-        """Open this rank's end of the weight transport. If vLLM loads the adapter alone, it is written to `adapter`.
+        """Open this rank's end of the weight transport. If vLLM loads only the adapter, this rank writes to `adapter`.
         Each colocated engine shares the GPU of one rank, beginning with rank 0."""
         rank = self.place.rank
         if isinstance(self.engine, TinkerEngine):
@@ -89,7 +89,7 @@ class StudentRank(Publishes, StudentWorker):
 
 
 class SelfTaughtRank(Publishes, SelfTaughtWorker):
-    """One rank of a policy trained by itself with a privileged prompt."""
+    """One rank of a policy that is its own teacher with a privileged prompt."""
 
 
 RANKS: Mapping[Kind, type[TrainedWorker]] = {

@@ -141,7 +141,7 @@ class Dispatch:
             waiting.slot.set_result(self._take(engine, waiting.work))
 
     def _first(self, *, urgent: bool = False) -> _Waiting | None:
-        """Return the first group that still waits, among urgent groups alone if `urgent`."""
+        """Return the first group that still waits, only among urgent groups if `urgent`."""
         for queue in self._queues[1:] if urgent else self._queues[::-1]:
             while queue and queue[0].slot.done():
                 queue.popleft()

@@ -7,7 +7,7 @@ Each rank up to the largest number has an engine, or waits for room with a reque
 group. A new engine gets and proves weights like the successor of a lost engine. An engine leaves a draining node; the
 remaining engines take the unfinished groups. A lost engine is replaced if there is room within
 `cluster.start_timeout_s`; otherwise the rank waits for room again. If fewer engines than the smallest number are left,
-the run is preempted. An engine that cannot start is started again later, if the run can go on meanwhile.
+the run is preempted. An engine that cannot start is started again later, if the run can continue without this engine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LONGEST_WAIT_S = 3600.0
 
 
 class CannotStart(RunError):
-    """An engine could not start on a node, and the run can go on without this engine."""
+    """An engine could not start on a node, and the run can continue without this engine."""
 
 
 class ElasticEngines(ReplaceableEngines):
@@ -100,7 +100,7 @@ class ElasticEngines(ReplaceableEngines):
                 few = f"{self.num_working} engines are left, fewer than cluster.roles.rollout.engines.min: {least}"
                 raise Preempted(f"{error}\n{few}") from error
             why = "has no room" if isinstance(reason, NoRoom) else f"cannot start ({reason})"
-            logger.warning("rollout engine %d %s: the run goes on with %d engines", rank, why, self.num_working)
+            logger.warning("rollout engine %d %s: the run continues with %d engines", rank, why, self.num_working)
             await self._join(rank)
 
     async def _join(self, rank: int) -> None:
@@ -112,14 +112,16 @@ class ElasticEngines(ReplaceableEngines):
                 await self._fill(rank)
                 break
             except CannotStart as error:
-                text = "rollout engine %d cannot start: the run goes on with %d engines, and tries again in %.0f s: %s"
+                text = (
+                    "rollout engine %d cannot start: the run continues with %d engines, and tries again in %.0f s: %s"
+                )
                 logger.warning(text, rank, self.num_working, wait_s, error)
                 await asyncio.sleep(wait_s)
                 wait_s = min(2.0 * wait_s, LONGEST_WAIT_S)
         logger.info("rollout engine %d has joined", rank)
 
     async def _fill(self, rank: int) -> None:
-        """Start an engine for a rank, and start again if the engine is lost meanwhile."""
+        """Start an engine for a rank, and start again if the engine is lost during the start."""
         try:
             await self._replace(rank)
         except WorkerLost as lost:

@@ -113,7 +113,7 @@ class RolloutWorker:
         await self.calls.run(reset_caches, "the reset of its caches")
 
     async def end_tokens(self) -> frozenset[int]:
-        """Return the tokens at which the model ends a response by itself."""
+        """Return the tokens at which the model ends a response."""
         return await self.calls.run(end_tokens, "its end tokens")
 
     def params(self, sampling: Sampling, seed: int, turn_end: int | None) -> Any:
@@ -163,7 +163,7 @@ class RolloutWorker:
         With a spool the group is on disk before the return, and a resumed run gets the spooled group. The engine still
         draws a spooled group, so that the rest of the batch is scheduled and rounded as before. A conversation is not
         drawn again: turns are batched on arrival in any case, and the environment may cost money. The default version
-        is the engine's. Groups of earlier versions come from the spool alone. RunError: the spool has no such group.
+        is the engine's. Groups of earlier versions come only from the spool. RunError: the spool has no such group.
         """
         try:
             current = self.weights.synced_version()
@@ -308,7 +308,7 @@ class RolloutWorker:
         """Return the log-probabilities of token_ids[1:] without images' positions, by the forward pass of rollouts.
 
         No cached keys and values are read. A cached output of the tower is from the same weights.
-        Samples may run meanwhile. The probe waits for no sample, not even during a recomputation of tokens.
+        Samples may run during the probe. The probe waits for no sample, not even during a recomputation of tokens.
         """
         self.weights.refuse_asleep("weights", "cache")
         return await self._probed(token_ids, self.weights.lora)

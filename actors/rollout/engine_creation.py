@@ -134,7 +134,7 @@ def serve_engines(
 def spawn_engines(
     common: RolloutSpec, cluster: ClusterConfig, placement: Placement, engine: type[RolloutEngine] = RolloutEngine
 ) -> tuple[list[ActorHandle[Any]], SpawnOne]:
-    """Create an actor for each slot. Return the actors, and a function that creates the actor of a slot anew.
+    """Create an actor for each slot. Return the actors, and a function that creates the actor of a slot again.
 
     The cluster and the slot add settings to the common settings. Raise UserError if vLLM cannot compute the model.
     """

@@ -176,7 +176,7 @@ class RolloutEngines(ElasticEngines):
         while not unanswered <= self._cancelled:
             engine = self._engine_for(own)
             async with self._answering[engine]:
-                if self._engine_for(own) != engine:  # the engine was lost meanwhile
+                if self._engine_for(own) != engine:  # the engine was lost after this group was sent
                     continue
                 handle = await self.working(engine)
                 if unanswered <= self._cancelled:

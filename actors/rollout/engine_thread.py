@@ -1,7 +1,7 @@
 """The thread of the vLLM engine, for the engine's steps and everything else between two steps.
 
 vLLM's core runs in this process, not in a separate one. A request with a matching stop string therefore leaves the
-batch after the same number of steps each time, so a batch depends on the requests alone. Without a separate process an
+batch after the same number of steps each time, so a batch depends only on the requests. Without a separate process an
 engine also starts in a third of the time. No other thread may touch the engine.
 
 With asynchronous scheduling, vLLM's default on GPUs, a step still runs when `step` returns. Every call first waits for
@@ -58,7 +58,7 @@ class EngineLoop:
         images: ImageInputs | None = None,
     ) -> None:
         self.name = name
-        self._images = images  # None: prompts are text alone
+        self._images = images  # None: prompts are only text
         self._complete = complete  # gets the engine and each output finished in the last step
         self.last_step = time.monotonic()
         self.is_paused = False  # no step begins; set in this thread, by a call that must be repeated first
@@ -149,7 +149,7 @@ class EngineLoop:
         if self._images is not None:
             return self._images.input_of(engine, token_ids)
         if min(token_ids, default=0) < 0:
-            raise RunError(f"{self.name}: a prompt has an image, and the engine takes text alone")
+            raise RunError(f"{self.name}: a prompt has an image, and the engine takes only text")
         return {"type": "token", "prompt_token_ids": token_ids}
 
     def abort(self, prefixes: Sequence[str], *, keeps: bool = False) -> Future[int]:

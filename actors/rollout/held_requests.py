@@ -1,6 +1,6 @@
 """Start the requests of a batch in one engine step, in an order independent of their arrival.
 
-The composition of every engine step then depends on the requests and the weights alone. This fixes every bit of every
+The composition of every engine step then depends only on the requests and the weights. This fixes every bit of every
 log-probability.
 """
 

@@ -43,7 +43,7 @@ class ReplaceableEngines(WorkerPool):
     ) -> None:
         super().__init__(handles, spawn_one, deadline_s=deadline_s)
         self.is_replaceable = False  # whether a successor can get the weights
-        self.gives_published = False  # whether a successor can load the last publication by itself
+        self.gives_published = False  # whether a successor can load the last publication without the policy
         self.opens_weights = False  # whether each engine has an end of a transport to open
         self.unanswered: list[set[int]] = [set() for _ in handles]  # by rank: the groups that an engine works on
         self.spool: Path | None = None  # the store of the present run; None: the one given to new actors
@@ -270,7 +270,7 @@ class ReplaceableEngines(WorkerPool):
             for engine, theirs in found.items()
         ]
         for engine in found.keys() & self._unsynced.keys():
-            if self.handles[engine] in self._received:  # and no successor of it waits meanwhile
+            if self.handles[engine] in self._received:  # and no successor of this engine waits
                 self._unsynced.pop(engine).set_result(None)
         return max(differences, default=None)
 

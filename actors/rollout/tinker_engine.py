@@ -49,12 +49,12 @@ class TinkerLoop(EngineLoop):
         self.client = self._open()
 
     def call(self, work: Callable[[Any], T]) -> Future[T]:
-        raise RunError(f"{self.name}: the engines are the server's, and take requests for samples alone.")
+        raise RunError(f"{self.name}: the engines are the server's, and take only requests for samples.")
 
     def submit(self, submissions: Sequence[Submission]) -> list[Future[Any]]:
         """Ask for all samples. Each future gives an output of the fields that a worker reads of vLLM's."""
         if any(min(sample.prompt_token_ids) < 0 for sample in submissions):
-            raise RunError(f"{self.name}: a prompt has an image, and the run sends text alone to the server")
+            raise RunError(f"{self.name}: a prompt has an image, and the run sends only text to the server")
         return [self._submit(sample) for sample in submissions]
 
     def _submit(self, sample: Submission) -> Future[Any]:

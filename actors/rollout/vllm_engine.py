@@ -61,7 +61,7 @@ class RolloutSpec:
     engine_args: Mapping[str, Any] = field(default_factory=dict)  # more of vLLM's EngineArgs, by its names
     server: TinkerEndpoint | None = None  # draws the samples in place of an engine
     sender_address: str | None = None  # of the host that broadcasts the weights; None: all on one host
-    images: ImageFolder | None = None  # of the prompts; None: the engine takes text alone
+    images: ImageFolder | None = None  # of the prompts; None: the engine takes only text
     spool: Path | None = None  # finished groups are kept here
     spools_failures: bool = False  # also groups whose environment failed, which a fixed one could play again
     carries_over: bool = False  # a cancelled group is kept in the spool, for a later request that continues it
@@ -122,7 +122,7 @@ def build_engine(spec: RolloutSpec) -> Any:
         dtype=spec.dtype,
         max_model_len=spec.max_model_len,
         max_num_seqs=spec.max_num_seqs + in_flight,  # one more for the probe of an update while samples run
-        # In flight, an interrupted sample is computed again in one step, beside those that go on.
+        # In flight, an interrupted sample is computed again in one step, together with the running samples.
         max_num_batched_tokens=max(PREFILL_TOKENS, spec.max_model_len + in_flight * spec.max_num_seqs),
         tensor_parallel_size=spec.tensor_parallel,
         # By default vLLM would place additional actors in the run's placement group.
@@ -132,7 +132,7 @@ def build_engine(spec: RolloutSpec) -> Any:
         enforce_eager=spec.enforce_eager,
         block_size=32 if cpu else None,  # prompts are shared by whole blocks, and the CPU's default is 128 tokens
         enable_chunked_prefill=not cpu,  # on a CPU a seeded sample in a partial prefill ends the engine
-        # vLLM's products for MLA on a CPU with AMX are for bfloat16 alone.
+        # vLLM's products for MLA on a CPU with AMX work only in bfloat16.
         attention_backend="CPU_MLA" if cpu and spec.dtype != "bfloat16" and has_mla(config) else None,
         # States are cached only at the ends of prefills in parts. None: vLLM decides.
         enable_prefix_caching=False if cpu and keeps_states(config.to_dict()) else None,
@@ -221,7 +221,7 @@ def added_tokens(engine: Any) -> dict[str, int]:
 
 
 def end_tokens(engine: Any) -> frozenset[int]:
-    """Return the tokens at which vLLM ends a response by itself, from the tokenizer and the model's folder."""
+    """Return the tokens at which vLLM ends a response, from the tokenizer and the model's folder."""
     given = engine.input_processor.generation_config_fields.get("eos_token_id")
     ends = [given] if isinstance(given, int) else given or ()
     return frozenset(ends) | {engine.renderer.get_eos_token_id()} - {None}

@@ -1,7 +1,7 @@
 """Engines that sample from whole models: one set of weights at a time, for a client that trains all weights.
 
 A sampler is a snapshot of all weights on the disk. The samples of two samplers take turns: an engine lets the running
-samples end, reads the other weights with a proof, and goes on. A request waits for its turn in order of arrival.
+samples end, reads the next weights with a proof, and continues. A request waits for its turn in order of arrival.
 """
 
 from __future__ import annotations

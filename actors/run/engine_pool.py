@@ -96,7 +96,7 @@ class EngineLease:
         limit_s, on_gpus = cluster.start_timeout_s, cluster.device == "cuda"
         groups = list(others)
         if on_gpus and self.placement.plan.shares_gpus(self.engines.role):
-            # An engine measures free GPU memory, so no other process may start meanwhile.
+            # An engine measures free GPU memory, so no other process may start during this start.
             await self.engines.start(deadline_s=limit_s)
         elif not self.is_started:
             groups.append(self.engines)

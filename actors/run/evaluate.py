@@ -215,7 +215,7 @@ async def _answers(
         longest = max(one.longest_sequence(decoding.max_new_tokens) for one in inputs.candidates)
         reward = RewardWorkers.create(cluster, placement, settings, longest_sequence=longest)
         groups.append(reward)
-        # Sequential: an engine measures the free memory of its GPU, so no other process may start or end meanwhile.
+        # Sequential: an engine measures the free memory of its GPU, so no other process may start or end at that time.
         await engines.start(deadline_s=cluster.start_timeout_s)
         await reward.start(deadline_s=cluster.start_timeout_s)
 

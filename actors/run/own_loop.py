@@ -78,7 +78,7 @@ async def own_loop(loaded: LoadedConfig, start: Start) -> AsyncIterator[OwnLoop]
 
 
 def _only_run(loaded: LoadedConfig) -> Config:
-    """Return the configuration of a single run with rollouts in turns. UserError: a loop of one's own cannot use it."""
+    """Return a single run's configuration with rollouts in turns. UserError: the configuration does not fit a loop."""
     if loaded.is_pipeline or not loaded.runs:
         raise UserError(f"rlhf.start: {loaded.source} is a pipeline. Give the configuration of one run.")
     (config,) = loaded.runs.values()

@@ -221,7 +221,7 @@ class CapturedSession:
             return dict.fromkeys(self._turns[key], "")
         if calls:
             return {}
-        # Some clients write the stop string back, or go on writing behind it.
+        # Some clients write the stop string back, or continue the text after it.
         stopped = self._stopped.get(before, {})
         return {index: content[len(text) :] for index, text in stopped.items() if content.startswith(text)}
 

@@ -68,7 +68,7 @@ class Front:
         host: str,
         images: ImageInputs | None = None,
     ) -> Front:
-        """Start the front of a started engine, at a free port of `host`. images: None: requests are text alone."""
+        """Start the front of a started engine, at a free port of `host`. images: None: requests are only text."""
         parts = await calls.run(engine_parts, "the parts of its front")
         engine = FrontEngine(calls.loop, parts, ends=spec.turn_ends, lora=lora)
         sessions = CapturedSessions(lambda prefix: calls.loop.abort([prefix]), takes_images=images is not None)

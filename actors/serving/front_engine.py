@@ -46,7 +46,7 @@ class EngineParts:
     renderer: Any
     input_processor: Any
     added: Mapping[str, int]  # special and added tokens by their text
-    ends: frozenset[int]  # tokens with which the model ends a response by itself
+    ends: frozenset[int]  # tokens with which the model ends a response
 
 
 @dataclass(slots=True)

@@ -38,8 +38,8 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
     """Renders conversations. Every other request is rendered as by vLLM."""
 
     turn_ends: Collection[int] = ()  # tokens with which the template ends a turn
-    model_ends: Collection[int] = ()  # tokens with which the model ends a response by itself
-    images: RequestImages | None = None  # None: requests are text alone
+    model_ends: Collection[int] = ()  # tokens with which the model ends a response
+    images: RequestImages | None = None  # None: requests are only text
 
     @cached_property
     def _ends(self) -> TurnEnds:
@@ -52,7 +52,7 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
         if self.images is not None:
             messages = await asyncio.to_thread(self.images.take, messages)
         elif has_non_text_content(messages):
-            raise RefusedCall("`messages` hold more than text, and this model reads text alone", param="messages")
+            raise RefusedCall("`messages` hold more than text, and this model reads only text", param="messages")
         ids: list[int] | None = None
         if call.session is not None:
             _take_limits(request, call)
@@ -98,9 +98,9 @@ class SessionRenderer(OnlineRenderer):  # type: ignore[misc]
         return rendered
 
     def adjust_harmony_request(self, request: Any) -> None:
-        """Refuse sessions of gpt-oss, since vLLM writes such conversations anew, without earlier reasoning."""
+        """Refuse sessions of gpt-oss, since vLLM renders such conversations again, without earlier reasoning."""
         if CURRENT_CALL.get().session is not None:
-            raise RefusedCall("sessions of gpt-oss are not supported: each of its prompts is written anew")
+            raise RefusedCall("sessions of gpt-oss are not supported: vLLM renders each of its prompts again")
         super().adjust_harmony_request(request)
 
     async def _continued(

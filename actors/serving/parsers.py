@@ -24,7 +24,7 @@ _BY_TYPE: Mapping[str, tuple[str | None, str | None]] = {
     "granite": ("granite", "granite"),
     "granitemoe": ("granite", "granite"),
     "granitemoehybrid": ("granite4", None),
-    "hunyuan_v1_dense": ("hunyuan_a13b", None),  # the reasoning parser knows the tokens of the mixture alone
+    "hunyuan_v1_dense": ("hunyuan_a13b", None),  # the reasoning parser knows only the tokens of the mixture
     "hunyuan_v1_moe": ("hunyuan_a13b", "hunyuan_a13b"),
     "hy_v3": ("hy_v3", "hy_v3"),
     "hy_v4": ("hy_v4", "hy_v4"),
@@ -80,7 +80,7 @@ def refuse_stubs(tool_parser: str | None, reasoning_parser: str | None, model_ty
     """Raise RunError if a parser of gpt-oss is set for another model: vLLM would then fail at each request."""
     stubs = {tool_parser, reasoning_parser} & {*_BY_TYPE["gpt_oss"]}
     if stubs and model_type != "gpt_oss":
-        raise RunError(f"vLLM's parser {' and '.join(sorted(map(str, stubs)))} reads gpt-oss alone. Name another.")
+        raise RunError(f"vLLM's parser {' and '.join(sorted(map(str, stubs)))} reads only gpt-oss. Name another.")
 
 
 def refuse_unknown(tool_parser: str | None, reasoning_parser: str | None) -> None:

@@ -29,7 +29,7 @@ _NOT_HERE: Mapping[str, str] = {
     "watermarking": "the tokens are the model's",
     "mcp_servers": "the server runs no tools",
     "container": "the server runs no tools",
-    "echo": "the answer is the response alone",
+    "echo": "the answer is only the response",
     "logprob_token_ids": "ask for top_logprobs",
     "prompt_logprobs": "a session returns log-probabilities of responses",
 }

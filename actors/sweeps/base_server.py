@@ -1,7 +1,7 @@
 """Run the server of the shared base model of a sweep, and start an ended server again.
 
 The trials are the server's clients. The state of the server is in a folder, so a new server at the same address
-continues the work. The clients wait meanwhile.
+continues the work. The clients wait until then.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COMMAND = (sys.executable, "-m", "rlhf.cli", "tinker")
 POLL_S = 0.3
 BESIDES_START_S = 300.0  # for imports and for Ray, besides cluster.start_timeout_s of ranks and engines
 MOST_ENDS = 3
-KEY = "tml-sweep"  # the client wants a key, and a server for this machine alone takes any
+KEY = "tml-sweep"  # the client wants a key, and a server only for this machine takes any key
 
 
 def base_config(sweep: Sweep, *, at_once: int) -> TinkerConfig:
@@ -40,7 +40,7 @@ def base_config(sweep: Sweep, *, at_once: int) -> TinkerConfig:
     if (address := cluster_to_join(config.cluster.address)) is not None:
         raise UserError(
             f"{sweep.source}: sweep.shared_base: is true, but the trials of the cluster at {address} may be on other "
-            "machines, and the server answers this machine alone. Start `rlhf tinker` there, and in place of "
+            "machines, and the server answers only this machine. Start `rlhf tinker` there, and in place of "
             "sweep.shared_base give every trial its address: sweep.set={policy.tinker: http://HOST:8703}."
         )
     limits = config.service

@@ -1,6 +1,6 @@
 """Answer with tool calls truncated at a limit of tokens, as OpenAI's API does.
 
-The answer has the arguments so far, and reports the truncation. vLLM does so in streams alone: an answer in one part
+The answer has the arguments so far, and reports the truncation. vLLM does so only in streams: an answer in one part
 has raw markup instead, or a call that looks whole.
 """
 

@@ -1,6 +1,6 @@
 """Compute the gated delta rule of Qwen3.5 and Qwen3-Next on a CPU in float32 too.
 
-vLLM's kernels for CPUs take bfloat16 alone. In any other dtype the causal convolution is PyTorch's, and the rule is
+vLLM's kernels for CPUs take only bfloat16. In any other dtype the causal convolution is PyTorch's, and the rule is
 that of transformers, with vLLM's states of each sequence (Yang et al. 2024, arXiv:2412.06464).
 """
 

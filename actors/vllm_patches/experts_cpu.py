@@ -43,7 +43,7 @@ class RecordedExperts:
             for internal_id in scheduled.finished_req_ids:
                 self._kept.pop(internal_id, None)
             for internal_id in scheduled.preempted_req_ids or ():
-                self._keep(internal_id)  # before the step fills the places anew
+                self._keep(internal_id)  # before the step fills the places again
             return update(scheduled)
 
         runner._update_states = update_states
@@ -62,7 +62,7 @@ class RecordedExperts:
 
     def _keep(self, internal_id: str) -> None:
         """Keep the choices of a request that has just lost its places."""
-        request = self._runner.requests.get(internal_id)  # None: it has finished meanwhile
+        request = self._runner.requests.get(internal_id)  # None: the request has finished
         if request is not None:
             self._kept[internal_id] = self._first_choices(internal_id, request.num_tokens - 1)  # the last was not read
 

@@ -1,8 +1,8 @@
 """Continue the random numbers of a response begun by an earlier request.
 
-vLLM gives each request with a seed a generator, which starts anew with the request. A continued response would draw the
-same numbers twice. So the response's generator first skips the draws of existing tokens. vLLM's second model runner,
-the default on GPUs, needs no such skip: the random numbers depend on the seed and the position.
+vLLM gives each request with a seed a generator, which starts with the request. A continued response would draw the same
+numbers twice. So the response's generator first skips the draws of existing tokens. vLLM's second model runner, the
+default on GPUs, needs no such skip: the random numbers depend on the seed and the position.
 """
 
 from __future__ import annotations

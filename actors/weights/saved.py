@@ -20,7 +20,7 @@ class SavedSender(WeightSender):
         self.save = save
 
     def publish(self, named_weights: Iterator[tuple[str, Tensor]], version: int) -> WeightManifest:
-        """Save the weights. The path names the saved weights alone, and takes the place of a checksum."""
+        """Save the weights. The path names only the saved weights, and replaces a checksum."""
         iterate(named_weights)
         path = self.save()
         return WeightManifest(version=version, checksum=path, transport=self.transport, fields={"path": path})

@@ -152,7 +152,7 @@ def result_files(folder: Path) -> dict[str, str]:
 def _texts_below(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     folders, size = [str(folder)], 0
-    for parent in folders:  # grows meanwhile
+    for parent in folders:  # grows in the loop
         with os.scandir(parent) as entries:
             for entry in entries:
                 place = os.path.relpath(entry.path, folder)

@@ -154,7 +154,7 @@ class AgentSessions:
             await asyncio.gather(agent, over, return_exceptions=True)  # wait for the end of its processes
 
     def _problem(self, exceeded: str | None, calls: list[Call]) -> EnvironmentFailure | None:
-        """Return why a session has no score although the agent has ended by itself."""
+        """Return why a session has no score although the agent has ended without an error."""
         if exceeded is not None:
             limit = f"{self.spec.key}.{exceeded}: {getattr(self.spec, exceeded)}"
             return EnvironmentFailure("refused", f"a call of the agent was over {limit}")

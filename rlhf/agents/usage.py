@@ -1,6 +1,6 @@
 """Measure the use of threads, memory and disk space by a session's processes.
 
-The measured program may be hostile. Processes and files that end or vanish meanwhile are left out.
+The measured program may be hostile. Processes and files that vanish during the measurement are left out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ENTRY_BYTES = 4096  # of a file or folder, whatever it holds
 def tree_of(leader: int, *, most: int) -> tuple[list[int], int]:
     """Return the processes of a session, which the leader adopts, and the number of threads, up to `most` + 1."""
     found, threads = [leader], 0
-    for pid in found:  # grows meanwhile
+    for pid in found:  # grows in the loop
         for task in _listed(f"/proc/{pid}/task"):
             with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/children", "rb") as file:
                 threads += 1
@@ -83,7 +83,7 @@ def _removed_files(pid: int) -> Iterator[os.stat_result]:
 def _files_below(folder: Path) -> Iterator[os.stat_result | None]:
     """Yield the files and folders below a folder, and None for a folder with a path too long to enter."""
     folders = [str(folder)]
-    for parent in folders:  # grows meanwhile
+    for parent in folders:  # grows in the loop
         try:
             with os.scandir(parent) as entries:
                 for entry in entries:

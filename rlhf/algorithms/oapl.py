@@ -30,7 +30,7 @@ class OAPLConfig(WholeResponsesConfig):
         yield from super().problems(responses)
         correction = self.correction
         if correction is not None and (correction.mode != "bypass" or correction.rejects):
-            text = "weights or rejects tokens, but oapl regresses whole responses of any age; give {mode: bypass} alone"
+            text = "weights or rejects tokens, but oapl regresses whole responses of any age; give only {mode: bypass}"
             yield "algorithm.correction", text
 
 

@@ -1,4 +1,4 @@
-"""`rlhf view RUN [RUN]`: show run folders in a browser, also while the runs go on."""
+"""`rlhf view RUN [RUN]`: show run folders in a browser, also while the runs train."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Derive roles, batch arithmetic, placement and weight sync from one run's configuration, as `rlhf plan` shows.
 
 The functions are pure. `derive` takes a configuration checked by rlhf.config.validation.run; the functions above
-`derive` take any configuration. Facts about the algorithm alone are in rlhf.algorithms.algorithm.
+`derive` take any configuration. Facts that depend only on the algorithm are in rlhf.algorithms.algorithm.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def saved_rank(lora: LoraConfig) -> int:
 
 
 def merged_because(lora: LoraConfig, *, vision: bool) -> str | None:
-    """Return why the engines get all weights with the adapter merged, or None for the adapter alone.
+    """Return why the engines get all weights with the adapter merged, or None if the engines get only the adapter.
 
     vision: the adapter adapts the vision tower too.
     """

@@ -298,8 +298,8 @@ class AdvantageLearning(ReferencedLearning):
     async def _privileged_prompts(
         self, trained: Sequence[ScoredGroup], groups: Sequence[ScoredGroup]
     ) -> list[RemoteColumns[PrivilegedPrompts]]:
-        """Return the prompts of a policy that teaches itself; none of any other policy. The better responses are those
-        of whole groups, by the reported scores."""
+        """Return the teacher's prompts of a policy that teaches itself, or no prompts. The reported scores of whole
+        groups choose the better responses."""
         section = self.algorithm.config
         if not isinstance(section, SelfTeaching):
             return []

@@ -224,14 +224,15 @@ class Collector:
         self.scorer.forget_untrained()
         if is_fatal:
             fix = (
-                "on_error is fail, for the reward or in reward_policy. Set it to drop, which replaces the prompt by "
-                "another, or give rewards.NAME.on_error the score of such a response."
+                "on_error is fail, for the reward or in reward_policy. Set on_error to drop, so that another prompt "
+                "replaces this prompt, or set rewards.NAME.on_error to the score of such a response."
             )
         else:
             fix = (
-                f"{count} of the last {len(self.recent_drops)} groups were dropped, and reward_policy."
-                f"max_dropped_fraction {policy.max_dropped_fraction:g} allows {most:g} of {window}. Correct the "
-                "reward, raise that fraction, or give rewards.NAME.on_error the score of such a response."
+                f"{count} of the last {len(self.recent_drops)} groups were dropped, and "
+                f"reward_policy.max_dropped_fraction {policy.max_dropped_fraction:g} allows {most:g} of {window}. "
+                "Correct the reward, raise max_dropped_fraction, or set rewards.NAME.on_error to the score of such a "
+                "response."
             )
         raise RunError(f"rewards, step {step}: {describe_errors(scored.scores.errors)}. {fix}")
 
@@ -242,13 +243,14 @@ class Collector:
         self.scorer.forget_untrained()
         reasons = ", ".join(f"{reason}: {number}" for reason, number in restricted_tokens(infos).most_common())
         raise RunError(
-            f"rollouts, step {step}: a grammar restricted all sampled tokens of the batch ({reasons}), so none can be "
-            "trained on. Let the agent ask with tool_choice auto, and without response_format and structured_outputs."
+            f"rollouts, step {step}: a grammar restricted all sampled tokens of the batch ({reasons}), so no token "
+            "can be trained on. Let the agent ask with tool_choice auto, and without response_format and "
+            "structured_outputs."
         )
 
     def check_filtered(self, batch: Outcomes, step: int) -> None:
         """Raise RunError if too many groups were filtered while the batch is still incomplete. In flight, groups of
-        later batches may be kept and filtered meanwhile."""
+        later batches may also be kept and filtered."""
         rule, count = self.rollouts.dynamic_sampling, max(self.rollouts.prompts_per_step, len(batch.kept))
         if rule is None or len(batch.filtered) <= rule.max_filtered_fraction * count:
             return
@@ -256,18 +258,19 @@ class Collector:
         tried = {scored.group.request.prompt.prompt_id for scored in batch.kept + batch.left_out}
         if len(tried) == self.prompts.size:
             fix = (
-                f"These were all {len(tried)} prompts of data.train: none is left from which this policy learns. "
-                "Add other prompts, or end the run here"
+                f"All {len(tried)} prompts of data.train were tried, and this policy can learn from no further "
+                "prompt. Add prompts, or end the run here"
             )
         else:
             fix = (
-                "Choose other prompts, sample more responses to each, widen the bounds of the mean, or raise that "
-                "fraction"
+                "Choose other prompts, sample more responses to each, widen the bounds of the mean, or raise "
+                "max_filtered_fraction"
             )
         raise RunError(
-            f"rollouts, step {step}: {len(batch.filtered)} groups were filtered, more than rollouts.dynamic_sampling."
-            f"max_filtered_fraction {rule.max_filtered_fraction:g} of {count} prompts allows, and {len(batch.kept)} "
-            f"were kept. The mean scores of the filtered are {min(means):g} to {max(means):g}. {fix}."
+            f"rollouts, step {step}: {len(batch.filtered)} groups were filtered, more than "
+            f"rollouts.dynamic_sampling.max_filtered_fraction {rule.max_filtered_fraction:g} of {count} prompts "
+            f"allows, and {len(batch.kept)} were kept. The mean scores of the filtered groups are {min(means):g} to "
+            f"{max(means):g}. {fix}."
         )
 
     def _metrics(self, batch: Outcomes) -> Mapping[str, Reduction]:

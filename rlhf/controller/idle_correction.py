@@ -50,7 +50,7 @@ class IdleCorrection:
         if self.steps_left == 0:
             logger.warning(
                 "algorithm.correction changed no token in %d steps: sampler and trainer differ by at most %.1e nats, "
-                "which is within all of its bounds. Remove the key, or keep it as a guard",
+                "which is within all bounds of the correction. Remove the key, or keep the correction as a guard",
                 STEPS,
                 self.largest,
             )

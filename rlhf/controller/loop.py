@@ -90,7 +90,7 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     async def train_step(self, step: int) -> None:
-        """Carry out all updates of a step."""
+        """Execute all updates of a step."""
 
     @abstractmethod
     async def evaluate(self, step: int) -> None:
@@ -119,7 +119,7 @@ class TrainingLoop(ABC):
         """Prepare the policy for export: after an early stop, load the weights of the best checkpoint."""
         best = self.best.step
         if self.config.train.early_stopping is not None and best is not None and best != self.step:
-            logger.info("%s was best at step %d: that is the final model", self.best.metric, best)
+            logger.info("%s was best at step %d: the final model is the model of this step", self.best.metric, best)
             await self.trained["policy"].load(self.record.folder.checkpoint(best) / "policy")
 
     async def export(self) -> Path:
@@ -154,7 +154,7 @@ class TrainingLoop(ABC):
             return result
 
     async def _recover(self, lost: WorkerLost, oldest: int) -> None:
-        """Restart all trained ranks. A rank of another role may be lost meanwhile."""
+        """Restart all trained ranks. A rank of another role may be lost during the restart."""
         restart = partial(self.restart_trained, oldest)
         while True:
             try:
@@ -225,7 +225,7 @@ class TrainingLoop(ABC):
         return self.best.is_over or self.record.callbacks.stopped is not None
 
     async def _next_step(self, *, is_last: bool) -> None:
-        """Carry out a step, and write a checkpoint after the last one. Raise Preempted if the run must end."""
+        """Execute a step, and write a checkpoint after the last step. Raise Preempted if the run must end."""
         train, record, step = self.config.train, self.record, self.step + 1
         record.begin_step(step)
         async with self._profile(step):
@@ -408,7 +408,7 @@ async def _all_ended(calls: Sequence[Awaitable[None]]) -> None:
 
 
 async def _whole(work: Awaitable[None]) -> None:
-    """Wait for the work. A cancellation meanwhile takes effect after the work."""
+    """Wait for the work. A cancellation takes effect after the work."""
     working = asyncio.ensure_future(work)
     try:
         await asyncio.shield(working)

@@ -1,4 +1,4 @@
-"""Tell a loop to end soon: the loop saves the finished work and returns by itself."""
+"""Tell a loop to end soon: the loop saves the finished work and returns."""
 
 from __future__ import annotations
 

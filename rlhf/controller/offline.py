@@ -102,7 +102,7 @@ class OfflineController(TrainingLoop):
         self.sight: Metrics = {}  # of the start, for the row of the first step
 
     async def train_step(self, step: int) -> None:
-        """Make one optimizer step. A teacher with separate hardware computes the next rows meanwhile."""
+        """Make one optimizer step. A teacher with separate hardware computes the next rows at the same time."""
         self.record.add(self.sight)
         self.sight = {}
         batch = self.next_batch or await self._take_batch()
@@ -151,7 +151,10 @@ class OfflineController(TrainingLoop):
         await self.deliver(batch.rows)
         if self.references and not await self.role.read_reference(0, self.references[step - 1], compare=False):
             path = self.references[step - 1]
-            raise RunError(f"reference: {path} is missing or damaged; remove it, and it is computed again. {RESUMES}")
+            raise RunError(
+                f"reference: {path} is missing or damaged. Remove the file, and the run computes the "
+                f"log-probabilities again. {RESUMES}"
+            )
 
     async def _states(self, dataset: int, plan: MinibatchPlan) -> StatesByRank:
         if self.teacher is None:
@@ -185,7 +188,9 @@ class OfflineController(TrainingLoop):
                 if await role.read_reference(index, path):
                     logger.info("the reference log-probabilities of data set %d are read from %s", index, path)
                     continue
-                logger.warning("%s is damaged or belongs to other weights; it is computed again", path)
+                logger.warning(
+                    "%s is damaged or belongs to different weights; the log-probabilities are computed again", path
+                )
             columns: list[Ref[TokenValues]] = []
             done = 0
             for chunk in self._chunks(rows):

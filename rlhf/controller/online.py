@@ -87,7 +87,7 @@ class OnlineController(TrainingLoop):
         """Create a loop before the first step.
 
         Args:
-            other_ids: probe_ids with other images, to check once that policy and engines see images.
+            other_ids: probe_ids with different images, to check once that policy and engines see images.
             code: digests of users' code by key, for a checkpoint.
         """
         assert config.rollouts is not None
@@ -179,7 +179,7 @@ class OnlineController(TrainingLoop):
         await attempt.write_samples()
 
     async def _learn_and_sync(self, attempt: StepAttempt) -> None:
-        """Carry out a step from the whole batch on. The ranks have the state before the step, or after the updates.
+        """Execute a step after its batch is complete. The ranks have the state before the step, or after the updates.
 
         updates -> snapshot -> batches ahead are whole -> reference -> weight sync -> snapshot is whole
         """
@@ -340,7 +340,7 @@ class OnlineController(TrainingLoop):
 
     @asynccontextmanager
     async def _trainers_turn(self, *names: Role) -> AsyncIterator[None]:
-        """Load the named roles on shared GPUs for the block. The engines sleep meanwhile and keep their weights."""
+        """Load the named roles on shared GPUs for the block. In the block, the engines sleep and keep their weights."""
         if not self.sharing.intersection(names):
             yield
             return
@@ -399,7 +399,7 @@ class OnlineController(TrainingLoop):
 
     async def restore_position(self, state: Mapping[str, Any]) -> None:
         ahead = self.record.folder.checkpoint(self.step) / AHEAD
-        if self.in_flight:  # the weights after the checkpoint are trained anew; other modes may have trained others
+        if self.in_flight:  # the weights after the checkpoint are trained again; other modes may have trained others
             newest = self.step if "outstanding" in state else -1
             await asyncio.to_thread(forget_after, self.record.folder.spool, newest)
         if ahead.is_dir():

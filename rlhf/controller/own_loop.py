@@ -112,7 +112,7 @@ class OwnLoop:
         number = self.step + 1
         with self._calling("next_step"):
             if self._in_step:
-                raise UserError("next_step: the step before has not ended. Leave its block first.")
+                raise UserError("next_step: the previous step has not ended. Leave its block first.")
             self._begin_step()
             self._record.begin_step(number)
         self._in_step = True
@@ -123,7 +123,9 @@ class OwnLoop:
                 with self._calling("next_step"):
                     if self._gradient is not None or self._is_stale:
                         missing = "sync" if self._gradient is None else "optim_step and sync"
-                        raise UserError(f"next_step: step {number} ends without {missing}. Call {missing} before.")
+                        raise UserError(
+                            f"next_step: step {number} ends without {missing}. Call {missing} in the block."
+                        )
                     await self._finish_step()
         finally:
             self._in_step = False
@@ -166,7 +168,7 @@ class OwnLoop:
             if prompts is None:
                 if self._sampled:
                     raise UserError(
-                        "sample: the step has sampled before. Name the prompts: `loop.sample(loop.prompts(8))`."
+                        "sample: this step has already sampled. Name the prompts: `loop.sample(loop.prompts(8))`."
                     )
                 metrics: list[Metrics] = []
                 with record.apart(metrics, is_shown=True), record.stage("rollouts"):
@@ -243,9 +245,12 @@ class OwnLoop:
             learning, own = self._advantages("experience"), None
             ids = [info.sequence_id for one in groups for info in one.group.infos]
             if not ids:
-                raise UserError("experience: there are no groups.")
+                raise UserError("experience: `groups` is empty. Give at least one group of `sample`.")
             if len(set(ids)) < len(ids):
-                raise UserError("experience: a group is there twice, or groups of `sample()` are of several steps.")
+                raise UserError(
+                    "experience: `groups` has a group twice, or groups of `sample()` from several steps. Give each "
+                    "group once, and only groups of this step."
+                )
             if failed := [one for one in groups if one.scores.errors]:
                 raise UserError(f"experience: {len(failed)} groups have a failed reward. Leave them out.")
             if advantages is not None:
@@ -270,7 +275,7 @@ class OwnLoop:
         """Compute the gradient of a minibatch of the last batch of `experience`, in every trained role.
 
         Args:
-            loss: the policy loss of each token, in place of the configured algorithm's: the name of an algorithm, the
+            loss: replaces the configured algorithm's policy loss of each token: the name of an algorithm, the
                 section of an algorithm as a mapping, or a function. The function takes a micro-batch
                 (rlhf.algorithms.microbatch.PolicyMicrobatch), returns a tensor of shape [N] or a Surrogate, and travels
                 to the ranks. Aggregation, KL penalty, correction and entropy bonus follow the configuration.
@@ -330,7 +335,7 @@ class OwnLoop:
             self._is_stale = True
 
     async def sync(self) -> None:
-        """Give the engines the weights of this step, and prove them: version, checksum and log-probabilities.
+        """Give the engines the weights of this step, and prove the transfer by version, checksum and log-probabilities.
 
         A step syncs once, after its last update. RunError: an engine has other weights than the policy.
         """
@@ -356,7 +361,7 @@ class OwnLoop:
             step = self.step + self._in_step
             is_late = self._has_row if not step else not self._in_step
             if self._controller.scorer.weights[0] != step or is_late:
-                raise UserError("evaluate: is for a step after `sync`, or for the time before the first step.")
+                raise UserError("evaluate: call evaluate in a step after `sync`, or once before the first step.")
             metrics: list[Metrics] = []
             with self._giving_up("evaluate"), self._record.apart(metrics, is_shown=True):
                 await self._controller.evaluate(step)
@@ -379,7 +384,7 @@ class OwnLoop:
         """Write a checkpoint of the last finished step (weights, optimizer, place in the data). Return the folder."""
         with self._calling("save", in_step=False):
             if not self.step:
-                raise UserError("save: no step has ended yet.")
+                raise UserError("save: no step has ended yet. Call save after the first step's block.")
             with self._giving_up("save"):
                 await self._controller.save_step()
             return self._record.folder.checkpoint(self.step)
@@ -388,7 +393,7 @@ class OwnLoop:
         """Load weights and optimizer of a checkpoint, and sync the weights. The place in the data stays."""
         with self._calling("load", in_step=False):
             if not all((folder / name).is_dir() for name in self._controller.trained):
-                raise UserError(f"load: {folder} is no checkpoint. Give what `save` returned.")
+                raise UserError(f"load: {folder} is no checkpoint. Give the folder that `save` returned.")
             with self._giving_up("load"):
                 async with self._controller.saving():
                     for name, role in self._controller.trained.items():
@@ -433,7 +438,10 @@ class OwnLoop:
         learning = self._controller.learning
         if not isinstance(learning, AdvantageLearning):
             name = self.config.algorithm.short_name
-            raise UserError(f"{call}: is for algorithms with advantages, and {name} has none. Call learn instead.")
+            raise UserError(
+                f"{call}: this call needs an algorithm with advantages, and {name} has no advantages. Call learn "
+                "instead."
+            )
         return learning
 
     @contextmanager
@@ -453,7 +461,7 @@ class OwnLoop:
             yield
         except BaseException as error:
             text = f"{type(error).__name__}: {error}".rstrip(".")
-            self._failure = self._failure or f"{work} was broken off ({text}). Leave the block of rlhf.start"
+            self._failure = self._failure or f"{work} failed ({text}). Leave the block of rlhf.start"
             raise
 
 

@@ -32,5 +32,7 @@ def own_loss(loss: Loss, config: Config) -> OwnLoss:
     assert isinstance(parsed, Config)
     section = parsed.algorithm
     if section.kind != "advantages" or section.has_critic or algorithm_of(section, OnlineAlgorithm).reads_whole_step:
-        raise UserError(f"loss: {section.short_name} is no loss of single micro-batches. Name another, such as cispo.")
+        raise UserError(
+            f"loss: {section.short_name} is no loss of single micro-batches. Name another algorithm, such as cispo."
+        )
     return OwnLoss(section=section)

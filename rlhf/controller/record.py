@@ -113,12 +113,16 @@ class RunRecord:
         """Log the step. RunError, with nothing stored: the loss is not finite, or a later start has the folder."""
         if self.folder.is_taken_over():
             raise RunError(
-                f"{self.folder.path}: a later start works in this folder, so this one ends after step {self.step}. "
-                "Only one process may run there, and the file system has dropped the lock of this one."
+                f"{self.folder.path}: a later start of the run uses this folder, so this process ends after step "
+                f"{self.step}. Only a single process may use the folder, and the file system has dropped the lock of "
+                "this process."
             )
         loss = row.get("update/loss/mean", 0.0)
         if not math.isfinite(loss):
-            raise RunError(f"update: the loss of step {step} is {loss}. No checkpoint of it was written.")
+            raise RunError(
+                f"update: the loss of step {step} is {loss}. No checkpoint of this step was written. Lower train.lr, "
+                "or look at the samples and the metrics of the last steps."
+            )
         findings = self.tracker.log(step, row, histograms(merge_metrics(self.parts)), self.groups)
         self.step = step
         self.progress.step(step, row)
@@ -247,7 +251,9 @@ class Best:
         )
 
     def improves(self, row: Mapping[str, float], step: int) -> bool:
-        """Return whether this step's row is the best so far, and remember it. UserError: the row lacks the metric."""
+        """Return whether this step's row is the best so far. Remember the best row. UserError: the row lacks the
+        metric.
+        """
         if self.metric not in row:
             known = ", ".join(sorted(key for key in row if key.startswith("eval/")))
             raise UserError(

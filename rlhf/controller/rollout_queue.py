@@ -36,7 +36,7 @@ class RolloutQueue(Protocol):
         """Return the whole batch of a step. Raise the failure of a rollout."""
 
     async def during(self, work: Coroutine[Any, Any, T]) -> T:
-        """Return the result of the work. If a rollout fails meanwhile, cancel the work and raise the failure."""
+        """Return the result of the work. If a rollout fails before, cancel the work and raise the failure."""
 
     async def until_weights_may_change(self) -> None:
         """Wait for responses tied to the present weights. Raise the failure of a rollout."""

@@ -84,7 +84,7 @@ async def answers_in_flight(
     rollout: RolloutRole, requests: Sequence[GroupRequest], sampling: Sampling, *, version: int
 ) -> AsyncIterator[CompletedGroup]:
     """Answer requests before waiting requests, and yield each completed group at once. The caller makes sure that the
-    engines keep the weights of `version` meanwhile."""
+    engines keep the weights of `version` until then."""
     answers = [
         asyncio.create_task(rollout.answer(request, sampling, oldest=version, urgent=True)) for request in requests
     ]
@@ -231,7 +231,8 @@ class RolloutScorer:
 
     def retain_from(self, start: int, *, begun: Collection[int] = ()) -> None:
         """Delete the stored responses to evaluations and to groups before `start`. A checkpoint covers both. Responses
-        to the cancelled requests `begun` stay. So do files written by an engine meanwhile."""
+        to the cancelled requests `begun` stay. Files that an engine writes during this call stay too.
+        """
         found = {*stored_groups(self.spool), *begun_groups(self.spool)}
         for path in found.difference(_files(self.spool, start=start, begun=begun)):
             path.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """Decide on the loss of a worker: start the worker again, or end the run with the error of the loss.
 
 The groups of actors notice losses and know how to replace a worker. This module counts, decides and records. The run
-ends when a unit was lost more often than `cluster.restarts` allows, when memory was exhausted twice, and when the same
-worker was lost twice in a row at the same work: the cause is then a bug, and a third attempt would fail too.
+ends when a unit was lost more often than `cluster.restarts` allows, and when memory was exhausted twice. The run also
+ends when the same worker was lost twice in a row at the same work, because a bug is then the likely cause.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Supervisor:
         elif lost.kind == "out_of_memory" and role in self._out_of_memory and not self._finds_causes:
             reason = "its memory was exhausted twice"
         elif work is not None and work == last_work:
-            reason = "it was lost twice in a row at the same work"
+            reason = "the worker was lost twice in a row at the same work"
         if reason is not None:
             logger.error("%s %d is not started again: %s", role, lost.rank, reason)
             raise lost

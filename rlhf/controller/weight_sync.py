@@ -129,8 +129,8 @@ def compare_probe(ours: Sequence[float], theirs: Sequence[float], *, who: str, d
     mean = sum(diffs) / len(diffs)
     if not mean <= PROBE_TOLERANCE[dtype]:
         raise RunError(
-            f"{who} gives other log-probabilities than the policy "
-            f"(mean difference {mean:.4f} nats over {len(diffs)} probe tokens, at most {PROBE_TOLERANCE[dtype]} is "
-            f"rounding in {dtype}). Its weights are not the policy's, so the run stops before it trains on its samples."
+            f"{who} computes different log-probabilities than the policy (mean difference {mean:.4f} nats over "
+            f"{len(diffs)} probe tokens, at most {PROBE_TOLERANCE[dtype]} is rounding in {dtype}). Its weights are "
+            "not the policy's, so the run stops before it trains on its samples."
         )
     return max(diffs)

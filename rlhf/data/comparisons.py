@@ -125,7 +125,7 @@ def preference_prompts(source: TaskSource, rows: Sequence[PreferenceRow]) -> lis
 def _texts(row: PreferenceRow) -> tuple[str, str, str]:
     """Return the prompt, the chosen and the rejected response of a row as plain text. UserError for images."""
     if has_images(row, strict=True):
-        raise UserError(f"{row.place}: holds an image, and comparisons are made of texts alone. Use other preferences.")
+        raise UserError(f"{row.place}: holds an image, and comparisons are made only of texts. Use other preferences.")
     values = [row.value("chosen"), row.value("rejected")]
     if not all(isinstance(value, list) for value in values):
         prompt = row.columns.get("prompt")

@@ -44,7 +44,7 @@ class Reading:
     tasks: bool = False  # string prompts are the tasks of an agent, unchanged
     privileged: str | None = None  # template of the prompt of a policy that teaches itself
     max_privileged_tokens: int = 0  # of such a prompt
-    images: RowImages | None = None  # None: the model reads text alone
+    images: RowImages | None = None  # None: the model reads only text
     translators: Mapping[str, Translator] = field(default_factory=dict)  # of teachers with another tokenizer, by name
 
     def translator(self, row: Row) -> Translator | None:
@@ -144,7 +144,7 @@ def rows_with_images(rows: Sequence[Row], reading: Reading) -> list[Row]:
     for row in read if reading.translators else ():
         if row.images is not None and reading.translator(row) is not None:
             raise UserError(
-                f"{row.place}: holds an image, and a teacher with another tokenizer reads text alone. Remove the "
+                f"{row.place}: holds an image, and a teacher with another tokenizer reads only text. Remove the "
                 "image, or use a teacher with the policy's tokenizer for this row."
             )
     return read

@@ -4,7 +4,7 @@ rows -> rows with keys of images -> messages with parts -> tokens of text with p
 
 A row names images inside messages, as parts, or in column `images` (or `image`). The column's images fill, in order,
 the parts without an image, or the markers `<image>` in the texts. With neither, the images come before the first user's
-text. A row with read images holds keys alone: the encoded bytes are in the store.
+text. A row with read images holds only keys: the encoded bytes are in the store.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def with_images(row: Row, images: RowImages | None) -> Row:
     """Return the row with the keys of its images in place of their bytes, paths and addresses.
 
     Column `images` becomes the list of the stored files, for rewards. A row without images, or with images read before,
-    is returned unchanged. UserError: a wrong image or number of images, or (`images` is None) a model of text alone.
+    is returned unchanged. UserError: a wrong image or number of images, or (`images` is None) a text-only model.
     """
     if row.images is not None or not has_images(row, strict=images is None):
         return row
     if images is None:
         raise UserError(
-            f"{row.place}: holds an image, and the model reads text alone. Use a model with a vision tower, or remove "
+            f"{row.place}: holds an image, and the model reads only text. Use a model with a vision tower, or remove "
             "the images; if column `image` holds something else, rename it: data.columns: {other: image}."
         )
     return _Filling(row, images).filled()
@@ -82,7 +82,7 @@ def image_files(row: Row) -> Iterator[str]:
         messages = _messages_of(row.columns.get(name))
         values += [part for message in messages for part in _parts_of(message) if _is_image(part)]
     for value in values:
-        if isinstance(value, Mapping):  # in an Image column of a data set, the path beside bytes is a name alone
+        if isinstance(value, Mapping):  # in an Image column of a data set, the path beside bytes is only a name
             value = None if value.get("bytes") else value.get("image") or value.get("path")
         if isinstance(value, str) and value and value[:5].lower() != "data:" and "://" not in value[:32]:
             yield value

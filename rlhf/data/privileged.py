@@ -30,7 +30,9 @@ def fields_of(template: str) -> tuple[str, ...]:
         if name is None:
             continue
         if not name.isidentifier() or form or conversion:
-            raise ValueError(f"has the field {{{name}}}, expected a column's name alone; write {{{{ for a brace")
+            raise ValueError(
+                f"has the field {{{name}}}, expected a column's name and nothing else; write {{{{ for a brace"
+            )
         names.append(name)
     return tuple(names)
 

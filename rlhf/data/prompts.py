@@ -74,7 +74,7 @@ def load_prompts(
     for number, draft in enumerate(drafts, start=first_id):
         row, is_chat = draft.row, draft.messages is not None
         if reading.tasks and draft.images:
-            raise UserError(f"{row.place}: has images, and the task of an agent is text alone. Remove the images.")
+            raise UserError(f"{row.place}: has images, and the task of an agent is only text. Remove the images.")
         token_ids = next(chat if is_chat else raw)
         if not token_ids:
             raise UserError(f"{row.place}: the prompt {draft.text!r:.40} has no tokens.")
@@ -272,7 +272,7 @@ def _privileged(draft: _Draft, tokenizer: Any, reading: Reading) -> PrivilegedDr
     row, messages = draft.row, draft.messages
     if draft.images:
         raise UserError(
-            f"{row.place}: the prompt has images, and algorithm.privileged.template writes text alone. Remove the "
+            f"{row.place}: the prompt has images, and algorithm.privileged.template writes only text. Remove the "
             "images, or use an algorithm without a privileged prompt."
         )
     if messages is None:

@@ -1,4 +1,4 @@
-"""Draw questions about coloured shapes: the answer is in the image alone.
+"""Draw questions about coloured shapes: only the image has the answer.
 
 This module is a part of `rlhf.data.tasks`, where the splits are defined.
 """

@@ -272,7 +272,7 @@ def _shards_of_dataset(
 
 
 def _streamed(rows: Any, place: str, skip: int) -> Iterator[Row]:
-    """Yield the rows of a shard after the first `skip` rows. RunError: the network or a disk failed meanwhile."""
+    """Yield the rows of a shard after the first `skip` rows. RunError: the network or a disk failed."""
     with _naming_dataset(place):
         try:
             yield from (Row(file=place, line=i, columns=row) for i, row in enumerate(rows.skip(skip), start=skip + 1))

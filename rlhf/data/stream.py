@@ -1,6 +1,6 @@
 """Give out data in an endless, shuffled, resumable order, over a single data set or several.
 
-The stream feeds the controllers with prompts or examples. The order depends on (seed, epoch) alone, and the cursor is
+The stream feeds the controllers with prompts or examples. The order depends only on (seed, epoch), and the cursor is
 the complete state, so a resumed run continues with the next item. The module holds no tensor and reads no file.
 """
 

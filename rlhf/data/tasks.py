@@ -1,7 +1,7 @@
 """Generate rows: tasks with answers a program can check.
 
 Tasks and the files of `rlhf.data.sources` are the two beginnings of the data flow. The splits of a task, except
-guessing_game, are disjoint by construction: the split of a question depends on the question alone, never on a seed or a
+guessing_game, are disjoint by construction: the split of a question depends only on the question, never on a seed or a
 size.
 """
 

@@ -2,7 +2,7 @@
 
 The windowed stream takes the place of `rlhf.data.stream.Stream`. In each epoch the shards of a set (files, or parts of
 a data set) come in a new order. The rows of a window are adjacent in this order, and are shuffled. The order depends on
-(seed, epoch) alone, and the cursor holds the place of the window, so a resumed run continues with the next row. A wrong
+only (seed, epoch), and the cursor holds the place of the window, so a resumed run continues with the next row. A wrong
 row is an error when the row's window is read: the first window at the start of a run, and each later window while the
 earlier window is in use.
 """
@@ -101,7 +101,7 @@ class _Reader(Generic[T]):
         return self.set.load(rows).items[0]
 
     def _rows(self, place: Place, shard: int) -> Iterator[Row]:
-        opened, self._open = self._open, None  # an error below ends the iterator: a second try opens the shard anew
+        opened, self._open = self._open, None  # an error below ends the iterator: a second try opens the shard again
         if opened is not None and opened[0] == place:
             return opened[1]
         return iter(self.set.shards[shard].read(place[2]))

@@ -1,6 +1,6 @@
 """Put the trained weights of a checkpoint into a whole model, in a process outside all gangs.
 
-The optimizer's states are not read, so the process needs memory for the model alone.
+The optimizer's states are not read, so the process needs memory only for the model.
 """
 
 from __future__ import annotations

@@ -247,7 +247,7 @@ class DeepSpeedEngine:
                 "alone. For adapters, stages 1 and 2 save next to nothing: remove the key."
             )
         if self._offload or self._settings.name != "adamw":
-            raise UserError("Adapters can take turns with optimizer adamw and without offload alone.")
+            raise UserError("Adapters can take turns only with optimizer adamw and without offload.")
         return Swapping(self._engine, self._state, groups=self._groups, zero_stage=self._zero_stage)
 
     def keep_shadow(self, *, average: bool) -> ShadowWeights:

@@ -1,6 +1,6 @@
 """Recognise errors after which a process cannot use the GPU any more.
 
-Running out of memory does not count: the process could go on, and a successor would need as much.
+Running out of memory does not count: the process could continue, and a successor would need as much.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def parameter_groups(module: nn.Module, settings: OptimizerSettings) -> list[Par
     """Return all trainable parameters in as few groups as the settings need, each in the model's order.
 
     LoRA+ (arXiv:2402.12354, section 4): lr_B = ratio * lr_A. Norms and biases have fewer than two dimensions and do not
-    decay. Muon takes the matrices of the blocks alone, whose names have a block number, unlike embeddings and heads.
+    decay. Muon takes only the matrices of the blocks. Their names have a block number, unlike embeddings and heads.
     """
     groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():

@@ -22,7 +22,7 @@ class StepProfiler:
         self._running.start()
 
     def stop(self, path: Path) -> None:
-        """Write the profile to a new .json.gz file. No effect without a profile, as in a process started meanwhile."""
+        """Write the profile to a new .json.gz file. No effect without a profile, as in a new process."""
         running = self._running
         self.drop()
         if running is not None:

@@ -61,9 +61,9 @@ def take_over(state: RankState, folder: Path, *, saved: EngineRecord, own: Engin
         saved.refuse_other_decay(own, folder=folder.parent)
         raise UserError(
             f"{folder.parent} was written with {saved.sharding} and cannot be continued with {own.sharding}: "
-            f"{own.optimizer} has states of several weights together, which cannot be divided anew. With it, only the "
-            "number of ranks at stage 0 may change, or stage 1 to 2 and 2 to 1. Resume with the ranks and stage of "
-            "the checkpoint."
+            f"{own.optimizer} has states of several weights together, which cannot be sharded again. With this "
+            "optimizer, only the number of ranks at stage 0 may change, or stage 1 to 2 and 2 to 1. Resume with the "
+            "ranks and stage of the checkpoint."
         )
     read: Callable[[int], RankFile] = cache(partial(read_rank, folder, saved))
     values = state.values()

@@ -1,6 +1,6 @@
 """Loading for ZeRO-3: a rank never holds more than a share of the weights and one whole module.
 
-Rank 0 alone reads the weights' files, module by module, and sends the remaining ranks their shares. Below stage 3 every
+Only rank 0 reads the weights' files, module by module, and sends the remaining ranks their shares. Below stage 3 every
 rank loads everything.
 """
 

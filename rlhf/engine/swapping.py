@@ -44,7 +44,7 @@ class Swapping:
     """Puts one tenant after the other into the engine of a rank. All ranks make the same calls in the same order."""
 
     def __init__(self, engine: Any, state: RankState, *, groups: Groups, zero_stage: int) -> None:
-        """Divide nothing anew: the engine's own division into ranks stays. `groups`: sizes of the trained weights."""
+        """Keep the engine's division into ranks. `groups`: sizes of the trained weights."""
         self._engine, self._state, self._stage = engine, state, zero_stage
         self._parameters = {n: p for n, p in engine.module.module.named_parameters() if p.requires_grad}
         self._shapes = {n: torch.Size(getattr(p, "ds_shape", p.shape)) for n, p in self._parameters.items()}
@@ -121,14 +121,14 @@ class Swapping:
         return self._stage == 0
 
     def weights(self, tenant: Tenant) -> dict[str, Tensor]:
-        """Return the trained weights of a tenant by parameter, in float32. At stage 0 alone; nothing is copied."""
+        """Return the trained weights of a tenant by parameter, in float32. Only at stage 0; nothing is copied."""
         self._save_present()
         pieces = self._partition.pieces
         masters = {piece.parameter: elements(tenant.tensors[_name_of("master", piece)], piece) for piece in pieces}
         return {name: values.view(self._shapes[name]) for name, values in masters.items()}
 
     def add_gradient(self, tenant: Tenant, gradient: Mapping[str, Tensor]) -> None:
-        """Add this rank's part of a gradient, computed outside of the engine, to a tenant's. At stage 0 alone.
+        """Add this rank's part of a gradient, computed outside of the engine, to a tenant's gradient. Only at stage 0.
 
         `gradient`: the first rows and columns of some parameters, as scaled by the engine; the others have none.
         """

@@ -95,7 +95,7 @@ class TrainingEngine(Protocol):
     def step(self, divisor: float = 1.0, *, adam: AdamStep | None = None) -> StepReport:
         """Update the weights by the gradient, divided by `divisor` and then clipped. Collective.
 
-        `adam`: settings for this step alone, in place of the engine's settings and schedule. Raise RunError, with the
+        `adam`: settings only for this step, instead of the engine's settings and schedule. Raise RunError, with the
         weights unchanged, if loss or gradient are not finite.
         """
 
@@ -118,7 +118,7 @@ class TrainingEngine(Protocol):
         """
 
     def named_adapter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights of the LoRA adapter alone, under peft's names. Collective."""
+        """Yield only the weights of the LoRA adapter, under peft's names. Collective."""
 
     def save(self, folder: Path) -> None:
         """Write everything needed for an exact continuation. Collective."""

@@ -1,6 +1,6 @@
 """Decide which responses pass, for pass@k and maj@k.
 
-The score alone does not decide: with weights and penalties, a right response may not score 1. The value of the judging
+The score does not decide alone: with weights and penalties, a right response may not score 1. The value of the judging
 function decides, unless the user gives a threshold for the score.
 """
 

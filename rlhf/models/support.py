@@ -45,7 +45,7 @@ def refuse_without_engine(config: Mapping[str, Any], *, device: Literal["cpu", "
     if device == "cpu" and kind in SEE_BOTH_WAYS:
         raise UserError(
             f"no engine on a CPU can sample from models of type {kind}: the tokens of an image attend to each other, "
-            "but in vLLM on a CPU to earlier tokens alone, so the engine would see images otherwise than the policy "
+            "but in vLLM on a CPU only to earlier tokens, so the engine would see images otherwise than the policy "
             "(docs/models.md). Use GPUs, or another model."
         )
     row = support_by_type().get(kind)

@@ -1,7 +1,7 @@
 """Compute advantages from token rewards and values (GAE), from rewards to come, or from the scores of a prompt's group.
 
 Sequence-level functions (`group_*`, `leave_one_out`, `greedy_centered`) run on scalars, with the scores. Token-level
-functions run with the tokens. No function whitens by itself: moments may have to be merged over ranks first.
+functions run with the tokens. No function whitens: moments may have to be merged over ranks first.
 """
 
 from __future__ import annotations
@@ -182,8 +182,8 @@ def group_normalized(
 def group_relative_to_mean(scores: Float[Tensor, " B"], *, group_size: int, eps: float = 0.0) -> Float[Tensor, " B"]:
     """Return each score minus the group's mean, divided by the group's mean plus eps (MaxRL, arXiv:2602.02710).
 
-    A group with a mean of 0 or less gives zeros. Scores are meant to be at least 0: a group of scores 0 and 1 then has
-    the gradient of log pass rate, truncated at the order of group_size. eps is 1e-6 in SkyRL, 0 in prime-rl. Scores are
+    A group with a mean of 0 or less gives zeros. Scores should be at least 0. With scores of 0 and 1, a group has the
+    gradient of the log pass rate, truncated at the order of group_size. eps is 1e-6 in SkyRL, 0 in prime-rl. Scores are
     prompt-major; ValueError as in group_centered.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="group_relative_to_mean")
@@ -239,8 +239,8 @@ def leave_one_out(scores: Float[Tensor, " B"], *, group_size: int) -> Float[Tens
 def uneven_group_scale(scores: Float[Tensor, " B"], *, group_size: int) -> float:
     """Return the number of groups divided by the number of groups with unequal scores (GPG's alpha, arXiv:2504.02546).
 
-    The result is 1 if all groups have equal scores. Groups of equal scores have no gradient but count in the mean; this
-    factor undoes that count. Scores are prompt-major; ValueError as in group_centered.
+    The result is 1 if all groups have equal scores. Groups of equal scores have no gradient but count in the mean. The
+    factor corrects the mean for these groups. Scores are prompt-major; ValueError as in group_centered.
     """
     scores_P_G = _grouped(scores, group_size=group_size, needed_by="uneven_group_scale")
     uneven = int((scores_P_G != scores_P_G[:, :1]).any(dim=1).sum())

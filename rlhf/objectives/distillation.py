@@ -3,7 +3,7 @@
 Divergences take log-probabilities over a common support, the last axis. The sums take the student's hidden states with
 the teacher's hidden states or largest log-probabilities, and hold the logits of a few hundred rows at a time. A teacher
 with another tokenizer is compared at the ends of spans (rlhf.objectives.spans). Only the student gets a gradient.
-On-policy distillation from sampled tokens alone (arXiv:2306.08543; TRL's sampled_token) needs teacher_advantages in a
+On-policy distillation only from sampled tokens (arXiv:2306.08543; TRL's sampled_token) needs teacher_advantages in a
 policy gradient.
 """
 
@@ -231,8 +231,8 @@ def sampled_divergence_sum(
 
     The loss is token_weight times divergence_weight times the sum of divergences, over the outcomes of
     `weighted_divergence_sum`. Only the loss has a gradient. Each head is applied once to a row, but twice to a row of a
-    span before the last. The teacher's log-probability of a span stands in the last row, less the student's of the rows
-    before; further rows have nan.
+    span before the last. For a span, the last row has the teacher's log-probability of the span minus the student's
+    log-probabilities of the earlier rows. All remaining rows have nan.
     """
     head = Head(**options)
     compared = _compared(divergence, teacher, like=(hidden, weight), temperature=head.temperature)
@@ -353,7 +353,8 @@ def _before(
     tokens: Int[Tensor, " N"],
     **options: Unpack[HeadOptions],
 ) -> Float[Tensor, " N"] | None:
-    """Return the student's log-probability of a span's tokens before the last one, in the last row; 0 in other rows.
+    """Return in the last row of a span the student's log-probability of the span's earlier tokens. Remaining rows are
+    0.
 
     None: the teacher's rows are no spans.
     """

@@ -13,8 +13,8 @@ with d = logprobs - ref_logprobs,
 | k2   | d^2 / 2      | small      | d             | that of KL(policy || reference)            |
 | k3   | e^-d - 1 + d | none       | 1 - e^-d      | that of KL(reference || policy)            |
 
-In a loss k2 alone has the right gradient. `straight_through` gives k1 and k3 this gradient and leaves their values.
-Times the importance ratio, without its gradient, value and gradient stay right for tokens of another policy.
+In a loss, only k2 has the right gradient. `straight_through` gives k1 and k3 this gradient and leaves their values. For
+tokens of another policy, multiply by the importance ratio without its gradient: value and gradient stay right.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ def balance_loss(loads: Float[Tensor, "B E"], scores: Float[Tensor, "B E"]) -> F
     """Return E * sum_e f_e P_e of each sequence (DeepSeek-V3, arXiv:2412.19437, eq. 17 to 20, without the factor).
 
     f: the expert's share of the choices, P: the mean normalised score of an expert; both sum to 1 over the experts. The
-    loss is 1 if f or P is even. The gradient flows through the scores alone. Packing and micro-batches do not change a
+    loss is 1 if f or P is even. The gradient flows only through the scores. Packing and micro-batches do not change a
     sum over sequences. A single such loss over a whole batch would be the loss of Switch Transformers
     (arXiv:2101.03961, eq. 4).
     """

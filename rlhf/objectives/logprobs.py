@@ -158,8 +158,8 @@ def renormalised(
 ) -> Float[Tensor, " N"]:
     """Return each token's log-probability among the tokens of its support; 0 outside of mask.
 
-    `logprobs` has the token first and then the k tokens of which `support` holds some, also the token itself. This is
-    the distribution of a sampler that drew with top-k, top-p or min-p: one normalised over the kept tokens.
+    `logprobs` has the token first and then k candidate tokens. `support` marks the kept candidates, also the token. The
+    result is the distribution of a sampler with top-k, top-p or min-p, which normalises over the kept tokens.
     """
     kept = torch.where(support & mask[:, None], logprobs[:, 1:], -torch.inf)
     kept = torch.where(mask[:, None], kept, 0.0)  # no row of -inf alone, which has no gradient

@@ -1,7 +1,8 @@
 """Compute the clipped policy losses: PPO, and its two bounds of the loss on negative advantages.
 
-Each function returns a term per token, zero where `mask` is False; aggregation.py weights and the caller sums the
-terms. No function here knows the number of tokens in the step, so no function can average over the wrong tokens.
+Each function returns a term per token, and zero where `mask` is False. aggregation.py weights the terms, and the caller
+sums the terms. No function here knows the number of tokens in the step, so no function can average over the wrong
+tokens.
 
 The ratio comes from importance_ratio or from sequence_ratios.py. With one optimizer step per batch pass
 `logprobs.detach()` as old_logprobs: the ratio is then exactly 1, and the gradient is REINFORCE's.

@@ -9,7 +9,7 @@ number per response, made by sequence_logprobs.py:
 - averaged log-ratios for length-normalised DPO (Tulu 3, arXiv:2411.15124) and for IPO as run by the authors.
 
 The caller adds a supervised term on the chosen response (CPO, RPO, ORPO; in TPO on the gold response), and mixes
-several losses. With d = chosen - rejected and s = log sigmoid, most losses depend on beta * d alone. aot and
+several losses. With d = chosen - rejected and s = log sigmoid, most losses depend only on beta * d. aot and
 aot_unpaired sort over the given pairs and thus couple the pairs. beta is above 0, label_smoothing in [0, 0.5).
 """
 

@@ -25,7 +25,7 @@ def bradley_terry(
 
 
 def centering(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Return (chosen + rejected)^2 (arXiv:2312.09244). Pairs alone leave the scores' zero open."""
+    """Return (chosen + rejected)^2 (arXiv:2312.09244). Pairs do not determine the zero of the scores."""
     return (chosen + rejected).square()
 
 

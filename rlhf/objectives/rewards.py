@@ -60,8 +60,8 @@ def relative_length(
     """Return z minus the mean z of the group's right responses, z = (length - min) / (max - min); 0 for the rest.
 
     Minimum, maximum and mean are over the right responses, so the terms of a group sum to 0. Equal lengths and a single
-    right response give 0. The equation is that of NeMo-RL's group relative-length scaling, with the opposite sign:
-    subtract the terms, times a weight, from the scores. Responses are prompt-major.
+    right response give 0. The equation equals NeMo-RL's group relative-length scaling with the opposite sign: subtract
+    the terms, times a weight, from the scores. Responses are prompt-major.
     """
     lengths_P_G, right_P_G = num_tokens.double().view(-1, group_size), right.view(-1, group_size)
     z_P_G = _within_range(lengths_P_G, right_P_G)

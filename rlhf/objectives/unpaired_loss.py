@@ -33,7 +33,7 @@ def mismatched_kl(log_ratio_sum: float, num_sequences: int) -> float:
 def apo_zero_unpaired(
     log_ratios: Float[Tensor, " B"], labels: Bool[Tensor, " B"], *, beta: float
 ) -> Float[Tensor, " B"]:
-    """Return kto with kl 0: each half of apo_zero by itself (APO, arXiv:2408.06266, eq. 7)."""
+    """Return kto with kl 0: each half of apo_zero separately (APO, arXiv:2408.06266, eq. 7)."""
     return torch.sigmoid(_towards_label(-beta * log_ratios, labels))
 
 

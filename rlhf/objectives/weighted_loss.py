@@ -125,9 +125,9 @@ def advantage_regression(
 ) -> Float[Tensor, " N"]:
     """Return (beta * log-ratio of the response - A)^2, spread evenly over the response's tokens.
 
-    OAPL (arXiv:2602.19362, eq. 3): the minimum is the optimum of the score minus beta * KL(policy || old policy),
-    whatever the age of the old policy. A*-PO (arXiv:2505.20686, eq. 5) has the reference as the old policy. The
-    advantage must be the same on all tokens of a response.
+    OAPL (arXiv:2602.19362, eq. 3): for an old policy of any age, the minimum is the optimum of the score minus beta *
+    KL(policy || old policy). A*-PO (arXiv:2505.20686, eq. 5) has the reference as the old policy. The advantage must be
+    the same on all tokens of a response.
     """
     counts = sequence_counts(mask, lengths).clamp(min=1)
     log_ratio = sequence_sums(torch.where(mask, logprobs - old_logprobs, 0.0), lengths)

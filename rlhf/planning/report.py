@@ -212,7 +212,7 @@ def _assumed(config: Config, nodes: Sequence[Node] | None, lengths: Lengths) -> 
     has_type = any(node.kind for node in nodes or ())
     guess = "" if has_type or config.cluster.device == "cpu" else f", assumed: --cluster says no type={DEFAULT_GPU}"
     responses = f"; responses {lengths}" if config.algorithm.is_online else f"; sequences of {lengths.mean:,.0f} tokens"
-    unknown = "; prompts of images alone, which cannot be read here" if lengths.image_tokens is None else ""
+    unknown = "; prompts that are only images, which cannot be read here" if lengths.image_tokens is None else ""
     images = f"; {lengths.image_tokens:,.0f} tokens of images in a prompt" if lengths.image_tokens else unknown
     return f"on {speed.name}{guess}{responses}{images}"
 

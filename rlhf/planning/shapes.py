@@ -31,7 +31,7 @@ _DECODERS = {  # of vision models, by model_type
 
 @dataclass(frozen=True, slots=True)
 class Tower:
-    """Describe a vision tower with its projector. Zeros: the model reads text alone."""
+    """Describe a vision tower with its projector. Zeros: the model reads only text."""
 
     parameters: int = 0
     edges: int = 0  # inputs and outputs of the layers that LoRA adapts on request

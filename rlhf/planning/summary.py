@@ -263,7 +263,7 @@ def _sync(config: Config) -> str:
     if lora is None:
         return text
     alone, why = (
-        "the adapter alone, as a folder",
+        "only the adapter, as a folder",
         derive.merged_because(lora, vision=config.policy.vision_lr is not None),
     )
     if config.policy.adapter is not None:

@@ -168,7 +168,7 @@ def system_of(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, length
         train_tokens_per_s=derive.derive(config).sequences_per_step * (prompt + average) / seconds,
         streamed_share=1.0 - late_s / seconds,  # experience and the first minibatch
         sync_s=sync_s,
-        load_s=sync_s / 2,  # the engines go on while the weights are published
+        load_s=sync_s / 2,  # the engines continue while the weights are published
         prefill_s=operations / arithmetic,
         images_s=tower_operations(shape, _image_tokens(config, lengths)) / arithmetic,
         recomputes=config.rollouts.kv_after_update == "recompute",

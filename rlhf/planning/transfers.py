@@ -74,7 +74,7 @@ def _gathers(how: Training, work: Work, speed: Rates, per_host: int) -> tuple[fl
 def snapshots(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, *, meanwhile_s: float) -> Stage | None:
     """Return how long an optimizer step waits for the snapshot of the previous state. None: no wait.
 
-    meanwhile_s: seconds from the end of a step to the next optimizer step. A thread copies the state meanwhile.
+    meanwhile_s: seconds from the end of a step to the next optimizer step. A thread copies the state in this time.
     """
     if not restarts_gangs(config):
         return None

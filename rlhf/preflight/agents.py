@@ -68,7 +68,7 @@ def preload_agent(
     """
     if load_model_config(model, trust_remote_code=trust_remote_code).model_type == "gpt_oss":
         raise UserError(
-            f"{key}: agents cannot call {model}, a model of type gpt_oss: vLLM writes each of its prompts anew in the "
+            f"{key}: agents cannot call {model}, a model of type gpt_oss: vLLM renders each prompt again in the "
             "Harmony format, so a prompt does not begin with the tokens that were sampled. Use another model."
         )
     program, source = _source(section, beside=beside, key=key)

@@ -45,7 +45,7 @@ class Candidate:
     examples: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
     sources: Mapping[str, Mapping[int, str]] = field(default_factory=dict)  # of split sets: prompt id to source
     environment: EnvironmentSpec | AgentSpec | None = None  # None: single turns
-    images: ImageFolder | None = None  # None: the model reads text alone
+    images: ImageFolder | None = None  # None: the model reads only text
     suites: SuiteSpec | None = None  # None: no suites
     suite_tokens: int = 0  # of the longest prompt of a suite with its response
 

@@ -64,7 +64,7 @@ class StageInputs:
     written: Config  # as written by the user; saved in the run folder
     inputs: OnlineInputs | OfflineInputs
     tokenizer: Any  # the policy's
-    images: RowImages | None = None  # None: the policy reads text alone
+    images: RowImages | None = None  # None: the policy reads only text
     notes: tuple[str, ...] = ()  # sentences on teachers with another tokenizer
 
 

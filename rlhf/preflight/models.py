@@ -219,7 +219,7 @@ def _refuse_other_sight(path: str, policy: str, trust_remote_code: bool) -> None
     whole = base_of(Path(path))[0] if is_adapter(Path(path)) else path
     own, other = ImageProcessing.of_model(policy), ImageProcessing.of_model(whole)
     if own is None or other is None:
-        raise UserError(f"{path} reads text alone, but policy.model {policy} sees images; name a model that sees too")
+        raise UserError(f"{path} reads only text, but policy.model {policy} sees images; name a model that sees too")
     if any(own.expansion(*size) != other.expansion(*size) for size in ((64, 48), (640, 480), (1600, 400))):
         raise UserError(
             f"{path} sees an image as other tokens than policy.model {policy}, but gets its token ids; name a model "
@@ -263,7 +263,7 @@ def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: 
         )
     resharded = list(differences({"cluster": there.get("cluster")}, {"cluster": here.get("cluster")}))
     if resharded:
-        logger.info("the state of %s is divided anew: %s", checkpoint, "; ".join(resharded))
+        logger.info("the state of %s is sharded again: %s", checkpoint, "; ".join(resharded))
 
 
 def with_sources(config: Config, folder: Path, *, weights: bool = True) -> Config:

@@ -54,7 +54,7 @@ def sentence(teacher: TeacherConfig, translator: Translator) -> str:
 
 
 def _problem(config: Config) -> tuple[str, str, str] | None:
-    """Return the key, the rule and the fix of a setting for the same tokenizer alone, or None."""
+    """Return the key, the rule and the fix of a setting that needs the same tokenizer, or None."""
     rollouts = config.rollouts
     if getattr(config.algorithm, "top_k", None) is not None:
         fix = "Set algorithm.top_k to null"
@@ -64,7 +64,7 @@ def _problem(config: Config) -> tuple[str, str, str] | None:
         return "algorithm.divergence sampled_reverse_kl", "compares the probabilities of the same tokens", fix
     if rollouts is not None and (rollouts.environment is not None or rollouts.agent is not None):
         key = "rollouts.environment" if rollouts.environment is not None else "rollouts.agent"
-        return key, "writes the texts between turns in the policy's tokens alone", f"Remove {key}"
+        return key, "writes the texts between turns only in the policy's tokens", f"Remove {key}"
     if config.cluster.roles.policy.sequence_parallel > 1:
         key = "cluster.roles.policy.sequence_parallel"
         return key, "may divide a span between ranks", f"Set {key} to 1"

@@ -124,7 +124,7 @@ def with_template(config: Config) -> Config:
 
 
 def row_images(model: str, folder: Path, settings: PromptFormat) -> RowImages | None:
-    """Return the reader of images for a model's folder or name. None: the model reads text alone.
+    """Return the reader of images for a model's folder or name. None: the model reads only text.
 
     folder: where the store of images is, created with the first image.
     """
@@ -138,11 +138,11 @@ def row_images(model: str, folder: Path, settings: PromptFormat) -> RowImages | 
 
 
 def refuse_image_keys(settings: PromptFormat, images: RowImages | None, *, section: str, model: str) -> None:
-    """Raise UserError for a key of images with a value of the user, if the model reads text alone."""
+    """Raise UserError for a key of images with a value of the user, if the model reads only text."""
     for name, field in PromptFormat.model_fields.items() if images is None else ():
         if OF_IMAGES in field.metadata and getattr(settings, name) != field.default:
             raise UserError(
-                f"{section}.{name}: has no effect here: {model} reads text alone. Remove the key, or name a model with "
+                f"{section}.{name}: has no effect here: {model} reads only text. Remove the key, or name a model with "
                 "a vision tower."
             )
 

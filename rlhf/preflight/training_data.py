@@ -141,7 +141,7 @@ def load_training_data(
 
     source: the folder or name of the policy's model. beside: the folder searched for code before the current one.
     translators: of the teachers with another tokenizer, by name.
-    images: None if the policy reads text alone.
+    images: None if the policy reads only text.
     """
     reading = replace(reading_of(config), translators=translators, images=images)
     if config.algorithm.is_online:
@@ -168,7 +168,7 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path, reading: 
     if taught and rollouts.environment is not None and reading.images is not None:
         raise UserError(
             f"rollouts.environment: may show images to a policy that sees, but the teacher of algorithm "
-            f"{config.algorithm.name} reads text alone. Remove the environment, or take a policy that reads text alone."
+            f"{config.algorithm.name} reads only text. Remove the environment, or take a policy that reads only text."
         )
 
     def load(name: str, rows: Sequence[Row], first_id: int, reading: Reading) -> LoadedRows[Prompt]:
@@ -200,7 +200,7 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path, reading: 
         raise UserError(
             f"data.train: a prompt with a given response or with algorithm.privileged has {PLACEHOLDER}, the place of "
             "the environment's first observation, but such a prompt is tokenised as written. Write the observation "
-            "into the prompt and let `reset` return none, or learn from rollouts alone."
+            "into the prompt and let `reset` return none, or learn only from rollouts."
         )
     if config.algorithm.reads_given_responses and not given:
         raise UserError(

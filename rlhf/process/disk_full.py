@@ -91,7 +91,7 @@ class Pause:
                 return
             self._since = time.monotonic()
         limit = f"up to {self.limit_s / 60:g} min (cluster.room_timeout_s)"
-        logger.warning("%s The run waits %s for room, and then goes on.", shortage, limit)
+        logger.warning("%s The run waits %s for room, and then continues.", shortage, limit)
         self._began(shortage)
 
     def end(self, key: Hashable) -> None:

@@ -78,7 +78,7 @@ def _folder_for_temporary_files() -> OwnedFolder:
 
 
 def _remove_if_left(folder: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):  # the owner has removed the folder meanwhile
+    with contextlib.suppress(FileNotFoundError):  # the owner has removed the folder
         lock = locked(folder)
         if lock is not None:
             remove_tree(folder)

@@ -262,6 +262,6 @@ def _result(outcome: Future[T], request: StopRequest) -> T:
     if request.signal is None or isinstance(error, UserError):
         raise error
     is_failure = isinstance(error, Exception) and not isinstance(error, Preempted)
-    text = f"the work in progress failed meanwhile: {error}" if is_failure else str(error)
+    text = f"the work in progress failed during the stop: {error}" if is_failure else str(error)
     kind = Interrupted if request.signal is signal.SIGINT else Preempted
     raise kind(text or "the work in progress was given up") from error

@@ -34,7 +34,7 @@ class Suspects:
         self.caused: list[WorkerLost] = []  # losses by calls that were lost for good, until the worker works again
 
     def take_caused(self) -> list[WorkerLost]:
-        """Return the losses whose cause was a call, each once. To be called when the worker has carried out a call."""
+        """Return the losses whose cause was a call, each once. Call this method when the worker has finished a call."""
         caused, self.caused = self.caused, []
         return caused
 

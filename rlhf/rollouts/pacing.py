@@ -3,13 +3,14 @@
     sync      step s        sync      step s + 1    sync
       |  batch s + 1 is sampled |  batch s + 1 is trained |
 
-A batch must be scored when the trainer takes the batch, since the trainer should never wait. A batch that is scored
-much earlier was sampled by older weights than needed. So a batch is requested as many syncs before its training as its
-slowest group takes steps, at least one and at most `max_staleness`. Requests within a step gain nothing by waiting: the
-weights are the same until the next sync. Where rollouts are slower than training, all allowed groups are requested.
+A batch should be scored when the trainer takes the batch, so that the trainer never waits. A batch that is scored much
+earlier was sampled by older weights than needed. So if the slowest group of a batch takes n steps, the batch is
+requested n syncs before its training, with n from 1 to `max_staleness`. A request within a step gains nothing by
+waiting, because the weights are the same until the next sync. If rollouts are slower than training, all allowed groups
+are requested.
 
-This module knows no clock: a caller measures durations on a clock that stops between steps, because an evaluation
-delays groups and training alike.
+This module reads no clock. The caller measures durations on a clock that stops between steps, because an evaluation
+delays both groups and training.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def groups_ahead(group_s: Sequence[float], step_s: Sequence[float], *, per_step:
     """Return how many groups are requested ahead, in the order of completion: from one batch to `most` batches.
 
     Of the groups requested j steps before a batch is taken, the share p_j that needs longer than j steps is unfinished.
-    One batch must be finished beside these: per_step * (1 + sum of p_j) groups, and two standard deviations of the sum.
+    A whole batch must be finished in addition: per_step * (1 + sum of p_j) groups, and two standard deviations of the
+    sum.
 
     Args:
         group_s: seconds of recent groups.

@@ -68,9 +68,7 @@ class RewardServer:
         self.scorer = scorer
         self.folder = images
         seen = None if scoring.images is None else scoring.images(images)
-        self.limits = (
-            None if seen is None else replace(seen.reader.limits, hosts=())
-        )  # None: the model reads text alone
+        self.limits = None if seen is None else replace(seen.reader.limits, hosts=())  # None: the model reads only text
         self.token = token
         self.waiting = 0
         self.asking = ThreadPoolExecutor(max(asks_in_flight(scoring.specs), 1))
@@ -135,7 +133,7 @@ class RewardServer:
     def _with_files(self, group: Group, folder: Path) -> Group:
         """Return the group with files in place of the images in column `images`. UserError: no data URI, or no image.
 
-        For a model of text alone, a column without data URIs holds something else, and stays.
+        For a text-only model, a column without data URIs holds something else, and stays.
         """
         images = group.prompt.columns.get(IMAGES)
         of_data = any(str(one)[:11] == "data:image/" for one in images) if isinstance(images, list) else False
@@ -158,7 +156,7 @@ class RewardServer:
             raise ValueError("no reward applies to these columns")
         blind = next((spec.name for spec in here.values() if spec.is_model), None)
         if blind is not None and stored_images(prompt.columns):
-            raise ValueError(f"the reward model of {blind} gets the text alone here, and columns.{IMAGES} has images")
+            raise ValueError(f"the reward model of {blind} gets only the text here, and columns.{IMAGES} has images")
         for spec in here.values():
             if spec.gate is not None and spec.gate not in here:
                 raise ValueError(f"{spec.gate} does not apply to these columns, and is the gate of {spec.name}")

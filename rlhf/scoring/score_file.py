@@ -121,7 +121,7 @@ def _refuse_unseen(scoring: Scoring, lines: Sequence[Line]) -> None:
     blind = next((spec.name for spec in scoring.specs if spec.is_model), None)
     if seen is not None and blind is not None:
         raise UserError(
-            f"{seen.row.place}: has images, and the reward model of {blind} gets the text alone here. Score the row "
+            f"{seen.row.place}: has images, and the reward model of {blind} gets only the text here. Score the row "
             "with functions or judges, or let a run or `rlhf eval` score responses with the reward model."
         )
 

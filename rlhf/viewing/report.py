@@ -1,4 +1,4 @@
-"""`rlhf report`: the page of `rlhf view` as one file, with the answers of its server inside.
+"""Write the page of `rlhf view` as a single file for `rlhf report`. The file contains the server's answers.
 
 The browser runs only the page's scripts (named by their hashes) and loads nothing else. Text of a model can therefore
 neither run as a script nor send a request. A PNG of the main curves is written next to the page.
@@ -106,7 +106,7 @@ def _pictures(runs: Sequence[RunPlace], metrics: Mapping[str, MetricsSoFar], htm
 
 
 def shown_metrics(runs: Sequence[MetricsSoFar]) -> list[str]:
-    """Return the metrics of the curves to read first: those of problems, then the main ones."""
+    """Return the metrics of the curves to read first: the metrics of problems, then the main metrics."""
     problems = [of.metrics[0] for run in runs for of in run.findings() if of.severity != "notice"]
     keys = dict.fromkeys([*problems[:2], *(key for run in runs for key in run.main())])
     return [key for key in keys if is_declared(key) and any(key in run.columns for run in runs)][:_NUM_PANELS]

@@ -1,4 +1,4 @@
-"""The runs of a page: the given folders, or the stages of a pipeline, listed anew at every request.
+"""The runs of a page: the given folders, or the stages of a pipeline, listed again at every request.
 
 This module knows the paths in a run folder, and does not read the files' contents.
 """

@@ -1,4 +1,4 @@
-"""The page and all requests. Requests only read, except for a browser's login.
+"""Serve the page and answer its requests. Requests only read, except for a browser's login.
 
 GET  /                        the page, with files under /static/
 POST /login                   Authorization: Bearer TOKEN; sets a cookie for later requests

@@ -1,4 +1,4 @@
-"""A run in short: diagnosis, numbers at both ends, time, memory, errors and settings.
+"""Summarise a run: diagnosis, first and last numbers, time, memory, errors and settings.
 
 Nothing here writes, and a running run is not disturbed. The numbers in tables are text already.
 """
@@ -97,7 +97,7 @@ class MetricsSoFar:
 
 
 class Summaries:
-    """Summaries of runs that go on: a request reads the rows since the last one. Safe to ask from several threads."""
+    """Summaries of running runs. A request reads the rows since the last request. Several threads may ask."""
 
     def __init__(self) -> None:
         self._read: dict[Path, tuple[MetricsSoFar, int, int]] = {}  # with the position in the file, as `tail` has it
@@ -151,7 +151,7 @@ def summary_of(run: RunPlace, metrics: MetricsSoFar) -> dict[str, Any]:
 
 
 def overview(run: RunPlace, metrics: MetricsSoFar) -> str:
-    """Return a run in a few lines: state, what was trained, the main metrics at both ends, the problems."""
+    """Describe a run in a few lines: state, training, first and last values of the main metrics, and problems."""
     config, columns = _own_config(run.path), metrics.columns
     shown = [key for key in metrics.main() if columns[key].count > 1][:_MOST_OVERVIEW]
     width = max(map(len, shown), default=0)

@@ -23,7 +23,7 @@ class FileChunk:
     lines: bytes
     next: int  # start of the next part
     mark: int  # to send with `next`
-    reset: bool  # the file has changed, and the lines begin anew
+    reset: bool  # the file has changed, and the lines begin again
     more: bool  # more lines are available now
 
 

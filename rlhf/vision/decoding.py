@@ -34,7 +34,7 @@ _TURNS = {  # Pillow's operation for each orientation except 1, which shows the 
 
 
 def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Return width and height as shown, from the header alone. UserError: no image, or more than `max_pixels`."""
+    """Return width and height as shown, only from the header. UserError: no image, or more than `max_pixels`."""
     with _reading(data) as image:
         return _size(image, max_pixels)
 

@@ -118,7 +118,7 @@ def _answer(
 
     def give_up() -> None:  # a server that sends a byte now and then never reaches the time limit of a socket
         if (sock := connection.sock or connected) is not None:
-            with contextlib.suppress(OSError):  # the server has closed the connection meanwhile
+            with contextlib.suppress(OSError):  # the server has closed the connection
                 sock.shutdown(socket.SHUT_RDWR)
 
     connected: socket.socket | None = None

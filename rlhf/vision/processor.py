@@ -50,7 +50,7 @@ class ImageProcessing:
     def of_model(cls, name: str) -> ImageProcessing | None:
         """Return the image side of a model's folder or name on the hub, NAME or NAME@REVISION.
 
-        None: the model reads text alone. UserError: the files of the processor are missing or damaged.
+        None: the model reads only text. UserError: the files of the processor are missing or damaged.
         """
         folder = Path(name)
         if folder.is_dir():

@@ -156,7 +156,7 @@ def _value_of(part: Mapping[str, Any]) -> object:
     """Return the value of a part's only filled field. UserError: none, several, or a field without a meaning."""
     fields = {name: value for name, value in part.items() if value is not None and name not in ("type", "detail")}
     given = [name for name in _SOURCES if name in fields]
-    if given == ["path", "bytes"]:  # the Image column of a data set: the path is a name alone
+    if given == ["path", "bytes"]:  # the Image column of a data set: the path is only a name
         given = ["bytes"]
         fields.pop("path")
     unknown = [name for name in fields if name not in _SOURCES]

@@ -156,7 +156,7 @@ class PassingImages:
                 if self._is_old(mark):
                     mark.unlink()
                     aside.unlink()
-                else:  # added again, or kept, meanwhile
+                else:  # added again, or kept, during this call
                     aside.rename(path)
 
     def _is_old(self, mark: Path) -> bool:

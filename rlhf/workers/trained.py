@@ -274,7 +274,7 @@ class TrainedWorker(ModelWorker):
         return result
 
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Yield the saved weights: the adapter alone for LoRA, otherwise all weights. Collective."""
+        """Yield the saved weights: only the adapter for LoRA, otherwise all weights. Collective."""
         if self.model_config.lora is not None:
             return self.engine.named_adapter_weights(dtype)
         return self.engine.named_weights(dtype)

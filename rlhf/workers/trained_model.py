@@ -20,7 +20,7 @@ from rlhf.workers.model_worker import torch_dtype
 
 
 def load_trained_model(model: PolicyConfig | CriticConfig, load_model: Callable[..., Any], device: torch.device) -> Any:
-    """Load the model of a section, with any new or trained adapter. `device` is for quantized weights alone."""
+    """Load the model of a section, with any new or trained adapter. `device` is only for quantized weights."""
     lora = model.lora
     module = load_model(
         model.model,

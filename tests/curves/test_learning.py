@@ -30,7 +30,7 @@ from tests.curves.in_process import run
 from tests.integration.recipes import merge
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-PLAYED = {"gigpo"}  # learns from conversations alone
+PLAYED = {"gigpo"}  # learns only from conversations
 SCORED = {name for name, one in ALGORITHMS.items() if one.config_class().kind in ("advantages", "sampled_pairs")}
 RECIPES = {name: CONFIGS / f"{name}_smollm2.yaml" for name in sorted(SCORED)}
 NAMED = ["opsd", "sdft", "sdpo", "gkd", "m2po", "score_centering", "bias_corrected_kl", "support_replay"]

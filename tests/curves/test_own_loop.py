@@ -125,13 +125,13 @@ async def test_calls_in_the_wrong_order_are_refused_and_change_nothing(loop: Own
     async with loop.next_step() as step:
         assert step == 1
         await refused(loop.save(), "save: belongs after a step's block")
-        await refused(loop.next_step().__aenter__(), "next_step: the step before has not ended")
+        await refused(loop.next_step().__aenter__(), "next_step: the previous step has not ended")
         await refused(loop.optim_step(), "optim_step: there is no gradient. Call forward_backward first")
         await refused(loop.forward_backward(), "no batch is loaded; call experience first")
         groups = await loop.sample()
-        await refused(loop.sample(), "sample: the step has sampled before")
-        await refused(loop.experience([]), "experience: there are no groups")
-        await refused(loop.experience([groups[0], groups[0]]), "experience: a group is there twice")
+        await refused(loop.sample(), "sample: this step has already sampled")
+        await refused(loop.experience([]), "experience: `groups` is empty")
+        await refused(loop.experience([groups[0], groups[0]]), "experience: `groups` has a group twice")
         await refused(loop.experience(groups, [[1.0]] * 3), r"groups of \[1, 1, 1\] numbers, expected \[4, 4, 4\]")
         await refused(loop.experience(groups, [[float("nan")] * 4] * 3), "an advantage is nan")
         batch = await loop.experience(groups, [[1.0, -1.0, 0.5, -0.5]] * 3)
@@ -145,7 +145,7 @@ async def test_calls_in_the_wrong_order_are_refused_and_change_nothing(loop: Own
         await refused(loop.sync(), "sync: a gradient waits for optim_step")
         await loop.optim_step()
         await refused(loop.sample(loop.prompts(1)), "the engines have older weights. Call sync first")
-        await refused(loop.evaluate(), "evaluate: is for a step after `sync`")
+        await refused(loop.evaluate(), "evaluate: call evaluate in a step after `sync`")
         with pytest.raises(UserError, match=r"record: .kind. is nan, expected a name of letters, digits"):
             loop.record(kind=float("nan"))
         await loop.sync()
@@ -161,9 +161,9 @@ async def test_calls_in_the_wrong_order_are_refused_and_change_nothing(loop: Own
 
 async def test_a_step_that_ends_without_a_sync_is_refused(loop: OwnLoop) -> None:
     await update(loop)
-    with pytest.raises(UserError, match=r"step 2 ends without sync. Call sync before"):
+    with pytest.raises(UserError, match=r"step 2 ends without sync. Call sync in the block"):
         await update(loop, syncs=False)
-    with pytest.raises(UserError, match=r"next_step: step 2 was broken off .UserError: next_step: step 2 ends without"):
+    with pytest.raises(UserError, match=r"next_step: step 2 failed .UserError: next_step: step 2 ends without"):
         await update(loop)
     assert [row["step"] for row in rows(loop.folder)] == [1]
 
@@ -180,7 +180,7 @@ async def test_a_wrong_loss_names_the_function_and_ends_the_work(loop: OwnLoop, 
     """A part of the gradient may exist, so no later call works."""
     with pytest.raises(UserError, match=text):
         await update(loop, loss=loss)
-    with pytest.raises(UserError, match=r"next_step: forward_backward was broken off"):
+    with pytest.raises(UserError, match=r"next_step: forward_backward failed"):
         await update(loop)
     assert not rows(loop.folder)
 
@@ -242,7 +242,7 @@ async def test_a_checkpoint_can_be_loaded_and_continued(alone: None, tmp_path: P
         assert folder == loop.folder / "checkpoints" / "step_000001"
         again = [await one_step(loop, save=False)]
         await loop.load(folder)
-        with pytest.raises(UserError, match=r"load: .* is no checkpoint. Give what `save` returned"):
+        with pytest.raises(UserError, match=r"load: .* is no checkpoint. Give the folder that `save` returned"):
             await loop.load(tmp_path)
     async with looped(config, resume=True) as loop:
         assert loop.step == 1
@@ -277,5 +277,5 @@ async def test_a_lost_rank_ends_the_loop(loop: OwnLoop) -> None:
     loop.roles.policy.optim_step = lost  # type: ignore[method-assign]
     with pytest.raises(RunError, match=r"policy rank 0 died"):
         await update(loop)
-    with pytest.raises(UserError, match=r"save: optim_step was broken off .RunError: update: policy rank 0 died"):
+    with pytest.raises(UserError, match=r"save: optim_step failed .RunError: update: policy rank 0 died"):
         await loop.save()

@@ -1,4 +1,4 @@
-"""Two teachers by column each move their own rows alone, in a run without Ray."""
+"""Two teachers by column each move only their own rows, in a run without Ray."""
 
 from __future__ import annotations
 

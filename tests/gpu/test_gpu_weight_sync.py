@@ -60,7 +60,7 @@ def test_ipc_syncs_a_neighbour_and_gives_its_memory_back(folder: Path, ray_local
             prove(handle, policy, version)
             if version == 2:
                 old = call(policy.probe.remote(PROBE))
-        with pytest.raises(RunError, match="gives other log-probabilities"):
+        with pytest.raises(RunError, match="computes different log-probabilities"):
             check_probe(old, call(handle.probe.remote(PROBE)), engine=0, version=3, dtype="float32")
         assert held[2] == held[1] == held[0]
 

@@ -288,7 +288,7 @@ def test_an_adapter_must_be_the_policys(
     expected = drawn(("a", request()))
     with pytest.raises(UserError, match="An adapter named a is loaded already"):
         load(adapters["a"], "a")
-    with pytest.raises(RunError, match="with adapter new gives other log-probabilities than the policy"):
+    with pytest.raises(RunError, match="with adapter new computes different log-probabilities than the policy"):
         load(adapters["a"], "new", probe=adapters["b"].probe)
     copied = Adapter(folder=tmp_path / "copy", model=adapters["a"].model)
     shutil.copytree(adapters["a"].folder, copied.folder)

@@ -181,7 +181,7 @@ def test_an_engine_that_computes_another_model_stops_the_run(
     )
     option = {"engine_args": {"compilation_config": {"custom_ops": ["all"]}}}
     config = write_run(tmp_path, "wrong", GRPO, {"policy": {"model": model}, "cluster": {"roles": {"rollout": option}}})
-    message = "weight sync to version 0: rollout engine 0 gives other log-probabilities than the policy"
+    message = "weight sync to version 0: rollout engine 0 computes different log-probabilities than the policy"
     assert message in failed(capsys, config)
     assert not steps_done(tmp_path / "wrong")
 

@@ -98,7 +98,7 @@ def test_probe_notices_a_stale_tied_head(tied: Any, folder: Path, sender: ShmSen
     model = model_like(folder, seed=10)
     with replaced(tied, RELOAD, "repack_heads", lambda model: None):
         sync(tied, sender.publish(model.named_parameters(), 10))  # version and checksum are right
-        with pytest.raises(RunError, match="gives other log-probabilities than the policy"):
+        with pytest.raises(RunError, match="computes different log-probabilities than the policy"):
             probe_difference(tied, model, version=10)
 
 

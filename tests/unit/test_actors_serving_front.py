@@ -483,7 +483,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}
             400,
             "type 'function'",
         ),
-        ("s", "chat/completions", {"messages": [{"role": "user", "content": [IMAGE]}]}, 400, "takes text alone"),
+        ("s", "chat/completions", {"messages": [{"role": "user", "content": [IMAGE]}]}, 400, "takes only text"),
     ],
 )
 async def test_what_is_not_supported_is_refused_by_name(

@@ -34,7 +34,7 @@ TOKENS = (  # a parser looks these tokens up when it is built
     *(f"<\uff5ctool▁{name}\uff5c>" for name in ("calls▁begin", "calls▁end", "call▁begin", "call▁end")),
     *("<|tool_call_start|>", "<|tool_call_end|>", "<|python_tag|>", "<assistant>", "Ġ</", "</", "think", ">"),
 )
-GPT_OSS = "reads gpt-oss alone"
+GPT_OSS = "reads only gpt-oss"
 MELODY = "requires the `cohere_melody` package"
 REFUSED = {
     "openai": GPT_OSS,

@@ -122,7 +122,7 @@ def test_rewards_get_the_images_of_samples_and_rows_as_files(config: str, tmp_pa
         rlhf.reward(config, file, [how[1], "rewards={taste: {role: reward}}", "reward.model=tiny:llama"])
     with pytest.raises(UserError, match=r"r\.jsonl:1: image 1 of column `images`: .*gone\.png cannot be read"):
         rlhf.reward(config, write(tmp_path / "r.jsonl", [of_file | {"images": ["gone.png"]}]), how)
-    with pytest.raises(UserError, match=r"r\.jsonl:1: holds an image, and the model reads text alone"):
+    with pytest.raises(UserError, match=r"r\.jsonl:1: holds an image, and the model reads only text"):
         rlhf.reward(config, write(tmp_path / "r.jsonl", [of_file]), how[:1])
 
 

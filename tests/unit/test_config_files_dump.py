@@ -1,4 +1,4 @@
-"""The resolved file has the effective keys alone, loads to the same tree, and is compared without its folder."""
+"""The resolved file has only the effective keys, loads to the same tree, and is compared without its folder."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def _write(folder: Path, text: str) -> Path:
         ("cluster: {weight_sync: gloo}\n", "cluster.weight_sync: is gloo, and has no effect here"),
         (
             "cluster: {roles: {policy: {zero_stage: 2}}}\n",
-            "policy.zero_stage: is 2, .* trained at 0 or 3",
+            "policy.zero_stage: is 2, .* trained only at 0 or 3",
         ),
         (
             "cluster: {roles: {policy: {workers: 2, sequence_parallel: 2}}}\n",

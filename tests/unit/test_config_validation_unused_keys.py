@@ -51,7 +51,7 @@ INERT: list[tuple[str, list[str], str]] = [
         ["algorithm={name: clip_cov, correction: {preset: bypass_pg_is}}"],
         "mode is policy_gradient, whose",
     ),
-    ("cluster.weight_sync=gloo", [LORA], "the engines load the LoRA adapter alone, from a folder of the run"),
+    ("cluster.weight_sync=gloo", [LORA], "the engines load only the LoRA adapter, from a folder of the run"),
     ("algorithm.beta=0.2", ["algorithm={name: dro}", WHOLE_BATCH], RATIO),
     ("algorithm.penalty=2", ["algorithm={name: kl_cov}", WHOLE_BATCH], RATIO),
     ("algorithm.max_decrease=0.1", ["algorithm={name: dppo}", WHOLE_BATCH], RATIO),

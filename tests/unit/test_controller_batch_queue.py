@@ -183,7 +183,7 @@ Store = dict[tuple[int, int], dict[str, str]]  # requests by group and version
 
 
 class StoringEngines(OrderedEngines):
-    """Engines that answer requests for an earlier version from the store alone."""
+    """Engines that answer requests for an earlier version only from the store."""
 
     def __init__(self, order: Any, store: Store, version: int) -> None:
         super().__init__(order)

@@ -107,11 +107,13 @@ def test_too_many_filtered_groups_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(
         RunError,
         match=r"step 1: 12 groups were filtered, more than rollouts\.dynamic_sampling\.max_filtered_fraction 2 of 4 "
-        r"prompts allows, and 0 were kept\. The mean scores of the filtered are 0 to 1\. Choose other prompts",
+        r"prompts allows, and 0 were kept\. The mean scores of the filtered groups are 0 to 1\. Choose other prompts",
     ):
         run.collect()
     small = Run(tmp_path / "small", lambda _: SOLVED, prompts=6, **bounded)
-    with pytest.raises(RunError, match=r"all 6 prompts of data\.train: none is left from which this policy learns"):
+    with pytest.raises(
+        RunError, match=r"All 6 prompts of data\.train were tried, and this policy can learn from no further prompt"
+    ):
         small.collect()
 
 
@@ -150,7 +152,9 @@ def test_a_failed_reward_ends_the_run_or_has_its_group_replaced(
     reward = {} if of_reward is None else {"on_error": of_reward}
     run = Run(tmp_path, by_prompt(broken=[1]), reward=reward, reward_policy={"on_error": of_run})
     if not drops:
-        with pytest.raises(RunError, match=r"on_error is fail, for the reward or in reward_policy\. Set it to drop"):
+        with pytest.raises(
+            RunError, match=r"on_error is fail, for the reward or in reward_policy\. Set on_error to drop"
+        ):
             run.collect()
         return
     assert run.trained() == [0, 2, 3, 4]

@@ -153,7 +153,7 @@ def test_a_checkpoint_is_valid_only_after_its_row() -> None:
             {"update/tokens/total": 30.0, "time/update_s": 4.0},
             {"tokens_per_s": 0.5, "train_tokens_per_s": 7.5, "mfu": 15.0},
         ),
-        ({"time/update_s": 4.0}, {"tokens_per_s": 0.5}),  # the critic alone was trained
+        ({"time/update_s": 4.0}, {"tokens_per_s": 0.5}),  # only the critic was trained
         ({}, {"tokens_per_s": 0.5}),
     ],
 )

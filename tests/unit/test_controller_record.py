@@ -150,7 +150,9 @@ def test_a_start_without_its_lock_ends_when_a_later_one_works_in_the_folder(tmp_
     record = record_of(first)
     first.close()  # as if NFS had dropped the lock
     with RunFolder.open(tmp_path, "run", resume=True) as second:
-        with pytest.raises(RunError, match=r"/run: a later start works in this folder, so this one ends after step 2"):
+        with pytest.raises(
+            RunError, match=r"/run: a later start of the run uses this folder, so this process ends after step 2"
+        ):
             record.write_row(3, {"update/lr": 1.0})
         record.failed(RunError("rank 1 died"))
         assert not {second.metrics, second.errors, second.path / "traceback.txt"} & set(second.path.iterdir())

@@ -54,8 +54,8 @@ def test_feedback_and_columns_give_a_teacher_too() -> None:
         ("{solution}", "has {prompt} 0 times"),
         ("{prompt}{prompt}{x}", "has {prompt} 2 times"),
         ("{prompt}", "has no field besides {prompt}"),
-        ("{prompt} {x!r}", "expected a column's name alone"),
-        ("{prompt} {0}", "expected a column's name alone"),
+        ("{prompt} {x!r}", "expected a column's name and nothing else"),
+        ("{prompt} {0}", "expected a column's name and nothing else"),
         ("{prompt} {feedback}", "has {prompt} in a paragraph that may be left out"),
     ],
 )

@@ -371,7 +371,7 @@ def test_answers_hold_no_images(qwen: Model, tmp_path: Path) -> None:
 )
 def test_a_model_of_text_refuses_images_once(columns: dict[str, Any], tmp_path: Path) -> None:
     texts = Reading(system_prompt=None, apply_chat_template=True, max_tokens=1000)
-    with pytest.raises(UserError, match=r"data\.jsonl:1: holds an image, and the model reads text alone"):
+    with pytest.raises(UserError, match=r"data\.jsonl:1: holds an image, and the model reads only text"):
         load_prompts(rows(tmp_path, columns), byte_tokenizer(), texts)
 
 
@@ -385,7 +385,7 @@ def test_a_column_image_of_another_meaning_stays(tmp_path: Path) -> None:
 
 def test_agents_and_privileged_prompts_take_no_images(qwen: Model, tmp_path: Path) -> None:
     given = rows(tmp_path, {"messages": [user(RED_PART, "a")]})
-    with pytest.raises(UserError, match="the task of an agent is text alone"):
+    with pytest.raises(UserError, match="the task of an agent is only text"):
         load_prompts(given, qwen.tokenizer, qwen.reading(tmp_path, tasks=True))
     reading = qwen.reading(tmp_path, privileged="{prompt}", max_privileged_tokens=99)
     with pytest.raises(UserError, match=r"the prompt has images, and algorithm\.privileged\.template"):

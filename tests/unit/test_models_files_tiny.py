@@ -1,4 +1,4 @@
-"""The tiny model's folder is an ordinary model, depends on the seed alone, and is never half written."""
+"""The tiny model's folder is an ordinary model, depends only on the seed, and is never half written."""
 
 from __future__ import annotations
 

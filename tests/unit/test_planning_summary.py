@@ -52,7 +52,7 @@ def fact(text: str, name: str) -> str:
 WARMED = "after a warm-up of 10% of the optimizer steps"
 WARM = ("train.warmup_steps=0", "train.warmup_ratio=0.1")
 MANY = "64 prompts * 4 samples = 256, the first of 81 prompts to be answered"
-ADAPTER, SHM = "the adapter alone, as a folder", "shm: policy and engines are on one CPU host"
+ADAPTER, SHM = "only the adapter, as a folder", "shm: policy and engines are on one CPU host"
 SEVERAL = "gloo: policy and engines are on several CPU hosts"
 SEATS = (*ELASTIC[1:], *IN_FLIGHT, "cluster.roles.rollout.engines={min: 2, max: 8}")
 EPOCHS = "train.steps=null"

@@ -100,9 +100,9 @@ def test_keys_of_images_are_refused_without_a_tower(folder: Path) -> None:
     load_inputs(_loaded(folder, SFT, text_alone, "data.max_images=8"))
     for override in ("data.max_images=2", "data.max_image_pixels=1000", "data.image_hosts=[a.org]"):
         key = override.partition("=")[0]
-        with pytest.raises(UserError, match=rf"^{key}: has no effect here: tiny:llama reads text alone\. Remove"):
+        with pytest.raises(UserError, match=rf"^{key}: has no effect here: tiny:llama reads only text\. Remove"):
             load_inputs(_loaded(folder, SFT, text_alone, override))
-        with pytest.raises(UserError, match=rf"^{key}: has no effect here: .* reads text alone\. Remove"):
+        with pytest.raises(UserError, match=rf"^{key}: has no effect here: .* reads only text\. Remove"):
             inputs_of_run(_loaded(folder, SFT, text_alone, override), model=None, against=None, marks=Marks())
         load_inputs(_loaded(folder, SFT, override.replace("1000", "10000")))
 
@@ -110,7 +110,7 @@ def test_keys_of_images_are_refused_without_a_tower(folder: Path) -> None:
 def test_the_limits_of_the_configuration_hold(folder: Path) -> None:
     for override, words in (
         ("data.max_image_pixels=1000", "48 x 32 pixels, more than 1,000"),
-        ("policy.model=tiny:llama", "holds an image, and the model reads text alone"),
+        ("policy.model=tiny:llama", "holds an image, and the model reads only text"),
     ):
         with pytest.raises(UserError, match=rf"^data\.train: .*train\.jsonl:1: .*{words}"):
             load_inputs(_loaded(folder, SFT, override))

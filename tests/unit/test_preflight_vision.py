@@ -56,7 +56,7 @@ def test_the_models_of_a_run_see_an_image_as_the_same_tokens(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"critic\.model: .*sees an image as other tokens than policy\.model"):
         check(policy, {"name": "ppo"}, critic=other)
     blind = build_tiny_llama(tmp_path / "blind", seed=0)
-    with pytest.raises(UserError, match=r"another vocabulary|reads text alone, but policy\.model"):
+    with pytest.raises(UserError, match=r"another vocabulary|reads only text, but policy\.model"):
         check(policy, {"name": "ppo"}, critic={"model": str(blind), "dtype": "float32"})
     check(blind, {"name": "sft"})
 

@@ -211,7 +211,7 @@ NORMALISED = {"big": RewardTerm(weight=1.0, normalize="group"), "small": RewardT
         (BY_KIND, {"code": [2.0]}, [10.0]),  # a reward that does not apply adds nothing
         # a reward that returns None adds nothing
         (WATCHED, {"a": [1.0, None, None], "b": [3.0, 4.0, None], "watched": [9.0] * 3}, [5.0, 4.0, None]),
-        (NORMALISED, {"big": [100.0, 300.0], "small": [0.0, 1.0]}, [100.0, 302.0]),  # normalised for training alone
+        (NORMALISED, {"big": [100.0, 300.0], "small": [0.0, 1.0]}, [100.0, 302.0]),  # normalised only for training
     ],
 )
 def test_a_sum_of_weighted_and_gated_rewards(

@@ -304,7 +304,7 @@ def test_both_responses_of_a_comparison_without_a_verdict_fail() -> None:
         ({"rubric": {"a": {}}}, "give either `criterion`"),
         ({"rubric": {"a": {"criterion": "x", "function": "math_answer"}}}, "give either `criterion`"),
         ({"rubric": {"a": {"criterion": "x", "scale": [1, 1]}}}, "it must rise"),
-        ({"rubric": {"a": {"criterion": "like {response}"}}}, "`criterion` may hold columns alone"),
+        ({"rubric": {"a": {"criterion": "like {response}"}}}, "`criterion` may hold only columns"),
         ({"rubric": {"a": {"criterion": "like {"}}}, "Single"),
         ({"rubric": {"1": {"criterion": "x"}}}, "match pattern"),
         ({"rubric": "column", "prompt": "{response}"}, "must hold {criteria}"),

@@ -534,4 +534,4 @@ def test_a_conversation_has_at_most_the_images_of_the_configuration(tmp_path: Pa
 def test_a_model_without_a_tower_gets_no_images(tmp_path: Path) -> None:
     played, _ = look(tmp_path, ("go",), None)
     assert played.error is not None
-    assert "the model reads text alone" in played.error.message
+    assert "the model reads only text" in played.error.message

@@ -1,4 +1,4 @@
-"""The trials of a sweep depend on parameters, seed and number alone. Journal, methods and processes survive a kill.
+"""The trials of a sweep depend only on parameters, seed and number. Journal, methods and processes survive a kill.
 
 Trials are made by hand: the rows of a run are written at once. tests/integration/test_sweep.py runs whole sweeps.
 """

@@ -1,4 +1,4 @@
-"""Images of a run's samples: the viewer sends small versions by name alone, and a report holds them inside."""
+"""Images of a run's samples: the viewer sends small versions only by name, and a report holds them inside."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def names(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def run(tmp_path: Path, names: list[str]) -> Path:
-    """A run whose two prompts differ in the image alone. The second response sees an image in its second turn."""
+    """A run whose two prompts differ only in the image. The second response sees an image in its second turn."""
     folder = tmp_path / "demo"
     (folder / "metrics.jsonl").write_text('{"step": 1, "a": 1.0}\n')
     red, blue = names

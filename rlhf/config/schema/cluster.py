@@ -165,7 +165,7 @@ class Restarts(Section):
     """All ranks of the policy and the critic together. Above 0, each rank holds two snapshots of the rank's state in
     /dev/shm. The number also limits restarts of the driver with `rlhf train --supervise`."""
     worker: int = Field(default=10, ge=0)
-    """Workers of the reference, teacher or reward role. Each role is counted by itself."""
+    """Workers of the reference, teacher or reward role. Each role is counted separately."""
     window_s: float = Field(default=3600.0, gt=0.0)
     """Period for counting the losses, in seconds."""
 
@@ -193,7 +193,7 @@ class ClusterConfig(Section):
     killed and counts as lost. A computing process answers; a stopped or disconnected process does not."""
     room_timeout_s: float = Field(default=1800.0, ge=0.0, le=1_000_000)
     """Longest time in which a run waits for room on a full disk or in shared memory, in seconds.
-    No other time limit runs meanwhile. 0: the run ends at once."""
+    No other time limit runs during this wait. 0: the run ends at once."""
     restarts: Restarts = Restarts()
     """How often lost processes are started again before the run ends."""
     roles: Roles = Roles()

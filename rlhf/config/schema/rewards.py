@@ -69,7 +69,7 @@ class CriterionConfig(Section):
         if not 0 < self.scale[1] - self.scale[0] <= 100:
             raise ValueError(f"`scale` is {list(self.scale)}; it must rise, [worst, best], by at most 100")
         if {"prompt", "question", "response"} & set(placeholders(self.criterion or "", key="criterion")):
-            raise ValueError("`criterion` may hold columns alone; {prompt} and {response} belong in judge.prompt")
+            raise ValueError("`criterion` may hold only columns; {prompt} and {response} belong in judge.prompt")
         return self
 
 
@@ -143,7 +143,9 @@ class JudgeConfig(Section):
             needs = "must hold {criteria}, since there is a `rubric`"
             raise ValueError(f"`prompt` {needs if self.rubric else 'has {criteria}, but there is no `rubric`'}")
         if self.rubric is not None and self.compare is not None:
-            raise ValueError("`rubric` judges a response alone, and `compare` two together; make them two rewards")
+            raise ValueError(
+                "`rubric` judges single responses, and `compare` judges two together; make them two rewards"
+            )
         if isinstance(self.opponents, str) and self.compare == "bradley_terry":
             raise ValueError("`opponents` is a column, so responses are not compared with each other; use win_rate")
         repeats = self.samples if self.compare is None else -(-self.samples // 2)
@@ -211,7 +213,7 @@ class RewardConfig(Section):
             text = "`on_error` may be `fail` or `drop` where an environment gives the reward"
             raise ValueError(f"{text}: a conversation whose environment failed has no end that could be scored")
         if self.function is None and self.args:
-            raise ValueError("`args` has an effect with `function` alone")
+            raise ValueError("`args` has an effect only with `function`")
         if self.credit == "step" and (self.url is not None or self.function in BUILT_INS):
             text = "`credit: step` needs a function that is not built in, `role: reward` or `environment: true`"
             raise ValueError(f"{text}: services and built-ins give one number per response")

@@ -78,7 +78,7 @@ class AgentConfig(Section):
     """Disk space of the files of a session, in GiB. Exceeding the limit counts as a failure."""
     sandbox: Annotated[bool, NotWith("command", None, because="only a program can be confined")] = False
     """Run the command in a sandbox. The command reads the system's libraries, the run's Python, and the files named in
-    the command, with the packages of a named virtual environment. The command writes to the working folder alone, and
+    the command, with the packages of a named virtual environment. The command writes only to the working folder, and
     reaches nothing but the model. A sandbox needs bubblewrap."""
     tools: Annotated[ToolsConfig | None, NotWith("function", None, because="only functions get `client.tools`")] = None
     """Servers with the tools that the function calls as `client.tools`."""

@@ -1,4 +1,4 @@
-"""Check the keys for overlap of rollouts and training. This module alone decides which such keys cannot combine."""
+"""Check the keys for overlap of rollouts and training. Only this module decides which of these keys cannot combine."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def normalization_problems(config: Config) -> Iterator[Problem]:
             text = f"is group, but algorithm {config.algorithm.name} compares with the value of the prompt"
             yield Problem(("rewards", name, "normalize"), text + "; set it to none")
         elif reward.normalize == "group" and config.algorithm.wants_greedy:
-            text = f"is group, but algorithm {config.algorithm.name} compares with the score of a greedy response alone"
+            text = f"is group, but algorithm {config.algorithm.name} compares only with the score of a greedy response"
             yield Problem(("rewards", name, "normalize"), text + "; set it to none")
 
 
@@ -62,7 +62,7 @@ def comparison_problems(config: Config) -> Iterator[Problem]:
         if samples < 2:
             text = "rollouts.samples_per_prompt is 1; sample more, or name a column as judge.opponents"
         elif config.algorithm.wants_greedy:
-            text = f"algorithm {config.algorithm.name} scores a greedy response alone; name a column as judge.opponents"
+            text = f"algorithm {config.algorithm.name} scores only a greedy response; name a column as judge.opponents"
         if text:
             yield Problem(key, f"compares the responses of a group, but {text}")
     if config.data.eval is not None:

@@ -52,7 +52,7 @@ def group_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem
         yield problem("algorithm.name", f"{text}; set rollouts.environment or rollouts.agent, or use grpo")
     if config.algorithm.reads_given_responses and rollouts.agent is not None:
         text = "is set, but an agent writes the prompts of its calls, and a given response follows the prompt of a row"
-        yield problem("rollouts.agent", f"{text}; remove it, or learn from rollouts alone")
+        yield problem("rollouts.agent", f"{text}; remove it, or learn only from rollouts")
 
 
 def _values_problems(config: Config) -> Iterator[Problem]:

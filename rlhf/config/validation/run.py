@@ -220,7 +220,7 @@ def _served_teacher(config: Config) -> Iterator[Problem]:
         text = "is null, but another teacher has a url; give each teacher a url, or none"
         yield problem(f"teacher.{held[0]}.url", text)
     if derive.reads_teacher_heads(config):
-        text = "is null, but the server of a teacher (teacher.url) returns likeliest tokens alone; set it, to 64 or so"
+        text = "is null, but the server of a teacher (teacher.url) returns only likeliest tokens; set it, to 64 or so"
         also = "" if config.rollouts is None else ", or set algorithm.divergence to sampled_reverse_kl"
         yield problem("algorithm.top_k", f"{text}{also}")
     rule = "the server of a teacher (teacher.url) returns log-probabilities at temperature 1"

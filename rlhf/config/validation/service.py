@@ -32,7 +32,7 @@ def _problems(cluster: ClusterConfig) -> Iterator[Problem]:
     if rollout.is_elastic:
         yield problem("cluster.roles.rollout.engines", "is a range, but this server needs a fixed number of engines")
     if "zero_stage" in policy.model_fields_set and policy.zero_stage not in TENANT_STAGES:
-        text = f"is {policy.zero_stage}, but clients' models are trained at 0 or 3 alone"
+        text = f"is {policy.zero_stage}, but clients' models are trained only at 0 or 3"
         yield problem("cluster.roles.policy.zero_stage", text)
     if policy.sequence_parallel > 1:
         text = f"is {policy.sequence_parallel}, but ranks do not share clients' rows; remove it"

@@ -30,11 +30,11 @@ NO_EFFECT = (  # keys of ranks and engines
     ),
 )
 WHY_NO_EFFECT = f"{SERVER} has its own ranks and engines"
-ONLY_LOGPROBS = f"{SERVER} returns log-probabilities alone"
+ONLY_LOGPROBS = f"{SERVER} returns only log-probabilities"
 
 
 def tinker_problems(config: Config) -> Iterator[Problem]:
-    """Yield settings that a server cannot carry out."""
+    """Yield settings that a server does not support."""
     if config.policy.tinker is None:
         return
     yield from _policy(config)
@@ -63,7 +63,7 @@ def _policy(config: Config) -> Iterator[Problem]:
         if value != default:
             yield problem(f"policy.{key}", f"is {_shown(value)}, but {SERVER} holds the policy: {why}; remove it")
     if optimizer != "adamw":
-        yield problem("train.optimizer", f"is {optimizer}, but {SERVER} has adamw alone; use adamw")
+        yield problem("train.optimizer", f"is {optimizer}, but {SERVER} has only adamw; use adamw")
 
 
 def _algorithm(config: Config) -> Iterator[Problem]:

@@ -213,7 +213,7 @@ def _missing_in_rollouts(config: Config) -> Missing:
         fix = "choose an algorithm with advantages"
         missing["a choice of responses"] = (f"algorithm {name} {use} of them", fix)
     elif config.algorithm.most_kept is not None:
-        missing["a choice of responses"] = (f"algorithm {name} keeps the best by itself", "set algorithm.keep")
+        missing["a choice of responses"] = (f"algorithm {name} keeps the best without this key", "set algorithm.keep")
     return missing
 
 
@@ -257,7 +257,7 @@ def _missing_in_evaluation(stage: EvaluationStage) -> Missing:
 
 
 def _missing_in_service(config: TinkerConfig) -> Missing:
-    why = "a server for clients' loops starts policy and rollout alone"
+    why = "a server for clients' loops starts only policy and rollout"
     return {f"{role} role": (why, "train with it in a run") for role in ROLES.keys() - {*config.needs}}
 
 
@@ -281,7 +281,7 @@ def _has_passing_scores(rewards: Mapping[str, RewardConfig], pass_score: float |
 def _of_adapters(config: Config, facts: Derived) -> Iterator[Inert]:
     """Yield the shape of an adapter read from a folder, and the transport of weights for a new adapter."""
     if facts.ships_adapter and config.policy.adapter is None:
-        why = "the engines load the LoRA adapter alone, from a folder of the run"
+        why = "the engines load only the LoRA adapter, from a folder of the run"
         yield from _all("cluster.weight_sync", why, "train all weights")
     for role in TRAINED_ROLES:
         section = getattr(config, role)

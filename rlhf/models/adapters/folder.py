@@ -93,7 +93,7 @@ def read_adapter_shape(folder: Path) -> SavedShape:
 
 
 def refuse_misfit_adapter(folder: Path, base: str, *, scalar: bool = False, trust_remote_code: bool = False) -> None:
-    """Raise UserError if the adapter does not fit the base, or the base with a scalar head. Reads headers alone."""
+    """Raise UserError if the adapter does not fit the base, or the base with a scalar head. Reads only headers."""
     config = read_adapter_config(folder)
     architecture = load_model_config(base, trust_remote_code=trust_remote_code)
     trained_on = Path(config.base_model_name_or_path or "")
@@ -110,7 +110,7 @@ def refuse_misfit_adapter(folder: Path, base: str, *, scalar: bool = False, trus
 
 
 def refuse_incomplete(folder: Path, base: str, *, trust_remote_code: bool = False) -> None:
-    """Raise UserError if a language model's adapter lacks weights of adapted modules. Reads headers alone."""
+    """Raise UserError if a language model's adapter lacks weights of adapted modules. Reads only headers."""
     config = load_adapter_config(folder)
     config.inference_mode = False  # in inference mode peft freezes the parameters listed by `_places`
     shapes = read_adapter_shapes(folder)
@@ -125,7 +125,7 @@ def refuse_incomplete(folder: Path, base: str, *, trust_remote_code: bool = Fals
 
 
 def refuse_no_reward_adapter(folder: Path, *, trust_remote_code: bool = False) -> None:
-    """Raise UserError if an adapter is not of a model with one score, or does not fit the base. Reads headers alone."""
+    """Raise UserError if an adapter is not of a model with one score, or does not fit the base. Reads only headers."""
     config = read_adapter_config(folder)
     if config.task_type != peft.TaskType.SEQ_CLS:
         raise no_reward_head(str(folder), f"LoRA adapter with task_type {config.task_type}")

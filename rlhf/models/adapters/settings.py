@@ -16,7 +16,7 @@ def base_of(folder: Path) -> tuple[str, int]:
     path = folder / ADAPTER_CONFIG
     config = read_adapter_settings(folder)
     if config["peft_type"] != "LORA":
-        raise UserError(f"{path}: is an adapter of type {config['peft_type']}; LORA alone is known here.")
+        raise UserError(f"{path}: is an adapter of type {config['peft_type']}; only LORA is supported here.")
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: base_model_name_or_path is {base!r}, so the base model is unknown. Write it there.")

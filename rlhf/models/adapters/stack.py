@@ -1,7 +1,7 @@
 """Several adapters of one base model in one pass: each token of a row passes through the adapter of its own client.
 
 The matrices of the adapters stand side by side, in a common A of all ranks' rows and a common B of all ranks' columns.
-Between the two products a token keeps the values of its own adapter alone, times alpha / rank of the adapter.
+Between the two products a token keeps only the values of its own adapter, times alpha / rank of the adapter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rlhf.models.files.weights import ADAPTER
 
 
 class AdapterStack:
-    """Adapters by their numbers 0, 1, ... in the layers of a slot. The gradient is of the stack alone."""
+    """Adapters by their numbers 0, 1, ... in the layers of a slot. The gradient is only of the stack."""
 
     def __init__(
         self,

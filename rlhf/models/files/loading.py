@@ -87,9 +87,9 @@ def with_revision(name: str, revision: str | None) -> str:
 
 
 def refuse_missing_weights(path: str, *, scalar: bool = False, trust_remote_code: bool = False) -> None:
-    """Raise UserError if a model folder lacks weights, or has weights of wrong shapes. Reads headers alone.
+    """Raise UserError if a model folder lacks weights, or has weights of wrong shapes. Reads only headers.
 
-    scalar: the model gets a head of one value, initialised anew without a head in the folder.
+    scalar: the model gets a head of one value, initialised randomly without a head in the folder.
     """
     if not Path(path).is_dir() or is_adapter(Path(path)):
         return
@@ -153,7 +153,7 @@ def no_reward_head(path: str, what: str) -> UserError:
 
 
 def refuse_no_language_model(path: str, *, trust_remote_code: bool = False) -> None:
-    """Raise UserError for a model without a language-model head: a new head is random. Reads the config alone."""
+    """Raise UserError for a model without a language-model head: a new head is random. Reads only the config."""
     config = load_model_config(path, trust_remote_code=trust_remote_code)
     if not reads_images(config) and not _is_causal_lm(config):
         classes = ", ".join(config.architectures or []) or f"model of type {config.model_type}"

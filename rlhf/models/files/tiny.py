@@ -98,7 +98,7 @@ class DescribedConfig(SimpleNamespace):
         return dict(vars(self))
 
     def get_text_config(self) -> DescribedConfig:
-        """Return itself, since the model is a language model alone."""
+        """Return itself, since the model is only a language model."""
         return self
 
 

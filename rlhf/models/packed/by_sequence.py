@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rlhf.models.packed.branches import trunks
 from rlhf.models.packed.packed_row import PackedRow, computing, current_row
 
-# Layers without a convolution. Llama 4's attention counts the positions of its input by itself.
+# Layers without a convolution. Llama 4's attention counts the positions of its input without position ids.
 _BY_NAME = frozenset({"Llama4TextAttention", "MiniMaxLightningAttention"})
 
 Trunk = Sequence[tuple[int, int]]  # an entry of `trunks`

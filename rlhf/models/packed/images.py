@@ -90,7 +90,7 @@ def set_image_reader(model: Any, reader: ImageReader) -> None:
 
 
 def image_reader(model: Any) -> ImageReader | None:
-    """Return the reader set by `set_image_reader`. None: the model reads text alone."""
+    """Return the reader set by `set_image_reader`. None: the model reads only text."""
     reader: ImageReader | None = vars(model).get("rlhf_images")
     return reader
 

@@ -81,7 +81,7 @@ def _with_one_factor(config: Any, layer_types: list[str | None], longest: int) -
         trained = min(trained, nested["original_max_position_embeddings"])
         which = "long" if longest > nested["original_max_position_embeddings"] else "short"
         _, values["attention_factor"] = ROPE_INIT_FUNCTIONS["longrope"](config, "cpu", layer_type=layer_type)
-        for name in ("factor", "mscale"):  # Phi-3.5-MoE alone has the second
+        for name in ("factor", "mscale"):  # only Phi-3.5-MoE has the second
             if f"{which}_{name}" in nested:
                 values[f"short_{name}"] = values[f"long_{name}"] = nested[f"{which}_{name}"]
         values["original_max_position_embeddings"] = sys.maxsize  # no row is so long

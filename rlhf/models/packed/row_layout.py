@@ -50,13 +50,13 @@ def row_layout(model: Any) -> RowLayout:
 
 
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "sparse", "dense"})  # the last two: kinds of MLPs
-# Layers that compute each sequence of a row by itself, or are beside such a layer, and other kinds of MLPs.
+# Layers that compute each sequence of a row separately, or share a block with such a layer, and other kinds of MLPs.
 _MIXING_LAYERS = frozenset({"linear_attention", "conv", "chunked_attention", "hybrid", "moe", "mlp"})
 _ALIBI = "adds a bias by position to its attention"
 _OWN_ATTENTION = "does not use transformers' attention functions"
 _MIXES = "has layers other than attention that need whole sequences"
 _RECURRENT = "has recurrent layers"
-_SPARSE = "chooses by itself which tokens a token sees"
+_SPARSE = "chooses which tokens a token sees"
 _ONE_BY_ONE = {
     "bloom": _ALIBI,
     "deepseek_v32": _SPARSE,
@@ -68,7 +68,7 @@ _ONE_BY_ONE = {
     "mpt": _ALIBI,
     "openai-gpt": _OWN_ATTENTION,
     "rwkv": _RECURRENT,
-    "xglm": "counts positions by itself",
+    "xglm": "counts positions without position ids",
     "xlstm": _RECURRENT,
 }
 _MAMBA = {"bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "mamba", "mamba2", "nemotron_h"}
@@ -80,7 +80,7 @@ _PACKED = frozenset({"codegen", "gpt_neo", "gpt_neox_japanese", "gptj"})  # posi
 
 
 def expected_layout(config: Mapping[str, Any]) -> tuple[RowLayout, str]:
-    """Return the layout of a model and the reason, from the values of config.json alone.
+    """Return the layout of a model and the reason, only from the values of config.json.
 
     Unknown kinds of models are expected to share prompts; the check of the loaded model decides.
     """
@@ -95,7 +95,7 @@ def expected_layout(config: Mapping[str, Any]) -> tuple[RowLayout, str]:
         return RowLayout.ONE_BY_ONE, f"{kind} {_ALIBI}"
     if kind in _PACKED:
         return RowLayout.PACKED, f"{kind} is masked by positions, which the responses to a prompt have in common"
-    return RowLayout.SHARED_PROMPTS, f"{kind} has attention layers alone"
+    return RowLayout.SHARED_PROMPTS, f"{kind} has only attention layers"
 
 
 def _parts_of(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, set[str]]:

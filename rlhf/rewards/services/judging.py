@@ -1,4 +1,4 @@
-"""Ask a judge about a group: each response alone, or two responses at a time."""
+"""Ask a judge about a group: single responses, or two responses at a time."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def judged(
 
 
 async def _compared(asking: _Asking, responses: Sequence[str]) -> GroupOutcome:
-    """Return the value of each response from comparisons. A response alone in its group gets no opinion.
+    """Return the value of each response from comparisons. A response without rivals in its group gets no opinion.
 
     Equal responses are not compared: each gets half of the game. A comparison without a verdict is a failure of its
     responses, and leaves the values of the other responses to the remaining comparisons.

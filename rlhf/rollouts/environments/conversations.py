@@ -42,8 +42,8 @@ class Environment(Protocol):
     def reset(self, seed: int, **columns: Any) -> str | list[dict[str, Any]] | None:
         """Begin a conversation and return the first observation, or None if the prompt is complete.
 
-        An observation with images is a list of parts: `{"type": "text", "text": ...}` and `{"type": "image", "image":
-        ...}`, where an image is one of Pillow or the bytes of its file.
+        An observation with images is a list of parts: `{"type": "text", "text": ...}` and
+        `{"type": "image", "image": ...}`, where an image is an image of Pillow or the bytes of an image file.
 
         All conversations of a group have the same seed and columns, and must begin with the same observation.
         """
@@ -107,7 +107,7 @@ class Conversations:
         images: RowImages | None = None,
     ) -> None:
         self.spec = spec
-        self.images = images  # None: the model reads text alone
+        self.images = images  # None: the model reads only text
         self.tokenizer = tokenizer
         self.ends = ends
         self.draw = draw
@@ -256,7 +256,7 @@ class _Game:
 
 
 def _anchor(observation: Observation | tuple[Observation, ...]) -> str:
-    """Return a digest that is equal for equal observations. One text and a list with this text differ."""
+    """Return a digest that is equal for equal observations. A text and a list with this text have different digests."""
     return hashlib.blake2b(repr(observation).encode(), digest_size=8).hexdigest()
 
 

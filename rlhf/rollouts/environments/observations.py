@@ -55,14 +55,14 @@ def expanded_observations(
 ) -> list[int]:
     """Return token ids with each placeholder replaced by an image of the observations, in order.
 
-    UserError: an image is damaged or refused, a text has the mark of an image, or the model reads text alone.
+    UserError: an image is damaged or refused, a text has the mark of an image, or the model reads only text.
     """
     encoded = [
         part for seen in observations if isinstance(seen, Seen) for part in seen.parts if isinstance(part, bytes)
     ]
     if images is None:
         if encoded:
-            raise UserError("An observation has an image, and the model reads text alone. Use a model that sees.")
+            raise UserError("An observation has an image, and the model reads only text. Use a vision model.")
         return list(token_ids)
     keys = [images.reader.add(part, place="an observation", folder=None) for part in encoded]
     return images.processing.expand(token_ids, keys, images.reader.store)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CLOSE_WITHIN_S = 5.0  # for a server to end by itself; afterwards the server is killed
+CLOSE_WITHIN_S = 5.0  # for a server to end; afterwards the server is killed
 MAX_PAGES = 100  # of a listing
 T = TypeVar("T")
 
@@ -139,7 +139,7 @@ class _Connection:
         return _limited(f"error: {text}" if result.is_error else text, most)
 
     async def _within(self, work: Coroutine[Any, Any, T], purpose: str) -> T:
-        """Return the result of work. ToolServerFailure: it fails or takes too long, or the server is lost meanwhile."""
+        """Return the result of work. ToolServerFailure: the work fails or takes too long, or the server is lost."""
         from mcp import MCPError
         from mcp_types import INVALID_PARAMS
 

@@ -1,8 +1,8 @@
 """Continue a conversation: turn the environment's text into the tokens between two turns of the policy.
 
-The tokens of a turn are never rendered again. The tokens after a turn come from the chat template: a conversation with
-a sentinel in place of the policy's turn is rendered, and the text after the turn's end is used. Unsuitable templates
-are refused before a run starts.
+The tokens of a turn are never rendered again. The tokens after a turn come from the chat template. The template renders
+a conversation with a sentinel instead of the policy's turn, and the text after the turn's end is used. Unsuitable
+templates are refused before a run starts.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class ChatTurns:
 
         Args:
             ends: the model's end tokens, besides the end tokens of template and tokenizer.
-            images: puts the images of observations into token ids. None: the model reads text alone.
+            images: puts the images of observations into token ids. None: the model reads only text.
         """
         require_template(tokenizer, _KEY)
         self.tokenizer = tokenizer
@@ -146,7 +146,7 @@ class ChatTurns:
         whole = render(conversation, self.tokenizer, add_generation_prompt=True, place=_KEY)
         apart = (self.stop_token, *self._tokens([self.stop_token], messages))
         if tuple(encode([whole], self.tokenizer)[0][-len(apart) :]) != apart:
-            raise self._refusal(f"a turn of role {role} has different tokens alone than within a conversation")
+            raise self._refusal(f"a turn of role {role} has different tokens outside than within a conversation")
 
     def _refusal(self, why: str) -> UserError:
         return UserError(

@@ -127,7 +127,7 @@ class _Ledger(Generic[Key, Value]):
 class FinishOrderLedger(_Ledger[str, tuple[frozenset[int], str]]):
     """The groups that finished first, and the checksum of the sampling weights, recorded before training.
 
-    If more prompts are sampled than needed, timing decides the contents of a batch. A resumed run must not decide anew.
+    If more prompts are sampled than needed, timing decides the contents of a batch. A resumed run repeats the decision.
     """
 
     name = "firsts.jsonl"

@@ -51,7 +51,9 @@ def drop_untrained(folder: Path) -> None:
 
 
 def forget_after(folder: Path, version: int) -> int:
-    """Delete the groups with a token newer than `version`, whose weights are trained anew, and return their number."""
+    """Delete the groups with a token newer than `version`, because these weights are trained again. Return their
+    number.
+    """
     newer = [path for path in stored_groups(folder) if _version(path) > version]
     for path in newer:
         path.unlink(missing_ok=True)

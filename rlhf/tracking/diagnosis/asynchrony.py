@@ -19,7 +19,7 @@ BIASED = 0.9  # of the mean length: batches of one run differ by less
     "notice",
     *("time/trainer_waits_s", "time/step_s", "experience/policy_lag/mean"),
     steps=HEAD,
-    why="The engines need longer for a batch than a training step takes, so the trainers have nothing to do meanwhile.",
+    why="The engines need longer for a batch than a training step takes, so the trainers wait for the engines.",
     advice="give the engines more devices (cluster.roles.rollout.engines); between batches set rollouts.oversample "
     "above 1, in flight raise rollouts.max_staleness.",
 )
@@ -34,7 +34,7 @@ def trainer_starved(history: History, _: list[Point]) -> str | None:
     "notice",
     *("time/engines_idle/fraction", "experience/policy_lag/mean"),
     steps=HEAD,
-    why="A training step takes longer than the engines need for a batch, so the engines have nothing to do meanwhile.",
+    why="A training step takes longer than the engines need for a batch, so the engines wait for the trainers.",
     advice="give the policy more devices (cluster.roles.policy.workers) and the engines fewer.",
 )
 def engines_starved(history: History, recent: list[Point]) -> str | None:

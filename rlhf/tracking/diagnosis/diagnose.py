@@ -22,7 +22,7 @@ CHECKS = [
 
 
 class Watch:
-    """A diagnosis while the run goes on. Invariant: each kind of finding is reported once."""
+    """A diagnosis while the run trains. Invariant: each kind of finding is reported once."""
 
     def __init__(self) -> None:
         self._history = History()

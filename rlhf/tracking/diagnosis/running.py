@@ -68,7 +68,7 @@ def prefixes_break(history: History, recent: list[Point]) -> Evidence | None:
     if mean(recent) <= BROKEN:
         return None
     reason, share = _most_frequent(_BROKEN, "agents/broken_by", history, recent)
-    what = f"{mean(recent):.0%} of the calls do not go on from the session's tokens, most often for the reason "
+    what = f"{mean(recent):.0%} of the calls do not continue the session's tokens, most often for the reason "
     return Evidence(what=f"{what}`{reason.replace('_', ' ')}` ({share}).", advice=_BROKEN[reason])
 
 

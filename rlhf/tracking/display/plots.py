@@ -25,7 +25,7 @@ COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db
 
 
 class Curves(Figure):
-    """A figure of matplotlib that a notebook shows by itself."""
+    """A figure of matplotlib that a notebook shows without a call."""
 
     def _repr_png_(self) -> bytes:
         picture = BytesIO()

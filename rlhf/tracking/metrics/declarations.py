@@ -51,7 +51,10 @@ PLACEHOLDERS: Mapping[str, tuple[str, str]] = {
     "metric": (r"[A-Za-z0-9_.@/-]+", "`score`, a reward's name, `loss`, `kl_teacher`, or what the evaluation calls it"),
     "lag": (r"[0-9]+", "a number of versions"),
     "number": (r"[A-Za-z0-9_.-]+", "a name chosen in your own loop"),
-    "reason": (r"[a-z_]+", "why a prompt does not go on: `edited_history`, `other_tools`, `rewritten_turn` or another"),
+    "reason": (
+        r"[a-z_]+",
+        "why a prompt does not continue the session: `edited_history`, `other_tools`, `rewritten_turn` or another",
+    ),
     "node": (r"[A-Za-z0-9_.-]+", "a node's address in the Ray cluster"),
     "role": ("|".join(("controller", *ROLES)), "a role, or `controller` for the driver"),
     "stage": (_STAGES, " or ".join(f"`{_STAGES}`".replace("|", "`, `").rsplit(", ", 1))),
@@ -108,9 +111,9 @@ rollouts/completion_bias | 1 | Last | online optional | Mean response tokens of 
 
 agents/calls/mean | calls | Mean | online agent | Calls of the model in a session
 agents/calls/max | calls | Max | online agent | Most calls of a session
-agents/broken_prefixes/fraction | 1 | Mean | online agent | Calls whose prompt does not go on from the session's tokens
+agents/broken_prefixes/fraction | 1 | Mean | online agent | Calls whose prompt does not continue the session's tokens
     although it has an earlier answer of the model: the agent has changed its history
-agents/broken_by_<reason>/total | calls | Sum | online agent optional | Calls whose prompt does not go on from the
+agents/broken_by_<reason>/total | calls | Sum | online agent optional | Calls whose prompt does not continue the
     session's tokens for one reason
 agents/restricted_tokens/fraction | 1 | Mean | online agent | Sampled tokens that are not trained on, because a grammar
     restricted them

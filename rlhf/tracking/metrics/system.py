@@ -1,4 +1,4 @@
-"""The load of a node: cores, memory and GPUs, from all processes on the node and not from this run alone.
+"""The load of a node: cores, memory and GPUs, from all processes on the node and not only from this run.
 
 The driver reads the driver's node. A small actor reads every other node of the run (actors/cluster/node_metrics.py). A
 thread asks `nvidia-smi` at fixed times, because GPUs are always idle at a step's end.

@@ -1,7 +1,7 @@
 """The run folder: names, lock, and checkpoints that are whole or absent.
 
 The driver opens the folder before any actor starts, and holds it until the run ends. Only the holder of the lock writes
-here. The run's actors write below `scratch` alone. `scratch` has a new name at each start, so actors left over from an
+here. The run's actors write only below `scratch`. `scratch` has a new name at each start, so actors left over from an
 earlier start cannot write into the folder. This module does not know the contents of a checkpoint.
 """
 
@@ -302,7 +302,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         self.scratch.mkdir(exist_ok=True)
 
     def _clear(self) -> None:
-        """Remove the files of a start that ended before the first step. This run begins anew."""
+        """Remove the files of a start that ended before the first step. This run begins again."""
         names = (HISTOGRAMS, GROUPS, "wandb_run_id", "tensorboard", "samples", "evals", "references")
         for path in (self.metrics, self.errors, self.timeline, self.spool, *(self.path / name for name in names)):
             _delete(path)

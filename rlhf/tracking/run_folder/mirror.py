@@ -159,7 +159,7 @@ class Mirror:
         self._remove_old(keep, latest)
 
     def _state(self) -> list[str]:
-        """Return the names of all files except checkpoints, model and half-written ones. Some may vanish meanwhile."""
+        """Return the names of all files except checkpoints, model and half-written ones. Files may vanish."""
         top, names = self._folder.path, list[str]()
         for at, folders, files in os.walk(top):  # os.walk skips folders that have vanished
             apart = _ELSEWHERE if Path(at) == top else ()

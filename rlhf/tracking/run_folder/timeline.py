@@ -2,7 +2,7 @@
 
 Each role has one row group, with as many lanes as spans at once. Events are written as they end, so a killed run loses
 only the open spans. A resumed run continues the same file. The module measures nothing itself. While the file cannot be
-written, as on a full disk, the run goes on, and the spans are lost.
+written, as on a full disk, the run continues, and the spans are lost.
 """
 
 from __future__ import annotations
@@ -131,11 +131,13 @@ class Timeline:
             append_whole(self._file.fileno(), text, is_synced=False)
         except OSError as error:
             if not self._lost:
-                logger.warning("%s could not be written, and its events are lost meanwhile: %s", self._file.name, error)
+                logger.warning(
+                    "%s could not be written, and events are lost until a write succeeds: %s", self._file.name, error
+                )
             self._lost += 1
             return False
         if self._lost:
-            logger.warning("%s goes on, without %d events", self._file.name, self._lost)
+            logger.warning("%s continues, without %d events", self._file.name, self._lost)
         self._lost = 0
         return True
 

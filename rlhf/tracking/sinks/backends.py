@@ -44,7 +44,7 @@ class TrackedStep:
 
 
 class TrackerBackend:
-    """A view of the run folder elsewhere. All calls come from one thread. An exception ends the view alone.
+    """A view of the run folder elsewhere. All calls come from one thread. An exception ends only this view.
 
     A back end overrides the needed methods: here all methods do nothing.
     """
@@ -101,7 +101,7 @@ class Relay:
                 continue
             try:
                 call[1](self._backend)
-            except Exception as error:  # noqa: BLE001  (any failure ends the view alone)
+            except Exception as error:  # noqa: BLE001  (any failure ends only this view)
                 self._broken = True
                 message = "%s failed while %s: %s. The run continues without it: metrics.jsonl has all values."
                 text, file = f"{type(error).__name__}: {error}", self._backend.file

@@ -21,7 +21,7 @@ FLUSH_S = 10
 
 
 def open_tensorboard(folder: Path, *, done_steps: int | None) -> TensorboardBackend:
-    """Continue the log after a step; TensorBoard then hides later points of an earlier start. None: start anew.
+    """Continue the log after a step; TensorBoard then hides later points of an earlier start. None: start a new log.
 
     UserError: the package is not installed.
     """

@@ -78,7 +78,7 @@ class ServedModel:
                 f"{self.service.url}: the model {self.name} names token {largest} among the {top_k} likeliest "
                 f"(algorithm.top_k), and the student's head has {vocabulary} tokens. Serve a model whose head is no "
                 "larger than the student's, lower algorithm.top_k, or use on_policy_distillation with divergence "
-                "sampled_reverse_kl, which compares the sampled tokens alone."
+                "sampled_reverse_kl, which compares only the sampled tokens."
             )
         return scored
 

@@ -148,7 +148,7 @@ def dro(batch: VerlBatch) -> Losses:
 
 
 def reinforce(batch: VerlBatch) -> Losses:
-    """Return the loss without old log-probabilities, which enter a metric alone."""
+    """Return the loss without old log-probabilities, which only a metric uses."""
     return policy_loss.reinforce(batch.logprobs, batch.advantages, batch.mask), {}
 
 
