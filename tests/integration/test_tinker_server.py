@@ -28,16 +28,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is deprecat
 FILE = """\
 run: {name: served, dir: FOLDER}
 policy: {model: "tiny:llama", dtype: float32, lora: LORA}
-service: {max_length: 128}
+service: {max_length: 128, LIMITS}
 cluster: {start_timeout_s: 500, roles: {policy: {cpus: 0.5}, rollout: {cpus: 0.5}}}
 """
 
 
 class Server:
-    def __init__(self, folder: Path, *, lora: str = "{rank: 8}") -> None:
+    def __init__(self, folder: Path, *, lora: str = "{rank: 8}", limits: str = "max_models: 8") -> None:
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        (folder / "tinker.yaml").write_text(FILE.replace("FOLDER", str(folder)).replace("LORA", lora), encoding="utf-8")
+        text = FILE.replace("FOLDER", str(folder)).replace("LORA", lora).replace("LIMITS", limits)
+        (folder / "tinker.yaml").write_text(text, encoding="utf-8")
         self.start()
 
     def start(self) -> None:
@@ -120,35 +121,52 @@ def test_clients_train_and_sample_and_continue_after_a_kill(server: Server) -> N
     assert server.end(signal.SIGTERM) == 0
 
 
-def test_a_lost_rank_and_a_lost_engine_are_replaced(server: Server) -> None:
-    """The server stays, and the client gets the numbers of an undisturbed model."""
-    client = tinker.ServiceClient(base_url=server.url, api_key="tml-x")
-    name = str(next((server.folder / "served" / "service").glob("**/config.json")).parent)
+@pytest.mark.parametrize(
+    ("server", "ranks", "tolerance"),
+    [
+        ({}, (4,), 0.0),
+        ({"limits": "packed_tokens: 512"}, (4, 8), 1e-5),
+        ({"lora": "null"}, (0,), 0.0),
+    ],
+    indirect=["server"],
+    ids=["turns", "packed", "whole"],
+)
+def test_a_lost_rank_and_a_lost_engine_are_replaced(server: Server, ranks: tuple[int, ...], tolerance: float) -> None:
+    """The server stays, and the client gets the numbers of undisturbed models, one for each rank of an adapter."""
+    name = str(next((server.folder / "served" / "service" / "models").glob("*/config.json")).parent)
     tokens = [ord(letter) for letter in "abcabcabcabc"]
     row = types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs={"target_tokens": tokens[1:]})
+    prompt = types.ModelInput.from_ints(tokens)
 
     def losses(disturb: Callable[[int], None]) -> tuple[list[float], list[list[int]]]:
-        model = client.create_lora_training_client(base_model=name, rank=4, seed=1).result(300)
+        client = tinker.ServiceClient(base_url=server.url, api_key="tml-x")
+        models = [
+            client.create_lora_training_client(base_model=name, rank=rank, seed=rank).result(300) for rank in ranks
+        ]
         found, drawn = [], []
         for at in range(6):
-            made = [model.forward_backward([row], "cross_entropy") for _ in range(2)]
-            stepped = model.optim_step(types.AdamParams(learning_rate=0.01))
-            sampler = model.save_weights_and_get_sampling_client()
-            asked = sampler.sample(types.ModelInput.from_ints(tokens), 2, types.SamplingParams(max_tokens=16, seed=at))
+            made = [model.forward_backward([row], "cross_entropy") for _ in range(2) for model in models]
+            stepped = [model.optim_step(types.AdamParams(learning_rate=0.01)) for model in models]
+            samplers = [model.save_weights_and_get_sampling_client() for model in models]
+            params = types.SamplingParams(max_tokens=16, seed=at)
+            asked = [sampler.sample(prompt, 2, params) for sampler in samplers]
             disturb(at)
             found += [float(future.result(300).metrics["loss:sum"]) for future in made]
-            stepped.result(300)
-            drawn += [list(sequence.tokens) for sequence in asked.result(300).sequences]
+            for future in stepped:
+                future.result(300)
+            drawn += [list(sequence.tokens) for future in asked for sequence in future.result(300).sequences]
+        client.close("success").result(60)
         return found, drawn
 
     def kill(at: int) -> None:
-        actor = {1: "ray::AdapterRank", 3: "ray::AdapterEngine", 4: "ray::AdapterRank"}.get(at, "none")
+        kinds = {1: ("AdapterRank", "WholeRank"), 3: ("AdapterEngine", "WholeEngine"), 4: ("AdapterRank", "WholeRank")}
         for process in psutil.Process(server.process.pid).children(recursive=True):
-            if " ".join(process.cmdline()).startswith(actor):
+            if " ".join(process.cmdline()).startswith(tuple(f"ray::{kind}" for kind in kinds.get(at, ("none",)))):
                 process.kill()
 
-    expected = losses(lambda at: None)
-    assert losses(kill) == expected
+    (expected, drawn), (found, drawn_again) = losses(lambda at: None), losses(kill)
+    assert found == pytest.approx(expected, rel=tolerance, abs=0.0)
+    assert drawn_again == drawn
     assert server.process.poll() is None
     lines = (server.folder / "served" / "service" / "errors.jsonl").read_text().splitlines()
     assert [json.loads(line)["source"] for line in lines] == ["policy 0", "rollout 0", "policy 0"]
