@@ -203,7 +203,7 @@ class Checkpoints:
         return checkpoint
 
     def set_expiry(self, checkpoint: Checkpoint, expires: str | None) -> None:
-        write_atomic(self.folder(checkpoint) / EXPIRY, json.dumps({"expires": expires}) + "\n")
+        write_atomic(self.folder(checkpoint) / EXPIRY, json.dumps({"expires": expires}) + "\n", waits=False)
         self._known[checkpoint.path] = replace(checkpoint, expires=expires)
 
     def delete(self, checkpoint: Checkpoint) -> None:

@@ -43,4 +43,4 @@ class ModelRecord:
         return cls(**values | {"shape": shape})
 
     def write(self, folder: Path) -> None:
-        write_atomic(folder / RECORD, json.dumps(asdict(self)) + "\n")
+        write_atomic(folder / RECORD, json.dumps(asdict(self)) + "\n", waits=False)

@@ -22,8 +22,8 @@ def begin_run(folder: Path, *, base: str, dtype: str) -> None:
     """Make the folder of a new model. The configuration is for `rlhf view` and `rlhf export`."""
     folder.mkdir(parents=True, exist_ok=True)
     shown = f"algorithm: {{name: a client's loop}}\npolicy: {{model: {json.dumps(base)}, dtype: {dtype}}}\n"
-    write_atomic(folder / "config.resolved.yaml", shown)
-    write_atomic(folder / "environment.json", "{}\n")  # its time is the model's begin
+    write_atomic(folder / "config.resolved.yaml", shown, waits=False)
+    write_atomic(folder / "environment.json", "{}\n", waits=False)  # its time is the model's begin
 
 
 @dataclass(slots=True)

@@ -1,6 +1,7 @@
 """Hold the sessions of clients and their samplers.
 
-Each session and each sampler is a small file, so a restarted server knows all sessions.
+Each session and each sampler is a small file, so a restarted server knows all sessions. A write on a full disk fails at
+once, because the event loop of the server cannot wait; the client tries again.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,9 @@ class Sessions:
             user_metadata=body.user_metadata,
             display_name=body.display_name,
         )
+        self._write(session)
         self.sessions[session_id] = session
         self._called[session_id] = time.monotonic()
-        self._write(session)
         return session
 
     def find(self, session_id: str, owner: str) -> Session:
@@ -106,11 +107,12 @@ class Sessions:
         return time.monotonic() - self._called.get(session_id, self._began) > SILENT_S
 
     def finish(self, session: Session, reason: Mapping[str, Any]) -> None:
+        self._write(replace(session, finished=reason))
         session.finished = reason
-        self._write(session)
 
     def _write(self, session: Session) -> None:
-        write_atomic(self.folder / "sessions" / f"{session.session_id}.json", json.dumps(asdict(session)) + "\n")
+        file = self.folder / "sessions" / f"{session.session_id}.json"
+        write_atomic(file, json.dumps(asdict(session)) + "\n", waits=False)
 
     def add(self, sampler: SamplerRecord) -> SamplerRecord:
         """Add a sampler. A repeated request gets the sampler again. UserError: the number names another sampler."""
@@ -119,12 +121,13 @@ class Sessions:
             if (present.source, present.owner) != (sampler.source, sampler.owner):
                 raise UserError(f"the sampling session {sampler.sampler_id} exists with other weights")
             return present
-        self.samplers[sampler.sampler_id] = sampler
         self.write_sampler(sampler)
+        self.samplers[sampler.sampler_id] = sampler
         return sampler
 
     def write_sampler(self, sampler: SamplerRecord) -> None:
-        write_atomic(self.folder / "samplers" / f"{sampler.file_name}.json", json.dumps(asdict(sampler)) + "\n")
+        file = self.folder / "samplers" / f"{sampler.file_name}.json"
+        write_atomic(file, json.dumps(asdict(sampler)) + "\n", waits=False)
 
     def sampler(self, sampler_id: str, owner: str) -> SamplerRecord | None:
         sampler = self.samplers.get(sampler_id)

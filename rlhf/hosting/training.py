@@ -54,9 +54,8 @@ class TrainedModel:
         """Make the folder of a new model, a run for `rlhf view`."""
         folder = root / adapter_name(record.model_id)
         begin_run(folder, base=shared.settings.base, dtype=shared.settings.dtype)
-        model = cls(folder, record, shared)
         record.write(folder)
-        return model
+        return cls(folder, record, shared)
 
     @property
     def is_on_ranks(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import pytest
 from rlhf.errors import RunError, StorageFull
 from rlhf.hosting.request_line import RequestLine
 from rlhf.hosting.training import TrainedModel
+from rlhf.process import disk_full
+from rlhf.process.disk_full import PAUSE
+from tests.disks import mounted
 from tests.fakes.adapters import now_and_then
 from tests.unit.test_hosting_service import ROWS, Client, Model, serving
 
@@ -100,6 +104,43 @@ async def test_a_model_goes_to_disk_after_its_own_idle_time(tmp_path: Path) -> N
         await busy.train(1)
         await service.keep_house()
         assert list(policy.adapters) == [busy.model_id.replace(":", "-")]
+
+
+async def test_a_server_waits_for_room_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that needs the event loop is refused meanwhile, and leaves nothing behind."""
+    monkeypatch.setattr(disk_full, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(disk_full, "AGAIN_AFTER_S", 0.05)
+    with mounted(tmp_path / "disk", mib=4) as disk, PAUSE.limited(60.0):
+        async with serving(disk) as (service, _, _):
+            client = Client(service)
+            model, twin = await client.create(), await client.create()
+            losses = await model.train(1)
+            filler = disk / "filler"
+            with suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+            long = asyncio.ensure_future(model.forward_backward([[1, 2] * 30] * 200))
+            while not PAUSE.current():
+                await asyncio.sleep(0.01)
+            for refused in (lambda: Client(service), client.sampler):
+                with pytest.raises(StorageFull):
+                    refused()
+            with pytest.raises(StorageFull):
+                await client.create()
+            assert len(service.sessions.sessions) == 1
+            assert service.sessions.samplers == {}
+            assert not long.done()
+            filler.unlink()
+            await model.loss(await long)
+            await client.result(await model.optim_step())
+            client.models -= 1  # the client sends the refused request again
+            third = await client.create()
+            await twin.train(1)
+            await twin.loss(await twin.forward_backward([[1, 2] * 30] * 200))
+            await client.result(await twin.optim_step())
+            assert await model.train(1) == await twin.train(1)
+            assert await third.train(1) == losses
+            assert not service.lost.done()
 
 
 async def test_a_task_that_fails_ends_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

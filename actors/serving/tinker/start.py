@@ -28,6 +28,7 @@ from rlhf.hosting.shared import ServiceSettings
 from rlhf.models.files.loading import load_tokenizer
 from rlhf.models.on_disk import ModelOnDisk
 from rlhf.preflight.served_base import find_base, server_folder
+from rlhf.process.disk_full import PAUSE
 from rlhf.roles import PolicyProbe
 from rlhf.serving import serve_until_interrupted
 from rlhf.tracking.run_folder.timeline import Timeline
@@ -54,7 +55,7 @@ def serve_clients(
     """Serve until interrupted. `ready` is called with the address, the base URL for clients. token: keys of clients,
     divided by commas; None: any key, from this machine alone."""
     protobuf.messages()  # fails before anything starts
-    with locked_server(server_folder(config)):
+    with locked_server(server_folder(config)), PAUSE.limited(config.cluster.room_timeout_s):
         _serve(config, host=host, port=port, token=token, ready=ready)
 
 
