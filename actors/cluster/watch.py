@@ -1,7 +1,7 @@
 """Ping the processes of all actors, and kill hanging processes.
 
-A process hangs if it answers no heartbeat for `cluster.heartbeat_timeout_s`. Its stack is dumped on its node, and the
-process is killed. Ray then fails waiting calls, and `actors.cluster.waiting.explain` finds the reason.
+A process hangs if it answers no heartbeat for `cluster.heartbeat_timeout_s`. The stack of the process is dumped on its
+node, and the process is killed. Ray then fails waiting calls, and `actors.cluster.waiting.explain` finds the reason.
 """
 
 from __future__ import annotations

@@ -231,7 +231,7 @@ def _clock(probe: Any) -> CheckResult:
 
 
 def _links(probes: Mapping[str, Any]) -> Iterator[CheckResult]:
-    """Measure bandwidth and latency, one pair at a time so that pairs do not disturb each other."""
+    """Measure bandwidth and latency of each pair in turn, since simultaneous measurements disturb each other."""
     nodes = list(probes)
     pairs = list(combinations(nodes, 2)) if len(nodes) <= MOST_FOR_ALL_PAIRS else list(pairwise(nodes))
     links: dict[str, Link] = {}

@@ -281,7 +281,9 @@ class RolloutWorker:
         return await self.spool.read(request, sampling, newest=version, weights=weights)
 
     async def stored(self, request: GroupRequest, sampling: Sampling, infos: tuple[RolloutInfo, ...]) -> Group:
-        """Return the finished group with these scalars from the spool, which may hold other answers to the request."""
+        """Return the finished group with these scalars from the spool. The spool may hold further answers to the
+        request.
+        """
         newest = await self.weights.settled_version()
         group = await self.spool.read(request, sampling, oldest=0, newest=newest, infos=infos)
         if group is None:

@@ -19,7 +19,7 @@ BASE = "base"  # name of the snapshot without any training
 
 
 class SnapshotShelf(AdapterShelf):
-    """The one snapshot that an engine holds. vLLM knows no name for it: a request names no adapter."""
+    """The snapshot that an engine holds. vLLM has no name for a snapshot: a request names no adapter."""
 
     def __init__(self, calls: EngineCalls, weights: EngineWeights, *, probed: Probed) -> None:
         super().__init__(calls, room=1, probed=probed)

@@ -1,8 +1,8 @@
 """Keep rollout engines after a run, for the next run of this process with the same engine settings.
 
 A process with several runs on one Ray may set `ENGINE_POOL.keeps`, as the tests do. Kept engines refuse to generate
-before a sync, and every batch begins with an empty prefix cache. Only engines on one CPU host are kept, because the
-other transports are connected to their sender.
+before a sync, and every batch begins with an empty prefix cache. Only engines on the same CPU host are kept, because
+all further transports are connected to their sender.
 """
 
 from __future__ import annotations

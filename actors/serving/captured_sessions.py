@@ -312,7 +312,7 @@ class CapturedSessions:
 def turn_key(before: bytes, content: str | None, calls: Sequence[tuple[str, Any]]) -> bytes:
     """Return the key of a conversation that ends with an assistant's turn.
 
-    The key depends neither on space around the text nor on reasoning nor on the ids of calls: clients change all three.
+    Space around the text, reasoning and the ids of calls do not change the key, because clients change all three.
     """
     return _key(before, "assistant", (content or "").strip(), [(name, _arguments(given)) for name, given in calls])
 

@@ -1,7 +1,7 @@
 """Answer with tool calls truncated at a limit of tokens, as OpenAI's API does.
 
-The answer has the arguments so far, and reports the truncation. vLLM does so only in streams: an answer in one part
-has raw markup instead, or a call that looks whole.
+The answer has the arguments so far, and reports the truncation. Without this fix, vLLM does so only in streams. An
+answer in a single part has raw markup instead, or a call that looks complete.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compute the gated delta rule of Qwen3.5 and Qwen3-Next on a CPU in float32 too.
 
-vLLM's kernels for CPUs take only bfloat16. In any other dtype the causal convolution is PyTorch's, and the rule is
-that of transformers, with vLLM's states of each sequence (Yang et al. 2024, arXiv:2412.06464).
+vLLM's kernels for CPUs take only bfloat16. In any other dtype the causal convolution is PyTorch's, and the rule is the
+rule of transformers, with vLLM's states of each sequence (Yang et al. 2024, arXiv:2412.06464).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """LoRA matrix products of a CPU engine: two plain products for each adapter of a step.
 
 vLLM's CPU code gathers a copy of the adapter's matrices for every token before the product, once for each fused weight
-of a layer. All tokens of an adapter share the matrices, so a layer needs two products for the adapter and no copy.
-Beside tokens with an adapter, vLLM also gives tokens of the base model an adapter: that of the last slot.
+of a layer. All tokens of an adapter share the matrices, so a layer needs two products for the adapter and no copy. If a
+step has tokens with an adapter, vLLM also gives an adapter to tokens of the base model: the adapter of the last slot.
 """
 
 from __future__ import annotations

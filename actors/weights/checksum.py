@@ -1,6 +1,6 @@
 """The checksum of published weights, taken in place: xxh3-64 on a CPU, a weighted sum of 64-bit words on a GPU.
 
-Both ends of a transport hold the weights in the same kind of memory, so both take the same kind of sum.
+Both ends of a transport hold the weights in the same kind of memory, so both ends compute the same kind of sum.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Loads weights into a CPU engine in one pass: each matrix is packed directly from the received memory.
 
 vLLM's general reload copies the weights twice. Here q, k, v are adjacent in the flat run, as are gate and up, so the
-fused matrix is a view of the run. This works only for plain decoders on one CPU worker, never for models whose loading
-does more than rename and fuse.
+fused matrix is a view of the run. The method works only for plain decoders on a single CPU worker. The loading of the
+model may only rename and fuse weights.
 """
 
 from __future__ import annotations

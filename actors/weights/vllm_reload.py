@@ -56,7 +56,9 @@ class WithoutTower:
         self._model = model
 
     def modules(self) -> Iterator[torch.nn.Module]:
-        """Yield the modules. A parameter of a tower may stand beside the tower, such as LLaVA's `image_newline`."""
+        """Yield the modules. A parameter of a tower may be outside of the tower's module, such as LLaVA's
+        `image_newline`.
+        """
         for name, module in self._model.named_modules():
             names = [own for own, _ in module.named_parameters(name, recurse=False)] or [name]
             if not all(map(is_vision_weight, names)):

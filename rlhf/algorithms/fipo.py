@@ -35,7 +35,9 @@ class FIPOConfig(ClippedConfig):
     half_life: float = Field(default=32.0, gt=0.0)
     """Number of sampled tokens after which the change of a later token counts half. Shorter for short responses."""
     min_weight: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Smallest weight of an advantage. The paper takes 1 for its 32B model; its code advises 0.8 for small models."""
+    """Smallest weight of an advantage. The paper uses 1 for a 32B model, and the paper's code recommends 0.8 for small
+    models.
+    """
     max_weight: float = Field(default=1.2, ge=1.0)
     """Largest weight of an advantage."""
 

@@ -38,8 +38,8 @@ class GiGPO(GroupRelative):
 
     Turns of a prompt's conversations are compared if the same observation stands before them. A call is a turn of an
     agent's session, and the tokens read since the continued call's response are the observation. Deviations from the
-    paper: 1. the state is the last observation, as in the authors' code; 2. the last turn has the part of the score
-    without a turn as a reward.
+    paper: 1. the state is the last observation, as in the authors' code; 2. the part of the score that no turn earned
+    is a reward of the last turn.
     """
 
     config: GiGPOConfig

@@ -161,7 +161,8 @@ class OnlineAlgorithm(Algorithm):
 
         The correction multiplies only the surrogate. Unselected tokens are masked from the surrogate alone; the
         denominator is unchanged. The KL penalty and the bonus are aggregated like the surrogate. A straight-through
-        penalty is weighted by the importance ratio, so that its gradient is that of the KL after several updates too.
+        penalty is weighted by the importance ratio, so that its gradient equals the gradient of the KL after several
+        updates too.
         """
         mask = batch.response_mask
         mode, of_samples = self.config.aggregation, batch.sample_tokens

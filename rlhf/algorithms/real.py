@@ -24,9 +24,9 @@ class REALConfig(WholeResponsesConfig):
 class REAL(WholeResponses):
     """The advantage is the weight of a response's gradient at the start of the update, times the temperature.
 
-    Deviations from the paper: 1. later in the update, a response is compared with the rest of its class at the start of
-    the update, because a group may be in several micro-batches; 2. the loss is averaged over responses, not over
-    groups.
+    Deviations from the paper: 1. later in the update, a response is compared with the remaining responses of its class
+    at the start of the update, because a group may be in several micro-batches; 2. the loss is averaged over responses,
+    not over groups.
     """
 
     config: REALConfig

@@ -38,7 +38,7 @@ Args:
 
 @dataclass
 class Command:
-    """One command: a function of the Python API, a presenter of its result, and the differences of the two."""
+    """A command: a function of the Python API, a presenter of the result, and the differences of the command line."""
 
     function: Callable[..., Any]  # the parameters become arguments
     present: Callable[[argparse.Namespace], int | None] | None = None  # calls it, shows the result; the exit code

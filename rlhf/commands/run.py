@@ -139,7 +139,9 @@ class Run(os.PathLike[str]):
 
     @property
     def diagnosis(self) -> Findings:
-        """Return the problems that the run showed, the worst first. Each says what, why and what to try."""
+        """Return the problems that the run showed, the worst first. A problem has the symptom, the reason and the
+        advice.
+        """
         return _summary(self._place()).findings()
 
     def plot(self, *metrics: str, against: Run | Sequence[Run] = ()) -> Curves:

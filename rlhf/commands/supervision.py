@@ -198,7 +198,7 @@ def _reap(*, besides: int | None = None) -> None:
 
 
 def _end_descendants(others: Collection[psutil.Process]) -> None:
-    """End all processes of the dead driver here. Spare `others`, which ran before, and descendants of `others`."""
+    """End all processes of the dead driver here. Spare the earlier processes `others` and their descendants."""
     for limit_s, is_patient in ((END_BY_THEMSELVES_S, True), (GONE_WITHIN_S, False)):
         give_up = time.monotonic() + limit_s
         while left := _descendants(others):

@@ -137,7 +137,7 @@ def _scalar(word: str) -> Any:
 
 
 def _flat(values: Mapping[str, Any], framework: Framework, at: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield verl's settings by dotted names, without references to other settings; others as they are."""
+    """Yield verl's settings by dotted names, without references between settings. Yield further settings unchanged."""
     for key, value in values.items():
         name = f"{at}{key}"
         if framework == "verl" and isinstance(value, dict) and value:

@@ -23,7 +23,9 @@ INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankContext:
-    """Identity and limits of one rank of a trained role, or of one worker of a frozen role (a gang of one)."""
+    """Identity and limits of a rank of a trained role, or of a worker of a frozen role, which is a gang with a single
+    rank.
+    """
 
     rank: int
     world_size: int

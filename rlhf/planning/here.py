@@ -1,4 +1,4 @@
-"""Find what a run needs and this machine lacks: `rlhf plan` also plans for larger machines than this machine."""
+"""Find the needs of a run that this machine does not meet, because `rlhf plan` also plans for larger machines."""
 
 from __future__ import annotations
 

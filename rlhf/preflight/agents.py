@@ -35,8 +35,8 @@ class LoadedAgent:
             missing = [column for column in self.spec.columns if column not in row.columns]
             if missing:
                 raise UserError(
-                    f"{self.spec.key}.columns: names `{missing[0]}`, which {row.place} of {data} lacks. Add it to the "
-                    "data, or leave it out."
+                    f"{self.spec.key}.columns: names `{missing[0]}`, which {row.place} of {data} lacks. Add the "
+                    "column to the data, or remove the name from the list."
                 )
             if RESULT_COLUMN in row.columns:
                 raise UserError(

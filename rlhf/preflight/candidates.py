@@ -95,7 +95,7 @@ IN_OPTIONS = replace(IN_RUN, **_OPTIONS, by="--by", exchange="--exchange-images"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetReader:
-    """Reads the sets of an evaluation for one model after the other. UserErrors name the set and the invalid row."""
+    """Reads the sets of an evaluation for several models in turn. UserErrors name the set and the invalid row."""
 
     section: EvaluateConfig
     names: Names
@@ -188,7 +188,7 @@ class SetReader:
             for example, row in zip(loaded.items, used, strict=True):
                 if model.max_length is not None and example.longest > model.max_length:
                     raise UserError(
-                        f"{row.place}: the example has {example.longest} tokens, more than the {model.max_length} that "
-                        f"{model.name} takes. Shorten it."
+                        f"{row.place}: the example has {example.longest} tokens, more than the {model.max_length} "
+                        f"that {model.name} takes. Shorten the example."
                     )
         return loaded.items

@@ -34,7 +34,7 @@ def with_recorded_dtypes(loaded: LoadedConfig) -> LoadedConfig:
 
 
 def chosen_dtype(loaded: LoadedConfig) -> str | None:
-    """Return a sentence on the data types that the device chose, or None if all of them are written."""
+    """Return a sentence on the data types that the device chose, or None if the file has all data types."""
     for name, config in loaded.runs.items():
         if chosen := tuple(_chosen(loaded, name, config)):
             keys = ", ".join(f"{'.'.join(key)}.dtype={section.dtype}" for key, section in chosen)

@@ -49,7 +49,7 @@ class LoadedEnvironment:
             if missing:
                 raise UserError(
                     f"{self.spec.key}.name: `{name}.reset` needs the column `{missing[0]}`, which {row.place} of "
-                    f"{data} lacks. Add it to the data, or map it from another one with {mapping}."
+                    f"{data} lacks. Add the column to the data, or map another column to this name with {mapping}."
                 )
             foreign = [tool for tool in map(tool_name, read_tools(row) or ()) if tool not in tool_names]
             if foreign:
@@ -81,13 +81,14 @@ def check_lengths(
     most = spec.max_tokens
     if model.max_length is not None and most > model.max_length:
         raise UserError(
-            f"{spec.key}.max_tokens: is {most}, more than the {model.max_length} that {model.name} takes; lower it"
+            f"{spec.key}.max_tokens: is {most}, more than the {model.max_length} that {model.name} takes; lower "
+            "max_tokens"
         )
     for prompt, row in zip(prompts, rows, strict=True):
         if len(prompt.token_ids) + max_new_tokens > most:
             raise UserError(
-                f"{row.place}: the prompt has {len(prompt.token_ids)} tokens, with {max_new_tokens} of a turn that "
-                f"is more than {spec.key}.max_tokens, {most}. Raise that, or shorten the prompt."
+                f"{row.place}: the prompt has {len(prompt.token_ids)} tokens, with {max_new_tokens} of a turn that is "
+                f"more than {spec.key}.max_tokens, {most}. Raise max_tokens, or shorten the prompt."
             )
 
 
@@ -124,7 +125,7 @@ def preload_environment(
     with prefix_errors(f"{key}.name", unless=f"{key}.tools"):
         description = run_async(_describe(spec))
     if "tool_parser" in section.model_fields_set and not description.tools:
-        raise UserError(f"{key}.tool_parser: has no effect here: `{section.name}` offers no tools; remove it")
+        raise UserError(f"{key}.tool_parser: has no effect here: `{section.name}` offers no tools; remove the key")
     return LoadedEnvironment(spec=spec, description=description)
 
 

@@ -67,7 +67,9 @@ def inputs_of_run(loaded: LoadedConfig, *, model: str | None, against: str | Non
         if not stage.eval.suites:
             _refuse_other_measures(stage, model or str(final_folder(stage)))
         if not eval_sets(stage) and not stage.eval.suites:
-            raise UserError(f"data.eval: {loaded.source} names no held-out set; give one or evaluate a model on --data")
+            raise UserError(
+                f"data.eval: {loaded.source} names no held-out set; add a held-out set, or evaluate a model on --data"
+            )
     given: dict[str, Any] = {"model": model, "against": against, "k": marks.ks}
     given |= {"pass_score": marks.pass_score, "answer": marks.answers, "by": marks.by}
     given["exchange_images"] = marks.exchange_images or None
@@ -172,7 +174,7 @@ def inputs_of_model(
     sets, configs = _named_sets(data) if data or not suites else {}, _named_rewards(rewards)
     if rewards and not data and suites:
         raise UserError(
-            f"--reward {rewards[0]} has no effect: suites have their own metrics. Give --data, or remove it"
+            f"--reward {rewards[0]} has no effect: suites have their own metrics. Give --data, or remove --reward"
         )
     if both := sorted({*suites} & {*sets}):
         raise UserError(f"--suite {both[0]}: there is a set of --data with this name; rename the file")

@@ -27,7 +27,10 @@ def with_exchanged(
     for name, rows in sets.items():
         known = [row for row in rows if isinstance(row, Prompt | Example)]
         if len(known) < len(rows):
-            raise UserError(f"{key}: the images of prompts and SFT examples can be exchanged, not those of pairs.")
+            raise UserError(
+                f"{key}: only the images of prompts and SFT examples can be exchanged, and this set has pairs. Remove "
+                "the setting."
+            )
         if images is not None and any(min(row.token_ids) < 0 for row in known):
             token_ids = exchanged_among([row.token_ids for row in known], images.reader.store)
             added[f"{name}{SUFFIX}"] = tuple(replace(row, token_ids=i) for row, i in zip(known, token_ids, strict=True))

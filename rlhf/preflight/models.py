@@ -118,13 +118,13 @@ def _refuse_untrainable(
         refuse_unquantizable(f"{section}.lora.quantize", whole, device=config.cluster.device)
     if model.vision_lr is not None and getattr(shape, "vision_config", None) is None:
         raise UserError(
-            f"{section}.vision_lr: is {model.vision_lr:g}, but {model.model} has no vision tower. Remove it."
+            f"{section}.vision_lr: is {model.vision_lr:g}, but {model.model} has no vision tower. Remove the key."
         )
     sees, algorithm = getattr(shape, "vision_config", None) is not None, config.algorithm
     if sees and isinstance(algorithm, SFTConfig) and algorithm.neftune_alpha is not None:
         raise UserError(
-            f"algorithm.neftune_alpha: is {algorithm.neftune_alpha:g}, but {model.model} sees images, whose embeddings "
-            "get no noise here. Set it to null."
+            f"algorithm.neftune_alpha: is {algorithm.neftune_alpha:g}, but {model.model} sees images, and embeddings "
+            "of images get no noise. Set neftune_alpha to null."
         )
     routed = {"router_balance_coef": model.router_balance_coef}
     if isinstance(model, PolicyConfig):
@@ -132,7 +132,7 @@ def _refuse_untrainable(
     for key, value in routed.items():
         if value and not num_experts(shape.to_dict()):
             shown = "true" if value is True else f"{value:g}"
-            raise UserError(f"{section}.{key}: is {shown}, but {model.model} is no mixture of experts. Remove it.")
+            raise UserError(f"{section}.{key}: is {shown}, but {model.model} is no mixture of experts. Remove the key.")
     with prefix_errors(f"cluster.roles.{section}"):
         shared_by = getattr(config.cluster.roles, section).sequence_parallel
         refuse_uneven_heads(shape, shared_by)
@@ -222,8 +222,8 @@ def _refuse_other_sight(path: str, policy: str, trust_remote_code: bool) -> None
         raise UserError(f"{path} reads only text, but policy.model {policy} sees images; name a model that sees too")
     if any(own.expansion(*size) != other.expansion(*size) for size in ((64, 48), (640, 480), (1600, 400))):
         raise UserError(
-            f"{path} sees an image as other tokens than policy.model {policy}, but gets its token ids; name a model "
-            "with the same image processor"
+            f"{path} turns an image into different tokens than policy.model {policy}, but gets its token ids; name a "
+            "model with the same image processor"
         )
 
 
@@ -244,13 +244,13 @@ def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: 
     if state["policy"] != fingerprint:
         raise UserError(
             f"{checkpoint} is a checkpoint of another model than policy.model {policy.model}: their architectures "
-            "differ. Resume with the model that it was made with, or choose another run.name."
+            "differ. Resume with the model of the checkpoint, or choose another run.name."
         )
     algorithm = config.algorithm
     if state["algorithm"] != algorithm.short_name:
         raise UserError(
             f"{checkpoint} is a checkpoint of algorithm {state['algorithm']}, not of {algorithm.short_name}. Resume "
-            "with the one that it was made with, or choose another run.name."
+            "with the algorithm of the checkpoint, or choose another run.name."
         )
     if state.get("algorithm_code", "") != algorithm.code_digest:
         logger.warning("the code of algorithm %s has changed since %s", algorithm.short_name, checkpoint)
@@ -258,8 +258,8 @@ def refuse_other_model(config: Config, state: Mapping[str, Any], *, checkpoint: 
     differing = list(differences({**there, "cluster": None}, {**here, "cluster": None}))
     if differing:
         raise UserError(
-            f"{checkpoint} cannot be continued by this run: {'; '.join(differing)}. Resume with its settings, or "
-            "choose another run.name."
+            f"{checkpoint} cannot be continued by this run: {'; '.join(differing)}. Resume with the settings of the "
+            "checkpoint, or choose another run.name."
         )
     resharded = list(differences({"cluster": there.get("cluster")}, {"cluster": here.get("cluster")}))
     if resharded:
@@ -330,7 +330,8 @@ def refuse_too_long(prompts: Sequence[Prompt], rows: Sequence[Row], model: Model
         if len(prompt.token_ids) + max_new_tokens > model.max_length:
             raise UserError(
                 f"{row.place}: the prompt has {len(prompt.token_ids)} tokens, with {max_new_tokens} new ones that is "
-                f"more than the {model.max_length} that {model.name} takes. Shorten it, or lower max_new_tokens."
+                f"more than the {model.max_length} that {model.name} takes. Shorten the prompt, or lower "
+                "max_new_tokens."
             )
 
 

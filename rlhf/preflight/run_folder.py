@@ -57,8 +57,8 @@ def meet_mirror(stage: Stage, *, resume: bool, step: int | None = None) -> None:
             mirror.fetch(step=step)
         elif mirror.holds_run():
             raise UserError(
-                f"run.mirror: {mirror.place} already holds a run. Continue it with --resume auto, choose another "
-                "run.name, or remove it there."
+                f"run.mirror: {mirror.place} already holds a run. Continue this run with --resume auto, choose "
+                "another run.name, or remove the run from the mirror."
             )
 
 
@@ -100,7 +100,7 @@ def _refuse_other_settings(stage: Stage) -> None:
     if changed:
         raise UserError(
             f"--resume: {run_folder(stage)} is finished, with other settings: {'; '.join(changed)}. Choose another "
-            "run.name, or remove the folder to run it again."
+            "run.name, or remove the folder to repeat the run."
         )
 
 
@@ -117,7 +117,7 @@ def refuse_other_checkpoint(stage: StageInputs, *, step: int | None = None) -> N
         if step > config.train.num_steps:
             raise UserError(
                 f"train.steps: is {config.train.num_steps}, but {folder.checkpoint(step)} has done {step} already. "
-                "Raise it, or write that checkpoint as a model with `rlhf export`."
+                "Raise train.steps, or write this checkpoint as a model with `rlhf export`."
             )
         try:
             refuse_other_model(config, state, checkpoint=folder.checkpoint(step))
@@ -128,15 +128,15 @@ def refuse_other_checkpoint(stage: StageInputs, *, step: int | None = None) -> N
             warn_of_changed_code(stage.inputs, state, step=step)
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"{folder.checkpoint(step)} was written by another version of this program: its state has no "
-                f"{error}. Resume with that version, or start again under another run.name."
+                f"{folder.checkpoint(step)} was written by another version of this program: its state has no {error}. "
+                "Resume with the earlier version of the program, or start again under another run.name."
             ) from error
         if reference_step:
             folder.refuse_damaged_reference(reference_step, checkpoint=step)
 
 
 def warn_of_changed_code(inputs: OnlineInputs | OfflineInputs, state: dict[str, Any], *, step: int) -> None:
-    """Log the rewards and the environment whose code or arguments are not those of the checkpoint."""
+    """Log the rewards and the environment if their code or arguments differ from the checkpoint."""
     code = inputs.code() if isinstance(inputs, OnlineInputs) else {}
     before = state.get("code", {})
     if changed := [key for key, digest in code.items() if before.get(key, digest) != digest]:

@@ -29,5 +29,8 @@ def find_base(config: TinkerConfig) -> ModelOnDisk:
             f"service.max_length: is {limits.max_length}, more than the {model.max_length} tokens of {policy.model}"
         )
     if ":" in (limits.model_name or model.base):
-        raise UserError("service.model_name: is missing, and clients cannot use the colon in the model's name; set it")
+        raise UserError(
+            "service.model_name: is missing, and clients cannot use the colon in the model's name; set "
+            "service.model_name"
+        )
     return model

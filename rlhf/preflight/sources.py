@@ -89,7 +89,9 @@ def local_model(name: str, folder: Path, *, seed: int, weights: bool = True) -> 
         return name
     if name != TINY:
         if kind not in KINDS:
-            raise UserError(f"{name} is no tiny model. Use {TINY}, or one that sees: tiny:{', tiny:'.join(KINDS)}.")
+            raise UserError(
+                f"{name} is no tiny model. Use {TINY}, or a tiny vision model: tiny:{', tiny:'.join(KINDS)}."
+            )
         return str(build_tiny_vision(folder / "models" / f"tiny-{kind}-{seed}", kind, seed=seed))
     if not weights:
         return str(describe_tiny_llama(folder / "models" / "tiny-llama"))
@@ -153,7 +155,7 @@ def refuse_absent_tokens(token_ids: Sequence[int], tokenizer: Any, *, key: str) 
         if token not in known:
             raise UserError(
                 f"{key}: {token} is not a token of {tokenizer.name_or_path}, whose ids go from {min(known)} to "
-                f"{max(known)}. Name one of these."
+                f"{max(known)}. Name one of these tokens."
             )
 
 
@@ -333,7 +335,7 @@ def _check_sent(
         names = ", ".join(f"{{{name}}}" for name in missing)
         raise UserError(
             f"{key}.judge: names {names}, and the rows of {data} have {', '.join(common) or 'no other columns'}. Add "
-            "the column to the data, or map it from another one with data.columns"
+            "the column to the data, or map another column to this name with data.columns"
         )
     for row, columns, here in zip(rows, given, applies, strict=True):
         sent = columns if wanted is None else {name: columns.get(name) for name in wanted if here}

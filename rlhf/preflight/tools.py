@@ -39,7 +39,7 @@ def _filled(values: Mapping[str, str], key: str) -> dict[str, str]:
     for name, value in values.items():
         for variable in VARIABLE.findall(value):
             if not os.environ.get(variable):
-                raise UserError(f"{key}.{name}: the environment variable {variable} is not set; export it")
+                raise UserError(f"{key}.{name}: the environment variable {variable} is not set; export the variable")
     return {name: VARIABLE.sub(lambda match: os.environ[match[1]], value) for name, value in values.items()}
 
 
@@ -54,5 +54,5 @@ def located(command: Sequence[str], beside: Path, key: str) -> tuple[str, ...]:
         is_path = os.sep in word or place > 0
         found.append(next((os.path.abspath(path) for path in paths if is_path and os.path.exists(path)), word))
     if shutil.which(found[0]) is None:
-        raise UserError(f"{key}: there is no program {found[0]}; install it, or write its path")
+        raise UserError(f"{key}: there is no program {found[0]}; install the program, or write its path")
     return tuple(found)

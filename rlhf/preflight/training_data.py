@@ -167,7 +167,7 @@ def _online(config: Config, source: str, tokenizer: Any, beside: Path, reading: 
     taught = _privileged_reading(config, source)
     if taught and rollouts.environment is not None and reading.images is not None:
         raise UserError(
-            f"rollouts.environment: may show images to a policy that sees, but the teacher of algorithm "
+            "rollouts.environment: may show images to a vision policy, but the teacher of algorithm "
             f"{config.algorithm.name} reads only text. Remove the environment, or take a policy that reads only text."
         )
 

@@ -90,7 +90,9 @@ def metric_rows(folder: Path) -> list[dict[str, Any]]:
     try:
         return read_metrics(folder)
     except ValueError as error:
-        raise UserError(f"{error}. Repair or remove that line, so that the report can show the rest.") from error
+        raise UserError(
+            f"{error}. Correct or remove this line, so that the report can show the remaining lines."
+        ) from error
 
 
 def _pictures(runs: Sequence[RunPlace], metrics: Mapping[str, MetricsSoFar], html: Path) -> list[Path]:

@@ -1,8 +1,8 @@
 """Fetch an image from an https address, as named by a data set.
 
-Only hosts named by the configuration are asked. A name is resolved once, the address must be public, and the
-connection goes to this very address, so a name cannot lead into the cluster or to a metadata service. Each redirect
-passes the same checks.
+Only hosts named by the configuration are asked. A name is resolved once, the address must be public, and the connection
+uses exactly this address. So a name cannot lead into the cluster or to a metadata service. Each redirect passes the
+same checks.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _FAILURES = (ArithmeticError, AttributeError, ImportError, LookupError, OSError,
 class ImageProcessing:
     """The image side of a model: the tokens of an image, and the inputs of the model's forward pass.
 
-    Each image is processed alone, so tokens and pixels of an image never depend on a prompt's further images.
+    Each image is processed separately, so tokens and pixels of an image never depend on a prompt's further images.
     """
 
     def __init__(self, name: str, processor: Any, config: Any) -> None:

@@ -219,7 +219,7 @@ def test_a_mirrored_run_goes_on_elsewhere_and_is_not_begun_twice(tmp_path: Path)
         raise RunError("lost")
     assert json.loads((there / "errors.jsonl").read_text())["message"] == "lost"
     other = mirrored(tmp_path, "other")
-    with pytest.raises(UserError, match=r"run\.mirror: .* already holds a run. Continue it with --resume auto"):
+    with pytest.raises(UserError, match=r"run\.mirror: .* already holds a run. Continue this run with --resume auto"):
         meet_mirror(other, resume=False)
     meet_mirror(other, resume=True)
     with recording(other, resume=True) as (record, step):

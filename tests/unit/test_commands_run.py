@@ -135,7 +135,7 @@ def test_a_run_without_a_step_has_empty_tables_and_a_damaged_one_says_so(tmp_pat
         _ = run.metrics
     (run.folder / "samples").mkdir(exist_ok=True)
     (run.folder / "samples/step_000001.jsonl").write_text("{\n")
-    with pytest.raises(rlhf.UserError, match=r"step_000001\.jsonl:1: not JSON: .* Repair or remove that line"):
+    with pytest.raises(rlhf.UserError, match=r"step_000001\.jsonl:1: not JSON: .* Correct or remove this line"):
         _ = run.samples
     with pytest.raises(rlhf.UserError, match=r"is not a folder\. Name the folder of a run"):
         rlhf.Run(tmp_path / "none")

@@ -38,7 +38,7 @@ def test_sets_with_images_are_measured_once_more(tmp_path: Path) -> None:
     assert other.loss_mask == example.loss_mask
     with pytest.raises(UserError, match=r"eval\.exchange_images: has no effect, since no held-out set has images"):
         with_exchanged({"text": text}, images, key="eval.exchange_images")
-    with pytest.raises(UserError, match="not those of pairs"):
+    with pytest.raises(UserError, match="and this set has pairs"):
         with_exchanged({"seen": (SimpleNamespace(token_ids=(-red,)),)}, images, key="")
 
 

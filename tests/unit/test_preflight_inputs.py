@@ -391,7 +391,7 @@ def test_an_algorithm_of_given_responses_needs_one_in_the_data(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("prompt", "model", "tokens", "says"),
     [
-        ("go", "tiny:qwen3_vl", 128, "rollouts.environment: may show images to a policy that sees, but the teacher of"),
+        ("go", "tiny:qwen3_vl", 128, "rollouts.environment: may show images to a vision policy, but the teacher of"),
         ("go go go go", "tiny:llama", 64, "tokens, more than 14: train.max_tokens_per_microbatch"),  # 64 - 50
     ],
 )

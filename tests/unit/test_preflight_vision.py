@@ -53,7 +53,7 @@ def test_the_models_of_a_run_see_an_image_as_the_same_tokens(tmp_path: Path) -> 
     critic = {"model": str(build_tiny_vision(tmp_path / "same", "mistral3", seed=1)), "dtype": "float32"}
     check(policy, {"name": "ppo"}, critic=critic)
     other = {"model": str(build_tiny_vision(tmp_path / "other", "pixtral", seed=0)), "dtype": "float32"}
-    with pytest.raises(UserError, match=r"critic\.model: .*sees an image as other tokens than policy\.model"):
+    with pytest.raises(UserError, match=r"critic\.model: .*turns an image into different tokens than policy\.model"):
         check(policy, {"name": "ppo"}, critic=other)
     blind = build_tiny_llama(tmp_path / "blind", seed=0)
     with pytest.raises(UserError, match=r"another vocabulary|reads only text, but policy\.model"):
@@ -64,9 +64,11 @@ def test_the_models_of_a_run_see_an_image_as_the_same_tokens(tmp_path: Path) -> 
 def test_keys_without_a_meaning_for_a_model_are_refused(tmp_path: Path) -> None:
     policy = build_tiny_vision(tmp_path / "policy", "qwen3_vl", seed=0)
     check(policy, {"name": "sft"}, policy={"vision_lr": 1e-4})
-    with pytest.raises(UserError, match=r"algorithm\.neftune_alpha: is 5, but .*sees images.*Set it to null"):
+    with pytest.raises(
+        UserError, match=r"algorithm\.neftune_alpha: is 5, but .*sees images.*Set neftune_alpha to null"
+    ):
         check(policy, {"name": "sft", "neftune_alpha": 5.0})
-    with pytest.raises(UserError, match=r"policy\.vision_lr: is 0\.0001, but .*has no vision tower\. Remove it"):
+    with pytest.raises(UserError, match=r"policy\.vision_lr: is 0\.0001, but .*has no vision tower\. Remove the key"):
         check(build_tiny_llama(tmp_path / "blind", seed=0), {"name": "sft"}, policy={"vision_lr": 1e-4})
 
 

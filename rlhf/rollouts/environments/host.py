@@ -203,8 +203,8 @@ class EnvironmentHost:
                 self._read_output()
                 self._lost = ChildLost(
                     f"the {self.kind.label}'s process is gone; its last output: {child.log.last_line!r}. It may have "
-                    f"been killed for want of memory: each conversation may take "
-                    f"{self.kind.key}.memory_gib ({self.memory_gib:g})."
+                    f"been killed for lack of memory: each conversation may take {self.kind.key}.memory_gib "
+                    f"({self.memory_gib:g})."
                 )
                 raise self._lost from error
         return answer

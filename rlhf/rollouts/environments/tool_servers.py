@@ -256,7 +256,7 @@ def offered_tools(servers: Sequence[ToolServer]) -> list[tuple[ToolServer, Mappi
             return [(toolbox.server_of(tool["function"]["name"]), tool) for tool in toolbox.openai]
 
     if importlib.util.find_spec("mcp") is None:
-        raise LoadError(f"{servers[0].key}: needs the package mcp; install it with `pip install mcp`")
+        raise LoadError(f"{servers[0].key}: needs the package mcp; install the package with `pip install mcp`")
     try:
         return asyncio.run(listed())
     except (ToolServerFailure, _WrongArguments) as error:

@@ -1,7 +1,7 @@
 """Diagnose a run from its metrics: name each problem, a cause and a remedy, in words.
 
-The diagnosis reads rows as `read_metrics` returns them: all rows of a run, or single rows during the run. The
-diagnosis changes nothing in a run. Each threshold stands next to the check, with a reason.
+The diagnosis reads rows as `read_metrics` returns them: all rows of a run, or single rows during the run. The diagnosis
+changes nothing in a run. Each threshold is next to its check, with a reason.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class SampleTokens:
 
     The joined texts are the whole response, with special tokens written out. A token that ends within a character is
     the empty string, and the token that completes the character holds the whole character. The first position of an
-    image holds the image's mark, and the other positions the empty string. None in place of a column: the run, or an
+    image holds the image's mark, and the other positions the empty string. A column is None if the run, or an
     evaluation response, has no such numbers. None in a column: this token has no number, such as an environment's
     token.
     """

@@ -1,5 +1,5 @@
-"""Trackers by name: MLflow, trackio, SwanLab, and those of packages, by entry points of the group `rlhf.trackers`; and
-objects passed to `rlhf.train`.
+"""Find trackers by name: MLflow, trackio, SwanLab, and trackers of packages by entry points of the group
+`rlhf.trackers`. Take tracker objects of `rlhf.train` too.
 
 A tracker is a class. The constructor takes the run and the arguments from the configuration; the methods are
 `TrackerBackend`'s. The class is constructed on the tracker's thread, so a failure there does not affect the run either.

@@ -1,7 +1,7 @@
 """SwanLab as a tracker: `tracking.trackers: {swanlab: {}}`. The module reads no run.
 
 SwanLab gets the configuration, the metrics, tables and small images of samples, and alerts as text. SwanLab has no
-histograms. Neither the command line nor the repository nor the terminal is sent, because they may hold secrets.
+histograms. The command line, the repository and the terminal output are not sent, because all three may hold secrets.
 """
 
 from __future__ import annotations

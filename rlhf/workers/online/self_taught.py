@@ -1,4 +1,4 @@
-"""One rank of a policy that distils itself: a student whose teacher is the same rank with a privileged prompt."""
+"""Train a rank of a policy that distils itself: the teacher is the same rank with a privileged prompt."""
 
 from __future__ import annotations
 
