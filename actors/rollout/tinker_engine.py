@@ -34,7 +34,7 @@ SAMPLES_AT_ONCE = 1024  # of one run; the server divides them among its engines
 
 
 class TinkerLoop(EngineLoop):
-    """Sends each sample to the server in place of an engine. No thread is needed: the client has one."""
+    """Sends samples to the server in place of an engine. No thread is needed: the client has one."""
 
     def __init__(self, server: TinkerEndpoint, *, run: str, name: str, limit_s: float) -> None:
         super().__init__(_no_engine, name=name)
@@ -52,32 +52,44 @@ class TinkerLoop(EngineLoop):
         raise RunError(f"{self.name}: the engines are the server's, and take only requests for samples.")
 
     def submit(self, submissions: Sequence[Submission]) -> list[Future[Any]]:
-        """Ask for all samples. Each future gives an output of the fields that a worker reads of vLLM's."""
+        """Ask for all samples. Each future gives an output of the fields that a worker reads of vLLM's.
+
+        Samples of a prompt with consecutive seeds are asked for in one request, because a request costs the run and
+        the server milliseconds.
+        """
         if any(min(sample.prompt_token_ids) < 0 for sample in submissions):
             raise RunError(f"{self.name}: a prompt has an image, and the run sends only text to the server")
-        return [self._submit(sample) for sample in submissions]
+        together: list[list[Submission]] = []
+        for sample in submissions:
+            if together and _continues(together[-1], sample):
+                together[-1].append(sample)
+            else:
+                together.append([sample])
+        return [future for samples in together for future in self._submit(samples)]
 
-    def _submit(self, sample: Submission) -> Future[Any]:
-        given: Future[Any] = Future()
-        prompt = self.client.types.ModelInput.from_ints(list(sample.prompt_token_ids))
-        asked = self.sampler.sample(prompt, 1, sample.params).future()
-        self._waiting[sample.request_id], self._asked[sample.request_id] = given, asked
-        asked.add_done_callback(partial(self._finish, sample.request_id, given, self.version))
-        return given
+    def _submit(self, samples: Sequence[Submission]) -> list[Future[Any]]:
+        futures: list[Future[Any]] = [Future() for _ in samples]
+        prompt = self.client.types.ModelInput.from_ints(list(samples[0].prompt_token_ids))
+        asked = self.sampler.sample(prompt, len(samples), samples[0].params).future()
+        names = [sample.request_id for sample in samples]
+        self._waiting.update(zip(names, futures, strict=True))
+        self._asked.update(dict.fromkeys(names, asked))
+        asked.add_done_callback(partial(self._finish, names, futures, self.version))
+        return futures
 
-    def _finish(self, request_id: str, given: Future[Any], version: int, asked: Future[Any]) -> None:
-        self._waiting.pop(request_id, None)
-        self._asked.pop(request_id, None)
+    def _finish(self, names: Sequence[str], futures: Sequence[Future[Any]], version: int, asked: Future[Any]) -> None:
         self.last_step = time.monotonic()
-        if not given.set_running_or_notify_cancel():  # the waiting caller gave up
-            return
-        if asked.cancelled():
-            given.set_exception(Aborted(f"{self.name}: aborted"))
-        elif (error := asked.exception()) is not None:
-            given.set_exception(RunError(f"policy.tinker: {self.name}: a sample failed: {error} {RESUMES}"))
-        else:
-            (sequence,) = asked.result().sequences
-            given.set_result(_output(sequence, version))
+        for place, (name, given) in enumerate(zip(names, futures, strict=True)):
+            self._waiting.pop(name, None)
+            self._asked.pop(name, None)
+            if not given.set_running_or_notify_cancel():  # the waiting caller gave up
+                continue
+            if asked.cancelled():
+                given.set_exception(Aborted(f"{self.name}: aborted"))
+            elif (error := asked.exception()) is not None:
+                given.set_exception(RunError(f"policy.tinker: {self.name}: a sample failed: {error} {RESUMES}"))
+            else:
+                given.set_result(_output(asked.result().sequences[place], version))
 
     def abort(self, prefixes: Sequence[str], *, keeps: bool = False) -> Future[int]:
         """Cancel the requests with an id that begins with a given prefix. Return their number."""
@@ -172,6 +184,14 @@ class TinkerRolloutEngine(RolloutEngine):
 
 def _no_engine() -> Any:
     raise RunError("There is no engine here.")
+
+
+def _continues(samples: Sequence[Submission], sample: Submission) -> bool:
+    """Return whether a sample is the next of a request: the same prompt and parameters, and the next seed."""
+    first, seed = samples[0], samples[0].params.seed + len(samples)
+    return sample.prompt_token_ids == first.prompt_token_ids and sample.params == first.params.model_copy(
+        update={"seed": seed}
+    )
 
 
 def _output(sequence: Any, version: int) -> Any:

@@ -382,6 +382,9 @@ def _messages(row: Row, reading: Reading) -> list[Message] | None:
 
 
 def rollout_seed(run_seed: int, epoch: int, prompt_id: int, sample_index: int) -> int:
-    """Return the sampling seed of a response, from 1 to 2**31 - 1. The seed does not depend on scheduling."""
-    key = f"{run_seed}/{epoch}/{prompt_id}/{sample_index}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) % (2**31 - 1) + 1
+    """Return the sampling seed of a response, from 1 to 2**31 - 1. The seed does not depend on scheduling.
+
+    The seeds of a prompt's responses are consecutive, so that one request can ask for all of them by the first seed.
+    """
+    key = f"{run_seed}/{epoch}/{prompt_id}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) % 2**30 + 1 + sample_index

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -296,6 +296,14 @@ def test_a_server_that_dies_is_waited_for(model: str, tmp_path: Path) -> None:
     WORKERS.clear()
 
 
+def recording(asked: list[int], sample: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(prompt: Any, count: int, params: Any) -> Any:
+        asked.append(count)
+        return sample(prompt, count, params)
+
+    return recorded
+
+
 def test_the_servers_engines_answer_groups(
     server: Server, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +329,9 @@ def test_the_servers_engines_answer_groups(
         assert (receipt.version, receipt.checksum) == (1, manifest.checksum)
         ids = list(range(1, VOCABULARY))
         assert await engine.probe(ids) == pytest.approx(policy.probe(ids), abs=1e-6)
+        asked: list[int] = []  # the numbers of samples of the requests
+        sampler = engine.client_loop.sampler
+        monkeypatch.setattr(sampler, "sample", recording(asked, sampler.sample))
         await engine.hold()
         drawing = asyncio.ensure_future(engine.generate(request, Sampling(max_new_tokens=6), 1))
         await engine.release(1)
@@ -331,6 +342,10 @@ def test_the_servers_engines_answer_groups(
         first, second, third = rollouts.token_ids.split(rollouts.lengths.tolist())
         assert torch.equal(first, second)
         assert not torch.equal(first, third)
+        assert asked == [1, 2]
+        alone, _ = await engine.answer(replace(request, group_id=2, seeds=(6,)), Sampling(max_new_tokens=6), 1)
+        assert alone is not None
+        assert torch.equal(alone.token_ids, third)
         scored = policy.probe(first.tolist())[1:]
         assert rollouts.rollout_logprobs[2 : len(first)].tolist() == pytest.approx(scored, abs=1e-6)
         other = replace(request, group_id=1)

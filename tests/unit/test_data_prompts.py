@@ -128,8 +128,8 @@ def test_a_missing_template_says_what_to_do(tokenizer: Any) -> None:
 
 
 def test_rollout_seeds_are_pinned_positive_and_their_own() -> None:
-    # blake2b("0/0/0/0", 8 bytes), big-endian, mod 2**31 - 1, plus 1. A resumed run relies on the value.
-    assert rollout_seed(0, 0, 0, 0) == 1081821447
+    # blake2b("0/0/0", 8 bytes), big-endian, mod 2**30, plus 1, plus the sample. A resumed run relies on the value.
+    assert [rollout_seed(0, 0, 0, sample) for sample in range(3)] == [115570310, 115570311, 115570312]
     seeds = {rollout_seed(r, e, p, s) for r in range(2) for e in range(3) for p in range(40) for s in range(8)}
     assert len(seeds) == 2 * 3 * 40 * 8
     assert all(0 < seed < 2**31 for seed in seeds)
