@@ -24,7 +24,7 @@ from rlhf.models.packed.branches import Branch
 from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.models.packed.row_check import check_rows
 from rlhf.models.packed.row_layout import RowLayout
-from rlhf.vision.kinds import KINDS as NAMES
+from rlhf.vision.kinds import SEE_BOTH_WAYS
 from rlhf.vision.kinds import is_vision_weight
 from tests.fixtures.vision_models import Seeing, picture, seeing
 from tests.integration.seen_engine import engine_differences
@@ -40,6 +40,19 @@ TITLES = (
     "engine, nats",
     "engine after a sync, nats",
 )
+NAMES = {
+    "gemma3": "Gemma 3",
+    "idefics3": "Idefics3",
+    "internvl": "InternVL",
+    "llava": "LLaVA, Pixtral",
+    "llava_onevision": "LLaVA-OneVision",
+    "mistral3": "Mistral 3",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen2_vl": "Qwen2-VL",
+    "qwen3_5": "Qwen3.5",
+    "qwen3_vl": "Qwen3-VL",
+    "smolvlm": "SmolVLM",
+}
 LAYOUTS = {
     RowLayout.ONE_BY_ONE: "one by one",
     RowLayout.PACKED: "packed",
@@ -140,9 +153,9 @@ def table(kinds: Sequence[str]) -> str:
         model_type = "llava" if kind == "pixtral" else kind
         shared = "-" if row.shared is None else f"{row.shared:.0e}"
         numbers = [f"{row.packed:.0e}", shared, f"{row.gradient:.0e}", f"{row.effect:.2f}"]
-        refused = " (refused on a CPU)" if NAMES[model_type].sees_both_ways else ""
+        refused = " (refused on a CPU)" if model_type in SEE_BOTH_WAYS else ""
         numbers += [f"{row.engine:.0e}{refused}", f"{row.synced_engine:.0e}{refused}"]
-        lines.append([NAMES[model_type].name, f"`{model_type}`", LAYOUTS[row.layout], *numbers])
+        lines.append([NAMES[model_type], f"`{model_type}`", LAYOUTS[row.layout], *numbers])
         sys.stderr.write(f"{lines[-1]}\n")
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
