@@ -162,7 +162,8 @@ class OwnLoop:
             `scores.scores` and `scores.by_name`.
         """
         with self._calling("sample", in_step=True):
-            self._refuse_stale("sample")
+            if self._is_stale:
+                raise UserError("sample: the policy was updated, and the engines have older weights. Call sync first.")
             controller, record, step = self._controller, self._record, self.step + 1
             version = controller.scorer.weights[0]
             if prompts is None:
@@ -429,10 +430,6 @@ class OwnLoop:
         if self._controller.sharing and not self._is_stale:
             await self._controller.to_trainers(*GUESTS_OF_ENGINES, keep_weights=False)
             self._is_stale = True
-
-    def _refuse_stale(self, call: str) -> None:
-        if self._is_stale:
-            raise UserError(f"{call}: the policy was updated, and the engines have older weights. Call sync first.")
 
     def _advantages(self, call: str) -> AdvantageLearning:
         learning = self._controller.learning

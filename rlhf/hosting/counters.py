@@ -42,10 +42,6 @@ class Counters:
         for name, (kind, text) in _HELP.items():
             lines += [f"# HELP {PREFIX}{name} {text}", f"# TYPE {PREFIX}{name} {kind}"]
             for labels, value in sorted(values.get(name, {}).items()):
-                inside = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels)
+                inside = ",".join(f'{key}="{word}"' for key, word in labels)
                 lines.append(f"{PREFIX}{name}{f'{{{inside}}}' if inside else ''} {value:.15g}")
         return "\n".join(lines) + "\n"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

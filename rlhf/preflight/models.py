@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -283,15 +282,15 @@ def with_adapters(config: Config, ours: Mapping[str, LoraConfig]) -> Config:
         section: PolicyConfig | CriticConfig | None = getattr(config, name)
         if section is None or section.adapter is None or section.lora is None:
             continue
-        from rlhf.models.adapters.folder import SavedShape, read_adapter_shape  # imports peft, which takes seconds
-
         if section.adapter in ours:
             made = ours[section.adapter]
-            names = [field.name for field in dataclasses.fields(SavedShape)]
-            shape = {name: getattr(made, name) for name in names} | {"rank": saved_rank(made)}
+            keys = {"alpha", "rslora", "dora", "modules_to_save", "target_parameters"}
+            shape = made.model_dump(include=keys) | {"rank": saved_rank(made)}
         else:
+            from rlhf.models.adapters.folder import read_adapter_shape  # imports peft, which takes seconds
+
             with prefix_errors(f"{name}.adapter"):
-                shape = dataclasses.asdict(read_adapter_shape(Path(section.adapter)))
+                shape = read_adapter_shape(Path(section.adapter))
         lora = section.lora.model_copy(update=shape)
         changed[name] = section.model_copy(update={"lora": lora})
     return config.model_copy(update=changed)

@@ -41,7 +41,8 @@ class ImageProcessing:
         self.placeholder = str(processor.image_token)
         """The text of an image as written by the chat template: a single special token."""
         self.placeholder_id = int(processor.tokenizer.convert_tokens_to_ids(self.placeholder))
-        self.image_token_id = int(_image_token_id(config))
+        has_id = hasattr(config, "image_token_id")  # transformers has two names for the token of embedded positions
+        self.image_token_id = int(config.image_token_id if has_id else config.image_token_index)
         self._sized = lru_cache(maxsize=4096)(self._expansion)
         if self.placeholder_id in (None, processor.tokenizer.unk_token_id):
             raise UserError(f"The tokenizer of {name} has no token {self.placeholder}, which stands for an image.")
@@ -120,7 +121,8 @@ class ImageProcessing:
 
         Pixels are float32 on the host. Without images the result is empty.
         """
-        return joined_inputs([self._processed(image) for image in images])
+        outputs = [self._called(image) for image in images]
+        return joined_inputs([{name: of[name] for name in of if name not in _TEXT_INPUTS} for of in outputs])
 
     def plain_ids(self, token_ids: Sequence[int]) -> list[int]:
         """Return the token ids with `image_token_id` in place of images, as a model's embedding takes them."""
@@ -140,9 +142,6 @@ class ImageProcessing:
         if self.image_token_id not in ids:
             raise UserError(f"The processor of {self.name} writes no image token {self.image_token_id} for an image.")
         return ids
-
-    def _processed(self, image: Image) -> dict[str, Tensor]:
-        return {name: value for name, value in self._called(image).items() if name not in _TEXT_INPUTS}
 
     def _called(self, image: Image) -> Mapping[str, Tensor]:
         """Return all outputs of the processor for a text of one placeholder and its image."""
@@ -164,11 +163,6 @@ class ImageProcessing:
 def joined_inputs(each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return the model's inputs for several images in order, from the inputs of each."""
     return {name: _joined([inputs[name] for inputs in each], _axis(each[0])) for name in (each[0] if each else ())}
-
-
-def _image_token_id(config: Any) -> int:
-    """Return the id of embedded positions. transformers writes the id under one of two names."""
-    return int(config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index)
 
 
 def _axis(inputs: Mapping[str, Tensor]) -> int:

@@ -6,7 +6,6 @@ Nothing here is sharded: a worker loads an adapter before the engine takes the m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,29 +66,17 @@ def read_adapter_config(folder: Path) -> peft.LoraConfig:
     return config
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SavedShape:
-    """Properties of an adapter needed for shipping it to engines."""
-
-    rank: int
-    alpha: float
-    rslora: bool
-    dora: bool
-    modules_to_save: tuple[str, ...]  # a scalar head is not among them
-    target_parameters: tuple[str, ...]
-
-
-def read_adapter_shape(folder: Path) -> SavedShape:
-    """Return the shape of an adapter folder. Raise UserError as in `read_adapter_config`."""
+def read_adapter_shape(folder: Path) -> dict[str, Any]:
+    """Return the keys of `lora` that a folder determines. Raise UserError as in `read_adapter_config`."""
     config = read_adapter_config(folder)
-    return SavedShape(
-        rank=config.r,
-        alpha=config.lora_alpha,
-        rslora=config.use_rslora,
-        dora=config.use_dora,
-        modules_to_save=tuple(config.modules_to_save or ()),
-        target_parameters=tuple(config.target_parameters or ()),
-    )
+    return {
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "rslora": config.use_rslora,
+        "dora": config.use_dora,
+        "modules_to_save": tuple(config.modules_to_save or ()),  # a scalar head is not among them
+        "target_parameters": tuple(config.target_parameters or ()),
+    }
 
 
 def refuse_misfit_adapter(folder: Path, base: str, *, scalar: bool = False, trust_remote_code: bool = False) -> None:
