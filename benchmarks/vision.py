@@ -24,8 +24,7 @@ from rlhf.models.packed.branches import Branch
 from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.models.packed.row_check import check_rows
 from rlhf.models.packed.row_layout import RowLayout
-from rlhf.vision.kinds import SEE_BOTH_WAYS
-from rlhf.vision.kinds import is_vision_weight
+from rlhf.vision.kinds import SEE_BOTH_WAYS, is_vision_weight
 from tests.fixtures.vision_models import Seeing, picture, seeing
 from tests.integration.seen_engine import engine_differences
 
