@@ -33,7 +33,8 @@ from rlhf.serving import BadBody, is_same_secret, read_body, stranger
 zstandard = DeferredModule("zstandard")
 logger = logging.getLogger(__name__)
 API = "/api/v1"
-MOST_BODY = 1 << 28
+MOST_BODY = 1 << 28  # of rows and of prompts
+SMALL_BODY = 1 << 24  # of the other calls, whose bodies are read in the event loop
 URL_S = 3600  # validity of the URL of a checkpoint's file
 PROTOBUF = "application/x-protobuf"
 MOST_LISTED = 1000
@@ -88,12 +89,12 @@ class TinkerServer:
         post("create_model", lambda service, owner, body: service.models.create(owner, body))
         post("load_weights", lambda service, owner, body: service.models.load_weights(owner, body))
         post("get_info", lambda service, owner, body: service.models.info(owner, body))
-        post("forward_backward", lambda service, owner, body: service.models.forward_backward(owner, body))
+        post("forward_backward", lambda service, owner, body: service.models.forward_backward(owner, body), MOST_BODY)
         for call in ("optim_step", "save_weights", "save_weights_for_sampler", "save_weights_external"):
             post(call, partial(_submit, call))
         post("create_sampling_session", lambda service, owner, body: service.samplers.create(owner, body))
         post("join_sampling_session", lambda service, owner, body: service.samplers.join(owner, body))
-        post("asample", lambda service, owner, body: service.samplers.sample(owner, body))
+        post("asample", lambda service, owner, body: service.samplers.sample(owner, body), MOST_BODY)
         post("retrieve_future", _retrieve)
         post("retrieve_futures", TinkerService.retrieve_many)
         post("cancel_future", lambda service, owner, body: service.samplers.cancel(owner, body))
@@ -125,9 +126,9 @@ class TinkerServer:
 
         app.router.add_get(f"{API}/{path}", handler)
 
-    def _post(self, app: web.Application, path: str, call: Call) -> None:
+    def _post(self, app: web.Application, path: str, call: Call, most: int = SMALL_BODY) -> None:
         async def handler(request: web.Request) -> web.StreamResponse:
-            answer = call(self.service, request[OWNER], *request.match_info.values(), await _read(request))
+            answer = call(self.service, request[OWNER], *request.match_info.values(), await _read(request, most))
             if asyncio.iscoroutine(answer):
                 answer = await answer
             if isinstance(answer, web.StreamResponse):
@@ -270,9 +271,11 @@ def _page(request: web.Request) -> dict[str, int]:
     return page | {"limit": min(page["limit"], MOST_LISTED)}
 
 
-async def _read(request: web.Request) -> bytes:
+async def _read(request: web.Request, most: int = SMALL_BODY) -> bytes:
     """Return the body of a request, decompressed. UserError: the body is too large, or not compressed by zstd."""
+    _refuse_large(request.content_length or 0, most)
     body = await read_body(request)
+    _refuse_large(len(body), most)
     encoding = request.headers.get("Content-Encoding", "identity")
     if encoding == "identity":
         return body
@@ -282,9 +285,13 @@ async def _read(request: web.Request) -> bytes:
         size = zstandard.frame_content_size(body)
         if size < 0:
             raise UserError("the frame of zstd does not give the size of the body, which this server needs")
-        if size > MOST_BODY:
-            raise UserError(f"the body has {size} bytes, and this server takes up to {MOST_BODY}")
-        content: bytes = zstandard.ZstdDecompressor().decompress(body, max_output_size=MOST_BODY)
+        _refuse_large(size, most)
+        content: bytes = zstandard.ZstdDecompressor().decompress(body, max_output_size=most)
     except zstandard.ZstdError as error:
         raise UserError(f"the body is not compressed by zstd: {error}") from error
     return content
+
+
+def _refuse_large(size: int, most: int) -> None:
+    if size > most:
+        raise UserError(f"the body has {size} bytes, and this call takes up to {most}")
