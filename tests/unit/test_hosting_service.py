@@ -251,6 +251,8 @@ async def test_states_and_samplers(tmp_path: Path) -> None:
         assert (taken["category"], "exists; choose another name" in taken["error"]) == ("user", True)
         assert (await client.json(await model.post("save_weights", path="two", overwrite=True)))["path"] == path
         named = (await client.json(await model.post("save_weights_for_sampler", path="s")))["path"]
+        again = await client.json(await model.post("save_weights_for_sampler", path="s"))
+        assert again["error"] == f"{named} exists; choose another name"
         following = await model.train(1)
         for optimizer in (True, False):
             asked = {
@@ -379,7 +381,8 @@ async def test_idle_models_go_to_disk_and_finished_sessions_end(tmp_path: Path) 
         whole = await twin.train(4)
         assert first + await model.train(1) == [*whole[:2], whole[3]]
         saved = await client.json(await model.post("save_weights", path="kept"))
-        await service.finish_session("alice", client.session_id, b'{"reason": {"type": "success"}}')
+        for _ in range(2):
+            await service.finish_session("alice", client.session_id, b'{"reason": {"type": "success"}}')
         assert policy.adapters == {}
         for call in (
             lambda: service.heartbeat("alice", json.dumps({"session_id": client.session_id}).encode()),
@@ -492,6 +495,8 @@ async def test_an_expiry_changes_nothing_else_of_a_checkpoint(tmp_path: Path) ->
         client = Client(service)
         model = await client.create()
         path = (await client.json(await model.post("save_weights", path="kept", ttl_seconds=3600)))["path"]
+        short = await client.json(await model.post("save_weights", path="short", ttl_seconds=0))
+        assert short["error"] == "ttl_seconds: Input should be greater than or equal to 3600, got 0"
         kept = service.checkpoints.seen("alice", path)
         record = (service.checkpoints.folder(kept) / "record.json").read_bytes()
         service.checkpoints.set_expiry(kept, None)
