@@ -89,7 +89,7 @@ def _cpu() -> Iterator[CheckResult]:
 
 def _gpu(gpus: list[str]) -> CheckResult:
     if not gpus and Path("/dev/nvidiactl").exists():
-        advice = "a GPU device is there but nvidia-smi gives nothing: install or repair the driver"
+        advice = "a GPU device is there but nvidia-smi gives nothing: install or correct the driver"
         return CheckResult("GPUs", "note", "none that works", advice)
     return check("GPUs", "\n".join(gpus) or "none: training runs on the CPU")
 

@@ -1,4 +1,4 @@
-"""Repair vLLM 0.32.0, the version that the project requires, where it is wrong or lacks something.
+"""Fix the defects of vLLM 0.32.0, the version that the project requires.
 
 A row names a module, what vLLM does without the module, and tests of tests/unit/test_actors_vllm_patches.py. The tests
 fail once vLLM no longer has the defect. `an engine`: no cheap test can tell, so remove the module and test engines.

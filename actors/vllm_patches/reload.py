@@ -1,4 +1,4 @@
-"""Repair vLLM's reload of a running model, layer by layer. `ReloadEngine` calls the functions around a reload."""
+"""Fix vLLM's reload of a running model, layer by layer. `ReloadEngine` calls the functions around a reload."""
 
 from __future__ import annotations
 

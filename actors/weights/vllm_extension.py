@@ -1,6 +1,6 @@
 """The `worker_extension_cls` of vLLM: vLLM's workers import this module before loading a model.
 
-The module registers the weight transports and applies the repairs of actors.vllm_patches. vLLM mixes the class into the
+The module registers the weight transports and applies the fixes of actors.vllm_patches. vLLM mixes the class into the
 worker class: `self` is the worker.
 """
 

@@ -204,7 +204,9 @@ class Run(os.PathLike[str]):
         try:
             return read_lines(samples_path(self.folder, step))
         except ValueError as error:
-            raise UserError(f"{error}. Repair or remove that line, so that the rest can be shown.") from error
+            raise UserError(
+                f"{error}. Correct or remove this line, so that the remaining lines can be shown."
+            ) from error
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,8 +49,8 @@ def refuse_too_many(unusable: Sequence[Unusable], *, num_rows: int, max_unusable
     named = "\n".join(f"{row.place}: {row.reason}." for row in unusable[:_SHOWN])
     named += f"\nand {len(unusable) - _SHOWN} more." if len(unusable) > _SHOWN else ""
     if len(unusable) == num_rows:
-        raise UserError(f"{named}\nNone of the {num_rows} rows can be used. Repair them.")
+        raise UserError(f"{named}\nNone of the {num_rows} rows can be used. Correct the rows.")
     raise UserError(
         f"{named}\n{len(unusable)} of {num_rows} rows cannot be used, and data.max_unusable_fraction: "
-        f"{max_unusable_fraction:g} lets {allowed} be left out. Repair them, or raise it."
+        f"{max_unusable_fraction:g} lets {allowed} be left out. Correct the rows, or raise data.max_unusable_fraction."
     )

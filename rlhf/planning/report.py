@@ -35,7 +35,7 @@ def render_plan(
 ) -> str:
     """Return the plan as text. Raise UserError if a run wants more CPUs or GPUs than the described cluster has."""
     if shapes is not None and not shapes.is_dir():
-        raise UserError(f"--shapes {shapes}: is not a folder. Name one that holds OWNER/NAME/config.json")
+        raise UserError(f"--shapes {shapes}: is not a folder. Name a folder that holds OWNER/NAME/config.json")
     nodes = None if cluster is None else parse_cluster(cluster)
     refuse_misfit(loaded, nodes, cluster)
     sizes = sizes_of(loaded, nodes, shapes)

@@ -28,7 +28,7 @@ def assert_continues(folder: Path, config: Mapping[str, Any], *, until: int, oth
     train(folder / "stopped.yaml", "--until", str(until))
     train(folder / "stopped.yaml", *others, "--resume", "auto")
     log = (folder / "stopped.log").read_text()
-    assert "is divided anew: cluster.roles.policy.workers is 1 there and 2 here" in log
+    assert "is sharded again: cluster.roles.policy.workers is 1 there and 2 here" in log
     expected, found = (without_clocks(rows(folder / name)) for name in ("unbroken", "stopped"))
     assert found[: until + 1] == expected[: until + 1]
     assert [row["step"] for row in found] == [row["step"] for row in expected]

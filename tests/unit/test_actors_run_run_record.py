@@ -413,7 +413,7 @@ def test_a_checkpoint_may_be_moved_trained_otherwise_and_continued_by_other_rank
     changes = ["cluster.roles.policy={workers: 2, zero_stage: 3}", "cluster.roles.critic.workers=2"]
     refuse_other_model(local(tmp_path / "moved", *hyper, *changes), state, checkpoint=Path("step_000001"))
     assert caplog.messages == [
-        "the state of step_000001 is divided anew: cluster.roles.policy.workers is 1 there and 2 here; "
+        "the state of step_000001 is sharded again: cluster.roles.policy.workers is 1 there and 2 here; "
         "cluster.roles.policy.zero_stage is 2 there and 3 here; cluster.roles.critic.workers is 1 there and 2 here"
     ]
 

@@ -1,4 +1,4 @@
-"""The state of all ranks, divided anew for other ranks and another ZeRO stage, equals a division of the whole.
+"""The state of all ranks, sharded again for other ranks and another ZeRO stage, equals a division of the whole.
 
 The record of an engine tells the place in the schedule, and a restored state spreads the float32 weights.
 """

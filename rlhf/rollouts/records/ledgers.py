@@ -181,6 +181,6 @@ class ScoreLedger(_Ledger[tuple[int, int, str], GroupScores]):
         append_line(self.path, {**key, **_SCORES.dump_python(scores)}, is_synced=False)
 
     def forget_failures(self) -> None:
-        """Drop the failed groups that ended the run. A resumed run then calls the repaired reward again."""
+        """Drop the failed groups that ended the run. A resumed run then calls the corrected reward again."""
         self.known = {key: scores for key, scores in self.known.items() if not scores.errors}
         keep_lines(self.path, lambda row: not row["errors"])

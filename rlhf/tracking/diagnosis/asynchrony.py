@@ -50,7 +50,7 @@ def engines_starved(history: History, recent: list[Point]) -> str | None:
     *("experience/rollout_ess_token",),
     steps=HEAD,
     why="The policy has moved far from the older weights that sampled its responses: on responses of newer weights, "
-    "sampler and trainer differed much less. Such responses no longer show what to change in the policy.",
+    "sampler and trainer differed much less. Such responses no longer show how to improve the policy.",
     advice="lower train.lr or rollouts.max_staleness; or choose another preset of algorithm.correction: for short "
     "responses sequence_mis, which leaves out the responses that the policy would hardly give any more.",
 )
@@ -77,8 +77,10 @@ def lag_lowers_the_score(history: History, recent: list[Point]) -> str | None:
     *("experience/rollout_weight_truncated/fraction", "experience/rollout_weight_masked/fraction"),
     *("experience/policy_lag/mean", "experience/rollout_ess_token"),
     steps=3,
-    why="The policy moves so far within the lag of its responses that the correction changes them instead of guarding "
-    "against a few. A gradient of changed weights is biased.",
+    why=(
+        "The policy moves so far within the lag of its responses that the correction changes many responses instead "
+        "of only a few. A gradient of changed weights is biased."
+    ),
     advice="lower rollouts.max_staleness or train.lr; or choose another preset of algorithm.correction.",
 )
 def correction_clips(history: History, recent: list[Point]) -> str | None:
@@ -110,8 +112,10 @@ def groups_reasked(history: History, recent: list[Point]) -> str | None:
     "warning",
     *("rollouts/completion_bias", "rollouts/response_tokens/mean", "rollouts/reasked_groups/total"),
     steps=HEAD,
-    why="Batches are filled in the order of completion, so short responses are trained before long ones. The policy "
-    "learns from fewer long responses than it gives.",
+    why=(
+        "Batches are filled in the order of completion, so short responses are trained before long responses. The "
+        "policy learns from fewer long responses than the engines sample."
+    ),
     advice="set rollouts.batch_order to prompt.",
 )
 def short_responses_first(_: History, recent: list[Point]) -> str | None:

@@ -50,8 +50,10 @@ def not_finite(history: History, _: list[Point]) -> Evidence | None:
     "warning",
     *("experience/kl_ref/mean", "update/kl_old/mean", "rewards/score/mean"),
     steps=3,
-    why="The policy no longer writes the text of the reference model. The reward then rates text for which it was not "
-    "made, and the policy loses abilities of the reference model.",
+    why=(
+        "The policy no longer writes the text of the reference model. The reward then rates text of an unfamiliar "
+        "kind, and the policy loses abilities of the reference model."
+    ),
     advice="resume from a checkpoint before the rise with a lower train.lr or a higher algorithm.kl.coef; read the "
     "samples of these steps.",
 )
@@ -71,8 +73,10 @@ def kl_blow_up(history: History, recent: list[Point]) -> Evidence | None:
     "warning",
     *("update/kl_old/mean", "update/clip_fraction/mean", "update/ratio/max"),
     steps=3,
-    why="After such a large move the samples of the step no longer show how good the policy is, and the clipped "
-    "objective does not pull it back.",
+    why=(
+        "After such a large move the samples of the step no longer show how good the policy is, and the clipped "
+        "objective does not bring the policy back."
+    ),
     advice="lower train.lr, train.epochs_per_batch, or the number of updates a step (raise "
     "train.sequences_per_update).",
 )
@@ -85,8 +89,10 @@ def update_too_large(_: History, recent: list[Point]) -> str | None:
     "warning",
     *("update/entropy/mean", "advantages/zero_groups/fraction", "rewards/score/std"),
     steps=5,
-    why="The policy gives nearly all probability to one continuation. The responses to a prompt are then alike, and so "
-    "are their scores, so there is no learning signal.",
+    why=(
+        "The policy gives nearly all probability to one continuation. The responses to a prompt are then alike and "
+        "have equal scores, so there is no learning signal."
+    ),
     advice="stop here if the held-out score is good; otherwise go back and raise algorithm.clip_high (.28), set "
     "algorithm.entropy.coef, lower train.lr, or sample at a rollouts.temperature of 1.",
 )
@@ -102,8 +108,8 @@ def entropy_collapse(history: History, recent: list[Point]) -> str | None:
     *("update/entropy/mean", "experience/kl_ref/mean", "rollouts/response_tokens/mean"),
     steps=5,
     why="The policy spreads its probability over random tokens. Usually the updates push down the sampled tokens "
-    "(negative advantages) faster than they push up others, or an entropy bonus outweighs the reward.",
-    advice="lower train.lr, lower algorithm.entropy.coef if it is set, and raise algorithm.kl.coef.",
+    "(negative advantages) faster than the updates push up further tokens, or an entropy bonus outweighs the reward.",
+    advice="lower train.lr, lower algorithm.entropy.coef if the key is set, and raise algorithm.kl.coef.",
 )
 def entropy_explosion(history: History, recent: list[Point]) -> str | None:
     level, start = mean(recent), mean(history.first("update/entropy/mean", 3))
@@ -129,7 +135,7 @@ def clip_fraction_high(_: History, recent: list[Point]) -> str | None:
     "notice",
     *("update/clip_fraction/mean", "update/ratio/max", "update/lr"),
     steps=20,
-    why="The policy hardly moves within a step: the learning rate is far below what the clip would allow.",
+    why="The policy hardly moves within a step: the learning rate is much lower than the clip would allow.",
     advice="raise train.lr (by 3, then look again), if the score does not rise now.",
 )
 def clip_fraction_zero(history: History, recent: list[Point]) -> str | None:
@@ -146,7 +152,7 @@ def clip_fraction_zero(history: History, recent: list[Point]) -> str | None:
 @symptom(
     "warning",
     *("update/grad_norm", "update/loss/mean"),
-    why="Single batches have a much larger gradient than the others. Their prompts or labels may be wrong, the "
+    why="A few batches have a much larger gradient than all further batches. Their prompts or labels may be wrong, the "
     "learning rate may be near divergence, or a reward may have another scale than the rest.",
     advice="look at the samples of these steps; lower train.lr, set or lower train.grad_clip, and lengthen "
     "train.warmup_steps if they come early.",
@@ -174,8 +180,10 @@ def gradient_spikes(history: History, _: list[Point]) -> Evidence | None:
     "warning",
     *("experience/rollout_logprob_diff/mean", "experience/rollout_logprob_diff/max", "experience/rollout_ess_token"),
     steps=3,
-    why="The engine's probabilities differ from the trainer's, so the gradient is not that of the sampling policy. The "
-    "cause may be old weights, other numerics, or other sampling settings.",
+    why=(
+        "The engine's probabilities differ from the trainer's, so the gradient is biased. The cause may be old "
+        "weights, other numerics, or other sampling settings."
+    ),
     advice="compare weight_sync/probe_max_diff; set algorithm.correction, which reduces the weight of tokens with a "
     "large difference, or removes them.",
 )
@@ -197,7 +205,7 @@ def sampler_mismatch(history: History, recent: list[Point]) -> str | None:
     steps=3,
     why="Engine and trainer give different log-probabilities to the same text, and the difference grows. Some weights "
     "do not reach the engine, or its precision cannot represent them.",
-    advice="do not lower the check; report it with the model's name and environment.json.",
+    advice="do not loosen the check; report the difference with the model's name and environment.json.",
 )
 def probe_drift(history: History, recent: list[Point]) -> str | None:
     start = history.first("weight_sync/probe_max_diff", 5)
@@ -212,7 +220,7 @@ def probe_drift(history: History, recent: list[Point]) -> str | None:
     *("experience/rollout_ess_token", "experience/rollout_ratio/max", "experience/policy_lag/max"),
     steps=3,
     why="A few tokens with large ratios of trainer to sampler would carry most of the weight. The policy that sampled "
-    "the responses differs too much from the trained one.",
+    "the responses differs too much from the trained policy.",
     advice="compare weight_sync/probe_max_diff; set algorithm.correction with a truncation.",
 )
 def effective_samples_low(_: History, recent: list[Point]) -> str | None:
@@ -239,7 +247,7 @@ def much_rejected(_: History, recent: list[Point]) -> str | None:
     "warning",
     *("update/explained_variance", "update/value_loss/mean", "update/critic_grad_norm"),
     steps=10,
-    why="The critic predicts the returns worse than their mean would, so it adds noise to every advantage.",
+    why="The critic predicts the returns worse than their mean would, so the critic adds noise to every advantage.",
     advice="raise algorithm.critic_lr, set algorithm.critic_warmup_steps, or start the critic from the reward model.",
 )
 def critic_worse_than_none(_: History, recent: list[Point]) -> str | None:

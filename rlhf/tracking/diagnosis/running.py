@@ -15,12 +15,15 @@ STILL_GROWS = 1.02  # within the last 20 steps
 
 BROKEN = 0.1  # of the calls: a sub-agent or a summary now and then is the agent's design
 _BROKEN: Mapping[str, str] = {  # a remedy for each reason
-    "edited_history": "let the agent send the model's turns back as it got them; nothing is wrong if it shortens its "
-    "history on purpose.",
-    "other_system_prompt": "keep the system prompt of a conversation, and put what changes into a later message.",
+    "edited_history": (
+        "let the agent send the model's turns back unchanged; nothing is wrong if the agent shortens its history on "
+        "purpose."
+    ),
+    "other_system_prompt": "keep the system prompt of a conversation, and put changing text into a later message.",
     "other_tools": "offer the same tools, in the same order, in each call of a conversation.",
-    "rewritten_turn": "set data.chat_template to one that writes earlier turns as the model wrote them, with their "
-    "reasoning.",
+    "rewritten_turn": (
+        "set data.chat_template to a template that writes earlier turns exactly as the model did, with their reasoning."
+    ),
     "open_turn": "let the conversations of a call end with a message of the user or of a tool.",
 }
 RESTRICTED = 0.1  # of the sampled tokens: an agent may ask for a form now and then
@@ -41,10 +44,14 @@ _FAILURES = {
 @symptom(
     "warning",
     *_FAILURES,
-    why="A reward, an environment or an agent fails on some responses. Failed responses are not trained on, which "
-    "biases training towards the others.",
-    advice="errors.jsonl names prompt, sample and message of each; fix the function, or raise "
-    "reward_policy.timeout_s if it is slow.",
+    why=(
+        "A reward, an environment or an agent fails on some responses. Failed responses are not trained on, which "
+        "biases training towards the remaining responses."
+    ),
+    advice=(
+        "errors.jsonl names prompt, sample and message of each; fix the function, or raise reward_policy.timeout_s "
+        "if the function is slow."
+    ),
 )
 def rewards_fail(history: History, _: list[Point]) -> Evidence | None:
     recent = {key: history.since(key, history.step - RECENT) for key in _FAILURES}

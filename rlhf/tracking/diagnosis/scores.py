@@ -161,7 +161,7 @@ def reward_hacking(history: History, _: list[Point]) -> Evidence | None:
 @symptom(
     "warning",
     *("eval/<set>/<metric>", "update/loss/mean"),
-    why="The model loses abilities that it had before: too many steps or too high a learning rate on this data.",
+    why="The model loses earlier abilities: too many steps or too high a learning rate on this data.",
     advice="lower train.lr;",
 )
 def held_out_falls(history: History, _: list[Point]) -> Evidence | None:
@@ -172,7 +172,7 @@ def held_out_falls(history: History, _: list[Point]) -> Evidence | None:
 @symptom(
     "warning",
     *("eval/<set>/<metric>", "update/loss/mean"),
-    why="The model memorises the training rows: it improves on them and gets worse on other rows.",
+    why="The model memorises the training rows: the model improves on these rows and gets worse on further rows.",
     advice="train for fewer epochs, lower train.lr, or use more data;",
 )
 def held_out_loss_rises(history: History, _: list[Point]) -> Evidence | None:

@@ -100,7 +100,7 @@ class Mirror:
             return
         text = (
             f"run.mirror: {error}. The results are in {self._folder.path}; the mirror has only what was uploaded "
-            "before. Copy it by hand, or repair the mirror and start again with --resume auto."
+            "before. Copy the checkpoint by hand, or correct the mirror and start again with --resume auto."
         )
         if not failed:
             raise RunError(text)
