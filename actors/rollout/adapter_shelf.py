@@ -37,10 +37,6 @@ class ServedAdapter:
     checksum: str  # of the weights' file, by file_checksum
     probe: PolicyProbe
 
-    def for_engine(self) -> Any:
-        """Return vLLM's name for the adapter. vLLM's prefix cache keeps adapters apart by this name."""
-        return adapter_request(f"{self.name}#{self.number}", self.number, str(self.folder))
-
 
 class AdapterShelf:
     """The adapters that an engine holds. `probed` returns the engine's log-probabilities of a text by an adapter."""
@@ -89,8 +85,8 @@ class AdapterShelf:
             self._door.release()
 
     def request_of(self, adapter: ServedAdapter) -> Any:
-        """Return vLLM's name for an adapter, for the requests of samples."""
-        return adapter.for_engine()
+        """Return vLLM's name for an adapter. vLLM's prefix cache keeps adapters apart by this name."""
+        return adapter_request(f"{adapter.name}#{adapter.number}", adapter.number, str(adapter.folder))
 
     async def _bring(self, adapter: ServedAdapter) -> float:
         await self._make_room()
@@ -102,7 +98,7 @@ class AdapterShelf:
         """Let the engine read an adapter, and return the largest difference from the policy's probe."""
         who = f"{self.calls.loop.name} with adapter {adapter.name}"
         await self.calls.within(asyncio.to_thread(_refuse_other_file, adapter, who), "the file of an adapter")
-        lora, is_proven = adapter.for_engine(), False
+        lora, is_proven = self.request_of(adapter), False
         try:
             await self.calls.run(lambda engine: add_adapter(engine, lora), "an adapter")
             theirs = await self.probed(adapter.probe.token_ids, lora)

@@ -142,9 +142,6 @@ class TinkerRolloutEngine(RolloutEngine):
         self._added = dict(tokenizer.get_added_vocab())
         self._ends = _end_tokens(spec.model) | ({tokenizer.eos_token_id} - {None})
 
-    async def forget_prefixes(self) -> None:
-        """Do nothing: the server's engines keep no prefix of other weights."""
-
     async def end_tokens(self) -> frozenset[int]:
         return self._ends
 
@@ -171,15 +168,13 @@ class TinkerRolloutEngine(RolloutEngine):
         samples = SAMPLES_AT_ONCE if environment is None else environment.processes
         return EngineCapacity(cache_tokens=SAMPLES_AT_ONCE * self.spec.max_model_len, samples=samples)
 
-    async def start_profile(self) -> None:
-        """Do nothing: the server's engines are not profiled."""
+    async def _do_nothing(self) -> None:
+        """The server has the prefixes of its own weights, and its own GPUs. Nothing of the server is profiled."""
+
+    forget_prefixes = start_profile = gpu_peak_gib = _do_nothing
 
     async def stop_profile(self, path: Path) -> None:
-        """Do nothing: the server's engines are not profiled."""
-
-    async def gpu_peak_gib(self) -> float | None:
-        """Return None: the GPUs are the server's."""
-        return None
+        """Do nothing: there is no profile."""
 
 
 def _no_engine() -> Any:

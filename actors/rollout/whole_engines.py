@@ -11,7 +11,8 @@ from actors.rollout.adapter_shelf import AdapterShelf, Probed, ServedAdapter
 from actors.rollout.engine_calls import EngineCalls
 from actors.rollout.engine_weights import EngineWeights
 from actors.rollout.vllm_engine import RolloutSpec
-from actors.weights.files import FILES, manifest_of_files
+from actors.weights.files import FILES
+from actors.weights.manifest import WeightManifest
 from rlhf.adapters import SampleAnswer, SampleRequest
 from rlhf.controller.weight_sync import compare_probe
 
@@ -30,8 +31,9 @@ class SnapshotShelf(AdapterShelf):
 
     async def read(self, adapter: ServedAdapter) -> float:
         """Replace the weights of the engine. RunError: other bytes, or other log-probabilities, than the policy's."""
-        manifest = manifest_of_files(adapter.folder, checksum=adapter.checksum, version=adapter.number)
-        await self._weights.update(manifest, adapter.number)
+        number, fields = adapter.number, {"folder": str(adapter.folder)}
+        manifest = WeightManifest(version=number, checksum=adapter.checksum, transport=FILES, fields=fields)
+        await self._weights.update(manifest, number)
         theirs = await self.probed(adapter.probe.token_ids, None)
         who = f"{self.calls.loop.name} with the weights of {adapter.name}"
         return compare_probe(adapter.probe.logprobs, theirs, who=who, dtype=adapter.probe.dtype)

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from actors.weights.checksum import Checksum
-from actors.weights.manifest import WeightManifest, tensor_view
+from actors.weights.manifest import tensor_view
 from rlhf.errors import RunError
 
 FILES: Literal["files"] = "files"  # name of the transport
@@ -61,8 +61,3 @@ def weights_in(file: UInt8[Tensor, " bytes"]) -> Iterator[tuple[str, Tensor]]:
     table.pop("__metadata__", None)
     for name, entry in table.items():
         yield name, tensor_view(file, begin + entry["data_offsets"][0], _DTYPES[entry["dtype"]], entry["shape"])
-
-
-def manifest_of_files(folder: Path, *, checksum: str, version: int) -> WeightManifest:
-    """Describe an exported folder. The layout is in the files."""
-    return WeightManifest(version=version, checksum=checksum, transport=FILES, fields={"folder": str(folder)})

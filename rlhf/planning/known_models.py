@@ -13,7 +13,6 @@ _SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "vocab_size", "tie_word_embeddings"),
 )
-# Class and _SIZES, from each model's config.json. A test compares the resulting parameters with the published counts.
 DENSE_MODELS: Mapping[str, Decoder] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": ("Llama", 576, 1536, 30, 9, 3, 64, 49152, True),
     "HuggingFaceTB/SmolLM2-360M-Instruct": ("Llama", 960, 2560, 32, 15, 5, 64, 49152, True),

@@ -329,19 +329,12 @@ def learnt_states(
     return summed(whole.index_copy(0, mask.cumsum(0)[chosen] - 1, hidden))
 
 
-def learnt_states_and_logprobs(
-    model: nn.Module,
-    token_ids: Int[Tensor, " N"],
-    lengths: Int[Tensor, " B"],
-    *,
-    mask: Bool[Tensor, " N"],
-    branches: Branches | None = None,
-    temperature: float,
-) -> tuple[Float[Tensor, "n H"], Float[Tensor, " n"]]:
-    """Return the last hidden states predicting the tokens in mask, and the tokens' log-probabilities."""
-    chosen, hidden = _states_before(model, token_ids, lengths, mask, branches)
+def state_logprobs(
+    model: nn.Module, hidden: Float[Tensor, "n H"], token_ids: Int[Tensor, " n"], *, temperature: float
+) -> Float[Tensor, " n"]:
+    """Return the log-probability of the token predicted by each state."""
     options = {"temperature": temperature, **lm_head_settings(model)}
-    return hidden, chunked_logprobs_only(hidden, lm_head_weight(model), token_ids[chosen], **options)
+    return chunked_logprobs_only(hidden, lm_head_weight(model), token_ids, **options)
 
 
 def vocabulary_head(model: Any) -> VocabularyHead:

@@ -23,10 +23,10 @@ from rlhf.errors import RunError
 from rlhf.models.files.loading import load_model_config
 from rlhf.models.packed.forward import (
     learnt_states,
-    learnt_states_and_logprobs,
     learnt_top,
     lm_head_settings,
     lm_head_weight,
+    state_logprobs,
 )
 from rlhf.objectives.masking import sequence_counts, sequence_means
 from rlhf.role_table import Role
@@ -177,14 +177,16 @@ class StatesWorker(FrozenWorker):
 
     def _of_tokens(self, examples: Examples, microbatch: Microbatch) -> dict[str, Tensor]:
         """Return the values of a micro-batch's tokens in the loss mask, by the column's field."""
-        row = (self.model, self.part(examples.token_ids, microbatch), microbatch.lengths.to(self.device))
+        token_ids = self.part(examples.token_ids, microbatch)
+        row = (self.model, token_ids, microbatch.lengths.to(self.device))
         options: dict[str, Any] = {
             "mask": self.part(examples.loss_mask, microbatch),
             "branches": microbatch.branches,
         }
         if self.present in self.translators:
             assert self.spans is not None
-            hidden, logprobs = learnt_states_and_logprobs(*row, temperature=self.spans.temperature, **options)
+            hidden, targets = learnt_states(*row, **options), token_ids[options["mask"]]
+            logprobs = state_logprobs(self.model, hidden, targets, temperature=self.spans.temperature)
             return {"hidden": hidden, "logprobs": logprobs}
         if self.top is None:
             return {"hidden": learnt_states(*row, **options)}
