@@ -61,8 +61,11 @@ def refuse_taken(host: str, port: int) -> None:
 
 
 def _cannot_listen(host: str, port: int, error: OSError | OverflowError) -> UserError:
-    why = error.strerror if isinstance(error, OSError) else error
-    return UserError(f"--host {host} --port {port}: the server cannot listen there: {why}")
+    why = str(error.strerror if isinstance(error, OSError) else error).rstrip(".")
+    return UserError(
+        f"--host {host} --port {port}: the server cannot listen there: {why}. "
+        "Choose another port, or end the program that uses this one."
+    )
 
 
 def stranger(request: web.Request) -> str | None:

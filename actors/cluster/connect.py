@@ -171,7 +171,7 @@ def _start_local(config: ClusterConfig) -> None:
     except Exception as error:
         raise RunError(
             f"start: the local Ray did not start: {' '.join(str(error).split())} The machine may be short of "
-            "memory or busy: end what else runs here and start again, with --resume auto if the run had begun."
+            "memory or busy: end what else runs here and start again. A run that had begun needs --resume auto."
         ) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)

@@ -282,7 +282,9 @@ def sample_request(body: Sample, *, seed: int, max_length: int) -> SampleRequest
         tokens.extend(chunk.tokens)
     params = body.sampling_params
     if not 0 < len(tokens) < max_length:
-        raise UserError(f"prompt: has {len(tokens)} tokens, and this server takes 1 to {max_length - 1}")
+        raise UserError(
+            f"prompt: has {len(tokens)} tokens, and this server takes 1 to {max_length - 1} (service.max_length)"
+        )
     if body.prompt_logprobs_last_n is not None and not body.prompt_logprobs:
         raise UserError("prompt_logprobs_last_n needs prompt_logprobs")
     stop = (params.stop,) if isinstance(params.stop, str) else params.stop or ()

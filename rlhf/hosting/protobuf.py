@@ -78,7 +78,9 @@ def loss_call(message: pb.ForwardBackwardRequest, *, max_length: int) -> LossCal
         place = f"datum {index}"
         row = _tokens(datum.model_input, place)
         if not 0 < len(row) <= max_length:
-            raise UserError(f"{place}: has {len(row)} tokens, and this server takes 1 to {max_length}")
+            raise UserError(
+                f"{place}: has {len(row)} tokens, and this server takes 1 to {max_length} (service.max_length)"
+            )
         inputs = {name: _array(tensor, f"{place}: {name}") for name, tensor in datum.loss_fn_inputs.items()}
         target = inputs.pop("target_tokens", None)
         if target is None:

@@ -152,7 +152,7 @@ class TrainedModel:
         if not self.is_on_ranks:
             return
         if request.call == "forward_backward" and not protobuf.is_forward_only(request.body):
-            reason = f"the gradient was dropped, because request {request.seq_id} failed: {_error(result)}"
+            reason = f"request {request.seq_id} failed: {_error(result)}"
             await self.shared.policy.drop_gradient(self.name, reason)
             self._has_gradient = True
         elif request.call == "optim_step":

@@ -187,7 +187,7 @@ class FakeAdapters(MortalAdapters):
                 return _pass(own, rows, loss, forward_only=forward_only)
             except (UserError, RunError):
                 if not forward_only:
-                    own.drop("the gradient was dropped, because forward_backward failed")
+                    own.drop("forward_backward failed")
                 raise
 
     @on_ranks

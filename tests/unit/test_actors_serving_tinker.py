@@ -18,10 +18,10 @@ from tinker.types import ClientConfigResponse, ClientDynamicConfigResponse
 
 from actors.serving.tinker import http
 from actors.serving.tinker.http import API, TinkerServer
-from actors.serving.tinker.start import ServerRecord, _recoveries
+from actors.serving.tinker.start import ServerRecord, _recoveries, continuing_by_a_start
 from rlhf.config.schema.cluster import Restarts
 from rlhf.controller.supervisor import Supervisor
-from rlhf.errors import WorkerLost
+from rlhf.errors import RunError, UserError, WorkerLost
 from rlhf.hosting.service import TinkerService
 from tests.fakes.adapters import FakeAdapters, FakeEngines
 from tests.fakes.tinker_server import MODEL, opened, settings, text_of
@@ -267,3 +267,13 @@ async def test_the_page_counts_the_ranks_and_engines_that_were_started_again(tmp
     assert 'rlhf_tinker_recoveries_total{place="ranks"} 2' in page
     (seconds,) = [float(line.split()[1]) for line in page if line.startswith("rlhf_tinker_recovery_seconds_total")]
     assert seconds >= 0.03
+
+
+def test_a_server_that_ends_names_no_option_for_runs() -> None:
+    with pytest.raises(RunError) as caught, continuing_by_a_start():
+        raise WorkerLost("policy rank 0 died.", role="policy", rank=0, stage="start", kind="died")
+    assert str(caught.value) == (
+        "policy rank 0 died. Start the server again with the same configuration: all models continue."
+    )
+    with pytest.raises(UserError, match="a wrong key"), continuing_by_a_start():
+        raise UserError("a wrong key")

@@ -169,6 +169,10 @@ def test_a_language_model_has_a_head_for_tokens(
     [
         *((path, "does not exist") for path in ("./no/such/folder", "/no/such/folder", "a/b/c")),
         ("no-owner/no-such-model", r"no-owner/no-such-model .*HF_HUB_OFFLINE"),
+        (
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            r"Make models/SmolLM2-135M-Instruct with `rlhf models fetch smollm2`, and name this folder\.$",
+        ),
     ],
 )
 def test_a_missing_folder_or_hub_is_named(path: str, message: str) -> None:

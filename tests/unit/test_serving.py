@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,8 +14,9 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer, unused_port
 
 import rlhf.serving as serving
+from rlhf.errors import UserError
 from rlhf.process.stopping import StopRequest
-from rlhf.serving import BadBody, Connections, read_text, stranger
+from rlhf.serving import BadBody, Connections, read_text, refuse_taken, stranger
 
 
 @asynccontextmanager
@@ -126,3 +128,10 @@ async def test_a_server_answers_beside_connections_that_send_half_a_request(monk
     finally:
         server.cancel()
         await asyncio.gather(server, return_exceptions=True)
+
+
+def test_a_taken_port_is_refused_with_the_fix() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"--port {port}: .*in use.*\. Choose another port, or end the program"):
+            refuse_taken("127.0.0.1", port)

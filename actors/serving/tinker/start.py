@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from rlhf.config.schema.model import LoraConfig, PolicyConfig
 from rlhf.config.schema.run import RunConfig
 from rlhf.config.schema.service import TinkerConfig
 from rlhf.controller.supervisor import Supervisor
+from rlhf.errors import RESUMES, RunError, known_error
 from rlhf.hosting import protobuf
 from rlhf.hosting.counters import Gauges
 from rlhf.hosting.service import TinkerService, locked_server
@@ -37,6 +38,7 @@ from rlhf.tracking.sinks.tracker import Tracker
 GIB = 1 << 30
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog, and 7 times 8 is 56."
 PROBE_TOKENS = 32
+CONTINUES = "Start the server again with the same configuration: all models continue."
 
 
 class ServerRecord:
@@ -55,8 +57,20 @@ def serve_clients(
     """Serve until interrupted. `ready` is called with the address, the base URL for clients. token: keys of clients,
     divided by commas; None: any key, from this machine alone."""
     protobuf.messages()  # fails before anything starts
-    with locked_server(server_folder(config)), PAUSE.limited(config.cluster.room_timeout_s):
+    limited = PAUSE.limited(config.cluster.room_timeout_s)
+    with locked_server(server_folder(config)), limited, continuing_by_a_start():
         _serve(config, host=host, port=port, token=token, ready=ready)
+
+
+@contextmanager
+def continuing_by_a_start() -> Iterator[None]:
+    """Replace the advice to resume a run in a RunError: a server continues without an option."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(known := known_error(error), RunError):
+            raise
+        raise RunError(str(known).replace(RESUMES, CONTINUES)) from error
 
 
 def _serve(config: TinkerConfig, *, host: str, port: int, token: str | None, ready: Callable[[str], None]) -> None:

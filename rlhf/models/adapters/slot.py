@@ -41,7 +41,7 @@ class AdapterSlot:
                 f"to {self.rank}. A server trains all weights with `policy: {{lora: null}}`."
             )
         if not 1 <= shape.rank <= self.rank:
-            raise UserError(f"rank: is {shape.rank}, expected 1 to {self.rank}, the largest rank here (lora.rank).")
+            raise UserError(f"rank: is {shape.rank}, expected 1 to {self.rank}, policy.lora.rank of the server.")
         if not 0.0 < shape.alpha < math.inf:
             raise UserError(f"alpha: is {shape.alpha:g}, expected a finite number > 0.")
         layers = {

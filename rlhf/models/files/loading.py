@@ -21,7 +21,7 @@ from rlhf.data.templates import ChatTemplate
 from rlhf.deferred import torch, transformers
 from rlhf.errors import UserError
 from rlhf.models.files.folder_check import refuse_strange_folder
-from rlhf.models.files.small_models import fetched_to
+from rlhf.models.files.small_models import SMALL_MODELS, fetched_from, fetched_to
 from rlhf.models.quantized import Quantize, is_quantized, keep_storage, quantization_options
 from rlhf.vision.kinds import reads_images
 
@@ -362,6 +362,8 @@ def _load(path: str, load: Callable[..., T], **options: Any) -> T:
             fix = "Check the name, the network and HF_HUB_OFFLINE, or download it once and name its folder."
             if (known := fetched_to(path)) is not None:
                 fix = f"Make this folder with `rlhf models fetch {known}`."
+            elif (known := fetched_from(name)) is not None:
+                fix = f"Make {SMALL_MODELS[known].folder} with `rlhf models fetch {known}`, and name this folder."
             message = (
                 f"The model {path} is neither a folder here nor could it be obtained from the hub ({reason}) {fix}"
             )

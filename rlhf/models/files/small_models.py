@@ -28,3 +28,8 @@ SMALL_MODELS: Mapping[str, SmallModel] = {
 def fetched_to(folder: str) -> str | None:
     """Return the name of the model that `rlhf models fetch` puts into the folder by default."""
     return next((name for name, model in SMALL_MODELS.items() if str(model.folder) == folder), None)
+
+
+def fetched_from(repo: str) -> str | None:
+    """Return the name for `rlhf models fetch` of a model of the hub."""
+    return next((name for name, model in SMALL_MODELS.items() if model.repo == repo), None)
