@@ -33,6 +33,7 @@ SHAPES = {
     "three": AdapterShape(rank=3, attention=False, seed=3),
     "four": AdapterShape(rank=8, seed=4),
 }
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "grad_clip": 0.5}
 LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
 Call = tuple[str, str, int]  # adapter, what, number
 
@@ -216,12 +217,7 @@ def against_supervised(rank: int, ranks: int, *, model: str, stage: int) -> tupl
 
     Return the largest difference of the weights, and the largest change of a weight by the steps.
     """
-    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "grad_clip": 0.5}
-    config = config_of(model, ranks=ranks, stage=stage, dtype="float32")
-    train = config.train.model_copy(update=settings)
-    place = replace(place_of(rank, ranks), longest_sequence=40)
-    supervised = SupervisedWorker(config.model_copy(update={"train": train}), place, optimizer_steps=10)
-    supervised.build()
+    supervised = supervised_of(model, rank, ranks, stage=stage)
     start = {name: weight.clone() for name, weight in supervised.engine.named_adapter_weights(torch.float32)}
     client = worker_of(model, rank, ranks, stage=stage)
     shape = AdapterShape(rank=8, alpha=supervised.model_config.lora.alpha)  # type: ignore[union-attr]
@@ -233,6 +229,26 @@ def against_supervised(rank: int, ranks: int, *, model: str, stage: int) -> tupl
         steps=0,
     )
     client.adapters["mine"].tenant = client.swapping.made(state)
+    train_both(supervised, client, ranks)
+    ours = client.swapping.whole(client.adapters["mine"].tenant).weights
+    theirs = {name: weight.clone() for name, weight in supervised.engine.named_adapter_weights(torch.float32)}
+    difference = max(float((ours[name] - theirs[saved_name(name)]).abs().max()) for name in ours)
+    change = max(float((theirs[name] - start[name]).abs().max()) for name in start)
+    return difference, change
+
+
+def supervised_of(model: str, rank: int, ranks: int, *, stage: int, whole: bool = False) -> SupervisedWorker:
+    """Return a rank of a supervised run with the weights and settings of clients."""
+    config = config_of(model, ranks=ranks, stage=stage, dtype="float32", whole=whole)
+    train = config.train.model_copy(update=SETTINGS)
+    place = replace(place_of(rank, ranks), longest_sequence=40)
+    supervised = SupervisedWorker(config.model_copy(update={"train": train}), place, optimizer_steps=10)
+    supervised.build()
+    return supervised
+
+
+def train_both(supervised: SupervisedWorker, client: AdapterWorker, ranks: int) -> None:
+    """Make two steps of a supervised run, and of a client's model `mine`, on the same batches."""
     data = examples()
     supervised.load_data(data)
     for step in range(2):
@@ -243,12 +259,7 @@ def against_supervised(rank: int, ranks: int, *, model: str, stage: int) -> tupl
         plan = MinibatchPlan(sequences_by_rank=by_rank, num_tokens=num_tokens, num_sequences=len(chosen))
         supervised.update_on(plan)
         client.forward_backward("mine", as_rows(data.take(chosen), num_tokens), NamedLoss(name="cross_entropy"))
-        client.step_adapter("mine", AdamStep(**settings))
-    ours = client.swapping.whole(client.adapters["mine"].tenant).weights
-    theirs = {name: weight.clone() for name, weight in supervised.engine.named_adapter_weights(torch.float32)}
-    difference = max(float((ours[name] - theirs[saved_name(name)]).abs().max()) for name in ours)
-    change = max(float((theirs[name] - start[name]).abs().max()) for name in start)
-    return difference, change
+        client.step_adapter("mine", AdamStep(**SETTINGS))
 
 
 def examples() -> Examples:

@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 
 from rlhf.adapters import AdamStep, AdapterShape, LossReport, NamedLoss
-from rlhf.data.packing import balance
 from rlhf.errors import UserError
-from rlhf.types import MinibatchPlan
 from rlhf.workers.adapters.whole_worker import WholeWorker
-from rlhf.workers.offline.supervised import SupervisedWorker
 from rlhf.workers.trained import TrainedWorker
-from tests.integration.adapter_tenants import as_rows, config_of, examples, joined, rows_of
+from tests.integration.adapter_tenants import config_of, joined, rows_of, supervised_of, train_both
 from tests.integration.rank_gang import place_of
 
 ALL = AdapterShape(rank=0)
@@ -54,26 +51,12 @@ def against_supervised(rank: int, ranks: int, *, model: str, stage: int) -> tupl
 
     Return the largest difference of the weights, and the largest change of a weight by the steps.
     """
-    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "grad_clip": 0.5}
-    config = config_of(model, ranks=ranks, stage=stage, dtype="float32", whole=True)
-    train = config.train.model_copy(update=settings)
-    place = replace(place_of(rank, ranks), longest_sequence=40)
-    supervised = SupervisedWorker(config.model_copy(update={"train": train}), place, optimizer_steps=10)
-    supervised.build()
+    supervised = supervised_of(model, rank, ranks, stage=stage, whole=True)
     client = worker_of(model, rank, ranks, stage=stage)
     client.create("mine", ALL)
-    start, data = weights_of(client), examples()
+    start = weights_of(client)
     assert difference(start, weights_of(supervised)) == 0.0
-    supervised.load_data(data)
-    for step in range(2):
-        chosen = [2 * step, 2 * step + 1, 4]
-        shares = balance(data.take(chosen).lengths.tolist(), ranks)  # as the controller's plan
-        by_rank = tuple(tuple(chosen[row] for row in share) for share in shares)
-        num_tokens = int(data.take(chosen).loss_mask.sum())
-        plan = MinibatchPlan(sequences_by_rank=by_rank, num_tokens=num_tokens, num_sequences=len(chosen))
-        supervised.update_on(plan)
-        client.forward_backward("mine", as_rows(data.take(chosen), num_tokens), CROSS_ENTROPY)
-        client.step_adapter("mine", AdamStep(**settings))
+    train_both(supervised, client, ranks)
     ours = weights_of(client)
     return difference(ours, weights_of(supervised)), difference(ours, start)
 
