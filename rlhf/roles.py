@@ -529,6 +529,3 @@ class AdapterEnginesRole(MeasuredRole, Protocol):
 
     async def sample(self, adapter: str | None, request: SampleRequest) -> SampleAnswer:
         """Draw the samples of a request. None: from the base model. UserError: the request cannot be answered."""
-
-    async def end_tokens(self) -> tuple[int, ...]:
-        """Return the tokens at which the model ends a sample."""

@@ -182,9 +182,6 @@ class AdapterEngines(RolloutEngines):
             self._users[served.number] -= 1
             self._left.set()
 
-    async def end_tokens(self) -> tuple[int, ...]:
-        return (await self._request_bounds()).end_tokens
-
     async def _sample(self, adapter: ServedAdapter | None, request: SampleRequest, limit: int) -> SampleAnswer:
         """Draw the samples. After the loss of an engine, draw them again with the same seeds.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actors.rollout.vllm_engine import end_tokens, sampling_params
+from actors.rollout.vllm_engine import sampling_params
 from rlhf.adapters import SampleAnswer, SampledSequence, SampleRequest, TopTokens
 from rlhf.errors import UserError
 from rlhf.types import Sampling
@@ -25,7 +25,6 @@ class RequestBounds:
 
     vocabulary: int
     max_length: int  # prompt and sample, tokens
-    end_tokens: tuple[int, ...]
 
 
 def request_bounds(engine: Any) -> RequestBounds:
@@ -33,7 +32,6 @@ def request_bounds(engine: Any) -> RequestBounds:
     return RequestBounds(
         vocabulary=engine.model_config.get_vocab_size(),
         max_length=engine.model_config.max_model_len,
-        end_tokens=tuple(sorted(end_tokens(engine))),
     )
 
 

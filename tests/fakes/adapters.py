@@ -321,9 +321,6 @@ class FakeEngines:
             top_prompt=top,
         )
 
-    async def end_tokens(self) -> tuple[int, ...]:
-        return (EOS,)
-
 
 def _top(row: Tensor, count: int) -> tuple[tuple[int, float], ...]:
     best = row.topk(count)

@@ -342,10 +342,6 @@ def test_unload_waits_for_running_samples(
     assert len(answer.sequences[0].token_ids) == LENGTH - len(SHORT)
 
 
-def test_end_tokens(engines: AdapterEngines, runner: asyncio.Runner, tokenizer: Any) -> None:
-    assert runner.run(within(engines.end_tokens())) == (tokenizer.eos_token_id,)
-
-
 @pytest.mark.slow
 def test_a_successor_answers_with_the_adapters_of_a_killed_engine(
     tiny_model: Path, adapters: dict[str, Adapter], ray_local: None

@@ -345,6 +345,3 @@ class EchoEngines:
             sequences=tuple(replace(sequence) for _ in range(request.num_samples)),
             prompt_logprobs=prompt if request.prompt_logprobs else None,
         )
-
-    async def end_tokens(self) -> tuple[int, ...]:
-        return (0,)

@@ -36,7 +36,7 @@ class ClientEngine(Engine):
         self.asked: list[tuple[int | None, int | None]] = []
 
     def on_request_bounds(self) -> RequestBounds:
-        return RequestBounds(vocabulary=10, max_length=20, end_tokens=(2,))
+        return RequestBounds(vocabulary=10, max_length=20)
 
     def on_load_adapter(self, adapter: ServedAdapter) -> float:
         self.calls.append(f"load {adapter.number}")
@@ -100,7 +100,6 @@ async def test_adapters_are_known_by_name() -> None:
     assert one.calls == two.calls == ["load 1", "unload 1"]
     await load(engines, "a")
     assert one.calls[-1] == "load 2"  # a number is never used again
-    assert await engines.end_tokens() == (2,)
 
 
 async def test_a_request_without_a_seed_keeps_its_drawn_seed_after_a_loss() -> None:

@@ -10,7 +10,7 @@ from actors.rollout.client_samples import MOST_SAMPLES, MOST_TOP, RequestBounds,
 from rlhf.adapters import SampleRequest
 from rlhf.errors import UserError
 
-BOUNDS = RequestBounds(vocabulary=50, max_length=10, end_tokens=(2,))
+BOUNDS = RequestBounds(vocabulary=50, max_length=10)
 
 
 def request(**values: Any) -> SampleRequest:
