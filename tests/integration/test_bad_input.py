@@ -178,7 +178,7 @@ def test_a_checkpoint_that_this_run_cannot_go_on_from(capsys: pytest.CaptureFixt
     assert "is a checkpoint of algorithm dpo, not of grpo" in resumed_from(algorithm="dpo")
     assert "is a checkpoint of another model than policy.model" in resumed_from(policy="another")
     said = resumed_from("policy.lora={rank: 8}")
-    assert "cannot be continued by this run: policy.lora is null there and a mapping here. Resume with its" in said
+    assert "cannot be continued by this run: policy.lora is null there and a mapping here. Resume with the" in said
     done = f"train.steps: is 2, but {tmp_path}/r/checkpoints/step_000003 has done 3 already"
     assert done in resumed_from("train.steps=2")
 

@@ -212,7 +212,7 @@ async def test_an_adapter_without_proof_stays_out_of_the_engine(
 ) -> None:
     engine = Shelf(monkeypatch, tmp_path, room=1, deadline_s=DEADLINE_S)
     engine.logprob = -1.1
-    with pytest.raises(RunError, match="rollout engine 0 with adapter n1 gives other log-probabilities"):
+    with pytest.raises(RunError, match="rollout engine 0 with adapter n1 computes different log-probabilities"):
         await engine.shelf.load(engine.adapter(1))
     assert not engine.held
     engine.logprob = -1.0

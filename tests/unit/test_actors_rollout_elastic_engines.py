@@ -215,7 +215,7 @@ async def test_the_run_goes_on_without_an_engine_that_cannot_join_and_starts_it_
     assert second.calls == ["open", "load 1", "probe"]
     warnings = [record.message for record in caplog.records if "cannot start" in record.message]
     assert len(warnings) == 3
-    assert all("goes on with 1 engines" in text and str(error).split(" The run")[0] in text for text in warnings)
+    assert all("continues with 1 engines" in text and str(error).split(" The run")[0] in text for text in warnings)
     assert all(engine.is_dead for engine in failed)
     assert engines.room.limits == [None] * 4
     await ended(engines)

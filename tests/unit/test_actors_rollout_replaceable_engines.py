@@ -215,7 +215,7 @@ async def test_an_engine_that_finishes_nothing_is_replaced(ask: Any) -> None:
 @pytest.mark.parametrize(
     ("logprob", "checksum", "message"),
     [
-        (-2.0, "sum 1", "weight sync to version 1: rollout engine 0 gives other log-probabilities"),
+        (-2.0, "sum 1", "weight sync to version 1: rollout engine 0 computes different log-probabilities"),
         (-1.0, "other", "checksum other; the policy published version 1 with sum 1"),
     ],
 )

@@ -118,7 +118,7 @@ def test_rewards_get_the_images_of_samples_and_rows_as_files(config: str, tmp_pa
     found = rlhf.reward(config, file, how).rows
     assert [one.score for one in found] == [255.0 * 2, 0.0, 255.0 * 2]
     assert [one.group for one in found] == [0, 1, 2]
-    with pytest.raises(UserError, match=r"r\.jsonl:1: has images, and the reward model of taste gets the text alone"):
+    with pytest.raises(UserError, match=r"r\.jsonl:1: has images, and the reward model of taste gets only the text"):
         rlhf.reward(config, file, [how[1], "rewards={taste: {role: reward}}", "reward.model=tiny:llama"])
     with pytest.raises(UserError, match=r"r\.jsonl:1: image 1 of column `images`: .*gone\.png cannot be read"):
         rlhf.reward(config, write(tmp_path / "r.jsonl", [of_file | {"images": ["gone.png"]}]), how)

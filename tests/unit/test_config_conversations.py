@@ -87,7 +87,10 @@ def test_an_agent_is_loaded_and_gets_the_prompt_as_it_is(tmp_path: Path) -> None
     ("server", "message"),
     [
         (f"{{{SERVER}, only: [wait, add]}}", "tools.mcp.0.only: names the tool `add`, .*it has: echo, wait, die"),
-        ("{command: [no-such-program]}", "tools.mcp.0.command: there is no program no-such-program; install it"),
+        (
+            "{command: [no-such-program]}",
+            "tools.mcp.0.command: there is no program no-such-program; install the program",
+        ),
         ("{command: ['false']}", "tools.mcp.0: false failed to start and list its tools: Connection closed"),
         ("{url: 'http://127.0.0.1:1/mcp'}", "tools.mcp.0: http://127.0.0.1:1/mcp failed to start and list"),
         ("{url: 'http://a/mcp', headers: {A: 'Bearer ${NO_SUCH_TOKEN}'}}", "NO_SUCH_TOKEN is not set"),

@@ -189,7 +189,10 @@ ONLINE_REFUSED = [
     (["rewards.correct.gate=corect"], "rewards.correct.gate: is corect, expected the name of another reward; there"),
     (["rewards.correct.gate=correct"], "rewards.correct.gate: is correct, expected"),
     (["rewards.correct.normalize=group", *SINGLE], "is group, but rollouts.samples_per_prompt is 1"),
-    (["algorithm={name: remax}", "rewards.correct.normalize=group"], "is group, but algorithm remax compares with the"),
+    (
+        ["algorithm={name: remax}", "rewards.correct.normalize=group"],
+        "is group, but algorithm remax compares only with",
+    ),
     (["algorithm={name: remax, length_penalty: {by: group}}"], "length_penalty.by: is group, which compares the"),
     (["rewards.taste={url: 'http://h/', credit: step}"], "rewards.taste: `credit: step` needs a function that is not"),
     (["rewards.won={environment: true, on_error: 0.0}"], "rewards.won: `on_error` may be `fail` or `drop` where an"),
@@ -284,7 +287,7 @@ ONLINE_REFUSED = [
     ([with_servers(f"{{url: 'http://a', headers: {{Who: 'Bearer {SECRET}'}}}}")], "headers.Who: looks like a secret"),
     ([with_servers("{url: 'http://a/mcp'}"), "rewards.correct={environment: true}"], "is true, but the"),
     ([GAME, "rollouts.environment.args={api_key: x}"], "rollouts.environment.args.api_key: looks like a secret"),
-    ([GAME, "rewards.correct={environment: true, args: {a: 1}}"], "rewards.correct: `args` has an effect with"),
+    ([GAME, "rewards.correct={environment: true, args: {a: 1}}"], "rewards.correct: `args` has an effect only with"),
 ]
 SFT_REFUSED = [
     (["data.max_sequence_tokens=8193"], "is 8193 and must be at most 8192: train.max_tokens_per_microbatch = 8192"),
@@ -381,7 +384,10 @@ TAUGHT_REFUSED = [
 ]
 TINKER_REFUSED = {
     "online": [
-        ([*TINKER], "algorithm.name: is ppo, which needs a critic, but the server of policy.tinker returns log-probab"),
+        (
+            [*TINKER],
+            "algorithm.name: is ppo, which needs a critic, but the server of policy.tinker returns only log-probab",
+        ),
         (["policy.tinker=http://h:1", GRPO], "policy.lora: is null, but the server of policy.tinker trains adapters"),
         (["policy.tinker=ftp://h", GRPO], "policy.tinker: `url` must be http://HOST... or https://HOST..."),
         (["policy.tinker=http://u:p@h", GRPO], "policy.tinker: `url` holds a secret"),
@@ -395,7 +401,7 @@ TINKER_REFUSED = {
         ),
         (
             [*TINKER, GRPO, "train.optimizer=adamw_8bit"],
-            "train.optimizer: is adamw_8bit, but the server of policy.tinker has adamw",
+            "train.optimizer: is adamw_8bit, but the server of policy.tinker has only adamw",
         ),
         ([*TINKER, GRPO, "rollouts.temperature=0.7"], "rollouts.temperature: is 0.7, but the server of policy.tinker"),
         (

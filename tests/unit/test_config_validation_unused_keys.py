@@ -67,7 +67,11 @@ INERT: list[tuple[str, list[str], str]] = [
     ("algorithm.clip_low=0.3", ["algorithm={name: gmpo}", WHOLE_BATCH], RATIO),
     ("algorithm.clip_low=0.4", [GRPO, "rollouts.keep_per_prompt={count: 2}"], "batch of 16 responses is trained on"),
     ("rollouts.keep_per_prompt={count: 2}", PAIRS, "algorithm online_dpo trains on one pair of them"),
-    ("rollouts.keep_per_prompt={count: 3}", ["algorithm={name: raft, keep: 2}"], "algorithm raft keeps the best by"),
+    (
+        "rollouts.keep_per_prompt={count: 3}",
+        ["algorithm={name: raft, keep: 2}"],
+        "algorithm raft keeps the best without",
+    ),
     ("data.curriculum={}", [GRPO, "data.train={task: running_totals, size: 160}"], "= 80 prompts are needed, and data"),
     ("algorithm.value_clip=0.1", [WHOLE_BATCH], "the values are still the old ones"),
     ("algorithm.value_clip=0.2", [WHOLE_BATCH, "algorithm.correction={mode: bypass}"], "the values are still the old"),

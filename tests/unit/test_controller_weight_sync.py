@@ -21,7 +21,7 @@ def test_the_largest_difference_is_reported() -> None:
 @pytest.mark.parametrize("theirs", [[-1.0, -2.4], [-1.0, math.nan]])
 def test_other_weights_stop_the_run(theirs: list[float]) -> None:
     # mean difference 0.2 nats, or nan
-    with pytest.raises(RunError, match="version 3: rollout engine 1 gives other log-probabilities"):
+    with pytest.raises(RunError, match="version 3: rollout engine 1 computes different log-probabilities"):
         check_probe([-1.0, -2.0], theirs, engine=1, version=3, dtype="bfloat16")
 
 

@@ -123,9 +123,10 @@ def test_the_first_few_rows_are_named_and_the_others_counted(tokenizer: Any) -> 
     assert all("column `completion` is the string ' ', which is empty." in line for line in lines[:3])
     assert lines[3:] == [
         "and 2 more.",
-        "5 of 6 rows cannot be used, and data.max_unusable_fraction: 0 lets 0 be left out. Repair them, or raise it.",
+        "5 of 6 rows cannot be used, and data.max_unusable_fraction: 0 lets 0 be left out. "
+        "Correct the rows, or raise data.max_unusable_fraction.",
     ]
-    with pytest.raises(UserError, match=r"empty\.\nNone of the 2 rows can be used\. Repair them\.$"):
+    with pytest.raises(UserError, match=r"empty\.\nNone of the 2 rows can be used\. Correct the rows\.$"):
         read_all(tokenizer, EMPTY, EMPTY, max_unusable_fraction=0.99)
 
 

@@ -115,7 +115,7 @@ def test_a_loop_that_had_its_last_step_is_done_and_nothing_follows() -> None:
 
 
 def test_what_fails_after_a_signal_is_preempted_but_an_error_of_the_user_stays_one() -> None:
-    with pytest.raises(Preempted, match="failed meanwhile: a node is gone"):
+    with pytest.raises(Preempted, match="failed during the stop: a node is gone"):
         run_stoppable(loop_that_is_sent(signal.SIGTERM, result=RunError("a node is gone")))
     with pytest.raises(UserError, match="no such file"):
         run_stoppable(loop_that_is_sent(signal.SIGTERM, result=UserError("no such file")))
