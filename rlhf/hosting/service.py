@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,10 +44,13 @@ ALL_WEIGHTS = "this server trains all weights, of one model at a time: create a 
 
 @contextmanager
 def locked_server(root: Path) -> Iterator[None]:
-    """Hold the folder of a server. UserError: another server uses the folder."""
+    """Hold the folder of a server, without files of killed writes. UserError: another server uses the folder."""
     folder = root / "service" / "lock"  # `rlhf view` takes a folder with a lock for a run
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(folder, key="run.name")
+    for pattern in ("*/.*.partial*", "service/*/.*.partial"):
+        for leftover in root.glob(pattern):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     try:
         yield
     finally:

@@ -458,12 +458,17 @@ async def test_a_kill_at_the_end_of_a_session_leaves_no_model(tmp_path: Path) ->
         model = await client.create()
         await model.train(1)
         service.sessions.finish(service.sessions.sessions[client.session_id], {"reason": "killed after this"})
+    folder = tmp_path / model.model_id.replace(":", "-")
+    for killed in (folder / ".requests.log.1a.partial", tmp_path / "service" / "sessions" / ".a.json.1a.partial"):
+        killed.write_text("half")
+    (tmp_path / "service" / ".base.partial-123").mkdir()
     async with serving(tmp_path) as (service, policy, _):
         async with asyncio.timeout(5):
             while service.models.running or service.models.records[model.model_id].is_finished is False:
                 await asyncio.sleep(0.01)
         assert policy.adapters == {}
     assert list(tmp_path.glob("*-train-*/requests.log")) == []
+    assert list(tmp_path.rglob(".*.partial*")) == []
 
 
 async def test_a_load_that_breaks_off_leaves_the_model_as_before(
