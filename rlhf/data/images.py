@@ -66,21 +66,14 @@ def has_images(row: HasColumns, *, strict: bool = False) -> bool:
         values = value if isinstance(value, list | tuple) else [value]
         if any(item not in (None, "") and (not strict or _is_like_an_image(item)) for item in values):
             return True
-    return any(
-        _is_image(part)
-        for name in _CONVERSATIONS
-        for message in _messages_of(row.columns.get(name))
-        for part in _parts_of(message)
-    )
+    return any(any(_images_in(row.columns.get(name))) for name in _CONVERSATIONS)
 
 
 def image_files(row: Row) -> Iterator[str]:
     """Yield the paths of files that a row names as images, as written. Whether the files exist is not looked at."""
     columns = (row.columns.get(name) for name in COLUMNS)
     values = [item for value in columns for item in (value if isinstance(value, list | tuple) else [value])]
-    for name in _CONVERSATIONS:
-        messages = _messages_of(row.columns.get(name))
-        values += [part for message in messages for part in _parts_of(message) if _is_image(part)]
+    values += [part for name in _CONVERSATIONS for part in _images_in(row.columns.get(name))]
     for value in values:
         if isinstance(value, Mapping):  # in an Image column of a data set, the path beside bytes is only a name
             value = None if value.get("bytes") else value.get("image") or value.get("path")
@@ -90,8 +83,7 @@ def image_files(row: Row) -> Iterator[str]:
 
 def keys_of(messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
     """Return the keys of the images in read messages, in order."""
-    parts = (part for message in messages for part in _parts_of(message))
-    return tuple(part["key"] for part in parts if _is_image(part))
+    return tuple(part["key"] for part in _images_in(messages))
 
 
 def text_of(content: str | Sequence[Mapping[str, Any]] | None) -> str:
@@ -152,9 +144,9 @@ class _Filling:
         row = self._row
         conversations = self._conversations()
         for name in _ANSWERS if "prompt" in row.columns or "messages" in row.columns else ():
-            if any(_is_image(part) for message in _messages_of(row.columns.get(name)) for part in _parts_of(message)):
+            if any(_images_in(row.columns.get(name))):
                 raise UserError(f"{row.place}: column `{name}` holds an image; a row has images in the prompt.")
-        most = max((self._num_inline(row.columns[name]) for name in conversations), default=0)
+        most = max((len(list(_images_in(row.columns[name]))) for name in conversations), default=0)
         if (count := max(most, len(self._given))) > (allowed := self._images.reader.limits.max_images):
             raise UserError(
                 f"{row.place}: the row has {count} images, more than {allowed}. Raise data.max_images, or use fewer."
@@ -182,19 +174,16 @@ class _Filling:
             return [name] if _messages_of(columns[name]) else []
         return [name for name in _ANSWERS if _messages_of(columns.get(name))]
 
-    def _num_inline(self, messages: object) -> int:
-        return sum(_is_image(part) for message in _messages_of(messages) for part in _parts_of(message))
-
     def _fill(self, name: str, value: object) -> list[Any]:
         """Return the messages of a column with the key of each image."""
         where = f"{self._row.place}: column `{name}`"
         messages = [dict(message) for message in _messages_of(value)]
         self._inline = []
-        bare = sum(_is_bare(part) for message in messages for part in _parts_of(message))
-        inline = self._num_inline(messages) - bare
+        images = list(_images_in(messages))
+        bare = sum(map(_is_bare, images))
         markers = 0
         if self._keys and not bare:
-            if inline:
+            if images:
                 raise UserError(f"{where} names images in its parts, and column `{self._column}` too; remove one.")
             markers = self._split_markers(messages)
         if (found := bare + markers) != len(self._keys):
@@ -282,6 +271,12 @@ def _messages_of(value: object) -> list[Mapping[str, Any]]:
 def _parts_of(message: Mapping[str, Any]) -> Sequence[Any]:
     content = message.get("content")
     return content if isinstance(content, list | tuple) else ()
+
+
+def _images_in(messages: object) -> Iterator[Mapping[str, Any]]:
+    """Yield the parts of messages that are images."""
+    for message in _messages_of(messages):
+        yield from filter(_is_image, _parts_of(message))
 
 
 def _is_image(part: object) -> bool:

@@ -215,11 +215,9 @@ class Checkpoints:
         shutil.rmtree(gone, ignore_errors=True)
         self._known.pop(checkpoint.path, None)
 
-    def delete_expired(self) -> list[Checkpoint]:
-        expired = [checkpoint for checkpoint in self._known.values() if checkpoint.is_expired]
-        for checkpoint in expired:
+    def delete_expired(self) -> None:
+        for checkpoint in [checkpoint for checkpoint in self._known.values() if checkpoint.is_expired]:
             self.delete(checkpoint)
-        return expired
 
     def files(self, checkpoint: Checkpoint) -> Iterator[str]:
         """Yield the names of the files of the content, relative to the content."""

@@ -143,8 +143,7 @@ def _answer(
         _left(deadline, url)
         return response.status, "", bytes(data)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        if time.monotonic() >= deadline:
-            raise _too_slow(url) from error
+        _left(deadline, url)
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{_shown(url)} cannot be fetched: {reason}. Check the address and the network.") from error
     finally:
@@ -153,14 +152,11 @@ def _answer(
 
 
 def _left(deadline: float, url: str) -> float:
+    """Return the seconds until a deadline. UserError: there are none."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
-        raise _too_slow(url)
+        raise UserError(f"{_shown(url)} gives no whole answer in {DEADLINE_S:g} s. Copy the image into a file.")
     return seconds
-
-
-def _too_slow(url: str) -> UserError:
-    return UserError(f"{_shown(url)} gives no whole answer in {DEADLINE_S:g} s. Copy the image into a file.")
 
 
 def _shown(url: str) -> str:
