@@ -43,9 +43,9 @@ class LossRows:
     Unlike elsewhere, a column is aligned to the token that is read: `targets[t]` are scored after token t was read.
     """
 
-    token_ids: Int[Tensor, " N"]
+    token_ids: Int[Tensor, " N"]  # with images as in rlhf.vision.keys
     lengths: Int[Tensor, " B"]
-    targets: Int[Tensor, "N K"]  # K tokens to score at each place
+    targets: Int[Tensor, "N K"]  # K tokens to score at each place; without a meaning before a position of an image
     columns: Mapping[str, Float[Tensor, "N K"]] = field(default_factory=dict)  # such as weights and advantages
 
 
@@ -71,7 +71,7 @@ class LossReport:
     """The result of a forward pass over a client's rows."""
 
     loss: float  # the sum over all rows and targets
-    logprobs: Float[Tensor, "N K"]  # of the targets, in the rows' order, in float32
+    logprobs: Float[Tensor, "N K"]  # of the targets, in the rows' order, in float32; 0 before a position of an image
     metrics: Mapping[str, float] = field(default_factory=dict)  # sums over the tokens
 
 
@@ -90,7 +90,7 @@ class AdamStep:
 class SampleRequest:
     """A prompt, and how its samples are drawn."""
 
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]  # with images as in rlhf.vision.keys
     num_samples: int = 1
     max_tokens: int | None = None  # of a sample; None: up to the engine's longest sequence
     temperature: float = 1.0
@@ -120,7 +120,7 @@ class SampledSequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleAnswer:
-    """The samples of a request. The first prompt token has no log-probability."""
+    """The samples of a request. The first prompt token and positions of images have no log-probability."""
 
     sequences: tuple[SampledSequence, ...]
     prompt_logprobs: tuple[float | None, ...] | None = None

@@ -92,7 +92,8 @@ class AdapterSlot:
         """Return peft's config of an adapter, with names of layers, or paths where a name is of both kinds."""
         config = copy.deepcopy(self._model.peft_config[ADAPTER])
         adapted = self.layers(shape)
-        others = {name.rpartition(".")[2] for name in self.all_layers.keys() - adapted.keys()}
+        linear = {n for n, m in self._model.named_modules() if isinstance(m, torch.nn.Linear | LoraLayer)}
+        others = {name.rpartition(".")[2] for name in linear - adapted.keys()}  # also of a vision tower
         names = {name.rpartition(".")[2] for name in adapted}
         config.r, config.lora_alpha, config.inference_mode = shape.rank, shape.alpha, True
         config.target_modules = set(adapted) if names & others else names

@@ -23,6 +23,7 @@ from rlhf.data.packing import balance
 from rlhf.engine.swapping import MOMENTS, Tenant, WholeState
 from rlhf.errors import RunError, UserError
 from rlhf.models.packed.forward import masked_columns, weighted_cross_entropy
+from rlhf.models.packed.images import image_reader
 from rlhf.models.packed.row_layout import RowLayout
 from rlhf.objectives.client_losses import WEIGHTS, Terms, checked_settings, client_loss
 from rlhf.objectives.logprobs import chunked_logprobs_only
@@ -229,9 +230,12 @@ class AdapterWorker(TrainedWorker):
     def _limits(self) -> Limits:
         budget, longest = self.config.train.max_tokens_per_microbatch, self.place.longest_sequence
         vocabulary: int = self.engine.module.config.get_text_config().vocab_size
+        sees = image_reader(self.engine.module) is not None
         if longest is None or budget < longest:
-            return Limits(vocabulary=vocabulary, longest=budget, longest_because="the budget of a micro-batch")
-        return Limits(vocabulary=vocabulary, longest=longest, longest_because="the longest sequence here")
+            longest, because = budget, "the budget of a micro-batch"
+        else:
+            because = "the longest sequence here"
+        return Limits(vocabulary=vocabulary, longest=longest, longest_because=because, sees=sees)
 
     def _checked(self, adapter: HeldAdapter, rows: LossRows, loss: NamedLoss) -> CheckedCall:
         settings = checked_settings(loss.name, loss.settings)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf.adapters import LossRows
 from rlhf.errors import UserError
-from rlhf.objectives.client_losses import BOUNDS, LOSSES
+from rlhf.objectives.client_losses import BOUNDS, LOSSES, RATIO_MASK, WEIGHTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,13 +21,14 @@ class Limits:
     vocabulary: int
     longest: int  # tokens with the last target
     longest_because: str  # names the limit
+    sees: bool = False  # whether rows may hold images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredRows:
     """B rows, each followed by one more token, with M = sum(lengths) tokens. Columns are aligned to the scored token.
 
-    The first token of a row is not scored.
+    The first token of a row is not scored, and no position of an image.
     """
 
     token_ids: Int[Tensor, " M"]
@@ -49,7 +50,7 @@ class ScoredRows:
         targets = torch.zeros(len(token_ids), rows.targets.shape[1], dtype=torch.int64)
         targets[scored] = rows.targets.long()
         mask = torch.zeros(len(token_ids), dtype=torch.bool)
-        mask[scored] = True
+        mask[scored] = token_ids[scored] >= 0
         shifted = targets.shape[1] == 1 and bool((targets[mask, 0] == token_ids[mask]).all())
         columns = {}
         for name, values in rows.columns.items():
@@ -86,7 +87,7 @@ def refuse_bad_rows(rows: LossRows, loss: str, limits: Limits) -> None:
             raise UserError(f"{name}: there are {len(column)} for {num_rows} rows with {shape[0]} tokens in all.")
         if column.is_floating_point() or column.dtype == torch.bool:
             raise UserError(f"{name}: must be integers, not {str(column.dtype).removeprefix('torch.')}.")
-        bad = (column < 0) | (column >= limits.vocabulary)
+        bad = (column < 0) & (column is rows.targets or not limits.sees) | (column >= limits.vocabulary)
         if bool(bad.any()):
             place, value = _first(bad, column)
             raise UserError(
@@ -111,8 +112,27 @@ def refuse_bad_rows(rows: LossRows, loss: str, limits: Limits) -> None:
         if bool(bad.any()):
             place, _ = _first(bad, bad)
             raise UserError(f"Row {_row(lengths, place)}: {BOUNDS[0]} is above {BOUNDS[1]}.")
+    _refuse_learnt_images(rows, lengths)
     if loss == "gspo" and shape[1] != 1:
         raise UserError(f"targets: gspo takes one target for each token, not {shape[1]}.")
+
+
+def _refuse_learnt_images(rows: LossRows, lengths: list[int]) -> None:
+    """Raise UserError if a loss counts the place before a position of an image, where no token can be a target."""
+    before = torch.zeros(len(rows.token_ids), dtype=torch.bool)
+    before[:-1] = rows.token_ids[1:] < 0
+    before[rows.lengths.cumsum(0) - 1] = False  # the next row begins there
+    factors = [rows.columns[name] for name in (WEIGHTS, "advantages") if name in rows.columns]
+    counted = torch.ones(rows.targets.shape) if not factors else torch.stack(list(factors)).prod(0)
+    ratios = rows.columns.get(RATIO_MASK, torch.zeros(rows.targets.shape))
+    bad = before[:, None] & ((counted != 0) | (ratios != 0))
+    if bool(bad.any()):
+        place, _ = _first(bad, bad)
+        row = _row(lengths, place)
+        raise UserError(
+            f"Row {row}: the target of token {place - sum(lengths[:row])} is a position of an image, which no model "
+            f"learns. Give the target the weight 0, or the advantage 0 (in gspo also {RATIO_MASK})."
+        )
 
 
 def _first(bad: Tensor, column: Tensor) -> tuple[int, Tensor]:
