@@ -38,6 +38,7 @@ from rlhf.errors import RunError, UserError, WorkerLost
 from rlhf.models.files.loading import load_model_config
 from rlhf.process.suspects import CallLost, Suspects
 from rlhf.roles import PolicyProbe
+from rlhf.vision.reading import ImageFolder
 
 
 class AdapterEngine(RolloutEngine):
@@ -48,7 +49,7 @@ class AdapterEngine(RolloutEngine):
         self.adapters = AdapterShelf(self.calls, room=spec.max_adapters, probed=self._probed)
 
     async def request_bounds(self) -> RequestBounds:
-        return await self.calls.run(request_bounds, "its model")
+        return await self.calls.run(partial(request_bounds, sees=self.spec.images is not None), "its model")
 
     async def load_adapter(self, adapter: ServedAdapter) -> float:
         return await self.adapters.load(adapter)
@@ -112,6 +113,7 @@ class AdapterEngines(RolloutEngines):
         max_adapters: int,
         tokenizer: str | None = None,
         trust_remote_code: bool = False,
+        images: ImageFolder | None = None,
     ) -> Self:
         """Create engines for clients of a base model, not started yet.
 
@@ -121,6 +123,7 @@ class AdapterEngines(RolloutEngines):
             rank: the largest rank of an adapter; None: there are no adapters.
             max_adapters: adapters that may have running samples at once in an engine. More can be loaded.
             tokenizer: folder or name; None: the model's own.
+            images: of the prompts, for a model that sees.
         """
         if rank is not None and rank > LORA_RANKS[-1]:
             raise UserError(f"policy.lora.rank is {rank}, but engines take adapters up to rank {LORA_RANKS[-1]}.")
@@ -135,6 +138,7 @@ class AdapterEngines(RolloutEngines):
             max_adapters=max_adapters,
             top_logprobs=min(MOST_TOP, vocabulary),
             trust_remote_code=trust_remote_code,
+            images=images,
         )
         return cls(*spawn_engines(spec, cluster, placement, cls.actor), deadline_s=cluster.call_timeout_s)
 

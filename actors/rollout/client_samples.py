@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from actors.rollout.vllm_engine import sampling_params
 from rlhf.adapters import SampleAnswer, SampledSequence, SampleRequest, TopTokens
 from rlhf.errors import UserError
 from rlhf.types import Sampling
 
+T = TypeVar("T")
 MOST_SAMPLES = 4096  # of a request
 MOST_TOP = 128  # likeliest tokens at a place
 MOST_TOP_K = 2**31 - 1  # vLLM's, as the next one
@@ -25,13 +26,15 @@ class RequestBounds:
 
     vocabulary: int
     max_length: int  # prompt and sample, tokens
+    sees: bool = False  # whether a prompt may hold images
 
 
-def request_bounds(engine: Any) -> RequestBounds:
+def request_bounds(engine: Any, *, sees: bool) -> RequestBounds:
     """Return the bounds of an engine."""
     return RequestBounds(
         vocabulary=engine.model_config.get_vocab_size(),
         max_length=engine.model_config.max_model_len,
+        sees=sees,
     )
 
 
@@ -43,7 +46,8 @@ def sample_limit(request: SampleRequest, bounds: RequestBounds) -> int:
     wrong: list[str] = []
     if not length:
         wrong.append("the prompt is empty, but a sample needs a token before it")
-    for key, ids in (("prompt", request.token_ids), ("stop", request.stop_token_ids)):
+    prompt = [token for token in request.token_ids if token >= 0 or not bounds.sees]
+    for key, ids in (("prompt", prompt), ("stop", request.stop_token_ids)):
         if outside := next((f"token {token}" for token in ids if not 0 <= token <= last), None):
             wrong.append(f"{key} has {outside}, which is outside of the model's vocabulary: ids are 0 to {last}")
     if room < max(limit, 1):
@@ -106,11 +110,19 @@ def client_answer(request: SampleRequest, outputs: Sequence[Any]) -> SampleAnswe
     """Return the answer from vLLM's outputs, one for each sample."""
     prompt = outputs[0].prompt_logprobs  # None: not asked for
     starts = () if prompt is None else prompt.start_indices[1:]  # the first token has nothing before it
-    return SampleAnswer(
-        sequences=tuple(_sequence(request, output.outputs[0]) for output in outputs),
-        prompt_logprobs=(None, *(prompt.logprobs[start] for start in starts)) if request.prompt_logprobs else None,
-        top_prompt=(None, *_top(prompt)[1:]) if request.top_prompt_logprobs else None,
-    )
+    of_prompt, top = None, None
+    if request.prompt_logprobs:
+        of_prompt = _of_text(request, [prompt.logprobs[start] for start in starts])
+    if request.top_prompt_logprobs:
+        top = _of_text(request, _top(prompt)[1:])
+    sequences = tuple(_sequence(request, output.outputs[0]) for output in outputs)
+    return SampleAnswer(sequences=sequences, prompt_logprobs=of_prompt, top_prompt=top)
+
+
+def _of_text(request: SampleRequest, values: Sequence[T]) -> tuple[T | None, ...]:
+    """Return a value for each token of the prompt, from the values behind the first. Positions of images have none."""
+    behind = zip(values, request.token_ids[1:], strict=True)
+    return (None, *(value if token >= 0 else None for value, token in behind))
 
 
 def _sequence(request: SampleRequest, sample: Any) -> SampledSequence:

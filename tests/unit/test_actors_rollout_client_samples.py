@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from actors.rollout.client_samples import MOST_SAMPLES, MOST_TOP, RequestBounds, sample_limit
+from actors.rollout.client_samples import MOST_SAMPLES, MOST_TOP, RequestBounds, client_answer, sample_limit
 from rlhf.adapters import SampleRequest
 from rlhf.errors import UserError
 
@@ -49,3 +51,21 @@ def test_the_limit_of_a_sample() -> None:
 def test_impossible_requests_are_refused(values: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         sample_limit(request(**values), BOUNDS)
+
+
+def test_positions_of_images_are_tokens_without_a_log_probability() -> None:
+    asked = request(token_ids=(1, -70, -70, 3), prompt_logprobs=True, top_prompt_logprobs=1)
+    assert sample_limit(asked, replace(BOUNDS, sees=True)) == 6
+    with pytest.raises(UserError, match="prompt has token -70, which is outside of the model's vocabulary"):
+        sample_limit(asked, BOUNDS)
+    prompt = SimpleNamespace(
+        start_indices=[0, 0, 2, 4],
+        end_indices=[0, 2, 4, 6],
+        token_ids=[9, 5, 9, 6, 3, 7],
+        logprobs=[-1.0 - i for i in range(6)],
+    )
+    flat = SimpleNamespace(start_indices=[0], end_indices=[1], token_ids=[4], logprobs=[-0.5])
+    sample = SimpleNamespace(token_ids=[4], logprobs=flat, finish_reason="length")
+    answer = client_answer(asked, [SimpleNamespace(prompt_logprobs=prompt, outputs=[sample])])
+    assert answer.prompt_logprobs == (None, None, None, -5.0)
+    assert answer.top_prompt == (None, None, None, ((7, -6.0),))
