@@ -201,12 +201,17 @@ class AdaptersGang:
 
 
 def create_adapters_gang(
-    config: Config, placement: Placement, *, longest_sequence: int, packed_tokens: int = 0
+    config: Config,
+    placement: Placement,
+    *,
+    longest_sequence: int,
+    packed_tokens: int = 0,
+    images: Path | None = None,
 ) -> AdaptersGang:
     """Create the actors of the ranks. Call `start` next. `config`: from rlhf.config.adapter_ranks.ranks_config.
 
     `packed_tokens`: calls of forward_backward waiting at the same time go together up to so many tokens. The caller
-    must then await each call for an adapter before the next.
+    must then await each call for an adapter before the next. `images`: the folder of the rows' images.
     """
     spawned = spawn(
         config.cluster,
@@ -216,6 +221,7 @@ def create_adapters_gang(
         config,
         optimizer_steps=1,
         longest_sequence=longest_sequence,
+        images=images,
     )
     ranks = AdapterRanks(*spawned, deadline_s=config.cluster.call_timeout_s, one_host=placement.on_one_host())
     ranks.placement = placement

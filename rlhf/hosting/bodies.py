@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rlhf.adapters import AdamStep, AdapterShape, SampleRequest
 from rlhf.errors import UserError
+from rlhf.hosting.images import ClientImages
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 PATH = re.compile(r"tinker://([^/]+)/(weights|sampler_weights|external_weights)/([^/]+)")
@@ -39,10 +40,16 @@ class Body(BaseModel):
             raise UserError(f"{place}: {first['msg']}, got {first['input']!r:.80}") from error
 
 
-def canonical(body: bytes) -> bytes:
-    """Return a checked body in the same form for every repetition of a request."""
+def canonical(body: bytes, images: ClientImages | None = None) -> bytes:
+    """Return a checked body in the same form for every repetition of a request.
+
+    images: keep the images of the request's prompt, whose names take the place of the bytes.
+    """
     try:
-        return json.dumps(json.loads(body), sort_keys=True).encode()
+        values = json.loads(body)
+        if images is not None:
+            images.keep_all(values["prompt"]["chunks"])
+        return json.dumps(values, sort_keys=True).encode()
     except (ValueError, RecursionError) as error:  # JSON for pydantic, which skips unread fields
         raise UserError(f"the body: {error}") from error
 
@@ -166,10 +173,13 @@ class JoinSampler(Body):
 
 
 class Chunk(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)  # of images and audio
+    model_config = ConfigDict(extra="allow", frozen=True)  # of chunks that are refused
 
     type: str = "encoded_text"
     tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    data: str = ""  # of an image
+    format: str = ""
+    expected_tokens: int | None = None
 
 
 class PromptBody(BaseModel):
@@ -268,18 +278,22 @@ def adam_step(body: OptimStep) -> AdamStep:
     )
 
 
-def sample_request(body: Sample, *, seed: int, max_length: int) -> SampleRequest:
-    """Return the call of the engines for a request. `seed` is used if the client gave no seed."""
+def sample_request(body: Sample, images: ClientImages, *, seed: int, max_length: int) -> SampleRequest:
+    """Return the call of the engines for a request with kept images. `seed` is used if the client gave no seed."""
     for name in ("target_prompt_logprobs", "prompt_alt_tokens_k"):
         if getattr(body, name):
             raise UserError(f"{name} is not supported here")
     if body.record_stability_info:
         raise UserError("record_stability_info is not supported here; train with another loss than stable_reinforce")
     tokens: list[int] = []
+    images.refuse_many(sum(chunk.type == "image" for chunk in body.prompt.chunks), place="prompt")
     for chunk in body.prompt.chunks:
-        if chunk.type != "encoded_text":
-            raise UserError(f"prompt: has a chunk of the kind {chunk.type}; this server takes only encoded_text")
-        tokens.extend(chunk.tokens)
+        if chunk.type == "image":
+            tokens += images.token_ids(chunk.data, chunk.format, chunk.expected_tokens, place="prompt")
+        elif chunk.type == "encoded_text":
+            tokens += chunk.tokens
+        else:
+            raise UserError(f"prompt: has a chunk of the kind {chunk.type}; this server takes encoded_text and image")
     params = body.sampling_params
     if not 0 < len(tokens) < max_length:
         raise UserError(

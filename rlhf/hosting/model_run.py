@@ -11,9 +11,12 @@ from pathlib import Path
 
 from rlhf.adapters import SampleAnswer, SampleRequest
 from rlhf.tracking.run_folder.atomic import write_atomic
+from rlhf.tracking.run_folder.folder import images_folder
 from rlhf.tracking.run_folder.lock import lock_folder
 from rlhf.tracking.run_folder.samples import SampleRecord, samples_path, write_samples
 from rlhf.tracking.sinks.tracker import Tracker, read_metrics
+from rlhf.vision.keys import image_keys, image_name
+from rlhf.vision.store import ImageStore
 
 SAMPLES_KEPT = 16  # for each optimizer step
 
@@ -70,11 +73,23 @@ class ModelRun:
             write_samples(samples_path(self.folder, step), samples)
 
     def keep_samples(
-        self, request: SampleRequest, answer: SampleAnswer, *, step: int, decode: Callable[[Sequence[int]], str]
+        self,
+        request: SampleRequest,
+        answer: SampleAnswer,
+        *,
+        step: int,
+        decode: Callable[[Sequence[int]], str],
+        images: ImageStore,
     ) -> None:
-        """Keep a few samples. The next optimizer step writes the samples. `decode` makes text of tokens."""
+        """Keep a few samples with their images. The next optimizer step writes the samples.
+
+        decode: makes text of tokens. images: of the requests.
+        """
         group = len(self._samples)
-        prompt = decode(request.token_ids) if group < SAMPLES_KEPT else ""
+        if group >= SAMPLES_KEPT:
+            return
+        prompt, own = decode(request.token_ids), ImageStore(images_folder(self.folder))
+        keys = [own.add_file(images.path(key)) for key in image_keys(request.token_ids)]
         for sample, sequence in enumerate(answer.sequences[: SAMPLES_KEPT - group]):
             self._samples.append(
                 SampleRecord(
@@ -83,6 +98,7 @@ class ModelRun:
                     prompt_id=group,
                     sample=sample,
                     prompt=prompt,
+                    images=tuple(map(image_name, keys)),
                     response=decode(sequence.token_ids),
                     scores={},
                     truncated=sequence.finish_reason == "length",

@@ -5,6 +5,7 @@ Invariant: the call of a request returns after the request is in the model's log
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -124,6 +125,7 @@ class Models:
         message = protobuf.parse_loss(body)
         if message.seq_id < 1:
             raise UserError(f"seq_id: is {message.seq_id}, expected 1 or more")
+        await asyncio.to_thread(protobuf.store_images, message, self.shared.images)
         canonical = message.SerializeToString(deterministic=True)  # a repeated request may order its maps otherwise
         return await self.submit(owner, "forward_backward", message.model_id, message.seq_id, canonical)
 
@@ -188,4 +190,5 @@ class Models:
         """Hand samples to the sampled model."""
         model = None if record.model_id is None else self.running.get(record.model_id)
         if model is not None:
-            model.run.keep_samples(request, answer, step=model.step, decode=self.shared.decode)
+            options: dict[str, Any] = {"decode": self.shared.decode, "images": self.shared.images.store}
+            model.run.keep_samples(request, answer, step=model.step, **options)

@@ -15,6 +15,7 @@ import numpy as np
 from rlhf.adapters import LossReport, LossRows, NamedLoss, SampleAnswer, TopTokens
 from rlhf.deferred import torch
 from rlhf.errors import UserError
+from rlhf.hosting.images import ClientImages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -59,12 +60,20 @@ def parse_loss(body: bytes) -> pb.ForwardBackwardRequest:
     return message
 
 
+def store_images(message: pb.ForwardBackwardRequest, images: ClientImages) -> None:
+    """Replace the bytes of each image by the name of the kept image."""
+    for datum in message.data:
+        for chunk in datum.model_input:
+            if chunk.WhichOneof("chunk") == "image":
+                chunk.image.data = images.keep(chunk.image.data).encode()
+
+
 def is_forward_only(body: bytes) -> bool:
     return bool(parse_loss(body).forward_only)
 
 
-def loss_call(message: pb.ForwardBackwardRequest, *, max_length: int) -> LossCall:
-    """Return the rows and the loss of a message. UserError names the first unusable datum."""
+def loss_call(message: pb.ForwardBackwardRequest, images: ClientImages, *, max_length: int) -> LossCall:
+    """Return the rows and the loss of a message with kept images. UserError names the first unusable datum."""
     settings = message.loss_fn_config_v2.items()
     written = {name: value.text if value.HasField("text") else value.number for name, value in settings}
     loss = NamedLoss(name=message.loss_fn, settings=written or dict(message.loss_fn_config))
@@ -76,7 +85,7 @@ def loss_call(message: pb.ForwardBackwardRequest, *, max_length: int) -> LossCal
     shapes: list[int | None] = []
     for index, datum in enumerate(message.data):
         place = f"datum {index}"
-        row = _tokens(datum.model_input, place)
+        row = _tokens(datum.model_input, images, place)
         if not 0 < len(row) <= max_length:
             raise UserError(
                 f"{place}: has {len(row)} tokens, and this server takes 1 to {max_length} (service.max_length)"
@@ -132,14 +141,29 @@ def _stacked(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return np.ascontiguousarray(np.concatenate(padded))
 
 
-def _tokens(chunks: Any, place: str) -> NDArray[np.int32]:
-    parts = []
-    for chunk in chunks:
-        kind = chunk.WhichOneof("chunk")
+def _tokens(chunks: Any, images: ClientImages, place: str) -> NDArray[Any]:
+    """Return the token ids of a row, with images as in rlhf.vision.keys."""
+    parts: list[NDArray[Any]] = [np.zeros(0, np.int32)]
+    kinds = [chunk.WhichOneof("chunk") for chunk in chunks]
+    images.refuse_many(kinds.count("image"), place=place)
+    for kind, chunk in zip(kinds, chunks, strict=True):
+        if kind == "image":
+            parts.append(np.array(_image(chunk.image, images, place), np.int64))
+            continue
         if kind != "encoded_text":
-            raise UserError(f"{place}: has a chunk of the kind {kind}; this server takes only encoded_text")
-        parts.append(_numbers(chunk.encoded_text.tokens, np.dtype(np.int32), place))
-    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+            raise UserError(f"{place}: has a chunk of the kind {kind}; this server takes encoded_text and image")
+        tokens = _numbers(chunk.encoded_text.tokens, np.dtype(np.int32), place)
+        if tokens.size and tokens.min() < 0:
+            raise UserError(f"{place}: has the token {tokens.min()}, expected 0 or more")
+        parts.append(tokens)
+    return np.concatenate(parts)
+
+
+def _image(image: pb.ImageChunk, images: ClientImages, place: str) -> list[int]:
+    if image.HasField("override_dimensions"):
+        raise UserError(f"{place}: has an image with override_dimensions, which this server does not support")
+    expected = image.expected_tokens if image.HasField("expected_tokens") else None
+    return images.token_ids(image.data.decode(), image.format, expected, place=place)
 
 
 def _numbers(content: bytes, dtype: np.dtype[Any], place: str) -> NDArray[Any]:

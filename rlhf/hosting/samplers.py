@@ -86,7 +86,8 @@ class Samplers:
         return self.active[record.sampler_id]
 
     async def sample(self, owner: str, body: bytes) -> dict[str, Any]:
-        asked, body = bodies.Sample.read(body), bodies.canonical(body)
+        asked = bodies.Sample.read(body)
+        body = await asyncio.to_thread(bodies.canonical, body, self.shared.images)
         if asked.sampling_session_id is None or asked.seq_id is None:
             raise UserError("asample needs sampling_session_id and seq_id; create a sampling session first")
         record = self.record(owner, asked.sampling_session_id)

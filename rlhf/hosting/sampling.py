@@ -85,6 +85,7 @@ class Sampler:
         self.line = RequestLine(shared.sessions.requests_of(record), in_order=False)
         self._adapters, self._seen, self._ended = adapters, seen, ended
         self._counters, self._max_length = shared.counters, shared.settings.max_length
+        self._images = shared.images
         self._running: dict[int, asyncio.Task[None]] = {}
         self._finished: list[int] = [r.seq_id for r in self.line.requests.values() if r.result is not None]
         self.epoch = secrets.randbits(30)  # a cursor of an earlier start counts from the beginning
@@ -132,7 +133,8 @@ class Sampler:
     async def _draw(self, request: LineRequest) -> Result:
         body = bodies.Sample.read(request.body)
         assert request.seed is not None
-        call = bodies.sample_request(body, seed=request.seed, max_length=self._max_length)
+        limits = {"seed": request.seed, "max_length": self._max_length}
+        call = await asyncio.to_thread(bodies.sample_request, body, self._images, **limits)
         source = self.record.source
         adapter = None if source is None else await self._adapters.loaded(source, self.record.owner)
         answer = await self._adapters.engines.sample(adapter, call)

@@ -20,6 +20,7 @@ from rlhf.errors import RunError, WorkerLost
 from rlhf.hosting import bodies
 from rlhf.hosting.checkpoints import Checkpoints
 from rlhf.hosting.counters import Counters, Gauges
+from rlhf.hosting.images import ClientImages
 from rlhf.hosting.model_record import lora_fields
 from rlhf.hosting.models import Models
 from rlhf.hosting.refusals import Gone, NotFound
@@ -32,10 +33,12 @@ from rlhf.hosting.shared import ServiceSettings, Shared
 from rlhf.process.suspects import Suspects
 from rlhf.roles import AdapterEnginesRole, AdaptersRole
 from rlhf.tracking.run_folder.lock import lock_folder
+from rlhf.vision.keys import image_keys
 
 logger = logging.getLogger(__name__)
 LONG_POLL_S = 30.0  # the client waits for 45 s
 HOUSEKEEPING_S = 10.0
+IMAGES_S = 1800.0  # between two looks for unused images
 UNEMBED = (
     "this server adapts the attention and the MLP; train_unembed, which is true unless you set it, has no effect here"
 )
@@ -68,6 +71,7 @@ class TinkerService:
         engines: AdapterEnginesRole,
         *,
         decode: Callable[[Sequence[int]], str],
+        images: ClientImages,
         recoveries: Callable[[], Gauges] = dict,
     ) -> None:
         """Read everything written by an earlier start. The caller holds the lock of `locked_server`.
@@ -78,6 +82,7 @@ class TinkerService:
         """
         self.settings, self._recoveries = settings, recoveries
         self.counters = Counters()
+        self.images, self._looked_at_images = images, time.monotonic()
         self.checkpoints = Checkpoints(root, quota=settings.checkpoint_bytes)
         self.sessions = Sessions(root / "service")
         self.residents = Residents(settings.max_adapters)
@@ -87,6 +92,7 @@ class TinkerService:
             policy=policy,
             checkpoints=self.checkpoints,
             sessions=self.sessions,
+            images=images,
             residents=self.residents,
             suspects=Suspects(),
             counters=self.counters,
@@ -210,6 +216,12 @@ class TinkerService:
                     self.residents.forget(model)
         self.checkpoints.delete_expired()
         await self.adapters.unload_missing()
+        if time.monotonic() - self._looked_at_images > IMAGES_S:
+            self._looked_at_images = time.monotonic()
+            logs = [model.line.log.path for model in self.models.running.values()]
+            logs += map(self.sessions.requests_of, self.sessions.samplers.values())
+            probes = [self.settings.probe_ids, *(c.probe.get("token_ids", ()) for c in self.checkpoints.all())]
+            await asyncio.to_thread(self.images.remove_unused, logs, set().union(*map(image_keys, probes)))
 
     def metrics_page(self) -> str:
         """Return the page for Prometheus."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rlhf.errors import UserError
 from rlhf.hosting.checkpoints import Checkpoints
 from rlhf.hosting.counters import Counters
+from rlhf.hosting.images import ClientImages
 from rlhf.hosting.residents import Residents
 from rlhf.hosting.sessions import Sessions
 from rlhf.process.suspects import Suspects
@@ -45,6 +46,7 @@ class Shared:
     policy: AdaptersRole
     checkpoints: Checkpoints
     sessions: Sessions
+    images: ClientImages
     residents: Residents
     suspects: Suspects  # the requests of models
     counters: Counters

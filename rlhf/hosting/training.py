@@ -214,7 +214,8 @@ class TrainedModel:
 
     async def _forward_backward(self, body: bytes) -> Result:
         message = protobuf.parse_loss(body)
-        call = protobuf.loss_call(message, max_length=self.shared.settings.max_length)
+        most = self.shared.settings.max_length
+        call = await asyncio.to_thread(protobuf.loss_call, message, self.shared.images, max_length=most)
         began = time.perf_counter()
         report = await self.shared.policy.forward_backward(
             self.name, call.rows, call.loss, forward_only=call.forward_only

@@ -14,9 +14,11 @@ from pathlib import Path
 from aiohttp import web
 
 from actors.serving.tinker.http import TinkerServer
+from rlhf.hosting.images import ClientImages
 from rlhf.hosting.service import TinkerService, locked_server
 from rlhf.hosting.shared import ServiceSettings
 from rlhf.roles import AdapterEnginesRole, AdaptersRole
+from rlhf.vision.processor import ImageProcessing
 from tests.fakes.adapters import FakeAdapters, FakeEngines
 
 MODEL = "fakes/tiny"
@@ -46,11 +48,20 @@ def text_of(tokens: object) -> str:
 
 @asynccontextmanager
 async def opened(
-    folder: Path, policy: AdaptersRole | None = None, engines: AdapterEnginesRole | None = None, **changes: object
+    folder: Path,
+    policy: AdaptersRole | None = None,
+    engines: AdapterEnginesRole | None = None,
+    processing: ImageProcessing | None = None,
+    **changes: object,
 ) -> AsyncIterator[TinkerService]:
     with locked_server(folder):
         service = TinkerService(
-            folder, settings(**changes), policy or FakeAdapters(), engines or FakeEngines(), decode=text_of
+            folder,
+            settings(**changes),
+            policy or FakeAdapters(),
+            engines or FakeEngines(),
+            decode=text_of,
+            images=ClientImages(folder / "service" / "images", processing),
         )
         try:
             yield service

@@ -23,21 +23,25 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.viewing.runs import RunPlaces
 from tests.integration.rank_gang import free_port
+from tests.seen_logprobs import BLUE, RED
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")]
 FILE = """\
 run: {name: served, dir: FOLDER}
-policy: {model: "tiny:llama", dtype: float32, lora: LORA}
+policy: {model: "tiny:KIND", dtype: float32, lora: LORA}
 service: {max_length: 128, LIMITS}
 cluster: {start_timeout_s: 500, roles: {policy: {cpus: 0.5}, rollout: {cpus: 0.5}}}
 """
 
 
 class Server:
-    def __init__(self, folder: Path, *, lora: str = "{rank: 8}", limits: str = "max_models: 8") -> None:
+    def __init__(
+        self, folder: Path, *, kind: str = "llama", lora: str = "{rank: 8}", limits: str = "max_models: 8"
+    ) -> None:
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        text = FILE.replace("FOLDER", str(folder)).replace("LORA", lora).replace("LIMITS", limits)
+        text = FILE.replace("FOLDER", str(folder)).replace("KIND", kind)
+        text = text.replace("LORA", lora).replace("LIMITS", limits)
         (folder / "tinker.yaml").write_text(text, encoding="utf-8")
         self.start()
 
@@ -236,4 +240,62 @@ def test_a_client_trains_all_weights(server: Server, tmp_path: Path) -> None:
     anew = tinker.ServiceClient(base_url=server.url, api_key="tml-x")
     model = anew.create_lora_training_client(base_model=name, rank=0).result(120)
     assert forward() == times[0]
+    assert server.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize(
+    "server", [{"kind": "qwen2_5_vl"}, {"kind": "qwen2_5_vl", "lora": "null"}], indirect=True, ids=["adapter", "whole"]
+)
+def test_a_client_trains_and_samples_with_images(server: Server) -> None:
+    client = tinker.ServiceClient(base_url=server.url, api_key="tml-x")
+    name = str(next((server.folder / "served" / "service").glob("**/config.json")).parent)
+    rank = 0 if "null" in (server.folder / "tinker.yaml").read_text() else 4
+    model = client.create_lora_training_client(base_model=name, rank=rank, seed=1).result(120)
+    encode = model.get_tokenizer().encode
+    question, answer = encode("What is this? <|vision_start|>"), encode("<|vision_end|> a red field")
+
+    def asked(data: bytes, expected: int | None = 6) -> types.ModelInput:
+        chunk = types.ImageChunk(data=data, format="png", expected_tokens=expected)
+        return types.ModelInput.from_ints(question).append(chunk).append(types.EncodedTextChunk(tokens=answer[:-1]))
+
+    unlearnt = len(question) + 5
+    inputs: Any = {
+        "target_tokens": [*question[1:], *[0] * 6, *answer],
+        "weights": [0.0] * unlearnt + [1.0 / len(answer)] * len(answer),
+    }
+    rows = {data: types.Datum(model_input=asked(data), loss_fn_inputs=inputs) for data in (RED, BLUE)}
+    losses = train(model, rows[RED], 12)
+    assert losses[-1] < 0.95 * losses[0]
+    state = model.save_state("state").result(120).path
+    sampler = model.save_weights_and_get_sampling_client().result(120)
+    found = []
+    for data in (RED, BLUE):
+        scored = sampler.compute_logprobs(asked(data)).result(120)
+        trained = model.forward([rows[data]], "cross_entropy").result(120).loss_fn_outputs[0]["logprobs"].data
+        assert [at for at, value in enumerate(scored) if value is None] == [0, *range(len(question), unlearnt + 1)]
+        ours = [float(value or 0.0) for value in scored[1:]]
+        assert ours == pytest.approx(list(trained)[:-1], abs=1e-4)
+        found.append(ours[unlearnt:])
+    assert max(abs(red - blue) for red, blue in zip(*found, strict=True)) > 1e-3  # the image is seen
+    params = types.SamplingParams(max_tokens=12, seed=3)
+
+    def drawn() -> list[tuple[list[int], list[float] | None]]:
+        sequences = sampler.sample(asked(RED, None), 2, params).result(120).sequences
+        return [(list(sequence.tokens), sequence.logprobs) for sequence in sequences]
+
+    samples = drawn()
+    with pytest.raises(tinker.RequestFailedError, match=r"expects 5 tokens .* the model's processor gives 6"):
+        sampler.sample(asked(RED, 5), 1, params).result(120)
+    before = train(model, rows[BLUE], 1)
+    pending = model.forward_backward([rows[RED]], "cross_entropy")
+    stepped = model.optim_step(types.AdamParams(learning_rate=0.01))
+    time.sleep(0.05)
+    server.end(signal.SIGKILL)
+    server.start()
+    after = [float(pending.result(300).metrics["loss:sum"])]
+    stepped.result(300)
+    model.load_state_with_optimizer(state).result(120)
+    assert train(model, rows[BLUE], 1) + train(model, rows[RED], 1) == before + after  # the bits without a kill
+    assert drawn() == samples
+    assert len([path for path in (server.folder / "served" / "service" / "images").iterdir() if path.is_file()]) == 4
     assert server.end(signal.SIGTERM) == 0

@@ -22,6 +22,7 @@ from actors.serving.tinker.start import ServerRecord, _recoveries, continuing_by
 from rlhf.config.schema.cluster import Restarts
 from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import RunError, UserError, WorkerLost
+from rlhf.hosting.images import ClientImages
 from rlhf.hosting.service import TinkerService
 from tests.fakes.adapters import FakeAdapters, FakeEngines
 from tests.fakes.tinker_server import MODEL, opened, settings, text_of
@@ -257,9 +258,9 @@ async def test_the_page_counts_the_ranks_and_engines_that_were_started_again(tmp
         await supervisor.recover(lost, lambda: asyncio.sleep(0.01))
     policy, engines = FakeAdapters(), FakeEngines()
     (tmp_path / "server").mkdir()
-    service = TinkerService(
-        tmp_path / "server", settings(), policy, engines, decode=text_of, recoveries=partial(_recoveries, supervisor)
-    )
+    images = ClientImages(tmp_path / "images", None)
+    options: Any = {"images": images, "decode": text_of, "recoveries": partial(_recoveries, supervisor)}
+    service = TinkerService(tmp_path / "server", settings(), policy, engines, **options)
     page = service.metrics_page().splitlines()
     await service.close()
     supervisor.record.timeline.close()

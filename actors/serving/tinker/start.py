@@ -24,6 +24,7 @@ from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import RESUMES, RunError, known_error
 from rlhf.hosting import protobuf
 from rlhf.hosting.counters import Gauges
+from rlhf.hosting.images import ClientImages
 from rlhf.hosting.service import TinkerService, locked_server
 from rlhf.hosting.shared import ServiceSettings
 from rlhf.models.files.loading import load_tokenizer
@@ -32,8 +33,12 @@ from rlhf.preflight.served_base import find_base, server_folder
 from rlhf.process.disk_full import PAUSE
 from rlhf.roles import PolicyProbe
 from rlhf.serving import serve_until_interrupted
+from rlhf.tracking.run_folder.folder import images_folder
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.tracking.sinks.tracker import Tracker
+from rlhf.vision.keys import decoded
+from rlhf.vision.processor import ImageProcessing
+from rlhf.vision.sight import exchanged_images, image_effect, refuse_blindness, small_image
 
 GIB = 1 << 30
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog, and 7 times 8 is 56."
@@ -77,7 +82,8 @@ def _serve(config: TinkerConfig, *, host: str, port: int, token: str | None, rea
     model = find_base(config)
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=config.policy.trust_remote_code)
     limits = config.service
-    probe_ids = list(tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"])
+    images = ClientImages(images_folder(server_folder(config) / "service"), ImageProcessing.of_model(model.base))
+    probe_ids = tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"][:PROBE_TOKENS]
     settings = ServiceSettings(
         model=limits.model_name or model.base,
         base=model.base,
@@ -90,14 +96,14 @@ def _serve(config: TinkerConfig, *, host: str, port: int, token: str | None, rea
         idle_s=limits.idle_s,
         dtype=config.policy.dtype,
         seed=config.run.seed,
-        probe_ids=probe_ids[: min(PROBE_TOKENS, limits.max_length - 1)],
+        probe_ids=_probe_ids(probe_ids, images, most=limits.max_length - 1),
     )
     keys = [] if token is None else [key for key in token.split(",") if key]
 
     def decode(tokens: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(tokens)))
+        return decoded(tokens, tokenizer)
 
-    opened = _service(config, model, settings, decode)
+    opened = _service(config, model, settings, images, decode)
     server = TinkerServer(opened, keys)
     with connected(config.cluster):
         serve_until_interrupted(
@@ -110,9 +116,21 @@ def _serve(config: TinkerConfig, *, host: str, port: int, token: str | None, rea
         )
 
 
+def _probe_ids(text: list[int], images: ClientImages, *, most: int) -> list[int]:
+    """Return the token ids of every proof: a text, for a model that sees with an image behind the first token."""
+    if images.processing is None:
+        return text[:most]
+    image = images.token_ids(images.keep(small_image()), "png", None, place="the probe")
+    return [*text[:1], *image, *text[1:]] if len(image) + len(text) <= most else text[:most]
+
+
 @asynccontextmanager
 async def _service(
-    config: TinkerConfig, model: ModelOnDisk, settings: ServiceSettings, decode: Callable[[Sequence[int]], str]
+    config: TinkerConfig,
+    model: ModelOnDisk,
+    settings: ServiceSettings,
+    images: ClientImages,
+    decode: Callable[[Sequence[int]], str],
 ) -> AsyncIterator[TinkerService]:
     """Start the ranks and the engines, and yield the service in front of both."""
     cluster, limits, trained = config.cluster, config.service, config.policy
@@ -128,7 +146,13 @@ async def _service(
     run = RunConfig(name=config.run.name, dir=config.run.dir, seed=config.run.seed)
     of_ranks = ranks_config(policy, run, cluster, max_tokens_per_microbatch=max(longest, limits.packed_tokens))
     placement = replace(await reserve_roles(config.needs, cluster, with_reward_model=False), at_once=True)
-    gang = create_adapters_gang(of_ranks, placement, longest_sequence=longest, packed_tokens=limits.packed_tokens)
+    gang = create_adapters_gang(
+        of_ranks,
+        placement,
+        longest_sequence=longest,
+        packed_tokens=limits.packed_tokens,
+        images=None if images.place is None else images.place.folder,
+    )
     engines = (WholeEngines if largest is None else AdapterEngines).create(
         model.base,
         cluster,
@@ -139,6 +163,7 @@ async def _service(
         max_adapters=settings.max_adapters,
         tokenizer=model.tokenizer,
         trust_remote_code=trained.trust_remote_code,
+        images=images.place,
     )
     record = ServerRecord(server_folder(config) / "service")
     supervisor = Supervisor(cluster.restarts, record, config.needs, finds_causes=True)
@@ -150,10 +175,13 @@ async def _service(
         await asyncio.gather(
             gang.start(deadline_s=cluster.start_timeout_s), engines.start(deadline_s=cluster.start_timeout_s)
         )
+        await _prove_sight(gang, settings.probe_ids, images)
         if largest is None:
             await _load_base(gang, engines, server_folder(config) / "service" / "base", settings)
         recoveries = partial(_recoveries, supervisor)
-        service = TinkerService(server_folder(config), settings, gang, engines, decode=decode, recoveries=recoveries)
+        service = TinkerService(
+            server_folder(config), settings, gang, engines, images=images, decode=decode, recoveries=recoveries
+        )
         ends.push_async_callback(engines.give_up_rebuilds)
         ends.push_async_callback(service.close)
         yield service
@@ -165,6 +193,14 @@ def _recoveries(supervisor: Supervisor) -> Gauges:
         ("recoveries_total", "engines"): float(supervisor.recovered["rollout"]),
         ("recovery_seconds_total", ""): supervisor.recovery_s,
     }
+
+
+async def _prove_sight(gang: AdaptersGang, probe_ids: Sequence[int], images: ClientImages) -> None:
+    """Raise RunError if the ranks cannot see the image of the probe. Each proof of an adapter covers the engines."""
+    if min(probe_ids) < 0:
+        other = exchanged_images(probe_ids, images.store)
+        effect = image_effect(await gang.probe(None, probe_ids), await gang.probe(None, other), probe_ids)
+        refuse_blindness(probe_ids, policy=effect, engine=None)
 
 
 async def _load_base(gang: AdaptersGang, engines: AdapterEngines, folder: Path, settings: ServiceSettings) -> None:
