@@ -45,7 +45,7 @@ def merge_models(config: MergeConfig, out: Path, *, quiet: bool = False) -> None
     """
     refuse(merge_problems(config), lambda key: "config")
     if out.exists():
-        raise UserError(f"merge.out: {out} exists; remove it or name another folder.")
+        raise UserError(f"merge.out: {out} exists; remove the folder or name another folder.")
     if not (above := next(folder for folder in out.absolute().parents if folder.exists())).is_dir():
         raise UserError(f"merge.out: {out} cannot be made, since {above} is a file; name another folder.")
     require_tools(config)

@@ -267,8 +267,8 @@ def _refuse_useless_data(config: Config, sets: _Sets[Prompt]) -> None:
     if config.data.curriculum is not None and len(sets.shares) == 1 and asked <= len(sets.train):
         raise UserError(
             f"data.curriculum: has no effect here: data.train has {len(sets.train)} prompts, of which "
-            f"{config.train.num_steps} steps need {asked} at most, so none comes up twice; remove it, or raise "
-            "train.steps or rollouts.prompts_per_step."
+            f"{config.train.num_steps} steps need {asked} at most, so no prompt comes up twice; remove the key, or "
+            "raise train.steps or rollouts.prompts_per_step."
         )
     if config.algorithm.kind in ("sampled_distillation", "self_distillation") and any(
         row.temperature is not None for row in sets.train

@@ -92,7 +92,7 @@ class Journal(AbstractContextManager["Journal"]):
             if not resume:
                 raise UserError(
                     f"sweep.name: {self.folder} already holds a sweep. Continue it with --resume auto, choose another "
-                    "sweep.name, or remove it."
+                    "sweep.name, or remove the folder."
                 )
             before = from_yaml(settings.read_text(encoding="utf-8"))
             if changed := list(differences(_fixed(before), _fixed(current))):

@@ -52,8 +52,8 @@ def test_a_file_and_arguments(file: Path) -> None:
         (["merge.models.math.wieght=1"], "argument 'merge.models.math.wieght=1': merge.models.math.wieght: unknown"),
         (["merge.models.math.density=0"], "merge.models.math.density: got 0, expected a number > 0 and <= 1"),
         (["merge.base=null"], "merge.base: is missing: method ties needs it; name the common ancestor"),
-        (["merge.seed=0"], "merge.seed: has no effect here: method ties takes no seed; remove it"),
-        (["merge.models.math.epsilon=0.1"], "epsilon: has no effect here: method ties takes no epsilon; remove it"),
+        (["merge.seed=0"], "merge.seed: has no effect here: method ties takes no seed; remove the key"),
+        (["merge.models.math.epsilon=0.1"], "has no effect here: method ties takes no epsilon; remove the key"),
         (["merge.models={}"], "merge.models: has 0, but method ties takes at least 1 model in addition to merge.base"),
         (["merge.tokenizer=mth"], "merge.tokenizer: got 'mth'; did you mean math?"),
         (["merge.models.base={model: x}"], "merge.models.base: is no valid name, since merge.base has it"),
@@ -90,8 +90,8 @@ def test_mistakes(file: Path, overrides: list[str], message: str) -> None:
 def test_each_line_of_an_error_has_its_place(file: Path) -> None:
     file.write_text(TIES.replace("weight: 0.5}", "epsilon: 0.1}").replace("  out", "  t: 0.1\n  out"))
     assert mistakes(file).splitlines() == [
-        "file:7: merge.t: has no effect here: method ties takes no t; remove it",
-        "file:6: merge.models.chat.epsilon: has no effect here: method ties takes no epsilon; remove it",
+        "file:7: merge.t: has no effect here: method ties takes no t; remove the key",
+        "file:6: merge.models.chat.epsilon: has no effect here: method ties takes no epsilon; remove the key",
     ]
 
 

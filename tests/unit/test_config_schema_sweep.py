@@ -79,7 +79,7 @@ def test_the_command_line_contradicts_no_key_of_the_sweep(tmp_path: Path) -> Non
     file = write_sweep(tmp_path, set={"train.steps": 20})
     with pytest.raises(UserError, match=r"argument train: sweep\.set gives train\.steps, which it would remove"):
         load_sweep(file, ["train={steps: 3, lr: 1e-3}"])
-    with pytest.raises(UserError, match=r"argument train.lr: the sweep varies it"):
+    with pytest.raises(UserError, match=r"argument train.lr: the sweep varies this key"):
         load_sweep(file, ["train.lr=1.0"])
 
 

@@ -17,7 +17,7 @@ REWARD_MODEL = ["rewards={taste: {role: reward}}", "reward.model=a/b"]
 
 INERT: list[tuple[str, list[str], str]] = [
     ("critic.model=a/b", [GRPO], "algorithm grpo has no critic"),
-    ("cluster.roles.critic.workers=2", [GRPO], "this run starts no critic role; remove it, or use ppo"),
+    ("cluster.roles.critic.workers=2", [GRPO], "this run starts no critic role; remove the key, or use ppo"),
     ("cluster.roles.reference.workers=2", ["algorithm.kl={coef: 0}"], "set algorithm.kl.coef above 0"),
     ("reference.model=a/b", ["algorithm.kl={coef: 0}"], "algorithm.kl.coef is 0"),
     ("reference={model: some/model}", [LORA], "the policy with its LoRA adapter disabled is the same model"),
@@ -95,12 +95,12 @@ INERT: list[tuple[str, list[str], str]] = [
     (
         "rewards.taste.judge.scale=[0, 5]",
         ["rewards.taste={url: 'http://h/', judge: {model: m, choices: {A: 1, B: 0}}}"],
-        "choices is a mapping: they give the score; remove it, or set rewards.taste.judge.choices to `{}`",
+        "choices is a mapping: they give the score; remove the key, or set rewards.taste.judge.choices to `{}`",
     ),
     (
         "rewards.w.judge.scale=[0, 5]",
         ["rewards.w={url: 'http://h/', judge: {model: m, rubric: {a: {criterion: x}}}}"],
-        "rubric is a mapping: each criterion has a scale; remove it, or set rewards.w.judge.rubric to `null`",
+        "rubric is a mapping: each criterion has a scale; remove the key, or set rewards.w.judge.rubric to `null`",
     ),
     (
         "rewards.w.judge.choices={A: 1}",
@@ -155,7 +155,7 @@ def test_a_key_without_effect_is_refused(override: str, others: list[str], why: 
     assert message.startswith(f"argument {override!r}: ")
     assert message.count("has no effect here: ") == 1
     assert why in message
-    assert "; remove it, or " in message
+    assert "; remove the key, or " in message
     changed(ONLINE, others)
 
 
@@ -228,4 +228,4 @@ def test_a_key_with_an_effect_passes(overrides: list[str]) -> None:
 
 def test_a_role_of_rollouts_in_a_supervised_run() -> None:
     message = refusal(SFT, ["cluster.roles.reference.workers=2"])
-    assert "this run starts no reference role; remove it, or choose an algorithm that samples responses" in message
+    assert "this run starts no reference role; remove the key, or choose an algorithm that samples responses" in message

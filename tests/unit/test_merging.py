@@ -371,7 +371,7 @@ def test_the_command_and_the_python_call(tmp_path: Path, models: Path, capsys: p
     assert weights(out)["lm_head.weight"].dtype == torch.float32
     below = file / "y" / "z"
     for argument, message in (
-        ("merge.dtype=float32", f"merge.out: {out} exists; remove it or name another folder."),
+        ("merge.dtype=float32", f"merge.out: {out} exists; remove the folder or name another folder."),
         (f"merge.out={below}", f"merge.out: {below} cannot be made, since {file} is a file; name another folder."),
     ):
         assert main(["merge", str(file), argument]) == 2

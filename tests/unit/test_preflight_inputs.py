@@ -116,7 +116,9 @@ def test_a_curriculum_needs_prompts_that_come_up_twice(folder: Path) -> None:
     # of mixed sets, a small one may come up twice
     for overrides in ([*one, accepted[0]], [*one, accepted[1]], [*one, accepted[2]], ["data.curriculum={}"]):
         assert isinstance(inputs(folder, GRPO, *overrides), OnlineInputs)
-    with pytest.raises(UserError, match=r"data.train has 3 prompts, of which 1 steps need 2 at most, so none comes up"):
+    with pytest.raises(
+        UserError, match=r"data.train has 3 prompts, of which 1 steps need 2 at most, so no prompt comes up"
+    ):
         inputs(folder, GRPO, *one)
     with pytest.raises(UserError, match="need 3 at most"):  # 2 * 1.1, rounded up
         inputs(folder, GRPO, *one, "reward_policy.on_error=drop")

@@ -166,10 +166,13 @@ def test_an_unknown_name_is_refused_with_the_nearest(monkeypatch: pytest.MonkeyP
     ("given", "message"),
     [
         ("{max_model_len: 8}", "max_model_len: follows from data.max_prompt_tokens and rollouts.max_new_tokens"),
-        ("{async_scheduling: true}", "async_scheduling: is true, but cluster.device is cpu, where vLLM has none"),
+        (
+            "{async_scheduling: true}",
+            "async_scheduling: is true, but vLLM has no such scheduling with cluster.device cpu",
+        ),
         ("{speculative_config: {method: eagle}}", "speculative_config: is not a mapping with method: ngram"),
         ("{speculative_config: {method: ngram, draft_sample_method: x}}", "has draft_sample_method, but with"),
-        ("{enable_chunked_prefill: true}", "enable_chunked_prefill: is true, but cluster.device is cpu"),
+        ("{enable_chunked_prefill: true}", "enable_chunked_prefill: is true, but with cluster.device cpu"),
     ],
 )
 def test_arguments_of_other_keys_are_refused_at_load(given: str, message: str) -> None:

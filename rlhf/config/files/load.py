@@ -213,7 +213,9 @@ def load_service_file(path: str | Path, overrides: Sequence[str] = ()) -> Tinker
     of_runs = sorted({"algorithm", "data", "train", "stages", "merge", "sweep"} & tree.values.keys())
     if of_runs:
         at = tree.place((of_runs[0],))
-        raise UserError(f"{at}: {of_runs[0]}: is no section of a server: its clients have their own loops; remove it")
+        raise UserError(
+            f"{at}: {of_runs[0]}: is no section of a server: the clients have their own loops; remove the section"
+        )
     parsed = parse_as(TinkerConfig, tree.values)
     refuse(parsed if isinstance(parsed, tuple) else service_problems(parsed), tree.place)
     assert isinstance(parsed, TinkerConfig)

@@ -123,7 +123,10 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     of_run = [text for text in overrides if text not in of_sweep]
     given = {text.partition("=")[0].strip() for text in of_run}
     if both := [key for key in given if key in config.parameters]:
-        raise UserError(f"argument {both[0]}: the sweep varies it; change it as sweep.parameters, or remove it there")
+        raise UserError(
+            f"argument {both[0]}: the sweep varies this key; change the key in sweep.parameters, or remove the key "
+            "from the sweep"
+        )
     if lost := [(outer, key) for outer in sorted(given) for key in config.set if key.startswith(f"{outer}.")]:
         outer, key = lost[0]
         raise UserError(f"argument {outer}: sweep.set gives {key}, which it would remove; give single keys of {outer}")
@@ -171,12 +174,12 @@ def _problems(config: SweepConfig) -> Iterator[Problem]:
         elif key in config.set:
             yield Problem(at, "is fixed by sweep.set too; remove one of them")
         elif config.shared_base and f"{key}.".startswith(OF_THE_SERVER) and not f"{key}.".startswith("policy.lora."):
-            text = "is the same in all trials of a shared base; remove it, or set sweep.shared_base=false"
+            text = "is the same in all trials of a shared base; remove the key, or set sweep.shared_base=false"
             yield Problem(at, text)
         yield from _of_parameter(parameter, at, is_grid=config.method.name == "grid")
     for key in config.set:
         if key in OWN and key != "run.mirror":  # the mirror of a trial is a folder below the given one
-            yield Problem((*AT, "set", key), "is given to each trial by the sweep; remove it")
+            yield Problem((*AT, "set", key), "is given to each trial by the sweep; remove the key")
     metric = config.metric.removeprefix("-")
     try:
         declared(metric)
@@ -204,7 +207,7 @@ def _of_parameter(parameter: Parameter, at: Key, *, is_grid: bool) -> Iterator[P
     elif parameter.scale == "log" and parameter.min <= 0.0:
         yield Problem((*at, "min"), f"is {parameter.min:g}, and a log scale needs a number above 0")
     if parameter.scale == "log" and parameter.step is not None:
-        yield Problem((*at, "step"), "has no effect on a log scale; remove it, or write `values`")
+        yield Problem((*at, "step"), "has no effect on a log scale; remove the key, or write `values`")
     whole = all(number is None or number == int(number) for number in (parameter.min, parameter.max, parameter.step))
     if parameter.integer and not whole:
         yield Problem((*at, "integer"), "is true, but min, max or step is not a whole number")
@@ -217,7 +220,9 @@ def _run_problems(sweep: Sweep) -> Iterator[Problem]:
     if sweep.config.shared_base:
         at = (*AT, "shared_base")
         if sweep.base.is_pipeline:
-            yield Problem(at, "is true, but sweep.config is a pipeline, whose stages have several models; remove it")
+            yield Problem(
+                at, "is true, but sweep.config is a pipeline, and its stages have several models; remove the key"
+            )
             return
         if any(run.policy.tinker is not None for run in stages.values()):
             yield Problem(at, "is true, but the run has a server already (policy.tinker); remove one of them")

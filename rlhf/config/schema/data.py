@@ -178,5 +178,5 @@ class DataConfig(PromptFormat):
         sources = [source for of in sets for source in (of.values() if isinstance(of, dict) else [of]) if source]
         plain = [source.source if isinstance(source, WeightedSource) else source for source in sources]
         if self.columns and all(isinstance(source, PresetConfig) for source in plain):
-            raise ValueError("`columns` has no effect: all sets are presets, whose columns are mapped; remove it")
+            raise ValueError("`columns` has no effect: all sets are presets, whose columns are mapped; remove the key")
         return self

@@ -48,9 +48,9 @@ class McpServerConfig(Section):
         if (self.command is None) == (self.url is None):
             raise ValueError("give exactly one of `command` and `url`")
         if self.url is not None and self.env:
-            raise ValueError("`env` has no effect with `url`: only a program has an environment; remove it")
+            raise ValueError("`env` has no effect with `url`: only a program has an environment; remove the key")
         if self.command is not None and self.headers:
-            raise ValueError("`headers` has no effect with `command`; remove it, or give the program an `env`")
+            raise ValueError("`headers` has no effect with `command`; remove the key, or give the program an `env`")
         return self
 
 

@@ -54,7 +54,9 @@ def rank_problems(config: Config, facts: Derived) -> Iterator[Problem]:
         if takes_turns and stage == 3 and model.lora is not None:
             yield zero(f"is 3, but {turns}, and DeepSpeed does not move a LoRA model of that stage; set 2")
         if takes_turns and "parameters" in section.offload:
-            yield offload(f"has `parameters`, but {turns}, and DeepSpeed does not move offloaded parameters; remove it")
+            yield offload(
+                f"has `parameters`, but {turns}, and DeepSpeed does not move offloaded parameters; remove `parameters`"
+            )
 
 
 def transport_problems(cluster: ClusterConfig) -> Iterator[Problem]:

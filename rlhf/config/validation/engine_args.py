@@ -54,20 +54,26 @@ def engine_argument_problems(cluster: ClusterConfig) -> Iterator[Problem]:
     given = cluster.roles.rollout.engine_args
     for name in given:
         if name in OWNED:
-            yield problem(f"{KEY}.{name}", f"{OWNED[name]}; remove it")
+            yield problem(f"{KEY}.{name}", f"{OWNED[name]}; remove the key")
     if cluster.device == "cpu" and given.get("async_scheduling"):
-        yield problem(f"{KEY}.async_scheduling", "is true, but cluster.device is cpu, where vLLM has none; remove it")
+        yield problem(
+            f"{KEY}.async_scheduling",
+            "is true, but vLLM has no such scheduling with cluster.device cpu; remove the key",
+        )
     if cluster.device == "cpu" and given.get("enable_chunked_prefill"):
-        text = "is true, but cluster.device is cpu, where a seeded response in a partial prefill ends vLLM; remove it"
+        text = "is true, but with cluster.device cpu a seeded response in a partial prefill ends vLLM; remove the key"
         yield problem(f"{KEY}.enable_chunked_prefill", text)
     drafts, key = given.get(_DRAFTS), f"{KEY}.{_DRAFTS}"
     if drafts is None:
         return
     if not isinstance(drafts, dict) or drafts.get("method") != "ngram":
-        text = "is not a mapping with method: ngram; other drafts need weights that no sync brings; remove it"
+        text = "is not a mapping with method: ngram; other drafts need weights that no sync brings; remove the key"
         yield problem(key, text)
     elif others := sorted(drafts.keys() - set(_NGRAM_KEYS)):
-        text = f"has {', '.join(others)}, but with method ngram only {', '.join(_NGRAM_KEYS)} are used; remove it"
+        text = (
+            f"has {', '.join(others)}, but with method ngram only {', '.join(_NGRAM_KEYS)} are used; remove these "
+            "settings"
+        )
         yield problem(key, text)
 
 

@@ -27,10 +27,10 @@ def _without_effect(config: MergeConfig, takes: Takes) -> Iterator[Problem]:
     method = f"method {config.method}" + (" on adapters" if config.output == "adapter" else "")
     for key in sorted(without_effect(config, takes) & config.model_fields_set):
         if getattr(config, key) not in (None, ()):  # these two values have no meaning
-            yield Problem((*AT, key), f"has no effect here: {method} takes no {key}; remove it")
+            yield Problem((*AT, key), f"has no effect here: {method} takes no {key}; remove the key")
     for name, model in config.models.items():
         for key in sorted(model.model_fields_set - {"model"} - takes.per_model):
-            yield Problem((*AT, "models", name, key), f"has no effect here: {method} takes no {key}; remove it")
+            yield Problem((*AT, "models", name, key), f"has no effect here: {method} takes no {key}; remove the key")
 
 
 def _of_models(config: MergeConfig, takes: Takes) -> Iterator[Problem]:
@@ -89,7 +89,7 @@ def _of_slices(config: MergeConfig) -> Iterator[Problem]:
             yield Problem((*AT, "slices"), text)
     for name in config.models:
         if name not in {part.model for part in config.slices}:
-            yield Problem((*AT, "models", name), "has no effect here: no slice uses its layers; remove it")
+            yield Problem((*AT, "models", name), "has no effect here: no slice uses its layers; remove the key")
 
 
 def _no_model(name: str, named: Sequence[str]) -> str:

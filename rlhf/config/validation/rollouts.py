@@ -52,7 +52,7 @@ def group_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem
         yield problem("algorithm.name", f"{text}; set rollouts.environment or rollouts.agent, or use grpo")
     if config.algorithm.reads_given_responses and rollouts.agent is not None:
         text = "is set, but an agent writes the prompts of its calls, and a given response follows the prompt of a row"
-        yield problem("rollouts.agent", f"{text}; remove it, or learn only from rollouts")
+        yield problem("rollouts.agent", f"{text}; remove the key, or learn only from rollouts")
 
 
 def _values_problems(config: Config) -> Iterator[Problem]:
@@ -87,7 +87,7 @@ def self_taught_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[P
     if algorithm.privileged_template is None:
         return
     if rollouts.agent is not None:
-        text = f"is set, but algorithm {algorithm.name} writes one prompt, not one for each call; remove it"
+        text = f"is set, but algorithm {algorithm.name} writes one prompt, not one for each call; remove the key"
         yield problem("rollouts.agent", text)
     if config.policy.router_replay and algorithm.kind == "advantages":  # replay_problems refuses all other kinds
         text = f"is true, but no engine has routed the tokens of the teacher of {algorithm.name}; set false"

@@ -127,7 +127,7 @@ def _streamed(config: Config) -> Iterator[Problem]:
         )
         yield problem("data.curriculum", text)
     if config.algorithm.kind == "distillation":
-        text = f"is set, but the teacher of algorithm {config.algorithm.name} holds all rows; remove it"
+        text = f"is set, but the teacher of algorithm {config.algorithm.name} holds all rows; remove the key"
         yield problem("data.stream_window", text)
 
 
@@ -145,7 +145,7 @@ def _models(config: Config) -> Iterator[Problem]:
             yield problem(f"{role}.adapter", text.format(adapter))
         is_on_hub = _HUB_NAME.fullmatch(section.model) and not os.path.exists(section.model)
         if section.revision is not None and not is_on_hub:
-            why = f"is {section.revision}, but {role}.model is {section.model}, not a model of the hub; remove it"
+            why = f"is {section.revision}, but {role}.model is {section.model}, not a model of the hub; remove the key"
             yield problem(f"{role}.revision", why)
 
 

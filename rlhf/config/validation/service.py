@@ -24,10 +24,10 @@ def service_problems(config: TinkerConfig) -> tuple[Problem, ...]:
 def _problems(cluster: ClusterConfig) -> Iterator[Problem]:
     rollout, policy = cluster.roles.rollout, cluster.roles.policy
     if cluster.weight_sync != "auto":
-        text = f"is {cluster.weight_sync}, and has no effect here: engines read weights from files; remove it"
+        text = f"is {cluster.weight_sync}, and has no effect here: engines read weights from files; remove the key"
         yield problem("cluster.weight_sync", text)
     if rollout.colocate_with is not None:
-        text = "is policy, but clients train and sample at the same time; remove it"
+        text = "is policy, but clients train and sample at the same time; remove the key"
         yield problem("cluster.roles.rollout.colocate_with", text)
     if rollout.is_elastic:
         yield problem("cluster.roles.rollout.engines", "is a range, but this server needs a fixed number of engines")
@@ -35,15 +35,15 @@ def _problems(cluster: ClusterConfig) -> Iterator[Problem]:
         text = f"is {policy.zero_stage}, but clients' models are trained only at 0 or 3"
         yield problem("cluster.roles.policy.zero_stage", text)
     if policy.sequence_parallel > 1:
-        text = f"is {policy.sequence_parallel}, but ranks do not share clients' rows; remove it"
+        text = f"is {policy.sequence_parallel}, but ranks do not share clients' rows; remove the key"
         yield problem("cluster.roles.policy.sequence_parallel", text)
     if policy.offload:
-        text = f"has {', '.join(policy.offload)}, but clients' models stay on the device; remove it"
+        text = f"has {', '.join(policy.offload)}, but clients' models stay on the device; remove the key"
         yield problem("cluster.roles.policy.offload", text)
 
 
 def _of_whole_models(config: TinkerConfig) -> Iterator[Problem]:
     for key in ("max_adapters", "packed_tokens"):
         if config.policy.lora is None and key in config.service.model_fields_set:
-            text = "has no effect without policy.lora: all weights are trained, of one model at a time; remove it"
+            text = "has no effect without policy.lora: all weights are trained, of one model at a time; remove the key"
             yield problem(f"service.{key}", text)

@@ -42,7 +42,9 @@ def tinker_problems(config: Config) -> Iterator[Problem]:
     if config.rollouts is not None and config.algorithm.is_online:
         yield from _rollouts(config, config.rollouts)
     if config.eval.suites:
-        yield problem("eval.suites", f"asks engines over HTTP, which {SERVER} has for no other program; remove it")
+        yield problem(
+            "eval.suites", f"asks engines over HTTP, and {SERVER} offers this to no other program; remove the key"
+        )
 
 
 def _policy(config: Config) -> Iterator[Problem]:
@@ -61,7 +63,7 @@ def _policy(config: Config) -> Iterator[Problem]:
     ):
         value, default = getattr(policy, key), type(policy).model_fields[key].default
         if value != default:
-            yield problem(f"policy.{key}", f"is {_shown(value)}, but {SERVER} holds the policy: {why}; remove it")
+            yield problem(f"policy.{key}", f"is {_shown(value)}, but {SERVER} holds the policy: {why}; remove the key")
     if optimizer != "adamw":
         yield problem("train.optimizer", f"is {optimizer}, but {SERVER} has only adamw; use adamw")
 
@@ -104,13 +106,15 @@ def _rollouts(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
         yield problem("rollouts.temperature", text)
     for key in ("min_p", "repetition_penalty"):
         if getattr(rollouts, key) != getattr(usual, key):
-            text = f"is {getattr(rollouts, key):g}, but the protocol's sampling has no such parameter; remove it"
+            text = f"is {getattr(rollouts, key):g}, but the protocol's sampling has no such parameter; remove the key"
             yield problem(f"rollouts.{key}", text)
     if rollouts.stop:
         text = "has texts, but the protocol takes either texts or tokens, and the model's end is a token"
         yield problem("rollouts.stop", f"{text}; use rollouts.stop_token_ids")
     if rollouts.agent is not None:
-        yield problem("rollouts.agent", f"calls engines over HTTP, which {SERVER} has for no other program; remove it")
+        yield problem(
+            "rollouts.agent", f"calls engines over HTTP, and {SERVER} offers this to no other program; remove the key"
+        )
     if rollouts.carry_over:
         yield problem("rollouts.carry_over", f"is true, but {SERVER} continues no unfinished response; set false")
     if rollouts.weight_updates == "in_flight":
@@ -122,7 +126,7 @@ def _changed(section: LoraConfig, usual: LoraConfig, key: str, why: str) -> Iter
     for name in type(section).model_fields:
         value, expected = getattr(section, name), getattr(usual, name)
         if value != expected:
-            text = f"is {_shown(value)}, but with policy.tinker it is {_shown(expected)}: {why}; remove it"
+            text = f"is {_shown(value)}, but with policy.tinker it is {_shown(expected)}: {why}; remove the key"
             yield problem(f"{key}.{name}", text)
 
 

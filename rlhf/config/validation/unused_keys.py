@@ -54,7 +54,7 @@ def unused_keys(stage: Config | EvaluationStage | TinkerConfig) -> Iterator[Prob
         sections = {inert.key[:length] for length in range(len(inert.key))}
         if _is_meant(stage, inert) and inert.key not in named and not listed & sections:
             named.add(inert.key)
-            yield Problem(inert.key, f"has no effect here: {inert.why}; remove it, or {inert.fix}")
+            yield Problem(inert.key, f"has no effect here: {inert.why}; remove the key, or {inert.fix}")
         listed.add(inert.key)
 
 
