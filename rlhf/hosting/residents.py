@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from rlhf.hosting.training import TrainedModel
+
+class Resident(Protocol):
+    """A model that may be on the ranks. `turn` is held while the model works or moves."""
+
+    turn: asyncio.Lock
+
+    async def leave_ranks(self) -> None:
+        """Move the model to disk."""
 
 
 class Residents:
@@ -14,10 +20,10 @@ class Residents:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._models: dict[TrainedModel, None] = {}  # the longest idle first
+        self._models: dict[Resident, None] = {}  # the longest idle first
         self._freed = asyncio.Condition()
 
-    async def admit(self, model: TrainedModel) -> None:
+    async def admit(self, model: Resident) -> None:
         """Make room for a model. Wait while every model on the ranks has a turn."""
         async with self._freed:
             while len(self._models) >= self._most and model not in self._models:
@@ -35,5 +41,5 @@ class Residents:
         async with self._freed:
             self._freed.notify_all()
 
-    def forget(self, model: TrainedModel) -> None:
+    def forget(self, model: Resident) -> None:
         self._models.pop(model, None)
