@@ -54,8 +54,10 @@ class Models:
         """Finish the models of a session. The states of the models are removed, and the checkpoints stay."""
         for model in [model for model in self.running.values() if model.record.session_id == session.session_id]:
             del self.running[model.record.model_id]
-            await model.finish()
-            model.close()
+            try:
+                await model.finish()
+            finally:
+                model.close()
 
     async def create(self, owner: str, body: bytes) -> dict[str, Any]:
         asked, body = bodies.CreateModel.read(body), bodies.canonical(body)

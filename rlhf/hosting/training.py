@@ -310,8 +310,6 @@ class TrainedModel:
     async def finish(self) -> None:
         """Forget the state of a model of a finished session. The checkpoints and curves stay."""
         async with self.turn:
-            self.record.is_finished = True
-            self.record.write(self.folder)
             for request in self.line.requests.values():
                 if request.result is None:
                     request.result = Result.failed("the session is finished", "user")
@@ -322,6 +320,8 @@ class TrainedModel:
             self.shared.residents.forget(self)
             self._states.remove()
             self.line.log.path.unlink(missing_ok=True)
+            self.record.is_finished = True  # written last: after a kill, the next start finishes the model again
+            self.record.write(self.folder)
 
 
 def _error(result: Result) -> str:

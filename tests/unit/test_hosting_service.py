@@ -18,9 +18,11 @@ from tinker.proto.response_conv import deserialize_forward_backward_output, dese
 
 from rlhf.errors import RunError, UserError
 from rlhf.hosting import saving, training
+from rlhf.hosting.models import Models
 from rlhf.hosting.refusals import Gone, NotFound
 from rlhf.hosting.request_line import Result
 from rlhf.hosting.service import TinkerService
+from rlhf.hosting.states import SavedStates
 from rlhf.viewing.runs import RunPlaces
 from tests.fakes.adapters import FakeAdapters, FakeEngines
 from tests.fakes.tinker_server import MODEL, opened
@@ -452,12 +454,18 @@ async def test_a_folder_has_one_server_and_one_base_model(tmp_path: Path) -> Non
             later.sampler(sampler)
 
 
-async def test_a_kill_at_the_end_of_a_session_leaves_no_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["remove", "finish"])
+async def test_a_kill_at_the_end_of_a_session_leaves_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     async with serving(tmp_path) as (service, _, _):
         client = Client(service)
         model = await client.create()
         await model.train(1)
-        service.sessions.finish(service.sessions.sessions[client.session_id], {"reason": "killed after this"})
+        with monkeypatch.context() as killing:
+            killing.setattr(SavedStates if place == "remove" else Models, place, lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await service.finish_session("alice", client.session_id, b"")
     folder = tmp_path / model.model_id.replace(":", "-")
     for killed in (folder / ".requests.log.1a.partial", tmp_path / "service" / "sessions" / ".a.json.1a.partial"):
         killed.write_text("half")
