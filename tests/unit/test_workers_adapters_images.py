@@ -80,6 +80,8 @@ def before_images(rows: LossRows) -> Tensor:
 
 def rows_of(seen: SeenModel, loss: str = "cross_entropy") -> LossRows:
     rows = [seen.prompt("What is it?", RED), seen.prompt(RED, "and", BLUE, "?"), seen.prompt("Nothing?")]
+    last = seen.prompt(BLUE, "!")
+    rows.append(last[next(place for place, token in enumerate(last) if token < 0) :])  # begins with an image
     rows = [(*row, 70, 71, 72) for row in rows]
     tokens = torch.tensor([token for row in rows for token in row])
     targets = torch.tensor([token for row in rows for token in (*row[1:], 73)]).clamp(min=0)[:, None]
