@@ -169,7 +169,7 @@ def test_errors_reach_the_client_in_their_category(client: tinker.ServiceClient)
     model = client.create_lora_training_client(base_model=MODEL, rank=4, seed=1).result(60)
     for failing, text in (
         (lambda: model.forward_backward([datum([1, 99])], "cross_entropy"), "a token is not below 12"),
-        (lambda: model.optim_step(types.AdamParams()), "request .* failed: .* a token is not below 12"),
+        (lambda: model.optim_step(types.AdamParams()), r"request \d+ failed: a token is not below 12"),
         (lambda: model.optim_step(types.optimizer.DimuonParams(learning_rate=0.1)), "dimuon is not supported"),
         (lambda: model.forward_backward(ROWS, "gspo"), "gspo is not known"),
         (lambda: model.save_state("a b"), "must be 1 to 128 letters"),
