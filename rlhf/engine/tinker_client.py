@@ -74,8 +74,7 @@ class TinkerEndpoint:
         self._refuse_closed()
         tinker = client_package()
         try:
-            rest = tinker.RestClient(base_url=self.url, api_key=self.key)
-            models = rest.get_server_capabilities().result(timeout=ANSWER_S).supported_models
+            models = self.rest().get_server_capabilities().result(timeout=ANSWER_S).supported_models
         except (tinker.TinkerError, TimeoutError, ValueError, RuntimeError) as error:
             reason = str(error) or f"no answer within {ANSWER_S:.0f} s"
             raise UserError(f"policy.tinker: {self.url} does not say which models it serves: {reason}") from error
@@ -91,6 +90,10 @@ class TinkerEndpoint:
             f"policy.tinker: {self.url} serves {names}, and policy.model is {self.base_model}. Name a served model as "
             "policy.model, or start a server for this one."
         )
+
+    def rest(self) -> Any:
+        """Return the client of everything at the server that is no training and no sampling."""
+        return client_package().RestClient(base_url=self.url, api_key=self.key)
 
     def _refuse_closed(self) -> None:
         """Raise UserError if nothing listens. The client itself would try for five minutes."""
@@ -114,6 +117,7 @@ class TinkerClient:
         self.types: Any = client_package().types
         service_client = client_package().ServiceClient
         self.service: Any = service_client(base_url=server.url, api_key=server.key, user_metadata={"run": run})
+        self.rest: Any = server.rest()
         logger.info("the policy is the model %s at %s", self.model, server.url)
 
     def wait(self, future: Any, what: str, *, limit_s: float | None = None) -> Any:
@@ -131,7 +135,7 @@ class TinkerClient:
 
     def delete(self, path: str) -> None:
         """Delete a checkpoint at the server. A failure is only logged: nothing depends on the deletion."""
-        self._tell(self.service.create_rest_client().delete_checkpoint_from_tinker_path(path), f"deleting {path}")
+        self._tell(self.rest.delete_checkpoint_from_tinker_path(path), f"deleting {path}")
 
     def close(self) -> None:
         """End the session. Checkpoints stay. A failure is only logged: the models of an idle session need no memory."""

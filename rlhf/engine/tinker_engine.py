@@ -266,8 +266,8 @@ class TinkerEngine:
         """Write the adapter as peft's files. RunError: the download failed."""
         future = self._model().save_weights_external(self._name("export"), ttl_seconds=EXPORT_TTL_S)
         path = self.client.wait(future, "the export").path
-        rest = self.client.service.create_rest_client()
-        for name, url in sorted(self.client.wait(rest.get_external_weights_urls(path), "the files").urls.items()):
+        urls = self.client.wait(self.client.rest.get_external_weights_urls(path), "the files").urls
+        for name, url in sorted(urls.items()):
             target = (folder / name).resolve()
             if target.parent != folder.resolve():
                 raise RunError(f"policy.tinker: {self.client.server.url} names the file {name!r:.100} of an adapter.")
