@@ -27,6 +27,9 @@ from rlhf.vision.sight import image_effect, refuse_blindness
 # about 0.04; one stale matrix after a large update gives 0.4 or more. Rounding hides small updates, but version and
 # checksum detect them.
 PROBE_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
+# Rounding in bfloat16 grows with the log-probabilities: 2.2 to 2.7 % of the mean, for adapters that made the probe's text
+# unlikely (-3.2 to -8.9 nats per token). Twice this share is accepted.
+PROBE_SHARE = {"float32": 0.0, "bfloat16": 0.05}
 LOSS_SHOWS_WITHIN_S = 4.0  # after the trainers' or the engines' end of a transfer failed
 
 
@@ -126,11 +129,12 @@ def check_probe(ours: Sequence[float], theirs: Sequence[float], *, engine: int, 
 def compare_probe(ours: Sequence[float], theirs: Sequence[float], *, who: str, dtype: str) -> float:
     """Return the largest |difference| in nats, as `check_probe`. `who` names the engine in the error."""
     diffs = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
-    mean = sum(diffs) / len(diffs)
-    if not mean <= PROBE_TOLERANCE[dtype]:
+    mean, size = sum(diffs) / len(diffs), sum(map(abs, ours)) / len(diffs)
+    limit = max(PROBE_TOLERANCE[dtype], PROBE_SHARE[dtype] * size)
+    if not mean <= limit:
         raise RunError(
             f"{who} computes different log-probabilities than the policy (mean difference {mean:.4f} nats over "
-            f"{len(diffs)} probe tokens, at most {PROBE_TOLERANCE[dtype]} is rounding in {dtype}). Its weights are "
-            "not the policy's, so the run stops before it trains on its samples."
+            f"{len(diffs)} probe tokens, at most {limit:.3g} is rounding in {dtype}). The engine's "
+            "weights are not the policy's, so its samples are not used."
         )
     return max(diffs)

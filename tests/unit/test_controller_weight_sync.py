@@ -18,6 +18,15 @@ def test_the_largest_difference_is_reported() -> None:
     assert found == pytest.approx(0.001)
 
 
+def test_rounding_grows_with_the_log_probabilities() -> None:
+    ours = [-8.0, -10.0]  # in bfloat16 up to 5 % of the mean of 9, 0.45 nats
+    assert check_probe(ours, [-8.4, -9.6], engine=0, version=1, dtype="bfloat16") == pytest.approx(0.4)
+    with pytest.raises(RunError, match=r"mean difference 0.5000 nats over 2 probe tokens, at most 0.45 is rounding"):
+        check_probe(ours, [-8.5, -9.5], engine=0, version=1, dtype="bfloat16")
+    with pytest.raises(RunError, match=r"at most 0.002 is rounding in float32"):
+        check_probe(ours, [-8.4, -9.6], engine=0, version=1, dtype="float32")
+
+
 @pytest.mark.parametrize("theirs", [[-1.0, -2.4], [-1.0, math.nan]])
 def test_other_weights_stop_the_run(theirs: list[float]) -> None:
     # mean difference 0.2 nats, or nan
