@@ -11,7 +11,7 @@ from pathlib import Path
 
 from actors.cluster.connect import connected
 from actors.cluster.placement import reserve_roles
-from actors.roles.adapters import AdaptersGang, create_adapters_gang
+from actors.roles.adapters import AdapterRanks, AdaptersGang, create_adapters_gang
 from actors.roles.group import ending
 from actors.rollout.adapter_engines import AdapterEngines
 from actors.rollout.whole_engines import BASE, WholeEngines
@@ -189,8 +189,8 @@ async def _service(
 
 def _recoveries(supervisor: Supervisor) -> Gauges:
     return {
-        ("recoveries_total", "ranks"): float(supervisor.recovered["policy"]),
-        ("recoveries_total", "engines"): float(supervisor.recovered["rollout"]),
+        ("recoveries_total", "ranks"): float(supervisor.recovered[AdapterRanks.role]),
+        ("recoveries_total", "engines"): float(supervisor.recovered[AdapterEngines.role]),
         ("recovery_seconds_total", ""): supervisor.recovery_s,
     }
 
