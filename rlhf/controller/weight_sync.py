@@ -27,8 +27,8 @@ from rlhf.vision.sight import image_effect, refuse_blindness
 # about 0.04; one stale matrix after a large update gives 0.4 or more. Rounding hides small updates, but version and
 # checksum detect them.
 PROBE_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
-# Rounding in bfloat16 grows with the log-probabilities: 2.2 to 2.7 % of the mean, for adapters that made the probe's text
-# unlikely (-3.2 to -8.9 nats per token). Twice this share is accepted.
+# Rounding in bfloat16 grows with the log-probabilities: 2.2 to 2.7 % of the mean, for adapters under which the probe's
+# text was unlikely (-3.2 to -8.9 nats per token). Twice this share is accepted.
 PROBE_SHARE = {"float32": 0.0, "bfloat16": 0.05}
 LOSS_SHOWS_WITHIN_S = 4.0  # after the trainers' or the engines' end of a transfer failed
 
