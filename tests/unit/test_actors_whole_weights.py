@@ -98,7 +98,7 @@ async def test_a_snapshot_must_be_the_policys() -> None:
     assert await shelf.load(snapshot(1)) == 0.0
     for bad, message in (
         (snapshot(2, checksum="bad"), "other bytes"),
-        (snapshot(3, logprob=9.0), "weights of s3 gives"),
+        (snapshot(3, logprob=9.0), "weights of s3 computes"),
     ):
         for _ in range(2):
             with pytest.raises(RunError, match=message):

@@ -279,7 +279,12 @@ train: {steps: 10, lr: 1.0e-6, sequences_per_update: 6, max_tokens_per_microbatc
 def test_the_gradient_is_that_of_a_plain_loop_over_sequences(
     tiny_model: Path, tmp_path: Path, max_tokens: int, top_k: int | None
 ) -> None:
-    teacher = teacher_service(build_tiny_llama(tmp_path / "teacher", seed=1))
+    folder = build_tiny_llama(tmp_path / "teacher", seed=1)
+    if top_k is not None:  # a teacher far from the student: a small gradient would be a difference of large terms
+        sure = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        sure.lm_head.weight.data *= 8
+        sure.save_pretrained(folder)
+    teacher = teacher_service(folder)
     overrides = [f"train.max_tokens_per_microbatch={max_tokens}", f"policy.model={tiny_model}"]
     if top_k is not None:
         overrides += [f"algorithm.top_k={top_k}", "algorithm.divergence=forward_kl"]
@@ -317,7 +322,7 @@ def test_the_gradient_is_that_of_a_plain_loop_over_sequences(
             loss = (q * (q.log() - p.log())).sum()
         (loss / count).backward()
     expected = gradient(plain)
-    assert float(expected.abs().max()) > 1e-3
+    assert float(expected.abs().max()) > 0.1
     assert_same_gradient(gradient(student.engine.module), expected)
 
 
