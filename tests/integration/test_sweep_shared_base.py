@@ -22,7 +22,7 @@ ADAPTED = merge(
         "policy": {"lora": {"rank": 4}},
         "algorithm": {"name": "grpo"},
         "rewards": {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}},
-        "train": {"steps": 6},
+        "train": {"steps": 6, "lr": 5e-3},
         "cluster": {"start_timeout_s": 500.0, "call_timeout_s": 900.0},  # the server is away for a minute or more
     },
 )
