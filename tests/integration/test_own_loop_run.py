@@ -89,7 +89,7 @@ def test_the_examples_loop_gives_the_numbers_of_the_command(tmp_path: Path) -> N
 
 STEPS = """
 import asyncio, sys
-import rlhf
+import rlhf.tracking.sinks.backends
 
 class Steps(rlhf.tracking.sinks.backends.TrackerBackend):
     name = "steps"
@@ -99,7 +99,7 @@ class Steps(rlhf.tracking.sinks.backends.TrackerBackend):
         self.seen.append(step.step)
 
 async def main(config, resume, until):
-    async with rlhf.start(config, resume=resume, trackers=[Steps]) as loop:
+    async with rlhf.start(config, resume=resume, trackers=[Steps()]) as loop:
         if not loop.step:
             await loop.evaluate()
         while loop.step < until:
@@ -117,7 +117,6 @@ async def main(config, resume, until):
             await loop.export()
     print("seen", Steps.seen)
 
-import rlhf.tracking.sinks.backends
 asyncio.run(main(sys.argv[1], sys.argv[2] == "resume", int(sys.argv[3])))
 """
 DIGITS = {"digits": {"function": "format_regex", "args": {"pattern": "(?s).*[0-9].*"}}}
