@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,49 +11,22 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from rlhf.adapters import AdapterShape, LossReport, LossRows, NamedLoss
-from rlhf.engine.swapping import Tenant
+from rlhf.adapters import LossReport, LossRows, NamedLoss
 from rlhf.errors import UserError
-from rlhf.models.adapters.lora import add_lora
-from rlhf.models.adapters.slot import AdapterSlot
 from rlhf.models.packed.row_check import check_rows
-from rlhf.models.packed.row_layout import row_layout
 from rlhf.objectives.client_losses import LOSSES, checked_settings, client_loss
-from rlhf.workers.adapters.adapter_worker import AdapterWorker, HeldAdapter, RowsReport, merged_report
-from tests.fixtures.workers import PLACE, engine_of
+from rlhf.workers.adapters.adapter_worker import RowsReport, merged_report
+from tests.fixtures.adapter_rank import OnlyRank, with_adapter
 from tests.integration.rank_gang import small_config
 
 CPU = torch.device("cpu")
-SHAPE = AdapterShape(rank=3, alpha=6.0)
 LENGTHS = [7, 3, 11, 5, 1]
-
-
-class Worker(AdapterWorker):
-    """A worker of a single rank, with the model as the engine and an adapter."""
-
-    def __init__(self, model: Any, *, budget: int) -> None:
-        self.config: Any = SimpleNamespace(train=SimpleNamespace(max_tokens_per_microbatch=budget))
-        self.place = replace(PLACE, longest_sequence=12)
-        self.resources: Any = SimpleNamespace(data_parallel_ranks=1)
-        self.data_rank, self.device, self.engine, self.layout = 0, CPU, engine_of(model), row_layout(model)
-        self.slot = AdapterSlot(model)
-        self.swapping: Any = SimpleNamespace(use=lambda tenant: None, drop_gradient=lambda tenant: model.zero_grad())
-        self.adapters = {"mine": HeldAdapter(shape=SHAPE, tenant=Tenant(tensors={}))}
 
 
 def adapted() -> Any:
     """Return a model with a slot of rank 4 that holds a random adapter of rank 3."""
     torch.manual_seed(0)
-    model = add_lora(LlamaForCausalLM(small_config()), rank=4, alpha=4.0, dropout=0.0).train()
-    slot = AdapterSlot(model)
-    values = slot.initial(SHAPE)
-    values = slot.padded(SHAPE, {n: torch.randn_like(v) * 0.2 for n, v in slot.trimmed(SHAPE, values).items()})
-    named = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in values.items():
-            named[name].copy_(value)
-    slot.scale(SHAPE)
-    return model
+    return with_adapter(LlamaForCausalLM(small_config()))
 
 
 def drawn(loss: str, *, targets: int, shifted: bool) -> LossRows:
@@ -127,7 +99,9 @@ def test_every_loss_and_its_gradient_equal_a_loop_over_single_rows(
 ) -> None:
     packed, plain = models
     rows = drawn(loss, targets=targets, shifted=shifted)
-    report = merged_report([Worker(packed, budget=budget).forward_backward("mine", rows, NamedLoss(name=loss))])
+    report = merged_report(
+        [OnlyRank(packed, budget=budget, longest=12).forward_backward("mine", rows, NamedLoss(name=loss))]
+    )
     logprobs, total, begin = plain_logprobs(plain, rows), torch.zeros((), dtype=torch.float64), 0
     for length, own in zip(LENGTHS, logprobs, strict=True):
         columns = {name: column[begin : begin + length] for name, column in rows.columns.items()}
@@ -140,7 +114,7 @@ def test_every_loss_and_its_gradient_equal_a_loop_over_single_rows(
 def test_a_custom_loss_by_log_probabilities_out_and_gradients_in(models: tuple[Any, Any]) -> None:
     packed, plain = models
     rows = replace(drawn("cross_entropy", targets=1, shifted=True), columns={})
-    worker = Worker(packed, budget=30)
+    worker = OnlyRank(packed, budget=30, longest=12)
 
     def custom(logprobs: list[Tensor]) -> Tensor:  # couples the rows
         sums = torch.stack([one.sum() for one in logprobs])
@@ -161,7 +135,9 @@ def test_a_custom_loss_by_log_probabilities_out_and_gradients_in(models: tuple[A
 
 def test_padding_of_the_slot_has_no_gradient(models: tuple[Any, Any]) -> None:
     packed, _ = models
-    Worker(packed, budget=30).forward_backward("mine", drawn("ppo", targets=1, shifted=True), NamedLoss(name="ppo"))
+    OnlyRank(packed, budget=30, longest=12).forward_backward(
+        "mine", drawn("ppo", targets=1, shifted=True), NamedLoss(name="ppo")
+    )
     found = gradients(packed)
     assert all(not bool(g[3:].any()) for name, g in found.items() if ".lora_A." in name)
     assert all(not bool(g[:, 3:].any()) for name, g in found.items() if ".lora_B." in name)
@@ -169,7 +145,11 @@ def test_padding_of_the_slot_has_no_gradient(models: tuple[Any, Any]) -> None:
 
 def test_a_failed_part_of_a_batch_drops_the_whole_batch(models: tuple[Any, Any]) -> None:
     packed, _ = models
-    worker, good, loss = Worker(packed, budget=30), drawn("ppo", targets=1, shifted=True), NamedLoss(name="ppo")
+    worker, good, loss = (
+        OnlyRank(packed, budget=30, longest=12),
+        drawn("ppo", targets=1, shifted=True),
+        NamedLoss(name="ppo"),
+    )
     overflowing = dict(good.columns) | {"logprobs": torch.full_like(good.columns["logprobs"], -2e3)}
     is_loss = NamedLoss(name="importance_sampling")
     worker.forward_backward("mine", good, loss)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,38 +13,21 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from rlhf.adapters import AdapterShape, LossRows, NamedLoss
-from rlhf.engine.swapping import Tenant
+from rlhf.adapters import LossRows, NamedLoss
 from rlhf.errors import UserError
-from rlhf.models.adapters.lora import add_lora
 from rlhf.models.adapters.slot import AdapterSlot
 from rlhf.models.files.loading import load_causal_lm
 from rlhf.models.files.tiny_vision import build_tiny_vision
 from rlhf.models.packed.images import open_images
 from rlhf.models.packed.row_check import check_rows
-from rlhf.models.packed.row_layout import row_layout
 from rlhf.objectives.client_losses import LOSSES, checked_settings, client_loss
 from rlhf.vision.keys import image_keys
 from rlhf.vision.kinds import is_vision_weight
-from rlhf.workers.adapters.adapter_worker import AdapterWorker, HeldAdapter, merged_report
-from tests.fixtures.workers import PLACE, engine_of
+from rlhf.workers.adapters.adapter_worker import merged_report
+from tests.fixtures.adapter_rank import SHAPE, OnlyRank, with_adapter
 from tests.seen_logprobs import BLUE, RED, SeenModel
 
 CPU = torch.device("cpu")
-SHAPE = AdapterShape(rank=3, alpha=6.0)
-
-
-class Worker(AdapterWorker):
-    """A worker of a single rank, with the model as the engine and an adapter."""
-
-    def __init__(self, model: Any, *, budget: int) -> None:
-        self.config: Any = SimpleNamespace(train=SimpleNamespace(max_tokens_per_microbatch=budget))
-        self.place = replace(PLACE, longest_sequence=80)
-        self.resources: Any = SimpleNamespace(data_parallel_ranks=1)
-        self.data_rank, self.device, self.engine, self.layout = 0, CPU, engine_of(model), row_layout(model)
-        self.slot = AdapterSlot(model)
-        self.swapping: Any = SimpleNamespace(use=lambda tenant: None, drop_gradient=lambda tenant: model.zero_grad())
-        self.adapters = {"mine": HeldAdapter(shape=SHAPE, tenant=Tenant(tensors={}))}
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "idefics3"])
@@ -58,16 +40,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 def model(seen: SeenModel) -> Any:
     """Return a model with a slot of rank 4 that holds a random adapter of rank 3."""
     torch.manual_seed(0)
-    model = add_lora(load_causal_lm(str(seen.folder), dtype=torch.float32), rank=4, alpha=4.0, dropout=0.0).train()
+    model = with_adapter(load_causal_lm(str(seen.folder), dtype=torch.float32))
     open_images(model, seen.store.folder)
-    slot = AdapterSlot(model)
-    values = slot.initial(SHAPE)
-    values = slot.padded(SHAPE, {n: torch.randn_like(v) * 0.2 for n, v in slot.trimmed(SHAPE, values).items()})
-    named = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in values.items():
-            named[name].copy_(value)
-    slot.scale(SHAPE)
     check_rows(model, CPU)
     return model.double()
 
@@ -122,7 +96,9 @@ def gradients(model: Any) -> dict[str, Tensor]:
 def test_every_loss_of_rows_with_images_equals_a_loop_over_single_rows(seen: SeenModel, model: Any, loss: str) -> None:
     rows = rows_of(seen, loss)
     is_scored = before_images(rows) == 0
-    report = merged_report([Worker(model, budget=1000).forward_backward("mine", rows, NamedLoss(name=loss))])
+    report = merged_report(
+        [OnlyRank(model, budget=1000, longest=80).forward_backward("mine", rows, NamedLoss(name=loss))]
+    )
     ours = gradients(model)
     total, sizes = torch.zeros((), dtype=torch.float64), rows.lengths.tolist()
     logprobs = plain_logprobs(seen, model, rows)
@@ -146,7 +122,7 @@ def test_every_loss_of_rows_with_images_equals_a_loop_over_single_rows(seen: See
 
 
 def test_an_image_is_never_a_target(seen: SeenModel, model: Any) -> None:
-    worker, loss = Worker(model, budget=1000), NamedLoss(name="cross_entropy")
+    worker, loss = OnlyRank(model, budget=1000, longest=80), NamedLoss(name="cross_entropy")
     good = rows_of(seen)
     place = int(before_images(good).int().argmax())
     for columns in ({}, {"weights": torch.where(torch.arange(len(good.token_ids)) == place, 1.0, 0.0)[:, None]}):
