@@ -241,7 +241,7 @@ export function Samples({ place, go, runs, content, tick, theme, focus, filter, 
   const names = runs.map((run) => [run.name, run.name]);
   const colours = Object.entries(COLOURS).map(([name, { label }]) => [name, label]);
   const look = { colour, scale, filter, theme, labelled: place.compare };
-  const { columns = {}, shortened = {}, images = group?.images } = gotA.responses?.[0] ?? {};
+  const { columns = {}, shortened = {}, images } = gotA.responses?.[0] ?? {}; // a preview has no marks
   const prompt = gotA.responses?.[0]?.prompt ?? group?.preview ?? "";
   useEffect(() => tip.hide(), [place.step, group?.key]);
   useEffect(() => {
