@@ -27,9 +27,9 @@ def cluster_to_join(configured: str | None) -> str | None:
             )
     if address is not None and address.startswith(("http://", "https://")):
         raise UserError(
-            f"{address} (cluster.address or RAY_ADDRESS) is the address of a dashboard, for `ray job submit`. "
-            "A run needs the cluster's own, HOST:PORT, or on one of its machines cluster.address=auto; unset "
-            "RAY_ADDRESS for a local Ray."
+            f"{address} (cluster.address or RAY_ADDRESS) is the address of a dashboard, for `ray job submit`. A run "
+            "needs the address of the cluster itself, as HOST:PORT. On a machine of the cluster, cluster.address=auto "
+            "also works. To start a local Ray instead, unset RAY_ADDRESS."
         )
     return None if address == "local" else address
 

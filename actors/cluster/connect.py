@@ -139,8 +139,8 @@ def _start_local(config: ClusterConfig) -> None:
     memory_gib = total_memory() / 2**30
     if config.object_store_gib > memory_gib:
         raise UserError(
-            f"cluster.object_store_gib: is {config.object_store_gib:g}, more than the {memory_gib:.0f} GiB of "
-            "memory of this machine; 1 or 2 are usual"
+            f"cluster.object_store_gib: is {config.object_store_gib:g}, but this machine has only {memory_gib:.0f} GiB "
+            "of memory. Lower the value; 1 or 2 GiB are usual."
         )
     _refuse_few_open_files()
     # Ray listens on all interfaces, so a token must keep others from running code in it. RAY_AUTH_MODE may disable
@@ -160,7 +160,9 @@ def _start_local(config: ClusterConfig) -> None:
         except Exception as error:  # Ray gives a node 30 s to start and raises a bare Exception
             if request is not None and request.interrupted.is_set():
                 raise
-            logger.warning("the local Ray did not start, and is started once more: %s", " ".join(str(error).split()))
+            logger.warning(
+                "the local Ray did not start, so the run starts Ray a second time: %s", " ".join(str(error).split())
+            )
             OWN_RAY.find(before)
             OWN_RAY.kill()
             finishes_within(SHUTDOWN_WITHIN_S, ray.shutdown, "ray.shutdown")
@@ -170,8 +172,9 @@ def _start_local(config: ClusterConfig) -> None:
         _own_session(temp)
     except Exception as error:
         raise RunError(
-            f"start: the local Ray did not start: {' '.join(str(error).split())} The machine may be short of "
-            "memory or busy: end what else runs here and start again. A run that had begun needs --resume auto."
+            f"start: the local Ray did not start: {' '.join(str(error).split())} The machine may be busy or have too "
+            "little free memory. End other programs here and start again. If the run had begun before, add --resume "
+            "auto."
         ) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
@@ -228,8 +231,8 @@ def _refuse_few_open_files() -> None:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit < MIN_OPEN_FILES:
         raise UserError(
-            f"start: a process may open {limit} files here (`ulimit -n`), and a run needs {MIN_OPEN_FILES} or more. "
-            "Raise the limit with `ulimit -n 65536`, or ask whoever set it."
+            f"start: a process may open {limit} files here (`ulimit -n`), but a run needs {MIN_OPEN_FILES} or more. "
+            "Raise the limit with `ulimit -n 65536`, or ask the administrator of this machine."
         )
 
 
@@ -247,7 +250,8 @@ def _private_temp() -> Path:
         status = temp.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
             raise UserError(
-                f"start: {temp} is not a folder that belongs to this user. Remove it, or set RAY_TMPDIR to another."
+                f"start: {temp} is not a folder that belongs to this user. Remove {temp}, or set RAY_TMPDIR to another "
+                "folder."
             )
         temp.chmod(0o700)
     except OSError as error:
@@ -289,7 +293,7 @@ def _refuse_dead(address: str) -> None:
 
 def _no_cluster(address: str, reason: str) -> UserError:
     return UserError(
-        f"no Ray cluster responds at {address!r} (cluster.address or RAY_ADDRESS): {reason}. Start one with "
-        "`ray start --head`, or leave cluster.address null for a local one. If the cluster uses tokens, set "
+        f"no Ray cluster responds at {address!r} (cluster.address or RAY_ADDRESS): {reason}. Start one with `ray start "
+        "--head`, or leave cluster.address null to start a local Ray. If the cluster uses tokens, set "
         "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
     )

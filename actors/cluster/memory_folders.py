@@ -48,7 +48,7 @@ class MemoryFolder(OwnedFolder):
         except OSError as error:
             raise UserError(
                 f"cluster.restarts.gang: is above 0, so the run needs the folder {path} in shared memory, which cannot "
-                f"be made ({error.strerror}). Make /dev/shm writable, or use cluster.restarts.gang=0: then the run "
+                f"be made ({error.strerror}). Make /dev/shm writable, or set cluster.restarts.gang=0. With 0, the run "
                 "ends when a rank is lost."
             ) from error
 
@@ -221,7 +221,10 @@ class MemoryFolders:
         if self._own is not None:
             self._own.remove()
         if self._processes and not finishes_within(REMOVED_WITHIN_S, self._remove_elsewhere, "ray.get"):
-            logger.warning("%s was not removed on all nodes; the next run on them removes it", self._run)
+            logger.warning(
+                "the snapshots of run %s were not removed on all nodes; the next run on such a node removes them",
+                self._run,
+            )
         self._processes = {}
 
     def _remove_elsewhere(self) -> None:

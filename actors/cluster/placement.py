@@ -93,7 +93,7 @@ class Placement:
         if OWN_RAY.is_ending:
             raise RunError("the run's local Ray has died, and no other node can join it.")
         if not _is_whole(self.group):
-            logger.warning("the run has lost a node: waiting for another in its place")
+            logger.warning("the run has lost a node and waits for another node")
             whole = asyncio.ensure_future(_whole(self.group))
             try:
                 await _wait(whole, self.group, self.plan, limit_s=limit_s, reason=LOST_NODES)
@@ -201,7 +201,7 @@ async def _reserve(plan: PlacementPlan, *, limit_s: float, whole: PlacementPlan 
         logger.warning("the run needs more than the cluster has%s: waiting for more nodes\n%s", missing, table)
     elif missing is not None and len(alive) < len(nodes):
         reason = LOST_NODES
-        logger.warning("the cluster has lost nodes that the run needs: waiting for others in their place")
+        logger.warning("the cluster has lost nodes that the run needs, so the run waits for other nodes")
     elif missing is not None:
         raise UserError(
             f"the run needs more than the cluster has{missing}.\n{_table(whole, ray.cluster_resources())}\n"
@@ -238,7 +238,9 @@ async def _wait(
             )
         if time.monotonic() - last_log >= SAY_EVERY_S:
             last_log = time.monotonic()
-            logger.warning("waiting for resources since %.0f s\n%s", waited, _table(plan, ray.available_resources()))
+            logger.warning(
+                "the run has waited %.0f s for resources\n%s", waited, _table(plan, ray.available_resources())
+            )
         await asyncio.wait([ready], timeout=min(left, 1.0))
 
 

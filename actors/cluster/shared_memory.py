@@ -40,7 +40,7 @@ async def refuse_small_shared_memory(config: Config, placement: Placement) -> No
     try:
         sizes = snapshot_sizes(footprints(config, Sizes()))
     except UserError as error:
-        logger.info("%s is examined only when the models are loaded: %s", SHARED_MEMORY, error)
+        logger.info("whether %s is large enough is known only when the models are loaded: %s", SHARED_MEMORY, error)
         return
     nodes = placement.nodes()
     needed = snapshots_by_node(sizes, {role: placement.nodes_of(role) for role in sizes}, nodes)
@@ -57,7 +57,7 @@ def judge(room: SharedMemoryRoom, snapshots: SnapshotBytes, *, where: str) -> No
     fix = larger_shared_memory(snapshots.total + room.ray)
     if snapshots.by_role and room.shortage(replace(snapshots, copies=0)) is not None:
         raise UserError(f"cluster.restarts.gang: is above 0, but {where} {shortage}. {fix}")
-    logger.warning("%s %s. Ranks of other nodes then have no copies there. %s", where, shortage, fix)
+    logger.warning("%s %s. So this node holds no copies of the snapshots of other nodes. %s", where, shortage, fix)
 
 
 async def _rooms(nodes: Collection[str], *, limit_s: float) -> dict[str, SharedMemoryRoom]:

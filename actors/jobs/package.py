@@ -78,11 +78,14 @@ def project_of(config: Path, overrides: Sequence[str], loaded: LoadedConfig) -> 
     folder, whole = Path.cwd(), config.resolve()
     if not whole.is_file():
         raise UserError(
-            f"{config} is a recipe and no file here, but a job needs a file below {folder}. Write one with the line "
-            f"`base: {config}` and your changes"
+            f"{config} is a recipe, but a job needs a configuration file below {folder}. Write a file with the line "
+            f"`base: {config}` and your changes."
         )
     if not whole.is_relative_to(folder):
-        raise UserError(f"{config} is not below {folder}, whose files a job gets. Run this in the project's folder.")
+        raise UserError(
+            f"{config} is not below the current folder, {folder}, and a job gets only files of this folder. Change to "
+            "the project's folder, and submit again."
+        )
     _refuse_folders_of_this_machine(loaded)
     tree = read_tree(config)
     named = _named_files(tree, overrides, folder=folder, beside=whole.parent)
@@ -113,7 +116,8 @@ def _refuse_folders_of_this_machine(loaded: LoadedConfig) -> None:
         address = None if isinstance(stage, MergeStage) else stage.cluster.address
         if address not in (None, "auto"):
             raise UserError(
-                f"cluster.address: is {address!r}, but a job runs in the cluster to which it is submitted; remove it"
+                f"cluster.address: is {address!r}, but a job always runs in the cluster to which it is submitted; "
+                "remove the key"
             )
 
 
@@ -132,8 +136,8 @@ def _named_files(tree: Any, overrides: Sequence[str], *, folder: Path, beside: P
         if key in models:
             if named.startswith((".", "~")) or os.path.isdir(folder / named):
                 raise UserError(
-                    f"{place}: {value} is a folder of this machine, and a job takes no models along. Name a model of "
-                    "the hub, or an absolute path that every node can read."
+                    f"{place}: {value} is a folder on this machine, but models are not sent with a job. Name a model "
+                    "of the hub, or an absolute path that every node can read."
                 )
             continue
         if named.startswith("~"):
@@ -189,12 +193,14 @@ def _images_of(source: str, columns: Mapping[str, str], folder: Path) -> set[Pat
                 files.add(path.relative_to(folder))
             elif has_images(row, strict=True):
                 what = "does not exist" if is_inside else f"is outside of the project, {folder}"
-                raise UserError(f"{row.place}: the image {path} {what}, and a job gets only its files. {_SHARED}")
+                raise UserError(
+                    f"{row.place}: the image {path} {what}, and a job gets only the files of {folder}. {_SHARED}"
+                )
     size = sum((folder / name).stat().st_size for name in files) / 2**20
     if size > LARGEST_MIB:
         raise UserError(
-            f"The rows of {source} name {len(files)} images of {size:.0f} MiB, and at most {LARGEST_MIB} MiB go "
-            f"with a job. {_SHARED}"
+            f"The rows of {source} name {len(files)} images of {size:.0f} MiB, but at most {LARGEST_MIB} MiB can be "
+            f"sent with a job. {_SHARED}"
         )
     return files
 
@@ -202,7 +208,9 @@ def _images_of(source: str, columns: Mapping[str, str], folder: Path) -> set[Pat
 def _below(path: Path, folder: Path, place: str) -> set[Path]:
     """Return a file, or all files of a folder, relative to the project's folder."""
     if not path.is_relative_to(folder):
-        raise UserError(f"{place}: {path} is outside of the project, {folder}, and a job gets only its files")
+        raise UserError(
+            f"{place}: {path} is not below {folder}, and a job gets only the files of this folder; move the file there"
+        )
     if path.is_file():
         return {path.relative_to(folder)}
     return _safe({file.relative_to(folder) for file in path.rglob("*") if file.is_file()}, folder)
@@ -213,7 +221,7 @@ def _safe(names: set[Path], folder: Path) -> set[Path]:
     reasons = {name: reason for name in names if (reason := _why_unsafe(name, folder)) is not None}
     if reasons:
         listed = "".join(f"\n  {name}: {reasons[name]}" for name in sorted(reasons))
-        logger.warning("left out of the job, because the configuration does not name them:%s", listed)
+        logger.warning("these files are not sent with the job; the configuration names none of them:%s", listed)
     return names - reasons.keys()
 
 
@@ -250,7 +258,9 @@ def _listed(folder: Path) -> set[Path]:
                 _git(folder, "init", "--quiet", "--bare", empty)
                 output = _git(folder, f"--git-dir={empty}", f"--work-tree={folder}", *listing)
     except FileNotFoundError as error:
-        raise UserError("git is not installed; it finds the files that .gitignore excludes. Install it.") from error
+        raise UserError(
+            "git is not installed, but `rlhf submit` needs git to find the files that .gitignore excludes. Install git."
+        ) from error
     files: set[Path] = set()
     for name in filter(None, (output or "").split("\0")):
         path = folder / name
@@ -273,6 +283,7 @@ def _refuse_too_large(folder: Path, files: Sequence[Path]) -> None:
     if sum(sizes.values()) > LARGEST_MIB:
         largest = ", ".join(f"{name} ({sizes[name]:.0f} MiB)" for name in sorted(sizes, key=lambda n: -sizes[n])[:3])
         raise UserError(
-            f"{folder} has {sum(sizes.values()):.0f} MiB in {len(files)} files, and at most {LARGEST_MIB} MiB go with "
-            f"a job; the largest: {largest}. Exclude files in .gitignore, or put them where every node can read."
+            f"{folder} has {sum(sizes.values()):.0f} MiB in {len(files)} files, but at most {LARGEST_MIB} MiB can be "
+            f"sent with a job. The largest files are: {largest}. Exclude files in .gitignore, or put them into a "
+            "folder that every node can read."
         )

@@ -113,8 +113,8 @@ class Jobs:
         for other in others:
             if (other.metadata or {}).get(RUN) == folder and not other.status.is_terminal():
                 raise UserError(
-                    f"the job {other.submission_id} of the same run, {folder}, is {other.status}: "
-                    f"`rlhf submit --follow {other.submission_id}` shows it, --stop ends it; or choose another run.name"
+                    f"the job {other.submission_id} of the same run, {folder}, is {other.status}: `rlhf submit "
+                    f"--follow {other.submission_id}` shows this job, and --stop ends it. Or choose another run.name."
                 )
         taken = (re.fullmatch(rf"{re.escape(name)}-(\d+)", other.submission_id or "") for other in others)
         number = 1 + max((int(match[1]) for match in taken if match), default=0)
@@ -237,7 +237,7 @@ class Jobs:
         except OSError as error:
             raise UserError(
                 f"no dashboard of Ray answers at {self.address} (--address or RAY_ADDRESS): {self._message(error)}. "
-                "`ray start --head` prints its address; it is part of ray[default]."
+                "`ray start --head` prints the dashboard's address. The dashboard is part of ray[default]."
             ) from None
         except RuntimeError as error:
             message = self._message(error)
@@ -275,8 +275,8 @@ def submit_job(
     for text in overrides:
         if redact(text) != text:
             raise UserError(
-                f"argument {text.partition('=')[0]}: holds a secret, and a cluster shows the command of a job to all "
-                "its users; give it by an environment variable (--env), or write it in the configuration's file"
+                f"argument {text.partition('=')[0]}: holds a secret, but a cluster shows the command of a job to all "
+                "users; pass the secret in an environment variable (--env), or write it in the configuration file"
             )
     values = _values(env)
     project = project_of(Path(config), overrides, loaded)

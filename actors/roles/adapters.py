@@ -79,7 +79,9 @@ class AdaptersGang:
             if all(await self.ranks.each(lambda h: h.can_pack.remote(), "start")):
                 self._packing = WaitingCalls(self._carry_out, fits=self._fits)
             else:
-                logger.warning("The adapters take turns: packed passes need ZeRO stage 0 and a model with packed rows.")
+                logger.warning(
+                    "The adapters take turns, because packed passes need ZeRO stage 0 and a model with packed rows."
+                )
 
     def holds(self, adapter: str) -> bool:
         return adapter in self._held

@@ -200,7 +200,9 @@ class AdapterEngines(RolloutEngines):
         except CallLost as lost:
             self._suspects.caused += first
             losses = first + lost.losses
-            raise RunError(f"{len(losses)} engines were lost at the request. {losses[-1].reason}") from lost
+            raise RunError(
+                f"{len(losses)} engines were lost while they sampled this request. {losses[-1].reason}"
+            ) from lost
 
     async def _drawn(
         self, adapter: ServedAdapter | None, request: SampleRequest, limit: int, *, urgent: bool

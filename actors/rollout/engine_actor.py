@@ -187,9 +187,9 @@ class RolloutWorker:
                     return spooled
                 if self._players is None or not is_current:
                     raise RunError(
-                        f"{self.spec.name} has version {current} of the weights, and group {request.group_id} of "
-                        f"version {drawn_by} is not in its spool. Resume with rollouts.max_staleness=0, which samples "
-                        "the batches ahead again."
+                        f"{self.spec.name} has version {current} of the weights, but group {request.group_id} needs "
+                        f"version {drawn_by} and is not in the engine's spool. Resume with rollouts.max_staleness=0, "
+                        "so that the batches ahead are sampled again."
                     )
                 playing = self._players.group(request, request.drawn_by(sampling))
                 group = await self._unless_cancelled(request.group_id, playing)
@@ -386,8 +386,8 @@ class RolloutWorker:
         prompt, drawn_by = request.prompt, request.drawn_by(sampling)
         if len(prompt.token_ids) + sampling.max_new_tokens > self.spec.max_model_len:
             raise RunError(
-                f"{self.spec.name}: prompt {prompt.prompt_id} has {len(prompt.token_ids)} tokens, with "
-                f"max_new_tokens {sampling.max_new_tokens} that is more than the engine's {self.spec.max_model_len}"
+                f"{self.spec.name}: prompt {prompt.prompt_id} has {len(prompt.token_ids)} tokens. With max_new_tokens "
+                f"{sampling.max_new_tokens}, this is more than the engine's limit of {self.spec.max_model_len} tokens."
             )
         submissions = []
         for seed, response in zip(request.seeds, begun, strict=True):

@@ -77,10 +77,10 @@ class RolloutEngines(ElasticEngines):
         self.is_replaceable = self.gives_published or TRANSPORTS[method].meets
         self.opens_weights = adapter is None
         if adapter is not None:
-            logger.info("the adapter goes through %s", adapter)
+            logger.info("each sync sends the adapter as a folder, %s", adapter)
             await policy.open_weights(method, None, adapter, num_engines=len(self.handles))
             return
-        logger.info("weights go by %s: %s", method, sync.why)
+        logger.info("each sync sends the weights by %s: %s", method, sync.why)
         if TRANSPORTS[method].meets:
             self._meet, self._met = partial(self._meet_policy, policy, method), None
             await self.withdraw_weights()  # and meet: no engine leaves before weights are published

@@ -50,7 +50,7 @@ class HeldRequests:
         """
         held, refused, limit_s = self._held, self._refused, self.calls.deadline_s
         if held is None:
-            raise RunError(f"{self.loop.name}: release without hold")
+            raise RunError(f"{self.loop.name}: `release` was called without `hold`")
         try:
             async with asyncio.timeout(limit_s):
                 while len(held) + len(refused) < num_groups:

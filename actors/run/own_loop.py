@@ -118,7 +118,8 @@ def read_prompt(stage: StageInputs, inputs: OnlineInputs, columns: Mapping[str, 
     longest = max(len(prompt.token_ids) for prompt in inputs.prompts)
     if not loaded.items or len(loaded.items[0].token_ids) > longest:
         raise UserError(
-            f"prompt: the prompt is longer than the longest of data.train, of {longest} tokens, for which engines and "
-            "ranks are made. Shorten the prompt, or add a longer one to data.train."
+            f"prompt: the prompt is longer than the longest prompt of data.train, which has {longest} tokens. The "
+            "engines and ranks have room for this length only. Shorten the prompt, or add a longer prompt to "
+            "data.train."
         )
     return loaded.items[0]

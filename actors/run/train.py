@@ -83,7 +83,9 @@ def launch(loaded: LoadedConfig, start: Start) -> None:
     """
     logs.configure()
     if start.until is not None and (loaded.is_pipeline or not loaded.runs):
-        raise UserError(f"--until: {loaded.source} is a pipeline, which has no single count of steps")
+        raise UserError(
+            f"--until: {loaded.source} is a pipeline, and each stage counts its own steps. Leave the option out."
+        )
     if start.overwrite:
         refuse_overwrite(loaded)
     else:
@@ -99,7 +101,7 @@ def launch(loaded: LoadedConfig, start: Start) -> None:
         if isinstance(stage, StageInputs):
             steps = stage.config.train.num_steps
             if start.until is not None and not 1 <= start.until <= steps:
-                raise UserError(f"--until: is {start.until}, and the run has the steps 1 to {steps} (train.steps)")
+                raise UserError(f"--until: is {start.until}, but the run has only the steps 1 to {steps} (train.steps)")
             if start.resume:
                 refuse_other_checkpoint(stage, step=start.from_step if stage.written == left[0] else None)
     for written in left if start.overwrite else ():

@@ -251,7 +251,7 @@ def _renderer(engine: FrontEngine, spec: FrontSpec, tool_parser: str | None, rea
     except (ImportError, TypeError) as error:  # the first: vLLM's parser needs a package that is not installed
         raise RunError(
             f"the parser of tool calls, {tool_parser}, or of reasoning, {reasoning_parser}, does not fit the model: "
-            f"{' '.join(str(error).split())}. Name others."
+            f"{' '.join(str(error).split()).rstrip('.')}. Name other parsers."
         ) from error
 
 

@@ -111,8 +111,9 @@ def chat(
             (token_ids,) = encode([text], tokenizer)
             if len(token_ids) + decoding.max_new_tokens > room:
                 raise UserError(
-                    f"turn {turn + 1}: the conversation has {len(token_ids)} tokens, with {decoding.max_new_tokens} "
-                    f"new ones that is more than {room}. Begin a new one, or lower --max-new-tokens."
+                    f"turn {turn + 1}: the conversation has {len(token_ids)} tokens. With {decoding.max_new_tokens} "
+                    f"new tokens, this is more than the limit of {room}. Begin a new conversation, or lower "
+                    "--max-new-tokens."
                 )
             prompt = Prompt(
                 prompt_id=turn, token_ids=tuple(token_ids), text=text, columns={}, is_chat=True, turn_end=end

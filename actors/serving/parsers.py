@@ -80,7 +80,9 @@ def refuse_stubs(tool_parser: str | None, reasoning_parser: str | None, model_ty
     """Raise RunError if a parser of gpt-oss is set for another model: vLLM would then fail at each request."""
     stubs = {tool_parser, reasoning_parser} & {*_BY_TYPE["gpt_oss"]}
     if stubs and model_type != "gpt_oss":
-        raise RunError(f"vLLM's parser {' and '.join(sorted(map(str, stubs)))} reads only gpt-oss. Name another.")
+        raise RunError(
+            f"vLLM's parser {' and '.join(sorted(map(str, stubs)))} reads only gpt-oss. Name another parser."
+        )
 
 
 def refuse_unknown(tool_parser: str | None, reasoning_parser: str | None) -> None:

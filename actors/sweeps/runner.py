@@ -273,7 +273,7 @@ def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[MachineShare]:
         room = max(1, room_in(_nodes(cluster), trials_of(sweep, known), most=most))
         count = min(sweep.config.concurrency or room, most)
         _warn_of_more(count, room)
-        logger.info("%d trials at once, in the cluster at %s", count, address)
+        logger.info("%d trials run at once, in the cluster at %s", count, address)
         return [MachineShare()] * count
     cores, gpus = tuple(sorted(os.sched_getaffinity(0))), visible_gpus()
     division = divide(sweep, known, divided_machine(gpus=len(gpus)))
@@ -282,14 +282,14 @@ def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[MachineShare]:
     count = division.count
     _warn_of_more(count, division.room)
     each, each_gpus = len(cores) // count, division.gpus
-    logger.info("%d trials at once, of %d cores each", count, each or len(cores))
+    logger.info("%d trials run at once, with %d cores each", count, each or len(cores))
     parts = [(slice(n * each, (n + 1) * each), slice(n * each_gpus, (n + 1) * each_gpus)) for n in range(count)]
     return [MachineShare(cores=cores[cpu], gpus=tuple(gpus[gpu])) for cpu, gpu in parts]
 
 
 def _warn_of_more(count: int, room: int) -> None:
     if count > room:
-        logger.warning("sweep.concurrency is %d, but there is room for %d trials at once", count, room)
+        logger.warning("sweep.concurrency is %d, but only %d trials fit at once", count, room)
 
 
 def _nodes(cluster: ClusterConfig) -> list[Mapping[str, float]]:

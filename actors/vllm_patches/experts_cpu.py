@@ -27,8 +27,8 @@ class RecordedExperts:
         groups = len(runner.kv_cache_config.kv_cache_groups)
         if groups != 1:
             raise RunError(
-                f"policy.router_replay: the engine keeps its layers' keys in {groups} groups, and experts are recorded "
-                "only with one. Set it to false."
+                f"policy.router_replay: the engine holds the keys of its layers in {groups} groups, but experts are "
+                "recorded only with a single group. Set policy.router_replay to false."
             )
         self._runner = runner
         model, cache = runner.model_config, runner.cache_config

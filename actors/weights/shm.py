@@ -60,8 +60,9 @@ class SharedMemory:
                 os.posix_fallocate(self.descriptor, size, wanted - size)
             except OSError as error:
                 raise RunError(
-                    f"weight sync: the host has no {wanted / 2**30:.2f} GiB of memory for the policy's weights, of "
-                    f"which {size / 2**30:.2f} GiB are written: {error}. `rlhf plan` shows what a host must hold."
+                    f"weight sync: the host has too little memory for the policy's weights. {size / 2**30:.2f} GiB are "
+                    f"written, and {wanted / 2**30:.2f} GiB are needed now ({error}). `rlhf plan` shows how much "
+                    "memory a host needs."
                 ) from error
             self.flat = torch.from_file(str(self.path), shared=True, size=wanted, dtype=torch.uint8)
         return self.flat[begin:end]

@@ -115,5 +115,7 @@ def _checked_class(target: Any) -> type[Algorithm]:
     for base in target.__mro__:
         wanted = base.config_class() if issubclass(base, Algorithm) else object
         if not issubclass(config_class, wanted):
-            raise LoadError(f"the config of {shown} is {config_class.__name__}, which is no {wanted.__name__}")
+            raise LoadError(
+                f"the config of {shown} is {config_class.__name__}, which is not a subclass of {wanted.__name__}"
+            )
     return target

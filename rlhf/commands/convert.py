@@ -34,7 +34,7 @@ def convert(
     from rlhf.converting.convert import convert_file
 
     if gpus is not None and gpus < 1:
-        raise UserError(f"--gpus is {gpus}, and a run needs at least 1")
+        raise UserError(f"--gpus is {gpus}, but a run needs at least 1")
     return convert_file(Path(file), framework, method=method, gpus=gpus)
 
 

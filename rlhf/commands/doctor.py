@@ -63,7 +63,10 @@ def _add(parser: argparse.ArgumentParser) -> None:
 def _present(args: argparse.Namespace) -> int:
     if args.versions:
         if args.run is not None or args.cluster is not None or args.address is not None:
-            raise UserError("--versions: checks nothing, so RUN, --cluster and --address have no effect beside it")
+            raise UserError(
+                "--versions only prints the tested versions, so RUN, --cluster and --address have no effect with it. "
+                "Remove them."
+            )
         write_stdout(tested_versions())
         return 0
     if args.run is not None and args.cluster is not None:

@@ -67,7 +67,7 @@ def evaluate(
     measured, marking = config_or_name(target, overrides), marks or Marks()
     if isinstance(measured, str):
         if model is not None:
-            raise UserError(f"--model has no effect: {measured} is a model already")
+            raise UserError(f"--model has no effect, because {measured} is a model already. Remove --model.")
     else:
         without_effect = {
             "--data": (data, "data.eval"),

@@ -37,7 +37,7 @@ def merge(config: str | Path | MergeRun, overrides: Sequence[str] = (), *, quiet
     if not isinstance(config, MergeRun):
         config = load_merge(config, overrides)
     elif overrides:
-        raise UserError("overrides change a file; build the MergeRun with the values you want instead")
+        raise UserError("overrides can change only a file. Build the MergeRun with the values that you want.")
 
     from rlhf.merging.merge import merge_models
 

@@ -51,7 +51,9 @@ def loaded_config(config: AnyConfig, overrides: Sequence[str] = ()) -> LoadedCon
         fix = "give the path of a YAML file, a mapping with the same keys, or what rlhf.load_config returned"
         raise TypeError(f"the configuration is of type {type(config).__name__}; {fix}")
     if overrides:
-        raise UserError("overrides change a file or a mapping; build the Config with the values you want instead")
+        raise UserError(
+            "overrides can change only a file or a mapping. Build the Config with the values that you want."
+        )
     return checked(config) if isinstance(config, Config) else config
 
 

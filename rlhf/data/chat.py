@@ -42,7 +42,8 @@ def read_messages(
     read = [_message(row, column, number, message) for number, message in enumerate(messages, start=1)]
     if system_prompt is not None and read[0]["role"] == "system":
         raise UserError(
-            f"{row.place}: the conversation has a system message of its own and data.system_prompt is set: remove one."
+            f"{row.place}: the conversation has its own system message, but data.system_prompt is set too: remove one "
+            "of them."
         )
     return with_system_prompt(read, system_prompt)
 
@@ -72,7 +73,8 @@ def _message(row: Row, column: str, number: int, message: object) -> Message:
         raise UserError(f"{row.place}: `train` of {where} is {fields['train']!r:.40}, expected true or false.")
     if fields.get("train") and role != ASSISTANT:
         raise UserError(
-            f"{row.place}: {where} has `train: true`, but its role is {role}: only the assistant is learnt."
+            f"{row.place}: {where} has `train: true`, but its role is {role}. Only messages of the assistant are "
+            "trained on."
         )
     for text in (role, content or ""):
         refuse_half_characters(text, f"{row.place}: {where}")

@@ -62,7 +62,10 @@ class Writer:
         images: RowImages | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
-            raise UserError(f"The tokenizer of {tokenizer.name_or_path} has no end-of-sequence token to be learnt.")
+            raise UserError(
+                f"The tokenizer of {tokenizer.name_or_path} has no end-of-sequence token, so the model could not learn "
+                "to end a response. Use another tokenizer."
+            )
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self.apply_chat_template = apply_chat_template
@@ -112,8 +115,8 @@ class Writer:
         """Return a text to be learned unchanged, with the end-of-sequence token. UserError: the row has images."""
         if row.images:
             raise UserError(
-                f"{row.place}: column `text` is learnt as a whole, and images are not learnt. Name the prompt and the "
-                "answer: columns `prompt` and `completion`, or `messages`."
+                f"{row.place}: all tokens of column `text` are trained on, but a model does not learn to write images. "
+                "Name the prompt and the answer: columns `prompt` and `completion`, or `messages`."
             )
         text = raw_prompt(text, place=row.place, system_prompt=self.system_prompt, beginning=self._beginning)
         return [Segment(self._ended(text), True, is_raw=True)]

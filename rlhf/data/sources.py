@@ -183,7 +183,10 @@ def _named_dataset(source: str) -> tuple[str, str]:
         if colon:
             raise UserError(f"{name} is a file, and a file has no splits; leave out `:{split}`.")
         ending = folder.suffix.lower()
-        raise UserError(f"{name}: the ending of a file is written small here; rename it to end in {ending}.")
+        raise UserError(
+            f"{name}: the ending of a file name must be in lower case here; rename the file so that it ends in "
+            f"{ending}."
+        )
     if folder.is_file() or (not folder.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1)):
         raise UserError(f"{name} is not a folder, nor a file that ends in {', '.join(FILE_SUFFIXES)}.")
     return name, split

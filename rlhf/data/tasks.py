@@ -235,8 +235,8 @@ def _with_responses(rows: list[Columns], source: TaskSource) -> list[Columns]:
     others = sorted(set(answers))
     if len(others) < 2:
         raise UserError(
-            f"{source.name}: no two answers differ (rows: {len(rows)}), and a wrong one is another question's. "
-            "Raise size, or let args cover a wider range."
+            f"{source.name}: all {len(rows)} rows have the same answer, but a wrong answer is the answer to another "
+            "question. Raise size, or let args cover a wider range."
         )
     result = []
     for index, (row, right) in enumerate(zip(rows, answers, strict=True)):

@@ -83,8 +83,8 @@ class Continuation:
         if len(continued) < len(pairs):
             text = next(text for index, (_, text) in enumerate(pairs) if index not in continued)
             raise UserError(
-                f"The tokenizer of {self.tokenizer.name_or_path} has no tokens for {text!r:.60} that continue another "
-                "text: it joins the two. Use another model."
+                f"The tokenizer of {self.tokenizer.name_or_path} joins {text!r:.60} with the text before it, so this "
+                "text has no tokens of its own. Use another model."
             )
         return [continued[index] for index in range(len(pairs))]
 

@@ -96,7 +96,8 @@ class _Reader(Generic[T]):
         rows = list(itertools.islice(self.set.shards[shard].read(row), 1))
         if not rows:
             raise UserError(
-                f"{self.set.shards[shard].name} has no row {row + 1}, which an earlier part of the run had."
+                f"{self.set.shards[shard].name} has no row {row + 1}, but an earlier part of the run has read this "
+                "row. Restore the data as it was."
             )
         return self.set.load(rows).items[0]
 

@@ -73,7 +73,10 @@ class DeepSpeedEngine:
         sequence_parallel: number of neighbouring ranks sharing each micro-batch. A divisor of the number of ranks.
         """
         if "parameters" in offload and zero_stage != 3:
-            raise UserError(f"offload of parameters needs zero_stage 3, not {zero_stage}: below it every rank has all.")
+            raise UserError(
+                f"Offloaded parameters need zero_stage 3, not {zero_stage}: at a lower stage, every rank has all "
+                "parameters."
+            )
         refuse_uneven_heads(module.config, sequence_parallel)
         import deepspeed  # after init_distributed, which sets the device
 

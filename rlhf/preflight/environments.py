@@ -87,8 +87,8 @@ def check_lengths(
     for prompt, row in zip(prompts, rows, strict=True):
         if len(prompt.token_ids) + max_new_tokens > most:
             raise UserError(
-                f"{row.place}: the prompt has {len(prompt.token_ids)} tokens, with {max_new_tokens} of a turn that is "
-                f"more than {spec.key}.max_tokens, {most}. Raise max_tokens, or shorten the prompt."
+                f"{row.place}: the prompt has {len(prompt.token_ids)} tokens. With the {max_new_tokens} tokens of a "
+                f"turn, this is more than {spec.key}.max_tokens, {most}. Raise max_tokens, or shorten the prompt."
             )
 
 

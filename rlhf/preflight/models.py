@@ -328,8 +328,8 @@ def refuse_too_long(prompts: Sequence[Prompt], rows: Sequence[Row], model: Model
     for prompt, row in zip(prompts, rows, strict=True):
         if len(prompt.token_ids) + max_new_tokens > model.max_length:
             raise UserError(
-                f"{row.place}: the prompt has {len(prompt.token_ids)} tokens, with {max_new_tokens} new ones that is "
-                f"more than the {model.max_length} that {model.name} takes. Shorten the prompt, or lower "
+                f"{row.place}: the prompt has {len(prompt.token_ids)} tokens. With {max_new_tokens} new tokens, this "
+                f"is more than the {model.max_length} that {model.name} takes. Shorten the prompt, or lower "
                 "max_new_tokens."
             )
 

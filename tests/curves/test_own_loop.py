@@ -223,7 +223,7 @@ async def test_prompts_of_ones_own_are_sampled_anew_each_time(loop: OwnLoop) -> 
         rollouts = await loop.rollouts(first)
         sampled = rollouts.response_mask
         torch.testing.assert_close(reference.values[sampled], rollouts.rollout_logprobs[sampled], rtol=0, atol=1e-4)
-        with pytest.raises(UserError, match=r"longer than the longest of data.train, of \d+ tokens"):
+        with pytest.raises(UserError, match=r"longer than the longest prompt of data.train, which has \d+ tokens"):
             loop.prompt("3 digits::::", wanted="x", kind="x")
         with pytest.raises(UserError, match=r"prompt: rlhf.start:1: the prompt has 20 tokens, more than data"):
             loop.prompt("a much longer prompt", wanted="x", kind="x")

@@ -208,7 +208,11 @@ def test_cancelled_groups_leave_the_engine_to_the_others(synced: Any, spool: Pat
     ("prompt", "sampling", "message"),
     [
         ((1, 2), dataclasses.replace(SAMPLING, temperature=3.0), r"temperature must be in \[0, 2\]"),
-        ((1,) * 500, SAMPLING, "prompt 24 has 500 tokens, with max_new_tokens 24 that is more than the engine's 512"),
+        (
+            (1,) * 500,
+            SAMPLING,
+            "has 500 tokens. With max_new_tokens 24, this is more than the engine's limit of 512 tokens",
+        ),
         ((1, 10**6), SAMPLING, "out of vocabulary"),
     ],
     ids=["temperature", "length", "token"],

@@ -39,7 +39,7 @@ from rlhf.planning.shared_memory import SharedMemoryRoom, SnapshotBytes
 def test_too_few_open_files_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     _refuse_few_open_files()
     monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 4096))
-    with pytest.raises(UserError, match=r"may open 64 files here \(`ulimit -n`\), and a run needs 256"):
+    with pytest.raises(UserError, match=r"may open 64 files here \(`ulimit -n`\), but a run needs 256"):
         _refuse_few_open_files()
 
 
@@ -342,7 +342,8 @@ def test_a_run_without_room_for_its_snapshots_is_refused(
 def test_a_model_of_unknown_sizes_is_left_to_its_ranks(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         asyncio.run(refuse_small_shared_memory(config_of("some/model"), placement_of("a")))
-    assert "/dev/shm is examined only when the models are loaded: the sizes of some/model" in caplog.text
+    known = "whether /dev/shm is large enough is known only when the models are loaded: the sizes of some/model"
+    assert known in caplog.text
 
 
 def test_the_object_store_of_ray_takes_room_and_copies_are_only_warned_about(caplog: pytest.LogCaptureFixture) -> None:

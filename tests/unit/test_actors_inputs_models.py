@@ -66,7 +66,7 @@ def test_a_policy_that_the_model_cannot_be_is_refused(tiny_model: Path, models: 
     two_labels = f"model: {labels} has a head of 2 labels, expected one label, or a language"
     lora = {
         "target_modules: the model has no linear layers named q_prj": {"target_modules": ["q_prj"]},
-        "target_modules: the head is not adapted": {"target_modules": ["lm_head"]},
+        "target_modules: the head cannot have LoRA matrices": {"target_modules": ["lm_head"]},
         "modules_to_save: the model has no modules named score": {"modules_to_save": ["score"]},
         "layers: the model has layers 0 to": {"layers": [0, 99]},
         "rank: is 4096, but a": {"rank": 4096, "init": "pissa"},

@@ -127,7 +127,7 @@ async def test_a_request_that_loses_engines_fails_alone() -> None:
     await until(lambda: third.asked)
     assert third.asked == [(None, 1)]
     third.die()
-    with pytest.raises(RunError, match="3 engines were lost at the request"):
+    with pytest.raises(RunError, match="3 engines were lost while they sampled this request"):
         await bad
     await until(lambda: fourth.asked)
     fourth.answer()

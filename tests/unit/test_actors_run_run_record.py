@@ -529,7 +529,7 @@ def test_an_export_checks_every_byte_and_runs_no_code_unasked(tmp_path: Path) ->
 
 def test_a_finished_run_does_not_go_back_and_a_run_stops_only_at_a_step_of_its_own(tmp_path: Path) -> None:
     for step in (0, 3):
-        with pytest.raises(UserError, match=rf"--until: is {step}, and the run has the steps 1 to 2"):
+        with pytest.raises(UserError, match=rf"--until: is {step}, but the run has only the steps 1 to 2"):
             launch(loaded(tmp_path), Start(resume=False, until=step))
     run = with_checkpoints(tmp_path, 1)
     (tmp_path / "demo" / "final").mkdir()

@@ -142,7 +142,7 @@ async def test_a_session_is_sampled_under_the_grammar_that_its_client_asks_for(
 
 def test_a_parser_that_does_not_fit_is_refused() -> None:
     assert built("openai", "openai_gptoss", model_type="gpt_oss").parser.__name__ == "HarmonyParser"
-    with pytest.raises(RunError, match=r"llama3_json.*could not locate the bot token.*Name others"):
+    with pytest.raises(RunError, match=r"llama3_json.*could not locate the bot token.*Name other parsers"):
         built("llama3_json", None)
     with pytest.raises(UserError, match="--tool-parser: is hermess, and vLLM has no such parser"):
         refuse_unknown("hermess", None)

@@ -233,7 +233,7 @@ def test_packages_that_cannot_be_used(
         (
             "from rlhf.algorithms.kto import KTO\nfrom rlhf.algorithms.algorithm import AlgorithmConfig\n"
             "class C(AlgorithmConfig):\n    kind = 'unpaired'\nclass Mine(KTO):\n    config: C",
-            "the config of class `Mine` is C, which is no KTOConfig",
+            "the config of class `Mine` is C, which is not a subclass of KTOConfig",
         ),
     ],
 )

@@ -214,7 +214,7 @@ def test_a_configuration_is_a_file_a_mapping_or_loaded_before(file: str, launch_
     rlhf.train({**values, "data": {"train": Path("examples.jsonl")}})
     assert calls == [(3, True), (4, False), (3, False), (7, False), (10, False)]
     assert "3 steps" in rlhf.plan(loaded)
-    with pytest.raises(rlhf.UserError, match="overrides change a file"):
+    with pytest.raises(rlhf.UserError, match="overrides can change only a file"):
         rlhf.plan(loaded, ["train.steps=4"])
     with pytest.raises(rlhf.UserError, match=r"^config: train.stepps: unknown key; did you mean train.steps"):
         rlhf.train({**values, "train": {**values["train"], "stepps": 3}})

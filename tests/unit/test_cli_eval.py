@@ -74,7 +74,7 @@ def config(tmp_path: Path, tiny_model: Path) -> str:
         ("generate MODEL --prompt a --top-p 0", "top_p: is 0.0, expected above 0, up to 1"),
         ("generate MODEL --prompt a --samples 2 --temperature 0", "greedy responses to one prompt are all equal"),
         ("generate MODEL --prompt a --max-new-tokens 0", "max_new_tokens: is 0, expected 1 or more"),
-        ("generate MODEL --prompt a --max-new-tokens 9000", "prompt:1: the prompt has 4 tokens, with 9000 new ones"),
+        ("generate MODEL --prompt a --max-new-tokens 9000", "prompt:1: the prompt has 4 tokens. With 9000 new"),
         ("generate MODEL --prompt a --system-prompt b --no-apply-chat-template", "system_prompt: has no effect"),
         ("generate MODEL --prompt a --chat-template-kwargs x", "is 'x', expected a JSON object, such as"),
         ('generate MODEL --prompt a --chat-template-kwargs {"x":1}', "--chat-template-kwargs.x: has no effect: "),
@@ -144,7 +144,7 @@ def test_a_chat_template_that_writes_tools_takes_a_row_with_tools(
     (tmp_path / "tools.jsonl").write_text(TOOLS)
     words = ["--file", str(tmp_path / "tools.jsonl"), "--max-new-tokens", "9000", "--chat-template", str(HERMES)]
     assert main(["generate", str(tiny_model), *words]) == 2
-    assert "with 9000 new ones" in capsys.readouterr().err  # the file is read, and refused for its length alone
+    assert "With 9000 new tokens" in capsys.readouterr().err  # the file is read, and refused for its length alone
 
 
 def test_a_run_says_how_it_is_evaluated(config: str, tiny_model: Path) -> None:

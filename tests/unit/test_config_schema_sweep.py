@@ -77,7 +77,9 @@ def test_a_reward_of_the_run_is_a_metric_and_another_one_is_not(tmp_path: Path) 
 
 def test_the_command_line_contradicts_no_key_of_the_sweep(tmp_path: Path) -> None:
     file = write_sweep(tmp_path, set={"train.steps": 20})
-    with pytest.raises(UserError, match=r"argument train: sweep\.set gives train\.steps, which it would remove"):
+    with pytest.raises(
+        UserError, match=r"argument train: sweep\.set gives train\.steps, and this argument would remove " r"that value"
+    ):
         load_sweep(file, ["train={steps: 3, lr: 1e-3}"])
     with pytest.raises(UserError, match=r"argument train.lr: the sweep varies this key"):
         load_sweep(file, ["train.lr=1.0"])

@@ -354,7 +354,7 @@ def test_answers_hold_no_images(qwen: Model, tmp_path: Path) -> None:
     for columns, words in (
         (typed, "the answer holds the text"),
         (inside, "column `completion` holds an image"),
-        (learned, "images are not learnt"),
+        (learned, "a model does not learn to write images"),
     ):
         with pytest.raises(UserError, match=words):
             load_examples(rows(tmp_path, columns), qwen.tokenizer, qwen.reading(tmp_path))

@@ -109,7 +109,11 @@ def test_the_first_token_is_never_doubled_and_no_last_one_is_added(bos_tokenizer
         ({"messages": [USER], "tools": [TOOL]}, {}, "does not tell the model of tool `weather`. Name a template that"),
         ({"prompt": "a", "tools": [TOOL]}, {}, "Name a template that writes tools as data.chat_template"),
         ({"messages": [USER, YES]}, {}, "ends with the assistant's turn"),
-        ({"messages": [{"role": "system", "content": "x"}, USER]}, {"system_prompt": "s"}, "system message of its own"),
+        (
+            {"messages": [{"role": "system", "content": "x"}, USER]},
+            {"system_prompt": "s"},
+            "its own system message, but data.system_prompt is set",
+        ),
         ({"messages": [{"role": "critic", "content": "x"}]}, {}, "refuses the roles critic: roles are system, user"),
     ],
 )

@@ -187,7 +187,10 @@ def test_a_corrupt_parquet_file_gets_one_short_line(tmp_path: Path, fault: str) 
         ("FOLDER/nowhere", "nowhere is not a folder"),
         ("FOLDER/prompts.txt", "prompts.txt is not a folder, nor a file that ends in .jsonl"),
         ("FOLDER/ok.jsonl:train", "ok.jsonl is a file, and a file has no splits; leave out `:train`\\."),
-        ("FOLDER/X.JSONL", "X.JSONL: the ending of a file is written small here; rename it to end in .jsonl\\."),
+        (
+            "FOLDER/X.JSONL",
+            "the ending of a file name must be in lower case here; rename the file so that it ends in .jsonl\\.",
+        ),
         ("FOLDER/dir.jsonl", "dir.jsonl is a folder, but its name ends as a file's does"),
     ],
 )

@@ -117,7 +117,7 @@ def test_several_tasks_take_turns_and_share_the_size() -> None:
         ("running_totals,running_totals", {}, "names a task twice"),
         (BOTH, {"args": GCD}, "under each task's name"),
         (BOTH, {"split": "pairs", "size": 1}, r"2 tasks and size: 1 leaves .* Raise size to 2 or more"),
-        (BOTH, {"split": "pairs", "size": 3}, r"gcd\[pairs\]: no two answers differ \(rows: 1\).*Raise size"),
+        (BOTH, {"split": "pairs", "size": 3}, r"gcd\[pairs\]: all 1 rows have the same answer.*Raise size"),
         ("guessing_game", {"args": {"top": 3}}, "takes the args low, high; found top"),
         ("guessing_game", {"split": "pairs"}, "has the splits sft, train and eval"),
     ],

@@ -213,7 +213,7 @@ def test_a_template_that_loses_something_is_refused(
     ("messages", "tools", "message"),
     [
         ([USER, YES | {"train": 1}], None, "`train` of message 2 of column `messages` is 1, expected true or false"),
-        ([USER | {"train": True}, YES], None, "message 1 .* its role is user: only the assistant is learnt"),
+        ([USER | {"train": True}, YES], None, "message 1 .* its role is user. Only messages of the assistant are"),
         ([USER, CALL | {"tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}], None, "`tool_calls` of mess"),
         ([USER, CALL | {"tool_calls": "f"}], None, "`tool_calls` of message 2 of column `messages` is 'f', expected a"),
         ([USER, {"role": "assistant", "content": None}], None, "message 2 of column `messages` is .*`tool_calls` in"),

@@ -107,7 +107,7 @@ def test_what_follows_a_chat_turn_has_the_ids_that_it_has_within_the_whole(kind:
 def test_a_tokenizer_that_joins_every_text_is_refused() -> None:
     joins = MagicMock(all_special_tokens=[], added_tokens_decoder={}, get_added_vocab=dict, name_or_path="joins")
     joins.side_effect = lambda texts, **_: SimpleNamespace(input_ids=[[hash(text)] for text in texts])
-    with pytest.raises(UserError, match=r"tokenizer of joins has no tokens for 'yes' .* Use another model"):
+    with pytest.raises(UserError, match=r"tokenizer of joins joins 'yes' with the text before it.* Use another model"):
         Continuation(joins).encode([("hi", "yes")])
 
 

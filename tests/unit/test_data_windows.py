@@ -273,7 +273,7 @@ def test_a_shard_that_lost_rows_is_an_error() -> None:
     shards = [Shard(name="f", read=lambda skip: iter(rows[skip:]))]
     one = WindowedStream([WindowedSet(name="s", shards=shards, load=load)], seed=0, shuffle=False, window=2)
     del rows[1:]
-    with pytest.raises(UserError, match="f has no row 3, which an earlier part of the run had"):
+    with pytest.raises(UserError, match="f has no row 3, but an earlier part of the run has read this row"):
         one.at(2)
 
 

@@ -378,5 +378,5 @@ def test_the_command_and_the_python_call(tmp_path: Path, models: Path, capsys: p
         assert capsys.readouterr().err == f"rlhf: error: {message}\n"
     run = MergeRun.model_validate({"method": "linear", "models": inputs, "out": tmp_path / "called"})
     assert rlhf.merge(run, quiet=True) == tmp_path / "called"
-    with pytest.raises(rlhf.UserError, match="overrides change a file"):
+    with pytest.raises(rlhf.UserError, match="overrides can change only a file"):
         rlhf.merge(run, ["merge.t=1"])

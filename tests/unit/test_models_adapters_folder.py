@@ -106,12 +106,12 @@ def test_an_adapter_of_another_architecture_is_refused(tiny_model: Path, tmp_pat
         ({"init_lora_weights": "pissa"}, "fits a base that this init has changed. Convert it"),
         ({"rank_pattern": {"q_proj": 2}}, "uses rank_pattern, which is not supported"),
         ({"bias": "all"}, "uses bias, which is not supported"),
-        ({"peft_type": "IA3"}, "only LoRA and its kin"),
+        ({"peft_type": "IA3"}, "only LoRA and its variants"),
         ({"peft_type": "NONE_SUCH"}, "adapter_config.json cannot be read"),
         ({"lora_alpha": "x"}, "lora_alpha is 'x', expected a number > 0"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan, expected a number > 0"),
         ({"layers_pattern": "((a|.)+)+$"}, "layers_pattern has .*, expected names of modules"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "the head is not adapted"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "the head cannot have LoRA"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused(
@@ -157,7 +157,7 @@ def test_a_folder_that_is_none_damaged_or_without_a_weight_is_refused(tiny_model
     with pytest.raises(UserError, match="is damaged or cut"):
         refuse_misfit_adapter(folder, str(tiny_model))
     weights.unlink()
-    with pytest.raises(UserError, match="only safetensors are loaded"):
+    with pytest.raises(UserError, match="only adapters in the safetensors format are loaded"):
         refuse_misfit_adapter(folder, str(tiny_model))
     weights.touch()
     (folder / "adapter_config.json").write_text("[]")

@@ -128,7 +128,10 @@ def test_pissa_trains_what_peft_trains(tiny_model: Path) -> None:
     [
         ({"target_modules": ["w_proj"]}, "lora.target_modules: the model has no linear layers named w_proj"),
         ({"target_modules": ["q_proj", "w_proj"]}, "no linear layers named w_proj"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "the head is not adapted; name it in lora.modules_to_save"),
+        (
+            {"target_modules": ["q_proj", "lm_head"]},
+            "the head cannot have LoRA matrices. .* name it in lora.modules_to_save",
+        ),
         ({"modules_to_save": ["wte"]}, "lora.modules_to_save: the model has no modules named wte"),
         ({"modules_to_save": ["q_proj"]}, "q_proj cannot be adapted and trained whole"),
         ({"layers": [0, 99]}, r"lora.layers: the model has layers 0 to \d, not 99"),

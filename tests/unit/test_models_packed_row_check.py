@@ -108,7 +108,7 @@ def test_a_scalar_head_is_checked_too_and_the_random_state_stays() -> None:
 def test_an_unknown_head_and_weights_that_are_not_finite_are_refused() -> None:
     model = tiny_model("llama")
     model.config.logit_scale = 0.5  # which Llama's own forward pass does not apply
-    with pytest.raises(UserError, match="makes its logits in a way that is not known here"):
+    with pytest.raises(UserError, match="computes its logits in a way that this program does not know"):
         check_rows(model, CPU)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")

@@ -120,5 +120,8 @@ def test_models_that_cannot_replay_are_refused() -> None:
     model = tiny_model("phimoe").eval()
     replay = RouterReplay(model)
     known = torch.zeros(len(IDS), 2, 2, dtype=torch.int16)
-    with pytest.raises(UserError, match="weighs its experts in a way that is not known"), replay.of(known):
+    with (
+        pytest.raises(UserError, match="weighs its experts in a way that this program does not know"),
+        replay.of(known),
+    ):
         packed(model, IDS, LENGTHS)

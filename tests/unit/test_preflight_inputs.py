@@ -315,7 +315,9 @@ def test_a_conversation_must_fit_the_model_and_hold_a_turn(tiny_model: Path, tmp
         read(text, tmp_path, short)
     data = tmp_path / "games.jsonl"
     data.write_text(json.dumps({"prompt": "x" * 60, "secret": 1}) + "\n")
-    with pytest.raises(UserError, match=r"games.jsonl:1: the prompt has 63 tokens, with 4 of a turn that is more than"):
+    with pytest.raises(
+        UserError, match=r"games.jsonl:1: the prompt has 63 tokens. With the 4 tokens of a turn, this " r"is more than"
+    ):
         read(text, tmp_path, tiny_model, games=str(data))
     if text == JUDGE:
         message = r"evaluate.environment.name: `calculator.reset` needs the column `answer`.* with evaluate.columns."

@@ -197,7 +197,7 @@ def test_a_back_end_that_hangs_or_fails_holds_nobody(
     tracker.close()
     assert fails.calls == 1
     assert [message.split(". The")[0] for message in told(caplog)] == [
-        "stuck is 3 calls behind and misses some of them",
+        "stuck is slow: 3 calls wait, so further calls are dropped, but metrics.jsonl has all values",
         "stuck did not finish within 0 s, so it is abandoned: metrics.jsonl has all values",
         "stuck failed while logging: BrokenPipeError: service gone, token=***",
     ]

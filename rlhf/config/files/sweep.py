@@ -129,7 +129,10 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         )
     if lost := [(outer, key) for outer in sorted(given) for key in config.set if key.startswith(f"{outer}.")]:
         outer, key = lost[0]
-        raise UserError(f"argument {outer}: sweep.set gives {key}, which it would remove; give single keys of {outer}")
+        raise UserError(
+            f"argument {outer}: sweep.set gives {key}, and this argument would remove that value; give single keys of "
+            f"{outer}"
+        )
     fixed = arguments({key: value for key, value in config.set.items() if key not in given})
     run = apply_overrides(apply_overrides(run, fixed), of_run)
     first = {key: next(ends(parameter)) for key, parameter in config.parameters.items()}

@@ -48,7 +48,10 @@ def adapted_modules(folder: Path) -> set[str]:
 
 def refuse_no_weights(folder: Path) -> None:
     if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder} has no {WEIGHTS}: only safetensors are loaded. Save the adapter as that.")
+        raise UserError(
+            f"{folder} has no {WEIGHTS}: only adapters in the safetensors format are loaded. Save the adapter in this "
+            "format."
+        )
 
 
 def read_adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

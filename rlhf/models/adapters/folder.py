@@ -47,7 +47,7 @@ def read_adapter_config(folder: Path) -> peft.LoraConfig:
     refuse_no_weights(folder)
     config = load_adapter_config(folder)
     if type(config) is not peft.LoraConfig:
-        raise UserError(f"{folder} is a {config.peft_type} adapter; only LoRA and its kin are supported.")
+        raise UserError(f"{folder} is a {config.peft_type} adapter; only LoRA and its variants are supported.")
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower() not in _LEAVES_BASE_ALONE:
         raise UserError(

@@ -89,7 +89,10 @@ def inject(model: Any, config: peft.LoraConfig) -> Any:
     saved = copy.deepcopy(config)
     model = peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     if isinstance(_head(model), LoraLayer):
-        raise UserError("lora.target_modules: the head is not adapted; name it in lora.modules_to_save to train it.")
+        raise UserError(
+            "lora.target_modules: the head cannot have LoRA matrices. To train the head, name it in "
+            "lora.modules_to_save."
+        )
     if hasattr(model, "score"):
         model.score.requires_grad_(True)
         saved.modules_to_save = [*(config.modules_to_save or ()), "score"]

@@ -50,7 +50,10 @@ class AdapterSlot:
             if (shape.attention if name in self._in_attention else shape.mlp)
         }
         if not layers:
-            raise UserError("An adapter must adapt the attention or the layers between, and the model must have such.")
+            raise UserError(
+                "The adapter would adapt no layer of this model. Adapt the attention or the MLP layers (train_attn, "
+                "train_mlp)."
+            )
         return layers
 
     def initial(self, shape: AdapterShape) -> dict[str, Tensor]:

@@ -21,7 +21,9 @@ def use_cache_if_silent() -> None:
         return
     reason = why_silent()
     if reason:
-        logger.warning("no hub answers at %s (%s): only what is cached of it can be used", constants.ENDPOINT, reason)
+        logger.warning(
+            "no hub answers at %s (%s): only files in the local cache can be used", constants.ENDPOINT, reason
+        )
         constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"
 

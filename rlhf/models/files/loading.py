@@ -188,7 +188,10 @@ def load_scalar_model(path: str, *, dtype: torch.dtype, trust_remote_code: bool 
     """Return a model with a linear head of one value, in evaluation mode. A missing head becomes random."""
     model = _with_all_weights(path, scalar=True, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     if not isinstance(model.score, torch.nn.Linear):
-        raise UserError(f"{path} is a {type(model).__name__}, whose head is not one linear layer: not supported")
+        raise UserError(
+            f"{path} is a {type(model).__name__}, whose head is not a single linear layer. Such models are not "
+            "supported. Use another model."
+        )
     return model
 
 

@@ -177,8 +177,9 @@ def _refuse_other_head(model: Any, tokens: Sequence[Int[Tensor, " n"]]) -> None:
     spread = (expected - expected.mean()).abs().mean()
     if not error <= _tolerance(model) * spread.clamp(min=1e-3):
         raise UserError(
-            f"{type(model).__name__} makes its logits in a way that is not known here: log-probabilities of the "
-            f"model {model.config._name_or_path} would be off by {float(error):.2g} on average. Use another model."
+            f"{type(model).__name__} computes its logits in a way that this program does not know: log-probabilities "
+            f"of the model {model.config._name_or_path} would be off by {float(error):.2g} on average. Use another "
+            "model."
         )
 
 

@@ -35,11 +35,13 @@ class RouterReplay:
         names = {module: name for name, module in model.named_modules()}
         routers = routers_of(model)
         if not routers:
-            raise UserError(f"policy.router_replay: is true, but {type(model).__name__} has no routers. Remove it.")
+            raise UserError(
+                f"policy.router_replay: is true, but {type(model).__name__} has no routers. Remove the key."
+            )
         if row_layout(model) is RowLayout.ONE_BY_ONE:
             raise UserError(
                 f"policy.router_replay: is true, but the sequences of {type(model).__name__} are not packed, and a "
-                "replay needs packed rows. Remove it."
+                "replay needs packed rows. Remove the key."
             )
         for router in routers:
             (layer, *_) = re.findall(r"\.(\d+)\.", names[router])
@@ -86,8 +88,8 @@ class RouterReplay:
                 self._proven.add(router)
                 return
         raise UserError(
-            f"policy.router_replay: is true, but {type(router).__name__} weighs its experts in a way that is not known "
-            "here. Remove it."
+            f"policy.router_replay: is true, but {type(router).__name__} weighs its experts in a way that this program "
+            "does not know. Remove the key."
         )
 
 

@@ -197,7 +197,7 @@ class Breaker:
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
         elif self.is_open and not was_open:
             self._pause_s = 2 * FIRST_PAUSE_S
-            logger.warning("%s fails (%s); one request at a time tests whether it works again", self._name, why)
+            logger.warning("%s fails (%s); until it answers again, only one request at a time is sent", self._name, why)
 
     def _worked(self) -> None:
         if self.is_open:

@@ -81,7 +81,11 @@ class Relay:
             self._calls.put_nowait((action, method))
         except queue.Full:
             if not (self._missed or self._broken):
-                logger.warning("%s is %d calls behind and misses some of them", self._backend.name, MOST_WAITING)
+                logger.warning(
+                    "%s is slow: %d calls wait, so further calls are dropped, but metrics.jsonl has all values",
+                    self._backend.name,
+                    MOST_WAITING,
+                )
             self._missed = True
 
     def close(self, *, failed: bool) -> None:
