@@ -46,7 +46,7 @@ def test_three_hosts_train_as_one_does(ray_local: None, tmp_path: Path) -> None:
     on = dict(part.split(" on ") for part in placed.partition("placed: ")[2].split("; "))
     assert sorted(on["policy"].split(", ")) == ["10.77.0.2", "10.77.0.3"], placed
     assert on["rollout"] == on["reward"] == "10.77.0.1", placed
-    assert "weights go by gloo" in said
+    assert "each sync sends the weights by gloo" in said
     measured = {key.split("/")[1] for key in rows(three)[-1] if key.startswith("system/")}
     assert measured == {"10.77.0.1", "10.77.0.2", "10.77.0.3"}
     found, expected = without_clocks(rows(three)), without_clocks(rows(one))
