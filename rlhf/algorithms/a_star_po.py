@@ -21,8 +21,8 @@ class AStarPOConfig(OnlineConfig):
     first_correction: ClassVar[str | None] = None
     name: Literal["a_star_po"]
     beta: float = Field(default=1e-3, gt=0.0)
-    """Weight of a response's log-ratio to the reference, beta_2 of the paper. The learnt policy is the reference times
-    exp(advantage / beta): smaller values move further."""
+    """Weight of a response's log-ratio to the reference, beta_2 of the paper. The optimal policy is the reference's
+    distribution times exp(advantage / beta), so smaller values move the policy further."""
     value_samples: int = Field(default=8, ge=2)
     """Number of responses of the reference to each prompt of data.train, before the first step."""
     value_temperature: float = Field(default=0.5, gt=0.0)

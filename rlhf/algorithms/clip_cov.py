@@ -16,7 +16,7 @@ from rlhf.objectives import entropy
 
 
 class ClipCovConfig(ClippedConfig):
-    """Clip-Cov is GRPO without a few tokens with jointly moving log-probability and advantage."""
+    """Clip-Cov is GRPO without a few tokens whose log-probability and advantage have a high covariance."""
 
     token_selection_keys: ClassVar[tuple[str, ...]] = ("fraction", "min_covariance", "max_covariance")
     takes_steps: ClassVar[StepUse] = "advantages"

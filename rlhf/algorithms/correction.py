@@ -138,15 +138,16 @@ class CorrectionConfig(Section):
     second_moment: Annotated[float | None, NotWith("mode", "bypass", "policy_gradient", because=_NO_OLD)] = Field(
         default=None, gt=0.0
     )
-    """Rejects the tokens of an optimizer step with the largest (logp_old - logp_rollout)^2, until the mean of the rest
-    is below this value (M2PO, arXiv:2510.01161); null: no such rejection. Costs one forward pass if a batch makes one
-    optimizer step."""
+    """Rejects the tokens of an optimizer step with the largest (logp_old - logp_rollout)^2, until the mean of the
+    remaining tokens is below this value (M2PO, arXiv:2510.01161); null: no such rejection. If a batch makes one
+    optimizer step, this key costs an additional forward pass."""
 
     center_top_k: Annotated[int | None, NotWith("mode", "decoupled", "bypass", because=_CENTERS)] = Field(
         default=None, ge=1
     )
     """Subtracts the sampler's mean of the weighted gradient at each token, over this number of the sampler's likeliest
-    tokens and one tail (score centering, arXiv:2609.20807); null: no centering. Costs 8 bytes a token and k."""
+    tokens and one tail (score centering, arXiv:2609.20807); null: no centering. The log-probabilities take 8 bytes for
+    each token and each of the k."""
 
     @model_validator(mode="after")
     def _filled(self) -> Self:

@@ -31,7 +31,8 @@ class DAPOConfig(ClippedConfig):
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["dapo"]
     clip_high: float = Field(default=0.28, gt=0.0)
-    """The ratio is clipped above at 1 + clip_high: higher than below, to let unlikely tokens become likely."""
+    """The ratio is clipped above at 1 + clip_high. The default is above clip_low, so that unlikely tokens can become
+    likely."""
     overlong: OverlongConfig | None = None
     """Soft penalty on length; null: no penalty."""
 

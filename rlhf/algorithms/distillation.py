@@ -40,8 +40,8 @@ class DistillationConfig(TaughtConfig):
     kind: ClassVar[Kind] = "distillation"
     name: Literal["distillation"]
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    """`forward_kl`: KL(teacher || student), mode-covering. `reverse_kl`: KL(student || teacher), mode-seeking. `jsd`:
-    between the two, by beta."""
+    """`forward_kl`: KL(teacher || student), mode-covering. `reverse_kl`: KL(student || teacher), mode-seeking. `jsd`: a
+    divergence between these two, set by beta."""
     beta: Annotated[float, OnlyWith("divergence", "jsd")] = Field(default=0.5, gt=0.0, lt=1.0)
     """Share of the teacher in the mixture of `jsd`."""
     temperature: float = Field(default=1.0, gt=0.0)

@@ -38,13 +38,15 @@ class LogRatioConfig(PreferenceConfig):
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
     """Assumed share of pairs with a wrong preference (cDPO with `sigmoid`); `exo` needs more than 0."""
     length_normalize: bool = False
-    """Log-ratios per token instead of summed over a response (Tulu 3, arXiv:2411.15124; IPO as run by the authors)."""
+    """Use the mean log-ratio per token instead of the sum over a response (Tulu 3, arXiv:2411.15124; IPO as run by the
+    authors)."""
     length_alpha: float = Field(default=1.0, ge=0.0, le=1.0)
-    """Weight of the longer response's surplus of tokens in a pair (LD-DPO, arXiv:2409.06411)."""
+    """Weight of the tokens by which the longer response of a pair exceeds the shorter response (LD-DPO,
+    arXiv:2409.06411)."""
     divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "reverse_kl"
     """Divergence from the reference (f-DPO, arXiv:2309.16240)."""
     divergence_alpha: Annotated[float, OnlyWith("divergence", "alpha")] = Field(default=0.5, ge=0.0, lt=1.0)
-    """alpha of the alpha-divergence: 0 is the forward KL; towards 1 comes the reverse KL."""
+    """alpha of the alpha-divergence: 0 is the forward KL, and values near 1 approach the reverse KL."""
 
     @property
     def losses(self) -> Mapping[str, float]:

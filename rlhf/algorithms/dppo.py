@@ -23,7 +23,7 @@ class DPPOConfig(OnlineConfig):
     max_decrease: float = Field(default=0.15, gt=0.0)
     """Divergence beyond which a token of negative advantage, made less likely, is left out. About 0.05 for kl."""
     max_increase: float = Field(default=0.15, gt=0.0)
-    """Divergence beyond which a token of positive advantage, made likelier, is left out. For kl some 0.05."""
+    """Divergence beyond which a token of positive advantage, made likelier, is left out. About 0.05 for kl."""
     max_ratio: float = Field(default=20.0, gt=1.0)
     """Upper bound on the importance weight of the remaining tokens."""
 

@@ -28,12 +28,14 @@ class FIPOConfig(ClippedConfig):
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["fipo"]
     clip_high: float = Field(default=0.28, gt=0.0)
-    """The ratio is clipped above at 1 + clip_high: higher than below, to let unlikely tokens become likely."""
+    """The ratio is clipped above at 1 + clip_high. The default is above clip_low, so that unlikely tokens can become
+    likely."""
     dual_clip: float | None = Field(default=10.0, gt=1.0)
     """Largest loss of a token with negative advantage, as a multiple of the advantage. Tokens beyond the limit do not
-    count in the change after a token. null: no limit."""
+    count as a change for the weights of earlier tokens. null: no limit."""
     half_life: float = Field(default=32.0, gt=0.0)
-    """Number of sampled tokens after which the change of a later token counts half. Shorter for short responses."""
+    """Number of sampled tokens after which the change of a later token counts half. Choose a smaller number for short
+    responses."""
     min_weight: float = Field(default=1.0, gt=0.0, le=1.0)
     """Smallest weight of an advantage. The paper uses 1 for a 32B model, and the paper's code recommends 0.8 for small
     models.

@@ -18,12 +18,13 @@ class LengthPenaltyConfig(Section):
 
     by: Literal["group", "whole_group", "pass_rate", "band"]
     """group: right responses are compared with each other, from the shortest to the longest; whole_group: all responses
-    are compared, and long wrong responses lose score too (Kimi k1.5, arXiv:2501.12599); pass_rate: right responses lose
-    score by their length over that of the longest one, times the share of right responses; band: right responses lose
-    score from `start` tokens on."""
+    are compared with each other, and long wrong responses lose score too (Kimi k1.5, arXiv:2501.12599); pass_rate: a
+    right response loses score in proportion to its length (1 for the longest right response) and to the share of right
+    responses; band: right responses lose score from `start` tokens on."""
     weight: float = Field(default=0.1, gt=0.0)
-    """Score between the shortest and the longest right response (group, whole_group), or largest loss (pass_rate,
-    band). Below the distance between right and wrong scores, a right response stays better than a wrong one."""
+    """Difference of score between the shortest and the longest right response (group, whole_group), or largest
+    deduction (pass_rate, band). If the weight is below the distance between right and wrong scores, a right response
+    stays better than a wrong response."""
     min_score: float = 1.0
     """A response is right if its score is at least this number."""
     start: Annotated[int | None, OnlyWith("by", "band")] = Field(default=None, ge=0)

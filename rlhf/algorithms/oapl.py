@@ -20,8 +20,8 @@ class OAPLConfig(WholeResponsesConfig):
     first_correction: ClassVar[str | None] = "{mode: bypass}"
     name: Literal["oapl"]
     beta: float = Field(default=1e-3, gt=0.0)
-    """Weight of a response's log-ratio in the regression, beta_2 of the paper. The learnt policy is the sampler times
-    exp(advantage / beta): smaller values move further."""
+    """Weight of a response's log-ratio in the regression, beta_2 of the paper. The optimal policy is the sampler's
+    distribution times exp(advantage / beta), so smaller values move the policy further."""
     value_temperature: float = Field(default=1.0, gt=0.0)
     """Temperature t of the group's value t * log(mean(exp(score / t))), beta_1 of the paper."""
 

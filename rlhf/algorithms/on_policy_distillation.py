@@ -28,7 +28,7 @@ class RolloutDistillationConfig(AlgorithmConfig):
     divergence: Literal["sampled_reverse_kl", "forward_kl", "reverse_kl", "jsd"] = "sampled_reverse_kl"
     """`sampled_reverse_kl`: a policy gradient with advantages of the teacher's log-probability of each sampled token
     minus the student's. The remaining divergences use the whole vocabulary. `forward_kl`: KL(teacher || student).
-    `reverse_kl`: KL(student || teacher). `jsd`: between the two, by beta."""
+    `reverse_kl`: KL(student || teacher). `jsd`: a divergence between these two, set by beta."""
     beta: Annotated[float, OnlyWith("divergence", "jsd")] = Field(default=0.5, gt=0.0, lt=1.0)
     """Share of the teacher in the mixture of `jsd`."""
     clip_low: Annotated[float, OnlyWith("divergence", "sampled_reverse_kl")] = Field(default=0.2, gt=0.0, lt=1.0)
@@ -65,8 +65,9 @@ class OnPolicyDistillationConfig(RolloutDistillationConfig, TaughtConfig):
     top_k: Annotated[int | None, WHOLE] = Field(default=None, ge=1)
     """Compare the teacher's k likeliest tokens, and all other tokens as one outcome. null: the whole vocabulary."""
     on_policy_share: Annotated[float, WHOLE] = Field(default=1.0, gt=0.0, le=1.0)
-    """Share of the student's responses in the loss of each optimizer step (lambda of GKD). Given responses have
-    the rest: column `completion`, or the assistant's turn at the end of `messages`. Every row needs one then."""
+    """Share of the student's responses in the loss of each optimizer step (lambda of GKD). Given responses have the
+    rest: column `completion`, or the assistant's turn at the end of `messages`. With a share below 1, every row needs a
+    given response."""
 
     @property
     def reads_given_responses(self) -> bool:

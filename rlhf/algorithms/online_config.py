@@ -29,9 +29,10 @@ class AdaptiveKL(Section):
     """Moves kl.coef after every step to bring the measured KL to a target (arXiv:1909.08593, section 2.2)."""
 
     target: float = Field(gt=0.0)
-    """KL to the reference to hold, in nats a response."""
+    """Target of the KL to the reference, in nats per response."""
     horizon: int = Field(default=10_000, ge=1)
-    """Responses over which the coefficient adapts, more than a fifth of a step's trained responses."""
+    """Number of responses over which the coefficient adapts. The number must be above a fifth of a step's trained
+    responses."""
 
 
 OF_A_PENALTY = NotWith("coef", 0.0)
@@ -72,9 +73,10 @@ class AdaptiveEntropy(Section):
     """Moves entropy.coef after every step, and gives the bonus only at or below the target (arXiv:2505.22312)."""
 
     target: float = Field(gt=0.0)
-    """Mean entropy of a sampled token's distribution to keep, in nats."""
+    """Target of the mean entropy of a sampled token's distribution, in nats."""
     step: float = Field(default=0.001, gt=0.0)
-    """Change of the coefficient after a step: up below the target, down above the target."""
+    """Change of the coefficient after a step. The coefficient rises if the entropy is below the target, and falls
+    otherwise."""
     max_coef: float = Field(default=0.05, gt=0.0)
     """Largest coefficient; the smallest is 0."""
 

@@ -18,10 +18,12 @@ class OPSDConfig(SelfDistillationConfig):
 
     name: Literal["opsd"]
     divergence: Literal["sampled_reverse_kl", "forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    """`forward_kl`: KL(teacher || student). `reverse_kl`: KL(student || teacher). `jsd`: between the two, by beta.
-    `sampled_reverse_kl`: a policy gradient with the log-ratios of the sampled tokens as advantages."""
+    """`forward_kl`: KL(teacher || student). `reverse_kl`: KL(student || teacher). `jsd`: a divergence between these
+    two, set by beta. `sampled_reverse_kl`: a policy gradient with the log-ratios of the sampled tokens as
+    advantages."""
     entry_clip: Annotated[float | None, OnlyWith("divergence", "forward_kl")] = Field(default=0.05, gt=0.0)
-    """`forward_kl`: largest term of a single vocabulary entry, against tokens of style. null: no limit."""
+    """`forward_kl`: largest term of a single vocabulary entry, so that tokens of style do not dominate the loss. null:
+    no limit."""
     privileged: PrivilegedConfig = PrivilegedConfig(
         template="{prompt}\n\nHere is a reference solution to this problem:\n{solution}\n\nAfter understanding the "
         "reference solution, solve the problem in your own words, step by step."

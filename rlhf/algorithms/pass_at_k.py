@@ -20,11 +20,12 @@ class PassAtKConfig(ClippedConfig):
 
     name: Literal["pass_at_k"]
     k: int = Field(default=4, ge=2)
-    """Number of responses in a set; the best counts. k is below rollouts.samples_per_prompt, or equal to it with
-    baseline leave_one_out."""
+    """Number of responses in a set, of which the best counts. k must be below rollouts.samples_per_prompt. With
+    baseline leave_one_out, k may also be equal to that number."""
     baseline: Literal["group", "leave_one_out"] = "group"
-    """group: the sets of k with a response compared with all sets of k, over their deviation (arXiv:2508.10751);
-    leave_one_out: the response's improvement over the best other response (arXiv:2503.19595, arXiv:2505.15201)."""
+    """group: the mean best score of the sets of k that contain the response, minus the mean best score of all sets of
+    k, divided by the standard deviation (arXiv:2508.10751); leave_one_out: the response's improvement over the best
+    other response (arXiv:2503.19595, arXiv:2505.15201)."""
 
     def problems(self, responses: Responses) -> Iterator[tuple[str, str]]:
         """Yield a set larger than the group of responses."""

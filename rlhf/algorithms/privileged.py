@@ -21,7 +21,7 @@ class PrivilegedConfig(Section):
     that rewards returned with the response's score. Every further `{name}` is a column of the row. A paragraph with a
     better response or feedback is left out if the response has none."""
     success_score: float = 1.0
-    """`{better_response}`: the least score of a better response."""
+    """Smallest score of a response that may be the `{better_response}` of other responses."""
 
     @field_validator("template")
     @classmethod

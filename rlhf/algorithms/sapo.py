@@ -20,9 +20,10 @@ class SAPOConfig(OnlineConfig):
     takes_steps: ClassVar[StepUse] = "advantages"
     name: Literal["sapo"]
     temperature_positive: float = Field(default=1.0, gt=0.0)
-    """Speed of the fading for a positive advantage."""
+    """How fast the gradient of a token with a positive advantage fades."""
     temperature_negative: float = Field(default=1.05, gt=0.0)
-    """Speed of the fading otherwise: faster, because lowering one token raises many others."""
+    """How fast the gradient of any other token fades. The default is faster, because a lower probability of one token
+    raises the probabilities of many other tokens."""
     aggregation: Aggregation = "sequence_mean_token_mean"
 
 

@@ -13,8 +13,9 @@ class SDFTConfig(SelfDistillationConfig):
 
     name: Literal["sdft"]
     divergence: Literal["sampled_reverse_kl", "forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
-    """`reverse_kl`: KL(student || teacher). `forward_kl`: KL(teacher || student). `jsd`: between the two, by beta.
-    `sampled_reverse_kl`: a policy gradient with the log-ratios of the sampled tokens as advantages."""
+    """`reverse_kl`: KL(student || teacher). `forward_kl`: KL(teacher || student). `jsd`: a divergence between these
+    two, set by beta. `sampled_reverse_kl`: a policy gradient with the log-ratios of the sampled tokens as
+    advantages."""
     privileged: PrivilegedConfig = PrivilegedConfig(
         template="{prompt}\n\nThis is an example of a response to the question:\n{demonstration}\n\nNow answer with a "
         "response of your own, including the thinking process."

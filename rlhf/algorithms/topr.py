@@ -11,7 +11,8 @@ from rlhf.objectives import masking, policy_loss, weighted_loss
 
 
 class TOPRConfig(OnlineConfig):
-    """Tapered off-policy REINFORCE: good responses are imitated, bad responses are unlearnt while still likely."""
+    """Tapered off-policy REINFORCE: the policy imitates good responses, and lowers the probability of a bad response
+    while this response is still likely."""
 
     name: Literal["topr"]
 

@@ -21,8 +21,8 @@ class TPOConfig(MarginConfig):
     gamma: float = Field(default=0.0, ge=0.0)
     """Required margin of the chosen reward over the rejected reward, after beta. TPO-L has a margin above 0."""
     length_normalize: bool = False
-    """Log-probabilities per token instead of summed over a response (TPO-L; with beta larger by a response's
-    length)."""
+    """Use the mean log-probability per token instead of the sum over a response (TPO-L). Then multiply beta by about
+    the length of a response."""
     sft_coef: float = Field(default=1.0, gt=0.0)
     """Weight of the mean negative log-probability of the gold responses' tokens (the paper's alpha)."""
 

@@ -100,9 +100,10 @@ class EngineRange(Section):
     """A number of engines that follows the nodes of the cluster."""
 
     min: int = Field(ge=1, le=65536)
-    """Fewest engines. At the start and after a loss, the run waits for them up to cluster.start_timeout_s."""
+    """Smallest number of engines. At the start and after a loss, the run waits for these engines, at most
+    cluster.start_timeout_s."""
     max: int = Field(ge=1, le=65536)
-    """Most engines. Below this number, the run asks Ray for room for a further engine."""
+    """Largest number of engines. With fewer engines, the run asks Ray for room for a further engine."""
 
 
 class RolloutResources(RoleResources):
@@ -157,7 +158,7 @@ class Roles(Section):
 
 
 class Restarts(Section):
-    """Number of lost processes that a run replaces within a time. The next loss ends the run."""
+    """Number of lost processes that a run replaces within `window_s`. The next loss ends the run."""
 
     engine: Annotated[int, OnlyIn("rollouts")] = Field(default=10, ge=0)
     """Rollout engines."""

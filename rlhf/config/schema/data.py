@@ -31,7 +31,7 @@ class TaskConfig(Section):
 
 
 class PresetConfig(Section):
-    """Rows of a public data set, with columns, prompt and rewards already chosen. docs/data.md lists the presets."""
+    """Rows of a public data set. The preset chooses columns, prompt and rewards. docs/data.md lists the presets."""
 
     preset: str
     """Name of the preset."""
@@ -98,15 +98,15 @@ TrainSource = Annotated[_Name | _Made | Annotated[dict[SetName, WeightedSource],
 
 
 class CurriculumConfig(Section):
-    """Skip prompts measured as too easy or too hard in later passes. The measure is the mean score of a prompt's
-    responses, and with scores of 0 and 1 the pass rate."""
+    """Skip prompts in later passes if they were measured as too easy or too hard. The measure is the mean score of a
+    prompt's responses. With scores of 0 and 1, this is the pass rate."""
 
     low: float = Field(default=0.1, allow_inf_nan=False)
     """A prompt with a lower measured score is too hard."""
     high: float = Field(default=0.9, allow_inf_nan=False)
     """A prompt with a higher measured score is too easy."""
     outside: float = Field(default=0.1, ge=0.001, lt=1.0)
-    """Fraction of occasions on which a too easy or too hard prompt is used anyway, and measured again."""
+    """A prompt that is too easy or too hard is still used, and measured again, in this fraction of the passes."""
     newest: float = Field(default=0.5, gt=0.0, le=1.0)
     """Weight of the newest group in a prompt's measured score. The earlier groups share the rest."""
 
@@ -153,10 +153,10 @@ class DataConfig(PromptFormat):
     shuffle: bool = True
     """Use a new order every epoch, determined by run.seed."""
     stream_window: int | None = Field(default=None, ge=1)
-    """Stream `train` in windows of this many rows of each set; three windows are in memory. Files come in a new order
-    every epoch, and the rows of a window are shuffled. null: all rows are in memory, shuffled as a whole."""
+    """Stream `train` in windows of this many rows of each set; three windows are in memory. The files have a new order
+    in every epoch, and the rows of a window are shuffled. null: all rows are in memory, and are shuffled as a whole."""
     curriculum: Annotated[CurriculumConfig | None, OnlyIn("rollouts", "rewards", "repeated prompts")] = None
-    """Skip prompts by their measured scores. null: every prompt comes up once per epoch."""
+    """Skip prompts by their measured scores. null: every prompt is used once per epoch."""
     max_prompt_tokens: Annotated[int, OnlyIn("rollouts")] = Field(default=1024, ge=1)
     """Largest number of tokens in a rollout prompt. `too_long` decides what happens to longer prompts. Offline
     sequences are limited by max_sequence_tokens."""

@@ -49,7 +49,7 @@ class ModelConfig(Section):
 
     model: str = Field(min_length=1)
     """A Hugging Face name, a local folder, `stage:NAME` (the result of an earlier stage), or `tiny:llama` (the small
-    model of the quickstart, created from run.seed). `tiny:qwen3_vl` and other `tiny:KIND` are small models that see."""
+    model of the quickstart, created from run.seed). `tiny:qwen3_vl` and other `tiny:KIND` are small vision models."""
     revision: str | None = Field(default=None, min_length=1)
     """Branch, tag or commit of a model on the hub. null: the main branch."""
     dtype: Dtype = "bfloat16"
@@ -78,8 +78,8 @@ class TrainedModelConfig(ModelConfig):
     adapter, and needs `lora: {}` in the same section. Rank, alpha, layers and kind come from the folder, and the
     policy's reference is the model with this adapter."""
     vision_lr: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
-    """Learning rate of the vision tower and the projector, or with `lora` of their adapters. The rate follows the run's
-    schedule. null: tower and projector stay as they are."""
+    """Learning rate of the vision tower and the projector or, with `lora`, of their adapters. The rate follows the
+    run's schedule. null: the tower and the projector are not trained."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. Recomputing saves memory and takes about a third more time."""
     router_balance_coef: float = Field(default=0.0, ge=0.0)
@@ -100,12 +100,12 @@ class PolicyConfig(TrainedModelConfig):
     tokenizer too, and final/ contains the files. null: the model's tokenizer."""
     router_replay: Annotated[bool, OnlyIn("rollouts")] = False
     """Train with the experts that the sampler's routers chose for each token (R3, arXiv:2510.11370), as recorded in the
-    rollouts. Meant for mixtures with a different rounding of sampler and trainer, as in bfloat16."""
+    rollouts. Meant for mixtures of experts whose sampler and trainer round differently, as in bfloat16."""
 
     support_replay: Annotated[bool, OnlyIn("rollouts")] = False
     """Normalise log-probabilities over the tokens that the sampler kept by rollouts.top_k, top_p and min_p, as recorded
-    in the rollouts: 8 bytes for each sampled token and each of the top_k. Without replay every ratio of a truncated
-    sampler is the kept probability mass."""
+    in the rollouts: 8 bytes for each sampled token and each of the top_k. Without this replay, the ratio of each token
+    is the probability of all tokens that the sampler kept, and not 1."""
 
     @property
     def tokenizer_source(self) -> str:
@@ -124,7 +124,8 @@ OF_A_SERVER = NotWith("url", None, because="the run holds the teacher")
 
 
 class TeacherConfig(ModelConfig):
-    """The frozen teacher of a student: a language model in the run, or one with the policy's tokenizer behind a URL."""
+    """The frozen teacher of a student: a language model that the run loads, or a model behind a URL with the policy's
+    tokenizer."""
 
     url: ServiceUrl | None = None
     """A server of the teacher that returns vLLM's `prompt_logprobs`, such as `http://127.0.0.1:8702/v1` of

@@ -127,7 +127,7 @@ class KeepPerPrompt(Section):
 
 
 class RolloutsConfig(Section):
-    """Sampling of responses. A step's batch is prompts_per_step * samples_per_prompt responses."""
+    """How responses are sampled. A step's batch is prompts_per_step * samples_per_prompt responses."""
 
     prompts_per_step: int = Field(default=64, ge=1, le=1_000_000)
     """Prompts sampled between two weight syncs."""
@@ -138,7 +138,7 @@ class RolloutsConfig(Section):
     limit for each row."""
     temperature: float = Field(default=1.0, ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)
     """Sampling temperature. The trainer computes log-probabilities at the same temperature. In training, a column
-    `temperature` sets it for each row."""
+    `temperature` sets the temperature of each row."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Nucleus sampling. 1.0 keeps all tokens."""
     top_k: int | None = Field(default=None, ge=1)
@@ -155,8 +155,9 @@ class RolloutsConfig(Section):
     dynamic_sampling: Annotated[DynamicSampling | None, OnlyIn("rewards", "filtered groups")] = None
     """Replace groups without a learning signal. null: train on all groups."""
     oversample: float = Field(default=1.0, ge=1.0, le=10.0)
-    """Prompts sampled per prompt needed. Above 1, the slowest prompts are cancelled once the batch is full, and come
-    first in the next step. Steps wait less for long responses and train on fewer long responses."""
+    """Number of prompts to sample for each prompt of the batch. Above 1, the slowest prompts are cancelled once the
+    batch is full, and are the first prompts of the next step. Steps wait less for long responses and train on fewer
+    long responses."""
     carry_over: Annotated[
         bool,
         NotWith("oversample", 1.0, because="a step awaits all its responses, and none is left to continue"),
@@ -182,15 +183,15 @@ class RolloutsConfig(Section):
     in_flight: between two decoding steps, so a response may span versions. max_staleness is the largest lag of a
     response's oldest token."""
     batch_order: Literal["prompt", "completion"] = "prompt"
-    """Order in which groups are trained. prompt: the order of the data. completion: the order of finishing, to the
-    advantage of short responses; only with weight_updates in_flight."""
+    """Order in which groups are trained. prompt: the order of the data. completion: the order in which groups finish,
+    which favours short responses; needs weight_updates in_flight."""
     kv_after_update: Annotated[
         Literal["recompute", "keep"],
         NotWith("weight_updates", "between_batches", because="no response is in progress at an update"),
     ] = "recompute"
-    """Keys and values of the tokens before an update, for responses in progress. recompute: the new weights compute the
-    keys and values again, so later log-probabilities are exactly the new weights'. keep: the update costs no prefill,
-    and later log-probabilities depend on earlier weights through the kept keys and values."""
+    """What happens at an update to the cached keys and values of responses in progress. recompute: the new weights
+    compute the keys and values again, so later log-probabilities are exactly the new weights'. keep: the update costs
+    no prefill, and later log-probabilities depend on earlier weights through the kept keys and values."""
     environment: EnvironmentConfig | None = None
     """The environment for conversations. null: a single turn answers a prompt."""
     agent: AgentConfig | None = None

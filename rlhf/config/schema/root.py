@@ -33,7 +33,8 @@ class Config(Section):
     """The teacher model, for algorithms with distillation. Several teachers by name: each row learns from the teacher
     named in the column `algorithm.teacher_column`."""
     critic: Annotated[CriticConfig | None, OnlyIn("critic")] = None
-    """The critic. null: as the policy (model, dtype, LoRA), with a value head, if the run needs a critic."""
+    """The critic. null: if the run needs a critic, the critic has the policy's model, dtype and LoRA settings, and a
+    value head."""
     reward: Annotated[RewardModelConfig | None, OnlyIn("rollouts", "reward model")] = None
     """The reward model, for rewards with a model."""
     algorithm: SerializeAsAny[AnyAlgorithmConfig] = Field(discriminator="name")

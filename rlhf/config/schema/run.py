@@ -78,9 +78,9 @@ class TrackingConfig(Section):
     tensorboard: bool = False
     """Write TensorBoard files in the run's folder."""
     trackers: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
-    """Trackers by name: mlflow, swanlab, trackio, or that of an installed package (entry points `rlhf.trackers`). The
-    value is a mapping of arguments, `{}` for none. docs/tracking.md lists the arguments."""
+    """Trackers by name: mlflow, swanlab, trackio, or a tracker of an installed package (entry points `rlhf.trackers`).
+    The value is a mapping of arguments, `{}` for none. docs/tracking.md lists the arguments."""
     profile: Annotated[ProfileConfig | None, OnlyIn("training")] = None
-    """Profiles of chosen steps, beside timeline.json. null: none."""
+    """Profiles of chosen steps, in addition to timeline.json. null: no profiles."""
     samples_per_step: Annotated[int, OnlyIn("rollouts")] = Field(default=16, ge=0)
     """Responses written to samples/ at each step, token by token. All evaluation responses are written."""

@@ -52,19 +52,21 @@ class ServiceConfig(Section):
     max_length: int = Field(default=2048, ge=2)
     """Largest number of tokens in a row, and in a prompt with its sample."""
     max_adapters: int = Field(default=8, ge=1)
-    """Most adapters on the ranks at the same time, and most with running samples in an engine. Other adapters wait on
-    disk. Refused without policy.lora, as packed_tokens: a single model is on the ranks."""
+    """Largest number of adapters on the ranks at the same time, and of adapters with running samples in an engine.
+    Other adapters wait on disk. Without policy.lora, this key and packed_tokens are refused, because the ranks hold a
+    single model."""
     packed_tokens: int = Field(default=0, ge=0)
-    """Most tokens of several adapters in one forward and backward pass: calls waiting at the same time go together.
-    Faster for small calls, at ZeRO stage 0; a model's numbers then differ in rounding from those of the model alone.
-    0: the adapters take turns."""
+    """Largest number of tokens in a forward and backward pass for several adapters. Such a pass computes calls that
+    wait at the same time. It is faster for small calls, and needs ZeRO stage 0. The results then differ by rounding
+    from the results of a pass for one adapter. 0: the adapters take turns."""
     max_models: int = Field(default=64, ge=1)
-    """Most models of one key in sessions that are not finished. The models of a client without a request or heartbeat
-    for 5 minutes do not count, and stay."""
+    """Largest number of models of one API key in unfinished sessions. If a client sends no request or heartbeat for 5
+    minutes, its models no longer count, but are not removed."""
     checkpoint_gib: float = Field(default=100.0, gt=0.0, allow_inf_nan=False)
-    """Most GiB of checkpoints of one key, samplers included."""
+    """Largest total size of one API key's checkpoints, in GiB, including the weights saved for samplers."""
     idle_s: float = Field(default=300.0, gt=0.0, allow_inf_nan=False)
-    """Seconds without a request of a model, until the model moves to disk. The model comes back with the next one."""
+    """A model without a request for this many seconds is moved from the ranks to disk. The next request loads the model
+    again."""
 
 
 class TinkerConfig(Section):

@@ -17,10 +17,10 @@ class HttpConfig(Section):
     timeout_s: float = Field(default=30.0, gt=0.0, le=86_400)
     """Time limit of one attempt, in seconds."""
     deadline_s: float = Field(default=300.0, gt=0.0, le=86_400)
-    """Time limit of one request with all attempts, in seconds. A slower request is a failed reward, and for a teacher
-    ends the run."""
+    """Time limit of one request with all attempts, in seconds. A slower request counts as a failed reward. A slower
+    request to a teacher ends the run."""
     max_in_flight: int = Field(default=32, ge=1, le=1024)
-    """Requests in flight at once for each worker."""
+    """Largest number of requests that a worker has in flight."""
 
     @model_validator(mode="after")
     def _an_attempt_fits(self) -> Self:

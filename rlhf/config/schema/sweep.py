@@ -64,7 +64,7 @@ class AshaMethod(Section):
     """Steps of a trial before the first comparison. Later comparisons are at this number times powers of
     reduction_factor."""
     reduction_factor: float = Field(default=3.0, gt=1.0)
-    """At each comparison, one in this many trials continues: the best."""
+    """At each comparison, one in this many trials continues, namely the best trials."""
 
 
 Method = GridMethod | RandomMethod | BayesianMethod | AshaMethod

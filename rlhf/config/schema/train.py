@@ -121,13 +121,14 @@ class Grading(Section):
     split."""
     exchange_images: bool = False
     """Measure each set with images once more, as `SET.exchanged`, where each row has the image of another row. A model
-    that sees does worse there."""
+    that uses the images scores lower there."""
     suites: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], OnlyIn("engines")] = ()
     """Suites of questions by name: `reasoning-basic`, or tasks and groups of lm-evaluation-harness, such as `gsm8k`."""
     suite_limit: Annotated[int | None, OnlyIn("engines"), OF_SUITES] = Field(default=None, ge=1)
     """Questions of each task in a suite. null: all."""
     suite_data: Annotated[str | None, OnlyIn("engines"), OF_SUITES] = Field(default=None, min_length=1)
-    """A folder with copies of the suites' data sets, by their names on the hub. null: the hub, or the cache of it."""
+    """A folder with copies of the suites' data sets, by their names on the hub. null: the hub, or the hub's local
+    cache."""
 
 
 class EvalConfig(Grading):
