@@ -20,6 +20,7 @@ from actors.weights.ipc import gpu_uuid
 from actors.weights.manifest import WeightManifest, buckets, tensor_view
 from actors.weights.vllm_reload import MeetingInfo, ReloadEngine
 from rlhf.errors import RunError
+from rlhf.vision.kinds import is_vision_weight
 
 _DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor: the sender's device index, which need not be ours
 
@@ -52,7 +53,10 @@ class FilesEngine(ReloadEngine):
     """Reads an exported folder in place."""
 
     def receive(self, manifest: WeightManifest) -> None:
-        """Take the checksum of the files, and load every weight from the same memory."""
+        """Take the checksum of the files, and load every weight from the same memory, except those of a vision tower.
+
+        No client trains a tower. The engine keeps the tower of the base model's folder, which is also in these files.
+        """
         folder = manifest.fields["folder"]
         files = mapped_files(Path(folder))
         self.checksum = files_checksum(files)
@@ -61,7 +65,8 @@ class FilesEngine(ReloadEngine):
                 f"the weights in {folder} have the checksum {self.checksum}, but the policy wrote {manifest.checksum}. "
                 "The files were changed or damaged after the export. Export the weights again."
             )
-        self.load(weight for file in files for weight in weights_in(file))
+        weights = (weight for file in files for weight in weights_in(file))
+        self.load((name, weight) for name, weight in weights if not is_vision_weight(name))
 
 
 class GlooEngine(ReloadEngine):

@@ -19,11 +19,13 @@ import tinker
 import torch
 from tinker import types
 from tinker.cli.commands.checkpoint import _download_external_weights
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+import rlhf
 from rlhf.viewing.runs import RunPlaces
+from rlhf.vision.keys import image_key
 from tests.integration.rank_gang import free_port
-from tests.seen_logprobs import BLUE, RED
+from tests.seen_logprobs import BLUE, RED, SeenModel
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")]
 FILE = """\
@@ -243,11 +245,18 @@ def test_a_client_trains_all_weights(server: Server, tmp_path: Path) -> None:
     assert server.end(signal.SIGTERM) == 0
 
 
-@pytest.mark.parametrize("server", [{"kind": "qwen2_5_vl"}], indirect=True)
-def test_a_client_trains_and_samples_with_images(server: Server) -> None:
+@pytest.mark.parametrize(
+    ("server", "rank"),
+    [({"kind": "qwen2_5_vl"}, 4), ({"kind": "qwen2_5_vl", "lora": "null"}, 0)],
+    indirect=["server"],
+    ids=["adapter", "whole"],
+)
+def test_a_client_trains_and_samples_with_images(server: Server, rank: int, tmp_path: Path) -> None:
     client = tinker.ServiceClient(base_url=server.url, api_key="tml-x")
-    name = str(next((server.folder / "served" / "service").glob("**/config.json")).parent)
-    model = client.create_lora_training_client(base_model=name, rank=4, seed=1).result(120)
+    rest = tinker.RestClient(base_url=server.url, api_key="tml-x")
+    name = rest.get_server_capabilities().result(60).supported_models[0].model_name
+    assert name is not None
+    model = client.create_lora_training_client(base_model=name, rank=rank, seed=1).result(120)
     encode = model.get_tokenizer().encode
     question, answer = encode("What is this? <|vision_start|>"), encode("<|vision_end|> a red field")
 
@@ -261,28 +270,39 @@ def test_a_client_trains_and_samples_with_images(server: Server) -> None:
         "weights": [0.0] * unlearnt + [1.0 / len(answer)] * len(answer),
     }
     rows = {data: types.Datum(model_input=asked(data), loss_fn_inputs=inputs) for data in (RED, BLUE)}
-    losses = train(model, rows[RED], 12)
+
+    def forward(data: bytes) -> list[float]:
+        outputs = model.forward([rows[data]], "cross_entropy").result(120).loss_fn_outputs
+        return list(outputs[0]["logprobs"].data)[:-1]
+
+    def scored(sampler: tinker.SamplingClient, data: bytes) -> list[float]:
+        found = sampler.compute_logprobs(asked(data)).result(120)
+        assert [at for at, value in enumerate(found) if value is None] == [0, *range(len(question), unlearnt + 1)]
+        return [float(value or 0.0) for value in found[1:]]
+
+    samplers = [client.create_sampling_client(base_model=name).result(120)]
+    times = [[forward(data) for data in (RED, BLUE)]]
+    losses = []
+    for _ in range(2):
+        losses += train(model, rows[RED], 6)
+        samplers.append(model.save_weights_and_get_sampling_client().result(120))
+        times.append([forward(data) for data in (RED, BLUE)])
     assert losses[-1] < 0.95 * losses[0]
     state = model.save_state("state").result(120).path
-    sampler = model.save_weights_and_get_sampling_client().result(120)
-    found = []
-    for data in (RED, BLUE):
-        scored = sampler.compute_logprobs(asked(data)).result(120)
-        trained = model.forward([rows[data]], "cross_entropy").result(120).loss_fn_outputs[0]["logprobs"].data
-        assert [at for at, value in enumerate(scored) if value is None] == [0, *range(len(question), unlearnt + 1)]
-        ours = [float(value or 0.0) for value in scored[1:]]
-        assert ours == pytest.approx(list(trained)[:-1], abs=1e-4)
-        found.append(ours[unlearnt:])
-    assert max(abs(red - blue) for red, blue in zip(*found, strict=True)) > 1e-3  # the image is seen
+    for at in (2, 0, 1, 2):
+        for data, expected in zip((RED, BLUE), times[at], strict=True):
+            assert scored(samplers[at], data) == pytest.approx(expected, abs=1e-4), at
+    red, blue = (values[unlearnt:] for values in times[2])
+    assert max(abs(one - two) for one, two in zip(red, blue, strict=True)) > 1e-3  # the image is seen
     params = types.SamplingParams(max_tokens=12, seed=3)
 
     def drawn() -> list[tuple[list[int], list[float] | None]]:
-        sequences = sampler.sample(asked(RED, None), 2, params).result(120).sequences
-        return [(list(sequence.tokens), sequence.logprobs) for sequence in sequences]
+        futures = [sampler.sample(asked(RED, None), 2, params) for sampler in samplers]  # at once
+        return [(list(found.tokens), found.logprobs) for future in futures for found in future.result(120).sequences]
 
     samples = drawn()
     with pytest.raises(tinker.RequestFailedError, match=r"expects 5 tokens .* the model's processor gives 6"):
-        sampler.sample(asked(RED, 5), 1, params).result(120)
+        samplers[2].sample(asked(RED, 5), 1, params).result(120)
     before = train(model, rows[BLUE], 1)
     pending = model.forward_backward([rows[RED]], "cross_entropy")
     stepped = model.optim_step(types.AdamParams(learning_rate=0.01))
@@ -292,7 +312,23 @@ def test_a_client_trains_and_samples_with_images(server: Server) -> None:
     after = [float(pending.result(300).metrics["loss:sum"])]
     stepped.result(300)
     model.load_state_with_optimizer(state).result(120)
+    assert [forward(data) for data in (RED, BLUE)] == times[2]
     assert train(model, rows[BLUE], 1) + train(model, rows[RED], 1) == before + after  # the bits without a kill
     assert drawn() == samples
-    assert len([path for path in (server.folder / "served" / "service" / "images").iterdir() if path.is_file()]) == 4
+    stored = server.folder / "served" / "service" / "images"
+    assert len([path for path in stored.iterdir() if path.is_file()]) == 4
+    if rank == 0:
+        model.load_state(state).result(120)
+        exported = model.save_weights_external("out", ttl_seconds=3600).result(120).path
+        options: Any = {"show_progress": False, "format": "json", "renew_ttl_seconds": 3600}
+        _download_external_weights(rest, exported, tmp_path / "out", **options)
+        rlhf.export(next((server.folder / "served").glob("*/weights/state")), tmp_path / "of_state")
+        for folder in (tmp_path / "out", tmp_path / "of_state"):
+            seen = SeenModel(folder, stored)
+            whole = AutoModelForImageTextToText.from_pretrained(folder).eval()
+            for data, expected in zip((RED, BLUE), times[2], strict=True):
+                ids = [*question, *[-image_key(data)] * 6, *answer[:-1]]
+                assert seen.logprobs(whole, ids)[unlearnt + 1 :].tolist() == pytest.approx(
+                    expected[unlearnt:], abs=1e-4
+                )
     assert server.end(signal.SIGTERM) == 0

@@ -18,9 +18,8 @@ from tinker.types import ClientConfigResponse, ClientDynamicConfigResponse
 
 from actors.serving.tinker import http
 from actors.serving.tinker.http import API, TinkerServer
-from actors.serving.tinker.start import ServerRecord, _recoveries, continuing_by_a_start, serve_clients
+from actors.serving.tinker.start import ServerRecord, _recoveries, continuing_by_a_start
 from rlhf.config.schema.cluster import Restarts
-from rlhf.config.schema.service import TinkerConfig
 from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import RunError, UserError, WorkerLost
 from rlhf.hosting.images import ClientImages
@@ -269,14 +268,6 @@ async def test_the_page_counts_the_ranks_and_engines_that_were_started_again(tmp
     assert 'rlhf_tinker_recoveries_total{place="ranks"} 2' in page
     (seconds,) = [float(line.split()[1]) for line in page if line.startswith("rlhf_tinker_recovery_seconds_total")]
     assert seconds >= 0.03
-
-
-def test_all_weights_of_a_vision_model_are_refused_before_ray_starts(tmp_path: Path) -> None:
-    config = TinkerConfig.model_validate(
-        {"run": {"name": "a", "dir": str(tmp_path)}, "policy": {"model": "tiny:qwen2_5_vl", "lora": None}}
-    )
-    with pytest.raises(UserError, match=r"policy.lora: is null, but tiny:qwen2_5_vl reads images.* Set policy.lora"):
-        serve_clients(config, host="127.0.0.1", port=unused_port(), token=None, ready=print)
 
 
 def test_a_server_that_ends_names_no_option_for_runs() -> None:

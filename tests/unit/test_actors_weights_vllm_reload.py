@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 pytest.importorskip("vllm")
 
+from actors.weights.files import FILES, files_checksum, mapped_files
+from actors.weights.manifest import WeightManifest
+from actors.weights.vllm_receivers import FilesEngine
 from actors.weights.vllm_reload import ReloadEngine
 from rlhf.errors import RunError
 
@@ -60,11 +65,11 @@ class Plain(nn.Module):
         return names
 
 
-def reloading(model: nn.Module) -> Any:
+def reloading(model: nn.Module, kind: type[ReloadEngine] = ReloadEngine) -> Any:
     from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
     record_metadata_for_reloading(model)
-    engine: Any = ReloadEngine.__new__(ReloadEngine)
+    engine: Any = kind.__new__(kind)
     engine.model, engine.device, engine.parallel_config = model, torch.device("cpu"), SimpleNamespace(world_size=1)
     engine.model_config = SimpleNamespace(dtype=torch.float32)
     return engine
@@ -99,6 +104,22 @@ def test_a_tower_that_is_not_published_stays_as_loaded() -> None:
     engine.prepare(SimpleNamespace(names=tuple(published)))
     with pytest.raises(RunError, match=r"no weights were published for the engine's image_newline"):
         engine.load((name, before[name][1]) for name in published)
+
+
+def test_a_folder_replaces_all_weights_but_those_of_the_tower(tmp_path: Path) -> None:
+    model = Seeing()
+    engine = reloading(model, FilesEngine)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    saved = {name: torch.full_like(weight, 7.0) for name, weight in before.items()}
+    save_file(saved, tmp_path / "model.safetensors")
+    checksum = files_checksum(mapped_files(tmp_path))
+    manifest = WeightManifest(version=1, checksum=checksum, transport=FILES, fields={"folder": str(tmp_path)})
+    engine.prepare(manifest)
+    engine.receive(manifest)
+    engine.finish_weight_update()
+    tower = {"visual.0.weight", "visual.0.bias", "image_newline"}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name] if name in tower else saved[name]), name
 
 
 def test_an_update_after_a_failed_one_begins_the_layers_anew() -> None:

@@ -21,7 +21,7 @@ from rlhf.config.schema.model import LoraConfig, PolicyConfig
 from rlhf.config.schema.run import RunConfig
 from rlhf.config.schema.service import TinkerConfig
 from rlhf.controller.supervisor import Supervisor
-from rlhf.errors import RESUMES, RunError, UserError, known_error
+from rlhf.errors import RESUMES, RunError, known_error
 from rlhf.hosting import protobuf
 from rlhf.hosting.counters import Gauges
 from rlhf.hosting.images import ClientImages
@@ -82,13 +82,7 @@ def _serve(config: TinkerConfig, *, host: str, port: int, token: str | None, rea
     model = find_base(config)
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=config.policy.trust_remote_code)
     limits = config.service
-    processing = ImageProcessing.of_model(model.base)
-    if processing is not None and config.policy.lora is None:
-        raise UserError(
-            f"policy.lora: is null, but {config.policy.model} reads images, and clients train only adapters of such a "
-            "model. Set policy.lora.rank."
-        )
-    images = ClientImages(images_folder(server_folder(config) / "service"), processing)
+    images = ClientImages(images_folder(server_folder(config) / "service"), ImageProcessing.of_model(model.base))
     probe_ids = tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"][:PROBE_TOKENS]
     settings = ServiceSettings(
         model=limits.model_name or model.base,
