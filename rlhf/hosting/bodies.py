@@ -292,6 +292,11 @@ def sample_request(body: Sample, images: ClientImages, *, seed: int, max_length:
             tokens += images.token_ids(chunk.data, chunk.format, chunk.expected_tokens, place="prompt")
         elif chunk.type == "encoded_text":
             tokens += chunk.tokens
+        elif chunk.type == "image_asset_pointer":
+            raise UserError(
+                "prompt: has the address of an image (image_asset_pointer), and this server fetches no images. "
+                "Read the file in the client, and send its bytes as an ImageChunk."
+            )
         else:
             raise UserError(f"prompt: has a chunk of the kind {chunk.type}; this server takes encoded_text and image")
     params = body.sampling_params

@@ -215,10 +215,16 @@ def test_what_the_client_cannot_send_is_refused(tmp_path: Path, processing: Imag
     prompt = {"prompt": {"chunks": [{"type": "image", "data": "%%%", "format": "png"}]}}
     with pytest.raises(UserError, match=r"the body: .*base64"):
         bodies.canonical(json.dumps(prompt).encode(), images)
-    pointer = {"prompt": {"chunks": [{"type": "image_asset_pointer", "location": "file:///etc/passwd"}]}}
-    body = bodies.Sample.read(bodies.canonical(json.dumps(pointer).encode(), images))
-    with pytest.raises(UserError, match="prompt: has a chunk of the kind image_asset_pointer"):
-        bodies.sample_request(body, images, seed=0, max_length=64)
+
+
+def test_the_address_of_an_image_is_never_opened(tmp_path: Path, processing: ImageProcessing) -> None:
+    images = ClientImages(tmp_path, processing)
+    for location in ("file:///etc/passwd", "http://169.254.169.254/a.png"):
+        pointer = types.ImageAssetPointerChunk(format="png", location=location, expected_tokens=NUM)
+        sent = {"prompt": {"chunks": [pointer.model_dump()]}}
+        body = bodies.Sample.read(bodies.canonical(json.dumps(sent).encode(), images))
+        with pytest.raises(UserError, match=r"prompt: has the address of an image .* send its bytes as an ImageChunk"):
+            bodies.sample_request(body, images, seed=0, max_length=64)
 
 
 async def test_images_without_requests_are_removed(
