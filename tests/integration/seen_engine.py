@@ -7,9 +7,13 @@ from typing import Any
 
 import torch
 
+from actors.rollout.adapter_shelf import ServedAdapter
+from actors.rollout.whole_engines import WholeEngine
+from actors.weights.files import FILES, files_checksum, mapped_files
 from actors.weights.shm import ShmSender
 from rlhf.models.files.tiny_vision import build_tiny_vision
 from rlhf.models.files.weights import sources_without_tower
+from rlhf.roles import PolicyProbe
 from rlhf.types import GroupRequest, Prompt
 from rlhf.vision.kinds import is_vision_weight
 from rlhf.workers.trained_model import freeze_vision
@@ -83,3 +87,24 @@ def engine_differences(kind: str, folder: Path) -> tuple[float, float]:
             return before, max(kept, worst_of_all(handle, model))
     finally:
         sender.close()
+
+
+def snapshot_differences(kind: str, folder: Path) -> list[float]:
+    """Return the largest difference of a proof for each of two snapshots in model folders, read in turns. Ray must run.
+
+    The snapshots have the frozen tower of the engine's own folder.
+    """
+    seen = SeenModel(build_tiny_vision(folder / "model", kind, seed=0), folder / "images")
+    probe, snapshots = (*seen.prompt(RED, "Which colour is it?"), *range(16)), []
+    for number in (1, 2):
+        model = with_frozen_tower(seen, seen.model(seed=number))
+        model.save_pretrained(folder / str(number))
+        pairs = zip(seen.logprobs(model, probe).tolist(), probe, strict=True)
+        logprobs = tuple(logprob for logprob, token in pairs if token >= 0)[1:]
+        proof = PolicyProbe(version=0, token_ids=probe, logprobs=logprobs, dtype="float32")
+        checksum = files_checksum(mapped_files(folder / str(number)))
+        snapshots.append(
+            ServedAdapter(name="a", number=number, folder=folder / str(number), checksum=checksum, probe=proof)
+        )
+    with engine(spec(seen.folder, images=seen.place, transport=FILES), worker=WholeEngine) as handle:
+        return [call(handle.load_adapter.remote(snapshot)) for snapshot in (*snapshots, snapshots[0])]

@@ -22,7 +22,15 @@ from rlhf.models.files.weights import adapter_sources
 from rlhf.vision.kinds import SEE_BOTH_WAYS
 from rlhf.vision.sight import exchanged_images, image_effect
 from tests.integration.engine_helpers import SAMPLING, call, engine, sequences, spec, sync
-from tests.integration.seen_engine import asked, engine_differences, prompts_of, published, with_frozen_tower, worst
+from tests.integration.seen_engine import (
+    asked,
+    engine_differences,
+    prompts_of,
+    published,
+    snapshot_differences,
+    with_frozen_tower,
+    worst,
+)
 from tests.seen_logprobs import BLUE, RED, SeenModel
 
 
@@ -167,3 +175,9 @@ def test_engines_see_as_transformers_with_every_kind(kind: str, ray_local: None,
         assert min(differences) > 1e-2  # so engines of this kind are refused on a CPU (rlhf/models/support.py)
     else:
         assert max(differences) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in SEE_BOTH_WAYS])
+def test_engines_read_snapshots_of_all_weights_of_every_kind(kind: str, ray_local: None, tmp_path: Path) -> None:
+    assert max(snapshot_differences(kind, tmp_path)) < 1e-4

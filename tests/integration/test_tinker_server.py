@@ -331,4 +331,8 @@ def test_a_client_trains_and_samples_with_images(server: Server, rank: int, tmp_
                 assert seen.logprobs(whole, ids)[unlearnt + 1 :].tolist() == pytest.approx(
                     expected[unlearnt:], abs=1e-4
                 )
+        client.close("success").result(60)
+        anew = tinker.ServiceClient(base_url=server.url, api_key="tml-x")
+        model = anew.create_lora_training_client(base_model=name, rank=0).result(120)
+        assert [forward(data) for data in (RED, BLUE)] == times[0]
     assert server.end(signal.SIGTERM) == 0
