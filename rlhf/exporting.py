@@ -58,7 +58,7 @@ def export_checkpoint(
     _refuse_unwritable(folder)
     if is_state:
         if step is not None:
-            raise UserError(f"--step: {run} is the state of a client's model, at one step. Leave the option out.")
+            raise UserError(f"--step: {run} is the state of a client's model at a single step. Leave the option out.")
         _export_state(run.absolute(), folder, merged=merged, trust_remote_code=trust_remote_code)
     else:
         _export_step(run, checkpoint, folder, merged=merged, trust_remote_code=trust_remote_code)
@@ -84,7 +84,9 @@ def _export_step(run: Path, checkpoint: Path, folder: Path, *, merged: bool, tru
         _refuse_code_of_run(resolved)
     config = next(iter(load(resolved).runs.values()))
     if merged and config.policy.lora is None:
-        raise UserError(f"--merged: the run {run} has no policy.lora, so its model is whole already. Leave it out.")
+        raise UserError(
+            f"--merged: the run {run} has no policy.lora, so its model is whole already. Leave the option out."
+        )
     if config.policy.trust_remote_code and not trust_remote_code:
         text = f"policy.trust_remote_code is true, so the export would run code that comes with {config.policy.model}"
         raise UserError(f"{resolved}: {text}. Repeat it with --trust-remote-code if you trust that model.")
@@ -117,7 +119,7 @@ def _export_state(state: Path, folder: Path, *, merged: bool, trust_remote_code:
     if checkpoint.kind != "weights":
         raise UserError(f"{state} was not made by save_state. Copy {content}, which is a model folder already.")
     if merged and checkpoint.shape.trains_all:
-        raise UserError(f"--merged: {state} has all weights, so its model is whole already. Leave it out.")
+        raise UserError(f"--merged: {state} has all weights, so its model is whole already. Leave the option out.")
     if not resolved.is_file():
         raise UserError(f"{resolved} is missing, which names the base model. Export a state in the server's folder.")
     adapter = {} if checkpoint.shape.trains_all else {"lora": {}, "adapter": str(content)}

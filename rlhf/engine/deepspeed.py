@@ -196,7 +196,7 @@ class DeepSpeedEngine:
         norm = float(self._engine.get_global_grad_norm()) if clipped is None else clipped
         applied = self._engine.was_step_applied() if clipped is None else clipped < float("inf")
         if not applied:
-            raise RunError(f"The gradient was not finite in optimizer step {step}; the weights are those before it.")
+            raise RunError(f"The gradient was not finite in optimizer step {step}. The weights are unchanged.")
         self._steps = step
         return StepReport(grad_norm=norm, lr=lr)
 
@@ -246,8 +246,8 @@ class DeepSpeedEngine:
     def open_swapping(self) -> Swapping:
         if self._zero_stage not in TENANT_STAGES:
             raise UserError(
-                f"cluster.roles.policy.zero_stage: is {self._zero_stage}, and adapters can take turns at stage 0 or 3 "
-                "alone. For adapters, stages 1 and 2 save next to nothing: remove the key."
+                f"cluster.roles.policy.zero_stage: is {self._zero_stage}, but adapters can take turns only at stage 0 "
+                "or 3. For adapters, stages 1 and 2 save hardly any memory. Remove the key."
             )
         if self._offload or self._settings.name != "adamw":
             raise UserError("Adapters can take turns only with optimizer adamw and without offload.")

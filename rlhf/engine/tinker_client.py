@@ -49,7 +49,7 @@ class TinkerEndpoint:
         if not (key.startswith("tml-") and key.isascii() and key.isprintable()):
             raise UserError(
                 f"policy.tinker: the environment variable {KEY_VARIABLE} must hold a key that begins with `tml-`. "
-                "Export the key of the server; a server without keys takes any, such as tml-anything."
+                "Export the key of the server. A server without keys accepts any such key, for example tml-anything."
             )
         folder = Path(base_model)
         named = str(folder.resolve()) if folder.is_dir() else base_model
@@ -88,7 +88,7 @@ class TinkerEndpoint:
         names = ", ".join(sorted(served)) or "no model"
         raise UserError(
             f"policy.tinker: {self.url} serves {names}, and policy.model is {self.base_model}. Name a served model as "
-            "policy.model, or start a server for this one."
+            "policy.model, or start a server for this model."
         )
 
     def rest(self) -> Any:

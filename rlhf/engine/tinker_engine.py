@@ -255,7 +255,10 @@ class TinkerEngine:
         """Continue from a saved state. UserError: the folder names none, or the server has it no more."""
         values = read_object(folder / STATE)
         if values is None:
-            raise UserError(f"{folder} has no {STATE}: the checkpoint was not made with policy.tinker. Resume without.")
+            raise UserError(
+                f"{folder} has no {STATE}: the checkpoint was not made with policy.tinker. Resume without "
+                "policy.tinker."
+            )
         path = str(values["path"])
         future = self.client.service.create_training_client_from_state_with_optimizer(path)
         self._trained = self.client.wait(future, f"the state {path}")

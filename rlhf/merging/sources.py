@@ -119,8 +119,8 @@ def check_same_weights(sources: Sequence[MergeSource]) -> None:
         for weight, shape in first.shapes.items():
             if other.shapes[weight] != shape:
                 raise UserError(
-                    f"{both} differ in size: {weight} is {list(shape)} in the one and {list(other.shapes[weight])} in "
-                    "the other. A merge needs models of one architecture and size."
+                    f"{both} differ in size: {weight} is {list(shape)} in the first model and "
+                    f"{list(other.shapes[weight])} in the second. A merge needs models of one architecture and size."
                 )
 
 
@@ -141,8 +141,8 @@ def check_same_tokenizer(sources: Sequence[MergeSource], *, chosen: str | None) 
             token = min(token for token in a.keys() | b.keys() if a.get(token) != b.get(token))
             raise UserError(
                 f"{_both(first, other)} have different vocabularies of {len(a)} and {len(b)} tokens: {token!r} is "
-                f"{a.get(token, 'no token')} in the one and {b.get(token, 'no token')} in the other. A merge needs "
-                "models with the same tokenizer."
+                f"{a.get(token, 'no token')} in the first model and {b.get(token, 'no token')} in the second. A merge "
+                "needs models with the same tokenizer."
             )
     templates = [(source.key, tokenizers[source.key].chat_template) for source in sources if source.name != "base"]
     different = [key for key, template in templates if template != templates[0][1]]
@@ -190,7 +190,9 @@ def _check_same_kind(first: MergeSource, other: MergeSource, *keys: str) -> None
         if a != b:
             a, b = (", ".join(value) if isinstance(value, list) else value for value in (a, b))
             name = "architecture" if key == "architectures" else key
-            raise UserError(f"{_both(first, other)} do not fit: {name} is {a} in the one and {b} in the other.")
+            raise UserError(
+                f"{_both(first, other)} do not fit: {name} is {a} in the first model and {b} in the second."
+            )
 
 
 def _local(key: str, model: str) -> Path:

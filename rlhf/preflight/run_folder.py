@@ -116,8 +116,8 @@ def refuse_other_checkpoint(stage: StageInputs, *, step: int | None = None) -> N
         state = read_state(folder.checkpoint(step))
         if step > config.train.num_steps:
             raise UserError(
-                f"train.steps: is {config.train.num_steps}, but {folder.checkpoint(step)} has done {step} already. "
-                "Raise train.steps, or write this checkpoint as a model with `rlhf export`."
+                f"train.steps: is {config.train.num_steps}, but {folder.checkpoint(step)} has done {step} steps "
+                "already. Raise train.steps, or write this checkpoint as a model with `rlhf export`."
             )
         try:
             refuse_other_model(config, state, checkpoint=folder.checkpoint(step))

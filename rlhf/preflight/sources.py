@@ -90,7 +90,8 @@ def local_model(name: str, folder: Path, *, seed: int, weights: bool = True) -> 
     if name != TINY:
         if kind not in KINDS:
             raise UserError(
-                f"{name} is no tiny model. Use {TINY}, or a tiny vision model: tiny:{', tiny:'.join(KINDS)}."
+                f"{name} is not the name of a tiny model. Use {TINY}, or a tiny vision model: "
+                f"tiny:{', tiny:'.join(KINDS)}."
             )
         return str(build_tiny_vision(folder / "models" / f"tiny-{kind}-{seed}", kind, seed=seed))
     if not weights:

@@ -122,8 +122,8 @@ def _settings(sweep: Sweep) -> dict[str, Any]:
     text = dump_yaml(sweep.base)
     if redact(text) != text:
         raise UserError(
-            f"{sweep.source}: sweep.config: holds a secret, which would be written into the file of every trial. Give "
-            "it by an environment variable."
+            f"{sweep.source}: sweep.config: holds a secret, and the sweep would write the secret into the file of "
+            "every trial. Put the secret into an environment variable."
         )
     written = sweep.config.model_dump(mode="json", exclude={"config", "set"})
     return {"sweep": written, "run": from_yaml(text)}

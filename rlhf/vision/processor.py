@@ -72,7 +72,7 @@ class ImageProcessing:
         if not hasattr(processor, "image_processor") or not hasattr(processor, "image_token"):
             raise UserError(
                 f"{name} has a vision tower, but its folder has no processor for images: it lacks "
-                "preprocessor_config.json or processor_config.json. Get the whole model again."
+                "preprocessor_config.json or processor_config.json. Download or copy the whole model again."
             )
         return cls(name, processor, config)
 
@@ -191,5 +191,5 @@ def _naming(name: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{name} has a vision tower, but its image processor cannot be loaded ({type(error).__name__}: {reason}). "
-            "Get the whole model again, or install the named package."
+            "Download or copy the whole model again, or install the named package."
         ) from error

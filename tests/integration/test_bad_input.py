@@ -126,7 +126,7 @@ def test_an_unusable_model_folder(capsys: pytest.CaptureFixture[str], tmp_path: 
     (tmp_path / "plain" / "chat_template.jinja").unlink()
     (tmp_path / "nothing").mkdir()
     assert "policy.model" in said_of("garbage")
-    assert "damaged, cut or missing" in said_of("cut")
+    assert "damaged, incomplete or missing" in said_of("cut")
     assert "no file ends in .safetensors" in said_of("bare")
     assert "policy.model" in said_of("nothing")
     no_template = said_of("plain", data={"apply_chat_template": True})

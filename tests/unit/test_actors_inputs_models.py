@@ -243,7 +243,9 @@ def test_an_adapter_in_the_wrong_place_is_refused(tiny_model: Path, adapter: Pat
         rf"^reward\.model: The reward model {adapter} is a LoRA adapter with task_type": alone(
             online(tiny_model, reward=judge)
         ),
-        r"policy\.adapter: .* is no adapter folder": alone(sft(tmp_path, tiny_model, **lora, adapter=str(tiny_model))),
+        r"policy\.adapter: .* is not an " r"adapter folder": alone(
+            sft(tmp_path, tiny_model, **lora, adapter=str(tiny_model))
+        ),
         r"policy\.adapter: the adapter .* of another architecture than": alone(
             sft(tmp_path, other, **lora, adapter=str(adapter))
         ),

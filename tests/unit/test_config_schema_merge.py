@@ -56,7 +56,10 @@ def test_a_file_and_arguments(file: Path) -> None:
         (["merge.models.math.epsilon=0.1"], "has no effect here: method ties takes no epsilon; remove the key"),
         (["merge.models={}"], "merge.models: has 0, but method ties takes at least 1 model in addition to merge.base"),
         (["merge.tokenizer=mth"], "merge.tokenizer: got 'mth'; did you mean math?"),
-        (["merge.models.base={model: x}"], "merge.models.base: is no valid name, since merge.base has it"),
+        (
+            ["merge.models.base={model: x}"],
+            "merge.models.base: is not a valid name, because `base` stands for merge.base",
+        ),
         (["merge.output=adapter"], "merge.base: has no effect here: method ties on adapters takes no base"),
         (["merge.output=adapter", "merge.base=null"], "densities differ (math: 0.5, chat: 1); adapters share one"),
         (["merge={method: ties_svd, output: adapter, models: {a: {model: x}}, out: z}"], "has 1, but method ties_svd"),

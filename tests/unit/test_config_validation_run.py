@@ -110,7 +110,7 @@ ONLINE_REFUSED = [
     (["algorithm={name: maxrl, length_penalty: {by: group, weight: 2}}"], "is 2, above min_score 1, but maxrl needs"),
     (
         ["algorithm={name: grpo, length_penalty: {by: group}}", "rewards.correct.normalize=group"],
-        "is group, but algorithm.length_penalty takes a response for right by its score; set it to none",
+        "is group, but algorithm.length_penalty decides by the score which responses are right; set",
     ),
     (["algorithm={name: a_star_po, reference_every: 2}"], "but the values are those of the first reference; set it to"),
     (
@@ -203,7 +203,10 @@ ONLINE_REFUSED = [
     (["rewards.taste={function: 'f.py:g', credit: step, normalize: group}"], "rewards.taste: `normalize: group`"),
     ([*REWARD_MODEL, "rewards.taste.credit=step"], "rewards.taste.credit: is step, but reward.steps is null: set"),
     (["algorithm={name: reinforce_plus_plus, group_baseline: true}", BY_STEP], "is true, which compares whole"),
-    (["algorithm={name: gdpo}", BY_STEP, "rewards.h.function=math_answer"], "gdpo weighs a response as a whole"),
+    (
+        ["algorithm={name: gdpo}", BY_STEP, "rewards.h.function=math_answer"],
+        "gdpo has one advantage for a whole response",
+    ),
     (["algorithm={name: grpo, kl: {coef: 0.1, place: reward}}", BY_STEP], "is reward, a penalty on whole responses"),
     (["rewards.taste={url: 'http://h/v1', judge: {model: m, request: {api_key: x}}}"], "looks like a secret"),
     (["rewards.taste.url=http://h/score?api_key=x"], "rewards.taste.url: `url` holds a secret, and the config is"),
@@ -231,7 +234,7 @@ ONLINE_REFUSED = [
     ([*IN_FLIGHT, "cluster.roles.rollout.engines={min: 3, max: 2}", REWARD_APART], "is 3, more than max, which is 2"),
     ([*IN_FLIGHT, ELASTIC], "cluster.roles.reward.colocate_with: is rollout, but engines join and leave during the"),
     ([CUDA, BESIDE, "cluster.roles.policy.workers=2", "cluster.roles.rollout.tensor_parallel=2"], "is policy, but Ray"),
-    ([CUDA, "cluster.roles.rollout.tensor_parallel=2", *REWARD_MODEL], "is rollout, but Ray shares out single GPUs"),
+    ([CUDA, "cluster.roles.rollout.tensor_parallel=2", *REWARD_MODEL], "is rollout, but Ray lets roles share single"),
     (["cluster.roles.critic.workers=2"], "cluster.roles.critic.workers: is 2, but it is colocated with policy, which"),
     (["cluster.roles.reward.workers=2"], "cluster.roles.reward.workers: is 2, but it is colocated with rollout, which"),
     (["policy.adapter=some/folder"], "policy.adapter: is some/folder, but policy.lora is null; write `lora: {}`"),
@@ -251,7 +254,7 @@ ONLINE_REFUSED = [
     ([CUDA, BESIDE, "cluster.roles.critic.zero_stage=1"], "critic.zero_stage: is 1, but an engine takes turns"),
     ([CUDA, BESIDE, "cluster.roles.policy={zero_stage: 3, offload: [parameters]}"], "offload: has `parameters`, but"),
     ([CUDA, BESIDE, "cluster.roles.policy.zero_stage=3", LORA], "policy.zero_stage: is 3, but an engine takes turns"),
-    ([*IN_FLIGHT, ELASTIC, REWARD_APART, "cluster.address=auto", "cluster.weight_sync=shm"], "is shm, which stays on"),
+    ([*IN_FLIGHT, ELASTIC, REWARD_APART, "cluster.address=auto", "cluster.weight_sync=shm"], "is shm, which works wi"),
     (["rewards={}"], "rewards: is missing: algorithm ppo needs at least one reward"),
     ([SELF.replace("{answer}", "{better_response}"), *SINGLE], "names {better_response}, but"),
     ([SELF, "rewards={}"], "data.eval: has no score to measure with algorithm opsd"),
@@ -341,7 +344,7 @@ DISTILLATION_REFUSED = [
         [SERVED, "algorithm.top_k=8", "algorithm.temperature=2"],
         "algorithm.temperature: is 2, but the server of a teacher",
     ),
-    ([SERVED], "algorithm.top_k: is null, but the server of a teacher (teacher.url) returns only likeliest tokens"),
+    ([SERVED], "algorithm.top_k: is null, but the server of a teacher (teacher.url) returns only the likeliest"),
     (["cluster.roles.teacher.workers=2"], "cluster.roles.teacher.workers: is 2, but it is colocated with policy"),
     (["cluster.roles.teacher.cpus=2"], "cluster.roles.teacher.cpus: has no effect here"),
     ([CUDA, "cluster.roles.teacher.threads=2"], "cluster.roles.teacher.threads: has no effect here"),
@@ -350,7 +353,7 @@ DISTILLATION_REFUSED = [
 ]
 TAUGHT_REFUSED = [
     (["teacher=null"], "teacher: is missing: algorithm on_policy_distillation learns from a model; name it as tea"),
-    ([SERVED, WHOLE], "64 or so, or set algorithm.divergence to sampled_reverse_kl"),
+    ([SERVED, WHOLE], "for example to 64, or set algorithm.divergence to sampled_reverse_kl"),
     ([SERVED, "rollouts.temperature=0.7"], "rollouts.temperature: is 0.7, but the server of a teacher (teacher.url)"),
     ([SERVED, "data.eval=e.jsonl", "eval.temperature=0.7"], "eval.temperature: is 0.7, but the server of a teacher"),
     ([SERVED, "teacher.dtype=float32"], "teacher.dtype: has no effect here: the server at teacher.url holds the model"),
@@ -414,7 +417,7 @@ TINKER_REFUSED = {
             "rollouts.agent: calls engines over HTTP, and the server of policy.tinker offers this to",
         ),
         ([*TINKER, GRPO, *CARRIED], "rollouts.carry_over: is true, but the server of policy.tinker continues no"),
-        ([*TINKER, GRPO, *IN_FLIGHT], "rollouts.weight_updates: is in_flight, but the server of policy.tinker draws"),
+        ([*TINKER, GRPO, *IN_FLIGHT], "rollouts.weight_updates: is in_flight, but the server of policy.tinker samples"),
         ([*TINKER, GRPO, "algorithm.entropy.coef=0.1"], "algorithm.entropy.coef: is 0.1, but the server of policy.tin"),
         ([*TINKER, GRPO, "algorithm.top_entropy_fraction=0.2"], "algorithm.top_entropy_fraction: is 0.2, but the"),
         ([*TINKER, GRPO, CENTERED], "algorithm.correction.center_top_k: is 64, but the server of policy.tinker"),
@@ -582,7 +585,7 @@ def test_an_algorithm_takes_steps_or_refuses_them(name: str) -> None:
     if name == "gigpo":
         overrides.append(GAME)
     if name in WITHOUT_STEPS:
-        message = f"rewards.f.credit: is step, but algorithm {name} weighs a response as a whole; use ppo, grpo or"
+        message = f"rewards.f.credit: is step, but algorithm {name} has one advantage for a whole response; use ppo or"
         assert message in refusal(ONLINE, overrides)
     else:
         changed(ONLINE, overrides)

@@ -138,7 +138,7 @@ def test_a_state_of_all_weights_is_a_model(tiny_model: Path, tmp_path: Path, mon
     assert AutoTokenizer.from_pretrained(tmp_path / "out").vocab_size > 0
     for options, expected in (
         ({"merged": True}, "has all weights, so its model is whole already"),
-        ({"step": 1}, "is the state of a client's model, at one step"),
+        ({"step": 1}, "is the state of a client's model at a single step"),
     ):
         with pytest.raises(UserError, match=expected):
             rlhf.export(state, tmp_path / "other", **options)  # type: ignore[arg-type]

@@ -262,7 +262,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, models: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
-KINDS = "architecture is LlamaForSequenceClassification in the one and LlamaForCausalLM in the other"
+KINDS = "architecture is LlamaForSequenceClassification in the first model and LlamaForCausalLM in the second"
 
 
 @pytest.mark.parametrize(
@@ -318,17 +318,20 @@ FILE = "model.safetensors"
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {  # of model b, or of an adapter; the message
     "vocabulary": (add_token, r"different vocabularies of 320 and 321 tokens: '<new>'"),
     "template": (written("chat_template.jinja", "{{ messages }}"), r"different chat templates; set merge\.tokenizer"),
-    "size": (add_rows, r"differ in size: lm_head\.weight is \[320, 96\] in the one and \[352, 96\] in the other"),
+    "size": (
+        add_rows,
+        r"differ in size: lm_head\.weight is \[320, 96\] in the first model and \[352, 96\] in " r"the second",
+    ),
     "cut": (lambda b: os.truncate(b / FILE, 1000), r"model\.safetensors cannot be read \(.*\); copy or download it"),
     "widths": (
         lambda b: change_json(b / "config.json", intermediate_size=128),
-        "intermediate_size is 256 in the one and 128",
+        "intermediate_size is 256 in the first model and 128",
     ),
     "part": (lose_part, r"lacks model-00002-of-00004\.safetensors, which its index names"),
     "pickle": (lambda b: (b / FILE).rename(b / "pytorch_model.bin"), "has no safetensors file"),
     "architecture": (
         lambda b: change_json(b / "config.json", architectures=["MistralForCausalLM"]),
-        "architecture is LlamaForCausalLM in the one and MistralForCausalLM in the other",
+        "architecture is LlamaForCausalLM in the first model and MistralForCausalLM in the second",
     ),
     "adapter": (written("adapter_config.json", "[]"), "adapter_config.json holds a JSON list"),
     "rank": (

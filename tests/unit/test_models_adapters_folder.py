@@ -137,7 +137,7 @@ def test_a_regular_expression_of_a_folder_is_not_run(tiny_model: Path, tmp_path:
 
 
 def test_a_folder_that_is_none_damaged_or_without_a_weight_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no adapter folder"):
+    with pytest.raises(UserError, match="is not an adapter folder"):
         refuse_misfit_adapter(tiny_model, str(tiny_model))
     _, folder = made(tiny_model, tmp_path / "adapter")
     weights = folder / "adapter_model.safetensors"
@@ -154,7 +154,7 @@ def test_a_folder_that_is_none_damaged_or_without_a_weight_is_refused(tiny_model
         with pytest.raises(UserError, match=message):
             load_trainable_adapter(load_causal_lm(str(tiny_model), dtype=torch.float32), folder)
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(UserError, match="is damaged or cut"):
+    with pytest.raises(UserError, match="is damaged or incomplete"):
         refuse_misfit_adapter(folder, str(tiny_model))
     weights.unlink()
     with pytest.raises(UserError, match="only adapters in the safetensors format are loaded"):

@@ -55,5 +55,7 @@ def test_the_seed_alone_decides_the_weights_of_a_vision_model(tmp_path: Path) ->
 
 
 def test_an_unknown_tiny_model_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tiny:owl is no tiny model\. Use tiny:llama, or a .* tiny:qwen2_vl,"):
+    with pytest.raises(
+        UserError, match=r"tiny:owl is not the name of a tiny model\. Use tiny:llama, or a .* " r"tiny:qwen2_vl,"
+    ):
         local_model("tiny:owl", tmp_path, seed=0)

@@ -82,7 +82,7 @@ def test_an_adapter_names_its_base(tiny_model: Path, tmp_path: Path) -> None:
         ({"r": None}, "the rank r is None, expected an integer >= 1"),
         ({"rank_pattern": {"q_proj": 0}}, "the rank q_proj is 0, expected an integer >= 1"),
         ({"rank_pattern": [8]}, r"the rank rank_pattern is \[8\], expected an integer >= 1"),
-        ({"peft_type": None}, "is no adapter's configuration: it names no peft_type"),
+        ({"peft_type": None}, "is not the configuration of an adapter, because it names no peft_type"),
         ({"base_model_name_or_path": "x", "peft_type": "IA3"}, "is an adapter of type IA3"),
         ({"base_model_name_or_path": "/no/such/base"}, "The model folder /no/such/base does not exist"),
     ],

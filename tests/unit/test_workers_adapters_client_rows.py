@@ -36,7 +36,7 @@ def column(value: float) -> dict[str, Tensor]:
     ("loss", "bad", "expected"),
     [
         ("ppo", rows(columns={"advantages": torch.zeros(5, 1)}), "logprobs: ppo needs this column"),
-        ("ppo", rows(columns={**rows().columns, "beta": torch.zeros(5, 1)}), "beta: ppo has no use for this column"),
+        ("ppo", rows(columns={**rows().columns, "beta": torch.zeros(5, 1)}), "beta: ppo does not use this column"),
         ("ppo", rows(columns=column(float("nan"))), "Row 1: advantages has nan"),
         ("ppo", rows(columns=column(float("inf"))), "Row 1: advantages has inf"),
         ("ppo", rows(columns={**rows().columns, "logprobs": torch.zeros(4, 1)}), r"logprobs: the shape is \[4, 1\]"),

@@ -19,18 +19,29 @@ def adapter_problems(config: Config) -> Iterator[Problem]:
         lora, key = section.lora, f"{role}.lora"
         if lora is None:
             if section.adapter is not None:
-                text = f"is {section.adapter}, but {key} is null; write `lora: {{}}` to train it, or merge it first"
+                text = (
+                    f"is {section.adapter}, but {key} is null; write `lora: {{}}` to train the adapter, or merge the "
+                    "adapter first"
+                )
                 yield problem(f"{role}.adapter", text)
             continue
         if lora.init == "pissa" and lora.dora:
-            text = "is pissa, but dora needs the magnitudes of whole weights, and PiSSA leaves a remainder; use one"
+            text = (
+                "is pissa, but dora needs the magnitudes of whole weights, and PiSSA leaves a remainder; use only one "
+                "of them"
+            )
             yield problem(f"{key}.init", text)
         if lora.init == "pissa" and lora.quantize is not None:
-            text = f"is pissa, which decomposes the weights, but {key}.quantize keeps them in 4 bits; use one"
+            text = (
+                f"is pissa, which decomposes the weights, but {key}.quantize keeps them in 4 bits; use only one of the "
+                "keys"
+            )
             yield problem(f"{key}.init", text)
         named = () if isinstance(lora.target_modules, str) else lora.target_modules
         if both := sorted(set(named) & set(lora.modules_to_save)):
-            text = f"has {', '.join(both)}, which {key}.target_modules adapts; name it in one of them"
+            text = (
+                f"has {', '.join(both)}, which {key}.target_modules adapts too; name a module in only one of these keys"
+            )
             yield problem(f"{key}.modules_to_save", text)
         yield from _of_stacks(f"{key}.target_parameters", lora)
 

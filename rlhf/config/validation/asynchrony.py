@@ -31,10 +31,12 @@ def asynchrony_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Pr
         yield problem("rollouts.oversample", f"is {rollouts.oversample:g}, but {why}; {fix}")
     exact = "but rollouts.weight_updates between_batches promises runs that repeat bit for bit, and"
     if rollouts.weight_updates != "in_flight" and rollouts.batch_order == "completion":
-        why = "the order of completion depends on time; set weight_updates to in_flight, or batch_order to prompt"
+        why = "the order of completion differs between runs; set weight_updates to in_flight, or batch_order to prompt"
         yield problem("rollouts.batch_order", f"is completion, {exact} {why}")
     if config.cluster.roles.rollout.is_elastic and rollouts.weight_updates != "in_flight":
-        why = "when an engine joins depends on time; give a number, or set weight_updates to in_flight"
+        why = (
+            "the time at which an engine joins differs between runs; give a number, or set weight_updates to in_flight"
+        )
         yield problem("cluster.roles.rollout.engines", f"has min and max, {exact} {why}")
 
 

@@ -44,7 +44,7 @@ def rank_problems(config: Config, facts: Derived) -> Iterator[Problem]:
             yield problem("train.sequences_per_update", text)
         if train.optimizer in ("adafactor", "muon") and stage != 0:
             text = f"is {stage}, but train.optimizer {train.optimizer} needs whole matrices"
-            yield zero(f"{text}, which DeepSpeed cuts up from stage 1 on; set 0, or use adamw or adamw_8bit")
+            yield zero(f"{text}, which DeepSpeed splits at stage 1 and above; set 0, or use adamw or adamw_8bit")
         if "parameters" in section.offload and stage in (1, 2) and config.cluster.device == "cuda":
             yield offload(f"has `parameters`, which needs {key}.zero_stage 3, not {stage}")
         if model.lora is not None and model.lora.quantize is not None and stage == 3:
@@ -91,7 +91,9 @@ def _range_of_engines(cluster: ClusterConfig, engines: EngineRange, needed: Coll
             yield problem(f"cluster.roles.{guest}.colocate_with", f"is rollout, but {rule}; set it to policy or null")
     method = cluster.weight_sync
     if method != "auto" and TRANSPORTS[method].one_host and cluster.address is not None:
-        text = f"is {method}, which stays on one host, but engines may join on others (cluster.address); use auto"
+        text = (
+            f"is {method}, which works within one host, but engines may join on other hosts (cluster.address); use auto"
+        )
         yield problem("cluster.weight_sync", text)
 
 
@@ -104,7 +106,7 @@ def _colocation(cluster: ClusterConfig, needed: Collection[Role], *, with_reward
         yield problem(f"{_ENGINES}.colocate_with", f"{text}: each worker hosts at most one; {fix}")
     if engine.tensor_parallel == 1:
         return
-    rule = f"Ray shares out single GPUs only, and {_ENGINES}.tensor_parallel is {engine.tensor_parallel}"
+    rule = f"Ray lets roles share single GPUs only, and {_ENGINES}.tensor_parallel is {engine.tensor_parallel}"
     for guest in MODEL_SECTIONS:
         has_model = with_reward_model or ROLES[guest].kind != "scoring"
         if guest in needed and getattr(roles, guest).colocate_with == "rollout" and has_model:

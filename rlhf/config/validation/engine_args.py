@@ -61,7 +61,9 @@ def engine_argument_problems(cluster: ClusterConfig) -> Iterator[Problem]:
             "is true, but vLLM has no such scheduling with cluster.device cpu; remove the key",
         )
     if cluster.device == "cpu" and given.get("enable_chunked_prefill"):
-        text = "is true, but with cluster.device cpu a seeded response in a partial prefill ends vLLM; remove the key"
+        text = (
+            "is true, but with cluster.device cpu vLLM fails at a seeded response in a partial prefill; remove the key"
+        )
         yield problem(f"{KEY}.enable_chunked_prefill", text)
     drafts, key = given.get(_DRAFTS), f"{KEY}.{_DRAFTS}"
     if drafts is None:
@@ -82,7 +84,7 @@ def draft_problems(cluster: ClusterConfig, rollouts: RolloutsConfig) -> Iterator
     if cluster.roles.rollout.engine_args.get(_DRAFTS) is None:
         return
     if rollouts.min_p > 0.0:
-        text = f"is {rollouts.min_p:g}, but {_DRAFTS} is set, with which vLLM refuses it; set 0"
+        text = f"is {rollouts.min_p:g}, but {_DRAFTS} is set, and vLLM does not accept both; set 0"
         yield problem("rollouts.min_p", text)
     if rollouts.carry_over:
         text = f"is true, but {_DRAFTS} is set, and a continued response would draw other random numbers; set false"

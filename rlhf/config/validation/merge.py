@@ -45,7 +45,9 @@ def _of_models(config: MergeConfig, takes: Takes) -> Iterator[Problem]:
     if config.tokenizer is not None and config.tokenizer not in named:
         yield Problem((*AT, "tokenizer"), _no_model(config.tokenizer, named))
     if "base" in config.models:
-        yield Problem((*AT, "models", "base"), "is no valid name, since merge.base has it")
+        yield Problem(
+            (*AT, "models", "base"), "is not a valid name, because `base` stands for merge.base; choose another name"
+        )
 
 
 def _of_methods(config: MergeConfig, takes: Takes) -> Iterator[Problem]:

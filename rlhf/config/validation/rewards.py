@@ -40,10 +40,16 @@ def normalization_problems(config: Config) -> Iterator[Problem]:
     penalty = config.algorithm.length_penalty if isinstance(config.algorithm, OnlineConfig) else None
     for name, reward in config.rewards.items():
         if reward.normalize == "group" and config.rollouts is not None and config.rollouts.samples_per_prompt < 2:
-            text = "is group, but rollouts.samples_per_prompt is 1: a group of one has no deviation; sample more"
+            text = (
+                "is group, but rollouts.samples_per_prompt is 1: a group of one has no standard deviation; set 2 or "
+                "more"
+            )
             yield Problem(("rewards", name, "normalize"), text)
         elif reward.normalize == "group" and penalty is not None:
-            text = "is group, but algorithm.length_penalty takes a response for right by its score; set it to none"
+            text = (
+                "is group, but algorithm.length_penalty decides by the score which responses are right; set normalize "
+                "to none"
+            )
             yield Problem(("rewards", name, "normalize"), text)
         elif reward.normalize == "group" and config.algorithm.num_value_samples:
             text = f"is group, but algorithm {config.algorithm.name} compares with the value of the prompt"
@@ -60,7 +66,7 @@ def comparison_problems(config: Config) -> Iterator[Problem]:
     for name in compared:
         key, text = ("rewards", name, "judge", "compare"), ""
         if samples < 2:
-            text = "rollouts.samples_per_prompt is 1; sample more, or name a column as judge.opponents"
+            text = "rollouts.samples_per_prompt is 1; set 2 or more, or name a column as judge.opponents"
         elif config.algorithm.wants_greedy:
             text = f"algorithm {config.algorithm.name} scores only a greedy response; name a column as judge.opponents"
         if text:
@@ -84,7 +90,10 @@ def credit_problems(config: Config) -> Iterator[Problem]:
     if not names:
         return
     if not isinstance(algorithm, OnlineConfig) or algorithm.takes_steps is None:
-        text = f"is step, but algorithm {algorithm.name} weighs a response as a whole; use ppo, grpo or response"
+        text = (
+            f"is step, but algorithm {algorithm.name} has one advantage for a whole response; use ppo or grpo, or set "
+            "credit to response"
+        )
         yield Problem(("rewards", names[0], "credit"), text)
         return
     if algorithm.takes_steps == "advantages" and algorithm.kl.coef > 0.0 and algorithm.kl.place == "reward":

@@ -65,7 +65,10 @@ def _values_problems(config: Config) -> Iterator[Problem]:
         text = f"is another model than policy.model, but {name} samples its values from the policy before training"
         yield problem("reference.model", f"{text}; remove the section reference")
     if config.policy.adapter is not None:
-        text = f"is given, so the reference would be the model without it, but {name} samples its values with it"
+        text = (
+            f"is given, so the reference would be the model without the adapter, but {name} samples its values with "
+            "the adapter"
+        )
         yield problem("policy.adapter", f"{text}; merge the adapter into the model first (rlhf export)")
 
 
@@ -78,7 +81,7 @@ def replay_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Proble
     if rollouts.carry_over:
         yield problem(key, "is true, but rollouts.carry_over keeps no experts of begun responses; set one to false")
     if rollouts.agent is not None:
-        yield problem(key, "is true, but the calls of rollouts.agent hold no experts; set false")
+        yield problem(key, "is true, but the calls of rollouts.agent record no experts; set false")
 
 
 def self_taught_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
@@ -103,7 +106,10 @@ def support_problems(config: Config, rollouts: RolloutsConfig) -> Iterator[Probl
         return
     key, algorithm = "policy.support_replay", config.algorithm
     if rollouts.top_k is None:
-        why = "rollouts.top_k is null, and the engines record at most top_k tokens; set it, also beside top_p and min_p"
+        why = (
+            "rollouts.top_k is null, and the engines record at most top_k tokens; set top_k, also together with top_p "
+            "or min_p"
+        )
         yield problem(key, f"is true, but {why}")
     reasons = {
         f"algorithm {algorithm.name} does not train by advantages": algorithm.kind != "advantages",

@@ -123,7 +123,8 @@ def _streamed(config: Config) -> Iterator[Problem]:
         yield problem("train.epochs", text)
     if config.data.curriculum is not None:
         text = (
-            "compares passes over the same prompts, and data.stream_window is for data too large for that; remove one"
+            "compares passes over the same prompts, and data.stream_window is for data that are too large for several "
+            "passes; remove one of them"
         )
         yield problem("data.curriculum", text)
     if config.algorithm.kind == "distillation":
@@ -171,7 +172,10 @@ def _batch(config: Config, rollouts: RolloutsConfig, facts: Derived) -> Iterator
         counted = f"rollouts.prompts_per_step * {key} = {rollouts.prompts_per_step} * {trained} = {rows}"
         available = f"{counted} responses"
     if size > rows:
-        text = f"is {size}, but a step has only {available}; lower it, or sample more"
+        text = (
+            f"is {size}, but a step has only {available}; lower it, or raise rollouts.prompts_per_step or "
+            "samples_per_prompt"
+        )
         yield problem("train.sequences_per_update", text)
     elif rows % size:
         fits = max(n for n in range(1, size) if rows % n == 0)
@@ -193,7 +197,9 @@ def _algorithm(config: Config, facts: Derived) -> Iterator[Problem]:
                 )
                 yield problem("algorithm.correction", text)
             if correction.mode == "bypass" and not algorithm.has_ratio:
-                text = f"is bypass, but algorithm {algorithm.name} has no importance ratio that it would act on"
+                text = (
+                    f"is bypass, but algorithm {algorithm.name} has no importance ratio, so bypass would change nothing"
+                )
                 yield problem("algorithm.correction.mode", f"{text}; set policy_gradient and choose weights, or reject")
         has_own_loss = algorithm.has_ratio and not algorithm.off_policy_keys  # no key says that the loss is replaced
         if correction is not None and correction.mode == "policy_gradient" and has_own_loss:
@@ -220,7 +226,10 @@ def _served_teacher(config: Config) -> Iterator[Problem]:
         text = "is null, but another teacher has a url; give each teacher a url, or none"
         yield problem(f"teacher.{held[0]}.url", text)
     if derive.reads_teacher_heads(config):
-        text = "is null, but the server of a teacher (teacher.url) returns only likeliest tokens; set it, to 64 or so"
+        text = (
+            "is null, but the server of a teacher (teacher.url) returns only the likeliest tokens; set the key, for "
+            "example to 64"
+        )
         also = "" if config.rollouts is None else ", or set algorithm.divergence to sampled_reverse_kl"
         yield problem("algorithm.top_k", f"{text}{also}")
     rule = "the server of a teacher (teacher.url) returns log-probabilities at temperature 1"
@@ -242,7 +251,10 @@ def _data_and_steps(config: Config, facts: Derived) -> Iterator[Problem]:
     if not config.algorithm.is_online and data.max_sequence_tokens is not None and data.max_sequence_tokens > fits:
         whole = "a sequence" if count == 1 else f"the {count} sequences of a row"
         rule = f"train.max_tokens_per_microbatch = {train.max_tokens_per_microbatch} holds {whole}"
-        text = f"is {data.max_sequence_tokens} and must be at most {fits}: {rule}; lower it, or raise that"
+        text = (
+            f"is {data.max_sequence_tokens} and must be at most {fits}: {rule}; lower max_sequence_tokens, or raise "
+            "max_tokens_per_microbatch"
+        )
         yield problem("data.max_sequence_tokens", text)
     if data.too_long == "skip" and data.max_unusable_fraction == 0.0:
         text = "is skip, but data.max_unusable_fraction is 0: no row may be skipped; raise it, or set error or cut"

@@ -118,7 +118,9 @@ def _rollouts(config: Config, rollouts: RolloutsConfig) -> Iterator[Problem]:
     if rollouts.carry_over:
         yield problem("rollouts.carry_over", f"is true, but {SERVER} continues no unfinished response; set false")
     if rollouts.weight_updates == "in_flight":
-        text = f"is in_flight, but {SERVER} draws a response with one version of the weights; use between_batches"
+        text = (
+            f"is in_flight, but {SERVER} samples a whole response with one version of the weights; use between_batches"
+        )
         yield problem("rollouts.weight_updates", text)
 
 

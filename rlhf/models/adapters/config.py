@@ -26,11 +26,13 @@ def load_adapter_config(folder: Path) -> peft.PeftConfig:
     path = folder / CONFIG
     alpha = settings.get("lora_alpha", 8)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise UserError(f"{path}: lora_alpha is {alpha!r}, expected a number > 0. Get the file again.")
+        raise UserError(f"{path}: lora_alpha is {alpha!r}, expected a number > 0. Download or copy the file again.")
     patterns = settings.get("layers_pattern") or []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if not isinstance(pattern, str) or not _PLAIN.fullmatch(pattern):
-            raise UserError(f"{path}: layers_pattern has {pattern!r}, expected names of modules. Get the file again.")
+            raise UserError(
+                f"{path}: layers_pattern has {pattern!r}, expected names of modules. Download or copy the file again."
+            )
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -62,4 +64,6 @@ def read_adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}): it is damaged or cut. Get it again.") from error
+        raise UserError(
+            f"{path} cannot be read ({error}): the file is damaged or incomplete. Download or copy it again."
+        ) from error

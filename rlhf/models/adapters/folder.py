@@ -43,7 +43,9 @@ _LEAVES_BASE_ALONE = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # ini
 def read_adapter_config(folder: Path) -> peft.LoraConfig:
     """Return the config of an adapter folder. Raise UserError for an adapter that cannot be trained here."""
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} is no adapter folder: it has no {CONFIG}. Name a folder that peft has saved.")
+        raise UserError(
+            f"{folder} is not an adapter folder, because it has no {CONFIG}. Name a folder that peft has saved."
+        )
     refuse_no_weights(folder)
     config = load_adapter_config(folder)
     if type(config) is not peft.LoraConfig:
@@ -107,7 +109,7 @@ def refuse_incomplete(folder: Path, base: str, *, trust_remote_code: bool = Fals
     if missing := sorted(set(_places(model)) - set(shapes)):
         raise UserError(
             f"The adapter {folder} lacks {len(missing)} of its weights, which would be random: {missing[0]} and so on. "
-            "Get it again, or name the model that it was trained on."
+            "Download or copy the adapter again, or name the model on which it was trained."
         )
 
 
@@ -142,7 +144,9 @@ def load_trainable_adapter(model: Any, folder: Path, *, dropout: float = 0.0) ->
     tensors = load_file(folder / WEIGHTS)
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
-            raise UserError(f"The adapter {folder} holds NaN or infinite values in {name}. Get it again.")
+            raise UserError(
+                f"The adapter {folder} holds NaN or infinite values in {name}. Download or copy the adapter again."
+            )
     places = _places(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     _refuse_other_shapes(folder, model.config._name_or_path, shapes, places, scalar=is_scalar)
@@ -189,10 +193,13 @@ def _refuse_other_shapes(
     extra = {name for name in shapes if ".lora_" in name or not scalar} - set(wanted)
     for name in sorted(missing | extra):
         where = "the model has no such weight" if name in extra else "it is not in the file"
-        raise UserError(f"the adapter {folder} does not fit {base}: {name}: {where}. Name the model it was trained on.")
+        raise UserError(
+            f"the adapter {folder} does not fit {base}: {name}: {where}. Name the model on which the adapter was "
+            "trained."
+        )
     for name in sorted(set(wanted) & set(shapes)):
         if wanted[name] != shapes[name]:
             raise UserError(
-                f"the adapter {folder} does not fit {base}: {name} has shape {list(shapes[name])}, and the model needs "
-                f"{list(wanted[name])}. Name the model it was trained on."
+                f"the adapter {folder} does not fit {base}: {name} has shape {list(shapes[name])}, but the model needs "
+                f"{list(wanted[name])}. Name the model on which the adapter was trained."
             )

@@ -19,7 +19,10 @@ def base_of(folder: Path) -> tuple[str, int]:
         raise UserError(f"{path}: is an adapter of type {config['peft_type']}; only LORA is supported here.")
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise UserError(f"{path}: base_model_name_or_path is {base!r}, so the base model is unknown. Write it there.")
+        raise UserError(
+            f"{path}: base_model_name_or_path is {base!r}, so the base model is unknown. Write the name of the base "
+            "model there."
+        )
     return with_revision(base, config.get("revision")), max(_ranks(config).values())
 
 
@@ -28,11 +31,16 @@ def read_adapter_settings(folder: Path) -> dict[str, Any]:
     path = folder / ADAPTER_CONFIG
     settings = read_json_object(path)
     if not isinstance(settings.get("peft_type"), str):
-        raise UserError(f"{path} is no adapter's configuration: it names no peft_type. Get it again.")
+        raise UserError(
+            f"{path} is not the configuration of an adapter, because it names no peft_type. Download or copy the file "
+            "again."
+        )
     if settings["peft_type"] == "LORA":
         for key, rank in _ranks(settings).items():
             if type(rank) is not int or rank < 1:
-                raise UserError(f"{path}: the rank {key} is {rank!r}, expected an integer >= 1. Get the file again.")
+                raise UserError(
+                    f"{path}: the rank {key} is {rank!r}, expected an integer >= 1. Download or copy the file again."
+                )
     return settings
 
 

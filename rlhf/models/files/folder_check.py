@@ -31,10 +31,15 @@ def refuse_strange_folder(folder: Path) -> None:
     """Raise UserError if a model folder holds special files, or if config.json names impossible sizes."""
     for path in sorted(folder.iterdir()):
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise UserError(f"{path} is neither a file nor a folder, so it cannot be part of a model. Remove it.")
+            raise UserError(
+                f"{path} is neither a file nor a folder, so it cannot be part of a model. Remove this entry from the "
+                "folder."
+            )
         most = _SMALL_FILES.get(path.name)
         if most is not None and path.is_file() and path.stat().st_size > most:
-            raise UserError(f"{path} has {path.stat().st_size:,} bytes, expected at most {most:,}. Get it again.")
+            raise UserError(
+                f"{path} has {path.stat().st_size:,} bytes, expected at most {most:,}. Download or copy the file again."
+            )
     path = folder / "config.json"
     if not path.is_file():
         return
@@ -43,7 +48,8 @@ def refuse_strange_folder(folder: Path) -> None:
             value, least = values.get(key), 0 if key in _EXPERTS else 1
             if isinstance(value, int | float) and not least <= value <= most:
                 raise UserError(
-                    f"{path}: {where}{key} is {value}, expected an integer from {least} to {most:,}. Get it again."
+                    f"{path}: {where}{key} is {value}, expected an integer from {least} to {most:,}. Download or copy "
+                    "the file again."
                 )
 
 
@@ -58,9 +64,13 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({type(error).__name__}: {error}). Get it again.") from error
+        raise UserError(
+            f"{path} cannot be read as JSON ({type(error).__name__}: {error}). Download or copy the file again."
+        ) from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds a JSON {type(values).__name__}, expected an object. Get it again.")
+        raise UserError(
+            f"{path} holds a JSON {type(values).__name__}, expected an object. Download or copy the file again."
+        )
     return values
 
 
@@ -74,7 +84,9 @@ def refuse_broken_weights(folder: Path) -> None:
     if index.exists():
         places = read_json_object(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-            raise UserError(f"{index}: weight_map must map names of weights to names of files. Get it again.")
+            raise UserError(
+                f"{index}: weight_map must map names of weights to names of files. Download or copy the file again."
+            )
         files = [folder / name for name in sorted(set(places.values()))]
     try:
         for file in files:
@@ -82,10 +94,14 @@ def refuse_broken_weights(folder: Path) -> None:
                 pass
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(
-            f"the weights in {folder} cannot be read ({error}): a file is damaged, cut or missing. Get it again."
+            f"the weights in {folder} cannot be read ({error}): a file is damaged, incomplete or missing. Download or "
+            "copy the model again."
         ) from error
     if not files:
-        raise UserError(f"{folder} has no weights: no file ends in .safetensors, the one format that is loaded.")
+        raise UserError(
+            f"{folder} has no weights: no file ends in .safetensors, and no other format is loaded. Download or copy "
+            "the model again."
+        )
 
 
 def _sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -147,8 +147,8 @@ def no_reward_head(path: str, what: str) -> UserError:
     """Return the error for a model without a reward head. `what` describes the model."""
     return UserError(
         f"The reward model {path} is a {what}: it has no reward head. A reward model is a sequence-classification "
-        "checkpoint with one label, or a LoRA adapter of one; train one first (algorithm reward_model), or name "
-        "another model."
+        "checkpoint with one label, or a LoRA adapter of such a model. Train a reward model first (algorithm "
+        "reward_model), or name another model."
     )
 
 
@@ -215,11 +215,14 @@ def _with_all_weights(path: str, *, scalar: bool, trust_remote_code: bool, **opt
     if missing := sorted(set(report["missing_keys"]) - made_new):
         raise UserError(
             f"The model {path} lacks {len(missing)} of its weights, which would be random: {_some(missing)}. Its files "
-            "do not belong together, or some are missing. Get it again."
+            "do not belong together, or some files are missing. Download or copy the model again."
         )
     if other := sorted(report["mismatched_keys"]):
         shapes = [f"{name} is {list(stored)}, expected {list(wanted)}" for name, stored, wanted in other]
-        raise UserError(f"The weights of the model {path} do not fit its config.json: {_some(shapes)}. Get it again.")
+        raise UserError(
+            f"The weights of the model {path} do not fit its config.json: {_some(shapes)}. Download or copy the model "
+            "again."
+        )
     model.config.name_or_path = path  # transformers leaves out the revision
     if reads_images(config):
         from rlhf.models.packed.images import ImageReader, set_image_reader

@@ -93,12 +93,13 @@ def _own_states(model: Any, tokens: Sequence[Tensor]) -> list[Tensor]:
     if not all(bool(states.isfinite().all()) for states in own_states):
         raise UserError(
             f"The hidden states of the model {model.config._name_or_path} are not finite: its weights hold NaN or "
-            "infinite values, or are too large for its dtype. Get the model again, or use another dtype."
+            "infinite values, or its values are too large for its dtype. Download or copy the model again, or use "
+            "another dtype."
         )
     if _error(own_hidden_states(model, tokens[0]), own_states[0]) > _tolerance(model):
         raise UserError(
-            f"The forward pass of the model {model.config._name_or_path} draws random numbers: two passes over "
-            "the same tokens differ. Set its dropout and noise to 0 in config.json, or use another model."
+            f"The forward pass of the model {model.config._name_or_path} is random: two passes over the same tokens "
+            "give different results. Set its dropout and noise to 0 in config.json, or use another model."
         )
     return own_states
 

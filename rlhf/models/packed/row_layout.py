@@ -130,5 +130,5 @@ def refuse_unpackable(config: Mapping[str, Any], sequence_parallel: int) -> None
     if sequence_parallel > 1 and layout is RowLayout.ONE_BY_ONE:
         raise UserError(
             f"sequence_parallel is {sequence_parallel}, which needs a model whose sequences can be packed into a row, "
-            f"and {reason}. Set it to 1, or use another model."
+            f"but {reason}. Set it to 1, or use another model."
         )

@@ -134,8 +134,8 @@ def ulysses_attention(
 
     if s_aux is not None or position_bias is not None:
         raise UserError(
-            f"{type(module).__name__} has attention sinks or a position bias, which sequence_parallel does not share "
-            "out. Set it to 1, or use another model."
+            f"{type(module).__name__} has attention sinks or a position bias, which cannot be divided among ranks. Set "
+            "sequence_parallel to 1, or use another model."
         )
     repeats = math.lcm(key.shape[1], group.size) // key.shape[1]
 

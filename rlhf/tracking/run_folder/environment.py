@@ -49,9 +49,9 @@ def record_environment(path: Path, *, seed: int) -> None:
     if path.exists():
         before = read_object(path)
         if before is None:
-            logger.warning("%s is damaged, so changes of the environment are not known", path)
+            logger.warning("%s is damaged, so the run cannot tell whether the environment has changed", path)
         elif changed := [key for key in now if before.get(key) != now[key]]:
-            logger.warning("resumed in a changed environment: %s differ from %s", ", ".join(changed), path)
+            logger.warning("the run continues in a changed environment: %s differ from %s", ", ".join(changed), path)
     write_atomic(path, json.dumps(now, indent=2) + "\n")
 
 

@@ -76,7 +76,7 @@ def _tracker(target: Any, args: Mapping[str, Any], run: TrackedRun, *, name: str
     if not inspect.isclass(target) or any(not callable(getattr(target, method, None)) for method in METHODS):
         raise UserError(
             f"{key}: a tracker is a class with the methods {', '.join(METHODS)}, and {target!r:.100} is not. Make it a "
-            "subclass of rlhf.tracking.sinks.backends.TrackerBackend, which has them all."
+            "subclass of rlhf.tracking.sinks.backends.TrackerBackend, which has all of these methods."
         )
     make = cast("Callable[..., TrackerBackend]", target)
     try:

@@ -193,7 +193,7 @@ class WandbBackend(TrackerBackend):
                 if file.is_file():
                     artifact.add_file(str(file), name=str(file.relative_to(top)), policy=policy)
         except (FileNotFoundError, ValueError) as error:
-            logger.warning("%s was removed before W&B read it, so W&B does not keep it (%s)", path, error)
+            logger.warning("%s was removed before W&B had read the file, so W&B has no copy (%s)", path, error)
             return
         self._run.log_artifact(artifact, aliases=list(aliases))
 

@@ -96,7 +96,7 @@ def read_adapter_state(
     except (OSError, ValidationError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{folder} is no checkpoint of an adapter: {reason}. Load a folder that was saved here."
+            f"{folder} is not a checkpoint of an adapter: {reason}. Load a folder that this program has saved."
         ) from error
     record.refuse_other(AdapterRecord.of(shape, model=model, steps=0), folder)
     wanted = slot.trimmed(shape, slot.padded(shape, {}))
@@ -113,7 +113,7 @@ def read_adapter_state(
             steps=record.steps if optimizer else 0,
         )
     except (KeyError, RuntimeError) as error:
-        raise UserError(f"The adapter in {folder} has other weights than this model's: {error}.") from error
+        raise UserError(f"The adapter in {folder} has other weights than this model's adapter: {error}.") from error
 
 
 def _write_weights(

@@ -73,7 +73,7 @@ def refuse_bad_rows(rows: LossRows, loss: str, limits: Limits) -> None:
         raise UserError("There are no rows. Send at least one.")
     for index, length in enumerate(lengths):
         if length < 1:
-            raise UserError(f"Row {index} has no tokens. Leave it out.")
+            raise UserError(f"Row {index} has no tokens. Leave the row out.")
         if length + 1 > limits.longest:
             raise UserError(
                 f"Row {index} has {length} tokens, and {length + 1} with its last target; {limits.longest_because} is "
@@ -96,11 +96,11 @@ def refuse_bad_rows(rows: LossRows, loss: str, limits: Limits) -> None:
             )
     for name in of.columns:
         if name not in rows.columns:
-            raise UserError(f"{name}: {loss} needs this column, and the rows lack it. Give it for every row.")
+            raise UserError(f"{name}: {loss} needs this column, but the rows lack it. Give the column for every row.")
     for name, column in rows.columns.items():
         if name not in (*of.columns, *of.optional):
             known = ", ".join((*of.columns, *of.optional))
-            raise UserError(f"{name}: {loss} has no use for this column; it takes {known}. Leave it out.")
+            raise UserError(f"{name}: {loss} does not use this column; it takes {known}. Leave the column out.")
         if tuple(column.shape) != shape:
             raise UserError(f"{name}: the shape is {list(column.shape)}, and the targets have {list(shape)}.")
         bad = ~column.isfinite()

@@ -27,7 +27,9 @@ class WholeWorker(AdapterWorker):
     def create(self, name: str, shape: AdapterShape) -> None:
         """Begin with the base model's weights. UserError: another model is here, or the shape is an adapter's."""
         if held := next(iter(self.adapters), None):
-            raise UserError(f"These ranks train all weights, of one model at a time, and hold {held}. Remove it first.")
+            raise UserError(
+                f"These ranks train all weights, of one model at a time, and hold {held}. Remove that model first."
+            )
         if not shape.trains_all:
             raise UserError(f"rank: is {shape.rank}, but all weights are trained here, without adapters. Set it to 0.")
         if not self.has_base_weights:
