@@ -68,7 +68,7 @@ class AdaptersGang:
         self._packed_tokens = packed_tokens
         self._packing: WaitingCalls[AdapterCall, LossReport] | None = None
         self._held: set[str] = set()
-        self._lost: dict[str, WorkerLost] = {}  # by adapter, the loss of its ranks
+        self._lost: dict[str, WorkerLost] = {}  # by adapter: how its ranks were lost
         self._loss: WorkerLost | None = None  # the last
         self._restart: asyncio.Task[None] | None = None  # after the last loss
 
@@ -105,7 +105,7 @@ class AdaptersGang:
                 self._lost |= dict.fromkeys(self._held, lost)
                 self._held.clear()
                 self._loss, self._restart = lost, asyncio.create_task(self._recover(self.supervisor, lost))
-        except RunError:  # of a peer of the lost rank
+        except RunError:  # raised by a peer of the lost rank
             if self._loss is before:
                 raise
         if self._loss is before:

@@ -43,9 +43,9 @@ class RunContext:
     supervisor: Supervisor | None = None  # None: a lost worker ends the work
     rewards: tuple[RewardSpec, ...] = ()
     judgements: Path | None = None  # folder for the answers of judges
-    tokenizer_class: type[Any] | None = None  # of the policy. None: it comes with the model's own code
+    tokenizer_class: type[Any] | None = None  # of the policy; None: the model's own code defines the class
     images: Path | None = None  # folder of the run's images
-    folders: MemoryFolders | None = None  # of the snapshots of trained ranks; None: they take none
+    folders: MemoryFolders | None = None  # for snapshots of trained ranks; None: no snapshots
 
     def spawn(self, role: Role, worker: type, *args: Any, **options: Any) -> tuple[list[ActorHandle[Any]], SpawnOne]:
         options |= {"longest_sequence": self.longest_sequence, "images": self.images}
@@ -94,7 +94,7 @@ def _teacher(run: RunContext) -> WorkerGroup:
         is_online = config.algorithm.is_online
         worker = ServedOnlineTeacherWorker if is_online else ServedTeacherWorker
         group = run.frozen(OnlineTeacherWorkers if is_online else TeacherWorkers, worker, served, **options)
-        group.deadline_s += max(model.service.deadline_s for model in served.values())  # of a request
+        group.deadline_s += max(model.service.deadline_s for model in served.values())  # a request may take this long
         return group
     if config.algorithm.is_online:
         return run.frozen(OnlineTeacherWorkers, OnlineTeacherWorker, derive.teachers(config), **options)

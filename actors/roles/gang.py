@@ -40,8 +40,8 @@ from rlhf.tracking.metrics.declarations import merge_metrics
 from rlhf.types import BatchPlan, Examples, MinibatchPlan, OwnLoss, Pairs, TokenSignals, TokenValues, VocabularyHead
 
 T = TypeVar("T")
-BROADCAST_LIMIT_S = 110.0  # of weights, so that a run notices within two minutes that a member is lost
-PORTS = range(20_000, 32_768)  # Linux gives these to no connection, which could take one before it is used
+BROADCAST_LIMIT_S = 110.0  # for a broadcast of weights: a lost member is noticed within two minutes
+PORTS = range(20_000, 32_768)  # Linux gives these ports to no outgoing connection
 
 
 def free_address(actor: object, one_host: bool) -> tuple[str, int]:
@@ -72,11 +72,11 @@ class Gang(ModelGroup):
         super().__init__(handles, spawn_one, deadline_s=deadline_s)
         self.one_host = one_host
         self.sequence_parallel = sequence_parallel
-        self.folders: MemoryFolders | None = None  # of the snapshots; None: the ranks take none
-        self._nodes: dict[str, str] = {}  # of the ranks at their last start, by name
+        self.folders: MemoryFolders | None = None  # for snapshots; None: the ranks take no snapshots
+        self._nodes: dict[str, str] = {}  # node of each rank at the last start, by the rank's name
         self._copied_among: frozenset[str] | None = None  # the run's nodes when the places of copies were chosen
         self._snapshot_calls: dict[int, list[ObjectRef[Any]]] = {}  # sent calls of `take_snapshot`, by step
-        self.heads: dict[str, Ref[VocabularyHead]] = {}  # of the teachers
+        self.heads: dict[str, Ref[VocabularyHead]] = {}  # heads of the teachers
 
     @property
     def num_ranks(self) -> int:

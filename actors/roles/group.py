@@ -63,7 +63,7 @@ async def ending(
                 reason = error.reason if isinstance(error, WorkerLost) else error  # nothing is left to resume
                 logger.warning("%s It is killed instead.", reason)
     finally:
-        with ExitStack() as ends:  # all of them, even if one fails
+        with ExitStack() as ends:  # all exits run, even if one of them fails
             ends.callback(release)
             for group in reversed(groups):
                 ends.callback(group.end)
@@ -95,7 +95,7 @@ class WorkerGroup:
         self._spawn_one = spawn_one
         self.deadline_s = deadline_s
         self.processes = Processes(self.role, self.handles)
-        self._rebuilds: dict[int, asyncio.Task[None]] = {}  # in progress or failed, by rank, of a pool
+        self._rebuilds: dict[int, asyncio.Task[None]] = {}  # restarts of a pool, in progress or failed, by rank
 
     async def all(
         self, refs: Sequence[ObjectRef[Any]], stage: str, *, deadline_s: float | None = None, limit: str = CALL_LIMIT
@@ -186,7 +186,7 @@ class WorkerPool(WorkerGroup):
         self, handles: Sequence[ActorHandle[Any]], spawn_one: SpawnOne | None = None, *, deadline_s: float
     ) -> None:
         super().__init__(handles, spawn_one, deadline_s=deadline_s)
-        self.last_loss: dict[int, WorkerLost] = {}  # by rank, the last loss that the supervisor has counted
+        self.last_loss: dict[int, WorkerLost] = {}  # by rank: the last loss that the supervisor has counted
 
     async def start(self, *, deadline_s: float) -> None:
         """Load what each worker needs. A worker that is lost during the call is started again."""

@@ -203,7 +203,7 @@ class ReferenceWorkers(ModelGroup, WorkerPool):
     """The reference role of a run, as a pool of workers."""
 
     role: Role = "reference"
-    folder: Path | None = None  # of the present model; None: the configured one
+    folder: Path | None = None  # folder of the present model; None: the configured model
     is_away = False  # whether the model has left a GPU shared with an engine
 
     def _start_calls(self, handle: ActorHandle[Any]) -> list[ObjectRef[Any]]:

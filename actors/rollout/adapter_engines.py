@@ -66,7 +66,7 @@ class AdapterEngine(RolloutEngine):
             futures = self.loop.submit(samples)
             try:
                 outputs = await asyncio.gather(*[self.calls.wait(future, "a client's samples") for future in futures])
-            except ValueError as error:  # by vLLM, before the first step
+            except ValueError as error:  # vLLM has refused the request before its first step
                 raise UserError(f"The request cannot be sampled: {error}") from error
             except RunError:
                 self.loop.abort([kind])
@@ -175,7 +175,7 @@ class AdapterEngines(RolloutEngines):
     async def sample(self, adapter: str | None, request: SampleRequest) -> SampleAnswer:
         limit = sample_limit(request, await self._request_bounds())
         served = None if adapter is None else self._known(adapter)
-        if request.seed is None:  # not an engine's: two engines may begin with the same seed
+        if request.seed is None:  # drawn here, because two engines may begin with the same seed
             request = replace(request, seed=SystemRandom().randrange(SEEDS))
         if served is None:
             return await self._sample(None, request, limit)
@@ -219,7 +219,7 @@ class AdapterEngines(RolloutEngines):
                     handle.sample.remote(adapter, request, limit), slot.engine, dispatch
                 )
             except WorkerLost as lost:
-                self.begin_rebuild(slot.engine, handle, lost)  # closes the engine before its room is given back
+                self.begin_rebuild(slot.engine, handle, lost)  # closes the engine before its place is released
                 raise CallLost(self.last_loss.get(slot.engine, lost)) from lost
             lengths += [len(sequence.token_ids) for sequence in drawn.sequences]
         self._note_success(slot.engine)

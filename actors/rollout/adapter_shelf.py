@@ -34,7 +34,7 @@ class ServedAdapter:
     name: str
     number: int
     folder: Path
-    checksum: str  # of the weights' file, by file_checksum
+    checksum: str  # checksum of the weights' file, by file_checksum
     probe: PolicyProbe
 
 
@@ -46,7 +46,7 @@ class AdapterShelf:
         self.room = room
         self.probed = probed
         self._users: dict[int, int] = {}  # running requests by the adapter's number, the last used adapter last
-        self._door = asyncio.Lock()  # in order of arrival: an adapter that waits for room is not overtaken
+        self._door = asyncio.Lock()  # first come, first served: no adapter overtakes a waiting adapter
         self._left = asyncio.Event()
 
     @asynccontextmanager

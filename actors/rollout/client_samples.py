@@ -13,9 +13,9 @@ from rlhf.errors import UserError
 from rlhf.types import Sampling
 
 T = TypeVar("T")
-MOST_SAMPLES = 4096  # of a request
+MOST_SAMPLES = 4096  # largest number of samples of a request
 MOST_TOP = 128  # likeliest tokens at a place
-MOST_TOP_K = 2**31 - 1  # vLLM's, as the next one
+MOST_TOP_K = 2**31 - 1  # a limit of vLLM, as is the next number
 MOST_TEMPERATURE = 2
 SEEDS = 2**63  # vLLM takes seeds of 64 bits, and -1 for none
 

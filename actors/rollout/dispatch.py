@@ -75,7 +75,7 @@ class Dispatch:
         self._loads: dict[int, _Load] = {}  # by engine
         self._queues = deque[_Waiting](), deque[_Waiting]()  # ordinary and urgent groups, in order of arrival
         self._waiting: dict[int, _Waiting] = {}  # by group id
-        self._mean_length = float("inf")  # of recent responses; infinite until the first response
+        self._mean_length = float("inf")  # mean length of recent responses; infinite before the first response
         self._num_lengths = 0
         self._failure: BaseException | None = None
 

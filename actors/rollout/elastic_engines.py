@@ -73,7 +73,7 @@ class ElasticEngines(ReplaceableEngines):
         try:
             await self._start_one(rank, ends=time.monotonic() + self.start_deadline_s)
         except (RunError, UserError) as error:  # UserError: the first engines could start, so the node differs
-            is_counted = isinstance(error, WorkerLost)  # the supervisor counts losses, and decides about them
+            is_counted = isinstance(error, WorkerLost)  # the supervisor counts losses, and decides what follows
             may_wait = is_joining or (self.num_working >= self.seats.engines.min and not is_counted)
             if OWN_RAY.is_ending or not may_wait:
                 raise

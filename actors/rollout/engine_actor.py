@@ -100,7 +100,7 @@ class RolloutWorker:
         if (environment := self.spec.environment) is not None:
             try:
                 self._players = await self.start_players(environment)
-            except UserError as error:  # the driver could load it, so this machine differs from the driver's
+            except UserError as error:  # loaded on the driver, so this machine differs from the driver's
                 raise RunError(f"{self.spec.name}: {environment.key}: {error}") from error
 
     async def open(self) -> None:

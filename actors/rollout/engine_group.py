@@ -57,7 +57,7 @@ class RolloutEngines(ElasticEngines):
         self.tensor_parallel = tensor_parallel
         self.conversation_tokens = conversation_tokens  # the most; None: a single turn answers a prompt
         self._meet: Callable[[], Awaitable[None]] | None = None  # prepares broadcasts; None: there are none
-        self._cancelled: set[int] = set()  # groups that are not returned until they are requested again
+        self._cancelled: set[int] = set()  # not returned until requested again
         self._asking = asyncio.Lock()
         self._answering = [asyncio.Lock() for _ in handles]  # held while an engine answers a share
 
@@ -83,7 +83,7 @@ class RolloutEngines(ElasticEngines):
         logger.info("each sync sends the weights by %s: %s", method, sync.why)
         if TRANSPORTS[method].meets:
             self._meet, self._met = partial(self._meet_policy, policy, method), None
-            await self.withdraw_weights()  # and meet: no engine leaves before weights are published
+            await self.withdraw_weights()  # and connect: no engine leaves before weights are published
             return
         await asyncio.gather(
             policy.open_weights(method, None, None, num_engines=len(self.handles)),
@@ -262,7 +262,7 @@ class RolloutEngines(ElasticEngines):
                 try:
                     infos: tuple[RolloutInfo, ...] | None = await self._answered(scalars, slot.engine, dispatch)
                 except WorkerLost as lost:
-                    self.begin_rebuild(slot.engine, handle, lost)  # closes the engine before its room is given back
+                    self.begin_rebuild(slot.engine, handle, lost)  # closes the engine before its place is released
                     urgent = True
                     continue
                 lengths += [info.num_tokens_after_prompt for info in infos or ()]

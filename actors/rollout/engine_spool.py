@@ -18,7 +18,7 @@ class EngineSpool:
     """A folder of finished groups, and everything needed for using the groups."""
 
     folder: Path | None  # None: nothing is stored
-    keeps_failures: bool  # also groups whose environment failed
+    keeps_failures: bool  # whether groups with a failed environment are stored too
     environment: str  # fingerprint; a stored group of another environment is not used
 
     async def read(

@@ -127,7 +127,7 @@ class EngineLoop:
                         sample.request_id,
                         {
                             **self._input_of(engine, [*sample.prompt_token_ids, *sample.begun]),
-                            "cache_salt": engine.get_weight_version(),  # no block of other weights is reused
+                            "cache_salt": engine.get_weight_version(),  # so that no block from other weights is reused
                         },
                         sample.params,
                         lora_request=sample.lora,

@@ -35,7 +35,7 @@ class EngineWeights:
         self.spec = spec
         self.calls = calls
         self.version: int | None = None
-        self.checksum = ""  # of the weights of this version
+        self.checksum = ""  # checksum of the weights of this version
         self.lora: Any = None  # the adapter named in requests
         self._asleep: set[EnginePart] = set()  # parts whose GPU memory a trainer uses now
         self._updating = asyncio.Lock()
@@ -97,7 +97,7 @@ class EngineWeights:
         return receipt
 
     async def _load(self, manifest: WeightManifest) -> SyncReceipt:
-        self.version = None  # also if loading fails: half-loaded weights must not sample
+        self.version = None  # reset first: weights that failed to load must not sample
         place = f"{self.spec.name}: weight sync to version {manifest.version}"
         is_adapter, keeps = manifest.transport == "adapter", self.spec.kv_after_update == "keep"
         load = load_adapter if is_adapter else load_weights

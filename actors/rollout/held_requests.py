@@ -22,7 +22,7 @@ class HeldRequests:
         self.calls = calls
         self.loop = calls.loop
         self._held: list[tuple[int, list[Submission], asyncio.Future[list[Future[Any]]]]] | None = None
-        self._refused: list[RunError] = []  # of the groups that were refused since `hold`
+        self._refused: list[RunError] = []  # one error for each group refused since `hold`
         self._arrived = asyncio.Event()
 
     def hold(self) -> None:

@@ -26,7 +26,7 @@ RENDERED_BYTES = 2**29  # of images kept in vLLM's form; the images of running s
 class RenderedImage:
     """An image in vLLM's form, without a place in a prompt."""
 
-    ids: tuple[int, ...]  # of vLLM's range in a prompt
+    ids: tuple[int, ...]  # token ids of vLLM's range in a prompt
     embedded: tuple[bool, ...]  # which of the ids the tower replaces
     mask: Any  # `embedded` as vLLM gives it
     tensors: Any  # the tower's arguments
@@ -44,7 +44,7 @@ class ImageInputs:
         self.place = place
         self.reader = place.reader()
         self.store = self.reader.store
-        self._rendered: OrderedDict[int, RenderedImage] = OrderedDict()  # by key, the latest used last
+        self._rendered: OrderedDict[int, RenderedImage] = OrderedDict()  # by key, the last used image at the end
         self._num_bytes = 0
 
     @cached_property

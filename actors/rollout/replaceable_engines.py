@@ -32,7 +32,7 @@ from rlhf.types import MemoryReport
 from rlhf.vision.sight import image_effect
 
 Call = Callable[[ActorHandle[Any]], Any]  # returns the reference to a result
-MOST_MISSES = 3  # failures of an engine to find published weights: more mean that the node cannot see them
+MOST_MISSES = 3  # an engine may fail to find published weights this often
 
 
 class ReplaceableEngines(WorkerPool):
@@ -45,10 +45,10 @@ class ReplaceableEngines(WorkerPool):
         self.is_replaceable = False  # whether a successor can get the weights
         self.gives_published = False  # whether a successor can load the last publication without the policy
         self.opens_weights = False  # whether each engine has an end of a transport to open
-        self.unanswered: list[set[int]] = [set() for _ in handles]  # by rank: the groups that an engine works on
-        self.spool: Path | None = None  # the store of the present run; None: the one given to new actors
-        self._dispatch: Dispatch | None = None  # of requests in flight
-        self._capacities: dict[int, EngineCapacity] = {}  # by rank, of engines that have reported a capacity
+        self.unanswered: list[set[int]] = [set() for _ in handles]  # by rank: the groups in progress
+        self.spool: Path | None = None  # the store of the present run; None: the store in the spec
+        self._dispatch: Dispatch | None = None  # dispatch of requests in flight
+        self._capacities: dict[int, EngineCapacity] = {}  # by rank, once an engine has reported its capacity
         self._manifest: WeightManifest | None = None  # of the last sync
         self._published: tuple[WeightManifest, PolicyProbe] | None = None  # None: a successor has nothing to load now
         self._probe: PolicyProbe | None = None  # of the last sync
@@ -56,7 +56,7 @@ class ReplaceableEngines(WorkerPool):
         self._is_published = asyncio.Event()
         self._loading = asyncio.Lock()  # held while a successor reads the published weights
         self._met: dict[int, ActorHandle[Any]] | None = None  # receivers of a broadcast by rank; None: no broadcast
-        self._received: list[ActorHandle[Any]] = []  # the engines that have loaded the last publication in its sync
+        self._received: list[ActorHandle[Any]] = []  # engines that loaded the last published weights in their sync
         self._unsynced: dict[int, asyncio.Future[None]] = {}  # by rank: successors that wait for the next broadcast
 
     def begin_rebuild(self, rank: int, handle: ActorHandle[Any], lost: WorkerLost, *, work: Hashable = None) -> None:

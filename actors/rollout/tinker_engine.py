@@ -30,7 +30,7 @@ from rlhf.models.files.loading import load_tokenizer, split_revision
 from rlhf.types import Sampling
 
 T = TypeVar("T")
-SAMPLES_AT_ONCE = 1024  # of one run; the server divides them among its engines
+SAMPLES_AT_ONCE = 1024  # limit of one run; the server divides the samples among its engines
 
 
 class TinkerLoop(EngineLoop):
@@ -40,7 +40,7 @@ class TinkerLoop(EngineLoop):
         super().__init__(_no_engine, name=name)
         self._open = partial(TinkerClient, server, run=run, limit_s=limit_s)
         self.client: TinkerClient
-        self.sampler: Any = None  # of the newest version
+        self.sampler: Any = None  # sampler of the newest version
         self.version = -1
         self._asked: dict[str, Future[Any]] = {}  # the client's futures, by request id
 
@@ -128,7 +128,7 @@ class TinkerRolloutEngine(RolloutEngine):
     def __init__(self, spec: RolloutSpec) -> None:
         super().__init__(spec)
         assert spec.server is not None
-        limit_s = spec.call_timeout_s / 2  # so that this process, and not the driver, says what is late
+        limit_s = spec.call_timeout_s / 2  # so that this process reports the delay before the driver does
         name = f"{spec.name} at {spec.server.url}"
         loop = TinkerLoop(spec.server, run=spec.name, name=name, limit_s=limit_s)
         self.loop = self.client_loop = loop

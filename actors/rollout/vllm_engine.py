@@ -30,19 +30,19 @@ from rlhf.vision.reading import ImageFolder
 
 KvAfterUpdate = Literal["recompute", "keep"]  # keys and values computed by the weights before an update
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # supported by vLLM
-PREFILL_TOKENS = 8192  # most prompt tokens of one engine step
+PREFILL_TOKENS = 8192  # largest number of prompt tokens in an engine step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutSpec:
     """The settings of an engine."""
 
-    model: str  # Hugging Face folder or name; its weights are replaced at the first sync, unless it is frozen
+    model: str  # folder or hub name; the first sync replaces the weights of an unfrozen engine
     dtype: Literal["bfloat16", "float16", "float32"]
     max_model_len: int  # prompt and response, tokens
     transport: Transport | Literal["files"] | None  # how weights come. None: never, the engine is frozen: see is_frozen
-    name: str = "rollout engine"  # in messages, with its number
-    max_num_seqs: int = 256  # samples in one step of the engine
+    name: str = "rollout engine"  # name in messages, with the engine's number
+    max_num_seqs: int = 256  # largest number of samples in an engine step
     tokenizer: str | None = None  # folder or name of another tokenizer; None: the model's own
     adapter: str | None = None  # a LoRA folder for a frozen engine's model
     device: Literal["cpu", "cuda"] = "cpu"
@@ -51,23 +51,23 @@ class RolloutSpec:
     gpu_memory_utilization: float = 0.9
     tensor_parallel: int = 1
     enforce_eager: bool = True
-    lora_rank: int | None = None  # then an adapter is synced, not the weights
+    lora_rank: int | None = None  # with a rank, each sync sends an adapter and not the weights
     max_adapters: int = 1  # that may have running samples at once
     kv_after_update: KvAfterUpdate | None = None  # of running samples; None: weights never change while samples run
     colocated: bool = False  # takes turns with a trainer on the same GPUs
     trust_remote_code: bool = False
-    records_experts: bool = False  # that routers choose; a finished response has them
+    records_experts: bool = False  # whether a finished response has the experts of the routers
     top_logprobs: int = 0  # most likeliest tokens that a request may ask for with each sampled token
-    engine_args: Mapping[str, Any] = field(default_factory=dict)  # more of vLLM's EngineArgs, by its names
+    engine_args: Mapping[str, Any] = field(default_factory=dict)  # further arguments of vLLM's EngineArgs
     server: TinkerEndpoint | None = None  # draws the samples in place of an engine
-    sender_address: str | None = None  # of the host that broadcasts the weights; None: all on one host
-    images: ImageFolder | None = None  # of the prompts; None: the engine takes only text
+    sender_address: str | None = None  # host that broadcasts the weights; None: everything is on one host
+    images: ImageFolder | None = None  # images of the prompts; None: the engine takes only text
     spool: Path | None = None  # finished groups are kept here
-    spools_failures: bool = False  # also groups whose environment failed, which a fixed one could play again
-    carries_over: bool = False  # a cancelled group is kept in the spool, for a later request that continues it
-    environment: EnvironmentSpec | AgentSpec | None = None  # of conversations; None: one turn answers a prompt
+    spools_failures: bool = False  # store groups with a failed environment too
+    carries_over: bool = False  # store a cancelled group, so that a later request continues its responses
+    environment: EnvironmentSpec | AgentSpec | None = None  # for conversations; None: one turn answers a prompt
     start_timeout_s: float = 600.0
-    call_timeout_s: float = 1800.0  # of a generate or an update
+    call_timeout_s: float = 1800.0  # limit of a `generate` or an update
 
     def __post_init__(self) -> None:
         if self.adapter is not None and not (self.is_frozen and self.lora_rank):
@@ -85,7 +85,7 @@ def engine_environment(spec: RolloutSpec) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the core runs in the engine loop's thread
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),  # a start has some harmless warnings
-        "VLLM_SKIP_MODEL_NAME_VALIDATION": "1",  # agents name a model as they like
+        "VLLM_SKIP_MODEL_NAME_VALIDATION": "1",  # agents may name any model
         "TOKENIZERS_PARALLELISM": "false",
         **hub_environment(),
     }
@@ -96,7 +96,7 @@ def engine_environment(spec: RolloutSpec) -> dict[str, str]:
         env["OMP_NUM_THREADS"] = str(spec.threads)
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         if spec.enforce_eager:
-            env["TORCHDYNAMO_DISABLE"] = "1"  # vLLM compiles its logprob gathering even so: 3 to 15 s for nothing
+            env["TORCHDYNAMO_DISABLE"] = "1"  # otherwise vLLM compiles its logprob gathering, 3 to 15 s
     return env
 
 
@@ -138,7 +138,7 @@ def build_engine(spec: RolloutSpec) -> Any:
         enable_prefix_caching=False if cpu and keeps_states(config.to_dict()) else None,
         async_scheduling=False if cpu else None,  # None: vLLM decides. It has none on a CPU.
         enable_sleep_mode=spec.colocated and not cpu,
-        logprobs_mode="processed_logprobs",  # of the sampling distribution
+        logprobs_mode="processed_logprobs",  # log-probabilities of the sampling distribution
         max_logprobs=max(EngineArgs.max_logprobs, spec.top_logprobs),
         enable_lora=spec.lora_rank is not None,
         max_lora_rank=next(rank for rank in LORA_RANKS if rank >= (spec.lora_rank or 1)),
@@ -272,9 +272,9 @@ def sampling_params(
 class LoadedWeights:
     """The state of an engine after an update, before the next step."""
 
-    checksums: tuple[str, ...]  # of the bytes read by each worker
+    checksums: tuple[str, ...]  # checksum of the bytes that each worker has read
     version: int
-    reusable_blocks: int  # of keys and values from the old weights that a request which starts now would reuse
+    reusable_blocks: int  # blocks of keys and values from old weights that a new request would reuse
 
 
 def serve_own_weights(engine: Any, spec: RolloutSpec) -> Any:

@@ -76,7 +76,7 @@ class AdvantageLearning(ReferencedLearning):
         super().__init__(config, roles, record)
         self.algorithm = algorithm_of(config.algorithm, OnlineAlgorithm)
         self.kl_coef = self.algorithm.config.kl.coef
-        self.prompt_values: Mapping[int, float] = {}  # by prompt id; empty: not estimated
+        self.prompt_values: Mapping[int, float] = {}  # value by prompt id; empty: no values are estimated
         self.entropy = EntropyBonus(self.algorithm.config.entropy)
         self.leaves_out = leaves_out(config)
         self.reference_every = self.algorithm.config.reference_every
@@ -175,7 +175,7 @@ class AdvantageLearning(ReferencedLearning):
     def _kept(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
         """Return the groups as chosen, and measure how many carry no signal."""
         if self.algorithm.config.compares_responses:
-            flat = 0  # with dynamic sampling the collector leaves flat groups out
+            flat = 0  # with dynamic sampling, the collector has filtered groups of equal scores
             if self.rollouts.dynamic_sampling is None:
                 flat = sum(self.scores.is_flat(scored, self.config, self.algorithm) for scored in groups)
             self.record.add({"advantages/zero_groups/fraction": Mean(total=flat, count=len(groups))})

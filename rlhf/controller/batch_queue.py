@@ -31,7 +31,7 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Requested:
     version: int
-    position: Mapping[str, Any]  # of the collector, before the batch
+    position: Mapping[str, Any]  # position of the collector before the batch
     batch: asyncio.Future[Batch]
 
 
@@ -48,9 +48,9 @@ class BatchQueue:
         self.num_steps = num_steps
         self.settings = settings
         self._requested: dict[int, _Requested] = {}  # by step
-        self._versions: dict[int, int] = {}  # of the batches in the checkpoint of a resumed run, by step
+        self._versions: dict[int, int] = {}  # of a resumed run: version that sampled each stored batch
         self._collecting: asyncio.Task[None] | None = None
-        self.seconds: float | None = None  # of the collecting since the newest `request`; None: nothing was left
+        self.seconds: float | None = None  # duration of collecting since the last `request`; None: nothing was left
 
     def request(self, step: int) -> None:
         """Begin to collect the batch of a step and the later batches within the bound, unless they are requested."""
@@ -83,7 +83,7 @@ class BatchQueue:
 
     async def take(self, step: int) -> Batch:
         assert self._collecting is not None
-        await asyncio.sleep(0)  # until the collecting has begun
+        await asyncio.sleep(0)  # let the collecting task begin
         batch = self._requested[step].batch
         either: set[asyncio.Future[Any]] = {batch, self._collecting}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)

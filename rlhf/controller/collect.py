@@ -48,9 +48,9 @@ def is_within(mean: float, rule: DynamicSampling) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    groups: list[ScoredGroup]  # in plan order
-    sampled_tokens: int  # of all responses, including groups left out
-    ended: StepGroups  # for the ledger of groups
+    groups: list[ScoredGroup]  # in the order of the plan
+    sampled_tokens: int  # in all responses, including those of groups left out
+    ended: StepGroups  # how each group has ended, for the ledger of groups
 
 
 @dataclass(slots=True)

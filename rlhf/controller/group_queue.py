@@ -41,7 +41,7 @@ class _Outstanding:
     group_id: int
     chosen: EpochPrompt
     place: int  # unique among outstanding groups, so sequence ids differ within a batch
-    version: int = 0  # of the weights at the newest request
+    version: int = 0  # version of the weights at the newest request
     since_s: float = 0.0  # clock at the first request, or at the first request of the group that this group replaces
     scored_s: float = 0.0  # clock at the scores
     request: GroupRequest | None = None  # None: not requested yet
@@ -55,7 +55,7 @@ class _Load:
     def __init__(self) -> None:
         self.count = 0
         self.group_seconds = 0.0
-        self.busy_s = 0.0  # with at least one group
+        self.busy_s = 0.0  # seconds with at least one group in the engines
         self._since = time.perf_counter()
 
     def add(self, change: int) -> None:
@@ -102,16 +102,16 @@ class GroupQueue:
         self.num_steps = num_steps
         self.settings = settings
         self.prompts_per_step = collector.rollouts.prompts_per_step
-        self.version = 0  # of the trained weights that the engines have
+        self.version = 0  # version of the weights in the engines
         self._outstanding: dict[int, _Outstanding] = {}  # by group id, in the order of the prompts
-        self._waiting: deque[_Outstanding] = deque()  # of a resumed run, not requested yet
+        self._waiting: deque[_Outstanding] = deque()  # groups of a resumed run that are not requested yet
         self._finished: list[int] = []  # kept groups, in the order of completion
         self._taken: Sequence[int] = ()  # the groups of the batch that is trained now
-        self._left_out: list[_Outstanding] = []  # since the last batch; no step has recorded them yet
+        self._left_out: list[_Outstanding] = []  # left out since the last batch; no step has recorded these groups
         self._outcomes = Outcomes()  # since the last batch
         self._metrics: list[Metrics] = []  # since the last batch
         self._tokens = 0  # sampled in the groups that finished since the last batch
-        self._lengths = Mean(total=0.0, count=0)  # of the responses of all finished groups
+        self._lengths = Mean(total=0.0, count=0)  # of all finished groups' responses
         self._free: list[int] = []  # unused places below the largest place, as a heap
         self._load = _Load()
         self.pace = Pace(

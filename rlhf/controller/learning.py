@@ -96,7 +96,7 @@ class Learning(ABC):
         self.record = record
         self.rollouts = config.rollouts
         self.scores = TrainingScores(config.rewards)
-        self.columns = ColumnsByGroup()  # of the reference or the teacher
+        self.columns = ColumnsByGroup()  # columns of the reference or the teacher
 
     @abstractmethod
     def arrived(self, scored: ScoredGroup) -> None:
@@ -141,7 +141,7 @@ class ReferencedLearning(Learning):
 
     leaves_out: bool  # whether some responses of a group are not trained on
     reference_every: int | None  # steps between two renewals; None keeps the first reference
-    reference_step: int = 0  # of the last renewal; 0: the model before training
+    reference_step: int = 0  # step of the last renewal; 0: the model before training
 
     @property
     def computes_by_group(self) -> bool:

@@ -85,7 +85,7 @@ class TrainingLoop(ABC):
         self.finished_state: Mapping[str, Any] = {}  # this loop's state in a checkpoint of the last finished step
         self.survives = restarts_gangs(config)  # whether lost ranks are started again
         first_set = next(iter(eval_sets), "heldout")
-        self.row: Mapping[str, float] = {}  # of the last logged step
+        self.row: Mapping[str, float] = {}  # metrics of the last logged step
         self.best = Best.of(config.train, f"eval/{first_set}/{eval_metric}", default_lower=lower_is_better)
 
     @abstractmethod

@@ -35,7 +35,7 @@ from rlhf.vision.sight import image_effect, refuse_blindness
 
 logger = logging.getLogger(__name__)
 
-REFERENCE_MICROBATCHES = 64  # per rank in one call
+REFERENCE_MICROBATCHES = 64  # number of micro-batches that one call sends to a rank
 
 
 class DataRow(Tokenized, Protocol):
@@ -92,14 +92,14 @@ class OfflineController(TrainingLoop):
         self.train_set = train_set
         self.rows = rows
         self.deliver = deliver if isinstance(rows, WindowedStream) else None
-        self.references: list[Path] = []  # of streamed data: the reference's logprobs, by step
+        self.references: list[Path] = []  # files of the reference's logprobs by step, for streamed data
         self.eval_sets = eval_sets
         self.teacher = teacher
         self.is_ahead = teacher is not None and config.cluster.roles.teacher.colocate_with is None
         self.cursor = rows.state()
         self.next_batch: StepRows | None = None
         self.last_update: tuple[int, StepRows | None] = 0, None  # step and rows
-        self.sight: Metrics = {}  # of the start, for the row of the first step
+        self.sight: Metrics = {}  # measured at the start, for the row of the first step
 
     async def train_step(self, step: int) -> None:
         """Make one optimizer step. A teacher with separate hardware computes the next rows at the same time."""

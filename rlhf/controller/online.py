@@ -132,7 +132,7 @@ class OnlineController(TrainingLoop):
             settings=digest_of_settings(config, rewards_fingerprint, environment_fingerprint),
         )
         self.sharing = shares_engines_gpus(config)
-        self.attempt: StepAttempt | None = None  # at the step in progress
+        self.attempt: StepAttempt | None = None  # attempt at the step in progress
         self.is_published = False  # whether the policy's ranks hold the weights for successors of engines
 
     async def begin(self) -> None:
@@ -189,7 +189,7 @@ class OnlineController(TrainingLoop):
         began = time.perf_counter()
         await self._with_weights(self.batches.until_weights_may_change(), partial(self._go_back, attempt))
         attempt.waited_s += time.perf_counter() - began
-        await self._update(attempt)  # again, if the wait went back to the weights before the updates
+        await self._update(attempt)  # repeats the updates if the wait restored the state before them
         if self.learning.renews_reference(step):
             await self.wait_for_snapshots()  # after the renewal, the step cannot be repeated with the old reference
             await self.learning.renew_reference(step)

@@ -72,8 +72,8 @@ class OwnLoop:
         self._failure: str | None = None  # why no call works any more
         self._in_step = self._is_stale = False  # whether the engines' weights or GPUs have passed to the trainers
         self._gradient: str | None = None  # none, or "open" or "whole" between forward_backward and optim_step
-        self._num_prompts = 0  # of the user's own
-        self._has_row = False  # of the evaluation before the first step
+        self._num_prompts = 0  # number of prompts made by the user
+        self._has_row = False  # whether the evaluation before the first step is logged
         self._begin_step()
 
     def _begin_step(self) -> None:
@@ -81,7 +81,7 @@ class OwnLoop:
         self._parts: list[Experience] = []
         self._given: Sequence[Any] = ()  # responses of the data, by minibatch
         self._is_configured = False  # whether the configuration chose the step's prompts
-        self._signals: Signals | None = None  # of `learn`
+        self._signals: Signals | None = None  # result of `learn`
 
     @property
     def step(self) -> int:

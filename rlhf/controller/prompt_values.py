@@ -22,7 +22,7 @@ from rlhf.types import Prompt, Sampling
 logger = logging.getLogger(__name__)
 FIRST_GROUP = -1_000_000_001  # group ids go down from here: neither in the prompt stream nor an evaluation's
 PROMPTS_AT_ONCE = 256  # bounds the responses in memory
-BEFORE_TRAINING = -1  # as epoch, for other seeds than those of the responses to train on
+BEFORE_TRAINING = -1  # used as epoch, so that the seeds differ from the seeds of training
 
 
 async def estimate_values(

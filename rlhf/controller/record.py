@@ -54,8 +54,8 @@ class RunRecord:
     callbacks: CallbackCalls = field(default_factory=CallbackCalls)
     step: int = 0  # the last logged step
     parts: list[Metrics] = field(default_factory=list)
-    images: PassingImages | None = None  # of conversations; None: images stay
-    groups: StepGroups | None = None  # of the current step; None: the step trains on no rollouts
+    images: PassingImages | None = None  # images of conversations; None: all images are kept
+    groups: StepGroups | None = None  # groups of the current step; None: no rollouts
 
     def begin_step(self, step: int) -> None:
         """Clear the last step's metrics. Step 0 is the evaluation before training."""

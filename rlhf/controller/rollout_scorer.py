@@ -33,7 +33,7 @@ from rlhf.tracking.run_folder.errors import ErrorRecord
 from rlhf.types import GroupRequest, Prompt, RewardError, Sampling
 
 T = TypeVar("T")
-ARCHIVE = "groups.tar"  # of the groups in a checkpoint
+ARCHIVE = "groups.tar"  # archive of the groups in a checkpoint
 
 
 def request_for(

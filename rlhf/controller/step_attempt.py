@@ -29,9 +29,9 @@ class StepAttempt:
         self.step = step
         self.groups: Sequence[ScoredGroup] = ()
         self.signals = Signals()
-        self.metrics: list[Metrics] = []  # of the updates so far
-        self.busy_s = 0.0  # of learning before the batch was whole (train.streamed)
-        self.waited_s = 0.0  # of training for rollouts
+        self.metrics: list[Metrics] = []  # metrics of the updates so far
+        self.busy_s = 0.0  # time of learning before the batch was whole (train.streamed)
+        self.waited_s = 0.0  # time in which training waited for rollouts
         self._learning, self._scorer, self._sampling = learning, scorer, sampling
         self._columns: Sequence[Ref[TokenSignals] | Ref[PrivilegedPrompts]] = ()  # for the samples file
 

@@ -32,7 +32,7 @@ class Arrivals:
     def begin(self) -> None:
         """Expect the first group of a batch."""
         self._left = self.size
-        self.groups: list[ScoredGroup] = []  # of the batch, so far
+        self.groups: list[ScoredGroup] = []  # groups of the batch so far
         self._num_taken = 0
         self._changed = asyncio.Event()
 
@@ -67,7 +67,7 @@ class StreamedAdvantageLearning(AdvantageLearning):
     def __init__(self, config: Config, roles: OnlineRoles, record: RunRecord) -> None:
         super().__init__(config, roles, record)
         self.arrivals = Arrivals(self.rollouts.prompts_per_step)
-        self.portions: list[Experience] = []  # of the step's batch
+        self.portions: list[Experience] = []  # portions of the step's batch
         self._seen: set[int] = set()  # ids of the groups in the portions
 
     def arrived(self, scored: ScoredGroup) -> None:

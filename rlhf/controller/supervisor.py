@@ -49,7 +49,7 @@ class Supervisor:
         self._losses: dict[str, list[tuple[float, WorkerLost]]] = {}  # in the window, by the unit with a common limit
         self._last_work: dict[tuple[Role, int], Hashable] = {}  # at the last loss, if nothing succeeded since
         self._out_of_memory: set[Role] = set()
-        self.recovered: Counter[str] = Counter()  # by role, since the last `metrics`
+        self.recovered: Counter[str] = Counter()  # restarts by role since the last `metrics`
         self.recovery_s = 0.0  # the same, in seconds
 
     async def recover(self, lost: WorkerLost, rebuild: Callable[[], Awaitable[None]], *, work: Hashable = None) -> None:
@@ -120,7 +120,7 @@ class Supervisor:
     def _allow(self, role: Role, lost: WorkerLost, work: Hashable) -> int:
         """Return the number of losses in the window, or raise the loss."""
         now, unit = time.monotonic(), UNITS[ROLES[role].kind]
-        counted = unit if unit == "gang" else role  # all ranks of a gang are started again, whichever role lost one
+        counted = unit if unit == "gang" else role  # the loss of any rank restarts the whole gang
         losses = [(at, other) for at, other in self._losses.get(counted, []) if now - at <= self.restarts.window_s]
         self._losses[counted] = losses = [*losses, (now, lost)]
         key, last_work = (role, lost.rank), self._last_work.get((role, lost.rank))

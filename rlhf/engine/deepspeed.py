@@ -205,7 +205,7 @@ class DeepSpeedEngine:
         """Divide the gradient of the step in the block, before the norm is taken and clipped."""
         optimizer = self._engine.optimizer
         if hasattr(optimizer, "loss_scale") and self._zero_stage > 0:
-            optimizer.loss_scale = divisor  # by which the optimizer divides the gradient; 1 during backward passes
+            optimizer.loss_scale = divisor  # the optimizer divides the gradient by it; 1 during backward passes
             try:
                 yield
             finally:

@@ -89,7 +89,7 @@ def init_distributed(place: RankContext, master_addr: str, master_port: int) -> 
             f"Rank {place.rank} of {place.world_size} could not join its group at {master_addr}:{master_port} "
             f"({backend}, deadline {place.deadline_s:g} s): {error}"
         ) from error
-    deepspeed = _imported_deepspeed()  # reads DS_ACCELERATOR when it is imported
+    deepspeed = _imported_deepspeed()  # reads DS_ACCELERATOR at its import
     if not on_gpu:
         # DeepSpeed would compile an all-reduce for ranks of one CPU host here, and this all-reduce waits without a
         # deadline. On a GPU even reading this table would probe compilers for every DeepSpeed kernel.

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 Groups = Sequence[Mapping[str, int]]  # elements of each parameter by name, in the optimizer's order
 
-SUB_GROUP_ELEMENTS = 10**9  # at stage 3, a rank's part of a group is cut into masters of about this size
-TENANT_STAGES = (0, 3)  # at which several tenants can share an engine (rlhf.engine.swapping)
-_ALIGNMENT = 2  # at stages 1 and 2, each part of a group has a multiple of so many elements
+SUB_GROUP_ELEMENTS = 10**9  # at stage 3, a rank's part of a group is split into masters of about this size
+TENANT_STAGES = (0, 3)  # ZeRO stages at which tenants can share an engine (rlhf.engine.swapping)
+_ALIGNMENT = 2  # at stages 1 and 2, the size of each part is a multiple of this number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,10 +37,10 @@ class Piece:
     """Neighbouring elements of a flat parameter, and their place in a rank's masters."""
 
     parameter: str
-    start: int  # in the parameter
+    start: int  # index of the first element in the parameter
     numel: int
     master: int  # index of the master
-    offset: int  # in the master
+    offset: int  # index of the first element in the master
 
     @property
     def end(self) -> int:

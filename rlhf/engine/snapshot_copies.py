@@ -32,7 +32,7 @@ class CopyPlace:
     host: str
     port: int
     token: bytes = field(repr=False)
-    name: str  # of the rank, such as policy-1
+    name: str  # name of the rank, such as policy-1
 
 
 def send_copy(place: CopyPlace, folder: Path, *, step: int, slot: int) -> None:
@@ -94,7 +94,7 @@ class CopyHolder:
                     copies.take(connection, head)
                 else:
                     copies.give(connection)
-        except (OSError, ValueError, KeyError) as error:  # the rank finds its connection closed
+        except (OSError, ValueError, KeyError) as error:  # the rank notices that its connection is closed
             logger.warning("a copy of a snapshot was not exchanged: %s", error)
 
 
@@ -103,7 +103,7 @@ class _Copies:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._slots: dict[int, int] = {}  # of the whole copies, by step
+        self._slots: dict[int, int] = {}  # slot of each whole copy, by step
         self._using = threading.Lock()
         self._connection: socket.socket | None = None
 

@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 from rlhf.errors import RESUMES, RunError, UserError
 
 KEY_VARIABLE = "TINKER_API_KEY"
-CONNECT_S = 10.0  # until a server has accepted a connection
-TELL_S = 10.0  # until a server has taken a request on which nothing depends
-ANSWER_S = 60.0  # until a server has said which models it has
+CONNECT_S = 10.0  # limit for a server to accept a connection
+TELL_S = 10.0  # limit for a request whose result nobody needs
+ANSWER_S = 60.0  # limit for a server to list its models
 logger = logging.getLogger(__name__)
 
 

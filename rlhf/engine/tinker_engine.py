@@ -34,7 +34,7 @@ from rlhf.tracking.run_folder.atomic import make_folder, read_object, write_atom
 P = ParamSpec("P")
 T = TypeVar("T")
 Row = tuple[Tensor, Tensor]  # the tokens of a sequence, and the positions of the tokens to score
-STATE = "tinker.json"  # of a checkpoint: the state's path at the server
+STATE = "tinker.json"  # file of a checkpoint with the path of the state at the server
 CHECKPOINTS = "checkpoints"  # the folder of a run
 SAMPLER_TTL_S = 7 * 86_400  # of weights for sampling, if the run is killed; a live run deletes them earlier
 EXPORT_TTL_S = 3600
@@ -292,7 +292,7 @@ class TinkerEngine:
         return iter(())
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        return values.clone()  # of the only rank
+        return values.clone()  # there is only one rank
 
     def max_over_ranks(self, value: int) -> int:
         return value

@@ -66,7 +66,7 @@ class ScheduleSettings:
 class StepReport:
     """Report of one optimizer step."""
 
-    grad_norm: float  # of the whole gradient before clipping
+    grad_norm: float  # norm of the whole gradient before clipping
     lr: float  # with LoRA+ the B matrices have a different rate
 
 

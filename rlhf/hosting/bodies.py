@@ -173,11 +173,11 @@ class JoinSampler(Body):
 
 
 class Chunk(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)  # of chunks that are refused
+    model_config = ConfigDict(extra="allow", frozen=True)  # so that a refused chunk can be named
 
     type: str = "encoded_text"
     tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    data: str = ""  # of an image
+    data: str = ""  # bytes of an image
     format: str = ""
     expected_tokens: int | None = None
 

@@ -28,7 +28,7 @@ from rlhf.tracking.run_folder.manifest import Manifest, find_damage
 
 RECORD = "record.json"
 ADAPTER = "adapter"  # the folder of the content
-EXPIRY = ".expiry.json"  # of a changed expiry; a hidden file is not in the manifest
+EXPIRY = ".expiry.json"  # holds a changed expiry; a hidden file is not in the manifest
 KINDS: Mapping[str, str] = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 
 
@@ -49,14 +49,14 @@ class Checkpoint:
     kind: str
     name: str
     owner: str
-    seq_id: int  # of the request that made the checkpoint
+    seq_id: int  # number of the request that made the checkpoint
     base_model: str
     shape: AdapterShape
     created: str
     size: int = 0  # bytes of the content
     expires: str | None = None
     user_metadata: Mapping[str, str] | None = None
-    checksum: str | None = None  # of the adapter's weights, for the engines
+    checksum: str | None = None  # checksum of the adapter's weights, for the engines
     probe: Mapping[str, Any] = field(default_factory=dict)  # token_ids and logprobs by the policy, for the engines
 
     @classmethod

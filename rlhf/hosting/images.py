@@ -31,7 +31,7 @@ class ClientImages:
 
     def __init__(self, folder: Path, processing: ImageProcessing | None) -> None:
         self.store, self.processing, self.limits = ImageStore(folder), processing, ImageLimits()
-        self._formats: dict[int, str] = {}  # of checked images
+        self._formats: dict[int, str] = {}  # format of each checked image
         self._lock = threading.Lock()  # the processor serves one thread at a time
         self._removing = threading.Lock()  # between a look at an image's age and the removal
 

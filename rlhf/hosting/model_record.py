@@ -31,7 +31,7 @@ class ModelRecord:
     created: str
     shape: AdapterShape | None = None  # None until the model's first request is carried out
     user_metadata: Mapping[str, Any] | None = None
-    is_finished: bool = False  # with the session: only the checkpoints are left
+    is_finished: bool = False  # the session has ended, and only the checkpoints are left
 
     @classmethod
     def read(cls, file: Path) -> ModelRecord:

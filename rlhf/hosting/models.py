@@ -29,7 +29,7 @@ class Models:
         """Read the models of earlier starts."""
         self.root, self.shared, self._begin = root, shared, begin
         self.records: dict[str, ModelRecord] = {}
-        self.running: dict[str, TrainedModel] = {}  # of sessions that are not finished
+        self.running: dict[str, TrainedModel] = {}  # models of unfinished sessions
         for file in sorted(root.glob(f"*/{RECORD}")):
             record = ModelRecord.read(file)
             self.records[record.model_id] = record

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tinker.proto import tinker_public_pb2 as pb
 
-_EMPTY_LOGPROB = -99999.0  # of a cell without a token, by the protocol
+_EMPTY_LOGPROB = -99999.0  # the protocol's value of a cell without a token
 _TYPE = "ArrayRecord"
-MOST_CELLS = 1 << 26  # of one tensor of a client, against sparse tensors of absurd shapes
+MOST_CELLS = 1 << 26  # limit of a client's tensor, against sparse tensors of absurd shapes
 
 
 def messages() -> Any:

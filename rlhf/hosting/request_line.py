@@ -67,7 +67,7 @@ class LineRequest:
     call: str
     body: bytes
     digest: str
-    seed: int | None = None  # of a request for samples, so that a repetition draws the same
+    seed: int | None = None  # for samples, so that a repeated request gets the same samples
     is_logged: bool = False
     result: Result | None = None
     retrieved: float | None = None  # time.monotonic() of the last retrieval

@@ -20,7 +20,7 @@ from rlhf.process.disk_full import when_there_is_room
 from rlhf.tracking.run_folder.atomic import append_whole, sync, write_aside
 
 _HEAD = struct.Struct("<II")  # the bytes after the head, and their CRC-32
-_LENGTH = struct.Struct("<I")  # of the description
+_LENGTH = struct.Struct("<I")  # length of the description
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

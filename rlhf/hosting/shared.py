@@ -22,11 +22,11 @@ class ServiceSettings:
     model: str  # the name in requests
     base: str  # the name on the hub, or the folder on this machine
     tokenizer: str  # name or folder from which the client loads the tokenizer
-    max_length: int  # tokens of a row, and of a prompt with its sample
-    max_adapters: int  # at the same time on the ranks
+    max_length: int  # largest number of tokens in a row, and in a prompt with its sample
+    max_adapters: int  # largest number of adapters on the ranks at the same time
     trains_all: bool  # all weights, of one model at a time
-    max_models: int  # of a key, of clients that are not gone
-    checkpoint_bytes: int  # of a key
+    max_models: int  # limit of one API key, over clients that are still there
+    checkpoint_bytes: int  # limit of one API key
     idle_s: float  # without a request of a model, until the model goes to disk
     dtype: str
     seed: int

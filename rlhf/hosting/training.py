@@ -27,9 +27,9 @@ from rlhf.hosting.shared import Shared
 from rlhf.hosting.states import SavedStates
 from rlhf.process.suspects import CallLost
 
-SAVE_AFTER_S = 60.0  # of work since the last saved state, which a restart repeats
-LARGEST_SHARE = 0.1  # of the work's time for saving, so large states are saved less often
-SAVE_AFTER_BYTES = 1 << 28  # of the log
+SAVE_AFTER_S = 60.0  # a restart repeats the work since the last saved state
+LARGEST_SHARE = 0.1  # share of the time for saving: large states are saved less often
+SAVE_AFTER_BYTES = 1 << 28  # bytes of the log since the last saved state
 
 
 class TrainedModel:
@@ -47,7 +47,7 @@ class TrainedModel:
         self._has_gradient = False  # or a dropped gradient, so that the next optimizer step changes the state
         self._work_s = 0.0  # since the saved state
         self._last_turn = time.monotonic()
-        self._save_s = 0.0  # of the last save
+        self._save_s = 0.0  # duration of the last save
 
     @classmethod
     def new(cls, root: Path, record: ModelRecord, shared: Shared) -> TrainedModel:

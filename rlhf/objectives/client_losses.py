@@ -19,7 +19,7 @@ from rlhf.objectives import policy_loss, weighted_loss
 from rlhf.objectives.masking import sequence_means, to_tokens
 
 WEIGHTS, RATIO_MASK = "weights", "sequence_ratio_mask"
-BOUNDS = ("clip_low_threshold", "clip_high_threshold")  # of the ratio; as settings, or as columns
+BOUNDS = ("clip_low_threshold", "clip_high_threshold")  # bounds of the ratio, as settings or as columns
 _ELSEWHERE = {"stable_reinforce": "it needs what the sampler recorded of each sequence, which nothing here records"}
 
 
@@ -168,6 +168,6 @@ LOSSES: Mapping[str, ClientLoss] = {
     "gspo": ClientLoss(
         terms=_gspo,
         columns=("logprobs", "advantages", RATIO_MASK),
-        settings=dict(zip(BOUNDS, (1.0 - 3e-4, 1.0 + 4e-4), strict=True)),  # of the paper
+        settings=dict(zip(BOUNDS, (1.0 - 3e-4, 1.0 + 4e-4), strict=True)),  # the paper's bounds
     ),
 }

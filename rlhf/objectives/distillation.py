@@ -54,7 +54,7 @@ def generalized_jsd(
     supports. TRL takes beta 0 for forward_kl and beta 1 for reverse_kl, the limits of JSD / beta and JSD / (1 - beta).
     """
     shares = torch.tensor([beta, 1.0 - beta], dtype=student_logprobs.dtype, device=student_logprobs.device).log()
-    lowest = torch.finfo(student_logprobs.dtype).min / 2  # of two -inf logaddexp has no gradient
+    lowest = torch.finfo(student_logprobs.dtype).min / 2  # logaddexp of two -inf has no gradient
     mixture = torch.logaddexp(teacher_logprobs.clamp(lowest) + shares[0], student_logprobs.clamp(lowest) + shares[1])
     return beta * _kl(teacher_logprobs, mixture) + (1.0 - beta) * _kl(student_logprobs, mixture)
 
@@ -87,7 +87,7 @@ class TeacherTop:
 
     ids: Int[Tensor, "N k"]
     logprobs: Float[Tensor, "N k"]
-    token_logprobs: Float[Tensor, " N"]  # of the targets or sampled tokens
+    token_logprobs: Float[Tensor, " N"]  # log-probability of each target or sampled token
 
     @classmethod
     def of_no_rows(cls, *, device: torch.device) -> TeacherTop:
@@ -105,8 +105,8 @@ class TeacherSpans:
 
     last: TeacherStates  # predicts the teacher's last token of the span
     before: Float[Tensor, " N"]  # the teacher's log-probability of the span's tokens before the last one
-    logprobs: Float[Tensor, " N"]  # of the whole span
-    num_rows: Int[Tensor, " N"]  # of the span; 0: no span ends in this row
+    logprobs: Float[Tensor, " N"]  # log-probability of the whole span
+    num_rows: Int[Tensor, " N"]  # number of rows of the span; 0: no span ends in this row
     pairs: Int[Tensor, "P 2"]  # ids (student's, teacher's) of the tokens for the same text
 
     def rows(self, rows: Int[Tensor, " n"], *, count: int) -> TeacherSpans:
@@ -138,7 +138,7 @@ def binned(logprobs: Float[Tensor, "*B V"], ids: Int[Tensor, "*B k"]) -> Float[T
     kept = logprobs.gather(-1, ids)
     if ids.shape[-1] == logprobs.shape[-1]:
         return torch.cat([kept, torch.full_like(kept[..., :1], -torch.inf)], dim=-1)
-    others = logprobs.scatter(-1, ids, torch.finfo(logprobs.dtype).min / 2)  # of -inf alone there is no gradient
+    others = logprobs.scatter(-1, ids, torch.finfo(logprobs.dtype).min / 2)  # a row of only -inf has no gradient
     return torch.cat([kept, others.logsumexp(-1, keepdim=True)], dim=-1)
 
 

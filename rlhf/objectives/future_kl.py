@@ -27,7 +27,7 @@ def future_kl(
     counts = sequence_counts(mask, lengths)
     sums = log_ratio.detach()[mask]
     following = counts.cumsum(0).repeat_interleave(counts) - 1 - torch.arange(len(sums), device=sums.device)
-    distance, longest = 1, int(counts.max())  # one wait for the device
+    distance, longest = 1, int(counts.max())  # the only wait for the device
     while distance < longest:
         further = torch.where(following[:-distance] >= distance, sums[distance:], 0.0)
         sums = sums + 0.5 ** (distance / half_life) * torch.nn.functional.pad(further, (0, distance))

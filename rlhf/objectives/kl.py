@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from jaxtyping import Float
 from torch import Tensor
 
-Estimator = Callable[[Tensor, Tensor], Tensor]  # of (logprobs, ref_logprobs)
+Estimator = Callable[[Tensor, Tensor], Tensor]  # a function of (logprobs, ref_logprobs)
 
 
 def kl_k1(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"]) -> Float[Tensor, "*N"]:

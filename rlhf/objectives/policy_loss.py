@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-Bound = TypeVar("Bound", float, Tensor)  # of the ratios: a number, or a value for each token
+Bound = TypeVar("Bound", float, Tensor)  # bound of the ratios: a number, or a value for each token
 
 
 def importance_ratio(

@@ -28,7 +28,7 @@ def length_desensitized_total(
     alpha 0 ignores the surplus of the longer response. ValueError for a response without a counted token.
     """
     counts = _counts(mask, lengths, needed_by="length_desensitized_total")
-    position = mask.cumsum(0) - to_tokens(counts.cumsum(0) - counts, lengths, num_tokens=len(mask))  # from 1
+    position = mask.cumsum(0) - to_tokens(counts.cumsum(0) - counts, lengths, num_tokens=len(mask))  # counted from 1
     surplus = position > to_tokens(shared, lengths, num_tokens=len(mask))
     kept = torch.where(mask, values, 0.0)
     return sequence_sums(torch.where(surplus, alpha * kept, kept), lengths)

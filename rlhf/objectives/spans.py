@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_LEAST = 1e-8  # of a probability compared by its token, as in TRL
+_LEAST = 1e-8  # smallest probability in a comparison of tokens, as in TRL
 
 
 def sorted_distance(student_probs: Float[Tensor, "*B V"], teacher_probs: Float[Tensor, "*B W"]) -> Float[Tensor, "*B"]:

@@ -179,7 +179,7 @@ class _SumOverRows(torch.autograd.Function):
 
         gradients.collect(len(hidden), head, gradient_of)
         if not terms:
-            gradient_of(slice(0, 0))  # for the shapes of the results
+            gradient_of(slice(0, 0))  # an empty slice gives the shapes of the results
         ctx.save_for_backward(*gradients.totals(hidden.dtype, weight.dtype), of_numbers)
         column = torch.cat(columns)
         ctx.mark_non_differentiable(column)

@@ -23,7 +23,7 @@ class Lesson:
     """The predictions of one teacher for the sampled, or the given, sequences of a batch."""
 
     teacher: str
-    weight: float  # of a token's loss, beside the teacher's weight
+    weight: float  # factor of a token's loss, in addition to the teacher's weight
     column: TeacherColumn
     rows: Int[Tensor, " N"]  # of the column, for each token of the batch; -1: the teacher does not predict the token
 

@@ -33,7 +33,7 @@ class SharedPrefixes:
     """The first tokens of a batch's rows. Rows of equal keys share their equal first tokens."""
 
     token_ids: Int[Tensor, " N"]  # the batch's column
-    keys: tuple[int, ...]  # by row
+    keys: tuple[int, ...]  # key of each row
     lengths: tuple[int, ...]  # most tokens that a row shares: all before the row's first token in the loss
     together: bool = False  # whether the loss needs rows of equal keys in one micro-batch
 

@@ -58,7 +58,7 @@ class TrainedWorker(ModelWorker):
     load_model: ClassVar[Callable[..., Any]] = staticmethod(load_causal_lm)
     family: ClassVar[type[Algorithm]]  # class of the algorithms known to the worker
     engine: TrainingEngine
-    divisor: float | None = None  # of the gradient for the next optimizer step; None: there is no gradient
+    divisor: float | None = None  # divides the gradient at the next optimizer step; None: no gradient
 
     def __init__(
         self,
@@ -317,7 +317,7 @@ class TrainedWorker(ModelWorker):
         config = self.engine.module.config
         fixed = flops_per_token(config, 0.0)
         side = 4096 if self.device.type == "cuda" else 1536  # a fraction of a second on both
-        peak = math.nan  # of a server
+        peak = math.nan  # the peak of a server is unknown here
         if self.server is None:
             peak = measure_peak_flops(torch_dtype(self.model_config.dtype), self.device, side=side)
         return Arithmetic(

@@ -41,8 +41,8 @@ class RowsReport:
     """The result of a rank's rows."""
 
     rows: tuple[int, ...]  # indices into the client's rows
-    losses: tuple[float, ...]  # of each row
-    logprobs: tuple[Float[Tensor, "n K"], ...]  # of each row
+    losses: tuple[float, ...]  # for each row
+    logprobs: tuple[Float[Tensor, "n K"], ...]  # for each row
     metrics: Mapping[str, float]
 
 
@@ -55,7 +55,7 @@ class HeldAdapter:
 
     shape: AdapterShape
     tenant: Tenant
-    dropped_because: str | None = None  # of the gradient, since the last optimizer step
+    dropped_because: str | None = None  # why the gradient was dropped since the last optimizer step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,7 @@ class AdapterWorker(TrainedWorker):
     """Trains the adapter named by each call. UserErrors are raised on all ranks alike, before any rank computes."""
 
     role = "policy"
-    family = SFT  # of the configuration, which names no loss here
+    family = SFT  # only for the configuration; each call names its loss
 
     def build(self) -> str:
         from rlhf.models.adapters.slot import AdapterSlot  # with peft, which takes seconds
@@ -128,7 +128,7 @@ class AdapterWorker(TrainedWorker):
             with torch.set_grad_enabled(not forward_only):
                 return self._forward(self._checked(adapter, rows, loss))
         except (UserError, RunError) as error:
-            if not forward_only:  # else the sum of the batch would lack a part
+            if not forward_only:  # otherwise the gradient would lack a part of the batch
                 self._drop(adapter, str(error))
             raise
 
@@ -291,7 +291,7 @@ class AdapterWorker(TrainedWorker):
                         sums[index].add(part, own, found)
                         total = total + found.terms.sum()
                     self.engine.backward(total, last=False)
-            except RunError:  # of memory; the other ranks go on
+            except RunError:  # this rank lacks memory, and the other ranks continue
                 has_failed = True
         has_failed = has_failed or any(one.num_nonfinite for one in sums) or not stack.has_finite_gradient()
         if self._is_anywhere(has_failed):

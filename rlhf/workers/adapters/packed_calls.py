@@ -40,7 +40,7 @@ class PackedCalls:
             else torch.cat([F.pad(call.wanted, (0, most - call.wanted.shape[1])) for call in calls]),
             columns={},
         )
-        self._calls = [index for index, call in enumerate(calls) for _ in call.lengths]  # of the rows
+        self._calls = [index for index, call in enumerate(calls) for _ in call.lengths]  # index of the call of each row
         self._first_rows = list(accumulate((len(call.lengths) for call in calls), initial=0))
         self._first_tokens = list(accumulate((len(call.token_ids) for call in calls), initial=0))
 

@@ -21,7 +21,7 @@ class WholeWorker(AdapterWorker):
         fingerprint = TrainedWorker.build(self)
         self.swapping = self.engine.open_swapping()
         self.adapters = {}
-        self.has_base_weights = True  # as loaded
+        self.has_base_weights = True  # whether the weights are still those of the base model
         return fingerprint
 
     def create(self, name: str, shape: AdapterShape) -> None:

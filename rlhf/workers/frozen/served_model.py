@@ -227,7 +227,7 @@ def _read(answer: Mapping[str, Any], tokens: Sequence[int], chosen: Sequence[int
 
 
 def _is_logprob(value: float) -> bool:
-    return value <= 1e-3  # of rounding; nan is not
+    return value <= 1e-3  # rounding may exceed 0; nan fails this test
 
 
 def _shown(ids: Sequence[int]) -> str:

@@ -128,7 +128,7 @@ class PairsWorker(OfflineWorker[PairsBatch]):
     """A worker on data sets with several sequences per row."""
 
     metric_group = "preference"
-    references: dict[int, TokenValues]  # by data set; empty: the losses need none
+    references: dict[int, TokenValues]  # by data set; empty: the losses need no reference
 
     def load_data(self, *sets: Pairs) -> None:
         self.sets = sets

@@ -13,7 +13,7 @@ import torch
 from rlhf.types import Examples, GivenBatch, GivenResponse
 from rlhf.workers.microbatches import Microbatch
 
-PLACEHOLDER = GivenResponse(token_ids=(0,), loss_mask=(False,))  # of a rank without responses
+PLACEHOLDER = GivenResponse(token_ids=(0,), loss_mask=(False,))  # stands in on a rank without given responses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ LOSSES = ("update/loss/mean", "update/policy_loss/mean", "update/kl_loss/mean")
 class Normalisation:
     """Divides the loss of each micro-batch or, if gradients come before the counts are known, their sum in the end."""
 
-    counts: StepCounts  # of the step; if deferred, of what has arrived
+    counts: StepCounts  # counts of the step; if deferred, of the portions so far
     mode: Aggregation
     is_deferred: bool = False
 

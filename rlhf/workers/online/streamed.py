@@ -31,7 +31,7 @@ class StreamedPolicyWorker(PolicyWorker):
     ) -> tuple[tuple[SequenceReport, ...], Metrics]:
         if plan.portion == 0:
             self.portions, self.num_accumulated = [], 0
-            self.measured: list[Metrics] = []  # of the portions in the sum
+            self.measured: list[Metrics] = []  # metrics of the portions in the sum
         result = super().prepare(plan, *parts)
         self.portions.append(self.prepared)
         return result
