@@ -91,7 +91,7 @@ class AdaptersGang:
             self.supervisor.forgive(losses)
 
     async def _each(self, adapters: Collection[str], send: Callable[[Any], ObjectRef[Any]], stage: str) -> list[Any]:
-        """Call all ranks. `adapters`: whose presence on the ranks the call needs."""
+        """Call all ranks. `adapters`: adapters that must be on the ranks for the call."""
         await self._restarted()
         if gone := [adapter for adapter in adapters if adapter in self._lost]:
             raise AdaptersLost(self._lost[gone[0]])
@@ -161,7 +161,8 @@ class AdaptersGang:
         return [merged_outcome(outcomes) for outcomes in zip(*of_ranks, strict=True)]
 
     def _fits(self, calls: Sequence[AdapterCall]) -> bool:
-        """Return whether calls fit in one pass: within the tokens, each row with its last target, one per adapter."""
+        """Return whether calls fit into one pass: at most one call per adapter, and rows with their last targets within
+        the limit of tokens."""
         num_tokens = sum(len(call.rows.token_ids) + len(call.rows.lengths) for call in calls)
         return num_tokens <= self._packed_tokens and len({call.adapter for call in calls}) == len(calls)
 

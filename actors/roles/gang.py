@@ -168,7 +168,8 @@ class Gang(ModelGroup):
     async def _columns(
         self, methods: Sequence[Any], arguments: Sequence[Sequence[Any]], stage: str
     ) -> list[tuple[Ref[Any], Any]]:
-        """Call methods that return a column and a small result. Return both for each data-parallel rank."""
+        """Call methods that return a column and a small result. Return the column and the result of each data-parallel
+        rank."""
         calls = zip(methods, arguments, strict=True)
         refs = [method.options(num_returns=2).remote(*own) for method, own in calls]
         results = await self.all([ref for _, ref in refs], stage)

@@ -115,7 +115,7 @@ class WorkerGroup:
         return result
 
     async def start(self, *, deadline_s: float) -> None:
-        """Load what each worker needs, such as a model."""
+        """Let each worker load its model or other state."""
         self.start_deadline_s = deadline_s
         await self.processes.wait_until_started(deadline_s=deadline_s)
         await self.all([h.start.remote() for h in self.handles], "start", deadline_s=deadline_s, limit=START_LIMIT)

@@ -37,7 +37,8 @@ class _Teacher(ModelGroup, WorkerPool):
         length_of: Callable[[int], int],
         request: Callable[[Callable[..., Any], Sequence[Sequence[int]]], Any],
     ) -> StatesByRank:
-        """Return columns for each rank, with each row of the rank once. The teachers take turns, the present one first.
+        """Return columns for each rank, with each row of the rank once. The teachers take turns. The teacher on the
+        device is the first.
 
         A teacher's rows are distributed by equal work. `request` calls a method of a worker with the worker's rows for
         each rank.

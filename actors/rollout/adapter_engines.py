@@ -81,8 +81,9 @@ class AdapterEngines(RolloutEngines):
     without the adapter in memory, such as the successor of a lost engine, reads and proves the adapter first.
 
     The log-probabilities of a sample are those of the sampling distribution: after temperature, top_k and top_p. At
-    temperature 0 they are those of temperature 1. The log-probabilities of a prompt are at temperature 1. The same
-    request with a seed gives the same samples, unless rounding decides, which depends on the other requests of a step.
+    temperature 0 the log-probabilities are those of temperature 1. The log-probabilities of a prompt are at temperature
+    1. The same request with a seed gives the same samples, unless rounding decides, which depends on the other requests
+    of a step.
     """
 
     actor: type[AdapterEngine] = AdapterEngine
@@ -189,7 +190,8 @@ class AdapterEngines(RolloutEngines):
     async def _sample(self, adapter: ServedAdapter | None, request: SampleRequest, limit: int) -> SampleAnswer:
         """Draw the samples. After the loss of an engine, draw them again with the same seeds.
 
-        Requests lost with two engines are drawn alone, one after the other. RunError: an engine was lost even so.
+        Requests that were lost with two engines are sampled singly, one after another. RunError: an engine was lost
+        even so.
         """
         try:
             return await self._drawn(adapter, request, limit, urgent=False)
@@ -207,7 +209,7 @@ class AdapterEngines(RolloutEngines):
     async def _drawn(
         self, adapter: ServedAdapter | None, request: SampleRequest, limit: int, *, urgent: bool
     ) -> SampleAnswer:
-        """Draw the samples in one engine. CallLost: the engine was lost, and is being replaced."""
+        """Sample a request in one engine. CallLost: the engine was lost, and is being replaced."""
         dispatch, key = await self._dispatching(), next(self._requests)
         work = GroupWork(prompt_tokens=len(request.token_ids), samples=request.num_samples, limit=limit)
         slot = await dispatch.enter(key, work, urgent=urgent)

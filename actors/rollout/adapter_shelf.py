@@ -1,9 +1,10 @@
 """The LoRA adapters in the memory of one engine.
 
 An engine has room for a few adapters. An idle adapter gives way to a requested one, and is read again when requested.
-Each time the file must have the bytes that the policy wrote, and the engine must give the policy's log-probabilities of
-the probe, before the first sample. vLLM itself would read an evicted adapter during a step, without a check of the
-bytes, and a missing folder would end the engine. So vLLM never gets more adapters than it has room for.
+Before the first sample after each load, two checks must pass: the file has the bytes that the policy wrote, and the
+engine gives the policy's log-probabilities of the probe. vLLM itself would read an evicted adapter during a step,
+without a check of the bytes, and a missing folder would end the engine. So vLLM never gets more adapters than it has
+room for.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Probed = Callable[[Sequence[int], Any], Awaitable[list[float]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedAdapter:
-    """An exported adapter. The number is never given to another adapter, so no engine takes other bytes for it."""
+    """An exported adapter. No other adapter ever gets this number, so no engine confuses two adapters."""
 
     name: str
     number: int

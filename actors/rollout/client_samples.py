@@ -22,7 +22,7 @@ SEEDS = 2**63  # vLLM takes seeds of 64 bits, and -1 for none
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestBounds:
-    """What a request must fit."""
+    """Limits that a request must respect."""
 
     vocabulary: int
     max_length: int  # prompt and sample, tokens

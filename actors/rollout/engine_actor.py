@@ -242,7 +242,8 @@ class RolloutWorker:
         return [Played(prompt_token_ids=ids, spans=(turn,), finish_reason=turn.finish_reason) for turn in turns]
 
     async def start_players(self, spec: EnvironmentSpec | AgentSpec) -> Players:
-        """Load the environment into this process; with a front, load an agent too. UserError: it cannot be loaded."""
+        """Load the environment into this process; with a front, load an agent too. UserError: the environment or the
+        agent cannot be loaded."""
         assert isinstance(spec, EnvironmentSpec), "an engine without a front has no agent"
         tokenizer = load_tokenizer(spec.tokenizer, trust_remote_code=spec.trust_remote_code, template=spec.template)
         ends = await self.end_tokens()

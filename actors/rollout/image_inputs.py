@@ -62,7 +62,7 @@ class ImageInputs:
     def input_of(self, engine: Any, token_ids: Sequence[int]) -> dict[str, Any]:
         """Return vLLM's input for token ids in which `-key` stands for an embedded position of an image.
 
-        RunError: vLLM expands an image to other ids.
+        RunError: vLLM expands an image to different token ids.
         """
         from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
 

@@ -34,7 +34,7 @@ SAMPLES_AT_ONCE = 1024  # limit of one run; the server divides the samples among
 
 
 class TinkerLoop(EngineLoop):
-    """Sends samples to the server in place of an engine. No thread is needed: the client has one."""
+    """Sends samples to the server in place of an engine. No thread is needed, because the client has a thread."""
 
     def __init__(self, server: TinkerEndpoint, *, run: str, name: str, limit_s: float) -> None:
         super().__init__(_no_engine, name=name)
@@ -123,7 +123,7 @@ class TinkerWeights(EngineWeights):
 
 
 class TinkerRolloutEngine(RolloutEngine):
-    """A rollout worker without an engine of its own."""
+    """A rollout worker that holds no engine, because the server samples."""
 
     def __init__(self, spec: RolloutSpec) -> None:
         super().__init__(spec)

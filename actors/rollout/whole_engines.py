@@ -30,7 +30,7 @@ class SnapshotShelf(AdapterShelf):
         return None
 
     async def read(self, adapter: ServedAdapter) -> float:
-        """Replace the weights of the engine. RunError: other bytes, or other log-probabilities, than the policy's."""
+        """Replace the weights of the engine. RunError: the bytes or the log-probabilities differ from the policy's."""
         number, fields = adapter.number, {"folder": str(adapter.folder)}
         manifest = WeightManifest(version=number, checksum=adapter.checksum, transport=FILES, fields=fields)
         await self._weights.update(manifest, number)

@@ -36,7 +36,7 @@ def plan_batch(
     """Distribute a batch's sequences over minibatches of about equal size, and over ranks.
 
     Within a minibatch, ranks get about equal work, and a rank may get no sequence. `drawn`: the minibatches of the
-    groups. None: `draw_minibatches` draws them.
+    groups. None: `draw_minibatches` makes these minibatches.
     """
     scores = [score for scored in groups for score in scored.scores.scores]
     group_of = {info.sequence_id: index for index, scored in enumerate(groups) for info in scored.group.infos}

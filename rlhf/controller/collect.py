@@ -116,7 +116,8 @@ class Collector:
         return self.finish(batch, step)
 
     def sort(self, scored: ScoredGroup, batch: Outcomes, step: int) -> bool:
-        """Add a group to its batch by outcome, and return whether the group is kept. RunError: its failure is fatal."""
+        """Add a group to its batch by outcome, and return whether the group is kept. RunError: the failure of a reward
+        ends the run."""
         self.recent_drops.append((scored.group.request.group_id, bool(scored.scores.errors)))
         if scored.scores.errors:
             batch.dropped.append(_without_tokens(scored))

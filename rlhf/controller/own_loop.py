@@ -39,10 +39,10 @@ OWN_PROMPTS_FROM = 2**52  # ids of prompts that are no row of the data
 class OwnLoop:
     """The roles of a run, for a loop of your own. `rlhf.start` yields this object, and ends the roles with the block.
 
-    A step is a block of `next_step`: its updates lead from one version of the weights to the next. `step` is the number
-    of the last finished step, `config` the configuration and `roles` the roles' own interfaces (rlhf/roles.py). Every
-    method raises UserError for a call in the wrong order or after the block, and RunError, or its subclass WorkerLost,
-    if a role fails. After a failed role no call works any more: leave the block.
+    A step is a block of `next_step`. The updates in the block lead from one version of the weights to the next version.
+    `step` is the number of the last finished step, `config` the configuration and `roles` the roles' own interfaces
+    (rlhf/roles.py). Every method raises UserError for a call in the wrong order or after the block, and RunError, or
+    its subclass WorkerLost, if a role fails. After a failed role no call works any more: leave the block.
     """
 
     def __init__(

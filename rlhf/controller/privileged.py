@@ -1,4 +1,5 @@
-"""The prompts of a policy that teaches itself: who has a teacher, and with which better response or feedback.
+"""Make the teacher's prompts of a policy that teaches itself. Decide which responses have a teacher, and which better
+response or feedback the teacher reads.
 
 Uses scalars and the rewards' texts. The reward workers write the prompts, since they hold the text of responses.
 """

@@ -230,8 +230,8 @@ class RolloutScorer:
         self.finish_order.clear()  # a new score may change the batch
 
     def retain_from(self, start: int, *, begun: Collection[int] = ()) -> None:
-        """Delete the stored responses to evaluations and to groups before `start`. A checkpoint covers both. Responses
-        to the cancelled requests `begun` stay. Files that an engine writes during this call stay too.
+        """Delete the stored responses to evaluations and to groups before `start`. A checkpoint covers such responses.
+        Responses to the cancelled requests `begun` stay. Files that an engine writes during this call stay too.
         """
         found = {*stored_groups(self.spool), *begun_groups(self.spool)}
         for path in found.difference(_files(self.spool, start=start, begun=begun)):

@@ -77,7 +77,7 @@ class TrainingScores:
         """Return the groups without the score credited by steps, and the credited steps by sequence id.
 
         `step_terms` maps the step rewards of a prompt's responses, from one gated reward, to their training values.
-        Each value is then multiplied by the reward's weight. The other rewards give the remaining score.
+        Each value is then multiplied by the reward's weight. The remaining score comes from all other rewards.
         """
         steps_by_sequence: dict[int, tuple[StepReward, ...]] = {}
         left = []

@@ -84,7 +84,8 @@ async def sync_weights(
 
 
 async def _both(sending: Coroutine[Any, Any, None], receiving: Coroutine[Any, Any, None]) -> None:
-    """Wait for both ends. If both fail, raise the loss of a worker, because that loss made the second end fail."""
+    """Wait for the sender and the receivers. If both fail, raise the loss of a worker, because that loss made the
+    second end fail."""
     ends = [asyncio.ensure_future(end) for end in (sending, receiving)]
     try:
         _, pending = await asyncio.wait(ends, return_when=asyncio.FIRST_EXCEPTION)

@@ -156,7 +156,8 @@ class DeepSpeedEngine:
     def forward(self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call function(module, ...) inside DeepSpeed, so that sharded weights are gathered around the call.
 
-        Adapters drop out only where a gradient is taken. Measurements of the model always see one distribution.
+        Adapters drop out only where a gradient is taken. So all measurements of the model are for the same
+        distribution.
         """
         for dropout in self._dropouts:
             dropout.train(torch.is_grad_enabled())

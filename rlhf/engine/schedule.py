@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step, without state. The engine calls it before each step."""
+"""The learning rate as a function of the step, without state. The engine calls the schedule before each step."""
 
 from __future__ import annotations
 

@@ -119,7 +119,8 @@ class _Copies:
             yield
 
     def take(self, connection: socket.socket, head: Mapping[str, Any]) -> None:
-        """Receive a step's copy, unless it is here. Remove later steps' copies: these steps are trained again."""
+        """Receive the copy of a step, unless this process has it already. Remove later steps' copies: these steps are
+        trained again."""
         step, slot, description = head["step"], head["slot"], _receive(connection, head["description"])
         is_held = step in self._slots and self._file(step).read_bytes() == description
         for other, used in list(self._slots.items()):

@@ -99,7 +99,8 @@ class Snapshots:
             raise RunError(f"The snapshot in {self._folder} was not copied within {self._deadline_s:g} s.") from error
 
     def restore(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Copy the state of a step into the tensors, and return the state's values. Forget all other steps."""
+        """Copy the state of a step into the tensors, and return the state's values. Forget the snapshots of all other
+        steps."""
         self.wait()
         path = self._folder / f"{step}.pt"
         if not path.exists():

@@ -41,7 +41,8 @@ class Tenant:
 
 
 class Swapping:
-    """Puts one tenant after the other into the engine of a rank. All ranks make the same calls in the same order."""
+    """Loads the state of one tenant after another into the engine of a rank. All ranks make the same calls in the same
+    order."""
 
     def __init__(self, engine: Any, state: RankState, *, groups: Groups, zero_stage: int) -> None:
         """Keep the engine's division into ranks. `groups`: sizes of the trained weights."""

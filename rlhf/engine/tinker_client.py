@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def client_package() -> Any:
-    """Return the official client's package. UserError: it is not installed."""
+    """Return the official client's package. UserError: the client is not installed."""
     try:
         return importlib.import_module("tinker")
     except ImportError as error:
@@ -121,7 +121,7 @@ class TinkerClient:
         logger.info("the policy is the model %s at %s", self.model, server.url)
 
     def wait(self, future: Any, what: str, *, limit_s: float | None = None) -> Any:
-        """Return the result of a request. RunError: the server refused it, or stayed away."""
+        """Return the result of a request. RunError: the server refused the request, or did not answer."""
         from tinker.lib.retryable_exception import RetryableException
 
         tinker, place = client_package(), f"policy.tinker: {self.server.url}"

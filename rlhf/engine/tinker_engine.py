@@ -78,7 +78,7 @@ class TinkerEngine:
         self._samplers: list[str] = []
 
     def forward(self, function: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Return what the function would return. RunError: the function needs more than log-probabilities."""
+        """Return the same result as the function. RunError: the function needs more than log-probabilities."""
         found: Mapping[Any, Callable[..., Any]] = {
             policy_logprobs_only: self._logprobs,
             policy_logprobs: self._logprobs_without_entropy,
@@ -168,7 +168,7 @@ class TinkerEngine:
         self._passes.clear()
 
     def step(self, divisor: float = 1.0, *, adam: AdamStep | None = None) -> StepReport:
-        """Send the gradient and the optimizer step. RunError: the server refused one of them."""
+        """Send the gradient and the optimizer step. RunError: the server refused a request."""
         assert adam is None, "clients of a server have their own steps"
         step, settings = self._steps + 1, self._settings
         nonfinite, self._nonfinite_losses = self._nonfinite_losses, 0
@@ -283,7 +283,7 @@ class TinkerEngine:
         self.client.delete(path)
 
     def named_weights(self, dtype: torch.dtype, *, with_tower: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """Yield a stand-in for the weights before training, which are the base model's: its name at the server."""
+        """Yield the name of the base model at the server, which stands for the weights before training."""
         text = f"{self.client.server.url} {self.client.model}"
         yield "base_model", torch.tensor(list(text.encode()), dtype=torch.uint8)
 

@@ -129,7 +129,7 @@ class TrainingEngine(Protocol):
     def open_snapshots(self, folder: Path, copies: CopyPlace | None = None) -> None:
         """Reserve shared memory for two snapshots, or open a predecessor's. UserError if there is too little memory.
 
-        `copies`: the place of copies sent by a predecessor on another node. None: no such copies.
+        `copies`: the place of copies sent by a predecessor on another node. None: there are no copies.
         """
 
     def send_snapshots_to(self, place: CopyPlace | None) -> None:

@@ -49,7 +49,7 @@ class LossCall:
 
 
 def parse_loss(body: bytes) -> pb.ForwardBackwardRequest:
-    """Return the message in a body. UserError: the body is no such message."""
+    """Return the message in a body. UserError: the body is not such a message."""
     message: pb.ForwardBackwardRequest = messages().ForwardBackwardRequest()
     try:
         message.ParseFromString(body)

@@ -200,7 +200,8 @@ class RequestLine:
         await _written(partial(self.log.replace, frames))
 
     def find(self, seq_id: int) -> LineRequest | None:
-        """Return a request by number. None: no such request came. Forgotten: the result is no longer kept."""
+        """Return a request by number. None: there is no request with this number. Forgotten: the result is no longer
+        kept."""
         request = self.requests.get(seq_id)
         if request is None and self.in_order and 0 <= seq_id < self.following:
             raise Forgotten(f"the result of request {seq_id} is no longer kept")

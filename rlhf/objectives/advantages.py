@@ -33,7 +33,7 @@ def gae(
 
     Positions outside response_mask are skipped, as in verl: tool output between two sampled tokens neither earns credit
     nor discounts it, and a reward at such a position is ignored. OpenRLHF instead keeps such a position as a step of
-    reward 0 and value 0. Both results are zero there. The state after the last token has value 0.
+    reward 0 and value 0. Advantages and returns are zero there. The state after the last token has value 0.
     """
     counts = sequence_counts(response_mask, lengths)
     sampled_rewards, sampled_values = rewards[response_mask], values[response_mask]
@@ -214,7 +214,7 @@ def anchor_relative(
     """Return each turn's return minus the mean over the turns of equal anchors (GiGPO, arXiv:2505.10978, eq. 7).
 
     `anchors` names the state before each turn of a prompt's responses. std_normalize: also divided by the unbiased std
-    of these turns plus eps. A turn whose anchor no other turn has gives 0.
+    of these turns plus eps. If no other turn has the anchor of a turn, the result for this turn is 0.
     """
     places: dict[str, list[int]] = {}
     for place, anchor in enumerate(anchors):

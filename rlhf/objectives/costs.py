@@ -24,7 +24,8 @@ def multiplies_bfloat16_fast() -> bool:
 
 
 def fast_dtype(device: str) -> Dtype:
-    """Return the data type that a device, `cpu` or `cuda`, multiplies fastest. A CPU is the one of this machine."""
+    """Return the data type that a device, `cpu` or `cuda`, multiplies fastest. For `cpu`, the processor of this machine
+    decides."""
     return "bfloat16" if device != "cpu" or multiplies_bfloat16_fast() else "float32"
 
 

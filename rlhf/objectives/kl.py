@@ -49,7 +49,7 @@ def kl_k3(logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"]) -> F
 def binary_kl(
     logprobs: Float[Tensor, "*N"], ref_logprobs: Float[Tensor, "*N"], *, eps: float = 1e-8
 ) -> Float[Tensor, "*N"]:
-    """Return KL(policy || reference) after both are coarsened to {token, all other tokens} (DPPO, arXiv:2602.04879).
+    """Return KL(policy || reference) of the two distributions over {token, all other tokens} (DPPO, arXiv:2602.04879).
 
     The coarse divergence is a lower bound of the whole one, and needs no distribution. `eps` is added to both
     probabilities of the other tokens, since a rounded probability can be 1.

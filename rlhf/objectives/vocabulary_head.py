@@ -115,7 +115,7 @@ class ProductGradients:
         """Add the gradients of all rows.
 
         `gradient_of` returns (gradient with respect to the logits, logits) of some rows, or None without a need for a
-        gradient. Both may be overwritten.
+        gradient. The caller may overwrite both tensors.
         """
         for block in chunks(num_rows, head.chunk_size * CHUNKS_PER_PRODUCT):
             gradient: Tensor | None = None

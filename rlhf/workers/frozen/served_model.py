@@ -60,8 +60,8 @@ class ServedModel:
     ) -> list[ScoredTokens]:
         """Return the log-probabilities of the tokens at `positions` of each sequence, given the tokens before them.
 
-        Sequences are sent one by one, up to `max_in_flight` at once. RunError: no usable answer before the deadline, or
-        one of the likeliest tokens is not below `vocabulary`, the rows of the student's head.
+        Each sequence is a request, with up to `max_in_flight` requests at once. RunError: no usable answer before the
+        deadline, or one of the likeliest tokens is not below `vocabulary`, the rows of the student's head.
         """
         bodies = [{"prompt": list(tokens), "prompt_logprobs": top_k} for tokens in sequences]
         reads = [
@@ -148,7 +148,8 @@ class ServedModel:
     def _probe(
         self, bodies: Sequence[Mapping[str, Any]], read: Callable[[dict[str, Any]], T], *, refused: str
     ) -> list[T]:
-        """Return what is read from the answers. RunError: no answer in time. UserError: `refused`, with the reason."""
+        """Return the values read from the answers. RunError: no answer in time. UserError: `refused`, with the
+        reason."""
         try:
             return run_async(self._ask(bodies, [read] * len(bodies)))
         except ServiceError as error:
@@ -159,7 +160,8 @@ class ServedModel:
     async def _ask(
         self, bodies: Sequence[Mapping[str, Any]], reads: Sequence[Callable[[dict[str, Any]], T]]
     ) -> list[T]:
-        """Return what each function reads from its answer. A whole answer is kept no longer than the reading takes."""
+        """Return the value that each function has read from its answer. A whole answer is kept no longer than the
+        reading takes."""
         service = Service(self.service)
         common = {"model": self.name, "max_tokens": 1, "temperature": 0.0}
 

@@ -71,7 +71,7 @@ class _ServedWorker(StatesWorker):
     ) -> list[ScoredTokens]:
         """Return the present teacher's values at the tokens in mask, by sequence.
 
-        A sequence is sent up to its last token in mask, and not at all without such a token.
+        A sequence is sent up to its last token in `mask`. A sequence without such a token is not sent.
         """
         sizes = lengths.tolist()
         chosen = [of_sequence.nonzero()[:, 0].tolist() for of_sequence in mask.split(sizes)]

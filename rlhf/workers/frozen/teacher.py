@@ -50,7 +50,7 @@ from rlhf.workers.microbatches import Microbatch, SharedPrefixes, shared_prefixe
 
 
 class StatesWorker(FrozenWorker):
-    """Computes what the student compares with, and returns the heads."""
+    """Computes the teachers' predictions for the student, and returns the teachers' heads."""
 
     role: Role = "teacher"
     translators: Mapping[str, Translator] = {}  # by teacher; none for the student's tokenizer
@@ -69,7 +69,7 @@ class StatesWorker(FrozenWorker):
         self.parked: dict[str, tuple[Any, list[Tensor]]] = {}  # teachers off the device: model, weights in host memory
 
     def start(self) -> None:
-        """Load all teachers. The last one stays on the device."""
+        """Load all teachers. The last teacher stays on the device."""
         translators = {}
         for number, (name, model) in enumerate(self.models.items()):
             if number:

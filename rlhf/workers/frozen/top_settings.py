@@ -30,7 +30,7 @@ class Spans:
 
 
 def top_of(config: Config) -> Top | None:
-    """Return the settings of a run's teachers. None: they return states."""
+    """Return the settings of a run's teachers. None: the teachers return states."""
     algorithm = config.algorithm
     if not isinstance(algorithm, TaughtConfig) or algorithm.top_k is None:
         return None
@@ -38,7 +38,8 @@ def top_of(config: Config) -> Top | None:
 
 
 def spans_of(config: Config) -> Spans | None:
-    """Return the settings of teachers with another tokenizer. None: no teacher of the run may have one."""
+    """Return the settings of teachers with another tokenizer. None: no teacher of the run may have another
+    tokenizer."""
     if not reads_teacher_heads(config):
         return None
     return Spans(temperature=_temperature(config), student=config.policy, template=chat_template(config))

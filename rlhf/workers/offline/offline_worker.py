@@ -96,7 +96,8 @@ class OfflineWorker(TrainedWorker, ABC, Generic[B]):
 
     @torch.no_grad()
     def evaluate(self, dataset: int, name: str, plan: MinibatchPlan, *states: TeacherColumn) -> Metrics:
-        """Measure loss and accuracy on the plan's rows of a data set. Losses couple no other rows. Collective."""
+        """Measure loss and accuracy on the plan's rows of a data set. Losses do not couple any other rows.
+        Collective."""
         batch = self.step_batch(dataset, plan)
         shared = self.shared(batch, states)
         parts: list[Metrics] = []

@@ -39,7 +39,8 @@ def _rows_by_sample(rollouts: Rollouts) -> list[list[int]]:
 def _last_sampled(
     rollouts: Rollouts, starts: list[int], prefixes: list[SharedPrefix | None], prefix: SharedPrefix | None
 ) -> int | None:
-    """Return the index in the batch of the last trained token of the trunks before a branch. None: no such token."""
+    """Return the index in the batch of the last trained token of the trunks before a branch. None: there is no such
+    token."""
     while prefix is not None:
         start = starts[prefix.of]
         sampled = rollouts.response_mask[start : start + prefix.length].nonzero()

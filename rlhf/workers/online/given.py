@@ -26,7 +26,7 @@ class GivenMinibatch:
 
 
 def given_minibatch(batch: GivenBatch | None, split: Callable[..., tuple[Microbatch, ...]]) -> GivenMinibatch | None:
-    """Return the given responses of an optimizer step. None: no rank has one. Collective.
+    """Return the given responses of an optimizer step. None: no rank has a given response. Collective.
 
     `split` divides rows of a batch into micro-batches, as many as on the rank with the most.
     """

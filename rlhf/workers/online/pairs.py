@@ -112,7 +112,8 @@ class OnlinePreferenceWorker(PreferenceWorker):
         self.observed.append(metrics)
 
     def _rows(self, plan: BatchPlan) -> list[MinibatchPlan]:
-        """Express the plan's minibatches as rows of this rank's pairs. The rows of other ranks are only counted."""
+        """Express the plan's minibatches as rows of this rank's pairs. Rows of other ranks count only in the
+        denominators."""
         plans, first = [], 0
         for minibatch in plan.minibatches:
             counts = [len(ids) // 2 for ids in minibatch.sequences_by_rank]

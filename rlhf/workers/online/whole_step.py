@@ -25,7 +25,8 @@ from rlhf.types import BatchPlan, MinibatchPlan, Rollouts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """How a rank exchanges columns with all ranks. Of ranks with equal sequences, only one has `contributes` set."""
+    """How a rank exchanges columns with all ranks. If several ranks have the same sequences, `contributes` is true on
+    only one of them."""
 
     rank: int  # the rank's index in a plan
     contributes: bool
