@@ -21,12 +21,11 @@ from rlhf.vision.store import ImageStore
 SAMPLES_KEPT = 16  # for each optimizer step
 
 
-def begin_run(folder: Path, *, base: str, dtype: str) -> None:
+def begin_folder(folder: Path, *, base: str, dtype: str) -> None:
     """Make the folder of a new model. The configuration is for `rlhf view` and `rlhf export`."""
     folder.mkdir(parents=True, exist_ok=True)
     shown = f"algorithm: {{name: a client's loop}}\npolicy: {{model: {json.dumps(base)}, dtype: {dtype}}}\n"
     write_atomic(folder / "config.resolved.yaml", shown, waits=False)
-    write_atomic(folder / "environment.json", "{}\n", waits=False)  # its time is the model's begin
 
 
 @dataclass(slots=True)
@@ -39,12 +38,14 @@ class StepSums:
 
 
 class ModelRun:
-    """The run in a model's folder. An optimizer step repeated after a kill is not written again."""
+    """The run in the folder of a created model. An optimizer step repeated after a kill is not written again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.sums = StepSums()
         self._samples: list[SampleRecord] = []
+        if not (environment := folder / "environment.json").exists():
+            write_atomic(environment, "{}\n", waits=False)  # its time is the model's begin
         self._lock = lock_folder(folder, key="run.name")  # the run counts as running
         self._tracker = Tracker(folder)
         self._logged = max((row["step"] for row in read_metrics(folder)), default=0)

@@ -53,11 +53,21 @@ class Models:
     async def finish(self, session: Session) -> None:
         """Finish the models of a session. The states of the models are removed, and the checkpoints stay."""
         for model in [model for model in self.running.values() if model.record.session_id == session.session_id]:
-            del self.running[model.record.model_id]
-            try:
-                await model.finish()
-            finally:
-                model.close()
+            await self._finish(model)
+
+    async def remove_refused(self) -> None:
+        """Remove models whose first request has failed so long ago that the client has read the reason."""
+        for model in [model for model in self.running.values() if model.was_refused(SILENT_S)]:
+            await self._finish(model)
+
+    async def _finish(self, model: TrainedModel) -> None:
+        del self.running[model.record.model_id]
+        if model.record.shape is None:
+            del self.records[model.record.model_id]
+        try:
+            await model.finish()
+        finally:
+            model.close()
 
     async def create(self, owner: str, body: bytes) -> dict[str, Any]:
         asked, body = bodies.CreateModel.read(body), bodies.canonical(body)
@@ -161,7 +171,8 @@ class Models:
         return self._as_run(record)
 
     def training_runs(self, owner: str, *, limit: int, offset: int) -> dict[str, Any]:
-        mine = sorted((r for r in self.records.values() if r.owner == owner), key=lambda r: r.created, reverse=True)
+        created = (r for r in self.records.values() if r.owner == owner and r.shape is not None)
+        mine = sorted(created, key=lambda r: r.created, reverse=True)
         cursor = {"offset": offset, "limit": limit, "total_count": len(mine)}
         return {"training_runs": [self._as_run(r) for r in mine[offset : offset + limit]], "cursor": cursor}
 

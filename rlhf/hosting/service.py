@@ -208,12 +208,13 @@ class TinkerService:
                 logger.error("housekeeping: %s", error)
 
     async def keep_house(self) -> None:
-        """Move idle models to disk, and delete expired checkpoints, also from the engines."""
+        """Move idle models to disk, remove refused models, and delete expired checkpoints, also from the engines."""
         for model in list(self.models.running.values()):
             if model.is_idle(self.settings.idle_s):
                 async with model.turn:
                     await model.leave_ranks()
                     self.residents.forget(model)
+        await self.models.remove_refused()
         self.checkpoints.delete_expired()
         await self.adapters.unload_missing()
         if time.monotonic() - self._looked_at_images > IMAGES_S:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import time
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ from rlhf.errors import AdaptersLost, RunError, UserError
 from rlhf.hosting import bodies, protobuf
 from rlhf.hosting.checkpoints import adapter_name
 from rlhf.hosting.model_record import ModelRecord
-from rlhf.hosting.model_run import ModelRun, StepSums, begin_run
+from rlhf.hosting.model_run import ModelRun, StepSums, begin_folder
 from rlhf.hosting.request_line import LineRequest, RequestLine, Result, Saved
 from rlhf.hosting.saving import Saving
 from rlhf.hosting.shared import Shared
@@ -41,7 +43,7 @@ class TrainedModel:
         self.turn = asyncio.Lock()
         self.line = RequestLine(folder / "requests.log", in_order=True)
         self.step = 0 if self.line.saved is None else self.line.saved.step
-        self.run = ModelRun(folder)
+        self._run = None if record.shape is None else ModelRun(folder)  # `rlhf view` never shows a refused model
         self._states = SavedStates(folder / "state")
         self._saving = Saving(record, shared)
         self._has_gradient = False  # or a dropped gradient, so that the next optimizer step changes the state
@@ -51,11 +53,17 @@ class TrainedModel:
 
     @classmethod
     def new(cls, root: Path, record: ModelRecord, shared: Shared) -> TrainedModel:
-        """Make the folder of a new model, a run for `rlhf view`."""
+        """Make the folder of a new model. The folder becomes a run for `rlhf view` when the model is created."""
         folder = root / adapter_name(record.model_id)
-        begin_run(folder, base=shared.settings.base, dtype=shared.settings.dtype)
+        begin_folder(folder, base=shared.settings.base, dtype=shared.settings.dtype)
         record.write(folder)
         return cls(folder, record, shared)
+
+    @property
+    def run(self) -> ModelRun:
+        """Return the run of a created model."""
+        assert self._run is not None
+        return self._run
 
     @property
     def is_on_ranks(self) -> bool:
@@ -69,6 +77,10 @@ class TrainedModel:
     def is_made(self) -> bool:
         """Whether the model was created, or is being created."""
         return self.record.shape is not None or self.line.waiting() > 0
+
+    def was_refused(self, seconds: float) -> bool:
+        """Return whether the model's first request has failed, and no request came for a time."""
+        return not self.is_made and not self._works(seconds)
 
     def is_in_use(self, seconds: float) -> bool:
         """Return whether the model is made, and has had a request lately."""
@@ -189,8 +201,13 @@ class TrainedModel:
 
     async def _begin(self, shape: AdapterShape) -> None:
         await self.shared.policy.create(self.name, shape)
+        try:
+            replace(self.record, shape=shape).write(self.folder)
+            self._run = self._run or ModelRun(self.folder)
+        except BaseException:
+            await self.shared.policy.remove(self.name)
+            raise
         self.record.shape = shape
-        self.record.write(self.folder)
 
     async def _load(self, body: bodies.LoadWeights) -> Result:
         checkpoint = self.shared.checkpoints.find(body.path, self.record.owner)
@@ -305,10 +322,14 @@ class TrainedModel:
         return saved
 
     def close(self) -> None:
-        self.run.close()
+        if self._run is not None:
+            self._run.close()
 
     async def finish(self) -> None:
-        """Forget the state of a model of a finished session. The checkpoints and curves stay."""
+        """Forget the state of a model of a finished session. The checkpoints and curves stay.
+
+        Of a model that was never created, nothing stays.
+        """
         async with self.turn:
             for request in self.line.requests.values():
                 if request.result is None:
@@ -320,6 +341,9 @@ class TrainedModel:
             self.shared.residents.forget(self)
             self._states.remove()
             self.line.log.path.unlink(missing_ok=True)
+            if self.record.shape is None:
+                await asyncio.to_thread(shutil.rmtree, self.folder)
+                return
             self.record.is_finished = True  # written last: after a kill, the next start finishes the model again
             self.record.write(self.folder)
 

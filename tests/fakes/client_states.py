@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf.adapters import AdapterShape
 from rlhf.hosting.checkpoints import Checkpoint, Checkpoints, adapter_name, now
-from rlhf.hosting.model_run import begin_run
+from rlhf.hosting.model_run import begin_folder
 
 MODEL = "5e55:train:0"
 
@@ -19,7 +19,7 @@ def client_state(
     root: Path, content: Path, shape: AdapterShape, *, base: str, dtype: str = "float32", kind: str = "weights"
 ) -> Path:
     """Return the folder of a state in the server's folder `root`, with a copy of the content."""
-    begin_run(root / adapter_name(MODEL), base=base, dtype=dtype)
+    begin_folder(root / adapter_name(MODEL), base=base, dtype=dtype)
     checkpoints = Checkpoints(root, quota=1 << 40)
 
     async def write(folder: Path) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from tinker.proto.request_conv import forward_backward_request_to_proto
 from tinker.proto.response_conv import deserialize_forward_backward_output, deserialize_sample_response
 
 from rlhf.errors import RunError, UserError
-from rlhf.hosting import saving, training
+from rlhf.hosting import models, saving, training
 from rlhf.hosting.models import Models
 from rlhf.hosting.refusals import Gone, NotFound
 from rlhf.hosting.request_line import Result
@@ -577,6 +577,32 @@ async def test_a_model_that_was_not_created_fails_every_request(tmp_path: Path) 
         assert "was never created" in (await client.json(await model.forward_backward()))["error"]
         with pytest.raises(UserError, match="base_model 'other' is not served here; the model is fakes/tiny"):
             await service.models.create("alice", json.dumps(asked | {"base_model": "other"}).encode())
+
+
+async def test_a_refused_model_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def folders() -> list[str]:
+        return sorted(path.name for path in tmp_path.iterdir() if path.name != "service")
+
+    async with serving(tmp_path) as (service, _, _):
+        client = Client(service)
+        created, refused, retried = await client.create(), await client.create(rank=99), await client.create(rank=99)
+        names = [model.model_id.replace(":", "-") for model in (created, refused, retried)]
+        listed = service.models.training_runs("alice", limit=9, offset=0)
+        assert [run["training_run_id"] for run in listed["training_runs"]] == [created.model_id]
+        assert list(RunPlaces([tmp_path]).by_name()) == names[:1]
+    async with serving(tmp_path) as (service, _, _):  # a client may still ask for the reason after a kill
+        client.service = service
+        assert "rank 99 is more" in json.loads((await client.of(f"{refused.model_id}:0")).body)["error"]
+        await service.keep_house()
+        assert folders() == names
+        monkeypatch.setattr(models, "SILENT_S", 0.0)
+        await service.keep_house()
+        assert folders() == names[:1]
+        late = await client.create(rank=99)
+        await service.finish_session("alice", client.session_id, b"{}")
+        assert folders() == names[:1]
+        with pytest.raises(NotFound):
+            service.models.training_run("alice", late.model_id)
 
 
 WHOLE = {"trains_all": True, "max_adapters": 1}

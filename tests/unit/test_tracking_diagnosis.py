@@ -309,3 +309,15 @@ def test_metrics_and_keys_that_are_named_exist() -> None:
             assert f"`{key.rpartition('.')[2]}`" in page, f"{one.kind} names {key}"
     page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
     assert not [kind for kind in CASES if f"`{kind}`" not in page]
+
+
+def test_symptoms_of_a_clients_model_speak_of_the_clients_learning_rate() -> None:
+    found: set[str] = set()
+    for key, value in (("update/loss/mean", None), ("update/grad_norm", lambda s: 1e6 if s > 55 else 1.0)):
+        series: dict[str, Any] = {"update__loss__mean": lambda s: 1.0, "update__lr": lambda s: 0.0}
+        series |= {"update__tokens__total": lambda s: 8, "update__grad_norm": lambda s: 1.0, "time__update_s": float}
+        series[key.replace("/", "__")] = value or (lambda s: None)
+        for finding in diagnose(rows(60, **series)):
+            assert "learning_rate in the AdamParams of a Tinker client" in finding.advice, finding
+            found.add(finding.kind)
+    assert found == {"not_finite", "gradient_spikes", "learning_rate_zero"}

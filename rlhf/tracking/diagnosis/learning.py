@@ -26,6 +26,8 @@ PROBE_GROWTH, PROBE_GROWTH_FROM = 5.0, 0.05  # the same for the probe's largest 
 ESS = 0.8  # share of the tokens: healthy runs stay above .95
 REJECTED = 0.5  # half of the samples are thrown away
 
+# these symptoms also appear in the models of a server's clients
+_LEARNING_RATE = "train.lr of a run, learning_rate in the AdamParams of a Tinker client"
 _LOSSES = (
     *("update/loss/mean", "update/policy_loss/mean", "update/value_loss/mean", "update/grad_norm"),
     *("update/critic_grad_norm", "update/kl_old/mean", "update/entropy/mean", "experience/kl_ref/mean"),
@@ -37,8 +39,8 @@ _LOSSES = (
     *_LOSSES,
     why="There was an overflow or a division by zero. The learning rate may be too high, a reward may return "
     "infinities, or a half-precision computation may be out of its range.",
-    advice="go back to the last checkpoint with a lower train.lr; look for nan in the rewards of samples/; use "
-    "bfloat16 instead of float16.",
+    advice=f"go back to the last checkpoint with a lower learning rate ({_LEARNING_RATE}); look for nan in the rewards "
+    "of samples/; use bfloat16 instead of float16.",
 )
 def not_finite(history: History, _: list[Point]) -> Evidence | None:
     keys = tuple(key for key in _LOSSES if key in history.not_finite)
@@ -154,8 +156,8 @@ def clip_fraction_zero(history: History, recent: list[Point]) -> str | None:
     *("update/grad_norm", "update/loss/mean"),
     why="A few batches have a much larger gradient than all further batches. Their prompts or labels may be wrong, the "
     "learning rate may be near divergence, or a reward may have another scale than the rest.",
-    advice="look at the samples of these steps; lower train.lr, set or lower train.grad_clip, and lengthen "
-    "train.warmup_steps if they come early.",
+    advice=f"look at the samples of these steps; lower the learning rate ({_LEARNING_RATE}), clip the gradient "
+    "(train.grad_clip, grad_clip_norm), and warm up longer (train.warmup_steps) if these steps come early.",
 )
 def gradient_spikes(history: History, _: list[Point]) -> Evidence | None:
     for key in ("update/grad_norm", "update/critic_grad_norm"):
@@ -260,8 +262,8 @@ def critic_worse_than_none(_: History, recent: list[Point]) -> str | None:
     "warning",
     "update/lr",
     steps=3,
-    why="The policy learns nothing: the schedule has ended, or train.lr is 0.",
-    advice="set train.lr, train.min_lr_ratio or train.lr_schedule.",
+    why="The policy learns nothing: the schedule has ended, or the learning rate is 0.",
+    advice=f"set a learning rate ({_LEARNING_RATE}), train.min_lr_ratio or train.lr_schedule.",
 )
 def learning_rate_zero(_: History, recent: list[Point]) -> str | None:
     return None if any(point.value != 0 for point in recent) else "The learning rate was 0 for three steps."
