@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
-from rlhf.commands.shared import write_stdout
+from rlhf.commands.shared import run_folders, write_stdout
 
 if TYPE_CHECKING:
     from rlhf.viewing.report import Report
@@ -26,7 +26,7 @@ def report(runs: str | PathLike[str] | Sequence[str | PathLike[str]], *, out: Pa
     """
     from rlhf.viewing.report import write_report
 
-    return write_report([Path(run) for run in ([runs] if isinstance(runs, str | PathLike) else runs)], out)
+    return write_report(run_folders(runs), out)
 
 
 def _present(args: argparse.Namespace) -> None:

@@ -75,6 +75,11 @@ def model_name(model: str | PathLike[str] | None) -> str | None:
     return None if model is None else fspath(model)
 
 
+def run_folders(runs: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[Path]:
+    """Return the folders of a run or of several runs."""
+    return [Path(run) for run in ([runs] if isinstance(runs, str | PathLike) else runs)]
+
+
 def starts_work(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a call that starts processes, jobs or long work, forbidden to code named in a configuration.
 

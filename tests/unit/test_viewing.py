@@ -286,7 +286,8 @@ async def test_a_browser_logs_in_once(client: Client, run: Path) -> None:
 
 def test_the_command_serves_until_it_is_told_to_end(run: Path) -> None:
     """The command's only line has the address; the token is neither there nor in the page."""
-    command = [sys.executable, "-m", "rlhf.cli", "view", str(run), "--port", "0", "--token-env", "VIEW_TOKEN"]
+    runs = [str(run), *(shutil.copytree(run, run.with_name(name)) for name in ("second", "third"))]
+    command = [sys.executable, "-m", "rlhf.cli", "view", *runs, "--port", "0", "--token-env", "VIEW_TOKEN"]
     environment = {**os.environ, "VIEW_TOKEN": "secret"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -299,6 +300,10 @@ def test_the_command_serves_until_it_is_told_to_end(run: Path) -> None:
                 assert b"/static/app.js" in response.read()
             with pytest.raises(urllib.error.HTTPError, match="401"):
                 urllib.request.urlopen(url + "api/runs", timeout=20)
+            asked = urllib.request.Request(url + "api/runs", headers={"Authorization": "Bearer secret"})
+            with urllib.request.urlopen(asked, timeout=20) as response:
+                names = [shown["name"] for shown in json.load(response)["runs"]]
+            assert names == [Path(folder).name for folder in runs]
         finally:
             process.terminate()
         rest, err = process.communicate(timeout=20)
