@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rlhf.commands.command import Command
 from rlhf.commands.shared import refuse_other_than_file, stoppable, write_stdout
+from rlhf.errors import UserError
 
 if TYPE_CHECKING:
     from rlhf.config.schema.service import TinkerConfig
@@ -41,6 +42,7 @@ def tinker(
 
     Args:
         config (CONFIG): a YAML file with the sections run and policy, and possibly service and cluster.
+        token_env (NAME): the environment variable with the keys of the clients, separated by commas.
     """
     from actors.serving.tinker.start import serve_clients
     from rlhf.serving import refuse_taken, serving_token
@@ -48,9 +50,20 @@ def tinker(
 
     logs.configure()
     loaded = load_service(config, overrides)
-    token = serving_token(host, token_env)
+    keys = _keys(serving_token(host, token_env))
     refuse_taken(host, port)
-    serve_clients(loaded, host=host, port=port, token=token, ready=ready)
+    serve_clients(loaded, host=host, port=port, keys=keys, ready=ready)
+
+
+def _keys(token: str | None) -> list[str]:
+    """Return the keys of the clients. An empty list: no keys are required. UserError: no client could send a key."""
+    keys = [] if token is None else [key.strip() for key in token.split(",")]
+    for number, key in enumerate(keys, start=1):
+        if not key.startswith("tml-"):
+            raise UserError(
+                f"--token-env: key {number} of {len(keys)} does not begin with tml-, as every client requires"
+            )
+    return keys
 
 
 def _present(args: argparse.Namespace) -> None:

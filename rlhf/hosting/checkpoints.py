@@ -166,7 +166,7 @@ class Checkpoints:
         if used >= self.quota:
             raise UserError(
                 f"the checkpoints of this key take {used / 2**30:.2f} GiB of {self.quota / 2**30:g} GiB "
-                "(service.checkpoint_gib); delete some first"
+                "(service.checkpoint_gib); delete some first, with `tinker checkpoint delete`"
             )
 
     async def make(

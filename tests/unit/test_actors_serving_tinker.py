@@ -16,9 +16,10 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer, unused_port
 from tinker.types import ClientConfigResponse, ClientDynamicConfigResponse
 
-from actors.serving.tinker import http
+from actors.serving.tinker import http, start
 from actors.serving.tinker.http import API, TinkerServer
 from actors.serving.tinker.start import ServerRecord, _recoveries, continuing_by_a_start
+from rlhf.cli import main
 from rlhf.config.schema.cluster import Restarts
 from rlhf.controller.supervisor import Supervisor
 from rlhf.errors import RunError, UserError, WorkerLost
@@ -77,6 +78,30 @@ async def test_keys_open_the_server(tmp_path: Path) -> None:
         for headers in ({"Authorization": "Bearer tml-bob"}, {"x-api-key": "tml-bob"}):
             status, answer = await post(client, "get_info", headers, model_id=model_id)
             assert (status, answer["detail"]) == (404, f"there is no model {model_id} of this key")
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [("tml-a", ["tml-a"]), ("tml-a, tml-b", ["tml-a", "tml-b"]), ("tml-a,b", 2), ("tml-a,", 2), ("b", 1)],
+)
+def test_the_command_takes_keys_that_clients_can_send(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    keys: list[str] | int,
+) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(start, "serve_clients", lambda *_, keys, **options: given.extend(keys))
+    monkeypatch.setenv("KEYS", text)
+    file = tmp_path / "server.yaml"
+    file.write_text("run: {name: s}\npolicy: {model: 'tiny:llama', lora: {rank: 2}}\n")
+    code = main(["tinker", str(file), "--port", "0", "--token-env", "KEYS"])
+    if isinstance(keys, list):
+        assert (code, given) == (0, keys)
+    else:
+        assert (code, given) == (2, [])
+        assert f"key {keys} of {keys} does not begin with tml-, as every client requires" in capsys.readouterr().err
 
 
 async def test_without_keys_only_this_machine_is_served(tmp_path: Path) -> None:

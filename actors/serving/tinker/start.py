@@ -57,14 +57,16 @@ class ServerRecord:
 
 
 def serve_clients(
-    config: TinkerConfig, *, host: str, port: int, token: str | None, ready: Callable[[str], None]
+    config: TinkerConfig, *, host: str, port: int, keys: Sequence[str], ready: Callable[[str], None]
 ) -> None:
-    """Serve until interrupted. `ready` is called with the address, the base URL for clients. token: keys of clients,
-    divided by commas; None: any key, from this machine alone."""
+    """Serve until interrupted. `ready` is called with the address, the base URL for clients.
+
+    keys: the keys of the clients; empty: any key, from this machine alone.
+    """
     protobuf.messages()  # fails before anything starts
     limited = PAUSE.limited(config.cluster.room_timeout_s)
     with locked_server(server_folder(config)), limited, continuing_by_a_start():
-        _serve(config, host=host, port=port, token=token, ready=ready)
+        _serve(config, host=host, port=port, keys=keys, ready=ready)
 
 
 @contextmanager
@@ -78,7 +80,7 @@ def continuing_by_a_start() -> Iterator[None]:
         raise RunError(str(known).replace(RESUMES, CONTINUES)) from error
 
 
-def _serve(config: TinkerConfig, *, host: str, port: int, token: str | None, ready: Callable[[str], None]) -> None:
+def _serve(config: TinkerConfig, *, host: str, port: int, keys: Sequence[str], ready: Callable[[str], None]) -> None:
     model = find_base(config)
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=config.policy.trust_remote_code)
     limits = config.service
@@ -98,7 +100,6 @@ def _serve(config: TinkerConfig, *, host: str, port: int, token: str | None, rea
         seed=config.run.seed,
         probe_ids=_probe_ids(probe_ids, images, most=limits.max_length - 1),
     )
-    keys = [] if token is None else [key for key in token.split(",") if key]
 
     def decode(tokens: Sequence[int]) -> str:
         return decoded(tokens, tokenizer)
