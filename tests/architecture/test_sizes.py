@@ -45,7 +45,7 @@ MOST_LINES = {
     "rlhf/scoring": 654,
     "rlhf/suites": 952,
     "rlhf/sweeps": 492,
-    "rlhf/tracking": 5681,
+    "rlhf/tracking": 5687,
     "rlhf/viewing": 1300,
     "rlhf/vision": 1118,
     "rlhf/workers": 5507,

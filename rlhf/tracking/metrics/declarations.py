@@ -68,15 +68,15 @@ data/epoch | epochs | Last | all | Passes over the training data so far; with se
     last row
 data/passed_over/total | prompts | Sum | online optional | Prompts that were skipped because they were measured as too
     easy or too hard (`data.curriculum`)
-data/within_band/fraction | 1 | Mean | online optional | Measured prompts that are neither too easy nor too hard
-    (`data.curriculum`)
+data/within_band/fraction | 1 | Mean | online optional | Fraction of the measured prompts that are neither too easy nor
+    too hard (`data.curriculum`)
 
 rollouts/response_tokens/mean | tokens | Mean | online | Sampled tokens of a response
 rollouts/response_tokens/max | tokens | Max | online | Sampled tokens of the longest response
 rollouts/response_tokens/histogram | tokens | Histogram | online | Sampled tokens of each response
 rollouts/prompt_tokens/mean | tokens | Mean | online | Length of a prompt
-rollouts/truncated/fraction | 1 | Mean | online | Responses truncated at `rollouts.max_new_tokens` or at the limit of
-    their row, or conversations at a limit of `rollouts.environment`
+rollouts/truncated/fraction | 1 | Mean | online | Fraction of the responses truncated at `rollouts.max_new_tokens` or at
+    the limit of their row, or of the conversations truncated at a limit of `rollouts.environment`
 rollouts/tokens/total | tokens | Sum | online | All tokens of the step's sequences, including those of
     groups that are not trained on
 rollouts/logprob/mean | nats | Mean | online | Log-probability of a sampled token, by the sampler
@@ -90,15 +90,16 @@ rollouts/environment_errors/total | errors | Sum | online environment | Conversa
     died or returned no number
 rollouts/environment_timeouts/total | errors | Sum | online environment | Conversations whose environment took longer
     than `rollouts.environment.step_timeout_s`
-rollouts/filtered_groups/fraction | 1 | Mean | online optional | Answered groups that teach nothing and were replaced
-    (`rollouts.dynamic_sampling`)
-rollouts/filtered_easy/fraction | 1 | Mean | online optional | Answered groups that were filtered and score above the
-    mean of the trained groups; with scores of 0 and 1, all responses solved
-rollouts/filtered_hard/fraction | 1 | Mean | online optional | Answered groups that were filtered and score not above
-    it; with scores of 0 and 1, all responses failed
-rollouts/cancelled_groups/total | groups | Sum | online optional | Groups that were started but not awaited
-    (`rollouts.oversample`); their tokens are counted only if `rollouts.carry_over` keeps them until they are trained
-rollouts/carried/fraction | 1 | Mean | online optional | Trained groups whose responses were begun for a
+rollouts/filtered_groups/fraction | 1 | Mean | online optional | Fraction of the answered groups that have no learning
+    signal and were replaced (`rollouts.dynamic_sampling`)
+rollouts/filtered_easy/fraction | 1 | Mean | online optional | Fraction of the answered groups that were filtered and
+    score above the mean of the trained groups; with scores of 0 and 1, all their responses are right
+rollouts/filtered_hard/fraction | 1 | Mean | online optional | Fraction of the answered groups that were filtered and
+    score at most the mean of the trained groups; with scores of 0 and 1, all their responses are wrong
+rollouts/cancelled_groups/total | groups | Sum | online optional | Groups that were cancelled before they were finished
+    (`rollouts.oversample`); their tokens are counted only if `rollouts.carry_over` keeps the tokens until they are
+    trained
+rollouts/carried/fraction | 1 | Mean | online optional | Fraction of the trained groups whose responses were begun for a
     cancelled request (`rollouts.carry_over`)
 rollouts/reasked_groups/total | groups | Sum | online optional | Groups that were requested again, because training them
     would exceed `rollouts.max_staleness` (`weight_updates: in_flight`), or 16 versions (`rollouts.carry_over`)
@@ -106,17 +107,17 @@ rollouts/in_flight/mean | groups | Mean | online optional | Groups that are requ
     over the step's time (`weight_updates: in_flight`)
 rollouts/engines | engines | Last | online optional | Engines that answer at the end of the step
     (`cluster.roles.rollout.engines` with min and max)
-rollouts/completion_bias | 1 | Last | online optional | Mean response tokens of the trained groups over those of all
-    groups answered so far (`batch_order: completion`); below 1, short responses are trained first
+rollouts/completion_bias | 1 | Last | online optional | Mean number of response tokens of the trained groups, divided by
+    the mean of all groups answered so far (`batch_order: completion`); below 1, short responses are trained first
 
 agents/calls/mean | calls | Mean | online agent | Calls of the model in a session
 agents/calls/max | calls | Max | online agent | Most calls of a session
-agents/broken_prefixes/fraction | 1 | Mean | online agent | Calls whose prompt does not continue the session's tokens
-    although it has an earlier answer of the model: the agent has changed its history
+agents/broken_prefixes/fraction | 1 | Mean | online agent | Fraction of the calls whose prompt has an earlier answer of
+    the model but does not continue the session's tokens, because the agent has changed its history
 agents/broken_by_<reason>/total | calls | Sum | online agent optional | Calls whose prompt does not continue the
     session's tokens for one reason
-agents/restricted_tokens/fraction | 1 | Mean | online agent | Sampled tokens that are not trained on, because a grammar
-    restricted them
+agents/restricted_tokens/fraction | 1 | Mean | online agent | Fraction of the sampled tokens that are not trained on,
+    because a grammar restricted these tokens
 agents/restricted_by_<reason>/total | tokens | Sum | online agent optional | Sampled tokens that a grammar restricted
     for one reason: a `tool_choice` that forces a call, a `response_format`, or `structured_outputs`
 agents/inserted_tokens/mean | tokens | Mean | online agent | Tokens of a session after its first prompt that were not
@@ -171,19 +172,20 @@ experience/rollout_chi2_sequence | 1 | Mean | online | Chi-square divergence per
     tokens' ratios
 experience/rollout_ess_token | 1 | EffectiveShare | online | Effective sample size if tokens were weighted by their
     ratios, as a fraction of the tokens
-experience/rollout_ess_token/lag_<lag> | 1 | EffectiveShare | online | The same over the tokens whose weights were
-    `<lag>` versions older than the trained ones
+experience/rollout_ess_token/lag_<lag> | 1 | EffectiveShare | online | The same over the tokens sampled by weights that
+    were `<lag>` versions older than the trained weights
 experience/rollout_ess_sequence | 1 | EffectiveShare | online | Effective sample size if responses were weighted by the
     products of their ratios, as a fraction of the responses
 experience/rollout_weight/mean | 1 | Mean | online correction | Factor of the correction on a token's policy loss; 0 if
     the token is masked or rejected
 experience/rollout_weight_ess | 1 | EffectiveShare | online correction | Effective sample size under the correction's
     weights, as a fraction of the tokens
-experience/rollout_weight_truncated/fraction | 1 | Mean | online correction | Tokens whose weight was truncated at a
-    bound
-experience/rollout_weight_masked/fraction | 1 | Mean | online correction | Tokens whose weight is 0 because the ratio is
-    out of bounds
-experience/rollout_rejected/fraction | 1 | Mean | online correction | Tokens rejected by `reject` or `off_policy_mask`
+experience/rollout_weight_truncated/fraction | 1 | Mean | online correction | Fraction of the tokens whose weight was
+    truncated at a bound
+experience/rollout_weight_masked/fraction | 1 | Mean | online correction | Fraction of the tokens whose weight is 0
+    because the ratio is out of bounds
+experience/rollout_rejected/fraction | 1 | Mean | online correction | Fraction of the tokens rejected by `reject` or
+    `off_policy_mask`
 experience/policy_lag/max | versions | Max | online | Age of the oldest weights that sampled a token
 experience/policy_lag/mean | versions | Mean | online | Mean over responses of the age of the oldest weights that
     sampled one of their tokens
@@ -196,53 +198,56 @@ advantages/mean | 1 | Mean | online advantages | Advantage of a sampled token, b
 advantages/std | 1 | Std | online advantages | Standard deviation of the advantages, before whitening
 advantages/histogram | 1 | Histogram | online advantages | Advantage of a sampled token as its loss uses it: whitened
     and clipped
-advantages/zero_groups/fraction | 1 | Mean | online groups | Prompts whose responses all have an advantage of 0, usually
-    because they scored the same: they teach nothing
+advantages/zero_groups/fraction | 1 | Mean | online groups | Fraction of the prompts whose responses all have an
+    advantage of 0, usually because all scores are equal: such prompts have no learning signal
 advantages/prompt_value/mean | 1 | Mean | online advantages optional | Value of the prompts before training (a_star_po)
 advantages/length_penalty/mean | 1 | Mean | online advantages optional | Score that responses lose by their length
     (`algorithm.length_penalty`, `algorithm.overlong`)
-advantages/clipped/fraction | 1 | Mean | online advantages optional | Sampled tokens whose advantage was clipped
-    (`algorithm.advantage_clip`)
-advantages/kept/fraction | 1 | Mean | online advantages optional | Responses that are trained on, if some are not
-    (`rollouts.keep_per_prompt`, raft, `mask_truncated`)
+advantages/clipped/fraction | 1 | Mean | online advantages optional | Fraction of the sampled tokens whose advantage was
+    clipped (`algorithm.advantage_clip`)
+advantages/kept/fraction | 1 | Mean | online advantages optional | Fraction of the responses that are trained on, if
+    some are left out (`rollouts.keep_per_prompt`, raft, `mask_truncated`)
 
 update/loss/mean | 1 | Mean | all | The differentiated loss with all its terms
 update/policy_loss/mean | 1 | Mean | online advantages | Policy term of the loss
 update/kl_loss/mean | nats | Mean | online advantages reference optional | KL term (`kl.place: loss`)
-update/given_loss/mean | 1 | Mean | online advantages optional | Loss of a learned token of the given responses (chord),
-    before its share; `update/loss` is that of the rollouts
-update/given_nll/mean | nats | Mean | online optional | Cross-entropy of a learned token of the given responses
+update/given_loss/mean | 1 | Mean | online advantages optional | Loss of a trained token of the given responses (chord),
+    before it is multiplied by `update/given_share`; `update/loss/mean` is the loss of the rollouts
+update/given_nll/mean | nats | Mean | online optional | Cross-entropy of a trained token of the given responses
 update/given_share | 1 | Last | online optional | Share of the given responses in the loss (`algorithm.mu`, or 1 -
     `algorithm.on_policy_share`)
 update/imitation_loss/mean | nats | Mean | online advantages optional | Negative log-probability of the tokens of right
     responses (`algorithm.imitation`)
 update/value_loss/mean | 1 | Mean | online critic | Critic's loss
-update/clip_fraction/mean | 1 | Mean | online advantages | Sampled tokens where the clipped objective applies
-update/dual_clip_fraction/mean | 1 | Mean | online advantages optional | Tokens at the dual clip, if there is one
-update/selected/fraction | 1 | Mean | online advantages optional | Tokens whose gradient clip_cov removes, or which
-    kl_cov penalises
+update/clip_fraction/mean | 1 | Mean | online advantages | Fraction of the sampled tokens where the clip limits the
+    objective
+update/dual_clip_fraction/mean | 1 | Mean | online advantages optional | Fraction of the tokens at the dual clip, if the
+    algorithm has a dual clip
+update/selected/fraction | 1 | Mean | online advantages optional | Fraction of the tokens whose gradient clip_cov
+    removes, or which kl_cov penalises
 update/entropy_coef | 1 | Last | online advantages optional | Weight of the entropy bonus in this step
     (`algorithm.entropy.adaptive`)
-update/value_clip_fraction/mean | 1 | Mean | online critic optional | Values at their clip, if there is one
+update/value_clip_fraction/mean | 1 | Mean | online critic optional | Fraction of the values at the value clip, if there
+    is a value clip
 update/kl_old/mean | nats | Mean | online advantages | KL from old_logprobs per token (from the weights at the start of
     the update, or the sampler of a bypassing correction)
 update/ratio/max | 1 | Max | online advantages | Largest exp(logprobs - old_logprobs)
 update/ratio/histogram | 1 | Histogram | online advantages | The algorithm's importance ratio of a sampled token, in all
     updates of the step
 update/entropy/mean | nats | Mean | online advantages | Entropy of the policy's next-token distribution
-update/token_accuracy/mean | 1 | Mean | sft | Tokens in the loss mask with the highest probability
+update/token_accuracy/mean | 1 | Mean | sft | Fraction of the tokens in the loss mask that have the highest probability
 update/divergence/mean | nats | Mean | distillation | Divergence from the teacher at a token in the loss mask
 update/divergence_by_teacher/<teacher>/mean | nats | Mean | distillation teachers optional | Divergence from one teacher
     at a token of its rows; absent in a step without such rows
-update/compared/fraction | 1 | Mean | all optional | Learned tokens in a span of text that both tokenizers write with
-    whole tokens, so that the teachers are compared there, if a teacher has another tokenizer
+update/compared/fraction | 1 | Mean | all optional | Fraction of the trained tokens that are compared with the teacher,
+    if a teacher has another tokenizer: the tokens in a span of text that both tokenizers write with whole tokens
 update/compared_by_teacher/<teacher>/fraction | 1 | Mean | teachers optional | The same over the tokens of one teacher's
     rows
 update/nll/mean | nats | Mean | distillation | Negative log-probability of a token in the loss mask
-update/step_accuracy/mean | 1 | Mean | steps | Response steps whose label and score have the same sign
+update/step_accuracy/mean | 1 | Mean | steps | Fraction of the response steps whose label and score have the same sign
 update/tokens/total | tokens | Sum | all | Tokens passed forward and backward, all epochs
-update/without_tokens/total | steps | Sum | online advantages optional | Optimizer steps left out, because no token of
-    their responses is trained on (`agents/restricted_tokens/fraction`)
+update/without_tokens/total | steps | Sum | online advantages optional | Optimizer steps that were left out, because no
+    token of their responses is trained on (`agents/restricted_tokens/fraction`)
 update/grad_norm | 1 | Mean | all | Norm of the gradient before clipping, mean over optimizer steps
 update/router_load | 1 | ExpertLoad | all optional | Load of the busiest expert divided by the mean load, mean over
     layers of a mixture of experts; no token is dropped (for mixtures as `policy.model`)
@@ -265,15 +270,15 @@ update/critic_lr | 1 | Last | online critic | Learning rate of the critic's last
 update/explained_variance | 1 | ExplainedVariance | online critic | Fraction of the returns' variance predicted by the
     critic: 1 is perfect, 0 or less is no better than the mean
 
-preference/accuracy/mean | 1 | Mean | preference | Pairs whose chosen response is preferred
+preference/accuracy/mean | 1 | Mean | preference | Fraction of the pairs whose chosen response has the higher reward
 preference/margin/mean | 1 | DifferenceOfMeans | preference | Mean (implicit) reward of chosen, or desirable, responses
     minus that of the other responses
 preference/calibration_error | 1 | CalibrationError | preference optional | Reward models: mean gap, over bins, of
     accuracy and the confidence sigmoid(|margin|)
 preference/chosen_reward/mean | 1 | Mean | preference | (Implicit) reward of a chosen response
 preference/rejected_reward/mean | 1 | Mean | preference | (Implicit) reward of a rejected response
-preference/pairs/total | pairs | Sum | online preference | Pairs that the step trained on: one for each prompt whose
-    responses did not all score the same
+preference/pairs/total | pairs | Sum | online preference | Number of trained pairs: one for each prompt whose responses
+    have different scores
 preference/on_policy_weight/mean | 1 | Mean | preference optional | Factor on a pair's loss: the product of its
     responses' weights (`algorithm.wpo`)
 preference/mismatched_kl | nats | Last | preference optional | KTO's estimate of the divergence from the reference,
@@ -290,9 +295,10 @@ weight_sync/image_effect_policy | nats | Last | online optional | Mean |differen
     probe's text with its own and with other images in the policy, at the first sync of a start. Near 0 the run ends
 weight_sync/image_effect_engine | nats | Last | online optional | The same in the engine with the smallest difference
 
-time/engines_idle/fraction | 1 | Last | online | Part of the step in which the engines answered no prompt of training
+time/engines_idle/fraction | 1 | Last | online | Fraction of the step's time in which the engines answered no training
+    prompt
 time/trainer_waits_s | s | Sum | online | Time in which training waited for responses
-time/recovery_s | s | Sum | all | Time in which lost workers were started again
+time/recovery_s | s | Sum | all | Time spent on starting lost workers again
 time/step_s | s | Sum | all | Wall time of the step, without evaluation and checkpoint
 time/<stage>_s | s | Sum | all | Wall time of one stage; stages may overlap
 
