@@ -29,7 +29,7 @@ LOOK_EVERY_S = 0.2
 TOLD_WITHIN_S = 1.0  # the longest time until a signal to all processes reaches this process
 ASK_EVERY_S = 5.0  # interval of the check for draining nodes
 CANCELLED_WITHIN_S = 5.0
-_KEPT = "with a checkpoint if a step is done by then"
+_KEPT = "with a checkpoint if a step is finished by then"
 
 
 async def run_loop(
@@ -95,7 +95,7 @@ async def run_loop(
 
 def _say_what_follows(request: StopRequest, limit_s: float | None) -> None:
     if limit_s is None:
-        logger.warning("Ctrl-C: the run ends after its step, %s. A second Ctrl-C ends the run now.", _KEPT)
+        logger.warning("Ctrl-C: the run ends after its step, %s. A second Ctrl-C ends the run at once.", _KEPT)
         return
     reason = "the run is about to lose a node" if request.signal is None else request.signal.name
     logger.warning("%s: the run ends after its step and within %.0f s, %s", reason, limit_s, _KEPT)

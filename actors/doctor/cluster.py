@@ -199,7 +199,9 @@ def _shared_folder(stages: Sequence[Stage]) -> Iterator[Path | None]:
         folder.mkdir()
         (folder / "driver").write_text(secrets.token_hex(16), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"run.dir: {at} cannot be written: {error.strerror}. Choose a folder you can write.") from error
+        raise UserError(
+            f"run.dir: {at} cannot be written: {error.strerror}. Choose a folder that you can write."
+        ) from error
     try:
         yield folder / "driver"
     finally:

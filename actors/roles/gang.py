@@ -150,7 +150,7 @@ class Gang(ModelGroup):
 
     async def save_snapshots(self, step: int, folder: Path) -> None:
         if self.folders is None:
-            raise RunError("The ranks take no snapshots.")
+            raise RunError("The ranks take no snapshots, so no checkpoint can be written from memory.")
         folder.mkdir()
         await self.folders.write(self._nodes, step, folder)
 

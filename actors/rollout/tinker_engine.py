@@ -49,7 +49,9 @@ class TinkerLoop(EngineLoop):
         self.client = self._open()
 
     def call(self, work: Callable[[Any], T]) -> Future[T]:
-        raise RunError(f"{self.name}: the engines are the server's, and take only requests for samples.")
+        raise RunError(
+            f"{self.name}: the engines belong to the server of policy.tinker, and accept only requests for samples."
+        )
 
     def submit(self, submissions: Sequence[Submission]) -> list[Future[Any]]:
         """Ask for all samples. Each future gives an output of the fields that a worker reads of vLLM's.
@@ -178,7 +180,7 @@ class TinkerRolloutEngine(RolloutEngine):
 
 
 def _no_engine() -> Any:
-    raise RunError("There is no engine here.")
+    raise RunError("This worker has no engine, because the server of policy.tinker samples.")
 
 
 def _continues(samples: Sequence[Submission], sample: Submission) -> bool:

@@ -260,7 +260,7 @@ async def _suite_answers(
     deadline_s = cluster.call_timeout_s
     answers = await ask_suites(candidate.suites, engines.fronts, stored=stored, deadline_s=deadline_s, progress=say)
     for failure in suite_failures(answers, step=0, model=model.name):
-        logger.warning("%s, question %s: left out, since %s", failure.split, failure.prompt_id, failure.message)
+        logger.warning("%s, question %s is left out, because %s", failure.split, failure.prompt_id, failure.message)
         write_error(folder, failure)
     return answers
 
@@ -286,7 +286,7 @@ def _results(name: str, judged: Sequence[tuple[ScoredGroup, ResponseTexts]], inp
     if errors and (fatal or len(errors) == len(judged)):
         raise RunError(f"eval {name}: {describe_errors((fatal or errors)[0])}")
     for failed in errors:
-        logger.warning("%s: left out, since %s", name, describe_errors(failed))
+        logger.warning("%s is left out, because %s", name, describe_errors(failed))
     form = inputs.marking.answers if inputs.marking.passing is not None else None
     return [_result(scored, responses, form) for scored, responses in judged if not scored.scores.errors]
 

@@ -134,7 +134,7 @@ def _hiding_nothing() -> Iterator[None]:
     try:
         yield
     except (OSError, RunError) as error:
-        logger.warning("the end of the run could not be recorded: %s", error)
+        logger.warning("the end of the run could not be written to its folder: %s", error)
 
 
 def _backends(stage: Stage, folder: Path, after: int | None, trackers: Sequence[Any]) -> list[TrackerBackend]:

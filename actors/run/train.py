@@ -356,7 +356,10 @@ async def write_final(controller: OnlineController | OfflineController) -> Path:
     """Write the model to final/ in the run's folder, and return that folder."""
     folder, aside = controller.record.folder, await controller.export()
     if not any(aside.iterdir()):
-        raise RunError(f"export: nothing was written to {aside}; the ranks see another file system than the driver")
+        raise RunError(
+            f"export: the ranks wrote no model to {aside} that the driver can see. run.dir must be a folder that all "
+            "nodes share."
+        )
     run = controller.config.run
     write_model_card(aside, controller.config, run=folder.path, step=None)
     final = folder.commit_final()

@@ -253,7 +253,7 @@ def _wait_for_leftovers(journal: Journal, *, within_s: float) -> None:
             except UserError:
                 if time.monotonic() > give_up:
                     raise
-            logger.info("%s: a process of the earlier sweep is still ending", lock.parent)
+            logger.info("%s: waiting for a process of the earlier sweep to end", lock.parent)
             time.sleep(1.0)
 
 

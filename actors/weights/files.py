@@ -43,7 +43,7 @@ def mapped_files(folder: Path) -> list[UInt8[Tensor, " bytes"]]:
     except (OSError, RuntimeError) as error:
         raise RunError(f"The weights in {folder} cannot be read: {error}") from error
     if not files:
-        raise RunError(f"There are no weights in {folder}.")
+        raise RunError(f"There is no file of weights in {folder}.")
     return files
 
 

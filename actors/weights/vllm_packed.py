@@ -38,7 +38,9 @@ def load_packed(model: Any, weights: Mapping[str, Tensor]) -> None:
         sources = [f"{prefix}{dot}{part}.{kind}" for part in parts_of.get(leaf, (leaf,))]
         missing = [source for source in sources if source not in unused]
         if missing:
-            raise RunError(f"weight sync: the engine's {name} wants {missing[0]}, which the policy did not publish")
+            raise RunError(
+                f"weight sync: the engine's {name} needs {missing[0]}, but the policy did not publish this weight"
+            )
         weight = joined([unused.pop(source) for source in sources])
         module = model.get_submodule(module_name)
         if isinstance(module, LinearBase) and kind == "weight":

@@ -107,7 +107,7 @@ class Run(os.PathLike[str]):
             raise UserError(f"{self.folder} has no samples of step {step}. Steps with samples: {stored}.")
         rows = self._rows(step)
         if not 0 <= row < len(rows):
-            raise UserError(f"{self.folder} has {len(rows)} samples of step {step}, and row is {row}.")
+            raise UserError(f"{self.folder} has {len(rows)} samples of step {step}, but row is {row}.")
         columns = rows[row].get("tokens") or {}
         table = pandas.DataFrame({name: column for name, column in columns.items() if name != "sequences" and column})
         return table.astype({"ids": "Int64"}) if None in (columns.get("ids") or ()) else table  # no id: of an image

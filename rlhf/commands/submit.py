@@ -94,7 +94,7 @@ def _run_new(args: argparse.Namespace) -> int:
     from actors.jobs.submit import DriverResources, submit_job
 
     if args.config is None:
-        raise UserError("give a CONFIG, or --follow, --status or --stop with a job")
+        raise UserError("give a CONFIG to submit, or name a job with --follow, --status or --stop")
     driver = DriverResources(cpus=args.cpus, memory_gib=args.memory_gib, custom=dict(args.resources))
     jobs, job = submit_job(
         args.config, args.overrides, address=args.address, env=args.env, driver=driver, supervise=args.supervise

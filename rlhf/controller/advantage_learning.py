@@ -102,7 +102,9 @@ class AdvantageLearning(ReferencedLearning):
         elif not trained:
             logger.warning("step %d: no response reaches algorithm.min_score, so the policy is not updated", step)
         elif not any(minibatch.num_tokens for part in trained for minibatch in part.plan.minibatches):
-            logger.warning("step %d: a grammar restricted all responses that are kept, so nothing is updated", step)
+            logger.warning(
+                "step %d: a grammar restricted all tokens of the kept responses, so nothing is updated", step
+            )
         num_minibatches = len(trained[0].plan.minibatches) if trained else 0
         given = self.given(groups, step, num_minibatches=num_minibatches)
         with self.record.stage("update"):

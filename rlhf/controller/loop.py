@@ -183,8 +183,8 @@ class TrainingLoop(ABC):
     async def repeat(self, step: int) -> None:
         """Train a finished step again. Raise RunError if the batch is gone."""
         raise RunError(
-            f"The newest snapshot that every rank has is of step {self.trained_step}, and the batch of step {step} is "
-            f"gone. {RESUMES}"
+            f"The newest snapshot that every rank has is of step {self.trained_step}, but the batch of step {step} is "
+            f"no longer stored, so the step cannot be repeated. {RESUMES}"
         )
 
     async def take_snapshot(self, step: int) -> None:
@@ -279,7 +279,7 @@ class TrainingLoop(ABC):
         await self.despite_losses(lambda: asyncio.gather(*(role.start_profile() for role in roles)))
         yield
         await self.despite_losses(lambda: asyncio.gather(*(role.stop_profile(folder) for role in roles)))
-        logger.info("step %d took longer, because it was profiled: %s", step, folder)
+        logger.info("step %d took longer, because it was profiled. The profiles are in %s", step, folder)
 
     async def _save_finished(self) -> None:
         """Write a missing checkpoint of the last finished step from snapshots, since a rank may be lost for good."""

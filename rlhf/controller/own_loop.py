@@ -163,7 +163,9 @@ class OwnLoop:
         """
         with self._calling("sample", in_step=True):
             if self._is_stale:
-                raise UserError("sample: the policy was updated, and the engines have older weights. Call sync first.")
+                raise UserError(
+                    "sample: the policy was updated, but the engines still have older weights. Call sync first."
+                )
             controller, record, step = self._controller, self._record, self.step + 1
             version = controller.scorer.weights[0]
             if prompts is None:

@@ -208,7 +208,10 @@ class RunRecord:
         if best.step in self.folder.checkpoint_steps():
             self.folder.mark_best(best.step)
         elif best.step is not None:
-            logger.warning("the best checkpoint, of step %d, is gone: the next evaluation is the best", best.step)
+            logger.warning(
+                "the best checkpoint, of step %d, no longer exists, so the next evaluation counts as the best",
+                best.step,
+            )
             best.value = best.step = None
 
     def read_state(self, step: int) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def convert_file(path: Path, framework: Framework, *, method: str | None, gpus: 
     chosen, known = method or source.method, METHODS[framework]
     if chosen not in known:
         what = f"is {chosen!r}" if chosen else "is not given, and the file does not name it"
-        raise UserError(f"{path}: the trainer {what}; give --method with one of {', '.join(known)}")
+        raise UserError(f"{path}: the trainer {what}; name the method with --method: {', '.join(known)}")
     draft = Draft(framework, chosen, gpus or source.gpus, source.settings)
     draft.outcomes |= {name: SettingOutcome("none", text) for name, text in source.unread.items()}
     draft.put("run.name", folder_name(path.stem) or "converted")

@@ -194,5 +194,5 @@ def _python(path: Path, text: str) -> Source:
                 else:
                     unread[key] = f"is {ast.unparse(value)[:60]}, which only Python can evaluate"
     if method is None:
-        raise UserError(f"{path}: has no call of a Config or a Trainer of TRL, such as GRPOConfig(...)")
+        raise UserError(f"{path}: calls no Config and no Trainer of TRL, such as GRPOConfig(...)")
     return Source(method, settings, None, unread)

@@ -27,7 +27,7 @@ _BATCH_BYTES = 64 * 2**20  # of a decoded batch
 def rows_of_file(path: Path, skip: int = 0) -> Iterator[Row]:
     """Yield the rows of a file after the first `skip` rows."""
     if path.is_dir():
-        raise UserError(f"{path} is a folder, but its name ends as a file's does, {path.suffix}. Rename it.")
+        raise UserError(f"{path} is a folder, but its name ends in {path.suffix} like a file. Rename the folder.")
     if not path.is_file():
         raise UserError(f"{path} does not exist; looked for it from {Path.cwd()}.")
     try:

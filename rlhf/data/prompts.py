@@ -74,7 +74,9 @@ def load_prompts(
     for number, draft in enumerate(drafts, start=first_id):
         row, is_chat = draft.row, draft.messages is not None
         if reading.tasks and draft.images:
-            raise UserError(f"{row.place}: has images, and the task of an agent is only text. Remove the images.")
+            raise UserError(
+                f"{row.place}: has images, and the task of an agent can contain only text. Remove the images."
+            )
         token_ids = next(chat if is_chat else raw)
         if not token_ids:
             raise UserError(f"{row.place}: the prompt {draft.text!r:.40} has no tokens.")

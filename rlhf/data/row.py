@@ -87,7 +87,10 @@ def refuse_half_characters(text: str, place: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         half = ascii(text[error.start])[1:-1]
-        raise UserError(f"{place} holds `{half}` at character {error.start + 1}, half of a character.") from error
+        raise UserError(
+            f"{place} holds `{half}` at character {error.start + 1}, which is only half of a character (a "
+            "lone surrogate). Correct the text."
+        ) from error
 
 
 def shown(value: object) -> str:

@@ -103,5 +103,6 @@ def _of_run(path: Path) -> Path | None:
     if stages := ", ".join(f"{path.name}/{inner.parent.name}" for inner in sorted(path.glob("*/final"))):
         raise UserError(f"{path} is a pipeline of several runs; name one of them: {stages}.")
     raise UserError(
-        f"{path} is a run without final/: it has not ended. `rlhf export` writes one of its checkpoints as a model."
+        f"{path} is a run without final/, because the run has not ended. `rlhf export` writes one of its checkpoints "
+        "as a model."
     )

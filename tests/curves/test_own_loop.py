@@ -144,7 +144,7 @@ async def test_calls_in_the_wrong_order_are_refused_and_change_nothing(loop: Own
         await refused(loop.forward_backward(1), "there is a gradient already")
         await refused(loop.sync(), "sync: a gradient waits for optim_step")
         await loop.optim_step()
-        await refused(loop.sample(loop.prompts(1)), "the engines have older weights. Call sync first")
+        await refused(loop.sample(loop.prompts(1)), "the engines still have older weights. Call sync first")
         await refused(loop.evaluate(), "evaluate: call evaluate in a step after `sync`")
         with pytest.raises(UserError, match=r"record: .kind. is nan, expected a name of letters, digits"):
             loop.record(kind=float("nan"))

@@ -272,7 +272,7 @@ def silent() -> Iterator[str]:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "give a CONFIG, or --follow, --status or --stop with a job"),
+        ([], "give a CONFIG to submit, or name a job with --follow, --status or --stop"),
         (["run.yaml", "--follow", "demo-1"], "take only a JOB and --address"),
         (["--stop", "demo-1", "--env", "X"], "take only a JOB and --address"),
         (["--status", "demo-1", "--stop", "demo-1"], "not allowed with argument"),

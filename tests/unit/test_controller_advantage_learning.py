@@ -431,7 +431,7 @@ def test_masked_responses_are_compared_and_not_trained_on(folder: RunFolder) -> 
         (  # the collector ends the run for a whole batch: here, the kept responses alone have no trained token
             {"name": "dr_grpo", "kl": {"coef": 0.1}},
             without_tokens,
-            "a grammar restricted all responses that are kept, so nothing is updated",
+            "a grammar restricted all tokens of the kept responses, so nothing is updated",
         ),
     ],
     ids=["none good enough", "all masked", "all restricted"],

@@ -218,5 +218,5 @@ def test_a_best_checkpoint_that_is_gone_is_forgotten(
         record.restore_best(best, {"value": 0.5, "step": 5, "stale": 1})
         assert (best.value, best.step, best.stale, folder.best_checkpoint()) == (0.5, 5, 1, 5)
         record.restore_best(best, {"value": 0.5, "step": 4, "stale": 1})
-        assert "the best checkpoint, of step 4, is gone" in caplog.text
+        assert "the best checkpoint, of step 4, no longer exists" in caplog.text
         assert best.improves({"eval/heldout/score": 0.1}, 11)

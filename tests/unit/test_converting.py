@@ -443,7 +443,7 @@ def test_a_configuration_of_trl_and_of_accelerate(tmp_path: Path) -> None:
     assert run["data"]["max_sequence_tokens"] == 512
     assert run["cluster"]["roles"]["policy"]["workers"] == 2
     assert run["cluster"]["roles"]["policy"]["zero_stage"] == 3
-    with pytest.raises(UserError, match="give --method with one of grpo, rloo, sft"):
+    with pytest.raises(UserError, match="name the method with --method: grpo, rloo, sft"):
         rlhf.convert(tmp_path / "sft.yaml", "trl")
     assert "name: sft" in rlhf.convert(tmp_path / "sft.yaml", "trl", method="sft").yaml
 
@@ -556,12 +556,12 @@ def test_a_setting_that_changes_nothing_here_is_told_from_one_that_is_lost(tmp_p
     ("name", "text", "message"),
     [
         ("run.sh", "echo hello", "no command that starts trl"),
-        ("run.py", "print(1)", "has no call of a Config or a Trainer of TRL"),
+        ("run.py", "print(1)", "calls no Config and no Trainer of TRL"),
         ("run.py", "def broken(", "run.py:1: is not Python"),
         ("run.py", "x = '\0'", "is not Python"),
         ("run.yaml", "- a list", "must hold a mapping of sections"),
         ("run.sh", "trl sft --config gone.yaml", "reads --config gone.yaml, and there is no such file"),
-        ("run.sh", "accelerate launch own_script.py --learning_rate 1", "give --method with one of"),
+        ("run.sh", "accelerate launch own_script.py --learning_rate 1", "name the method with --method:"),
     ],
 )
 def test_a_file_that_is_no_run_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:

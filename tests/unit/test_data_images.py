@@ -385,7 +385,7 @@ def test_a_column_image_of_another_meaning_stays(tmp_path: Path) -> None:
 
 def test_agents_and_privileged_prompts_take_no_images(qwen: Model, tmp_path: Path) -> None:
     given = rows(tmp_path, {"messages": [user(RED_PART, "a")]})
-    with pytest.raises(UserError, match="the task of an agent is only text"):
+    with pytest.raises(UserError, match="the task of an agent can contain only text"):
         load_prompts(given, qwen.tokenizer, qwen.reading(tmp_path, tasks=True))
     reading = qwen.reading(tmp_path, privileged="{prompt}", max_privileged_tokens=99)
     with pytest.raises(UserError, match=r"the prompt has images, and algorithm\.privileged\.template"):

@@ -191,7 +191,7 @@ def test_a_corrupt_parquet_file_gets_one_short_line(tmp_path: Path, fault: str) 
             "FOLDER/X.JSONL",
             "the ending of a file name must be in lower case here; rename the file so that it ends in .jsonl\\.",
         ),
-        ("FOLDER/dir.jsonl", "dir.jsonl is a folder, but its name ends as a file's does"),
+        ("FOLDER/dir.jsonl", "dir.jsonl is a folder, but its name ends in .jsonl like a"),
     ],
 )
 def test_a_name_that_is_no_source_is_refused(tmp_path: Path, source: str, message: str) -> None:
@@ -241,7 +241,7 @@ def test_columns_are_renamed_and_the_old_name_is_gone(tmp_path: Path) -> None:
         (7, "`prompt` is the number 7, expected a string"),
         ("", "`prompt` is the string '', expected a string that is not empty"),
         (" \n", "not empty"),
-        ("ab\ud800", r"`prompt` holds `\\ud800` at character 3, half of a character"),
+        ("ab\ud800", r"`prompt` holds `\\ud800` at character 3, which is only half of a character"),
         ({"a": 1}, "`prompt` is an object, expected a string"),
         ([{"role": "user"}], r"`prompt` is a list, expected a string; for chat messages set data.columns: {messages"),
     ],

@@ -46,7 +46,7 @@ def test_a_reward_model_is_no_language_model(tiny_model: Path, tmp_path: Path) -
 
 def test_a_run_is_its_final_model_and_a_pipeline_names_its_runs(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "config.resolved.yaml").write_text("")
-    with pytest.raises(UserError, match="is a run without final/: it has not ended"):
+    with pytest.raises(UserError, match="is a run without final/, because the run has not ended"):
         find(tmp_path)
     for stage in ("sft", "ppo"):
         (tmp_path / stage / "final").mkdir(parents=True)

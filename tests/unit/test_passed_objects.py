@@ -221,7 +221,9 @@ def test_an_object_that_cannot_be_pickled_is_refused_with_the_culprit(reward: An
 
 def test_an_object_is_refused_where_a_file_holds_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
     tree = yaml.safe_load(ONLINE)
-    with pytest.raises(UserError, match=r"^train\.lr: is of type function, expected a value that a YAML file can hold"):
+    with pytest.raises(
+        UserError, match=r"^train\.lr: is of type function, expected a value that a YAML file " r"can contain"
+    ):
         from_mapping({**tree, "train": {**tree["train"], "lr": scaled(1.0)}})
     with pytest.raises(
         UserError, match=r"^tracking\.trackers\.mine: is .* Pass the object of a tracker as rlhf\.train"

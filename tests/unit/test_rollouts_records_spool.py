@@ -167,7 +167,7 @@ def test_only_a_request_for_the_prompt_gets_its_responses(tmp_path: Path, caplog
     for other in (request(8, seed=1), request(8, token_ids=(1, 3)), replace(request(8), temperature=0.5)):
         assert read_begun(tmp_path, replace(other, continues=3), SAMPLING) is None
     assert read_begun(tmp_path, replace(request(8), continues=3), replace(SAMPLING, top_p=0.5)) is None
-    assert caplog.text.count("answers another request") == 4
+    assert caplog.text.count("belongs to another request") == 4
 
 
 @pytest.mark.parametrize("kept", [None, 0, 4, 100, -1])

@@ -30,7 +30,7 @@ def test_one_row_a_step_and_nothing_of_a_bad_one(tmp_path: Path, caplog: pytest.
             tracker.log(1, {"eval/held/score": 1.0, **metrics})  # type: ignore[arg-type]
     tracker.log(0, {"eval/held/score": 0.5})
     tracker.log(1, {"update/lr": 1e-6, "rewards/score/mean": 1, "update/loss/mean": float("nan")})
-    assert "step 1: update/loss/mean is nan, written as null" in caplog.text
+    assert "step 1: update/loss/mean is nan, so metrics.jsonl has null" in caplog.text
     tracker.close(failed=True)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     first, second = (json.loads(line, parse_constant=pytest.fail) for line in lines)

@@ -161,7 +161,7 @@ def _plain(value: Any, key: Key, names: dict[int, str]) -> Any:
     if names_code(key):
         return name_of_code(value, place, names)
     hint = ". Pass the object of a tracker as rlhf.train(..., trackers=[...])" if "trackers" in key else ""
-    raise UserError(f"{place}: is of type {type(value).__name__}, expected a value that a YAML file can hold{hint}")
+    raise UserError(f"{place}: is of type {type(value).__name__}, expected a value that a YAML file can contain{hint}")
 
 
 def checked(config: Config) -> LoadedConfig:

@@ -106,7 +106,7 @@ def name_padding(config: Any, tokenizer: Any) -> None:
             tokenizer.pad_token = token
             return
     text.pad_token_id = None
-    _log.warning("the tokenizer has no token to pad with: transformers scores one sequence at a time")
+    _log.warning("the tokenizer has no padding token, so transformers can score only one sequence at a time")
 
 
 @contextmanager

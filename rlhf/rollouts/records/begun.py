@@ -70,13 +70,13 @@ def read_begun(folder: Path, request: GroupRequest, sampling: Sampling) -> tuple
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if any(metadata.get(key) != value for key, value in _identity(request, sampling).items()):
-                logger.warning("%s answers another request; its prompt is sampled from the start", path)
+                logger.warning("%s belongs to another request, so its prompt is sampled from the start", path)
                 return None
             sizes = file.get_tensor("lengths").tolist()
             columns = [file.get_tensor(name).split(sizes) for name in ("token_ids", "logprobs", "versions")]
             reasons = json.loads(metadata["finish_reasons"])
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        logger.warning("%s cannot be read (%s); its prompt is sampled from the start", path, error)
+        logger.warning("%s cannot be read (%s), so its prompt is sampled from the start", path, error)
         return None
     rows = ([tuple(column.tolist()) for column in row] for row in zip(*columns, strict=True))
     return tuple(

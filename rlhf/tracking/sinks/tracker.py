@@ -87,7 +87,7 @@ class Tracker:
                 raise TypeError(f"metric {key!r} is a {type(value).__name__}, expected a number")
             values[key] = value if math.isfinite(value) else None
             if not math.isfinite(value):
-                logger.warning("step %d: %s is %s, written as null", step, key, value)
+                logger.warning("step %d: %s is %s, so metrics.jsonl has null", step, key, value)
         histograms.append_histograms(self._folder, step, distributions)
         if groups is not None:
             append_groups(self._folder, step, groups)
