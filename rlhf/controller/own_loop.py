@@ -179,6 +179,7 @@ class OwnLoop:
                 controller.measure_rollouts(Batch(collected=collected, metrics=metrics), step)
                 groups, self._is_configured = collected.groups, True
             else:
+                _refuse_other("sample", prompts, Prompt, "loop.prompt(text)` or `loop.prompts()")
                 with record.stage("rollouts"):
                     requests = [self._request(prompt) for prompt in prompts]
                     sampling = controller.sampling
@@ -208,6 +209,7 @@ class OwnLoop:
     async def rollouts(self, group: ScoredGroup) -> Rollouts:
         """Return the tokens of a group's responses, with the sampler's log-probabilities, in flat columns."""
         with self._calling("rollouts"):
+            _refuse_other("rollouts", [group], ScoredGroup, "await loop.sample()")
             found: Rollouts = await self._fetch(group.group.rollouts)
             return found
 
@@ -246,6 +248,7 @@ class OwnLoop:
         """
         with self._calling("experience", in_step=True):
             learning, own = self._advantages("experience"), None
+            _refuse_other("experience", groups, ScoredGroup, "await loop.sample()")
             ids = [info.sequence_id for one in groups for info in one.group.infos]
             if not ids:
                 raise UserError("experience: `groups` is empty. Give at least one group of `sample`.")
@@ -269,6 +272,7 @@ class OwnLoop:
 
     def visits(self, batch: Experience) -> list[int]:
         """Return the minibatch of each optimizer step of a batch, over train.epochs_per_batch epochs."""
+        _refuse_other("visits", [batch], Experience, "await loop.experience(groups)")
         count = len(batch.plan.minibatches) if batch.plan.scores else 0
         return self._controller.learning.visits(count, self.step + 1)
 
@@ -332,6 +336,7 @@ class OwnLoop:
     async def learn(self, groups: Sequence[ScoredGroup]) -> None:
         """Make all updates of a step as `rlhf train` does, with any algorithm on rollouts: pairs and teachers too."""
         with self._calling("learn", in_step=True):
+            _refuse_other("learn", groups, ScoredGroup, "await loop.sample()")
             await self._to_trainers()
             with self._giving_up("learn"):
                 self._signals = await self._controller.learning.learn(groups, self.step + 1)
@@ -392,8 +397,9 @@ class OwnLoop:
                 await self._controller.save_step()
             return self._record.folder.checkpoint(self.step)
 
-    async def load(self, folder: Path) -> None:
+    async def load(self, folder: str | Path) -> None:
         """Load weights and optimizer of a checkpoint, and sync the weights. The place in the data stays."""
+        folder = Path(folder)
         with self._calling("load", in_step=False):
             if not all((folder / name).is_dir() for name in self._controller.trained):
                 raise UserError(f"load: {folder} is no checkpoint. Give the folder that `save` returned.")
@@ -464,8 +470,19 @@ class OwnLoop:
             raise
 
 
+def _refuse_other(call: str, values: Any, kind: type, source: str) -> None:
+    """Raise UserError unless a value is a sequence of objects of a class. `source`: the call that returns them."""
+    wrong = [value for value in values if not isinstance(value, kind)] if isinstance(values, Sequence) else [values]
+    if wrong:
+        raise UserError(f"{call}: got a {type(wrong[0]).__name__}, expected the result of `{source}`.")
+
+
 def _by_sequence(groups: Sequence[ScoredGroup], advantages: Sequence[Sequence[float]]) -> dict[int, float]:
-    sizes, given = [len(one.group.infos) for one in groups], [len(values) for values in advantages]
+    sizes = [len(one.group.infos) for one in groups]
+    try:
+        given = [len(values) for values in advantages]
+    except TypeError as error:
+        raise UserError("experience: advantages is no list of lists. Give each group a list of numbers.") from error
     if sizes != given:
         raise UserError(
             f"experience: advantages has groups of {given} numbers, expected {sizes}, one for each response."

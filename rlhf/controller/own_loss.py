@@ -26,13 +26,17 @@ def own_loss(loss: Loss, config: Config) -> OwnLoss:
     if callable(loss):
         name = name_of_code(loss, "loss", {})
         return OwnLoss(source=find_code("loss", name, folders=(Path(),), key="loss"))
+    if not isinstance(loss, str | Mapping):
+        raise UserError(f"loss: is a {type(loss).__name__}, expected an algorithm's name or section, or a function.")
     settings = {"name": loss} if isinstance(loss, str) else dict(loss)
     parsed = parse({**config.model_dump(mode="json", exclude_unset=True), "algorithm": settings})
-    refuse(parsed if isinstance(parsed, tuple) else problems(parsed), lambda _: "loss")
+    if isinstance(parsed, tuple):
+        refuse(parsed, lambda _: "loss")
     assert isinstance(parsed, Config)
     section = parsed.algorithm
     if section.kind != "advantages" or section.has_critic or algorithm_of(section, OnlineAlgorithm).reads_whole_step:
         raise UserError(
             f"loss: {section.short_name} is no loss of single micro-batches. Name another algorithm, such as cispo."
         )
+    refuse(problems(parsed), lambda _: "loss")
     return OwnLoss(section=section)

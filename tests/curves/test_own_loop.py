@@ -130,6 +130,17 @@ async def test_calls_in_the_wrong_order_are_refused_and_change_nothing(loop: Own
         await refused(loop.forward_backward(), "no batch is loaded; call experience first")
         groups = await loop.sample()
         await refused(loop.sample(), "sample: this step has already sampled")
+        for call in (loop.experience, loop.learn, lambda groups: loop.texts(groups)):
+            waiting = loop.sample([])
+            await refused(call(waiting), r"got a coroutine, expected the result of `await loop.sample\(\)`")
+            waiting.close()
+        await refused(
+            loop.sample(loop.prompt("1 x:", wanted="x", kind="x")), "got a Prompt, expected the result of `loop"
+        )
+        await refused(loop.sample(["1 x:"]), "sample: got a str, expected the result of `loop.prompt")
+        with pytest.raises(UserError, match=r"got a list, expected the result of `await loop.experience"):
+            loop.visits(groups)
+        await refused(loop.experience(groups, [1.0] * 3), "advantages is no list of lists. Give each group a list")
         await refused(loop.experience([]), "experience: `groups` is empty")
         await refused(loop.experience([groups[0], groups[0]]), "experience: `groups` has a group twice")
         await refused(loop.experience(groups, [[1.0]] * 3), r"groups of \[1, 1, 1\] numbers, expected \[4, 4, 4\]")
@@ -138,6 +149,8 @@ async def test_calls_in_the_wrong_order_are_refused_and_change_nothing(loop: Own
         assert [value for _, value in sorted(batch.advantages.items())] == [1.0, -1.0, 0.5, -0.5] * 3
         await refused(loop.forward_backward(2), "the minibatch is 2, and the batch has 2 minibatches")
         await refused(loop.forward_backward(loss="kl_cov"), "kl_cov is no loss of single micro-batches")
+        await refused(loop.forward_backward(loss="sft"), "sft is no loss of single micro-batches. Name another")
+        await refused(loop.forward_backward(loss=torch.zeros(4)), "loss: is a Tensor, expected an algorithm's name")
         await refused(loop.forward_backward(loss="gpro"), "loss: algorithm.name: got .gpro.; did you mean .grpo.")
         await refused(loop.forward_backward(loss={"name": "cispo", "max_ratio": 0.5}), "loss: algorithm.max_ratio")
         await loop.forward_backward()
@@ -241,7 +254,7 @@ async def test_a_checkpoint_can_be_loaded_and_continued(alone: None, tmp_path: P
         folder = await one_step(loop)
         assert folder == loop.folder / "checkpoints" / "step_000001"
         again = [await one_step(loop, save=False)]
-        await loop.load(folder)
+        await loop.load(str(folder))
         with pytest.raises(UserError, match=r"load: .* is no checkpoint. Give the folder that `save` returned"):
             await loop.load(tmp_path)
     async with looped(config, resume=True) as loop:
