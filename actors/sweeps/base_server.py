@@ -66,6 +66,7 @@ class BaseServer(AbstractContextManager["BaseServer"]):
 
     def __enter__(self) -> BaseServer:
         """Start the server, and wait for its address or a signal. RunError: the server ends."""
+        logger.info("starting the server of the shared base model; its log is %s", self.log)
         write_atomic(self.file, server_file(self.config))
         self._start()
         self.request.ends_by_itself = True  # a signal ends the wait

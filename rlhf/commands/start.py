@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rlhf.controller.own_loop import OwnLoop
     from rlhf.tracking.sinks.backends import TrackerBackend
 
+logger = logging.getLogger(__name__)
 _open: list[str] = []  # the name of the run with an open block
 
 
@@ -60,6 +62,7 @@ async def start(
         if not resume and not overwrite:
             for stage in loaded.stages.values():
                 refuse_other_run(run_folder(stage))
+        logger.info("%s: loading PyTorch, Ray and vLLM", loaded.name)
         from actors.run.own_loop import own_loop
 
         options = Start(resume=resume, overwrite=overwrite, mode="quiet" if quiet else "auto", trackers=trackers)

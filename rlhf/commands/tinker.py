@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rlhf.config.schema.service import TinkerConfig
 
 TINKER_PORT = 8703
+logger = logging.getLogger(__name__)
 
 
 def load_service(path: str | Path, overrides: Sequence[str] = ()) -> TinkerConfig:
@@ -44,7 +46,6 @@ def tinker(
         config (CONFIG): a YAML file with the sections run and policy, and possibly service and cluster.
         token_env (NAME): the environment variable with the keys of the clients, separated by commas.
     """
-    from actors.serving.tinker.start import serve_clients
     from rlhf.serving import refuse_taken, serving_token
     from rlhf.tracking import logs
 
@@ -52,6 +53,9 @@ def tinker(
     loaded = load_service(config, overrides)
     keys = _keys(serving_token(host, token_env))
     refuse_taken(host, port)
+    logger.info("%s: loading PyTorch, Ray and vLLM", loaded.run.name)
+    from actors.serving.tinker.start import serve_clients
+
     serve_clients(loaded, host=host, port=port, keys=keys, ready=ready)
 
 

@@ -99,6 +99,7 @@ def test_the_command_takes_keys_that_clients_can_send(
     code = main(["tinker", str(file), "--port", "0", "--token-env", "KEYS"])
     if isinstance(keys, list):
         assert (code, given) == (0, keys)
+        assert "s: loading PyTorch, Ray and vLLM" in capsys.readouterr().err
     else:
         assert (code, given) == (2, [])
         assert f"key {keys} of {keys} does not begin with tml-, as every client requires" in capsys.readouterr().err

@@ -84,12 +84,16 @@ def test_a_server_that_ends_is_started_again_at_its_address(tmp_path: Path, monk
     assert made.process.poll() is not None
 
 
-def test_a_server_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_start_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     with (
+        caplog.at_level("INFO"),
         pytest.raises(RunError, match=r"did not start: exit 1: policy\.model: is no model \(see .*server\.log\)"),
         server(tmp_path, monkeypatch, ENDS),
     ):
         pass
+    assert f"starting the server of the shared base model; its log is {tmp_path}/server.log" in caplog.text
 
 
 def test_a_signal_ends_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
