@@ -161,7 +161,7 @@ def test_failures_have_lines_and_end_by_policy(config: str, tmp_path: Path, caps
     out, err = capsys.readouterr()
     assert "1 raised" in out
     assert f"{file}:3: length: raised: ValueError: too loud" in err
-    assert "2 of 3 rows have no score, and reward_policy.on_error is fail" in err
+    assert "2 of 3 rows have no score, and on_error of a failed reward is fail" in err
     assert main(["reward", config, "--file", file, "--json", "reward_policy.on_error=drop"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["score"] for line in lines] == [2.0, None, None]
