@@ -143,5 +143,5 @@ def _refuse_other_file(adapter: ServedAdapter, who: str) -> None:
     if head := next((name for name in names if "lm_head" in name), None):
         raise UserError(
             f"{path} adapts the output layer ({head}), where vLLM scores prompts wrongly with several adapters. Train "
-            "an adapter of the layers of attention and mlp alone."
+            "an adapter that adapts only the layers of attention and MLP."
         )

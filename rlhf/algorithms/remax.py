@@ -28,7 +28,7 @@ class ReMaxConfig(ClippedConfig):
         """Yield a length penalty with a comparison: the greedy response has no group."""
         if self.length_penalty is not None and self.length_penalty.by != "band":
             text = f"is {self.length_penalty.by}, which compares the responses to a prompt, but remax compares each"
-            yield "algorithm.length_penalty.by", f"{text} response with the greedy response alone; set by: band"
+            yield "algorithm.length_penalty.by", f"{text} response only with the greedy response; set by: band"
 
 
 class ReMax(OnlineAlgorithm):

@@ -60,7 +60,8 @@ def _present(args: argparse.Namespace) -> None:
         sys.stderr.write(lines + (f"\nand {more} more\n" if more > 0 else "\n"))
         if scored.num_unscored and fails:
             raise RunError(
-                f"{scored.num_unscored} of {len(scored.rows)} rows have no score, and on_error of a failed reward is fail. "
+                f"{scored.num_unscored} of {len(scored.rows)} rows have no score, and on_error of a "
+                "failed reward is fail. "
                 "Correct the reward, or set its on_error to drop or to a number."
             )
 

@@ -67,7 +67,7 @@ def _message(row: Row, column: str, number: int, message: object) -> Message:
         raise _invalid_message(row, where, message)
     elif not content.strip() and role != "tool":
         if role == ASSISTANT:
-            raise NotUsable(row.place, f"{where}, the assistant's, is empty")
+            raise NotUsable(row.place, f"{where}, a message of the assistant, is empty")
         raise _invalid_message(row, where, message)
     if not isinstance(fields.get("train", True), bool):
         raise UserError(f"{row.place}: `train` of {where} is {fields['train']!r:.40}, expected true or false.")

@@ -224,7 +224,9 @@ def fit(example: Example, reading: Reading, *, place: str, step_ends: Sequence[i
     if reading.too_long == "skip":
         raise NotUsable(place, f"the example has {length} tokens, more than {rule}")
     if example.prompt_tokens >= limit:
-        raise NotUsable(place, f"the prompt of {example.prompt_tokens} tokens leaves the completion none of {rule}")
+        raise NotUsable(
+            place, f"the prompt has {example.prompt_tokens} tokens, so no token of {rule} is left for the completion"
+        )
     ends = [i + 1 for i, learn in enumerate(example.loss_mask) if learn] if step_ends is None else step_ends
     if ends[0] > limit:
         raise NotUsable(place, f"prompt and first step have {ends[0]} tokens, more than {rule}")

@@ -66,7 +66,7 @@ def load_prompts(
     if has_chat and end is None:
         logger.warning(
             "the chat template of %s ends an assistant's turn with no special token: responses end with the model's "
-            "end-of-sequence token alone",
+            "end-of-sequence token only",
             tokenizer.name_or_path,
         )
     prompts: list[Prompt] = []
@@ -237,7 +237,7 @@ def _fit(
         first = list(plain[:1]) if beginning else []
         kept, full = _end_within(limit - len(first), draft, plain[len(first) :], reading)
         if not kept:
-            raise NotUsable(place, f"{problem}, and its last image alone has more")
+            raise NotUsable(place, f"{problem}, and its last image has more tokens than this")
         return replace(draft, text=beginning + str(tokenizer.decode(kept, skip_special_tokens=False))), [*first, *full]
     messages = draft.messages
     while messages := _without_oldest(messages):

@@ -94,8 +94,8 @@ class Writer:
         answer_messages = read_messages(row, column=column, system_prompt=None)
         if answer_messages[0]["role"] != ASSISTANT:
             raise UserError(
-                f"{row.place}: column `{column}` begins with a message of the {answer_messages[0]['role']}; beside "
-                "column `prompt` it holds the answer alone."
+                f"{row.place}: column `{column}` begins with a message of the {answer_messages[0]['role']}; if there "
+                "is a column `prompt`, this column must hold only the answer."
             )
         return self.conversation(row, [*prompt_messages, *answer_messages], first=len(prompt_messages))
 
@@ -138,9 +138,12 @@ class Writer:
         tools = read_tools(row) or tools
         turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == ASSISTANT and m.get("train", True)]
         if not turns:
-            raise NotUsable(row.place, "the conversation has no assistant's turn to be learnt")
+            raise NotUsable(row.place, "the conversation has no turn of the assistant to train on")
         if turns[0] == 0:
-            raise NotUsable(row.place, "the conversation begins with an assistant's turn, learnt only after a prompt")
+            raise NotUsable(
+                row.place,
+                "the conversation begins with a turn of the assistant, but a trained turn needs a prompt before it",
+            )
         rendered = partial(render, tokenizer=self.tokenizer, place=row.place, tools=tools)
         befores = [rendered(messages[:i], add_generation_prompt=True) for i in turns]
         afters = [rendered(messages[: i + 1], add_generation_prompt=False) for i in turns]
@@ -151,7 +154,11 @@ class Writer:
             end = self._end_of_turn(row, index, before, after, later, following)
             turn = after[len(before) : end]
             if missing_part := _missing_part(messages[index], turn):
-                raise self._refusal(row, f"leaves out {missing_part} of message {index + 1}, which is to be learnt")
+                raise self._refusal(
+                    row,
+                    f"leaves out {missing_part} of message {index + 1}, which should be trained on. Use "
+                    "another template",
+                )
             segments += [Segment(before[done:], False), Segment(turn, True)]
             done = end
         refuse_unmentioned_tools(tools, segments[0].text, self.tokenizer, row.place)
@@ -167,21 +174,21 @@ class Writer:
         if not after.startswith(before):
             raise self._refusal(
                 row,
-                f"does not begin message {index + 1} as it asks the assistant to begin (a tag for reasoning, perhaps, "
-                "that the message lacks), so what would be sampled is not what would be learnt. Use another template, "
-                "or messages that have what it asks for",
+                f"begins message {index + 1} differently than a sampled answer (the message may lack a reasoning tag "
+                "that the generation prompt opens). So the trained text would differ from sampled text. Use another "
+                "template, or messages that begin as this template requires",
             )
         ends = [match.end() for match in self._special.finditer(after, len(before))]
         if not ends or after[ends[-1] :].strip():
-            problem = "ends the assistant's turn with no special token, so when to stop cannot be learnt"
+            problem = "ends the assistant's turn without a special token, so the model could not learn when to stop"
             raise self._refusal(row, f"{problem}. Use another template")
         end = max((end for end in ends if later.startswith(after[:end])), default=0)
         if not end or self._special.sub("", after[end:]).strip():
             raise self._refusal(
                 row,
-                f"writes message {index + 1} or those before it differently once message {following + 1} "
-                "follows, so what the assistant says cannot be told apart exactly. Use another template, or learn the "
-                "last turn alone: `train: false` in the assistant's earlier messages",
+                f"writes message {index + 1} or an earlier message differently if message {following + 1} follows, so "
+                "the exact text of the assistant's turn is not known. Use another template, or train only on the last "
+                "turn: set `train: false` in the assistant's earlier messages",
             )
         return end
 

@@ -267,7 +267,7 @@ def _sync(config: Config) -> str:
         derive.merged_because(lora, vision=config.policy.vision_lr is not None),
     )
     if config.policy.adapter is not None:
-        return f"{alone}, unless it is of a kind that vLLM does not take; then merged, by {text}"
+        return f"{alone}, unless vLLM does not support this kind of adapter; then merged into the weights, by {text}"
     return alone if why is None else f"all weights, the adapter merged ({why}), by {text}"
 
 

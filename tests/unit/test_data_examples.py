@@ -50,8 +50,8 @@ def test_the_prompt_is_tokenised_as_for_a_rollout(tokenizer: Any, apply_chat_tem
         ({"prompt": "a"}, "column `completion` is missing"),
         ({"prompt": "a", "completion": ""}, "`completion` is the string ''"),
         ({"completion": "a"}, "column `prompt` is missing"),
-        ({"messages": [USER]}, "has no assistant's turn"),
-        ({"messages": [YES, USER]}, "begins with an assistant's turn"),
+        ({"messages": [USER]}, "has no turn of the assistant"),
+        ({"messages": [YES, USER]}, "begins with a turn of the assistant"),
     ],
 )
 def test_wrong_rows_are_refused_with_their_place(tokenizer: Any, row: dict[str, Any], message: str) -> None:
@@ -94,7 +94,7 @@ def test_a_long_completion_is_cut_at_its_end_and_the_prompt_never(tokenizer: Any
     (example,) = loaded.items
     assert (example.token_ids, example.loss_mask) == ((*b"abcde",), (False,) * 3 + (True,) * 2)
     assert [row.place for row in loaded.unusable] == ["d.jsonl:2"]
-    assert loaded.unusable[0].reason.startswith("the prompt of 5 tokens leaves the completion none of data.max_seq")
+    assert loaded.unusable[0].reason.startswith("the prompt has 5 tokens, so no token of data.max_sequence_tokens")
     # The 9 tokens of the first exchange fit. One more token would fit, but would teach nothing alone.
     (chat,) = read_all(tokenizer, {"messages": [USER, YES] * 2}, max_tokens=10, too_long="cut").items
     assert learnt(tokenizer, chat) == "<|user|>hi<|eos|><|assistant|>[yes<|eos|>]"

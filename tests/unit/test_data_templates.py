@@ -175,7 +175,9 @@ def test_reasoning_is_learnt_and_a_history_without_it_is_refused_or_left_to_the_
     thought = NO | {"reasoning_content": "hm"}
     end = "<|im_start|>assistant\n[<think>\nhm\n</think>\n\nno<|im_end|>]"
     assert learnt(QWEN3, USER, thought).endswith(end)
-    with pytest.raises(UserError, match=r"d.jsonl:1: .*writes message 2 or those before it differently once message 4"):
+    with pytest.raises(
+        UserError, match=r"d.jsonl:1: .*writes message 2 or an earlier message differently " r"if message 4"
+    ):
         learnt(QWEN3, USER, YES, USER, thought)
     told = learnt(QWEN3, USER, YES | {"train": False}, USER, thought)
     history = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
@@ -186,7 +188,9 @@ def test_a_turn_that_ends_otherwise_in_the_history_is_refused_but_where_it_is_la
     template = HARMONY.replace("loop.last", "loop.last and m.role == 'assistant'")
     told = learnt(template, USER, YES)
     assert told == "<|start|>user<|message|>hi<|end|><|start|>assistant[<|message|>yes<|return|>]"
-    with pytest.raises(UserError, match=r"d.jsonl:1: .*writes message 2 or those before it differently once message 4"):
+    with pytest.raises(
+        UserError, match=r"d.jsonl:1: .*writes message 2 or an earlier message differently " r"if message 4"
+    ):
         learnt(template, USER, YES, USER, NO)
 
 
@@ -196,9 +200,9 @@ def test_a_turn_that_ends_otherwise_in_the_history_is_refused_but_where_it_is_la
         (LLAMA, [USER, CALL | {"tool_calls": CALL["tool_calls"] * 2}], None, "refuses the roles user, assistant: one"),
         (CHATML, [USER, CALL | {"content": "ok"}], None, "leaves out the call of `weather` of message 2"),
         (CHATML, [USER, YES], [TOOL], "does not tell the model of tool `weather`"),
-        (CHATML.replace("<|im_end|>", ""), [USER, YES], None, "ends the assistant's turn with no special token, so wh"),
+        (CHATML.replace("<|im_end|>", ""), [USER, YES], None, "ends the assistant's turn without a special token, so"),
         (R1.replace("opened", "''"), [USER, YES | {"content": "<think>a</think>b"}], None, "leaves out `content` of"),
-        (R1.replace("opened", "'<think>'"), [USER, YES], None, "does not begin message 2 as it asks the assistant to"),
+        (R1.replace("opened", "'<think>'"), [USER, YES], None, "begins message 2 differently than a sampled answer"),
         (QWEN, [USER, YES | {"reasoning_content": "hm"}], None, "leaves out `reasoning_content` of message 2"),
     ],
 )
@@ -217,7 +221,11 @@ def test_a_template_that_loses_something_is_refused(
         ([USER, CALL | {"tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}], None, "`tool_calls` of mess"),
         ([USER, CALL | {"tool_calls": "f"}], None, "`tool_calls` of message 2 of column `messages` is 'f', expected a"),
         ([USER, {"role": "assistant", "content": None}], None, "message 2 of column `messages` is .*`tool_calls` in"),
-        ([USER, {"role": "assistant", "content": " "}], None, "message 2 of column `messages`, the assistant's, is"),
+        (
+            [USER, {"role": "assistant", "content": " "}],
+            None,
+            "message 2 of column `messages`, a message of the assistant, is",
+        ),
         ([USER | {"content": ""}, YES], None, "message 1 of column `messages` is"),
         (
             [USER | {"content": [{"type": "video"}]}, YES],
@@ -227,8 +235,8 @@ def test_a_template_that_loses_something_is_refused(
         ([USER, YES], "no json", "column `tools` is 'no json', expected a list"),
         ([USER, YES], "[" * 9999, r"column `tools` is '\[\[.*, expected a list"),
         ([USER, YES], [{"type": "function"}], "column `tools` is .*, expected a list"),
-        ([USER, YES | {"train": False}], None, "has no assistant's turn to be learnt"),
-        ([YES, USER, NO], None, "begins with an assistant's turn, learnt only after a prompt"),
+        ([USER, YES | {"train": False}], None, "has no turn of the assistant to train on"),
+        ([YES, USER, NO], None, "begins with a turn of the assistant, but a trained turn needs a"),
     ],
 )
 def test_messages_that_are_none_are_named(messages: list[dict[str, Any]], tools: Any, message: str) -> None:

@@ -111,7 +111,7 @@ def test_an_adapter_leaves_the_tower_out_unless_asked(folder: Path, tmp_path: Pa
     linear = {name for name, module in explicit.named_modules() if isinstance(module, nn.Linear)}
     last = {sees: {n.rpartition(".")[2] for n in linear if is_vision_weight(n) is sees} for sees in (True, False)}
     targets = ["q_proj", min(last[True] - last[False])]
-    with pytest.raises(UserError, match=r"lora\.target_modules: .* are only layers of the vision tower"):
+    with pytest.raises(UserError, match=r"lora\.target_modules: .* exist only in the vision tower"):
         add_lora(load_causal_lm(str(folder), dtype=torch.float32), **options, target_modules=targets)
     seeing = add_lora(load_causal_lm(str(folder), dtype=torch.float32), **options, vision=True)
     assert any(is_vision_weight(name) for name, p in seeing.named_parameters() if p.requires_grad)

@@ -102,7 +102,8 @@ FACTS: dict[tuple[str, ...], dict[str, str]] = {
     ("policy.lora={}",): {"weight sync": ADAPTER},
     ("policy.lora.dora=true",): {"weight sync": f"all weights, the adapter merged (vLLM takes no DoRA), by {SHM}"},
     ("policy.lora={}", "policy.adapter=a", "reference=null"): {
-        "weight sync": f"{ADAPTER}, unless it is of a kind that vLLM does not take; then merged, by {SHM}",
+        "weight sync": f"{ADAPTER}, unless vLLM does not support this kind of adapter; then merged into the "
+        f"weights, by {SHM}",
         "reference": "the policy with policy.adapter as it is now: no second model",
     },
     ("cluster.address=auto",): {"weight sync": f"{SEVERAL}; shm if they are placed on one"},

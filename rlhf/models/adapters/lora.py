@@ -246,8 +246,8 @@ def _targets(model: Any, names: str | Sequence[str], *, vision: bool) -> list[st
     paths = [name for name in linear if name.rpartition(".")[2] in in_tower and not is_vision_weight(name)]
     if alone := sorted(in_tower.intersection(wanted).difference(path.rpartition(".")[2] for path in paths)):
         raise UserError(
-            f"lora.target_modules: {', '.join(alone)} are only layers of the vision tower, which is frozen. Set "
-            "vision_lr beside lora to adapt the tower too."
+            f"lora.target_modules: {', '.join(alone)} exist only in the vision tower, which is frozen. Set vision_lr "
+            "beside lora to adapt the tower too."
         )
     return [name for name in wanted if name not in in_tower] + [p for p in paths if p.rpartition(".")[2] in wanted]
 

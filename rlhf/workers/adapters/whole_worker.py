@@ -66,7 +66,9 @@ class WholeWorker(AdapterWorker):
         if name is not None:
             self._adapter(name)
         elif not self.has_base_weights:
-            raise UserError("The base model's weights are no longer here: a model was trained on these ranks.")
+            raise UserError(
+                "These ranks no longer have the weights of the base model, because they have trained a model."
+            )
 
     def _use(self, adapter: HeldAdapter) -> None:
         """Do nothing: the model is in the engine."""
