@@ -115,7 +115,7 @@ class _Loop:
         command = [sys.executable, "-m", "rlhf.cli", "train", str(file), "--resume", "auto", "--quiet"]
         process = TrialProcess(command, log, self.shares[slot], grace_s=_grace_s(self.sweep))
         self.running.append(_Running(trial, process, slot, log_bytes))
-        logger.info("%s begins: %s", trial.name, format_values(trial.parameters))
+        logger.info("%s %s: %s", trial.name, "continues" if log_bytes else "begins", format_values(trial.parameters))
 
     def _read(self, running: _Running) -> None:
         folder = self._judged(running.trial)

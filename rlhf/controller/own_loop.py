@@ -179,7 +179,9 @@ class OwnLoop:
                 controller.measure_rollouts(Batch(collected=collected, metrics=metrics), step)
                 groups, self._is_configured = collected.groups, True
             else:
-                _refuse_other("sample", prompts, Prompt, "loop.prompt(text)` or `loop.prompts()")
+                _refuse_other(
+                    "sample", prompts, Prompt, "a list of prompts, of `loop.prompt(text)` or `loop.prompts()`"
+                )
                 with record.stage("rollouts"):
                     requests = [self._request(prompt) for prompt in prompts]
                     sampling = controller.sampling
@@ -209,7 +211,7 @@ class OwnLoop:
     async def rollouts(self, group: ScoredGroup) -> Rollouts:
         """Return the tokens of a group's responses, with the sampler's log-probabilities, in flat columns."""
         with self._calling("rollouts"):
-            _refuse_other("rollouts", [group], ScoredGroup, "await loop.sample()")
+            _refuse_other("rollouts", [group], ScoredGroup, "a group of `await loop.sample()`")
             found: Rollouts = await self._fetch(group.group.rollouts)
             return found
 
@@ -248,7 +250,7 @@ class OwnLoop:
         """
         with self._calling("experience", in_step=True):
             learning, own = self._advantages("experience"), None
-            _refuse_other("experience", groups, ScoredGroup, "await loop.sample()")
+            _refuse_other("experience", groups, ScoredGroup, "a list of groups, of `await loop.sample()`")
             ids = [info.sequence_id for one in groups for info in one.group.infos]
             if not ids:
                 raise UserError("experience: `groups` is empty. Give at least one group of `sample`.")
@@ -272,7 +274,7 @@ class OwnLoop:
 
     def visits(self, batch: Experience) -> list[int]:
         """Return the minibatch of each optimizer step of a batch, over train.epochs_per_batch epochs."""
-        _refuse_other("visits", [batch], Experience, "await loop.experience(groups)")
+        _refuse_other("visits", [batch], Experience, "the batch of `await loop.experience(groups)`")
         count = len(batch.plan.minibatches) if batch.plan.scores else 0
         return self._controller.learning.visits(count, self.step + 1)
 
@@ -293,6 +295,7 @@ class OwnLoop:
         """
         with self._calling("forward_backward", in_step=True):
             learning = self._advantages("forward_backward")
+            _refuse_other("forward_backward", [minibatch], int, "a minibatch of `loop.visits(batch)`")
             num = len(self._parts[-1].plan.minibatches) if self._parts and self._parts[-1].plan.scores else 0
             if not 0 <= minibatch < num:
                 text = (
@@ -336,7 +339,7 @@ class OwnLoop:
     async def learn(self, groups: Sequence[ScoredGroup]) -> None:
         """Make all updates of a step as `rlhf train` does, with any algorithm on rollouts: pairs and teachers too."""
         with self._calling("learn", in_step=True):
-            _refuse_other("learn", groups, ScoredGroup, "await loop.sample()")
+            _refuse_other("learn", groups, ScoredGroup, "a list of groups, of `await loop.sample()`")
             await self._to_trainers()
             with self._giving_up("learn"):
                 self._signals = await self._controller.learning.learn(groups, self.step + 1)
@@ -383,7 +386,8 @@ class OwnLoop:
         """Add numbers of your own to the step's row, under `own/NAME`."""
         with self._calling("record", in_step=True):
             for name, number in numbers.items():
-                if not (math.isfinite(number) and is_declared(f"own/{name}")):
+                is_number = hasattr(number, "__float__") and math.isfinite(number)
+                if not (is_number and is_declared(f"own/{name}")):
                     text = "expected a name of letters, digits, _, . and -, and a finite number"
                     raise UserError(f"record: {name!r} is {number}, {text}.")
             self._record.add({f"own/{name}": Last(value=float(number)) for name, number in numbers.items()})
@@ -470,11 +474,11 @@ class OwnLoop:
             raise
 
 
-def _refuse_other(call: str, values: Any, kind: type, source: str) -> None:
-    """Raise UserError unless a value is a sequence of objects of a class. `source`: the call that returns them."""
+def _refuse_other(call: str, values: Any, kind: type, expected: str) -> None:
+    """Raise UserError unless a value is a sequence of objects of a class."""
     wrong = [value for value in values if not isinstance(value, kind)] if isinstance(values, Sequence) else [values]
     if wrong:
-        raise UserError(f"{call}: got a {type(wrong[0]).__name__}, expected the result of `{source}`.")
+        raise UserError(f"{call}: got a {type(wrong[0]).__name__}, expected {expected}.")
 
 
 def _by_sequence(groups: Sequence[ScoredGroup], advantages: Sequence[Sequence[float]]) -> dict[int, float]:

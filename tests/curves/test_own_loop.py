@@ -132,13 +132,13 @@ async def test_calls_in_the_wrong_order_are_refused_and_change_nothing(loop: Own
         await refused(loop.sample(), "sample: this step has already sampled")
         for call in (loop.experience, loop.learn, lambda groups: loop.texts(groups)):
             waiting = loop.sample([])
-            await refused(call(waiting), r"got a coroutine, expected the result of `await loop.sample\(\)`")
+            await refused(call(waiting), r"got a coroutine, expected a .*of `await loop.sample\(\)`")
             waiting.close()
         await refused(
-            loop.sample(loop.prompt("1 x:", wanted="x", kind="x")), "got a Prompt, expected the result of `loop"
+            loop.sample(loop.prompt("1 x:", wanted="x", kind="x")), "got a Prompt, expected a list of prompts"
         )
-        await refused(loop.sample(["1 x:"]), "sample: got a str, expected the result of `loop.prompt")
-        with pytest.raises(UserError, match=r"got a list, expected the result of `await loop.experience"):
+        await refused(loop.sample(["1 x:"]), "sample: got a str, expected a list of prompts, of `loop.prompt")
+        with pytest.raises(UserError, match=r"got a list, expected the batch of `await loop.experience"):
             loop.visits(groups)
         await refused(loop.experience(groups, [1.0] * 3), "advantages is no list of lists. Give each group a list")
         await refused(loop.experience([]), "experience: `groups` is empty")
@@ -147,6 +147,7 @@ async def test_calls_in_the_wrong_order_are_refused_and_change_nothing(loop: Own
         await refused(loop.experience(groups, [[float("nan")] * 4] * 3), "an advantage is nan")
         batch = await loop.experience(groups, [[1.0, -1.0, 0.5, -0.5]] * 3)
         assert [value for _, value in sorted(batch.advantages.items())] == [1.0, -1.0, 0.5, -0.5] * 3
+        await refused(loop.forward_backward(batch), "got a Experience, expected a minibatch of `loop.visits")  # type: ignore[arg-type]
         await refused(loop.forward_backward(2), "the minibatch is 2, and the batch has 2 minibatches")
         await refused(loop.forward_backward(loss="kl_cov"), "kl_cov is no loss of single micro-batches")
         await refused(loop.forward_backward(loss="sft"), "sft is no loss of single micro-batches. Name another")
@@ -161,6 +162,8 @@ async def test_calls_in_the_wrong_order_are_refused_and_change_nothing(loop: Own
         await refused(loop.evaluate(), "evaluate: call evaluate in a step after `sync`")
         with pytest.raises(UserError, match=r"record: .kind. is nan, expected a name of letters, digits"):
             loop.record(kind=float("nan"))
+        with pytest.raises(UserError, match=r"record: .kind. is None, expected a name of letters, digits"):
+            loop.record(kind=None)  # type: ignore[arg-type]
         await loop.sync()
         await refused(loop.sync(), "step 1 has synced its weights already. Begin the next step")
         await loop.forward_backward()
