@@ -106,7 +106,8 @@ class Gang(ModelGroup):
             await self.all(opened, "start", deadline_s=deadline_s, limit=START_LIMIT)
 
     async def restart(self) -> None:
-        """End all ranks, start new ranks in their places, and give the new ranks all that the first ranks got."""
+        """End all ranks, start new ranks in their places, and give the new ranks everything that the first ranks
+        received."""
         assert self._spawn_one is not None
         ranks = range(len(self.handles))
         self._snapshot_calls.clear()
@@ -176,7 +177,8 @@ class Gang(ModelGroup):
         return list(self.distinct([(column, result) for (column, _), result in zip(refs, results, strict=True)]))
 
     def _by_rank(self, plan: BatchPlan, columns: Sequence[RemoteColumns[Any]]) -> list[list[Ref[Any]]]:
-        """Return the references for each rank to fetch, in the given order: those with a sequence of the rank."""
+        """Return the references for each rank to fetch, in the given order. A rank fetches only columns with its
+        sequences."""
         receivers: dict[int, set[int]] = {}
         for rank in range(self.num_ranks):
             for sequence_id in plan.received_by(rank):

@@ -156,7 +156,8 @@ class Dispatch:
             waiting.slot.set_result(None)
 
     def quiet_s(self, engine: int) -> float:
-        """Return the seconds since the engine last finished a group, or else began to work."""
+        """Return the seconds since the engine last finished a group. Before the first group: since the engine began to
+        work."""
         return running_s() - self._loads[engine].progress_at
 
     def _emptiest(self, work: GroupWork) -> int | None:
@@ -176,7 +177,8 @@ class Dispatch:
 
 
 def shares(works: Sequence[GroupWork], num_engines: int) -> list[list[int]]:
-    """Distribute groups by largest size, always alike for equal groups. Return the indices of each engine's groups."""
+    """Distribute groups over the engines, the largest groups first. Equal groups always give the same distribution.
+    Return the indices of each engine's groups."""
     result: list[list[int]] = [[] for _ in range(num_engines)]
     totals = [0.0] * num_engines
     for place, work in enumerate(works):

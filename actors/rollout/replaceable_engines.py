@@ -108,7 +108,7 @@ class ReplaceableEngines(WorkerPool):
     async def _await_broadcast(self, rank: int) -> None:
         """Wait until a sync has given a successor the weights, and has proved the weights.
 
-        A step may take longer than any call. So RunError means that no worker was asked for anything within the limit.
+        A step may take longer than any call. So RunError is raised only if no worker was called within the limit.
         """
         synced = self._unsynced[rank] = asyncio.get_running_loop().create_future()
         began = time.monotonic()

@@ -2,8 +2,8 @@
 
 The batch of step s is trained by version s - 1 of the weights and sampled by an earlier version, at most
 `max_staleness` versions before. With max_staleness 0, rollouts and training take turns. Above 0, the engines sample the
-batch of step s + max_staleness while step s is trained. Both end before the weights are synced: an engine step sees a
-single batch and version, so a run repeats bit for bit.
+batch of step s + max_staleness while step s is trained. The sampling and the training step end before the weights are
+synced. So an engine step sees a single batch and version, and a run repeats bit for bit.
 
 After step s the batches of the next `max_staleness` steps are whole. Later weights would sample other responses, so a
 checkpoint holds the responses of these batches.

@@ -238,7 +238,7 @@ class Collector:
         raise RunError(f"rewards, step {step}: {describe_errors(scored.scores.errors)}. {fix}")
 
     def _refuse_restricted(self, infos: Sequence[RolloutInfo], step: int) -> None:
-        """Raise RunError if grammars restricted all sampled tokens of a batch: the run would never learn."""
+        """Raise RunError if grammars restricted all sampled tokens of a batch, because the policy could not learn."""
         if any(info.num_response_tokens for info in infos):
             return
         self.scorer.forget_untrained()

@@ -143,6 +143,7 @@ class DistillationLearning(Learning):
 
 
 def _given(group: CompletedGroup) -> CompletedGroup:
-    """Return the given response of a group's prompt. Few tokens go to each rank by value."""
+    """Return the given response of a group's prompt. The response goes to each rank by value, because it has few
+    tokens."""
     rollouts, info = given_sequence(group.request)
     return CompletedGroup(request=group.request, rollouts=rollouts, infos=(info,))

@@ -1,4 +1,5 @@
-"""Score held-out prompts under the current weights, with intervals and by source, and compare them with a teacher."""
+"""Score responses to held-out prompts under the current weights, with intervals and by source, and compare the
+responses with a teacher."""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
     prompts -> outstanding groups -> scored groups -> the batch of a step
 
-A group is outstanding from the request until the engines have the weights trained on the group, or until the group is
-dropped or filtered. At most (max_staleness + 1) * prompts_per_step groups are outstanding, and no more than the trainer
-needs in order never to wait (rlhf.rollouts.pacing). The engines load new weights between two decoding steps, so a
-response may span versions. The lag of a response's oldest token never exceeds
-max_staleness: a group beyond this bound is requested again and never trained unchanged.
+A group is outstanding from its request until the engines have the weights that were trained on it, or until the group
+is dropped or filtered. At most (max_staleness + 1) * prompts_per_step groups are outstanding, and no more than are
+needed so that the trainer never waits (rlhf.rollouts.pacing). The engines load new weights between two decoding steps,
+so a response may span versions. The lag of a response's oldest token never exceeds max_staleness: a group beyond this
+bound is requested again and never trained unchanged.
 
 A checkpoint holds the ids and prompts of the outstanding groups. A resumed run requests the same groups again with the
 same seeds. The engines answer finished groups from the store.

@@ -100,7 +100,7 @@ class Learning(ABC):
 
     @abstractmethod
     def arrived(self, scored: ScoredGroup) -> None:
-        """Begin the possible computations of a group before the batch is whole."""
+        """Begin the computations of a group that need no other group, before the batch is whole."""
 
     @abstractmethod
     async def learn(self, groups: Sequence[ScoredGroup], step: int) -> Signals:
@@ -145,8 +145,8 @@ class ReferencedLearning(Learning):
 
     @property
     def computes_by_group(self) -> bool:
-        """Return whether the reference, on separate hardware, computes each finished group at once. Not if the
-        reference is renewed while later batches are sampled: the weights would be another step's."""
+        """Return whether the reference, on separate hardware, computes each finished group at once. This is false if
+        the reference is renewed while later batches are sampled, because the weights would be those of another step."""
         alone = self.roles.reference is not None and self.config.cluster.roles.reference.colocate_with is None
         return alone and (self.reference_every is None or self.rollouts.max_staleness == 0)
 

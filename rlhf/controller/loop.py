@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def sparing_loaded_objects() -> Generator[None]:
-    """Let no garbage collection in the block scan the objects loaded so far: a scan would take 0.3 s."""
+    """Keep Python's garbage collection in the block from scanning the objects loaded so far, which would take 0.3 s."""
     gc.collect()
     gc.freeze()
     try:
@@ -188,7 +188,7 @@ class TrainingLoop(ABC):
         )
 
     async def take_snapshot(self, step: int) -> None:
-        """Begin to copy the state after a step in every rank, if lost ranks are started again."""
+        """Let every rank begin to copy its state after a step, if lost ranks are started again."""
         self.trained_step = step
         if self.survives:
             await asyncio.gather(*(role.take_snapshot(step) for role in self.trained.values()))
@@ -282,7 +282,7 @@ class TrainingLoop(ABC):
         logger.info("step %d took longer, because it was profiled. The profiles are in %s", step, folder)
 
     async def _save_finished(self) -> None:
-        """Write a missing checkpoint of the last finished step from snapshots, since a rank may be lost for good."""
+        """Write a missing checkpoint of the last finished step from snapshots, because a rank may not come back."""
         step = self.finished_state["step"]
         if not self.survives or self.checkpoint_step >= step:
             return
@@ -401,7 +401,8 @@ def _of_evaluation(row: Mapping[str, float]) -> dict[str, float]:
 
 
 async def _all_ended(calls: Sequence[Awaitable[None]]) -> None:
-    """Wait until all calls have ended, then raise the first failure: no later failure may disturb a restart."""
+    """Wait until all calls have ended, and then raise the first failure, so that no later failure disturbs a
+    restart."""
     for end in await asyncio.gather(*calls, return_exceptions=True):
         if end is not None:
             raise end

@@ -201,8 +201,8 @@ class OfflineController(TrainingLoop):
             logger.info("the reference log-probabilities of %d rows are written to %s", len(rows), path)
 
     async def _provide_streamed_reference(self, folder: Path) -> None:
-        """Compute the reference's logprobs of the rows of every step, unless an earlier start of the run has. The rows
-        are read twice then: here, and when they are trained on."""
+        """Compute the reference's logprobs of the rows of every step, unless an earlier start of the run has computed
+        them. So each row is read twice: here, and when it is trained on."""
         stream, steps = self.rows, self.config.train.num_steps
         assert isinstance(stream, WindowedStream)
         assert self.deliver is not None

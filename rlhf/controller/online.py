@@ -4,9 +4,9 @@
 
 Version v of the weights is the result of v training steps. Step s trains on responses of version s - 1, or of an
 earlier version, and finally syncs version s to the engines. Batches come from a queue: of whole batches
-(rlhf.controller.batch_queue), or of groups in flight (rlhf.controller.group_queue). A notice to end during the wait for
-a batch stores the finished responses for a resumed run, and writes a checkpoint of the previous step. A later stage is
-finished first.
+(rlhf.controller.batch_queue), or of groups in flight (rlhf.controller.group_queue). If a notice to end comes during the
+wait for a batch, the finished responses are stored for a resumed run, and a checkpoint of the previous step is written.
+If the notice comes in a later stage, the step is finished first.
 """
 
 from __future__ import annotations

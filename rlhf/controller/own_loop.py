@@ -243,7 +243,7 @@ class OwnLoop:
         configuration says. The batch replaces the batch before.
 
         Args:
-            advantages: your own, for each response of each group. None: the algorithm's.
+            advantages: a number for each response of each group. None: the algorithm computes the advantages.
 
         Returns:
             the batch; `plan.minibatches` are the parts for `forward_backward`.
@@ -402,7 +402,8 @@ class OwnLoop:
             return self._record.folder.checkpoint(self.step)
 
     async def load(self, folder: str | Path) -> None:
-        """Load weights and optimizer of a checkpoint, and sync the weights. The place in the data stays."""
+        """Load weights and optimizer of a checkpoint, and sync the weights. The position in the data does not
+        change."""
         folder = Path(folder)
         with self._calling("load", in_step=False):
             if not all((folder / name).is_dir() for name in self._controller.trained):

@@ -1,7 +1,8 @@
 """Make the teacher's prompts of a policy that teaches itself. Decide which responses have a teacher, and which better
 response or feedback the teacher reads.
 
-Uses scalars and the rewards' texts. The reward workers write the prompts, since they hold the text of responses.
+The module uses only scalars and the texts of rewards. The reward workers write the prompts, because they hold the text
+of responses.
 """
 
 from __future__ import annotations

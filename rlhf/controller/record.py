@@ -130,7 +130,7 @@ class RunRecord:
             self.progress.finding(finding)
 
     def amend(self, metrics: Metrics) -> None:
-        """Add nonzero metrics to the last row, in metrics.jsonl alone: they cover the time after the row."""
+        """Add nonzero metrics of the time after the last row to this row, only in metrics.jsonl."""
         if added := {key: value for key, value in results(metrics).items() if value}:
             self.tracker.amend(added)
 
@@ -202,8 +202,9 @@ class RunRecord:
         write_atomic(folder / STATE_FILE, json.dumps(state, indent=1) + "\n")
 
     def restore_best(self, best: Best, state: Mapping[str, Any]) -> None:
-        """Restore the best evaluation of a checkpoint, and point `best` at the evaluation's checkpoint. On a resumption
-        from an older checkpoint, the best may be gone. Then the run starts without a best."""
+        """Restore the best evaluation of a checkpoint, and point `best` at the evaluation's checkpoint. After a resume
+        from an older checkpoint, the best checkpoint may no longer exist. Then the run begins without a best
+        evaluation."""
         best.restore(state)
         if best.step in self.folder.checkpoint_steps():
             self.folder.mark_best(best.step)

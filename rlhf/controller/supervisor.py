@@ -94,7 +94,8 @@ class Supervisor:
         logger.info("%s works again after %.1f s", source, took_s)
 
     def succeeded(self, role: Role, rank: int) -> None:
-        """Record that a worker finished work: the next loss is no second loss at the same work."""
+        """Record that a worker finished work, so that its next loss does not count as a second loss at the same
+        work."""
         self._last_work.pop((role, rank), None)
 
     def forgive(self, losses: Collection[WorkerLost]) -> None:

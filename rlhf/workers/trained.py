@@ -212,8 +212,8 @@ class TrainedWorker(ModelWorker):
         return metrics
 
     def optim_step(self) -> Metrics:
-        """Update the weights by the computed gradient. No trained token, no step: weights and schedule stay the same.
-        Return the metrics of the step. Collective."""
+        """Update the weights by the computed gradient. Without a trained token there is no step, and weights and
+        schedule stay the same. Return the metrics of the step. Collective."""
         divisor, self.divisor = self.divisor, None
         return {} if divisor is None else self.step_optimizer(divisor)
 

@@ -86,7 +86,7 @@ class PolicyWorker(OnlineWorker):
     is_open = False  # whether a further pass must mark the end of the gradient
 
     def build(self) -> str:
-        """Load the model, and replay the choices of the sampler's routers if the run does."""
+        """Load the model. With `policy.router_replay`, the model uses the experts that the sampler's routers chose."""
         fingerprint = super().build()
         if self.config.policy.router_replay:
             self.replay = RouterReplay(self.engine.module)
@@ -122,10 +122,10 @@ class PolicyWorker(OnlineWorker):
         """Receive this rank's share of a plan. `parts`: the rollouts, then the reference's columns, then the prompts of
         a policy that teaches itself. Collective.
 
-        Old log-probabilities are computed only with a reader before the first update: several updates per batch, a KL
-        penalty in the reward, or a token selection over the whole step. Old log-probabilities are computed in the
-        micro-batches of the update, so the ratio of the first update is exactly 1. If the rollout's log-probabilities
-        replace old log-probabilities, only a selection by entropy needs a pass.
+        Old log-probabilities are computed here only if the run needs them before the first update: for several updates
+        per batch, a KL penalty in the reward, or a token selection over the whole step. Old log-probabilities are
+        computed in the micro-batches of the update, so the ratio of the first update is exactly 1. If the rollout's
+        log-probabilities replace old log-probabilities, only a selection by entropy needs a pass.
         """
         prompts = [part for part in parts if isinstance(part, PrivilegedPrompts)]
         columns = [part for part in parts if not isinstance(part, PrivilegedPrompts)]

@@ -44,7 +44,7 @@ class StudentWorker(TaughtWorker, OnlineWorker):
 
         `parts` holds the rollouts, followed by any teacher's log-probabilities of the sampled tokens. plan.scores is
         the rewards' contribution to the advantage of each token of a sequence. The student's log-probabilities are
-        computed here only for several updates.
+        computed here only if the batch has several updates.
         """
         self.share, self.teacher_logprobs = self.receive(plan, parts, {})
         num_tokens = len(self.share.rollouts.token_ids)
