@@ -236,6 +236,6 @@ class MemoryFolders:
 
 
 def _write(source: Path, step: int, checkpoint: Path, number: int) -> None:
-    from rlhf.engine.snapshot_checkpoint import write_snapshot  # with torch, which a holder needs only here
+    from rlhf.engine.rank_files import write_snapshot  # with torch, which a holder needs only here
 
     write_snapshot(source, step, checkpoint, number)

@@ -21,27 +21,25 @@ from torch import Tensor, nn
 from rlhf.adapters import AdamStep
 from rlhf.engine.distributed import set_deadline
 from rlhf.engine.engine_record import EngineRecord
-from rlhf.engine.frozen_weights import digest_of_base, digest_over_ranks, load_initial_copies, save_initial_copies
+from rlhf.engine.frozen_weights import digest_of_base, digest_over_ranks
 from rlhf.engine.gathering import whole_numel, whole_weights
 from rlhf.engine.optimizers import make_optimizer
 from rlhf.engine.parameter_groups import parameter_groups
 from rlhf.engine.partitions import SUB_GROUP_ELEMENTS, TENANT_STAGES
-from rlhf.engine.randomness import load_random_state, save_random_state
+from rlhf.engine.rank_files import write_rank
 from rlhf.engine.rank_state import RankState
-from rlhf.engine.resharding import TAG, take_over
+from rlhf.engine.resharding import take_over
 from rlhf.engine.schedule import lr_factor
 from rlhf.engine.shadow_weights import ShadowWeights
-from rlhf.engine.snapshot_checkpoint import SNAPSHOTS, is_of_snapshots, read_snapshot
-from rlhf.engine.snapshot_copies import CopyPlace, fetch_copies
+from rlhf.engine.snapshot_copies import CopyPlace, fetch_copies, steps_in
 from rlhf.engine.snapshots import Snapshots
 from rlhf.engine.swapping import Swapping
 from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings, StepReport
 from rlhf.errors import RunError, UserError
 from rlhf.models.files.loading import architecture_fingerprint
-from rlhf.models.files.weights import adapter_sources, initial_copies, sources_without_tower, weight_sources
+from rlhf.models.files.weights import adapter_sources, sources_without_tower, weight_sources
 from rlhf.models.packed.row_layout import refuse_uneven_heads
 from rlhf.models.packed.sequence_parallel import make_group, rows_shared_by
-from rlhf.process.disk_full import when_there_is_room
 from rlhf.tracking.run_folder.atomic import make_folder
 
 P = ParamSpec("P")
@@ -109,13 +107,6 @@ class DeepSpeedEngine:
         self._state = RankState(self._engine, self._optimizer, zero_stage=zero_stage)
         self._state.create()
         self._snapshots: Snapshots | None = None
-        from rlhf.engine.checkpoint_files import DataOnlyCheckpointEngine  # imports DeepSpeed
-
-        parameters_by_name = self._engine.module.named_parameters(remove_duplicate=False)
-        frozen = frozenset(name for name, p in parameters_by_name if not p.requires_grad)
-        self._engine.checkpoint_engine = DataOnlyCheckpointEngine(self._engine._config, frozen=frozen)
-        copy_scripts = self._engine._copy_recovery_script
-        self._engine._copy_recovery_script = lambda path: when_there_is_room(Path(path), lambda: copy_scripts(path))
         self._frozen_digest: str | None = None
         set_deadline(deadline_s)
 
@@ -280,76 +271,31 @@ class DeepSpeedEngine:
         """Write the state. Of frozen weights: a digest, and copies of an adapter's initial state. Collective."""
         # Without its parent the folder is no longer this run's, so parents are not made.
         make_folder(folder, exist_ok=True)
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
-        save_random_state(folder / f"random_{dist.get_rank():05d}.pt")
-        save_initial_copies(self.module, folder)
-        if self._state.shadow is not None:
-            self._state.shadow.save(folder)
-        record = self._record()
-        if dist.get_rank() == 0:
-            record.write(folder)
+        write_rank(folder, dist.get_rank(), self._state.tensors(), self._values())
         dist.barrier()
 
     def load(self, folder: Path) -> None:
         self._finish_snapshot()
         saved, own = EngineRecord.read(folder), self._record()
         saved.refuse_other(own, folder=folder)
-        is_sharded_alike, has_snapshots = saved.sharding == own.sharding, is_of_snapshots(folder)
+        is_sharded_alike = saved.sharding == own.sharding
         frozen = own.frozen_weights if is_sharded_alike else f"{digest_over_ranks(self.module, saved.sharding):016x}"
         saved.refuse_other_base(frozen, folder=folder)
-        if not is_sharded_alike or saved.groups != own.groups:
-            if has_snapshots and (initial_copies(self.module) or self._state.shadow is not None):
-                saved.refuse_other_decay(own, folder=folder)
-                what = "the teacher" if self._state.shadow is not None else "the adapter"
-                raise UserError(
-                    f"{folder} has the initial weights of {what} in parts, since it was made of snapshots. "
-                    f"Resume with {saved.sharding}."
-                )
-            take_over(self._state, folder / (SNAPSHOTS if has_snapshots else TAG), saved=saved, own=own)
-        elif has_snapshots:
-            self._load_snapshot(folder)
-        else:
-            with self._own_settings():
-                self._engine.load_checkpoint(
-                    str(folder), tag=TAG, load_lr_scheduler_states=False, custom_load_fn=self._load_trained
-                )
-        if not has_snapshots:
-            load_initial_copies(self.module, folder)
-            if self._state.shadow is not None:
-                self._state.shadow.load(folder)
+        take_over(self._state, folder, saved=saved, own=own)
         self._steps = saved.steps_of(own)
-        if dist.get_rank() < saved.ranks:  # the random state of another rank stays as at the start of a run
-            load_random_state(folder / f"random_{dist.get_rank():05d}.pt")
         dist.barrier()
-
-    def _load_snapshot(self, folder: Path) -> None:
-        """Restore this rank's state from a checkpoint made of snapshots. Collective."""
-        snapshot, own = read_snapshot(folder, dist.get_rank()), self._state.tensors()
-        saved = {name: (tensor.dtype, tensor.shape) for name, tensor in snapshot.tensors.items()}
-        if saved != {name: (tensor.dtype, tensor.shape) for name, tensor in own.items()}:
-            raise UserError(f"The checkpoint {folder} is of another model: its tensors differ from those of this one.")
-        for name, tensor in own.items():
-            tensor.copy_(snapshot.tensors[name])
-        self._state.restore(snapshot.values)
 
     @contextmanager
     def _own_settings(self) -> Iterator[None]:
-        """Restore the optimizer's settings after the block, such as betas. DeepSpeed would load the saved settings."""
+        """Restore the optimizer's settings after the block, such as betas."""
         own = [{key: group[key] for key in group if key != "params"} for group in self._optimizer.param_groups]
         yield
         for group, settings in zip(self._optimizer.param_groups, own, strict=True):
             group.update(settings)
 
-    def _load_trained(self, *, src: dict[str, Tensor], dst: nn.Module) -> None:
-        """Load the weights of a checkpoint into the model. The model already has the frozen weights."""
-        result = dst.load_state_dict(src, strict=False)
-        unknown = sorted(result.unexpected_keys)
-        lacking = sorted(name for name in result.missing_keys if not self._engine.checkpoint_engine.is_frozen(name))
-        if unknown or lacking:
-            raise UserError(
-                f"The checkpoint is of another model: it has {len(unknown)} weights that this one lacks "
-                f"({', '.join(unknown[:3])}), and lacks {len(lacking)} of its weights ({', '.join(lacking[:3])})."
-            )
+    def _values(self) -> dict[str, Any]:
+        """Return the state without its tensors, and the record. The first call is collective."""
+        return {**self._state.values(), "steps": self._steps, "record": self._record().model_dump()}
 
     def _record(self) -> EngineRecord:
         """Describe this engine and the engine's state. The first call is collective."""
@@ -368,7 +314,7 @@ class DeepSpeedEngine:
         )
 
     def open_snapshots(self, folder: Path, copies: CopyPlace | None = None) -> None:
-        if copies is not None and not any(folder.glob("*.pt")):
+        if copies is not None and not steps_in(folder):
             try:
                 fetch_copies(copies, folder)
             except (OSError, ValueError) as error:
@@ -382,8 +328,7 @@ class DeepSpeedEngine:
         self._finish_snapshot()
         failure = self._opened_snapshots.wait_until_sent()
         dist.barrier()  # overwrite the older snapshot once all ranks have the newer snapshot and copy
-        values = {**self._state.values(), "steps": self._steps, "record": self._record().model_dump()}
-        self._opened_snapshots.take(step, self._state.tensors(), values)
+        self._opened_snapshots.take(step, self._state.tensors(), self._values())
         return failure
 
     def newest_snapshot(self) -> int | None:

@@ -1,4 +1,4 @@
-"""The description of an engine's checkpoint: engine.json, written by rank 0 beside DeepSpeed's files."""
+"""The description of an engine's checkpoint: engine.json, written by rank 0 beside the files of the ranks."""
 
 from __future__ import annotations
 

@@ -1,30 +1,19 @@
-"""Frozen weights of an adapted model in checkpoints: a checksum of the base, and whole copies of the initial adapter.
-
-A resumed run reads the base from the model's folder again. The initial adapter must be stored: computed again on a
-different machine, PiSSA's SVD gives other bits.
-"""
+"""A checksum of an adapted model's frozen base, for checkpoints: a resumed run reads the base from its folder again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf.engine.gathering import whole_numel
 from rlhf.engine.partitions import Sharding
-from rlhf.errors import UserError
 from rlhf.models.files.loading import whole
-from rlhf.models.files.weights import initial_copies, is_initial_copy
-from rlhf.tracking.run_folder.atomic import write_aside
-
-_COPIES = "initial.safetensors"  # file of a checkpoint
+from rlhf.models.files.weights import is_initial_copy
 
 
 def digest_of_base(module: nn.Module) -> int:
@@ -62,29 +51,3 @@ def _add(digest: xxhash.xxh3_64, weights: Tensor) -> None:
 
 def _shortened(digest: xxhash.xxh3_64) -> int:
     return digest.intdigest() >> 16  # so that a sum over ranks does not overflow
-
-
-def save_initial_copies(module: nn.Module, folder: Path) -> None:
-    """Write the frozen copies of the initial adapter into a checkpoint, if there are any. Collective."""
-    copies = initial_copies(module)
-    with whole(list(copies.values())):
-        if copies and dist.get_rank() == 0:
-            content = {name: p.detach().cpu().contiguous() for name, p in copies.items()}
-            write_aside(folder / _COPIES, lambda aside: save_file(content, aside))
-
-
-def load_initial_copies(module: nn.Module, folder: Path) -> None:
-    """Restore the copies. Raise UserError if the file is damaged, or of another adapter. Collective."""
-    copies, path = initial_copies(module), folder / _COPIES
-    if not copies:
-        return
-    try:
-        saved = load_file(path)
-    except (OSError, SafetensorError) as error:
-        message = f"{path} cannot be read: {error}. The file holds the initial weights of the adapter."
-        raise UserError(message) from error
-    with whole(list(copies.values())), torch.no_grad():
-        if {name: copy.shape for name, copy in saved.items()} != {name: copy.shape for name, copy in copies.items()}:
-            raise UserError(f"{path} holds the initial weights of another adapter.")
-        for name, parameter in copies.items():
-            parameter.copy_(saved[name])

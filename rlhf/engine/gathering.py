@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,19 @@ _GATHER_BYTES = 256 * 2**20  # bytes of ZeRO-3 parameters gathered at once
 
 def whole_weights(sources: list[WeightSource], dtype: torch.dtype, *, sharded: bool) -> Iterator[tuple[str, Tensor]]:
     """Yield whole weights under their names, parameters in dtype. Each tensor is valid until the next. Collective."""
-    import deepspeed
-
     for bucket in _buckets(sources):
         parameters = [p for source in bucket for p in source.parameters]
-        with deepspeed.zero.GatheredParameters(parameters) if sharded else nullcontext(), torch.no_grad():
+        with _gathered(parameters) if sharded else nullcontext(), torch.no_grad():
             for source in bucket:
                 for name, weight in source.published():
                     yield name, weight.to(dtype) if source.parameters else weight
+
+
+def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    import deepspeed  # slow to import, and an export of whole weights does without
+
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
+    return gathered
 
 
 def whole_numel(parameter: nn.Parameter) -> int:

@@ -1,51 +1,41 @@
-"""Random states of one process, saved and loaded for an exact resume. Nothing is seeded here."""
+"""Random states of one process, saved and restored for an exact resume. Nothing is seeded here."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-
-from rlhf.errors import UserError
-from rlhf.tracking.run_folder.atomic import write_aside
+from torch import Tensor
 
 
 def random_state() -> dict[str, Any]:
-    """Return the random states of torch (with the GPU's), numpy and Python, as tensors and plain values."""
+    """Return the random states of torch (with the GPU's), numpy and Python, as values of JSON."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
-        "python": (version, words, gauss),
+        "torch": _text(torch.get_rng_state()),
+        "cuda": _text(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "python": [version, list(words), gauss],
     }
 
 
 def restore_random_state(states: Mapping[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
+    torch.set_rng_state(_bytes(states["torch"]))
     if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+        torch.cuda.set_rng_state(_bytes(states["cuda"]))
     name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    random.setstate(states["python"])
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
 
 
-def save_random_state(path: Path) -> None:
-    states = random_state()
-    write_aside(path, lambda aside: torch.save(states, aside))
+def _text(state: Tensor) -> str:
+    return bytes(state.numpy()).hex()
 
 
-def load_random_state(path: Path) -> None:
-    """Restore the saved random states. Raise UserError if the file holds anything else."""
-    from rlhf.engine.checkpoint_files import load_data  # imports DeepSpeed
-
-    states = load_data(path)
-    try:
-        restore_random_state(states)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} does not hold random states: {type(error).__name__}: {error}") from error
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

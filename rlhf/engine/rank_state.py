@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.engine.gathering import whole_numel
 from rlhf.engine.randomness import random_state, restore_random_state
 from rlhf.engine.shadow_weights import ShadowWeights
 from rlhf.models.files.weights import initial_copies
@@ -61,9 +62,20 @@ class RankState:
         masters = {f"master {i}": master for i, master in enumerate(self.masters())}
         values = {f"{name} {key}": value for name, state in self.states().items() for key, value in state.items()}
         states = {name: value for name, value in values.items() if torch.is_tensor(value)}
-        copies = {name: getattr(p, "ds_tensor", p) for name, p in initial_copies(self._engine.module.module).items()}
-        shadows = {} if self.shadow is None else {f"shadow {name}": copy for name, copy in self.shadow.copies.items()}
-        return {name: tensor.detach() for name, tensor in {**masters, **states, **copies, **shadows}.items()}
+        copies = {name: copy for name, (copy, _) in self.copies().items()}
+        return {name: tensor.detach() for name, tensor in {**masters, **states, **copies}.items()}
+
+    def copies(self) -> dict[str, tuple[Tensor, int]]:
+        """Return the copies of an adapter's initial state, and a self-teacher's, and the size of each whole copy.
+
+        At stage 3 each rank has an equal share of the elements, the last share padded. Otherwise each rank has all.
+        """
+        initial = initial_copies(self._engine.module.module)
+        copies = {f"initial {name}": (getattr(p, "ds_tensor", p), whole_numel(p)) for name, p in initial.items()}
+        if self.shadow is not None:
+            numels = self.shadow.numels()
+            copies |= {f"shadow {name}": (copy, numels[name]) for name, copy in self.shadow.copies.items()}
+        return copies
 
     def values(self) -> dict[str, Any]:
         """Return the rest of the state: counters, numbers of the optimizer, random states."""

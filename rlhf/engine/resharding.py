@@ -1,8 +1,8 @@
-"""Continue a checkpoint with a different number of ranks or a different ZeRO stage.
+"""Continue a checkpoint, also with a different number of ranks or a different ZeRO stage.
 
 Each rank copies the rank's elements unchanged from the files of the ranks that wrote the checkpoint. The files are
-mapped into memory, so a rank never holds more than the rank's state. DeepSpeed's universal checkpoints would need a
-conversion on the disk, do not know stage 0, and run code when read.
+mapped into memory, so a rank never holds more than the rank's state. DeepSpeed's own checkpoints are pickles. Its
+universal checkpoints would need a conversion on the disk, and do not know stage 0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,20 +20,12 @@ from torch import Tensor
 
 from rlhf.engine.engine_record import EngineRecord
 from rlhf.engine.partitions import Partition, Piece, Sharding, elements, partitions_of
+from rlhf.engine.randomness import restore_random_state
+from rlhf.engine.rank_files import RankFile, read_random, read_rank
 from rlhf.engine.rank_state import RankState
-from rlhf.engine.snapshot_checkpoint import SNAPSHOTS, read_snapshot
 from rlhf.errors import RunError, UserError
 
-TAG = "deepspeed"  # folder of DeepSpeed's files in a checkpoint
 _BY_ELEMENT = "adamw"  # states have a value for each weight; other optimizers also have values of several
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankFile:
-    """The state of a rank in a checkpoint: the masters, and the optimizer's state of each master."""
-
-    masters: Sequence[Tensor]
-    states: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,30 +40,44 @@ class Overlap:
 def take_over(state: RankState, folder: Path, *, saved: EngineRecord, own: EngineRecord) -> None:
     """Replace this rank's state by the rank's part of a checkpoint. Collective.
 
-    folder: holds DeepSpeed's files, or snapshots. Raise UserError for files that do not fit this engine.
+    The bits are those of the checkpoint. UserError: the files are damaged, or do not fit this engine.
     """
     refuse_other_weights(saved, own, folder)
-    there, here = written_partitions(saved), partitions_of(own.groups, own.sharding)
-    partition = here[dist.get_rank()]
-    if tuple(master.numel() for master in state.masters()) != partition.sizes:
-        raise RunError("DeepSpeed divides the trained weights in another way than this program expects.")
-    alike = [there.index(one) if one in there else None for one in here]  # ranks with the same masters
+    rank, there, here = dist.get_rank(), written_partitions(saved), partitions_of(own.groups, own.sharding)
+    has_shapes = [record.zero_stage == 0 for record in (saved, own)]  # the masters are flat at the other stages
+    comparable = there if has_shapes[0] == has_shapes[1] else []
+    alike = [comparable.index(one) if one in comparable else None for one in here]  # ranks with the same masters
     if own.optimizer != _BY_ELEMENT and None in alike:
-        saved.refuse_other_decay(own, folder=folder.parent)
+        saved.refuse_other_decay(own, folder=folder)
         raise UserError(
-            f"{folder.parent} was written with {saved.sharding} and cannot be continued with {own.sharding}: "
+            f"{folder} was written with {saved.sharding} and cannot be continued with {own.sharding}: "
             f"{own.optimizer} has states of several weights together, which cannot be sharded again. With this "
             "optimizer, only the number of ranks at stage 0 may change, or stage 1 to 2 and 2 to 1. Resume with the "
             "ranks and stage of the checkpoint."
         )
-    read: Callable[[int], RankFile] = cache(partial(read_rank, folder, saved))
-    values = state.values()
+    read: Callable[[int], RankFile] = cache(partial(read_rank, folder))
+    source, copies = alike[rank], state.copies()
+    if source is None and tuple(master.numel() for master in state.masters()) != here[rank].sizes:
+        raise RunError("DeepSpeed divides the trained weights in another way than this program expects.")
+    if lacking := sorted(copies.keys() - read(0).tensors.keys()):
+        raise UserError(
+            f"{folder} has no {lacking[0]}, of {len(lacking)} copies of weights that this run needs. Resume with the "
+            "saved values of algorithm.teacher_weights, policy.lora and policy.adapter, or start a new run."
+        )
     with explains_damage(folder, saved), torch.no_grad():
-        copy_elements(state, overlaps_of(partition, there), read, with_states=own.optimizer == _BY_ELEMENT)
-        if own.optimizer != _BY_ELEMENT:
-            values["states"] = _copy_states(state, read(alike[dist.get_rank()] or 0))
-    values["counters"]["global_steps"] = saved.steps
+        values = state.values() | {key: read(0).values[key] for key in ("counters", "period")}
+        if source is None:
+            copy_elements(state, overlaps_of(here[rank], there), read)
+        else:
+            copy_same({name: x for name, x in state.tensors().items() if name not in copies}, read(source))
+            values["states"] = read(source).values["states"]
+        for name, (copy, numel) in copies.items():
+            parts = [read(part).tensors[name] for part in ranks_with_copies(saved)]
+            copy_shared(parts, numel, begin=rank * copy.numel() if own.zero_stage == 3 else 0, target=copy)
     state.restore(values)
+    if rank < saved.ranks:  # the random state of another rank stays as at the start of a run
+        with explains_damage(folder, saved):
+            restore_random_state(read_random(folder, rank))
 
 
 def written_partitions(saved: EngineRecord) -> list[Partition]:
@@ -97,14 +102,14 @@ def refuse_other_weights(saved: EngineRecord, own: EngineRecord, folder: Path) -
     """Raise UserError if a checkpoint has the states of a different optimizer, or different trained weights."""
     if saved.optimizer != own.optimizer:
         raise UserError(
-            f"{folder.parent} has the states of train.optimizer {saved.optimizer}, not of {own.optimizer}. Resume with "
+            f"{folder} has the states of train.optimizer {saved.optimizer}, not of {own.optimizer}. Resume with "
             "that optimizer."
         )
     there, here = ({weight for group in r.groups for weight in group.items()} for r in (saved, own))
     if there != here:
         names = sorted({name for name, _ in there ^ here})
         raise UserError(
-            f"{folder.parent} is of another model: {len(names)} trained weights are missing or have another size "
+            f"{folder} is of another model: {len(names)} trained weights are missing or have another size "
             f"there or here ({', '.join(names[:3])})."
         )
 
@@ -122,15 +127,22 @@ def overlaps_of(partition: Partition, there: Sequence[Partition]) -> Iterator[Ov
                 yield Overlap(rank=rank, source=other_piece.within(begin, end), target=piece.within(begin, end))
 
 
-def copy_elements(
-    state: RankState, overlaps: Iterator[Overlap], read: Callable[[int], RankFile], *, with_states: bool
-) -> None:
-    """Copy the masters, together with the optimizer's states of each element."""
+def copy_same(tensors: Mapping[str, Tensor], file: RankFile) -> None:
+    """Copy the masters and states of a rank with the same masters. ValueError: the file has other tensors."""
+    for name, tensor in tensors.items():
+        saved = file.tensors[name]
+        if (saved.dtype, saved.shape) != (tensor.dtype, tensor.shape):
+            raise ValueError(f"{name} is {saved.dtype} {list(saved.shape)}, not {tensor.dtype} {list(tensor.shape)}")
+        tensor.copy_(saved)
+
+
+def copy_elements(state: RankState, overlaps: Iterator[Overlap], read: Callable[[int], RankFile]) -> None:
+    """Copy the masters, together with AdamW's states of each element."""
     masters, states = state.masters(), list(state.states().values())
     for overlap in overlaps:
         file, source, target = read(overlap.rank), overlap.source, overlap.target
         elements(masters[target.master], target).copy_(elements(file.masters[source.master], source))
-        for key, value in states[target.master].items() if with_states else ():
+        for key, value in states[target.master].items():
             saved = file.states[source.master][key]
             if value.dim() == 0:  # the count of steps
                 value.copy_(saved)
@@ -138,48 +150,22 @@ def copy_elements(
                 elements(value, target).copy_(elements(saved, source))
 
 
-def _copy_states(state: RankState, file: RankFile) -> dict[str, dict[str, Any]]:
-    """Copy the optimizer's states of masters with the same elements. Return all values except tensors."""
-    numbers: dict[str, dict[str, Any]] = {}
-    for (name, own), saved in zip(state.states().items(), file.states, strict=True):
-        ours, theirs = ({key: x for key, x in s.items() if torch.is_tensor(x)} for s in (own, saved))
-        if {key: x.shape for key, x in ours.items()} != {key: x.shape for key, x in theirs.items()}:
-            raise ValueError(f"the optimizer's {name} has other tensors")
-        numbers[name] = {key: value for key, value in saved.items() if key not in theirs}
-        for key, value in theirs.items():
-            ours[key].copy_(value)
-    return numbers
+def ranks_with_copies(saved: EngineRecord) -> range:
+    """Return the ranks whose files have copies of an adapter's initial state, and a self-teacher's copies."""
+    return range(saved.ranks if saved.zero_stage == 3 else 1)
 
 
-def read_rank(folder: Path, saved: EngineRecord, rank: int) -> RankFile:
-    """Return the state of a rank. The tensors are read from the disk on use."""
-    if folder.name == SNAPSHOTS:
-        snapshot = read_snapshot(folder.parent, rank)
-        return RankFile(masters=snapshot.masters, states=snapshot.states)
-    from rlhf.engine.checkpoint_files import load_data  # imports DeepSpeed
+def copy_shared(parts: Sequence[Tensor], numel: int, *, begin: int, target: Tensor) -> None:
+    """Copy elements of a flat tensor from equal parts of the ranks, the last part padded, into a rank's tensor.
 
-    if saved.zero_stage == 0:
-        content = load_data(folder / "mp_rank_00_model_states.pt", mapped=True)
-        optimizer = content["optimizer"]
-        if saved.dtype == "float32":  # the masters are the weights
-            masters = [content["module"][f"module.{name}"] for group in saved.groups for name in group]
-        else:
-            masters = [master for group in optimizer["fp32_groups"] for master in group]
-            optimizer = optimizer["optimizer_state_dict"]
-    else:
-        prefix = "bf16_" if saved.dtype == "bfloat16" else ""
-        path = folder / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        content = load_data(path, mapped=True)["optimizer_state_dict"]
-        if saved.zero_stage == 3:
-            masters, optimizer = content["fp32_flat_groups"], content["optimizer_state_dict"]
-        else:
-            masters, optimizer = content["single_partition_of_fp32_groups"], content["base_optimizer_state"]
-    return RankFile(masters=masters, states=[_flat(optimizer["state"][index]) for index in range(len(masters))])
-
-
-def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state of a master without the inner dictionary of bitsandbytes."""
-    flat: dict[str, Any] = {}
-    for key, value in state.items():
-        flat.update(value if isinstance(value, dict) else {key: value})
-    return flat
+    numel: of the whole. begin: the first element of the target; padding in the target stays. ValueError: the parts are
+    of another tensor.
+    """
+    size, flat = -(-numel // len(parts)), target.detach().view(-1)
+    if any(part.numel() != size for part in parts):
+        raise ValueError(f"a copy of {numel} elements is not in {len(parts)} parts of {parts[0].numel()} elements")
+    for index, part in enumerate(parts):
+        first = index * size
+        low, high = max(begin, first), min(begin + len(flat), first + size, numel)
+        if low < high:
+            flat[low - begin : high - begin].copy_(part.view(-1)[low - first : high - first])

@@ -35,6 +35,19 @@ class CopyPlace:
     name: str  # name of the rank, such as policy-1
 
 
+def steps_in(folder: Path) -> list[int]:
+    """Return the steps of the whole snapshots in a folder."""
+    return [int(path.stem) for path in folder.glob("*.json")]
+
+
+def description_path(folder: Path, step: int) -> Path:
+    return folder / f"{step}.json"
+
+
+def slot_path(folder: Path, slot: int) -> Path:
+    return folder / f"slot_{slot}"
+
+
 def send_copy(place: CopyPlace, folder: Path, *, step: int, slot: int) -> None:
     """Send the snapshot of a step to the holder, and return when the copy is whole. Raise OSError on failure."""
     with _asked(place) as connection:
@@ -141,7 +154,7 @@ class _Copies:
         _send_head(connection, {})
 
     def _file(self, step: int) -> Path:
-        return self.folder / f"{step}.pt"
+        return description_path(self.folder, step)
 
 
 def _server(host: str, answer: Callable[[socket.socket], None]) -> socketserver.ThreadingTCPServer:
@@ -166,19 +179,19 @@ def _asked(place: CopyPlace) -> Iterator[socket.socket]:
 
 def _announce(connection: socket.socket, folder: Path, step: int, slot: int, **head: str) -> None:
     """Send the description of a snapshot."""
-    description, size = (folder / f"{step}.pt").read_bytes(), _slot(folder, slot).stat().st_size
+    description, size = description_path(folder, step).read_bytes(), slot_path(folder, slot).stat().st_size
     _send_head(connection, {**head, "step": step, "slot": slot, "description": len(description), "size": size})
     connection.sendall(description)
 
 
 def _send_content(connection: socket.socket, folder: Path, slot: int) -> None:
-    with _slot(folder, slot).open("rb") as content:
+    with slot_path(folder, slot).open("rb") as content:
         connection.sendfile(content)
 
 
 def _receive_content(connection: socket.socket, folder: Path, head: Mapping[str, Any], description: bytes) -> None:
     """Write a snapshot into a folder, the description at the end."""
-    path, part, left = _slot(folder, head["slot"]), bytearray(_PART_BYTES), head["size"]
+    path, part, left = slot_path(folder, head["slot"]), bytearray(_PART_BYTES), head["size"]
     path.touch(mode=0o600)
     with path.open("r+b") as content:
         content.truncate(left)
@@ -188,13 +201,10 @@ def _receive_content(connection: socket.socket, folder: Path, head: Mapping[str,
                 raise ConnectionError("the connection ended within a snapshot")
             content.write(memoryview(part)[:received])
             left -= received
-    unnamed = folder / f"{head['step']}.part"
+    path = description_path(folder, head["step"])
+    unnamed = path.with_suffix(".part")
     unnamed.write_bytes(description)
-    unnamed.rename(unnamed.with_suffix(".pt"))
-
-
-def _slot(folder: Path, slot: int) -> Path:
-    return folder / f"slot_{slot}"
+    unnamed.rename(path)
 
 
 def _send_head(connection: socket.socket, head: Mapping[str, Any]) -> None:

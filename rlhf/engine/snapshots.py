@@ -9,10 +9,10 @@ step, and then sends the snapshot to any place on another node (rlhf.engine.snap
 from __future__ import annotations
 
 import errno
-import io
+import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.engine.snapshot_copies import CopyPlace, send_copy
+from rlhf.engine.snapshot_copies import CopyPlace, description_path, send_copy, slot_path, steps_in
+from rlhf.engine.tensor_files import to_json
 from rlhf.errors import RunError, StorageFull, UserError
 from rlhf.process.disk_full import when_there_is_room
 
-Layout = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]  # name, type and shape of each tensor in a slot
+Layout = list[list[Any]]  # as in JSON: name, type and shape of each tensor in a slot
 _ALIGNMENT = 64  # bytes, of each tensor in a slot
 _GIB = 2**30
 
@@ -39,13 +40,13 @@ class Snapshots:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder, self._deadline_s = folder, deadline_s
         self._layout = _layout(tensors)
-        paths = [folder / f"slot_{slot}" for slot in range(2)]
+        paths = [slot_path(folder, slot) for slot in range(2)]
         size = sum(map(_padded, tensors.values()))
         _reserve(paths, size)
         self._slots = [torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8) for path in paths]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
-        self._copying: Future[Path] | None = None
-        self._last: Path | None = None  # describes the newest whole snapshot
+        self._copying: Future[int] | None = None
+        self._last: int | None = None  # step of the newest whole snapshot
         self._last_slot = 1
         self._place: CopyPlace | None = None
         self._sending: Future[str | None] | None = None
@@ -54,7 +55,7 @@ class Snapshots:
         """Return the step of the newest snapshot, once snapshot and copy are whole. None: no snapshot."""
         self.wait()
         self.wait_until_sent()
-        return max((int(path.stem) for path in self._folder.glob("*.pt")), default=None)
+        return max(steps_in(self._folder), default=None)
 
     def take(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Begin to copy a state and return at once. The tensors must not change before `wait` has returned."""
@@ -87,7 +88,7 @@ class Snapshots:
         self.wait_until_sent()
         self._place = place
         if self._last is not None:
-            self._send(int(self._last.stem), self._last_slot)
+            self._send(self._last, self._last_slot)
 
     def wait_until_sent(self) -> str | None:
         """Wait for the copy of the last snapshot. Return why the copy failed. None: no failure, or no place."""
@@ -102,17 +103,17 @@ class Snapshots:
         """Copy the state of a step into the tensors, and return the state's values. Forget the snapshots of all other
         steps."""
         self.wait()
-        path = self._folder / f"{step}.pt"
+        path = description_path(self._folder, step)
         if not path.exists():
             raise RunError(f"{self._folder} holds no snapshot of step {step}.")
-        content = torch.load(path, weights_only=True)
+        content = json.loads(path.read_bytes())
         if content["layout"] != self._layout or _layout(tensors) != self._layout:
             raise RunError(f"The snapshot {path} is of a rank with other tensors.")
         saved = tensors_in(self._slots[content["slot"]], self._layout)
         for name, tensor in tensors.items():
             tensor.copy_(saved[name])
-        self._forget_all_but(path)
-        self._last, self._last_slot = path, content["slot"]
+        self._forget_all_but(step)
+        self._last, self._last_slot = step, content["slot"]
         self._send(step, self._last_slot)  # this also replaces copies of later steps
         values: dict[str, Any] = content["values"]
         return values
@@ -122,17 +123,17 @@ class Snapshots:
         self.wait()
         self._thread.shutdown()
 
-    def _forget_all_but(self, kept: Path | None) -> None:
-        for path in self._folder.glob("*.pt"):
-            if path != kept:
-                path.unlink()
+    def _forget_all_but(self, kept: int | None) -> None:
+        for step in steps_in(self._folder):
+            if step != kept:
+                description_path(self._folder, step).unlink()
 
     def _send(self, step: int, slot: int) -> None:
         """Begin to send a snapshot to the place of the copy, once the snapshot is whole."""
         place = self._place
         self._sending = None if place is None else self._thread.submit(_sent, place, self._folder, step, slot)
 
-    def _copy(self, step: int, tensors: list[Tensor], content: dict[str, Any], ready: torch.cuda.Event | None) -> Path:
+    def _copy(self, step: int, tensors: list[Tensor], content: dict[str, Any], ready: torch.cuda.Event | None) -> int:
         """Copy the tensors into a slot, then describe the slot. No step holds the interpreter's lock for long."""
         places = zip(_places(self._slots[content["slot"]], self._layout), tensors, strict=True)
         if ready is None:
@@ -144,13 +145,12 @@ class Snapshots:
                 for place, tensor in places:
                     place.copy_(tensor.contiguous().view(-1).view(torch.uint8), non_blocking=True)
             stream.synchronize()
-        path = self._folder / f"{step}.pt"
-        unnamed = path.with_suffix(".part")
-        torch.save(content, description := io.BytesIO())  # on the disk, torch would not say that no space is left
-        written = description.getvalue()
+        path = description_path(self._folder, step)
+        unnamed, written = path.with_suffix(".part"), to_json(content).encode()
         undo = partial(unnamed.unlink, missing_ok=True)
         when_there_is_room(path, lambda: unnamed.write_bytes(written), undo=undo, needed=len(written))
-        return unnamed.rename(path)
+        unnamed.rename(path)
+        return step
 
 
 def _sent(place: CopyPlace, folder: Path, step: int, slot: int) -> str | None:
@@ -165,19 +165,19 @@ def _sent(place: CopyPlace, folder: Path, step: int, slot: int) -> str | None:
 def tensors_in(slot: Tensor, layout: Layout) -> dict[str, Tensor]:
     """Return the tensors in the bytes of a slot, by name. Nothing is copied."""
     places = zip(layout, _places(slot, layout), strict=True)
-    return {name: place.view(dtype).view(shape) for (name, dtype, shape), place in places}
+    return {name: place.view(getattr(torch, dtype)).view(shape) for (name, dtype, shape), place in places}
 
 
 def _places(slot: Tensor, layout: Layout) -> Iterator[Tensor]:
     begin = 0
     for _, dtype, shape in layout:
-        tensor = torch.empty(shape, dtype=dtype, device="meta")
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
         yield slot[begin : begin + tensor.nbytes]
         begin += _padded(tensor)
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> Layout:
-    return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    return [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()]
 
 
 def _padded(tensor: Tensor) -> int:

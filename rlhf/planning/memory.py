@@ -236,10 +236,8 @@ def snapshot_sizes(processes: Sequence[Footprint]) -> dict[Role, int]:
 
 
 def checkpoint_bytes(shape: Shape, t: Training) -> float:
-    """Return the size of a checkpoint of all ranks: trained weights, master weights and the optimizer's states."""
-    masters = 4.0 * t.trained if t.zero_stage >= 1 or t.itemsize == 2 else 0.0
-    states = _optimizer_states(shape, t, by=1, place="host").nbytes
-    return t.trained * (t.itemsize + t.shadow_itemsize) + masters + states
+    """Return the size of a checkpoint of all ranks: weights in float32, the optimizer's states, a teacher's copies."""
+    return t.trained * (4.0 + t.shadow_itemsize) + _optimizer_states(shape, t, by=1, place="host").nbytes
 
 
 def _optimizer_states(shape: Shape, t: Training, *, by: int, place: Place) -> Term:

@@ -8,12 +8,10 @@ towards no deadline of a call. After a process has given up, no later write of t
 from __future__ import annotations
 
 import errno
-import gc
 import logging
 import math
 import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -31,8 +29,6 @@ logger = logging.getLogger(__name__)
 LOOK_EVERY_S = 1.0
 AGAIN_AFTER_S = 20.0  # a quota's room does not show in the free space
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_WRITER_OF_TORCH = ("inline_container", "PytorchStreamWriter", "iostream error")  # where torch.save fails to write
-_TEST_BYTES = 2**20
 _MIB = 2**20
 _FIX = "Make room, and continue with --resume auto."
 
@@ -176,14 +172,13 @@ def when_there_is_room(
                 undo()
                 raise
             except Exception as error:
-                reason = why_full(error, path)
+                reason = why_full(error)
                 if reason is None:
                     raise
                 shortage = Shortage(path=str(path), reason=reason, free=_free(path), needed=needed)
                 if not (waits and wait.may_go_on()):
                     undo()
                     raise wait.failure(shortage) from error
-            gc.collect()  # the error of torch.save holds the file open
             undo()
             PAUSE.begin(wait, shortage)
             _wait_until_more_is_free(path, wait)
@@ -191,10 +186,10 @@ def when_there_is_room(
         PAUSE.end(wait)
 
 
-def why_full(error: Exception, path: Path) -> str | None:
+def why_full(error: Exception) -> str | None:
     """Return the reason if an error comes from a full disk or an exhausted quota. None: a different cause.
 
-    PyTorch and safetensors raise errors of different types. If the text does not name the cause, the folder is tested.
+    safetensors raises errors of other types, whose text names the cause.
     """
     if isinstance(error, OSError):
         return error.strerror if error.errno in _FULL else None
@@ -202,14 +197,6 @@ def why_full(error: Exception, path: Path) -> str | None:
     for code in _FULL:
         if os.strerror(code) in text or f"os error {code})" in text or f"code: {code}," in text:
             return os.strerror(code)
-    if any(mark in text for mark in _WRITER_OF_TORCH):
-        try:
-            with tempfile.TemporaryFile(dir=_existing(path)) as file:
-                file.write(bytes(_TEST_BYTES))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as failure:
-            return failure.strerror if failure.errno in _FULL else None
     return None
 
 

@@ -62,7 +62,7 @@ def test_a_full_disk_and_a_flipped_byte(tmp_path: Path, disk: Path) -> None:
     assert len(steps) >= 2, "the disk is too small for this test"
 
     subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
-    path = next((folder / "checkpoints" / steps[-1]).rglob("*optim_states.pt"))
+    path = next((folder / "checkpoints" / steps[-1]).rglob("state_*.safetensors"))
     sound = path.read_bytes()
     path.write_bytes(sound[:-1000] + bytes([sound[-1000] ^ 1]) + sound[-999:])
     code, said = failure_of(run, "--resume", "auto")

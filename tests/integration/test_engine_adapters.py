@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from rlhf.engine.deepspeed import DeepSpeedEngine, _Caller
+from rlhf.engine.deepspeed import DeepSpeedEngine
 from rlhf.engine.schedule import lr_factor
 from rlhf.engine.sharded_loading import shards_as_it_loads
 from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings
@@ -147,13 +147,7 @@ def test_trains_as_plain_adamw_and_resumes_exactly(
         torch.testing.assert_close(found["merged"], merged, rtol=1e-4, atol=3e-6)
         assert all(torch.equal(found["again"][name], found["merged"][name]) for name in merged)
         torch.testing.assert_close(found["off"], found["before"], rtol=0, atol=2e-6 if kind == "pissa" else 0.0)
-    weights = [torch.load(path, weights_only=True) for path in tmp_path.glob("deepspeed/*model_states.pt")]
-    names = [name for states in weights for name in states["module"]]
-    assert names
-    assert all(states["frozen_param_fragments"] is None for states in weights)
-    frozen = {name for name, p in _Caller(loaded(folder, kind)).named_parameters() if not p.requires_grad}
-    assert not [name for name in names if name in frozen or ".base_layer." in name]
-    # the adapter, two moments and master weights, sharded over ranks; the base alone has 340 kB
-    size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    # weights and two moments in float32, sharded over ranks, and the initial adapter; the base alone has 340 kB
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
     trained = sum(weight.numel() for weight in adapter.values()) * 4
-    assert size < 6 * trained + 120_000
+    assert size < (4 if kind == "pissa" else 3) * trained + 120_000

@@ -20,6 +20,7 @@ from rlhf.tracking.metrics.declarations import expected_metrics
 from rlhf.tracking.metrics.histograms import FILE as HISTOGRAMS
 from rlhf.tracking.run_folder.atomic import read_lines
 from tests.integration.recipes import PPO, one_thread, rows, train, train_here, without_clocks, write_config
+from tests.no_pickles import kinds_of
 
 
 def run_config(folder: Path, name: str) -> Path:
@@ -57,6 +58,9 @@ def test_the_run_folder_has_what_it_promises(unbroken: Path) -> None:
     assert len(trained) == 16
     assert all(row["response_tokens"] >= 1 and row["advantage"] is not None for row in trained)
     assert {key.split("/")[2] for key in found[2] if key.startswith("system/")} >= {"cpu_fraction", "memory_gib"}
+    kinds = kinds_of(unbroken / "checkpoints" / "latest")
+    assert kinds["critic/state_00000.safetensors"] == "safetensors"
+    assert set(kinds.values()) == {"safetensors", "JSON"}, kinds  # no pickle
     distributions = {row["step"]: row for row in read_lines(unbroken / HISTOGRAMS)}
     assert sorted(distributions) == [1, 2, 3, 4]
     count = {key: sum(one["counts"]) for key, one in distributions[2].items() if key != "step"}

@@ -19,7 +19,8 @@ import torch
 
 from rlhf.engine.consolidation import load_trained_weights
 from rlhf.engine.partitions import Sharding
-from rlhf.engine.snapshot_checkpoint import write_snapshot
+from rlhf.engine.rank_files import write_snapshot
+from rlhf.engine.tensor_files import write_tensors
 from rlhf.errors import UserError
 from rlhf.models.files.weights import initial_copies, weight_sources
 from tests.integration import test_engine_adapters as adapters
@@ -221,6 +222,8 @@ def test_adapters(
         options["folder"] = tmp_path / "of snapshots"
         saved, *_ = gangs[ranks[0]].run(adapter_saved, stage=there, snapshot=True, **options)
         assert_consolidated(other_adapter(base, "pissa"), saved, options["folder"], dtype=torch.float32)
+        for loaded in gangs[ranks[1]].run(adapter_continued, stage=here, **options):
+            assert all(torch.equal(loaded[name], weight) for name, weight in saved.items())
 
 
 def other_adapter(base: Path, kind: str) -> Any:
@@ -232,13 +235,13 @@ def other_adapter(base: Path, kind: str) -> Any:
     return module
 
 
-OPTIMIZER_STATES = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+STATE = "state_00001.safetensors"
 DAMAGES: dict[str, tuple[Callable[[Path, dict[str, Any]], Any], str]] = {  # damage to a rank's file, or to the record
-    "missing": (lambda file, record: file.unlink(), f"{OPTIMIZER_STATES} cannot be read"),
-    "truncated": (lambda file, record: os.truncate(file, 1000), f"{OPTIMIZER_STATES} cannot be read"),
-    "of another rank": (
-        lambda file, record: shutil.copy(file.with_name("mp_rank_00_model_states.pt"), file),
-        "does not hold the state of 2 ranks at ZeRO stage 2: KeyError",
+    "missing": (lambda file, record: file.unlink(), f"{STATE} cannot be read"),
+    "truncated": (lambda file, record: os.truncate(file, 1000), f"{STATE} cannot be read"),
+    "of another program": (
+        lambda file, record: write_tensors(file, {"master 0": torch.zeros(5)}, {"states": {}}),
+        "does not hold the state of 2 ranks at ZeRO stage 2: IndexError",
     ),
     "float16": (
         lambda file, record: record.update(dtype="float16"),
@@ -273,7 +276,7 @@ def test_what_cannot_be_continued(gangs: Gangs, tmp_path: Path) -> None:
     for how, (damage, message) in DAMAGES.items():
         folder = shutil.copytree(tmp_path / "saved", tmp_path / how)
         record = json.loads((folder / "engine.json").read_text())
-        damage(folder / "deepspeed" / OPTIMIZER_STATES, record)
+        damage(folder / STATE, record)
         (folder / "engine.json").write_text(json.dumps(record))
         (said,) = gangs[1].run(continued, folder=folder, **options)
         assert message in said, how

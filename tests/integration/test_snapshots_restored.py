@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from rlhf.engine.deepspeed import DeepSpeedEngine
-from rlhf.engine.snapshot_checkpoint import write_snapshot
+from rlhf.engine.rank_files import write_snapshot
 from rlhf.engine.training_engine import OptimizerName, OptimizerSettings, ScheduleSettings
+from rlhf.errors import RunError
 from rlhf.models.adapters.lora import add_lora
 from rlhf.models.packed.forward import policy_logprobs
 from tests.integration.rank_gang import DEADLINE_S, Gang, engine_of, small_config
@@ -126,7 +127,7 @@ def stop_in_the_middle(engine: DeepSpeedEngine) -> None:
 
     def half(step: int, tensors: list[Tensor], content: dict[str, Any], ready: None) -> Path:
         junk = [torch.full_like(tensor, 7) for tensor in tensors]
-        with pytest.raises(TypeError):  # the slot is overwritten, but not yet described
+        with pytest.raises(RunError):  # the slot is overwritten, but not yet described
             whole(None, junk, content | {"values": threading.Lock()}, ready)
         threading.Event().wait(DEADLINE_S)
         raise AssertionError("the process was not killed")

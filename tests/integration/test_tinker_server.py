@@ -25,6 +25,7 @@ import rlhf
 from rlhf.viewing.runs import RunPlaces
 from rlhf.vision.keys import image_key
 from tests.integration.rank_gang import free_port
+from tests.no_pickles import kinds_of
 from tests.seen_logprobs import BLUE, RED, SeenModel
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning")]
@@ -216,6 +217,9 @@ def test_a_client_trains_all_weights(server: Server, tmp_path: Path) -> None:
     drawn = [[sequence.tokens for sequence in future.result(300).sequences] for future in pending]
     assert drawn[:4] == drawn[4:8] == drawn[8:]
     state = model.save_state("state").result(120).path
+    kinds = kinds_of(next(server.folder.rglob("weights/state")))
+    assert kinds["adapter/state_00000.safetensors"] == "safetensors"
+    assert set(kinds.values()) == {"safetensors", "JSON"}, kinds  # no pickle
     before = train(model, row, 1)
     waiting = model.forward_backward([row], "cross_entropy")
     stepped = model.optim_step(types.AdamParams(learning_rate=0.01))

@@ -1,5 +1,7 @@
-"""An adapter's initial copies stay frozen, and the base has a checksum, in one process.
-tests/integration/test_engine_adapters.py shards the weights with an engine."""
+"""The frozen base of an adapter has a checksum, in one process.
+
+tests/integration/test_engine_adapters.py shards the weights with an engine.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,9 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf.engine.frozen_weights import digest_of_base, digest_over_ranks, load_initial_copies, save_initial_copies
+from rlhf.engine.frozen_weights import digest_of_base, digest_over_ranks
 from rlhf.engine.partitions import Sharding
-from rlhf.errors import UserError
 from rlhf.models.adapters.lora import add_lora
-from rlhf.models.files.weights import initial_copies
 
 
 @pytest.fixture(autouse=True)
@@ -27,30 +27,12 @@ def _alone(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def adapted(*, rank: int = 2, init: str = "pissa", seed: int = 0) -> Any:
-    torch.manual_seed(seed)
+def adapted() -> Any:
+    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
     )
-    return add_lora(LlamaForCausalLM(config), rank=rank, alpha=4.0, dropout=0.0, init=init)  # type: ignore[arg-type]
-
-
-def test_the_copies_come_back_bit_for_bit_or_are_refused(tmp_path: Path) -> None:
-    path, model, other, identity = tmp_path / "initial.safetensors", adapted(), adapted(seed=1), adapted(init="default")
-    save_initial_copies(identity, tmp_path)
-    assert not path.exists()  # it has no copies
-    load_initial_copies(identity, tmp_path)
-    with pytest.raises(UserError, match=rf"{path} cannot be read"):
-        load_initial_copies(other, tmp_path)
-    path.write_bytes(b"not safetensors")
-    with pytest.raises(UserError, match=rf"{path} cannot be read"):
-        load_initial_copies(other, tmp_path)
-    save_initial_copies(model, tmp_path)
-    load_initial_copies(other, tmp_path)
-    assert initial_copies(model)
-    assert all(torch.equal(initial_copies(other)[name], copy) for name, copy in initial_copies(model).items())
-    with pytest.raises(UserError, match="holds the initial weights of another adapter"):
-        load_initial_copies(adapted(rank=4), tmp_path)
+    return add_lora(LlamaForCausalLM(config), rank=2, alpha=4.0, dropout=0.0, init="pissa")
 
 
 def test_the_checksum_is_that_of_the_base_alone() -> None:

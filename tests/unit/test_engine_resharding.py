@@ -17,8 +17,9 @@ from torch.nn.functional import pad
 
 from rlhf.engine.engine_record import EngineRecord
 from rlhf.engine.partitions import Sharding, partitions_of
+from rlhf.engine.rank_files import RankFile
 from rlhf.engine.rank_state import RankState
-from rlhf.engine.resharding import RankFile, copy_elements, overlaps_of, take_over
+from rlhf.engine.resharding import copy_elements, copy_shared, overlaps_of, take_over
 from rlhf.errors import UserError
 
 SIZES = [{"embedding": 30, "up": 12, "down": 7}, {"norm": 3, "bias": 1}]  # with and without weight decay
@@ -51,14 +52,12 @@ def divided(key: str, groups: list[dict[str, int]], sharding: Sharding, rank: in
 
 
 def file_of(groups: list[dict[str, int]], sharding: Sharding, rank: int) -> RankFile:
-    averages, squares = (divided(key, groups, sharding, rank) for key in ("exp_avg", "exp_avg_sq"))
-    return RankFile(
-        masters=divided("master", groups, sharding, rank),
-        states=[
-            {"step": torch.tensor(7.0), "exp_avg": average, "exp_avg_sq": square}
-            for average, square in zip(averages, squares, strict=True)
-        ],
-    )
+    tensors = {f"master {i}": master for i, master in enumerate(divided("master", groups, sharding, rank))}
+    states: dict[str, Any] = {f"state {i}": {} for i in range(len(tensors))}
+    for key in ("exp_avg", "exp_avg_sq"):
+        tensors |= {f"state {i} {key}": value for i, value in enumerate(divided(key, groups, sharding, rank))}
+    tensors |= {f"{state} step": torch.tensor(7.0) for state in states}
+    return RankFile(tensors=tensors, values={"states": states})
 
 
 def empty_state(groups: list[dict[str, int]], sharding: Sharding, rank: int) -> Any:
@@ -90,7 +89,7 @@ def test_every_element_comes_to_its_new_place(there: Sharding, groups: list[dict
             masters = state.masters()
             written = partitions_of(SIZES, there)[: None if there.zero_stage else 1]
             overlaps = overlaps_of(partitions_of(groups, here)[rank], written)
-            copy_elements(state, overlaps, lambda other: file_of(SIZES, there, other), with_states=True)
+            copy_elements(state, overlaps, lambda other: file_of(SIZES, there, other))
             assert all(map(torch.equal, masters, expected.masters))
             for own, wanted, master in zip(state.states().values(), expected.states, masters, strict=True):
                 assert torch.equal(own["exp_avg"], wanted["exp_avg"])
@@ -98,18 +97,33 @@ def test_every_element_comes_to_its_new_place(there: Sharding, groups: list[dict
                 assert own["step"] == (7.0 if master.any() else 0.0)
 
 
-def test_masters_alone_from_files_that_are_long_enough() -> None:
-    there, here = Sharding(ranks=2, zero_stage=1), Sharding(ranks=2, zero_stage=2)
-    state = empty_state(SIZES, here, 1)
+def test_a_file_that_is_too_short_is_refused() -> None:
+    there, here = Sharding(ranks=1, zero_stage=2), Sharding(ranks=2, zero_stage=2)
+    short = RankFile(  # of 49 elements
+        tensors={"master 0": torch.zeros(48), "master 1": torch.zeros(4)}, values={"states": {"state 0": {}}}
+    )
     overlaps = overlaps_of(partitions_of(SIZES, here)[1], partitions_of(SIZES, there))
-    copy_elements(state, overlaps, lambda rank: file_of(SIZES, there, rank), with_states=False)
-    assert all(map(torch.equal, state.masters(), divided("master", SIZES, here, 1)))
-    assert not any(value.any() for own in state.states().values() for value in own.values())
-    there = Sharding(ranks=1, zero_stage=2)
-    short = RankFile(masters=[torch.zeros(48), torch.zeros(4)], states=[{}, {}])  # of 49 elements
-    overlaps = overlaps_of(partitions_of(SIZES, here)[1], partitions_of(SIZES, there))
-    with pytest.raises((RuntimeError, IndexError)):
-        copy_elements(empty_state(SIZES, here, 1), overlaps, lambda rank: short, with_states=False)
+    with pytest.raises((RuntimeError, IndexError, KeyError)):
+        copy_elements(empty_state(SIZES, here, 1), overlaps, lambda rank: short)
+
+
+@pytest.mark.parametrize("there", [1, 2, 3, 7])
+@pytest.mark.parametrize("here", [1, 2, 3, 7])
+def test_every_element_of_a_copy_comes_to_its_new_place(there: int, here: int) -> None:
+    """The copies of an adapter's initial state, and a self-teacher's, are divided at stage 3. Padding is 99."""
+    numel = 5
+    whole = torch.arange(float(numel)).view(1, numel)
+    parts = list(pad(whole.flatten(), (0, -numel % there), value=99.0).chunk(there))
+    size = -(-numel // here)
+    for rank in range(here):
+        target = torch.full((size,), -1.0)
+        copy_shared(parts, numel, begin=rank * size, target=target)
+        assert target.tolist() == pad(whole.flatten(), (0, size * here - numel), value=-1.0).chunk(here)[rank].tolist()
+    target = torch.zeros(1, numel)
+    copy_shared(parts, numel, begin=0, target=target)
+    assert torch.equal(target, whole)
+    with pytest.raises(ValueError, match=r"a copy of 30 elements is not in"):
+        copy_shared(parts, 30, begin=0, target=target)
 
 
 def record_of(groups: list[dict[str, int]], **changes: Any) -> EngineRecord:
@@ -135,7 +149,7 @@ def test_states_of_several_weights_are_not_divided(
     saved, own = (record_of(SIZES, **values) for values in options)
     message = f"was written with {saved.sharding} and cannot be continued with {own.sharding}: adamw_8bit has states"
     with pytest.raises(UserError, match=message):
-        take_over(empty_state(SIZES, own.sharding, 0), tmp_path / "deepspeed", saved=saved, own=own)
+        take_over(empty_state(SIZES, own.sharding, 0), tmp_path, saved=saved, own=own)
 
 
 @pytest.mark.parametrize(("before", "now"), [("at 0", "above 0"), ("above 0", "at 0")])
@@ -149,7 +163,7 @@ def test_weight_decay_is_not_switched_where_states_belong_to_several_weights(
     state = empty_state(own.groups, own.sharding, 0)
     message = rf"with train\.weight_decay {before}, and it is {now} now.* Keep train\.weight_decay {before}\.$"
     with pytest.raises(UserError, match=message):
-        take_over(state, tmp_path / "deepspeed", saved=saved, own=own)
+        take_over(state, tmp_path, saved=saved, own=own)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf.engine import snapshot_copies
-from rlhf.engine.snapshot_copies import CopyHolder, CopyPlace, fetch_copies, send_copy
+from rlhf.engine.snapshot_copies import CopyHolder, CopyPlace, fetch_copies, send_copy, steps_in
 from rlhf.engine.snapshots import Snapshots
 
 DEADLINE_S = 60.0
@@ -49,7 +49,7 @@ def keep(snapshots: Snapshots, *steps: int, add: int = 0) -> None:
 def steps_at(place: CopyPlace, folder: Path) -> list[int]:
     """Return the restorable steps of a successor with whole tensors."""
     fetch_copies(place, folder)
-    return sorted(int(path.stem) for path in folder.glob("*.pt"))
+    return sorted(steps_in(folder))
 
 
 def taken_back(folder: Path, step: int) -> Tensor:

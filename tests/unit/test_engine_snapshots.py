@@ -69,11 +69,12 @@ def test_half_a_copy_is_never_found(tmp_path: Path) -> None:
     snapshots = taken(tmp_path, 1, 2)
     reached, released = threading.Event(), threading.Event()
 
-    def stuck(*_: object) -> None:
+    def stuck(*_: object) -> str:
         reached.set()
         released.wait(DEADLINE_S)
+        return ""
 
-    with mock.patch("rlhf.engine.snapshots.torch.save", stuck), mock.patch("pathlib.Path.rename"):
+    with mock.patch("rlhf.engine.snapshots.to_json", stuck), mock.patch("pathlib.Path.rename"):
         snapshots.take(3, state(3), {"steps": 3})
         assert reached.wait(DEADLINE_S)
         assert opened(tmp_path).newest() == 2  # step 3 has overwritten nothing of step 2
@@ -121,7 +122,7 @@ def test_a_wait_for_memory_keeps_a_copy_that_was_fetched(tmp_path: Path, monkeyp
     taken(tmp_path / "lost", 1).close()
     fetched = tmp_path / "fetched"
     fetched.mkdir()
-    for name in ("1.pt", "slot_0"):
+    for name in ("1.json", "slot_0"):
         shutil.copyfile(tmp_path / "lost" / name, fetched / name)
     answers = [FULL, mock.DEFAULT, mock.DEFAULT]
     reserve = mock.Mock(wraps=os.posix_fallocate, side_effect=answers)
@@ -138,5 +139,5 @@ def test_a_failed_copy_and_full_memory_at_its_end_are_errors_of_the_next_step(tm
     ):
         taken(tmp_path, 1)
     (tmp_path / "2.part").symlink_to("/dev/full")
-    with pytest.raises(StorageFull, match=r"2\.pt could not be written: No space left on device"):
+    with pytest.raises(StorageFull, match=r"2\.json could not be written: No space left on device"):
         taken(tmp_path, 2)

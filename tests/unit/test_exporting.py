@@ -18,6 +18,7 @@ from rlhf.config.files.dump import dump_yaml
 from rlhf.config.files.load import load
 from rlhf.engine.engine_record import EngineRecord
 from rlhf.engine.frozen_weights import digest_of_base
+from rlhf.engine.rank_files import write_rank
 from rlhf.errors import UserError
 from rlhf.models.adapters.lora import add_lora
 from rlhf.models.files.loading import architecture_fingerprint, load_causal_lm
@@ -51,13 +52,9 @@ def checkpointed(folder: Path, base: Path, model: Any, *, lora: str = "") -> Pat
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     def fill(files: Path) -> None:
-        (files / "deepspeed").mkdir()
-        content = {
-            "module": {f"module.{name}": weight for name, weight in trained.items()},
-            "optimizer": {"state": {index: {} for index in range(len(trained))}},
-        }
-        torch.save(content, files / "deepspeed" / "mp_rank_00_model_states.pt")
-        EngineRecord(
+        masters = {f"master {index}": weight for index, weight in enumerate(trained.values())}
+        states: dict[str, Any] = {f"state {index}": {} for index in range(len(trained))}
+        record = EngineRecord(
             model=architecture_fingerprint(model.config),
             ranks=1,
             zero_stage=0,
@@ -67,7 +64,9 @@ def checkpointed(folder: Path, base: Path, model: Any, *, lora: str = "") -> Pat
             frozen_weights=f"{digest_of_base(model):016x}",
             steps=1,
             updates_per_step=1,
-        ).write(files)
+        )
+        values = {"states": states, "counters": {}, "random": {}, "period": 0, "record": record.model_dump()}
+        write_rank(files, 0, masters, values)
 
     return run_with(folder, base, fill, lora=lora)
 
@@ -145,7 +144,7 @@ def test_a_state_of_all_weights_is_a_model(tiny_model: Path, tmp_path: Path, mon
     for folder in (tmp_path / "server", state.parents[1]):
         with pytest.raises(UserError, match=f"has states of clients' models. Name one of them: {state}"):
             rlhf.export(folder, tmp_path / "other")
-    file = next((state / "adapter" / "deepspeed").iterdir())
+    file = state / "adapter" / "state_00000.safetensors"
     content_of_file = bytearray(file.read_bytes())
     content_of_file[len(content_of_file) // 2] ^= 1
     file.write_bytes(content_of_file)

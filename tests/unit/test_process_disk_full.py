@@ -21,13 +21,14 @@ from safetensors.torch import load_file
 
 from actors.weights.adapter import AdapterSender
 from rlhf.engine.snapshots import Snapshots
+from rlhf.engine.tensor_files import write_tensors
 from rlhf.errors import StorageFull
 from rlhf.models.files import export
 from rlhf.models.files.export import appearing
 from rlhf.process import disk_full
 from rlhf.process.disk_full import PAUSE, Shortage, when_there_is_room
 from rlhf.process.stopping import StopRequest, run_async, run_stoppable
-from rlhf.tracking.run_folder.atomic import append_line, read_lines, write_aside, write_atomic
+from rlhf.tracking.run_folder.atomic import append_line, read_lines, write_atomic
 from rlhf.tracking.run_folder.timeline import Timeline
 from rlhf.types import TokenValues
 from rlhf.workers.offline.reference_cache import read_columns, write_columns
@@ -195,11 +196,11 @@ def write_model(folder: Path) -> None:
         (write_reference, reads_reference),
         (write_model, lambda f: torch.equal(load_file(f / "final/model.safetensors")["weights"], VALUES)),
         (
-            lambda f: write_aside(f / "a.pt", lambda aside: torch.save(VALUES, aside)),
-            lambda f: torch.equal(torch.load(f / "a.pt"), VALUES),
+            lambda f: write_tensors(f / "a.safetensors", {"weights": VALUES}, {}),
+            lambda f: torch.equal(load_file(f / "a.safetensors")["weights"], VALUES),
         ),
     ],
-    ids=["line", "text", "snapshot", "adapter", "reference", "model", "tensors of torch"],
+    ids=["line", "text", "snapshot", "adapter", "reference", "model", "state of a rank"],
 )
 def test_a_file_is_whole_although_the_disk_was_full(
     small_disk: Path, write: Callable[[Path], object], is_whole: Callable[[Path], bool]
