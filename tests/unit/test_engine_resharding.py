@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from rlhf.engine.engine_record import EngineRecord
 from rlhf.engine.partitions import Sharding, partitions_of
-from rlhf.engine.rank_files import RankFile
+from rlhf.engine.rank_files import RankFile, write_rank
 from rlhf.engine.rank_state import RankState
 from rlhf.engine.resharding import copy_elements, copy_shared, overlaps_of, take_over
 from rlhf.errors import UserError
@@ -65,7 +65,7 @@ def empty_state(groups: list[dict[str, int]], sharding: Sharding, rank: int) -> 
     file = file_of(groups, sharding, rank)
     empty = [{key: torch.zeros_like(value) for key, value in state.items()} for state in file.states]
     states, masters = {f"state {i}": state for i, state in enumerate(empty)}, [*map(torch.zeros_like, file.masters)]
-    return SimpleNamespace(masters=lambda: masters, states=lambda: states)
+    return SimpleNamespace(masters=lambda: masters, states=lambda: states, copies=dict)
 
 
 def test_at_stage_3_a_large_group_is_cut_into_masters() -> None:
@@ -164,6 +164,20 @@ def test_weight_decay_is_not_switched_where_states_belong_to_several_weights(
     message = rf"with train\.weight_decay {before}, and it is {now} now.* Keep train\.weight_decay {before}\.$"
     with pytest.raises(UserError, match=message):
         take_over(state, tmp_path, saved=saved, own=own)
+
+
+def test_a_checkpoint_without_the_copies_of_this_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    record, sharding = record_of(SIZES, ranks=1), Sharding(ranks=1, zero_stage=2)
+    file, state = file_of(SIZES, sharding, 0), empty_state(SIZES, sharding, 0)
+    rest = {"counters": {}, "period": 0, "random": {}, "record": record.model_dump()}
+    write_rank(tmp_path, 0, file.tensors, {**file.values, **rest})
+    state.copies = lambda: {"shadow up": (torch.zeros(12), 12)}
+    message = rf"{tmp_path} has no shadow up, .* saved values of algorithm\.teacher_weights, policy\.lora"
+    with pytest.raises(UserError, match=message):
+        take_over(state, tmp_path, saved=record, own=record)
 
 
 @pytest.mark.parametrize(
