@@ -24,8 +24,8 @@ SFT: dict[str, Any] = {
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 14 MiB, with room for two checkpoints of the tiny model but not for three."""
-    with mounted(tmp_path / "disk", mib=14) as folder:
+    """A file system of 11 MiB, with room for two checkpoints of the tiny model but not for three."""
+    with mounted(tmp_path / "disk", mib=11) as folder:
         yield folder
 
 

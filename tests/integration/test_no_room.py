@@ -94,7 +94,7 @@ def test_a_full_disk_at_a_checkpoint(tmp_path: Path, disk: Path) -> None:
     changes = {"train": {"checkpoint_every": 1, "keep_checkpoints": 2}}
     whole = config(tmp_path, tmp_path, "whole", merge(SFT, changes))
     train(whole)
-    subprocess.run(["mount", "-o", "remount,size=14m", disk], check=True)  # two checkpoints and a part of the third
+    subprocess.run(["mount", "-o", "remount,size=11m", disk], check=True)  # two checkpoints and a part of the third
     run = Run(config(tmp_path, disk, "run", merge(SFT, changes)))
     run.until(lambda: WAITS in run.said())
     time.sleep(FULL_FOR_S)
