@@ -85,6 +85,8 @@ class Client:
             return self._answered[key]
         failure = ""
         for attempt in range(ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
             url = f"{endpoint.urls[(number + attempt) % len(endpoint.urls)]}/v1/completions"
             try:
                 async with session.post(url, json=body) as reply:
@@ -101,7 +103,6 @@ class Client:
                 break
             except (ClientError, ValueError, KeyError, TypeError) as error:
                 failure = f"{LOST}: {type(error).__name__}: {error}"
-            await asyncio.sleep(FIRST_PAUSE_S * 2**attempt)
         return Answer(failure=failure)
 
     def _store(self, key: str, answer: Answer, path: Path) -> None:

@@ -1,9 +1,9 @@
-"""Tasks of lm-evaluation-harness in the real process, with data from a folder. The data has the schema of the hub."""
+"""Tasks of lm-evaluation-harness, with data from a folder. The data has the schema of the hub."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from aiohttp import web
 
 from rlhf.errors import UserError
 from rlhf.suites import process
+from rlhf.suites.program import answers_of
 from rlhf.suites.reports import suite_reports
 from rlhf.suites.spec import SuiteAnswers, SuiteSpec
 
@@ -109,23 +110,38 @@ def test_each_repeat_of_a_question_has_a_seed(copies: Path, tiny_model: Path, tm
     assert len(suite.questions) == 2
 
 
-def test_each_folder_has_its_rows(copies: Path, tiny_model: Path) -> None:
+@pytest.fixture(scope="module")
+def indexed() -> Any:
+    """Return the library's index of all tasks, which takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+@pytest.fixture
+def planned(indexed: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Return a function that plans suites in this process, and returns the number of questions."""
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: indexed)
+
+    def plan(*names: str, data: Path | None = None, limit: int | None = None) -> int:
+        spec = SuiteSpec(names=names, limit=limit, tokenizer=str(tiny_model), data=None if data is None else str(data))
+        suites, _ = answers_of(spec, None, lambda done, total: None)
+        return sum(len(suite.questions) for suite in suites)
+
+    return plan
+
+
+def test_each_folder_has_its_rows(copies: Path, planned: Callable[..., int]) -> None:
     """The cache of `datasets` knows folders by their last names. A second folder has other rows."""
     other = copies.parent / "other"
     write_copy(other, "openai/gsm8k", "main", [{"question": "1+1?", "answer": "#### 2"}] * 7)
-    of_folders = [
-        asyncio.run(process.plan_suites(SuiteSpec(names=("gsm8k",), tokenizer=str(tiny_model), data=str(folder))))
-        for folder in (copies, other)
-    ]
-    assert [plan.questions for plan in of_folders] == [8, 7]
+    assert [planned("gsm8k", data=folder) for folder in (copies, other)] == [8, 7]
 
 
-def test_a_limit_and_a_missing_data_set(copies: Path, tiny_model: Path) -> None:
-    spec = SuiteSpec(names=("gsm8k",), limit=3, tokenizer=str(tiny_model), data=str(copies))
-    assert asyncio.run(process.plan_suites(spec)).questions == 3
-    absent = SuiteSpec(names=("hellaswag",), tokenizer=str(tiny_model), data=str(copies))
+def test_a_limit_and_a_missing_data_set(copies: Path, planned: Callable[..., int]) -> None:
+    assert planned("gsm8k", data=copies, limit=3) == 3
     with pytest.raises(UserError, match=r"Suite hellaswag: data set Rowan/hellaswag cannot be loaded: .* hf download"):
-        asyncio.run(process.plan_suites(absent))
+        planned("hellaswag", data=copies)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +151,6 @@ def test_a_limit_and_a_missing_data_set(copies: Path, tiny_model: Path) -> None:
         ("reasoning_basic", "Near names: reasoning-basic"),
     ],
 )
-def test_unknown_names_are_refused_with_near_names(name: str, message: str, tiny_model: Path) -> None:
+def test_unknown_names_are_refused_with_near_names(name: str, message: str, planned: Callable[..., int]) -> None:
     with pytest.raises(UserError, match=message):
-        asyncio.run(process.plan_suites(SuiteSpec(names=(name,), tokenizer=str(tiny_model))))
+        planned(name)
