@@ -92,19 +92,20 @@ class SampleRequest:
 
     token_ids: tuple[int, ...]  # with images as in rlhf.vision.keys
     num_samples: int = 1
-    max_tokens: int | None = None  # of a sample; None: up to the engine's longest sequence
+    max_tokens: int  # of a sample; at most the engine's longest sequence without the prompt
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None
-    seed: int | None = None  # sample i is drawn with seed + i; None: with a seed of the engine
+    seed: int  # sample i is drawn with seed + i
     stop: tuple[str, ...] = ()  # texts that end a sample, and stay in it
     stop_token_ids: tuple[int, ...] = ()  # tokens that end a sample, and stay in it
     ends_at_eos: bool = True  # whether the model's end token ends a sample
     prompt_logprobs: bool = False
-    top_prompt_logprobs: int = 0  # the likeliest tokens to return at each place of the prompt
+    top_prompt_logprobs: int = 0  # the likeliest tokens to return at each place of the prompt; at most MOST_TOP
     top_logprobs: int = 0  # the same, at each sampled token
 
 
+MOST_TOP = 128
 TopTokens = tuple[tuple[int, float], ...]  # ids and log-probabilities, the likeliest first
 
 

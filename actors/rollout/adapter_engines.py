@@ -7,10 +7,8 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from random import SystemRandom
 from typing import Any, Literal, Self
 
 from ray.actor import ActorHandle
@@ -19,20 +17,12 @@ from actors.cluster.placement import Placement
 from actors.cluster.waiting import CALL_LIMIT, within
 from actors.roles.group import SpawnOne
 from actors.rollout.adapter_shelf import AdapterShelf, ServedAdapter
-from actors.rollout.client_samples import (
-    MOST_TOP,
-    SEEDS,
-    RequestBounds,
-    client_answer,
-    request_bounds,
-    sample_limit,
-    sample_params,
-)
+from actors.rollout.client_samples import client_answer, refuse_unknown_tokens, sample_params
 from actors.rollout.dispatch import GroupWork
 from actors.rollout.engine_creation import RolloutEngine, spawn_engines
 from actors.rollout.engine_group import RolloutEngines
 from actors.rollout.vllm_engine import LORA_RANKS, RolloutSpec
-from rlhf.adapters import SampleAnswer, SampleRequest
+from rlhf.adapters import MOST_TOP, SampleAnswer, SampleRequest
 from rlhf.config.schema.cluster import ClusterConfig
 from rlhf.errors import RunError, UserError, WorkerLost
 from rlhf.models.files.loading import load_model_config
@@ -48,20 +38,17 @@ class AdapterEngine(RolloutEngine):
         super().__init__(spec)
         self.adapters = AdapterShelf(self.calls, room=spec.max_adapters, probed=self._probed)
 
-    async def request_bounds(self) -> RequestBounds:
-        return await self.calls.run(partial(request_bounds, sees=self.spec.images is not None), "its model")
-
     async def load_adapter(self, adapter: ServedAdapter) -> float:
         return await self.adapters.load(adapter)
 
     async def unload_adapter(self, number: int) -> None:
         await self.adapters.remove(number)
 
-    async def sample(self, adapter: ServedAdapter | None, request: SampleRequest, limit: int) -> SampleAnswer:
-        """Draw the samples of a request with a seed in one batch, each of at most `limit` tokens."""
+    async def sample(self, adapter: ServedAdapter | None, request: SampleRequest) -> SampleAnswer:
+        """Draw the samples of a request in one batch."""
         kind = f"client{self._serial}-"
         async with nullcontext() if adapter is None else self.adapters.held(adapter) as lora:
-            all_params = sample_params(request, limit, self._added)
+            all_params = sample_params(request, self._added)
             samples = [self._submission(kind, request.token_ids, params, lora=lora) for params in all_params]
             futures = self.loop.submit(samples)
             try:
@@ -88,6 +75,7 @@ class AdapterEngines(RolloutEngines):
 
     actor: type[AdapterEngine] = AdapterEngine
     transport: Literal["files"] | None = None  # None: the weights of the base model stay
+    vocabulary: int  # number of the model's token ids
 
     def __init__(
         self, handles: Sequence[ActorHandle[Any]], spawn_one: SpawnOne | None = None, *, deadline_s: float
@@ -98,7 +86,6 @@ class AdapterEngines(RolloutEngines):
         self._users = Counter[int]()  # requests by the adapter's number
         self._left = asyncio.Event()  # a request has ended
         self._numbers, self._requests = itertools.count(1), itertools.count(1)
-        self._bounds: RequestBounds | None = None
         self._suspects = Suspects()
 
     @classmethod
@@ -141,7 +128,9 @@ class AdapterEngines(RolloutEngines):
             trust_remote_code=trust_remote_code,
             images=images,
         )
-        return cls(*spawn_engines(spec, cluster, placement, cls.actor), deadline_s=cluster.call_timeout_s)
+        engines = cls(*spawn_engines(spec, cluster, placement, cls.actor), deadline_s=cluster.call_timeout_s)
+        engines.vocabulary = vocabulary
+        return engines
 
     async def load(self, adapter: str, folder: Path, *, checksum: str, probe: PolicyProbe) -> float:
         """Load an exported adapter, whose folder must stay until `unload` has returned."""
@@ -174,31 +163,29 @@ class AdapterEngines(RolloutEngines):
         await self.present(lambda h: h.unload_adapter.remote(served.number), "adapters")
 
     async def sample(self, adapter: str | None, request: SampleRequest) -> SampleAnswer:
-        limit = sample_limit(request, await self._request_bounds())
-        served = None if adapter is None else self._known(adapter)
-        if request.seed is None:  # drawn here, because two engines may begin with the same seed
-            request = replace(request, seed=SystemRandom().randrange(SEEDS))
-        if served is None:
-            return await self._sample(None, request, limit)
+        refuse_unknown_tokens(request, self.vocabulary)
+        if adapter is None:
+            return await self._sample(None, request)
+        served = self._known(adapter)
         self._users[served.number] += 1
         try:
-            return await self._sample(served, request, limit)
+            return await self._sample(served, request)
         finally:
             self._users[served.number] -= 1
             self._left.set()
 
-    async def _sample(self, adapter: ServedAdapter | None, request: SampleRequest, limit: int) -> SampleAnswer:
+    async def _sample(self, adapter: ServedAdapter | None, request: SampleRequest) -> SampleAnswer:
         """Draw the samples. After the loss of an engine, draw them again with the same seeds.
 
         Requests that were lost with two engines are sampled singly, one after another. RunError: an engine was lost
         even so.
         """
         try:
-            return await self._drawn(adapter, request, limit, urgent=False)
+            return await self._drawn(adapter, request, urgent=False)
         except CallLost as lost:
             first = lost.losses
         try:
-            return await self._suspects.call(partial(self._drawn, adapter, request, limit, urgent=True))
+            return await self._suspects.call(partial(self._drawn, adapter, request, urgent=True))
         except CallLost as lost:
             self._suspects.caused += first
             losses = first + lost.losses
@@ -206,19 +193,17 @@ class AdapterEngines(RolloutEngines):
                 f"{len(losses)} engines were lost while they sampled this request. {losses[-1].reason}"
             ) from lost
 
-    async def _drawn(
-        self, adapter: ServedAdapter | None, request: SampleRequest, limit: int, *, urgent: bool
-    ) -> SampleAnswer:
+    async def _drawn(self, adapter: ServedAdapter | None, request: SampleRequest, *, urgent: bool) -> SampleAnswer:
         """Sample a request in one engine. CallLost: the engine was lost, and is being replaced."""
         dispatch, key = await self._dispatching(), next(self._requests)
-        work = GroupWork(prompt_tokens=len(request.token_ids), samples=request.num_samples, limit=limit)
+        work = GroupWork(prompt_tokens=len(request.token_ids), samples=request.num_samples, limit=request.max_tokens)
         slot = await dispatch.enter(key, work, urgent=urgent)
         assert slot is not None, "nothing drops a client's request"
         handle = self.handles[slot.engine]
         with self._at_work(key, slot, dispatch) as lengths:
             try:
                 drawn: SampleAnswer = await self._answered(
-                    handle.sample.remote(adapter, request, limit), slot.engine, dispatch
+                    handle.sample.remote(adapter, request), slot.engine, dispatch
                 )
             except WorkerLost as lost:
                 self.begin_rebuild(slot.engine, handle, lost)  # closes the engine before its place is released
@@ -234,13 +219,6 @@ class AdapterEngines(RolloutEngines):
         if served is None:
             raise UserError(f"No adapter named {adapter} is loaded. Load it first, or sample again from a loaded one.")
         return served
-
-    async def _request_bounds(self) -> RequestBounds:
-        while self._bounds is None:
-            await self.any_working()
-            found = await self.present(lambda h: h.request_bounds.remote(), "adapters")
-            self._bounds = next(iter(found.values()), None)
-        return self._bounds
 
     async def _give_weights(self, rank: int) -> None:
         """Give a successor nothing: each request brings the description of its adapter."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rlhf.adapters import AdamStep, AdapterShape, SampleRequest
+from rlhf.adapters import MOST_TOP, AdamStep, AdapterShape, SampleRequest
 from rlhf.errors import UserError
 from rlhf.hosting.images import ClientImages
 
@@ -119,7 +119,7 @@ class Adam(Body):
     learning_rate: float = Field(default=1e-4, ge=0.0, allow_inf_nan=False)
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
-    eps: float = Field(default=1e-12, ge=0.0, allow_inf_nan=False)
+    eps: float = Field(default=1e-12, gt=0.0, allow_inf_nan=False)  # 0 would divide zero by zero
     weight_decay: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     grad_clip_norm: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
 
@@ -194,8 +194,8 @@ class SamplingParams(BaseModel):
     max_tokens: int | None = Field(default=None, ge=1)
     seed: int | None = None
     stop: str | tuple[int, ...] | tuple[str, ...] | None = None
-    temperature: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
-    top_k: int = -1
+    temperature: float = Field(default=1.0, ge=0.0, le=2.0, allow_inf_nan=False)
+    top_k: int = Field(default=-1, lt=1 << 31)  # of vLLM
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
 
 
@@ -208,8 +208,8 @@ class Sample(Body):
     base_model: str | None = None
     model_path: str | None = None
     prompt_logprobs: bool | None = None
-    topk_prompt_logprobs: int = Field(default=0, ge=0)
-    topk_sample_logprobs: int = Field(default=0, ge=0)
+    topk_prompt_logprobs: int = Field(default=0, ge=0, le=MOST_TOP)
+    topk_sample_logprobs: int = Field(default=0, ge=0, le=MOST_TOP)
     target_prompt_logprobs: dict[str, Any] | None = None
     prompt_alt_tokens_k: int = 0
     prompt_logprobs_last_n: int | None = Field(default=None, ge=1)
@@ -307,6 +307,8 @@ def sample_request(body: Sample, images: ClientImages, *, seed: int, max_length:
     if body.prompt_logprobs_last_n is not None and not body.prompt_logprobs:
         raise UserError("prompt_logprobs_last_n needs prompt_logprobs")
     stop = (params.stop,) if isinstance(params.stop, str) else params.stop or ()
+    if "" in stop:
+        raise UserError("sampling_params.stop: has an empty text; leave it out")
     return SampleRequest(
         token_ids=tuple(tokens),
         num_samples=body.num_samples,

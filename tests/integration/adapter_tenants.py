@@ -360,7 +360,6 @@ def faults(rank: int, ranks: int, *, model: str, stage: int) -> list[Any]:
         message(lambda: worker.step_adapter("bad", step)),
         message(lambda: worker.step_adapter("bad", step)),
         message(lambda: worker.forward_backward("bad", bad, named)),
-        message(lambda: worker.step_adapter("bad", replace(step, eps=0.0))),
         message(lambda: worker.create("good", SHAPES["one"])),
         message(lambda: worker.step_adapter("nobody", step)),
     ]

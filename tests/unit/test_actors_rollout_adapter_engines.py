@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,6 @@ from torch import ones
 from actors.rollout import adapter_shelf
 from actors.rollout.adapter_engines import AdapterEngines
 from actors.rollout.adapter_shelf import AdapterShelf, ServedAdapter
-from actors.rollout.client_samples import RequestBounds
 from actors.rollout.engine_calls import EngineCalls
 from actors.weights.adapter import file_checksum
 from rlhf.adapters import SampleAnswer, SampledSequence, SampleRequest
@@ -25,7 +25,7 @@ from rlhf.roles import PolicyProbe
 from tests.fakes.engine_handles import DEADLINE_S, Engine, Engines, policy_probe, until
 
 ANSWER = SampleAnswer(sequences=(SampledSequence(token_ids=(1,), logprobs=(-1.0,), finish_reason="stop"),))
-REQUEST = SampleRequest(token_ids=(1, 2), max_tokens=4)
+REQUEST = SampleRequest(token_ids=(1, 2), max_tokens=4, seed=3)
 
 
 class ClientEngine(Engine):
@@ -33,10 +33,7 @@ class ClientEngine(Engine):
 
     def __init__(self, name: str) -> None:
         super().__init__(name, samples=8)
-        self.asked: list[tuple[int | None, int | None]] = []
-
-    def on_request_bounds(self) -> RequestBounds:
-        return RequestBounds(vocabulary=10, max_length=20)
+        self.asked: list[tuple[int | None, int]] = []
 
     def on_load_adapter(self, adapter: ServedAdapter) -> float:
         self.calls.append(f"load {adapter.number}")
@@ -45,7 +42,7 @@ class ClientEngine(Engine):
     def on_unload_adapter(self, number: int) -> None:
         self.calls.append(f"unload {number}")
 
-    def on_sample(self, adapter: ServedAdapter | None, request: SampleRequest, limit: int) -> Future[Any]:
+    def on_sample(self, adapter: ServedAdapter | None, request: SampleRequest) -> Future[Any]:
         self.asked.append((None if adapter is None else adapter.number, request.seed))
         return self.groups.setdefault(len(self.asked), Future())
 
@@ -58,14 +55,15 @@ class ClientEngine(Engine):
 class ClientEngines(Engines, AdapterEngines):
     """Engines of many adapters, with successors from a list."""
 
+    vocabulary = 10
+
 
 async def load(engines: AdapterEngines, name: str) -> float:
     return await engines.load(name, Path("/export"), checksum="sum", probe=policy_probe(1))
 
 
 def asked(engines: AdapterEngines, adapter: str | None = None, **changes: Any) -> asyncio.Task[SampleAnswer]:
-    request = SampleRequest(**{"token_ids": (1, 2), "max_tokens": 4, "seed": 3, **changes})
-    return asyncio.create_task(engines.sample(adapter, request))
+    return asyncio.create_task(engines.sample(adapter, replace(REQUEST, **changes)))
 
 
 async def test_a_request_goes_to_the_least_loaded_engine() -> None:
@@ -102,16 +100,15 @@ async def test_adapters_are_known_by_name() -> None:
     assert one.calls[-1] == "load 2"  # a number is never used again
 
 
-async def test_a_request_without_a_seed_keeps_its_drawn_seed_after_a_loss() -> None:
+async def test_a_request_keeps_adapter_and_seed_after_a_loss() -> None:
     first, second = ClientEngine("first"), ClientEngine("second")
     engines = ClientEngines(first, successors=(second,))
     await load(engines, "a")
-    task = asked(engines, "a", seed=None)
+    task = asked(engines, "a")
     await until(lambda: first.asked)
     first.die()
     await until(lambda: second.asked)
-    assert second.asked == first.asked
-    assert first.asked[0][1] is not None
+    assert second.asked == first.asked == [(1, 3)]
     second.answer()
     assert await task == ANSWER
 

@@ -74,11 +74,30 @@ def test_every_sampling_parameter_reaches_the_engine() -> None:
             "target_prompt_logprobs is not",
         ),
         ({"prompt_logprobs_last_n": 1}, "prompt_logprobs_last_n needs prompt_logprobs"),
+        ({"num_samples": 5000}, "num_samples: .* less than or equal to 4096"),
+        ({"topk_sample_logprobs": 129}, "topk_sample_logprobs: .* less than or equal to 128"),
+        ({"topk_prompt_logprobs": 129}, "topk_prompt_logprobs: .* less than or equal to 128"),
     ],
 )
 def test_unsupported_samples_are_named(options: dict[str, Any], text: str) -> None:
     with pytest.raises(UserError, match=text):
         sample(types.SamplingParams(), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("max_tokens", 0, "greater than or equal to 1"),
+        ("temperature", 2.5, "less than or equal to 2"),
+        ("temperature", -0.1, "greater than or equal to 0"),
+        ("top_p", 0.0, "greater than 0"),
+        ("top_k", 2**31, "less than 2147483648"),
+        ("stop", ["a", ""], "has an empty text"),
+    ],
+)
+def test_impossible_sampling_parameters_are_named(name: str, value: Any, text: str) -> None:
+    with pytest.raises(UserError, match=rf"sampling_params\.{name}: .*{text}"):
+        sample(types.SamplingParams(**{name: value}))
 
 
 def test_a_prompt_must_leave_room() -> None:
@@ -99,6 +118,8 @@ def test_adam_and_no_other_optimizer() -> None:
         bodies.adam_step(bodies.OptimStep.read(other))
     with pytest.raises(UserError, match=r"adam_params\.beta1: .* less than 1, got 1\.5"):
         bodies.OptimStep.read(b'{"model_id": "m", "seq_id": 1, "adam_params": {"beta1": 1.5}}')
+    with pytest.raises(UserError, match=r"adam_params\.eps: .* greater than 0"):
+        bodies.OptimStep.read(b'{"model_id": "m", "seq_id": 1, "adam_params": {"eps": 0.0}}')
 
 
 def test_the_shape_of_an_adapter() -> None:

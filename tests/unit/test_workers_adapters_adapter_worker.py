@@ -99,9 +99,7 @@ def test_every_loss_and_its_gradient_equal_a_loop_over_single_rows(
 ) -> None:
     packed, plain = models
     rows = drawn(loss, targets=targets, shifted=shifted)
-    report = merged_report(
-        [OnlyRank(packed, budget=budget, longest=12).forward_backward("mine", rows, NamedLoss(name=loss))]
-    )
+    report = merged_report([OnlyRank(packed, budget=budget).forward_backward("mine", rows, NamedLoss(name=loss))])
     logprobs, total, begin = plain_logprobs(plain, rows), torch.zeros((), dtype=torch.float64), 0
     for length, own in zip(LENGTHS, logprobs, strict=True):
         columns = {name: column[begin : begin + length] for name, column in rows.columns.items()}
@@ -114,7 +112,7 @@ def test_every_loss_and_its_gradient_equal_a_loop_over_single_rows(
 def test_a_custom_loss_by_log_probabilities_out_and_gradients_in(models: tuple[Any, Any]) -> None:
     packed, plain = models
     rows = replace(drawn("cross_entropy", targets=1, shifted=True), columns={})
-    worker = OnlyRank(packed, budget=30, longest=12)
+    worker = OnlyRank(packed, budget=30)
 
     def custom(logprobs: list[Tensor]) -> Tensor:  # couples the rows
         sums = torch.stack([one.sum() for one in logprobs])
@@ -135,9 +133,7 @@ def test_a_custom_loss_by_log_probabilities_out_and_gradients_in(models: tuple[A
 
 def test_padding_of_the_slot_has_no_gradient(models: tuple[Any, Any]) -> None:
     packed, _ = models
-    OnlyRank(packed, budget=30, longest=12).forward_backward(
-        "mine", drawn("ppo", targets=1, shifted=True), NamedLoss(name="ppo")
-    )
+    OnlyRank(packed, budget=30).forward_backward("mine", drawn("ppo", targets=1, shifted=True), NamedLoss(name="ppo"))
     found = gradients(packed)
     assert all(not bool(g[3:].any()) for name, g in found.items() if ".lora_A." in name)
     assert all(not bool(g[:, 3:].any()) for name, g in found.items() if ".lora_B." in name)
@@ -146,7 +142,7 @@ def test_padding_of_the_slot_has_no_gradient(models: tuple[Any, Any]) -> None:
 def test_a_failed_part_of_a_batch_drops_the_whole_batch(models: tuple[Any, Any]) -> None:
     packed, _ = models
     worker, good, loss = (
-        OnlyRank(packed, budget=30, longest=12),
+        OnlyRank(packed, budget=30),
         drawn("ppo", targets=1, shifted=True),
         NamedLoss(name="ppo"),
     )

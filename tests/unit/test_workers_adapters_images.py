@@ -96,9 +96,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 def test_every_loss_of_rows_with_images_equals_a_loop_over_single_rows(seen: SeenModel, model: Any, loss: str) -> None:
     rows = rows_of(seen, loss)
     is_scored = before_images(rows) == 0
-    report = merged_report(
-        [OnlyRank(model, budget=1000, longest=80).forward_backward("mine", rows, NamedLoss(name=loss))]
-    )
+    report = merged_report([OnlyRank(model, budget=1000).forward_backward("mine", rows, NamedLoss(name=loss))])
     ours = gradients(model)
     total, sizes = torch.zeros((), dtype=torch.float64), rows.lengths.tolist()
     logprobs = plain_logprobs(seen, model, rows)
@@ -122,7 +120,7 @@ def test_every_loss_of_rows_with_images_equals_a_loop_over_single_rows(seen: See
 
 
 def test_an_image_is_never_a_target(seen: SeenModel, model: Any) -> None:
-    worker, loss = OnlyRank(model, budget=1000, longest=80), NamedLoss(name="cross_entropy")
+    worker, loss = OnlyRank(model, budget=1000), NamedLoss(name="cross_entropy")
     good = rows_of(seen)
     place = int(before_images(good).int().argmax())
     for columns in ({}, {"weights": torch.where(torch.arange(len(good.token_ids)) == place, 1.0, 0.0)[:, None]}):

@@ -42,8 +42,6 @@ class AdapterSlot:
             )
         if not 1 <= shape.rank <= self.rank:
             raise UserError(f"rank: is {shape.rank}, expected 1 to {self.rank}, policy.lora.rank of the server.")
-        if not 0.0 < shape.alpha < math.inf:
-            raise UserError(f"alpha: is {shape.alpha:g}, expected a finite number > 0.")
         layers = {
             name: layer
             for name, layer in self.all_layers.items()

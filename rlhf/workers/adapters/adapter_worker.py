@@ -23,11 +23,10 @@ from rlhf.data.packing import balance
 from rlhf.engine.swapping import MOMENTS, Tenant, WholeState
 from rlhf.errors import RunError, UserError
 from rlhf.models.packed.forward import masked_columns, weighted_cross_entropy
-from rlhf.models.packed.images import image_reader
 from rlhf.models.packed.row_layout import RowLayout
 from rlhf.objectives.client_losses import WEIGHTS, Terms, checked_settings, client_loss
 from rlhf.objectives.logprobs import chunked_logprobs_only
-from rlhf.workers.adapters.client_rows import Limits, ScoredRows, refuse_bad_rows
+from rlhf.workers.adapters.client_rows import ScoredRows, refuse_bad_rows
 from rlhf.workers.adapters.packed_calls import PackedCalls
 from rlhf.workers.microbatches import Microbatch
 from rlhf.workers.model_worker import torch_dtype
@@ -155,7 +154,7 @@ class AdapterWorker(TrainedWorker):
         self._drop(self._adapter(name), reason)
 
     def step_adapter(self, name: str, step: AdamStep) -> float:
-        """Update the adapter, and return the gradient's norm. UserError: no gradient to use, or bad settings."""
+        """Update the adapter, and return the gradient's norm. UserError: there is no gradient to use."""
         adapter = self._adapter(name)
         reason, adapter.dropped_because = adapter.dropped_because, None
         if reason is not None:
@@ -165,7 +164,6 @@ class AdapterWorker(TrainedWorker):
             )
         if not adapter.tenant.has_gradient:
             raise UserError("There is no gradient: call forward_backward before optim_step.")
-        _refuse_bad_step(step)
         self._use(adapter)
         self.engine.end_gradient()
         try:
@@ -227,19 +225,9 @@ class AdapterWorker(TrainedWorker):
         self.swapping.drop_gradient(adapter.tenant)
         adapter.dropped_because = reason
 
-    def _limits(self) -> Limits:
-        budget, longest = self.config.train.max_tokens_per_microbatch, self.place.longest_sequence
-        vocabulary: int = self.engine.module.config.get_text_config().vocab_size
-        sees = image_reader(self.engine.module) is not None
-        if longest is None or budget < longest:
-            longest, because = budget, "the budget of a micro-batch"
-        else:
-            because = "the longest sequence here"
-        return Limits(vocabulary=vocabulary, longest=longest, longest_because=because, sees=sees)
-
     def _checked(self, adapter: HeldAdapter, rows: LossRows, loss: NamedLoss) -> CheckedCall:
         settings = checked_settings(loss.name, loss.settings)
-        refuse_bad_rows(rows, loss.name, self._limits())
+        refuse_bad_rows(rows, loss.name, self.engine.module.config.get_text_config().vocab_size)
         return CheckedCall(adapter=adapter, scored=ScoredRows.of(rows), loss=loss.name, settings=settings)
 
     def _alone(self, call: AdapterCall) -> Outcome:
@@ -376,18 +364,3 @@ def merged_outcome(outcomes: Sequence[Outcome]) -> LossReport | UserError | RunE
 def _add(metrics: dict[str, float], **values: float) -> None:
     for name, value in values.items():
         metrics[name] = metrics.get(name, 0.0) + value
-
-
-def _refuse_bad_step(step: AdamStep) -> None:
-    """Raise UserError for settings outside of AdamW's domain. An eps of 0 would divide zero by zero."""
-    rules = {
-        "lr": (step.lr, 0.0 <= step.lr < float("inf"), "a finite number >= 0"),
-        "beta1": (step.betas[0], 0.0 <= step.betas[0] < 1.0, "a number from 0 to below 1"),
-        "beta2": (step.betas[1], 0.0 <= step.betas[1] < 1.0, "a number from 0 to below 1"),
-        "eps": (step.eps, 0.0 < step.eps < float("inf"), "a finite number > 0"),
-        "weight_decay": (step.weight_decay, 0.0 <= step.weight_decay < float("inf"), "a finite number >= 0"),
-        "grad_clip": (step.grad_clip, step.grad_clip is None or step.grad_clip > 0.0, "a number > 0, or none"),
-    }
-    for name, (value, is_good, expected) in rules.items():
-        if not is_good:
-            raise UserError(f"{name}: is {value}, expected {expected}.")

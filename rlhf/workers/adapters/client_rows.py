@@ -15,16 +15,6 @@ from rlhf.objectives.client_losses import BOUNDS, LOSSES, RATIO_MASK, WEIGHTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Limits of a row."""
-
-    vocabulary: int
-    longest: int  # tokens with the last target
-    longest_because: str  # names the limit
-    sees: bool = False  # whether rows may hold images
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredRows:
     """B rows, each followed by one more token, with M = sum(lengths) tokens. Columns are aligned to the scored token.
 
@@ -66,34 +56,15 @@ class ScoredRows:
         return self.token_ids[:, None] if self.targets is None else self.targets
 
 
-def refuse_bad_rows(rows: LossRows, loss: str, limits: Limits) -> None:
-    """Raise UserError, with row and column, for rows without a meaning for the loss."""
-    of, num_rows, lengths = LOSSES[loss], len(rows.lengths), rows.lengths.tolist()
-    if not num_rows:
-        raise UserError("There are no rows. Send at least one.")
-    for index, length in enumerate(lengths):
-        if length < 1:
-            raise UserError(f"Row {index} has no tokens. Leave the row out.")
-        if length + 1 > limits.longest:
-            raise UserError(
-                f"Row {index} has {length} tokens, and {length + 1} with its last target; {limits.longest_because} is "
-                f"{limits.longest}. Make the row shorter."
-            )
-    if rows.targets.ndim != 2 or not rows.targets.shape[1]:
-        raise UserError(f"targets: the shape is {list(rows.targets.shape)}, expected [tokens, targets per token].")
-    shape = (sum(lengths), rows.targets.shape[1])
+def refuse_bad_rows(rows: LossRows, loss: str, vocabulary: int) -> None:
+    """Raise UserError, with row and column, for rows without a meaning for the loss. Shapes fit each other already."""
+    of, lengths = LOSSES[loss], rows.lengths.tolist()
     for name, column in (("tokens", rows.token_ids), ("targets", rows.targets)):
-        if len(column) != shape[0]:
-            raise UserError(f"{name}: there are {len(column)} for {num_rows} rows with {shape[0]} tokens in all.")
-        if column.is_floating_point() or column.dtype == torch.bool:
-            raise UserError(f"{name}: must be integers, not {str(column.dtype).removeprefix('torch.')}.")
-        bad = (column < 0) & (column is rows.targets or not limits.sees) | (column >= limits.vocabulary)
+        bad = (column >= vocabulary) | ((column is rows.targets) & (column < 0))  # other ids below 0 are of images
         if bool(bad.any()):
             place, value = _first(bad, column)
-            raise UserError(
-                f"Row {_row(lengths, place)}: {name} has {int(value)}, and the model's tokens are 0 to "
-                f"{limits.vocabulary - 1}."
-            )
+            known = f"the model's tokens are 0 to {vocabulary - 1}"
+            raise UserError(f"Row {_row(lengths, place)}: {name} has {int(value)}, and {known}.")
     for name in of.columns:
         if name not in rows.columns:
             raise UserError(f"{name}: {loss} needs this column, but the rows lack it. Give the column for every row.")
@@ -101,8 +72,6 @@ def refuse_bad_rows(rows: LossRows, loss: str, limits: Limits) -> None:
         if name not in (*of.columns, *of.optional):
             known = ", ".join((*of.columns, *of.optional))
             raise UserError(f"{name}: {loss} does not use this column; it takes {known}. Leave the column out.")
-        if tuple(column.shape) != shape:
-            raise UserError(f"{name}: the shape is {list(column.shape)}, and the targets have {list(shape)}.")
         bad = ~column.isfinite()
         if bool(bad.any()):
             place, value = _first(bad, column)
@@ -113,8 +82,8 @@ def refuse_bad_rows(rows: LossRows, loss: str, limits: Limits) -> None:
             place, _ = _first(bad, bad)
             raise UserError(f"Row {_row(lengths, place)}: {BOUNDS[0]} is above {BOUNDS[1]}.")
     _refuse_learnt_images(rows, lengths)
-    if loss == "gspo" and shape[1] != 1:
-        raise UserError(f"targets: gspo takes one target for each token, not {shape[1]}.")
+    if loss == "gspo" and rows.targets.shape[1] != 1:
+        raise UserError(f"targets: gspo takes one target for each token, not {rows.targets.shape[1]}.")
 
 
 def _refuse_learnt_images(rows: LossRows, lengths: list[int]) -> None:
