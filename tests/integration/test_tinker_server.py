@@ -50,15 +50,8 @@ class Server:
 
     def start(self) -> None:
         """Start the server, again if Ray did not start on a busy machine."""
-        command = [
-            sys.executable,
-            "-m",
-            "rlhf.cli",
-            "tinker",
-            str(self.folder / "tinker.yaml"),
-            "--port",
-            str(self.port),
-        ]
+        arguments = ["tinker", str(self.folder / "tinker.yaml"), "--port", str(self.port)]
+        command = [sys.executable, "-m", "rlhf.cli", *arguments]
         for _ in range(4):
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
             assert self.process.stdout is not None
@@ -70,6 +63,27 @@ class Server:
     def end(self, sign: signal.Signals) -> int:
         os.killpg(self.process.pid, sign)
         return self.process.wait(120)
+
+    def client(self) -> tinker.ServiceClient:
+        return tinker.ServiceClient(base_url=self.url, api_key="tml-x")
+
+    def rest(self) -> tinker.RestClient:
+        return tinker.RestClient(base_url=self.url, api_key="tml-x")
+
+    def base_model(self) -> str:
+        """Return the name of the model in requests."""
+        return str(self.rest().get_server_capabilities().result(60).supported_models[0].model_name)
+
+    def step_over_a_kill(self, model: tinker.TrainingClient, row: types.Datum) -> list[float]:
+        """Kill and start the server during a training step. Return the loss of the step."""
+        pending = model.forward_backward([row], "cross_entropy")
+        stepped = model.optim_step(types.AdamParams(learning_rate=0.01))
+        time.sleep(0.05)
+        self.end(signal.SIGKILL)
+        self.start()
+        loss = float(pending.result(300).metrics["loss:sum"])
+        stepped.result(300)
+        return [loss]
 
 
 @pytest.fixture
@@ -96,11 +110,8 @@ def train(trained: tinker.TrainingClient, row: types.Datum, steps: int) -> list[
 
 
 def test_clients_train_and_sample_and_continue_after_a_kill(server: Server) -> None:
-    client = tinker.ServiceClient(base_url=server.url, api_key="tml-x")
-    capabilities = tinker.RestClient(base_url=server.url, api_key="tml-x").get_server_capabilities().result(60)
-    name = capabilities.supported_models[0].model_name
-    assert name is not None
-    model = client.create_lora_training_client(base_model=name, rank=4, seed=1).result(120)
+    client = server.client()
+    model = client.create_lora_training_client(base_model=server.base_model(), rank=4, seed=1).result(120)
     tokens = model.get_tokenizer().encode("abcabcabcabc")
     row = row_of(tokens)
     losses = train(model, row, 12)
@@ -111,14 +122,7 @@ def test_clients_train_and_sample_and_continue_after_a_kill(server: Server) -> N
     trained = model.forward([row], "cross_entropy").result(120).loss_fn_outputs[0]["logprobs"].data
     assert [float(value or 0.0) for value in scored[1:]] == pytest.approx(trained, abs=1e-4)
     before = train(model, row, 1)
-    pending = model.forward_backward([row], "cross_entropy")
-    stepped = model.optim_step(types.AdamParams(learning_rate=0.01))
-    time.sleep(0.05)
-    server.end(signal.SIGKILL)
-    server.start()
-    after = [float(pending.result(300).metrics["loss:sum"])]
-    stepped.result(300)
-    after += train(model, row, 1)
+    after = server.step_over_a_kill(model, row) + train(model, row, 1)
     again = client.create_training_client_from_state_with_optimizer(state).result(120)
     assert train(again, row, 3) == before + after  # the bits of a server without a kill
     assert sampler.compute_logprobs(types.ModelInput.from_ints(tokens)).result(120) == scored
@@ -140,13 +144,13 @@ def test_clients_train_and_sample_and_continue_after_a_kill(server: Server) -> N
 )
 def test_a_lost_rank_and_a_lost_engine_are_replaced(server: Server, ranks: tuple[int, ...], tolerance: float) -> None:
     """The server stays, and the client gets the numbers of undisturbed models, one for each rank of an adapter."""
-    name = str(next((server.folder / "served" / "service" / "models").glob("*/config.json")).parent)
+    name = server.base_model()
     tokens = [ord(letter) for letter in "abcabcabcabc"]
     row = types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs={"target_tokens": tokens[1:]})
     prompt = types.ModelInput.from_ints(tokens)
 
     def losses(disturb: Callable[[int], None]) -> tuple[list[float], list[list[int]]]:
-        client = tinker.ServiceClient(base_url=server.url, api_key="tml-x")
+        client = server.client()
         models = [
             client.create_lora_training_client(base_model=name, rank=rank, seed=rank).result(300) for rank in ranks
         ]
@@ -185,10 +189,7 @@ def test_a_lost_rank_and_a_lost_engine_are_replaced(server: Server, ranks: tuple
 @pytest.mark.parametrize("server", [{"lora": "null"}], indirect=True)
 def test_a_client_trains_all_weights(server: Server, tmp_path: Path) -> None:
     """Samplers keep the weights of their time, and a kill changes nothing."""
-    client = tinker.ServiceClient(base_url=server.url, api_key="tml-x")
-    rest = tinker.RestClient(base_url=server.url, api_key="tml-x")
-    name = rest.get_server_capabilities().result(60).supported_models[0].model_name
-    assert name is not None
+    client, name = server.client(), server.base_model()
     base = client.create_sampling_client(base_model=name).result(120)
     with pytest.raises(tinker.RequestFailedError, match="all weights are trained here, without adapters"):
         client.create_lora_training_client(base_model=name, rank=4).result(120)
@@ -221,14 +222,7 @@ def test_a_client_trains_all_weights(server: Server, tmp_path: Path) -> None:
     assert kinds["adapter/state_00000.safetensors"] == "safetensors"
     assert set(kinds.values()) == {"safetensors", "JSON"}, kinds  # no pickle
     before = train(model, row, 1)
-    waiting = model.forward_backward([row], "cross_entropy")
-    stepped = model.optim_step(types.AdamParams(learning_rate=0.01))
-    time.sleep(0.05)
-    server.end(signal.SIGKILL)
-    server.start()
-    after = [float(waiting.result(300).metrics["loss:sum"])]
-    stepped.result(300)
-    after += train(model, row, 1)
+    after = server.step_over_a_kill(model, row) + train(model, row, 1)
     with pytest.raises(tinker.BadRequestError, match="trains all weights, of one model at a time"):
         client.create_training_client_from_state(state).result(120)
     model.load_state_with_optimizer(state).result(120)
@@ -236,14 +230,14 @@ def test_a_client_trains_all_weights(server: Server, tmp_path: Path) -> None:
     assert scored(samplers[1]) == pytest.approx(times[1], abs=1e-4)
     exported = model.save_weights_external("out", ttl_seconds=3600).result(120).path
     options: Any = {"show_progress": False, "format": "json", "renew_ttl_seconds": 3600}
-    _download_external_weights(rest, exported, tmp_path / "out", **options)
+    _download_external_weights(server.rest(), exported, tmp_path / "out", **options)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         logprobs = whole(input_ids=torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
     chosen = logprobs.gather(-1, torch.tensor(tokens)[1:, None])[:, 0]
     assert forward() == pytest.approx(chosen.tolist(), abs=1e-4)
     client.close("success").result(60)
-    anew = tinker.ServiceClient(base_url=server.url, api_key="tml-x")
+    anew = server.client()
     model = anew.create_lora_training_client(base_model=name, rank=0).result(120)
     assert forward() == times[0]
     assert server.end(signal.SIGTERM) == 0
@@ -256,10 +250,7 @@ def test_a_client_trains_all_weights(server: Server, tmp_path: Path) -> None:
     ids=["adapter", "whole"],
 )
 def test_a_client_trains_and_samples_with_images(server: Server, rank: int, tmp_path: Path) -> None:
-    client = tinker.ServiceClient(base_url=server.url, api_key="tml-x")
-    rest = tinker.RestClient(base_url=server.url, api_key="tml-x")
-    name = rest.get_server_capabilities().result(60).supported_models[0].model_name
-    assert name is not None
+    client, name = server.client(), server.base_model()
     model = client.create_lora_training_client(base_model=name, rank=rank, seed=1).result(120)
     encode = model.get_tokenizer().encode
     question, answer = encode("What is this? <|vision_start|>"), encode("<|vision_end|> a red field")
@@ -308,13 +299,7 @@ def test_a_client_trains_and_samples_with_images(server: Server, rank: int, tmp_
     with pytest.raises(tinker.RequestFailedError, match=r"expects 5 tokens .* the model's processor gives 6"):
         samplers[2].sample(asked(RED, 5), 1, params).result(120)
     before = train(model, rows[BLUE], 1)
-    pending = model.forward_backward([rows[RED]], "cross_entropy")
-    stepped = model.optim_step(types.AdamParams(learning_rate=0.01))
-    time.sleep(0.05)
-    server.end(signal.SIGKILL)
-    server.start()
-    after = [float(pending.result(300).metrics["loss:sum"])]
-    stepped.result(300)
+    after = server.step_over_a_kill(model, rows[RED])
     model.load_state_with_optimizer(state).result(120)
     assert [forward(data) for data in (RED, BLUE)] == times[2]
     assert train(model, rows[BLUE], 1) + train(model, rows[RED], 1) == before + after  # the bits without a kill
@@ -325,7 +310,7 @@ def test_a_client_trains_and_samples_with_images(server: Server, rank: int, tmp_
         model.load_state(state).result(120)
         exported = model.save_weights_external("out", ttl_seconds=3600).result(120).path
         options: Any = {"show_progress": False, "format": "json", "renew_ttl_seconds": 3600}
-        _download_external_weights(rest, exported, tmp_path / "out", **options)
+        _download_external_weights(server.rest(), exported, tmp_path / "out", **options)
         rlhf.export(next((server.folder / "served").glob("*/weights/state")), tmp_path / "of_state")
         for folder in (tmp_path / "out", tmp_path / "of_state"):
             seen = SeenModel(folder, stored)
@@ -336,7 +321,7 @@ def test_a_client_trains_and_samples_with_images(server: Server, rank: int, tmp_
                     expected[unlearnt:], abs=1e-4
                 )
         client.close("success").result(60)
-        anew = tinker.ServiceClient(base_url=server.url, api_key="tml-x")
+        anew = server.client()
         model = anew.create_lora_training_client(base_model=name, rank=0).result(120)
         assert [forward(data) for data in (RED, BLUE)] == times[0]
     assert server.end(signal.SIGTERM) == 0
