@@ -32,7 +32,7 @@ class HttpConfig(Section):
 def _service(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment:
-        raise ValueError("`url` must be http://HOST... or https://HOST...")
+        raise ValueError("the address must be http://HOST... or https://HOST...")
     if (
         parts.username
         or parts.password
