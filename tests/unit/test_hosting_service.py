@@ -18,6 +18,7 @@ from tinker.proto.response_conv import deserialize_forward_backward_output, dese
 
 from rlhf.errors import RunError, UserError
 from rlhf.hosting import models, saving, training
+from rlhf.hosting.model_record import ModelRecord
 from rlhf.hosting.models import Models
 from rlhf.hosting.refusals import Gone, NotFound
 from rlhf.hosting.request_line import Result
@@ -603,6 +604,25 @@ async def test_a_refused_model_leaves_nothing(tmp_path: Path, monkeypatch: pytes
         assert folders() == names[:1]
         with pytest.raises(NotFound):
             service.models.training_run("alice", late.model_id)
+
+
+async def test_a_model_whose_record_cannot_be_written_is_not_on_the_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(record: ModelRecord, folder: Path) -> None:
+        if record.shape is not None:
+            raise OSError("no space left")
+        write(record, folder)
+
+    write = ModelRecord.write
+    async with serving(tmp_path) as (service, policy, _):
+        client = Client(service)
+        with monkeypatch.context() as patch:
+            patch.setattr(ModelRecord, "write", full)
+            failed = await client.create()
+        assert not policy.holds(failed.model_id.replace(":", "-"))
+        assert "was never created" in (await client.json(await failed.forward_backward()))["error"]
+        assert len(await (await client.create()).train(1)) == 1
 
 
 WHOLE = {"trains_all": True, "max_adapters": 1}
