@@ -89,7 +89,7 @@ class StudentRank(Publishes, StudentWorker):
 
 
 class SelfTaughtRank(Publishes, SelfTaughtWorker):
-    """One rank of a policy that is its own teacher with a privileged prompt."""
+    """One rank of a policy that teaches itself with privileged prompts."""
 
 
 RANKS: Mapping[Kind, type[TrainedWorker]] = {

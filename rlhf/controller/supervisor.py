@@ -94,7 +94,7 @@ class Supervisor:
         logger.info("%s works again after %.1f s", source, took_s)
 
     def succeeded(self, role: Role, rank: int) -> None:
-        """Record that a worker finished work, so that its next loss does not count as a second loss at the same
+        """Record that a worker finished work. The worker's next loss then does not count as a second loss at the same
         work."""
         self._last_work.pop((role, rank), None)
 

@@ -236,7 +236,7 @@ CAT = {"method": "cat", "output": "adapter"}
     ("names", "values", "message"),
     [
         (["a", "a"], {"method": "linear"}, "merge.models.m1: is the same model as merge.models.m0 (run/a/final)"),
-        (["a", "tied"], {"method": "linear"}, "do not fit: tie_word_embeddings is False in the one and True"),
+        (["a", "tied"], {"method": "linear"}, "do not fit: tie_word_embeddings is False in the first model and True"),
         (["a", "./tied"], {"method": "linear"}, "do not fit: tie_word_embeddings"),
         (["./other", "./tied"], {"method": "linear"}, "do not fit: tie_word_embeddings"),
         (["a"], {"method": "task_arithmetic", "base": "./tied"}, "merge.models.m0 (MODELS/base) and merge.base"),

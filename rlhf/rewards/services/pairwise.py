@@ -14,7 +14,8 @@ _MAX_ROUNDS = 10_000
 
 
 def games(count: int, opponents: int | None) -> list[Game]:
-    """Return the games of `count` responses, each against `opponents` others, or against all others for None.
+    """Return the games of `count` responses, each against `opponents` further responses, or against all further
+    responses if `opponents` is None.
 
     The responses form a ring, and each plays against its next neighbours on both sides, so the games connect all
     responses. An odd number of opponents is raised by one, up to all others. Each response comes first as often as
