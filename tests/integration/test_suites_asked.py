@@ -12,7 +12,7 @@ import rlhf
 from rlhf.models.files.tiny import ASSISTANT, EOS
 from rlhf.suites.reasoning import REASONING_SUITES, reasoning_rows
 from tests.integration.games import chain, samples
-from tests.integration.recipes import train, write_config
+from tests.integration.recipes import train_here, write_config
 
 SUITE = "reasoning-basic"
 
@@ -55,7 +55,7 @@ def test_a_run_asks_a_suite_with_the_weights_of_the_step(tmp_path: Path, ray_loc
         "train": {"steps": 2, "lr": 1e-2},
         "eval": {"suites": [SUITE], "suite_limit": 1},
     }
-    train(write_config(tmp_path / "suited.yaml", changes), timeout_s=500.0)
+    train_here(write_config(tmp_path / "suited.yaml", changes))
     run = tmp_path / "suited"
     scores = {row["step"]: row.get(f"eval/{SUITE}/score") for row in lines(run / "metrics.jsonl")}
     assert scores[0] is not None
