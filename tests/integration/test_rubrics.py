@@ -26,7 +26,7 @@ def samples(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for path in sorted((folder / "samples").iterdir()) for line in path.open()]
 
 
-def test_a_run_is_rewarded_by_a_rubric_and_asks_nothing_twice(tmp_path: Path, ray_local: None) -> None:
+def test_a_run_is_rewarded_by_a_rubric_and_asks_nothing_twice(tmp_path: Path, kept_engines: None) -> None:
     judge = JudgeService()
     rubric = {
         "agrees": {"criterion": "Agrees with {answer}.", "weight": 2},
