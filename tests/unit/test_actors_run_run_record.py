@@ -184,7 +184,7 @@ def test_a_full_disk_does_not_hide_what_ended_the_run(
     monkeypatch.setattr("rlhf.tracking.sinks.tracker.Tracker.close", full)
     with pytest.raises(RunError, match="rank 1 died"), recording(stage, resume=False):
         raise RunError("update: policy rank 1 died")
-    assert caplog.text.count("could not be recorded: [Errno 28]") == 2
+    assert caplog.text.count("could not be written to its folder: [Errno 28]") == 2
 
 
 RUN = """\

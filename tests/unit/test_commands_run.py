@@ -37,7 +37,7 @@ def test_samples_and_their_tokens_are_tables(tmp_path: Path) -> None:
     assert tokens["sampled"].sum() == 6  # all of the seven but the text of the tool
     with pytest.raises(rlhf.UserError, match=r"has no samples of step 3. Steps with samples: 0, 6\."):
         run.tokens(3)
-    with pytest.raises(rlhf.UserError, match=r"has 3 samples of step 6, and row is 3\."):
+    with pytest.raises(rlhf.UserError, match=r"has 3 samples of step 6, but row is 3\."):
         run.tokens(6, 3)
 
 
