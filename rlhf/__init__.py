@@ -38,13 +38,11 @@ from rlhf.commands.train import train
 from rlhf.commands.view import view
 from rlhf.cuda_builds import hide_cuda_builds
 from rlhf.errors import Interrupted, Preempted, RunError, UserError
-from rlhf.process.without_sklearn import spare_sklearn
 from rlhf.tracking.callbacks import Callback, StopRun
 from rlhf.tracking.logs import hush_imports
 
 hush_imports()
 hide_cuda_builds()
-spare_sklearn()
 
 __all__ = [
     "Callback", "Interrupted", "Preempted", "Run", "RunError", "StopRun", "UserError", "cluster_doctor", "convert",
