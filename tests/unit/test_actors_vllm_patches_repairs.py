@@ -108,7 +108,7 @@ def test_the_gated_delta_rule_continues_each_sequence_in_float32() -> None:
         for row, parts in zip(rows, found, strict=True):
             torch.testing.assert_close(torch.cat(parts), expected(row), rtol=1e-4, atol=1e-5)
     layer.kv_cache = (torch.zeros(5, width, channels), layer.kv_cache[1])  # wider states, for drafts
-    with pytest.raises(RunError, match=r"policy\.dtype: bfloat16"):
+    with pytest.raises(RunError, match=r"only in bfloat16\. Set policy\.dtype"):
         step([(0, slice(0, 5))], decodes=0)
 
 

@@ -41,7 +41,7 @@ def test_files_are_read_in_place_with_their_checksum(tmp_path: Path) -> None:
         path.write_bytes(content)
     assert files_checksum(mapped_files(tmp_path)) == checksum
     (tmp_path / "none").mkdir()
-    with pytest.raises(RunError, match="There are no weights"):
+    with pytest.raises(RunError, match="There is no file of weights"):
         mapped_files(tmp_path / "none")
 
 
