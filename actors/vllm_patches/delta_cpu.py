@@ -49,7 +49,7 @@ def attend_by_sequence(layer: Any, batch: Any, mixed_qkv: Tensor, b: Tensor, a: 
     """
     states = layer.kv_cache[0] if is_conv_state_dim_first() else layer.kv_cache[0].transpose(-1, -2)
     if states.shape[-1] != layer.conv1d.weight.shape[-1] - 1:
-        raise RunError("on a CPU, vLLM can draft tokens for this model only in bfloat16. Set policy.dtype to bfloat16.")
+        raise RunError("On a CPU, vLLM can draft tokens for this model only in bfloat16. Set policy.dtype to bfloat16.")
     slots, num_continued = batch.non_spec_state_indices_tensor, batch.num_decodes
     starts = batch.non_spec_query_start_loc.tolist()
     runs = [(0, num_continued, num_continued)] if num_continued else []  # first sequence, sequences, their tokens
