@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 
 import rlhf
 from rlhf.models.files.tiny import build_tiny_llama
+from rlhf.models.files.tiny_vision import build_tiny_vision
+from rlhf.vision.kinds import is_vision_weight
 from tests.fakes.client_states import client_state
 from tests.integration import whole_tenants as tenants
-from tests.integration.rank_gang import Gang
+from tests.integration.rank_gang import Gang, Gangs
 
 STAGES = pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 
@@ -77,3 +79,21 @@ def test_a_model_is_saved_and_continued_and_gives_way_to_another(
         if other == stage:
             assert tenants.same_reports(again, found["after"])
         assert [one.loss for one in again] == pytest.approx([one.loss for one in found["after"]], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_all_weights_of_a_vision_model_are_those_of_its_language_model(gangs: Gangs, tmp_path: Path) -> None:
+    """Of two ranks at stage 3, one may have all images of a pass."""
+    model = build_tiny_vision(tmp_path / "model", "qwen2_5_vl", seed=0)
+    found = []
+    for ranks, stage in ((1, 0), (2, 3)):
+        folder = tmp_path / str(ranks)
+        reports, logprobs = gangs[ranks].run(tenants.sees, model=str(model), stage=stage, folder=folder)[0]
+        losses = [report.loss for report in reports]
+        assert losses == sorted(losses, reverse=True)
+        found.append([*losses, *logprobs])
+        before, after = (load_file(path / "model.safetensors") for path in (model, folder / "whole"))
+        assert before.keys() == after.keys()
+        for name, weight in after.items():
+            assert torch.equal(weight, before[name]) == is_vision_weight(name), name
+    assert found[0] == pytest.approx(found[1], abs=1e-4)

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.adapters import AdamStep, AdapterShape, LossReport, NamedLoss
+from rlhf.adapters import AdamStep, AdapterShape, LossReport, LossRows, NamedLoss
 from rlhf.errors import UserError
 from rlhf.workers.adapters.whole_worker import WholeWorker
 from rlhf.workers.trained import TrainedWorker
 from tests.integration.adapter_tenants import config_of, joined, rows_of, supervised_of, train_both
 from tests.integration.rank_gang import place_of
+from tests.integration.vision_training import prompt_of
 
 ALL = AdapterShape(rank=0)
 CROSS_ENTROPY = NamedLoss(name="cross_entropy")
@@ -100,6 +101,37 @@ def resumed(rank: int, ranks: int, *, model: str, stage: int, folder: Path) -> l
     worker.create("one", ALL)
     worker.load_adapter("one", folder / "state", optimizer=True)
     return continued(worker, "one", 3)
+
+
+def sees(rank: int, ranks: int, *, model: str, stage: int, folder: Path) -> tuple[list[LossReport], list[float]]:
+    """Train a vision model on rows of which every second has images, and export the model.
+
+    Return the reports of three steps, and log-probabilities of a text behind an image by the exported weights. A second
+    client's model then begins with the weights of the first.
+    """
+    config = config_of(model, ranks=ranks, stage=stage, dtype="float32", whole=True)
+    place = replace(place_of(rank, ranks), longest_sequence=40, images=folder / "images")
+    worker = WholeWorker(config, place, optimizer_steps=1)
+    worker.build()
+    parts = [torch.cat([prompt_of(row, model, folder), torch.arange(100, 108 + row)]) for row in range(4)]
+    token_ids = torch.cat(parts)
+    targets = torch.cat([part.roll(-1) for part in parts]).clamp(min=0)[:, None]
+    learnt = torch.cat([torch.arange(len(part)) >= len(part) - 7 for part in parts])[:, None]
+    lengths = torch.tensor([len(part) for part in parts])
+    rows = LossRows(token_ids=token_ids, lengths=lengths, targets=targets, columns={"weights": learnt.float()})
+    found: list[tuple[list[LossReport], list[float]]] = []
+    for name in ("one", "two"):
+        worker.create(name, ALL)
+        reports = []
+        for _ in range(3):
+            reports.append(joined(worker, [worker.forward_backward(name, rows, CROSS_ENTROPY)]))
+            worker.step_adapter(name, AdamStep(lr=0.01, eps=1e-4))
+        worker.export_adapter(name, folder / "whole")
+        found.append((reports, worker.probe_adapter(name, parts[0].tolist())))
+        worker.remove(name)
+    assert same_reports(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    return found[0]
 
 
 def continued(worker: WholeWorker, name: str, steps: int) -> list[LossReport]:
