@@ -90,7 +90,8 @@ class Preset:
 @cache
 def presets() -> Mapping[str, Preset]:
     """Return all presets by name, in the order of the file."""
-    values = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+    values = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # the C parser needs libyaml
     return {name: Preset(name=name, **keys) for name, keys in values.items()}
 
 
