@@ -131,9 +131,7 @@ class TrainingLoop(ABC):
             await self.trained["policy"].export(aside)
             return aside
 
-        aside = await self.despite_losses(write)
-        self.record.amend(self.supervisor.metrics())
-        return aside
+        return await self.despite_losses(write)
 
     async def despite_losses(self, work: Callable[[], Awaitable[T]], *, oldest: int | None = None) -> T:
         """Return the result of the work. After the loss of a trained rank, repeat the work, and forget its metrics.

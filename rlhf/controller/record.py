@@ -129,11 +129,6 @@ class RunRecord:
         for finding in findings:
             self.progress.finding(finding)
 
-    def amend(self, metrics: Metrics) -> None:
-        """Add nonzero metrics of the time after the last row to this row, only in metrics.jsonl."""
-        if added := {key: value for key, value in results(metrics).items() if value}:
-            self.tracker.amend(added)
-
     @contextmanager
     def pauses(self) -> Generator[None]:
         """Record the waits for room in the block: an alert, a line in errors.jsonl, and a span in the timeline."""

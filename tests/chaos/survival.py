@@ -347,12 +347,14 @@ class FaultyRun:
         seen = self.tail.recoveries()
         bad = [] if seen == roles else [f"the timeline has the recoveries {dict(seen)}, expected {dict(roles)}"]
         if not self.loses_driver or set(roles) == {"controller"}:
-            found = recorded_losses(self.folder)
+            found, late = recorded_losses(self.folder), Counter[str]()
+            for (role, _), count in recorded_losses(self.folder, after=steps_done(self.folder)).items():
+                late[role] += count  # in the export, after the last row
             bad += [] if found == self.losses else [f"errors.jsonl has {dict(found)}, expected {dict(self.losses)}"]
             for role, count in roles.items():
-                total = counted(self.folder, role)
-                if total != count:
-                    bad.append(f"recovery/{role}/total is {total:g} in all rows together, expected {count}")
+                total, expected = counted(self.folder, role), count - late[role]
+                if total != expected:
+                    bad.append(f"recovery/{role}/total is {total:g} in all rows together, expected {expected}")
         return bad
 
     def _victim_at_its_moment(self, fault: Fault) -> psutil.Process | None:
@@ -487,11 +489,12 @@ def weights_hash(run: Path) -> str:
     return hashlib.sha256((run / "final" / "model.safetensors").read_bytes()).hexdigest()
 
 
-def recorded_losses(run: Path) -> Counter[tuple[str, str]]:
-    """Return the number of losses in errors.jsonl, by role and kind."""
+def recorded_losses(run: Path, *, after: int = -1) -> Counter[tuple[str, str]]:
+    """Return the number of losses in errors.jsonl after a step, by role and kind."""
     path = run / "errors.jsonl"
     errors = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    known = [error for error in errors if (error["source"] or "").partition(" ")[0] in ROLE_OF_SOURCE]
+    later = [error for error in errors if error["step"] > after]
+    known = [error for error in later if (error["source"] or "").partition(" ")[0] in ROLE_OF_SOURCE]
     return Counter((ROLE_OF_SOURCE[error["source"].partition(" ")[0]], error["kind"]) for error in known)
 
 

@@ -21,11 +21,10 @@ from rlhf.config.schema.train import EarlyStopping, TrainConfig
 from rlhf.controller.record import Best, RunRecord
 from rlhf.errors import RunError, UserError
 from rlhf.process.disk_full import PAUSE, Shortage
-from rlhf.tracking.metrics.reductions import Sum
 from rlhf.tracking.run_folder.folder import RunFolder
 from rlhf.tracking.run_folder.manifest import Manifest
 from rlhf.tracking.run_folder.timeline import Timeline
-from rlhf.tracking.sinks.tracker import Tracker, read_metrics
+from rlhf.tracking.sinks.tracker import Tracker
 from rlhf.vision.store import ImageStore, PassingImages
 from tests.vision_models import drawn, encoded
 
@@ -69,16 +68,6 @@ async def test_a_checkpoint_removes_the_images_that_no_step_needs(tmp_path: Path
         time.sleep(0.02)  # longer than a tick of the disk's clock
     await record.prune(1)
     assert [images.path(key).exists() for key in keys] == [False, True, True]
-
-
-def test_losses_after_the_last_row_are_added_to_the_row(tmp_path: Path) -> None:
-    nothing = cast(Any, None)
-    record = RunRecord(folder=nothing, tracker=Tracker(tmp_path), timeline=nothing, progress=nothing, step=2)
-    record.tracker.log(2, {"recovery/policy/total": 1.0})
-    record.amend({"recovery/policy/total": Sum(total=1.0), "recovery/reward/total": Sum(total=0.0)})
-    (row,) = read_metrics(tmp_path)
-    assert row["recovery/policy/total"] == 2.0
-    assert "recovery/reward/total" not in row
 
 
 @asynccontextmanager

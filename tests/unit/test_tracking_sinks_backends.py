@@ -23,7 +23,7 @@ from rlhf.tracking.run_folder.atomic import read_lines
 from rlhf.tracking.sinks import backends, tensorboard_backend, wandb_backend
 from rlhf.tracking.sinks.backends import Relay, TrackedStep, TrackerBackend
 from rlhf.tracking.sinks.tensorboard_backend import open_tensorboard
-from rlhf.tracking.sinks.tracker import Tracker
+from rlhf.tracking.sinks.tracker import Tracker, read_metrics
 from rlhf.tracking.sinks.wandb_backend import open_wandb, tables
 from tests.fixtures.tracking import LENGTHS, Recorder, exercise
 from tests.fixtures.tracking import RESPONSE_TOKENS as KEY
@@ -102,6 +102,23 @@ def test_tensorboard_has_scalars_histograms_and_alerts(tmp_path: Path, monkeypat
     assert "update/loss/mean" not in found.Tags()["scalars"]
     texts = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
     assert b"Step 2: entropy is 0.01" in texts
+
+
+def test_every_sink_has_the_same_values(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracked = open_wandb(tmp_path, mode="offline", project="p", name="n", config={})
+    tracker = Tracker(tmp_path, backends=[tracked, open_tensorboard(tmp_path, done_steps=None)])
+    for step in (1, 2):
+        tracker.log(step, {"update/lr": 0.5 / step, "recovery/policy/total": step - 1.0})
+    tracker.close()
+    rows = [{key: value for key, value in row.items() if key != "time_s"} for row in read_metrics(tmp_path)]
+    logged = [record["item"] for record in wandb_records(tmp_path)["history"]]
+    assert [{key: row[key] for key in rows[0]} for row in logged] == rows
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for key in ("update/lr", "recovery/policy/total"):
+        assert [(event.step, event.value) for event in events.Scalars(key)] == [(row["step"], row[key]) for row in rows]
 
 
 class Stuck(TrackerBackend):

@@ -118,15 +118,6 @@ def test_a_full_disk_is_named_with_what_to_do(tmp_path: Path) -> None:
         tracker.log(1, {})
 
 
-def test_what_follows_the_last_row_is_added_to_it(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path)
-    for step in (1, 2):
-        tracker.log(step, {"recovery/policy/total": 1.0, "update/lr": 0.5})
-    first, last = read_metrics(tmp_path)
-    tracker.amend({"recovery/policy/total": 2.0, "recovery/rollout/total": 1.0})
-    assert read_metrics(tmp_path) == [first, last | {"recovery/policy/total": 3.0, "recovery/rollout/total": 1.0}]
-
-
 def test_errors_hide_secrets_and_hold_what_is_no_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The name of a file or an answer of a service may contain half a surrogate."""
     monkeypatch.setenv("JUDGE_TOKEN", "very-secret-value")

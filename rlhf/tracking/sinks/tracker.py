@@ -21,7 +21,7 @@ from rlhf.tracking.metrics import histograms
 from rlhf.tracking.metrics.declarations import declared
 from rlhf.tracking.metrics.reductions import Histogram
 from rlhf.tracking.run_folder import group_ledger
-from rlhf.tracking.run_folder.atomic import append_line, keep_lines, read_lines, write_lines
+from rlhf.tracking.run_folder.atomic import append_line, keep_lines, read_lines
 from rlhf.tracking.run_folder.errors import ErrorRecord, write_error
 from rlhf.tracking.run_folder.group_ledger import StepGroups, append_groups
 from rlhf.tracking.run_folder.samples import remove_files_after
@@ -102,11 +102,6 @@ class Tracker:
             if finding.severity != "notice":
                 self.alert(finding.severity, finding.kind, f"Step {step}: {finding.sentence()}")
         return findings
-
-    def amend(self, added: Mapping[str, float]) -> None:
-        """Add values to the last row's values. The back ends already have this step and get no update."""
-        *rows, last = read_metrics(self._folder)
-        write_lines(self._path, [*rows, last | {key: (last.get(key) or 0.0) + added[key] for key in added}])
 
     def alert(self, severity: Severity, title: str, text: str) -> None:
         self._call("alerting", lambda backend: backend.alert(severity, title, redact(text)))
