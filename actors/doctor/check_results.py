@@ -74,10 +74,14 @@ def show(
     for node, result in together(results, nodes or set()):
         state, place = Text(result.state, STYLES[result.state]), [node] if nodes is not None else []
         table.add_row(state, *place, result.what, *map(Text, (result.found, result.advice)))
-    bad = sorted({f"{r.what} ({r.node})" if r.node else r.what for r in results if r.state == "bad"})
     console = Console()
     console.print(table)
-    console.print(f"{failed}: see {', '.join(bad)}" if bad else passed, highlight=False)
+    console.print(conclusion(results, passed=passed, failed=failed), highlight=False)
+
+
+def conclusion(results: Sequence[CheckResult], *, passed: str, failed: str = "training is not possible yet") -> str:
+    bad = sorted({f"{r.what} ({r.node})" if r.node else r.what for r in results if r.state == "bad"})
+    return f"{failed}: see {', '.join(bad)}" if bad else passed
 
 
 def together(results: Sequence[CheckResult], nodes: set[str]) -> Iterator[tuple[str, CheckResult]]:

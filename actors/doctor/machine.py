@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from actors.cluster.address import started_here
-from actors.doctor.check_results import GIB, CheckResult, check, check_shared_memory, show, version_of
+from actors.doctor.check_results import GIB, CheckResult, check, check_shared_memory, conclusion, version_of
 from rlhf.cuda_builds import broken_cuda_builds, torch_cuda
 from rlhf.data.memory import free_bytes
 from rlhf.objectives.costs import fast_dtype, why_dtype
@@ -41,23 +41,27 @@ _RAY_PROBE = "import sys; from ray.scripts.scripts import cli; cli(['health-chec
 
 
 def check_machine() -> tuple[CheckResult, ...]:
-    """Return the results of all checks, and print a table."""
-    sys.stderr.write(f"rlhf doctor: importing {', '.join(STACK)}\n")
-    results = tuple(machine_results())
-    show(results, title="rlhf doctor", passed="this machine can train")
-    return results
+    """Return the results of all checks. Print each result when the check ends."""
+    results: list[CheckResult] = []
+    for result in machine_results():
+        lines = [*result.found.splitlines(), *([f"-> {result.advice}"] if result.advice else [])] or [""]
+        first = f"{result.state:<5} {result.what:<19} {lines[0]}\n"
+        sys.stdout.write(first + "".join(f"{'':<26}{line}\n" for line in lines[1:]))
+        sys.stdout.flush()
+        results.append(result)
+    sys.stdout.write(f"{conclusion(results, passed='this machine can train')}\n")
+    return tuple(results)
 
 
 def machine_results() -> Iterator[CheckResult]:
+    good = sys.version_info[:2] in ((3, 11), (3, 12))
+    yield check("Python", platform.python_version(), good, "use Python 3.11 or 3.12", failed="bad")
     query = ("--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
     gpus = (output_of("nvidia-smi", *query) or "").splitlines()
     with ThreadPoolExecutor(max_workers=2) as pool:
         cluster = pool.submit(_ray_cluster)
         installed = [name for name in STACK if importlib.util.find_spec(name) is not None]
         imports = pool.map(_import, installed)
-        good = sys.version_info[:2] in ((3, 11), (3, 12))
-        advice = "use Python 3.11 or 3.12"
-        yield check("Python", platform.python_version(), good, advice, failed="bad")
         yield from _cpu()
         yield _gpu(gpus)
         yield _torch(gpus)

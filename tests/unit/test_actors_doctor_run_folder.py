@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -347,6 +347,19 @@ def test_what_is_bad_is_the_exit_code(
     out = capsys.readouterr().out
     assert "x [y]" in out
     assert ("training is not possible yet: see thing bad" in out) == (code == 1)
+
+
+def test_each_result_is_printed_before_the_next_check(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def results() -> Iterator[CheckResult]:
+        yield CheckResult("first", "note", "slow", "wait")
+        assert capsys.readouterr().out.split() == ["note", "first", "slow", "->", "wait"]
+        yield CheckResult("second", "ok", "fine")
+
+    monkeypatch.setattr(doctor, "machine_results", results)
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "this machine can train"
 
 
 CHECKPOINT = "checkpoints/step_000004"
