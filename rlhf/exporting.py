@@ -18,7 +18,6 @@ from rlhf.config.pipeline import texts_at
 from rlhf.config.schema.root import Config
 from rlhf.engine.consolidation import load_trained_weights
 from rlhf.engine.gathering import whole_weights
-from rlhf.engine.tinker_engine import STATE
 from rlhf.errors import UserError
 from rlhf.hosting.checkpoints import ADAPTER as CONTENT
 from rlhf.hosting.checkpoints import RECORD, Checkpoint
@@ -28,7 +27,6 @@ from rlhf.models.files.weights import adapter_sources, weight_sources
 from rlhf.preflight.models import with_adapters, with_sources
 from rlhf.process.owned_folders import temporary_folder
 from rlhf.tracking import logs
-from rlhf.tracking.run_folder.atomic import read_object
 from rlhf.tracking.run_folder.manifest import find_damage
 from rlhf.viewing.model_card import write_model_card
 from rlhf.workers.model_worker import torch_dtype
@@ -94,13 +92,6 @@ def _export_step(run: Path, checkpoint: Path, folder: Path, *, merged: bool, tru
     damage = find_damage(checkpoint, step=saved_step)
     if damage is not None:
         raise UserError(f"{damage} Restore the file from a copy, or name another step with --step.")
-    if config.policy.tinker is not None:
-        path = (read_object(checkpoint / "policy" / STATE) or {}).get("path")
-        raise UserError(
-            f"{checkpoint} is the state {path} at {config.policy.tinker}. Continue the run to its end, and take its "
-            f"final/. Or download the state: `TINKER_BASE_URL={config.policy.tinker} TINKER_API_KEY=... tinker "
-            f"checkpoint download {path}`."
-        )
     shared = {name: getattr(config, name) for name in ("run", "policy", "data", "train", "cluster")}
     alone = Config(**shared, algorithm=SFTConfig(name="sft"))  # same model and optimizer as a policy
     if config.algorithm.has_scalar_head:

@@ -19,7 +19,7 @@ from actors.roles.worker_pools import ReferenceWorkers, RewardWorkers
 from rlhf.config import derive
 from rlhf.config.schema.root import Config
 from rlhf.controller.supervisor import Supervisor
-from rlhf.preflight.sources import served_models, tinker_server
+from rlhf.preflight.sources import served_models
 from rlhf.rewards.scoring import RewardSpec
 from rlhf.role_table import Role
 from rlhf.workers.frozen.reference import ReferenceWorker
@@ -75,8 +75,7 @@ def _policy(run: RunContext) -> PolicyGang | OfflineGang:
     config, algorithm = run.config, run.config.algorithm
     gang: type[PolicyGang | OfflineGang] = PolicyGang if algorithm.is_online else OfflineGang
     rank = StreamedPolicyRank if config.train.streamed else RANKS[algorithm.kind]
-    options: dict[str, Any] = {} if (server := tinker_server(config)) is None else {"server": server}
-    return run.gang(gang, rank, config, optimizer_steps=derive.policy_optimizer_steps(config), **options)
+    return run.gang(gang, rank, config, optimizer_steps=derive.policy_optimizer_steps(config))
 
 
 def _critic(run: RunContext) -> CriticGang:

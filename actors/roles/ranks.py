@@ -9,11 +9,9 @@ from torch import Tensor
 
 from actors.weights import SENDERS, Meeting, Transport, WeightManifest, WeightSender
 from actors.weights.adapter import AdapterSender
-from actors.weights.saved import SavedSender
 from rlhf.algorithms.algorithm import Kind
 from rlhf.config.derive import leaves_tower, ships_adapter
 from rlhf.config.files.differences import home, portable
-from rlhf.engine.tinker_engine import TinkerEngine
 from rlhf.models.files.export import adapter_config
 from rlhf.workers.model_worker import torch_dtype
 from rlhf.workers.offline.distillation import DistillationWorker
@@ -40,9 +38,7 @@ class Publishes(TrainedWorker):
         """Open this rank's end of the weight transport. If vLLM loads only the adapter, this rank writes to `adapter`.
         Each colocated engine shares the GPU of one rank, beginning with rank 0."""
         rank = self.place.rank
-        if isinstance(self.engine, TinkerEngine):
-            self.sender = SavedSender(self.engine.publish)
-        elif adapter is None:
+        if adapter is None:
             self.sender = SENDERS[transport](rank=rank, meeting=meeting, beside_engine=rank < num_engines)
         else:
             base = portable(self.model_config.model, home(self.config))

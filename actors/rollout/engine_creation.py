@@ -22,7 +22,6 @@ from rlhf.engine.memory import peak_memory
 from rlhf.models.files.loading import load_model_config
 from rlhf.models.on_disk import ModelOnDisk
 from rlhf.models.support import refuse_without_engine
-from rlhf.preflight.sources import tinker_server
 from rlhf.process.owned_folders import keep_temporary_files_apart
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.types import MemoryReport
@@ -89,7 +88,6 @@ def start_engines(
         colocated=role.colocate_with is not None,
         spool=spool,
         images=images,
-        server=tinker_server(config),
     )
     engines = RolloutEngines(
         *spawn_engines(spec, config.cluster, placement, engine),
@@ -138,9 +136,8 @@ def spawn_engines(
 
     The cluster and the slot add settings to the common settings. Raise UserError if vLLM cannot compute the model.
     """
-    if common.server is None:
-        shape = load_model_config(common.model, trust_remote_code=common.trust_remote_code)
-        refuse_without_engine(shape.to_dict(), device=cluster.device)
+    shape = load_model_config(common.model, trust_remote_code=common.trust_remote_code)
+    refuse_without_engine(shape.to_dict(), device=cluster.device)
     role, places = cluster.roles.rollout, placement.seats or placement
     remote = ray.remote(engine)
 

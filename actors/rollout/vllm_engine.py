@@ -21,7 +21,6 @@ from actors.vllm_patches.settings import generation_settings, has_mla, heads_sta
 from actors.weights import Transport, WeightManifest
 from actors.weights.adapter import WEIGHTS, file_checksum
 from rlhf.agents.sessions import AgentSpec
-from rlhf.engine.tinker_client import TinkerEndpoint
 from rlhf.errors import RunError, UserError
 from rlhf.rollouts.environments.conversations import EnvironmentSpec
 from rlhf.types import Sampling
@@ -59,7 +58,6 @@ class RolloutSpec:
     records_experts: bool = False  # whether a finished response has the experts of the routers
     top_logprobs: int = 0  # most likeliest tokens that a request may ask for with each sampled token
     engine_args: Mapping[str, Any] = field(default_factory=dict)  # further arguments of vLLM's EngineArgs
-    server: TinkerEndpoint | None = None  # draws the samples in place of an engine
     sender_address: str | None = None  # host that broadcasts the weights; None: everything is on one host
     images: ImageFolder | None = None  # images of the prompts; None: the engine takes only text
     spool: Path | None = None  # finished groups are kept here

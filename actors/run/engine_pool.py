@@ -17,7 +17,6 @@ from actors.cluster.placement import Placement, reserve
 from actors.roles.group import WorkerGroup
 from actors.rollout.engine_creation import engine_spec, start_engines
 from actors.rollout.engine_group import RolloutEngines
-from actors.rollout.tinker_engine import TinkerRolloutEngine
 from actors.serving.agent_engine import engine_for
 from rlhf.agents.sessions import AgentSpec
 from rlhf.config.placement_plan import plan_placement
@@ -62,9 +61,7 @@ class EnginePool:
             spool=spool,
             environment=environment,
             images=images,
-            engine=engine_for(environment, with_suites=bool(config.eval.suites))
-            if config.policy.tinker is None
-            else TinkerRolloutEngine,
+            engine=engine_for(environment, with_suites=bool(config.eval.suites)),
         )
         whole = config.policy.lora is None and environment is None and config.cluster.device == "cpu"
         whole = whole and images is None  # which belong to the run's folder

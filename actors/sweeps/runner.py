@@ -13,11 +13,10 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from actors.cluster.address import cluster_to_join
-from actors.sweeps.base_server import KEY, BaseServer, base_config
 from actors.sweeps.search import require_optuna, strategy_of
 from actors.sweeps.trial_process import END_WITHIN_S, MachineShare, TrialProcess, wait_for_all
 from rlhf.config.files.dump import dump_yaml
@@ -28,7 +27,6 @@ from rlhf.planning.shares import divide, divided_machine, most_trials, room_in, 
 from rlhf.process.disk_full import PAUSE
 from rlhf.process.stopping import StopRequest, current_request
 from rlhf.sweeps.journal import Journal, Trial
-from rlhf.sweeps.shared_base import NAME
 from rlhf.sweeps.space import Values, format_values, known_trials
 from rlhf.sweeps.strategy import Strategy
 from rlhf.sweeps.trial_results import SweepResult, collect, explain_failure, judged_folder, metric_values, write
@@ -41,7 +39,6 @@ from rlhf.tracking.run_folder.lock import lock_folder
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.3
-MOST_AT_ONCE = 4  # trials of a shared base, if sweep.concurrency is null
 PREEMPTED = 75  # exit code of a run after a stop signal
 
 
@@ -67,7 +64,6 @@ class _Loop:
     failures: int  # including failures before a kill
     request: StopRequest
     running: list[_Running] = field(default_factory=list)
-    server: BaseServer | None = None  # of a shared base
 
     def run(self) -> list[Trial] | None:
         """Run trials until no trial is left. After a stop request, return the trials in progress, all ended."""
@@ -78,8 +74,6 @@ class _Loop:
                 if not self.running:
                     return None
                 time.sleep(POLL_S)
-                if self.server is not None:
-                    self.server.keep_running()
                 for running in list(self.running):
                     code = running.process.poll()  # before the metrics, so that no last row is missed
                     self._read(running)
@@ -175,7 +169,6 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: 
         require_optuna()
     known = known_trials(sweep)
     shares = _shares(sweep, known)  # before the folder is written, since a refusal names settings to change
-    base = base_config(sweep, at_once=len(shares)) if sweep.config.shared_base else None
     room_s = max(stage.cluster.room_timeout_s for stage in sweep.base.runs.values())
     with PAUSE.limited(room_s), Journal.open(sweep, resume=resume) as journal:
         if retry_failed:
@@ -187,12 +180,7 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: 
         request = current_request() or StopRequest()
         loop = _Loop(sweep, journal, strategy_of(sweep, journal, known), shares, failures, request)
         try:
-            if base is None or not _has_more(journal, known):
-                ended = loop.run()
-            else:
-                with BaseServer(base, request) as loop.server:
-                    loop.sweep = replace(sweep, server=loop.server.url, served_model=base.service.model_name)
-                    ended = loop.run()
+            ended = loop.run()
         finally:
             result = collect(sweep, journal)
             write(sweep, result)
@@ -211,12 +199,6 @@ def run_sweep(sweep: Sweep, *, resume: bool, retry_failed: bool = False, quiet: 
     if result.best is None:
         raise RunError(f"no trial finished with a value of {sweep.metric}: {_failures(result)}")
     return result
-
-
-def _has_more(journal: Journal, known: Sequence[Values] | None) -> bool:
-    """Return whether a trial may be left to run."""
-    trials = journal.trials
-    return known is None or any(n not in trials or trials[n].state == "open" for n in range(len(known)))
 
 
 def _checkpoints(sweep: Sweep, journal: Journal, trials: Sequence[Trial]) -> str:
@@ -244,8 +226,7 @@ def _wait_for_leftovers(journal: Journal, *, within_s: float) -> None:
     a trial that still runs after `within_s` seconds.
     """
     trials, give_up = journal.folder / "trials", time.monotonic() + within_s
-    server = journal.folder / NAME / "service" / "lock" / ".lock"
-    for lock in (*trials.glob("*/.lock"), *trials.glob("*/*/.lock"), *server.parent.glob(server.name)):
+    for lock in (*trials.glob("*/.lock"), *trials.glob("*/*/.lock")):
         while True:
             try:
                 os.close(lock_folder(lock.parent, key="run.name"))
@@ -263,9 +244,6 @@ def _failures(result: SweepResult) -> str:
 
 
 def _shares(sweep: Sweep, known: Sequence[Values] | None) -> list[MachineShare]:
-    if sweep.config.shared_base:  # the server has the model, so a trial needs little of the machine
-        count = min(sweep.config.concurrency or MOST_AT_ONCE, most_trials(sweep, known))
-        return [MachineShare(variables={"TINKER_API_KEY": KEY})] * count
     cluster = next(iter(sweep.base.runs.values())).cluster
     address = cluster_to_join(cluster.address)
     if address is not None:

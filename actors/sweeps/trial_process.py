@@ -12,8 +12,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -31,7 +31,6 @@ class MachineShare:
 
     cores: tuple[int, ...] = ()
     gpus: tuple[str, ...] = ()
-    variables: Mapping[str, str] = field(default_factory=dict)  # of the environment
 
 
 class TrialProcess:
@@ -57,7 +56,7 @@ class TrialProcess:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
-                env={**os.environ, **gpus, **share.variables},
+                env={**os.environ, **gpus},
                 preexec_fn=before_exec,
             )
 

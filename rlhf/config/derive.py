@@ -143,9 +143,9 @@ def shares_engines_gpus(config: Config) -> frozenset[Role]:
 
 
 def restarts_gangs(config: Config) -> bool:
-    """Return whether lost ranks are started again: never on the engines' GPUs, where ranks take no snapshots, and never
-    for a policy behind a server, which has no snapshots."""
-    return config.cluster.restarts.gang > 0 and not shares_engines_gpus(config) and config.policy.tinker is None
+    """Return whether lost ranks are started again: never on the engines' GPUs, where ranks take no
+    snapshots."""
+    return config.cluster.restarts.gang > 0 and not shares_engines_gpus(config)
 
 
 def reference_model(config: Config) -> ReferenceConfig:
@@ -180,8 +180,7 @@ def is_served(config: Config) -> bool:
 
 def served_roles(config: Config) -> frozenset[Role]:
     """Return the roles whose workers ask a server in place of a model. The workers take no GPU."""
-    policy: tuple[Role, ...] = () if config.policy.tinker is None else ("policy", "rollout")
-    return frozenset({*policy, *(("teacher",) if is_served(config) else ())})
+    return frozenset({"teacher"} if is_served(config) else ())
 
 
 def teachers(config: Config) -> Mapping[str, TeacherConfig]:
@@ -362,7 +361,7 @@ EVAL_METRICS: Mapping[Kind, tuple[str, ...]] = {
 def eval_metrics(config: Config) -> tuple[str, ...]:
     if not config.algorithm.is_online:
         known = EVAL_METRICS[config.algorithm.kind]
-        return known if config.policy.tinker is None else tuple(name for name in known if name != "token_accuracy")
+        return known
     settings = config.eval
     ks = settings.k or tuple(2**i for i in range(settings.samples_per_prompt.bit_length()))
     votes = [f"{mark}@{k}" for mark in ("pass", "maj") for k in ks if mark == "pass" or k > 1]

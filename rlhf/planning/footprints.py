@@ -38,10 +38,7 @@ def footprints(config: Config, sizes: Sizes) -> list[memory.Footprint]:
     result = []
     for role in derive.derive(config).needs:
         model, kind = derive.ROLE_USES[role].model(config), ROLES[role].kind
-        if role in derive.served_roles(config) and kind != "frozen":
-            terms = memory.with_process([], process=memory.Measured.FORWARD_BYTES, on_gpu=False)
-            result.append(memory.Footprint(role=role, workers=1, terms=terms, on_gpu=False))
-        elif kind == "engines":
+        if kind == "engines":
             result.append(_engine(config, sizes))
         elif isinstance(model, PolicyConfig | CriticConfig):
             result.append(_trained(role, model, config, sizes))

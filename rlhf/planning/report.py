@@ -78,10 +78,6 @@ def _estimates(config: Config, sizes: Sizes, nodes: Sequence[Node] | None, lengt
     rows = _row_layouts(config, sizes)
     try:
         processes = footprints(config, sizes)
-        if config.policy.tinker is not None:
-            memory = "memory, GiB, at most, of one process or GPU each\n" + _terms(processes)
-            without = f"no estimate of time: {config.policy.tinker} trains the policy, and samples from it"
-            return [memory, *_fits(config, sizes, processes, nodes), without]
         return [
             *rows,
             "memory, GiB, at most (micro-batches full), of one process or GPU each\n" + _terms(processes),

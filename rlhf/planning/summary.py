@@ -28,7 +28,7 @@ from rlhf.data.presets import presets
 from rlhf.errors import UserError
 from rlhf.objectives.costs import Dtype, fast_dtype, why_dtype
 from rlhf.planning.schedules import correction_in_force, schedule_of
-from rlhf.role_table import ROLE_ORDER, ROLES, Role
+from rlhf.role_table import ROLE_ORDER, Role
 
 
 def refuse_misfit(loaded: LoadedConfig, nodes: Sequence[Node] | None, cluster: str | None) -> None:
@@ -253,8 +253,6 @@ def _teacher_names(config: Config) -> str:
 
 
 def _sync(config: Config) -> str:
-    if config.policy.tinker is not None:
-        return f"within {config.policy.tinker}, as weights saved for sampling"
     one_host, lora = config.cluster.address is None, config.policy.lora
     choice, other = (derive.weight_sync(config.cluster, one_host=at_once) for at_once in (one_host, not one_host))
     text = f"{choice.method}: {choice.why}"
@@ -278,9 +276,8 @@ def _roles(config: Config, derived: derive.Derived, placement: PlacementPlan) ->
         role: without if model is None else ", ".join(one.model for one in derive.held_models(config, role).values())
         for role, model in models.items()
     }
-    policy = f"{config.policy.model} at {config.policy.tinker}"
     for role in derive.served_roles(config) & names.keys():
-        names[role] = _teacher_names(config) if ROLES[role].kind == "frozen" else policy
+        names[role] = _teacher_names(config)
     return _role_rows(derived.needs, config.cluster, placement, names)
 
 

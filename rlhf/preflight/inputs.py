@@ -47,7 +47,6 @@ from rlhf.preflight.sources import (
     refuse_image_keys,
     row_images,
     served_models,
-    tinker_server,
     with_template,
 )
 from rlhf.preflight.training_data import OfflineInputs, OnlineInputs, load_training_data
@@ -132,7 +131,7 @@ def _load_run(written: Config, loaded: LoadedConfig, made: StageResults, *, weig
     refuse_runaway_template(tokenizer)
     translators = load_translators(config, made, tokenizer)
     with prefix_errors("policy.model"):
-        of_rows = None if config.policy.tinker is not None else row_images(source, images, config.data)
+        of_rows = row_images(source, images, config.data)
     refuse_image_keys(config.data, of_rows, section="data", model=written.policy.model)
     beside = Path(loaded.source).resolve().parent
     how: dict[str, Any] = {"translators": translators, "images": of_rows}
@@ -152,10 +151,8 @@ def _load_run(written: Config, loaded: LoadedConfig, made: StageResults, *, weig
 
 
 def _refuse_unfit_servers(stage: StageInputs) -> None:
-    """Raise UserError if the server of a teacher or of the policy does not fit the run. RunError: no answer."""
+    """Raise UserError if the server of a teacher does not fit the run. RunError: no answer."""
     config, top = stage.config, top_of(stage.config)
-    if (server := tinker_server(config)) is not None:
-        server.refuse_unfit(longest_sequence=stage.inputs.longest_sequence)
     for name, served in served_models(config).items():
         with prefix_errors(f"{'.'.join(teacher_keys(config)[name])}.url"):
             longest = stage.inputs.longest_sequence

@@ -87,15 +87,12 @@ def _refuse_unusable_model(
         shape: Any = described_config(Path(model.model))
         if shape is None:
             shape = load_model_config(model.model, trust_remote_code=remote)
-            is_here = not isinstance(model, PolicyConfig) or model.tinker is None
-            if is_here:
-                refuse_broken_weights(Path(model.model))
+            refuse_broken_weights(Path(model.model))
             if is_scalar:
                 _refuse_other_head(model.model, shape)
             else:
                 refuse_no_language_model(model.model, trust_remote_code=remote)
-            if is_here:
-                refuse_missing_weights(model.model, scalar=is_scalar, trust_remote_code=remote)
+            refuse_missing_weights(model.model, scalar=is_scalar, trust_remote_code=remote)
         if not _reads_as_policy(model, config):
             _refuse_other_vocabulary(section, model.model, vocabulary_of, remote)
     if isinstance(model, PolicyConfig | CriticConfig):

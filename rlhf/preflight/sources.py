@@ -31,7 +31,6 @@ from rlhf.data.examples import Reading
 from rlhf.data.images import RowImages
 from rlhf.data.row import Row, shown
 from rlhf.data.templates import read_template
-from rlhf.engine.tinker_client import TinkerEndpoint
 from rlhf.errors import UserError
 from rlhf.models.files.tiny import build_tiny_llama, describe_tiny_llama
 from rlhf.models.files.tiny_vision import KINDS, build_tiny_vision
@@ -255,12 +254,6 @@ def served_models(config: Config) -> dict[str, ServedModel]:
             service = ServiceSpec(url=teacher.url, token=_token(teacher.token_env, key=key), **limits)
             models[name] = ServedModel(service=service, name=teacher.model)
     return models
-
-
-def tinker_server(config: Config) -> TinkerEndpoint | None:
-    """Return the server that holds the policy, if any. Raise UserError if the environment lacks the key."""
-    policy = config.policy
-    return None if policy.tinker is None else TinkerEndpoint.of(policy.tinker, policy.model)
 
 
 def _token(variable: str | None, *, key: str) -> str | None:

@@ -23,15 +23,13 @@ from rlhf.engine.distributed import RankContext, init_distributed, leave_distrib
 from rlhf.engine.flops import flops_per_token, measure_peak_flops
 from rlhf.engine.sharded_loading import shards_as_it_loads
 from rlhf.engine.snapshot_copies import CopyPlace
-from rlhf.engine.tinker_client import TinkerClient, TinkerEndpoint
-from rlhf.engine.tinker_engine import TinkerEngine
 from rlhf.engine.training_engine import OptimizerSettings, ScheduleSettings, TrainingEngine
-from rlhf.models.files.loading import architecture_fingerprint, load_causal_lm, load_model_config
+from rlhf.models.files.loading import architecture_fingerprint, load_causal_lm
 from rlhf.models.packed.forward import policy_logprobs_only
 from rlhf.models.packed.images import open_images
 from rlhf.models.packed.rope import fix_frequencies
 from rlhf.models.packed.row_check import check_rows
-from rlhf.models.packed.row_layout import RowLayout, row_layout
+from rlhf.models.packed.row_layout import row_layout
 from rlhf.models.routers.recording import RoutingRecord, routers_of
 from rlhf.roles import Arithmetic, Metrics
 from rlhf.tracking.metrics.declarations import merge_metrics
@@ -41,7 +39,6 @@ from rlhf.workers.model_worker import ModelWorker, torch_dtype
 from rlhf.workers.trained_model import (
     load_policy_tokenizer,
     load_trained_model,
-    write_downloaded_adapter,
     write_model_folder,
 )
 
@@ -67,11 +64,10 @@ class TrainedWorker(ModelWorker):
         *,
         optimizer_steps: int,
         model: CriticConfig | None = None,
-        server: TinkerEndpoint | None = None,
     ) -> None:
-        """Store the settings of the role. Without `model`, the policy's section applies. `server`: holds the model."""
+        """Store the settings of the role. Without `model`, the policy's section applies."""
         super().__init__(place)
-        self.config, self.server = config, server
+        self.config = config
         self.algorithm: Any = algorithm_of(config.algorithm, self.family)
         self.model_config: PolicyConfig | CriticConfig = config.policy if model is None else model
         self.resources: TrainedResources = getattr(config.cluster.roles, self.role)
@@ -93,17 +89,11 @@ class TrainedWorker(ModelWorker):
 
     def start(self, master_addr: str, master_port: int) -> str:
         """Join the gang and load the model. Return the architecture's fingerprint."""
-        if self.server is None:
-            init_distributed(self.place, master_addr, master_port)
+        init_distributed(self.place, master_addr, master_port)
         return self.build()
 
     def build(self) -> str:
         """Load the model and wrap the model for training. The process must have joined the gang."""
-        if self.server is not None:
-            self.engine, self.layout = self._engine_of(self.server), RowLayout.PACKED
-            self.fingerprint = architecture_fingerprint(self.engine.module.config)
-            self.tokenizer: Any = load_policy_tokenizer(self.config)
-            return self.fingerprint
         from rlhf.engine.deepspeed import DeepSpeedEngine  # importing DeepSpeed chooses the device
 
         with self.explaining("start"):
@@ -128,22 +118,8 @@ class TrainedWorker(ModelWorker):
             with torch.no_grad():
                 self.engine.forward(check_rows, self.device)  # after sharding: all ranks run the same passes
             self.layout = row_layout(module)
-        self.tokenizer = load_policy_tokenizer(self.config)
+        self.tokenizer: Any = load_policy_tokenizer(self.config)
         return self.fingerprint
-
-    def _engine_of(self, server: TinkerEndpoint) -> TinkerEngine:
-        """Return the engine of a model behind a server."""
-        policy = self.config.policy
-        assert policy.lora is not None, "servers train adapters"
-        limit_s = self.config.cluster.call_timeout_s / 2  # so that this process, and not the driver, says what is late
-        return TinkerEngine(
-            TinkerClient(server, run=self.config.run.name, limit_s=limit_s),
-            load_model_config(policy.model, trust_remote_code=policy.trust_remote_code),
-            rank=policy.lora.rank,
-            seed=self.config.run.seed,
-            optimizer=self._optimizer(),
-            schedule=self._schedule(),
-        )
 
     def _optimizer(self) -> OptimizerSettings:
         train, lora = self.config.train, self.model_config.lora
@@ -172,8 +148,6 @@ class TrainedWorker(ModelWorker):
 
     def adapter_off(self) -> AbstractContextManager[None]:
         """Compute the passes of the block with the model before training: the base of the LoRA policy."""
-        if isinstance(self.engine, TinkerEngine):
-            return self.engine.adapter_off()
         from rlhf.models.adapters.lora import adapter_disabled  # with peft, which takes seconds
 
         return adapter_disabled(self.engine.module)
@@ -302,9 +276,6 @@ class TrainedWorker(ModelWorker):
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder (an adapter folder for LoRA). Rank 0 writes, all ranks gather. Collective."""
-        if isinstance(self.engine, TinkerEngine):
-            write_downloaded_adapter(folder, self.engine.download, self.model_config.model, self.tokenizer)
-            return
         dtype = torch_dtype(self.model_config.dtype)
         weights, alone = self.weights(dtype), self.model_config.lora is not None
         if self.place.rank == 0:
@@ -317,9 +288,7 @@ class TrainedWorker(ModelWorker):
         config = self.engine.module.config
         fixed = flops_per_token(config, 0.0)
         side = 4096 if self.device.type == "cuda" else 1536  # a fraction of a second on both
-        peak = math.nan  # the peak of a server is unknown here
-        if self.server is None:
-            peak = measure_peak_flops(torch_dtype(self.model_config.dtype), self.device, side=side)
+        peak = measure_peak_flops(torch_dtype(self.model_config.dtype), self.device, side=side)
         return Arithmetic(
             flops_per_token=fixed,
             flops_per_token_and_length=flops_per_token(config, 1.0) - fixed,
@@ -338,6 +307,4 @@ class TrainedWorker(ModelWorker):
 
     def stop(self) -> None:
         """Leave the gang, so that the process can end or join a new gang."""
-        if isinstance(self.engine, TinkerEngine):
-            self.engine.client.close()
         leave_distributed()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from torch import Tensor
 from rlhf.config.derive import adapter_options, chat_template
 from rlhf.config.schema.model import CriticConfig, PolicyConfig
 from rlhf.config.schema.root import Config
-from rlhf.models.files.export import appearing, export_adapter, export_model
-from rlhf.models.files.loading import ADAPTER_CONFIG, load_tokenizer
+from rlhf.models.files.export import export_adapter, export_model
+from rlhf.models.files.loading import load_tokenizer
 from rlhf.vision.kinds import is_vision_weight
 from rlhf.workers.model_worker import torch_dtype
 
@@ -69,13 +68,3 @@ def write_model_folder(
         export_adapter(folder, weights, module, tokenizer)
     else:
         export_model(folder, weights, module, tokenizer, dtype=dtype)
-
-
-def write_downloaded_adapter(folder: Path, download: Callable[[Path], None], base: str, tokenizer: Any) -> None:
-    """Write an adapter folder with the files of a server, with the name of the base model here, and the tokenizer."""
-    with appearing(folder) as partial:
-        download(partial)
-        config = partial / ADAPTER_CONFIG
-        values = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
-        config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save_pretrained(partial)

@@ -11,9 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PRODUCT_LINES = 90_500
-TEST_LINES = 84_500
-DOCS_WORDS = 138_500
+PRODUCT_LINES = 89_800
+TEST_LINES = 83_900
+DOCS_WORDS = 138_000
 
 # How far a ceiling may stand above the tree before it has to be lowered.
 SLACK = 1_500

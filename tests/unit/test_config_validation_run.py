@@ -27,7 +27,6 @@ SELF = 'algorithm={name: opsd, privileged: {template: "{prompt}\\n\\n{answer}"}}
 OTHER_DIVERGENCE = "algorithm={name: on_policy_distillation, divergence: jsd, beta: 0.3}"
 WHOLE = "algorithm.divergence=forward_kl"
 SERVED = "teacher.url=http://h:1/v1"
-TINKER = ["policy.tinker=http://h:1", "policy.lora={}"]
 NAMED = "teacher={math: {model: ./x}, code: {model: ./y}}"
 BY_COLUMN = "algorithm.teacher_column=source"
 AGENT = f"rollouts.agent={{function: '{Path(__file__).parents[1]}/fixtures/agents/many.py:solve', max_tokens: 180}}"
@@ -385,57 +384,6 @@ TAUGHT_REFUSED = [
     (["train.best_metric=eval/heldout/score"], "a leading `-`: eval/heldout/kl_teacher, eval/heldout/truncated"),
     (["data.max_sequence_tokens=9"], "data.max_sequence_tokens: has no effect here"),
 ]
-TINKER_REFUSED = {
-    "online": [
-        (
-            [*TINKER],
-            "algorithm.name: is ppo, which needs a critic, but the server of policy.tinker returns only log-probab",
-        ),
-        (["policy.tinker=http://h:1", GRPO], "policy.lora: is null, but the server of policy.tinker trains adapters"),
-        (["policy.tinker=ftp://h", GRPO], "policy.tinker: the address must be http://HOST... or https://HOST..."),
-        (["policy.tinker=http://u:p@h", GRPO], "policy.tinker: `url` holds a secret"),
-        ([*TINKER, GRPO, "policy.lora.alpha=16"], "policy.lora.alpha: is 16, but with policy.tinker it is 32"),
-        ([*TINKER, GRPO, "policy.lora.dora=true"], "policy.lora.dora: is true, but with policy.tinker it is false"),
-        ([*TINKER, GRPO, "policy.adapter=./a"], "policy.adapter: is ./a, but the server of policy.tinker holds the"),
-        ([*TINKER, GRPO, "policy.router_balance_coef=0.1"], "policy.router_balance_coef: is 0.1, but the server of"),
-        (
-            [*TINKER, GRPO, "policy.gradient_checkpointing=true"],
-            "policy.gradient_checkpointing: has no effect here: the",
-        ),
-        (
-            [*TINKER, GRPO, "train.optimizer=adamw_8bit"],
-            "train.optimizer: is adamw_8bit, but the server of policy.tinker has only adamw",
-        ),
-        ([*TINKER, GRPO, "rollouts.temperature=0.7"], "rollouts.temperature: is 0.7, but the server of policy.tinker"),
-        (
-            [*TINKER, "algorithm={name: raft}", "train.sequences_per_update=8", PENALTY[0]],
-            "rollouts.repetition_penalty",
-        ),
-        ([*TINKER, GRPO, "rollouts.stop=[x]"], "rollouts.stop: has texts, but the protocol takes either texts or tok"),
-        (
-            [*TINKER, GRPO, AGENT],
-            "rollouts.agent: calls engines over HTTP, and the server of policy.tinker offers this to",
-        ),
-        ([*TINKER, GRPO, *CARRIED], "rollouts.carry_over: is true, but the server of policy.tinker continues no"),
-        ([*TINKER, GRPO, *IN_FLIGHT], "rollouts.weight_updates: is in_flight, but the server of policy.tinker samples"),
-        ([*TINKER, GRPO, "algorithm.entropy.coef=0.1"], "algorithm.entropy.coef: is 0.1, but the server of policy.tin"),
-        ([*TINKER, GRPO, "algorithm.top_entropy_fraction=0.2"], "algorithm.top_entropy_fraction: is 0.2, but the"),
-        ([*TINKER, GRPO, CENTERED], "algorithm.correction.center_top_k: is 64, but the server of policy.tinker"),
-        ([*TINKER, SELF], "algorithm.name: is opsd, which needs a policy that teaches itself"),
-        ([*TINKER, GRPO, "cluster.roles.policy.workers=2"], "cluster.roles.policy.workers: has no effect here: the"),
-        ([*TINKER, GRPO, "cluster.roles.rollout.engines=2"], "cluster.roles.rollout.engines: has no effect here: the"),
-    ],
-    "sft": [
-        ([*TINKER, "algorithm.neftune_alpha=5"], "algorithm.neftune_alpha: is 5, but the server of policy.tinker ret"),
-        ([*TINKER, "train.best_metric=eval/heldout/token_accuracy"], "expected a metric of an evaluation, with or"),
-    ],
-    "preferences": [
-        ([*TINKER, "algorithm={name: simpo, wpo: true}"], "algorithm.wpo: is true, but the server of policy.tinker"),
-        ([*TINKER, "algorithm={name: reward_model}"], "algorithm.name: is reward_model, which needs a model with a"),
-    ],
-    "distillation": [([*TINKER], "algorithm.name: is distillation, which needs whole distributions of the policy")],
-    "taught": [([*TINKER, WHOLE], "algorithm.name: is on_policy_distillation, which needs whole distributions")],
-}
 REFUSED = {
     "online": ONLINE_REFUSED,
     "sft": SFT_REFUSED,
@@ -443,8 +391,6 @@ REFUSED = {
     "distillation": DISTILLATION_REFUSED,
     "taught": TAUGHT_REFUSED,
 }
-for _base, _rows in TINKER_REFUSED.items():
-    REFUSED[_base] += _rows
 
 
 @pytest.mark.parametrize(("base", "overrides", "message"), [(base, *row) for base in REFUSED for row in REFUSED[base]])
@@ -472,13 +418,8 @@ POSSIBLE = {
         [CUDA, "cluster.roles.critic.zero_stage=1"],
         [CUDA, "cluster.roles.policy={zero_stage: 3, offload: [parameters]}"],
         [CUDA, "cluster.roles.policy.zero_stage=3", LORA],
-        [*TINKER, GRPO, *AHEAD],
-        [*TINKER, GRPO, GAME, CUDA, *REWARD_MODEL],
-        [*TINKER, *PAIRS],
-        [*TINKER, *STREAMED, GRPO],
     ],
     "sft": [
-        [*TINKER, "algorithm.loss=dft", "train.best_metric=-eval/heldout/loss"],
         ["data.max_sequence_tokens=8192", "data.too_long=cut", "data.max_unusable_fraction=0.99"],
         ["data.too_long=skip", "data.max_unusable_fraction=0.01"],
         ["data.train={a: {source: a.jsonl}, b.c: {source: {task: running_totals, size: 3}, weight: 0.5}}"],
@@ -487,7 +428,6 @@ POSSIBLE = {
     "preferences": [
         ["algorithm.loss={sigmoid: 0.8, bco: 0.2}"],
         ["algorithm={name: kto, loss: apo_zero}"],
-        [*TINKER, "algorithm={name: kto}"],
         ["algorithm={name: orpo}"],
         ["algorithm={name: tpo, length_normalize: true, beta: 2, gamma: 0.5, wpo: true}"],
         ["algorithm={name: simpo, wpo: true}"],
@@ -507,7 +447,6 @@ POSSIBLE = {
         [REWARDS, "algorithm.reward_coef=0.1", "reward_policy.timeout_s=6", "train.best_metric=eval/heldout/score"],
         [OTHER_DIVERGENCE, "train.best_metric=-eval/heldout/kl_teacher"],
         [SERVED, WHOLE, "algorithm.top_k=8"],
-        [SERVED, *TINKER],
         [BY_COLUMN, "teacher={math: {url: 'http://g/v1', model: m}, code: {url: 'http://h/v1', model: c}}"],
         [SERVED, "teacher.token_env=KEY", "teacher.http={max_in_flight: 64}", CUDA],
         [AGENT],
@@ -614,12 +553,3 @@ def test_the_plan_says_what_is_asked_of_the_teacher(overrides: list[str], says: 
     text = render_plan(changed(TAUGHT, overrides))
     assert f"large/model: {says} the sampled tokens" in text or f"large/model at http://h:1/v1: {says}" in text
     assert not [line for line in text.splitlines() if line.split()[:1] == ["reference"]]
-
-
-def test_the_plan_of_a_policy_behind_a_server_counts_neither_its_gpus_nor_its_memory() -> None:
-    text = render_plan(changed(ONLINE, [*TINKER, GRPO, CUDA, *REWARD_MODEL, "policy.model=HuggingFaceTB/SmolLM2-135M"]))
-    cells = [line.split() for line in text.splitlines()]
-    gpus = {line[0]: line[4] for line in cells if line[:1] in (["policy"], ["rollout"], ["reward"]) and len(line) > 5}
-    assert gpus == {"policy": "0", "rollout": "0", "reward": "1"}
-    assert "HuggingFaceTB/SmolLM2-135M at http://h:1" in text
-    assert "within http://h:1, as weights saved for sampling" in text

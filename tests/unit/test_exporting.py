@@ -113,15 +113,6 @@ def test_a_model_folder_that_has_changed_is_refused(tiny_model: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_state_at_a_server_is_downloaded_by_the_command_of_the_message(tiny_model: Path, tmp_path: Path) -> None:
-    state = '{"path": "tinker://a:train:0/weights/state-1", "steps": 1}'
-    section = ", lora: {rank: 4}, tinker: 'http://127.0.0.1:8703'"
-    run = run_with(tmp_path, tiny_model, lambda files: (files / "tinker.json").write_text(state), lora=section)
-    command = "TINKER_API_KEY=... tinker checkpoint download tinker://a:train:0/weights/state-1`"
-    with pytest.raises(UserError, match=f"download the state: `TINKER_BASE_URL=http://127.0.0.1:8703 {command}"):
-        rlhf.export(run, tmp_path / "out")
-
-
 def test_a_state_of_all_weights_is_a_model(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_causal_lm(str(tiny_model), dtype=torch.float32)
     with torch.no_grad():

@@ -52,5 +52,4 @@ def _settings(stage: Stage) -> Any:
             part.pop(section, None)
         for key in ("checkpoint_every", "keep_checkpoints", "preemption_grace_s"):
             part.get("train", {}).pop(key, None)
-        part.get("policy", {}).pop("tinker", None)
     return portable(tree, home(stage))

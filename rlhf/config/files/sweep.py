@@ -19,7 +19,6 @@ from rlhf.config.files.recipes import PREFIX, config_file
 from rlhf.config.mistakes.explain import parse_as
 from rlhf.config.mistakes.suggestions import nearest
 from rlhf.config.problem import Problem, refuse
-from rlhf.config.schema.cluster import Restarts
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.sweep import AshaMethod, Parameter, SweepConfig, SweepFile
 from rlhf.config.yaml_tree import Key, Tree, apply_overrides, kind
@@ -29,7 +28,6 @@ from rlhf.tracking.metrics.reductions import Histogram
 
 AT: Key = ("sweep",)
 OWN = ("run.name", "run.dir", "run.mirror", "tracking.wandb_group")  # set by the sweep for each trial
-OF_THE_SERVER = ("policy.", "cluster.")  # sections with the same values in all trials of a shared base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +39,6 @@ class Sweep:
     tree: Tree  # tree of the run with sweep.set applied
     tree_folder: Path  # folder for relative paths of reward files
     base: LoadedConfig  # the run without varied parameters
-    server: str = "http://127.0.0.1:8703"  # of a shared base; until the sweep starts the server, any address
-    served_model: str | None = None  # by the server's name
 
     @property
     def folder(self) -> Path:
@@ -70,22 +66,8 @@ class Sweep:
         mirror = next(iter(self.base.stages.values())).run.mirror
         if mirror is not None:
             fixed["run.mirror"] = f"{mirror.rstrip('/')}/{self.config.name}"
-        if self.config.shared_base:
-            fixed |= self._of_a_client()
-        with _blaming(self.source, parameters, " of sweep.shared_base" if self.config.shared_base else ""):
+        with _blaming(self.source, parameters):
             return resolve(self.tree, arguments({**parameters, **fixed}), self.tree_folder)
-
-    def _of_a_client(self) -> dict[str, Any]:
-        """Return the fixed keys of a trial with its model in the server. Keys of ranks and engines get defaults."""
-        roles = next(iter(self.base.runs.values())).cluster.roles
-        fixed: dict[str, Any] = {"policy.tinker": self.server, "policy.revision": None}
-        if self.served_model is not None:
-            fixed["policy.model"] = self.served_model
-        fixed |= {"policy.gradient_checkpointing": False, "cluster.weight_sync": "auto"}
-        fixed["cluster.restarts.gang"] = Restarts().gang
-        fixed["cluster.roles.policy"] = {"cpus": roles.policy.cpus}
-        fixed["cluster.roles.rollout"] = {"cpus": roles.rollout.cpus}
-        return fixed
 
     def best(self, parameters: Mapping[str, Any]) -> LoadedConfig:
         """Return the run with the given parameters, for a repetition in the folder of the base run."""
@@ -94,12 +76,12 @@ class Sweep:
 
 
 @contextmanager
-def _blaming(source: str, parameters: Mapping[str, Any], kind_of_run: str = "") -> Iterator[None]:
+def _blaming(source: str, parameters: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
         values = ", ".join(f"{key}={kind(value)}" for key, value in parameters.items())
-        text = f"{source}: sweep.parameters: a trial with {values} is not a valid run{kind_of_run}: {error}"
+        text = f"{source}: sweep.parameters: a trial with {values} is not a valid run: {error}"
         raise UserError(text) from error
 
 
@@ -176,9 +158,6 @@ def _problems(config: SweepConfig) -> Iterator[Problem]:
             yield Problem(at, "is given to each trial by the sweep; vary another key")
         elif key in config.set:
             yield Problem(at, "is fixed by sweep.set too; remove one of them")
-        elif config.shared_base and f"{key}.".startswith(OF_THE_SERVER) and not f"{key}.".startswith("policy.lora."):
-            text = "is the same in all trials of a shared base; remove the key, or set sweep.shared_base=false"
-            yield Problem(at, text)
         yield from _of_parameter(parameter, at, is_grid=config.method.name == "grid")
     for key in config.set:
         if key in OWN and key != "run.mirror":  # the mirror of a trial is a folder below the given one
@@ -220,19 +199,6 @@ def _of_parameter(parameter: Parameter, at: Key, *, is_grid: bool) -> Iterator[P
 
 def _run_problems(sweep: Sweep) -> Iterator[Problem]:
     metric, stages = sweep.metric, sweep.base.runs
-    if sweep.config.shared_base:
-        at = (*AT, "shared_base")
-        if sweep.base.is_pipeline:
-            yield Problem(
-                at, "is true, but sweep.config is a pipeline, and its stages have several models; remove the key"
-            )
-            return
-        if any(run.policy.tinker is not None for run in stages.values()):
-            yield Problem(at, "is true, but the run has a server already (policy.tinker); remove one of them")
-            return
-        if any(run.policy.lora is None for run in stages.values()):
-            yield Problem(at, "is true, but the run has no policy.lora, and trials share a model by their adapters")
-            return
     known = [name for stage in stages.values() for name in _evaluated(stage)]
     splits = any(stage.eval.by is not None for stage in stages.values())
     if metric.startswith("eval/") and metric not in known and not splits:

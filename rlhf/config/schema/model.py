@@ -91,10 +91,6 @@ class TrainedModelConfig(ModelConfig):
 class PolicyConfig(TrainedModelConfig):
     """The trained language model."""
 
-    tinker: ServiceUrl | None = None
-    """A server of the Tinker protocol that trains the policy and samples from it, such as `http://127.0.0.1:8703` of
-    `rlhf tinker`. `model` is then a model of the server, the run loads only its tokenizer, and needs `lora`. The
-    environment variable TINKER_API_KEY holds the key. null: the run's ranks and engines hold the policy."""
     tokenizer: str | None = Field(default=None, min_length=1)
     """Name or folder of another tokenizer, for example with another chat template. Engines and rewards use this
     tokenizer too, and final/ contains the files. null: the model's tokenizer."""

@@ -88,11 +88,8 @@ class SweepConfig(Section):
     """How trials are chosen."""
     metric: str = Field(min_length=1)
     """The metric for comparing trials, by the last value. A leading `-` means lower is better."""
-    shared_base: bool = False
-    """Train the adapters of all trials on one base model: one set of policy ranks and engines, started by the sweep,
-    serves all trials at once. Needs `policy.lora`; model and cluster are the same in every trial."""
     concurrency: int | None = Field(default=None, ge=1)
-    """Number of trials at once. null: as many as fit on the machine or the cluster, and 4 with a shared base."""
+    """Number of trials at once. null: as many as fit on the machine or the cluster."""
     max_failures: int | None = Field(default=None, ge=0)
     """Number of failed trials that the sweep allows. After more failures no further trial starts. null: unlimited."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)

@@ -40,7 +40,6 @@ from rlhf.config.validation.rollouts import (
     self_taught_problems,
     support_problems,
 )
-from rlhf.config.validation.tinker import tinker_problems
 from rlhf.config.validation.unused_keys import unused_keys
 from rlhf.role_table import ROLES
 
@@ -65,7 +64,6 @@ def problems(config: Config) -> tuple[Problem, ...]:
         *(_of_rollouts(config, rollouts, facts) if rollouts is not None and config.algorithm.is_online else ()),
         *_algorithm(config, facts),
         *_served_teacher(config),
-        *tinker_problems(config),
         *_data_and_steps(config, facts),
         *_profile(config),
         *limit_problems(config.rewards, config.reward_policy),

@@ -24,7 +24,6 @@ from rlhf.config.schema.evaluate import EvaluationStage
 from rlhf.config.schema.rewards import RewardConfig, drops, functions_of_rubric
 from rlhf.config.schema.root import Config
 from rlhf.config.schema.service import TinkerConfig
-from rlhf.config.validation.tinker import NO_EFFECT, WHY_NO_EFFECT
 from rlhf.config.yaml_tree import Key, kind
 from rlhf.evaluation.passing import judges
 from rlhf.role_table import ROLES, TRAINED_ROLES
@@ -90,8 +89,6 @@ def _of_run(config: Config, facts: Derived) -> Iterator[Inert]:
         why, fix = f"the server at {'.'.join(at)}.url holds the model", f"remove {'.'.join(at)}.url"
         for inert in ("dtype", "revision", "trust_remote_code") if teacher.url is not None else ():
             yield Inert(key=(*at, inert), why=why, fix=fix)
-    if config.policy.tinker is not None:
-        yield from _all(" ".join(NO_EFFECT), WHY_NO_EFFECT, "remove policy.tinker")
     for rule in config.algorithm.unused_keys():
         yield from _all(f"algorithm.{rule.key}", rule.why, rule.fix)
     if isinstance(config.algorithm, OnlineConfig):
