@@ -12,6 +12,9 @@ rlhf.follow_job(rlhf.submit("ppo.yaml", address="http://head:8265")).exit_code
 
 from __future__ import annotations
 
+import rlhf.process.early_end  # noqa: F401  before all other imports
+
+# isort: split
 from rlhf.commands.convert import convert
 from rlhf.commands.dashboard import dashboard
 from rlhf.commands.doctor import cluster_doctor, doctor, tested_versions

@@ -21,18 +21,26 @@ from typing import NoReturn
 
 from rlhf.commands import COMMANDS
 from rlhf.errors import Preempted, UserError, known_error
+from rlhf.process import early_end
 from rlhf.process.driver_parent import is_supervised
-from rlhf.process.stopping import leave_stuck_threads
+from rlhf.process.stopping import end_process_after_work, leave, leave_stuck_threads
 from rlhf.tracking.logs import printable, redact
+
+INTERRUPTED, PREEMPTED = 130, 75
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command of the arguments, and return the exit code. Without `argv` this is the whole process."""
-    if argv is None:
-        _repair_streams()
-    code = _main(list(sys.argv[1:] if argv is None else argv))
-    if argv is None:
-        leave_stuck_threads(code)
+    if argv is not None:
+        return _main(list(argv))
+    _repair_streams()
+    early_end.raise_interrupts()
+    end_process_after_work()
+    code = _main(sys.argv[1:])
+    early_end.end_in_silence()
+    if code in (INTERRUPTED, PREEMPTED):
+        leave(code)
+    leave_stuck_threads(code)
     return code
 
 
@@ -53,10 +61,12 @@ def _main(words: list[str]) -> int:
     try:
         return COMMANDS[args.command].run(args)
     except KeyboardInterrupt as end:
-        return _end(f"interrupted{f': {end}' if str(end) else ''}{_how_to_continue(words, args)}", 130)
+        return _end(f"interrupted{f': {end}' if str(end) else ''}{_how_to_continue(words, args)}", INTERRUPTED)
     except Preempted as end:
-        return _end(f"preempted: {end}{_how_to_continue(words, args)}", 75)
+        return _end(f"preempted: {end}{_how_to_continue(words, args)}", PREEMPTED)
     except Exception as error:  # noqa: BLE001  it becomes a message and an exit code
+        if early_end.INTERRUPTED.is_set():
+            return _end(f"interrupted{_how_to_continue(words, args)}", INTERRUPTED)
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             sys.stderr.close()  # nobody reads the output
             return 1

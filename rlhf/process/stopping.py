@@ -7,6 +7,7 @@ event loops even in a notebook. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are handled,
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import ctypes
 import logging
@@ -21,7 +22,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from rlhf.errors import Interrupted, Preempted, RunError, UserError
 
@@ -34,6 +35,8 @@ PRESSED_AGAIN_AFTER_S = 0.1  # Ctrl-C signals further apart than this count sepa
 LOOK_EVERY_S = 0.1
 END_WITHIN_S = 15.0  # limit for an orderly end of interrupted work
 IMPORTED_WITHIN_S = 60.0  # an interrupt waits for an import: half a module would break the next call of a notebook
+EXIT_WITHIN_S = 5.0
+_NOTHING_FOLLOWS = threading.Event()
 _PREFIX = "rlhf: "  # prefix of this module's thread names
 
 
@@ -128,8 +131,10 @@ def run_stoppable(work: Callable[[StopRequest], T]) -> T:
         _REQUEST.set(request)
         return work(request)
 
-    with _listening(request) as listen:
+    with contextlib.ExitStack() as stack:
+        listen = stack.enter_context(_listening(request))
         outcome, thread = start_thread(begin, "work")
+        stack.enter_context(_again_if_lost(thread))
         deadline: float | None = None
         beats, silent_s, importing_s = request.beats, 0.0, 0.0
         while thread.is_alive() and not request.given_up.is_set():
@@ -145,7 +150,7 @@ def run_stoppable(work: Callable[[StopRequest], T]) -> T:
                 request.hung_s = silent_s
                 request.interrupted.set()
             if request.interrupted.is_set() and deadline is None:
-                if importing_s < IMPORTED_WITHIN_S and _imports(thread):
+                if not _NOTHING_FOLLOWS.is_set() and importing_s < IMPORTED_WITHIN_S and _imports(thread):
                     importing_s += LOOK_EVERY_S
                     continue
                 deadline = time.monotonic() + END_WITHIN_S
@@ -196,12 +201,23 @@ def finishes_within(limit_s: float, call: Callable[[], object], name: str) -> bo
     return True
 
 
+def end_process_after_work() -> None:
+    """Declare that this process ends after its work. So an interrupt does not wait for an import."""
+    _NOTHING_FOLLOWS.set()
+
+
 def leave_stuck_threads(code: int) -> None:
     """Exit immediately if a call of this module has not returned, because Python itself would wait for it."""
     if has_stuck_threads():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit after the exit handlers of Python, without the exit of C libraries, which may crash in interrupted calls."""
+    finishes_within(EXIT_WITHIN_S, atexit._run_exitfuncs, "exit handlers")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def has_stuck_threads() -> bool:
@@ -242,11 +258,33 @@ def _interrupt(thread: threading.Thread, request: StopRequest) -> None:
         if (cancel := request._cancel) is not None:  # the thread may clear `_cancel` at any moment
             cancel()
         else:
-            identity = ctypes.c_ulong(thread.ident or 0)
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(identity, ctypes.py_object(KeyboardInterrupt))
+            _raise_in(thread)
     except RuntimeError:  # the loop has just closed; the next loop is interrupted at the start
         logger.debug("the event loop ended before it was cancelled")
     start_thread(request.on_interrupt, "on interrupt")
+
+
+def _raise_in(thread: threading.Thread) -> None:
+    identity = ctypes.c_ulong(thread.ident or 0)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(identity, ctypes.py_object(KeyboardInterrupt))
+
+
+@contextmanager
+def _again_if_lost(thread: threading.Thread) -> Iterator[None]:
+    """Interrupt the thread again if Python has dropped the KeyboardInterrupt, as in a callback of the collector."""
+    before = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if dropped.exc_type is KeyboardInterrupt and threading.current_thread() is thread:
+            threading.Timer(LOOK_EVERY_S, _raise_in, [thread]).start()  # not within the callback, which would drop it
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _result(outcome: Future[T], request: StopRequest) -> T:

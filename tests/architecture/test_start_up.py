@@ -61,6 +61,8 @@ def test_nothing_heavy_is_imported_for_help_a_refusal_or_a_plan() -> None:
         "rlhf.errors",
         "rlhf.extensions",
         "rlhf.passed_objects",
+        "rlhf.process",
+        "rlhf.process.early_end",
         "rlhf.tracking",
         "rlhf.tracking.callbacks",
         "rlhf.tracking.logs",

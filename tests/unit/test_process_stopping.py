@@ -475,3 +475,25 @@ def test_an_interrupt_waits_for_an_import(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(Interrupted):
         run_stoppable(work)
     assert vars(sys.modules.pop("slowly_imported"))["whole"]
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "rlhf.commands.convert":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_ctrl_c_during_the_first_imports_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED_IMPORT, encoding="utf-8")
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "rlhf.cli", "doctor"], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stderr) == (130, "rlhf: interrupted\n")
