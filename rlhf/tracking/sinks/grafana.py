@@ -1,6 +1,6 @@
-"""cluster/grafana.json: rlhf/tracking/metrics/panels.py as a Grafana dashboard for the Prometheus that scrapes Ray.
+"""The panels of rlhf/tracking/metrics/panels.py as a Grafana dashboard for the Prometheus that scrapes Ray.
 
-`python -m rlhf.tracking.sinks.grafana > cluster/grafana.json` writes the file, with the names of prometheus_names.py.
+`python -m rlhf.tracking.sinks.grafana > grafana.json` writes the dashboard, with the names of prometheus_names.py.
 """
 
 from __future__ import annotations

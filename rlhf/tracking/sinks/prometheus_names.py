@@ -2,7 +2,7 @@
 
 The value of a placeholder becomes a label, so one expression covers the graph of all rewards. Sums a step (`.../total`)
 are counters, which only rise; all other metrics are gauges. actors/cluster/prometheus.py exports under the names, and
-cluster/grafana.json queries the names. This module does not use Ray.
+the Grafana dashboard queries the names. This module does not use Ray.
 """
 
 from __future__ import annotations
