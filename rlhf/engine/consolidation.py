@@ -14,13 +14,8 @@ from rlhf.engine.engine_record import EngineRecord
 from rlhf.engine.frozen_weights import digest_over_ranks
 from rlhf.engine.partitions import elements
 from rlhf.engine.rank_files import read_rank
-from rlhf.engine.resharding import (
-    copy_shared,
-    explains_damage,
-    ranks_with_copies,
-    refuse_other_weights,
-    written_partitions,
-)
+from rlhf.engine.rank_state import Sharing
+from rlhf.engine.resharding import copy_shared, explains_damage, refuse_other_weights, written_partitions
 from rlhf.models.files.loading import architecture_fingerprint
 from rlhf.models.files.weights import initial_copies
 
@@ -41,12 +36,12 @@ def load_trained_weights(module: Any, folder: Path, *, dtype: torch.dtype) -> No
     saved.refuse_other_base(f"{digest_over_ranks(module, saved.sharding):016x}", folder=folder)
     with explains_damage(folder, saved), torch.no_grad():
         for rank, partition in enumerate(written_partitions(saved)):
-            masters = read_rank(folder, rank).masters
+            saved_tensors = read_rank(folder, rank).tensors
             for piece in partition.pieces:
                 weight = trained[piece.parameter]
                 weight.data = weight.data.contiguous()
-                weight.view(-1)[piece.start : piece.end].copy_(elements(masters[piece.master], piece))
+                weight.view(-1)[piece.start : piece.end].copy_(elements(saved_tensors[f"master {piece.master}"], piece))
         if copies := initial_copies(module):
-            files = [read_rank(folder, rank).tensors for rank in ranks_with_copies(saved)]
+            files = [read_rank(folder, rank).tensors for rank in Sharing.DIVIDED.writers(saved.sharding)]
             for name, copy in copies.items():
                 copy_shared([file[f"initial {name}"] for file in files], copy.numel(), begin=0, target=copy)

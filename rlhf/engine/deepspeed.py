@@ -295,7 +295,7 @@ class DeepSpeedEngine:
 
     def _values(self) -> dict[str, Any]:
         """Return the state without its tensors, and the record. The first call is collective."""
-        return {**self._state.values(), "steps": self._steps, "record": self._record().model_dump()}
+        return {**self._state.values(), "record": self._record().model_dump()}
 
     def _record(self) -> EngineRecord:
         """Describe this engine and the engine's state. The first call is collective."""
@@ -337,7 +337,8 @@ class DeepSpeedEngine:
     def restore_snapshot(self, step: int) -> None:
         values = self._opened_snapshots.restore(step, self._state.tensors())
         self._state.restore(values)
-        self._steps = values["steps"]
+        self._state.spread_masters()
+        self._steps = values["record"]["steps"]
 
     @property
     def _opened_snapshots(self) -> Snapshots:

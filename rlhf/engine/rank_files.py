@@ -1,8 +1,8 @@
 """The files of each rank in a checkpoint, written from the rank's state or from a snapshot in shared memory.
 
 A checkpoint of a role has the record of the engine (engine.json), and for each rank the random states
-(random_00000.json) and the state (state_00000.safetensors). At stage 0 all ranks have the same state, which rank 0
-writes. The tensors have the names of rlhf.engine.rank_state.
+(random_00000.json) and the state (state_00000.safetensors). rlhf.engine.rank_state declares the fields, and which ranks
+write them: at stage 0 all ranks have the same state, which rank 0 writes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from rlhf.engine.engine_record import EngineRecord
+from rlhf.engine.rank_state import Sharing, sharing_of
 from rlhf.engine.snapshot_copies import description_path, slot_path
 from rlhf.engine.snapshots import tensors_in
 from rlhf.engine.tensor_files import read_tensors, to_json, unreadable, write_tensors
 from rlhf.tracking.run_folder.atomic import write_atomic
 
-_STATE, _RANDOM = "state_{:05d}.safetensors", "random_{:05d}.json"
-_OF_EACH_RANK = ("master ", "state ")  # the rest has shares at stage 3 alone
-_VALUES = ("states", "counters", "period")
+_STATE = "state_{:05d}.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,34 +33,27 @@ class RankFile:
     tensors: Mapping[str, Tensor]
     values: Mapping[str, Any]
 
-    @property
-    def masters(self) -> list[Tensor]:
-        return [self.tensors[f"master {index}"] for index in range(len(self.values["states"]))]
-
-    @property
-    def states(self) -> list[dict[str, Tensor]]:
-        """Return the tensors of the optimizer's state of each master."""
-        states: dict[str, dict[str, Tensor]] = {name: {} for name in self.values["states"]}
-        for name, tensor in self.tensors.items():
-            owner, _, key = name.rpartition(" ")
-            if owner in states:
-                states[owner][key] = tensor
-        return list(states.values())
-
 
 def write_rank(checkpoint: Path, rank: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Write the files of a rank. Rank 0 also writes the record, and all that is the same on every rank.
+    """Write the files of a rank: the fields that the rank has to write. Rank 0 also writes the record.
 
-    values: of rlhf.engine.rank_state, with the `record` of the engine.
+    values: of rlhf.engine.rank_state, with the `record` of the engine. RunError: a name is not of a declared field.
     """
     record = EngineRecord.model_validate(values["record"])
-    write_atomic(checkpoint / _RANDOM.format(rank), to_json(values["random"]))
-    if rank == 0 or record.zero_stage > 0:
-        if rank > 0 and record.zero_stage < 3:
-            tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(_OF_EACH_RANK)}
-        write_tensors(checkpoint / _STATE.format(rank), tensors, {key: values[key] for key in _VALUES})
+    written = {name: sharing_of(name) for name in (*tensors, *values) if name != "record"}
+    written = {name: sharing for name, sharing in written.items() if rank in sharing.writers(record.sharding)}
+    of_state = {name for name, sharing in written.items() if sharing is not Sharing.OWN}
+    for name in written.keys() - of_state:
+        write_atomic(_own_file(checkpoint, name, rank), to_json(values[name]))
+    if of_state:
+        state = {name: tensor for name, tensor in tensors.items() if name in of_state}
+        write_tensors(checkpoint / _STATE.format(rank), state, {key: values[key] for key in of_state & values.keys()})
     if rank == 0:
         record.write(checkpoint)
+
+
+def _own_file(checkpoint: Path, name: str, rank: int) -> Path:
+    return checkpoint / f"{name}_{rank:05d}.json"
 
 
 def write_snapshot(source: Path, step: int, checkpoint: Path, rank: int) -> None:
@@ -82,9 +74,9 @@ def read_rank(checkpoint: Path, rank: int) -> RankFile:
     return RankFile(tensors=tensors, values=values)
 
 
-def read_random(checkpoint: Path, rank: int) -> dict[str, Any]:
-    """Return the random states of a rank. Raise UserError for a missing or damaged file."""
-    path = checkpoint / _RANDOM.format(rank)
+def read_own(checkpoint: Path, name: str, rank: int) -> dict[str, Any]:
+    """Return a field that each rank has for itself. Raise UserError for a missing or damaged file."""
+    path = _own_file(checkpoint, name, rank)
     try:
         return dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError) as error:

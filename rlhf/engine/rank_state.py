@@ -7,18 +7,60 @@ a share. The rest follows from the float32 weights, the settings and the number 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf.engine.gathering import whole_numel
+from rlhf.engine.partitions import Sharding
 from rlhf.engine.randomness import random_state, restore_random_state
 from rlhf.engine.shadow_weights import ShadowWeights
+from rlhf.errors import RunError
 from rlhf.models.files.weights import initial_copies
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # DeepSpeed's
+
+
+class Sharing(Enum):
+    """How the ranks share a field: at these ZeRO stages every rank writes the field, and otherwise rank 0 for all."""
+
+    UPDATED = (1, 2, 3)  # of the elements that the rank updates; a resume copies a tensor element by element
+    DIVIDED = (3,)  # the same on all ranks, but at stage 3 each rank has an equal part of the elements
+    SAME = ()  # the same on all ranks
+    OWN = (0, 1, 2, 3)  # different on each rank; a rank that the checkpoint lacks keeps the field of its start
+
+    def writers(self, sharding: Sharding) -> range:
+        """Return the ranks whose files in a checkpoint have the field."""
+        return range(sharding.ranks if sharding.zero_stage in self.value else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A field of a rank's state. Every field is in each snapshot and in each checkpoint."""
+
+    sharing: Sharing
+    read: Callable[[RankState], Any]
+    restore: Callable[[RankState, Any], None] | None = None  # None: tensors by name, which are replaced in place
+
+    def __post_init__(self) -> None:
+        of_tensors, of_values = (Sharing.UPDATED, Sharing.DIVIDED), (Sharing.UPDATED, Sharing.SAME, Sharing.OWN)
+        if self.sharing not in (of_tensors if self.restore is None else of_values):
+            raise ValueError(f"{self.sharing} has no rule for {'tensors' if self.restore is None else 'values'}")
+
+
+def sharing_of(name: str) -> Sharing:
+    """Return how the ranks share a value, or a tensor whose name begins with the field. RunError: no such field."""
+    field = name.partition(" ")[0]
+    if field not in FIELDS:
+        raise RunError(
+            f"{field} is not a field of a rank's state, so no rule says which ranks write it to a checkpoint. Add "
+            "the field to FIELDS in rlhf/engine/rank_state.py."
+        )
+    return FIELDS[field].sharing
 
 
 class RankState:
@@ -59,44 +101,61 @@ class RankState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors themselves, not copies, under the same names in each process."""
-        masters = {f"master {i}": master for i, master in enumerate(self.masters())}
+        fields = {name: field.read(self) for name, field in FIELDS.items() if field.restore is None}
+        return {f"{name} {key}": tensor.detach() for name, field in fields.items() for key, tensor in field.items()}
+
+    def moments(self) -> dict[str, Tensor]:
+        """Return the tensors in the optimizer's states, by the index of the master and the name of the state."""
         values = {f"{name} {key}": value for name, state in self.states().items() for key, value in state.items()}
-        states = {name: value for name, value in values.items() if torch.is_tensor(value)}
-        copies = {name: copy for name, (copy, _) in self.copies().items()}
-        return {name: tensor.detach() for name, tensor in {**masters, **states, **copies}.items()}
+        return {name.removeprefix("state "): value for name, value in values.items() if torch.is_tensor(value)}
+
+    def initial(self) -> dict[str, Tensor]:
+        """Return the copies of an adapter's initial state, or this rank's parts of them."""
+        return {name: getattr(p, "ds_tensor", p) for name, p in initial_copies(self._engine.module.module).items()}
 
     def copies(self) -> dict[str, tuple[Tensor, int]]:
-        """Return the copies of an adapter's initial state, and a self-teacher's, and the size of each whole copy.
+        """Return the tensors with equal parts on the ranks at stage 3, and the elements of each whole tensor.
 
-        At stage 3 each rank has an equal share of the elements, the last share padded. Otherwise each rank has all.
+        The last part is padded. Below stage 3, each rank has all elements.
         """
-        initial = initial_copies(self._engine.module.module)
-        copies = {f"initial {name}": (getattr(p, "ds_tensor", p), whole_numel(p)) for name, p in initial.items()}
-        if self.shadow is not None:
-            numels = self.shadow.numels()
-            copies |= {f"shadow {name}": (copy, numels[name]) for name, copy in self.shadow.copies.items()}
-        return copies
+        numels = {name: whole_numel(p) for name, p in self._engine.module.module.named_parameters()}
+        tensors = {name: tensor for name, tensor in self.tensors().items() if sharing_of(name) is Sharing.DIVIDED}
+        return {name: (tensor, numels[name.partition(" ")[2]]) for name, tensor in tensors.items()}
 
     def values(self) -> dict[str, Any]:
         """Return the rest of the state: counters, numbers of the optimizer, random states."""
-        states = {
+        return {name: field.read(self) for name, field in FIELDS.items() if field.restore is not None}
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Restore the values, after the tensors were replaced. `spread_masters` must follow."""
+        for name, field in FIELDS.items():
+            if field.restore is not None:
+                field.restore(self, values[name])
+
+    def numbers(self) -> dict[str, dict[str, Any]]:
+        """Return what the optimizer's states hold besides tensors."""
+        return {
             name: {key: value for key, value in state.items() if not torch.is_tensor(value)}
             for name, state in self.states().items()
         }
-        counters = {name: getattr(self._engine, name) for name in _COUNTERS}
-        period = 0 if self.shadow is None else self.shadow.period
-        return {"states": states, "counters": counters, "random": random_state(), "period": period}
 
-    def restore(self, values: Mapping[str, Any]) -> None:
-        """Complete the state after the tensors were replaced. Collective."""
+    def restore_numbers(self, numbers: Mapping[str, Mapping[str, Any]]) -> None:
         for name, state in self.states().items():
-            state.update(values["states"][name])
-        for name, count in values["counters"].items():
-            setattr(self._engine, name, count)
+            state.update(numbers[name])
+
+    def counters(self) -> dict[str, int]:
+        return {name: getattr(self._engine, name) for name in _COUNTERS}
+
+    def restore_counters(self, counters: Mapping[str, int]) -> None:
+        for name in _COUNTERS:
+            setattr(self._engine, name, counters[name])
+
+    def period(self) -> int:
+        return 0 if self.shadow is None else self.shadow.period
+
+    def restore_period(self, period: int) -> None:
         if self.shadow is not None:
-            self.shadow.period = values["period"]
-        self.spread_masters()
-        restore_random_state(values["random"])
+            self.shadow.period = period
 
     def move_rest(self, device: torch.device, *, with_optimizer: bool) -> None:
         """Move what DeepSpeed does not move: at stage 3 the masters and their states, otherwise the frozen weights."""
@@ -126,3 +185,17 @@ class RankState:
             for weights, masters in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
                 for weight, master in zip(weights, masters, strict=True):
                     weight.data.copy_(master.data)
+
+
+# The declaration of the state, from which snapshots (rlhf.engine.snapshots), the files of checkpoints
+# (rlhf.engine.rank_files) and resumes (rlhf.engine.resharding) derive.
+FIELDS: Mapping[str, Field] = {
+    "master": Field(Sharing.UPDATED, lambda state: {str(index): x for index, x in enumerate(state.masters())}),
+    "state": Field(Sharing.UPDATED, RankState.moments),
+    "initial": Field(Sharing.DIVIDED, RankState.initial),
+    "shadow": Field(Sharing.DIVIDED, lambda state: {} if state.shadow is None else state.shadow.copies),
+    "states": Field(Sharing.UPDATED, RankState.numbers, RankState.restore_numbers),
+    "counters": Field(Sharing.SAME, RankState.counters, RankState.restore_counters),
+    "period": Field(Sharing.SAME, RankState.period, RankState.restore_period),
+    "random": Field(Sharing.OWN, lambda _: random_state(), lambda _, states: restore_random_state(states)),
+}

@@ -19,10 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf.engine.engine_record import EngineRecord
-from rlhf.engine.partitions import Partition, Piece, Sharding, elements, partitions_of
-from rlhf.engine.randomness import restore_random_state
-from rlhf.engine.rank_files import RankFile, read_random, read_rank
-from rlhf.engine.rank_state import RankState
+from rlhf.engine.partitions import Partition, Piece, elements, partitions_of
+from rlhf.engine.rank_files import RankFile, read_own, read_rank
+from rlhf.engine.rank_state import RankState, Sharing, sharing_of
 from rlhf.errors import RunError, UserError
 
 _BY_ELEMENT = "adamw"  # states have a value for each weight; other optimizers also have values of several
@@ -65,25 +64,30 @@ def take_over(state: RankState, folder: Path, *, saved: EngineRecord, own: Engin
             "saved values of algorithm.teacher_weights, policy.lora and policy.adapter, or start a new run."
         )
     with explains_damage(folder, saved), torch.no_grad():
-        values = state.values() | {key: read(0).values[key] for key in ("counters", "period")}
+        values = state.values()
+        for name in values:
+            sharing = sharing_of(name)
+            if sharing is Sharing.SAME:
+                values[name] = read(0).values[name]
+            elif sharing is Sharing.UPDATED and source is not None:
+                values[name] = read(source).values[name]
+            elif sharing is Sharing.OWN and rank < saved.ranks:
+                values[name] = read_own(folder, name, rank)
+        tensors = {name: x for name, x in state.tensors().items() if sharing_of(name) is Sharing.UPDATED}
         if source is None:
-            copy_elements(state, overlaps_of(here[rank], there), read)
+            copy_elements(tensors, overlaps_of(here[rank], there), read)
         else:
-            copy_same({name: x for name, x in state.tensors().items() if name not in copies}, read(source))
-            values["states"] = read(source).values["states"]
+            copy_same(tensors, read(source))
         for name, (copy, numel) in copies.items():
-            parts = [read(part).tensors[name] for part in ranks_with_copies(saved)]
+            parts = [read(part).tensors[name] for part in Sharing.DIVIDED.writers(saved.sharding)]
             copy_shared(parts, numel, begin=rank * copy.numel() if own.zero_stage == 3 else 0, target=copy)
-    state.restore(values)
-    if rank < saved.ranks:  # the random state of another rank stays as at the start of a run
-        with explains_damage(folder, saved):
-            restore_random_state(read_random(folder, rank))
+        state.restore(values)
+    state.spread_masters()
 
 
 def written_partitions(saved: EngineRecord) -> list[Partition]:
-    """Return the elements in the files of each rank. At stage 0 rank 0 writes, for all ranks."""
-    written = saved.sharding if saved.zero_stage else Sharding(ranks=1, zero_stage=0)
-    return partitions_of(saved.groups, written)
+    """Return the elements in the files of each rank."""
+    return [partitions_of(saved.groups, saved.sharding)[rank] for rank in Sharing.UPDATED.writers(saved.sharding)]
 
 
 @contextmanager
@@ -136,23 +140,20 @@ def copy_same(tensors: Mapping[str, Tensor], file: RankFile) -> None:
         tensor.copy_(saved)
 
 
-def copy_elements(state: RankState, overlaps: Iterator[Overlap], read: Callable[[int], RankFile]) -> None:
-    """Copy the masters, together with AdamW's states of each element."""
-    masters, states = state.masters(), list(state.states().values())
+def copy_elements(tensors: Mapping[str, Tensor], overlaps: Iterator[Overlap], read: Callable[[int], RankFile]) -> None:
+    """Copy tensors with a value for each element of a master, such as the masters and AdamW's states, and counts."""
+    of_master: defaultdict[str, list[tuple[str, str, Tensor]]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        field, master, key = f"{name} ".split(" ", 2)
+        of_master[master].append((field, key, tensor))
     for overlap in overlaps:
         file, source, target = read(overlap.rank), overlap.source, overlap.target
-        elements(masters[target.master], target).copy_(elements(file.masters[source.master], source))
-        for key, value in states[target.master].items():
-            saved = file.states[source.master][key]
-            if value.dim() == 0:  # the count of steps
-                value.copy_(saved)
+        for field, key, tensor in of_master[str(target.master)]:
+            saved = file.tensors[f"{field} {source.master} {key}".rstrip()]
+            if tensor.dim() == 0:  # the count of steps
+                tensor.copy_(saved)
             else:
-                elements(value, target).copy_(elements(saved, source))
-
-
-def ranks_with_copies(saved: EngineRecord) -> range:
-    """Return the ranks whose files have copies of an adapter's initial state, and a self-teacher's copies."""
-    return range(saved.ranks if saved.zero_stage == 3 else 1)
+                elements(tensor, target).copy_(elements(saved, source))
 
 
 def copy_shared(parts: Sequence[Tensor], numel: int, *, begin: int, target: Tensor) -> None:

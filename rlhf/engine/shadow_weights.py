@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.engine.gathering import whole_numel
-
 
 class ShadowWeights:
     """Copies of the trained weights, to take the weights' place for a pass."""
@@ -28,10 +26,6 @@ class ShadowWeights:
             name: _share(p).detach().to(torch.float32 if average else p.dtype, copy=True)
             for name, p in self._parameters.items()
         }
-
-    def numels(self) -> dict[str, int]:
-        """Return the number of elements of each whole copy."""
-        return {name: whole_numel(parameter) for name, parameter in self._parameters.items()}
 
     @torch.no_grad()
     def average(self, rate: float) -> None:

@@ -241,7 +241,7 @@ DAMAGES: dict[str, tuple[Callable[[Path, dict[str, Any]], Any], str]] = {  # dam
     "truncated": (lambda file, record: os.truncate(file, 1000), f"{STATE} cannot be read"),
     "of another program": (
         lambda file, record: write_tensors(file, {"master 0": torch.zeros(5)}, {"states": {}}),
-        "does not hold the state of 2 ranks at ZeRO stage 2: IndexError",
+        "does not hold the state of 2 ranks at ZeRO stage 2: RuntimeError",
     ),
     "float16": (
         lambda file, record: record.update(dtype="float16"),

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from rlhf.engine.engine_record import EngineRecord
 from rlhf.engine.randomness import random_state, restore_random_state
-from rlhf.engine.rank_files import read_random, read_rank, write_rank, write_snapshot
+from rlhf.engine.rank_files import read_own, read_rank, write_rank, write_snapshot
+from rlhf.engine.rank_state import Field, Sharing
 from rlhf.engine.snapshots import Snapshots
-from rlhf.errors import UserError
+from rlhf.errors import RunError, UserError
 
 RECORD = EngineRecord(
     model="m",
@@ -70,9 +71,19 @@ def test_each_rank_finds_its_state_again(tmp_path: Path, of_snapshots: bool) -> 
             del wanted["initial w"]  # below stage 3 rank 0 writes for all
         assert found.tensors.keys() == wanted.keys()
         assert all(torch.equal(found.tensors[name], tensor) for name, tensor in wanted.items())
-        assert [float(master[0]) for master in found.masters] == [100.0 * rank + i for i in range(11)]
-        assert [float(own["exp_avg"][0]) for own in found.states] == list(range(11))
-        assert found.values == {key: values()[key] for key in ("states", "counters", "period")}
+        of_all_ranks = () if rank == 1 else ("counters", "period")
+        assert found.values == {key: values()[key] for key in ("states", *of_all_ranks)}
+
+
+def test_a_field_without_a_rule_is_refused(tmp_path: Path) -> None:
+    """A field that no rule divides would reach a snapshot, but no checkpoint."""
+    for tensors, added in (({"average 0": torch.ones(1)}, {}), ({}, {"average": 1})):
+        with pytest.raises(RunError, match=r"average is not a field of a rank's state.*FIELDS in rlhf/engine/rank_st"):
+            write_rank(tmp_path, 0, state(0) | tensors, values() | added)
+    with pytest.raises(ValueError, match=r"Sharing\.SAME has no rule for tensors"):
+        Field(Sharing.SAME, lambda state: {})
+    with pytest.raises(ValueError, match=r"Sharing\.DIVIDED has no rule for values"):
+        Field(Sharing.DIVIDED, lambda state: 0, lambda state, value: None)
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 2), (3, 2)])
@@ -88,13 +99,13 @@ def test_at_stage_0_only_the_first_rank_writes_the_state(tmp_path: Path, stage: 
 def test_random_states_continue(tmp_path: Path) -> None:
     write_rank(tmp_path, 1, state(1), values())
     drawn = torch.rand(3)
-    restore_random_state(read_random(tmp_path, 1))
+    restore_random_state(read_own(tmp_path, "random", 1))
     assert torch.equal(torch.rand(3), drawn)
     path = tmp_path / "random_00001.json"
     for text in ("", "[1]", "[" * 100_000):
         path.write_text(text)
         with pytest.raises(UserError, match=rf"{path} cannot be read"):
-            read_random(tmp_path, 1)
+            read_own(tmp_path, "random", 1)
 
 
 def test_a_step_that_is_not_kept_and_a_snapshot_that_is_cut_are_refused(tmp_path: Path) -> None:
