@@ -143,8 +143,7 @@ def shares_engines_gpus(config: Config) -> frozenset[Role]:
 
 
 def restarts_gangs(config: Config) -> bool:
-    """Return whether lost ranks are started again: never on the engines' GPUs, where ranks take no
-    snapshots."""
+    """Return whether lost ranks are started again: never on the engines' GPUs, where ranks take no snapshots."""
     return config.cluster.restarts.gang > 0 and not shares_engines_gpus(config)
 
 
@@ -360,8 +359,7 @@ EVAL_METRICS: Mapping[Kind, tuple[str, ...]] = {
 
 def eval_metrics(config: Config) -> tuple[str, ...]:
     if not config.algorithm.is_online:
-        known = EVAL_METRICS[config.algorithm.kind]
-        return known
+        return EVAL_METRICS[config.algorithm.kind]
     settings = config.eval
     ks = settings.k or tuple(2**i for i in range(settings.samples_per_prompt.bit_length()))
     votes = [f"{mark}@{k}" for mark in ("pass", "maj") for k in ks if mark == "pass" or k > 1]
